@@ -1,0 +1,21 @@
+"""Every private interface of torch that ``oto`` stands on, in one place.
+
+``tests/test_torch_private.py`` says what each must do, so a torch release that moves one fails there first.
+"""
+
+from __future__ import annotations
+
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+]

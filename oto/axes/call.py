@@ -1,0 +1,368 @@
+"""What a rule may say: the words every operator is described with.
+
+A rule is given a :class:`Call` and the operator's arguments, with an :class:`Operand` in place of each tensor. It spells
+the operator out in a few steps, each of which relates terms now and is read again later, when zeros are followed
+through the network (``invariance.py``) and costs are counted (``groups/cost.py``):
+
+``map``       entry by entry, with broadcasting
+``contract``  a product summed over letters (einsum)
+``reduce``    a sum over dimensions
+``move``      entries go elsewhere, none is mixed
+``cat``       one tensor behind the other
+
+A *fact* is what every entry at a removed atom holds: a number, or ``None`` for "anything".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from oto._torch import tree_leaves, tree_map_only
+from oto.axes import terms as T
+from oto.axes.terms import Reason, Term
+from oto.trace.graph import Node, Value
+
+Fact: TypeAlias = float | bool | complex | None
+Routes: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(slots=True, eq=False)
+class Operand:
+    """A tensor as a rule sees it: one term per dimension."""
+
+    index: int
+    terms: tuple[Term, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Stands for an integer argument that is the size of a term."""
+
+    term: Term
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """How to call a node once its tensors are thinner: operator and arguments, with :class:`Size` for each size.
+
+    Tensors stand as the :class:`Value` they are in the node's own arguments.
+    """
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """One elementary operation.
+
+    Attributes:
+        routes: For each input and each of its dimensions, the output dimensions it goes to; none if it is summed over.
+        summed: For each letter that is summed over, the (input, dimension) pairs that carry it. Removing an entry is
+            exact only if one of them holds zero there.
+        fact: What the output holds at a removed entry, given what the inputs hold there.
+        absent: What an input that does not carry the axis counts as: ``None`` (anything), or left out.
+        volume: For a contraction, the terms whose sizes multiply to its MACs.
+    """
+
+    node: int
+    inputs: tuple[int, ...]
+    output: int
+    routes: Routes
+    fact: Callable[..., Fact]
+    summed: tuple[tuple[tuple[int, int], ...], ...] = ()
+    skip_absent: bool = False
+    volume: tuple[Term, ...] | None = None
+
+
+@dataclass(eq=False)
+class Tape:
+    """All steps of a graph, and the terms of every tensor in them."""
+
+    steps: list[Step] = field(default_factory=list)
+    tensors: list[tuple[Term, ...]] = field(default_factory=list)
+    rewrites: dict[int, Rewrite] = field(default_factory=dict)
+    counted: dict[int, str] = field(default_factory=dict)
+
+    def tensor(self, terms: Sequence[Term]) -> Operand:
+        made = tuple(terms)
+        self.tensors.append(made)
+        return Operand(len(self.tensors) - 1, made, tuple(T.size(t) for t in made))
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def same(*facts: Fact) -> Fact:
+    """The value all inputs agree on."""
+    first = facts[0] if facts else None
+    return first if all(fact is not None and fact == first for fact in facts) else None
+
+
+def zero(*facts: Fact) -> Fact:
+    """Zero if all inputs are zero; for anything that is linear in its inputs."""
+    return 0.0 if facts and all(fact is not None and fact == 0 for fact in facts) else None
+
+
+def product(*facts: Fact) -> Fact:
+    """Zero if one factor is zero."""
+    return 0.0 if any(fact is not None and fact == 0 for fact in facts) else None
+
+
+def anything(*facts: Fact) -> Fact:
+    return None
+
+
+_evaluated: dict[Any, Fact] = {}
+
+
+def evaluated(op: Callable[..., Any], args: Any, kwargs: Any) -> Callable[..., Fact]:
+    """The fact of a pointwise operator, found by running it on the facts of its operands."""
+
+    def fact(*facts: Fact) -> Fact:
+        if any(f is None for f in facts):
+            return None
+        key = (op, facts, tuple(map(type, facts)), repr(args), repr(kwargs))
+        if key not in _evaluated:
+            given = iter(facts)
+            scalar = {bool: torch.bool, float: torch.float64, int: torch.float64, complex: torch.complex128}
+            fill: Any = lambda _: torch.tensor(f := next(given), dtype=scalar[type(f)])  # noqa: E731
+            try:
+                out = op(*tree_map_only(Operand, fill, args), **tree_map_only(Operand, fill, dict(kwargs)))
+                number = out.item()
+                _evaluated[key] = number if number - number == 0 else None  # neither infinite nor NaN
+            except Exception:  # the operator is not defined there: nothing is known
+                _evaluated[key] = None
+        return _evaluated[key]
+
+    return fact
+
+
+class Call:
+    """One node of the graph, as its rule sees it.
+
+    Attributes:
+        shapes: Shape of each output, ``None`` where it is no tensor.
+    """
+
+    def __init__(self, node: Node, tape: Tape, operands: Mapping[Value, Operand]) -> None:
+        self.node = node
+        self.tape = tape
+        self.operands = operands
+        self.shapes = [None if v is None else v.shape for v in node.outputs]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the only output."""
+        assert self.shapes[0] is not None
+        return self.shapes[0]
+
+    # --- terms --------------------------------------------------------------------------------------------------------
+
+    def why(self, text: str) -> Reason:
+        return Reason(text, self.node.index)
+
+    def unify(self, a: Term, b: Term) -> None:
+        if a != b:
+            T.unify(a, b, self.why("two sizes that do not divide each other meet"))
+
+    def split(self, term: Term, sizes: Sequence[int]) -> list[Term]:
+        return T.split(term, sizes, self.why("a reshape cuts through it"))
+
+    def cut(self, term: Term, sizes: Sequence[int]) -> list[Term]:
+        return T.cut(term, sizes, self.why("a slice cuts through it"))
+
+    def fix(self, x: Operand, dims: Sequence[int] | None, text: str) -> None:
+        """Keep every entry of some dimensions (all by default)."""
+        for dim in range(x.ndim) if dims is None else dims:
+            T.fix(x.terms[dim], self.why(text))
+
+    def fixed(self, n: int, text: str) -> Term:
+        return T.axis(n, self.why(text))
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        inputs: Sequence[Operand],
+        terms: Sequence[Term],
+        routes: Routes,
+        fact: Callable[..., Fact],
+        summed: Sequence[Sequence[tuple[int, int]]] = (),
+        skip_absent: bool = False,
+        volume: tuple[Term, ...] | None = None,
+    ) -> Operand:
+        out = self.tape.tensor(terms)
+        self.tape.steps.append(
+            Step(
+                self.node.index,
+                tuple(x.index for x in inputs),
+                out.index,
+                routes,
+                fact,
+                tuple(map(tuple, summed)),
+                skip_absent,
+                volume,
+            )
+        )
+        return out
+
+    def map(self, fact: Callable[..., Fact], *xs: Operand) -> Operand:
+        """Entry by entry, with broadcasting."""
+        ndim = max(x.ndim for x in xs)
+        terms: list[Term] = [T.ONE] * ndim
+        sizes = [1] * ndim
+        for x in xs:
+            offset = ndim - x.ndim
+            for dim, n in enumerate(x.shape, offset):
+                if n == 1:
+                    continue
+                if sizes[dim] == 1:
+                    terms[dim], sizes[dim] = x.terms[dim - offset], n
+                else:
+                    self.unify(terms[dim], x.terms[dim - offset])
+        routes = tuple(tuple((dim,) for dim in range(ndim - x.ndim, ndim)) for x in xs)
+        return self.step(xs, terms, routes, fact)
+
+    def contract(self, spec: str, *xs: Operand, new: Mapping[str, Term] | None = None, uncounted: str = "",
+                 fact: Callable[..., Fact] = product) -> Operand:  # fmt: skip
+        """A product summed over every letter that is missing on the right, as in einsum.
+
+        Args:
+            new: Terms of letters that appear on the right only.
+            uncounted: Letters that do not multiply the cost.
+        """
+        left, right = spec.split("->")
+        specs = left.split(",")
+        known: dict[str, Term] = dict(new or {})
+        carriers: dict[str, list[tuple[int, int]]] = {}
+        for i, (letters, x) in enumerate(zip(specs, xs, strict=True)):
+            assert len(letters) == x.ndim, (spec, [x.shape for x in xs])
+            for dim, letter in enumerate(letters):
+                carriers.setdefault(letter, []).append((i, dim))
+                if x.shape[dim] != 1:
+                    if letter in known and known[letter] != T.ONE:
+                        self.unify(known[letter], x.terms[dim])
+                    else:
+                        known[letter] = x.terms[dim]
+                else:
+                    known.setdefault(letter, T.ONE)
+        routes = tuple(tuple((right.index(c),) if c in right else () for c in letters) for letters in specs)
+        return self.step(
+            xs,
+            [known[letter] for letter in right],
+            routes,
+            fact,
+            summed=[places for letter, places in carriers.items() if letter not in right],
+            volume=tuple(term for letter, term in known.items() if letter not in uncounted) if len(xs) > 1 else None,
+        )
+
+    def reduce(self, x: Operand, dims: Sequence[int], keepdim: bool = False, fact: Callable[..., Fact] = zero) -> Operand:
+        """A sum over dimensions."""
+        gone = {dim % x.ndim for dim in dims} if x.ndim else set()
+        places = [dim for dim in range(x.ndim) if keepdim or dim not in gone]
+        terms = [T.ONE if dim in gone else x.terms[dim] for dim in places]
+        routes = tuple(() if dim in gone else (places.index(dim),) for dim in range(x.ndim))
+        return self.step([x], terms, (routes,), fact, summed=[[(0, dim)] for dim in sorted(gone)])
+
+    def move(self, x: Operand, terms: Sequence[Term], sources: Sequence[Sequence[int]],
+             fact: Callable[..., Fact] = same) -> Operand:  # fmt: skip
+        """Entries go elsewhere: output dimension ``d`` is made of the input dimensions ``sources[d]``."""
+        routes = tuple(tuple(d for d, found in enumerate(sources) if dim in found) for dim in range(x.ndim))
+        return self.step([x], terms, (routes,), fact)
+
+    def identity(self, x: Operand) -> Operand:
+        return self.move(x, x.terms, [(dim,) for dim in range(x.ndim)])
+
+    def permute(self, x: Operand, order: Sequence[int]) -> Operand:
+        order = [dim % x.ndim for dim in order]
+        return self.move(x, [x.terms[dim] for dim in order], [(dim,) for dim in order])
+
+    def cat(self, xs: Sequence[Operand], dim: int) -> Operand:
+        """One tensor behind the other along ``dim``."""
+        ndim = xs[0].ndim
+        dim %= ndim
+        for x in xs[1:]:
+            for d in range(ndim):
+                if d != dim:
+                    self.unify(xs[0].terms[d], x.terms[d])
+        terms = list(xs[0].terms)
+        terms[dim] = T.concat([x.terms[dim] for x in xs])
+        routes = tuple(tuple((d,) for d in range(ndim)) for _ in xs)
+        return self.step(xs, terms, routes, same, skip_absent=True)
+
+    def view(self, x: Operand, shape: Sequence[int]) -> Operand:
+        """The same entries in row-major order under another shape."""
+        if 0 in x.shape:
+            self.fix(x, None, "it is reshaped while empty")
+            return self.fresh(shape, "it is empty")
+        terms: list[Term] = [T.ONE] * len(shape)
+        sources: list[tuple[int, ...]] = [()] * len(shape)
+        i = j = 0
+        while i < x.ndim or j < len(shape):  # the smallest runs of dimensions with equal products
+            first, start = i, j
+            a = b = 1
+            while True:
+                if a == b and (i > first or j > start) and a > 1:
+                    break
+                if a <= b and i < x.ndim:
+                    a *= x.shape[i]
+                    i += 1
+                elif j < len(shape):
+                    b *= shape[j]
+                    j += 1
+                elif i < x.ndim:
+                    a *= x.shape[i]
+                    i += 1
+                else:
+                    break
+            run = tuple(range(first, i))
+            whole = tuple(f for d in run for f in x.terms[d])
+            if j > start:
+                terms[start:j] = self.split(whole, shape[start:j])
+                sources[start:j] = [run] * (j - start)
+        return self.move(x, terms, sources)
+
+    def fresh(self, shape: Sequence[int], text: str | None, fact: Fact = None) -> Operand:
+        """A tensor that comes from nowhere; free to be thinned if ``text`` gives no reason against it."""
+        why = self.why(text) if text else None
+        return self.step([], [T.axis(n, why) for n in shape], (), lambda: fact)
+
+    def opaque(self, text: str, *also: Any) -> list[Operand | None]:
+        """Keep everything the call touches; the answer of operators that nobody described."""
+        for leaf in tree_leaves((self.node.args, dict(self.node.kwargs))):
+            if isinstance(leaf, Value):
+                self.fix(self.operands[leaf], None, text)
+        return [None if shape is None else self.fresh(shape, text) for shape in self.shapes]
+
+    # --- sizes --------------------------------------------------------------------------------------------------------
+
+    def resize(self, **sizes: Any) -> None:
+        """Name the arguments that state sizes; each is a term, or a list with terms in it."""
+        schema = self.node.op._schema.arguments  # type: ignore[attr-defined]
+        positions = {argument.name: i for i, argument in enumerate(schema)}
+        args, kwargs = list(self.node.args), dict(self.node.kwargs)
+        for name, value in sizes.items():
+            if positions[name] < len(args):
+                args[positions[name]] = value
+            elif name in kwargs:
+                kwargs[name] = value
+        self.rewrite(self.node.op, *args, **kwargs)
+
+    def rewrite(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """How to call the node once its tensors are thinner."""
+        self.tape.rewrites[self.node.index] = Rewrite(op, args, kwargs)
+
+    def counted(self, text: str) -> None:
+        """Say that the operator divides by a count of entries, so that thinner tensors need the rewritten one."""
+        self.tape.counted[self.node.index] = text

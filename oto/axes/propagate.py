@@ -1,0 +1,101 @@
+"""Apply the rules over a graph: what every dimension is made of, as a tape of steps."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import oto.axes.rules  # noqa: F401  registers the rules
+from oto._torch import tree_leaves, tree_map_only
+from oto.axes import terms as T
+from oto.axes.call import Call, Operand, Tape
+from oto.axes.registry import FIXED, find
+from oto.axes.terms import Reason, Term
+from oto.trace.graph import Graph, Node, Value
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Propagation:
+    """What every dimension of a graph is made of.
+
+    Attributes:
+        operands: The terms of every value.
+        unknown: Nodes whose operator has no rule; they keep all they touch.
+        coverage: Calls by answer: "rule", "fixed", "unknown".
+    """
+
+    graph: Graph
+    tape: Tape
+    operands: dict[Value, Operand]
+    unknown: list[Node] = field(default_factory=list)
+    coverage: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def terms(self, value: Value) -> tuple[Term, ...]:
+        return tuple(T.resolve(term) for term in self.operands[value].terms)
+
+
+def propagate(graph: Graph, strict: bool = False) -> Propagation:
+    """Relate all dimensions of ``graph``.
+
+    Every dimension of a parameter, buffer or constant starts as one axis. Dimensions of inputs and outputs are fixed.
+
+    Args:
+        strict: Raise when a rule fails, instead of keeping what it touches.
+    """
+    tape = Tape()
+    operands: dict[Value, Operand] = {}
+    coverage: dict[str, Counter[str]] = {"rule": Counter(), "fixed": Counter(), "unknown": Counter()}
+    found = Propagation(graph, tape, operands, coverage=coverage)
+    for leaf in graph.leaves:
+        operands[leaf.value] = tape.tensor([T.axis(n) for n in leaf.value.shape])
+    for value in graph.inputs:
+        operands[value] = tape.tensor([T.axis(n, Reason("it is a dimension of an input")) for n in value.shape])
+    for node in graph.nodes:
+        call = Call(node, tape, operands)
+        rule = find(node.op)
+        if rule is None:
+            found.unknown.append(node)
+            outputs = call.opaque(f"no rule for {node.op}")
+        else:
+            try:
+                outputs = _apply(call, rule, operands)
+            except Exception as failure:
+                if strict:
+                    raise
+                log.warning("the rule for %s does not fit this call: %r", node, failure)
+                found.unknown.append(node)
+                outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
+        answer = "unknown" if node in found.unknown[-1:] else "fixed" if _is_fixed(node.op) else "rule"
+        coverage[answer][str(node.op)] += 1
+        for value, operand in zip(node.outputs, outputs, strict=True):
+            if value is not None:
+                assert operand is not None
+                operands[value] = operand
+        for before, after in node.written:  # written to, but not returned: nothing is known of it any more
+            call.fix(operands[before], None, f"{node.op} writes to it")
+            operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
+    for value in graph.outputs:
+        for term in operands[value].terms:
+            T.fix(term, Reason("it is a dimension of an output"))
+    return found
+
+
+def _is_fixed(op: object) -> bool:
+    return op in FIXED or getattr(op, "overloadpacket", None) in FIXED
+
+
+def _apply(call: Call, rule: object, operands: Mapping[Value, Operand]) -> list[Operand | None]:
+    node = call.node
+    args, kwargs = tree_map_only(Value, operands.__getitem__, (node.args, dict(node.kwargs)))
+    result = rule(call, *args, **kwargs)  # type: ignore[operator]
+    outputs = [x if isinstance(x, Operand) else None for x in tree_leaves(result)]
+    assert len(outputs) == len(node.outputs), f"{len(outputs)} outputs described, {len(node.outputs)} returned"
+    for operand, shape in zip(outputs, call.shapes, strict=True):
+        assert (operand is None) == (shape is None) and (operand is None or operand.shape == shape), (
+            f"{operand and operand.shape} described, {shape} returned"
+        )
+    return outputs

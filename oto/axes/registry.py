@@ -1,0 +1,87 @@
+"""Every operator gets one of three answers: a rule, *fixed* on purpose with its reason, or *unknown*.
+
+Keys are ``torch.ops.aten`` objects. A packet (``aten.add``) stands for all its overloads and for its in-place variant;
+an overload (``aten.add.Tensor``) only for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
+from oto.axes.call import Call
+from oto.errors import DuplicateRuleError
+
+Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
+
+RULES: dict[Any, Rule] = {}
+FIXED: dict[Any, str] = {}
+
+
+def _variants(op: Any) -> list[Any]:
+    """An operator and its in-place twin: ``add`` and ``add_``."""
+    if not isinstance(op, OpOverloadPacket):
+        return [op]
+    twin = getattr(torch.ops.aten, f"{op.__name__}_", None)
+    return [op] if twin is None else [op, twin]
+
+
+def _claim(op: Any) -> None:
+    if op in RULES or op in FIXED:
+        raise DuplicateRuleError(
+            f"{op} has a rule already\n  in      {RULES[op].__module__ if op in RULES else 'fixed on purpose'}\n"
+            "  to fix  keep one of the two"
+        )
+
+
+def rule(*ops: Any) -> Callable[[R], R]:
+    """Register the decorated function as the rule of ``ops``.
+
+    It is called as ``rule(call, *args, **kwargs)`` with the operator's arguments, an ``Operand`` in place of each
+    tensor, and returns an ``Operand`` for each output.
+
+    Raises:
+        DuplicateRuleError: An operator has a rule already.
+    """
+
+    def register(function: R) -> R:
+        for op in ops:
+            for variant in _variants(op):
+                _claim(variant)
+                RULES[variant] = function
+        return function
+
+    return register
+
+
+def fixed(*ops: Any, why: str) -> None:
+    """Say that ``ops`` keep all they touch, on purpose.
+
+    Raises:
+        DuplicateRuleError: An operator has a rule already.
+    """
+
+    def keep(call: Call, *args: Any, **kwargs: Any) -> Any:
+        return call.opaque(why)
+
+    for op in ops:
+        for variant in _variants(op):
+            _claim(variant)
+            FIXED[variant] = why
+            RULES[variant] = keep
+
+
+def find(op: Any) -> Rule | None:
+    """The rule of an operator, or ``None`` if it is unknown."""
+    found = RULES.get(op)
+    if found is None and isinstance(op, OpOverload):
+        found = RULES.get(op.overloadpacket)
+    return found
+
+
+def known(op: Any) -> bool:
+    return find(op) is not None

@@ -1,0 +1,106 @@
+"""Look-ups: the dimension that is indexed stays, all others pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from oto.axes.call import Call, Fact, Operand, same
+from oto.axes.registry import fixed, rule
+from oto.trace.graph import write_through
+
+aten = torch.ops.aten
+PICKED = "its entries are picked by an index"
+
+
+def looked_up(index: Fact, x: Fact) -> Fact:
+    """What was looked up, whatever the index."""
+    return x
+
+
+@rule(aten.embedding)
+def embedding(call: Call, weight: Operand, indices: Operand, *rest: Any, **named: Any) -> Operand:
+    """weight (V, D), indices (*) -> (*, D)."""
+    call.fix(weight, [0], PICKED)
+    n = indices.ndim
+    routes = (tuple((d,) for d in range(n)), ((), (n,)))
+    return call.step([indices, weight], [*indices.terms, weight.terms[1]], routes, looked_up)
+
+
+@rule(aten.index_select)
+def index_select(call: Call, x: Operand, dim: int, index: Operand) -> Operand:
+    """Entries of ``dim`` in the order of an index vector."""
+    return _index(call, x, [None] * (dim % x.ndim) + [index])
+
+
+@rule(aten.index, aten._unsafe_index)
+def index(call: Call, x: Operand, indices: Sequence[Operand | None]) -> Operand:
+    """Advanced indexing: ``x[:, i, j]``. Tensors of indices are broadcast together."""
+    return _index(call, x, list(indices))
+
+
+def _index(call: Call, x: Operand, indices: list[Operand | None]) -> Operand:
+    indices += [None] * (x.ndim - len(indices))
+    picked = [d for d, i in enumerate(indices) if i is not None]
+    call.fix(x, picked, PICKED)
+    masks = any(v.dtype in (torch.bool, torch.uint8) for v in call.node.inputs() if v is not _first(call))
+    if masks:  # one mask stands for as many dimensions as it has
+        call.fix(x, None, "it is picked by a mask")
+        return call.fresh(call.shape, "it is picked by a mask")
+    shape = torch.broadcast_shapes(*(i.shape for i in indices if i is not None))
+    start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
+    kept = [d for d in range(x.ndim) if d not in picked]
+    lead = [d for d in kept if d < start]
+    order: list[int | None] = [*lead, *[None] * len(shape), *(d for d in kept if d not in lead)]
+    why = "it was picked by an index"
+    sizes = iter(shape)
+    terms = [call.fixed(next(sizes), why) if d is None else x.terms[d] for d in order]
+    # the indices themselves must keep their places
+    for i in indices:
+        if i is not None:
+            call.fix(i, None, "it is an index")
+    given = [i for i in indices if i is not None]
+    routes = (*(tuple(() for _ in i.shape) for i in given), tuple((order.index(d),) if d in kept else () for d in range(x.ndim)))
+    return call.step([*given, x], terms, routes, lambda *facts: facts[-1])
+
+
+def _first(call: Call) -> Any:
+    return next(call.node.inputs())
+
+
+@rule(aten.gather)
+def gather(call: Call, x: Operand, dim: int, index: Operand, **named: Any) -> Operand:
+    """Each entry of the result names its own place in ``dim``."""
+    call.fix(x, None, PICKED)
+    call.fix(index, None, "it is an index")
+    return call.fresh(call.shape, PICKED)
+
+
+@rule(aten.one_hot)
+def one_hot(call: Call, x: Operand, classes: int = -1) -> Operand:
+    """A new dimension, indexed by value."""
+    terms = [*x.terms, call.fixed(call.shape[-1], "it is indexed by value")]
+    return call.move(x, terms, [*((d,) for d in range(x.ndim)), ()], lambda fact: None)
+
+
+@rule(write_through)
+def written(call: Call, alias: Operand, source: Operand) -> Operand:
+    """What a tensor holds after another that shares its memory was written: what both agree on."""
+    routes = tuple((d,) for d in range(alias.ndim))
+    everywhere = tuple(range(alias.ndim))
+    return call.step(
+        [alias, source], alias.terms, (routes, tuple(everywhere for _ in source.shape)), same
+    )  # fmt: skip
+
+
+fixed(
+    aten.nonzero, aten.masked_select, aten.unique_consecutive, aten._unique2, aten.bincount, aten.searchsorted,
+    aten.bucketize, why="its size or its entries depend on values",
+)  # fmt: skip
+fixed(
+    aten.index_put, aten.index_add, aten.index_copy, aten.index_fill, aten.scatter, aten.scatter_add,
+    aten.scatter_reduce, aten.masked_scatter, aten.select_scatter, aten.slice_scatter, aten.diagonal_scatter,
+    aten.take, aten.take_along_dim, why="entries are written or read by index",
+)  # fmt: skip

@@ -1,0 +1,113 @@
+"""Products. A letter names a dimension, the same letter twice is one dimension, a letter missing on the right is
+summed over."""
+
+from __future__ import annotations
+
+from string import ascii_uppercase
+from typing import Any
+
+import torch
+
+from oto.axes.call import Call, Operand, zero
+from oto.axes.registry import rule
+
+aten = torch.ops.aten
+
+
+def letters(n: int) -> str:
+    """Letters for ``n`` dimensions that pass through; lower case is left to the rules."""
+    return ascii_uppercase[:n]
+
+
+@rule(aten.linear)
+def linear(call: Call, x: Operand, weight: Operand, bias: Operand | None = None) -> Operand:
+    """x (*, I), weight (O, I), bias (O,) -> (*, O)."""
+    lead = letters(x.ndim - 1)
+    out = "o" if weight.ndim == 2 else ""
+    y = call.contract(f"{lead}i,{out}i->{lead}{out}", x, weight)
+    return y if bias is None else call.map(zero, y, bias)
+
+
+@rule(aten.mm)
+def mm(call: Call, a: Operand, b: Operand) -> Operand:
+    """(M, K), (K, N) -> (M, N)."""
+    return call.contract("mk,kn->mn", a, b)
+
+
+@rule(aten.bmm)
+def bmm(call: Call, a: Operand, b: Operand) -> Operand:
+    """(B, M, K), (B, K, N) -> (B, M, N)."""
+    return call.contract("bmk,bkn->bmn", a, b)
+
+
+@rule(aten.mv)
+def mv(call: Call, a: Operand, b: Operand) -> Operand:
+    """(M, K), (K,) -> (M,)."""
+    return call.contract("mk,k->m", a, b)
+
+
+@rule(aten.dot)
+def dot(call: Call, a: Operand, b: Operand) -> Operand:
+    """(K,), (K,) -> ()."""
+    return call.contract("k,k->", a, b)
+
+
+@rule(aten.outer, aten.ger)
+def outer(call: Call, a: Operand, b: Operand) -> Operand:
+    """(M,), (N,) -> (M, N)."""
+    return call.contract("m,n->mn", a, b)
+
+
+def _plus(call: Call, bias: Operand, product: Operand, beta: float) -> Operand:
+    return call.map(zero, product, bias) if beta != 0 else product
+
+
+@rule(aten.addmm)
+def addmm(call: Call, bias: Operand, a: Operand, b: Operand, *, beta: float = 1, alpha: float = 1) -> Operand:
+    """beta * bias + alpha * (M, K) @ (K, N)."""
+    return _plus(call, bias, mm(call, a, b), beta)
+
+
+@rule(aten.addmv)
+def addmv(call: Call, bias: Operand, a: Operand, b: Operand, *, beta: float = 1, alpha: float = 1) -> Operand:
+    """beta * bias + alpha * (M, K) @ (K,)."""
+    return _plus(call, bias, mv(call, a, b), beta)
+
+
+@rule(aten.baddbmm)
+def baddbmm(call: Call, bias: Operand, a: Operand, b: Operand, *, beta: float = 1, alpha: float = 1) -> Operand:
+    """beta * bias + alpha * (B, M, K) @ (B, K, N)."""
+    return _plus(call, bias, bmm(call, a, b), beta)
+
+
+@rule(aten.matmul)
+def matmul(call: Call, a: Operand, b: Operand) -> Operand:
+    """(*, M, K), (*, K, N) -> (*, M, N), leading dimensions broadcast; a vector lacks its M or N."""
+    lead = max(a.ndim, b.ndim, 2) - 2
+    names = letters(lead)
+    left = names[lead - max(a.ndim - 2, 0) :] + ("m" if a.ndim > 1 else "") + "k"
+    right = names[lead - max(b.ndim - 2, 0) :] + "k" + ("n" if b.ndim > 1 else "")
+    out = names + ("m" if a.ndim > 1 else "") + ("n" if b.ndim > 1 else "")
+    return call.contract(f"{left},{right}->{out}", a, b)
+
+
+@rule(aten.einsum)
+def einsum(call: Call, equation: str, xs: list[Operand], *, path: Any = None) -> Operand:
+    """Any number of operands; ``...`` is any number of dimensions that pass through."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    specs = left.split(",")
+    used = set(equation)
+    spare = [c for c in map(chr, range(0x391, 0x3E9)) if c not in used]  # for the dots: letters nobody uses
+    dots = max((x.ndim - len(s.replace("...", "")) for s, x in zip(specs, xs, strict=True) if "..." in s), default=0)
+    if not arrow:
+        names = sorted({c for s in specs for c in s.replace("...", "")})
+        right = "..." * ("..." in left) + "".join(c for c in names if left.count(c) == 1)
+
+    def spell(spec: str, n: int) -> str:
+        return spec.replace("...", "".join(spare[dots - n : dots]))
+
+    full = [spell(s, x.ndim - len(s.replace("...", ""))) for s, x in zip(specs, xs, strict=True)]
+    for s, x in zip(full, xs, strict=True):
+        for c in {c for c in s if s.count(c) > 1}:  # a diagonal
+            call.fix(x, [d for d, letter in enumerate(s) if letter == c], "einsum takes its diagonal")
+    return call.contract(f"{','.join(full)}->{spell(right, dots)}", *xs)

@@ -1,0 +1,157 @@
+"""Normalizations.
+
+Batch and instance norm treat each channel by itself. Layer, RMS and group norm divide by a count of entries: removing
+one that is zero is exact if the divisor stays the full count, so the thinner call is one of ``oto.nn.functional``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from oto.axes.call import Call, Fact, Operand, Size, anything, product
+from oto.axes.registry import rule
+from oto.nn import functional as counted
+
+aten = torch.ops.aten
+
+
+def _scaled(*facts: Fact) -> Fact:
+    """norm(x)·weight + bias at a zero weight is the bias, whatever x is."""
+    _, weight, bias = facts
+    return bias if weight is not None and weight == 0 else None
+
+
+def _scaled_plain(*facts: Fact) -> Fact:
+    _, weight = facts
+    return 0.0 if weight is not None and weight == 0 else None
+
+
+def _affine(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, dim: int | None) -> Operand:
+    """norm(x)·weight + bias; the two lie along ``dim``, or along the last dimensions if it is ``None``."""
+    if weight is None:
+        return x if bias is None else call.map(anything, x, bias)
+    if dim is not None:
+        column = (-1, *[1] * (x.ndim - dim - 1))
+        weight = call.view(weight, (weight.shape[0], *column[1:]))
+        bias = None if bias is None else call.view(bias, (bias.shape[0], *column[1:]))
+    return call.map(_scaled_plain, x, weight) if bias is None else call.map(_scaled, x, weight, bias)
+
+
+def _by_channel(call: Call, x: Operand, weight: Operand | None, bias: Operand | None,
+                mean: Operand | None, var: Operand | None, centred: bool) -> Operand:  # fmt: skip
+    for statistic in (mean, var):
+        if statistic is not None:
+            call.unify(x.terms[1], statistic.terms[0])
+    # without running statistics a constant channel is its own mean, so it becomes zero
+    y = call.map((lambda f: None if f is None else 0.0) if centred else anything, x)
+    return _affine(call, y, weight, bias, 1)
+
+
+@rule(aten.batch_norm, aten.cudnn_batch_norm)
+def batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, running_mean: Operand | None,
+               running_var: Operand | None, *rest: object) -> Operand:  # fmt: skip
+    """x (N, C, *), the others (C,)."""
+    return _by_channel(call, x, weight, bias, running_mean, running_var, running_mean is None)
+
+
+@rule(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training)
+def native_batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, mean: Operand | None = None,
+                      var: Operand | None = None, *rest: object) -> list[Operand]:  # fmt: skip
+    """As batch_norm, with the batch statistics as further outputs (C,) or empty."""
+    tensors = [t if isinstance(t, Operand) else None for t in (mean, var)]
+    y = _by_channel(call, x, weight, bias, *tensors, centred=False)
+    saved = [
+        call.move(x, [x.terms[1]], [(1,)], anything) if shape == (x.shape[1],) else call.fresh(shape or (), None)
+        for shape in call.shapes[1:]
+    ]
+    return [y, *saved]
+
+
+@rule(aten.instance_norm)
+def instance_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, running_mean: Operand | None,
+                  running_var: Operand | None, use_input_stats: bool, *rest: object) -> Operand:  # fmt: skip
+    """x (N, C, *), the others (C,); statistics over *."""
+    call.fix(x, range(2, x.ndim), "a norm takes statistics along it")
+    return _by_channel(call, x, weight, bias, running_mean, running_var, use_input_stats)
+
+
+def _layer(call: Call, x: Operand, shape: Sequence[int], weight: Operand | None, bias: Operand | None, eps: object,
+           centred: bool) -> Operand:  # fmt: skip
+    n = len(shape)
+    dims = range(x.ndim - n, x.ndim)
+    if n > 1:
+        call.fix(x, dims, "a norm over several dimensions takes statistics along it")
+    call.reduce(x, dims)
+    if centred:
+        y = _affine(call, call.map(anything, x), weight, bias, None)
+    else:  # x·rms(x)·weight: a zero on either side is a zero
+        y = call.identity(x) if weight is None else call.map(product, x, weight)
+    sizes = [Size(x.terms[d]) for d in dims]
+    v = call.node.args
+    call.counted("a norm divides by the number of entries")
+    kwargs = dict(zip(("weight", "bias", "eps") if centred else ("weight", "eps"), v[2:], strict=False))
+    kwargs |= {k: a for k, a in call.node.kwargs.items() if k in ("weight", "bias", "eps")}
+    function = counted.layer_norm if centred else counted.rms_norm
+    call.rewrite(function, v[0], sizes, full=list(shape), **kwargs)
+    return y
+
+
+@rule(aten.layer_norm)
+def layer_norm(call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None = None,
+               bias: Operand | None = None, eps: float = 1e-5, cudnn_enable: bool = True) -> Operand:  # fmt: skip
+    """x (*, D), weight and bias (D,); statistics over D, divided by the full D."""
+    return _layer(call, x, normalized_shape, weight, bias, eps, True)
+
+
+@rule(aten.native_layer_norm)
+def native_layer_norm(call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None,
+                      bias: Operand | None, eps: float) -> list[Operand]:  # fmt: skip
+    """As layer_norm, with mean and rstd as further outputs; the thinner call cannot state the divisor."""
+    call.fix(x, range(x.ndim - len(normalized_shape), x.ndim), "native_layer_norm divides by the number of entries")
+    y = _affine(call, call.map(anything, x), weight, bias, None)
+    stats = call.reduce(x, range(x.ndim - len(normalized_shape), x.ndim), keepdim=True, fact=anything)
+    return [y, stats, call.identity(stats)]
+
+
+@rule(aten.rms_norm)
+def rms_norm(call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None = None,
+             eps: float | None = None) -> Operand:  # fmt: skip
+    """x (*, D), weight (D,); mean square over D, divided by the full D."""
+    return _layer(call, x, normalized_shape, weight, None, eps, False)
+
+
+@rule(aten.group_norm)
+def group_norm(call: Call, x: Operand, num_groups: int, weight: Operand | None = None, bias: Operand | None = None,
+               eps: float = 1e-5, cudnn_enabled: bool = True) -> Operand:  # fmt: skip
+    """x (N, G·I, *), weight and bias (G·I,); statistics over I and *, divided by the full I.
+
+    Whole groups may go, and an entry of I in every group at once.
+    """
+    call.fix(x, range(2, x.ndim), "a norm takes statistics along it")
+    grouped = call.view(x, (x.shape[0], num_groups, x.shape[1] // num_groups, *x.shape[2:]))
+    call.reduce(grouped, range(2, grouped.ndim))
+    y = _affine(call, call.map(anything, x), weight, bias, 1)
+    call.counted("a norm divides by the number of entries")
+    names = ("weight", "bias", "eps")
+    kwargs = dict(zip(names, call.node.args[2:], strict=False))
+    kwargs |= {k: a for k, a in call.node.kwargs.items() if k in names}
+    call.rewrite(
+        counted.group_norm, call.node.args[0], Size(grouped.terms[1]), full=grouped.shape[2],
+        **kwargs, width=Size(grouped.terms[2]),
+    )  # fmt: skip
+    return y
+
+
+@rule(aten.native_group_norm)
+def native_group_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, n: int, c: int, size: int,
+                      groups: int, eps: float) -> list[Operand]:  # fmt: skip
+    """As group_norm, with mean and rstd (N, G) as further outputs."""
+    grouped = call.view(x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
+    call.fix(grouped, range(2, grouped.ndim), "native_group_norm divides by the number of entries")
+    y = _affine(call, call.map(anything, x), weight, bias, 1)
+    stats = call.reduce(grouped, range(2, grouped.ndim), fact=anything)
+    call.resize(C=Size(x.terms[1]), group=Size(grouped.terms[1]))
+    return [y, stats, call.identity(stats)]
+

@@ -1,0 +1,182 @@
+"""Operators that work entry by entry.
+
+What a removed entry holds is found by running the operator on it: relu(0) = 0, sigmoid(0) = 1/2. A product needs one
+zero only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from oto._torch import tree_leaves
+from oto.axes.call import Call, Fact, Operand, anything, evaluated, product, same
+from oto.axes.registry import fixed, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.abs, aten.absolute, aten.neg, aten.negative, aten.exp, aten.exp2, aten.expm1, aten.log, aten.log2, aten.log10,
+    aten.log1p, aten.sqrt, aten.rsqrt, aten.square, aten.sin, aten.cos, aten.tan, aten.asin, aten.acos, aten.atan,
+    aten.sinh, aten.cosh, aten.tanh, aten.asinh, aten.acosh, aten.atanh, aten.sigmoid, aten.relu, aten.relu6,
+    aten.hardtanh, aten.hardsigmoid, aten.hardswish, aten.silu, aten.mish, aten.gelu, aten.elu, aten.selu, aten.celu,
+    aten.leaky_relu, aten.softplus, aten.log_sigmoid, aten.threshold, aten.hardshrink, aten.softshrink,
+    aten.erf, aten.erfc, aten.erfinv, aten.ceil, aten.floor, aten.round, aten.trunc, aten.fix, aten.frac, aten.sign,
+    aten.sgn, aten.signbit, aten.reciprocal, aten.clamp, aten.clip, aten.clamp_min, aten.clamp_max, aten.nan_to_num,
+    aten.logical_not, aten.bitwise_not, aten.isnan, aten.isinf, aten.isfinite, aten.isneginf, aten.isposinf, aten.logit,
+    aten.sinc, aten.special_expit, aten.deg2rad, aten.rad2deg, aten.lgamma, aten.digamma, aten.i0,
+    aten.add, aten.sub, aten.subtract, aten.rsub, aten.pow, aten.float_power, aten.remainder, aten.fmod,
+    aten.floor_divide, aten.atan2, aten.arctan2, aten.maximum, aten.minimum, aten.fmax, aten.fmin, aten.hypot,
+    aten.copysign, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge,
+    aten.greater, aten.greater_equal, aten.less, aten.less_equal, aten.not_equal,
+    aten.logical_and, aten.logical_or, aten.logical_xor, aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor,
+    aten.__and__, aten.__or__, aten.__xor__, aten.lerp, aten.logaddexp, aten.heaviside,
+    aten.max.other, aten.min.other,
+)  # fmt: skip
+def pointwise(call: Call, *args: Any, **kwargs: Any) -> Operand:
+    """Any number of tensors and numbers, broadcast."""
+    xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
+    return call.map(evaluated(call.node.op, args, kwargs), *xs)
+
+
+def _operands(*xs: Any) -> list[Operand]:
+    return [x for x in xs if isinstance(x, Operand)]
+
+
+@rule(aten.mul, aten.multiply)
+def mul(call: Call, a: Operand, b: Any) -> Operand:
+    """0·x = 0."""
+    value = evaluated(call.node.op, (a, b), {})
+
+    def fact(*facts: Fact) -> Fact:
+        return 0.0 if product(*facts) == 0 else value(*facts)
+
+    return call.map(fact, *_operands(a, b))
+
+
+@rule(aten.div, aten.divide, aten.true_divide)
+def div(call: Call, a: Operand, b: Any, *, rounding_mode: str | None = None) -> Operand:
+    """0/x = 0."""
+    value = evaluated(call.node.op, (a, b), {"rounding_mode": rounding_mode} if rounding_mode else {})
+
+    def fact(*facts: Fact) -> Fact:
+        return 0.0 if facts[0] is not None and facts[0] == 0 else value(*facts)
+
+    return call.map(fact, *_operands(a, b))
+
+
+@rule(aten.addcmul, aten.addcdiv)
+def addcmul(call: Call, x: Operand, a: Operand, b: Operand, *, value: float = 1) -> Operand:
+    """x + value·a·b, or x + value·a/b."""
+    divides = "div" in str(call.node.op)
+
+    def fact(*facts: Fact) -> Fact:
+        x, a, b = facts
+        return 0.0 if x == 0 and x is not None and product(a, None if divides else b) == 0 else None
+
+    return call.map(fact, x, a, b)
+
+
+@rule(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+def where(call: Call, condition: Operand, x: Any, y: Any) -> Operand:
+    """Known where both agree, or where the condition is known."""
+    values = [v for v in (x, y) if isinstance(v, Operand)]
+
+    def fact(*facts: Fact) -> Fact:
+        rest = iter(facts[1:])
+        a, b = (next(rest) if isinstance(v, Operand) else v for v in (x, y))
+        return same(a, b) if facts[0] is None else (a if facts[0] else b)
+
+    return call.map(fact, condition, *values)
+
+
+@rule(aten.masked_fill)
+def masked_fill(call: Call, x: Operand, mask: Operand, value: Any) -> Operand:
+    """Known where the fill is what was there."""
+    if isinstance(value, Operand):
+        return call.map(lambda f, m, v: same(f, v), x, mask, value)
+    return call.map(lambda f, m: same(f, value), x, mask)
+
+
+@rule(aten.prelu, aten._prelu_kernel)
+def prelu(call: Call, x: Operand, weight: Operand) -> Operand:
+    """x (N, C, *), weight (C,) or (1,): a zero stays a zero, whatever the slope."""
+    if weight.ndim == 1 and x.ndim > 1:
+        weight = call.view(weight, (weight.shape[0], *[1] * (x.ndim - 2)))
+    return call.map(lambda f, w: 0.0 if f is not None and f == 0 else None, x, weight)
+
+
+@rule(aten.glu)
+def glu(call: Call, x: Operand, dim: int = -1) -> Operand:
+    """The first half times the sigmoid of the second: entry i of both go together."""
+    half = x.shape[dim] // 2
+    dims = [(d,) for d in range(x.ndim)]
+
+    def part(term: Any) -> Operand:
+        terms = list(x.terms)
+        terms[dim] = term
+        return call.move(x, terms, dims)
+
+    first, second = call.cut(x.terms[dim], [half, half])
+    return call.map(lambda a, b: product(a), part(first), part(second))
+
+
+@rule(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
+def dropout(call: Call, x: Operand, p: float, train: bool) -> Operand:
+    """Zeros stay zeros; in training a removed entry would shift the random numbers of the others."""
+    return call.identity(x) if not train else call.map(product, x)
+
+
+@rule(aten.rrelu)
+def rrelu(call: Call, x: Operand, *rest: Any) -> Operand:
+    """Zero stays zero, whatever slope was drawn."""
+    return call.map(product, x)
+
+
+@rule(
+    aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh, aten.lift_fresh_copy, aten.lift,
+    aten.positive, aten.conj, aten.resolve_conj, aten.resolve_neg, aten.real, aten._conj, aten.data,
+    aten.pin_memory, aten.view_as_real_copy,
+)  # fmt: skip
+def identity(call: Call, x: Operand, *rest: Any, **named: Any) -> Operand:
+    """The same entries."""
+    return call.identity(x)
+
+
+def _cast(fact: Fact) -> Fact:
+    """Whole numbers survive every cast."""
+    return fact if fact is not None and fact in (0, 1) else None
+
+
+@rule(aten.to, aten._to_copy, aten.type_as, aten.cpu, aten.cuda, aten._cast_Float, aten.view.dtype)
+def cast(call: Call, x: Operand, *rest: Any, **named: Any) -> Operand:
+    """The same entries in another dtype or on another device; a view of the bits under a dtype of the same width."""
+    if "view" in str(call.node.op):
+        if call.shape != x.shape:
+            call.fix(x, None, "its bytes are read under another width")
+            return call.fresh(call.shape, "bytes read under another width")
+        return call.map(lambda f: 0.0 if f is not None and f == 0 else None, x)
+    return call.map(_cast, x)
+
+
+@rule(aten.copy)
+def copy(call: Call, x: Operand, source: Operand, non_blocking: bool = False) -> Operand:
+    """Every entry is overwritten, with broadcasting."""
+    return call.map(lambda old, new: _cast(new), x, source)
+
+
+@rule(aten.fill, aten.zero)
+def fill(call: Call, x: Operand, value: Any = 0) -> Operand:
+    """Every entry is overwritten by one number."""
+    if isinstance(value, Operand):
+        return call.map(lambda old, new: new, x, value)
+    return call.map(lambda old: value, x)
+
+
+fixed(
+    aten.bernoulli, aten.rand_like, aten.randn_like, aten.randint_like, aten.multinomial, aten.normal, aten.uniform,
+    aten.exponential, aten.random, aten.native_dropout,
+    why="random numbers are drawn entry by entry",
+)  # fmt: skip

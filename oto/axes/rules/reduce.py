@@ -1,0 +1,125 @@
+"""Reductions. A sum does not miss zeros; a mean does not either if it still divides by the full count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from oto.axes.call import Call, Fact, Operand, Size, anything, same, zero
+from oto.axes.registry import rule
+from oto.nn import functional as counted
+
+aten = torch.ops.aten
+
+
+def _dims(x: Operand, dim: Any) -> list[int]:
+    if dim is None or (isinstance(dim, Sequence) and not dim):
+        return list(range(x.ndim))
+    return [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)] if x.ndim else []
+
+
+@rule(aten.sum)
+def total(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+    """A zero adds nothing."""
+    return call.reduce(x, _dims(x, dim), keepdim)
+
+
+@rule(aten.mean)
+def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+    """A zero adds nothing to the sum, and the divisor stays the full count."""
+    dims = _dims(x, dim)
+    call.counted("a mean divides by the number of entries")
+    call.rewrite(
+        counted.mean, call.node.args[0], dims, keepdim, full=[x.shape[d] for d in dims],
+        sizes=[Size(x.terms[d]) for d in dims], dtype=dtype,
+    )  # fmt: skip
+    return call.reduce(x, dims, keepdim, same)
+
+
+@rule(aten.linalg_vector_norm)
+def vector_norm(call: Call, x: Operand, ord: float = 2, dim: Any = None, keepdim: bool = False, *,
+                dtype: Any = None) -> Operand:  # fmt: skip
+    """A zero adds nothing to a norm of positive finite order."""
+    if not 0 < ord < float("inf"):
+        call.fix(x, _dims(x, dim), "a norm of this order sees every entry")
+    return call.reduce(x, _dims(x, dim), keepdim, zero)
+
+
+@rule(aten.norm)
+def norm(call: Call, x: Operand, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
+    """The older spelling of a vector norm."""
+    return vector_norm(call, x, 2 if p is None else p, dim, keepdim)
+
+
+def _over(call: Call, x: Operand, dim: Any, keepdim: bool, text: str, fact: Any) -> list[Operand]:
+    dims = _dims(x, dim)
+    call.fix(x, dims, text)
+    return [call.reduce(x, dims, keepdim, fact if i == 0 else anything) for i, _ in enumerate(call.shapes)]
+
+
+@rule(
+    aten.amax, aten.amin, aten.max.default, aten.min.default, aten.max.dim, aten.min.dim, aten.median, aten.nanmedian,
+    aten.mode,
+)
+def extreme(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
+    """A zero may be the largest entry, so none along the reduced dimensions may go."""
+    return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", same)
+
+
+@rule(aten.argmax, aten.argmin, aten.prod, aten.any, aten.all, aten.logsumexp, aten.count_nonzero, aten.nansum,
+      aten.nanmean)  # fmt: skip
+def selective(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
+    """What they give depends on entries that are zero too."""
+    return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", anything)
+
+
+@rule(aten.std, aten.var, aten.std_mean, aten.var_mean)
+def spread(call: Call, x: Operand, dim: Any = None, *rest: Any, keepdim: bool = False, **named: Any) -> Any:
+    """A variance divides by the number of entries, and its thinner form would need another operator."""
+    if isinstance(dim, bool):  # the overload without dimensions: (x, unbiased)
+        dim = None
+    if rest and isinstance(rest[-1], bool) and len(rest) > 1:
+        keepdim = rest[-1]
+    return _over(call, x, dim, keepdim, f"{_name(call)} divides by the number of entries", zero_if_known)
+
+
+def zero_if_known(fact: Fact) -> Fact:
+    """Entries that are all equal do not vary."""
+    return None
+
+
+@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin, aten.flip, aten.sort, aten.argsort,
+      aten.msort)  # fmt: skip
+def along(call: Call, x: Operand, dim: Any = -1, *rest: Any, **named: Any) -> Any:
+    """Each entry along ``dim`` depends on its place among the others."""
+    if isinstance(dim, bool):  # sort.stable passes flags by name, argsort's older overload by position
+        dim = rest[0] if rest else -1
+    call.fix(x, _dims(x, dim), f"{_name(call)} depends on the place of every entry")
+    return [call.map(anything if i else _order(call), x) for i, _ in enumerate(call.shapes)]
+
+
+def _order(call: Call) -> Any:
+    return same if _name(call) in ("flip", "sort", "msort") else zero if _name(call) == "cumsum" else anything
+
+
+@rule(aten.topk, aten.kthvalue)
+def topk(call: Call, x: Operand, k: int, dim: int = -1, *rest: Any, **named: Any) -> Any:
+    """The k largest entries along ``dim``."""
+    call.fix(x, [dim] if x.ndim else [], f"{_name(call)} looks at every entry")
+    outs = []
+    for i, shape in enumerate(call.shapes):
+        assert shape is not None
+        kept = len(shape) == x.ndim
+        places = [d for d in range(x.ndim) if kept or d != dim % x.ndim]
+        terms = [
+            call.fixed(shape[j], "it was selected by value") if d == dim % x.ndim else x.terms[d]
+            for j, d in enumerate(places)
+        ]
+        outs.append(call.move(x, terms, [(d,) for d in places], anything if i else same))
+    return outs
+
+
+def _name(call: Call) -> str:
+    return str(call.node.op).split(".")[1]

@@ -1,0 +1,83 @@
+"""Errors a user can put right: where, what, consequence, remedy.
+
+Each class has one cause. Internal mistakes stay ``AssertionError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class OTOError(Exception):
+    """Base of every error that ``oto`` raises on purpose."""
+
+
+class TraceError(OTOError):
+    """The model could not be run on the example input, so there is no graph to analyse."""
+
+
+class DummyInputError(TraceError, TypeError):
+    """The example input is not a tensor, a tuple of positional arguments or a dict of keyword arguments."""
+
+
+class UnknownParameterError(OTOError, KeyError):
+    """A name or pattern matches no parameter of the model."""
+
+    def __str__(self) -> str:  # KeyError would show the repr, with escaped newlines
+        return str(self.args[0]) if self.args else ""
+
+
+class NothingPrunableError(OTOError):
+    """No node group of the model may lose an entry."""
+
+
+class TargetError(OTOError, ValueError):
+    """The asked sparsity or schedule cannot be reached."""
+
+
+class NonFiniteParameterError(OTOError, ValueError):
+    """A parameter holds NaN or infinity, so no zero can be trusted."""
+
+
+class EmitterError(OTOError):
+    """An emitter cannot express the slim model; the message says which part and why."""
+
+
+class VerificationError(OTOError):
+    """The slim model does not compute what the zeroed model computes. Nothing was written."""
+
+
+class ArtefactError(OTOError):
+    """The saved artefact cannot be written or read."""
+
+
+class DamagedArtefactError(ArtefactError):
+    """A file of the artefact is missing, cut short or does not match its hash."""
+
+
+class ArtefactVersionError(ArtefactError):
+    """The artefact was written by an unknown version of the format."""
+
+
+class ClassChangedError(ArtefactError):
+    """The class given to ``load_subnet`` is not the one that was saved."""
+
+
+class DuplicateRuleError(OTOError):
+    """An operator has two rules."""
+
+
+class UnknownOpWarning(UserWarning):
+    """An operator without a rule kept its channels whole."""
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """Join names for a message, cut after ``limit`` with a count.
+
+    >>> some(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    names = list(names)
+    if len(names) <= limit:
+        return ", ".join(names)
+    return f"{', '.join(names[:limit])} and {len(names) - limit} more"

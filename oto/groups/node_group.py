@@ -1,0 +1,72 @@
+"""Node groups: one axis of the network with every parameter slice it names.
+
+An *atom* is one entry of the axis. A *zero-invariant group* (ZIG) is one atom of a prunable node group: zero the
+entries of its ``zeros`` slices, and the network computes what it would compute without the atom (OTO v1, section 3;
+OTOv2, section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One step into a dimension: see it as ``(before, middle, after)`` and take ``length`` of the middle."""
+
+    before: int
+    middle: int
+    after: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the atoms of a node group lie in one dimension of one parameter.
+
+    The dimension may be a product (heads × width) or a sum (concatenated branches), so the atoms are reached by a few
+    strided views and never by a list of indices.
+    """
+
+    parameter: str
+    dim: int
+    cuts: tuple[Cut, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view of ``tensor`` that holds the group's entries, shape ``(size, *rest)``; row ``a`` is atom ``a``."""
+        dim = self.dim
+        for cut in self.cuts:
+            if cut.before != 1 or cut.after != 1:
+                tensor = tensor.unflatten(dim, (cut.before, cut.middle, cut.after))
+                dim += 1
+            if cut.length != cut.middle:
+                tensor = tensor.narrow(dim, cut.offset, cut.length)
+        return tensor.movedim(dim, 0)
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """One axis of the network and all that names it.
+
+    Attributes:
+        name: Unique, stable for the same model: the first parameter slice it names.
+        size: Number of atoms.
+        slices: Every slice that disappears with an atom.
+        zeros: The slices that must be zero for the removal to be exact; a subset of ``slices``.
+        reason: Why the group stays whole; ``None`` if it is prunable.
+        min_kept: Least number of atoms to keep.
+    """
+
+    name: str
+    size: int
+    slices: tuple[Slice, ...]
+    zeros: tuple[Slice, ...] = ()
+    reason: str | None = None
+    min_kept: int = 1
+
+    @property
+    def prunable(self) -> bool:
+        return self.reason is None

@@ -1,0 +1,69 @@
+"""Operators that divide by a count, with the count stated.
+
+A removed entry was zero: it added nothing to the sum, but it was counted. These functions take the thinner tensors and
+divide by ``full``, the number of entries there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence[int], sizes: Sequence[int],
+         dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """``x.mean(dim)`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``."""
+    y = x.mean(dim, keepdim=keepdim, dtype=dtype)
+    return y * (prod(sizes) / prod(full))
+
+
+def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+               eps: float = 1e-5, *, full: Sequence[int]) -> Tensor:  # fmt: skip
+    """Layer norm over a last dimension that had ``full`` entries, all but those present zero.
+
+    With k of D entries present, mean = Σx / D and var = (Σ(x − mean)² + (D − k)·mean²) / D.
+    """
+    (k,), (d,) = normalized_shape, full
+    work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    centre = work.sum(-1, keepdim=True) / d
+    centred = work - centre
+    var = (centred.square().sum(-1, keepdim=True) + (d - k) * centre.square()) / d
+    y = (centred * torch.rsqrt(var + eps)).to(x.dtype)
+    if weight is not None:
+        y = y * weight
+    return y if bias is None else y + bias
+
+
+def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None, *,
+             full: Sequence[int]) -> Tensor:  # fmt: skip
+    """RMS norm over dimensions that had ``full`` entries, all but those present zero.
+
+    Σx²/D = (k/D)·Σx²/k, so x / √(Σx²/D + eps) = √(D/k) · x / √(Σx²/k + eps·D/k).
+    """
+    ratio = prod(full) / prod(normalized_shape)
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    return F.rms_norm(x, list(normalized_shape), weight, eps * ratio) * ratio**0.5
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+               eps: float = 1e-5, *, full: int, width: int) -> Tensor:  # fmt: skip
+    """Group norm with ``width`` channels left of the ``full`` that each group had."""
+    if width == full:
+        return F.group_norm(x, num_groups, weight, bias, eps)
+    grouped = x.reshape(x.shape[0], num_groups, width, -1)
+    positions = grouped.shape[-1]
+    d, k = full * positions, width * positions
+    work = grouped.float() if x.dtype in (torch.float16, torch.bfloat16) else grouped
+    centre = work.sum((2, 3), keepdim=True) / d
+    centred = work - centre
+    var = (centred.square().sum((2, 3), keepdim=True) + (d - k) * centre.square()) / d
+    y = (centred * torch.rsqrt(var + eps)).to(x.dtype).reshape(x.shape)
+    column = (-1, *[1] * (x.ndim - 2))
+    if weight is not None:
+        y = y * weight.reshape(column)
+    return y if bias is None else y + bias.reshape(column)

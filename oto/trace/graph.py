@@ -1,0 +1,213 @@
+"""The traced model: one flat list of ATen calls.
+
+Both ways of tracing (``record`` and ``export``) fill the same :class:`Graph` through a :class:`GraphBuilder`, which
+turns in-place operators into plain ones: a write gives its target a new value, and every other tensor that shares the
+memory gets one through a :func:`write_through` node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from oto._torch import tree_leaves, tree_map_only
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Value:
+    """One tensor of the graph, written once."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __repr__(self) -> str:
+        return f"%{self.index}{list(self.shape)}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Node:
+    """One ATen call.
+
+    Attributes:
+        args, kwargs: As they were passed, with a :class:`Value` in place of each tensor.
+        outputs: The tensors it returns, flattened; ``None`` where it returned no tensor.
+        written: New values of arguments it wrote into and did not return.
+        module: Path of the innermost module, ``""`` for the model itself.
+        source: ``file:line`` of the innermost frame outside torch.
+    """
+
+    index: int
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Value | None, ...]
+    written: tuple[tuple[Value, Value], ...]
+    module: str
+    source: str
+
+    def inputs(self) -> Iterator[Value]:
+        for leaf in tree_leaves((self.args, dict(self.kwargs))):
+            if isinstance(leaf, Value):
+                yield leaf
+
+    def __str__(self) -> str:
+        name = getattr(self.op, "name", None)
+        return f"{name().replace('::', '.') if callable(name) else self.op.__name__} at {self.module or 'the model'}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Leaf:
+    """A tensor that belongs to the model: a parameter, a buffer or a constant.
+
+    Attributes:
+        names: Every path under which the model holds it; more than one if it is tied.
+        trainable: A parameter with ``requires_grad``.
+    """
+
+    value: Value
+    names: tuple[str, ...]
+    kind: str
+    trainable: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0] if self.names else f"constant %{self.value.index}"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A model as a flat list of ATen calls in the order they ran.
+
+    Attributes:
+        how: ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
+    """
+
+    nodes: tuple[Node, ...]
+    leaves: tuple[Leaf, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    how: str
+
+    def __str__(self) -> str:
+        lines = [f"graph ({self.how}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]
+        lines += [f"{leaf.value} = {leaf.kind} {leaf.name}" for leaf in self.leaves]
+        lines += [f"{list(node.outputs)} = {node.op}{node.args}  # {node.module}" for node in self.nodes]
+        return "\n".join([*lines, f"return {list(self.outputs)}"])
+
+
+def write_through(alias: Value, written: Value) -> Value:
+    """What ``alias`` holds after the tensor ``written``, with which it shares memory, was written to."""
+    raise AssertionError("a marker in the graph, never run")
+
+
+@lru_cache(maxsize=None)
+def _effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
+    """Arguments that ``op`` writes to, and arguments that its results may share memory with (position and name)."""
+    schema = getattr(op, "_schema", None)
+    if schema is None:
+        return (), ()
+    writes, shares = [], []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None:
+            (writes if argument.alias_info.is_write else shares).append((position, argument.name))
+    return tuple(writes), tuple(shares)
+
+
+@dataclass
+class GraphBuilder:
+    """Collects calls on tensors that the caller knows by any hashable key."""
+
+    how: str
+    nodes: list[Node] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+    current: dict[Hashable, Value] = field(default_factory=dict)
+    families: dict[Hashable, dict[Hashable, None]] = field(default_factory=dict)
+    inputs: list[Value] = field(default_factory=list)
+    count: int = 0
+
+    def value(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype) -> Value:
+        """A new value, held by ``key`` from now on."""
+        made = Value(self.count, tuple(shape), dtype)
+        self.count += 1
+        self.current[key] = made
+        return made
+
+    def input(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.inputs.append(self.value(key, shape, dtype))
+
+    def leaf(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, names: Sequence[str], kind: str,
+             trainable: bool = False) -> None:  # fmt: skip
+        self.leaves.append(Leaf(self.value(key, shape, dtype), tuple(names), kind, trainable))
+
+    def call(
+        self,
+        op: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        results: Sequence[tuple[Hashable, Sequence[int], torch.dtype] | None],
+        module: str,
+        source: str,
+    ) -> None:
+        """Add a call. In ``args`` and ``kwargs``, :class:`Key` stands for a tensor; ``results`` are the keys returned."""
+        writes, shares = _effects(op)
+
+        def keys_at(places: tuple[tuple[int, str], ...]) -> list[Hashable]:
+            found = [args[position] if position < len(args) else kwargs.get(name) for position, name in places]
+            return [leaf.key for leaf in tree_leaves(found) if isinstance(leaf, Key)]
+
+        new_args, new_kwargs = tree_map_only(Key, lambda k: self.current[k.key], (args, dict(kwargs)))
+        written_keys = keys_at(writes) if writes else []
+        before = {key: self.current[key] for key in written_keys}
+        returned = {result[0] for result in results if result is not None}
+        outputs = tuple(None if result is None else self.value(*result) for result in results)
+        written = tuple(
+            (before[key], self.value(key, before[key].shape, before[key].dtype))
+            for key in dict.fromkeys(written_keys)
+            if key not in returned
+        )
+        self._add(op, new_args, new_kwargs, outputs, written, module, source)
+        if shares:
+            self._join([*keys_at(shares), *returned])
+        for key in dict.fromkeys(written_keys):
+            for other in self.families.get(key, ()):
+                if other != key:
+                    old, new = self.current[other], self.current[key]
+                    made = self.value(other, old.shape, old.dtype)
+                    self._add(write_through, (old, new), {}, (made,), (), module, source)
+
+    def _add(self, op: Any, args: Any, kwargs: Any, outputs: Any, written: Any, module: str, source: str) -> None:
+        self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source))
+
+    def _join(self, keys: list[Hashable]) -> None:
+        family: dict[Hashable, None] = {}
+        for key in keys:
+            family.update(self.families.get(key) or {key: None})
+        for key in family:
+            self.families[key] = family
+
+    def build(self, outputs: Sequence[Hashable]) -> Graph:
+        """The finished graph, without the write-throughs nobody reads."""
+        ends = tuple(self.current[key] for key in outputs)
+        used = set(ends)
+        kept: list[Node] = []
+        for node in reversed(self.nodes):
+            if node.op is not write_through or node.outputs[0] in used:
+                used.update(node.inputs())
+                kept.append(node)
+        nodes = tuple(
+            Node(i, n.op, n.args, n.kwargs, n.outputs, n.written, n.module, n.source)
+            for i, n in enumerate(reversed(kept))
+        )
+        return Graph(nodes, tuple(self.leaves), tuple(self.inputs), ends, self.how)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Stands for a tensor in the arguments given to :meth:`GraphBuilder.call`."""
+
+    key: Hashable

@@ -1,0 +1,278 @@
+"""Run a model once and write down every ATen call.
+
+The run happens under ``torch.inference_mode``: composite operators (``linear``, ``scaled_dot_product_attention``,
+``einsum`` …) then arrive whole, the level at which ``torch.export`` works too. It is done on fake tensors, which cost no
+memory and no arithmetic; a model that needs data (``.item()``, a branch on a value) is run for real on the example.
+
+The model is left as it was: parameters and buffers are swapped for the run by ``torch.func.functional_call``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto._torch import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map_only,
+)
+from oto.errors import DummyInputError, TraceError
+from oto.trace.graph import Graph, GraphBuilder, Key
+
+log = logging.getLogger(__name__)
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def arguments(dummy_input: Any) -> Arguments:
+    """Positional and keyword arguments of an example input: a tensor, a tuple or a dict with string keys.
+
+    Raises:
+        DummyInputError: It is something else, or holds no tensor.
+    """
+    if isinstance(dummy_input, Tensor):
+        args, kwargs = (dummy_input,), {}
+    elif isinstance(dummy_input, tuple | list):
+        args, kwargs = tuple(dummy_input), {}
+    elif isinstance(dummy_input, Mapping) and all(isinstance(key, str) for key in dummy_input):
+        args, kwargs = (), dict(dummy_input)
+    else:
+        raise DummyInputError(
+            f"dummy_input is a {type(dummy_input).__name__}\n"
+            "  expected  a tensor, a tuple of positional arguments, or a dict of keyword arguments of model.forward\n"
+            "  to fix    pass for example torch.randn(1, 3, 224, 224), (x, mask) or {'input_ids': ids}"
+        )
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+        raise DummyInputError(
+            "dummy_input holds no tensor, so the model cannot be followed from its inputs\n"
+            "  to fix    pass the tensors that model.forward takes"
+        )
+    return args, kwargs
+
+
+def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Graph:
+    """Trace ``model`` on one example input.
+
+    Args:
+        model: Any module, on any device, ``meta`` included. Its mode, gradients, buffers and the random state are left
+            as they were; the run is made in eval mode.
+        dummy_input: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+        known: Whether an operator is to be written down as it is. A composite operator that is not known is taken
+            apart into those that it is made of.
+
+    Raises:
+        DummyInputError: ``dummy_input`` is of the wrong type.
+        TraceError: ``forward`` fails on the example.
+    """
+    args, kwargs = arguments(dummy_input)
+    with _untouched(model):
+        try:
+            return _run(model, args, kwargs, known, fake=True)
+        except Exception as fake_failure:
+            if _on_meta(model):
+                raise TraceError(_message(model, args, kwargs, fake_failure)) from fake_failure
+            log.info("fake tensors do not carry this model (%s); running it on the example", fake_failure)
+            try:
+                return _run(model, args, kwargs, known, fake=False)
+            except Exception as failure:
+                raise TraceError(_message(model, args, kwargs, failure)) from failure
+
+
+def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception) -> str:
+    shown = tree_map_only(Tensor, lambda t: f"{t.dtype} {tuple(t.shape)} on {t.device}", (args, kwargs))
+    positional = [f"  input    {i}: {value}" for i, value in enumerate(shown[0])]
+    named = [f"  input    {name}={value}" for name, value in shown[1].items()]
+    return "\n".join(
+        [
+            f"{type(model).__name__}.forward failed on the dummy input: {type(failure).__name__}: {failure}",
+            *positional,
+            *named,
+            "  to fix   check that model(dummy_input) (model(*tuple), model(**dict)) runs by itself in eval mode",
+        ]
+    )
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; mode, fast paths and random state as found afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            # one fused kernel for a whole attention block would hide what it is made of
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for module, training in modes:
+                module.training = training
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, fake: bool) -> Graph:
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), []).append(name)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if fake:
+            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_meta), None)
+
+            def stand_in(t: Tensor) -> Tensor:
+                if t.is_meta and device is not None:  # meta parameters meet real inputs: let both be on one device
+                    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+                return mode.from_tensor(t)
+        else:
+
+            def stand_in(t: Tensor) -> Tensor:
+                return t.detach().clone() if id(t) in names and not isinstance(t, nn.Parameter) else t.detach()
+
+        made: dict[int, Tensor] = {}
+        for tensor in named.values():
+            if id(tensor) not in made:
+                made[id(tensor)] = stand_in(tensor)
+        run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
+        recorder = _Recorder(GraphBuilder("fake" if fake else "real"), known, model)
+        for tensor_id, tensor in made.items():
+            first = named[names[tensor_id][0]]
+            parameter = isinstance(first, nn.Parameter)
+            recorder.hold(tensor)
+            recorder.builder.leaf(
+                id(tensor), tensor.shape, tensor.dtype, names[tensor_id], "parameter" if parameter else "buffer",
+                parameter and first.requires_grad,
+            )  # fmt: skip
+        for leaf in tree_leaves((run_args, run_kwargs)):
+            if isinstance(leaf, Tensor):
+                recorder.hold(leaf)
+                recorder.builder.input(id(leaf), leaf.shape, leaf.dtype)
+        swapped = {name: made[id(tensor)] for name, tensor in named.items()}
+        stack.enter_context(recorder.following(model))
+        stack.enter_context(recorder)
+        result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)
+        outputs = [leaf for leaf in _tensors_in(result)]
+    for tensor in outputs:
+        recorder.see(tensor)
+    return recorder.builder.build([id(tensor) for tensor in outputs])
+
+
+def _tensors_in(result: Any) -> Iterator[Tensor]:
+    """Tensors of any output: pytrees, and the fields of objects that torch's pytrees do not know (dataclasses, caches)."""
+    seen: set[int] = set()
+    todo = [result]
+    while todo:
+        item = todo.pop(0)
+        if isinstance(item, Tensor):
+            yield item
+        elif id(item) in seen or item is None or isinstance(item, str | bytes | int | float | bool | complex):
+            continue
+        elif isinstance(item, Mapping):
+            seen.add(id(item))
+            todo[:0] = list(item.values())
+        elif isinstance(item, list | tuple | set | frozenset):
+            seen.add(id(item))
+            todo[:0] = list(item)
+        elif hasattr(item, "__dict__") and not isinstance(item, nn.Module | type):
+            seen.add(id(item))
+            todo[:0] = list(vars(item).values())
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, builder: GraphBuilder, known: Callable[[Any], bool], model: nn.Module) -> None:
+        super().__init__()
+        self.builder = builder
+        self.known = known
+        self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
+        self.path: list[str] = [""]
+        self.attributes = {
+            id(value): f"{name}.{attribute}" if name else attribute
+            for name, module in model.named_modules()
+            for attribute, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
+
+    def hold(self, tensor: Tensor) -> None:
+        self.alive.append(tensor)
+
+    def see(self, tensor: Tensor) -> Key:
+        """The key of a tensor; one that was never seen is a constant of the model."""
+        if id(tensor) not in self.builder.current:
+            self.hold(tensor)
+            name = self.attributes.get(id(tensor))
+            self.builder.leaf(id(tensor), tensor.shape, tensor.dtype, [name] if name else [], "constant")
+        return Key(id(tensor))
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Keep ``self.path`` at the module that is running."""
+        paths = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            self.path.append(paths.get(id(module), self.path[-1]))
+
+        def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+            self.path.pop()
+
+        before = nn.modules.module.register_module_forward_pre_hook(enter)
+        after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.known(op):
+            with self:
+                parts = op.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        keyed = tree_map_only(Tensor, self.see, (args, kwargs))
+        result = op(*args, **kwargs)
+        results: list[Any] = []
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.hold(leaf)
+                results.append((id(leaf), leaf.shape, leaf.dtype))
+            else:
+                results.append(None)
+        if any(results) or op._schema.is_mutable:
+            self.builder.call(op, keyed[0], keyed[1], results, self.path[-1], _user_line())
+        return result
+
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent.parent)
+
+
+@lru_cache(maxsize=None)
+def _is_ours(filename: str) -> bool:
+    return filename.startswith((_TORCH, _HERE)) or filename.startswith("<")
+
+
+def _user_line() -> str:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if not _is_ours(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
