@@ -9,6 +9,7 @@ The model is left as it was: parameters and buffers are swapped for the run by `
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -168,31 +169,29 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known:
         stack.enter_context(recorder.following(model))
         stack.enter_context(recorder)
         result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)
-        outputs = [leaf for leaf in _tensors_in(result)]
+        outputs = list(tensors_in(result))
     for tensor in outputs:
         recorder.see(tensor)
     return recorder.builder.build([id(tensor) for tensor in outputs])
 
 
-def _tensors_in(result: Any) -> Iterator[Tensor]:
-    """Tensors of any output: pytrees, and the fields of objects that torch's pytrees do not know (dataclasses, caches)."""
-    seen: set[int] = set()
-    todo = [result]
-    while todo:
-        item = todo.pop(0)
-        if isinstance(item, Tensor):
-            yield item
-        elif id(item) in seen or item is None or isinstance(item, str | bytes | int | float | bool | complex):
-            continue
-        elif isinstance(item, Mapping):
-            seen.add(id(item))
-            todo[:0] = list(item.values())
-        elif isinstance(item, list | tuple | set | frozenset):
-            seen.add(id(item))
-            todo[:0] = list(item)
-        elif hasattr(item, "__dict__") and not isinstance(item, nn.Module | type):
-            seen.add(id(item))
-            todo[:0] = list(vars(item).values())
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    """The tensors of an output: of tuples, lists, mappings and dataclasses, however nested.
+
+    Objects with a behaviour of their own, such as key-value caches, are state that the model hands to itself; they are
+    not looked into.
+    """
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping):
+        for item in result.values():
+            yield from tensors_in(item)
+    elif isinstance(result, list | tuple):
+        for item in result:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
+        for field in dataclasses.fields(result):
+            yield from tensors_in(getattr(result, field.name))
 
 
 class _Recorder(TorchDispatchMode):

@@ -1,0 +1,190 @@
+"""Which removals are exact, proved by following zeros through the network.
+
+For each axis and each tensor that carries it, a *fact* says what every entry at a removed atom holds: a number, or
+nothing known. Parameters in producing positions (rows of a linear, filters, biases, norms, embedding columns) are zero
+there; inputs, constants and reading positions hold anything. Steps pass facts on. Wherever a step sums over the axis,
+a removal is exact only if one factor is zero there.
+
+If zero producers do not make an axis exact, zero readers are tried (the columns that read it), then both. If neither
+works the axis is fixed, with the step that stood in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from oto.axes import terms as T
+from oto.axes.call import Fact, Step
+from oto.axes.propagate import Propagation
+from oto.axes.terms import Axis, Reason
+from oto.trace.graph import Leaf
+
+Place = tuple[int, int]  # (tensor, dimension)
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """How the removal of an atom of one axis is exact.
+
+    Attributes:
+        zeros: Parameter dimensions whose entries at the atom must be zero, as (leaf, dimension).
+        by: ``"producers"``, ``"readers"`` or ``"both"``.
+    """
+
+    axis: Axis
+    zeros: tuple[tuple[Leaf, int], ...]
+    by: str
+
+
+@dataclass(slots=True, eq=False)
+class _Visit:
+    """One step as one axis sees it: where its facts come from."""
+
+    step: Step
+    outputs: list[tuple[int, list[list[Place]]]] = field(default_factory=list)  # (out dim, places by input)
+    summed: list[list[Place]] = field(default_factory=list)
+
+
+def prove(found: Propagation) -> dict[Axis, Exact]:
+    """For every axis that can be removed exactly, how. All other axes are fixed, each with its reason."""
+    visits, carried = _visits(found)
+    leaves = [leaf for leaf in found.graph.leaves if leaf.trainable]
+    owned: dict[Axis, list[tuple[Leaf, int, Place]]] = {}
+    for leaf in leaves:
+        index = found.operands[leaf.value].index
+        for dim, axes in enumerate(carried[index]):
+            for axis in axes:
+                owned.setdefault(axis, []).append((leaf, dim, (index, dim)))
+    dynamic = _dynamic(found)
+    proofs: dict[Axis, Exact] = {}
+    for axis in dict.fromkeys(a for places in carried for axes in places for a in axes):
+        if axis not in owned:
+            axis.fixed = Reason("no trainable parameter carries it")
+            continue
+        steps = visits.get(axis, [])
+        roles = _roles(steps, dynamic)
+        produce, read = 1, 2
+        producers = [own for own in owned[axis] if roles.get(own[2], 0) & produce]
+        readers = [own for own in owned[axis] if not roles.get(own[2], 0) & produce and roles.get(own[2], 0) & read]
+        obstacle: Step | None = None
+        for by, zeros in (("producers", producers), ("readers", readers), ("both", producers + readers)):
+            if not zeros:
+                continue
+            failed = _follow(steps, {place for _, _, place in zeros})
+            if failed is None:
+                proofs[axis] = Exact(axis, tuple((leaf, dim) for leaf, dim, _ in zeros), by)
+                break
+            obstacle = obstacle or failed
+        else:
+            if obstacle is None:
+                axis.fixed = Reason("no trainable parameter could be zeroed to silence it")
+            else:
+                node = found.graph.nodes[obstacle.node]
+                text = found.tape.counted.get(obstacle.node)
+                axis.fixed = Reason(
+                    f"{node.op} mixes its entries, and they need not be zero there" + (f" ({text})" if text else ""),
+                    obstacle.node,
+                )
+    return proofs
+
+
+def _visits(found: Propagation) -> tuple[dict[Axis, list[_Visit]], list[list[tuple[Axis, ...]]]]:
+    """For each axis that may be removed, the steps that touch it; and the free axes of each tensor's dimensions."""
+    known: dict[int, tuple[Axis, ...]] = {}
+
+    def free_axes(term: T.Term) -> tuple[Axis, ...]:
+        resolved = T.resolve(term)
+        if len(resolved) == 1 and isinstance(resolved[0], T.Sum):
+            key = id(resolved[0])
+            if key not in known:
+                known[key] = tuple(dict.fromkeys(a for a in T.axes_of(resolved) if a.fixed is None))
+            return known[key]
+        return tuple(dict.fromkeys(a for a in T.axes_of(resolved) if a.fixed is None))
+
+    carried = [[free_axes(term) for term in terms] for terms in found.tape.tensors]
+    visits: dict[Axis, list[_Visit]] = {}
+    for step in found.tape.steps:
+        here: dict[Axis, _Visit] = {}
+
+        def at(axis: Axis, here: dict[Axis, _Visit] = here, step: Step = step) -> _Visit:
+            visit = here.get(axis)
+            if visit is None:
+                visit = here[axis] = _Visit(step)
+                visits.setdefault(axis, []).append(visit)
+            return visit
+
+        for dim, axes in enumerate(carried[step.output]):
+            if not axes:
+                continue
+            into = [
+                [d for d, targets in enumerate(routes) if dim in targets] for routes in step.routes
+            ]
+            for axis in axes:
+                places = [
+                    [(tensor, d) for d in dims if axis in carried[tensor][d]]
+                    for tensor, dims in zip(step.inputs, into, strict=True)
+                ]
+                at(axis).outputs.append((dim, places))
+        for letter in step.summed:
+            for axis in dict.fromkeys(a for i, d in letter for a in carried[step.inputs[i]][d]):
+                at(axis).summed.append(
+                    [(step.inputs[i], d) for i, d in letter if axis in carried[step.inputs[i]][d]]
+                )
+    return visits, carried
+
+
+def _dynamic(found: Propagation) -> list[bool]:
+    """Which tensors depend on the inputs."""
+    dynamic = [False] * len(found.tape.tensors)
+    for value in found.graph.inputs:
+        dynamic[found.operands[value].index] = True
+    for step in found.tape.steps:
+        dynamic[step.output] = any(dynamic[i] for i in step.inputs)
+    return dynamic
+
+
+def _roles(visits: list[_Visit], dynamic: list[bool]) -> dict[Place, int]:
+    """Whether a tensor made of parameters alone produces the axis (1), reads it (2), or both (3)."""
+    roles: dict[Place, int] = {}
+    for visit in reversed(visits):
+        output = visit.step.output
+        for dim, places in visit.outputs:
+            role = 1 if dynamic[output] else roles.get((output, dim), 0)
+            for place in (p for group in places for p in group):
+                if not dynamic[place[0]]:
+                    roles[place] = roles.get(place, 0) | role
+        for group in visit.summed:
+            beside_data = any(dynamic[tensor] for tensor, _ in group)
+            for place in group:
+                if not dynamic[place[0]]:
+                    roles[place] = roles.get(place, 0) | (2 if beside_data else 1)
+    return roles
+
+
+def _follow(visits: Iterable[_Visit], zeros: set[Place]) -> Step | None:
+    """Follow the zeros; the first step that would notice the removal, or ``None`` if it is exact."""
+    facts: dict[Place, Fact] = dict.fromkeys(zeros, 0.0)
+    for visit in visits:
+        step = visit.step
+        for group in visit.summed:
+            if not any(_is_zero(facts.get(place)) for place in group):
+                return step
+        for dim, places in visit.outputs:
+            given: list[Fact] = []
+            for group in places:
+                if len(group) == 1:
+                    given.append(facts.get(group[0]))
+                elif group:
+                    values = [facts.get(place) for place in group]
+                    given.append(values[0] if all(v is not None and v == values[0] for v in values) else None)
+                elif not step.skip_absent:
+                    given.append(None)
+            fact = step.fact(*given)
+            if fact is not None:
+                facts[(step.output, dim)] = fact
+    return None
+
+
+def _is_zero(fact: Fact) -> bool:
+    return fact is not None and fact == 0
