@@ -8,7 +8,7 @@ memory gets one through a :func:`write_through` node.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -39,6 +39,7 @@ class Node:
         written: New values of arguments it wrote into and did not return.
         module: Path of the innermost module, ``""`` for the model itself.
         source: ``file:line`` of the innermost frame outside torch.
+        origin: The node of the exported program that it stands for.
     """
 
     index: int
@@ -49,6 +50,7 @@ class Node:
     written: tuple[tuple[Value, Value], ...]
     module: str
     source: str
+    origin: Any = None
 
     def inputs(self) -> Iterator[Value]:
         for leaf in tree_leaves((self.args, dict(self.kwargs))):
@@ -152,6 +154,7 @@ class GraphBuilder:
         results: Sequence[tuple[Hashable, Sequence[int], torch.dtype] | None],
         module: str,
         source: str,
+        origin: Any = None,
     ) -> None:
         """Add a call. In ``args`` and ``kwargs``, :class:`Key` stands for a tensor; ``results`` are the keys returned."""
         writes, shares = _effects(op)
@@ -170,7 +173,7 @@ class GraphBuilder:
             for key in dict.fromkeys(written_keys)
             if key not in returned
         )
-        self._add(op, new_args, new_kwargs, outputs, written, module, source)
+        self._add(op, new_args, new_kwargs, outputs, written, module, source, origin)
         if shares:
             self._join([*keys_at(shares), *returned])
         for key in dict.fromkeys(written_keys):
@@ -180,8 +183,9 @@ class GraphBuilder:
                     made = self.value(other, old.shape, old.dtype)
                     self._add(write_through, (old, new), {}, (made,), (), module, source)
 
-    def _add(self, op: Any, args: Any, kwargs: Any, outputs: Any, written: Any, module: str, source: str) -> None:
-        self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source))
+    def _add(self, op: Any, args: Any, kwargs: Any, outputs: Any, written: Any, module: str, source: str,
+             origin: Any = None) -> None:  # fmt: skip
+        self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source, origin))
 
     def _join(self, keys: list[Hashable]) -> None:
         family: dict[Hashable, None] = {}
@@ -191,18 +195,15 @@ class GraphBuilder:
             self.families[key] = family
 
     def build(self, outputs: Sequence[Hashable]) -> Graph:
-        """The finished graph, without the write-throughs nobody reads."""
+        """The finished graph, without the nodes whose results reach no output."""
         ends = tuple(self.current[key] for key in outputs)
         used = set(ends)
         kept: list[Node] = []
         for node in reversed(self.nodes):
-            if node.op is not write_through or node.outputs[0] in used:
+            if not used.isdisjoint(node.outputs) or any(after in used for _, after in node.written):
                 used.update(node.inputs())
                 kept.append(node)
-        nodes = tuple(
-            Node(i, n.op, n.args, n.kwargs, n.outputs, n.written, n.module, n.source)
-            for i, n in enumerate(reversed(kept))
-        )
+        nodes = tuple(replace(node, index=i) for i, node in enumerate(reversed(kept)))
         return Graph(nodes, tuple(self.leaves), tuple(self.inputs), ends, self.how)
 
 

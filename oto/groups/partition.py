@@ -1,0 +1,151 @@
+"""From terms to node groups and zero-invariant groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from oto.axes.invariance import Exact, prove
+from oto.axes.propagate import Propagation, propagate
+from oto.axes.terms import Axis, Reason, Sum, Term, axes_of, resolve, size, survivors
+from oto.groups.node_group import Cut, NodeGroup, Slice
+from oto.trace.graph import Graph, Leaf
+
+Kept = Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(eq=False)
+class Partition:
+    """The node groups of a network.
+
+    Attributes:
+        groups: Every axis that a parameter carries, prunable or not, in the order of the parameters.
+        axes: The axis of each group, by name.
+    """
+
+    found: Propagation
+    groups: tuple[NodeGroup, ...]
+    axes: Mapping[str, Axis]
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        """Operators and parameters as nodes, data flow as edges; ``groups`` on each node names what it carries."""
+        return _flow(self.found, {axis: name for name, axis in self.axes.items()})
+
+    def masks(self, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
+        """For each group in ``kept``, which atoms survive."""
+        masks = {}
+        for name, indices in kept.items():
+            axis = self.axes[name]
+            masks[axis] = np.zeros(axis.size, dtype=bool)
+            masks[axis][indices] = True
+        return masks
+
+    def entries(self, leaf: Leaf, kept: Kept) -> list[NDArray[np.bool_]]:
+        """For each dimension of a parameter or buffer, which entries survive."""
+        masks = self.masks(kept)
+        return [survivors(term, masks) for term in self.found.terms(leaf.value)]
+
+
+def partition(graph: Graph) -> Partition:
+    """Find the node groups of a traced model and how each can be removed exactly."""
+    found = propagate(graph)
+    proofs = prove(found)
+    where: dict[Axis, list[Slice]] = {}
+    reached = {value for node in graph.nodes for value in node.inputs()} | set(graph.outputs)
+    idle = Reason("the traced forward never uses it")
+    first: dict[Axis, str] = {}
+    for leaf in graph.leaves:
+        if leaf.kind != "parameter":
+            continue
+        for dim, term in enumerate(found.terms(leaf.value)):
+            for axis, cuts in _occurrences(term):
+                where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
+                if leaf.value not in reached:
+                    axis.fixed = idle
+    for axis, proof in proofs.items():
+        if proof.zeros:
+            leaf, _ = proof.zeros[0]
+            first[axis] = leaf.name
+    taken: dict[str, int] = {}
+    groups, axes = [], {}
+    for axis, slices in where.items():
+        base = first.get(axis, slices[0].parameter)
+        taken[base] = taken.get(base, -1) + 1
+        name = f"{base}/{taken[base]}" if taken[base] else base
+        own = proofs.get(axis)
+        zeros = _zeros(own, slices) if own is not None and axis.fixed is None else ()
+        groups.append(NodeGroup(name, axis.size, tuple(slices), zeros, _tell(axis, found)))
+        axes[name] = axis
+    return Partition(found, tuple(groups), axes)
+
+
+def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
+    places = {(leaf.name, dim) for leaf, dim in proof.zeros}
+    return tuple(s for s in slices if (s.parameter, s.dim) in places)
+
+
+def _tell(axis: Axis, found: Propagation) -> str | None:
+    if axis.fixed is None:
+        return None
+    if axis.fixed.node is None:
+        return axis.fixed.text
+    node = found.graph.nodes[axis.fixed.node]
+    return f"{axis.fixed.text} ({node}{', ' + node.source if node.source else ''})"
+
+
+def _occurrences(term: Term) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
+    """Every axis of a resolved term, and the strided view that leads to it."""
+    before, total = 1, size(term)
+    for factor in term:
+        after = total // (before * factor.size)
+        if isinstance(factor, Sum):
+            offset = 0
+            for segment in factor.segments:
+                n = size(segment)
+                for axis, cuts in _occurrences(segment):
+                    yield axis, (Cut(before, factor.size, after, offset, n), *cuts)
+                offset += n
+        else:
+            yield factor, (Cut(before, factor.size, after, 0, factor.size),)
+        before *= factor.size
+
+
+def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
+    flow = nx.DiGraph()
+    made_by: dict[int, str] = {}
+
+    def carried(index: int) -> tuple[str, ...]:
+        terms = found.tape.tensors[index]
+        return tuple(dict.fromkeys(names[a] for t in terms for a in axes_of(resolve(t)) if a in names))
+
+    for leaf in found.graph.leaves:
+        made_by[leaf.value.index] = f"{leaf.kind} {leaf.name}"
+        flow.add_node(
+            made_by[leaf.value.index], kind=leaf.kind, shape=leaf.value.shape, module=leaf.name.rpartition(".")[0],
+            groups=carried(found.operands[leaf.value].index),
+        )  # fmt: skip
+    for i, value in enumerate(found.graph.inputs):
+        made_by[value.index] = f"input {i}"
+        flow.add_node(f"input {i}", kind="input", shape=value.shape, module="", groups=())
+    for node in found.graph.nodes:
+        me = f"{node.index}"
+        outputs = [value for value in node.outputs if value is not None]
+        flow.add_node(
+            me, kind="operator", op=str(node.op), module=node.module, source=node.source,
+            shape=outputs[0].shape if outputs else (),
+            groups=tuple(dict.fromkeys(g for v in outputs for g in carried(found.operands[v].index))),
+        )  # fmt: skip
+        for value in node.inputs():
+            flow.add_edge(made_by[value.index], me)
+        for value in (*outputs, *(after for _, after in node.written)):
+            made_by[value.index] = me
+    for i, value in enumerate(found.graph.outputs):
+        flow.add_node(f"output {i}", kind="output", shape=value.shape, module="", groups=())
+        flow.add_edge(made_by[value.index], f"output {i}")
+    return flow
