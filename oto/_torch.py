@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
@@ -13,9 +16,15 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "example_size",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
 ]
+
+
+def example_size(size: Any) -> int:
+    """What a symbolic size was on the example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -77,7 +77,7 @@ def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
         TraceError: ``forward`` fails on the example.
     """
     args, kwargs = arguments(dummy_input)
-    with _untouched(model):
+    with as_found(model):
         try:
             return _run(model, args, kwargs, known, fake=True)
         except Exception as fake_failure:
@@ -109,7 +109,7 @@ def _on_meta(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; mode, fast paths and random state as found afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -264,14 +264,15 @@ _HERE = str(Path(__file__).parent.parent)
 
 
 @lru_cache(maxsize=None)
-def _is_ours(filename: str) -> bool:
-    return filename.startswith((_TORCH, _HERE)) or filename.startswith("<")
+def is_foreign(filename: str) -> bool:
+    """Whether a source file belongs neither to torch nor to this package."""
+    return not filename.startswith((_TORCH, _HERE, "<"))
 
 
 def _user_line() -> str:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if not _is_ours(frame.f_code.co_filename):
+        if is_foreign(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
