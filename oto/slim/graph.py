@@ -1,0 +1,133 @@
+"""The graph emitter: the exported graph with thinner tensors and the sizes to match."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from oto._torch import tree_leaves
+from oto.axes.call import Size
+from oto.axes.propagate import propagate
+from oto.axes.terms import Axis, survivors
+from oto.axes.terms import size as size_of
+from oto.errors import EmitterError
+from oto.groups import Kept, Partition, Slice
+from oto.groups.partition import occurrences
+from oto.slim.plan import Thinning
+from oto.trace.export import Exported
+from oto.trace.graph import Leaf, Node, Value
+
+
+def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.GraphModule:
+    """Build the slim model as a plain ``torch.fx.GraphModule``.
+
+    What to keep was decided on the recorded graph and is stated per parameter entry, so it carries over.
+
+    Raises:
+        EmitterError: The exported graph ties parameter dimensions together in another way than the recorded one.
+    """
+    thin = Thinning(propagate(exported.graph), {})
+    thin.masks = _carry_over(thin, partition, kept)
+    source = exported.module
+    slim = fx.GraphModule(source, source.graph)
+    inputs = _tensors_of(exported)
+    for node in exported.graph.nodes:
+        rewrite = thin.found.tape.rewrites.get(node.index)
+        if rewrite is not None and thin.changes(rewrite):
+            _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), thin, inputs)
+    for node in slim.graph.nodes:  # shapes seen at export no longer hold
+        node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    leaves, made = _leaves(exported), dict[int, Tensor]()
+    for node in slim.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        parent, _, name = node.target.rpartition(".")
+        holder = slim.get_submodule(parent)
+        old = getattr(holder, name)
+        if id(old) in leaves and id(old) not in made:
+            new = thin.thin(leaves[id(old)], old)
+            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        if id(old) in made:
+            setattr(holder, name, made[id(old)])
+    slim.graph.lint()
+    slim.recompile()
+    return slim.eval()
+
+
+def _leaves(exported: Exported) -> dict[int, Leaf]:
+    """The leaf of each tensor that the module holds, by identity."""
+    found: dict[int, Leaf] = {}
+    for leaf in exported.graph.leaves:
+        parent, _, name = leaf.name.rpartition(".")
+        found[id(getattr(exported.module.get_submodule(parent), name))] = leaf
+    return found
+
+
+def _carry_over(thin: Thinning, partition: Partition, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
+    wanted = {
+        name: partition.entries(leaf, kept)
+        for leaf in partition.found.graph.leaves
+        if leaf.kind == "parameter"
+        for name in leaf.names
+    }
+    masks: dict[Axis, NDArray[np.bool_]] = {}
+    parameters = [leaf for leaf in thin.found.graph.leaves if leaf.name in wanted]
+    for leaf in parameters:
+        for term, mask in zip(thin.found.terms(leaf.value), wanted[leaf.name], strict=True):
+            for axis, cuts in occurrences(term):
+                own = Slice("", 0, cuts).of(torch.from_numpy(mask)).reshape(axis.size, -1).any(1).numpy()
+                masks[axis] = masks[axis] & own if axis in masks else own
+    for leaf in parameters:
+        for dim, (term, mask) in enumerate(zip(thin.found.terms(leaf.value), wanted[leaf.name], strict=True)):
+            if not np.array_equal(survivors(term, masks), mask):
+                raise EmitterError(
+                    f"the exported graph ties dimension {dim} of {leaf.name} to others in another way than the recorded one\n"
+                    "  effect  no graph can be emitted for this choice of entries\n"
+                    "  to fix  mark the parameter unprunable, and report the model"
+                )
+    return masks
+
+
+def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
+    """The fx node behind each value, as the node that reads it names it."""
+    found: dict[Value, fx.Node] = {}
+    for node in exported.graph.nodes:
+        if node.origin is not None:
+            ours = tree_leaves((list(node.args), dict(node.kwargs)))
+            theirs = tree_leaves((list(node.origin.args), dict(node.origin.kwargs)))
+            found.update((a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Value))
+    return found
+
+
+def _apply(node: Node, op: Any, args: Any, kwargs: Any, thin: Thinning, inputs: dict[Value, fx.Node]) -> None:
+    origin: fx.Node = node.origin
+
+    def build(template: Any, old: Any) -> Any:
+        if isinstance(template, Value):
+            return inputs[template]
+        if isinstance(template, list | tuple):
+            olds = old if isinstance(old, list | tuple) and len(old) == len(template) else [None] * len(template)
+            return [build(t, o) for t, o in zip(template, olds, strict=True)]
+        if not isinstance(template, Size):
+            return template
+        new, before = thin.size(template), size_of(template.term)
+        if not isinstance(old, fx.Node):
+            return new
+        if new == before:
+            return old
+        # a symbolic size, such as batch · heads: the part that is removable shrinks by a known ratio
+        scaled = origin.graph.call_function(operator.mul, (old, new))
+        return origin.graph.call_function(operator.floordiv, (scaled, before))
+
+    with origin.graph.inserting_before(origin):
+        old_args = list(origin.args) + [None] * len(args)
+        new_args = tuple(build(t, o) for t, o in zip(args, old_args, strict=False))
+        new_kwargs = {name: build(t, origin.kwargs.get(name)) for name, t in kwargs.items()}
+    origin.target = op
+    origin.args = new_args
+    origin.kwargs = new_kwargs

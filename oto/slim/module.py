@@ -1,0 +1,284 @@
+"""The original-class emitter: a copy of the user's module with thinner tensors and the sizes to match.
+
+What is copied and what is changed is stated as plain data (:class:`Edits`), so the artefact can replay it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from oto.axes.call import Rewrite, Size
+from oto.errors import EmitterError
+from oto.groups import Partition
+from oto.nn import SWAPS
+from oto.nn import functional as counted
+from oto.slim.plan import Thinning
+from oto.trace.graph import Leaf, Node
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What changes in a copy of the user's module besides its tensors; plain data, for JSON.
+
+    Attributes:
+        attributes: For each module path, integer attributes and their new values.
+        swaps: For each module path, the class of ``oto.nn`` that takes its place, and how to make it.
+    """
+
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    swaps: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
+    """A copy of ``model`` that holds ``tensors`` in place of those of the same names.
+
+    The tensors of ``model`` are not copied, so it may be on ``meta`` or much larger than the result. Ties hold.
+
+    Raises:
+        EmitterError: The model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors.items():
+        old = attribute(model, name)
+        if id(old) not in memo:
+            memo[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    try:
+        slim = copy.deepcopy(model, memo)
+    except Exception as failure:
+        raise EmitterError(
+            f"{type(model).__name__} cannot be copied: {type(failure).__name__}: {failure}\n"
+            "  effect  the original class cannot be used for the slim model"
+        ) from failure
+    for path, values in edits.attributes.items():
+        module = slim.get_submodule(path)
+        for name, value in values.items():
+            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+    for path, how in edits.swaps.items():
+        old = slim.get_submodule(path)
+        with torch.device("meta"):
+            new = SWAPS[how["class"]](**how["arguments"])
+        for name, held in [*old.named_parameters(remove_duplicate=False), *old.named_buffers(remove_duplicate=False)]:
+            parent, _, last = name.rpartition(".")
+            setattr(new.get_submodule(parent), last, held)
+        new.train(old.training)
+        if not path:
+            return new
+        parent, _, last = path.rpartition(".")
+        setattr(slim.get_submodule(parent), last, new)
+    return slim
+
+
+def attribute(model: nn.Module, path: str) -> Tensor:
+    """A parameter, buffer or plain tensor attribute by its dotted path."""
+    parent, _, name = path.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(parent), name)
+    return found
+
+
+def thin_tensors(model: nn.Module, thin: Thinning) -> dict[str, Tensor]:
+    """Every parameter, buffer and named constant of ``model``, thinned; tied names share one tensor."""
+    tensors: dict[str, Tensor] = {}
+    for leaf in thin.found.graph.leaves:
+        if leaf.names:
+            made = thin.thin(leaf, attribute(model, leaf.names[0]))
+            tensors.update(dict.fromkeys(leaf.names, made))
+    return tensors
+
+
+def plan_edits(model: nn.Module, partition: Partition, thin: Thinning) -> Edits:
+    """What to change in the modules of ``torch.nn``.
+
+    Raises:
+        EmitterError: A size changes where only the user's own code could say so.
+    """
+    edits = Edits()
+    leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}
+    calls: dict[str, list[Node]] = {}
+    for node in thin.found.graph.nodes:
+        calls.setdefault(node.module, []).append(node)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        mine = _Mine(path, module, leaves, thin, calls.get(path, []))
+        for kind, edit in STOCK.items():
+            if isinstance(module, kind):
+                if type(module).forward is kind.forward:
+                    edit(mine, edits)
+                break
+    for index, text in thin.found.tape.counted.items():
+        node = thin.found.graph.nodes[index]
+        rewrite = thin.found.tape.rewrites[index]
+        stock = any(
+            isinstance(modules.get(node.module), kind) and type(modules[node.module]).forward is kind.forward
+            for kind in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+        )
+        if thin.changes(rewrite) and not stock:
+            raise EmitterError(
+                f"{text}, in the forward of {node.module or type(model).__name__} itself ({node.source})\n"
+                "  effect  the original class would divide by the smaller number"
+            )
+    return edits
+
+
+@dataclass
+class _Mine:
+    """One module, and what the analysis knows of it."""
+
+    path: str
+    module: Any
+    leaves: Mapping[str, Leaf]
+    thin: Thinning
+    calls: list[Node]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        leaf = self.leaves.get(f"{self.path}.{name}" if self.path else name)
+        return None if leaf is None else self.thin.shape(leaf)
+
+    def entries(self, name: str) -> list[np.ndarray[Any, np.dtype[np.bool_]]]:
+        return self.thin.entries(self.leaves[f"{self.path}.{name}" if self.path else name])
+
+    def rewrite(self, *ops: Callable[..., Any]) -> Rewrite | None:
+        """How the module's own call is to be made now, if it names sizes."""
+        for node in self.calls:
+            found = self.thin.found.tape.rewrites.get(node.index)
+            if found is not None and (not ops or found.op in ops):
+                return found
+        return None
+
+    def set(self, edits: Edits, **values: Any) -> None:
+        changed = {name: value for name, value in values.items() if getattr(self.module, name) != value}
+        if changed:
+            edits.attributes[self.path] = changed
+
+    def swap(self, edits: Edits, kind: str, **arguments: Any) -> None:
+        edits.swaps[self.path] = {"class": kind, "arguments": arguments}
+
+
+def _linear(mine: _Mine, edits: Edits) -> None:
+    out_features, in_features = mine.shape("weight") or (mine.module.out_features, mine.module.in_features)
+    mine.set(edits, in_features=in_features, out_features=out_features)
+
+
+def _conv(mine: _Mine, edits: Edits) -> None:
+    module = mine.module
+    shape = mine.shape("weight")
+    if shape is None:
+        return
+    groups = module.groups
+    rewrite = mine.rewrite()
+    if groups > 1 and rewrite is not None:
+        groups = mine.thin.size(next(x for x in (*rewrite.args, *rewrite.kwargs.values()) if isinstance(x, Size)))
+    first, second = (shape[0], shape[1] * groups)
+    into, out = (first, second) if module.transposed else (second, first)
+    mine.set(edits, in_channels=into, out_channels=out, groups=groups)
+
+
+def _channels(mine: _Mine, edits: Edits) -> None:
+    shape = mine.shape("weight") or mine.shape("running_mean")
+    if shape is not None:
+        mine.set(edits, num_features=shape[0])
+
+
+def _embedding(mine: _Mine, edits: Edits) -> None:
+    shape = mine.shape("weight")
+    if shape is not None:
+        mine.set(edits, num_embeddings=shape[0], embedding_dim=shape[1])
+
+
+def _prelu(mine: _Mine, edits: Edits) -> None:
+    shape = mine.shape("weight")
+    if shape is not None:
+        mine.set(edits, num_parameters=shape[0])
+
+
+def _layer_norm(mine: _Mine, edits: Edits) -> None:
+    module = mine.module
+    rewrite = mine.rewrite(counted.layer_norm, counted.rms_norm)
+    if rewrite is None or not mine.thin.changes(rewrite):
+        return
+    arguments = {"normalized_shape": mine.thin.filled(rewrite.args[1]), "full": list(rewrite.kwargs["full"]),
+                 "eps": module.eps, "weight": module.weight is not None}  # fmt: skip
+    if isinstance(module, nn.LayerNorm):
+        mine.swap(edits, "LayerNorm", **arguments, bias=module.bias is not None)
+    else:
+        mine.swap(edits, "RMSNorm", **arguments)
+
+
+def _group_norm(mine: _Mine, edits: Edits) -> None:
+    module = mine.module
+    rewrite = mine.rewrite(counted.group_norm)
+    if rewrite is None or not mine.thin.changes(rewrite):
+        return
+    groups, width = mine.thin.size(rewrite.args[1]), mine.thin.size(rewrite.kwargs["width"])
+    if width == rewrite.kwargs["full"]:
+        mine.set(edits, num_groups=groups, num_channels=groups * width)
+    else:
+        mine.swap(edits, "GroupNorm", num_groups=groups, width=width, full=rewrite.kwargs["full"], eps=module.eps,
+                  affine=module.weight is not None)  # fmt: skip
+
+
+def _attention(mine: _Mine, edits: Edits) -> None:
+    module = mine.module
+    packed = module.in_proj_weight is not None
+    names = ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    touched = [*names, "out_proj.weight"]
+    if all(mask.all() for name in touched for mask in mine.entries(name)):
+        return
+    if module.bias_k is not None or module.add_zero_attn:
+        raise EmitterError(f"{mine.path} uses bias_kv or add_zero_attn, which its thinner form does not")
+    full, width, heads = module.embed_dim, module.head_dim, module.num_heads
+    if packed:
+        rows = mine.entries("in_proj_weight")[0]
+        parts = [rows[i * full : (i + 1) * full].reshape(heads, width) for i in range(3)]
+        inner = [mine.entries("in_proj_weight")[1]] * 3
+    else:
+        parts = [mine.entries(name)[0].reshape(heads, width) for name in names]
+        inner = [mine.entries(name)[1] for name in names]
+    kept = [part.any(1) for part in parts]
+    widths = [part.any(0) for part in parts]
+    whole = all(
+        np.array_equal(part, np.logical_and.outer(h, w)) and np.array_equal(h, kept[0])
+        for part, h, w in zip(parts, kept, widths, strict=True)
+    )
+    if not whole or not np.array_equal(widths[0], widths[1]):
+        raise EmitterError(f"the heads of {mine.path} would differ in width, which its thinner form cannot express")
+    mine.swap(
+        edits, "MultiheadAttention", embed_dim=int(inner[0].sum()), kdim=int(inner[1].sum()), vdim=int(inner[2].sum()),
+        out_dim=int(mine.entries("out_proj.weight")[0].sum()), num_heads=int(kept[0].sum()),
+        head_dim=int(widths[0].sum()), v_head_dim=int(widths[2].sum()), scale=width**-0.5,
+        heads=np.flatnonzero(kept[0]).tolist(), full_heads=heads, packed=packed,
+        bias=module.in_proj_bias is not None, out_bias=module.out_proj.bias is not None, dropout=module.dropout,
+        batch_first=module.batch_first,
+    )  # fmt: skip
+    out = mine.shape("out_proj.weight")
+    assert out is not None and out[1] == int(kept[0].sum()) * int(widths[2].sum())
+
+
+STOCK: dict[type[Any], Callable[[_Mine, Edits], None]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
+    nn.ConvTranspose1d: _conv,
+    nn.ConvTranspose2d: _conv,
+    nn.ConvTranspose3d: _conv,
+    nn.BatchNorm1d: _channels,
+    nn.BatchNorm2d: _channels,
+    nn.BatchNorm3d: _channels,
+    nn.SyncBatchNorm: _channels,
+    nn.InstanceNorm1d: _channels,
+    nn.InstanceNorm2d: _channels,
+    nn.InstanceNorm3d: _channels,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
+    nn.PReLU: _prelu,
+    nn.MultiheadAttention: _attention,
+}

@@ -1,0 +1,106 @@
+"""Which entries to keep, read off the zeros in the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto._torch import tree_leaves, tree_map_only
+from oto.axes.call import Rewrite, Size
+from oto.axes.propagate import Propagation
+from oto.axes.terms import Axis, count, resolve, survivors
+from oto.axes.terms import size as size_of
+from oto.errors import NonFiniteParameterError, some
+from oto.groups import Kept, NodeGroup, Partition
+from oto.trace.graph import Leaf
+
+
+def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArray[np.int64]]:
+    """For each prunable group, the atoms to keep: those with a nonzero entry in their ZIG.
+
+    At least ``min_kept`` atoms are kept, zero or not, because a layer without channels is no layer.
+
+    Raises:
+        NonFiniteParameterError: A parameter holds NaN or infinity.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    broken = [name for name, p in parameters.items() if p.is_floating_point() and not torch.isfinite(p).all()]
+    if broken:
+        raise NonFiniteParameterError(
+            f"parameters hold NaN or infinity: {some(broken)}\n"
+            "  effect  what such a model computes cannot be compared, so no subnet is built\n"
+            "  to fix  restore a checkpoint from before the divergence; a lower learning rate or gradient clipping avoids it"
+        )
+    kept: dict[str, NDArray[np.int64]] = {}
+    for group in groups:
+        if not group.prunable:
+            continue
+        alive = np.zeros(group.size, dtype=bool)
+        for piece in group.zeros:
+            entries = piece.of(parameters[piece.parameter].detach())
+            alive |= (entries != 0).flatten(1).any(1).cpu().numpy() if entries.ndim > 1 else (entries != 0).cpu().numpy()
+        missing = min(group.min_kept, group.size) - int(alive.sum())
+        if missing > 0:
+            alive[np.flatnonzero(~alive)[:missing]] = True
+        kept[group.name] = np.flatnonzero(alive)
+    return kept
+
+
+@dataclass(eq=False)
+class Thinning:
+    """A propagated graph with a choice of surviving atoms: every new size and every new tensor follows.
+
+    Attributes:
+        masks: For each axis, which atoms survive; axes that are not named survive whole.
+    """
+
+    found: Propagation
+    masks: Mapping[Axis, NDArray[np.bool_]]
+    _entries: dict[Leaf, list[NDArray[np.bool_]]] = field(default_factory=dict)
+
+    @cached_property
+    def counts(self) -> dict[Axis, int]:
+        return {axis: int(mask.sum()) for axis, mask in self.masks.items()}
+
+    def size(self, asked: Size) -> int:
+        """What an integer argument becomes."""
+        return count(resolve(asked.term), self.counts)
+
+    def changes(self, rewrite: Rewrite) -> bool:
+        """Whether any size that the call names becomes smaller."""
+        sizes = [x for x in tree_leaves((rewrite.args, dict(rewrite.kwargs))) if isinstance(x, Size)]
+        return any(self.size(x) != size_of(x.term) for x in sizes)
+
+    def filled(self, template: Any) -> Any:
+        """A rewrite's arguments with every size in its place."""
+        return tree_map_only(Size, self.size, template)
+
+    def entries(self, leaf: Leaf) -> list[NDArray[np.bool_]]:
+        """For each dimension of a leaf, which entries survive."""
+        if leaf not in self._entries:
+            self._entries[leaf] = [survivors(term, self.masks) for term in self.found.terms(leaf.value)]
+        return self._entries[leaf]
+
+    def shape(self, leaf: Leaf) -> tuple[int, ...]:
+        return tuple(int(mask.sum()) for mask in self.entries(leaf))
+
+    def thin(self, leaf: Leaf, tensor: Tensor) -> Tensor:
+        """The surviving entries of a leaf's tensor, in memory of their own."""
+        thin = tensor.detach()
+        for dim, mask in enumerate(self.entries(leaf)):
+            if not mask.all():
+                thin = thin.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(thin.device))
+        whole = all(mask.all() for mask in self.entries(leaf))
+        return thin.clone() if whole else thin
+
+
+def thinning(partition: Partition, kept: Kept) -> Thinning:
+    """The thinning of the graph that the groups were found on."""
+    return Thinning(partition.found, partition.masks(kept))

@@ -1,0 +1,189 @@
+"""Full, slim and reloaded agree, or nothing is handed out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto._torch import tree_leaves, tree_map_only
+from oto.errors import VerificationError
+from oto.trace.record import arguments, as_found, tensors_in
+
+log = logging.getLogger(__name__)
+
+# Relative to the largest entry of the full model's output. float64 leaves room for sums in another order and nothing
+# else; the others are what a deep network makes of one rounding per sum.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        what: Which models, on which input.
+        dtype: In which dtype.
+        error: Largest difference, relative to the largest entry of the full model's output.
+    """
+
+    what: str
+    dtype: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:
+    """The tensors that a module gives, in eval mode, on a copy of the input."""
+    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
+    with as_found(module), torch.no_grad():
+        return [t.detach() for t in tensors_in(module(*args, **kwargs))]
+
+
+def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
+    """Largest difference over all outputs, each relative to the largest entry of the full output; inf if they differ in kind."""
+    if len(full) != len(slim):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(full, slim, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if not a.numel():
+            continue
+        if not (a.is_floating_point() or a.is_complex()):
+            worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
+            continue
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        x, y = a.to(wide), b.to(wide)
+        same = (x == y) | (torch.isnan(x) & torch.isnan(y))  # infinities of masked scores, too
+        difference = torch.where(same, torch.zeros_like(x.abs()), (x - y).abs())
+        finite = x.abs()[torch.isfinite(x)]
+        scale = float(finite.max()) if finite.numel() else 0.0
+        error = float(difference.max())
+        worst = max(worst, error / scale if scale > 0 else error)
+        if worst != worst:
+            return float("inf")
+    return worst
+
+
+def random_like(dummy_input: Any, seed: int, batch: int | None = None) -> Any:
+    """Another input of the same kind: floats drawn anew, integers within the example's range, booleans as they are.
+
+    Args:
+        batch: Repeat along the first dimension to this size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
+    size = first.shape[0] if first.ndim else None
+
+    def draw(t: Tensor) -> Tensor:
+        shape = list(t.shape)
+        if batch is not None and t.ndim and t.shape[0] == size:
+            shape[0] = batch
+        if t.is_floating_point() or t.is_complex():
+            dtype = t.dtype if t.dtype in (torch.float32, torch.float64, torch.complex64) else torch.float32
+            spread = float(t.detach().float().std()) if t.numel() > 1 and not t.is_complex() else 1.0
+            middle = float(t.detach().float().mean()) if not t.is_complex() else 0.0
+            drawn = torch.randn(shape, generator=generator, dtype=dtype)
+            return (drawn * (spread or 1.0) + middle).to(t.device, t.dtype)
+        if t.dtype == torch.bool or not t.numel():
+            return t.expand(shape).clone() if list(t.shape) == shape else t[:1].expand(shape).clone()
+        low, high = int(t.min()), int(t.max())
+        return torch.randint(low, high + 1, shape, generator=generator).to(t.device, t.dtype)
+
+    return tree_map_only(Tensor, draw, dummy_input)
+
+
+def in_double(module: nn.Module) -> nn.Module:
+    """A copy in float64."""
+    return copy.deepcopy(module).double()
+
+
+def double_input(dummy_input: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, dummy_input)
+
+
+def check(
+    full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False
+) -> list[Check]:
+    """Compare a slim model with the zeroed full one.
+
+    Args:
+        inputs: Random inputs besides the example.
+        batch: Try another batch size too, where the full model takes it.
+    """
+    tries = [("the example", dummy_input)]
+    tries += [(f"random input {seed}", random_like(dummy_input, seed)) for seed in range(inputs)]
+    if batch:
+        first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
+        if first.ndim:
+            tries.append((f"batch of {first.shape[0] + 2}", random_like(dummy_input, inputs, first.shape[0] + 2)))
+    dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
+    checks = _compare(full, slim, tries, what, dtype)
+    if dtype != torch.float64:
+        wide = [(name, double_input(given)) for name, given in tries]
+        with _double(full, slim) as (full64, slim64):
+            if _runs(full64, wide[0][1]):
+                checks += _compare(full64, slim64, wide, what, torch.float64)
+            else:
+                log.info("the full model does not run in float64; compared in %s only", dtype)
+    return checks
+
+
+@contextmanager
+def _double(full: nn.Module, slim: nn.Module) -> Any:
+    yield in_double(full), in_double(slim)
+
+
+def _runs(module: nn.Module, given: Any) -> bool:
+    try:
+        run(module, given)
+    except Exception:
+        return False
+    return True
+
+
+def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: torch.dtype) -> list[Check]:
+    checks = []
+    for name, given in tries:
+        if name.startswith("batch") and not _runs(full, given):
+            continue
+        expected = run(full, given)
+        error = relative_error(expected, run(slim, given))
+        checks.append(Check(f"{what} on {name}", str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3)))
+    return checks
+
+
+def require(checks: Sequence[Check]) -> float:
+    """The largest float64 error (or the largest of all, without float64).
+
+    Raises:
+        VerificationError: A comparison failed.
+    """
+    failed = [c for c in checks if not c.passed]
+    if failed:
+        lines = [f"  {c.what}, {c.dtype}: relative error {c.error:.2e}, tolerance {c.tolerance:.0e}" for c in failed]
+        raise VerificationError(
+            "\n".join(
+                [
+                    "the slim model does not compute what the zeroed model computes",
+                    *lines,
+                    "  effect  nothing was written",
+                    "  to fix  report the model; until then mark the groups concerned unprunable",
+                ]
+            )
+        )
+    exact = [c.error for c in checks if c.dtype == "float64"]
+    return max(exact or [c.error for c in checks], default=0.0)
+
+
