@@ -71,7 +71,7 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
         for by, zeros in (("producers", producers), ("readers", readers), ("both", producers + readers)):
             if not zeros:
                 continue
-            failed = _follow(steps, {place for _, _, place in zeros})
+            failed = _follow(steps, dict.fromkeys((place for _, _, place in zeros), 0.0))
             if failed is None:
                 proofs[axis] = Exact(axis, tuple((leaf, dim) for leaf, dim, _ in zeros), by)
                 break
@@ -162,9 +162,8 @@ def _roles(visits: list[_Visit], dynamic: list[bool]) -> dict[Place, int]:
     return roles
 
 
-def _follow(visits: Iterable[_Visit], zeros: set[Place]) -> Step | None:
-    """Follow the zeros; the first step that would notice the removal, or ``None`` if it is exact."""
-    facts: dict[Place, Fact] = dict.fromkeys(zeros, 0.0)
+def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact]) -> Step | None:
+    """Follow and extend the facts; the first step that would notice the removal, or ``None`` if it is exact."""
     for visit in visits:
         step = visit.step
         for group in visit.summed:

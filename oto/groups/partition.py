@@ -64,7 +64,7 @@ def partition(graph: Graph) -> Partition:
         if leaf.kind != "parameter":
             continue
         for dim, term in enumerate(found.terms(leaf.value)):
-            for axis, cuts in _occurrences(term):
+            for axis, cuts in occurrences(term):
                 where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
                 if leaf.value not in reached:
                     axis.fixed = idle
@@ -99,7 +99,7 @@ def _tell(axis: Axis, found: Propagation) -> str | None:
     return f"{axis.fixed.text} ({node}{', ' + node.source if node.source else ''})"
 
 
-def _occurrences(term: Term) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
+def occurrences(term: Term) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
     """Every axis of a resolved term, and the strided view that leads to it."""
     before, total = 1, size(term)
     for factor in term:
@@ -108,7 +108,7 @@ def _occurrences(term: Term) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
             offset = 0
             for segment in factor.segments:
                 n = size(segment)
-                for axis, cuts in _occurrences(segment):
+                for axis, cuts in occurrences(segment):
                     yield axis, (Cut(before, factor.size, after, offset, n), *cuts)
                 offset += n
         else:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from oto._torch import tree_leaves, tree_map_only
+from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
 from oto.errors import VerificationError
 from oto.trace.record import arguments, as_found, tensors_in
 
@@ -43,10 +43,24 @@ class Check:
         return self.error <= self.tolerance
 
 
+class _Wide(TorchDispatchMode):
+    """Casts to a narrower float become casts to float64, for models that state a dtype in their code."""
+
+    NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widen(x: Any) -> Any:
+            return torch.float64 if isinstance(x, torch.dtype) and x in self.NARROW else x
+
+        args, kwargs = tree_map(widen, (args, kwargs or {}))
+        return op(*args, **kwargs)
+
+
 def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:
-    """The tensors that a module gives, in eval mode, on a copy of the input."""
+    """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
-    with as_found(module), torch.no_grad():
+    wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) == torch.float64
+    with as_found(module), torch.no_grad(), _Wide() if wide else nullcontext():
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 

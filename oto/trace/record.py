@@ -59,7 +59,9 @@ def arguments(dummy_input: Any) -> Arguments:
             "dummy_input holds no tensor, so the model cannot be followed from its inputs\n"
             "  to fix    pass the tensors that model.forward takes"
         )
-    return args, kwargs
+    # one tensor given twice is two inputs
+    separate: Arguments = tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs))
+    return separate
 
 
 def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Graph:

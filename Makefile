@@ -1,0 +1,45 @@
+# Everything from a fresh checkout, given Python >= 3.11 and make. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check zoo clean
+
+help:
+	@echo "make demo    train a small network on real images, prune it, load what was saved (about 3 minutes)"
+	@echo "make test    the test suite and the doctests"
+	@echo "make check   formatting, lint, types"
+	@echo "make zoo     the long checks over whole architectures"
+	@echo "make clean   remove the virtual environment, caches and outputs"
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/resnet_cifar10.py
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict oto
+
+zoo: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo tests/zoo
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of packages: a second call does nothing, a change to pyproject.toml installs again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "oto needs Python 3.11 or newer; '$(PYTHON)' is not. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.examples: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[examples]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $(VENV)/.examples $@

@@ -1,0 +1,287 @@
+"""The class ``OTO`` strings the stages together and decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from oto.axes.registry import known
+from oto.errors import EmitterError, TargetError, UnknownOpWarning, VerificationError, some
+from oto.groups import Cost, Kept, NodeGroup, cost, partition
+from oto.groups.policy import keep_at_least, keep_whole, matching, require_prunable
+from oto.io.artefact import check_out_dir, writing
+from oto.io.subnet import WEIGHTS, describe, load_subnet, plain_edits, write_program, write_weights
+from oto.optim import HESSO
+from oto.report.table import subnet_table
+from oto.slim.graph import emit_graph
+from oto.slim.module import Edits, plan_edits, thin_copy, thin_tensors
+from oto.slim.plan import read_zeros, thinning
+from oto.slim.verify import Check, check, require
+from oto.trace.export import export
+from oto.trace.record import record
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Subnet:
+    """A verified slim model.
+
+    Attributes:
+        model: The slim module, in eval mode; it owns its memory.
+        path: The folder of the artefact, ``None`` if it was not saved.
+        emitter: ``"module"`` (the original class) or ``"graph"`` (a ``torch.fx.GraphModule``).
+        why_graph: Why the original class could not be used, if it could not.
+        max_error: Largest relative error against the zeroed full model, in float64 where the model runs in it.
+        checks: Every comparison that was made.
+        cost_before, cost_after: Parameters and MACs on the example input.
+        kept: For each prunable group, the atoms that are left.
+    """
+
+    model: nn.Module
+    path: Path | None
+    emitter: str
+    why_graph: str | None
+    max_error: float
+    checks: tuple[Check, ...]
+    cost_before: Cost
+    cost_after: Cost
+    kept: Kept
+
+    def __str__(self) -> str:
+        return subnet_table(self)
+
+
+class OTO:
+    """From a model and one example input to a slim model that computes the same function.
+
+    Args:
+        model: Any module. It is not copied: the optimizer trains it, and ``construct_subnet`` reads its zeros.
+        dummy_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments of ``model.forward``.
+        skip: Parameters whose entries must not be zeroed: names or globs, as for ``mark_unprunable_by_param_names``.
+        min_kept: Least number of atoms that every group keeps.
+
+    Raises:
+        DummyInputError: ``dummy_input`` is of another type.
+        TraceError: ``forward`` fails on it.
+        NothingPrunableError: Nothing can be removed; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> oto = OTO(model, torch.randn(1, 3))
+        >>> oto.random_set_zero_groups(target_group_sparsity=0.5)
+        >>> subnet = oto.construct_subnet()
+        >>> oto.compute_num_params(), subnet.cost_after.params
+        (50, 26)
+    """
+
+    def __init__(self, model: nn.Module, dummy_input: Any, *, skip: Iterable[str] = (), min_kept: int = 1) -> None:
+        self.model = model
+        self.dummy_input = dummy_input
+        self.partition = partition(record(model, dummy_input, known))
+        self._groups = keep_at_least(self.partition.groups, min_kept)
+        self._saved: Path | None = None
+        if skip:
+            self.mark_unprunable_by_param_names(skip)
+        for node in self.partition.found.unknown:
+            shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
+            warnings.warn(
+                f"no rule for {node.op}\n  at      {node.module or type(model).__name__}, {node.source}\n"
+                f"  shapes  {shapes}\n  effect  all dimensions it touches stay whole\n"
+                "  to fix  add a rule (CONTRIBUTING.md), or nothing if this is fine",
+                UnknownOpWarning,
+                stacklevel=2,
+            )
+        require_prunable(self._groups)
+
+    @property
+    def node_groups(self) -> tuple[NodeGroup, ...]:
+        """Every node group, prunable or not."""
+        return self._groups
+
+    def mark_unprunable_by_param_names(self, names: Iterable[str]) -> None:
+        """Keep all entries of some parameters: groups that would zero entries of one stay whole.
+
+        Mark before an optimizer is made. The inputs of a marked layer still shrink with the layer before it.
+
+        Args:
+            names: Names from ``model.named_parameters()``, or globs such as ``"layer1.*.weight"``.
+
+        Raises:
+            UnknownParameterError: A name matches nothing; nothing is marked then.
+        """
+        if isinstance(names, str):
+            names = [names]
+        first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
+        parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        marked = matching(names, parameters)
+        self._groups = keep_whole(self._groups, {first.get(name, name) for name in marked}, "it was marked unprunable")
+
+    def hesso(self, **options: Any) -> HESSO:
+        """The HESSO optimizer over all parameters of the model; options as in :class:`oto.optim.HESSO`."""
+        return HESSO(self.model.named_parameters(), self.node_groups, **options)
+
+    def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
+        """Zero a random choice of ZIGs in place, for checks.
+
+        Raises:
+            TargetError: The groups would have to give up their last atoms.
+        """
+        prunable = [g for g in self.node_groups if g.prunable]
+        wanted = int(sum(g.size for g in prunable) * target_group_sparsity)
+        generator = np.random.default_rng(seed)
+        room = {g.name: g.size - g.min_kept for g in prunable}
+        if not 0 <= target_group_sparsity < 1 or wanted > sum(room.values()):
+            most = sum(room.values()) / sum(g.size for g in prunable)
+            raise TargetError(
+                f"target_group_sparsity={target_group_sparsity} cannot be reached: every group keeps its min_kept atoms\n"
+                f"  to fix  ask for a share in [0, {most:.4f}]"
+            )
+        # every group gives up its share of the atoms that it can spare, at random
+        order = [(g, int(a)) for g in prunable for a in generator.permutation(g.size)[: room[g.name]]]
+        chosen: dict[str, list[int]] = {}
+        for i in generator.permutation(len(order))[:wanted]:
+            group, atom = order[i]
+            chosen.setdefault(group.name, []).append(atom)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for group in prunable:
+                if group.name in chosen:
+                    for piece in group.zeros:
+                        entries = piece.of(parameters[piece.parameter])
+                        entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
+
+    def _cost(self, kept: Mapping[str, int] | None = None) -> Cost:
+        return cost(self.partition, kept)
+
+    def compute_num_params(self) -> int:
+        """Entries of all parameters of the full model; a tied one counts once."""
+        return self._cost().params
+
+    def compute_macs(self) -> int:
+        """Multiply–adds of the full model on the example input."""
+        return self._cost().macs
+
+    def compute_flops(self) -> int:
+        """Twice the MACs."""
+        return self._cost().flops
+
+    @property
+    def compressed_model_path(self) -> Path | None:
+        """The slim weights of the last ``construct_subnet(out_dir)``."""
+        return self._saved and self._saved / WEIGHTS
+
+    @property
+    def full_group_sparse_model_path(self) -> Path | None:
+        """The zeroed full weights of the last ``construct_subnet(out_dir)``."""
+        return self._saved and self._saved / "full_group_sparse.safetensors"
+
+    def construct_subnet(
+        self, out_dir: str | os.PathLike[str] | None = None, *, emitter: str = "auto", save_full: bool = True
+    ) -> Subnet:
+        """Build the slim model from the zeros in the parameters, prove it equal, and save it.
+
+        The original class is used where its code states no size that changed; else the traced graph. Either is
+        compared with the zeroed full model on the example and on random inputs, in the model's dtype and in float64,
+        and once more after it was saved and loaded.
+
+        Args:
+            out_dir: Folder for the artefact; nothing is saved if it is ``None``.
+            emitter: ``"auto"``, ``"module"`` (the original class or an error) or ``"graph"``.
+            save_full: Save the zeroed full weights beside the slim ones.
+
+        Raises:
+            VerificationError: The slim model differs. Nothing is written.
+            EmitterError: The asked emitter cannot express the slim model.
+            NonFiniteParameterError: A parameter holds NaN or infinity.
+            ArtefactError: ``out_dir`` cannot be written.
+        """
+        if emitter not in ("auto", "module", "graph"):
+            raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module' or 'graph'")
+        if out_dir is not None:
+            check_out_dir(out_dir)
+        kept = read_zeros(self.node_groups, self.model)
+        slim, edits, checks, why = self._emit(kept, emitter)
+        before, after = self._cost(), self._cost({name: len(indices) for name, indices in kept.items()})
+        how = "graph" if edits is None else "module"
+        path = None
+        if out_dir is not None:
+            path = self._save(Path(out_dir), slim, edits, kept, checks, why, before, after, save_full)
+        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept)
+
+    def _emit(self, kept: Kept, emitter: str) -> tuple[nn.Module, Edits | None, list[Check], str | None]:
+        why: str | None = None
+        if emitter != "graph":
+            try:
+                thin = thinning(self.partition, kept)
+                edits = plan_edits(self.model, self.partition, thin)
+                slim = thin_copy(self.model, thin_tensors(self.model, thin), edits).eval()
+                checks = check(self.model, slim, self.dummy_input, batch=True)
+                require(checks)
+                return slim, edits, checks, None
+            except Exception as failure:
+                if emitter == "module" and isinstance(failure, EmitterError | VerificationError):
+                    raise
+                why = _first_lines(failure)
+                if emitter == "module":
+                    raise EmitterError(
+                        f"{type(self.model).__name__} cannot be thinned as its own class: {why}\n"
+                        "  to fix  use emitter='graph'"
+                    ) from failure
+                log.info("the original class does not fit, using the graph: %s", why)
+        exported = export(self.model, self.dummy_input)
+        slim = emit_graph(exported, self.partition, kept)
+        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic)
+        require(checks)
+        return slim, None, checks, why
+
+    def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, kept: Kept, checks: list[Check],
+              why: str | None, before: Cost, after: Cost, save_full: bool) -> Path:  # fmt: skip
+        thin = thinning(self.partition, kept)
+        names = {name: slim_tensor for name, slim_tensor in thin_tensors(self.model, thin).items()}
+        if edits is None:
+            names = dict(slim.named_parameters(remove_duplicate=False)) | dict(slim.named_buffers(remove_duplicate=False))
+        with writing(out_dir) as draft:
+            write_weights(draft, names)
+            if save_full:
+                full = {n: t for leaf in thin.found.graph.leaves for n in leaf.names for t in [_tensor(self.model, n)]}
+                draft.tensors("full_group_sparse.safetensors", full)
+            no_program = write_program(draft, slim, self.dummy_input)
+            manifest = {
+                "emitter": "graph" if edits is None else "module",
+                "why_graph": why,
+                "model": describe(self.model, thin_tensors(self.model, thin) if edits is not None else {}),
+                "edits": plain_edits(edits or Edits()),
+                "kept": {name: indices.tolist() for name, indices in kept.items()},
+                "cost": {"before": vars(before), "after": vars(after)},
+                "checks": [vars(c) for c in checks],
+                "no_program": no_program,
+            }
+            draft.commit(manifest)
+        self._saved = out_dir
+        return out_dir
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    parent, _, last = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(parent), last)
+    return found
+
+
+def _first_lines(failure: Exception) -> str:
+    lines = str(failure).splitlines()
+    return f"{type(failure).__name__}: {some(lines[:2])}" if lines else type(failure).__name__
+
+
+_ = load_subnet

@@ -1,0 +1,159 @@
+"""A slim model on disk, and back: what the manifest says of it, and how it is rebuilt."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import os
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto.errors import ArtefactError, ClassChangedError, EmitterError, some
+from oto.io.artefact import Artefact, Draft, reading
+from oto.io.program import load_program, save_program
+from oto.slim.module import Edits, attribute, thin_copy
+from oto.slim.program import export_program, runnable
+
+WEIGHTS, PROGRAM = "model.safetensors", "model.pt2"
+
+
+def describe(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What must not have changed in a model for its slim form to fit: classes, their code, full shapes."""
+    kinds: dict[str, str] = {path: _name(type(module)) for path, module in model.named_modules(remove_duplicate=False)}
+    own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    return {
+        "class": _name(type(model)),
+        "modules": kinds,
+        "code": {_name(kind): digest for kind in own if (digest := _code(kind))},
+        "full_shapes": {name: list(attribute(model, name).shape) for name in names},
+    }
+
+
+def _name(kind: type[Any]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _code(kind: type[Any]) -> str | None:
+    """A digest of a class's code; comments and formatting do not count."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):  # typed into a prompt, or built at run time
+        return None
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def write_weights(draft: Draft, tensors: Mapping[str, Tensor]) -> None:
+    """Put the slim tensors into the draft."""
+    draft.tensors(WEIGHTS, tensors)
+
+
+def write_program(draft: Draft, slim: nn.Module, dummy_input: Any) -> str | None:
+    """Put the exported slim model into the draft; the reason if it cannot be exported."""
+    try:
+        program = export_program(slim, dummy_input)
+    except EmitterError as failure:
+        return str(failure).splitlines()[0]
+    save_program(program, draft.file(PROGRAM))
+    return None
+
+
+def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str, Any]) -> nn.Module:
+    """The slim form of ``model``, which may be on ``meta``."""
+    slim = thin_copy(model, tensors, Edits(**edits))
+    left = [n for n, t in [*slim.named_parameters(), *slim.named_buffers()] if t.is_meta]
+    if left:
+        raise ClassChangedError(
+            f"the artefact has no values for {some(left)}\n"
+            "  effect  the slim model would be incomplete, so it is not handed out\n"
+            "  to fix  pass the class, in the version, that the artefact was made from"
+        )
+    return slim
+
+
+def plain_edits(edits: Edits) -> dict[str, Any]:
+    """The edits as JSON takes them."""
+    return asdict(edits)
+
+
+def load_subnet(
+    path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module] | None = None, strict: bool = True
+) -> nn.Module:
+    """Load a slim model that ``OTO.construct_subnet`` saved.
+
+    Nothing is unpickled. Every file is checked against its hash first.
+
+    Args:
+        path: The folder, or a file in it.
+        model: The full-size model, or a function that makes it; its weights are not used, and a function is called on
+            the ``meta`` device. Without it the exported program is loaded, which needs no class of yours.
+        strict: Refuse a class whose code differs from the one that was saved.
+
+    Returns:
+        The slim model in eval mode, on the CPU: of the original class if the artefact was emitted that way, else a
+        ``torch.fx.GraphModule``.
+
+    Raises:
+        ArtefactError: The artefact is not there, damaged, of an unknown version, or cannot be loaded this way.
+        ClassChangedError: ``model`` is not what the artefact was made from.
+    """
+    artefact = reading(path)
+    manifest = artefact.manifest
+    if model is None or manifest["emitter"] == "graph":
+        return _load_program(artefact)
+    given = model if isinstance(model, nn.Module) else _on_meta(model)
+    _require_same(manifest["model"], given, strict)
+    return rebuild(given, artefact.tensors(WEIGHTS), manifest["edits"]).eval()
+
+
+def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return factory()
+    except Exception:  # a constructor that computes with its weights needs real ones
+        return factory()
+
+
+def _load_program(artefact: Artefact) -> nn.Module:
+    reason = artefact.manifest.get("no_program")
+    if reason:
+        raise ArtefactError(
+            f"{artefact.folder} holds no {PROGRAM}: {reason}\n"
+            "  effect  the slim model cannot be loaded without its class\n"
+            "  to fix  pass the model, or a function that makes it: load_subnet(path, make_model)"
+        )
+    return runnable(load_program(artefact.path(PROGRAM)))
+
+
+def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> None:
+    def fail(what: str) -> None:
+        raise ClassChangedError(
+            f"the model does not fit the artefact: {what}\n"
+            "  effect  the slim weights cannot be put into it\n"
+            "  to fix  pass the class and arguments that the artefact was made from, or load without a class:"
+            " load_subnet(path)"
+        )
+
+    if (name := _name(type(given))) != saved["class"]:
+        fail(f"it was made from {saved['class']}, this is {name}")
+    kinds = {path: _name(type(m)) for path, m in given.named_modules(remove_duplicate=False)}
+    changed = [p or "(top)" for p in {*kinds, *saved["modules"]} if kinds.get(p) != saved["modules"].get(p)]
+    if changed:
+        fail(f"modules differ: {some(sorted(changed))}")
+    for name, shape in saved["full_shapes"].items():
+        try:
+            found = list(attribute(given, name).shape)
+        except AttributeError:
+            fail(f"it has no {name}")
+        if found != shape:
+            fail(f"{name} is {found}, and was {shape}")
+    if strict:
+        now = describe(given, {})["code"]
+        edited = [k for k, digest in saved["code"].items() if k in now and now[k] != digest]
+        if edited:
+            fail(f"the code of {some(sorted(edited))} changed since (strict=False accepts it)")

@@ -1,0 +1,10 @@
+"""Groups -> a ``torch.optim.Optimizer`` that drives the least salient ones to exactly zero while the model trains."""
+
+from __future__ import annotations
+
+from oto.optim.base import SparseOptimizer
+from oto.optim.hesso import HESSO
+from oto.optim.saliency import CRITERIA, Entries, Saliency
+from oto.optim.schedule import Schedule
+
+__all__ = ["CRITERIA", "HESSO", "Entries", "Saliency", "Schedule", "SparseOptimizer"]

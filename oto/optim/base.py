@@ -1,0 +1,376 @@
+"""What every sparse optimizer shares: the wrapped torch optimizer, resumable state, and writing zeros.
+
+A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, its ``base``. Both have the same
+``param_groups``, ``state`` and ``defaults``: learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like
+work as they do without it. The update itself is always ``base.step()``.
+
+Two entries of the first parameter group hold all that must survive a checkpoint (further top-level keys of a state
+dict would be dropped by torch, tensors in ``state`` would be cast to the dtype of the parameter):
+
+* ``oto_step``: how many steps were taken, an int;
+* ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group.
+
+Everything else is derived from them, and rebuilt when they or the storage of a parameter change, so no parameter is
+held outside ``param_groups``. Parameters are found by ``param_names`` and position.
+
+Writing zeros is the only cost of a step after pruning. It is one pass over the pruned entries, no matter what the
+wrapped optimizer does. Where node groups are proven *quiet*, even that can rest (see :meth:`zero_pruned_`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from oto.errors import NonFiniteParameterError, OTOError, UnknownParameterError, some
+from oto.groups.node_group import NodeGroup
+from oto.optim.plan import PRUNED, REDUNDANT, Plan, rows_of
+from oto.optim.saliency import Entries
+from oto.optim.wrapped import Base, Named, Params, build
+
+ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
+
+
+DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+"""State that an update is divided by. It moves nothing, so it is left alone: the square root of MKL takes ten times as
+long for an exact zero, which would make the loops of Adam and AdamW half as slow again."""
+
+
+class SparseOptimizer(Optimizer):
+    """A torch optimizer that wraps another one and acts on node groups. Subclasses define :meth:`step`.
+
+    Args:
+        params: ``model.named_parameters()``, or parameter groups (dicts) whose ``params`` are named pairs or come with
+            ``param_names``. Frozen parameters belong in it too, or their node groups cannot be zeroed.
+        node_groups: Node groups of the model; those that are not prunable are left alone.
+        names: Names for the parameters, where ``params`` or a ``base`` instance has none.
+        variant: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        base: Used instead of ``variant``: an optimizer, an optimizer class, or a function that takes parameter groups.
+        first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
+        second_momentum: The second of Adam's ``betas``.
+        dampening: As in SGD.
+        **keywords: For the wrapped optimizer (``lr``, ``weight_decay``, ``foreach``, ``fused``…); ``None`` is its
+            default.
+
+    Raises:
+        UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
+        NonFiniteParameterError: A parameter of a prunable node group holds NaN or infinity.
+    """
+
+    _split: tuple[Tensor, list[Tensor]] | None = None
+    _planned: tuple[Tensor, list[int], Plan] | None = None
+    _loud = False
+
+    def __init__(
+        self,
+        params: Params,
+        node_groups: Iterable[NodeGroup],
+        *,
+        names: Named | None = None,
+        variant: str = "sgd",
+        base: Base | None = None,
+        first_momentum: float | None = None,
+        second_momentum: float | None = None,
+        dampening: float | None = None,
+        **keywords: Any,
+    ) -> None:
+        self.base = build(
+            params,
+            names,
+            variant=variant,
+            base=base,
+            first_momentum=first_momentum,
+            second_momentum=second_momentum,
+            dampening=dampening,
+            keywords=keywords,
+        )
+        self.node_groups = tuple(group for group in node_groups if group.prunable and group.size)
+        super().__init__(self.base.param_groups, self.base.defaults)
+        self._share_base()
+        self._fill_state()
+        self._check_parameters()
+        self._plan()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; ``closure``, if given, is run once with gradients enabled, and its loss returned."""
+        raise NotImplementedError
+
+    # The wrapped optimizer -------------------------------------------------------------------------------------------
+
+    def descend(self) -> None:
+        """Let the wrapped optimizer take its step."""
+        if self.base.param_groups is not self.param_groups:
+            self.base.param_groups = self.param_groups
+        if self.base.state is not self.state:
+            self.base.state = self.state
+        self.base.step()
+
+    def is_probe(self) -> bool:
+        """Whether this step only fills empty state: zero gradients, zero learning rate, as torch's checkpointing does.
+
+        ``torch.distributed.checkpoint`` takes such a step when it saves or loads an optimizer without state. It must
+        leave no trace.
+        """
+        if self.state:
+            return False
+        for group in self.param_groups:
+            lr = group.get("lr", 1.0)
+            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:  # reading lr must not synchronise
+                return False
+        return not any(bool(p.grad.any()) for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters that belong to no node group, such as adapters or layers that were frozen; names may lack."""
+        if any(param_group is group for group in self.base.param_groups):  # from Optimizer.__init__
+            self.param_groups.append(param_group)
+            return
+        members = param_group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        named = "param_names" in param_group or any(isinstance(member, tuple) for member in members)
+        if not named:
+            count = sum(len(group["params"]) for group in self.param_groups)
+            param_group["param_names"] = [f"added.{count + i}" for i in range(len(members))]
+        param_group["params"] = members
+        self.base.add_param_group(param_group)
+        self._share_base()
+        self._planned = None
+
+    def train(self, mode: bool = True) -> None:
+        """Passed on to optimizers that have two modes, such as schedule-free ones."""
+        switch = getattr(self.base, "train" if mode else "eval", None)
+        if switch is not None:
+            switch()
+
+    def eval(self) -> None:
+        """Passed on to optimizers that have two modes, such as schedule-free ones."""
+        self.train(False)
+
+    def _share_base(self) -> None:
+        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def clock(self) -> int:
+        """How many steps were taken."""
+        step: int = self.param_groups[0]["oto_step"]
+        return step
+
+    @clock.setter
+    def clock(self, step: int) -> None:
+        self.param_groups[0]["oto_step"] = step
+
+    @property
+    def atoms(self) -> Tensor:
+        """What became of every atom: FREE, REDUNDANT or PRUNED, uint8, shape ``(N,)``. Replaced, never written into."""
+        atoms: Tensor = self.param_groups[0]["oto_atoms"]
+        return atoms
+
+    @atoms.setter
+    def atoms(self, atoms: Tensor) -> None:
+        self.param_groups[0]["oto_atoms"] = atoms
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of zero-invariant groups (ZIGs) that may be pruned."""
+        return sum(group.size for group in self.node_groups)
+
+    @property
+    def num_pruned(self) -> int:
+        """Number of ZIGs that are at zero for good."""
+        return sum(int((own == PRUNED).sum()) for own in self._codes())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of ZIGs that are at zero for good, in [0, 1]."""
+        return self.num_pruned / max(self.num_atoms, 1)
+
+    @property
+    def redundant_groups(self) -> dict[str, Tensor]:
+        """Atoms on their way to zero: node group name to sorted int64 indices, on the CPU."""
+        return self._having(REDUNDANT)
+
+    @property
+    def pruned_groups(self) -> dict[str, Tensor]:
+        """Atoms at zero for good: node group name to sorted int64 indices, on the CPU."""
+        return self._having(PRUNED)
+
+    def _having(self, code: int) -> dict[str, Tensor]:
+        rows = {g.name: rows_of(own, code) for g, own in zip(self.node_groups, self._codes(), strict=True)}
+        return {name: atoms for name, atoms in rows.items() if len(atoms)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; momentum and first moments of pruned entries are zero in it."""
+        self.zero_moments_()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh."""
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        atoms = state_dict["param_groups"][0].get("oto_atoms") if state_dict["param_groups"] else None
+        if atoms is not None and len(atoms) != self.num_atoms:
+            raise OTOError(
+                f"the state dict is for {len(atoms)} prunable atoms, this optimizer has {self.num_atoms}\n"
+                "  to fix  load it into an optimizer made for the same model with the same groups left whole"
+            )
+        self.base.load_state_dict(state_dict)
+        self._share_base()
+        self._fill_state()
+        self._planned = None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # all but what is derived, the hooks, and the `step` that a learning-rate scheduler puts on the instance
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
+
+    def _fill_state(self) -> None:
+        first = self.param_groups[0]
+        first.setdefault("oto_step", 0)
+        if "oto_atoms" not in first:
+            device = first["params"][0].device if first["params"] else "cpu"
+            first["oto_atoms"] = torch.zeros(self.num_atoms, dtype=torch.uint8, device=device)
+
+    # Parameters and their entries ------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name, as ``param_groups`` has it now."""
+        return {n: p for group in self.param_groups for n, p in zip(group["param_names"], group["params"], strict=True)}
+
+    def entries(self) -> Iterator[Entries]:
+        """The ``zeros`` slices of every node group, with the direction of steepest ascent of the objective."""
+        self.refuse_sparse_gradients()
+        found = {
+            name: (p, bool(group.get("maximize", False)))
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
+        for group in self.node_groups:
+            weights, gradients = [], []
+            for piece in group.zeros:
+                p, maximize = found[piece.parameter]
+                weights.append(piece.of(p.data))
+                gradient = None if p.grad is None else piece.of(p.grad)
+                gradients.append(-gradient if maximize and gradient is not None else gradient)
+            yield Entries(weights, gradients)
+
+    def refuse_sparse_gradients(self) -> None:
+        """Raise if a parameter of a node group has a sparse gradient."""
+        parameters = self.parameters()
+        for name in {piece.parameter for group in self.node_groups for piece in group.zeros}:
+            gradient = parameters[name].grad
+            if gradient is not None and gradient.layout != torch.strided:
+                raise OTOError(
+                    f"the gradient of {name} is sparse\n"
+                    "  effect  saliency and zeroing need every entry of it\n"
+                    "  to fix  make the layer with sparse=False, or mark its node group unprunable"
+                )
+
+    def check_finite(self, entries: Iterable[Entries], scores: Tensor) -> None:
+        """Raise if a score is NaN or infinite. Synchronises."""
+        if bool(torch.isfinite(scores).all()):
+            return
+        sums = [own.weight_sq + own.gradient_sq for own in entries]
+        bad = [g.name for g, own in zip(self.node_groups, sums, strict=True) if not own.isfinite().all()]
+        raise NonFiniteParameterError(
+            f"NaN or infinity in {f'the parameters or gradients of {some(bad)}' if bad else 'a saliency'}, "
+            f"at step {self.clock}\n"
+            "  effect  redundant groups cannot be chosen\n"
+            "  to fix  lower the learning rate, clip gradients, or use a GradScaler, which skips such steps"
+        )
+
+    def _check_parameters(self) -> None:
+        parameters = self.parameters()
+        for group in self.node_groups:
+            missing = [piece.parameter for piece in group.zeros if piece.parameter not in parameters]
+            if missing:
+                raise UnknownParameterError(
+                    f"node group {group.name} needs {some(missing)}, which the optimizer was not given\n"
+                    "  effect  its entries cannot be brought to zero\n"
+                    "  to fix  pass every parameter, frozen ones too, or mark the group unprunable"
+                )
+        real = [name for name, p in parameters.items() if not p.is_meta]
+        finite = [parameters[name].detach().isfinite().all() for name in real]
+        bad = [name for name, ok in zip(real, finite, strict=True) if not ok]
+        if bad:
+            raise NonFiniteParameterError(
+                f"NaN or infinity in {some(bad)}\n"
+                "  effect  no zero of the model could be trusted\n"
+                "  to fix  load sound weights before making the optimizer"
+            )
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def scale_redundant_(self, factor: float) -> None:
+        """Multiply the entries of redundant groups."""
+        self._plan().scale_redundant_(factor)
+
+    def zero_pruned_(self) -> None:
+        """Set the entries of pruned groups to zero.
+
+        A *quiet* group has all its slices at zero, those that write an atom and those that read it, and its analysis
+        proved that its gradients are then exactly zero. SGD, Adam and AdamW leave such entries where they are. So on
+        the CPU only the one-dimensional slices of quiet groups (biases, norms) are written at every step, and the
+        others once in a while. If one of the written entries was not zero, something outside of the proof moves them
+        (noise added to gradients, say): every group counts as loud from then on, this step included.
+        """
+        plan = self._plan()
+        if plan.moved():
+            self._loud, self._planned = True, None
+            plan = self._plan()
+        plan.zero_pruned_(self.clock)
+
+    def zero_moments_(self) -> None:
+        """Set what the wrapped optimizer would still move pruned entries by (momentum, first moments) to zero."""
+        parameters = self.parameters()
+        for group, own in zip(self.node_groups, self._codes(), strict=True):
+            rows = rows_of(own, PRUNED)
+            for piece in (group.slices if self._is_quiet(group) else group.zeros) if len(rows) else ():
+                if piece.parameter not in parameters:
+                    continue
+                p = parameters[piece.parameter]
+                for moment in moments_of(p, self.state.get(p, {})):
+                    piece.of(moment).index_fill_(0, rows.to(moment.device, non_blocking=True), 0)
+
+    def commit(self) -> None:
+        """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""
+        codes = [own.masked_fill(own == REDUNDANT, PRUNED) for own in self._codes()]
+        self.atoms = self.atoms.masked_fill(self.atoms == REDUNDANT, PRUNED)
+        self._split = (self.atoms, codes)  # known without reading them back
+        self.zero_moments_()
+
+    def _is_quiet(self, group: NodeGroup) -> bool:
+        # an attribute that the analysis may set; without it a group is loud, which is always right
+        return not self._loud and bool(getattr(group, "quiet", False)) and type(self.base) in ELEMENTWISE
+
+    def _codes(self) -> list[Tensor]:
+        """``atoms`` on the CPU, one tensor per node group. Synchronises when they are new."""
+        if self._split is None or self._split[0] is not self.atoms:
+            sizes = [group.size for group in self.node_groups]
+            self._split = (self.atoms, list(self.atoms.cpu().split_with_sizes(sizes)))
+        return self._split[1]
+
+    def _plan(self) -> Plan:
+        """What a step writes. Made anew when atoms change or a parameter has moved."""
+        atoms, pointers = self.atoms, [p.data_ptr() for group in self.param_groups for p in group["params"]]
+        if self._planned is None or self._planned[0] is not atoms or self._planned[1] != pointers:
+            quiet = [self._is_quiet(group) for group in self.node_groups]
+            plan = Plan.of(self.node_groups, self._codes(), self.parameters(), quiet)
+            self._planned = (atoms, pointers, plan)
+        return self._planned[2]
+
+
+def moments_of(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of ``state`` that drive ``p``, entry by entry.
+
+    Quantised ones (8-bit optimizers) are left out: they are not floating point, and their zero is not a zero.
+    """
+    held = [value for key, value in state.items() if isinstance(value, Tensor) and key not in DIVISORS]
+    return [moment for moment in held if moment.is_floating_point() and moment.shape == p.shape]

@@ -1,0 +1,74 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from oto.groups import Cost
+from oto.slim.verify import Check
+
+
+class Shrunk(Protocol):
+    """What a table says of a slim model."""
+
+    @property
+    def path(self) -> Path | None: ...
+    @property
+    def emitter(self) -> str: ...
+    @property
+    def why_graph(self) -> str | None: ...
+    @property
+    def checks(self) -> Sequence[Check]: ...
+    @property
+    def cost_before(self) -> Cost: ...
+    @property
+    def cost_after(self) -> Cost: ...
+    @property
+    def kept(self) -> Mapping[str, Any]: ...
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text with the first column to the left and the others to the right.
+
+    >>> print(columns([["", "before"], ["MACs", "12"]]))
+          before
+    MACs      12
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def subnet_table(subnet: Shrunk) -> str:
+    """What shrank, how it was proved, and where it is."""
+    before, after = subnet.cost_before, subnet.cost_after
+
+    def row(name: str, a: int, b: int) -> list[str]:
+        return [name, f"{a:,}", f"{b:,}", f"{100 * b / a:.1f} %" if a else "–"]
+
+    worst: dict[str, Check] = {}
+    for check in subnet.checks:
+        if check.dtype not in worst or check.error > worst[check.dtype].error:
+            worst[check.dtype] = check
+    lines = [
+        columns(
+            [["", "before", "after", "kept"], row("parameters", before.params, after.params),
+             row("MACs", before.macs, after.macs)]
+        ),
+        *(
+            f"verified: {len([c for c in subnet.checks if c.dtype == dtype])} comparisons in {dtype}, largest relative"
+            f" error {c.error:.1e} (tolerance {c.tolerance:.0e})"
+            for dtype, c in worst.items()
+        ),
+        "emitted as the original class" if subnet.emitter == "module" else "emitted as a torch.fx.GraphModule",
+    ]  # fmt: skip
+    if subnet.why_graph:
+        lines.append(f"  because {subnet.why_graph}")
+    if subnet.path is not None:
+        lines.append(f"saved in {subnet.path}")
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""The criteria against their formulas, written out per atom in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oto.errors import TargetError
+from oto.groups.node_group import Cut, Slice
+from oto.optim import CRITERIA, Entries
+from oto.optim.saliency import resolve, score
+
+BY_HAND = {
+    "magnitude": lambda x, g: x.norm(),
+    "avg_magnitude": lambda x, g: x.norm() / x.numel(),
+    "cosine_similarity": lambda x, g: 1 - x @ g / (x.norm() * g.norm()),
+    "taylor_first_order": lambda x, g: (x @ g).abs(),
+    "taylor_second_order": lambda x, g: 0.5 * (x @ g) ** 2,
+}
+
+
+def entries(dtype=torch.float64):
+    """Four atoms: rows of a convolution, a bias, and every second block of three columns of a linear layer."""
+    shapes = [(4, 3, 2, 2), (4,), (5, 24)]
+    slices = [Slice("w", 0, ()), Slice("b", 0, ()), Slice("v", 1, (Cut(2, 4, 3, 0, 4),))]
+    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    gradients = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    views = [[piece.of(t) for piece, t in zip(slices, tensors, strict=True)] for tensors in (weights, gradients)]
+    return Entries(*views)
+
+
+def flat(views):
+    return torch.cat([view.reshape(4, -1) for view in views], 1)
+
+
+def test_every_criterion_is_written_out_here():
+    assert BY_HAND.keys() == CRITERIA.keys()
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_criterion(name):
+    own = entries()
+    expected = [BY_HAND[name](x, g) for x, g in zip(flat(own.weights), flat(own.gradients), strict=True)]
+    # 1e-12: float64, sums of 43 terms
+    torch.testing.assert_close(CRITERIA[name](own), torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_half_precision_is_summed_in_float32(name):
+    half = entries(torch.bfloat16)
+    full = Entries([w.double() for w in half.weights], [g.double() for g in half.gradients])
+    scores = CRITERIA[name](half)
+    assert scores.dtype == torch.float32
+    # 1e-5: float32, sums of 43 terms, squared once; bfloat16 sums would be off by 1e-2
+    torch.testing.assert_close(scores.double(), CRITERIA[name](full), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_missing_gradient_counts_as_zero(name):
+    own = entries()
+    absent = Entries(own.weights, [None, None, own.gradients[2]])
+    zero = Entries(own.weights, [torch.zeros_like(own.weights[0]), torch.zeros_like(own.weights[1]), own.gradients[2]])
+    torch.testing.assert_close(CRITERIA[name](absent), CRITERIA[name](zero), rtol=0, atol=0)
+    assert CRITERIA[name](Entries(own.weights, [None] * 3)).isfinite().all()
+
+
+def test_cosine_keeps_what_descent_makes_grow():
+    # x <- x - lr * g: the first atom shrinks, the second grows
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    g = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert CRITERIA["cosine_similarity"](Entries([x], [g])).tolist() == [0.0, 2.0]
+
+
+def test_cosine_of_nothing_is_no_opinion():
+    assert CRITERIA["cosine_similarity"](Entries([torch.zeros(2, 3)], [torch.zeros(2, 3)])).tolist() == [1.0, 1.0]
+
+
+def test_scores_are_normed_over_what_is_alive():
+    own = Entries([torch.tensor([3.0, 4.0, 1e6])], [None])
+    alive = torch.tensor([True, True, False])
+    torch.testing.assert_close(score([own], alive, resolve("magnitude"))[:2], torch.tensor([0.6, 0.8]))
+
+
+def test_a_function_of_the_user_joins_the_others():
+    def last_first(entries):
+        return torch.arange(entries.weights[0].shape[0], 0, -1.0)
+
+    own = Entries([torch.ones(4, 2)], [None])
+    scores = score([own], torch.ones(4, dtype=torch.bool), resolve({"magnitude": 0.5, last_first: 0.5}))
+    assert scores.argsort().tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("weights, message", [("magnitud", "no saliency is called"), ({"magnitude": 0.0}, "weight 0")])
+def test_criteria_that_mean_nothing_are_refused(weights, message):
+    with pytest.raises(TargetError, match=message):
+        resolve(weights)

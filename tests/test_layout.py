@@ -1,0 +1,122 @@
+"""How the package hangs together. The first thing to read."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+OTO = Path(__file__).resolve().parent.parent / "oto"
+FILES = sorted(OTO.rglob("*.py"))
+
+# Data flows one way. `optim` leaves zeros in the parameters and `slim` reads them; neither knows the other.
+READS = {
+    "trace": set(),
+    "axes": {"trace"},
+    "groups": {"trace", "axes"},
+    "optim": {"groups"},
+    "nn": set(),
+    "slim": {"trace", "axes", "groups", "nn"},
+    "io": {"slim", "nn"},
+    "report": {"trace", "axes", "groups", "slim"},
+}
+
+
+def stages_imported_by(path: Path) -> set[str]:
+    """The stages of ``oto`` that a file imports, whether as ``oto.axes...`` or as ``..axes``."""
+    package = ("oto", *path.relative_to(OTO).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "oto" and len(parts) > 1 and parts[1] in READS:
+                found.add(parts[1])
+    return found
+
+
+def test_data_flows_one_way() -> None:
+    for stage, allowed in READS.items():
+        for path in (OTO / stage).rglob("*.py"):
+            extra = stages_imported_by(path) - allowed - {stage}
+            assert not extra, f"{path} reads from {extra}; {stage} may read {allowed}"
+
+
+def test_every_folder_is_a_stage() -> None:
+    folders = {path.parent.relative_to(OTO).parts[0] for path in FILES if path.parent != OTO}
+    assert folders == READS.keys()
+
+
+def test_the_import_reader_sees_every_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "OTO", tmp_path)
+    (tmp_path / "optim").mkdir()
+    path = tmp_path / "optim" / "x.py"
+    for line, stage in {
+        "import oto.slim.plan": "slim",
+        "from oto.slim import plan": "slim",
+        "from oto import slim": "slim",
+        "from ..slim.plan import f": "slim",
+        "from .. import slim": "slim",
+        "def f():\n    from oto.trace.graph import Graph": "trace",
+    }.items():
+        path.write_text(line)
+        assert stages_imported_by(path) == {stage}, line
+    path.write_text("from . import schedule\nfrom .base import Sparse\nimport torch.nn\nfrom oto.errors import some")
+    assert stages_imported_by(path) <= {"optim"}
+
+
+MODELS = re.compile(r"(?<![a-z])(llama|resnet|lora|bert|gpt|vgg|swin|mistral|qwen|mobilenet)", re.IGNORECASE)
+
+
+def code_of(path: Path) -> str:
+    """The file without comments and docstrings."""
+    source = path.read_text()
+    tree = ast.parse(source)
+    dropped = set()
+    for node in ast.walk(tree):  # a string that stands alone: docstrings of modules, classes, functions, attributes
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            dropped.add((node.value.lineno, node.value.col_offset))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    kept = [
+        t.string
+        for t in tokens
+        if t.type != tokenize.COMMENT and not (t.type == tokenize.STRING and t.start in dropped)
+    ]
+    return " ".join(kept)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(OTO)))
+def test_no_model_is_named_in_code(path: Path) -> None:
+    assert not MODELS.findall(code_of(path)), "a rule goes by operator, never by model"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(OTO)))
+def test_no_print_and_no_pickle(path: Path) -> None:
+    """The library logs; and what it saves can be opened without running code."""
+    tree = ast.parse(path.read_text())
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & {"print", "torch.save", "pickle.dump", "pickle.dumps", "pickle.load", "pickle.loads"}
+
+
+def test_importing_oto_imports_no_optional_package() -> None:
+    heavy = ["transformers", "diffusers", "timm", "onnx", "onnxscript", "onnxruntime", "torchvision", "pydot", "rich"]
+    code = f"import sys, oto; print(*(set({heavy}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=OTO.parent)
+    assert done.stdout.strip() == ""
+
+
+def test_importing_oto_is_silent() -> None:
+    done = subprocess.run([sys.executable, "-c", "import oto"], capture_output=True, text=True, check=True, cwd=OTO.parent)
+    assert done.stdout == "" and done.stderr == ""
