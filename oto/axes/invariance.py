@@ -30,11 +30,13 @@ class Exact:
     Attributes:
         zeros: Parameter dimensions whose entries at the atom must be zero, as (leaf, dimension).
         by: ``"producers"``, ``"readers"`` or ``"both"``.
+        quiet: With the readers at zero too, the gradient of every parameter entry at the atom is exactly zero.
     """
 
     axis: Axis
     zeros: tuple[tuple[Leaf, int], ...]
     by: str
+    quiet: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +75,8 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
                 continue
             failed = _follow(steps, dict.fromkeys((place for _, _, place in zeros), 0.0))
             if failed is None:
-                proofs[axis] = Exact(axis, tuple((leaf, dim) for leaf, dim, _ in zeros), by)
+                quiet = _follow(steps, dict.fromkeys((place for _, _, place in owned[axis]), 0.0), True) is None
+                proofs[axis] = Exact(axis, tuple((leaf, dim) for leaf, dim, _ in zeros), by, quiet)
                 break
             obstacle = obstacle or failed
         else:
@@ -162,12 +165,18 @@ def _roles(visits: list[_Visit], dynamic: list[bool]) -> dict[Place, int]:
     return roles
 
 
-def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact]) -> Step | None:
-    """Follow and extend the facts; the first step that would notice the removal, or ``None`` if it is exact."""
+def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool = False) -> Step | None:
+    """Follow what is known, adding to ``facts``; the first step that would notice the removal, ``None`` if it is exact.
+
+    Args:
+        backwards: Ask for more: no gradient comes back either. A product passes none on if all its factors are zero; a
+            sum of entries always does.
+    """
     for visit in visits:
         step = visit.step
         for group in visit.summed:
-            if not any(_is_zero(facts.get(place)) for place in group):
+            zero = [_is_zero(facts.get(place)) for place in group]
+            if not any(zero) or (backwards and not (all(zero) and len(group) > 1)):
                 return step
         for dim, places in visit.outputs:
             given: list[Fact] = []

@@ -58,6 +58,7 @@ class NodeGroup:
         zeros: The slices that must be zero for the removal to be exact; a subset of ``slices``.
         reason: Why the group stays whole; ``None`` if it is prunable.
         min_kept: Least number of atoms to keep.
+        quiet: With all ``slices`` of an atom at zero, every gradient of them is exactly zero.
     """
 
     name: str
@@ -66,6 +67,7 @@ class NodeGroup:
     zeros: tuple[Slice, ...] = ()
     reason: str | None = None
     min_kept: int = 1
+    quiet: bool = False
 
     @property
     def prunable(self) -> bool:

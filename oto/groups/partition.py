@@ -80,7 +80,8 @@ def partition(graph: Graph) -> Partition:
         name = f"{base}/{taken[base]}" if taken[base] else base
         own = proofs.get(axis)
         zeros = _zeros(own, slices) if own is not None and axis.fixed is None else ()
-        groups.append(NodeGroup(name, axis.size, tuple(slices), zeros, _tell(axis, found)))
+        quiet = own is not None and own.quiet
+        groups.append(NodeGroup(name, axis.size, tuple(slices), zeros, _tell(axis, found), quiet=quiet))
         axes[name] = axis
     return Partition(found, tuple(groups), axes)
 

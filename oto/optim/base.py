@@ -348,7 +348,7 @@ class SparseOptimizer(Optimizer):
 
     def _is_quiet(self, group: NodeGroup) -> bool:
         # an attribute that the analysis may set; without it a group is loud, which is always right
-        return not self._loud and bool(getattr(group, "quiet", False)) and type(self.base) in ELEMENTWISE
+        return not self._loud and group.quiet and type(self.base) in ELEMENTWISE
 
     def _codes(self) -> list[Tensor]:
         """``atoms`` on the CPU, one tensor per node group. Synchronises when they are new."""

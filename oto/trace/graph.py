@@ -86,7 +86,7 @@ class Graph:
     """A model as a flat list of ATen calls in the order they ran.
 
     Attributes:
-        how: ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
+        how: ``"meta"`` or ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
     """
 
     nodes: tuple[Node, ...]

@@ -1,8 +1,9 @@
 """Run a model once and write down every ATen call.
 
 The run happens under ``torch.inference_mode``: composite operators (``linear``, ``scaled_dot_product_attention``,
-``einsum`` …) then arrive whole, the level at which ``torch.export`` works too. It is done on fake tensors, which cost no
-memory and no arithmetic; a model that needs data (``.item()``, a branch on a value) is run for real on the example.
+``einsum`` …) then arrive whole, the level at which ``torch.export`` works too. Three ways are tried in turn: tensors on
+``meta``, which know their shapes only; fake tensors, which know their device too; and, for a model that needs data
+(``.item()``, a branch on a value), the real run on the example.
 
 The model is left as it was: parameters and buffers are swapped for the run by ``torch.func.functional_call``.
 """
@@ -79,17 +80,16 @@ def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
         TraceError: ``forward`` fails on the example.
     """
     args, kwargs = arguments(dummy_input)
+    ways = ["meta", "fake"] if _on_meta(model) else ["meta", "fake", "real"]
     with as_found(model):
-        try:
-            return _run(model, args, kwargs, known, fake=True)
-        except Exception as fake_failure:
-            if _on_meta(model):
-                raise TraceError(_message(model, args, kwargs, fake_failure)) from fake_failure
-            log.info("fake tensors do not carry this model (%s); running it on the example", fake_failure)
+        for way in ways:
             try:
-                return _run(model, args, kwargs, known, fake=False)
+                return _run(model, args, kwargs, known, way)
             except Exception as failure:
-                raise TraceError(_message(model, args, kwargs, failure)) from failure
+                if way == ways[-1]:
+                    raise TraceError(_message(model, args, kwargs, failure)) from failure
+                log.info("%s tensors do not carry this model: %s", way, failure)
+    raise AssertionError("the last way returns or raises")
 
 
 def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception) -> str:
@@ -129,32 +129,39 @@ def as_found(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, fake: bool) -> Graph:
+def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitStack) -> Callable[[Tensor], Tensor]:
+    """Set the way up; what stands for a real tensor in it."""
+    if way == "meta":
+        stack.enter_context(torch.device("meta"))
+        return lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    if way == "real":
+        buffers = {id(t) for t in named.values() if not isinstance(t, nn.Parameter)}
+        return lambda t: t.detach().clone() if id(t) in buffers else t.detach()
+    mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+    device = next((t.device for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_meta), None)
+
+    def fake(t: Tensor) -> Tensor:
+        if t.is_meta and device is not None:  # parameters on meta meet real inputs: let both be on one device
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+        return mode.from_tensor(t)
+
+    return fake
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str) -> Graph:
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, tensor in named.items():
         names.setdefault(id(tensor), []).append(name)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        if fake:
-            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_meta), None)
-
-            def stand_in(t: Tensor) -> Tensor:
-                if t.is_meta and device is not None:  # meta parameters meet real inputs: let both be on one device
-                    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-                return mode.from_tensor(t)
-        else:
-
-            def stand_in(t: Tensor) -> Tensor:
-                return t.detach().clone() if id(t) in names and not isinstance(t, nn.Parameter) else t.detach()
-
+        stand_in = _stand_ins(way, named, (args, kwargs), stack)
         made: dict[int, Tensor] = {}
         for tensor in named.values():
             if id(tensor) not in made:
                 made[id(tensor)] = stand_in(tensor)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
-        recorder = _Recorder(GraphBuilder("fake" if fake else "real"), known, model)
+        recorder = _Recorder(GraphBuilder(way), known, model)
         for tensor_id, tensor in made.items():
             first = named[names[tensor_id][0]]
             parameter = isinstance(first, nn.Parameter)
@@ -201,6 +208,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.builder = builder
         self.known = known
+        self.shapes_only = builder.how == "meta"
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
         self.path: list[str] = [""]
         self.attributes = {
@@ -220,6 +228,14 @@ class _Recorder(TorchDispatchMode):
             name = self.attributes.get(id(tensor))
             self.builder.leaf(id(tensor), tensor.shape, tensor.dtype, [name] if name else [], "constant")
         return Key(id(tensor))
+
+    def keyed(self, x: Any) -> Any:
+        """Arguments with a key in place of each tensor."""
+        if isinstance(x, Tensor):
+            return self.see(x)
+        if isinstance(x, tuple | list):
+            return type(x)(map(self.keyed, x))
+        return {name: self.keyed(value) for name, value in x.items()} if isinstance(x, dict) else x
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
@@ -247,19 +263,34 @@ class _Recorder(TorchDispatchMode):
                 parts = op.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        keyed = tree_map_only(Tensor, self.see, (args, kwargs))
-        result = op(*args, **kwargs)
+        keyed = self.keyed(args), self.keyed(kwargs)
+        if self.shapes_only and op in _SHAPE_OF_FIRST:
+            result = args[0] if op._schema.is_mutable else torch.empty_like(args[0])
+        else:
+            result = op(*args, **kwargs)
         results: list[Any] = []
-        for leaf in tree_leaves(result):
+        for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)
                 results.append((id(leaf), leaf.shape, leaf.dtype))
             else:
                 results.append(None)
         if any(results) or op._schema.is_mutable:
-            self.builder.call(op, keyed[0], keyed[1], results, self.path[-1], _user_line())
+            self.builder.call(op, *keyed, results, self.path[-1], _user_line())
         return result
 
+
+aten = torch.ops.aten
+
+# Calls whose result has the shape and dtype of their first argument: where shapes are all that is computed, they need
+# not be made. They are most of the calls of a network.
+_SHAPE_OF_FIRST = {
+    aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.dropout.default,
+    aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default, aten.silu_.default,
+    aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default, aten.hardsigmoid_.default,
+    aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
+    aten.contiguous.default,
+}  # fmt: skip
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
