@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oto.axes.registry import known
-from oto.errors import EmitterError, TargetError, UnknownOpWarning, VerificationError, some
+from oto.errors import EmitterError, TargetError, UnknownOpWarning
 from oto.groups import Cost, Kept, NodeGroup, cost, partition
 from oto.groups.policy import keep_at_least, keep_whole, matching, require_prunable
 from oto.io.artefact import check_out_dir, writing
-from oto.io.subnet import WEIGHTS, describe, load_subnet, plain_edits, write_program, write_weights
+from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, read_program, rebuild, write_program
 from oto.optim import HESSO
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
-from oto.slim.module import Edits, plan_edits, thin_copy, thin_tensors
+from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
@@ -77,7 +77,7 @@ class OTO:
 
     Example:
         >>> import torch
-        >>> from torch import nn
+        >>> from torch import Tensor, nn
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> oto = OTO(model, torch.randn(1, 3))
         >>> oto.random_set_zero_groups(target_group_sparsity=0.5)
@@ -185,7 +185,7 @@ class OTO:
     @property
     def full_group_sparse_model_path(self) -> Path | None:
         """The zeroed full weights of the last ``construct_subnet(out_dir)``."""
-        return self._saved and self._saved / "full_group_sparse.safetensors"
+        return self._saved and self._saved / FULL
 
     def construct_subnet(
         self, out_dir: str | os.PathLike[str] | None = None, *, emitter: str = "auto", save_full: bool = True
@@ -203,7 +203,7 @@ class OTO:
 
         Raises:
             VerificationError: The slim model differs. Nothing is written.
-            EmitterError: The asked emitter cannot express the slim model.
+            EmitterError: The asked emitter cannot express the slim model, or neither can.
             NonFiniteParameterError: A parameter holds NaN or infinity.
             ArtefactError: ``out_dir`` cannot be written.
         """
@@ -212,27 +212,36 @@ class OTO:
         if out_dir is not None:
             check_out_dir(out_dir)
         kept = read_zeros(self.node_groups, self.model)
-        slim, edits, checks, why = self._emit(kept, emitter)
-        before, after = self._cost(), self._cost({name: len(indices) for name, indices in kept.items()})
-        how = "graph" if edits is None else "module"
+        before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
+        slim, edits, tensors, checks, why = self._emit(kept, emitter)
         path = None
         if out_dir is not None:
-            path = self._save(Path(out_dir), slim, edits, kept, checks, why, before, after, save_full)
+            path = Path(out_dir)
+            about = {
+                "why_graph": why,
+                "kept": {name: atoms.tolist() for name, atoms in kept.items()},
+                "cost": {"before": vars(before), "after": vars(after)},
+                "checks": [vars(c) for c in checks],
+            }
+            checks += self._save(path, slim, edits, tensors, about, save_full)
+        how = "graph" if edits is None else "module"
         return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept)
 
-    def _emit(self, kept: Kept, emitter: str) -> tuple[nn.Module, Edits | None, list[Check], str | None]:
+    def _emit(
+        self, kept: Kept, emitter: str
+    ) -> tuple[nn.Module, Edits | None, Mapping[str, Tensor], list[Check], str | None]:
+        """The slim module, the edits that made it (if it is of the original class), its tensors, and the proof."""
         why: str | None = None
         if emitter != "graph":
             try:
                 thin = thinning(self.partition, kept)
                 edits = plan_edits(self.model, self.partition, thin)
-                slim = thin_copy(self.model, thin_tensors(self.model, thin), edits).eval()
+                tensors = thin_tensors(self.model, thin)
+                slim = thin_copy(self.model, tensors, edits).eval()
                 checks = check(self.model, slim, self.dummy_input, batch=True)
                 require(checks)
-                return slim, edits, checks, None
-            except Exception as failure:
-                if emitter == "module" and isinstance(failure, EmitterError | VerificationError):
-                    raise
+                return slim, edits, tensors, checks, None
+            except Exception as failure:  # anything that the user's own forward may raise at other sizes
                 why = _first_lines(failure)
                 if emitter == "module":
                     raise EmitterError(
@@ -244,44 +253,41 @@ class OTO:
         slim = emit_graph(exported, self.partition, kept)
         checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic)
         require(checks)
-        return slim, None, checks, why
+        held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
+        return slim, None, dict(held), checks, why
 
-    def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, kept: Kept, checks: list[Check],
-              why: str | None, before: Cost, after: Cost, save_full: bool) -> Path:  # fmt: skip
-        thin = thinning(self.partition, kept)
-        names = {name: slim_tensor for name, slim_tensor in thin_tensors(self.model, thin).items()}
-        if edits is None:
-            names = dict(slim.named_parameters(remove_duplicate=False)) | dict(slim.named_buffers(remove_duplicate=False))
+    def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, tensors: Mapping[str, Tensor],
+              about: Mapping[str, Any], save_full: bool) -> list[Check]:  # fmt: skip
+        """Write the artefact, and prove what it gives back before it is put in place."""
         with writing(out_dir) as draft:
-            write_weights(draft, names)
+            draft.tensors(WEIGHTS, tensors)
             if save_full:
-                full = {n: t for leaf in thin.found.graph.leaves for n in leaf.names for t in [_tensor(self.model, n)]}
-                draft.tensors("full_group_sparse.safetensors", full)
+                draft.tensors(FULL, tensors_of(self.model, self.partition))
             no_program = write_program(draft, slim, self.dummy_input)
-            manifest = {
-                "emitter": "graph" if edits is None else "module",
-                "why_graph": why,
-                "model": describe(self.model, thin_tensors(self.model, thin) if edits is not None else {}),
-                "edits": plain_edits(edits or Edits()),
-                "kept": {name: indices.tolist() for name, indices in kept.items()},
-                "cost": {"before": vars(before), "after": vars(after)},
-                "checks": [vars(c) for c in checks],
-                "no_program": no_program,
-            }
-            draft.commit(manifest)
+            checks: list[Check] = []
+            if edits is not None:
+                again = rebuild(self.model, draft.load(WEIGHTS), plain_edits(edits))
+                checks += check(self.model, self._at_home(again), self.dummy_input, "reloaded", inputs=1)
+            if no_program is None:
+                program = read_program(draft.file(PROGRAM))
+                checks += check(self.model, self._at_home(program), self.dummy_input, "reloaded program", inputs=1)
+            require(checks)
+            draft.commit(
+                {
+                    "emitter": "graph" if edits is None else "module",
+                    "model": describe(self.model, tensors if edits is not None else {}),
+                    "edits": plain_edits(edits or Edits()),
+                    "no_program": no_program,
+                    **about,
+                }
+            )
         self._saved = out_dir
-        return out_dir
+        return checks
 
-
-def _tensor(model: nn.Module, name: str) -> torch.Tensor:
-    parent, _, last = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(parent), last)
-    return found
+    def _at_home(self, module: nn.Module) -> nn.Module:
+        """On the device of the model."""
+        return module.to(next(self.model.parameters()).device)
 
 
 def _first_lines(failure: Exception) -> str:
-    lines = str(failure).splitlines()
-    return f"{type(failure).__name__}: {some(lines[:2])}" if lines else type(failure).__name__
-
-
-_ = load_subnet
+    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"

@@ -10,13 +10,14 @@ through the network (``invariance.py``) and costs are counted (``groups/cost.py`
 ``move``      entries go elsewhere, none is mixed
 ``cat``       one tensor behind the other
 
-A *fact* is what every entry at a removed atom holds: a number, or ``None`` for "anything".
+A *fact* is what every entry at a removed atom holds: a number, ``None`` for "anything", or NaN for something that is not
+finite, such as 1/0, which not even a zero can silence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +28,7 @@ from oto.axes.terms import Reason, Term
 from oto.trace.graph import Node, Value
 
 Fact: TypeAlias = float | bool | complex | None
+NOT_FINITE = float("nan")
 Routes: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
 
 
@@ -55,11 +57,21 @@ class Rewrite:
     """How to call a node once its tensors are thinner: operator and arguments, with :class:`Size` for each size.
 
     Tensors stand as the :class:`Value` they are in the node's own arguments.
+
+    Attributes:
+        watched: Terms that no argument names, but that call for the rewrite too once they are thinner.
     """
 
     op: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    watched: tuple[Term, ...] = ()
+
+    @property
+    def terms(self) -> list[Term]:
+        """The terms of which one must be thinner before the call needs to be rewritten."""
+        sizes = [x.term for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Size)]
+        return [*sizes, *self.watched]
 
 
 @dataclass(slots=True, eq=False)
@@ -126,21 +138,25 @@ def anything(*facts: Fact) -> Fact:
 _evaluated: dict[Any, Fact] = {}
 
 
-def evaluated(op: Callable[..., Any], args: Any, kwargs: Any) -> Callable[..., Fact]:
-    """The fact of a pointwise operator, found by running it on the facts of its operands."""
+def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[torch.dtype]) -> Callable[..., Fact]:
+    """The fact of a pointwise operator, found by running it on the facts of its operands, in their own dtypes."""
 
     def fact(*facts: Fact) -> Fact:
         if any(f is None for f in facts):
             return None
-        key = (op, facts, tuple(map(type, facts)), repr(args), repr(kwargs))
+        shown = repr(tree_map_only(Operand, lambda x: x.ndim, (args, dict(kwargs))))
+        key = (op, facts, tuple(map(type, facts)), tuple(dtypes), shown)
         if key not in _evaluated:
-            given = iter(facts)
-            scalar = {bool: torch.bool, float: torch.float64, int: torch.float64, complex: torch.complex128}
-            fill: Any = lambda _: torch.tensor(f := next(given), dtype=scalar[type(f)])  # noqa: E731
+            given = iter(zip(facts, dtypes, strict=True))
+
+            def fill(x: Operand) -> torch.Tensor:
+                f, dtype = next(given)
+                return torch.full([1] * x.ndim, f, dtype=dtype)  # type: ignore[arg-type]
+
             try:
-                out = op(*tree_map_only(Operand, fill, args), **tree_map_only(Operand, fill, dict(kwargs)))
-                number = out.item()
-                _evaluated[key] = number if number - number == 0 else None  # neither infinite nor NaN
+                filled = tree_map_only(Operand, fill, args), tree_map_only(Operand, fill, dict(kwargs))
+                number = op(*filled[0], **filled[1]).item()
+                _evaluated[key] = number if number - number == 0 else NOT_FINITE
             except Exception:  # the operator is not defined there: nothing is known
                 _evaluated[key] = None
         return _evaluated[key]
@@ -160,6 +176,11 @@ class Call:
         self.tape = tape
         self.operands = operands
         self.shapes = [None if v is None else v.shape for v in node.outputs]
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """The dtype of each tensor among the arguments."""
+        return [value.dtype for value in self.node.inputs()]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -362,6 +383,11 @@ class Call:
     def rewrite(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """How to call the node once its tensors are thinner."""
         self.tape.rewrites[self.node.index] = Rewrite(op, args, kwargs)
+
+    def watch(self, *terms: Term) -> None:
+        """Rewrite the node when one of these gets thinner, too."""
+        found = self.tape.rewrites[self.node.index]
+        self.tape.rewrites[self.node.index] = replace(found, watched=terms)
 
     def counted(self, text: str) -> None:
         """Say that the operator divides by a count of entries, so that thinner tensors need the rewritten one."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from oto.axes import terms as T
-from oto.axes.call import Fact, Step
+from oto.axes.call import NOT_FINITE, Fact, Step
 from oto.axes.propagate import Propagation
 from oto.axes.terms import Axis, Reason
 from oto.trace.graph import Leaf
@@ -176,7 +176,8 @@ def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool 
         step = visit.step
         for group in visit.summed:
             zero = [_is_zero(facts.get(place)) for place in group]
-            if not any(zero) or (backwards and not (all(zero) and len(group) > 1)):
+            broken = any(_is_broken(facts.get(place)) for place in group)
+            if broken or not any(zero) or (backwards and not (all(zero) and len(group) > 1)):
                 return step
         for dim, places in visit.outputs:
             given: list[Fact] = []
@@ -188,7 +189,7 @@ def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool 
                     given.append(values[0] if all(v is not None and v == values[0] for v in values) else None)
                 elif not step.skip_absent:
                     given.append(None)
-            fact = step.fact(*given)
+            fact = NOT_FINITE if any(map(_is_broken, given)) else step.fact(*given)
             if fact is not None:
                 facts[(step.output, dim)] = fact
     return None
@@ -196,3 +197,8 @@ def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool 
 
 def _is_zero(fact: Fact) -> bool:
     return fact is not None and fact == 0
+
+
+def _is_broken(fact: Fact) -> bool:
+    """Whether it is the fact of something that is not finite: zero times that is no zero."""
+    return fact is not None and fact != fact

@@ -7,6 +7,7 @@ an overload (``aten.add.Tensor``) only for itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -78,9 +79,15 @@ def fixed(*ops: Any, why: str) -> None:
 def find(op: Any) -> Rule | None:
     """The rule of an operator, or ``None`` if it is unknown."""
     found = RULES.get(op)
-    if found is None and isinstance(op, OpOverload):
+    if found is None and isinstance(op, OpOverload) and not _fills(op):
         found = RULES.get(op.overloadpacket)
     return found
+
+
+@lru_cache(maxsize=None)
+def _fills(op: OpOverload) -> bool:
+    """Whether it writes its result into ``out=``, a tensor of which the rule of the packet knows nothing."""
+    return any(a.is_out for a in op._schema.arguments)
 
 
 def known(op: Any) -> bool:

@@ -72,17 +72,19 @@ def partition(graph: Graph) -> Partition:
         if proof.zeros:
             leaf, _ = proof.zeros[0]
             first[axis] = leaf.name
+    names: dict[Axis, str] = {}
     taken: dict[str, int] = {}
-    groups, axes = [], {}
-    for axis, slices in where.items():
-        base = first.get(axis, slices[0].parameter)
+    for axis in sorted(where, key=lambda axis: axis.fixed is not None):  # prunable groups have the plain names
+        base = first.get(axis, where[axis][0].parameter)
         taken[base] = taken.get(base, -1) + 1
-        name = f"{base}/{taken[base]}" if taken[base] else base
-        own = proofs.get(axis)
-        zeros = _zeros(own, slices) if own is not None and axis.fixed is None else ()
+        names[axis] = f"{base}/{taken[base]}" if taken[base] else base
+    groups = []
+    for axis, slices in where.items():
+        own = proofs[axis] if axis.fixed is None else None
+        zeros = () if own is None else _zeros(own, slices)
         quiet = own is not None and own.quiet
-        groups.append(NodeGroup(name, axis.size, tuple(slices), zeros, _tell(axis, found), quiet=quiet))
-        axes[name] = axis
+        groups.append(NodeGroup(names[axis], axis.size, tuple(slices), zeros, _tell(axis, found), quiet=quiet))
+    axes = {name: axis for axis, name in names.items()}
     return Partition(found, tuple(groups), axes)
 
 

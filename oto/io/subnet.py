@@ -9,6 +9,7 @@ import os
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from oto.io.program import load_program, save_program
 from oto.slim.module import Edits, attribute, thin_copy
 from oto.slim.program import export_program, runnable
 
-WEIGHTS, PROGRAM = "model.safetensors", "model.pt2"
+WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
 
 def describe(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -48,19 +49,20 @@ def _code(kind: type[Any]) -> str | None:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
-def write_weights(draft: Draft, tensors: Mapping[str, Tensor]) -> None:
-    """Put the slim tensors into the draft."""
-    draft.tensors(WEIGHTS, tensors)
-
-
 def write_program(draft: Draft, slim: nn.Module, dummy_input: Any) -> str | None:
     """Put the exported slim model into the draft; the reason if it cannot be exported."""
     try:
         program = export_program(slim, dummy_input)
-    except EmitterError as failure:
+        save_program(program, draft.file(PROGRAM))
+    except (EmitterError, ArtefactError) as failure:
+        draft.file(PROGRAM).unlink(missing_ok=True)
         return str(failure).splitlines()[0]
-    save_program(program, draft.file(PROGRAM))
     return None
+
+
+def read_program(path: Path) -> nn.Module:
+    """A saved program as a plain module."""
+    return runnable(load_program(path))
 
 
 def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str, Any]) -> nn.Module:
@@ -127,7 +129,7 @@ def _load_program(artefact: Artefact) -> nn.Module:
             "  effect  the slim model cannot be loaded without its class\n"
             "  to fix  pass the model, or a function that makes it: load_subnet(path, make_model)"
         )
-    return runnable(load_program(artefact.path(PROGRAM)))
+    return read_program(artefact.path(PROGRAM))
 
 
 def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> None:

@@ -92,6 +92,11 @@ def thin_tensors(model: nn.Module, thin: Thinning) -> dict[str, Tensor]:
     return tensors
 
 
+def tensors_of(model: nn.Module, partition: Partition) -> dict[str, Tensor]:
+    """Every parameter, buffer and named constant of ``model`` as it is."""
+    return {name: attribute(model, leaf.names[0]) for leaf in partition.found.graph.leaves for name in leaf.names}
+
+
 def plan_edits(model: nn.Module, partition: Partition, thin: Thinning) -> Edits:
     """What to change in the modules of ``torch.nn``.
 

@@ -74,9 +74,8 @@ class Thinning:
         return count(resolve(asked.term), self.counts)
 
     def changes(self, rewrite: Rewrite) -> bool:
-        """Whether any size that the call names becomes smaller."""
-        sizes = [x for x in tree_leaves((rewrite.args, dict(rewrite.kwargs))) if isinstance(x, Size)]
-        return any(self.size(x) != size_of(x.term) for x in sizes)
+        """Whether any size that the call stands on becomes smaller."""
+        return any(self.size(Size(term)) != size_of(term) for term in rewrite.terms)
 
     def filled(self, template: Any) -> Any:
         """A rewrite's arguments with every size in its place."""

@@ -24,7 +24,6 @@ def attention(call: Call, query: Operand, key: Operand, value: Operand, attn_mas
     if scale is None:
         call.fix(query, [-1], "attention scales by the square root of its size")
         call.fix(key, [-1], "attention scales by the square root of its size")
-    shape = (*query.shape[:-1], value.shape[-1])
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         heads = key.shape[-3]
         repeat = query.shape[-3] // heads
@@ -42,10 +41,12 @@ def attention(call: Call, query: Operand, key: Operand, value: Operand, attn_mas
         scores = call.map(anything, scores, attn_mask)
     call.fix(scores, [-1, -2], "attention normalizes over the positions")
     call.fix(value, [-2], "attention normalizes over the positions")
+    if dropout_p > 0:
+        call.fix(scores, None, "attention drops weights at random")
     # scores of zero still attend, evenly: only a zero value gives a zero
     weights = call.map(anything, scores)
     y = call.contract(f"{b}st,{v}tv->{b}sv", weights, value)
-    return y if y.shape == shape else call.view(y, shape)
+    return y if y.shape == call.shape else call.view(y, call.shape)
 
 
 @rule(
@@ -56,9 +57,15 @@ def attention(call: Call, query: Operand, key: Operand, value: Operand, attn_mas
 )
 def fused_attention(call: Call, query: Operand, key: Operand, value: Operand, *rest: Any, **named: Any) -> list[Any]:
     """The kernels attention ends in; all but the result itself is bookkeeping of the backward pass."""
-    mask = next((x for x in (*rest, named.get("attn_mask"), named.get("attn_bias")) if isinstance(x, Operand)), None)
-    y = attention(call, query, key, value, mask, scale=named.get("scale"))
-    return [y, *(None if s is None else call.fresh(s, "bookkeeping of an attention kernel") for s in call.shapes[1:])]
+    arguments = call.node.op._schema.arguments  # type: ignore[attr-defined]
+    given = {a.name: x for a, x in zip(arguments[3:], rest, strict=False)} | named
+    mask = given.get("attn_mask") or given.get("attn_bias")
+    shared = 1 < key.shape[1] < query.shape[1]
+    y = attention(call, query, key, value, mask, given.get("dropout_p", 0.0), scale=given.get("scale"), enable_gqa=shared)
+    rest_of = [call.fixed(n, "bookkeeping of an attention kernel") for n in (call.shapes[1] or ())[2:]]
+    sums = call.move(query, [*query.terms[:2], *rest_of], [(0,), (1,)], anything)  # one for each row of scores
+    others = [None if s is None else call.fresh(s, "bookkeeping of an attention kernel") for s in call.shapes[2:]]
+    return [y, sums if call.shapes[1] == sums.shape else call.fresh(call.shapes[1] or (), "bookkeeping"), *others]
 
 
 @rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten._safe_softmax)

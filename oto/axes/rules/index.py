@@ -32,6 +32,8 @@ def embedding(call: Call, weight: Operand, indices: Operand, *rest: Any, **named
 @rule(aten.index_select)
 def index_select(call: Call, x: Operand, dim: int, index: Operand) -> Operand:
     """Entries of ``dim`` in the order of an index vector."""
+    if not x.ndim:
+        return call.view(x, call.shape)
     return _index(call, x, [None] * (dim % x.ndim) + [index])
 
 
@@ -45,10 +47,11 @@ def _index(call: Call, x: Operand, indices: list[Operand | None]) -> Operand:
     indices += [None] * (x.ndim - len(indices))
     picked = [d for d, i in enumerate(indices) if i is not None]
     call.fix(x, picked, PICKED)
-    masks = any(v.dtype in (torch.bool, torch.uint8) for v in call.node.inputs() if v is not _first(call))
-    if masks:  # one mask stands for as many dimensions as it has
-        call.fix(x, None, "it is picked by a mask")
-        return call.fresh(call.shape, "it is picked by a mask")
+    if any(dtype in (torch.bool, torch.uint8) for dtype in call.dtypes[1:]):
+        # one mask stands for as many dimensions as it has
+        (y,) = call.opaque("it is picked by a mask")
+        assert y is not None
+        return y
     shape = torch.broadcast_shapes(*(i.shape for i in indices if i is not None))
     start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
     kept = [d for d in range(x.ndim) if d not in picked]
@@ -64,10 +67,6 @@ def _index(call: Call, x: Operand, indices: list[Operand | None]) -> Operand:
     given = [i for i in indices if i is not None]
     routes = (*(tuple(() for _ in i.shape) for i in given), tuple((order.index(d),) if d in kept else () for d in range(x.ndim)))
     return call.step([*given, x], terms, routes, lambda *facts: facts[-1])
-
-
-def _first(call: Call) -> Any:
-    return next(call.node.inputs())
 
 
 @rule(aten.gather)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from oto.axes.call import Call, Fact, Operand, Size, anything, product
+from oto.axes.call import Call, Fact, Operand, Size, anything, product, zero
 from oto.axes.registry import rule
 from oto.nn import functional as counted
 
@@ -40,28 +40,32 @@ def _affine(call: Call, x: Operand, weight: Operand | None, bias: Operand | None
 
 
 def _by_channel(call: Call, x: Operand, weight: Operand | None, bias: Operand | None,
-                mean: Operand | None, var: Operand | None, centred: bool) -> Operand:  # fmt: skip
+                mean: Operand | None, var: Operand | None, over: Sequence[int]) -> Operand:  # fmt: skip
+    """Each channel by itself; statistics are taken ``over`` some dimensions, or none."""
+    call.fix(x, over, "a norm takes statistics along it")
     for statistic in (mean, var):
         if statistic is not None:
             call.unify(x.terms[1], statistic.terms[0])
-    # without running statistics a constant channel is its own mean, so it becomes zero
-    y = call.map((lambda f: None if f is None else 0.0) if centred else anything, x)
+    # by its own statistics a channel of zeros stays zero; running statistics may shift it
+    y = call.map(zero if over else anything, x)
     return _affine(call, y, weight, bias, 1)
 
 
 @rule(aten.batch_norm, aten.cudnn_batch_norm)
 def batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, running_mean: Operand | None,
-               running_var: Operand | None, *rest: object) -> Operand:  # fmt: skip
-    """x (N, C, *), the others (C,)."""
-    return _by_channel(call, x, weight, bias, running_mean, running_var, running_mean is None)
+               running_var: Operand | None, training: bool, *rest: object) -> Operand:  # fmt: skip
+    """x (N, C, *), the others (C,). In training, statistics are those of the batch."""
+    over = [0, *range(2, x.ndim)] if training or running_mean is None else []
+    return _by_channel(call, x, weight, bias, running_mean, running_var, over)
 
 
 @rule(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training)
 def native_batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, mean: Operand | None = None,
                       var: Operand | None = None, *rest: object) -> list[Operand]:  # fmt: skip
     """As batch_norm, with the batch statistics as further outputs (C,) or empty."""
-    tensors = [t if isinstance(t, Operand) else None for t in (mean, var)]
-    y = _by_channel(call, x, weight, bias, *tensors, centred=False)
+    mean, var = (t if isinstance(t, Operand) else None for t in (mean, var))
+    training = mean is None or rest[0] is True
+    y = _by_channel(call, x, weight, bias, mean, var, [0, *range(2, x.ndim)] if training else [])
     saved = [
         call.move(x, [x.terms[1]], [(1,)], anything) if shape == (x.shape[1],) else call.fresh(shape or (), None)
         for shape in call.shapes[1:]
@@ -73,8 +77,8 @@ def native_batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Oper
 def instance_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, running_mean: Operand | None,
                   running_var: Operand | None, use_input_stats: bool, *rest: object) -> Operand:  # fmt: skip
     """x (N, C, *), the others (C,); statistics over *."""
-    call.fix(x, range(2, x.ndim), "a norm takes statistics along it")
-    return _by_channel(call, x, weight, bias, running_mean, running_var, use_input_stats)
+    own = use_input_stats or running_mean is None
+    return _by_channel(call, x, weight, bias, running_mean, running_var, range(2, x.ndim) if own else [])
 
 
 def _layer(call: Call, x: Operand, shape: Sequence[int], weight: Operand | None, bias: Operand | None, eps: object,
@@ -152,6 +156,6 @@ def native_group_norm(call: Call, x: Operand, weight: Operand | None, bias: Oper
     call.fix(grouped, range(2, grouped.ndim), "native_group_norm divides by the number of entries")
     y = _affine(call, call.map(anything, x), weight, bias, 1)
     stats = call.reduce(grouped, range(2, grouped.ndim), fact=anything)
-    call.resize(C=Size(x.terms[1]), group=Size(grouped.terms[1]))
+    call.resize(N=Size(x.terms[0]), C=Size(x.terms[1]), group=Size(grouped.terms[1]))
     return [y, stats, call.identity(stats)]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from oto._torch import tree_leaves
-from oto.axes.call import Call, Fact, Operand, anything, evaluated, product, same
+from oto.axes.call import NOT_FINITE, Call, Fact, Operand, evaluated, product, same, zero
 from oto.axes.registry import fixed, rule
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ aten = torch.ops.aten
 def pointwise(call: Call, *args: Any, **kwargs: Any) -> Operand:
     """Any number of tensors and numbers, broadcast."""
     xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
-    return call.map(evaluated(call.node.op, args, kwargs), *xs)
+    return call.map(evaluated(call.node.op, args, kwargs, call.dtypes), *xs)
 
 
 def _operands(*xs: Any) -> list[Operand]:
@@ -48,7 +48,7 @@ def _operands(*xs: Any) -> list[Operand]:
 @rule(aten.mul, aten.multiply)
 def mul(call: Call, a: Operand, b: Any) -> Operand:
     """0·x = 0."""
-    value = evaluated(call.node.op, (a, b), {})
+    value = evaluated(call.node.op, (a, b), {}, call.dtypes)
 
     def fact(*facts: Fact) -> Fact:
         return 0.0 if product(*facts) == 0 else value(*facts)
@@ -58,10 +58,12 @@ def mul(call: Call, a: Operand, b: Any) -> Operand:
 
 @rule(aten.div, aten.divide, aten.true_divide)
 def div(call: Call, a: Operand, b: Any, *, rounding_mode: str | None = None) -> Operand:
-    """0/x = 0."""
-    value = evaluated(call.node.op, (a, b), {"rounding_mode": rounding_mode} if rounding_mode else {})
+    """0/x = 0, unless x is known to be zero too."""
+    value = evaluated(call.node.op, (a, b), {"rounding_mode": rounding_mode} if rounding_mode else {}, call.dtypes)
 
     def fact(*facts: Fact) -> Fact:
+        if len(facts) == 2 and facts[1] is not None and facts[1] == 0:
+            return NOT_FINITE
         return 0.0 if facts[0] is not None and facts[0] == 0 else value(*facts)
 
     return call.map(fact, *_operands(a, b))
@@ -74,7 +76,9 @@ def addcmul(call: Call, x: Operand, a: Operand, b: Operand, *, value: float = 1)
 
     def fact(*facts: Fact) -> Fact:
         x, a, b = facts
-        return 0.0 if x == 0 and x is not None and product(a, None if divides else b) == 0 else None
+        if divides and b is not None and b == 0:
+            return NOT_FINITE
+        return zero(x, product(a, None if divides else b))
 
     return call.map(fact, x, a, b)
 
@@ -103,7 +107,9 @@ def masked_fill(call: Call, x: Operand, mask: Operand, value: Any) -> Operand:
 @rule(aten.prelu, aten._prelu_kernel)
 def prelu(call: Call, x: Operand, weight: Operand) -> Operand:
     """x (N, C, *), weight (C,) or (1,): a zero stays a zero, whatever the slope."""
-    if weight.ndim == 1 and x.ndim > 1:
+    if x.ndim == 0:
+        weight = call.view(weight, ())
+    elif weight.ndim == 1 and x.ndim > 1:
         weight = call.view(weight, (weight.shape[0], *[1] * (x.ndim - 2)))
     return call.map(lambda f, w: 0.0 if f is not None and f == 0 else None, x, weight)
 
@@ -123,16 +129,21 @@ def glu(call: Call, x: Operand, dim: int = -1) -> Operand:
     return call.map(lambda a, b: product(a), part(first), part(second))
 
 
+DRAWN = "random numbers are drawn entry by entry"
+
+
 @rule(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
-def dropout(call: Call, x: Operand, p: float, train: bool) -> Operand:
-    """Zeros stay zeros; in training a removed entry would shift the random numbers of the others."""
-    return call.identity(x) if not train else call.map(product, x)
+def dropout(call: Call, x: Operand, p: float, train: bool) -> Any:
+    """Nothing happens, unless it is in training mode: then a missing entry would shift the numbers of all others."""
+    return call.opaque(DRAWN) if train and p > 0 else call.identity(x)
 
 
 @rule(aten.rrelu)
-def rrelu(call: Call, x: Operand, *rest: Any) -> Operand:
-    """Zero stays zero, whatever slope was drawn."""
-    return call.map(product, x)
+def rrelu(call: Call, x: Operand, lower: float = 0.125, upper: float = 1 / 3, training: bool = False, *rest: Any) -> Any:
+    """A leaky relu of the mean slope, unless it is in training mode."""
+    if training and lower != upper:
+        return call.opaque(DRAWN)
+    return call.map(lambda f: 0.0 if f is not None and f == 0 else None, x)
 
 
 @rule(
@@ -178,5 +189,5 @@ def fill(call: Call, x: Operand, value: Any = 0) -> Operand:
 fixed(
     aten.bernoulli, aten.rand_like, aten.randn_like, aten.randint_like, aten.multinomial, aten.normal, aten.uniform,
     aten.exponential, aten.random, aten.native_dropout,
-    why="random numbers are drawn entry by entry",
+    why=DRAWN,
 )  # fmt: skip

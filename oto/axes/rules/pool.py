@@ -36,11 +36,21 @@ def _dimensions(call: Call) -> int:
 @rule(
     aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices,
     aten.max_pool1d_with_indices, aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d,
-    aten.fractional_max_pool2d, aten.fractional_max_pool3d,
 )  # fmt: skip
 def pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
     """A window that holds one number only gives that number."""
     return _pool(call, x, _dimensions(call), same)
+
+
+@rule(aten.fractional_max_pool2d, aten.fractional_max_pool3d)
+def fractional_pool(call: Call, x: Operand, kernel: Any, size: Any, samples: Operand) -> list[Operand]:
+    """The windows of each channel begin at random places, given as samples (N, C, 2 or 3)."""
+    n = _dimensions(call)
+    lead = x.ndim - n
+    for a, b in zip(x.terms[:lead], samples.terms[2 - lead : 2], strict=True):
+        call.unify(a, b)
+    call.fix(samples, [-1], "it is read place by place")
+    return _pool(call, x, n, same)
 
 
 @rule(
@@ -73,6 +83,7 @@ def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float 
             T.fix(term, call.why("padding repeats its entries"))
         n = T.size(term)
         if before < 0 or after < 0:
+            T.fix(term, call.why("negative padding cuts through it"))
             cuts = [max(-before, 0), n - max(-before, 0) - max(-after, 0), max(-after, 0)]
             term = call.cut(term, cuts)[1]
         sides = [call.fixed(max(k, 0), "it is padding") if k > 0 else None for k in (before, after)]

@@ -35,7 +35,7 @@ def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtyp
         counted.mean, call.node.args[0], dims, keepdim, full=[x.shape[d] for d in dims],
         sizes=[Size(x.terms[d]) for d in dims], dtype=dtype,
     )  # fmt: skip
-    return call.reduce(x, dims, keepdim, same)
+    return call.reduce(x, dims, keepdim)
 
 
 @rule(aten.linalg_vector_norm)
@@ -61,11 +61,16 @@ def _over(call: Call, x: Operand, dim: Any, keepdim: bool, text: str, fact: Any)
 
 @rule(
     aten.amax, aten.amin, aten.max.default, aten.min.default, aten.max.dim, aten.min.dim, aten.median, aten.nanmedian,
-    aten.mode,
-)
+)  # fmt: skip
 def extreme(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
     """A zero may be the largest entry, so none along the reduced dimensions may go."""
     return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", same)
+
+
+@rule(aten.mode)
+def mode(call: Call, x: Operand, dim: int = -1, keepdim: bool = False) -> Any:
+    """The most frequent entry, and where it is."""
+    return extreme(call, x, dim, keepdim)
 
 
 @rule(aten.argmax, aten.argmin, aten.prod, aten.any, aten.all, aten.logsumexp, aten.count_nonzero, aten.nansum,
@@ -90,14 +95,19 @@ def zero_if_known(fact: Fact) -> Fact:
     return None
 
 
-@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin, aten.flip, aten.sort, aten.argsort,
-      aten.msort)  # fmt: skip
+@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin, aten.flip, aten.sort, aten.argsort)
 def along(call: Call, x: Operand, dim: Any = -1, *rest: Any, **named: Any) -> Any:
     """Each entry along ``dim`` depends on its place among the others."""
     if isinstance(dim, bool):  # sort.stable passes flags by name, argsort's older overload by position
         dim = rest[0] if rest else -1
     call.fix(x, _dims(x, dim), f"{_name(call)} depends on the place of every entry")
     return [call.map(anything if i else _order(call), x) for i, _ in enumerate(call.shapes)]
+
+
+@rule(aten.msort)
+def msort(call: Call, x: Operand) -> Any:
+    """A sort along the first dimension."""
+    return along(call, x, 0)
 
 
 def _order(call: Call) -> Any:

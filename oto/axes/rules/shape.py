@@ -53,8 +53,13 @@ def unflatten(call: Call, x: Operand, dim: int, sizes: Sequence[int]) -> Operand
 
 
 @rule(aten.squeeze, aten.unsqueeze, aten.squeeze_copy, aten.unsqueeze_copy)
-def squeeze(call: Call, x: Operand, *rest: Any) -> Operand:
-    """Dimensions of size 1 come and go."""
+def squeeze(call: Call, x: Operand, dim: Any = None) -> Operand:
+    """Dimensions of size 1 come and go; one that is thinned down to size 1 does not."""
+    if "unsqueeze" not in str(call.node.op):
+        asked = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+        ones = [d for d in asked if x.ndim and x.shape[d] == 1]
+        call.rewrite(aten.squeeze.dims, call.node.args[0], ones)
+        call.watch(*(x.terms[d] for d in asked if x.ndim))
     return call.view(x, call.shape)
 
 
@@ -178,6 +183,8 @@ def _pieces(call: Call, x: Operand, dim: int, sizes: Sequence[int]) -> list[Oper
       aten.unsafe_split_with_sizes)  # fmt: skip
 def pieces(call: Call, x: Operand, how: Any, dim: int = 0) -> list[Operand]:
     """Consecutive pieces. Thinner pieces may differ in size, so each size is stated."""
+    if isinstance(how, Operand):
+        call.fix(how, None, "it names the borders of pieces")
     found = _pieces(call, x, dim, [shape[dim] for shape in call.shapes if shape is not None])
     sizes = [Size(piece.terms[dim]) for piece in found]
     call.rewrite(aten.split_with_sizes.default, call.node.args[0], sizes, dim)
@@ -203,15 +210,21 @@ def select(call: Call, x: Operand, dim: int, index: int) -> Operand:
     index %= n
     before, _, _ = call.cut(x.terms[dim], [index, 1, n - index - 1])
     call.resize(index=Size(before) if index else 0)
+    call.watch(x.terms[dim])  # the index may be counted from the end
     return _drop(call, x, dim)
 
 
 @rule(aten.slice, aten.narrow)
-def slice_(call: Call, x: Operand, dim: int = 0, start: int | None = None, end: int | None = None,
+def slice_(call: Call, x: Operand, dim: int = 0, start: Any = None, end: int | None = None,
            step: int = 1) -> Operand:  # fmt: skip
     """Consecutive entries; with a step, none of the dimension may go."""
     dim %= x.ndim
     n = x.shape[dim]
+    if isinstance(start, Operand):
+        call.fix(x, [dim], "its piece begins where a tensor says")
+        terms = list(x.terms)
+        terms[dim] = call.fixed(call.shape[dim], "its piece begins where a tensor says")
+        return call.move(x, terms, [(d,) for d in range(x.ndim)])
     first = min(max((start or 0) + (n if (start or 0) < 0 else 0), 0), n)
     length = call.shape[dim]
     terms = list(x.terms)
@@ -225,6 +238,7 @@ def slice_(call: Call, x: Operand, dim: int = 0, start: int | None = None, end: 
             call.resize(start=begin, length=Size(terms[dim]))
         else:
             call.rewrite(aten.narrow.default, call.node.args[0], dim, begin, Size(terms[dim]))
+        call.watch(x.terms[dim])  # a place may be counted from the end
     return call.move(x, terms, [(d,) for d in range(x.ndim)])
 
 

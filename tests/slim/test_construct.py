@@ -1,0 +1,188 @@
+"""From zeros to a slim module: both emitters, on networks small enough to check by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import oto.nn
+from oto import OTO, load_subnet
+from oto.errors import EmitterError, NonFiniteParameterError
+from oto.slim.verify import relative_error, run
+
+EXACT = 1e-12  # float64, sums of at most a few hundred terms
+
+
+class Residual(nn.Module):
+    """A residual stream through layer norm, attention and an MLP."""
+
+    def __init__(self, width=16, heads=4, norm=nn.LayerNorm, **attention):
+        super().__init__()
+        self.into = nn.Linear(5, width)
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True, **attention)
+        self.up, self.down = nn.Linear(width, 24), nn.Linear(24, width)
+        self.out = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.into(x)
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h)[0]
+        x = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return self.out(x)
+
+
+def thinned(model, x, share=0.5, seed=0, **options):
+    """The zeroed model's output, the slim model's, and the subnet."""
+    model = model.double().eval()
+    x = x.double() if x.is_floating_point() else x
+    found = OTO(model, x)
+    found.random_set_zero_groups(share, seed)
+    subnet = found.construct_subnet(**options)
+    return run(model, x), run(subnet.model, x), subnet
+
+
+@pytest.mark.parametrize("emitter", ["module", "graph"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, lambda n: nn.LayerNorm(n, elementwise_affine=True, bias=False)])
+def test_residual_width_heads_and_hidden_width(emitter, norm):
+    full, slim, subnet = thinned(Residual(norm=norm), torch.randn(2, 7, 5), emitter=emitter)
+    assert relative_error(full, slim) <= EXACT
+    assert subnet.emitter == emitter
+    sizes = {name: len(kept) for name, kept in subnet.kept.items()}
+    assert sizes["into.weight"] < 16 and sizes["up.weight"] < 24
+    assert subnet.model.into.weight.shape == (sizes["into.weight"], 5)
+
+
+def test_stock_modules_that_cannot_say_it_are_replaced():
+    _, _, subnet = thinned(Residual(), torch.randn(2, 7, 5), emitter="module")
+    assert type(subnet.model) is Residual
+    assert isinstance(subnet.model.norm1, oto.nn.LayerNorm) and subnet.model.norm1.full == (16,)
+    assert isinstance(subnet.model.attention, oto.nn.MultiheadAttention)
+    assert subnet.model.up.in_features == subnet.model.up.weight.shape[1] < 16
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 7}, {"bias": False}])
+def test_cross_attention_with_masks(options, need_weights):
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            k, v = options.get("kdim", 16), options.get("vdim", 16)
+            self.q, self.k, self.v = nn.Linear(5, 16), nn.Linear(5, k), nn.Linear(5, v)
+            self.attention = nn.MultiheadAttention(16, 4, **options)
+            self.out = nn.Linear(16, 3)
+            self.register_buffer("mask", torch.ones(6, 9, dtype=torch.bool).triu(3))
+
+        def forward(self, x, y):
+            h, _ = self.attention(self.q(x), self.k(y), self.v(y), attn_mask=self.mask, need_weights=need_weights)
+            return self.out(h)
+
+    model = Cross().double().eval()
+    inputs = torch.randn(6, 2, 5, dtype=torch.float64), torch.randn(9, 2, 5, dtype=torch.float64)
+    found = OTO(model, inputs)
+    found.random_set_zero_groups(0.4, seed=1)
+    for emitter in ("module", "graph"):
+        subnet = found.construct_subnet(emitter=emitter)
+        assert relative_error(run(model, inputs), run(subnet.model, inputs)) <= EXACT
+
+
+@pytest.mark.parametrize("emitter", ["module", "graph"])
+def test_convolutions_with_groups_and_group_norm(emitter):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(),
+        nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU6(),
+        nn.Conv2d(16, 24, 1, groups=4), nn.PReLU(24),
+        nn.ConvTranspose2d(24, 12, 2, stride=2), nn.InstanceNorm2d(12, affine=True), nn.Hardswish(),
+        nn.Flatten(), nn.Linear(12 * 12 * 12, 5),
+    )  # fmt: skip
+    full, slim, subnet = thinned(model, torch.randn(2, 3, 10, 10), emitter=emitter)
+    assert relative_error(full, slim) <= EXACT
+    assert subnet.cost_after.params == sum(p.numel() for p in subnet.model.parameters())
+
+
+def test_tied_weights_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mid, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            return self.head(x + torch.tanh(self.mid(x)))
+
+    ids = torch.randint(0, 11, (2, 4))
+    full, slim, subnet = thinned(Tied(), ids, emitter="module")
+    assert relative_error(full, slim) <= EXACT
+    assert subnet.model.head.weight is subnet.model.embed.weight and subnet.model.embed.embedding_dim == 4
+
+
+def test_slim_tensors_own_their_memory_and_train():
+    _, _, subnet = thinned(Residual(), torch.randn(2, 7, 5), emitter="module")
+    for p in subnet.model.parameters():
+        assert p.untyped_storage().nbytes() == p.numel() * p.element_size() and p.is_leaf and p.requires_grad
+    optimizer = torch.optim.SGD(subnet.model.parameters(), lr=0.1)
+    before = subnet.model.up.weight.detach().clone()
+    subnet.model.train()(torch.randn(2, 7, 5, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, subnet.model.up.weight)
+
+
+def test_a_size_in_the_users_forward_falls_back_to_the_graph_and_says_why():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)).view(-1, 12))
+
+    full, slim, subnet = thinned(Sized(), torch.randn(2, 5))
+    assert subnet.emitter == "graph" and "RuntimeError" in subnet.why_graph
+    assert relative_error(full, slim) <= EXACT
+    with pytest.raises(EmitterError, match="Sized cannot be thinned as its own class"):
+        thinned(Sized(), torch.randn(2, 5), emitter="module")
+
+
+def test_the_graph_takes_any_batch_size():
+    model = Residual().double().eval()
+    x = torch.randn(1, 7, 5, dtype=torch.float64)
+    found = OTO(model, x)
+    found.random_set_zero_groups(0.5)
+    slim = found.construct_subnet(emitter="graph").model
+    y = torch.randn(5, 7, 5, dtype=torch.float64)
+    assert relative_error(run(model, y), run(slim, y)) <= EXACT
+
+
+def test_nan_in_a_parameter():
+    model = Residual()
+    found = OTO(model, torch.randn(1, 7, 5))
+    model.up.weight.data[3, 2] = float("nan")
+    with pytest.raises(NonFiniteParameterError, match="up.weight"):
+        found.construct_subnet()
+
+
+def test_every_group_keeps_an_atom():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    found = OTO(model, torch.randn(1, 3))
+    for p in model[0].parameters():
+        p.data.zero_()
+    subnet = found.construct_subnet()
+    assert subnet.model[0].out_features == 1
+
+
+@pytest.mark.parametrize("emitter", ["module", "graph"])
+def test_saved_and_loaded(tmp_path, emitter):
+    torch.manual_seed(1)
+    model, x = Residual().eval(), torch.randn(2, 7, 5)
+    found = OTO(model, x)
+    found.random_set_zero_groups(0.5)
+    subnet = found.construct_subnet(tmp_path / "out", emitter=emitter)
+    assert found.compressed_model_path.exists() and found.full_group_sparse_model_path.exists()
+    for given in (None, Residual, model):
+        loaded = load_subnet(subnet.path, given)
+        # float32, the same operations in the same order but for fused kernels
+        assert relative_error(run(subnet.model, x), run(loaded, x)) <= 1e-5
+        assert type(loaded).__name__ == ("Residual" if emitter == "module" and given else "GraphModule")
+    assert "parameters" in str(subnet) and str(subnet.path) in str(subnet)

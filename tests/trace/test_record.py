@@ -1,0 +1,180 @@
+"""Recording: any forward becomes one flat list of calls, and the model is left as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from oto.axes.registry import known
+from oto.errors import DummyInputError, TraceError
+from oto.groups import partition
+from oto.trace.graph import write_through
+from oto.trace.record import record
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.5)
+        self.down = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.down(self.drop(torch.relu(self.norm(self.up(x)))))
+
+
+def prunable(model, x):
+    return [(g.name, g.size) for g in partition(record(model, x, known)).groups if g.prunable]
+
+
+def test_every_call_knows_its_module_and_line():
+    graph = record(Net(), torch.randn(2, 4))
+    assert [str(n.op) for n in graph.nodes] == [
+        "aten.linear.default", "aten.batch_norm.default", "aten.relu.default", "aten.dropout.default",
+        "aten.linear.default",
+    ]  # fmt: skip
+    assert [n.module for n in graph.nodes] == ["up", "norm", "", "drop", "down"]
+    assert all(n.source.split(":")[0] == __file__ for n in graph.nodes)
+
+
+def test_the_model_is_left_as_it_was():
+    model = Net().train()
+    model.drop.eval()
+    model(torch.randn(5, 4)).sum().backward()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    grads = [p.grad.clone() for p in model.parameters()]
+    pointers = [p.data_ptr() for p in model.parameters()]
+    random = torch.get_rng_state()
+    record(model, torch.randn(2, 4))
+    torch.set_rng_state(random)
+    state = torch.get_rng_state()
+    x = torch.zeros(2, 4)
+    record(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and not model.drop.training and model.up.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(g, p.grad) for g, p in zip(grads, model.parameters(), strict=True))
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+    assert not hasattr(model, "_forward_pre_hooks") or not model._forward_pre_hooks
+
+
+def test_mode_dtype_and_meta_give_the_same_groups():
+    x = torch.randn(2, 4)
+    expected = prunable(Net().eval(), x)
+    assert expected == [("up.weight", 8)]
+    assert prunable(Net().train(), x) == expected
+    assert prunable(Net().half(), x.half()) == expected
+    assert prunable(Net().to("meta"), x) == expected
+
+
+def test_a_branch_on_data_is_followed_on_the_example():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            hidden = self.a(x) if x.sum().item() > 0 else self.b(x)
+            return self.out(torch.relu(hidden))
+
+    graph = record(Branch(), torch.ones(1, 4))
+    assert graph.how == "real"
+    assert {n.module for n in graph.nodes} >= {"a", "out"} and not any(n.module == "b" for n in graph.nodes)
+    assert prunable(Branch(), torch.ones(1, 4)) == [("a.weight", 6)]
+
+
+def test_tied_parameters_are_one():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    graph = record(Tied(), torch.tensor([[1, 2]]))
+    (leaf,) = graph.leaves
+    assert leaf.names == ("embed.weight", "head.weight")
+    assert prunable(Tied(), torch.tensor([[1, 2]])) == [("embed.weight", 6)]
+
+
+def test_a_write_into_a_view_reaches_the_base():
+    class Write(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = self.up(x)
+            h[:, :3].add_(1.0)  # the first three channels never are zero
+            return self.down(h)
+
+    graph = record(Write(), torch.randn(2, 4))
+    assert [n.op for n in graph.nodes].count(write_through) == 1
+    groups = {g.name: g for g in partition(graph).groups if g.prunable and g.size > 1}
+    # the touched three need their readers at zero; the others need nothing of the sort, or are kept as unknown
+    for group in groups.values():
+        if group.size == 3:
+            assert all(s.parameter == "down.weight" for s in group.zeros)
+
+
+def test_dataclass_dict_and_none_outputs_are_outputs():
+    @dataclass
+    class Out:
+        y: torch.Tensor
+        extra: object = None
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x, *, scale=None):
+            h = self.a(x)
+            return Out(self.b(h), {"hidden": (h, None)})
+
+    graph = record(Model(), {"x": torch.randn(1, 4)})
+    assert [v.shape for v in graph.outputs] == [(1, 3), (1, 6)]
+
+
+def test_checkpointing_custom_functions_and_parametrizations():
+    from torch.nn.utils.parametrizations import weight_norm
+    from torch.utils.checkpoint import checkpoint
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = weight_norm(nn.Linear(4, 6)), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = checkpoint(lambda t: torch.relu(self.a(t)), x, use_reentrant=False)
+            return self.b(Double.apply(h))
+
+    assert record(Model(), torch.randn(1, 4)).nodes
+
+
+@pytest.mark.parametrize("wrong", [3, "x", None, [], {"x": 1}, {1: torch.ones(1)}, object()])
+def test_a_dummy_input_of_the_wrong_type(wrong):
+    with pytest.raises(DummyInputError, match="dummy_input"):
+        record(Net(), wrong)
+
+
+def test_a_forward_that_fails_says_what_it_was_given():
+    with pytest.raises(TraceError) as caught:
+        record(Net(), torch.randn(2, 5))
+    message = str(caught.value)
+    assert "Net.forward failed" in message and "(2, 5)" in message and "to fix" in message
