@@ -19,6 +19,7 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from oto import OTO, load_subnet
+from oto import HESSO, OTO, load_subnet
+
+REPEATS = 51
 
 # ------------------------------------------------------------------------------------------------ the network
 
@@ -99,7 +102,8 @@ def train(
                 optimizer.step()
                 scheduler.step()
                 if bar.n % 10 == 0:
-                    bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.4f}", group_sparsity="?")
+                    sparsity = optimizer.sparsity if isinstance(optimizer, HESSO) else 0.0
+                    bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.4f}", group_sparsity=f"{sparsity:.2f}")
                 bar.update()
 
 
@@ -112,17 +116,15 @@ def correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> in
 
 
 @torch.no_grad()
-def latency(model: nn.Module, x: Tensor, repeats: int = 31) -> float:
-    """Median seconds of one forward pass on the device of ``x``."""
-    model = copy.deepcopy(model).to(x.device).eval()
+def latency(model: nn.Module, x: Tensor) -> float:
+    """Median seconds of one forward pass on the CPU."""
+    model = copy.deepcopy(model).cpu().eval()
     seconds = []
-    for _ in range(repeats + 3):  # three to warm up
+    for _ in range(REPEATS + 5):  # five to warm up
         start = time.perf_counter()
         model(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[3:])
+    return statistics.median(seconds[5:])
 
 
 # ------------------------------------------------------------------------------------------------ the job
@@ -165,16 +167,79 @@ def train_sparse(images: Images, args: argparse.Namespace) -> OTO:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     images = load_images(args.dataset).subset(args.train_images).to(args.device)
-    n = len(images.test_y)
-    print(
-        f"{args.dataset}: {len(images.train_y)} training and {n} test images, {'×'.join(map(str, images.shape))}; "
-        f"ResNet-{args.depth}, width {args.width}; {args.epochs} epochs, batch {args.batch_size}, seed {args.seed}, "
-        f"{args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+    size = "×".join(map(str, images.shape))
+    print(f"{args.dataset}: {len(images.train_y):,} training and {len(images.test_y):,} test images, {size}")
+    print(f"ResNet-{args.depth}, width {args.width}; {args.epochs} epochs, batch {args.batch_size}, seed {args.seed}")
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads")
 
     dense = None if args.no_dense else train_dense(images, args)
     oto = train_sparse(images, args)
     subnet = oto.construct_subnet(out_dir=args.out)
-    full, slim = oto.model, subnet.model
 
-    rows = [("zeroed full", full), ("slim", slim)]
+    sample = images.test_x[: args.latency_batch].cpu()
+    before, after = subnet.cost_before, subnet.cost_after
+    models = [("dense", dense, before), ("zeroed full", oto.model, before), ("slim", subnet.model, after)]
+    header = ["", "accuracy", "params", "MACs / image", f"CPU ms / batch of {len(sample)}"]
+    rows = [
+        [name, percent(model, images), f"{cost.params:,}", f"{cost.macs:,}", f"{1e3 * latency(model, sample):.2f}"]
+        for name, model, cost in models
+        if model is not None
+    ]
+    print("\n" + table([header, *rows]))
+    print(f"latency: median of {REPEATS} forward passes, float32, {torch.get_num_threads()} threads\n")
+    print(subnet)
+
+    # The artefact needs the class and nothing of this run.
+    loaded = load_subnet(args.out, lambda: ResNet(args.depth, args.width, images.shape[0], images.classes))
+    slim = copy.deepcopy(subnet.model).cpu()
+    with torch.no_grad():
+        difference = (loaded(sample) - slim(sample)).abs().max().item()
+    print(f"reloaded: largest absolute difference {difference:.1e} on {len(sample)} test images")
+
+
+def percent(model: nn.Module, images: Images) -> str:
+    return f"{100 * correct(model, images.test_x, images.test_y) / len(images.test_y):.2f} %"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Text in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a ResNet with HESSO and take a smaller one out of it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dataset", choices=LOADERS, default="digits", help="digits needs no files")
+    add("--train-images", type=int, help="use only the first so many training images (default: all)")
+    add("--depth", type=int, default=20, help="6n + 2 layers")
+    add("--width", type=int, default=16, help="channels of the first stage")
+    add("--epochs", type=int, default=40)
+    add("--batch-size", type=int, default=64)
+    add("--lr", type=float, default=0.1, help="at the start; follows a cosine to zero")
+    add("--weight-decay", type=float, default=5e-4)
+    add("--target-group-sparsity", type=float, default=0.5, help="share of the groups to remove, in [0, 1)")
+    add("--start-epoch", type=float, help="when pruning starts (default: a tenth of the epochs)")
+    add("--pruning-epochs", type=float, help="how long it takes (default: a fifth of the epochs)")
+    add("--periods", type=int, default=10, help="in how many portions the groups go")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add("--no-dense", action="store_true", help="skip the dense network that is trained for comparison")
+    add("--latency-batch", type=int, default=64, help="images per forward pass when latency is measured")
+    add("--out", type=Path, default=Path("out/resnet"), help="where the artefact goes")
+    args = parser.parse_args(argv)
+    if args.start_epoch is None:
+        args.start_epoch = args.epochs / 10
+    if args.pruning_epochs is None:
+        args.pruning_epochs = args.epochs / 5
+    return args
+
+
+if __name__ == "__main__":
+    main()

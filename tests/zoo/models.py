@@ -86,6 +86,7 @@ def lively(model: nn.Module, inputs: Any) -> nn.Module:
     """Give a fresh model weights under which a mistake would show: no zero biases, no zero layers, real statistics."""
     generator = torch.Generator().manual_seed(2)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -100,4 +101,6 @@ def lively(model: nn.Module, inputs: Any) -> nn.Module:
                 norm.train()
             args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
             model(*args, **(inputs if isinstance(inputs, dict) else {}))
-    return model.eval()
+            for norm in norms:
+                norm.eval()
+    return model
