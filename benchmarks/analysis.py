@@ -126,8 +126,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args.child, args.models[0], args.repeats)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, float32, batch 1 (text: 2×8)")
-    print(f"{'':20}{'axes':>6}{'atoms':>8}{'trace':>9}{'analysis':>10}{'OTO(m, x)':>11}{'MiB':>7}{'torch-pruning':>15}{'MiB':>7}{'ratio':>8}")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, float32, batch 1 (text: 2×8)"
+    )
+    print(
+        f"{'':20}{'axes':>6}{'atoms':>8}{'trace':>9}{'analysis':>10}{'OTO(m, x)':>11}{'MiB':>7}{'torch-pruning':>15}{'MiB':>7}{'ratio':>8}"
+    )
     for name in args.models:
         ours, theirs = spawn("oto", name, args.repeats), spawn("torch-pruning", name, args.repeats)
         if "failed" in ours:

@@ -1,4 +1,4 @@
-"""Only Train Once: any PyTorch model in, trained once, a physically smaller module out that computes the same function."""
+"""Only Train Once: a model in, trained once, a physically smaller module out that computes the same function."""
 
 from oto.api import OTO, Subnet
 from oto.axes.registry import rule as register_rule

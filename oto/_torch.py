@@ -27,4 +27,5 @@ __all__ = [
 
 def example_size(size: Any) -> int:
     """What a symbolic size was on the example."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(hint)

@@ -145,7 +145,7 @@ class OTO:
         if not 0 <= target_group_sparsity < 1 or wanted > sum(room.values()):
             most = sum(room.values()) / sum(g.size for g in prunable)
             raise TargetError(
-                f"target_group_sparsity={target_group_sparsity} cannot be reached: every group keeps its min_kept atoms\n"
+                f"target_group_sparsity={target_group_sparsity} cannot be reached: every group keeps its min_kept\n"
                 f"  to fix  ask for a share in [0, {most:.4f}]"
             )
         # every group gives up its share of the atoms that it can spare, at random

@@ -1,6 +1,6 @@
 """What a rule may say: the words every operator is described with.
 
-A rule is given a :class:`Call` and the operator's arguments, with an :class:`Operand` in place of each tensor. It spells
+A rule is given a :class:`Call` and the operator's arguments, an :class:`Operand` in place of each tensor. It spells
 the operator out in a few steps, each of which relates terms now and is read again later, when zeros are followed
 through the network (``invariance.py``) and costs are counted (``groups/cost.py``):
 

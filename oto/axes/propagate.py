@@ -71,10 +71,10 @@ def propagate(graph: Graph, strict: bool = False) -> Propagation:
                 outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
         answer = "unknown" if node in found.unknown[-1:] else "fixed" if _is_fixed(node.op) else "rule"
         coverage[answer][str(node.op)] += 1
-        for value, operand in zip(node.outputs, outputs, strict=True):
-            if value is not None:
+        for made, operand in zip(node.outputs, outputs, strict=True):
+            if made is not None:
                 assert operand is not None
-                operands[value] = operand
+                operands[made] = operand
         for before, after in node.written:  # written to, but not returned: nothing is known of it any more
             call.fix(operands[before], None, f"{node.op} writes to it")
             operands[after] = call.fresh(after.shape, f"{node.op} writes to it")

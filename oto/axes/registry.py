@@ -7,7 +7,7 @@ an overload (``aten.add.Tensor``) only for itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -84,7 +84,7 @@ def find(op: Any) -> Rule | None:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fills(op: OpOverload) -> bool:
     """Whether it writes its result into ``out=``, a tensor of which the rule of the packet knows nothing."""
     return any(a.is_out for a in op._schema.arguments)

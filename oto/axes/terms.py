@@ -158,7 +158,9 @@ def concat(terms: Sequence[Term]) -> Term:
 
 
 def _reason(terms: Sequence[Term]) -> Reason:
-    return next((a.fixed for term in terms for a in axes_of(term) if a.fixed), Reason("its entries are used one by one"))
+    return next(
+        (a.fixed for term in terms for a in axes_of(term) if a.fixed), Reason("its entries are used one by one")
+    )
 
 
 def unify(left: Term, right: Term, reason: Reason) -> None:
@@ -203,7 +205,8 @@ def _unify_factors(f: Factor, g: Factor, reason: Reason) -> None:
     assert isinstance(g, Sum)
     a, b = list(f.segments), list(g.segments)
     while a:  # cut each side at the other's borders
-        _expose(a), _expose(b)
+        _expose(a)
+        _expose(b)
         x, y = a.pop(0), b.pop(0)
         if (short := size(x)) > size(y):
             x, rest = _cut_term(x, size(y))

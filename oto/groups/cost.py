@@ -37,6 +37,8 @@ def cost(partition: Partition, kept: Mapping[str, int] | None = None) -> Cost:
         if leaf.kind == "parameter"
     )
     macs = sum(
-        prod(count(resolve(term), counts) for term in step.volume) for step in found.tape.steps if step.volume is not None
+        prod(count(resolve(term), counts) for term in step.volume)
+        for step in found.tape.steps
+        if step.volume is not None
     )
     return Cost(params, macs)

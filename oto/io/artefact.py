@@ -41,7 +41,7 @@ def check_out_dir(out_dir: str | os.PathLike[str]) -> None:
             if not os.access(place, os.W_OK):
                 raise ArtefactError(
                     f"out_dir {folder}: {place} may not be written\n"
-                    "  effect  nothing was computed or saved\n  to fix  choose another folder, or change its permissions"
+                    "  effect  nothing was saved\n  to fix  choose another folder, or change its permissions"
                 )
             return
         if place.exists() or place.is_symlink():
@@ -150,7 +150,9 @@ class Artefact:
             ArtefactError: The artefact has no such file.
         """
         if name not in self.manifest["files"]:
-            raise ArtefactError(f"{self.folder} holds no {name}\n  to fix  it holds {', '.join(self.manifest['files'])}")
+            raise ArtefactError(
+                f"{self.folder} holds no {name}\n  to fix  it holds {', '.join(self.manifest['files'])}"
+            )
         return self.folder / name
 
     def tensors(self, name: str) -> dict[str, Tensor]:

@@ -71,11 +71,13 @@ def _refuse_pickles(path: Path) -> None:
                 content = archive.read(member)
                 if content.startswith(_PICKLED) or member.filename.endswith(".pkl"):
                     raise _refused(path, member.filename)
-                if member.filename.endswith("_config.json"):
-                    if any(item.get("use_pickle") for item in json.loads(content)["config"].values()):
-                        raise _refused(path, member.filename)
+                config = json.loads(content)["config"] if member.filename.endswith("_config.json") else {}
+                if any(item.get("use_pickle") for item in config.values()):
+                    raise _refused(path, member.filename)
     except (zipfile.BadZipFile, ValueError, KeyError, AttributeError) as failure:
-        raise ArtefactError(f"{path} is no exported program: {failure}\n  to fix  write the artefact again") from failure
+        raise ArtefactError(
+            f"{path} is no exported program: {failure}\n  to fix  write the artefact again"
+        ) from failure
 
 
 def _refused(path: Path, member: str) -> ArtefactError:

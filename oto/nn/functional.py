@@ -7,7 +7,7 @@ divide by ``full``, the number of entries there were.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import prod, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence[int], sizes: Sequence[int],
          dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
     """``x.mean(dim)`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``."""
-    y = x.mean(dim, keepdim=keepdim, dtype=dtype)
+    y: Tensor = x.mean(list(dim), keepdim=keepdim, dtype=dtype)
     return y * (prod(sizes) / prod(full))
 
 
@@ -47,14 +47,16 @@ def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None =
     ratio = prod(full) / prod(normalized_shape)
     if eps is None:
         eps = torch.finfo(x.dtype).eps
-    return F.rms_norm(x, list(normalized_shape), weight, eps * ratio) * ratio**0.5
+    y: Tensor = F.rms_norm(x, list(normalized_shape), weight, eps * ratio)
+    return y * sqrt(ratio)
 
 
 def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
                eps: float = 1e-5, *, full: int, width: int) -> Tensor:  # fmt: skip
     """Group norm with ``width`` channels left of the ``full`` that each group had."""
     if width == full:
-        return F.group_norm(x, num_groups, weight, bias, eps)
+        y: Tensor = F.group_norm(x, num_groups, weight, bias, eps)
+        return y
     grouped = x.reshape(x.shape[0], num_groups, width, -1)
     positions = grouped.shape[-1]
     d, k = full * positions, width * positions

@@ -86,7 +86,7 @@ def _carry_over(thin: Thinning, partition: Partition, kept: Kept) -> dict[Axis, 
         for dim, (term, mask) in enumerate(zip(thin.found.terms(leaf.value), wanted[leaf.name], strict=True)):
             if not np.array_equal(survivors(term, masks), mask):
                 raise EmitterError(
-                    f"the exported graph ties dimension {dim} of {leaf.name} to others in another way than the recorded one\n"
+                    f"the exported graph ties dimension {dim} of {leaf.name} to others, the recorded one does not\n"
                     "  effect  no graph can be emitted for this choice of entries\n"
                     "  to fix  mark the parameter unprunable, and report the model"
                 )

@@ -61,13 +61,14 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
         for name, value in values.items():
             setattr(module, name, tuple(value) if isinstance(value, list) else value)
     for path, how in edits.swaps.items():
-        old = slim.get_submodule(path)
+        stock = slim.get_submodule(path)
         with torch.device("meta"):
             new = SWAPS[how["class"]](**how["arguments"])
-        for name, held in [*old.named_parameters(remove_duplicate=False), *old.named_buffers(remove_duplicate=False)]:
+        tensors_held = dict(stock.named_parameters(remove_duplicate=False)) | dict(stock.named_buffers())
+        for name, held in tensors_held.items():
             parent, _, last = name.rpartition(".")
             setattr(new.get_submodule(parent), last, held)
-        new.train(old.training)
+        new.train(stock.training)
         if not path:
             return new
         parent, _, last = path.rpartition(".")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto._torch import tree_leaves, tree_map_only
+from oto._torch import tree_map_only
 from oto.axes.call import Rewrite, Size
 from oto.axes.propagate import Propagation
 from oto.axes.terms import Axis, count, resolve, survivors
@@ -36,7 +36,7 @@ def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArr
         raise NonFiniteParameterError(
             f"parameters hold NaN or infinity: {some(broken)}\n"
             "  effect  what such a model computes cannot be compared, so no subnet is built\n"
-            "  to fix  restore a checkpoint from before the divergence; a lower learning rate or gradient clipping avoids it"
+            "  to fix  restore a checkpoint from before the divergence; a lower learning rate or clipping avoids it"
         )
     kept: dict[str, NDArray[np.int64]] = {}
     for group in groups:
@@ -45,7 +45,9 @@ def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArr
         alive = np.zeros(group.size, dtype=bool)
         for piece in group.zeros:
             entries = piece.of(parameters[piece.parameter].detach())
-            alive |= (entries != 0).flatten(1).any(1).cpu().numpy() if entries.ndim > 1 else (entries != 0).cpu().numpy()
+            alive |= (
+                (entries != 0).flatten(1).any(1).cpu().numpy() if entries.ndim > 1 else (entries != 0).cpu().numpy()
+            )
         missing = min(group.min_kept, group.size) - int(alive.sum())
         if missing > 0:
             alive[np.flatnonzero(~alive)[:missing]] = True

@@ -60,12 +60,12 @@ def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:
     """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
     wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) == torch.float64
-    with as_found(module), torch.no_grad(), _Wide() if wide else nullcontext():
+    with as_found(module), torch.no_grad(), _Wide() if wide else nullcontext():  # type: ignore[no-untyped-call]
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 
 def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
-    """Largest difference over all outputs, each relative to the largest entry of the full output; inf if they differ in kind."""
+    """Largest difference, relative to the largest entry of each full output; inf if the outputs differ in kind."""
     if len(full) != len(slim):
         return float("inf")
     worst = 0.0
@@ -199,5 +199,3 @@ def require(checks: Sequence[Check]) -> float:
         )
     exact = [c.error for c in checks if c.dtype == "float64"]
     return max(exact or [c.error for c in checks], default=0.0)
-
-

@@ -62,7 +62,7 @@ def export_program(model: nn.Module, dummy_input: Any) -> tuple[torch.export.Exp
     raise EmitterError(
         f"torch.export cannot follow {type(model).__name__}: {type(failure).__name__}: {str(failure).splitlines()[0]}\n"
         "  effect  no graph can be emitted, and no model.pt2 written\n"
-        "  to fix  see torch.export's message above this one; branches on values and custom objects are the usual causes"
+        "  to fix  see torch.export's own message; branches on values and custom objects are the usual causes"
     ) from failure
 
 
@@ -106,9 +106,7 @@ def _two(args: Any, kwargs: Any) -> Any:
     """A batch of one is special to torch.export: show it two."""
     if _batch(args, kwargs) != 1:
         return args, kwargs
-    return tree_map_only(
-        Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, (args, kwargs)
-    )
+    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, (args, kwargs))
 
 
 def _free_batch(model: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -169,11 +167,13 @@ def _inline(module: fx.GraphModule) -> None:
                 elif inner.op == "output":
                     result = inner.args[0]
                 elif inner.op == "get_attr":
-                    setattr(module, f"{body_node.target}_{inner.target}".replace(".", "_"), _attribute(body, inner.target))
+                    setattr(
+                        module, f"{body_node.target}_{inner.target}".replace(".", "_"), _attribute(body, inner.target)
+                    )
                     place[inner] = graph.get_attr(f"{body_node.target}_{inner.target}".replace(".", "_"))
                     place[inner].meta = inner.meta
                 else:
-                    place[inner] = graph.node_copy(inner, lambda n: place[n])
+                    place[inner] = graph.node_copy(inner, place.__getitem__)
         for user in list(node.users):
             assert user.target is operator.getitem, user
             user.replace_all_uses_with(place[result[user.args[1]]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -107,13 +107,14 @@ def write_through(alias: Value, written: Value) -> Value:
     raise AssertionError("a marker in the graph, never run")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
     """Arguments that ``op`` writes to, and arguments that its results may share memory with (position and name)."""
     schema = getattr(op, "_schema", None)
     if schema is None:
         return (), ()
-    writes, shares = [], []
+    writes: list[tuple[int, str]] = []
+    shares: list[tuple[int, str]] = []
     for position, argument in enumerate(schema.arguments):
         if argument.alias_info is not None:
             (writes if argument.alias_info.is_write else shares).append((position, argument.name))
@@ -156,7 +157,7 @@ class GraphBuilder:
         source: str,
         origin: Any = None,
     ) -> None:
-        """Add a call. In ``args`` and ``kwargs``, :class:`Key` stands for a tensor; ``results`` are the keys returned."""
+        """Add a call. In its arguments :class:`Key` stands for a tensor; ``results`` are the keys returned."""
         writes, shares = _effects(op)
 
         def keys_at(places: tuple[tuple[int, str], ...]) -> list[Hashable]:

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,10 +43,12 @@ def arguments(dummy_input: Any) -> Arguments:
     Raises:
         DummyInputError: It is something else, or holds no tensor.
     """
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = {}
     if isinstance(dummy_input, Tensor):
-        args, kwargs = (dummy_input,), {}
+        args = (dummy_input,)
     elif isinstance(dummy_input, tuple | list):
-        args, kwargs = tuple(dummy_input), {}
+        args = tuple(dummy_input)
     elif isinstance(dummy_input, Mapping) and all(isinstance(key, str) for key in dummy_input):
         args, kwargs = (), dict(dummy_input)
     else:
@@ -115,7 +117,9 @@ def as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; mode, fast paths and random state as found afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    cuda = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
     with torch.random.fork_rng(devices=cuda):
         try:
             # one fused kernel for a whole attention block would hide what it is made of
@@ -205,7 +209,7 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, builder: GraphBuilder, known: Callable[[Any], bool], model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.builder = builder
         self.known = known
         self.shapes_only = builder.how == "meta"
@@ -296,7 +300,7 @@ _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_foreign(filename: str) -> bool:
     """Whether a source file belongs neither to torch nor to this package."""
     return not filename.startswith((_TORCH, _HERE, "<"))

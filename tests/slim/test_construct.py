@@ -44,7 +44,9 @@ def thinned(model, x, share=0.5, seed=0, **options):
 
 
 @pytest.mark.parametrize("emitter", ["module", "graph"])
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, lambda n: nn.LayerNorm(n, elementwise_affine=True, bias=False)])
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm, nn.RMSNorm, lambda n: nn.LayerNorm(n, elementwise_affine=True, bias=False)]
+)
 def test_residual_width_heads_and_hidden_width(emitter, norm):
     full, slim, subnet = thinned(Residual(norm=norm), torch.randn(2, 7, 5), emitter=emitter)
     assert relative_error(full, slim) <= EXACT

@@ -29,7 +29,9 @@ def _torchvision(name: str, size: int = 64, **options: Any) -> Callable[[], tupl
     return make
 
 
-def _transformers(name: str, config: str, inputs: Callable[[], Any], **options: Any) -> Callable[[], tuple[nn.Module, Any]]:
+def _transformers(
+    name: str, config: str, inputs: Callable[[], Any], **options: Any
+) -> Callable[[], tuple[nn.Module, Any]]:
     def make() -> tuple[nn.Module, Any]:
         import transformers
 

@@ -13,7 +13,17 @@ from oto.slim.verify import random_like, relative_error, run
 
 from .models import ZOO, lively
 
-EVERY_RUN = ["resnet18", "densenet121", "resnext50_32x4d", "shufflenet_v2_x1_0", "convnext_tiny", "swin_t", "bert", "llama", "t5"]
+EVERY_RUN = [
+    "resnet18",
+    "densenet121",
+    "resnext50_32x4d",
+    "shufflenet_v2_x1_0",
+    "convnext_tiny",
+    "swin_t",
+    "bert",
+    "llama",
+    "t5",
+]
 # float64, sums of at most some ten thousand terms in another order
 TOLERANCE = 1e-10
 

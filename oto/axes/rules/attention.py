@@ -61,6 +61,8 @@ def fused_attention(call: Call, query: Operand, key: Operand, value: Operand, *r
     given = {a.name: x for a, x in zip(arguments[3:], rest, strict=False)} | named
     mask = given.get("attn_mask") or given.get("attn_bias")
     shared = 1 < key.shape[1] < query.shape[1]
+    for x in (query, key, value):
+        call.fix(x, [-1], "the heads of an attention kernel must be equally wide")
     y = attention(call, query, key, value, mask, given.get("dropout_p", 0.0), scale=given.get("scale"), enable_gqa=shared)
     rest_of = [call.fixed(n, "bookkeeping of an attention kernel") for n in (call.shapes[1] or ())[2:]]
     sums = call.move(query, [*query.terms[:2], *rest_of], [(0,), (1,)], anything)  # one for each row of scores
