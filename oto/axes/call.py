@@ -188,6 +188,11 @@ class Call:
         assert self.shapes[0] is not None
         return self.shapes[0]
 
+    def constant(self, value: Any) -> Fact:
+        """What a number is in the dtype of the output; a whole number cannot be one half."""
+        (output,) = (value for value in self.node.outputs if value is not None)
+        return torch.tensor(value).to(output.dtype).item() if isinstance(value, int | float | complex) else None
+
     # --- terms --------------------------------------------------------------------------------------------------------
 
     def why(self, text: str) -> Reason:

@@ -86,7 +86,8 @@ def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
     with as_found(model):
         for way in ways:
             try:
-                return _run(model, args, kwargs, known, way)
+                with _untouched(model):
+                    return _run(model, args, kwargs, known, way)
             except Exception as failure:
                 if way == ways[-1]:
                     raise TraceError(_message(model, args, kwargs, failure)) from failure
@@ -131,6 +132,29 @@ def as_found(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Take back what ``forward`` does to attributes of its modules, such as tables that it keeps for the next call."""
+    found = [(vars(module), {k: v for k, v in vars(module).items() if k not in _OWN}) for module in model.modules()]
+    held = [(v, v.copy()) for _, own in found for v in own.values() if type(v) in (list, dict, set)]
+    try:
+        yield
+    finally:
+        for now, own in found:
+            for name in [name for name in now if name not in own and name not in _OWN]:
+                del now[name]
+            now.update(own)
+        for container, content in held:
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
+
+
+_OWN = frozenset(vars(nn.Module()))  # what every module has; ``as_found`` sees to the mode, ``functional_call`` to tensors
 
 
 def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitStack) -> Callable[[Tensor], Tensor]:
@@ -262,6 +286,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if op.namespace == "prim":  # a fake tensor is asked for its device
+            return op(*args, **kwargs)
         if not self.known(op):
             with self:
                 parts = op.decompose(*args, **kwargs)
@@ -269,7 +295,8 @@ class _Recorder(TorchDispatchMode):
                 return parts
         keyed = self.keyed(args), self.keyed(kwargs)
         if self.shapes_only and op in _SHAPE_OF_FIRST:
-            result = args[0] if op._schema.is_mutable else torch.empty_like(args[0])
+            # contiguous, because that can be viewed under every shape
+            result = args[0] if op._schema.is_mutable else torch.empty_like(args[0], memory_format=torch.contiguous_format)
         else:
             result = op(*args, **kwargs)
         results: list[Any] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,8 @@ def calls(op: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
     """The leaves of the result on copies of the tensors: nothing is written into the sample itself."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs)))
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some operators are deprecated; models call them all the same
         return list(tree_leaves(op(*args, **kwargs)))
 
 
@@ -46,6 +48,7 @@ class Traced:
     graph: Graph
     found: Propagation
     tensors: dict[Value, Tensor]
+    values: bool = True  # whether the numbers of the result mean anything
     visits: dict[Axis, list[_Visit]] = field(init=False)
     carried: list[list[tuple[Axis, ...]]] = field(init=False)
 
@@ -68,7 +71,8 @@ class Traced:
         ]
 
 
-def trace(op: Callable[..., Any], args: Any, kwargs: Any) -> Traced:
+def trace(op: Callable[..., Any], args: Any, kwargs: Any, values: bool = True) -> Traced:
+    """Run an operator and apply its rule; each of its tensors is a parameter, its results are no outputs."""
     builder = GraphBuilder("real")
     tensors: dict[Value, Tensor] = {}
 
@@ -82,20 +86,20 @@ def trace(op: Callable[..., Any], args: Any, kwargs: Any) -> Traced:
     results = [(object(), x.shape, x.dtype) if isinstance(x, Tensor) else None for x in calls(op, args, kwargs)]
     builder.call(op, keyed[0], keyed[1], results, "", "")
     graph = Graph(tuple(builder.nodes[:1]), tuple(builder.leaves), (), (), "real")
-    return Traced(graph, propagate(graph, strict=True), tensors)
+    return Traced(graph, propagate(graph, strict=True), tensors, values)
 
 
 def _dead(traced: Traced, value: Value, dim: int, axis: Axis, mask: np.ndarray) -> Tensor:
     """Indices along ``dim`` at which some removed atom of ``axis`` lies."""
     alive = survivors(traced.found.operands[value].terms[dim], {axis: mask})
-    return torch.from_numpy(np.flatnonzero(~alive))
+    return torch.from_numpy(np.flatnonzero(~alive)).to(traced.tensors.get(value, torch.empty(0)).device)
 
 
 def _thin(traced: Traced, value: Value, tensor: Tensor, masks: Masks) -> Tensor:
     for dim, term in enumerate(traced.found.operands[value].terms):
         alive = survivors(term, masks)
         if not alive.all():
-            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(alive)))
+            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(alive)).to(tensor.device))
     return tensor
 
 
@@ -153,17 +157,18 @@ def _masks(axes: list[Axis], rng: random.Random) -> dict[Axis, np.ndarray]:
     return masks
 
 
-def compare(got: Any, want: Any, what: str) -> None:
+def compare(got: Any, want: Any, what: str, values: bool = True) -> None:
     if not isinstance(want, Tensor):
         return
     if got.shape != want.shape:
         raise Broken(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-    if got.is_meta or want.is_meta or got.numel() == 0:
+    if got.is_meta or got.numel() == 0 or not values:
         return
     if got.dtype.is_floating_point or got.dtype.is_complex:
         scale = max(1.0, float(want[want.isfinite()].abs().max())) if want.isfinite().any() else 1.0
-        # float64, sums of at most some hundred terms
-        if not torch.allclose(got, want, rtol=1e-12, atol=1e-12 * scale, equal_nan=True):
+        # sums of at most some hundred terms, in float64 (a few kernels know float32 only)
+        near = 1e-5 if got.dtype == torch.float32 else 1e-12
+        if not torch.allclose(got, want, rtol=near, atol=near * scale, equal_nan=True):
             raise Broken(f"{what}: differs by {float((got - want).abs().nan_to_num().max()):.2g}")
     elif not torch.equal(got, want):
         raise Broken(f"{what}: differs")
@@ -219,13 +224,15 @@ def _check_one(traced: Traced, masks: Masks, hypothesis: Mapping[tuple[Axis, Pla
                 fact = known[axis].get((index, dim)) if axis in axes else None
                 if fact is not None and finite:
                     held = got.index_select(dim, _dead(traced, value, dim, axis, mask))
-                    compare(held, torch.full_like(held, fact), f"claimed {fact} at dim {dim} of {value}, given {told}")
+                    text = f"claimed {fact} at dim {dim} of {value}, given {told}"
+                    compare(held, torch.full_like(held, fact), text, traced.values)  # type: ignore[arg-type]
     if not exact:
         return 0
     slim = slim_call(traced, tensors, masks)
     for value, got, want in zip(node.outputs, slim, full, strict=True):
         if value is not None:
-            compare(got, _thin(traced, value, want, masks), f"removal from {value}, given {told}, masks {list(masks.values())}")
+            text = f"removal from {value}, given {told}, kept {[mask.tolist() for mask in masks.values()]}"
+            compare(got, _thin(traced, value, want, masks), text, traced.values)
     return 1
 
 

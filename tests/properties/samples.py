@@ -40,6 +40,8 @@ class T:
             made = torch.rand(self.shape, generator=generator, dtype=torch.float64) * 0.9 + 0.05
         else:
             made = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        if self.kind in ("complex", "single"):
+            made = made.to(torch.complex128 if self.kind == "complex" else torch.float32)
         return made.to(device)
 
     def __repr__(self) -> str:
@@ -60,6 +62,14 @@ def whole(high: int, *shape: int) -> T:
 
 def mask(*shape: int) -> T:
     return T(shape, "bool")
+
+
+def imaginary(*shape: int) -> T:
+    return T(shape, "complex")
+
+
+def single(*shape: int) -> T:
+    return T(shape, "single")
 
 
 @dataclass(frozen=True)
@@ -94,11 +104,17 @@ CPU_HAS_NONE = "a CUDA kernel: checked on meta tensors for its relation and shap
 UNCALLABLE: dict[Any, str] = {
     aten.cuda.default: "it needs a GPU",
     aten.pin_memory.default: "it needs a GPU",
-    aten.cudnn_convolution.default: "a CUDA kernel without a meta function; the rule is that of aten.convolution",
-    aten.cudnn_batch_norm.default: "a CUDA kernel without a meta function; the rule is that of aten.batch_norm",
-    aten._cast_Float.default: "its result is float32, which is compared by aten.to",
+    aten.cudnn_convolution.default: "a CUDA kernel; its rule is that of aten.convolution",
+    aten.cudnn_batch_norm.default: "a CUDA kernel; its rule is that of aten.native_batch_norm",
+    aten.mm.dtype: "a CUDA kernel; its rule is that of aten.mm.default",
+    aten.bmm.dtype: "a CUDA kernel; its rule is that of aten.bmm.default",
+    aten.addmm.dtype: "a CUDA kernel; its rule is that of aten.addmm.default",
+    aten.baddbmm.dtype: "a CUDA kernel; its rule is that of aten.baddbmm.default",
     aten.data.default: "only the interpreter of TorchScript calls it",
-    aten.detach_.default: "it is an in-place change of autograd's bookkeeping",
+    aten.sort.Tensor: "only the interpreter of TorchScript calls it",
+    aten.copy_.Tensor: "only the interpreter of TorchScript calls it",
+    aten.copy_.int: "only the interpreter of TorchScript calls it",
+    aten.copy_.float: "only the interpreter of TorchScript calls it",
     aten.scalar_tensor.default: "a tensor without dimensions",
 }
 # Overloads that only the interpreter of TorchScript calls, or that take shapes that nobody traces.
@@ -238,7 +254,9 @@ def _written() -> Iterator[Sample]:
         yield s(conv.default, x(2, 3, *size), x(4, 3, *kernel))
         yield s(conv.default, x(2, 1, *size), x(1, 1, *kernel), x(1))
         yield s(transposed, x(3, *size), x(3, 4, *kernel), x(4))
-    yield s(aten.mkldnn_convolution.default, x(2, 3, 4, 4), x(4, 3, 2, 2), x(4), [0, 0], [1, 1], [1, 1], 1)
+    one = [1, 1]
+    yield s(aten.mkldnn_convolution.default, single(2, 3, 4, 4), single(4, 3, 2, 2), single(4), [0, 0], one, one, 1)
+    yield s(aten.mkldnn_convolution.default, single(2, 4, 4, 4), single(4, 1, 2, 2), None, [0, 0], one, one, 4)
 
     # norms
     for shape in ((4, 3), (4, 3, 5), (2, 3, 2, 2)):
@@ -318,9 +336,13 @@ def _written() -> Iterator[Sample]:
     yield s(aten.rrelu.default, x(3, 4))
     yield s(aten.rrelu.default, x(3, 4), 0.1, 0.4, True)
     for op in (aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh, aten.lift_fresh_copy, aten.lift,
-               aten.positive, aten.conj, aten.resolve_conj, aten.resolve_neg, aten.real, aten._conj, aten.cpu,
+               aten.positive, aten.conj, aten.resolve_conj, aten.resolve_neg, aten.real, aten.cpu, aten._cast_Float, aten.conj_physical,
                aten._to_copy):  # fmt: skip
         yield s(op.default, x(3, 4))
+    for op in (aten.conj, aten._conj, aten.conj_physical, aten.real, aten.view_as_real, aten.view_as_real_copy, aten.angle):
+        yield s(op.default, imaginary(3, 4))
+    yield s(aten.view_as_complex.default, x(3, 4, 2))
+    yield s(aten.view_as_complex_copy.default, x(3, 4, 2))
     yield s(aten.to.dtype, x(3, 4), torch.float32)
     yield s(aten.to.dtype, x(3, 4), torch.bool)
     yield s(aten.to.device, x(3, 4), torch.device("cpu"), torch.float64)
@@ -334,6 +356,7 @@ def _written() -> Iterator[Sample]:
     yield s(aten.copy.default, x(3, 4), whole(3, 3, 1))
     yield s(aten.copy_.default, x(3, 4), x(4))
     yield s(aten.fill.Scalar, x(3, 4), 0.5)
+    yield s(aten.fill.Scalar, whole(5, 3, 4), 0.5)
     yield s(aten.fill.Tensor, x(3, 4), x())
     yield s(aten.zero.default, x(3, 4))
 
@@ -501,9 +524,9 @@ def _written() -> Iterator[Sample]:
         yield s(aten.narrow.default, x(6, 2, 6), dim, 2, 3)
         yield s(aten.narrow.default, x(6, 2, 6), dim, -3, 2)
         yield s(aten.narrow.Tensor, x(6, 2, 6), dim, torch.tensor(1), 3)
-        yield s(aten.roll.default, x(3, 4, 5), 1, dim)
+        yield s(aten.roll.default, x(3, 4, 5), [1], [dim])
     yield s(aten.roll.default, x(3, 4), [1, 2], [0, 1])
-    yield s(aten.roll.default, x(3, 4), 1)
+    yield s(aten.roll.default, x(3, 4), [1])
     for op in (aten.diagonal, aten.diag, aten.diag_embed, aten.tril, aten.triu, aten.rot90, aten.trace):
         yield s(op.default, x(3, 4) if op is not aten.diag_embed else x(3))
     yield s(aten.meshgrid.default, [x(2), x(3)])
@@ -551,6 +574,73 @@ def _written() -> Iterator[Sample]:
     yield s(aten.hamming_window.periodic_alpha_beta, 4, False, 0.5, 0.5)
 
 
+def _fixed() -> Iterator[Sample]:
+    """Operators that keep all they touch."""
+
+    def s(op: Any, *args: Any, **kwargs: Any) -> Sample:
+        return Sample(op, args, kwargs)
+
+    data, index, source = x(3, 4), whole(3, 2), x(2, 4)
+    yield s(aten.nonzero.default, data)
+    yield s(aten.masked_select.default, data, mask(3, 4))
+    yield s(aten.unique_consecutive.default, data)
+    yield s(aten._unique2.default, data)
+    yield s(aten.bincount.default, whole(3, 5))
+    yield s(aten.searchsorted.Tensor, x(4), data)
+    yield s(aten.searchsorted.Scalar, x(4), 0.1)
+    yield s(aten.bucketize.Tensor, data, x(4))
+    yield s(aten.bucketize.Scalar, 0.1, x(4))
+    yield s(aten.index_put.default, data, [index], source)
+    yield s(aten.index_add.default, data, 0, index, source)
+    yield s(aten.index_copy.default, data, 0, index, source)
+    yield s(aten.index_fill.int_Tensor, data, 0, index, x())
+    yield s(aten.index_fill.int_Scalar, data, 0, index, 0.0)
+    places = whole(3, 2, 4)
+    yield s(aten.scatter.src, data, 0, places, source)
+    yield s(aten.scatter.value, data, 0, places, 0.5)
+    yield s(aten.scatter.reduce, data, 0, places, source, reduce="add")
+    yield s(aten.scatter.value_reduce, data, 0, places, 0.5, reduce="add")
+    yield s(aten.scatter_add.default, data, 0, places, source)
+    yield s(aten.scatter_reduce.two, data, 0, places, source, "sum")
+    yield s(aten.masked_scatter.default, data, mask(3, 4), x(12))
+    yield s(aten.select_scatter.default, data, x(4), 0, 1)
+    yield s(aten.slice_scatter.default, data, source, 0, 0, 2)
+    yield s(aten.diagonal_scatter.default, data, x(3))
+    yield s(aten.take.default, data, index)
+    yield s(aten.take_along_dim.default, data, places, 0)
+    yield s(aten.as_strided.default, data, [2, 2], [1, 2])
+    yield s(aten.as_strided_.default, data, [2, 2], [1, 2])
+    yield s(aten.unfold.default, data, 1, 2, 1)
+    generator = {"generator": torch.Generator()}
+    chance = unit(3, 4)
+    yield s(aten.bernoulli.default, chance)
+    yield s(aten.bernoulli.p, data, 0.5)
+    yield s(aten.bernoulli.Tensor, data, chance)
+    yield s(aten.bernoulli_.Tensor, data, chance)
+    yield s(aten.bernoulli_.float, data, 0.5)
+    for op in (aten.rand_like, aten.randn_like):
+        yield s(op.default, data)
+        yield s(op.generator, data, **generator)
+    yield s(aten.randint_like.default, data, 5)
+    yield s(aten.randint_like.Tensor, data, torch.tensor(5))
+    yield s(aten.randint_like.low_dtype, data, 1, 5)
+    yield s(aten.randint_like.generator, data, 5, **generator)
+    yield s(aten.randint_like.Tensor_generator, data, torch.tensor(5), **generator)
+    yield s(aten.randint_like.low_generator_dtype, data, 1, 5, **generator)
+    yield s(aten.multinomial.default, chance, 2)
+    yield s(aten.normal.Tensor_float, data, 1.0)
+    yield s(aten.normal.float_Tensor, 0.0, chance)
+    yield s(aten.normal.Tensor_Tensor, data, chance)
+    yield s(aten.normal.float_float, 0.0, 1.0, [3, 4])
+    for op in (aten.normal_, aten.uniform, aten.uniform_, aten.exponential, aten.exponential_, aten.random_):
+        yield s(op.default, data)
+    yield s(aten.random.default, data)
+    for op in (aten.random, aten.random_):
+        yield s(getattr(op, "from"), data, 1, 5)
+        yield s(op.to, data, 5)
+    yield s(aten.native_dropout.default, data, 0.5, True)
+
+
 def _runs(sample: Sample) -> bool:
     try:
         args, kwargs = sample.make()
@@ -578,7 +668,7 @@ def _in_place(sample: Sample) -> Iterator[Sample]:
 @lru_cache(maxsize=None)
 def samples() -> tuple[Sample, ...]:
     """All of them."""
-    made = list(_written())
+    made = [*_written(), *_fixed()]
     made += [twin for sample in made for twin in _in_place(sample)]
     for op in overloads():
         if RULES.get(op, RULES.get(op.overloadpacket)) in ENTRY_BY_ENTRY:

@@ -32,13 +32,27 @@ def conv_transpose(call: Call, x: Operand, weight: Operand, bias: Operand | None
     return _convolve(call, x, weight, bias, groups, "io", uncounted=OUT)
 
 
-@rule(aten.convolution, aten.cudnn_convolution, aten.mkldnn_convolution)
+@rule(aten.convolution)
 def convolution(call: Call, x: Operand, weight: Operand, bias: Operand | None, stride: object, padding: object,
                 dilation: object, transposed: bool, output_padding: object, groups: int) -> Operand:  # fmt: skip
     """The operator that all convolutions become below autograd."""
     if transposed:
         return conv_transpose(call, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return conv(call, x, weight, bias, stride, padding, dilation, groups)
+
+
+@rule(aten.mkldnn_convolution)
+def mkldnn_convolution(call: Call, x: Operand, weight: Operand, bias: Operand | None, padding: object, stride: object,
+                       dilation: object, groups: int) -> Operand:  # fmt: skip
+    """What ``convolution`` becomes on a CPU."""
+    return conv(call, x, weight, bias, stride, padding, dilation, groups)
+
+
+@rule(aten.cudnn_convolution)
+def cudnn_convolution(call: Call, x: Operand, weight: Operand, padding: object, stride: object, dilation: object,
+                      groups: int, *flags: object) -> Operand:  # fmt: skip
+    """What ``convolution`` becomes on a GPU; the bias is added afterwards."""
+    return conv(call, x, weight, None, stride, padding, dilation, groups)
 
 
 def _convolve(call: Call, x: Operand, weight: Operand, bias: Operand | None, groups: int, channels: str,

@@ -18,10 +18,6 @@ def _filled(call: Call, argument: str, fact: Any) -> Operand:
     return y
 
 
-def _number(value: Any) -> Any:
-    return value if isinstance(value, int | float | bool) else None
-
-
 @rule(aten.zeros, aten.new_zeros)
 def zeros(call: Call, *args: Any, **named: Any) -> Operand:
     """Zero everywhere."""
@@ -37,13 +33,13 @@ def ones(call: Call, *args: Any, **named: Any) -> Operand:
 @rule(aten.full)
 def full(call: Call, size: Any, value: Any, **named: Any) -> Operand:
     """One number everywhere."""
-    return _filled(call, "size", _number(value))
+    return _filled(call, "size", call.constant(value))
 
 
 @rule(aten.new_full)
 def new_full(call: Call, x: Operand, size: Any, value: Any, **named: Any) -> Operand:
     """One number everywhere."""
-    return _filled(call, "size", _number(value))
+    return _filled(call, "size", call.constant(value))
 
 
 @rule(aten.empty, aten.new_empty)
@@ -67,7 +63,7 @@ def ones_like(call: Call, x: Operand, **named: Any) -> Operand:
 @rule(aten.full_like)
 def full_like(call: Call, x: Operand, value: Any, **named: Any) -> Operand:
     """One number wherever x has an entry."""
-    return call.map(lambda f: _number(value), x)
+    return call.map(lambda f: call.constant(value), x)
 
 
 @rule(aten.empty_like)

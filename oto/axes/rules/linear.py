@@ -29,13 +29,13 @@ def linear(call: Call, x: Operand, weight: Operand, bias: Operand | None = None)
 
 
 @rule(aten.mm)
-def mm(call: Call, a: Operand, b: Operand) -> Operand:
+def mm(call: Call, a: Operand, b: Operand, dtype: object = None) -> Operand:
     """(M, K), (K, N) -> (M, N)."""
     return call.contract("mk,kn->mn", a, b)
 
 
 @rule(aten.bmm)
-def bmm(call: Call, a: Operand, b: Operand) -> Operand:
+def bmm(call: Call, a: Operand, b: Operand, dtype: object = None) -> Operand:
     """(B, M, K), (B, K, N) -> (B, M, N)."""
     return call.contract("bmk,bkn->bmn", a, b)
 
@@ -65,7 +65,8 @@ def _plus(call: Call, bias: Operand, product: Operand, beta: float) -> Operand:
 
 
 @rule(aten.addmm)
-def addmm(call: Call, bias: Operand, a: Operand, b: Operand, *, beta: float = 1, alpha: float = 1) -> Operand:
+def addmm(call: Call, bias: Operand, a: Operand, b: Operand, dtype: object = None, *, beta: float = 1,
+          alpha: float = 1) -> Operand:  # fmt: skip
     """beta * bias + alpha * (M, K) @ (K, N)."""
     return _plus(call, bias, mm(call, a, b), beta)
 
@@ -77,7 +78,8 @@ def addmv(call: Call, bias: Operand, a: Operand, b: Operand, *, beta: float = 1,
 
 
 @rule(aten.baddbmm)
-def baddbmm(call: Call, bias: Operand, a: Operand, b: Operand, *, beta: float = 1, alpha: float = 1) -> Operand:
+def baddbmm(call: Call, bias: Operand, a: Operand, b: Operand, dtype: object = None, *, beta: float = 1,
+            alpha: float = 1) -> Operand:  # fmt: skip
     """beta * bias + alpha * (B, M, K) @ (B, K, N)."""
     return _plus(call, bias, bmm(call, a, b), beta)
 

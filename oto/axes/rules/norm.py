@@ -15,6 +15,7 @@ from oto.axes.registry import rule
 from oto.nn import functional as counted
 
 aten = torch.ops.aten
+SAVED = "it is kept for the backward pass"
 
 
 def _scaled(*facts: Fact) -> Fact:
@@ -51,7 +52,7 @@ def _by_channel(call: Call, x: Operand, weight: Operand | None, bias: Operand | 
     return _affine(call, y, weight, bias, 1)
 
 
-@rule(aten.batch_norm, aten.cudnn_batch_norm)
+@rule(aten.batch_norm)
 def batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, running_mean: Operand | None,
                running_var: Operand | None, training: bool, *rest: object) -> Operand:  # fmt: skip
     """x (N, C, *), the others (C,). In training, statistics are those of the batch."""
@@ -59,7 +60,10 @@ def batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | N
     return _by_channel(call, x, weight, bias, running_mean, running_var, over)
 
 
-@rule(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training)
+@rule(
+    aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training,
+    aten.cudnn_batch_norm,
+)  # fmt: skip
 def native_batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, mean: Operand | None = None,
                       var: Operand | None = None, *rest: object) -> list[Operand]:  # fmt: skip
     """As batch_norm, with the batch statistics as further outputs (C,) or empty."""
@@ -67,7 +71,7 @@ def native_batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Oper
     training = mean is None or rest[0] is True
     y = _by_channel(call, x, weight, bias, mean, var, [0, *range(2, x.ndim)] if training else [])
     saved = [
-        call.move(x, [x.terms[1]], [(1,)], anything) if shape == (x.shape[1],) else call.fresh(shape or (), None)
+        call.move(x, [x.terms[1]], [(1,)], anything) if shape == (x.shape[1],) else call.fresh(shape or (), SAVED)
         for shape in call.shapes[1:]
     ]
     return [y, *saved]
@@ -91,7 +95,7 @@ def _layer(call: Call, x: Operand, shape: Sequence[int], weight: Operand | None,
     if centred:
         y = _affine(call, call.map(anything, x), weight, bias, None)
     else:  # x·rms(x)·weight: a zero on either side is a zero
-        y = call.identity(x) if weight is None else call.map(product, x, weight)
+        y = call.map(product, x) if weight is None else call.map(product, x, weight)
     sizes = [Size(x.terms[d]) for d in dims]
     v = call.node.args
     call.counted("a norm divides by the number of entries")

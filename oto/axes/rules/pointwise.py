@@ -33,7 +33,8 @@ aten = torch.ops.aten
     aten.greater, aten.greater_equal, aten.less, aten.less_equal, aten.not_equal,
     aten.logical_and, aten.logical_or, aten.logical_xor, aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor,
     aten.__and__, aten.__or__, aten.__xor__, aten.lerp, aten.logaddexp, aten.heaviside,
-    aten.max.other, aten.min.other,
+    aten.max.other, aten.min.other, aten.xlogy, aten.ldexp, aten.logaddexp2, aten.nextafter, aten.angle, aten.polar,
+    aten.complex, aten.bitwise_left_shift, aten.bitwise_right_shift,
 )  # fmt: skip
 def pointwise(call: Call, *args: Any, **kwargs: Any) -> Operand:
     """Any number of tensors and numbers, broadcast."""
@@ -100,8 +101,8 @@ def where(call: Call, condition: Operand, x: Any, y: Any) -> Operand:
 def masked_fill(call: Call, x: Operand, mask: Operand, value: Any) -> Operand:
     """Known where the fill is what was there."""
     if isinstance(value, Operand):
-        return call.map(lambda f, m, v: same(f, v), x, mask, value)
-    return call.map(lambda f, m: same(f, value), x, mask)
+        return call.map(lambda f, m, v: same(f, _cast(v)), x, mask, value)
+    return call.map(lambda f, m: same(f, call.constant(value)), x, mask)
 
 
 @rule(aten.prelu, aten._prelu_kernel)
@@ -149,11 +150,25 @@ def rrelu(call: Call, x: Operand, lower: float = 0.125, upper: float = 1 / 3, tr
 @rule(
     aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh, aten.lift_fresh_copy, aten.lift,
     aten.positive, aten.conj, aten.resolve_conj, aten.resolve_neg, aten.real, aten._conj, aten.data,
-    aten.pin_memory, aten.view_as_real_copy,
+    aten.pin_memory, aten.conj_physical,
 )  # fmt: skip
 def identity(call: Call, x: Operand, *rest: Any, **named: Any) -> Operand:
     """The same entries."""
     return call.identity(x)
+
+
+@rule(aten.view_as_real, aten.view_as_real_copy)
+def view_as_real(call: Call, x: Operand) -> Operand:
+    """The real and the imaginary part, along a new last dimension."""
+    parts = call.fixed(2, "it holds the real and the imaginary part")
+    return call.move(x, [*x.terms, parts], [(d,) for d in range(x.ndim)] + [()], lambda f: 0.0 if f == 0 else None)
+
+
+@rule(aten.view_as_complex, aten.view_as_complex_copy)
+def view_as_complex(call: Call, x: Operand) -> Operand:
+    """The last dimension holds the real and the imaginary part."""
+    call.fix(x, [-1], "it holds the real and the imaginary part")
+    return call.move(x, x.terms[:-1], [(d,) for d in range(x.ndim - 1)], lambda f: 0.0 if f == 0 else None)
 
 
 def _cast(fact: Fact) -> Fact:
@@ -182,8 +197,8 @@ def copy(call: Call, x: Operand, source: Operand, non_blocking: bool = False) ->
 def fill(call: Call, x: Operand, value: Any = 0) -> Operand:
     """Every entry is overwritten by one number."""
     if isinstance(value, Operand):
-        return call.map(lambda old, new: new, x, value)
-    return call.map(lambda old: value, x)
+        return call.map(lambda old, new: _cast(new), x, value)
+    return call.map(lambda old: call.constant(value), x)
 
 
 fixed(

@@ -1,0 +1,68 @@
+"""The examples run as their users run them: a new process, real images, little time."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, *flags: str) -> str:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "error::UserWarning",
+    }
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *flags], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def numbers(line: str) -> list[float]:
+    return [float(word.replace(",", "")) for word in re.findall(r"-?\d[\d,]*\.?\d*(?:e-?\d+)?", line)]
+
+
+def test_the_example_trains_thins_saves_and_reloads(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "artefact"
+    printed = run("examples/resnet_cifar10.py", "--depth=8", "--width=8", "--epochs=5", f"--out={out}")
+    rows = {line.split("  ")[0]: numbers(line) for line in printed.splitlines()}
+    accuracy, params, macs = range(3)
+    dense, full, slim = rows["dense"], rows["zeroed full"], rows["slim"]
+    assert slim[accuracy] == full[accuracy] > 60  # ten classes: 10 % is chance
+    assert dense[params] == full[params] > 1.5 * slim[params]
+    assert dense[macs] == full[macs] > slim[macs]
+    reloaded = next(line for line in printed.splitlines() if line.startswith("reloaded"))
+    assert numbers(reloaded)[0] <= 1e-6
+    assert (out / "model.safetensors").is_file() and (out / "oto.json").is_file()
+
+
+def test_the_data_folder_is_read(oto_data: Path) -> None:
+    """Shapes, the first labels in the official order, and ten classes."""
+    pytest.importorskip("PIL")
+    code = (
+        "import sys; sys.path.insert(0, 'examples'); import data\n"
+        "for name in ('fashion_mnist', 'cifar10'):\n"
+        "    d = data.load_images(name)\n"
+        "    print(name, *d.train_x.shape, *d.test_x.shape, *d.train_y[:5].tolist(), d.classes, sep=' ')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OTO_DATA": str(oto_data)},
+    )
+    assert done.stdout.splitlines() == [
+        "fashion_mnist 60000 1 28 28 10000 1 28 28 9 0 0 3 0 10",
+        "cifar10 50000 3 32 32 10000 3 32 32 6 9 9 4 1 10",
+    ], done.stderr
