@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(script: str, *flags: str) -> str:
+def run(script: str, *flags: str, cwd: Path = ROOT) -> str:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -21,7 +21,7 @@ def run(script: str, *flags: str) -> str:
         "PYTHONWARNINGS": "error::UserWarning",
     }
     done = subprocess.run(
-        [sys.executable, ROOT / script, *flags], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, ROOT / script, *flags], capture_output=True, text=True, env=environment, timeout=300, cwd=cwd
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -44,6 +44,22 @@ def test_the_example_trains_thins_saves_and_reloads(tmp_path: Path) -> None:
     reloaded = next(line for line in printed.splitlines() if line.startswith("reloaded"))
     assert numbers(reloaded)[0] <= 1e-6
     assert (out / "model.safetensors").is_file() and (out / "oto.json").is_file()
+
+
+def test_the_readme_prints_what_it_says(tmp_path: Path) -> None:
+    """All but the last digits of the numbers, which depend on the processor."""
+    pytest.importorskip("sklearn")
+    readme = (ROOT / "README.md").read_text()
+    code, printed = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", readme, re.DOTALL).groups()
+    script = tmp_path / "readme.py"
+    script.write_text(code)
+    got, said = run(str(script), cwd=tmp_path).splitlines(), printed.splitlines()
+    assert [re.sub(r"[\d.,e-]+", "#", line.strip()) for line in got] == [
+        re.sub(r"[\d.,e-]+", "#", line.strip()) for line in said
+    ]
+    assert numbers(got[1])[0] == numbers(said[1])[0], "parameters before"
+    assert abs(numbers(got[1])[1] / numbers(said[1])[1] - 1) < 0.3, "parameters after"
+    assert numbers(got[-1])[1] > 330
 
 
 def test_the_data_folder_is_read(oto_data: Path) -> None:

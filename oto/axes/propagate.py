@@ -11,7 +11,7 @@ import oto.axes.rules  # noqa: F401  registers the rules
 from oto._torch import tree_leaves, tree_map_only
 from oto.axes import terms as T
 from oto.axes.call import Call, Operand, Tape
-from oto.axes.registry import FIXED, find
+from oto.axes.registry import find, is_fixed
 from oto.axes.terms import Reason, Term
 from oto.trace.graph import Graph, Node, Value
 
@@ -69,7 +69,7 @@ def propagate(graph: Graph, strict: bool = False) -> Propagation:
                 log.warning("the rule for %s does not fit this call: %r", node, failure)
                 found.unknown.append(node)
                 outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
-        answer = "unknown" if node in found.unknown[-1:] else "fixed" if _is_fixed(node.op) else "rule"
+        answer = "unknown" if node in found.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
         coverage[answer][str(node.op)] += 1
         for made, operand in zip(node.outputs, outputs, strict=True):
             if made is not None:
@@ -82,10 +82,6 @@ def propagate(graph: Graph, strict: bool = False) -> Propagation:
         for term in operands[value].terms:
             T.fix(term, Reason("it is a dimension of an output"))
     return found
-
-
-def _is_fixed(op: object) -> bool:
-    return op in FIXED or getattr(op, "overloadpacket", None) in FIXED
 
 
 def _apply(call: Call, rule: object, operands: Mapping[Value, Operand]) -> list[Operand | None]:

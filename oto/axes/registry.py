@@ -1,7 +1,8 @@
 """Every operator gets one of three answers: a rule, *fixed* on purpose with its reason, or *unknown*.
 
 Keys are ``torch.ops.aten`` objects. A packet (``aten.add``) stands for all its overloads and for its in-place variant;
-an overload (``aten.add.Tensor``) only for itself.
+an overload (``aten.add.Tensor``) only for itself. Operators of other libraries, which may not be installed, go by
+their name: ``"torchvision::nms"``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ R = TypeVar("R", bound=Rule)
 
 RULES: dict[Any, Rule] = {}
 FIXED: dict[Any, str] = {}
+NAMED: dict[str, Rule] = {}  # operators of other libraries
 
 
 def _variants(op: Any) -> list[Any]:
@@ -32,11 +34,16 @@ def _variants(op: Any) -> list[Any]:
 
 
 def _claim(op: Any) -> None:
-    if op in RULES or op in FIXED:
+    found = NAMED.get(op) if isinstance(op, str) else RULES.get(op)
+    if found is not None:
         raise DuplicateRuleError(
-            f"{op} has a rule already\n  in      {RULES[op].__module__ if op in RULES else 'fixed on purpose'}\n"
+            f"{op} has a rule already\n  in      {'fixed on purpose' if op in FIXED else found.__module__}\n"
             "  to fix  keep one of the two"
         )
+
+
+def _of(op: Any) -> dict[Any, Rule]:
+    return NAMED if isinstance(op, str) else RULES
 
 
 def rule(*ops: Any) -> Callable[[R], R]:
@@ -53,7 +60,7 @@ def rule(*ops: Any) -> Callable[[R], R]:
         for op in ops:
             for variant in _variants(op):
                 _claim(variant)
-                RULES[variant] = function
+                _of(variant)[variant] = function
         return function
 
     return register
@@ -73,15 +80,22 @@ def fixed(*ops: Any, why: str) -> None:
         for variant in _variants(op):
             _claim(variant)
             FIXED[variant] = why
-            RULES[variant] = keep
+            _of(variant)[variant] = keep
 
 
 def find(op: Any) -> Rule | None:
     """The rule of an operator, or ``None`` if it is unknown."""
     found = RULES.get(op)
     if found is None and isinstance(op, OpOverload) and not _fills(op):
-        found = RULES.get(op.overloadpacket)
+        found = RULES.get(op.overloadpacket) or NAMED.get(op._schema.name)
     return found
+
+
+def is_fixed(op: Any) -> bool:
+    """Whether an operator keeps all it touches on purpose."""
+    if op in FIXED:
+        return True
+    return isinstance(op, OpOverload) and (op.overloadpacket in FIXED or op._schema.name in FIXED)
 
 
 @cache

@@ -21,6 +21,58 @@ def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence
     return y * (prod(sizes) / prod(full))
 
 
+def _whole(x: Tensor, dim: Sequence[int], full: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
+    """How many entries there are along ``dim``, and how many there were."""
+    k = prod(x.shape[d] for d in dim)
+    return k, k * prod(full) // prod(sizes)
+
+
+def var_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
+             sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.var_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero.
+
+    With k of D entries present, mean = Σx / D and Σ(x − mean)² runs over D − k zeros too.
+    """
+    dim = list(dim) or list(range(x.ndim))
+    k, d = _whole(x, dim, full, sizes)
+    mean = x.sum(dim, keepdim=True) / d
+    squares = (x - mean).square().sum(dim, keepdim=True) + (d - k) * mean.square()
+    var = squares / max(d - correction, 0)
+    return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
+
+
+def var(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
+        sizes: Sequence[int]) -> Tensor:  # fmt: skip
+    """``torch.var`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero."""
+    return var_mean(x, dim, correction, keepdim, full=full, sizes=sizes)[0]
+
+
+def std(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
+        sizes: Sequence[int]) -> Tensor:  # fmt: skip
+    """``torch.std`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero."""
+    return var_mean(x, dim, correction, keepdim, full=full, sizes=sizes)[0].sqrt()
+
+
+def std_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
+             sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.std_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero."""
+    var, mean = var_mean(x, dim, correction, keepdim, full=full, sizes=sizes)
+    return var.sqrt(), mean
+
+
+def batch_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+               full: Sequence[int], sizes: Sequence[int]) -> Tensor:  # fmt: skip
+    """Batch norm by the statistics of ``x`` (N, C, *), which had ``full`` entries along all but C, the others zero."""
+    over = [0, *range(2, x.ndim)]
+    work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    var, mean = var_mean(work, over, 0, True, full=full, sizes=sizes)
+    y = ((work - mean) * torch.rsqrt(var + eps)).to(x.dtype)
+    column = (-1, *[1] * (x.ndim - 2))
+    if weight is not None:
+        y = y * weight.reshape(column)
+    return y if bias is None else y + bias.reshape(column)
+
+
 def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
                eps: float = 1e-5, *, full: Sequence[int]) -> Tensor:  # fmt: skip
     """Layer norm over a last dimension that had ``full`` entries, all but those present zero.

@@ -141,9 +141,15 @@ def export(model: nn.Module, dummy_input: Any) -> Exported:
     module = program.module(check_guards=False) if "check_guards" in known else program.module()
     assert isinstance(module, fx.GraphModule)
     _inline(module)
-    module.graph.eliminate_dead_code()
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    return Exported(module, _read(module, trainable), dynamic)
+    graph = _read(module, trainable)
+    live = {node.origin for node in graph.nodes}
+    for node in reversed(module.graph.nodes):  # torch keeps whatever may draw a random number
+        if node.op == "call_function" and not node.users and node not in live:
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return Exported(module, graph, dynamic)
 
 
 def _inline(module: fx.GraphModule) -> None:

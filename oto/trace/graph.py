@@ -131,6 +131,7 @@ class GraphBuilder:
     current: dict[Hashable, Value] = field(default_factory=dict)
     families: dict[Hashable, dict[Hashable, None]] = field(default_factory=dict)
     inputs: list[Value] = field(default_factory=list)
+    held: list[Hashable] = field(default_factory=list)
     count: int = 0
 
     def value(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype) -> Value:
@@ -146,6 +147,7 @@ class GraphBuilder:
     def leaf(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, names: Sequence[str], kind: str,
              trainable: bool = False) -> None:  # fmt: skip
         self.leaves.append(Leaf(self.value(key, shape, dtype), tuple(names), kind, trainable))
+        self.held.append(key)
 
     def call(
         self,
@@ -196,9 +198,13 @@ class GraphBuilder:
             self.families[key] = family
 
     def build(self, outputs: Sequence[Hashable]) -> Graph:
-        """The finished graph, without the nodes whose results reach no output."""
+        """The finished graph, without the nodes whose results reach neither an output nor a tensor of the model."""
         ends = tuple(self.current[key] for key in outputs)
         used = set(ends)
+        # a tensor of the model that was written to is as good as an output
+        for key, leaf in zip(self.held, self.leaves, strict=True):
+            if self.current[key] is not leaf.value:
+                used.add(self.current[key])
         kept: list[Node] = []
         for node in reversed(self.nodes):
             if not used.isdisjoint(node.outputs) or any(after in used for _, after in node.written):

@@ -154,7 +154,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 container.update(content)
 
 
-_OWN = frozenset(vars(nn.Module()))  # what every module has; ``as_found`` sees to the mode, ``functional_call`` to tensors
+# what every module has: ``as_found`` sees to the mode, ``functional_call`` to the tensors
+_OWN = frozenset(vars(nn.Module()))
 
 
 def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitStack) -> Callable[[Tensor], Tensor]:
@@ -296,7 +297,8 @@ class _Recorder(TorchDispatchMode):
         keyed = self.keyed(args), self.keyed(kwargs)
         if self.shapes_only and op in _SHAPE_OF_FIRST:
             # contiguous, because that can be viewed under every shape
-            result = args[0] if op._schema.is_mutable else torch.empty_like(args[0], memory_format=torch.contiguous_format)
+            plain = torch.contiguous_format
+            result = args[0] if op._schema.is_mutable else torch.empty_like(args[0], memory_format=plain)
         else:
             result = op(*args, **kwargs)
         results: list[Any] = []

@@ -104,7 +104,11 @@ MUTATIONS: dict[str, Mutation] = {
 }
 
 # What no call can show, each with the reason.
-SILENT: dict[tuple[str, str], str] = {}
+SILENT: dict[tuple[str, str], str] = {
+    ("linear.dot", "claims zero everywhere"): "its result has no dimension",
+    ("creation.zeros", "claims zero everywhere"): "it is zero everywhere",
+    ("creation.zeros_like", "claims zero everywhere"): "it is zero everywhere",
+}
 
 
 def name(rule: Any) -> str:
@@ -114,7 +118,8 @@ def name(rule: Any) -> str:
 def by_rule() -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
     for sample in samples():
-        if sample.device == "cpu" and sample.values:
+        # a kernel that is given nonsense may end the process
+        if sample.device == "cpu" and sample.values and "flash" not in str(sample.op):
             found.setdefault(name(find(sample.op)), []).append(sample)
     return found
 
@@ -125,7 +130,9 @@ def noticed(mutate: Mutation, sample: Sample) -> tuple[bool, bool]:
     with pytest.MonkeyPatch.context() as patch:
         mutate(patch, said)
         try:
-            check(trace(sample.op, *sample.make()))
+            traced = trace(sample.op, *sample.make())
+            if said:
+                check(traced)
         except Exception:
             return True, True
     return bool(said), False
@@ -137,7 +144,6 @@ def test_a_broken_rule_is_noticed(mutation: str) -> None:
     for rule, group in by_rule().items():
         said = False
         for sample in group:
-            open("/tmp/last","w").write(repr(sample))
             left_out, seen = noticed(MUTATIONS[mutation], sample)
             if seen:
                 break
@@ -145,11 +151,11 @@ def test_a_broken_rule_is_noticed(mutation: str) -> None:
         else:
             if said:
                 silent.add(rule)
-    print(mutation, sorted(silent))
     assert silent == {rule for found, rule in SILENT if found == mutation}
 
 
 def test_every_rule_is_broken_somehow() -> None:
     """A claim of zero everywhere is wrong for each operator that has any free dimension."""
     rules = {name(RULES[op]) for op in RULES if op not in FIXED}
-    assert rules - by_rule().keys() <= {"index.written", "conv.cudnn_convolution"}
+    assert rules - by_rule().keys() <= {"index.written", "conv.cudnn_convolution", "creation.empty",
+                                        "creation.empty_like", "attention.fused_attention"}  # fmt: skip

@@ -17,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from oto.axes.call import NOT_FINITE
 from oto.axes.invariance import _follow, _visits
 from oto.axes.propagate import propagate
-from oto.axes.registry import FIXED, RULES, find, known
-from oto.axes.terms import survivors
+from oto.axes.registry import FIXED, RULES, find, is_fixed, known
+from oto.axes.terms import axes_of, survivors
 from oto.trace.graph import write_through
 from oto.trace.record import record
 from tests.properties.commute import Broken, check, trace
@@ -37,27 +36,18 @@ def by_operator() -> list[Any]:
     return [pytest.param(group, id=str(op)) for op, group in found.items()]
 
 
-def is_fixed(op: Any) -> bool:
-    return op in FIXED or op.overloadpacket in FIXED
-
-
 @pytest.mark.parametrize("group", by_operator())
 def test_removing_an_entry_commutes_with_the_op(group: list[Sample]) -> None:
     for sample in group:
         traced = trace(sample.op, *sample.make(), values=sample.values)
         assert not traced.found.unknown
         if is_fixed(sample.op):
-            assert not traced.axes, f"{sample} is fixed on purpose"
-            assert all(leaf.value.shape == () or FIXED_TEXT(traced) for leaf in traced.graph.leaves)
+            kept = [a for leaf in traced.graph.leaves for term in traced.found.terms(leaf.value) for a in axes_of(term)]
+            assert all(axis.fixed and axis.fixed.text for axis in kept), f"{sample} is fixed on purpose"
         try:
-            check(traced)
+            check(traced, repr(sample))  # each with choices of its own, the same ones every time
         except Broken as broken:
             raise AssertionError(f"{sample}: {broken}") from broken
-
-
-def FIXED_TEXT(traced: Any) -> bool:
-    axes = [a for leaf in traced.graph.leaves for term in traced.found.terms(leaf.value) for a in term]
-    return all(a.fixed is not None and a.fixed.text for a in axes)
 
 
 def test_every_rule_has_a_sample() -> None:
@@ -76,7 +66,7 @@ def test_what_is_written_elsewhere_has_no_rule() -> None:
 
 # --- random shapes ----------------------------------------------------------------------------------------------------
 
-PROFILE = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+PROFILE = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=4).map(tuple)
 
 
@@ -108,7 +98,8 @@ def regrouped(draw: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def holds(op: Any, *args: Any, **kwargs: Any) -> None:
-    check(trace(op, *Sample(op, args, kwargs).make()))
+    sample = Sample(op, args, kwargs)
+    check(trace(op, *sample.make()), repr(sample))
 
 
 @PROFILE
@@ -146,13 +137,13 @@ def test_any_cat_and_split(sizes: list[int], dim: int, data: Any) -> None:
 
 
 @PROFILE
-@given(st.permutations(range(4)), st.integers(1, 4), st.integers(-4, 3))
+@given(st.permutations(range(3)), st.integers(1, 4), st.integers(-3, 2))
 def test_any_order(order: list[int], n: int, dim: int) -> None:
-    data = x(2, n, 3, 2)
+    data = x(2, n, 3)
     holds(aten.permute.default, data, list(order))
     holds(aten.transpose.int, data, dim, order[0])
     holds(aten.sum.dim_IntList, data, [dim], n % 2 == 0)
-    holds(aten.index_select.default, data, dim, whole((2, n, 3, 2)[dim], 3))
+    holds(aten.index_select.default, data, dim, whole((2, n, 3)[dim], 3))
 
 
 @PROFILE
@@ -255,7 +246,7 @@ def test_zero_times_infinity_is_not_zero() -> None:
     assert _follow(visits[axis], {(index["linear.weight"], 1): 0.0}) is None
     facts = {(index["linear.weight"], 1): 0.0, (index["scale"], 0): 0.0}
     assert _follow(visits[axis], facts) is not None
-    assert any(fact is not None and fact != fact for fact in facts.values()), NOT_FINITE
+    assert any(fact is not None and fact != fact for fact in facts.values())
 
 
 def test_rules_are_named_once() -> None:

@@ -108,7 +108,7 @@ ZOO |= {
     "vit_h_14": _class(partial(_vit, 14, 2, 16, 1280, 5120), partial(image, 56)),
     "vit_l_16": _class(partial(_vit, 16, 3, 16, 1024, 4096), small),
     "vit_l_32": _class(partial(_vit, 32, 3, 16, 1024, 4096), partial(image, 128)),
-    "regnet_y_32gf": _class(partial(_regnet, 20, 116, 115.89 / 2, 2.53, 116, 0.25), small),
+    "regnet_y_32gf": _class(partial(_regnet, 20, 120, 57.6, 2.53, 60, 0.25), small),
     "regnet_y_128gf": _class(partial(_regnet, 27, 112, 160.83 / 4, 2.52, 66, 0.25), small),
     "convnext_large": _class(partial(_convnext, [192, 384, 768, 1536]), small),
 }

@@ -1,5 +1,5 @@
 """One file per family of operators. Importing this package registers them all."""
 
-from oto.axes.rules import attention, conv, creation, index, linear, norm, pointwise, pool, reduce, shape
+from oto.axes.rules import attention, conv, creation, index, linear, norm, pointwise, pool, reduce, shape, vision
 
-__all__ = ["attention", "conv", "creation", "index", "linear", "norm", "pointwise", "pool", "reduce", "shape"]
+__all__ = ["attention", "conv", "creation", "index", "linear", "norm", "pointwise", "pool", "reduce", "shape", "vision"]

@@ -20,7 +20,7 @@ def conv(call: Call, x: Operand, weight: Operand, bias: Operand | None = None, s
     different widths.
     """
     # the kernel is met once for every position of the output
-    return _convolve(call, x, weight, bias, groups, "oi", uncounted=SPACE)
+    return convolve(call, x, weight, bias, groups, "oi", uncounted=SPACE)
 
 
 @rule(aten.conv_transpose1d, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -29,7 +29,7 @@ def conv_transpose(call: Call, x: Operand, weight: Operand, bias: Operand | None
                    dilation: object = 1) -> Operand:  # fmt: skip
     """x (N, G·I, *size), weight (G·I, O, *kernel), bias (G·O,) -> (N, G·O, *size')."""
     # the kernel is met once for every position of the input
-    return _convolve(call, x, weight, bias, groups, "io", uncounted=OUT)
+    return convolve(call, x, weight, bias, groups, "io", uncounted=OUT)
 
 
 @rule(aten.convolution)
@@ -55,8 +55,9 @@ def cudnn_convolution(call: Call, x: Operand, weight: Operand, padding: object, 
     return conv(call, x, weight, None, stride, padding, dilation, groups)
 
 
-def _convolve(call: Call, x: Operand, weight: Operand, bias: Operand | None, groups: int, channels: str,
-              uncounted: str) -> Operand:  # fmt: skip
+def convolve(call: Call, x: Operand, weight: Operand, bias: Operand | None, groups: int, channels: str,
+             uncounted: str) -> Operand:  # fmt: skip
+    """All convolutions, once their arguments are sorted; ``channels`` spells the first two dimensions of the weight."""
     batched = x.ndim == weight.ndim
     x = x if batched else call.view(x, (1, *x.shape))
     n = x.ndim - 2

@@ -111,7 +111,4 @@ def einsum(call: Call, equation: str, xs: list[Operand], *, path: Any = None) ->
         return spec.replace("...", "".join(spare[dots - n : dots]))
 
     full = [spell(s, x.ndim - len(s.replace("...", ""))) for s, x in zip(specs, xs, strict=True)]
-    for s, x in zip(full, xs, strict=True):
-        for c in {c for c in s if s.count(c) > 1}:  # a diagonal
-            call.fix(x, [d for d, letter in enumerate(s) if letter == c], "einsum takes its diagonal")
     return call.contract(f"{','.join(full)}->{spell(right, dots)}", *xs)

@@ -19,14 +19,13 @@ SAVED = "it is kept for the backward pass"
 
 
 def _scaled(*facts: Fact) -> Fact:
-    """norm(x)·weight + bias at a zero weight is the bias, whatever x is."""
-    _, weight, bias = facts
-    return bias if weight is not None and weight == 0 else None
+    """norm(x)·weight + bias is the bias where either factor is zero."""
+    x, weight, bias = facts
+    return bias if product(x, weight) == 0 else None
 
 
 def _scaled_plain(*facts: Fact) -> Fact:
-    _, weight = facts
-    return 0.0 if weight is not None and weight == 0 else None
+    return product(*facts)
 
 
 def _affine(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, dim: int | None) -> Operand:
@@ -57,7 +56,19 @@ def batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | N
                running_var: Operand | None, training: bool, *rest: object) -> Operand:  # fmt: skip
     """x (N, C, *), the others (C,). In training, statistics are those of the batch."""
     over = [0, *range(2, x.ndim)] if training or running_mean is None else []
-    return _by_channel(call, x, weight, bias, running_mean, running_var, over)
+    if running_mean is not None or running_var is not None or not over:
+        return _by_channel(call, x, weight, bias, running_mean, running_var, over)
+    # filters are standardized this way: an entry may go if it is zero and the divisor stays the full count
+    call.reduce(x, over)
+    call.counted("a norm divides by the number of entries")
+    given = {a.name: v for a, v in zip(call.node.op._schema.arguments, call.node.args, strict=False)}  # type: ignore[attr-defined]
+    given |= call.node.kwargs
+    call.rewrite(
+        counted.batch_norm, given["input"], given.get("weight"), given.get("bias"), given["eps"],
+        full=[x.shape[d] for d in over], sizes=[Size(x.terms[d]) for d in over],
+    )  # fmt: skip
+    own = tuple(() if d in over else (d,) for d in range(x.ndim))
+    return _affine(call, call.step([x], x.terms, (own,), zero), weight, bias, 1)
 
 
 @rule(
@@ -89,7 +100,7 @@ def _layer(call: Call, x: Operand, shape: Sequence[int], weight: Operand | None,
            centred: bool) -> Operand:  # fmt: skip
     n = len(shape)
     dims = range(x.ndim - n, x.ndim)
-    if n > 1:
+    if n > 1 and centred:
         call.fix(x, dims, "a norm over several dimensions takes statistics along it")
     call.reduce(x, dims)
     if centred:

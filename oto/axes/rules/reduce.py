@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 
-from oto.axes.call import Call, Fact, Operand, Size, anything, same, zero
+from oto.axes.call import NOT_FINITE, Call, Operand, Size, anything, same, zero
 from oto.axes.registry import rule
 from oto.nn import functional as counted
 
@@ -81,18 +82,26 @@ def selective(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **
 
 
 @rule(aten.std, aten.var, aten.std_mean, aten.var_mean)
-def spread(call: Call, x: Operand, dim: Any = None, *rest: Any, keepdim: bool = False, **named: Any) -> Any:
-    """A variance divides by the number of entries, and its thinner form would need another operator."""
-    if isinstance(dim, bool):  # the overload without dimensions: (x, unbiased)
-        dim = None
-    if rest and isinstance(rest[-1], bool) and len(rest) > 1:
-        keepdim = rest[-1]
-    return _over(call, x, dim, keepdim, f"{_name(call)} divides by the number of entries", zero_if_known)
-
-
-def zero_if_known(fact: Fact) -> Fact:
-    """Entries that are all equal do not vary."""
-    return None
+def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
+    """A zero adds to a variance what it adds to the mean; the divisor stays the full count."""
+    schema = call.node.op._schema.arguments  # type: ignore[attr-defined]
+    given = {a.name: a.default_value for a in schema}
+    given |= dict(zip((a.name for a in schema[1:]), args, strict=False)) | named
+    dims, keepdim = _dims(x, given.get("dim")), bool(given.get("keepdim"))
+    correction = given.get("correction", given.get("unbiased"))
+    correction = 1 if correction is None else correction + 0
+    count = prod(x.shape[d] for d in dims)
+    if call.dtypes[0].is_complex:
+        return _over(call, x, dims, keepdim, f"{_name(call)} divides by the number of entries", anything)
+    function = {"std": counted.std, "var": counted.var, "std_mean": counted.std_mean, "var_mean": counted.var_mean}
+    call.counted("a variance divides by the number of entries")
+    call.rewrite(
+        function[_name(call)], call.node.args[0], dims, correction, keepdim, full=[x.shape[d] for d in dims],
+        sizes=[Size(x.terms[d]) for d in dims],
+    )  # fmt: skip
+    # without a divisor it is not a number
+    facts = [zero if count > correction else lambda *_: NOT_FINITE, zero]
+    return [call.reduce(x, dims, keepdim, fact) for fact, _ in zip(facts, call.shapes, strict=False)]
 
 
 @rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin, aten.flip, aten.sort, aten.argsort)

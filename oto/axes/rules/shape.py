@@ -270,5 +270,5 @@ def meshgrid(call: Call, xs: list[Operand], *, indexing: str = "ij") -> list[Ope
     return ys
 
 
-fixed(aten.as_strided, aten.unfold, why="its entries are read by address, several times over")
+fixed(aten.as_strided, why="its entries are read by address, several times over")
 
