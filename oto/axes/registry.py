@@ -12,8 +12,8 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 
+from oto._torch import OpOverload, OpOverloadPacket
 from oto.axes.call import Call
 from oto.errors import DuplicateRuleError
 

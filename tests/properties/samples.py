@@ -16,7 +16,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 import oto.axes.rules  # noqa: F401  registers the rules
 from oto._torch import tree_map_only
-from oto.axes.registry import RULES
+from oto.axes.registry import RULES, find
 from oto.axes.rules import pointwise as P
 from tests.properties.commute import calls
 
@@ -402,6 +402,47 @@ def _written() -> Iterator[Sample]:
     for op in (aten.channel_shuffle, aten.native_channel_shuffle):
         yield s(op.default, x(2, 6, 2, 2), 3)
 
+    # windows, grids, regions
+    for lead in ((), (2,)):
+        for stride in (1, 2):
+            tail = ([2, 2], [1, 1], [1, 0], [stride, stride])
+            yield s(aten.im2col.default, x(*lead, 3, 4, 5), *tail)
+            windows = (4 // stride + 1) * ((5 - 2) // stride + 1)
+            yield s(aten.col2im.default, x(*lead, 12, windows), [4, 5], *tail)
+    yield s(aten.unfold.default, x(3, 6, 4), 1, 3, 2)
+    yield s(aten.unfold.default, x(3, 6, 4), -1, 2, 1)
+    for mode in (0, 1):
+        yield s(aten.grid_sampler.default, x(2, 3, 4, 5), x(2, 3, 2, 2), mode, 0, False)
+        yield s(aten.grid_sampler_2d.default, x(2, 3, 4, 5), x(2, 3, 2, 2), mode, 1, True)
+        yield s(aten.grid_sampler_3d.default, x(2, 3, 4, 5, 3), x(2, 3, 2, 2, 3), mode, 0, False)
+    yield s(aten.affine_grid_generator.default, x(2, 2, 3), [2, 3, 4, 5], False)
+    yield s(aten.affine_grid_generator.default, x(2, 3, 4), [2, 3, 4, 5, 2], True)
+    if hasattr(torch.ops.torchvision, "deform_conv2d"):
+        regions = torch.tensor([[0, 0.5, 0.5, 3.5, 3.0], [1, 1.0, 0.0, 2.0, 3.0]], dtype=torch.float64)
+        vision = torch.ops.torchvision
+        yield s(vision.roi_align.default, x(2, 3, 5, 5), regions, 1.0, 2, 2, 2, False)
+        yield s(vision.roi_pool.default, x(2, 3, 5, 5), regions, 1.0, 2, 2)
+        for groups, shifts in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1)):
+            for use in (False, True):
+                yield s(vision.deform_conv2d.default, x(2, 4, 4, 4), x(4, 4 // groups, 2, 2), x(2, 8 * shifts, 3, 3),
+                        x(2, 4 * shifts, 3, 3) if use else x(2, 1), x(4), 1, 1, 0, 0, 1, 1, groups, shifts, use)  # fmt: skip
+
+    # Fourier transforms
+    wave, line = imaginary(3, 4, 5), x(3, 4, 5)
+    yield s(aten._fft_c2c.default, wave, [1], 0, True)
+    yield s(aten._fft_r2c.default, line, [1, 2], 0, True)
+    yield s(aten._fft_c2r.default, wave, [2], 0, 8)
+    for op in (aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft):
+        yield s(op.default, wave if op in (aten.fft_irfft, aten.fft_ifft) else line)
+        yield s(op.default, wave if op in (aten.fft_irfft, aten.fft_ifft) else line, 6, 1)
+    for op in (aten.fft_fft2, aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2, aten.fft_fftn, aten.fft_ifftn,
+               aten.fft_rfftn, aten.fft_irfftn):  # fmt: skip
+        yield s(op.default, line)
+        yield s(op.default, line, None, [0, 1])
+    for op in (aten.fft_fftshift, aten.fft_ifftshift):
+        yield s(op.default, line)
+        yield s(op.default, line, [1])
+
     # reductions
     for dims, keep in [([0], False), ([1, -1], True), ([-2], True), ([], False), (None, True)]:
         yield s(aten.sum.dim_IntList, x(2, 3, 4), dims, keep)
@@ -446,6 +487,9 @@ def _written() -> Iterator[Sample]:
         yield s(aten.argsort.stable, x(2, 3, 4), stable=True, dim=dim)
         yield s(aten.flip.default, x(2, 3, 4), [dim])
     yield s(aten.mode.default, x(2, 3))
+    for correction in (None, 0, 2, 5):
+        yield s(aten.var.correction, x(2, 3, 4), [1], correction=correction)
+        yield s(aten.std.correction, x(2, 3, 4), None, correction=correction)
     yield s(aten.flip.default, x(2, 3, 4), [0, 2])
     yield s(aten.msort.default, x(2, 3))
 
@@ -610,7 +654,6 @@ def _fixed() -> Iterator[Sample]:
     yield s(aten.take_along_dim.default, data, places, 0)
     yield s(aten.as_strided.default, data, [2, 2], [1, 2])
     yield s(aten.as_strided_.default, data, [2, 2], [1, 2])
-    yield s(aten.unfold.default, data, 1, 2, 1)
     generator = {"generator": torch.Generator()}
     chance = unit(3, 4)
     yield s(aten.bernoulli.default, chance)
@@ -671,6 +714,6 @@ def samples() -> tuple[Sample, ...]:
     made = [*_written(), *_fixed()]
     made += [twin for sample in made for twin in _in_place(sample)]
     for op in overloads():
-        if RULES.get(op, RULES.get(op.overloadpacket)) in ENTRY_BY_ENTRY:
+        if find(op) in ENTRY_BY_ENTRY:
             made += _entry_by_entry(op)
     return tuple(made)

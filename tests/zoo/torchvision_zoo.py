@@ -119,19 +119,24 @@ SEGMENTERS = [
 ZOO |= {name: _model(name, small, weights_backbone=None) for name in SEGMENTERS}
 ZOO["fcn_resnet50 with aux"] = _model("fcn_resnet50", small, weights_backbone=None, aux_loss=True)
 
-DETECTORS = {
-    "fasterrcnn_mobilenet_v3_large_320_fpn": {"min_size": 64, "max_size": 96},
-    "fasterrcnn_mobilenet_v3_large_fpn": {"min_size": 64, "max_size": 96},
-    "fasterrcnn_resnet50_fpn": {"min_size": 64, "max_size": 96},
-    "fasterrcnn_resnet50_fpn_v2": {"min_size": 64, "max_size": 96},
-    "fcos_resnet50_fpn": {"min_size": 64, "max_size": 96},
-    "keypointrcnn_resnet50_fpn": {"min_size": 64, "max_size": 96},
-    "maskrcnn_resnet50_fpn": {"min_size": 64, "max_size": 96},
-    "maskrcnn_resnet50_fpn_v2": {"min_size": 64, "max_size": 96},
-    "retinanet_resnet50_fpn": {"min_size": 64, "max_size": 96},
-    "retinanet_resnet50_fpn_v2": {"min_size": 64, "max_size": 96},
-    "ssd300_vgg16": {},
-    "ssdlite320_mobilenet_v3_large": {},
+# few classes and few candidates, all of which count: a fresh model is sure of nothing
+SMALL = {"num_classes": 7, "min_size": 64, "max_size": 96}
+RCNN = {**SMALL, "box_detections_per_img": 4, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 12,
+        "rpn_pre_nms_top_n_test": 24}  # fmt: skip
+DENSE = {"num_classes": 7, "detections_per_img": 8, "score_thresh": 0.0, "topk_candidates": 20}
+DETECTORS: dict[str, dict[str, Any]] = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": RCNN,
+    "fasterrcnn_mobilenet_v3_large_fpn": RCNN,
+    "fasterrcnn_resnet50_fpn": RCNN,
+    "fasterrcnn_resnet50_fpn_v2": RCNN,
+    "keypointrcnn_resnet50_fpn": {**RCNN, "num_classes": 2},
+    "maskrcnn_resnet50_fpn": RCNN,
+    "maskrcnn_resnet50_fpn_v2": RCNN,
+    "fcos_resnet50_fpn": {**DENSE, **SMALL},
+    "retinanet_resnet50_fpn": {**DENSE, **SMALL},
+    "retinanet_resnet50_fpn_v2": {**DENSE, **SMALL},
+    "ssd300_vgg16": DENSE,
+    "ssdlite320_mobilenet_v3_large": DENSE,
 }
 ZOO |= {name: _model(name, photos, weights_backbone=None, **options) for name, options in DETECTORS.items()}
 

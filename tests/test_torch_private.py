@@ -1,0 +1,49 @@
+"""What ``oto/_torch.py`` borrows from torch's inside must do what it did; a release that moves it fails here first."""
+
+from __future__ import annotations
+
+import torch
+
+from oto import _torch
+
+
+def test_a_dispatch_mode_sees_composite_operators_whole_in_inference_mode():
+    seen = []
+
+    class Watch(_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op)
+            return op(*args, **(kwargs or {}))
+
+    x, w = torch.randn(2, 3), torch.randn(4, 3)
+    with torch.inference_mode(), Watch():
+        torch.nn.functional.linear(x, w)
+    assert seen == [torch.ops.aten.linear.default]
+
+
+def test_fake_tensors_know_shape_and_device_and_take_real_ones_along():
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(torch.randn(2, 3))
+        out = fake @ torch.randn(3, 4)
+    assert isinstance(out, _torch.FakeTensor) and out.shape == (2, 4) and out.device.type == "cpu"
+
+
+def test_pytrees_go_through_containers_and_keep_their_kind():
+    tree = {"a": [1, (2.0, None)], "b": torch.ones(1)}
+    leaves, spec = _torch.tree_flatten(tree)
+    assert len(leaves) == len(_torch.tree_leaves(tree))
+    assert _torch.tree_unflatten(leaves, spec)["a"] == [1, (2.0, None)]
+    assert _torch.tree_map_only(int, lambda n: n + 1, tree)["a"][0] == 2
+    assert _torch.tree_map(lambda x: x, tree)["a"] == tree["a"]
+
+
+def test_the_example_behind_a_symbolic_size():
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    free = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(Double(), (torch.ones(5, 2),), dynamic_shapes=free, strict=False)
+    (node,) = (n for n in program.graph.nodes if n.op == "placeholder")
+    batch, width = node.meta["val"].shape
+    assert isinstance(batch, torch.SymInt) and _torch.example_size(batch) == 5 and _torch.example_size(width) == 2
