@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from oto._torch import tree_map_only
 from oto.axes.registry import known
 from oto.errors import EmitterError, TargetError, UnknownOpWarning
 from oto.groups import Cost, Kept, NodeGroup, cost, partition
@@ -217,13 +219,8 @@ class OTO:
         path = None
         if out_dir is not None:
             path = Path(out_dir)
-            about = {
-                "why_graph": why,
-                "kept": {name: atoms.tolist() for name, atoms in kept.items()},
-                "cost": {"before": vars(before), "after": vars(after)},
-                "checks": [vars(c) for c in checks],
-            }
-            checks += self._save(path, slim, edits, tensors, about, save_full)
+            about = {"why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
+            checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full)
         how = "graph" if edits is None else "module"
         return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept)
 
@@ -256,37 +253,40 @@ class OTO:
         held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
         return slim, None, dict(held), checks, why
 
-    def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, tensors: Mapping[str, Tensor],
-              about: Mapping[str, Any], save_full: bool) -> list[Check]:  # fmt: skip
-        """Write the artefact, and prove what it gives back before it is put in place."""
+    def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, tensors: Mapping[str, Tensor], kept: Kept,
+              checks: list[Check], about: Mapping[str, Any], save_full: bool) -> list[Check]:  # fmt: skip
+        """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU."""
+        full, given, portable = self.model, self.dummy_input, slim
+        if next(self.model.parameters()).device.type != "cpu":
+            full, given = copy.deepcopy(self.model).cpu(), tree_map_only(Tensor, Tensor.cpu, self.dummy_input)
+            # a graph names devices, so it is made anew
+            portable = (
+                copy.deepcopy(slim).cpu()
+                if edits is not None
+                else emit_graph(export(full, given), self.partition, kept)
+            )
         with writing(out_dir) as draft:
             draft.tensors(WEIGHTS, tensors)
             if save_full:
                 draft.tensors(FULL, tensors_of(self.model, self.partition))
-            no_program = write_program(draft, slim, self.dummy_input)
-            checks: list[Check] = []
+            no_program = write_program(draft, portable, given)
+            again: list[Check] = []
             if edits is not None:
-                again = rebuild(self.model, draft.load(WEIGHTS), plain_edits(edits))
-                checks += check(self.model, self._at_home(again), self.dummy_input, "reloaded", inputs=1)
+                again += check(full, rebuild(full, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1)
             if no_program is None:
-                program = read_program(draft.file(PROGRAM))
-                checks += check(self.model, self._at_home(program), self.dummy_input, "reloaded program", inputs=1)
-            require(checks)
-            draft.commit(
-                {
-                    "emitter": "graph" if edits is None else "module",
-                    "model": describe(self.model, tensors if edits is not None else {}),
-                    "edits": plain_edits(edits or Edits()),
-                    "no_program": no_program,
-                    **about,
-                }
-            )
+                again += check(full, read_program(draft.file(PROGRAM)), given, "reloaded program", 1)
+            require(again)
+            manifest = {
+                "emitter": "graph" if edits is None else "module",
+                "model": describe(self.model, tensors if edits is not None else {}),
+                "edits": plain_edits(edits or Edits()),
+                "kept": {name: atoms.tolist() for name, atoms in kept.items()},
+                "checks": [vars(c) for c in (*checks, *again)],
+                "no_program": no_program,
+            }
+            draft.commit(manifest | dict(about))
         self._saved = out_dir
-        return checks
-
-    def _at_home(self, module: nn.Module) -> nn.Module:
-        """On the device of the model."""
-        return module.to(next(self.model.parameters()).device)
+        return again
 
 
 def _first_lines(failure: Exception) -> str:

@@ -6,6 +6,7 @@ Tensors are written as their shapes and filled from a seed; in-place variants ar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,9 @@ from oto._torch import tree_map_only
 from oto.axes.registry import RULES, find
 from oto.axes.rules import pointwise as P
 from tests.properties.commute import calls
+
+with suppress(ImportError):
+    import torchvision  # noqa: F401  registers operators of its own
 
 aten = torch.ops.aten
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from oto.axes.invariance import _follow, _visits
 from oto.axes.propagate import propagate
-from oto.axes.registry import FIXED, RULES, find, is_fixed, known
+from oto.axes.registry import FIXED, NAMED, RULES, find, is_fixed, known
 from oto.axes.terms import axes_of, survivors
 from oto.trace.graph import write_through
 from oto.trace.record import record
@@ -56,6 +56,12 @@ def test_every_rule_has_a_sample() -> None:
     assert not missing, f"add a call to tests/properties/samples.py for {', '.join(map(str, missing))}"
     answered = {find(op) for op in sampled} | {RULES[write_through]}  # the marker has a test of its own
     assert set(RULES.values()) <= answered | {RULES[aten.cudnn_convolution], RULES[aten.scalar_tensor]}
+
+
+def test_every_rule_for_another_library_has_a_sample() -> None:
+    pytest.importorskip("torchvision")
+    sampled = {sample.op._schema.name for sample in samples()}
+    assert {op for op in NAMED if op not in FIXED} <= sampled
 
 
 def test_what_is_written_elsewhere_has_no_rule() -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -74,6 +75,24 @@ def _convnext(widths: list[int]) -> nn.Module:
     return ConvNeXt(settings)
 
 
+def _maxvit() -> nn.Module:
+    from torchvision.models.maxvit import MaxVit
+
+    return MaxVit(
+        input_size=(64, 64), stem_channels=64, partition_size=2, block_channels=[64, 128, 256, 512],
+        block_layers=[2, 2, 5, 2], head_dim=32, stochastic_depth_prob=0.2,
+    )  # fmt: skip
+
+
+def _mvit(name: str) -> nn.Module:
+    """With the positions of 4 frames of 64 pixels; the public functions state those of 16 frames of 224."""
+    from torchvision.models.video import mvit
+
+    made = mvit._mvit
+    with mock.patch.object(mvit, "_mvit", lambda **o: made(**o | {"spatial_size": (64, 64), "temporal_size": 4})):
+        return getattr(mvit, name)(weights=None)
+
+
 small = partial(image, 64)
 CLASSIFIERS = [
     "alexnet", "convnext_base", "convnext_small", "convnext_tiny", "densenet121", "densenet161", "densenet169",
@@ -102,7 +121,7 @@ ZOO: dict[str, Factory] = {name: _model(name, small) for name in CLASSIFIERS}
 ZOO |= {
     "googlenet": _model("googlenet", small, init_weights=False),
     "inception_v3": _model("inception_v3", partial(image, 96), init_weights=False),
-    "maxvit_t": _class(lambda: _maxvit(), small),
+    "maxvit_t": _class(_maxvit, small),
     "vit_b_16": _model("vit_b_16", small, image_size=64),
     "vit_b_32": _model("vit_b_32", small, image_size=64),
     "vit_h_14": _class(partial(_vit, 14, 2, 16, 1280, 5120), partial(image, 56)),
@@ -143,9 +162,9 @@ ZOO |= {name: _model(name, photos, weights_backbone=None, **options) for name, o
 ZOO |= {name: _model(name, partial(clip, 4, 32)) for name in ("mc3_18", "r2plus1d_18", "r3d_18")}
 ZOO |= {name: _model(name, partial(clip, 4, 32)) for name in ("swin3d_b", "swin3d_s", "swin3d_t")}
 ZOO |= {
-    "s3d": _model("s3d", partial(clip, 16, 64)),
-    "mvit_v1_b": _model("mvit_v1_b", partial(clip, 4, 64), spatial_size=(64, 64), temporal_size=4),
-    "mvit_v2_s": _model("mvit_v2_s", partial(clip, 4, 64), spatial_size=(64, 64), temporal_size=4),
+    "s3d": _model("s3d", partial(clip, 14, 224, 1)),
+    "mvit_v1_b": _class(partial(_mvit, "mvit_v1_b"), partial(clip, 4, 64)),
+    "mvit_v2_s": _class(partial(_mvit, "mvit_v2_s"), partial(clip, 4, 64)),
     "raft_large": _model("raft_large", frames),
     "raft_small": _model("raft_small", frames),
 }
@@ -161,12 +180,3 @@ ZOO["quantized_googlenet"] = _model("quantized_googlenet", small, quantize=False
 ZOO["quantized_inception_v3"] = _model(
     "quantized_inception_v3", partial(image, 96), quantize=False, init_weights=False
 )
-
-
-def _maxvit() -> nn.Module:
-    from torchvision.models.maxvit import MaxVit
-
-    return MaxVit(
-        input_size=(64, 64), stem_channels=64, partition_size=2, block_channels=[64, 128, 256, 512],
-        block_layers=[2, 2, 5, 2], head_dim=32, stochastic_depth_prob=0.2,
-    )  # fmt: skip
