@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test check zoo clean
 
 help:
-	@echo "make demo    train a small network on real images, prune it, load what was saved (about 3 minutes)"
+	@echo "make demo    train a small network on real images, prune it, load what was saved (about a minute)"
 	@echo "make test    the test suite and the doctests"
 	@echo "make check   formatting, lint, types"
 	@echo "make zoo     the long checks over whole architectures"

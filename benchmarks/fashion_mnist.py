@@ -11,11 +11,12 @@ many run at a time.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,17 +24,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from data import load_images
-from resnet_cifar10 import arguments, correct, table, train_dense, train_sparse
+from resnet_cifar10 import arguments, correct, load, table, train_dense, train_sparse
 
-RECIPE = ["--dataset=fashion_mnist", "--depth=8", "--width=16", "--epochs=4", "--batch-size=64", "--lr=0.05"]
+RECIPE = [
+    "--dataset=fashion_mnist",
+    "--no-augment",
+    "--depth=8",
+    "--width=16",
+    "--epochs=4",
+    "--batch-size=64",
+    "--lr=0.05",
+]
 
 
 def train_one(kind: str, seed: int, share: float, flags: list[str]) -> tuple[float, int, int]:
     """Test accuracy in percent, parameters and MACs of one training."""
-    torch.set_num_threads(1)
     args = arguments([*RECIPE, f"--target-group-sparsity={share}", f"--seed={seed}", *flags])
-    images = load_images(args.dataset).subset(args.train_images).to(args.device)
+    torch.set_num_threads(args.threads)
+    images = load(args)
     if kind == "dense":
         model, params, macs = train_dense(images, args), 0, 0
     else:
@@ -50,13 +58,19 @@ def main() -> None:
     args, flags = parser.parse_known_args()  # the rest goes to the example: --epochs, --device, ...
 
     start = time.perf_counter()
+    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would write over each other
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         runs = {
-            (kind, seed): pool.submit(train_one, kind, seed, args.target_group_sparsity, flags)
+            pool.submit(train_one, kind, seed, args.target_group_sparsity, flags): (kind, seed)
             for seed in args.seeds
             for kind in ("dense", "slim")
         }
-        done = {key: run.result() for key, run in runs.items()}
+        done = {}
+        for run in as_completed(runs):
+            kind, seed = runs[run]
+            done[kind, seed] = run.result()
+            minutes = (time.perf_counter() - start) / 60
+            print(f"seed {seed}, {kind}: {done[kind, seed][0]:.2f} %, after {minutes:.1f} minutes", flush=True)
 
     rows = [["seed", "dense", "slim", "gap", "slim params", "slim MACs"]]
     gaps = []

@@ -10,8 +10,8 @@ through the network (``invariance.py``) and costs are counted (``groups/cost.py`
 ``move``      entries go elsewhere, none is mixed
 ``cat``       one tensor behind the other
 
-A *fact* is what every entry at a removed atom holds: a number, ``None`` for "anything", or NaN for something that is not
-finite, such as 1/0, which not even a zero can silence.
+A *fact* is what every entry at a removed atom holds: a number, ``None`` for "anything", or NaN for something that is
+not finite, such as 1/0, which not even a zero can silence.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Call:
     def constant(self, value: Any) -> Fact:
         """What a number is in the dtype of the output; a whole number cannot be one half."""
         (output,) = (value for value in self.node.outputs if value is not None)
-        return torch.tensor(value).to(output.dtype).item() if isinstance(value, int | float | complex) else None
+        return torch.tensor(value, dtype=output.dtype).item() if isinstance(value, int | float | complex) else None
 
     # --- terms --------------------------------------------------------------------------------------------------------
 
@@ -293,7 +293,9 @@ class Call:
             volume=tuple(term for letter, term in known.items() if letter not in uncounted) if len(xs) > 1 else None,
         )
 
-    def reduce(self, x: Operand, dims: Sequence[int], keepdim: bool = False, fact: Callable[..., Fact] = zero) -> Operand:
+    def reduce(
+        self, x: Operand, dims: Sequence[int], keepdim: bool = False, fact: Callable[..., Fact] = zero
+    ) -> Operand:
         """A sum over dimensions."""
         gone = {dim % x.ndim for dim in dims} if x.ndim else set()
         places = [dim for dim in range(x.ndim) if keepdim or dim not in gone]

@@ -120,9 +120,7 @@ def _visits(found: Propagation) -> tuple[dict[Axis, list[_Visit]], list[list[tup
         for dim, axes in enumerate(carried[step.output]):
             if not axes:
                 continue
-            into = [
-                [d for d, targets in enumerate(routes) if dim in targets] for routes in step.routes
-            ]
+            into = [[d for d, targets in enumerate(routes) if dim in targets] for routes in step.routes]
             for axis in axes:
                 places = [
                     [(tensor, d) for d in dims if axis in carried[tensor][d]]
@@ -131,9 +129,7 @@ def _visits(found: Propagation) -> tuple[dict[Axis, list[_Visit]], list[list[tup
                 at(axis).outputs.append((dim, places))
         for letter in step.summed:
             for axis in dict.fromkeys(a for i, d in letter for a in carried[step.inputs[i]][d]):
-                at(axis).summed.append(
-                    [(step.inputs[i], d) for i, d in letter if axis in carried[step.inputs[i]][d]]
-                )
+                at(axis).summed.append([(step.inputs[i], d) for i, d in letter if axis in carried[step.inputs[i]][d]])
     return visits, carried
 
 

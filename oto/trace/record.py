@@ -203,7 +203,12 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known:
             if isinstance(leaf, Tensor):
                 recorder.hold(leaf)
                 recorder.builder.input(id(leaf), leaf.shape, leaf.dtype)
-        swapped = {name: made[id(tensor)] for name, tensor in named.items()}
+        # a module that the model holds twice is swapped once, or its own tensors would not come back
+        places: dict[tuple[int, str], str] = {}
+        for name in named:
+            holder, _, last = name.rpartition(".")
+            places.setdefault((id(model.get_submodule(holder)), last), name)
+        swapped = {name: made[id(named[name])] for name in places.values()}
         stack.enter_context(recorder.following(model))
         stack.enter_context(recorder)
         result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)

@@ -115,9 +115,8 @@ def slim_call(traced: Traced, tensors: Mapping[Value, Tensor], masks: Masks) -> 
     counts = {axis: int(mask.sum()) for axis, mask in masks.items()}
     op, args, kwargs = node.op, node.args, node.kwargs
     rewrite = traced.found.tape.rewrites.get(0)
-    if rewrite is not None:
-        if any(count(resolve(term), counts) != size_of(term) for term in rewrite.terms):
-            op, args, kwargs = rewrite.op, rewrite.args, rewrite.kwargs
+    if rewrite is not None and any(count(resolve(term), counts) != size_of(term) for term in rewrite.terms):
+        op, args, kwargs = rewrite.op, rewrite.args, rewrite.kwargs
     args, kwargs = tree_map_only(Size, lambda x: count(resolve(x.term), counts), (args, dict(kwargs)))
     thin = {value: _thin(traced, value, tensor, masks) for value, tensor in tensors.items()}
     args, kwargs = tree_map_only(Value, thin.__getitem__, (args, kwargs))
@@ -239,29 +238,3 @@ def _check_one(traced: Traced, masks: Masks, hypothesis: Mapping[tuple[Axis, Pla
             text = f"removal from {value}, given {told}, kept {[mask.tolist() for mask in masks.values()]}"
             compare(got, _thin(traced, value, want, masks), text, traced.values)
     return 1
-
-
-def relation(traced: Traced) -> str:
-    """Which dimensions go together, as a line of letters: one for each free axis, a dot for a dimension that stays."""
-    letters: dict[Axis, str] = {}
-    names = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-
-    def spell(term: Any) -> str:
-        out = []
-        for factor in resolve(term):
-            if not isinstance(factor, Axis):
-                out.append("(" + "+".join(spell(s) or "1" for s in factor.segments) + ")")
-            elif factor.fixed is not None:
-                out.append(".")
-            else:
-                if factor not in letters:
-                    letters[factor] = next(names)
-                out.append(letters[factor])
-        return "".join(out)
-
-    def line(values: Any) -> str:
-        return ", ".join(
-            " ".join(spell(t) or "1" for t in traced.found.operands[v].terms) or "()" for v in values if v is not None
-        )
-
-    return f"{line(leaf.value for leaf in traced.graph.leaves)} -> {line(traced.graph.nodes[0].outputs)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,9 +135,10 @@ def overloads() -> Iterator[OpOverload]:
                 op = getattr(key, name)
                 arguments = op._schema.arguments
                 tensors = any("Tensor" in str(a.type) for a in [*arguments, *op._schema.returns])
-                dimname = any(a.name in ("dimname", "names") or "str" in str(a.type) and a.name == "dim" for a in arguments)
-                script = any(text in name for text in SCRIPT_ONLY) or key.__name__ in ("mT", "mH", "numpy_T") and name == "a"
-                if tensors and not dimname and not script and not any(a.is_out for a in arguments) and op not in UNCALLABLE:
+                script = any(text in name for text in SCRIPT_ONLY) or name == "a"
+                named = any(a.name == "names" or ("str" in str(a.type) and a.name == "dim") for a in arguments)
+                out = any(a.is_out for a in arguments)
+                if tensors and not (script or named or out) and op not in UNCALLABLE:
                     yield op
 
 
@@ -148,8 +149,17 @@ UNIT = ("log", "log2", "log10", "log1p", "sqrt", "rsqrt", "asin", "acos", "atanh
         "float_power", "lgamma", "digamma", "acosh", "reciprocal")  # fmt: skip
 BINARY = [((3, 4), (3, 4)), ((3, 4), (4,)), ((2, 3, 4), (3, 1)), ((3, 1), (1, 4)), ((3,), (2, 3)), ((3, 4), ())]
 TERNARY = [((3, 4), (3, 4), (3, 4)), ((2, 3, 4), (3, 1), (4,)), ((3, 1), (4,), (3, 4))]
-EXTRA = {"decimals": 1, "threshold": 0.1, "value": 0.3, "rounding_mode": "floor", "exponent": 2, "min": -0.3, "max": 0.4,
-         "upper": 0.3, "lower": 0.1}  # fmt: skip
+EXTRA = {
+    "decimals": 1,
+    "threshold": 0.1,
+    "value": 0.3,
+    "rounding_mode": "floor",
+    "exponent": 2,
+    "min": -0.3,
+    "max": 0.4,
+    "upper": 0.3,
+    "lower": 0.1,
+}
 ENTRY_BY_ENTRY = {P.pointwise, P.mul, P.div, P.addcmul}
 
 
@@ -202,28 +212,70 @@ def _written() -> Iterator[Sample]:
     for bias in ((2, 3, 5), (5,), (3, 1)):
         yield s(aten.baddbmm.default, x(*bias), x(2, 3, 4), x(2, 4, 5))
     yield s(aten.baddbmm.default, x(2, 3, 5), x(2, 3, 4), x(2, 4, 5), beta=0)
-    for a, b in [((4,), (4,)), ((3, 4), (4,)), ((4,), (4, 3)), ((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((3, 4), (2, 4, 5)),
-                 ((2, 1, 3, 4), (5, 4, 2)), ((2, 3, 4), (4,)), ((4,), (2, 4, 3)), ((2, 2, 3, 3), (2, 2, 3, 3))]:  # fmt: skip
+    for a, b in [
+        ((4,), (4,)),
+        ((3, 4), (4,)),
+        ((4,), (4, 3)),
+        ((3, 4), (4, 5)),
+        ((2, 3, 4), (4, 5)),
+        ((3, 4), (2, 4, 5)),
+        ((2, 1, 3, 4), (5, 4, 2)),
+        ((2, 3, 4), (4,)),
+        ((4,), (2, 4, 3)),
+        ((2, 2, 3, 3), (2, 2, 3, 3)),
+    ]:
         yield s(aten.matmul.default, x(*a), x(*b))
     for equation, *shapes in [
-        ("ij,jk->ik", (2, 3), (3, 4)), ("ij,jk", (2, 3), (3, 4)), ("bhsd,bhtd->bhst", (2, 2, 3, 4), (2, 2, 5, 4)),
-        ("...i,oi->...o", (2, 3, 4), (5, 4)), ("...ij,...jk->...ik", (2, 1, 3, 4), (5, 4, 2)), ("i,j,k->ijk", (2,), (3,), (4,)),
-        ("ij->ji", (3, 4)), ("ij->", (3, 4)), ("ij->j", (3, 4)), ("ii->i", (3, 3)), ("ii", (3, 3)), ("i...->...", (3, 4, 2)),
-        ("bi,oij,bj->bo", (2, 3), (4, 3, 5), (2, 5)), ("i j, j -> i", (3, 4), (4,)), ("...,...->...", (3, 4), (4,)),
-        ("ba", (3, 4)), ("aB,Bc->ac", (2, 3), (3, 4)), ("abc,cd->abd", (2, 3, 1), (4, 5)),
-    ]:  # fmt: skip
+        ("ij,jk->ik", (2, 3), (3, 4)),
+        ("ij,jk", (2, 3), (3, 4)),
+        ("bhsd,bhtd->bhst", (2, 2, 3, 4), (2, 2, 5, 4)),
+        ("...i,oi->...o", (2, 3, 4), (5, 4)),
+        ("...ij,...jk->...ik", (2, 1, 3, 4), (5, 4, 2)),
+        ("i,j,k->ijk", (2,), (3,), (4,)),
+        ("ij->ji", (3, 4)),
+        ("ij->", (3, 4)),
+        ("ij->j", (3, 4)),
+        ("ii->i", (3, 3)),
+        ("ii", (3, 3)),
+        ("i...->...", (3, 4, 2)),
+        ("bi,oij,bj->bo", (2, 3), (4, 3, 5), (2, 5)),
+        ("i j, j -> i", (3, 4), (4,)),
+        ("...,...->...", (3, 4), (4,)),
+        ("ba", (3, 4)),
+        ("aB,Bc->ac", (2, 3), (3, 4)),
+        ("abc,cd->abd", (2, 3, 1), (4, 5)),
+    ]:
         yield s(aten.einsum.default, equation, [x(*shape) for shape in shapes])
 
     # attention
     q, k, v = x(2, 4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 3)
-    for named in ({}, {"scale": 0.3}, {"is_causal": True}, {"attn_mask": x(3, 5)}, {"attn_mask": x(4, 3, 5)},
-                  {"attn_mask": x(2, 1, 3, 5), "scale": 0.5}, {"attn_mask": x(2, 4, 1, 5)}, {"dropout_p": 0.5}):  # fmt: skip
+    for named in (
+        {},
+        {"scale": 0.3},
+        {"is_causal": True},
+        {"attn_mask": x(3, 5)},
+        {"attn_mask": x(4, 3, 5)},
+        {"attn_mask": x(2, 1, 3, 5), "scale": 0.5},
+        {"attn_mask": x(2, 4, 1, 5)},
+        {"dropout_p": 0.5},
+    ):
         yield s(aten.scaled_dot_product_attention.default, q, k, v, **named)
     yield s(aten.scaled_dot_product_attention.default, x(3, 2), x(5, 2), x(5, 3))
     yield s(aten.scaled_dot_product_attention.default, x(4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 3), scale=1.0)
-    for named in ({}, {"attn_mask": x(2, 6, 3, 5)}, {"attn_mask": x(6, 3, 5), "scale": 0.5}, {"attn_mask": x(2, 1, 3, 5)}):
-        yield s(aten.scaled_dot_product_attention.default, x(2, 6, 3, 2), x(2, 3, 5, 2), x(2, 3, 5, 4), enable_gqa=True,
-                **named)  # fmt: skip
+    for named in (
+        {},
+        {"attn_mask": x(2, 6, 3, 5)},
+        {"attn_mask": x(6, 3, 5), "scale": 0.5},
+        {"attn_mask": x(2, 1, 3, 5)},
+    ):
+        yield s(
+            aten.scaled_dot_product_attention.default,
+            x(2, 6, 3, 2),
+            x(2, 3, 5, 2),
+            x(2, 3, 5, 4),
+            enable_gqa=True,
+            **named,
+        )
     yield s(aten._scaled_dot_product_flash_attention_for_cpu.default, x(2, 4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 2))
     yield s(aten._scaled_dot_product_flash_attention_for_cpu.default, x(2, 4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 2),
             attn_mask=x(2, 4, 3, 5), scale=0.5)  # fmt: skip
@@ -339,11 +391,34 @@ def _written() -> Iterator[Sample]:
         yield s(op.default, x(3, 4, 2), 0.5, True)
     yield s(aten.rrelu.default, x(3, 4))
     yield s(aten.rrelu.default, x(3, 4), 0.1, 0.4, True)
-    for op in (aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh, aten.lift_fresh_copy, aten.lift,
-               aten.positive, aten.conj, aten.resolve_conj, aten.resolve_neg, aten.real, aten.cpu, aten._cast_Float, aten.conj_physical,
-               aten._to_copy):  # fmt: skip
+    for op in (
+        aten.clone,
+        aten.contiguous,
+        aten.detach,
+        aten.alias,
+        aten.lift_fresh,
+        aten.lift_fresh_copy,
+        aten.lift,
+        aten.positive,
+        aten.conj,
+        aten.resolve_conj,
+        aten.resolve_neg,
+        aten.real,
+        aten.cpu,
+        aten._cast_Float,
+        aten.conj_physical,
+        aten._to_copy,
+    ):
         yield s(op.default, x(3, 4))
-    for op in (aten.conj, aten._conj, aten.conj_physical, aten.real, aten.view_as_real, aten.view_as_real_copy, aten.angle):
+    for op in (
+        aten.conj,
+        aten._conj,
+        aten.conj_physical,
+        aten.real,
+        aten.view_as_real,
+        aten.view_as_real_copy,
+        aten.angle,
+    ):
         yield s(op.default, imaginary(3, 4))
     yield s(aten.view_as_complex.default, x(3, 4, 2))
     yield s(aten.view_as_complex_copy.default, x(3, 4, 2))
@@ -359,7 +434,7 @@ def _written() -> Iterator[Sample]:
     yield s(aten.copy.default, x(3, 4), x(4))
     yield s(aten.copy.default, x(3, 4), whole(3, 3, 1))
     yield s(aten.copy_.default, x(3, 4), x(4))
-    yield s(aten.fill.Scalar, x(3, 4), 0.5)
+    yield s(aten.fill.Scalar, x(3, 4), 1 / 3)
     yield s(aten.fill.Scalar, whole(5, 3, 4), 0.5)
     yield s(aten.fill.Tensor, x(3, 4), x())
     yield s(aten.zero.default, x(3, 4))
@@ -428,8 +503,23 @@ def _written() -> Iterator[Sample]:
         yield s(vision.roi_pool.default, x(2, 3, 5, 5), regions, 1.0, 2, 2)
         for groups, shifts in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1)):
             for use in (False, True):
-                yield s(vision.deform_conv2d.default, x(2, 4, 4, 4), x(4, 4 // groups, 2, 2), x(2, 8 * shifts, 3, 3),
-                        x(2, 4 * shifts, 3, 3) if use else x(2, 1), x(4), 1, 1, 0, 0, 1, 1, groups, shifts, use)  # fmt: skip
+                yield s(
+                    vision.deform_conv2d.default,
+                    x(2, 4, 4, 4),
+                    x(4, 4 // groups, 2, 2),
+                    x(2, 8 * shifts, 3, 3),
+                    x(2, 4 * shifts, 3, 3) if use else x(2, 1),
+                    x(4),
+                    1,
+                    1,
+                    0,
+                    0,
+                    1,
+                    1,
+                    groups,
+                    shifts,
+                    use,
+                )
 
     # Fourier transforms
     wave, line = imaginary(3, 4, 5), x(3, 4, 5)
@@ -478,8 +568,16 @@ def _written() -> Iterator[Sample]:
     yield s(aten.norm.Scalar, x(2, 3), 2)
     yield s(aten.norm.ScalarOpt_dtype, x(2, 3), 2, dtype=torch.float64)
     for dim, keep in ((0, False), (-1, True)):
-        for op in (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.argmax.default,
-                   aten.argmin.default, aten.prod.dim_int):  # fmt: skip
+        for op in (
+            aten.max.dim,
+            aten.min.dim,
+            aten.median.dim,
+            aten.nanmedian.dim,
+            aten.mode.default,
+            aten.argmax.default,
+            aten.argmin.default,
+            aten.prod.dim_int,
+        ):
             yield s(op, x(2, 3, 4), dim, keep)
         yield s(aten.any.dim, mask(2, 3, 4), dim, keep)
         yield s(aten.all.dim, mask(2, 3, 4), dim, keep)
@@ -490,6 +588,8 @@ def _written() -> Iterator[Sample]:
         yield s(aten.sort.stable, x(2, 3, 4), stable=True, dim=dim)
         yield s(aten.argsort.stable, x(2, 3, 4), stable=True, dim=dim)
         yield s(aten.flip.default, x(2, 3, 4), [dim])
+    yield s(aten.var.default, x(0, 3))
+    yield s(aten.var.correction, imaginary(3, 4), [1])
     yield s(aten.mode.default, x(2, 3))
     for correction in (None, 0, 2, 5):
         yield s(aten.var.correction, x(2, 3, 4), [1], correction=correction)
@@ -498,8 +598,18 @@ def _written() -> Iterator[Sample]:
     yield s(aten.msort.default, x(2, 3))
 
     # shapes
-    for old, new in [((6, 4), (2, 3, 4)), ((2, 3, 4), (6, 4)), ((2, 3, 4), (2, 12)), ((4, 6), (6, 4)), ((4, 6), (2, 2, -1)),
-                     ((3, 1, 4), (3, 4)), ((12,), (3, 4)), ((2, 3, 4), (-1,)), ((1, 1), (1,)), ((8, 3), (2, 4, 1, 3))]:  # fmt: skip
+    for old, new in [
+        ((6, 4), (2, 3, 4)),
+        ((2, 3, 4), (6, 4)),
+        ((2, 3, 4), (2, 12)),
+        ((4, 6), (6, 4)),
+        ((4, 6), (2, 2, -1)),
+        ((3, 1, 4), (3, 4)),
+        ((12,), (3, 4)),
+        ((2, 3, 4), (-1,)),
+        ((1, 1), (1,)),
+        ((8, 3), (2, 4, 1, 3)),
+    ]:
         for op in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
             yield s(op, x(*old), list(new))
     yield s(aten._reshape_alias.default, x(6, 4), [2, 3, 4], [12, 4, 1])
@@ -589,6 +699,7 @@ def _written() -> Iterator[Sample]:
         yield Sample(getattr(aten, f"new_{name}").default, (x(2), [3, 4]), values=name != "empty")
         yield Sample(getattr(aten, f"{name}_like").default, (x(3, 4),), values=name != "empty")
     yield s(aten.full.default, [3, 4], 0.5, **f64)
+    yield s(aten.full.default, [3, 4], 1 / 3, **f64)
     yield s(aten.new_full.default, x(2), [3, 4], 0.5)
     yield s(aten.full_like.default, x(3, 4), 0.5)
     generator = {"generator": torch.Generator()}
@@ -712,7 +823,7 @@ def _in_place(sample: Sample) -> Iterator[Sample]:
                     return
 
 
-@lru_cache(maxsize=None)
+@cache
 def samples() -> tuple[Sample, ...]:
     """All of them."""
     made = [*_written(), *_fixed()]

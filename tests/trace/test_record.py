@@ -178,3 +178,57 @@ def test_a_forward_that_fails_says_what_it_was_given():
         record(Net(), torch.randn(2, 5))
     message = str(caught.value)
     assert "Net.forward failed" in message and "(2, 5)" in message and "to fix" in message
+
+
+def test_a_module_held_twice_gets_its_own_tensors_back():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = Shared()
+    before = list(model.parameters())
+    graph = record(model, torch.randn(2, 4))
+    assert graph.how == "meta"
+    assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
+
+
+def test_what_forward_keeps_in_attributes_is_taken_back():
+    class Tables(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by_size, self.grids, self.last = {}, [torch.ones(4)], None
+
+        def forward(self, x):
+            if x.shape not in self.by_size:
+                self.by_size[x.shape] = torch.arange(4, device=x.device)
+            self.grids = [grid.to(x.device) for grid in self.grids]
+            self.last = self.seen = x
+            return x * self.grids[0] + self.by_size[x.shape]
+
+    model = Tables()
+    record(model, torch.randn(2, 4))
+    assert model.by_size == {} and model.last is None and not hasattr(model, "seen")
+    assert model.grids[0].device.type == "cpu"
+
+
+def test_a_view_of_what_was_made_contiguous():
+    class Shuffle(nn.Module):
+        def forward(self, x):
+            y = x.view(2, 2, 3, 5).transpose(1, 2).contiguous()
+            return torch.relu(y.permute(0, 3, 1, 2)).contiguous().view(2, 30)
+
+    assert record(Shuffle(), torch.randn(2, 6, 5)).how == "meta"
+
+
+def test_fake_tensors_carry_a_model_that_asks_for_its_device():
+    class Asks(nn.Module):
+        def forward(self, x):
+            assert x.device.type == "cpu"
+            return x + torch.ones(4, device=x.device)
+
+    assert record(Asks(), torch.randn(2, 4)).how == "fake"

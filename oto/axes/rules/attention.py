@@ -19,7 +19,7 @@ def attention(call: Call, query: Operand, key: Operand, value: Operand, attn_mas
               enable_gqa: bool = False) -> Operand:  # fmt: skip
     """query (*, Hq, S, D), key (*, Hkv, T, D), value (*, Hkv, T, V) -> (*, Hq, S, V).
 
-    With ``enable_gqa`` each key-value head serves Hq / Hkv query heads. A scale that is not given is 1/√D, which fixes D.
+    With ``enable_gqa`` each key-value head serves Hq / Hkv query heads. A scale that is not given is 1/√D: D is fixed.
     """
     if scale is None:
         call.fix(query, [-1], "attention scales by the square root of its size")
@@ -63,7 +63,8 @@ def fused_attention(call: Call, query: Operand, key: Operand, value: Operand, *r
     shared = 1 < key.shape[1] < query.shape[1]
     for x in (query, key, value):
         call.fix(x, [-1], "the heads of an attention kernel must be equally wide")
-    y = attention(call, query, key, value, mask, given.get("dropout_p", 0.0), scale=given.get("scale"), enable_gqa=shared)
+    dropout_p, scale = given.get("dropout_p", 0.0), given.get("scale")
+    y = attention(call, query, key, value, mask, dropout_p, scale=scale, enable_gqa=shared)
     rest_of = [call.fixed(n, "bookkeeping of an attention kernel") for n in (call.shapes[1] or ())[2:]]
     sums = call.move(query, [*query.terms[:2], *rest_of], [(0,), (1,)], anything)  # one for each row of scores
     others = [None if s is None else call.fresh(s, "bookkeeping of an attention kernel") for s in call.shapes[2:]]

@@ -65,7 +65,8 @@ def _index(call: Call, x: Operand, indices: list[Operand | None]) -> Operand:
         if i is not None:
             call.fix(i, None, "it is an index")
     given = [i for i in indices if i is not None]
-    routes = (*(tuple(() for _ in i.shape) for i in given), tuple((order.index(d),) if d in kept else () for d in range(x.ndim)))
+    passed = tuple((order.index(d),) if d in kept else () for d in range(x.ndim))
+    routes = (*(tuple(() for _ in i.shape) for i in given), passed)
     return call.step([*given, x], terms, routes, lambda *facts: facts[-1])
 
 

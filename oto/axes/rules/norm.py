@@ -173,4 +173,3 @@ def native_group_norm(call: Call, x: Operand, weight: Operand | None, bias: Oper
     stats = call.reduce(grouped, range(2, grouped.ndim), fact=anything)
     call.resize(N=Size(x.terms[0]), C=Size(x.terms[1]), group=Size(grouped.terms[1]))
     return [y, stats, call.identity(stats)]
-

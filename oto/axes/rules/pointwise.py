@@ -140,7 +140,8 @@ def dropout(call: Call, x: Operand, p: float, train: bool) -> Any:
 
 
 @rule(aten.rrelu)
-def rrelu(call: Call, x: Operand, lower: float = 0.125, upper: float = 1 / 3, training: bool = False, *rest: Any) -> Any:
+def rrelu(call: Call, x: Operand, lower: float = 0.125, upper: float = 1 / 3, training: bool = False,
+          *rest: Any) -> Any:  # fmt: skip
     """A leaky relu of the mean slope, unless it is in training mode."""
     if training and lower != upper:
         return call.opaque(DRAWN)

@@ -91,7 +91,7 @@ def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
     correction = given.get("correction", given.get("unbiased"))
     correction = 1 if correction is None else correction + 0
     count = prod(x.shape[d] for d in dims)
-    if call.dtypes[0].is_complex:
+    if call.dtypes[0].is_complex or not count:
         return _over(call, x, dims, keepdim, f"{_name(call)} divides by the number of entries", anything)
     function = {"std": counted.std, "var": counted.var, "std_mean": counted.std_mean, "var_mean": counted.var_mean}
     call.counted("a variance divides by the number of entries")

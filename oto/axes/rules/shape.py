@@ -271,4 +271,3 @@ def meshgrid(call: Call, xs: list[Operand], *, indexing: str = "ij") -> list[Ope
 
 
 fixed(aten.as_strided, why="its entries are read by address, several times over")
-
