@@ -246,7 +246,7 @@ class OTO:
                         "  to fix  use emitter='graph'"
                     ) from failure
                 log.info("the original class does not fit, using the graph: %s", why)
-        exported = export(self.model, self.dummy_input)
+        exported = export(self.model, self.dummy_input, known)
         slim = emit_graph(exported, self.partition, kept)
         checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic)
         require(checks)
@@ -263,7 +263,7 @@ class OTO:
             portable = (
                 copy.deepcopy(slim).cpu()
                 if edits is not None
-                else emit_graph(export(full, given), self.partition, kept)
+                else emit_graph(export(full, given, known), self.partition, kept)
             )
         with writing(out_dir) as draft:
             draft.tensors(WEIGHTS, tensors)

@@ -130,15 +130,36 @@ def _is_free(program: torch.export.ExportedProgram) -> bool:
     )
 
 
-def export(model: nn.Module, dummy_input: Any) -> Exported:
+def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], bool]) -> torch.export.ExportedProgram:
+    table = torch.export.default_decompositions()
+    calls = {
+        node.target
+        for part in program.graph_module.modules()
+        if isinstance(part, fx.GraphModule)
+        for node in part.graph.nodes
+        if node.op == "call_function"
+    }
+    unknown = {
+        op: table[op]
+        for op in calls
+        if isinstance(op, torch._ops.OpOverload) and not known(op) and op._is_composite() and op in table
+    }
+    return program.run_decompositions(unknown) if unknown else program
+
+
+def export(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Exported:
     """Trace ``model`` to a module that can be rewritten.
+
+    Args:
+        known: As for ``record``: a composite operator that is not known is taken apart.
 
     Raises:
         EmitterError: ``torch.export`` cannot follow the model.
     """
     program, dynamic = export_program(model, dummy_input)
-    known = inspect.signature(program.module).parameters
-    module = program.module(check_guards=False) if "check_guards" in known else program.module()
+    program = _taken_apart(program, known)
+    options = inspect.signature(program.module).parameters
+    module = program.module(check_guards=False) if "check_guards" in options else program.module()
     assert isinstance(module, fx.GraphModule)
     _inline(module)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}

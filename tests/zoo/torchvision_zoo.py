@@ -177,6 +177,4 @@ QUANTIZABLE = [
 ]  # fmt: skip
 ZOO |= {name: _model(name, small, quantize=False) for name in QUANTIZABLE}
 ZOO["quantized_googlenet"] = _model("quantized_googlenet", small, quantize=False, init_weights=False)
-ZOO["quantized_inception_v3"] = _model(
-    "quantized_inception_v3", partial(image, 96), quantize=False, init_weights=False
-)
+ZOO["quantized_inception_v3"] = _model("quantized_inception_v3", partial(image, 96), quantize=False, init_weights=False)

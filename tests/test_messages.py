@@ -1,0 +1,219 @@
+"""What a user reads when something is wrong: where, what, consequence, remedy. One test per error."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from oto import OTO, load_subnet, register_rule
+from oto.errors import (
+    ArtefactError,
+    ArtefactVersionError,
+    ClassChangedError,
+    DamagedArtefactError,
+    DummyInputError,
+    DuplicateRuleError,
+    EmitterError,
+    NonFiniteParameterError,
+    NothingPrunableError,
+    TargetError,
+    TraceError,
+    UnknownOpWarning,
+    UnknownParameterError,
+    VerificationError,
+)
+
+X = torch.randn(2, 3)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def message(error, match):
+    return pytest.raises(error, match=match)
+
+
+def test_a_dummy_input_of_the_wrong_type():
+    with message(DummyInputError, "dummy_input is a int") as caught:
+        OTO(mlp(), 3)
+    assert "to fix" in str(caught.value) and "torch.randn" in str(caught.value)
+
+
+def test_a_forward_that_fails_on_the_dummy_input():
+    with message(TraceError, "Sequential.forward failed on the dummy input") as caught:
+        OTO(mlp(), torch.randn(2, 4))
+    assert "(2, 4)" in str(caught.value) and "to fix" in str(caught.value)
+
+
+def test_a_parameter_name_that_does_not_exist_suggests_the_nearest():
+    oto = OTO(mlp(), X)
+    with message(UnknownParameterError, "no parameter is called, or matches, '0.wieght'") as caught:
+        oto.mark_unprunable_by_param_names(["0.bias", "0.wieght"])
+    assert "0.weight" in str(caught.value)
+    assert any(group.prunable for group in oto.node_groups)  # nothing was marked
+    oto.mark_unprunable_by_param_names(["0.*"])
+    assert not any(group.prunable for group in oto.node_groups)
+
+
+def test_nothing_prunable_says_why():
+    with message(NothingPrunableError, "no node group of this model can lose an entry") as caught:
+        OTO(nn.Linear(3, 2), X)
+    assert "dimension of an output" in str(caught.value)
+    frozen = mlp().requires_grad_(False)
+    with message(NothingPrunableError, "no trainable parameter"):
+        OTO(frozen, X)
+
+
+def test_a_target_that_cannot_be_reached_says_what_can():
+    oto = OTO(mlp(), X, min_kept=4)
+    schedule = {"lr": 0.1, "start_pruning_step": 1, "pruning_steps": 4, "pruning_periods": 2}
+    with message(TargetError, r"0\.5"):
+        oto.hesso(target_group_sparsity=0.75, **schedule)
+    with message(TargetError, "in \\[0, 1\\)"):
+        oto.hesso(target_group_sparsity=1.5, **schedule)
+    with message(TargetError, "pruning_periods <= 2"):
+        oto.hesso(lr=0.1, start_pruning_step=1, pruning_steps=2, pruning_periods=5)
+    with message(TargetError, r"ask for a share in \[0, 0\.5000\]"):
+        oto.random_set_zero_groups(0.75)
+
+
+def test_nan_in_a_parameter():
+    model = mlp()
+    oto = OTO(model, X)
+    model[2].weight.data[0, 0] = float("nan")
+    with message(NonFiniteParameterError, r"2\.weight"):
+        oto.construct_subnet()
+    with message(NonFiniteParameterError, r"2\.weight"):
+        oto.hesso(lr=0.1, start_pruning_step=1, pruning_steps=4, pruning_periods=2)
+
+
+def test_an_out_dir_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with message(ArtefactError, "is a file"):
+        OTO(mlp(), X).construct_subnet(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_slim_model_that_differs_is_not_handed_out(tmp_path, monkeypatch):
+    from oto.axes import invariance
+
+    monkeypatch.setattr(invariance, "_is_zero", lambda fact: True)  # believe that everything is zero
+    model = nn.Sequential(nn.Linear(3, 8), nn.Sigmoid(), nn.Linear(8, 2))
+    oto = OTO(model, X)
+    oto.random_set_zero_groups(0.5)
+    with message(VerificationError, "does not compute what the zeroed model computes") as caught:
+        oto.construct_subnet(tmp_path / "out")
+    assert "relative error" in str(caught.value) and "nothing was written" in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_class_that_cannot_be_thinned():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).reshape(-1, 8))
+
+    oto = OTO(Sized(), X)
+    oto.random_set_zero_groups(0.5)
+    with message(EmitterError, "Sized cannot be thinned as its own class"):
+        oto.construct_subnet(emitter="module")
+    with message(EmitterError, "emitter='onnx' is unknown"):
+        oto.construct_subnet(emitter="onnx")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    oto = OTO(mlp(), X)
+    oto.random_set_zero_groups(0.5)
+    return oto.construct_subnet(tmp_path / "out").path
+
+
+def test_a_damaged_artefact(saved):
+    weights = saved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with message(DamagedArtefactError, "its content changed"):
+        load_subnet(saved, mlp)
+
+
+def test_an_artefact_of_an_unknown_version(saved):
+    manifest = json.loads((saved / "oto.json").read_text())
+    (saved / "oto.json").write_text(json.dumps({**manifest, "format": 7}))
+    with message(ArtefactVersionError, "format 7"):
+        load_subnet(saved)
+
+
+def test_a_class_that_changed_since(saved):
+    with message(ClassChangedError, r"0\.weight is \[9, 3\], and was \[8, 3\]"):
+        load_subnet(saved, lambda: nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2)))
+    with message(ClassChangedError, "modules differ: 1"):
+        load_subnet(saved, lambda: nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2)))
+    with message(ClassChangedError, "this is torch.nn.modules.linear.Linear"):
+        load_subnet(saved, nn.Linear(3, 2))
+
+
+def test_the_code_of_a_class_that_changed_since(tmp_path, monkeypatch):
+    from oto.io import subnet
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    oto = OTO(Net(), X)
+    oto.random_set_zero_groups(0.5)
+    path = oto.construct_subnet(tmp_path / "out").path
+    monkeypatch.setattr(subnet, "_code", lambda kind: "other")
+    with message(ClassChangedError, "the code of .*Net changed since"):
+        load_subnet(path, Net)
+    assert load_subnet(path, Net, strict=False).a.out_features == 4
+
+
+def test_a_folder_that_is_no_artefact(tmp_path):
+    with message(ArtefactError, r"holds no oto\.json"):
+        load_subnet(tmp_path)
+
+
+def test_an_operator_nobody_described():
+    @torch.library.custom_op("oto_tests::twist", mutates_args=())
+    def twist(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(-1)
+
+    @twist.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.c(torch.relu(self.b(twist(self.a(x)))))
+
+    with pytest.warns(UnknownOpWarning, match=r"no rule for oto_tests\.twist") as caught:
+        oto = OTO(Net(), X)
+    assert "stay whole" in str(caught[0].message) and "test_messages.py" in str(caught[0].message)
+    assert [g.name for g in oto.node_groups if g.prunable] == ["b.weight"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownOpWarning)
+        oto.random_set_zero_groups(0.5)
+        assert oto.construct_subnet().max_error < 1e-10
+
+
+def test_an_operator_with_two_rules():
+    with message(DuplicateRuleError, "has a rule already"):
+        register_rule(torch.ops.aten.relu)(lambda call, x: x)
