@@ -126,23 +126,27 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args.child, args.models[0], args.repeats)
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, float32, batch 1 (text: 2×8)"
-    )
-    print(
-        f"{'':20}{'axes':>6}{'atoms':>8}{'trace':>9}{'analysis':>10}{'OTO(m, x)':>11}{'MiB':>7}{'torch-pruning':>15}{'MiB':>7}{'ratio':>8}"
-    )
+    print(f"{platform.machine()}, torch {torch.__version__}, one thread, float32, batch 1 (text: 2×8 tokens)")
+    row("", "axes", "atoms", "trace", "analysis", "OTO(m, x)", "MiB", "torch-pruning", "MiB", "ratio")
     for name in args.models:
         ours, theirs = spawn("oto", name, args.repeats), spawn("torch-pruning", name, args.repeats)
         if "failed" in ours:
-            print(f"{name:20}{ours['failed']}")
+            row(name, ours["failed"])
             continue
-        line = f"{name:20}{ours['axes']:6}{ours['atoms']:8}{ours['trace']:9.3f}{ours['analysis']:10.3f}{ours['total']:11.3f}{ours['memory']:7.0f}"
+        cells = [ours["axes"], ours["atoms"], *(f"{ours[key]:.3f}" for key in ("trace", "analysis", "total"))]
+        cells.append(f"{ours['memory']:.0f}")
         if "failed" in theirs:
-            line += f"{theirs['failed']:>15}"
+            cells.append(theirs["failed"])
         else:
-            line += f"{theirs['total']:15.3f}{theirs['memory']:7.0f}{ours['total'] / theirs['total']:8.2f}"
-        print(line, flush=True)
+            cells += [f"{theirs['total']:.3f}", f"{theirs['memory']:.0f}", f"{ours['total'] / theirs['total']:.2f}"]
+        row(name, *cells)
+
+
+def row(name: str, *cells: object) -> None:
+    widths = (6, 8, 8, 10, 11, 7, 15, 7, 8)
+    print(
+        f"{name:20}" + "".join(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=False)), flush=True
+    )
 
 
 if __name__ == "__main__":

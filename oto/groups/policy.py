@@ -72,8 +72,8 @@ def require_prunable(groups: Sequence[NodeGroup]) -> None:
             [
                 "no node group of this model can lose an entry",
                 *(lines or ["  the model has no parameter that its forward uses"]),
-                "  to fix  look at the reasons above; a model whose parameters are frozen (requires_grad=False) or whose"
-                " layers meet only inputs and outputs has nothing to prune",
+                "  to fix  look at the reasons above; a model whose parameters are frozen (requires_grad=False),"
+                " or whose layers meet only inputs and outputs, has nothing to prune",
             ]
         )
     )

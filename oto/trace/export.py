@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from oto._torch import example_size, tree_leaves, tree_map, tree_map_only
 from oto.errors import EmitterError
@@ -139,11 +140,7 @@ def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], b
         for node in part.graph.nodes
         if node.op == "call_function"
     }
-    unknown = {
-        op: table[op]
-        for op in calls
-        if isinstance(op, torch._ops.OpOverload) and not known(op) and op._is_composite() and op in table
-    }
+    unknown = {op: table[op] for op in calls if isinstance(op, OpOverload) and not known(op) and op in table}
     return program.run_decompositions(unknown) if unknown else program
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
@@ -28,9 +29,15 @@ def save(folder, **tensors):
 def test_every_kind_of_tensor_comes_back(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {
-        "slice": base[:, ::2], "bf16": torch.randn(3).bfloat16(), "half": torch.randn(3).half(), "bool": torch.tensor([True]),
-        "int": torch.tensor([[3]]), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "complex": torch.randn(3).to(torch.complex64),
-    }  # fmt: skip
+        "slice": base[:, ::2],
+        "bf16": torch.randn(3).bfloat16(),
+        "half": torch.randn(3).half(),
+        "bool": torch.tensor([True]),
+        "int": torch.tensor([[3]]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "complex": torch.randn(3).to(torch.complex64),
+    }
     found = reading(save(tmp_path / "out", **tensors)).tensors("model.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -82,10 +89,8 @@ def test_a_crash_during_commit_never_leaves_a_mixture(tmp_path, monkeypatch, bre
         real(source, target)
 
     monkeypatch.setattr(artefact.os, "replace", replace)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         save(out, v=torch.ones(1))
-    except KeyboardInterrupt:
-        pass
     monkeypatch.undo()
     try:
         names = list(reading(out).tensors("model.safetensors"))

@@ -1,4 +1,4 @@
-"""Random networks: whatever is put together, the slim model is exact, or the axis stays whole. Never wrong, never a crash."""
+"""Random networks: whatever is put together, the slim model is exact or the axis stays whole; never wrong, no crash."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def test_nan_in_a_parameter():
     model = Residual()
     found = OTO(model, torch.randn(1, 7, 5))
     model.up.weight.data[3, 2] = float("nan")
-    with pytest.raises(NonFiniteParameterError, match="up.weight"):
+    with pytest.raises(NonFiniteParameterError, match=r"up\.weight"):
         found.construct_subnet()
 
 
