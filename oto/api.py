@@ -23,6 +23,7 @@ from oto.groups.policy import keep_at_least, keep_whole, matching, require_pruna
 from oto.io.artefact import check_out_dir, writing
 from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, read_program, rebuild, write_program
 from oto.optim import HESSO
+from oto.report.explain import Explanation, explain
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
@@ -129,6 +130,14 @@ class OTO:
         parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         marked = matching(names, parameters)
         self._groups = keep_whole(self._groups, {first.get(name, name) for name in marked}, "it was marked unprunable")
+
+    def explain(self) -> Explanation:
+        """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``."""
+        return explain(self.node_groups, self.partition)
+
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """Operators of the model by the answer that exists for them, with the number of calls."""
+        return {answer: dict(calls) for answer, calls in self.partition.found.coverage.items()}
 
     def hesso(self, **options: Any) -> HESSO:
         """The HESSO optimizer over all parameters of the model; options as in :class:`oto.optim.HESSO`."""

@@ -42,6 +42,8 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
             _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), thin, inputs)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        if node.target is torch.ops.aten.view.default:  # thinner tensors may lie in memory in another way
+            node.target = torch.ops.aten.reshape.default
     leaves, made = _leaves(exported), dict[int, Tensor]()
     for node in slim.graph.nodes:
         if node.op != "get_attr":

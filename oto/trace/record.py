@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -330,8 +331,8 @@ _SHAPE_OF_FIRST = {
     aten.contiguous.default,
 }  # fmt: skip
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent.parent)
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_HERE = f"{Path(__file__).parent.parent}{os.sep}"
 
 
 @cache

@@ -22,6 +22,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "beit_base_patch16_224": (64, {"depth": 2, "img_size": 64}),
     },
     "byoanet": {
+        "bat_resnext26ts": (256, {"img_size": 256}),
         "botnet26t_256": (64, {"img_size": 64}),
         "eca_botnext26ts_256": (64, {"img_size": 64}),
         "eca_halonext26ts": (256, {}),
@@ -30,14 +31,17 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "haloregnetz_b": (224, {}),
         "lambda_resnet26rpt_256": (64, {"img_size": 64}),
         "lambda_resnet26t": (64, {"img_size": 64}),
+        "lamhalobotnet50ts_256": (128, {"img_size": 128}),
     },
     "byobnet": {
         "eca_resnext26ts": (64, {"img_size": 64}),
+        "gcresnext26ts": (64, {"img_size": 64}),
         "gernet_s": (64, {"img_size": 64}),
         "mobileone_s1": (64, {"img_size": 64}),
         "regnetz_b16": (64, {"img_size": 64}),
         "regnetz_b16_evos": (64, {"img_size": 64}),
         "repvgg_a0": (64, {"img_size": 64}),
+        "resnet50_clip": (64, {"img_size": 64}),
         "resnext26ts": (64, {"img_size": 64}),
         "test_byobnet": (64, {"img_size": 64}),
     },
@@ -56,6 +60,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
     },
     "convnext": {
         "convnext_zepto_rms": (64, {}),
+        "convnextv2_atto": (64, {}),
         "test_convnext": (64, {}),
         "test_convnext2": (64, {}),
         "test_convnext3": (64, {}),
@@ -89,6 +94,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "deepseek_vit_412m": (224, {"depth": 2, "img_size": 224}),
     },
     "deit": {
+        "deit3_small_patch16_224": (64, {"depth": 2, "img_size": 64}),
         "deit_small_distilled_patch16_224": (64, {"depth": 2, "img_size": 64}),
         "deit_small_patch16_224": (64, {"depth": 2, "img_size": 64}),
         "deit_tiny_distilled_patch16_224": (64, {"img_size": 64}),
@@ -115,6 +121,10 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "efficientformerv2_s0": (64, {"img_size": 64}),
     },
     "efficientnet": {
+        "efficientnet_blur_b0": (64, {}),
+        "efficientnet_cc_b0_4e": (64, {}),
+        "gc_efficientnetv2_rw_t": (64, {}),
+        "mixnet_s": (64, {}),
         "mnasnet_small": (64, {}),
         "mobilenetv2_035": (64, {}),
         "semnasnet_050": (64, {}),
@@ -122,6 +132,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "test_efficientnet_evos": (64, {}),
         "test_efficientnet_gn": (64, {}),
         "test_efficientnet_ln": (64, {}),
+        "tf_efficientnetv2_b0": (64, {}),
         "tinynet_e": (64, {}),
     },
     "efficientvim": {
@@ -140,6 +151,8 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "vit_pe_spatial_tiny_patch16_512": (64, {"img_size": 64}),
         "vit_small_patch16_dinov3": (64, {"depth": 2, "img_size": 64}),
         "vit_small_patch16_dinov3_qkvb": (64, {"depth": 2, "img_size": 64}),
+        "vit_small_patch16_rope_ape_224": (64, {"depth": 2, "img_size": 64}),
+        "vit_small_patch16_rope_mixed_224": (64, {"depth": 2, "img_size": 64}),
         "vit_tiny_patch16_dinov3_qkvb": (64, {"img_size": 64}),
     },
     "fasternet": {
@@ -213,9 +226,11 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "coatnet_nano_cc_224": (64, {"depths": (1, 1, 2, 1), "img_size": 64}),
         "coatnet_nano_rw_224": (64, {"depths": (1, 1, 2, 1), "img_size": 64}),
         "coatnet_pico_rw_224": (64, {"img_size": 64}),
+        "coatnet_rmlp_nano_rw_224": (64, {"img_size": 64}),
         "coatnext_nano_rw_224": (64, {"depths": (1, 1, 2, 1), "img_size": 64}),
         "maxvit_pico_rw_256": (64, {"img_size": 64}),
         "maxvit_rmlp_pico_rw_256": (64, {"img_size": 64}),
+        "maxxvitv2_nano_rw_256": (64, {"img_size": 64}),
         "test_coatnet": (64, {"img_size": 64}),
         "test_maxvit": (64, {"img_size": 64}),
     },
@@ -236,6 +251,8 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "fbnetv3_b": (64, {}),
         "lcnet_035": (64, {}),
         "mobilenetv3_small_050": (64, {}),
+        "mobilenetv4_conv_small": (64, {}),
+        "mobilenetv4_hybrid_medium": (64, {}),
         "tf_mobilenetv3_small_075": (64, {}),
     },
     "mobilenetv5": {
@@ -249,6 +266,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "mvitv2_tiny": (64, {"img_size": 64}),
     },
     "naflexvit": {
+        "naflexvit_base_patch16_gap": (64, {"depth": 2, "img_size": 64}),
         "naflexvit_base_patch16_parfac_gap": (64, {"depth": 2, "img_size": 64}),
     },
     "nasnet": {
@@ -261,6 +279,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "nextvit_small": (64, {}),
     },
     "nfnet": {
+        "eca_nfnet_l0": (64, {}),
         "nf_ecaresnet26": (64, {"depths": (1, 1, 2, 1)}),
         "nf_regnet_b0": (64, {}),
         "nf_resnet26": (64, {"depths": (1, 1, 2, 1)}),
@@ -299,6 +318,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
     },
     "resnest": {
         "resnest14d": (64, {}),
+        "resnest50d_1s4x24d": (64, {}),
     },
     "resnet": {
         "ecaresnet26t": (64, {"layers": (1, 1, 1, 1)}),
@@ -309,6 +329,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "resnet18d": (64, {}),
         "resnetaa34d": (64, {"layers": (1, 1, 1, 1)}),
         "resnetblur18": (64, {}),
+        "resnetrs50": (64, {"layers": (1, 1, 1, 1)}),
         "seresnet18": (64, {}),
         "seresnext26d_32x4d": (64, {"layers": (1, 1, 1, 1)}),
         "seresnext26t_32x4d": (64, {"layers": (1, 1, 1, 1)}),
@@ -316,6 +337,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
     },
     "resnetv2": {
         "resnetv2_18": (64, {}),
+        "resnetv2_50x1_bit": (64, {}),
     },
     "rexnet": {
         "rexnet_100": (64, {}),
@@ -352,6 +374,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
     },
     "swin_transformer_v2_cr": {
         "swinv2_cr_tiny_224": (64, {"depths": (1, 1, 2, 1), "img_size": 64}),
+        "swinv2_cr_tiny_ns_224": (64, {"depths": (1, 1, 1, 1), "img_size": 64}),
     },
     "tiny_vit": {
         "tiny_vit_5m_224": (64, {"depths": (1, 1, 2, 1)}),
@@ -378,14 +401,18 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "test_vit2": (64, {"img_size": 64}),
         "test_vit3": (64, {"img_size": 64}),
         "test_vit4": (64, {"img_size": 64}),
+        "vit_base_patch32_clip_224": (64, {"depth": 2, "img_size": 64}),
+        "vit_small_patch16_18x2_224": (64, {"depth": 2, "img_size": 64}),
         "vit_tiny_patch16_224": (64, {"img_size": 64}),
         "vit_wee_patch16_reg1_gap_256": (64, {"depth": 2, "img_size": 64}),
     },
     "vision_transformer_hybrid": {
+        "vit_small_resnet26d_224": (64, {"depth": 2, "img_size": 64}),
         "vit_tiny_r_s16_p8_224": (64, {"img_size": 64}),
     },
     "vision_transformer_relpos": {
         "test_vit_relpos": (64, {"img_size": 64}),
+        "vit_relpos_base_patch16_cls_224": (64, {"depth": 2, "img_size": 64}),
         "vit_relpos_small_patch16_224": (64, {"depth": 2, "img_size": 64}),
         "vit_relpos_small_patch16_rpn_224": (64, {"depth": 2, "img_size": 64}),
         "vit_srelpos_small_patch16_224": (64, {"depth": 2, "img_size": 64}),
@@ -411,6 +438,7 @@ FAMILIES: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
     },
     "xcit": {
         "xcit_nano_12_p8_224": (64, {"img_size": 64}),
+        "xcit_tiny_12_p16_224": (64, {"img_size": 64}),
     },
 }
 

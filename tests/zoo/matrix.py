@@ -1,0 +1,237 @@
+"""One model through the whole pipeline: half of all atoms removed at random in float64, by both emitters.
+
+Used by the tests, by the documentation's table, and by hand::
+
+    python -m tests.zoo.matrix transformers              # a whole zoo
+    python -m tests.zoo.matrix transformers bert llama   # some of it
+    python -m tests.zoo.matrix --why transformers bert   # what stays whole, and why
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from oto import OTO
+from oto._torch import tree_map_only
+from oto.axes import terms as T
+from oto.errors import EmitterError, NothingPrunableError, UnknownOpWarning, VerificationError
+from oto.slim.verify import random_like, relative_error, run
+
+from .models import lively
+
+Factory = Callable[[], tuple[nn.Module, Any]]
+
+# where each zoo lives: module of this package and name of its dictionary
+ZOOS = {
+    "models": ("models", "ZOO"),
+    "torchvision": ("torchvision_zoo", "ZOO"),
+    "timm": ("timm_zoo", "ZOO"),
+    "transformers": ("transformers_zoo", "ZOO"),
+    "diffusers": ("diffusers_zoo", "ZOO"),
+    "handmade": ("handmade", "ZOO"),
+}
+
+
+@dataclass
+class Result:
+    """What came of one model.
+
+    Attributes:
+        axes, atoms: Node groups that may lose atoms, and their atoms.
+        share: Share of all parameters that lies in such groups.
+        unknown: Operators without a rule, and how many axes of parameters each of them keeps.
+        trace: How the model was followed: ``"meta"``, ``"fake"`` or ``"real"``.
+        seconds: Time for everything; ``analysis`` is the part of tracing and analysing.
+        sensitivity: How far the output is from that on another input. Near zero, errors could hide.
+        module, graph: Largest relative error of the slim model by the original class and by the exported graph;
+            ``None`` if it was not built, and then the reason is given.
+        failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
+    """
+
+    name: str
+    axes: int = 0
+    atoms: int = 0
+    share: float = 0.0
+    parameters: int = 0
+    unknown: tuple[tuple[str, int], ...] = ()
+    trace: str = ""
+    seconds: float = 0.0
+    analysis: float = 0.0
+    sensitivity: float = float("nan")
+    module: float | None = None
+    module_reason: str | None = None
+    graph: float | None = None
+    graph_reason: str | None = None
+    failure: str | None = None
+
+    TOLERANCE = 1e-9
+
+    @property
+    def emitted(self) -> bool:
+        return self.module is not None or self.graph is not None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every slim model that could be built computes what the zeroed model does."""
+        errors = [e for e in (self.module, self.graph) if e is not None]
+        return self.failure is None and all(e <= self.TOLERANCE for e in errors)
+
+    @property
+    def costly(self) -> tuple[str, ...]:
+        """Unknown operators that keep axes of parameters whole."""
+        return tuple(op for op, axes in self.unknown if axes)
+
+    def __str__(self) -> str:
+        def error(value: float | None, reason: str | None) -> str:
+            return f"{value:.0e}" if value is not None else "-"
+
+        line = (
+            f"{self.name:28} {self.axes:5} axes {self.atoms:6} atoms {self.share:5.0%} of {self.parameters:9} {self.trace:5}"
+            f" {self.analysis:5.1f}/{self.seconds:5.1f} s  module {error(self.module, self.module_reason):6}"
+            f" graph {error(self.graph, self.graph_reason):6} moves {self.sensitivity:.0e}"
+        )
+        more = [("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)), ("module", self.module_reason),
+                ("graph", self.graph_reason), ("FAILED", self.failure)]  # fmt: skip
+        return "\n".join([line, *(f"    {what}: {text}" for what, text in more if text)])
+
+
+def examine(
+    name: str, factory: Factory, *, share: float = 0.5, seed: int = 3, emitters: Iterable[str] = ("module", "graph")
+) -> Result:
+    """Trace, analyse, zero a random half, build the slim model and compare it; never raises.
+
+    A verification failure is told apart from an emitter that cannot express the model: the error is then the one found.
+    """
+    result = Result(name)
+    begin = time.perf_counter()
+    try:
+        _examine(result, factory, share, seed, tuple(emitters))
+    except Exception as failure:
+        where = traceback.extract_tb(failure.__traceback__)[-1]
+        text = " | ".join(str(failure).splitlines()[:4])
+        result.failure = f"{type(failure).__name__}: {text} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+    result.seconds = time.perf_counter() - begin
+    return result
+
+
+def prepared(factory: Factory) -> tuple[nn.Module, Any]:
+    """The model in float64, with weights under which a mistake would show, and its inputs."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, inputs = factory()
+        model = lively(model, inputs).double()
+    return model, tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+
+
+def _examine(result: Result, factory: Factory, share: float, seed: int, emitters: tuple[str, ...]) -> None:
+    model, inputs = prepared(factory)
+    result.parameters = sum(p.numel() for p in model.parameters())
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownOpWarning)
+        try:
+            oto = OTO(model, inputs)
+        except NothingPrunableError as failure:
+            result.module_reason = result.graph_reason = str(failure).splitlines()[0]
+            return
+    result.analysis = time.perf_counter() - begin
+    found = oto.partition.found
+    result.trace = found.graph.how
+    prunable = [g for g in oto.node_groups if g.prunable]
+    result.axes, result.atoms = len(prunable), sum(g.size for g in prunable)
+    dense = oto.compute_num_params()
+    result.share = 1 - oto._cost({g.name: 0 for g in prunable}).params / dense
+    result.unknown = _unknown(oto)
+    oto.random_set_zero_groups(share, seed=seed)
+    zeroed = run(model, inputs)
+    result.sensitivity = relative_error(zeroed, run(model, random_like(inputs, 9)))
+    for emitter in emitters:
+        error, reason = None, None
+        try:
+            subnet = oto.construct_subnet(emitter=emitter)
+            error = max(subnet.max_error, relative_error(zeroed, run(subnet.model, inputs)))
+        except (EmitterError, VerificationError) as failure:
+            wrong = failure if isinstance(failure, VerificationError) else failure.__cause__
+            if isinstance(wrong, VerificationError):
+                reason = "VerificationError: " + " | ".join(line.strip() for line in str(wrong).splitlines()[1:5])
+                if emitter == "graph":  # the graph is what the analysis says, so the analysis is wrong
+                    error = float("inf")
+            else:
+                reason = str(failure).splitlines()[0]
+        setattr(result, emitter, error)
+        setattr(result, f"{emitter}_reason", reason)
+
+
+def _unknown(oto: OTO) -> tuple[tuple[str, int], ...]:
+    found = oto.partition.found
+    nodes = {node.index: str(node.op) for node in found.unknown}
+    kept: Counter[str] = Counter(dict.fromkeys(nodes.values(), 0))
+    axes = {
+        axis for leaf in found.graph.leaves if leaf.trainable for t in found.terms(leaf.value) for axis in T.axes_of(t)
+    }
+    kept.update(nodes[axis.fixed.node] for axis in axes if axis.fixed is not None and axis.fixed.node in nodes)
+    return tuple(sorted(kept.items()))
+
+
+def why(factory: Factory, most: int = 25) -> list[str]:
+    """What keeps parameter dimensions whole: reasons, by the number of parameters whose dimension they keep."""
+    model, inputs = prepared(factory)
+    from oto.axes.registry import known
+    from oto.groups import partition
+    from oto.trace.record import record
+
+    found = partition(record(model, inputs, known)).found
+    weight: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for leaf in found.graph.leaves:
+        if not leaf.trainable:
+            continue
+        for dim, term in enumerate(found.terms(leaf.value)):
+            for axis in T.axes_of(term):
+                if axis.fixed is not None:
+                    node = found.graph.nodes[axis.fixed.node] if axis.fixed.node is not None else None
+                    text = f"{axis.fixed.text} [{node.op if node else ''}]"
+                    weight[text] += torch.Size(leaf.value.shape).numel()
+                    example.setdefault(text, f"{leaf.name}.{dim} at {node and node.source}")
+    return [f"{n:9} {text}  ({example[text]})" for text, n in weight.most_common(most)]
+
+
+def zoo(name: str) -> dict[str, Factory]:
+    module, attribute = ZOOS[name]
+    found: dict[str, Factory] = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("zoo", choices=sorted(ZOOS))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--why", action="store_true")
+    parser.add_argument("--no-graph", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    factories = zoo(given.zoo)
+    for name in given.names or factories:
+        if given.why:
+            print(name, *why(factories[name]), sep="\n    ", flush=True)
+        else:
+            emitters = ("module",) if given.no_graph else ("module", "graph")
+            print(examine(name, factories[name], emitters=emitters), flush=True)
+
+
+if __name__ == "__main__":
+    main()
