@@ -3,10 +3,13 @@
 The manifest ``oto.json`` is the commit point: it names every file with its size and SHA-256 and carries a digest of
 itself. It is removed before the first file of an older artefact is replaced and put in place after the last, so a
 write that breaks off leaves a folder that is refused, never one that is half old and half new.
+
+The digest and the hashes tell what was damaged. They are no signature: whoever can write the folder can write them too.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,9 +39,15 @@ def check_out_dir(out_dir: str | os.PathLike[str]) -> None:
         ArtefactError: It is a file, lies below a file, or may not be written.
     """
     folder = Path(out_dir)
+    if "\0" in str(folder):
+        raise _unwritable(folder, "its name holds a zero byte")
+    try:
+        folder.exists()
+    except OSError as failure:  # a name too long, a folder above that may not be entered
+        raise _unwritable(folder, failure) from failure
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
-            if not os.access(place, os.W_OK):
+            if not os.access(place, os.W_OK | os.X_OK):
                 raise ArtefactError(
                     f"out_dir {folder}: {place} may not be written\n"
                     "  effect  nothing was saved\n  to fix  choose another folder, or change its permissions"
@@ -62,26 +71,47 @@ class Draft:
 
     def file(self, name: str) -> Path:
         """Where to write a further file."""
+        assert _is_plain(name), name
         return self.folder / name
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors; names that share one tensor share it again after loading."""
-        first: dict[int, str] = {}
+        """Write tensors; names that share one tensor share it again after loading.
+
+        Raises:
+            ArtefactError: A tensor has no plain memory to write: sparse, quantized, on ``meta``...
+        """
+        first: dict[Any, str] = {}
         ties: dict[str, str] = {}
         plain: dict[str, Tensor] = {}
         complexes: list[str] = []
         for key, tensor in tensors.items():
-            if id(tensor) in first:
-                ties[key] = first[id(tensor)]
-                continue
-            first[id(tensor)] = key
-            held = tensor.detach().cpu()
-            if held.is_complex():
-                complexes.append(key)
-                held = torch.view_as_real(held)
-            # memory of its own: slices and views would drag along, or share, what they were cut from
-            plain[key] = held.clone(memory_format=torch.contiguous_format)
-        safetensors.torch.save_file(plain, self.file(name))
+            try:
+                place = _place(tensor)
+                if place in first:
+                    ties[key] = first[place]
+                    continue
+                first[place] = key
+                held = tensor.detach().cpu().resolve_conj().resolve_neg()
+                if held.is_complex():
+                    complexes.append(key)
+                    held = torch.view_as_real(held)
+                # memory of its own: slices and views would drag along, or share, what they were cut from
+                held = held.clone(memory_format=torch.contiguous_format)
+                if held.is_quantized:
+                    raise NotImplementedError("quantized")
+                plain[key] = held
+            except (RuntimeError, NotImplementedError, TypeError) as failure:
+                raise _unsaveable(name, f"{key} ({tensor.layout}, {tensor.dtype}, on {tensor.device})") from failure
+        path = self.file(name)
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            safetensors.torch.save_file(plain, path)
+        except KeyError as failure:  # a dtype that the format does not know
+            raise _unsaveable(name, f"a tensor of {failure.args[0]}") from failure
+        except safetensors.SafetensorError as failure:  # its own name for an OSError
+            raise _unwritable(self.target, failure) from failure
+        path.chmod(mode)  # safetensors leaves a file that nobody else may read
         self.notes[name] = {"ties": ties, "complex": complexes}
 
     def load(self, name: str) -> dict[str, Tensor]:
@@ -89,9 +119,16 @@ class Draft:
         return _read_tensors(self.file(name), self.notes[name])
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Seal the artefact and put it in place."""
+        """Seal the artefact and put it in place; files of an older one go, foreign files stay.
+
+        Args:
+            manifest: Further entries for the manifest; anything that JSON takes.
+        """
         from oto import __version__
 
+        assert not self.committed, "a draft is committed once"
+        own = {"format", "versions", "tensors", "files", "digest"}
+        assert own.isdisjoint(manifest), f"the manifest's own entries: {own & manifest.keys()}"
         files = {p.name: _stamp(p) for p in sorted(self.folder.iterdir())}
         content = {
             "format": FORMAT_VERSION,
@@ -100,15 +137,24 @@ class Draft:
             "tensors": self.notes,
             "files": files,
         }
+        content = json.loads(json.dumps(content))  # as it will be read: keys are strings
         sealed = {**content, "digest": _digest(content)}
-        with self.file(MANIFEST).open("w", encoding="utf-8") as stream:
+        with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
             json.dump(sealed, stream, indent=1)
         for path in self.folder.iterdir():
             _sync(path)
         self.target.mkdir(parents=True, exist_ok=True)
+        for name in (*files, MANIFEST):
+            if (self.target / name).is_dir():
+                raise _unwritable(self.target, f"{name} is a folder there")
+        stale = _files_of(self.target) - files.keys()
         (self.target / MANIFEST).unlink(missing_ok=True)
+        _sync(self.target)
         for name in files:
             os.replace(self.folder / name, self.target / name)
+        for name in stale:
+            (self.target / name).unlink(missing_ok=True)
+        _sync(self.target)
         os.replace(self.folder / MANIFEST, self.target / MANIFEST)
         _sync(self.target)
         self.committed = True
@@ -124,16 +170,39 @@ def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
     check_out_dir(out_dir)
     target = Path(out_dir)
     beside = next(p for p in target.absolute().parents if p.is_dir())  # the same file system, so a move is atomic
-    folder = Path(tempfile.mkdtemp(prefix=".oto-", dir=target if target.is_dir() else beside))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".oto-", dir=target if target.is_dir() else beside))
+    except OSError as failure:
+        raise _unwritable(target, failure) from failure
     try:
         yield Draft(folder, target)
     except OSError as failure:
-        raise ArtefactError(
-            f"{target} cannot be written: {failure}\n"
-            "  effect  no artefact was left there\n  to fix  free some space, or choose another folder"
-        ) from failure
+        if not _concerns(failure, folder, target):
+            raise  # some other file, of no concern here
+        raise _unwritable(target, failure) from failure
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _concerns(failure: OSError, *folders: Path) -> bool:
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return True
+    names = [os.fsdecode(n) for n in (failure.filename, failure.filename2) if isinstance(n, str | bytes | os.PathLike)]
+    return any(Path(n).absolute().is_relative_to(folder.absolute()) for n in names for folder in folders)
+
+
+def _unwritable(place: Path, why: object) -> ArtefactError:
+    return ArtefactError(
+        f"{place} cannot be written: {why}\n"
+        "  effect  no artefact was left there\n  to fix  free some space, or choose another folder"
+    )
+
+
+def _unsaveable(name: str, what: str) -> ArtefactError:
+    return ArtefactError(
+        f"{name}: {what} has no plain form in a safetensors file\n"
+        "  effect  nothing was written\n  to fix  make it a dense tensor with values, or no part of the model's state"
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +226,16 @@ class Artefact:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file, on the CPU; tied names share one tensor."""
-        return _read_tensors(self.path(name), self.manifest["tensors"][name])
+        path = self.path(name)
+        notes = self.manifest["tensors"].get(name)
+        if notes is None:
+            raise ArtefactError(
+                f"{path} holds no tensors\n  to fix  those are in {', '.join(self.manifest['tensors'])}"
+            )
+        try:
+            return _read_tensors(path, notes)
+        except (OSError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as failure:
+            raise _damaged(path, f"its tensors are not what the manifest says ({failure})") from failure
 
 
 def reading(path: str | os.PathLike[str]) -> Artefact:
@@ -183,28 +261,71 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
     try:
         manifest = json.loads(place.read_text(encoding="utf-8"))
         version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as failure:
+    except (ValueError, KeyError, TypeError, RecursionError) as failure:
         raise _damaged(place, "it is not the JSON that was written") from failure
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
+        versions = manifest.get("versions")
+        writer = versions.get("oto", "unknown") if isinstance(versions, dict) else "unknown"
         raise ArtefactVersionError(
             f"{place} is of format {version!r}; this version of oto reads format {FORMAT_VERSION}\n"
-            "  to fix  load it with the version of oto that wrote it"
-            f" ({manifest.get('versions', {}).get('oto', 'unknown')}), or write it again with this one"
+            f"  to fix  load it with the version of oto that wrote it ({writer}), or write it again with this one"
         )
     content = {key: value for key, value in manifest.items() if key != "digest"}
     if manifest.get("digest") != _digest(content):
         raise _damaged(place, "it was changed after it was written")
+    if not _is_well_formed(manifest):
+        raise _damaged(place, "it does not say which files there are")
     for name, stamp in manifest["files"].items():
-        if Path(name).name != name:
+        if not _is_plain(name):
             raise _damaged(place, f"it names a file outside the folder: {name}")
         file = folder / name
         if not file.is_file():
             raise _damaged(file, "it is missing")
-        if file.stat().st_size != stamp["size"]:
-            raise _damaged(file, f"it has {file.stat().st_size} bytes, and had {stamp['size']}")
-        if _stamp(file) != stamp:
+        try:
+            size, found = file.stat().st_size, _stamp(file)
+        except OSError as failure:
+            raise _damaged(file, f"it cannot be read ({failure})") from failure
+        if size != stamp["size"]:
+            raise _damaged(file, f"it has {size} bytes, and had {stamp['size']}")
+        if found != stamp:
             raise _damaged(file, "its content changed")
     return Artefact(folder, manifest)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name stands for a file in the folder itself, on any system."""
+    return bool(name) and name not in (".", "..", MANIFEST) and not set(name) & set("/\\:\0")
+
+
+def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
+    files, notes = manifest.get("files"), manifest.get("tensors")
+    return (
+        isinstance(files, dict)
+        and all(isinstance(stamp, dict) and stamp.keys() == {"size", "sha256"} for stamp in files.values())
+        and isinstance(notes, dict)
+        and notes.keys() <= files.keys()
+        and all(isinstance(note, dict) and note.keys() == {"ties", "complex"} for note in notes.values())
+        and all(isinstance(note["ties"], dict) and isinstance(note["complex"], list) for note in notes.values())
+    )
+
+
+def _files_of(folder: Path) -> set[str]:
+    """What an artefact that is in the folder, if there is one, calls its own."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = {key: value for key, value in manifest.items() if key != "digest"}
+        whole = manifest["digest"] == _digest(content) and _is_well_formed(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+    return {name for name in manifest["files"] if _is_plain(name) and not (folder / name).is_dir()} if whole else set()
+
+
+def _place(tensor: Tensor) -> Any:
+    """What two names of one tensor have in common, also after ``state_dict`` made two objects of it."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel() or type(tensor.data) is not Tensor:
+        return id(tensor)
+    view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return (*view, tensor.dtype, tensor.device)
 
 
 def _damaged(file: Path, what: str) -> DamagedArtefactError:
@@ -232,6 +353,8 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # has no such thing for folders, nor for files that are open for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

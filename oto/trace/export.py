@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import io
 import logging
 import operator
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ def export_program(model: nn.Module, dummy_input: Any) -> tuple[torch.export.Exp
             try:
                 given = _two(args, kwargs) if dynamic else (args, kwargs)
                 shapes = _free_batch(model, *given) if dynamic else None
-                program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
+                with redirect_stderr(io.StringIO()):  # where it fails, torch prints the whole graph
+                    program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
                 return program, dynamic and _is_free(program)
             except Exception as problem:
                 failure = failure or problem
@@ -138,7 +140,7 @@ def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], b
         for part in program.graph_module.modules()
         if isinstance(part, fx.GraphModule)
         for node in part.graph.nodes
-        if node.op == "call_function"
+        if node.op == "call_function" and any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta.get("val")))
     }
     unknown = {op: table[op] for op in calls if isinstance(op, OpOverload) and not known(op) and op in table}
     return program.run_decompositions(unknown) if unknown else program

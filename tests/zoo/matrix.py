@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from oto._torch import tree_map_only
 from oto.axes import terms as T
 from oto.errors import EmitterError, NothingPrunableError, UnknownOpWarning, VerificationError
 from oto.slim.verify import random_like, relative_error, run
+from oto.trace.record import arguments, as_found
 
 from .models import lively
 
@@ -55,6 +56,7 @@ class Result:
         trace: How the model was followed: ``"meta"``, ``"fake"`` or ``"real"``.
         seconds: Time for everything; ``analysis`` is the part of tracing and analysing.
         sensitivity: How far the output is from that on another input. Near zero, errors could hide.
+        dtype: In which dtype the errors were measured: float64, unless the model does not run in it at all.
         module, graph: Largest relative error of the slim model by the original class and by the exported graph;
             ``None`` if it was not built, and then the reason is given.
         failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
@@ -70,13 +72,14 @@ class Result:
     seconds: float = 0.0
     analysis: float = 0.0
     sensitivity: float = float("nan")
+    dtype: str = "float64"
     module: float | None = None
     module_reason: str | None = None
     graph: float | None = None
     graph_reason: str | None = None
     failure: str | None = None
 
-    TOLERANCE = 1e-9
+    TOLERANCE: ClassVar[dict[str, float]] = {"float64": 1e-9, "float32": 1e-3}
 
     @property
     def emitted(self) -> bool:
@@ -86,7 +89,7 @@ class Result:
     def exact(self) -> bool:
         """Whether every slim model that could be built computes what the zeroed model does."""
         errors = [e for e in (self.module, self.graph) if e is not None]
-        return self.failure is None and all(e <= self.TOLERANCE for e in errors)
+        return self.failure is None and all(e <= self.TOLERANCE[self.dtype] for e in errors)
 
     @property
     def costly(self) -> tuple[str, ...]:
@@ -101,6 +104,7 @@ class Result:
             f"{self.name:28} {self.axes:5} axes {self.atoms:6} atoms {self.share:5.0%} of {self.parameters:9} {self.trace:5}"
             f" {self.analysis:5.1f}/{self.seconds:5.1f} s  module {error(self.module, self.module_reason):6}"
             f" graph {error(self.graph, self.graph_reason):6} moves {self.sensitivity:.0e}"
+            + (f" ({self.dtype})" if self.dtype != "float64" else "")
         )
         more = [("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)), ("module", self.module_reason),
                 ("graph", self.graph_reason), ("FAILED", self.failure)]  # fmt: skip
@@ -127,13 +131,23 @@ def examine(
 
 
 def prepared(factory: Factory) -> tuple[nn.Module, Any]:
-    """The model in float64, with weights under which a mistake would show, and its inputs."""
+    """The model with weights under which a mistake would show, and its inputs; in float64 if it runs in that."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, inputs = factory()
-        model = lively(model, inputs).double()
-    return model, tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+        model = lively(model, inputs)
+        wide = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+        args, kwargs = arguments(wide)
+        before = {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())}
+        try:
+            with as_found(model), torch.no_grad():
+                model.double()(*args, **kwargs)
+            return model, wide
+        except Exception:  # it is compared in float64 all the same, with its own casts made to follow
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.data = tensor.data.to(before[name])
+            return model, inputs
 
 
 def _examine(result: Result, factory: Factory, share: float, seed: int, emitters: tuple[str, ...]) -> None:
@@ -157,12 +171,17 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
     result.unknown = _unknown(oto)
     oto.random_set_zero_groups(share, seed=seed)
     zeroed = run(model, inputs)
+    wide = next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float64
     result.sensitivity = relative_error(zeroed, run(model, random_like(inputs, 9)))
     for emitter in emitters:
         error, reason = None, None
         try:
             subnet = oto.construct_subnet(emitter=emitter)
-            error = max(subnet.max_error, relative_error(zeroed, run(subnet.model, inputs)))
+            error = subnet.max_error
+            if wide:
+                error = max(error, relative_error(zeroed, run(subnet.model, inputs)))
+            elif not any(check.dtype == "float64" for check in subnet.checks):
+                result.dtype = "float32"
         except (EmitterError, VerificationError) as failure:
             wrong = failure if isinstance(failure, VerificationError) else failure.__cause__
             if isinstance(wrong, VerificationError):

@@ -1,0 +1,97 @@
+"""Where the exported graph needs more than thinner tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oto import OTO
+from oto.axes.registry import known
+from oto.errors import EmitterError
+from oto.trace.export import export
+
+
+class Recurrent(nn.Module):
+    """Composite operators without a rule of their own are taken apart in the exported graph, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.cell, self.out = nn.Linear(5, 8), nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(self.into(x))[0])
+
+
+class Standardized(nn.Conv2d):
+    """The filters are standardized by a batch norm that has no running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class ByDeviation(nn.Conv2d):
+    """The same, spelled with ``std_mean``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        std, mean = torch.std_mean(self.weight, dim=[1, 2, 3], keepdim=True, unbiased=False)
+        return F.conv2d(x, (self.weight - mean) / (std + 1e-6), self.bias, self.stride, self.padding)
+
+
+class Permuted(nn.Module):
+    """A layer norm gives contiguous memory, which is then viewed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return self.out(y.view(x.shape[0], -1, y.shape[-1]).mean(1))
+
+
+def _stack(conv: type[nn.Conv2d]) -> nn.Module:
+    return nn.Sequential(
+        conv(3, 8, 3), nn.ReLU(), conv(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "least"),
+    [
+        (Recurrent(), torch.randn(2, 4, 5), 14),
+        (_stack(Standardized), torch.randn(2, 3, 8, 8), 16),
+        (_stack(ByDeviation), torch.randn(2, 3, 8, 8), 16),
+        (Permuted(), torch.randn(2, 3, 4, 4), 8),
+    ],
+    ids=["recurrent", "standardized", "by deviation", "permuted"],
+)
+def test_half_of_all_groups_removed(model: nn.Module, x: Tensor, least: int) -> None:
+    oto = OTO(model.double(), x.double())
+    assert sum(group.size for group in oto.node_groups if group.prunable) >= least
+    oto.random_set_zero_groups(0.5, seed=1)
+    assert oto.construct_subnet(emitter="graph").max_error < 1e-10
+
+
+def test_nothing_is_taken_apart_without_need() -> None:
+    ops = {str(node.op) for node in export(_stack(Standardized), torch.randn(2, 3, 8, 8), known).graph.nodes}
+    assert "aten.batch_norm.default" in ops
+
+
+def test_a_model_that_cannot_be_exported_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.score(x)
+            good = y[y[:, 0] > 0]
+            return self.out(good) if good.numel() else self.out(y)
+
+    with pytest.raises(EmitterError, match=r"torch\.export cannot follow"):
+        export(Picks(), torch.randn(4, 4))
+    assert "def forward" not in capfd.readouterr().err
