@@ -185,7 +185,7 @@ def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
 
 
 def _concerns(failure: OSError, *folders: Path) -> bool:
-    if failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+    if failure.errno in (errno.ENOSPC, errno.EROFS, errno.EFBIG, getattr(errno, "EDQUOT", None)):
         return True
     names = [os.fsdecode(n) for n in (failure.filename, failure.filename2) if isinstance(n, str | bytes | os.PathLike)]
     return any(Path(n).absolute().is_relative_to(folder.absolute()) for n in names for folder in folders)
@@ -194,7 +194,7 @@ def _concerns(failure: OSError, *folders: Path) -> bool:
 def _unwritable(place: Path, why: object) -> ArtefactError:
     return ArtefactError(
         f"{place} cannot be written: {why}\n"
-        "  effect  no artefact was left there\n  to fix  free some space, or choose another folder"
+        "  effect  the artefact was not saved\n  to fix  free some space, or choose another folder"
     )
 
 
@@ -230,7 +230,7 @@ class Artefact:
         notes = self.manifest["tensors"].get(name)
         if notes is None:
             raise ArtefactError(
-                f"{path} holds no tensors\n  to fix  those are in {', '.join(self.manifest['tensors'])}"
+                f"{path} holds no tensors\n  to fix  they are in: {', '.join(self.manifest['tensors']) or 'none'}"
             )
         try:
             return _read_tensors(path, notes)

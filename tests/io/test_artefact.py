@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import zipfile
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError
 from oto.io import artefact
 from oto.io.artefact import MANIFEST, reading, writing
-from oto.io.program import load_program, save_program
 
 
 def save(folder, **tensors):
@@ -159,26 +159,258 @@ def test_any_changed_byte_is_noticed(tmp_path_factory, data):
     )
 
 
-def exported():
-    model = torch.nn.Linear(3, 2).eval()
-    return torch.export.export(model, (torch.randn(4, 3),), strict=False)
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+]
 
 
-def test_a_program_is_saved_without_pickle(tmp_path):
-    program = exported()
-    save_program(program, tmp_path / "model.pt2")
-    assert program.example_inputs is not None  # left as it was
-    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
-        for member in archive.infolist():
-            assert not archive.read(member).startswith((b"PK", b"\x80")), member.filename
-    x = torch.randn(4, 3)
-    assert torch.equal(load_program(tmp_path / "model.pt2").module()(x), program.module()(x))
+@st.composite
+def tensors(draw):
+    """Named tensors of any dtype and shape, some of them views, some the same memory under two names."""
+    made = {}
+    for i in range(draw(st.integers(0, 5))):
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+        dtype = draw(st.sampled_from(DTYPES))
+        seed = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+        value = torch.randint(-3, 4, shape, generator=seed).to(dtype)
+        if draw(st.booleans()):
+            value = value.mT if value.ndim > 1 else value.flip(0) if value.ndim else value
+        if dtype.is_complex and draw(st.booleans()):
+            value = (value * (1 + 2j)).conj()
+            value = value.imag if draw(st.booleans()) else value  # a lazily negated view
+        made[draw(st.sampled_from(["w", "layer.0.weight", "ü"])) + str(i)] = value
+    for i, name in enumerate(sorted(made)):
+        if draw(st.booleans()):
+            made[f"tied{i}"] = made[name].detach()  # another object, as state_dict() gives
+    return made
 
 
-def test_a_program_with_pickles_is_refused_unread(tmp_path):
-    torch.export.save(exported(), tmp_path / "model.pt2")  # torch itself pickles the example inputs
-    with pytest.raises(ArtefactError, match="pickled"):
-        load_program(tmp_path / "model.pt2")
-    (tmp_path / "other.pt2").write_bytes(b"no zip")
-    with pytest.raises(ArtefactError, match="no exported program"):
-        load_program(tmp_path / "other.pt2")
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(given=tensors(), extra=st.dictionaries(st.text(min_size=1).map("x".__add__), JSON, max_size=3))
+def test_whatever_is_written_is_read(given, extra):
+    with tempfile.TemporaryDirectory() as folder:
+        with writing(folder) as draft:
+            draft.tensors("model.safetensors", given)
+            draft.commit(extra)
+        found = reading(folder)
+        for key, value in extra.items():
+            assert found.manifest[key] == json.loads(json.dumps(value))
+        back = found.tensors("model.safetensors")
+    assert back.keys() == given.keys()
+    for name, value in given.items():
+        assert back[name].dtype == value.dtype and back[name].shape == value.shape
+        assert torch.equal(back[name], value.resolve_conj().resolve_neg()) and back[name].is_contiguous()
+    for name in given:
+        for other in given:  # the same memory before, the same tensor after; and only then
+            if given[name].numel() and given[other].numel():
+                tied = given[name].data_ptr() == given[other].data_ptr() and given[name].dtype == given[other].dtype
+                assert (back[name] is back[other]) == (name == other or tied)
+
+
+def test_names_that_state_dict_tied_stay_tied(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    found = reading(save(tmp_path / "out", **model.state_dict())).tensors("model.safetensors")
+    assert found["0.weight"] is found["1.weight"] and found["0.bias"] is not found["1.bias"]
+
+
+def test_a_view_of_other_entries_is_no_tie(tmp_path):
+    w = torch.arange(4.0).reshape(2, 2)
+    found = reading(save(tmp_path / "out", a=w, b=w.T, c=w[:1])).tensors("model.safetensors")
+    assert all(torch.equal(found[k], v) for k, v in {"a": w, "b": w.T, "c": w[:1]}.items())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_a_tensor_without_plain_memory(tmp_path, kind):
+    value = torch.eye(2).to_sparse() if kind == "sparse" else torch.empty(2, device="meta")
+    with pytest.raises(ArtefactError, match=r"model\.safetensors: w .* has no plain form"):
+        save(tmp_path / "out", w=value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_new_artefact_lacks_does_not_stay_behind(tmp_path):
+    out = tmp_path / "out"
+    with writing(out) as draft:
+        draft.file("model.pt2").write_text("of the old one")
+        draft.commit({})
+    (out / "model.onnx").write_text("mine")
+    save(out)
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "note.txt", "model.onnx", MANIFEST}
+
+
+def test_a_manifest_that_was_edited_deletes_nothing(tmp_path):
+    out = save(tmp_path / "out")
+    (out / "mine").write_text("mine")
+    content = json.loads((out / MANIFEST).read_text())
+    content["files"]["mine"] = content["files"]["note.txt"]
+    (out / MANIFEST).write_text(json.dumps(content))
+    save(out)
+    assert (out / "mine").exists()
+
+
+def test_without_commit_the_old_artefact_is_as_it_was(tmp_path):
+    out = save(tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(RuntimeError), writing(out) as draft:
+        draft.tensors("model.safetensors", {"v": torch.ones(2)})
+        raise RuntimeError
+    with writing(out) as draft:
+        draft.file("note.txt").write_text("never mind")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("break_at", range(30))
+@pytest.mark.parametrize("how", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_breaking_off_anywhere_leaves_an_artefact_or_none(tmp_path, monkeypatch, break_at, how):
+    """Each call that touches the disk during commit fails once."""
+    out = save(tmp_path / "out")
+    count = iter(range(1000))
+
+    def breaking(real):
+        def call(*args, **kwargs):
+            if next(count) == break_at:
+                raise how
+            return real(*args, **kwargs)
+
+        return call
+
+    reached = False
+    with writing(out) as draft:
+        draft.tensors("model.safetensors", {"v": torch.ones(1)})
+        draft.file("third").write_text("a new file")
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt, OSError):
+            for place, name in (os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "mkdir"), (json, "dump"):
+                patch.setattr(place, name, breaking(getattr(place, name)))
+            draft.commit({"emitter": "module"})
+            reached = True
+    try:
+        found = reading(out)
+    except ArtefactError as failure:
+        assert not reached and f"holds no {MANIFEST}" in str(failure)
+        return
+    names = list(found.tensors("model.safetensors"))
+    assert names == ["v"] if reached else names in (["v"], ["w"])
+    assert set(found.manifest["files"]) == {"model.safetensors", "third" if names == ["v"] else "note.txt"}
+
+
+def test_a_folder_in_the_way_of_a_file(tmp_path):
+    (tmp_path / "out" / "note.txt").mkdir(parents=True)
+    with pytest.raises(ArtefactError, match=r"note\.txt is a folder there"):
+        save(tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["note.txt"]
+
+
+def test_a_full_disk_is_told_from_a_mistake_elsewhere(tmp_path):
+    with pytest.raises(ArtefactError, match="cannot be written"), writing(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(FileNotFoundError), writing(tmp_path / "out"):
+        (tmp_path / "elsewhere" / "file").read_text()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b"])
+def test_a_name_that_no_folder_can_have(tmp_path, name):
+    with pytest.raises(ArtefactError, match="cannot be written"):
+        artefact.check_out_dir(tmp_path / name)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="whoever runs this may write anywhere")
+def test_a_folder_that_may_not_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ArtefactError, match="may not be written"):
+        artefact.check_out_dir(tmp_path / "out")
+
+
+def test_access_is_asked_before_long_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(artefact.os, "access", lambda place, mode: False)
+    with pytest.raises(ArtefactError, match="may not be written"):
+        artefact.check_out_dir(tmp_path / "deep" / "out")
+
+
+def test_others_may_read_what_they_could_otherwise(tmp_path):
+    out = save(tmp_path / "out")
+    assert (out / "model.safetensors").stat().st_mode == (out / "note.txt").stat().st_mode
+
+
+def test_misuse_of_a_draft(tmp_path):
+    with writing(tmp_path / "out") as draft:
+        for name in ("../x", "a/b", "..", "", MANIFEST, "c:x"):
+            with pytest.raises(AssertionError):
+                draft.file(name)
+        with pytest.raises(AssertionError, match="own entries"):
+            draft.commit({"format": 2})
+        draft.commit({})
+        with pytest.raises(AssertionError, match="once"):
+            draft.commit({})
+
+
+def forge(out, change):
+    """An artefact whose manifest was changed by somebody who knows how to seal it."""
+    content = {k: v for k, v in json.loads((out / MANIFEST).read_text()).items() if k != "digest"}
+    change(content)
+    (out / MANIFEST).write_text(json.dumps({**content, "digest": artefact._digest(content)}))
+
+
+FORGERIES = {
+    "no files": lambda m: m.pop("files"),
+    "files are a list": lambda m: m.update(files=[]),
+    "no hash": lambda m: m["files"]["note.txt"].pop("sha256"),
+    "a number for a stamp": lambda m: m["files"].update({"note.txt": 1}),
+    "no tensors": lambda m: m.pop("tensors"),
+    "tensors of no file": lambda m: m["tensors"].update(other={"ties": {}, "complex": []}),
+    "parent": lambda m: m["files"].update({"..": m["files"]["note.txt"]}),
+    "absolute": lambda m: m["files"].update({"/etc/passwd": m["files"]["note.txt"]}),
+    "backslash": lambda m: m["files"].update({"..\\x": m["files"]["note.txt"]}),
+    "tie to nothing": lambda m: m["tensors"]["model.safetensors"]["ties"].update(v="none"),
+    "no such complex": lambda m: m["tensors"]["model.safetensors"]["complex"].append("none"),
+    "complex of odd shape": lambda m: m["tensors"]["model.safetensors"]["complex"].append("w"),
+}
+
+
+@pytest.mark.parametrize("change", FORGERIES.values(), ids=FORGERIES)
+def test_a_sealed_manifest_of_nonsense(tmp_path, change):
+    out = save(tmp_path / "out")
+    forge(out, change)
+    with pytest.raises(DamagedArtefactError):
+        reading(out).tensors("model.safetensors")
+
+
+@pytest.mark.parametrize("version", [0, 2, True, 1.5, "1", None, [1]])
+def test_versions_that_are_not_ours(tmp_path, version):
+    out = save(tmp_path / "out")
+    forge(out, lambda m: m.update(format=version, versions="?"))
+    with pytest.raises(ArtefactVersionError, match=r"reads format 1(.|\n)*wrote it \(unknown\)"):
+        reading(out)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000, '{"a": 1}', b"\xff\xfe"])
+def test_a_manifest_that_is_none(tmp_path, text):
+    out = save(tmp_path / "out")
+    (out / MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DamagedArtefactError, match="not the JSON"):
+        reading(out)
+
+
+def test_safetensors_that_are_none_though_sealed(tmp_path):
+    with writing(tmp_path / "out") as draft:
+        draft.tensors("model.safetensors", {"w": torch.ones(1)})
+        draft.file("model.safetensors").write_bytes(b"nonsense")
+        draft.commit({})
+    with pytest.raises(DamagedArtefactError, match="not what the manifest says"):
+        reading(tmp_path / "out").tensors("model.safetensors")
+
+
+def test_asking_for_what_is_not_there(tmp_path):
+    found = reading(save(tmp_path / "out"))
+    with pytest.raises(ArtefactError, match=r"holds no model\.pt2"):
+        found.path("model.pt2")
+    with pytest.raises(ArtefactError, match=r"holds no tensors\n  to fix  they are in: model\.safetensors"):
+        found.tensors("note.txt")

@@ -204,7 +204,7 @@ def test_random_networks(steps, seed):
 
 
 @pytest.mark.zoo
-@settings(max_examples=600, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
 @given(STORIES, st.integers(0, 2**16))
 def test_hundreds_of_random_networks(steps, seed):
     check(steps, seed)
