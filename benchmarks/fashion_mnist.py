@@ -1,6 +1,6 @@
 """Dense and HESSO on the same budget: what accuracy does removing half of all groups cost?
 
-    python benchmarks/fashion_mnist.py                     # 3 seeds, 2 CPU cores, about 10 minutes
+    python benchmarks/fashion_mnist.py                     # 3 seeds; 23 minutes on 2 CPU cores shared with other work
 
 Real images (all 60,000 of Fashion-MNIST to train on, all 10,000 to test on), the ResNet of `examples/resnet_cifar10.py`
 with 8 layers and 16 channels in its first stage. Both trainings of a seed have the same initial weights, batches,

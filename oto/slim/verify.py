@@ -53,7 +53,30 @@ class _Wide(TorchDispatchMode):
             return torch.float64 if isinstance(x, torch.dtype) and x in self.NARROW else x
 
         args, kwargs = tree_map(widen, (args, kwargs or {}))
+        if op is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
+            return _grouped_mm(*args, **kwargs)
         return op(*args, **kwargs)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
+                out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """``F.grouped_mm``, for which there is no kernel in float64."""
+    if offs is None:
+        y = a @ b
+        return y if bias is None else y + bias[:, None]
+    ends = offs.tolist()
+    groups = list(zip([0, *ends], ends, strict=False))
+    if a.ndim == b.ndim == 2:
+        return torch.stack([a[:, i:j] @ b[i:j] for i, j in groups])
+    if b.ndim == 3:
+        y = a.new_zeros(a.shape[0], b.shape[-1])
+        for e, (i, j) in enumerate(groups):
+            y[i:j] = a[i:j] @ b[e] if bias is None else a[i:j] @ b[e] + bias[e]
+        return y
+    y = b.new_zeros(a.shape[1], b.shape[1])
+    for e, (i, j) in enumerate(groups):
+        y[:, i:j] = a[e] @ b[:, i:j]
+    return y
 
 
 def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:

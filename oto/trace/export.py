@@ -162,7 +162,13 @@ def export(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
     assert isinstance(module, fx.GraphModule)
     _inline(module)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    graph = _read(module, trainable)
+    try:
+        graph = _read(module, trainable)
+    except TypeError as failure:
+        raise EmitterError(
+            f"a tensor of {type(model).__name__} has a size that depends on values\n"
+            "  effect  no graph can be emitted, and no model.pt2 written"
+        ) from failure
     live = {node.origin for node in graph.nodes}
     for node in reversed(module.graph.nodes):  # torch keeps whatever may draw a random number
         if node.op == "call_function" and not node.users and node not in live:

@@ -10,6 +10,7 @@ Used by the tests, by the documentation's table, and by hand::
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import logging
 import time
@@ -101,7 +102,8 @@ class Result:
             return f"{value:.0e}" if value is not None else "-"
 
         line = (
-            f"{self.name:28} {self.axes:5} axes {self.atoms:6} atoms {self.share:5.0%} of {self.parameters:9} {self.trace:5}"
+            f"{self.name:28} {self.axes:5} axes {self.atoms:6} atoms {self.share:5.0%} of {self.parameters:9}"
+            f" {self.trace:5}"
             f" {self.analysis:5.1f}/{self.seconds:5.1f} s  module {error(self.module, self.module_reason):6}"
             f" graph {error(self.graph, self.graph_reason):6} moves {self.sensitivity:.0e}"
             + (f" ({self.dtype})" if self.dtype != "float64" else "")
@@ -139,14 +141,11 @@ def prepared(factory: Factory) -> tuple[nn.Module, Any]:
         model = lively(model, inputs)
         wide = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
         args, kwargs = arguments(wide)
-        before = {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())}
         try:
             with as_found(model), torch.no_grad():
-                model.double()(*args, **kwargs)
-            return model, wide
+                copy.deepcopy(model).double()(*args, **kwargs)
+            return model.double(), wide
         except Exception:  # it is compared in float64 all the same, with its own casts made to follow
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                tensor.data = tensor.data.to(before[name])
             return model, inputs
 
 
