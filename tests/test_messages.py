@@ -217,3 +217,11 @@ def test_an_operator_nobody_described():
 def test_an_operator_with_two_rules():
     with message(DuplicateRuleError, "has a rule already"):
         register_rule(torch.ops.aten.relu)(lambda call, x: x)
+
+
+def test_an_operator_of_ones_own_may_be_called_like_torchs():
+    @torch.library.custom_op("oto_tests::add", mutates_args=())
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + 0
+
+    register_rule(torch.ops.oto_tests.add)(lambda call, x: call.identity(x))

@@ -29,7 +29,8 @@ def _variants(op: Any) -> list[Any]:
     """An operator and its in-place twin: ``add`` and ``add_``."""
     if not isinstance(op, OpOverloadPacket):
         return [op]
-    twin = getattr(torch.ops.aten, f"{op.__name__}_", None)
+    namespace = getattr(torch.ops, str(op).partition(".")[0])
+    twin = getattr(namespace, f"{op.__name__}_", None)
     return [op] if twin is None else [op, twin]
 
 

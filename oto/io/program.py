@@ -30,7 +30,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         ArtefactError: The file is no program, or holds something that could run code while it is loaded.
     """
     members = _checked(path)
-    foreign = _foreign_types(json.loads(members["models/model.json"]))
+    graph = members["models/model.json"]
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
         for name, content in members.items():
@@ -123,12 +123,12 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
             return torch.export.load(packed)
     except Exception as failure:
         why = f"{type(failure).__name__}: {_line(failure)}"
-        if foreign:  # torch only says so in its log
-            why += f"; unless imported before, this is for want of what defines {some(sorted(foreign))}"
+        if foreign := _foreign_types(graph):  # torch only says so in its log
+            why += f"\n  likely  nothing imported so far defines {some(sorted(foreign))}: import it, then load again"
         raise _no_program(path, why) from failure
 
 
-def _foreign_types(program: Mapping[str, Any]) -> set[str]:
+def _foreign_types(graph: bytes) -> set[str]:
     """Types that inputs or outputs are nested in, besides those of Python and torch."""
     found: set[str] = set()
 
@@ -138,10 +138,11 @@ def _foreign_types(program: Mapping[str, Any]) -> set[str]:
         for child in spec["children_spec"]:
             visit(child)
 
-    for entry in program["graph_module"]["module_call_graph"]:
-        for which in ("in_spec", "out_spec"):
-            if text := (entry.get("signature") or {}).get(which):
-                visit(json.loads(text)[1])
+    with suppress(KeyError, TypeError, AttributeError, IndexError, ValueError):  # only to explain a failure
+        for entry in json.loads(graph)["graph_module"]["module_call_graph"]:
+            for which in ("in_spec", "out_spec"):
+                if text := (entry.get("signature") or {}).get(which):
+                    visit(json.loads(text)[1])
     return found
 
 
@@ -352,7 +353,7 @@ def _no_program(path: Path, why: str) -> ArtefactError:
 
 
 def _line(failure: BaseException) -> str:
-    return _cut((str(failure).splitlines() or [type(failure).__name__])[0])
+    return _cut((str(failure).strip().splitlines() or [type(failure).__name__])[0])
 
 
 def _cut(text: str, limit: int = 200) -> str:

@@ -133,3 +133,8 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | 
         bias=None if bias is None else F.pad(bias, (0, n)), out_dtype=out_dtype,
     )  # fmt: skip
     return y[..., : b.shape[-1]]
+
+
+def view_as_complex(x: Tensor) -> Tensor:
+    """``torch.view_as_complex`` of a tensor however it lies in memory."""
+    return torch.view_as_complex(x.contiguous())

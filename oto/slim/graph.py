@@ -84,6 +84,12 @@ def _carry_over(thin: Thinning, partition: Partition, kept: Kept) -> dict[Axis, 
             for axis, cuts in occurrences(term):
                 own = Slice("", 0, cuts).of(torch.from_numpy(mask)).reshape(axis.size, -1).any(1).numpy()
                 masks[axis] = masks[axis] & own if axis in masks else own
+                if axis.fixed is not None and not own.all():
+                    raise EmitterError(
+                        f"the exported graph cannot thin {leaf.name}: {axis.fixed.text}\n"
+                        "  effect  no graph can be emitted for this choice of entries\n"
+                        "  to fix  mark the parameter unprunable, and report the model"
+                    )
     for leaf in parameters:
         for dim, (term, mask) in enumerate(zip(thin.found.terms(leaf.value), wanted[leaf.name], strict=True)):
             if not np.array_equal(survivors(term, masks), mask):

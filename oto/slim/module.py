@@ -229,6 +229,22 @@ def _group_norm(mine: _Mine, edits: Edits) -> None:
                   affine=module.weight is not None)  # fmt: skip
 
 
+def _recurrent(mine: _Mine, edits: Edits) -> None:
+    into, again = mine.shape("weight_ih_l0"), mine.shape("weight_hh_l0")
+    if into is not None and again is not None:
+        module = mine.module
+        gates = module.weight_ih_l0.shape[0] // module.hidden_size
+        mine.set(
+            edits, input_size=into[1], hidden_size=into[0] // gates, proj_size=again[1] if module.proj_size else 0
+        )  # fmt: skip
+
+
+def _cell(mine: _Mine, edits: Edits) -> None:
+    into, again = mine.shape("weight_ih"), mine.shape("weight_hh")
+    if into is not None and again is not None:
+        mine.set(edits, input_size=into[1], hidden_size=again[1])
+
+
 def _attention(mine: _Mine, edits: Edits) -> None:
     module = mine.module
     packed = module.in_proj_weight is not None
@@ -287,4 +303,10 @@ STOCK: dict[type[Any], Callable[[_Mine, Edits], None]] = {
     nn.Embedding: _embedding,
     nn.PReLU: _prelu,
     nn.MultiheadAttention: _attention,
+    nn.LSTM: _recurrent,
+    nn.GRU: _recurrent,
+    nn.RNN: _recurrent,
+    nn.LSTMCell: _cell,
+    nn.GRUCell: _cell,
+    nn.RNNCell: _cell,
 }

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,14 @@ class Check:
 class _Wide(TorchDispatchMode):
     """Casts to a narrower float become casts to float64, for models that state a dtype in their code."""
 
-    NARROW = (torch.float32, torch.float16, torch.bfloat16)
+    WIDER: ClassVar = {
+        torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
+        torch.complex64: torch.complex128, torch.complex32: torch.complex128,
+    }  # fmt: skip
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def widen(x: Any) -> Any:
-            return torch.float64 if isinstance(x, torch.dtype) and x in self.NARROW else x
+            return self.WIDER.get(x, x) if isinstance(x, torch.dtype) else x
 
         args, kwargs = tree_map(widen, (args, kwargs or {}))
         if op is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:

@@ -130,6 +130,21 @@ def test_a_name_that_leaves_the_folder(tmp_path):
         reading(out)
 
 
+def test_a_manifest_that_was_edited(tmp_path):
+    out = save(tmp_path / "out")
+    text = (out / MANIFEST).read_text()
+    (out / MANIFEST).write_text(text.replace('"module"', '"graph"'))
+    with pytest.raises(DamagedArtefactError, match=r"oto\.json: it was changed after it was written"):
+        reading(out)
+
+
+def test_a_file_that_was_cut_short(tmp_path):
+    out = save(tmp_path / "out")
+    (out / "note.txt").write_text("a further")
+    with pytest.raises(DamagedArtefactError, match=r"note\.txt: it has 9 bytes, and had 14"):
+        reading(out)
+
+
 def test_a_missing_file(tmp_path):
     out = save(tmp_path / "out")
     (out / "note.txt").unlink()
@@ -220,6 +235,13 @@ def test_names_that_state_dict_tied_stay_tied(tmp_path):
     model[1].weight = model[0].weight
     found = reading(save(tmp_path / "out", **model.state_dict())).tensors("model.safetensors")
     assert found["0.weight"] is found["1.weight"] and found["0.bias"] is not found["1.bias"]
+
+
+def test_a_tensor_and_its_conjugate_are_two(tmp_path):
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    found = reading(save(tmp_path / "out", a=z, b=z.conj(), c=z.imag, d=z.conj().imag)).tensors("model.safetensors")
+    assert found["b"].tolist() == [1 - 2j, 3 + 1j]
+    assert found["c"].tolist() == [2, -1] and found["d"].tolist() == [-2, 1]
 
 
 def test_a_view_of_other_entries_is_no_tie(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import zipfile
@@ -154,7 +155,12 @@ def guard_that_is_code(content, payload, code):
 
 
 def guard_that_ends_its_message(content, payload, code):
-    edit(content, GRAPH, lambda t: t["guards_code"].append("L['x'] == '\", " + code + ", \"'"))
+    """torch puts the guard, as text, between double quotes."""
+    edit(content, GRAPH, lambda t: t["guards_code"].append("L['x'] == '\", breakpoint(), \"'"))
+
+
+def pickle_in_another_place(content, payload, code):
+    edit(content, CONSTANTS, lambda t: t["config"]["scale"].update(path_name="opaque_obj_0"))
 
 
 def input_with_a_default(content, payload, code):
@@ -230,6 +236,7 @@ def layout_of_old(content, payload, code):
 
 
 ATTACKS = [
+    pickle_in_another_place,
     *(opaque_object, pickle_named_as_a_constant, pickle_named_as_a_weight, older_layout_of_weights, second_program),
     *(size_that_is_code, size_of_a_tensor_called_metadata, guard_that_is_code, guard_that_ends_its_message),
     *(input_with_a_default, argument_with_a_default, keyword_that_is_code, parameter_that_ends_its_quotes),
@@ -317,7 +324,7 @@ def test_a_type_that_is_not_known_here(saved, tmp_path):
         signature["out_spec"] = json.dumps([version, {**spec, "type": "their_package.Output"}])
 
     edit(content, GRAPH, change)
-    with pytest.raises(ArtefactError, match=r"want of what defines their_package\.Output"):
+    with pytest.raises(ArtefactError, match=r"nothing imported so far defines their_package\.Output"):
         load_program(pack(tmp_path / "model.pt2", content))
 
 
@@ -335,6 +342,13 @@ def test_a_part_that_is_missing(saved, tmp_path, missing):
     del content[missing]
     with pytest.raises(ArtefactError, match="no exported program that this version reads"):
         load_program(pack(tmp_path / "model.pt2", content))
+
+
+@pytest.mark.parametrize("text", [b"{}", b"[]", b"3", b'{"graph_module": null}', b"{", b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("name", [GRAPH, WEIGHTS, CONSTANTS])
+def test_json_that_says_nothing(saved, tmp_path, name, text):
+    with pytest.raises(ArtefactError, match="no exported program"):
+        load_program(pack(tmp_path / "model.pt2", members(saved) | {name: text}))
 
 
 def test_no_zip(tmp_path):
@@ -359,9 +373,19 @@ def test_a_damaged_archive_never_ends_in_another_error(saved, tmp_path, data):
 
 
 def test_saving_and_loading_are_silent(program, tmp_path, capfd, recwarn):
-    save_program(program, tmp_path / "a.pt2")
-    load_program(tmp_path / "a.pt2")
-    (tmp_path / "b.pt2").write_bytes((tmp_path / "a.pt2").read_bytes()[:-5])
-    with pytest.raises(ArtefactError):
-        load_program(tmp_path / "b.pt2")
-    assert capfd.readouterr() == ("", "") and not recwarn.list
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.addHandler(handler)
+    try:
+        save_program(program, tmp_path / "a.pt2")
+        load_program(tmp_path / "a.pt2")
+        content = members(tmp_path / "a.pt2")
+        del content["data/weights/weight_0"]
+        with pytest.raises(ArtefactError):
+            load_program(pack(tmp_path / "b.pt2", content))
+    finally:
+        log.removeHandler(handler)
+    assert capfd.readouterr() == ("", "") and not recwarn.list and not said and log.level == level

@@ -25,9 +25,20 @@ def from_config(model: str, config: Any, inputs: Callable[[], Any], **options: A
 
         transformers.logging.set_verbosity_error()
         made = getattr(transformers, config)(**options) if isinstance(config, str) else config(transformers)
-        return getattr(transformers, model)(made), inputs()
+        return awake(getattr(transformers, model)(made)), inputs()
 
     return make
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """Weights large enough for a tiny model's output to depend on its input."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1 and p.is_floating_point():
+                spread, wanted = float(p.std()), float(p[0].numel()) ** -0.5
+                if 0 < spread < wanted:
+                    p.mul_(wanted / spread)
+    return model
 
 
 def waveform() -> torch.Tensor:
@@ -151,7 +162,7 @@ DECODERS: dict[str, Factory] = {
     "recurrent_gemma": _causal("RecurrentGemma", **GQA, **PAD, lru_width=64, attention_window_size=8,
                                block_types=["recurrent", "attention"]),
     "rwkv": _causal("Rwkv", vocab_size=100, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64,
-                    intermediate_size=128, context_length=32),
+                    intermediate_size=128, context_length=32, use_cache=False),
     "seed_oss": _causal("SeedOss", **GQA, **PAD, head_dim=16),
     "smollm3": _causal("SmolLM3", **GQA, **PAD),
     "stablelm": _causal("StableLm", **GQA, **PAD, use_parallel_residual=True, qk_layernorm=True),
@@ -539,7 +550,7 @@ DETECTION: dict[str, Factory] = {
         lambda: {"pixel_values": picture(), "input_points": torch.rand(2, 1, 2, 2) * 30},
     ),
     "superpoint": from_config("SuperPointForKeypointDetection", "SuperPointConfig", large_picture,
-                              encoder_hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, keypoint_decoder_dim=65,
+                              keypoint_threshold=0.0, max_keypoints=20, encoder_hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, keypoint_decoder_dim=65,
                               descriptor_decoder_dim=16),
     "table_transformer": from_config("TableTransformerForObjectDetection", _detr("TableTransformerConfig"), large_picture),
     "yolos": from_config("YolosForObjectDetection", "YolosConfig", picture, **VIT | {"image_size": [32, 32]},

@@ -52,6 +52,15 @@ def grouped_mm(call: Call, a: Operand, b: Operand, offs: Operand | None = None, 
     return y
 
 
+@rule("transformers::grouped_mm_fallback")
+def grouped_rows(call: Call, a: Operand, b: Operand, offs: Operand) -> Operand:
+    """Rows (S, K) in groups, each with a matrix of its own of (E, K, N); of any width."""
+    call.fix(offs, None, "it names the borders of groups")
+    call.fix(a, [0], GROUPED)
+    call.fix(b, [0], GROUPED)
+    return call.contract("mk,ekn->mn", a, b, uncounted="e")
+
+
 def _others(call: Call, dim: int, x: Operand, *others: Operand) -> None:
     """All dimensions but ``dim`` are met entry by entry."""
     for d in range(x.ndim):
