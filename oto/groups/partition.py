@@ -105,6 +105,8 @@ def _tell(axis: Axis, found: Propagation) -> str | None:
 def occurrences(term: Term) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
     """Every axis of a resolved term, and the strided view that leads to it."""
     before, total = 1, size(term)
+    if not total:  # a parameter may be empty
+        return
     for factor in term:
         after = total // (before * factor.size)
         if isinstance(factor, Sum):

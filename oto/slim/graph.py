@@ -45,12 +45,11 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
         if node.target is torch.ops.aten.view.default:  # thinner tensors may lie in memory in another way
             node.target = torch.ops.aten.reshape.default
     leaves, made = _leaves(exported), dict[int, Tensor]()
-    for node in slim.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        parent, _, name = node.target.rpartition(".")
+    # tensors are known by identity, so every old one is held until all are replaced
+    held = {n.target: _attribute(slim, n.target) for n in slim.graph.nodes if n.op == "get_attr"}
+    for target, old in held.items():
+        parent, _, name = target.rpartition(".")
         holder = slim.get_submodule(parent)
-        old = getattr(holder, name)
         if id(old) in leaves and id(old) not in made:
             new = thin.thin(leaves[id(old)], old)
             made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
@@ -59,6 +58,11 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
     slim.graph.lint()
     slim.recompile()
     return slim.eval()
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    parent, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(parent), name)
 
 
 def _leaves(exported: Exported) -> dict[int, Leaf]:

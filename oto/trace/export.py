@@ -10,7 +10,7 @@ import logging
 import operator
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -42,15 +42,26 @@ class Exported:
     dynamic: bool
 
 
-def export_program(model: nn.Module, dummy_input: Any) -> tuple[torch.export.ExportedProgram, bool]:
+def export_program(
+    model: nn.Module, dummy_input: Any, portable: bool = False
+) -> tuple[torch.export.ExportedProgram, bool]:
     """Export ``model`` in eval mode, with a free batch dimension where the model allows it.
+
+    Args:
+        portable: Give outputs as dicts, lists and tuples, so that the program loads where the model's own output types
+            were never imported.
 
     Raises:
         EmitterError: ``torch.export`` cannot follow the model.
     """
     args, kwargs = arguments(dummy_input)
     failure: Exception | None = None
-    with as_found(model), _plain_outputs(model), torch.no_grad(), warnings.catch_warnings():
+    with (
+        as_found(model),
+        _plain_outputs(model, builtin if portable else plain),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         for dynamic in (True, False):
             try:
@@ -58,7 +69,7 @@ def export_program(model: nn.Module, dummy_input: Any) -> tuple[torch.export.Exp
                 shapes = _free_batch(model, *given) if dynamic else None
                 with redirect_stderr(io.StringIO()):  # where it fails, torch prints the whole graph
                     program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
-                return program, dynamic and _is_free(program)
+                return program, dynamic and _is_free(program, _batch(*given))
             except Exception as problem:
                 failure = failure or problem
                 log.info("torch.export with a %s batch failed: %s", "free" if dynamic else "fixed", problem)
@@ -70,14 +81,14 @@ def export_program(model: nn.Module, dummy_input: Any) -> tuple[torch.export.Exp
 
 
 @contextmanager
-def _plain_outputs(model: nn.Module) -> Iterator[None]:
+def _plain_outputs(model: nn.Module, plainly: Callable[[Any], Any]) -> Iterator[None]:
     """While inside, ``forward`` gives plain data: torch.export takes no objects with a behaviour, such as caches."""
     forward = model.forward
     own = vars(model).get("forward")
 
     @functools.wraps(forward)
     def plain_forward(*args: Any, **kwargs: Any) -> Any:
-        return plain(forward(*args, **kwargs))
+        return plainly(forward(*args, **kwargs))
 
     vars(model)["forward"] = plain_forward
     try:
@@ -99,6 +110,21 @@ def plain(output: Any) -> Any:
         return None
 
     return tree_map(leaf, output)
+
+
+def builtin(output: Any) -> Any:
+    """An output made of dicts, lists and tuples only."""
+    if output is None or isinstance(output, Tensor | int | float | bool | str):
+        return output
+    if isinstance(output, Mapping):
+        return {key: builtin(value) for key, value in output.items()}
+    if isinstance(output, list):
+        return [builtin(item) for item in output]
+    if isinstance(output, tuple):
+        return tuple(builtin(item) for item in output)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {f.name: builtin(getattr(output, f.name)) for f in dataclasses.fields(output)}
+    return None
 
 
 def _batch(args: Any, kwargs: Any) -> int | None:
@@ -124,13 +150,13 @@ def _free_batch(model: nn.Module, args: Any, kwargs: Any) -> Any:
     return {name: tree_map(free, value) for name, value in bound.arguments.items()}
 
 
-def _is_free(program: torch.export.ExportedProgram) -> bool:
-    return any(
-        isinstance(size, torch.SymInt)
-        for node in program.graph.nodes
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
-        for size in node.meta["val"].shape
-    )
+def _is_free(program: torch.export.ExportedProgram, batch: int | None) -> bool:
+    """Whether every input that has the batch dimension may have another one."""
+    given = set(program.graph_signature.user_inputs)
+    inputs = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in given]
+    first = [x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim]
+    leading = [n for n in first if isinstance(n, torch.SymInt) or n == batch]
+    return bool(leading) and all(isinstance(n, torch.SymInt) for n in leading)
 
 
 def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], bool]) -> torch.export.ExportedProgram:

@@ -188,3 +188,28 @@ def test_saved_and_loaded(tmp_path, emitter):
         assert relative_error(run(subnet.model, x), run(loaded, x)) <= 1e-5
         assert type(loaded).__name__ == ("Residual" if emitter == "module" and given else "GraphModule")
     assert "parameters" in str(subnet) and str(subnet.path) in str(subnet)
+
+
+def test_a_saved_program_needs_no_output_type_of_the_model(tmp_path):
+    """In a fresh process, where the class of the model and of its output were never imported."""
+    import subprocess
+    import sys
+
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=48, num_hidden_layers=1, vocab_size=50
+    )
+    model, ids = transformers.BertModel(config).eval(), torch.randint(0, 50, (2, 6))
+    found = OTO(model, ids)
+    found.random_set_zero_groups(0.5)
+    found.construct_subnet(tmp_path / "out")
+    torch.save(ids, tmp_path / "ids.pt")
+    code = (
+        "import sys, torch; from oto import load_subnet; folder = sys.argv[1];"
+        "y = load_subnet(folder + '/out')(torch.load(folder + '/ids.pt'));"
+        "assert 'transformers' not in sys.modules;"
+        "torch.save(y['last_hidden_state'].detach(), folder + '/y.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    expected = run(model, ids)[0]
+    assert relative_error([expected], [torch.load(tmp_path / "y.pt")]) <= 1e-4

@@ -329,7 +329,7 @@ VISION: dict[str, Factory] = {
     "convnextv2": from_config("ConvNextV2ForImageClassification", "ConvNextV2Config", large_picture, hidden_sizes=[16, 32],
                               depths=[1, 1], num_stages=2),
     "cvt": from_config("CvtForImageClassification", "CvtConfig", large_picture, embed_dim=[16, 32, 32], num_heads=[1, 2, 2],
-                       depth=[1, 1, 2], drop_rate=[0.0] * 3),
+                       depth=[1, 2, 2], drop_path_rate=[0.0, 0.0, 0.1]),
     "data2vec_vision": from_config("Data2VecVisionForImageClassification", "Data2VecVisionConfig", picture, **VIT,
                                    use_relative_position_bias=True),
     "deit": from_config("DeiTForImageClassificationWithTeacher", "DeiTConfig", picture, **VIT),
@@ -655,7 +655,7 @@ def words_and_picture() -> dict[str, torch.Tensor]:
 
 
 def _with_image_tokens(count: int, marker: int) -> torch.Tensor:
-    ids = tokens(4)
+    ids = tokens(4) % 90
     return torch.cat([ids[:, :1], torch.full((2, count), marker), ids[:, 1:]], 1)
 
 
@@ -771,9 +771,9 @@ MULTIMODAL: dict[str, Factory] = {
         "LlavaForConditionalGeneration",
         lambda t: t.LlavaConfig(
             vision_config=t.CLIPVisionConfig(**VISION_TOWER), text_config=t.LlamaConfig(**TEXT_TOWER, num_key_value_heads=1),
-            image_token_index=99,
+            image_token_id=99, vision_feature_layer=-1, vision_feature_select_strategy="full",
         ),
-        lambda: {"input_ids": _with_image_tokens(16, 99), "pixel_values": picture()},
+        lambda: {"input_ids": _with_image_tokens(17, 99), "pixel_values": picture()},
     ),
     "lxmert": from_config(
         "LxmertModel", "LxmertConfig",
