@@ -121,8 +121,3 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
     if weight is not None:
         y = y * weight.reshape(column)
     return y if bias is None else y + bias.reshape(column)
-
-
-def mse_loss(x: Tensor, target: Tensor, *, full: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """``F.mse_loss`` of tensors that had ``full`` entries and have ``sizes``, the others equal in both."""
-    return F.mse_loss(x, target) * (prod(sizes) / prod(full))
