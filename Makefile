@@ -24,7 +24,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy --strict oto
 
 zoo: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo tests/zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo tests
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out
