@@ -20,6 +20,7 @@ __all__ = [
     "OpOverloadPacket",
     "TorchDispatchMode",
     "example_size",
+    "is_free",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -32,3 +33,8 @@ def example_size(size: Any) -> int:
     """What a symbolic size was on the example."""
     hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
     return int(hint)
+
+
+def is_free(size: Any) -> bool:
+    """Whether a size is a symbol still, not a number that tracing settled on."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None

@@ -47,3 +47,15 @@ def test_the_example_behind_a_symbolic_size():
     (node,) = (n for n in program.graph.nodes if n.op == "placeholder")
     batch, width = node.meta["val"].shape
     assert isinstance(batch, torch.SymInt) and _torch.example_size(batch) == 5 and _torch.example_size(width) == 2
+
+
+def test_a_size_that_tracing_settled_on_is_not_free():
+    class Settled(torch.nn.Module):
+        def forward(self, x, y):
+            return x.view(5, -1) * 2, y * 2
+
+    free = ({0: torch.export.Dim.AUTO}, {0: torch.export.Dim.AUTO})
+    given = (torch.ones(5, 2), torch.ones(5, 2))
+    program = torch.export.export(Settled(), given, dynamic_shapes=free, strict=False)
+    x, y = (n.meta["val"].shape[0] for n in program.graph.nodes if n.op == "placeholder")
+    assert not _torch.is_free(5) and not _torch.is_free(x) and _torch.is_free(y)

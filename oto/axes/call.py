@@ -60,12 +60,14 @@ class Rewrite:
 
     Attributes:
         watched: Terms that no argument names, but that call for the rewrite too once they are thinner.
+        always: Whether anything that gets thinner calls for it, such as the memory that a view is taken of.
     """
 
     op: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     watched: tuple[Term, ...] = ()
+    always: bool = False
 
     @property
     def terms(self) -> list[Term]:
@@ -390,6 +392,10 @@ class Call:
     def rewrite(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """How to call the node once its tensors are thinner."""
         self.tape.rewrites[self.node.index] = Rewrite(op, args, kwargs)
+
+    def relaid(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """How to call the node once anything is thinner: its own tensor may lie in memory differently."""
+        self.tape.rewrites[self.node.index] = Rewrite(op, args, kwargs, always=True)
 
     def watch(self, *terms: Term) -> None:
         """Rewrite the node when one of these gets thinner, too."""

@@ -70,7 +70,12 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
         producers = [own for own in owned[axis] if roles.get(own[2], 0) & produce]
         readers = [own for own in owned[axis] if not roles.get(own[2], 0) & produce and roles.get(own[2], 0) & read]
         obstacle: Step | None = None
-        for by, zeros in (("producers", producers), ("readers", readers), ("both", producers + readers)):
+        tries = [("producers", producers), ("readers", readers), ("both", producers + readers)]
+        # a filter that is divided by its own length must not be zero; what scales it may
+        brittle = [own for own in producers if _breaks(steps, own[2])]
+        if brittle:
+            tries.append(("producers", [own for own in producers if own not in brittle]))
+        for by, zeros in tries:
             if not zeros:
                 continue
             failed = _follow(steps, dict.fromkeys((place for _, _, place in zeros), 0.0))
@@ -189,6 +194,12 @@ def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool 
             if fact is not None:
                 facts[(step.output, dim)] = fact
     return None
+
+
+def _breaks(visits: Iterable[_Visit], place: Place) -> bool:
+    """Whether a zero there, and nothing else, gives something that is not finite."""
+    facts: dict[Place, Fact] = {place: 0.0}
+    return _follow(visits, facts) is not None and any(map(_is_broken, facts.values()))
 
 
 def _is_zero(fact: Fact) -> bool:

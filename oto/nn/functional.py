@@ -121,3 +121,25 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
     if weight is not None:
         y = y * weight.reshape(column)
     return y if bias is None else y + bias.reshape(column)
+
+
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
+               out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """``F.grouped_mm`` of any widths: its kernels want rows of whole 16 bytes, so zeros are put behind."""
+    step = max(16 // a.element_size(), 1)
+    k, n = -a.shape[-1] % step, -b.shape[-1] % step
+    y: Tensor = F.grouped_mm(
+        F.pad(a, (0, k)).contiguous(), F.pad(b, (0, n, 0, k)).contiguous(), offs=offs,
+        bias=None if bias is None else F.pad(bias, (0, n)), out_dtype=out_dtype,
+    )  # fmt: skip
+    return y[..., : b.shape[-1]]
+
+
+def view_as_complex(x: Tensor) -> Tensor:
+    """``torch.view_as_complex`` of a tensor however it lies in memory."""
+    return torch.view_as_complex(x.contiguous())
+
+
+def mse_loss(x: Tensor, target: Tensor, *, full: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """``F.mse_loss`` of tensors that had ``full`` entries and have ``sizes``, the others equal in both."""
+    return F.mse_loss(x, target) * (prod(sizes) / prod(full))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from oto._torch import example_size, tree_leaves, tree_map, tree_map_only
+from oto._torch import example_size, is_free, tree_leaves, tree_map, tree_map_only
 from oto.errors import EmitterError
 from oto.trace.graph import Graph, GraphBuilder, Key
 from oto.trace.record import arguments, as_found, is_foreign
@@ -155,8 +155,8 @@ def _is_free(program: torch.export.ExportedProgram, batch: int | None) -> bool:
     given = set(program.graph_signature.user_inputs)
     inputs = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in given]
     first = [x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim]
-    leading = [n for n in first if isinstance(n, torch.SymInt) or n == batch]
-    return bool(leading) and all(isinstance(n, torch.SymInt) for n in leading)
+    leading = [n for n in first if is_free(n) or n == batch]
+    return bool(leading) and all(map(is_free, leading))
 
 
 def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], bool]) -> torch.export.ExportedProgram:

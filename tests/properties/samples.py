@@ -753,12 +753,14 @@ def _fixed() -> Iterator[Sample]:
     yield s(aten.index_add.default, data, 0, index, source)
     yield s(aten.index_copy.default, data, 0, index, source)
     yield s(aten.index_fill.int_Tensor, data, 0, index, x())
+    yield s(aten.index_fill_.int_Tensor, data, 0, index, x())
     yield s(aten.index_fill.int_Scalar, data, 0, index, 0.0)
     places = whole(3, 2, 4)
     yield s(aten.scatter.src, data, 0, places, source)
     yield s(aten.scatter.value, data, 0, places, 0.5)
     yield s(aten.scatter.reduce, data, 0, places, source, reduce="add")
     yield s(aten.scatter.value_reduce, data, 0, places, 0.5, reduce="add")
+    yield s(aten.scatter_.value_reduce, data, 0, places, 0.5, reduce="add")
     yield s(aten.scatter_add.default, data, 0, places, source)
     yield s(aten.scatter_reduce.two, data, 0, places, source, "sum")
     yield s(aten.masked_scatter.default, data, mask(3, 4), x(12))
@@ -799,6 +801,110 @@ def _fixed() -> Iterator[Sample]:
     yield s(aten.native_dropout.default, data, 0.5, True)
 
 
+def _indexed() -> Iterator[Sample]:
+    """Writes and products by index, distances, recurrent layers."""
+
+    def s(op: Any, *args: Any, **kwargs: Any) -> Sample:
+        return Sample(op, args, kwargs)
+
+    def borders(*ends: int) -> Tensor:
+        return torch.tensor(ends, dtype=torch.int32)
+
+    yield s(aten.index.Tensor, x(3, 4, 2), [mask(3)])
+    yield s(aten.index.Tensor, x(3, 4, 2), [mask(3, 4)])
+    yield s(aten.index.Tensor, x(2, 3, 4), [None, mask(3)])
+    for shape, dim, index in (((3, 4), 1, (3, 2)), ((3, 4, 2), 1, (3, 5, 2)), ((4, 3), 0, (2, 2)), ((4,), 0, (3,))):
+        yield s(aten.gather.default, x(*shape), dim, whole(shape[dim], *index))
+    for data, dim, index, source in (
+        (x(4, 3), 0, (4, 3), x(4, 3)), (x(4, 3), 0, (2, 3), x(2, 3)), (x(3, 4), -1, (3, 2), x(3, 5)),
+        (x(4), 0, (2,), x(2)), (x(4, 3), 0, (2, 2), x(3, 3)),
+    ):  # fmt: skip
+        places = whole(data.shape[dim], *index)
+        yield s(aten.scatter.src, data, dim, places, source)
+        yield s(aten.scatter_.src, data, dim, places, source)
+        yield s(aten.scatter.value, data, dim, places, 0.5)
+        yield s(aten.scatter_.value, data, dim, places, 0.5)
+        yield s(aten.scatter.value, data, dim, places, 0)
+        yield s(aten.scatter.reduce, data, dim, places, source, reduce="add")
+        yield s(aten.scatter_.reduce, data, dim, places, source, reduce="add")
+        yield s(aten.scatter.reduce, data, dim, places, source, reduce="multiply")
+        yield s(aten.scatter_add.default, data, dim, places, source)
+        for how in ("sum", "prod", "mean", "amax", "amin"):
+            yield s(aten.scatter_reduce.two, data, dim, places, source, how)
+            yield s(aten.scatter_reduce.two, data, dim, places, source, how, include_self=False)
+    for data, dim, source in ((x(4, 3), 0, x(2, 3)), (x(3, 4, 2), 1, x(3, 2, 2)), (x(4), 0, x(2))):
+        index = torch.tensor([2, 0])
+        yield s(aten.index_add.default, data, dim, index, source)
+        yield s(aten.index_add.default, data, dim, index, source, alpha=2)
+        yield s(aten.index_copy.default, data, dim, index, source)
+        yield s(aten.index_fill.int_Scalar, data, dim, index, 0.5)
+        yield s(aten.index_fill.int_Scalar, data, dim, index, 0)
+        yield s(aten.index_fill_.int_Scalar, data, dim, index, 0.5)
+    for accumulate in (False, True):
+        for data, indices, source in (
+            (x(4, 3), [torch.tensor([2, 0])], x(2, 3)), (x(4, 3), [torch.tensor([2, 0])], x(3)),
+            (x(4, 3), [torch.tensor([2, 0])], x(1)), (x(3, 4), [None, torch.tensor([2, 0])], x(3, 2)),
+            (x(3, 4, 2), [torch.tensor([2, 0]), torch.tensor([1, 3])], x(2, 2)),
+            (x(3, 4, 2), [torch.tensor([2, 0]), None, torch.tensor([1, 0])], x(2, 4)),
+            (x(3, 4), [torch.tensor([True, False, True])], x(2, 4)),
+            (x(3, 4), [torch.tensor([True, False, True])], x()),
+            (x(2, 2, 3), [torch.tensor([[True, False], [True, True]])], x(3, 3)),
+        ):  # fmt: skip
+            yield s(aten.index_put.default, data, indices, source, accumulate)
+            yield s(aten._index_put_impl.default, data, indices, source, accumulate)
+            yield s(aten._index_put_impl_.default, data, indices, source, accumulate)
+    # products by group: in float32, for that is what there are kernels for, with rows of whole 16 bytes
+    for a, b, offs in (
+        (single(5, 4), single(2, 4, 8), borders(2, 5)), (single(2, 3, 4), single(4, 8), borders(4, 8)),
+        (single(4, 8), single(8, 4), borders(4, 8)), (single(2, 3, 4), single(2, 4, 8), None),
+    ):  # fmt: skip
+        yield s(aten._grouped_mm.default, a, b, offs)
+    for p in (1.0, 2.0, 3.0):
+        yield s(aten.cdist.default, x(3, 4), x(2, 4), p)
+        yield s(aten.cdist.default, x(2, 3, 4), x(2, 2, 4), p)
+        yield s(aten._cdist_forward.default, x(2, 3, 4), x(2, 2, 4), p, None)
+    for reduction in (0, 1, 2):
+        yield s(aten.mse_loss.default, x(3, 4), x(3, 4), reduction)
+    for dim in (0, 1, -1):
+        yield s(aten._weight_norm.default, x(3, 4), x(*[1 if d != dim else n for d, n in enumerate((3, 4))]), dim)
+    for dim in (0, 2):  # the kernel knows the first and the last dimension
+        g = x(*[1 if d != dim else n for d, n in enumerate((3, 4, 2))])
+        yield s(aten._weight_norm_interface.default, x(3, 4, 2), g, dim)
+    yield s(aten.isin.Tensor_Tensor, whole(5, 3, 4), whole(5, 2))
+    yield s(aten.bilinear.default, x(5, 3), x(5, 4), x(2, 3, 4))
+    yield s(aten.bilinear.default, x(2, 5, 3), x(2, 5, 4), x(2, 3, 4), x(2))
+    triangle = torch.tril(torch.rand(3, 3, dtype=torch.float64)) + torch.eye(3)
+    for left, b in ((True, x(3, 2)), (False, x(2, 3)), (True, x(4, 3, 2))):
+        lower = triangle if len(b.shape) == 2 else triangle.expand(4, 3, 3).clone()
+        yield s(aten.linalg_solve_triangular.default, lower, b, upper=False, left=left)
+    yield s(aten.histc.default, x(6), 3, 0, 1)
+    yield s(aten.repeat_interleave.Tensor, whole(3, 4))
+    yield s(aten.repeat_interleave.self_int, x(3, 4), 2, 1, output_size=8)
+    for op, gates, states in ((aten.lstm.input, 4, 2), (aten.gru.input, 3, 1), (aten.rnn_tanh.input, 1, 1),
+                              (aten.rnn_relu.input, 1, 1)):  # fmt: skip
+        for layers, both, biases, first in ((1, False, True, False), (2, True, True, True), (2, False, False, True)):
+            d = 1 + both
+            params = []
+            for layer in range(layers):
+                for _ in range(d):
+                    into = 3 if layer == 0 else 2 * d
+                    params += [x(gates * 2, into), x(gates * 2, 2), *([x(gates * 2), x(gates * 2)] if biases else [])]
+            hx = [x(layers * d, 5, 2)] * states if states == 2 else x(layers * d, 5, 2)
+            data = x(5, 4, 3) if first else x(4, 5, 3)
+            yield s(op, data, hx, params, biases, layers, 0.0, False, both, first)
+    projected = [x(12, 3), x(12, 2), x(12), x(12), x(2, 3)]
+    yield s(aten.lstm.input, x(4, 5, 3), [x(1, 5, 2), x(1, 5, 3)], projected, True, 1, 0.0, False, False, False)
+    lengths = torch.tensor([2, 2, 1])
+    for op, gates in ((aten.lstm.data, 4), (aten.gru.data, 3), (aten.rnn_tanh.data, 1), (aten.rnn_relu.data, 1)):
+        hx = [x(1, 2, 2)] * 2 if gates == 4 else x(1, 2, 2)
+        yield s(op, x(5, 3), lengths, hx, [x(gates * 2, 3), x(gates * 2, 2)], False, 1, 0.0, False, False)
+    with suppress(ImportError):
+        import transformers.integrations.moe  # noqa: F401  registers operators of its own
+
+        rows = torch.ops.transformers.grouped_mm_fallback.default
+        yield s(rows, x(5, 3), x(2, 3, 4), borders(2, 5))
+
+
 def _runs(sample: Sample) -> bool:
     try:
         args, kwargs = sample.make()
@@ -826,7 +932,7 @@ def _in_place(sample: Sample) -> Iterator[Sample]:
 @cache
 def samples() -> tuple[Sample, ...]:
     """All of them."""
-    made = [*_written(), *_fixed()]
+    made = [*_written(), *_fixed(), *_indexed()]
     made += [twin for sample in made for twin in _in_place(sample)]
     for op in overloads():
         if find(op) in ENTRY_BY_ENTRY:

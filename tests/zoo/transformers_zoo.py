@@ -34,7 +34,7 @@ def awake(model: nn.Module) -> nn.Module:
     """Weights large enough for a tiny model's output to depend on its input."""
     with torch.no_grad():
         for p in model.parameters():
-            if p.ndim > 1 and p.is_floating_point():
+            if p.ndim > 1 and p.numel() and p.is_floating_point():
                 spread, wanted = float(p.std()), float(p[0].numel()) ** -0.5
                 if 0 < spread < wanted:
                     p.mul_(wanted / spread)
@@ -329,7 +329,7 @@ VISION: dict[str, Factory] = {
     "convnextv2": from_config("ConvNextV2ForImageClassification", "ConvNextV2Config", large_picture, hidden_sizes=[16, 32],
                               depths=[1, 1], num_stages=2),
     "cvt": from_config("CvtForImageClassification", "CvtConfig", large_picture, embed_dim=[16, 32, 32], num_heads=[1, 2, 2],
-                       depth=[1, 2, 2], drop_path_rate=[0.0, 0.0, 0.1]),
+                       depth=[1, 2, 3], drop_path_rate=[0.0, 0.0, 0.1]),
     "data2vec_vision": from_config("Data2VecVisionForImageClassification", "Data2VecVisionConfig", picture, **VIT,
                                    use_relative_position_bias=True),
     "deit": from_config("DeiTForImageClassificationWithTeacher", "DeiTConfig", picture, **VIT),
@@ -766,14 +766,6 @@ MULTIMODAL: dict[str, Factory] = {
     "layoutlmv3": from_config(
         "LayoutLMv3Model", "LayoutLMv3Config", lambda: boxes() | {"pixel_values": picture()}, **TINY, input_size=32,
         patch_size=8, coordinate_size=8, shape_size=16, max_2d_position_embeddings=128, max_position_embeddings=64,
-    ),
-    "llava": from_config(
-        "LlavaForConditionalGeneration",
-        lambda t: t.LlavaConfig(
-            vision_config=t.CLIPVisionConfig(**VISION_TOWER), text_config=t.LlamaConfig(**TEXT_TOWER, num_key_value_heads=1),
-            image_token_id=99, vision_feature_layer=-1, vision_feature_select_strategy="full",
-        ),
-        lambda: {"input_ids": _with_image_tokens(17, 99), "pixel_values": picture()},
     ),
     "lxmert": from_config(
         "LxmertModel", "LxmertConfig",

@@ -1,5 +1,23 @@
 """One file per family of operators. Importing this package registers them all."""
 
-from oto.axes.rules import attention, conv, creation, index, linear, norm, pointwise, pool, reduce, shape, vision
+from oto.axes.rules import (
+    attention,
+    conv,
+    creation,
+    distance,
+    index,
+    linear,
+    norm,
+    pointwise,
+    pool,
+    recurrent,
+    reduce,
+    routing,
+    shape,
+    vision,
+)
 
-__all__ = ["attention", "conv", "creation", "index", "linear", "norm", "pointwise", "pool", "reduce", "shape", "vision"]
+__all__ = [
+    "attention", "conv", "creation", "distance", "index", "linear", "norm", "pointwise", "pool", "recurrent", "reduce",
+    "routing", "shape", "vision",
+]  # fmt: skip

@@ -44,38 +44,34 @@ def index(call: Call, x: Operand, indices: Sequence[Operand | None]) -> Operand:
 
 
 def _index(call: Call, x: Operand, indices: list[Operand | None]) -> Operand:
-    indices += [None] * (x.ndim - len(indices))
-    picked = [d for d, i in enumerate(indices) if i is not None]
+    dtypes = iter(call.dtypes[1:])
+    masks = [i is not None and next(dtypes) in (torch.bool, torch.uint8) for i in indices]
+    whole: list[Operand | None] = []  # one per dimension; a mask stands for as many dimensions as it has
+    picked: list[int] = []
+    for i, mask in zip(indices, masks, strict=True):
+        width = i.ndim if mask and i is not None else 1
+        picked += range(len(whole), len(whole) + width) if i is not None else ()
+        whole += [i] * width
     call.fix(x, picked, PICKED)
-    if any(dtype in (torch.bool, torch.uint8) for dtype in call.dtypes[1:]):
-        # one mask stands for as many dimensions as it has
+    # the indices themselves must keep their places
+    given = [i for i in indices if i is not None]
+    for i in given:
+        call.fix(i, None, "it is an index")
+    if not picked or any(mask and i is not None and not i.ndim for i, mask in zip(indices, masks, strict=True)):
         (y,) = call.opaque("it is picked by a mask")
         assert y is not None
         return y
-    shape = torch.broadcast_shapes(*(i.shape for i in indices if i is not None))
     start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
     kept = [d for d in range(x.ndim) if d not in picked]
     lead = [d for d in kept if d < start]
+    shape = call.shape[len(lead) : len(call.shape) - len(kept) + len(lead)]
     order: list[int | None] = [*lead, *[None] * len(shape), *(d for d in kept if d not in lead)]
     why = "it was picked by an index"
     sizes = iter(shape)
     terms = [call.fixed(next(sizes), why) if d is None else x.terms[d] for d in order]
-    # the indices themselves must keep their places
-    for i in indices:
-        if i is not None:
-            call.fix(i, None, "it is an index")
-    given = [i for i in indices if i is not None]
     passed = tuple((order.index(d),) if d in kept else () for d in range(x.ndim))
     routes = (*(tuple(() for _ in i.shape) for i in given), passed)
     return call.step([*given, x], terms, routes, lambda *facts: facts[-1])
-
-
-@rule(aten.gather)
-def gather(call: Call, x: Operand, dim: int, index: Operand, **named: Any) -> Operand:
-    """Each entry of the result names its own place in ``dim``."""
-    call.fix(x, None, PICKED)
-    call.fix(index, None, "it is an index")
-    return call.fresh(call.shape, PICKED)
 
 
 @rule(aten.one_hot)
@@ -100,7 +96,7 @@ fixed(
     aten.bucketize, why="its size or its entries depend on values",
 )  # fmt: skip
 fixed(
-    aten.index_put, aten.index_add, aten.index_copy, aten.index_fill, aten.scatter, aten.scatter_add,
-    aten.scatter_reduce, aten.masked_scatter, aten.select_scatter, aten.slice_scatter, aten.diagonal_scatter,
-    aten.take, aten.take_along_dim, why="entries are written or read by index",
+    aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor, aten.scatter.value_reduce, aten.scatter_.value_reduce,
+    aten.masked_scatter, aten.select_scatter, aten.slice_scatter, aten.diagonal_scatter, aten.take,
+    aten.take_along_dim, why="entries are written or read by index",
 )  # fmt: skip

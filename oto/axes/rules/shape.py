@@ -144,14 +144,15 @@ def repeat(call: Call, x: Operand, repeats: Sequence[int]) -> Operand:
 
 
 @rule(aten.repeat_interleave.self_int)
-def repeat_interleave(call: Call, x: Operand, repeats: int, dim: int | None = None, **named: Any) -> Operand:
+def repeat_interleave(call: Call, x: Operand, repeats: int, dim: int | None = None, *,
+                      output_size: int | None = None) -> Operand:  # fmt: skip
     """Copies of each entry beside it: entry × repeat."""
     if dim is None:
         x, dim = call.view(x, (-1,) if 0 in x.shape else (call.shape[0] // repeats,)), 0
     terms = list(x.terms)
     copies = T.axis(repeats)
     terms[dim] = terms[dim] + copies
-    call.resize(repeats=Size(copies))
+    call.resize(repeats=Size(copies), **({} if output_size is None else {"output_size": Size(terms[dim])}))
     return call.move(x, terms, [(d,) for d in range(x.ndim)])
 
 

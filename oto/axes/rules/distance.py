@@ -1,0 +1,68 @@
+"""Distances and lengths: sums over entries, to which a zero, or an entry that is the same on both sides, adds none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from oto.axes.call import NOT_FINITE, Call, Fact, Operand, Size, anything, product, same
+from oto.axes.registry import rule
+from oto.nn import functional as counted
+
+aten = torch.ops.aten
+
+
+def apart(*facts: Fact) -> Fact:
+    """The difference of two numbers: known where they are the same."""
+    return 0.0 if same(*facts) is not None else None
+
+
+@rule(aten.cdist, aten._cdist_forward)
+def cdist(call: Call, a: Operand, b: Operand, p: float = 2.0, *rest: Any) -> Operand:
+    """(*, P, M), (*, R, M) -> (*, P, R): a norm of differences over M."""
+    column = call.view(a, (*a.shape[:-1], 1, a.shape[-1]))
+    row = call.view(b, (*b.shape[:-2], 1, *b.shape[-2:]))
+    difference = call.map(apart, column, row)
+    return call.reduce(difference, [difference.ndim - 1])
+
+
+@rule(aten.mse_loss)
+def mse_loss(call: Call, x: Operand, target: Operand, reduction: int = 1) -> Operand:
+    """Squares of differences, as they are, their mean, or their sum."""
+    squares = call.map(apart, x, target)
+    if reduction == 0:
+        return squares
+    if reduction == 1:
+        call.counted("a mean divides by the number of entries")
+        call.rewrite(
+            counted.mse_loss, *call.node.args[:2], full=list(squares.shape), sizes=[Size(t) for t in squares.terms]
+        )  # fmt: skip
+    return call.reduce(squares, range(squares.ndim))
+
+
+def _quotient(*facts: Fact) -> Fact:
+    x, length = facts
+    if length is not None and length == 0:
+        return NOT_FINITE
+    return 0.0 if x is not None and x == 0 else None
+
+
+@rule(aten._weight_norm, aten._weight_norm_interface)
+def weight_norm(call: Call, v: Operand, g: Operand, dim: int = 0) -> Any:
+    """g · v / |v|, the length over all dimensions but ``dim``. Zeros have no direction: only g may be zero."""
+    if v.ndim and dim != -1:
+        dim %= v.ndim
+        length = call.reduce(v, [d for d in range(v.ndim) if d != dim], keepdim=True)
+    else:
+        length = call.reduce(v, range(v.ndim))
+    direction = call.map(_quotient, v, length)
+    y = call.map(product, direction, g)
+    return y if len(call.shapes) == 1 else [y, call.map(anything, length)]
+
+
+@rule(aten.isin.Tensor_Tensor)
+def isin(call: Call, x: Operand, among: Operand, **named: Any) -> Operand:
+    """Entry by entry, among those of another tensor, all of which stay."""
+    call.fix(among, None, "entries are looked for among its own")
+    return call.map(anything, x)

@@ -1,0 +1,131 @@
+"""Recurrent layers, whole. A hidden unit may go if all its gates are zero: its state then stays at zero.
+
+All layers and directions share one state tensor, so unit ``j`` of one goes with unit ``j`` of all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from oto.axes.call import Call, Fact, Operand, zero
+from oto.axes.registry import fixed, rule
+
+aten = torch.ops.aten
+Cell = Callable[[Call, Operand, list[Operand]], list[Operand]]
+
+
+def _decays(call: Call, gates: Operand, states: list[Operand]) -> Operand:
+    """A new state: zero where the gates and the old state are zero."""
+    through = ((0,), (1,), (), (2,))
+    routes = (through, *(((1,), (2,)) if s.ndim == 2 else ((0,), (1,), (2,)) for s in states))
+    for state in states:
+        call.unify(gates.terms[3], state.terms[-1])
+    return call.step([gates, *states], [gates.terms[0], gates.terms[1], gates.terms[3]], routes, zero)
+
+
+def _lstm_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand]:
+    """c' = f·c + i·g, h' = o·tanh(c'): the output gate cannot wake a state of zero."""
+    c = _decays(call, gates, states[1:])
+    return [call.map(zero, c), c]
+
+
+def _gru_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand]:
+    """h' = (1 - z)·n + z·h."""
+    return [_decays(call, gates, states)]
+
+
+def _rnn_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand]:
+    """h' = tanh or relu of its only gate, whatever h was."""
+    return [_decays(call, gates, [])]
+
+
+def _direction(call: Call, x: Operand, states: list[Operand], params: list[Operand], gates: int, cell: Cell,
+               has_biases: bool) -> tuple[Operand, list[Operand]]:  # fmt: skip
+    """One layer in one direction: x (T, N, I), states (N, H) -> (T, N, H) and the last states (N, H)."""
+    w_ih, w_hh, *rest = params
+    biases, w_hr = (rest[:2], rest[2:]) if has_biases else ([], rest)
+    width = w_ih.shape[0] // gates
+
+    def by_gate(p: Operand) -> Operand:
+        p = call.view(p, (gates, width, *p.shape[1:]))
+        call.fix(p, [0], "it runs through the gates of a recurrent layer")
+        return p
+
+    w_ih, w_hh = by_gate(w_ih), by_gate(w_hh)
+    own = call.contract("tni,gji->tngj", x, w_ih)
+    for bias in biases:
+        own = call.map(zero, own, by_gate(bias))
+    seen = [states]
+    # What holds after two steps holds after all: a state is zero for good, or never.
+    for i in range(2):
+        h = seen[-1][0]
+        into = call.contract("nh,gjh->ngj" if h.ndim == 2 else "tnh,gjh->tngj", h, w_hh)
+        if i == 0:
+            call.tape.steps[-1].volume = None  # the second one stands for every step of time
+        new = cell(call, call.map(zero, own, into), seen[-1])
+        if w_hr:
+            new[0] = call.contract("tnj,pj->tnp", new[0], w_hr[0])
+            if i == 0:
+                call.tape.steps[-1].volume = None
+        for a, b in zip(new, states, strict=True):
+            call.unify(a.terms[-1], b.terms[-1])
+        seen.append(new)
+    after = [call.map(_agreed, a, b) for a, b in zip(seen[1], seen[2], strict=True)]
+    return after[0], [call.move(s, s.terms[1:], [(1,), (2,)]) for s in after]
+
+
+def _agreed(*facts: Fact) -> Fact:
+    return zero(*facts)
+
+
+def _recurrent(call: Call, x: Operand, states: Sequence[Operand], params: Sequence[Operand], gates: int, cell: Cell,
+               has_biases: bool, layers: int, directions: int) -> tuple[Operand, list[Operand]]:  # fmt: skip
+    """x (T, N, I), states (layers · directions, N, H) -> (T, N, directions · H) and the last states."""
+    call.fix(x, [0], "a recurrent layer runs along it")
+    for state in states:
+        call.fix(state, [0], "it runs through the layers of a recurrent network")
+        call.unify(state.terms[1], x.terms[1])
+    if len(states) == 2 and states[0].shape[2] != states[1].shape[2]:
+        for state in states:  # the operator tells by its two sizes that there is a projection: they must stay apart
+            call.fix(state, [2], "a projected state must differ in width from the hidden one")
+    each = len(params) // (layers * directions)
+    last: list[list[Operand]] = []
+    for layer in range(layers):
+        made = []
+        for direction in range(directions):
+            i = layer * directions + direction
+            own = [call.move(s, s.terms[1:], [(1,), (2,)]) for s in states]
+            y, after = _direction(call, x, own, list(params[i * each : (i + 1) * each]), gates, cell, has_biases)
+            made.append(y)
+            last.append([call.view(s, (1, *s.shape)) for s in after])
+        x = call.cat(made, 2)
+    return x, [call.cat(list(of), 0) for of in zip(*last, strict=True)]
+
+
+_KINDS: dict[str, tuple[int, Cell]] = {
+    "lstm": (4, _lstm_cell), "gru": (3, _gru_cell), "rnn_tanh": (1, _rnn_cell), "rnn_relu": (1, _rnn_cell),
+}  # fmt: skip
+
+
+@rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+def recurrent(call: Call, x: Operand, hx: Operand | list[Operand], params: list[Operand], has_biases: bool,
+              num_layers: int, dropout: float, train: bool, bidirectional: bool,
+              batch_first: bool) -> list[Operand | None]:  # fmt: skip
+    """x (T, N, I), or (N, T, I) if ``batch_first``; each weight (gates · H, I or H)."""
+    if train and dropout > 0:
+        return call.opaque("random numbers are drawn entry by entry")
+    gates, cell = _KINDS[str(call.node.op).split(".")[1]]
+    states = [hx] if isinstance(hx, Operand) else list(hx)
+    turned = call.permute(x, [1, 0, 2]) if batch_first else x
+    y, last = _recurrent(
+        call, turned, states, params, gates, cell, has_biases, num_layers, 1 + bidirectional
+    )  # fmt: skip
+    return [call.permute(y, [1, 0, 2]) if batch_first else y, *last]
+
+
+fixed(
+    aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data,
+    why="sequences of different lengths are packed into it",
+)  # fmt: skip
