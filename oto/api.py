@@ -13,16 +13,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import tree_map_only
 from oto.axes.registry import known
-from oto.errors import EmitterError, TargetError, UnknownOpWarning
+from oto.errors import EmitterError, TargetError, UnknownOpWarning, VerificationError
 from oto.groups import Cost, Kept, NodeGroup, cost, partition
-from oto.groups.policy import keep_at_least, keep_whole, matching, require_prunable
+from oto.groups.policy import (
+    carried_by_nodes,
+    carried_by_operators,
+    keep_at_least,
+    keep_whole,
+    matching,
+    parameters_of,
+    require_prunable,
+    zeroing,
+)
 from oto.io.artefact import check_out_dir, writing
 from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, read_program, rebuild, write_program
 from oto.optim import HESSO
+from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
@@ -70,7 +81,9 @@ class OTO:
     Args:
         model: Any module. It is not copied: the optimizer trains it, and ``construct_subnet`` reads its zeros.
         dummy_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments of ``model.forward``.
-        skip: Parameters whose entries must not be zeroed: names or globs, as for ``mark_unprunable_by_param_names``.
+        skip_patterns: What must not be zeroed: names or globs of parameters or of modules, or classes of modules.
+        strict_out_nodes: Only outputs that nothing else in the model reads keep their size; by default all do. One that
+            is returned on the way, such as a hidden state, then gets as thin as the network there.
         min_kept: Least number of atoms that every group keeps.
 
     Raises:
@@ -89,14 +102,22 @@ class OTO:
         (50, 26)
     """
 
-    def __init__(self, model: nn.Module, dummy_input: Any, *, skip: Iterable[str] = (), min_kept: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dummy_input: Any,
+        *,
+        skip_patterns: Iterable[str | type[nn.Module]] = (),
+        strict_out_nodes: bool = False,
+        min_kept: int = 1,
+    ) -> None:
         self.model = model
         self.dummy_input = dummy_input
-        self.partition = partition(record(model, dummy_input, known))
+        self.partition = partition(record(model, dummy_input, known), strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._saved: Path | None = None
-        if skip:
-            self.mark_unprunable_by_param_names(skip)
+        if skip_patterns:
+            self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(
@@ -124,12 +145,37 @@ class OTO:
         Raises:
             UnknownParameterError: A name matches nothing; nothing is marked then.
         """
-        if isinstance(names, str):
-            names = [names]
-        first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
         parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
-        marked = matching(names, parameters)
-        self._groups = keep_whole(self._groups, {first.get(name, name) for name in marked}, "it was marked unprunable")
+        self._keep_parameters(matching(_listed(names), parameters), "it was marked unprunable")
+
+    def mark_unprunable_by_node_ids(self, node_ids: Iterable[str | int]) -> None:
+        """Keep all node groups that run through some nodes of the graph.
+
+        Args:
+            node_ids: As in the drawing of :meth:`visualize`: ``"node-12"``, or ``12``.
+
+        Raises:
+            UnknownNodeError: There is no such node; nothing is marked then.
+        """
+        marked = carried_by_nodes(_listed(node_ids), self.partition.graph)
+        self._groups = keep_whole(self._groups, marked, "it was marked unprunable")
+
+    def skip_operators(self, operators: Iterable[str]) -> None:
+        """Keep all node groups that run through the results of some operators.
+
+        Args:
+            operators: Names as in :meth:`coverage`, long or short (``"aten.conv2d.default"``, ``"conv2d"``), or globs.
+
+        Raises:
+            UnknownNodeError: The model calls no such operator; nothing is marked then.
+        """
+        marked = carried_by_operators(_listed(operators), self.partition.graph)
+        self._groups = keep_whole(self._groups, marked, "skip_operators names an operator that it runs through")
+
+    def _keep_parameters(self, names: Iterable[str], reason: str) -> None:
+        first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
+        marked = zeroing(self._groups, {first.get(name, name) for name in names})
+        self._groups = keep_whole(self._groups, marked, reason)
 
     def explain(self) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``."""
@@ -138,6 +184,36 @@ class OTO:
     def coverage(self) -> dict[str, dict[str, int]]:
         """Operators of the model by the answer that exists for them, with the number of calls."""
         return {answer: dict(calls) for answer, calls in self.partition.found.coverage.items()}
+
+    def visualize(
+        self,
+        out_dir: str | os.PathLike[str],
+        view: bool = False,
+        vertical: bool = True,
+        by_node_groups: bool = True,
+        display_params: bool = False,
+        display_flops: bool = False,
+    ) -> list[Path]:
+        """Draw the graph: one colour per prunable node group, grey for what stays whole, repeated blocks once.
+
+        Args:
+            out_dir: Folder for ``<class of the model>.dot``; with graphviz, ``.svg``, ``.pdf`` and ``.png`` too.
+            view: Open the SVG.
+            vertical: From top to bottom, else from left to right.
+            by_node_groups: Colour the node groups apart; else prunable calls are white.
+            display_params: Show the shape of each parameter at the call that reads it.
+            display_flops: Show the FLOPs of each call on the example input.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            MissingExtraError: pydot is not installed (``pip install 'oto[viz]'``).
+        """
+        return draw(
+            self.partition, self.node_groups, Path(out_dir), type(self.model).__name__, view=view, vertical=vertical,
+            by_node_groups=by_node_groups, display_params=display_params, display_flops=display_flops,
+        )  # fmt: skip
 
     def hesso(self, **options: Any) -> HESSO:
         """The HESSO optimizer over all parameters of the model; options as in :class:`oto.optim.HESSO`."""
@@ -244,7 +320,7 @@ class OTO:
                 edits = plan_edits(self.model, self.partition, thin)
                 tensors = thin_tensors(self.model, thin)
                 slim = thin_copy(self.model, tensors, edits).eval()
-                checks = check(self.model, slim, self.dummy_input, batch=True)
+                checks = check(self.model, slim, self.dummy_input, batch=True, left=self._left(kept))
                 require(checks)
                 return slim, edits, tensors, checks, None
             except Exception as failure:  # anything that the user's own forward may raise at other sizes
@@ -257,15 +333,38 @@ class OTO:
                 log.info("the original class does not fit, using the graph: %s", why)
         exported = export(self.model, self.dummy_input, known)
         slim = emit_graph(exported, self.partition, kept)
-        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic)
-        require(checks)
+        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept))
+        try:
+            require(checks)
+        except VerificationError as failure:
+            self._require_faithful_export(failure)
+            raise
         held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
         return slim, None, dict(held), checks, why
+
+    def _left(self, kept: Kept) -> list[list[NDArray[np.bool_]]] | None:
+        """For each output and each of its dimensions, what the slim model still has; ``None`` if that is all."""
+        if not self.partition.found.strict_out_nodes:
+            return None
+        return [self.partition.entries(value, kept) for value in self.partition.found.graph.outputs]
+
+    def _require_faithful_export(self, failure: Exception) -> None:
+        """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
+        dense = export(self.model, self.dummy_input, known)
+        try:
+            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic))
+        except VerificationError as unfaithful:
+            raise EmitterError(
+                f"torch.export's graph of {type(self.model).__name__} does not compute what the model does\n"
+                + "\n".join(str(unfaithful).splitlines()[1:-2])
+                + "\n  effect  no graph can be emitted, and nothing was written\n"
+                "  to fix  look for code that runs otherwise while exporting (torch.compiler.is_exporting)"
+            ) from failure
 
     def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, tensors: Mapping[str, Tensor], kept: Kept,
               checks: list[Check], about: Mapping[str, Any], save_full: bool) -> list[Check]:  # fmt: skip
         """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU."""
-        full, given, portable = self.model, self.dummy_input, slim
+        full, given, portable, left = self.model, self.dummy_input, slim, self._left(kept)
         if next(self.model.parameters()).device.type != "cpu":
             full, given = copy.deepcopy(self.model).cpu(), tree_map_only(Tensor, Tensor.cpu, self.dummy_input)
             # a graph names devices, so it is made anew
@@ -281,9 +380,11 @@ class OTO:
             no_program = write_program(draft, portable, given)
             again: list[Check] = []
             if edits is not None:
-                again += check(full, rebuild(full, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1)
+                again += check(
+                    full, rebuild(full, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1, left=left
+                )
             if no_program is None:
-                again += check(full, read_program(draft.file(PROGRAM)), given, "reloaded program", 1)
+                again += check(full, read_program(draft.file(PROGRAM)), given, "reloaded program", 1, left=left)
             require(again)
             manifest = {
                 "emitter": "graph" if edits is None else "module",
@@ -296,6 +397,10 @@ class OTO:
             draft.commit(manifest | dict(about))
         self._saved = out_dir
         return again
+
+
+def _listed(names: Any) -> list[Any]:
+    return [names] if isinstance(names, str | int | type) else list(names)
 
 
 def _first_lines(failure: Exception) -> str:

@@ -27,6 +27,16 @@ class UnknownParameterError(OTOError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class UnknownNodeError(OTOError, KeyError):
+    """An id or the name of an operator matches no node of the graph."""
+
+    __str__ = UnknownParameterError.__str__
+
+
+class MissingExtraError(OTOError, ImportError):
+    """An optional package that a function needs is not installed."""
+
+
 class NothingPrunableError(OTOError):
     """No node group of the model may lose an entry."""
 
@@ -65,6 +75,10 @@ class ClassChangedError(ArtefactError):
 
 class DuplicateRuleError(OTOError):
     """An operator has two rules."""
+
+
+class NoGraphvizWarning(UserWarning):
+    """Graphviz is not installed, so a drawing was written as DOT only."""
 
 
 class UnknownOpWarning(UserWarning):

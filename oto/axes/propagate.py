@@ -26,6 +26,7 @@ class Propagation:
         operands: The terms of every value.
         unknown: Nodes whose operator has no rule; they keep all they touch.
         coverage: Calls by answer: "rule", "fixed", "unknown".
+        strict_out_nodes: Whether outputs that another call reads may get thinner.
     """
 
     graph: Graph
@@ -33,23 +34,26 @@ class Propagation:
     operands: dict[Value, Operand]
     unknown: list[Node] = field(default_factory=list)
     coverage: dict[str, Counter[str]] = field(default_factory=dict)
+    strict_out_nodes: bool = False
 
     def terms(self, value: Value) -> tuple[Term, ...]:
         return tuple(T.resolve(term) for term in self.operands[value].terms)
 
 
-def propagate(graph: Graph, strict: bool = False) -> Propagation:
+def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False) -> Propagation:
     """Relate all dimensions of ``graph``.
 
     Every dimension of a parameter, buffer or constant starts as one axis. Dimensions of inputs and outputs are fixed.
 
     Args:
+        strict_out_nodes: Only outputs that no other call reads are fixed; one that is returned on the way, such as a
+            hidden state, gets as thin as the network there.
         strict: Raise when a rule fails, instead of keeping what it touches.
     """
     tape = Tape()
     operands: dict[Value, Operand] = {}
     coverage: dict[str, Counter[str]] = {"rule": Counter(), "fixed": Counter(), "unknown": Counter()}
-    found = Propagation(graph, tape, operands, coverage=coverage)
+    found = Propagation(graph, tape, operands, coverage=coverage, strict_out_nodes=strict_out_nodes)
     for leaf in graph.leaves:
         operands[leaf.value] = tape.tensor([T.axis(n) for n in leaf.value.shape])
     for value in graph.inputs:
@@ -78,8 +82,9 @@ def propagate(graph: Graph, strict: bool = False) -> Propagation:
         for before, after in node.written:  # written to, but not returned: nothing is known of it any more
             call.fix(operands[before], None, f"{node.op} writes to it")
             operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
+    read = {value for node in graph.nodes for value in node.inputs()} if strict_out_nodes else set()
     for value in graph.outputs:
-        for term in operands[value].terms:
+        for term in operands[value].terms if value not in read else ():
             T.fix(term, Reason("it is a dimension of an output"))
     return found
 

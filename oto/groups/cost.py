@@ -42,3 +42,12 @@ def cost(partition: Partition, kept: Mapping[str, int] | None = None) -> Cost:
         if step.volume is not None
     )
     return Cost(params, macs)
+
+
+def macs_by_node(partition: Partition) -> dict[int, int]:
+    """Multiply–adds of each call of the full model that has any, by the index of its node."""
+    found: dict[int, int] = {}
+    for step in partition.found.tape.steps:
+        if step.volume is not None:
+            found[step.node] = found.get(step.node, 0) + prod(count(resolve(term), {}) for term in step.volume)
+    return found

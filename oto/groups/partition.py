@@ -14,7 +14,7 @@ from oto.axes.invariance import Exact, prove
 from oto.axes.propagate import Propagation, propagate
 from oto.axes.terms import Axis, Reason, Sum, Term, axes_of, resolve, size, survivors
 from oto.groups.node_group import Cut, NodeGroup, Slice
-from oto.trace.graph import Graph, Leaf
+from oto.trace.graph import Graph, Value
 
 Kept = Mapping[str, NDArray[np.int64]]
 
@@ -34,7 +34,10 @@ class Partition:
 
     @cached_property
     def graph(self) -> nx.DiGraph:
-        """Operators and parameters as nodes, data flow as edges; ``groups`` on each node names what it carries."""
+        """Calls and leaves as nodes, data flow as edges; ``groups`` on each node names what it carries.
+
+        Nodes are called ``"node-12"`` (a call), ``"parameter fc.weight"``, ``"input 0"``, ``"output 0"``.
+        """
         return _flow(self.found, {axis: name for name, axis in self.axes.items()})
 
     def masks(self, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
@@ -46,15 +49,19 @@ class Partition:
             masks[axis][indices] = True
         return masks
 
-    def entries(self, leaf: Leaf, kept: Kept) -> list[NDArray[np.bool_]]:
-        """For each dimension of a parameter or buffer, which entries survive."""
+    def entries(self, value: Value, kept: Kept) -> list[NDArray[np.bool_]]:
+        """For each dimension of a tensor, which entries survive."""
         masks = self.masks(kept)
-        return [survivors(term, masks) for term in self.found.terms(leaf.value)]
+        return [survivors(term, masks) for term in self.found.terms(value)]
 
 
-def partition(graph: Graph) -> Partition:
-    """Find the node groups of a traced model and how each can be removed exactly."""
-    found = propagate(graph)
+def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
+    """Find the node groups of a traced model and how each can be removed exactly.
+
+    Args:
+        strict_out_nodes: As for :func:`oto.axes.propagate.propagate`.
+    """
+    found = propagate(graph, strict_out_nodes)
     proofs = prove(found)
     where: dict[Axis, list[Slice]] = {}
     reached = {value for node in graph.nodes for value in node.inputs()} | set(graph.outputs)
@@ -139,7 +146,7 @@ def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
         made_by[value.index] = f"input {i}"
         flow.add_node(f"input {i}", kind="input", shape=value.shape, module="", groups=())
     for node in found.graph.nodes:
-        me = f"{node.index}"
+        me = f"node-{node.index}"
         outputs = [value for value in node.outputs if value is not None]
         flow.add_node(
             me, kind="operator", op=str(node.op), module=node.module, source=node.source,

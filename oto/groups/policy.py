@@ -7,24 +7,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from oto.errors import NothingPrunableError, UnknownParameterError, some
+import networkx as nx
+from torch import nn
+
+from oto.errors import NothingPrunableError, UnknownNodeError, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
 
 
 def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
-    """The names that the patterns (names or globs) stand for.
+    """The parameter names that the patterns (names or globs) stand for.
 
     Raises:
         UnknownParameterError: A pattern matches nothing; the message suggests the nearest name.
     """
     found: list[str] = []
     for pattern in patterns:
-        hits = [name for name in names if name == pattern] or [n for n in names if fnmatchcase(n, pattern)]
+        hits = _hits(pattern, names)
         if not hits:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             raise UnknownParameterError(
                 f"no parameter is called, or matches, {pattern!r}\n"
-                f"  nearest  {some(near) if near else some(names)}\n"
+                f"  nearest  {_nearest(pattern, names)}\n"
                 "  effect   nothing was marked\n"
                 "  to fix   use a name from model.named_parameters(), or a glob such as 'layer1.*.weight'"
             )
@@ -32,17 +34,111 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def keep_whole(groups: Sequence[NodeGroup], parameters: Iterable[str], reason: str) -> tuple[NodeGroup, ...]:
-    """Groups that would zero entries of one of ``parameters`` stay whole.
+def parameters_of(patterns: Iterable[str | type[nn.Module]], model: nn.Module) -> list[str]:
+    """The names of all parameters that the patterns stand for.
 
-    Entries that merely disappear, because what they read is gone, are not protected by this: a layer's input shrinks
-    with the layer before it.
+    Args:
+        patterns: Names or globs of parameters or of modules (everything in them), or classes of modules.
+
+    Raises:
+        UnknownParameterError: A pattern matches nothing.
+    """
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: list[str] = []
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            holders = _hits(pattern, list(modules))
+        else:
+            holders = [name for name, module in modules.items() if isinstance(module, pattern)]
+        inside = [name for name in parameters if any(name.startswith(f"{h}." if h else "") for h in holders)]
+        if inside:
+            found += inside
+        elif isinstance(pattern, str):
+            found += matching([pattern], parameters)
+        else:
+            kinds = sorted({type(module).__name__ for module in modules.values()})
+            raise UnknownParameterError(
+                f"no module of the model is a {pattern.__name__} with parameters\n"
+                f"  it has   {some(kinds, 12)}\n  effect   nothing was marked\n  to fix   use one of these classes"
+            )
+    return list(dict.fromkeys(found))
+
+
+def carried_by_nodes(ids: Iterable[str | int], flow: nx.DiGraph) -> set[str]:
+    """The node groups that run through some nodes of the graph.
+
+    Args:
+        ids: As in the drawing and in ``flow``: ``"node-12"`` or ``12`` for a call, ``"parameter fc.weight"``.
+
+    Raises:
+        UnknownNodeError: There is no such node.
+    """
+    names = [f"node-{i}" if isinstance(i, int) else i for i in ids]
+    for name in names:
+        if name not in flow:
+            raise UnknownNodeError(
+                f"the graph has no node {name!r}\n"
+                f"  nearest  {_nearest(name, list(flow))}\n"
+                "  effect   nothing was marked\n"
+                "  to fix   take an id from oto.visualize(out_dir) or from oto.partition.graph"
+            )
+    return {group for name in names for group in flow.nodes[name]["groups"]}
+
+
+def carried_by_operators(operators: Iterable[str], flow: nx.DiGraph) -> set[str]:
+    """The node groups that run through the calls of some operators.
+
+    Args:
+        operators: ``"conv2d"``, ``"aten.conv2d"``, ``"aten.conv2d.default"``, or globs of these.
+
+    Raises:
+        UnknownNodeError: The model calls no such operator.
+    """
+    calls = {node: op for node, op in flow.nodes(data="op") if op}
+    carried: set[str] = set()
+    for operator in operators:
+        hits = [node for node, op in calls.items() if any(fnmatchcase(n, operator.lower()) for n in _spellings(op))]
+        if not hits:
+            names = sorted({op.rpartition(".")[0] or op for op in calls.values()})
+            raise UnknownNodeError(
+                f"the model calls no operator {operator!r}\n"
+                f"  nearest  {_nearest(operator, names)}\n"
+                "  effect   nothing was marked\n"
+                "  to fix   take a name from oto.coverage(), or a glob such as 'conv*'"
+            )
+        carried.update(group for node in hits for group in flow.nodes[node]["groups"])
+    return carried
+
+
+def _spellings(op: str) -> list[str]:
+    """``aten.conv2d.default`` -> itself, ``aten.conv2d``, ``conv2d``."""
+    packet = op.rpartition(".")[0]
+    return [op.lower(), packet.lower(), packet.rpartition(".")[2].lower()]
+
+
+def _hits(pattern: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if name == pattern] or [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _nearest(wanted: str, names: Sequence[str]) -> str:
+    return some(difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or names)
+
+
+def zeroing(groups: Iterable[NodeGroup], parameters: Iterable[str]) -> set[str]:
+    """The groups that would zero entries of one of ``parameters``.
+
+    Entries that merely disappear, because what they read is gone, do not count: a layer's input shrinks with the layer
+    before it.
     """
     protected = set(parameters)
-    return tuple(
-        replace(g, reason=reason) if g.prunable and any(s.parameter in protected for s in g.zeros) else g
-        for g in groups
-    )
+    return {g.name for g in groups if any(piece.parameter in protected for piece in g.zeros)}
+
+
+def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -> tuple[NodeGroup, ...]:
+    """The groups of these names stay whole."""
+    protected = set(names)
+    return tuple(replace(g, reason=reason) if g.prunable and g.name in protected else g for g in groups)
 
 
 def keep_at_least(groups: Sequence[NodeGroup], minimum: int) -> tuple[NodeGroup, ...]:

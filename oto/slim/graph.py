@@ -31,7 +31,7 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
     Raises:
         EmitterError: The exported graph ties parameter dimensions together in another way than the recorded one.
     """
-    thin = Thinning(propagate(exported.graph), {})
+    thin = Thinning(propagate(exported.graph, partition.found.strict_out_nodes), {})
     thin.masks = _carry_over(thin, partition, kept)
     source = exported.module
     slim = fx.GraphModule(source, source.graph)
@@ -76,7 +76,7 @@ def _leaves(exported: Exported) -> dict[int, Leaf]:
 
 def _carry_over(thin: Thinning, partition: Partition, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
     wanted = {
-        name: partition.entries(leaf, kept)
+        name: partition.entries(leaf.value, kept)
         for leaf in partition.found.graph.leaves
         if leaf.kind == "parameter"
         for name in leaf.names

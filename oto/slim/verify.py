@@ -9,7 +9,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
@@ -153,14 +155,14 @@ def double_input(dummy_input: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, dummy_input)
 
 
-def check(
-    full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False
-) -> list[Check]:
+def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False,
+          left: Sequence[Sequence[NDArray[np.bool_]]] | None = None) -> list[Check]:  # fmt: skip
     """Compare a slim model with the zeroed full one.
 
     Args:
         inputs: Random inputs besides the example.
         batch: Try another batch size too, where the full model takes it.
+        left: For each output and each of its dimensions, the entries that the slim model still has; all by default.
     """
     tries = [("the example", dummy_input)]
     tries += [(f"random input {seed}", random_like(dummy_input, seed)) for seed in range(inputs)]
@@ -169,12 +171,12 @@ def check(
         if first.ndim:
             tries.append((f"batch of {first.shape[0] + 2}", random_like(dummy_input, inputs, first.shape[0] + 2)))
     dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
-    checks = _compare(full, slim, tries, what, dtype)
+    checks = _compare(full, slim, tries, what, dtype, left)
     if dtype != torch.float64:
         wide = [(name, double_input(given)) for name, given in tries]
         with _double(full, slim) as (full64, slim64):
             if _runs(full64, wide[0][1]):
-                checks += _compare(full64, slim64, wide, what, torch.float64)
+                checks += _compare(full64, slim64, wide, what, torch.float64, left)
             else:
                 log.info("the full model does not run in float64; compared in %s only", dtype)
     return checks
@@ -193,7 +195,8 @@ def _runs(module: nn.Module, given: Any) -> bool:
     return True
 
 
-def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: torch.dtype) -> list[Check]:
+def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: torch.dtype,
+             left: Sequence[Sequence[NDArray[np.bool_]]] | None) -> list[Check]:  # fmt: skip
     checks = []
     for name, given in tries:
         try:
@@ -203,9 +206,18 @@ def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: tor
                 raise
             log.info("the full model does not take %s: %s", name, failure)
             continue
+        if left is not None:
+            expected = [_thinner(x, masks) for x, masks in zip(expected, left, strict=True)]
         error = relative_error(expected, run(slim, given))
         checks.append(Check(f"{what} on {name}", str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3)))
     return checks
+
+
+def _thinner(x: Tensor, masks: Sequence[NDArray[np.bool_]]) -> Tensor:
+    for dim, mask in enumerate(masks):
+        if not mask.all():  # a dimension of which nothing is gone may have another size, such as the batch
+            x = x.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(x.device))
+    return x
 
 
 def require(checks: Sequence[Check]) -> float:

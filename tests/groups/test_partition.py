@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oto.axes.registry import known
 from oto.groups import cost, partition
-from oto.groups.policy import keep_at_least, keep_whole
+from oto.groups.policy import keep_at_least, keep_whole, zeroing
 from oto.trace.record import record
 
 
@@ -104,12 +104,12 @@ def test_the_flow_is_a_networkx_graph():
     assert nx.has_path(found.graph, "input 0", "output 0")
     assert found.graph.nodes["parameter 0.weight"]["groups"][0] == "0.weight"
     carriers = [n for n, groups in found.graph.nodes(data="groups") if "0.weight" in groups]
-    assert {"parameter 0.weight", "parameter 0.bias", "parameter 2.weight", "0", "1"} == set(carriers)
+    assert {"parameter 0.weight", "parameter 0.bias", "parameter 2.weight", "node-0", "node-1"} == set(carriers)
 
 
 def test_policy():
     groups = analyse(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3)).groups
-    assert not any(g.prunable for g in keep_whole(groups, ["0.weight"], "kept"))
-    assert any(g.prunable for g in keep_whole(groups, ["2.weight"], "kept"))  # it only reads
+    assert not any(g.prunable for g in keep_whole(groups, zeroing(groups, ["0.weight"]), "kept"))
+    assert any(g.prunable for g in keep_whole(groups, zeroing(groups, ["2.weight"]), "kept"))  # it only reads
     assert {g.min_kept for g in keep_at_least(groups, 3) if g.prunable} == {3}
     assert not any(g.prunable for g in keep_at_least(groups, 8))

@@ -1,0 +1,298 @@
+"""A drawing of the graph: one colour per node group, grey for what stays whole, repeated blocks drawn once.
+
+Three things keep a deep network readable. Calls that only move entries about (views, transposes, casts) are drawn as
+the edge they stand for; of neighbouring blocks with the same calls in the same order (``layer.0`` … ``layer.11``) the
+first is drawn and the others share one box; and calls are framed by the block that they belong to.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import re
+import shutil
+import warnings
+import webbrowser
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from oto.errors import MissingExtraError, NoGraphvizWarning
+from oto.groups import NodeGroup, Partition
+from oto.groups.cost import macs_by_node
+
+FORMATS = ("svg", "pdf", "png")
+GREY = "#e4e4e4"
+WHITE = "#ffffff"
+# calls that compute nothing: a picture without them says the same
+QUIET = {
+    "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "contiguous", "clone", "expand", "expand_as",
+    "unsqueeze", "squeeze", "flatten", "unflatten", "dropout", "detach", "alias", "to", "_to_copy", "type_as", "slice",
+    "select", "unbind", "split", "split_with_sizes", "chunk", "movedim", "swapaxes", "view_as", "reshape_as", "mT",
+    "numpy_T", "feature_dropout", "lift_fresh_copy", "write_through",
+}  # fmt: skip
+
+
+def draw(partition: Partition, groups: Sequence[NodeGroup], out_dir: Path, title: str, *, view: bool = False,
+         vertical: bool = True, by_node_groups: bool = True, display_params: bool = False,
+         display_flops: bool = False) -> list[Path]:  # fmt: skip
+    """Write the drawing to ``out_dir`` as DOT, and as SVG, PDF and PNG where graphviz is installed.
+
+    Raises:
+        MissingExtraError: pydot is not installed.
+    """
+    dot = to_dot(
+        partition, groups, title, vertical=vertical, by_node_groups=by_node_groups, display_params=display_params,
+        display_flops=display_flops,
+    )  # fmt: skip
+    out_dir.mkdir(parents=True, exist_ok=True)
+    written = [out_dir / f"{title}.dot"]
+    dot.write(str(written[0]), format="raw")
+    if shutil.which("dot") is None:
+        warnings.warn(
+            f"graphviz is not installed, so the drawing is there as {written[0]} only\n"
+            "  to fix  install it (apt install graphviz, brew install graphviz, conda install graphviz) and call\n"
+            f"          visualize again; or run: dot -Tsvg {written[0]} -o {title}.svg",
+            NoGraphvizWarning,
+            stacklevel=3,
+        )
+    else:
+        for kind in FORMATS:
+            written.append(out_dir / f"{title}.{kind}")
+            dot.write(str(written[-1]), format=kind)
+    if view and len(written) > 1:
+        webbrowser.open(written[1].resolve().as_uri())
+    return written
+
+
+def to_dot(partition: Partition, groups: Sequence[NodeGroup], title: str, *, vertical: bool = True,
+           by_node_groups: bool = True, display_params: bool = False, display_flops: bool = False) -> Any:  # fmt: skip
+    """The drawing as a ``pydot.Dot``.
+
+    Raises:
+        MissingExtraError: pydot is not installed.
+    """
+    try:
+        import pydot
+    except ImportError as failure:
+        raise MissingExtraError(
+            "drawing needs pydot, which is not installed\n  to fix  pip install 'oto[viz]'"
+        ) from failure
+    flow = partition.graph
+    colours = palette([g.name for g in groups if g.prunable]) if by_node_groups else {}
+    prunable = {g.name for g in groups if g.prunable}
+    macs = macs_by_node(partition) if display_flops else {}
+    repeats = repeated_blocks(flow)
+    box = {node: _box(node, data, repeats) for node, data in flow.nodes(data=True) if _drawn(data)}
+    picture = pydot.Dot(
+        graph_type="digraph", rankdir="TB" if vertical else "LR", labelloc="t", fontname="Helvetica", fontsize="16",
+        label=_escaped(_title(title, groups, by_node_groups)), nodesep="0.2", ranksep="0.25", compound="true",
+    )  # fmt: skip
+    picture.set_node_defaults(shape="box", style="filled", fontname="Helvetica", fontsize="11", color="#555555",
+                              fillcolor=WHITE, margin="0.12,0.05", height="0.3")  # fmt: skip
+    picture.set_edge_defaults(color="#777777", arrowsize="0.6")
+    frames: dict[str, Any] = {"": picture}
+    blocks = _blocks(flow)
+    for node, name in box.items():
+        if node == name:
+            data = flow.nodes[node]
+            block = _block(data["module"], blocks)
+            label = _label(node, data, flow, display_params, macs, data["module"].removeprefix(block).lstrip("."))
+            frame = _frame(block, frames, pydot)
+            frame.add_node(pydot.Node(_quoted(name), label=label, tooltip=_tooltip(data, prunable),
+                                      **_style(data, prunable, colours, by_node_groups)))  # fmt: skip
+    for name in dict.fromkeys(name for node, name in box.items() if node != name):
+        block, others = repeats[name]
+        inside = {g for n, of in box.items() if of == name for g in flow.nodes[n]["groups"]}
+        free = len(inside & prunable)
+        label = _escaped(f"{_span(others)}\n{len(others)} more like {block}\n{free} prunable groups inside")
+        picture.add_node(pydot.Node(_quoted(name), label=label, shape="box3d", fillcolor=WHITE if free else GREY))
+    for a, b in _edges(flow, box):
+        picture.add_edge(pydot.Edge(_quoted(a), _quoted(b)))
+    return picture
+
+
+def palette(names: Sequence[str]) -> dict[str, str]:
+    """A light colour per name; neighbours are far apart on the wheel.
+
+    >>> palette(["a", "b"])
+    {'a': '#f5b8b8', 'b': '#b8c9f5'}
+    """
+    colours = {}
+    for i, name in enumerate(names):
+        hue = i * 0.6180339887 % 1  # the golden ratio spreads any number of them
+        rgb = colorsys.hls_to_rgb(hue, (0.84, 0.76, 0.9)[i // 12 % 3], 0.75)
+        colours[name] = "#" + "".join(f"{round(255 * c):02x}" for c in rgb)
+    return colours
+
+
+def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Runs of neighbouring numbered blocks that make the same calls: by the name of the box that stands for the later
+    ones, the first of them and all the later."""
+    calls: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
+    for _, data in flow.nodes(data=True):
+        if data["kind"] != "operator":
+            continue
+        parts = data["module"].split(".")
+        for i, part in enumerate(parts, 1):
+            if part.isdigit():
+                inner = ".".join(parts[i:])
+                calls.setdefault(".".join(parts[:i]), []).append((data["op"], inner, data["shape"]))
+    families: dict[str, list[int]] = {}
+    for block in calls:
+        parent, _, number = block.rpartition(".")
+        families.setdefault(parent, []).append(int(number))
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for parent, numbers in families.items():
+
+        def name(i: int, parent: str = parent) -> str:
+            return f"{parent}.{i}" if parent else str(i)
+
+        runs: list[list[int]] = []
+        for i in sorted(numbers):
+            if runs and runs[-1][-1] == i - 1 and calls[name(i)] == calls[name(runs[-1][0])]:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        for first, *others in runs:
+            # one call is as short as the box that would stand for it
+            if others and len(calls[name(first)]) > 1:
+                box = f"like {name(first)}"
+                found[box] = (name(first), tuple(map(name, others)))
+    return found
+
+
+def _drawn(data: Mapping[str, Any]) -> bool:
+    return data["kind"] in ("input", "output") or (data["kind"] == "operator" and _short(data["op"]) not in QUIET)
+
+
+def _box(node: str, data: Mapping[str, Any], repeats: Mapping[str, tuple[str, tuple[str, ...]]]) -> str:
+    """The box that stands for a node: itself, or the one of the outermost repeated block that it is in."""
+    found = [
+        (len(block), name)
+        for name, (_, others) in repeats.items()
+        for block in others
+        if f"{data['module']}.".startswith(f"{block}.")
+    ]
+    return min(found)[1] if found else node
+
+
+def _edges(flow: nx.DiGraph, box: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Edges between boxes, through whatever is not drawn."""
+    sources: dict[str, dict[str, None]] = {}
+    found: dict[tuple[str, str], None] = {}
+    for node in flow:  # calls come after what they read
+        given = dict.fromkeys(s for p in flow.predecessors(node) for s in sources.get(p, {}))
+        if node not in box:
+            sources[node] = given
+            continue
+        found.update(((a, box[node]), None) for a in given if a != box[node])
+        sources[node] = {box[node]: None}
+    return found
+
+
+def _blocks(flow: nx.DiGraph) -> set[str]:
+    """Numbered modules that named ones lie in, such as ``layer1.0``."""
+    found: set[str] = set()
+    for _, data in flow.nodes(data=True):
+        parts = data["module"].split(".") if data["kind"] == "operator" else []
+        found.update(
+            ".".join(parts[:i])
+            for i, (part, inner) in enumerate(pairwise(parts), 1)
+            if part.isdigit() and not inner.isdigit()
+        )
+    return found
+
+
+def _block(module: str, blocks: set[str]) -> str:
+    """The outermost block that a module lies in."""
+    parts = module.split(".")
+    return next((p for i in range(1, len(parts) + 1) if (p := ".".join(parts[:i])) in blocks), "")
+
+
+def _frame(path: str, frames: dict[str, Any], pydot: Any) -> Any:
+    """The cluster of a block."""
+    if path not in frames:
+        frames[path] = pydot.Cluster(
+            re.sub(r"\W", "_", path), label=_escaped(path), color="#bbbbbb", style="rounded", fontname="Helvetica",
+            fontsize="11", fontcolor="#555555", labeljust="l",
+        )  # fmt: skip
+        frames[""].add_subgraph(frames[path])
+    return frames[path]
+
+
+def _style(data: Mapping[str, Any], prunable: set[str], colours: Mapping[str, str], coloured: bool) -> dict[str, Any]:
+    own = [g for g in data["groups"] if g in prunable]
+    if data["kind"] in ("input", "output"):
+        return {"shape": "ellipse", "fillcolor": WHITE}
+    if not own:
+        return {"fillcolor": GREY}
+    if not coloured:
+        return {"fillcolor": WHITE}
+    shades = [colours[g] for g in own[:8]]
+    return {"fillcolor": f'"{":".join(shades)}"', "style": "striped" if len(shades) > 1 else "filled"}
+
+
+def _label(node: str, data: Mapping[str, Any], flow: nx.DiGraph, display_params: bool, macs: Mapping[int, int],
+           place: str) -> str:  # fmt: skip
+    size = "×".join(map(str, data["shape"]))
+    if data["kind"] != "operator":
+        return _escaped(f"{node}\n{size}")
+    lines = [f"{_short(data['op'])}   {place}".rstrip(), f"{size}   {node}"]
+    if display_params:
+        held = [(p, flow.nodes[p]["shape"]) for p in flow.predecessors(node) if flow.nodes[p]["kind"] == "parameter"]
+        names = [p.removeprefix("parameter ").rpartition(".")[2] for p, _ in held]
+        lines += [f"{n} {'×'.join(map(str, s))} ({prod(s):,})" for n, (_, s) in zip(names, held, strict=True)]
+    index = int(node.removeprefix("node-"))
+    if index in macs:
+        lines.append(f"{_metric(2 * macs[index])}FLOPs")
+    return _escaped("\n".join(lines))
+
+
+def _tooltip(data: Mapping[str, Any], prunable: set[str]) -> str:
+    groups = ", ".join(g if g in prunable else f"({g})" for g in data["groups"])
+    return _escaped("\n".join(filter(None, [data.get("module"), data.get("source"), groups])) or " ")
+
+
+def _title(title: str, groups: Sequence[NodeGroup], coloured: bool) -> str:
+    free = [g for g in groups if g.prunable]
+    key = "one colour each, stripes where a call carries several" if coloured else "white"
+    return (
+        f"{title}: {len(free)} of {len(groups)} node groups prunable,"
+        f" {sum(g.size for g in free):,} zero-invariant groups\n{key}; grey stays whole"
+    )
+
+
+def _span(blocks: Sequence[str]) -> str:
+    return blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1].rpartition('.')[2]}"
+
+
+def _metric(n: int) -> str:
+    """
+    >>> _metric(4_089_184_256)
+    '4.09 G'
+    """
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n} "
+
+
+def _short(op: str) -> str:
+    """
+    >>> _short("aten.conv2d.default")
+    'conv2d'
+    """
+    parts = op.split(".")
+    return parts[1] if len(parts) > 1 else re.sub(r"<function (\w+).*", r"\1", op)
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', "'") + '"'
+
+
+def _escaped(text: str) -> str:
+    return _quoted(text.replace("\\", "/").replace("\n", "\\n"))
