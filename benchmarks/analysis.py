@@ -2,11 +2,14 @@
 
     python benchmarks/analysis.py                       # the models of the zoo at their usual input sizes
     python benchmarks/analysis.py resnet50 swin_t --repeats 9
+    python benchmarks/analysis.py --large               # 8, 47 and 70 thousand million parameters, on the meta device
+    python benchmarks/analysis.py --depth               # Llama with 2 to 200 layers; --plot FILE draws the curve
 
 Each tool runs in a fresh process on one thread, in turns, on the same random weights. Times are medians in seconds over
 `--repeats` runs after one that is not counted; memory is the growth of the peak resident size in MiB, from before the
 tool is imported to after its first run. For oto the trace (recording) and the analysis (everything after it: terms,
-proofs, node groups, costs) are shown apart, and `total` is `OTO(model, x)`.
+proofs, node groups, costs) are shown apart, and `total` is `OTO(model, x)`. Models on meta have the sizes of the
+published ones and no data; building them is not counted. torch-pruning needs the data, so it has no part in these.
 """
 
 from __future__ import annotations
@@ -34,6 +37,16 @@ VISION = [
     "swin_t", "maxvit_t",
 ]  # fmt: skip
 TEXT = ["bert", "gpt2", "llama", "t5", "vit"]
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+LARGE: dict[str, tuple[str, dict[str, int]]] = {
+    "llama-3-8b": ("Llama", LLAMA_8B),
+    "mixtral-8x7b": ("Mixtral", LLAMA_8B | {"vocab_size": 32000, "num_local_experts": 8}),
+    "llama-3-70b": ("Llama", LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                                         "num_attention_heads": 64}),
+}  # fmt: skip
+DEPTHS = [2, 5, 10, 20, 50, 100, 200]
+LARGE |= {f"llama-{n}-layers": ("Llama", LLAMA_8B | {"num_hidden_layers": n}) for n in DEPTHS}
 
 
 def make(name: str) -> tuple[nn.Module, Any]:
@@ -43,6 +56,13 @@ def make(name: str) -> tuple[nn.Module, Any]:
         from tests.zoo.models import TRANSFORMERS
 
         return TRANSFORMERS[name]()
+    if name in LARGE:
+        import transformers
+
+        family, config = LARGE[name]
+        with torch.device("meta"):
+            made = getattr(transformers, f"{family}Config")(**config)
+            return getattr(transformers, f"{family}ForCausalLM")(made), {"input_ids": torch.zeros(1, 32).long()}
     import torchvision
 
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -83,6 +103,8 @@ def measure_oto(model: nn.Module, x: Any, repeats: int) -> dict[str, Any]:
         "analysis": median(analyse, repeats),
         "total": median(lambda: OTO(model, x), repeats),
         "memory": memory,
+        "params": found.compute_num_params(),
+        "nodes": len(graph.nodes),
         "axes": len(prunable),
         "atoms": sum(group.size for group in prunable),
     }
@@ -123,9 +145,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=[*VISION, *TEXT])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--child", choices=["oto", "torch-pruning"], help=argparse.SUPPRESS)
+    parser.add_argument("--large", action="store_true", help="the largest models, on meta")
+    parser.add_argument("--depth", action="store_true", help="one model at several depths, on meta")
+    parser.add_argument("--plot", type=Path, help="with --depth: where to draw cost against depth (needs matplotlib)")
     args = parser.parse_args()
     if args.child:
         return child(args.child, args.models[0], args.repeats)
+    if args.large or args.depth:
+        return on_meta(args)
     print(f"{platform.machine()}, torch {torch.__version__}, one thread, float32, batch 1 (text: 2×8 tokens)")
     row("", "axes", "atoms", "trace", "analysis", "OTO(m, x)", "MiB", "torch-pruning", "MiB", "ratio")
     for name in args.models:
@@ -140,6 +167,39 @@ def main() -> None:
         else:
             cells += [f"{theirs['total']:.3f}", f"{theirs['memory']:.0f}", f"{ours['total'] / theirs['total']:.2f}"]
         row(name, *cells)
+
+
+def on_meta(args: argparse.Namespace) -> None:
+    print(f"{platform.machine()}, torch {torch.__version__}, one thread, meta device, 1×32 tokens")
+    names = [f"llama-{n}-layers" for n in DEPTHS] if args.depth else [n for n in LARGE if "layers" not in n]
+    row("", "axes", "calls", "params", "trace", "analysis", "OTO(m, x)", "MiB", "ms/layer")
+    found = {}
+    for name in names:
+        found[name] = ours = spawn("oto", name, args.repeats)
+        layers = LARGE[name][1]["num_hidden_layers"]
+        row(name, ours["axes"], ours["nodes"], f"{ours['params'] / 1e9:.1f}e9", *(f"{ours[k]:.3f}" for k in TIMES),
+            f"{ours['memory']:.0f}", f"{1000 * ours['total'] / layers:.1f}")  # fmt: skip
+    if args.plot:
+        plot([found[name] for name in names], args.plot)
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for key, label in zip(TIMES, ("trace", "analysis", "OTO(model, x)"), strict=True):
+        left.plot(DEPTHS, [ours[key] for ours in found], marker="o", label=label)
+    left.set(xlabel="layers", ylabel="seconds, one thread", ylim=(0, None))
+    left.legend(frameon=False)
+    right.plot(DEPTHS, [ours["memory"] for ours in found], marker="o", color="0.3")
+    right.set(xlabel="layers", ylabel="growth of peak memory, MiB", ylim=(0, None))
+    figure.suptitle("Cost of the analysis against depth: Llama of 8B width, on meta")
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"drawn: {path}")
+
+
+TIMES = ("trace", "analysis", "total")
 
 
 def row(name: str, *cells: object) -> None:

@@ -45,16 +45,13 @@ def test_half_of_all_groups_removed(kind, name):
     assert result.failure is None, result.failure
     assert not result.costly, "operators without a rule keep axes of parameters"
     assert result.exact, str(result)
-    if result.axes and result.graph is not None and kind != "handmade":
+    if result.axes:
         # a model whose output hardly depends on its input would hide a mistake; nan: it takes no other input
         assert not result.sensitivity < 1e-6
 
 
 def test_the_zoos_are_as_large_as_promised():
-    assert {name: len(zoo(name)) >= least for name, least in PROMISED.items()} == dict.fromkeys(PROMISED, True)
-
-
-PROMISED = {"torchvision": 100, "timm": 150, "transformers": 60}
+    assert len(zoo("torchvision")) >= 100 and len(zoo("timm")) >= 150 and len(zoo("transformers")) >= 60
 
 
 def test_every_torchvision_model_is_there():

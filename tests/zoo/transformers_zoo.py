@@ -31,14 +31,30 @@ def from_config(model: str, config: Any, inputs: Callable[[], Any], **options: A
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """Weights large enough for a tiny model's output to depend on its input."""
+    """Weights and codebooks large enough for a tiny model's output to depend on its input."""
+    generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
+        for b in model.buffers():
+            if b.ndim > 1 and b.is_floating_point() and not b.any():
+                b.copy_(torch.randn(b.shape, generator=generator))
         for p in model.parameters():
             if p.ndim > 1 and p.numel() and p.is_floating_point():
                 spread, wanted = float(p.std()), float(p[0].numel()) ** -0.5
                 if 0 < spread < wanted:
                     p.mul_(wanted / spread)
     return model
+
+
+def _shifted(parameter: str, by: float, factory: Factory) -> Factory:
+    """With a bias raised, where a relu behind it would give nothing but zeros."""
+
+    def make() -> tuple[nn.Module, Any]:
+        model, inputs = factory()
+        with torch.no_grad():
+            model.get_parameter(parameter).add_(by)
+        return model, inputs
+
+    return make
 
 
 def waveform() -> torch.Tensor:
@@ -333,7 +349,7 @@ VISION: dict[str, Factory] = {
     "data2vec_vision": from_config("Data2VecVisionForImageClassification", "Data2VecVisionConfig", picture, **VIT,
                                    use_relative_position_bias=True),
     "deit": from_config("DeiTForImageClassificationWithTeacher", "DeiTConfig", picture, **VIT),
-    "depth_anything": from_config(
+    "depth_anything": _shifted("head.conv3.bias", 5.0, from_config(
         "DepthAnythingForDepthEstimation",
         lambda t: t.DepthAnythingConfig(
             backbone_config=t.Dinov2Config(**VIT, out_indices=[1, 2], reshape_hidden_states=False),
@@ -341,7 +357,7 @@ VISION: dict[str, Factory] = {
             fusion_hidden_size=16, head_hidden_size=8,
         ),
         picture,
-    ),
+    )),
     "dinov2": from_config("Dinov2ForImageClassification", "Dinov2Config", picture, **VIT),
     "dinov2_registers": from_config("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", picture,
                                     **VIT),
