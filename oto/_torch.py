@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
+from torch import nn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
     "TorchDispatchMode",
@@ -26,7 +28,22 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "unwrapped",
 ]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``.
+
+    They share its parameters, so it may be trained through the wrapper.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # importing the class takes a second
+            model = inner
+        else:
+            return model
 
 
 def example_size(size: Any) -> int:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto._torch import tree_map_only
+from oto._torch import tree_map_only, unwrapped
 from oto.axes.registry import known
 from oto.errors import EmitterError, TargetError, UnknownOpWarning, VerificationError
 from oto.groups import Cost, Kept, NodeGroup, cost, partition
@@ -79,7 +79,9 @@ class OTO:
     """From a model and one example input to a slim model that computes the same function.
 
     Args:
-        model: Any module. It is not copied: the optimizer trains it, and ``construct_subnet`` reads its zeros.
+        model: Any module. It is not copied: the optimizer trains it, and ``construct_subnet`` reads its zeros. One
+            inside ``torch.compile``, ``DistributedDataParallel`` or ``DataParallel`` is taken out of it; go on training
+            with the wrapper, whose parameters are the same.
         dummy_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments of ``model.forward``.
         skip_patterns: What must not be zeroed: names or globs of parameters or of modules, or classes of modules.
         strict_out_nodes: Only outputs that nothing else in the model reads keep their size; by default all do. One that
@@ -111,7 +113,7 @@ class OTO:
         strict_out_nodes: bool = False,
         min_kept: int = 1,
     ) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         self.partition = partition(record(model, dummy_input, known), strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
@@ -298,6 +300,12 @@ class OTO:
             raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module' or 'graph'")
         if out_dir is not None:
             check_out_dir(out_dir)
+        if any(p.is_meta for p in self.model.parameters()):
+            raise EmitterError(
+                f"parameters of {type(self.model).__name__} are on the meta device, so there are no zeros to read\n"
+                "  effect  groups and costs are known, a slim model cannot be made\n"
+                "  to fix  give the model values (model.to_empty(device=...), load_state_dict) and a new OTO"
+            )
         kept = read_zeros(self.node_groups, self.model)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
         slim, edits, tensors, checks, why = self._emit(kept, emitter)
@@ -331,8 +339,13 @@ class OTO:
                         "  to fix  use emitter='graph'"
                     ) from failure
                 log.info("the original class does not fit, using the graph: %s", why)
-        exported = export(self.model, self.dummy_input, known)
-        slim = emit_graph(exported, self.partition, kept)
+        try:
+            exported = export(self.model, self.dummy_input, known)
+            slim = emit_graph(exported, self.partition, kept)
+        except EmitterError as failure:
+            if why is None:
+                raise
+            raise EmitterError(f"{failure}\n  class   the original class does not do either: {why}") from failure
         checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept))
         try:
             require(checks)

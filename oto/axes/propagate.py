@@ -54,8 +54,10 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
     operands: dict[Value, Operand] = {}
     coverage: dict[str, Counter[str]] = {"rule": Counter(), "fixed": Counter(), "unknown": Counter()}
     found = Propagation(graph, tape, operands, coverage=coverage, strict_out_nodes=strict_out_nodes)
+    outside = Reason("its values were made outside torch, perhaps of what the model computed")
     for leaf in graph.leaves:
-        operands[leaf.value] = tape.tensor([T.axis(n) for n in leaf.value.shape])
+        loose = graph.how == "real" and not leaf.names  # without data nothing can leave torch and come back
+        operands[leaf.value] = tape.tensor([T.axis(n, outside if loose else None) for n in leaf.value.shape])
     for value in graph.inputs:
         operands[value] = tape.tensor([T.axis(n, Reason("it is a dimension of an input")) for n in value.shape])
     for node in graph.nodes:

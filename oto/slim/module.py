@@ -49,6 +49,8 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
         old = attribute(model, name)
         if id(old) not in memo:
             memo[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    for module in model.modules():  # what a hook computes anew before each forward; deepcopy refuses it
+        memo.update((id(t), t.detach().clone()) for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn)
     try:
         slim = copy.deepcopy(model, memo)
     except Exception as failure:

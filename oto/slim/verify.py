@@ -48,6 +48,7 @@ class Check:
 class _Wide(TorchDispatchMode):
     """Casts to a narrower float become casts to float64, for models that state a dtype in their code."""
 
+    supports_higher_order_operators = True
     WIDER: ClassVar = {
         torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
         torch.complex64: torch.complex128, torch.complex32: torch.complex128,

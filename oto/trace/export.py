@@ -212,6 +212,12 @@ def _inline(module: fx.GraphModule) -> None:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name not in wrappers:
             continue
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise EmitterError(
+                "forward turns torch.autocast on, which a graph does not keep\n"
+                "  effect  no graph can be emitted, and no model.pt2 written\n"
+                "  to fix  turn autocast on around the model instead of inside it"
+            )
         body_node, *operands = node.args[wrappers[name] :]
         body = getattr(module, body_node.target)
         _inline(body)

@@ -3,7 +3,8 @@
 The run happens under ``torch.inference_mode``: composite operators (``linear``, ``scaled_dot_product_attention``,
 ``einsum`` …) then arrive whole, the level at which ``torch.export`` works too. Three ways are tried in turn: tensors on
 ``meta``, which know their shapes only; fake tensors, which know their device too; and, for a model that needs data
-(``.item()``, a branch on a value), the real run on the example.
+(``.item()``, a branch on a value), the real run on the example. A model that takes gradients in its forward is run once
+more with autograd, which takes composite operators apart.
 
 The model is left as it was: parameters and buffers are swapped for the run by ``torch.func.functional_call``.
 """
@@ -14,6 +15,7 @@ import dataclasses
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from oto._torch import (
     FakeTensorMode,
+    HigherOrderOperator,
     TorchDispatchMode,
     tree_leaves,
     tree_map_only,
@@ -83,7 +86,12 @@ def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
         TraceError: ``forward`` fails on the example.
     """
     args, kwargs = arguments(dummy_input)
-    ways = ["meta", "fake"] if _on_meta(model) else ["meta", "fake", "real"]
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"the model is TorchScript ({type(model).__name__}), whose parameters cannot be told apart while it runs\n"
+            "  to fix   give the Python module that it was made of"
+        )
+    ways = ["meta", "fake"] if _on_meta(model) else ["meta", "fake", "real", "grad"]
     with as_found(model):
         for way in ways:
             try:
@@ -164,6 +172,8 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
     if way == "meta":
         stack.enter_context(torch.device("meta"))
         return lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    if way == "grad":
+        return lambda t: t.detach().clone().requires_grad_(t.requires_grad)
     if way == "real":
         buffers = {id(t) for t in named.values() if not isinstance(t, nn.Parameter)}
         return lambda t: t.detach().clone() if id(t) in buffers else t.detach()
@@ -184,14 +194,14 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known:
     for name, tensor in named.items():
         names.setdefault(id(tensor), []).append(name)
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.enable_grad() if way == "grad" else torch.inference_mode())
         stand_in = _stand_ins(way, named, (args, kwargs), stack)
         made: dict[int, Tensor] = {}
         for tensor in named.values():
             if id(tensor) not in made:
                 made[id(tensor)] = stand_in(tensor)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
-        recorder = _Recorder(GraphBuilder(way), known, model)
+        recorder = _Recorder(GraphBuilder("real" if way == "grad" else way), known, model)
         for tensor_id, tensor in made.items():
             first = named[names[tensor_id][0]]
             parameter = isinstance(first, nn.Parameter)
@@ -239,6 +249,8 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
 
 
 class _Recorder(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, builder: GraphBuilder, known: Callable[[Any], bool], model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.builder = builder
@@ -286,7 +298,9 @@ class _Recorder(TorchDispatchMode):
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
         try:
-            yield
+            with warnings.catch_warnings():  # compiled submodules mind the hooks
+                warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+                yield
         finally:
             before.remove()
             after.remove()
@@ -295,7 +309,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if op.namespace == "prim":  # a fake tensor is asked for its device
             return op(*args, **kwargs)
-        if not self.known(op):
+        whole = isinstance(op, HigherOrderOperator)  # torch.cond and the like: functions among the arguments
+        if not whole and not self.known(op):
             with self:
                 parts = op.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -314,7 +329,7 @@ class _Recorder(TorchDispatchMode):
                 results.append((id(leaf), leaf.shape, leaf.dtype))
             else:
                 results.append(None)
-        if any(results) or op._schema.is_mutable:
+        if any(results) or (not whole and op._schema.is_mutable):
             self.builder.call(op, *keyed, results, self.path[-1], _user_line())
         return result
 

@@ -372,6 +372,19 @@ def _written() -> Iterator[Sample]:
     yield s(aten.logical_and.default, mask(3, 4), mask(4))
     yield s(aten.gelu.default, x(3, 4), approximate="tanh")
     yield s(aten.threshold.default, x(3, 4), 0.0, -1.0)
+    yield s(aten.vdot.default, x(4), x(4))
+    for op in ("linalg_matrix_exp", "linalg_inv_ex", "linalg_qr", "_linalg_svd", "_linalg_eigh", "linalg_eig",
+               "_linalg_det", "_linalg_slogdet", "linalg_lu_factor_ex", "linalg_cholesky_ex"):  # fmt: skip
+        yield s(getattr(aten, op).default, x(3, 3))
+    yield s(aten.linalg_householder_product.default, x(4, 3), x(3))
+    yield s(aten._linalg_solve_ex.default, x(3, 3), x(3, 2))
+    yield s(aten.linalg_lstsq.default, x(4, 3), x(4, 2))
+    yield s(aten.linalg_pinv.atol_rtol_tensor, x(4, 3))
+    for op in ("tanh", "sigmoid", "silu", "gelu", "hardswish"):
+        yield s(getattr(aten, f"{op}_backward").default, x(3, 4), x(3, 4))
+    yield s(aten.threshold_backward.default, x(3, 4), x(3, 4), 0.0)
+    yield s(aten.softplus_backward.default, x(3, 4), x(3, 4), 1.0, 20.0)
+    yield s(aten.leaky_relu_backward.default, x(3, 4), x(3, 4), 0.1, False)
     for c, a, b in [((3, 4), (3, 4), (3, 4)), ((4,), (3, 1), (3, 4)), ((3, 1), (2, 1, 4), ())]:
         yield s(aten.where.self, mask(*c), x(*a), x(*b))
         yield s(aten.where.ScalarSelf, mask(*c), 0.0, x(*b))

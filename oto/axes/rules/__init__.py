@@ -2,6 +2,7 @@
 
 from oto.axes.rules import (
     attention,
+    control,
     conv,
     creation,
     distance,
@@ -18,6 +19,6 @@ from oto.axes.rules import (
 )
 
 __all__ = [
-    "attention", "conv", "creation", "distance", "index", "linear", "norm", "pointwise", "pool", "recurrent", "reduce",
+    "attention", "control", "conv", "creation", "distance", "index", "linear", "norm", "pointwise", "pool", "recurrent", "reduce",
     "routing", "shape", "vision",
 ]  # fmt: skip

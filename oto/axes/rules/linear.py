@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oto.axes.call import Call, Operand, zero
-from oto.axes.registry import rule
+from oto.axes.registry import fixed, rule
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ def mv(call: Call, a: Operand, b: Operand) -> Operand:
     return call.contract("mk,k->m", a, b)
 
 
-@rule(aten.dot)
+@rule(aten.dot, aten.vdot)
 def dot(call: Call, a: Operand, b: Operand) -> Operand:
     """(K,), (K,) -> ()."""
     return call.contract("k,k->", a, b)
@@ -112,3 +112,11 @@ def einsum(call: Call, equation: str, xs: list[Operand], *, path: Any = None) ->
 
     full = [spell(s, x.ndim - len(s.replace("...", ""))) for s, x in zip(specs, xs, strict=True)]
     return call.contract(f"{','.join(full)}->{spell(right, dots)}", *xs)
+
+
+fixed(
+    aten.linalg_matrix_exp, aten.linalg_inv_ex, aten.linalg_qr, aten._linalg_svd, aten._linalg_eigh, aten.linalg_eig,
+    aten.linalg_householder_product, aten._linalg_solve_ex, aten._linalg_det, aten._linalg_slogdet,
+    aten.linalg_lu_factor_ex, aten.linalg_cholesky_ex, aten.linalg_lstsq, aten.linalg_pinv.atol_rtol_tensor,
+    why="it works on a matrix as a whole",
+)  # fmt: skip

@@ -131,6 +131,20 @@ def glu(call: Call, x: Operand, dim: int = -1) -> Operand:
     return call.map(lambda a, b: product(a), part(first), part(second))
 
 
+@rule(
+    aten.tanh_backward, aten.sigmoid_backward, aten.silu_backward, aten.gelu_backward, aten.threshold_backward,
+    aten.softplus_backward, aten.leaky_relu_backward, aten.hardswish_backward,
+)  # fmt: skip
+def slope(call: Call, gradient: Operand, x: Operand, *args: Any, **kwargs: Any) -> Operand:
+    """The gradient times a slope, for models that take gradients in their forward."""
+    value = evaluated(call.node.op, (gradient, x, *args), kwargs, call.dtypes)
+
+    def fact(*facts: Fact) -> Fact:
+        return 0.0 if facts[0] == 0 else value(*facts)
+
+    return call.map(fact, gradient, x)
+
+
 DRAWN = "random numbers are drawn entry by entry"
 
 
