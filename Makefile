@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check zoo clean
+.PHONY: help demo test check zoo support-matrix clean
 
 help:
 	@echo "make demo    train a small network on real images, prune it, load what was saved (about a minute)"
 	@echo "make test    the test suite and the doctests"
 	@echo "make check   formatting, lint, types"
 	@echo "make zoo     the long checks over whole architectures"
+	@echo "make support-matrix   write docs/support_matrix.md from what make test and make zoo found"
 	@echo "make clean   remove the virtual environment, caches and outputs"
 
 demo: $(VENV)/.examples
@@ -25,6 +26,9 @@ check: $(VENV)/.dev
 
 zoo: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo tests
+
+support-matrix: $(VENV)/.dev
+	$(BIN)/python -m tests.zoo.table
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out

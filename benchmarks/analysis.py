@@ -172,13 +172,13 @@ def main() -> None:
 def on_meta(args: argparse.Namespace) -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, one thread, meta device, 1×32 tokens")
     names = [f"llama-{n}-layers" for n in DEPTHS] if args.depth else [n for n in LARGE if "layers" not in n]
-    row("", "axes", "calls", "params", "trace", "analysis", "OTO(m, x)", "MiB", "ms/layer")
+    row("", "axes", "calls", "trace", "analysis", "OTO(m, x)", "MiB", "parameters", "ms/layer")
     found = {}
     for name in names:
         found[name] = ours = spawn("oto", name, args.repeats)
         layers = LARGE[name][1]["num_hidden_layers"]
-        row(name, ours["axes"], ours["nodes"], f"{ours['params'] / 1e9:.1f}e9", *(f"{ours[k]:.3f}" for k in TIMES),
-            f"{ours['memory']:.0f}", f"{1000 * ours['total'] / layers:.1f}")  # fmt: skip
+        row(name, ours["axes"], ours["nodes"], *(f"{ours[k]:.3f}" for k in TIMES), f"{ours['memory']:.0f}",
+            f"{ours['params'] / 1e9:.1f}e9", f"{1000 * ours['total'] / layers:.1f}")  # fmt: skip
     if args.plot:
         plot([found[name] for name in names], args.plot)
 
@@ -203,7 +203,7 @@ TIMES = ("trace", "analysis", "total")
 
 
 def row(name: str, *cells: object) -> None:
-    widths = (6, 8, 8, 10, 11, 7, 15, 7, 8)
+    widths = (6, 8, 8, 10, 11, 7, 15, 9, 8)
     print(
         f"{name:20}" + "".join(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=False)), flush=True
     )

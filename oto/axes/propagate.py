@@ -58,8 +58,10 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
     for leaf in graph.leaves:
         loose = graph.how == "real" and not leaf.names  # without data nothing can leave torch and come back
         operands[leaf.value] = tape.tensor([T.axis(n, outside if loose else None) for n in leaf.value.shape])
+    reader = {value: node.index for node in reversed(graph.nodes) for value in node.inputs()}
     for value in graph.inputs:
-        operands[value] = tape.tensor([T.axis(n, Reason("it is a dimension of an input")) for n in value.shape])
+        given = Reason("it is a dimension of an input", reader.get(value))
+        operands[value] = tape.tensor([T.axis(n, given) for n in value.shape])
     for node in graph.nodes:
         call = Call(node, tape, operands)
         rule = find(node.op)
@@ -76,7 +78,7 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
                 found.unknown.append(node)
                 outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
         answer = "unknown" if node in found.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
-        coverage[answer][str(node.op)] += 1
+        coverage[answer][node.name] += 1
         for made, operand in zip(node.outputs, outputs, strict=True):
             if made is not None:
                 assert operand is not None
@@ -84,10 +86,10 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
         for before, after in node.written:  # written to, but not returned: nothing is known of it any more
             call.fix(operands[before], None, f"{node.op} writes to it")
             operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
-    read = {value for node in graph.nodes for value in node.inputs()} if strict_out_nodes else set()
+    maker = {value: node.index for node in graph.nodes for value in node.outputs if value is not None}
     for value in graph.outputs:
-        for term in operands[value].terms if value not in read else ():
-            T.fix(term, Reason("it is a dimension of an output"))
+        for term in operands[value].terms if not (strict_out_nodes and value in reader) else ():
+            T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What can be removed, and why the rest stays whole."""
+"""What can be removed, and for everything else the reason, the operator, the module and the source line."""
 
 from __future__ import annotations
 
@@ -19,17 +19,26 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Whole:
-    """Axes that stay whole for the same reason.
+    """A node group that stays whole.
 
     Attributes:
-        reason: Why, with the operator, the module and the source line that caused it.
-        groups: Names of the node groups.
-        entries: Parameter entries along these axes.
+        group: Its name.
+        size: Number of entries of the axis.
+        parameters: The parameter dimensions that it names, such as ``("fc.weight", 0)``.
+        entries: Number of entries of these parameters.
+        reason: Why.
+        operator, module, source: The call that caused it, the path of its module (``""`` is the model itself) and the
+            line of the user's code; ``None`` if no call did.
     """
 
-    reason: str
-    groups: tuple[str, ...]
+    group: str
+    size: int
+    parameters: tuple[tuple[str, int], ...]
     entries: int
+    reason: str
+    operator: str | None = None
+    module: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Explanation:
         trace: How the model was followed, and what that means.
         prunable: Number of prunable node groups; ``atoms`` counts their ZIGs.
         share: Share of all parameter entries that lie along a prunable axis.
-        whole: Reasons for everything else, the weightiest first.
+        whole: Every other node group, and why.
         unreached: Parameters that the traced forward never used.
         unknown: Operators without a rule.
     """
@@ -67,51 +76,67 @@ class Explanation:
             lines.append(f"operators without a rule: {', '.join(self.unknown)}")
         if self.unreached:
             lines.append(f"never used by the traced forward: {_patterns(self.unreached)}")
-        for whole in self.whole:
-            text, _, cause = whole.reason.partition(" (")
-            lines += ["", f"{text}: {len(whole.groups)} groups, {whole.entries:,} parameter entries"]
-            if cause:
-                lines.append(f"  cause  {cause.removesuffix(')')}")
-            lines.append(f"  where  {_patterns(whole.groups)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_table(self.whole)])
 
 
 def explain(groups: Sequence[NodeGroup], partition: Partition) -> Explanation:
     """Sum up which axes may lose entries, and why the others may not."""
     graph = partition.found.graph
     sizes = {leaf.name: prod(leaf.value.shape) for leaf in graph.leaves if leaf.kind == "parameter"}
-    reasons: dict[str, list[NodeGroup]] = {}
-    touched: set[str] = set()
-    for group in groups:
-        if group.reason is None:
-            touched.update(piece.parameter for piece in group.slices)
-        else:
-            reasons.setdefault(_general(group.reason), []).append(group)
-    whole = [
-        Whole(
-            reason, tuple(g.name for g in found), sum(sizes[n] for n in {s.parameter for g in found for s in g.slices})
-        )
-        for reason, found in reasons.items()
-    ]
     used = {value for node in graph.nodes for value in node.inputs()} | set(graph.outputs)
     free = [group for group in groups if group.prunable]
+    touched = {piece.parameter for group in free for piece in group.slices}
     return Explanation(
         WAYS.get(graph.how, graph.how),
         len(free),
         sum(group.size for group in free),
         sum(sizes[name] for name in touched) / max(sum(sizes.values()), 1),
-        tuple(sorted(whole, key=lambda w: -w.entries)),
+        tuple(_whole(group, partition, sizes) for group in groups if not group.prunable),
         tuple(leaf.name for leaf in graph.leaves if leaf.kind == "parameter" and leaf.value not in used),
-        tuple(sorted({str(node.op) for node in partition.found.unknown})),
+        tuple(sorted({node.name for node in partition.found.unknown})),
     )
 
 
-def _general(reason: str) -> str:
-    """A reason without the numbers of repeated blocks, so that they fall together."""
-    return re.sub(r" at [^,)]+", lambda place: re.sub(r"\d+", "*", place.group()), reason)
+def _whole(group: NodeGroup, partition: Partition, sizes: dict[str, int]) -> Whole:
+    named = tuple(dict.fromkeys((piece.parameter, piece.dim) for piece in group.slices))
+    entries = sum(sizes[name] for name in dict.fromkeys(name for name, _ in named))
+    fixed = partition.axes[group.name].fixed
+    if fixed is None or fixed.node is None:
+        return Whole(group.name, group.size, named, entries, fixed.text if fixed else group.reason or "")
+    node = partition.found.graph.nodes[fixed.node]
+    return Whole(group.name, group.size, named, entries, fixed.text, node.name, node.module, node.source or None)
+
+
+def _table(whole: Sequence[Whole]) -> list[str]:
+    """One row for all groups that differ only in the numbers of repeated blocks, the weightiest first."""
+    rows: dict[tuple[str, ...], list[Whole]] = {}
+    for w in whole:
+        place = "" if w.module is None else _stars(w.module) or "the model"
+        rows.setdefault((w.reason, w.operator or "", place, w.source or ""), []).append(w)
+    if not rows:
+        return []
+    weight = {key: sum(w.entries for w in some) for key, some in rows.items()}
+    order = sorted(rows, key=lambda key: -weight[key])
+    cells: list[tuple[str, ...]] = [("entries", "groups", "stays whole because", "operator", "in", "parameters")]
+    for key in order:
+        names = _patterns([name for w in rows[key] for name, _ in w.parameters])
+        cells.append((f"{weight[key]:,}", str(len(rows[key])), *key[:3], names))
+    widths = [max(len(row[i]) for row in cells) for i in range(5)]
+    lines = []
+    for row, source in zip(cells, ["", *(key[3] for key in order)], strict=True):
+        left = [row[i].rjust(widths[i]) if i < 2 else row[i].ljust(widths[i]) for i in range(5)]
+        lines.append("  ".join([*left, row[5]]).rstrip())
+        if source:
+            lines.append(" " * (widths[0] + widths[1] + 4) + source)
+    return ["", *lines]
+
+
+def _stars(name: str) -> str:
+    """A name without the numbers of repeated blocks."""
+    return re.sub(r"\d+", "*", name)
 
 
 def _patterns(names: Sequence[str]) -> str:
     """Names with the numbers of repeated blocks taken out, cut after three."""
-    found = list(dict.fromkeys(re.sub(r"\d+", "*", name.split("/")[0]) for name in names))
+    found = list(dict.fromkeys(map(_stars, names)))
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

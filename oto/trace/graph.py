@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ class Node:
         for leaf in tree_leaves((self.args, dict(self.kwargs))):
             if isinstance(leaf, Value):
                 yield leaf
+
+    @property
+    def name(self) -> str:
+        """The operator, as torch spells it."""
+        return self.op.__name__ if isfunction(self.op) else str(self.op)
 
     def __str__(self) -> str:
         name = getattr(self.op, "name", None)

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from oto import OTO
 from oto.errors import NothingPrunableError
@@ -20,7 +21,8 @@ STEPS = [
     "rms_norm", "activation", "activation_", "add", "add", "add_", "mul", "cat", "cat", "split", "slice", "gate",
     "shared", "tied", "shuffle", "pixel_shuffle", "mlp", "attention", "pool", "upsample", "pad", "pad_channels",
     "mean_channels", "max_channels", "softmax", "roll", "flip", "stack_mean", "where", "write", "linear_attention",
-    "prelu", "einsum", "scale", "glu", "index", "expand",
+    "prelu", "einsum", "scale", "glu", "index", "expand", "heads", "heads", "channel_attention", "window", "recurrent",
+    "normalize", "cumsum", "weight_norm", "unfold", "standardized", "experts", "topk", "chosen_rows", "centres",
 ]  # fmt: skip
 ACTIVATIONS = [F.relu, F.gelu, torch.sigmoid, torch.tanh, F.silu, F.softplus, F.hardswish, torch.abs, torch.exp, F.elu]
 
@@ -49,8 +51,8 @@ class Network(nn.Module):
 
     def forward(self, x):
         pool = [self.first(x)]
-        for i, (kind, seed) in enumerate(self.steps):
-            pool.append(self.step(f"{i}_{kind}", kind, random.Random(seed), pool))
+        for i, (kind, salt) in enumerate(self.steps):
+            pool.append(self.step(f"{i}_{kind}", kind, random.Random(salt), pool))
         pooled = [F.adaptive_avg_pool2d(t, 1).flatten(1) for t in pool[-3:]]
         return sum(self.layer(f"head{i}", lambda t=t: nn.Linear(t.shape[1], 4))(t) for i, t in enumerate(pooled))
 
@@ -171,20 +173,92 @@ class Network(nn.Module):
             return F.glu(self.layer(key, lambda: nn.Conv2d(c, 2 * width, 1))(x), 1)
         if kind == "index":
             return x[:, torch.arange(c).flip(0)] if rng.random() < 0.5 else x.index_select(2, torch.arange(h))
+        if kind == "heads":
+            return self.heads(key, rng, x)
+        if kind == "channel_attention":
+            heads = 2 if c % 2 == 0 else 1
+            q, k, v = self.layer(key, lambda: nn.Conv2d(c, 3 * c, 1))(x).reshape(n, 3, heads, -1, h * w).unbind(1)
+            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+            return (scores.softmax(-1) @ v).reshape(n, c, h, w)
+        if kind == "window":
+            s = 2 if h % 2 == w % 2 == 0 else 1
+            cells = x.reshape(n, c, h // s, s, w // s, s).permute(0, 2, 4, 3, 5, 1).reshape(-1, s * s, c)
+            cells = cells + self.layer(key, lambda: nn.Linear(s * s, s * s))(cells.transpose(1, 2)).transpose(1, 2)
+            return cells.reshape(n, h // s, w // s, s, s, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+        if kind == "recurrent":
+            make = rng.choice([nn.LSTM, nn.GRU, nn.RNN])
+            net = self.layer(
+                key, lambda: make(c, width, rng.choice([1, 2]), batch_first=True, bidirectional=rng.random() < 0.5)
+            )
+            return net(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unflatten(2, (h, w))
+        if kind == "normalize":
+            return F.normalize(x, dim=rng.choice([1, 3]), eps=1e-6)
+        if kind == "cumsum":
+            return x.cumsum(rng.choice([1, 2]))
+        if kind == "weight_norm":
+            return self.layer(key, lambda: weight_norm(nn.Conv2d(c, width, 1), dim=rng.choice([0, 1])))(x)
+        if kind == "unfold":
+            patches = F.unfold(x, 3, padding=1).reshape(n, c, 9, h, w)
+            return (patches * self.layer(key, lambda: nn.Linear(9, 1)).weight.view(9, 1, 1)).sum(2)
+        if kind == "standardized":
+            weight = self.layer(key, lambda: nn.Conv2d(c, width, 1)).weight
+            variance, mean = torch.var_mean(weight, (1, 2, 3), keepdim=True)
+            return F.conv2d(x, (weight - mean) * torch.rsqrt(variance + 1e-5))
+        if kind == "experts":
+            weights = self.layer(f"{key}_route", lambda: nn.Linear(c, 2))(x.mean((2, 3))).softmax(-1)
+            experts = [
+                self.layer(
+                    f"{key}_{e}", lambda: nn.Sequential(nn.Conv2d(c, width, 1), nn.ReLU(), nn.Conv2d(width, c, 1))
+                )
+                for e in range(2)
+            ]
+            return sum(weights[:, e, None, None, None] * expert(x) for e, expert in enumerate(experts))
+        if kind == "topk":
+            values, _ = x.flatten(2).topk(4, dim=-1)
+            return x + values.mean(-1)[..., None, None]
+        if kind == "chosen_rows":
+            rows = x.mean((1, 3)).argsort(dim=-1)[:, None, :, None].expand(-1, c, -1, w)
+            return x.gather(2, rows)
+        if kind == "centres":
+            centres = self.layer(key, lambda: nn.Linear(c, 5)).weight
+            nearness = torch.softmax(-torch.cdist(x.flatten(2).transpose(1, 2), centres), -1)
+            return (nearness @ centres).transpose(1, 2).unflatten(2, (h, w))
         assert kind == "expand"
         one = self.layer(key, lambda: nn.Conv2d(c, 1, 1))(x)
         return one.expand(-1, width, -1, -1) * rng.choice([1.0, 2.0])
 
+    def heads(self, key, rng, x):
+        """Attention by hand: queries share keys and values, positions may turn them, the width is the user's."""
+        _, c, h, w = x.shape
+        shared, d = rng.choice([1, 2]), rng.choice([2, 4])
+        repeat = rng.choice([1, 2])
+        q = self.layer(f"{key}_q", lambda: nn.Linear(c, shared * repeat * d))
+        k, v = (self.layer(f"{key}_{p}", lambda: nn.Linear(c, shared * d)) for p in "kv")
+        out = self.layer(f"{key}_out", lambda: nn.Linear(shared * repeat * d, c))
+        t = x.flatten(2).transpose(1, 2)
+        qs, ks, vs = (f(t).unflatten(-1, (-1, d)).transpose(1, 2) for f in (q, k, v))
+        if rng.random() < 0.5:  # RoPE
+            angle = torch.arange(h * w, dtype=x.dtype)[:, None] * torch.ones(d // 2, dtype=x.dtype).cumsum(0)
+            cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+            qs, ks = (z * cos + torch.cat([-z[..., d // 2 :], z[..., : d // 2]], -1) * sin for z in (qs, ks))
+        if repeat > 1:
+            ks, vs = (z.repeat_interleave(repeat, 1) for z in (ks, vs))
+        if rng.random() < 0.5:
+            y = F.scaled_dot_product_attention(qs, ks, vs, is_causal=rng.random() < 0.5)
+        else:
+            y = (qs @ ks.transpose(-2, -1) / d**0.5).softmax(-1) @ vs
+        return out(y.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, (h, w))
 
-def check(steps: list[tuple[str, int]], seed: int) -> None:
-    torch.manual_seed(seed)
+
+def check(steps: list[tuple[str, int]], salt: int) -> None:
+    torch.manual_seed(salt)
     model = Network(steps).double().eval()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     try:
         oto = OTO(model, x)
     except NothingPrunableError:
         return
-    oto.random_set_zero_groups(0.5, seed)
+    oto.random_set_zero_groups(0.5, salt)
     zeroed = run(model, x)
     if not all(torch.isfinite(t).all() for t in zeroed) or max(float(t.abs().max()) for t in zeroed) > 1e12:
         return  # a tower of exponentials
@@ -199,15 +273,20 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 @settings(max_examples=120, deadline=None, suppress_health_check=QUIET)
 @given(STORIES, st.integers(0, 2**16))
-def test_random_networks(steps, seed):
-    check(steps, seed)
+def test_random_networks(steps, salt):
+    check(steps, salt)
 
 
 @pytest.mark.zoo
-@settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
-@given(STORIES, st.integers(0, 2**16))
-def test_hundreds_of_random_networks(steps, seed):
-    check(steps, seed)
+@pytest.mark.parametrize("part", range(8))
+def test_thousands_of_random_networks(part):
+    @seed(part)  # parts run side by side, each with examples of its own
+    @settings(max_examples=250, deadline=None, derandomize=False, database=None, suppress_health_check=QUIET)
+    @given(STORIES, st.integers(0, 2**16))
+    def networks(steps, salt):
+        check(steps, salt)
+
+    networks()
 
 
 @pytest.mark.parametrize("kind", sorted(set(STEPS)))

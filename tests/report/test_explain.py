@@ -28,11 +28,42 @@ def test_reasons_places_and_lines():
     found = OTO(Net(), torch.randn(2, 8)).explain()
     assert found.prunable == 2 and found.atoms == 16
     assert set(found.unreached) == {"spare.weight", "spare.bias"}
-    (softmax,) = [w for w in found.whole if "softmax" in w.reason]
-    assert __file__ in softmax.reason and "gate.weight" in softmax.groups
+    (softmax,) = [w for w in found.whole if w.group == "gate.weight"]
+    assert softmax.parameters == (("gate.weight", 0), ("gate.bias", 0)) and softmax.size == 8
+    assert softmax.operator == "aten.softmax.int" and softmax.module == "" and softmax.source.startswith(__file__)
     printed = str(found)
-    assert "2 prunable node groups" in printed and "softmax normalizes over it" in printed
+    assert "2 prunable node groups" in printed and "softmax normalizes over it" in printed and softmax.source in printed
     assert json.loads(json.dumps(found.to_dict()))["prunable"] == 2
+
+
+def test_every_group_is_prunable_or_explained():
+    oto = OTO(Net(), torch.randn(2, 8))
+    found = oto.explain()
+    assert {w.group for w in found.whole} == {g.name for g in oto.node_groups if not g.prunable}
+    idle = [w for w in found.whole if w.reason == "the traced forward never uses it"]
+    assert all(w.operator and w.source for w in found.whole if w not in idle) and len(idle) == 3
+
+
+def test_what_was_marked_says_so():
+    oto = OTO(Net(), torch.randn(2, 8))
+    oto.mark_unprunable_by_param_names(["blocks.0.weight"])
+    assert "it was marked unprunable" in {w.reason for w in oto.explain().whole}
+
+
+def test_repeated_blocks_are_one_row():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x * block(x).softmax(-1)
+            return self.down(torch.relu(self.up(x)))
+
+    rows = str(OTO(Deep(), torch.randn(2, 8)).explain()).splitlines()
+    assert sum("softmax" in row for row in rows) == 1 and any("blocks.*.weight" in row for row in rows)
 
 
 def test_coverage_counts_calls():

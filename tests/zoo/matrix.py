@@ -207,7 +207,11 @@ def _unknown(oto: OTO) -> tuple[tuple[str, int], ...]:
     axes = {
         axis for leaf in found.graph.leaves if leaf.trainable for t in found.terms(leaf.value) for axis in T.axes_of(t)
     }
-    kept.update(nodes[axis.fixed.node] for axis in axes if axis.fixed is not None and axis.fixed.node in nodes)
+    kept.update(
+        nodes[axis.fixed.node]
+        for axis in axes
+        if axis.fixed is not None and axis.fixed.node in nodes and "rule for" in axis.fixed.text
+    )
     return tuple(sorted(kept.items()))
 
 

@@ -19,6 +19,6 @@ from oto.axes.rules import (
 )
 
 __all__ = [
-    "attention", "control", "conv", "creation", "distance", "index", "linear", "norm", "pointwise", "pool", "recurrent", "reduce",
-    "routing", "shape", "vision",
+    "attention", "control", "conv", "creation", "distance", "index", "linear", "norm", "pointwise", "pool", "recurrent",
+    "reduce", "routing", "shape", "vision",
 ]  # fmt: skip
