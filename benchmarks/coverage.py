@@ -108,6 +108,8 @@ def hints_for(model: nn.Module, inputs: Any) -> dict[str, Any]:
         config = getattr(module, "config", None) if "Attention" in type(module).__name__ else None
         names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
         count = next((n for a in names for it in (module, config) if isinstance(n := getattr(it, a, None), int)), None)
+        if count is not None and isinstance(module, nn.MultiheadAttention):
+            heads[module] = count
         shared = getattr(config, "num_key_value_heads", None) or count
         for name, child in module.named_children():
             if count is not None and isinstance(child, nn.Linear) and name[0] in "qkv":

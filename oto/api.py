@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -417,4 +418,5 @@ def _listed(names: Any) -> list[Any]:
 
 
 def _first_lines(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+    where = traceback.extract_tb(failure.__traceback__)[-1]
+    return f"{type(failure).__name__}: {(str(failure).splitlines() or [f'at {where.filename}:{where.lineno}'])[0]}"

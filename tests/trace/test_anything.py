@@ -362,6 +362,16 @@ def test_half_precision(dtype):
     assert oto.construct_subnet().model[0].weight.dtype == dtype and prunable(oto) == {"0.weight": 8}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_groups_and_the_slim_model_are_the_same():
+    on_cpu, on_cuda = (OTO(mlp().double().to(device), X.double().to(device)) for device in ("cpu", "cuda"))
+    assert on_cpu.node_groups == on_cuda.node_groups
+    for oto in (on_cpu, on_cuda):
+        oto.random_set_zero_groups(0.5)
+    slim = [oto.construct_subnet().model.state_dict() for oto in (on_cpu, on_cuda)]
+    assert all(torch.equal(t, slim[1][name].cpu()) and slim[1][name].is_cuda for name, t in slim[0].items())
+
+
 def test_on_meta_there_are_groups_and_no_subnet():
     oto = OTO(mlp().to("meta"), X)
     assert prunable(oto) == {"0.weight": 8} and oto.compute_num_params() == 67

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from .matrix import ZOOS, examine, zoo
+from .table import DOCUMENT
 
 # small ones of every kind, by zoo; the others are marked "zoo"
 EVERY_RUN = {
@@ -69,3 +70,9 @@ def test_every_family_of_timm_is_there():
     families = {timm.models.model_entrypoint(name).__module__ for name in zoo("timm")}
     everywhere = {timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
     assert families == everywhere
+
+
+def test_the_support_matrix_names_every_model():
+    written = DOCUMENT.read_text()
+    missing = [name for kind in ZOOS for name in zoo(kind) if f"| {name} |" not in written]
+    assert not missing, "run `make test zoo support-matrix`"
