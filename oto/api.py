@@ -38,7 +38,7 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
-from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
+from oto.slim.module import Edits, plan_edits, stated_sizes, tensors_of, thin_copy, thin_tensors
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
@@ -88,6 +88,9 @@ class OTO:
         strict_out_nodes: Only outputs that nothing else in the model reads keep their size; by default all do. One that
             is returned on the way, such as a hidden state, then gets as thin as the network there.
         min_kept: Least number of atoms that every group keeps.
+        keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
+            state stay whole. By default everything is pruned, and a model whose code states a size that changed becomes
+            a ``torch.fx.GraphModule``.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -113,6 +116,7 @@ class OTO:
         skip_patterns: Iterable[str | type[nn.Module]] = (),
         strict_out_nodes: bool = False,
         min_kept: int = 1,
+        keep_class: bool = False,
     ) -> None:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
@@ -121,6 +125,9 @@ class OTO:
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
+        if keep_class:
+            stated = stated_sizes(model, self.partition)
+            self._groups = keep_whole(self._groups, stated, "keep_class: the model's code may state its size")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(
@@ -130,7 +137,7 @@ class OTO:
                 UnknownOpWarning,
                 stacklevel=2,
             )
-        require_prunable(self._groups)
+        require_prunable(self._groups, self.partition.found.graph)
 
     @property
     def node_groups(self) -> tuple[NodeGroup, ...]:
@@ -337,7 +344,8 @@ class OTO:
                 if emitter == "module":
                     raise EmitterError(
                         f"{type(self.model).__name__} cannot be thinned as its own class: {why}\n"
-                        "  to fix  use emitter='graph'"
+                        "  to fix  use emitter='graph', or prune only what the class can do without:"
+                        " OTO(..., keep_class=True)"
                     ) from failure
                 log.info("the original class does not fit, using the graph: %s", why)
         try:
@@ -346,7 +354,10 @@ class OTO:
         except EmitterError as failure:
             if why is None:
                 raise
-            raise EmitterError(f"{failure}\n  class   the original class does not do either: {why}") from failure
+            raise EmitterError(
+                f"{failure}\n  class   the original class does not do either: {why}\n"
+                "  or      prune only what the class can do without: OTO(..., keep_class=True)"
+            ) from failure
         checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept))
         try:
             require(checks)

@@ -57,6 +57,7 @@ class NodeGroup:
         slices: Every slice that disappears with an atom.
         zeros: The slices that must be zero for the removal to be exact; a subset of ``slices``.
         reason: Why the group stays whole; ``None`` if it is prunable.
+        cause: Index of the call that is the reason, if one is.
         min_kept: Least number of atoms to keep.
         quiet: With all ``slices`` of an atom at zero, every gradient of them is exactly zero.
     """
@@ -66,6 +67,7 @@ class NodeGroup:
     slices: tuple[Slice, ...]
     zeros: tuple[Slice, ...] = ()
     reason: str | None = None
+    cause: int | None = None
     min_kept: int = 1
     quiet: bool = False
 

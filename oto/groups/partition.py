@@ -90,7 +90,8 @@ def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
         own = proofs[axis] if axis.fixed is None else None
         zeros = () if own is None else _zeros(own, slices)
         quiet = own is not None and own.quiet
-        groups.append(NodeGroup(names[axis], axis.size, tuple(slices), zeros, _tell(axis, found), quiet=quiet))
+        reason, cause = (None, None) if axis.fixed is None else (axis.fixed.text, axis.fixed.node)
+        groups.append(NodeGroup(names[axis], axis.size, tuple(slices), zeros, reason, cause, quiet=quiet))
     axes = {name: axis for axis, name in names.items()}
     return Partition(found, tuple(groups), axes)
 
@@ -98,15 +99,6 @@ def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
 def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
     places = {(leaf.name, dim) for leaf, dim in proof.zeros}
     return tuple(s for s in slices if (s.parameter, s.dim) in places)
-
-
-def _tell(axis: Axis, found: Propagation) -> str | None:
-    if axis.fixed is None:
-        return None
-    if axis.fixed.node is None:
-        return axis.fixed.text
-    node = found.graph.nodes[axis.fixed.node]
-    return f"{axis.fixed.text} ({node}{', ' + node.source if node.source else ''})"
 
 
 def occurrences(term: Term) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from oto.errors import NothingPrunableError, UnknownNodeError, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
+from oto.trace.graph import Graph
 
 
 def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
@@ -136,9 +137,11 @@ def zeroing(groups: Iterable[NodeGroup], parameters: Iterable[str]) -> set[str]:
 
 
 def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -> tuple[NodeGroup, ...]:
-    """The groups of these names stay whole."""
-    protected = set(names)
-    return tuple(replace(g, reason=reason) if g.prunable and g.name in protected else g for g in groups)
+    """The groups of these names stay whole; a mapping tells the index of the call that is the reason."""
+    causes = names if isinstance(names, Mapping) else dict.fromkeys(names)
+    return tuple(
+        replace(g, reason=reason, cause=causes[g.name]) if g.prunable and g.name in causes else g for g in groups
+    )
 
 
 def keep_at_least(groups: Sequence[NodeGroup], minimum: int) -> tuple[NodeGroup, ...]:
@@ -151,7 +154,7 @@ def keep_at_least(groups: Sequence[NodeGroup], minimum: int) -> tuple[NodeGroup,
     )
 
 
-def require_prunable(groups: Sequence[NodeGroup]) -> None:
+def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
     """Raise unless something can be removed.
 
     Raises:
@@ -161,7 +164,9 @@ def require_prunable(groups: Sequence[NodeGroup]) -> None:
         return
     reasons: dict[str, list[str]] = {}
     for group in groups:
-        reasons.setdefault(group.reason or "", []).append(group.name)
+        node = None if group.cause is None else graph.nodes[group.cause]
+        place = "" if node is None else f" ({node}{', ' * bool(node.source)}{node.source})"
+        reasons.setdefault(f"{group.reason}{place}", []).append(group.name)
     lines = [f"  {text}: {some(names)}" for text, names in list(reasons.items())[:8]]
     raise NothingPrunableError(
         "\n".join(

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from oto.groups import NodeGroup, Partition
+from oto.trace.graph import Graph
 
 WAYS = {
     "meta": "traced on shapes alone: the graph holds for every input of these shapes",
@@ -91,20 +92,20 @@ def explain(groups: Sequence[NodeGroup], partition: Partition) -> Explanation:
         len(free),
         sum(group.size for group in free),
         sum(sizes[name] for name in touched) / max(sum(sizes.values()), 1),
-        tuple(_whole(group, partition, sizes) for group in groups if not group.prunable),
+        tuple(_whole(group, graph, sizes) for group in groups if not group.prunable),
         tuple(leaf.name for leaf in graph.leaves if leaf.kind == "parameter" and leaf.value not in used),
         tuple(sorted({node.name for node in partition.found.unknown})),
     )
 
 
-def _whole(group: NodeGroup, partition: Partition, sizes: dict[str, int]) -> Whole:
+def _whole(group: NodeGroup, graph: Graph, sizes: dict[str, int]) -> Whole:
     named = tuple(dict.fromkeys((piece.parameter, piece.dim) for piece in group.slices))
     entries = sum(sizes[name] for name in dict.fromkeys(name for name, _ in named))
-    fixed = partition.axes[group.name].fixed
-    if fixed is None or fixed.node is None:
-        return Whole(group.name, group.size, named, entries, fixed.text if fixed else group.reason or "")
-    node = partition.found.graph.nodes[fixed.node]
-    return Whole(group.name, group.size, named, entries, fixed.text, node.name, node.module, node.source or None)
+    reason = group.reason or ""
+    if group.cause is None:
+        return Whole(group.name, group.size, named, entries, reason)
+    node = graph.nodes[group.cause]
+    return Whole(group.name, group.size, named, entries, reason, node.name, node.module, node.source or None)
 
 
 def _table(whole: Sequence[Whole]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -213,3 +215,50 @@ def test_a_saved_program_needs_no_output_type_of_the_model(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
     expected = run(model, ids)[0]
     assert relative_error([expected], [torch.load(tmp_path / "y.pt")]) <= 1e-4
+
+
+class Stated(nn.Module):
+    """A view that states the width of a head, beside a feed-forward part that states nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(x.shape[0], -1, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape[0], -1, 16)
+        return self.down(torch.relu(self.up(self.out(y))))
+
+
+def test_keep_class_prunes_what_the_class_can_do_without():
+    model, x = Stated().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    everything = OTO(copy.deepcopy(model), x)
+    everything.random_set_zero_groups(0.5)
+    assert everything.construct_subnet().emitter == "graph"
+    with pytest.raises(EmitterError, match=r"keep_class=True"):
+        everything.construct_subnet(emitter="module")
+
+    oto = OTO(model, x, keep_class=True)
+    free = {g.name for g in oto.node_groups if g.prunable}
+    assert free == {"out.weight", "up.weight"} < {g.name for g in everything.node_groups if g.prunable}
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    assert type(subnet.model) is Stated and subnet.max_error < 1e-12
+    assert subnet.cost_after.params < subnet.cost_before.params
+    kept = [w for w in oto.explain().whole if w.reason.startswith("keep_class")]
+    assert kept and all(w.operator and w.source.startswith(__file__) for w in kept)
+
+
+def test_where_neither_emitter_can_the_message_names_both_and_what_to_do():
+    class Untraceable(Stated):
+        def forward(self, x):
+            return super().forward(-x if x.sum().item() > 1e9 else x)
+
+    oto = OTO(Untraceable().double(), torch.randn(2, 5, 16, dtype=torch.float64))
+    oto.random_set_zero_groups(0.5)
+    with pytest.raises(EmitterError) as caught:
+        oto.construct_subnet()
+    message = str(caught.value)
+    assert "torch.export cannot follow Untraceable" in message
+    assert "the original class does not do either" in message and "keep_class=True" in message

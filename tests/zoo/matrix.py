@@ -62,6 +62,8 @@ class Result:
         module, graph: Largest relative error of the slim model by the original class and by the exported graph;
             ``None`` if it was not built, and then the reason is given.
         replay: For a model that neither can express, the error of the recorded calls run on thinner tensors.
+        class_share, class_error: For a model whose class cannot express all that is removed: the share of parameters
+            that is prunable with ``keep_class=True``, and the error of that slim model of the original class.
         failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
     """
 
@@ -80,6 +82,8 @@ class Result:
     graph: float | None = None
     graph_reason: str | None = None
     replay: float | None = None
+    class_share: float | None = None
+    class_error: float | None = None
     failure: str | None = None
 
     TOLERANCE: ClassVar = 1e-9  # float64; verification has its own for the dtype of a model that does not run in that
@@ -87,9 +91,14 @@ class Result:
     @property
     def exact(self) -> bool:
         """Whether a thinner model was compared with the zeroed one and every comparison held."""
-        errors = [self.replay] if self.replay is not None else [e for e in (self.module, self.graph) if e is not None]
-        shown = bool(errors) or not self.axes
-        return self.failure is None and shown and all(e <= self.TOLERANCE for e in errors)
+        shown = any(e is not None for e in (self.module, self.graph, self.replay)) or not self.axes
+        return self.failure is None and shown and self.error <= self.TOLERANCE
+
+    @property
+    def error(self) -> float:
+        """The largest; a replay in float64 stands for slim models of a narrower dtype."""
+        built = [self.replay] if self.replay is not None else [self.module, self.graph, self.class_error]
+        return max((e for e in built if e is not None), default=0.0)
 
     @property
     def costly(self) -> tuple[str, ...]:
@@ -106,6 +115,7 @@ class Result:
             f" {self.analysis:5.1f}/{self.seconds:5.1f} s  module {error(self.module, self.module_reason):6}"
             f" graph {error(self.graph, self.graph_reason):6} moves {self.sensitivity:.0e}"
             + (f" replay {self.replay:.0e}" if self.replay is not None else "")
+            + (f" class {self.class_share:.0%} {self.class_error or 0:.0e}" if self.class_share is not None else "")
         )
         more = [("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)), ("module", self.module_reason),
                 ("graph", self.graph_reason), ("FAILED", self.failure)]  # fmt: skip
@@ -190,6 +200,8 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
                 reason = str(failure).splitlines()[0]
         setattr(result, emitter, error)
         setattr(result, f"{emitter}_reason", reason)
+    if result.module is None:
+        _with_its_class(result, model, inputs, zeroed if wide else None)
     if (result.module is None and result.graph is None) or not wide:
         model, inputs = copy.deepcopy(model).double(), double_input(inputs)
         narrow = torch.get_default_dtype()
@@ -198,6 +210,27 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
             result.replay = relative_error(run(model, inputs), replay(model, inputs))
         finally:
             torch.set_default_dtype(narrow)
+
+
+def _with_its_class(result: Result, model: nn.Module, inputs: Any, zeroed: list[torch.Tensor] | None) -> None:
+    """Take out what the class can do without, of that which is zero already."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnknownOpWarning)
+            oto = OTO(model, inputs, keep_class=True)
+    except NothingPrunableError:
+        result.class_share = 0.0
+        return
+    free = {g.name: 0 for g in oto.node_groups if g.prunable}
+    result.class_share = 1 - oto._cost(free).params / oto.compute_num_params()
+    try:
+        subnet = oto.construct_subnet(emitter="module")
+    except EmitterError as failure:
+        result.class_share, result.module_reason = None, str(failure).splitlines()[0]
+        return
+    result.class_error = subnet.max_error
+    if zeroed is not None:
+        result.class_error = max(result.class_error, relative_error(zeroed, run(subnet.model, inputs)))
 
 
 def _unknown(oto: OTO) -> tuple[tuple[str, int], ...]:
