@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ __all__ = [
     "TorchDispatchMode",
     "example_size",
     "is_free",
+    "quiet",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -30,6 +34,17 @@ __all__ = [
     "tree_unflatten",
     "unwrapped",
 ]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No tracebacks in the log: what fails here is tried in another way, or raised."""
+    inner = logging.getLogger("torch._subclasses.fake_tensor")
+    before, inner.disabled = inner.disabled, True
+    try:
+        yield
+    finally:
+        inner.disabled = before
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -120,7 +120,7 @@ class OTO:
     ) -> None:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
-        self.partition = partition(record(model, dummy_input, known), strict_out_nodes)
+        self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._saved: Path | None = None
         if skip_patterns:

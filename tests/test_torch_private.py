@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from oto import _torch
@@ -59,3 +60,32 @@ def test_a_size_that_tracing_settled_on_is_not_free():
     program = torch.export.export(Settled(), given, dynamic_shapes=free, strict=False)
     x, y = (n.meta["val"].shape[0] for n in program.graph.nodes if n.op == "placeholder")
     assert not _torch.is_free(5) and not _torch.is_free(x) and _torch.is_free(y)
+
+
+def test_a_fake_tensor_that_fails_is_quiet(caplog, capfd):
+    torch._logging.set_logs()  # torch's handlers, as a user has them
+    with _torch.quiet(), _torch.FakeTensorMode() as mode, pytest.raises(RuntimeError):
+        mode.from_tensor(torch.ones(2)) + mode.from_tensor(torch.ones(3))
+    assert "Traceback" not in capfd.readouterr().err and not caplog.records
+
+
+def test_wrappers_are_taken_off():
+    model = torch.nn.Linear(2, 2)
+    assert _torch.unwrapped(torch.compile(model, backend="eager")) is model
+    assert _torch.unwrapped(torch.nn.DataParallel(model)) is model and _torch.unwrapped(model) is model
+
+
+def test_a_dispatch_mode_is_given_torch_cond_whole():
+    seen = []
+
+    class Watch(_torch.TorchDispatchMode):
+        supports_higher_order_operators = True
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op)
+            return op(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with torch.inference_mode(), Watch():
+        torch.cond(x.sum() > 0, lambda t: t * 2, lambda t: t + 1, (x,))
+    assert seen[-1] is torch.ops.higher_order.cond and isinstance(seen[-1], _torch.HigherOrderOperator)

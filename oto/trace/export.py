@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from oto._torch import example_size, is_free, tree_leaves, tree_map, tree_map_only
+from oto._torch import example_size, is_free, quiet, tree_leaves, tree_map, tree_map_only
 from oto.errors import EmitterError
 from oto.trace.graph import Graph, GraphBuilder, Key
 from oto.trace.record import arguments, as_found, is_foreign
@@ -67,7 +67,7 @@ def export_program(
             try:
                 given = _two(args, kwargs) if dynamic else (args, kwargs)
                 shapes = _free_batch(model, *given) if dynamic else None
-                with redirect_stderr(io.StringIO()):  # where it fails, torch prints the whole graph
+                with redirect_stderr(io.StringIO()), quiet():  # where it fails, torch prints the whole graph
                     program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
                 return program, dynamic and _is_free(program, _batch(*given))
             except Exception as problem:

@@ -203,8 +203,8 @@ class GraphBuilder:
         for key in family:
             self.families[key] = family
 
-    def build(self, outputs: Sequence[Hashable]) -> Graph:
-        """The finished graph, without the nodes whose results reach neither an output nor a tensor of the model."""
+    def build(self, outputs: Sequence[Hashable], dead: bool = False) -> Graph:
+        """The finished graph; dead nodes are those whose results reach neither an output nor a tensor of the model."""
         ends = tuple(self.current[key] for key in outputs)
         used = set(ends)
         # a tensor of the model that was written to is as good as an output
@@ -213,7 +213,7 @@ class GraphBuilder:
                 used.add(self.current[key])
         kept: list[Node] = []
         for node in reversed(self.nodes):
-            if not used.isdisjoint(node.outputs) or any(after in used for _, after in node.written):
+            if dead or not used.isdisjoint(node.outputs) or any(after in used for _, after in node.written):
                 used.update(node.inputs())
                 kept.append(node)
         nodes = tuple(replace(node, index=i) for i, node in enumerate(reversed(kept)))

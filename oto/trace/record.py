@@ -30,6 +30,7 @@ from oto._torch import (
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
+    quiet,
     tree_leaves,
     tree_map_only,
 )
@@ -71,7 +72,9 @@ def arguments(dummy_input: Any) -> Arguments:
     return separate
 
 
-def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Graph:
+def record(
+    model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True, dead: bool = False
+) -> Graph:
     """Trace ``model`` on one example input.
 
     Args:
@@ -80,6 +83,7 @@ def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
         dummy_input: A tensor, a tuple of positional arguments or a dict of keyword arguments.
         known: Whether an operator is to be written down as it is. A composite operator that is not known is taken
             apart into those that it is made of.
+        dead: Keep calls whose results reach no output; the model's class makes them all the same.
 
     Raises:
         DummyInputError: ``dummy_input`` is of the wrong type.
@@ -96,7 +100,7 @@ def record(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
         for way in ways:
             try:
                 with _untouched(model):
-                    return _run(model, args, kwargs, known, way)
+                    return _run(model, args, kwargs, known, way, dead)
             except Exception as failure:
                 if way == ways[-1]:
                     raise TraceError(_message(model, args, kwargs, failure)) from failure
@@ -177,6 +181,7 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
     if way == "real":
         buffers = {id(t) for t in named.values() if not isinstance(t, nn.Parameter)}
         return lambda t: t.detach().clone() if id(t) in buffers else t.detach()
+    stack.enter_context(quiet())
     mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     device = next((t.device for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_meta), None)
 
@@ -188,7 +193,9 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
     return fake
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str) -> Graph:
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool = False
+) -> Graph:
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, tensor in named.items():
@@ -226,7 +233,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known:
         outputs = list(tensors_in(result))
     for tensor in outputs:
         recorder.see(tensor)
-    return recorder.builder.build([id(tensor) for tensor in outputs])
+    return recorder.builder.build([id(tensor) for tensor in outputs], dead)
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:

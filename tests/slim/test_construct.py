@@ -262,3 +262,21 @@ def test_where_neither_emitter_can_the_message_names_both_and_what_to_do():
     message = str(caught.value)
     assert "torch.export cannot follow Untraceable" in message
     assert "the original class does not do either" in message and "keep_class=True" in message
+
+
+def test_keep_class_minds_calls_whose_results_nobody_reads():
+    class Pooler(Stated):
+        def __init__(self):
+            super().__init__()
+            self.pool = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.out(x)
+            self.pool(h, h, h)
+            return self.down(torch.relu(self.up(h)))
+
+    model, x = Pooler().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    oto = OTO(model, x, keep_class=True)
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(emitter="module")
+    assert subnet.max_error < 1e-12 and subnet.model.pool.in_proj_weight.shape[1] == subnet.model.up.in_features

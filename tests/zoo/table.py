@@ -30,9 +30,10 @@ computes in float64 is compared with the zeroed full model: on the example, on r
 * **groups, ZIGs**: prunable node groups, and the zero-invariant groups in them.
 * **traced**: on tensors that know their *shapes* (`meta`, then fake tensors), or on the *data* of the example, because
   the model looks at values. Then the graph follows the path of the example.
-* **class**: the slim model is of the model's own class. **graph**: it is a `torch.fx.GraphModule`. Where neither can be
-  had, the recorded calls were replayed on thinner tensors instead: the analysis is proved on the example, and
-  `construct_subnet` raises `EmitterError` with the reason, listed below the table.
+* **graph**: the slim model is a `torch.fx.GraphModule`. **class**: it is of the model's own class; a share instead of ✓
+  is what is prunable with `OTO(..., keep_class=True)`, which leaves alone what the class states sizes of. Where neither
+  can do without all that is prunable, `construct_subnet` raises `EmitterError` with the reason, listed below the table,
+  and the recorded calls were replayed on thinner tensors to prove the analysis on the example.
 * **error**: the largest difference of any comparison, relative to the largest entry of the output.
 """
 
@@ -68,8 +69,9 @@ def document() -> str:
 
 
 def summary(found: dict[str, list[Result]]) -> Iterator[str]:
-    yield "| zoo | models | exact | class | graph | replay only | nothing prunable | mean prunable | worst error |"
-    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    columns = ("models", "exact", "class", "class, in part", "graph", "neither: replayed", "nothing prunable")
+    yield f"| zoo | {' | '.join(columns)} | mean prunable | worst error |"
+    yield f"|---|{'--:|' * (len(columns) + 2)}"
     everything = [result for some in found.values() for result in some]
     for title, some in [*((TITLES[kind], some) for kind, some in found.items()), ("**all**", everything)]:
         count = Counter[str]()
@@ -78,14 +80,11 @@ def summary(found: dict[str, list[Result]]) -> Iterator[str]:
             count["class"] += r.module is not None
             count["graph"] += r.graph is not None
             count["replay"] += r.module is None and r.graph is None and r.replay is not None
+            count["part"] += r.module is None and bool(r.class_share)
             count["none"] += not r.axes
-        cells = [len(some), *(count[key] for key in ("exact", "class", "graph", "replay", "none"))]
+        cells = [len(some), *(count[key] for key in ("exact", "class", "part", "graph", "replay", "none"))]
         share = sum(r.share for r in some) / len(some)
-        yield f"| {title} | {' | '.join(map(str, cells))} | {share:.0%} | {max(map(error, some)):.0e} |"
-
-
-def error(r: Result) -> float:
-    return max((e for e in (r.module, r.graph, r.replay) if e is not None), default=0.0)
+        yield f"| {title} | {' | '.join(map(str, cells))} | {share:.0%} | {max(r.error for r in some):.0e} |"
 
 
 def section(kind: str, some: list[Result]) -> Iterator[str]:
@@ -93,17 +92,15 @@ def section(kind: str, some: list[Result]) -> Iterator[str]:
     yield "| model | parameters | prunable | groups | ZIGs | traced | class | graph | error |"
     yield "|---|--:|--:|--:|--:|---|:-:|:-:|--:|"
     for r in some:
-        ways = [tick(r.module is not None), tick(r.graph is not None)]
+        part = "" if r.class_share is None else f"{r.class_share:.0%}"
+        ways = ["✓" if r.module is not None else part, "✓" if r.graph is not None else ""]
         traced = "data" if r.trace == "real" else "shapes"
         cells: list[Any] = [r.name, f"{r.parameters:,}", f"{r.share:.0%}", r.axes, r.atoms, traced, *ways]
-        yield f"| {' | '.join(map(str, cells))} | {f'{error(r):.0e}' if r.axes else ''} |"
-    notes = [f"* {r.name}: {r.graph_reason}" for r in some if r.module is None and r.graph is None]
+        yield f"| {' | '.join(map(str, cells))} | {f'{r.error:.0e}' if r.axes else ''} |"
+    notes = [f"* {r.name}: {r.graph_reason}" for r in some if r.module is None and r.graph is None and r.axes]
+    notes += [f"* {r.name}: {r.module_reason}" for r in some if not r.axes]
     if notes:
-        yield from ["", "No slim model:", "", *notes]
-
-
-def tick(yes: bool) -> str:
-    return "✓" if yes else ""
+        yield from ["", "No graph, and more than the class can do without:", "", *notes]
 
 
 if __name__ == "__main__":
