@@ -122,6 +122,7 @@ class OTO:
         self.dummy_input = dummy_input
         self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
+        self._keep_class = keep_class
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
@@ -344,8 +345,7 @@ class OTO:
                 if emitter == "module":
                     raise EmitterError(
                         f"{type(self.model).__name__} cannot be thinned as its own class: {why}\n"
-                        "  to fix  use emitter='graph', or prune only what the class can do without:"
-                        " OTO(..., keep_class=True)"
+                        f"  to fix  use emitter='graph', or {self._way_out}"
                     ) from failure
                 log.info("the original class does not fit, using the graph: %s", why)
         try:
@@ -355,8 +355,7 @@ class OTO:
             if why is None:
                 raise
             raise EmitterError(
-                f"{failure}\n  class   the original class does not do either: {why}\n"
-                "  or      prune only what the class can do without: OTO(..., keep_class=True)"
+                f"{failure}\n  class   the original class does not do either: {why}\n  or      {self._way_out}"
             ) from failure
         checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept))
         try:
@@ -366,6 +365,13 @@ class OTO:
             raise
         held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
         return slim, None, dict(held), checks, why
+
+    @property
+    def _way_out(self) -> str:
+        """What to do where the original class cannot express what was removed."""
+        if self._keep_class:
+            return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
+        return "prune only what the class can do without: OTO(..., keep_class=True)"
 
     def _left(self, kept: Kept) -> list[list[NDArray[np.bool_]]] | None:
         """For each output and each of its dimensions, what the slim model still has; ``None`` if that is all."""

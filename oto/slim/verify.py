@@ -148,12 +148,21 @@ def random_like(dummy_input: Any, seed: int, batch: int | None = None) -> Any:
 
 
 def in_double(module: nn.Module) -> nn.Module:
-    """A copy in float64."""
-    return copy.deepcopy(module).double()
+    """A copy in float64 and complex128."""
+    wide = copy.deepcopy(module).double()
+    for tensor in (*wide.parameters(), *wide.buffers()):
+        if tensor.is_complex():  # ``Module.double`` leaves these
+            tensor.data = tensor.data.to(torch.complex128)
+    return wide
 
 
 def double_input(dummy_input: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, dummy_input)
+    """An example in float64 and complex128."""
+
+    def widen(t: Tensor) -> Tensor:
+        return t.double() if t.is_floating_point() else t.to(torch.complex128) if t.is_complex() else t
+
+    return tree_map_only(Tensor, widen, dummy_input)
 
 
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False,

@@ -346,6 +346,13 @@ def _written() -> Iterator[Sample]:
     # look-ups
     yield s(aten.embedding.default, x(5, 3), whole(5, 2, 4))
     yield s(aten.embedding.default, x(5, 3), whole(5, 4), 1)
+    for mode in (0, 1, 2):
+        bags = (x(5, 3), whole(5, 6), torch.tensor([0, 2, 3]), False, mode, False)
+        yield s(aten.embedding_bag.default, *bags)
+        yield s(aten.embedding_bag.padding_idx, *bags, None, False, None)
+        yield s(aten._embedding_bag.default, *bags)
+        yield s(aten._embedding_bag_forward_only.default, *bags)
+    yield s(aten.embedding_bag.default, x(5, 3), whole(5, 6), torch.tensor([0, 2, 3]), False, 0, False, x(6))
     for dim in (0, 1, -1):
         yield s(aten.index_select.default, x(3, 4, 5), dim, whole(3, 2))
     yield s(aten.index_select.default, x(), 0, whole(1, 1))

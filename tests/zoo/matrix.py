@@ -10,7 +10,6 @@ Used by the tests, by the documentation's table, and by hand::
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import logging
 import time
@@ -26,10 +25,9 @@ import torch
 from torch import nn
 
 from oto import OTO
-from oto._torch import tree_map_only
 from oto.axes import terms as T
 from oto.errors import EmitterError, NothingPrunableError, UnknownOpWarning, VerificationError
-from oto.slim.verify import double_input, random_like, relative_error, run
+from oto.slim.verify import double_input, in_double, random_like, relative_error, run
 from oto.trace.record import arguments, as_found
 
 from .models import lively
@@ -45,6 +43,7 @@ ZOOS = {
     "transformers": ("transformers_zoo", "ZOO"),
     "diffusers": ("diffusers_zoo", "ZOO"),
     "handmade": ("handmade", "ZOO"),
+    "papers": ("papers", "ZOO"),
 }
 
 
@@ -148,13 +147,13 @@ def prepared(factory: Factory) -> tuple[nn.Module, Any]:
         warnings.simplefilter("ignore")
         model, inputs = factory()
         model = lively(model, inputs)
-        wide = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+        wide = double_input(inputs)
         args, kwargs = arguments(wide)
         try:
-            run(copy.deepcopy(model).double(), wide)  # first, so that what the model caches is as wide
+            run(in_double(model), wide)  # first, so that what the model caches is as wide
             with as_found(model), torch.no_grad():
-                copy.deepcopy(model).double()(*args, **kwargs)
-            return model.double(), wide
+                in_double(model)(*args, **kwargs)
+            return in_double(model), wide
         except Exception:  # it is replayed in float64 all the same, with its own casts made to follow
             return model, inputs
 
@@ -203,7 +202,7 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
     if result.module is None:
         _with_its_class(result, model, inputs, zeroed if wide else None)
     if (result.module is None and result.graph is None) or not wide:
-        model, inputs = copy.deepcopy(model).double(), double_input(inputs)
+        model, inputs = in_double(model), double_input(inputs)
         narrow = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)  # what the model makes without saying of which dtype
         try:

@@ -27,6 +27,7 @@ EVERY_RUN = {
     "diffusers": ["unet2d", "autoencoder_kl", "flux"],
     "handmade": ["lstm", "lstm_projected", "gru_both_ways", "gan_generator", "carn", "yolo", "experts_by_mask",
                  "experts_by_index", "selective_scan", "linear_attention"],
+    "papers": ["nano_gpt", "fourier_operator", "seq2seq", "message_passing", "vq_vae", "dlrm", "perceiver"],
 }  # fmt: skip
 RESULTS = Path(os.environ.get("OTO_ZOO_RESULTS") or Path(__file__).resolve().parents[2] / "out" / "zoo")
 

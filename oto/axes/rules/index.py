@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from oto.axes.call import Call, Fact, Operand, same
+from oto.axes.call import Call, Fact, Operand, anything, product, same
 from oto.axes.registry import fixed, rule
 from oto.trace.graph import write_through
 
@@ -27,6 +27,27 @@ def embedding(call: Call, weight: Operand, indices: Operand, *rest: Any, **named
     n = indices.ndim
     routes = (tuple((d,) for d in range(n)), ((), (n,)))
     return call.step([indices, weight], [*indices.terms, weight.terms[1]], routes, looked_up)
+
+
+@rule(aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only)
+def embedding_bag(
+    call: Call, weight: Operand, indices: Operand, offsets: Operand, scale_grad_by_freq: bool = False, mode: int = 0,
+    sparse: bool = False, per_sample_weights: Operand | None = None, include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> list[Operand]:  # fmt: skip
+    """weight (V, D) -> (B, D), the sum, mean or maximum of each bag, and its bookkeeping."""
+    call.fix(weight, [0], PICKED)
+    for x in (indices, offsets, per_sample_weights):
+        if x is not None:
+            call.fix(x, None, PICKED)
+
+    def bags(fact: Any) -> Operand:
+        assert call.shape is not None
+        return call.step([weight], [call.fixed(call.shape[0], PICKED), weight.terms[1]], (((), (1,)),), fact)
+
+    shapes = [shape or () for shape in call.shapes[1:]]
+    largest = [bags(anything)] if mode == 2 else [call.fresh(shapes[2], PICKED)]  # where each maximum was found
+    return [bags(product), *(call.fresh(shape, PICKED) for shape in shapes[:2]), *largest]
 
 
 @rule(aten.index_select)
