@@ -38,7 +38,8 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
-from oto.slim.module import Edits, plan_edits, stated_sizes, tensors_of, thin_copy, thin_tensors
+from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
+from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
@@ -89,8 +90,8 @@ class OTO:
             is returned on the way, such as a hidden state, then gets as thin as the network there.
         min_kept: Least number of atoms that every group keeps.
         keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
-            state stay whole. By default everything is pruned, and a model whose code states a size that changed becomes
-            a ``torch.fx.GraphModule``.
+            state stay whole, and the class is run to see. By default everything is pruned, and a model whose code
+            states a size that changed becomes a ``torch.fx.GraphModule``.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -127,8 +128,8 @@ class OTO:
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
         if keep_class:
-            stated = stated_sizes(model, self.partition)
-            self._groups = keep_whole(self._groups, stated, "keep_class: the model's code may state its size")
+            bound = class_bound(model, self.partition, self._groups, dummy_input)
+            self._groups = keep_whole(self._groups, bound, "keep_class: the model's code may state its size")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(

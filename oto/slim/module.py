@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from oto.axes.call import Rewrite, Size
-from oto.axes.terms import axes_of, resolve
 from oto.errors import EmitterError
 from oto.groups import Partition
 from oto.nn import SWAPS
@@ -115,13 +114,13 @@ def plan_edits(model: nn.Module, partition: Partition, thin: Thinning) -> Edits:
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         mine = _Mine(path, module, leaves, thin, calls.get(path, []))
-        kind = _stock(module)
+        kind = stock(module)
         if kind is not None:
             STOCK[kind](mine, edits)
     for index, text in thin.found.tape.counted.items():
         node = thin.found.graph.nodes[index]
         rewrite = thin.found.tape.rewrites[index]
-        norm = _stock(modules.get(node.module)) in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+        norm = stock(modules.get(node.module)) in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
         if thin.changes(rewrite) and not norm:
             raise EmitterError(
                 f"{text}, in the forward of {node.module or type(model).__name__} itself ({node.source})\n"
@@ -130,23 +129,7 @@ def plan_edits(model: nn.Module, partition: Partition, thin: Thinning) -> Edits:
     return edits
 
 
-def stated_sizes(model: nn.Module, partition: Partition) -> dict[str, int]:
-    """Node groups whose size the model's own code may state, each with the index of a call that does.
-
-    Whether a size was written as a number or read off a tensor, a recording cannot tell. Modules of ``torch.nn`` do not
-    count, because they are adapted.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = {axis: name for name, axis in partition.axes.items()}
-    found: dict[str, int] = {}
-    for index, rewrite in partition.found.tape.rewrites.items():
-        if _stock(modules.get(partition.found.graph.nodes[index].module)) is None:
-            axes = (axis for term in rewrite.terms for axis in axes_of(resolve(term)))
-            found.update((names[axis], index) for axis in axes if axis in names)
-    return found
-
-
-def _stock(module: nn.Module | None) -> type[Any] | None:
+def stock(module: nn.Module | None) -> type[Any] | None:
     """The class of torch's own as which a module is adapted; ``None`` if it is none, or has a forward of its own."""
     for kind in STOCK:
         if isinstance(module, kind):

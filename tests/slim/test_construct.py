@@ -280,3 +280,43 @@ def test_keep_class_minds_calls_whose_results_nobody_reads():
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet(emitter="module")
     assert subnet.max_error < 1e-12 and subnet.model.pool.in_proj_weight.shape[1] == subnet.model.up.in_features
+
+
+class ReadOff(nn.Module):
+    """The width of its input decides how a block cuts its own queries."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+            self.mlp = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+
+        def forward(self, x):
+            b, t, c = x.shape
+            q, k, v = (z.view(b, t, 4, c // 4).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c)
+            x = x + self.out(y)
+            return x + self.mlp(x)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Linear(6, 16), nn.Sequential(self.Block(), self.Block())
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.last(self.blocks(self.first(x)))
+
+
+def test_keep_class_finds_sizes_that_are_read_off_another_tensor():
+    model, x = ReadOff().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    oto = OTO(model, x, keep_class=True)
+    assert {g.name for g in oto.node_groups if g.prunable} == {"blocks.0.mlp.0.weight", "blocks.1.mlp.0.weight"}
+    (residual,) = [w for w in oto.explain().whole if ("first.weight", 0) in w.parameters]
+    assert residual.reason.startswith("keep_class") and residual.module.startswith("blocks.")
+    oto.random_set_zero_groups(0.5)
+    assert oto.construct_subnet(emitter="module").max_error < 1e-12
+
+
+def test_keep_class_on_meta_runs_nothing():
+    oto = OTO(Stated().to("meta"), torch.randn(2, 5, 16), keep_class=True)
+    assert {g.name for g in oto.node_groups if g.prunable} == {"out.weight", "up.weight"}
