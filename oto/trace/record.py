@@ -96,16 +96,17 @@ def record(
             "  to fix   give the Python module that it was made of"
         )
     ways = ["meta", "fake"] if _on_meta(model) else ["meta", "fake", "real", "grad"]
+    failures: dict[str, Exception] = {}
     with as_found(model):
         for way in ways:
             try:
                 with _untouched(model):
                     return _run(model, args, kwargs, known, way, dead)
             except Exception as failure:
-                if way == ways[-1]:
-                    raise TraceError(_message(model, args, kwargs, failure)) from failure
+                failures[way] = failure
                 log.info("%s tensors do not carry this model: %s", way, failure)
-    raise AssertionError("the last way returns or raises")
+    plainest = failures.get("real") or failures["fake"]
+    raise TraceError(_message(model, args, kwargs, plainest)) from plainest
 
 
 def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception) -> str:

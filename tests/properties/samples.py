@@ -918,6 +918,14 @@ def _indexed() -> Iterator[Sample]:
     for op, gates in ((aten.lstm.data, 4), (aten.gru.data, 3), (aten.rnn_tanh.data, 1), (aten.rnn_relu.data, 1)):
         hx = [x(1, 2, 2)] * 2 if gates == 4 else x(1, 2, 2)
         yield s(op, x(5, 3), lengths, hx, [x(gates * 2, 3), x(gates * 2, 2)], False, 1, 0.0, False, False)
+        hx = [x(4, 2, 2)] * 2 if gates == 4 else x(4, 2, 2)
+        params = [p for into in (3, 3, 4, 4) for p in (x(gates * 2, into), x(gates * 2, 2), x(gates * 2), x(gates * 2))]
+        yield s(op, x(5, 3), lengths, hx, params, True, 2, 0.0, False, True)
+    yield s(aten.lstm.data, x(5, 3), lengths, [x(1, 2, 2), x(1, 2, 3)], projected, True, 1, 0.0, False, False)
+    for first in (True, False):
+        yield s(aten._pack_padded_sequence.default, x(3, 3, 4), torch.tensor([3, 2, 2]), first)
+        for padding in (0.0, 1.0):
+            yield s(aten._pad_packed_sequence.default, x(5, 4), lengths, first, padding, 3)
     with suppress(ImportError):
         import transformers.integrations.moe  # noqa: F401  registers operators of its own
 

@@ -209,15 +209,29 @@ def test_layers_inside_of_cond_are_left_whole():
     assert slim_is_exact(Model(), X) == {"c.first.weight": 8, "c.middle.weight": 8}
 
 
-def test_a_loop_over_tensors_is_left_whole():
+def while_loop(x):
     from torch._higher_order_ops.while_loop import while_loop
 
-    def doubled(x):
-        _, y = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y * 2), (torch.zeros((), dtype=torch.long), x))
-        return y
+    _, y = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y * 2), (torch.zeros((), dtype=torch.long), x))
+    return y
 
-    oto = OTO(Around(doubled, nn.Linear(8, 8)), X)
-    assert prunable(oto) == {"middle.weight": 8} and oto.coverage()["fixed"] == {"while_loop": 1}
+
+def scan(x):
+    from torch._higher_order_ops.scan import scan
+
+    return scan(lambda carry, y: (carry + y, carry * y), torch.zeros_like(x[0]), x, dim=0)[1]
+
+
+def map_impl(x):
+    from torch._higher_order_ops.map import map
+
+    return map(torch.relu, x)
+
+
+@pytest.mark.parametrize("loop", [while_loop, scan, map_impl])
+def test_a_loop_over_tensors_is_left_whole(loop):
+    oto = OTO(Around(loop, nn.Linear(8, 8)), X)
+    assert prunable(oto) == {"middle.weight": 8} and oto.coverage()["fixed"] == {loop.__name__: 1}
 
 
 def test_a_number_read_from_the_data_decides_how_often():
@@ -241,6 +255,24 @@ def test_what_comes_back_from_numpy_is_left_whole():
     assert slim_is_exact(Around(through_numpy, nn.Linear(8, 8)), X, ["module"]) == {"middle.weight": 8}
     oto = OTO(Around(through_numpy, nn.Linear(8, 8)), X)
     assert "its values were made outside torch" in str(oto.explain())
+
+
+def test_sequences_of_different_lengths():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.lstm = nn.Embedding(20, 8), nn.LSTM(8, 12, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(24, 3)
+
+        def forward(self, ids, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(self.embed(ids), lengths, batch_first=True, enforce_sorted=False)
+            steps, (last, _) = self.lstm(packed)
+            padded, _ = nn.utils.rnn.pad_packed_sequence(steps, batch_first=True)
+            return self.head(padded), self.head(torch.cat([last[0], last[1]], -1))
+
+    given = torch.randint(0, 20, (3, 6)), torch.tensor([6, 3, 4])
+    assert sorted(slim_is_exact(Packed(), given, ["module"]).values()) == [8, 12]
 
 
 def test_gradients_taken_inside_of_forward():

@@ -10,7 +10,6 @@ higher_order = torch.ops.higher_order
 
 fixed(higher_order.cond, why="a value decides which branch runs")
 fixed(
-    higher_order.while_loop, higher_order.scan, higher_order.associative_scan, higher_order.map_impl,
-    why="it goes through a loop body that is kept as it is",
+    higher_order.while_loop, higher_order.scan, higher_order.map_impl,
+    why="it goes through the body of a loop, which is kept as it is",
 )  # fmt: skip
-fixed(higher_order.flex_attention, why="it goes through an attention score that is kept as it is")

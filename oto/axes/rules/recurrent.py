@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from oto.axes.call import Call, Fact, Operand, zero
-from oto.axes.registry import fixed, rule
+from oto.axes.call import Call, Fact, Operand, same, zero
+from oto.axes.registry import rule
 
 aten = torch.ops.aten
+PACKED = "sequences of different lengths are packed into it"
 Cell = Callable[[Call, Operand, list[Operand]], list[Operand]]
 
 
@@ -125,7 +126,58 @@ def recurrent(call: Call, x: Operand, hx: Operand | list[Operand], params: list[
     return [call.permute(y, [1, 0, 2]) if batch_first else y, *last]
 
 
-fixed(
-    aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data,
-    why="sequences of different lengths are packed into it",
-)  # fmt: skip
+@rule(aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data)
+def packed(
+    call: Call,
+    x: Operand,
+    batch_sizes: Operand,
+    hx: Operand | list[Operand],
+    params: list[Operand],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> list[Operand | None]:
+    """x (S, I), the steps of sequences of different lengths one behind the other; states as for the others."""
+    if train and dropout > 0:
+        return call.opaque("random numbers are drawn entry by entry")
+    gates, cell = _KINDS[str(call.node.op).split(".")[1]]
+    call.fix(batch_sizes, None, PACKED)
+    states = [hx] if isinstance(hx, Operand) else list(hx)
+    for state in states:
+        call.fix(state, [1], PACKED)
+    one = [call.move(s, [s.terms[0], (), s.terms[2]], [(0,), (), (2,)]) for s in states]  # as if for one sequence
+    steps = call.view(x, (x.shape[0], 1, x.shape[1]))
+    y, last = _recurrent(call, steps, one, params, gates, cell, has_biases, num_layers, 1 + bidirectional)
+    return [
+        call.move(y, [y.terms[0], y.terms[2]], [(0,), (2,)]),
+        *(
+            call.move(s, [s.terms[0], of.terms[1], s.terms[2]], [(0,), (), (2,)])
+            for s, of in zip(last, states, strict=True)
+        ),
+    ]
+
+
+@rule(aten._pack_padded_sequence)
+def pack(call: Call, x: Operand, lengths: Operand, batch_first: bool) -> list[Operand]:
+    """x (T, N, *) or (N, T, *) -> (S, *), the sizes of the batch at each step."""
+    call.fix(x, [0, 1], PACKED)
+    call.fix(lengths, None, PACKED)
+    steps, sizes = call.shapes
+    assert steps is not None and sizes is not None
+    terms = [call.fixed(steps[0], PACKED), *x.terms[2:]]
+    return [call.move(x, terms, [(), *((d,) for d in range(2, x.ndim))]), call.fresh(sizes, PACKED)]
+
+
+@rule(aten._pad_packed_sequence)
+def pad(call: Call, x: Operand, batch_sizes: Operand, batch_first: bool, padding_value: float,
+        total_length: int) -> list[Operand]:  # fmt: skip
+    """x (S, *) -> (T, N, *) or (N, T, *), and the lengths."""
+    call.fix(x, [0], PACKED)
+    call.fix(batch_sizes, None, PACKED)
+    padded, lengths = call.shapes
+    assert padded is not None and lengths is not None
+    terms = [*(call.fixed(n, PACKED) for n in padded[:2]), *x.terms[1:]]
+    sources = [(), (), *((d,) for d in range(1, x.ndim))]
+    return [call.move(x, terms, sources, lambda f: same(f, float(padding_value))), call.fresh(lengths, PACKED)]
