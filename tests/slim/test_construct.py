@@ -320,3 +320,18 @@ def test_keep_class_finds_sizes_that_are_read_off_another_tensor():
 def test_keep_class_on_meta_runs_nothing():
     oto = OTO(Stated().to("meta"), torch.randn(2, 5, 16), keep_class=True)
     assert {g.name for g in oto.node_groups if g.prunable} == {"out.weight", "up.weight"}
+
+
+def test_a_grouped_convolution_loses_whole_groups_and_the_same_channel_of_every_group():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 24, 3, groups=4), nn.ReLU(), nn.Conv2d(24, 5, 1)
+    ).double()  # fmt: skip
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    oto = OTO(model, x)
+    assert sorted(g.size for g in oto.node_groups if g.prunable) == [3, 4, 6]  # width in, groups, width out
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(emitter="module")
+    kept = {g.size: len(subnet.kept[g.name]) for g in oto.node_groups if g.prunable}
+    assert subnet.model[3].groups == kept[4] and subnet.model[3].weight.shape[:2] == (kept[4] * kept[6], kept[3])
+    assert subnet.model[3].in_channels == kept[4] * kept[3] and subnet.max_error < 1e-12

@@ -16,8 +16,7 @@ def conv(call: Call, x: Operand, weight: Operand, bias: Operand | None = None, s
          dilation: object = 1, groups: int = 1) -> Operand:  # fmt: skip
     """x (N, G·I, *size), weight (G·O, I, *kernel), bias (G·O,) -> (N, G·O, *size').
 
-    Whole groups may go. Inside a group of more than one channel nothing may, because the groups would end up with
-    different widths.
+    Whole groups may go, and the same entry of every group: the groups stay equally wide.
     """
     # the kernel is met once for every position of the output
     return convolve(call, x, weight, bias, groups, "oi", uncounted=SPACE)
@@ -72,9 +71,6 @@ def convolve(call: Call, x: Operand, weight: Operand, bias: Operand | None, grou
     else:
         x = call.view(x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
         weight = call.view(weight, (groups, weight.shape[0] // groups, *weight.shape[1:]))
-        why = "the groups of a convolution must stay equally wide"
-        call.fix(x, [2], why)
-        call.fix(weight, [1, 2], why)
         y = call.contract(f"ngi{space},g{channels}{kernel}->ngo{out}", x, weight, new=new, uncounted=uncounted)
         call.resize(groups=Size(y.terms[1]))
         y = call.view(y, (y.shape[0], y.shape[1] * y.shape[2], *size))
