@@ -325,7 +325,8 @@ def test_keep_class_on_meta_runs_nothing():
 def test_a_grouped_convolution_loses_whole_groups_and_the_same_channel_of_every_group():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 24, 3, groups=4), nn.ReLU(), nn.Conv2d(24, 5, 1)
+        nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 24, 3, groups=4), nn.ReLU(),
+        nn.Conv2d(24, 5, 1),
     ).double()  # fmt: skip
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     oto = OTO(model, x)
