@@ -141,7 +141,7 @@ def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
         me = f"node-{node.index}"
         outputs = [value for value in node.outputs if value is not None]
         flow.add_node(
-            me, kind="operator", op=str(node.op), module=node.module, source=node.source,
+            me, kind="operator", op=node.name, module=node.module, source=node.source,
             shape=outputs[0].shape if outputs else (),
             groups=tuple(dict.fromkeys(g for v in outputs for g in carried(found.operands[v].index))),
         )  # fmt: skip

@@ -287,7 +287,7 @@ def _short(op: str) -> str:
     'conv2d'
     """
     parts = op.split(".")
-    return parts[1] if len(parts) > 1 else re.sub(r"<function (\w+).*", r"\1", op)
+    return parts[1] if len(parts) > 1 else op
 
 
 def _quoted(name: str) -> str:
