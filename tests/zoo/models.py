@@ -87,7 +87,6 @@ ZOO = TORCHVISION | TRANSFORMERS
 def lively(model: nn.Module, inputs: Any) -> nn.Module:
     """Give a fresh model weights under which a mistake would show: no zero biases, no zero layers, real statistics."""
     generator = torch.Generator().manual_seed(2)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -96,13 +95,20 @@ def lively(model: nn.Module, inputs: Any) -> nn.Module:
                 parameter.add_(noise, alpha=0.1)
             elif not parameter.any():
                 parameter.add_(noise, alpha=0.05)
-        if norms:
-            for norm in norms:
-                norm.momentum = None
-                norm.reset_running_stats()
-                norm.train()
-            args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+    return settled(model, inputs)
+
+
+def settled(model: nn.Module, inputs: Any) -> nn.Module:
+    """Estimate the statistics of batch norms anew, on the example, as training would."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = None
+        norm.reset_running_stats()
+        norm.train()
+    if norms:
+        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+        with torch.no_grad():
             model(*args, **(inputs if isinstance(inputs, dict) else {}))
-            for norm in norms:
-                norm.eval()
+    for norm in norms:
+        norm.eval()
     return model
