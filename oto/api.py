@@ -43,7 +43,7 @@ from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
-from oto.trace.record import record
+from oto.trace.record import on_meta, record
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ class OTO:
             raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module' or 'graph'")
         if out_dir is not None:
             check_out_dir(out_dir)
-        if any(p.is_meta for p in self.model.parameters()):
+        if on_meta(self.model):
             raise EmitterError(
                 f"parameters of {type(self.model).__name__} are on the meta device, so there are no zeros to read\n"
                 "  effect  groups and costs are known, a slim model cannot be made\n"

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from oto.groups import NodeGroup, Partition
+from oto.report.table import columns
 from oto.trace.graph import Graph
 
 WAYS = {
@@ -122,14 +123,10 @@ def _table(whole: Sequence[Whole]) -> list[str]:
     for key in order:
         names = _patterns([name for w in rows[key] for name, _ in w.parameters])
         cells.append((f"{weight[key]:,}", str(len(rows[key])), *key[:3], names))
-    widths = [max(len(row[i]) for row in cells) for i in range(5)]
-    lines = []
-    for row, source in zip(cells, ["", *(key[3] for key in order)], strict=True):
-        left = [row[i].rjust(widths[i]) if i < 2 else row[i].ljust(widths[i]) for i in range(5)]
-        lines.append("  ".join([*left, row[5]]).rstrip())
-        if source:
-            lines.append(" " * (widths[0] + widths[1] + 4) + source)
-    return ["", *lines]
+    lines = columns(cells, left=range(2, 6)).splitlines()
+    indent = " " * lines[0].index(cells[0][2])
+    sources = ["", *(key[3] for key in order)]
+    return ["", *(f"{line}\n{indent}{source}" if source else line for line, source in zip(lines, sources, strict=True))]
 
 
 def _stars(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +29,8 @@ class Shrunk(Protocol):
     def kept(self) -> Mapping[str, Any]: ...
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text with the first column to the left and the others to the right.
+def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
+    """Rows of text with the columns of ``left`` to the left and the others to the right.
 
     >>> print(columns([["", "before"], ["MACs", "12"]]))
           before
@@ -38,7 +38,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)

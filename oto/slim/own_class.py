@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from oto.groups import NodeGroup, Partition
 from oto.slim.module import plan_edits, stock, thin_copy, thin_tensors
 from oto.slim.plan import thinning
 from oto.slim.verify import run
+from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def class_bound(
     whole, and it is tried again. A model that runs may still compute something else: that is for the verification.
     """
     keep = _stated(model, partition)
-    while not any(p.is_meta for p in model.parameters()):  # there is nothing to run on meta
+    while not on_meta(model):  # there is nothing to run on meta
         kept = {g.name: np.arange(max(g.min_kept, g.size // 2)) for g in groups if g.prunable and g.name not in keep}
         failing = _failing_class(model, partition, kept, dummy_input)
         paths = [path for path, module in model.named_modules() if type(module) is failing]
@@ -58,30 +59,17 @@ def _stated(model: nn.Module, partition: Partition) -> dict[str, int]:
 def _failing_class(model: nn.Module, partition: Partition, kept: Any, dummy_input: Any) -> type[nn.Module] | None:
     """The class of the innermost module of the user's own in which a slim model fails; ``None`` if it does not."""
     thin = thinning(partition, kept)
-    running: list[nn.Module] = []
+    inner: type[nn.Module] | None = None
     try:
         slim = thin_copy(model, thin_tensors(model, thin), plan_edits(model, partition, thin))
-        with _watched(slim, running):
-            run(slim, dummy_input)
+        run(slim, dummy_input)
     except Exception as failure:
-        inner = next((type(module) for module in reversed(running) if stock(module) is None), None)
+        for frame, _ in traceback.walk_tb(failure.__traceback__):
+            running = frame.f_locals.get("self")
+            if isinstance(running, nn.Module) and stock(running) is None:
+                inner = type(running)
         log.info("with half of what is left, %s fails: %s", inner, failure)
-        return inner
-    return None
-
-
-@contextmanager
-def _watched(model: nn.Module, running: list[nn.Module]) -> Iterator[None]:
-    """Inside, ``running`` holds the modules whose forward has begun and not ended."""
-    handles = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(lambda module, args: running.append(module)))
-        handles.append(module.register_forward_hook(lambda module, args, output: running.pop() and None))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return inner
 
 
 def _read_by(partition: Partition, paths: Sequence[str]) -> dict[str, int]:

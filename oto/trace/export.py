@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 
-from oto._torch import example_size, is_free, quiet, tree_leaves, tree_map, tree_map_only
+from oto._torch import OpOverload, example_size, is_free, quiet, tree_leaves, tree_map, tree_map_only
 from oto.errors import EmitterError
 from oto.trace.graph import Graph, GraphBuilder, Key
 from oto.trace.record import arguments, as_found, is_foreign

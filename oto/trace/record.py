@@ -95,7 +95,7 @@ def record(
             f"the model is TorchScript ({type(model).__name__}), whose parameters cannot be told apart while it runs\n"
             "  to fix   give the Python module that it was made of"
         )
-    ways = ["meta", "fake"] if _on_meta(model) else ["meta", "fake", "real", "grad"]
+    ways = ["meta", "fake"] if on_meta(model) else ["meta", "fake", "real", "grad"]
     failures: dict[str, Exception] = {}
     with as_found(model):
         for way in ways:
@@ -123,7 +123,8 @@ def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
     )
 
 
-def _on_meta(model: nn.Module) -> bool:
+def on_meta(model: nn.Module) -> bool:
+    """Whether parameters have shapes and no values."""
     return any(p.is_meta for p in model.parameters())
 
 

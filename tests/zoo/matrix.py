@@ -252,27 +252,12 @@ def _unknown(oto: OTO) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(kept.items()))
 
 
-def why(factory: Factory, most: int = 25) -> list[str]:
-    """What keeps parameter dimensions whole: reasons, by the number of parameters whose dimension they keep."""
-    model, inputs = prepared(factory)
-    from oto.axes.registry import known
-    from oto.groups import partition
-    from oto.trace.record import record
-
-    found = partition(record(model, inputs, known)).found
-    weight: Counter[str] = Counter()
-    example: dict[str, str] = {}
-    for leaf in found.graph.leaves:
-        if not leaf.trainable:
-            continue
-        for dim, term in enumerate(found.terms(leaf.value)):
-            for axis in T.axes_of(term):
-                if axis.fixed is not None:
-                    node = found.graph.nodes[axis.fixed.node] if axis.fixed.node is not None else None
-                    text = f"{axis.fixed.text} [{node.op if node else ''}]"
-                    weight[text] += torch.Size(leaf.value.shape).numel()
-                    example.setdefault(text, f"{leaf.name}.{dim} at {node and node.source}")
-    return [f"{n:9} {text}  ({example[text]})" for text, n in weight.most_common(most)]
+def why(factory: Factory) -> str:
+    """What stays whole, and why."""
+    try:
+        return str(OTO(*prepared(factory)).explain())
+    except NothingPrunableError as nothing:
+        return str(nothing)
 
 
 def zoo(name: str) -> dict[str, Factory]:
@@ -293,7 +278,7 @@ def main() -> None:
     factories = zoo(given.zoo)
     for name in given.names or factories:
         if given.why:
-            print(name, *why(factories[name]), sep="\n    ", flush=True)
+            print(f"{name}: {why(factories[name])}\n", flush=True)
         else:
             emitters = ("module",) if given.no_graph else ("module", "graph")
             print(examine(name, factories[name], emitters=emitters), flush=True)

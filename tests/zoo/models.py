@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from oto.trace.record import arguments
+
 
 def image(size: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -106,9 +108,9 @@ def settled(model: nn.Module, inputs: Any) -> nn.Module:
         norm.reset_running_stats()
         norm.train()
     if norms:
-        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+        args, kwargs = arguments(inputs)
         with torch.no_grad():
-            model(*args, **(inputs if isinstance(inputs, dict) else {}))
+            model(*args, **kwargs)
     for norm in norms:
         norm.eval()
     return model
