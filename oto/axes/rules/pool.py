@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from oto.axes import terms as T
-from oto.axes.call import Call, Operand, same, zero
+from oto.axes.call import Call, Operand, Size, same, zero
 from oto.axes.registry import rule
 
 aten = torch.ops.aten
@@ -75,6 +75,7 @@ def upsample(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
 
 def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float | None) -> Operand:
     terms = list(x.terms)
+    sizes: list[int | Size] = list(pad)
     for i in range(len(pad) // 2):
         dim = x.ndim - 1 - i
         before, after = pad[2 * i], pad[2 * i + 1]
@@ -86,10 +87,18 @@ def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float 
             T.fix(term, call.why("negative padding cuts through it"))
             cuts = [max(-before, 0), n - max(-before, 0) - max(-after, 0), max(-after, 0)]
             term = call.cut(term, cuts)[1]
-        sides = [call.fixed(max(k, 0), "it is padding") if k > 0 else None for k in (before, after)]
+        # what is padded with a number may lose entries of the padding: channels that a shortcut does not have
+        sides = [T.axis(k, call.why("it is padding") if value is None else None) if k > 0 else None
+                 for k in (before, after)]  # fmt: skip
+        for place, side in enumerate(sides, 2 * i):
+            if side is not None and value is not None:
+                sizes[place] = Size(side)
         whole = [sides[0], term, sides[1]]
         terms[dim] = T.concat([t for t in whole if t is not None]) if any(s is not None for s in sides) else term
-    return call.move(x, terms, [(d,) for d in range(x.ndim)], fact)
+    if value is not None:
+        call.resize(pad=sizes)
+    routes = (tuple((d,) for d in range(x.ndim)),)
+    return call.step([x], terms, routes, fact, skip_absent=value is not None)
 
 
 @rule(aten.constant_pad_nd)
