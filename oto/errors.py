@@ -81,6 +81,10 @@ class NoGraphvizWarning(UserWarning):
     """Graphviz is not installed, so a drawing was written as DOT only."""
 
 
+class CollapseWarning(UserWarning):
+    """A target can only be met by making some layers very thin."""
+
+
 class UnknownOpWarning(UserWarning):
     """An operator without a rule kept its channels whole."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -10,7 +11,7 @@ from fnmatch import fnmatchcase
 import networkx as nx
 from torch import nn
 
-from oto.errors import NothingPrunableError, UnknownNodeError, UnknownParameterError, some
+from oto.errors import NothingPrunableError, TargetError, UnknownNodeError, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
 from oto.trace.graph import Graph
 
@@ -144,14 +145,41 @@ def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -
     )
 
 
-def keep_at_least(groups: Sequence[NodeGroup], minimum: int) -> tuple[NodeGroup, ...]:
-    """No group loses its last ``minimum`` atoms; one that has no more stays whole."""
-    return tuple(
-        replace(g, min_kept=minimum)
-        if g.size > minimum or not g.prunable
-        else replace(g, reason=f"it has no more than {minimum} atoms to keep")
-        for g in groups
-    )
+MinKept = int | float | Mapping[str, int | float]
+"""Atoms that a node group keeps: an int; a float is a share of its atoms; by name or glob of parameters or groups."""
+
+
+def keep_at_least(groups: Sequence[NodeGroup], minimum: MinKept) -> tuple[NodeGroup, ...]:
+    """No group loses its last ``minimum`` atoms; one that has no more stays whole.
+
+    Raises:
+        TargetError: A number is negative, or a share above 1.
+        UnknownParameterError: A name or glob matches no parameter that a prunable group would zero.
+    """
+    if not isinstance(minimum, Mapping):
+        return tuple(_keeping(group, _least(minimum, group.size)) for group in groups)
+    least: dict[str, int] = {}
+    names = {piece.parameter: None for g in groups if g.prunable for piece in g.zeros}
+    for pattern, number in minimum.items():
+        hits = set(matching([pattern], [*names, *(g.name for g in groups if g.name not in names)]))
+        for group in groups:
+            if group.name in hits or any(piece.parameter in hits for piece in group.zeros):
+                least[group.name] = max(least.get(group.name, 0), _least(number, group.size))
+    return tuple(_keeping(group, least[group.name]) if group.name in least else group for group in groups)
+
+
+def _least(minimum: int | float, size: int) -> int:
+    whole = isinstance(minimum, int) and not isinstance(minimum, bool)
+    if not (minimum >= 0 if whole else isinstance(minimum, float) and 0 <= minimum <= 1):
+        raise TargetError(f"min_kept is {minimum!r}; it is a number of atoms (an int) or a share of them (a float)")
+    return int(minimum) if whole else math.ceil(minimum * size)
+
+
+def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
+    least = max(minimum, group.min_kept)
+    if group.size > least or not group.prunable:
+        return replace(group, min_kept=least)
+    return replace(group, reason=f"it has no more than {least} atoms to keep")
 
 
 def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
