@@ -228,8 +228,15 @@ class OTO:
         )  # fmt: skip
 
     def hesso(self, **options: Any) -> HESSO:
-        """The HESSO optimizer over all parameters of the model; options as in :class:`oto.optim.HESSO`."""
-        return HESSO(self.model.named_parameters(), self.node_groups, **options)
+        """The HESSO optimizer; options as in :class:`oto.optim.HESSO`.
+
+        Without ``params`` it is over all parameters of the model. Parameter groups need no names.
+        """
+        return HESSO(node_groups=self.node_groups, **self._named(options))
+
+    def _named(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of an optimizer with what they leave out: the parameters, and their names."""
+        return {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
         """Zero a random choice of ZIGs in place, for checks.

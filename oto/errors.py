@@ -45,6 +45,10 @@ class TargetError(OTOError, ValueError):
     """The asked sparsity or schedule cannot be reached."""
 
 
+class OptionError(OTOError, TypeError):
+    """An option of the wrapped optimizer is missing, unknown, or belongs to another optimizer."""
+
+
 class NonFiniteParameterError(OTOError, ValueError):
     """A parameter holds NaN or infinity, so no zero can be trusted."""
 

@@ -49,7 +49,7 @@ class SparseOptimizer(Optimizer):
             ``param_names``. Frozen parameters belong in it too, or their node groups cannot be zeroed.
         node_groups: Node groups of the model; those that are not prunable are left alone.
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
-        variant: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        variant: The name of an optimizer of ``torch.optim``, in any case. ``"sgd"`` needs ``lr``.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function that takes parameter groups.
         first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
         second_momentum: The second of Adam's ``betas``.
@@ -58,6 +58,7 @@ class SparseOptimizer(Optimizer):
             default.
 
     Raises:
+        OptionError: An option is missing, or the wrapped optimizer has none of that name.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter of a prunable node group holds NaN or infinity.
     """

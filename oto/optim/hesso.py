@@ -37,7 +37,7 @@ from oto.groups.node_group import NodeGroup
 from oto.optim.base import SparseOptimizer
 from oto.optim.plan import FREE, PRUNED, REDUNDANT
 from oto.optim.saliency import Saliency, Weights, resolve, score
-from oto.optim.schedule import Schedule
+from oto.optim.schedule import Schedule, Steps
 from oto.optim.select import reachable, select
 from oto.optim.wrapped import Base, Named, Params
 
@@ -51,17 +51,18 @@ class HESSO(SparseOptimizer):
     Args:
         params: ``model.named_parameters()``, or parameter groups with names, as in :class:`SparseOptimizer`.
         node_groups: Node groups of the model.
-        start_pruning_step: Number of ordinary steps before pruning.
-        pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``.
+        start_pruning_step: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
+        pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``, or a share likewise.
         pruning_periods: How many times groups are chosen.
+        total_steps: Number of steps that training takes, if anything is a share of it.
         target_group_sparsity: Share of the prunable ZIGs to bring to zero, in [0, 1).
         saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to weights.
             By default the five criteria of :mod:`oto.optim.saliency` count alike.
         group_divisible: A node group that loses atoms keeps a multiple of this many.
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
-        variant: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        variant: The name of an optimizer of ``torch.optim``, in any case.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function of parameter groups.
-        lr: Learning rate. This and the next four are left to torch's defaults if ``None``.
+        lr: Learning rate; SGD needs one. This and the next four are left to torch's defaults if ``None``.
         first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
         second_momentum: The second of Adam's ``betas``.
         dampening: As in SGD.
@@ -71,6 +72,7 @@ class HESSO(SparseOptimizer):
     Raises:
         TargetError: The target or the schedule cannot be reached; the message says what can.
         NothingPrunableError: There is a target, but no node group may lose an atom.
+        OptionError: An option is missing, or the wrapped optimizer has none of that name.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter holds NaN or infinity.
 
@@ -95,9 +97,10 @@ class HESSO(SparseOptimizer):
         params: Params,
         node_groups: Iterable[NodeGroup],
         *,
-        start_pruning_step: int,
-        pruning_steps: int,
+        start_pruning_step: Steps,
+        pruning_steps: Steps,
         pruning_periods: int = 10,
+        total_steps: Steps | None = None,
         target_group_sparsity: float = 0.5,
         saliency: Weights | str | Saliency | None = None,
         group_divisible: int = 1,
@@ -111,7 +114,7 @@ class HESSO(SparseOptimizer):
         weight_decay: float | None = None,
         **keywords: Any,
     ) -> None:
-        self.schedule = Schedule(start_pruning_step, pruning_steps, pruning_periods)
+        self.schedule = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
         self.criteria = resolve(saliency)
         self.group_divisible = group_divisible
         self.target_group_sparsity = target_group_sparsity

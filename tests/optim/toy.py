@@ -13,6 +13,7 @@ from oto.groups.node_group import NodeGroup, Slice
 from oto.optim import HESSO
 
 START, STEPS, PERIODS = 2, 6, 3  # periods: steps 2-3, 4-5, 6-7
+END = START + STEPS
 SIZES = (8, 6)  # atoms of the two node groups: 14 in all
 
 
