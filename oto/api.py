@@ -25,6 +25,7 @@ from oto.groups.policy import (
     carried_by_nodes,
     carried_by_operators,
     keep_at_least,
+    keep_frozen,
     keep_whole,
     matching,
     parameters_of,
@@ -92,6 +93,8 @@ class OTO:
         keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
             state stay whole, and the class is run to see. By default everything is pruned, and a model whose code
             states a size that changed becomes a ``torch.fx.GraphModule``.
+        prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
+            default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -118,11 +121,14 @@ class OTO:
         strict_out_nodes: bool = False,
         min_kept: int = 1,
         keep_class: bool = False,
+        prune_frozen: bool = False,
     ) -> None:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
+        if not prune_frozen:
+            self._groups = keep_frozen(self._groups, self.partition.found.graph)
         self._keep_class = keep_class
         self._saved: Path | None = None
         if skip_patterns:
