@@ -49,6 +49,14 @@ class OptionError(OTOError, TypeError):
     """An option of the wrapped optimizer is missing, unknown, or belongs to another optimizer."""
 
 
+class TooLateError(OTOError):
+    """Something was marked or frozen after the choice that it should have influenced was made."""
+
+
+class SetupError(OTOError, ValueError):
+    """A checkpoint was made with another schedule or target, and its pruning has begun."""
+
+
 class NonFiniteParameterError(OTOError, ValueError):
     """A parameter holds NaN or infinity, so no zero can be trusted."""
 
@@ -83,6 +91,14 @@ class DuplicateRuleError(OTOError):
 
 class NoGraphvizWarning(UserWarning):
     """Graphviz is not installed, so a drawing was written as DOT only."""
+
+
+class SetupWarning(UserWarning):
+    """A checkpoint was made with another schedule or target; its pruning had not begun."""
+
+
+class NotPrunedWarning(UserWarning):
+    """Less is pruned than could be or was asked for; the message says why."""
 
 
 class UnknownOpWarning(UserWarning):

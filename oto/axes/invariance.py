@@ -2,8 +2,8 @@
 
 For each axis and each tensor that carries it, a *fact* says what every entry at a removed atom holds: a number, or
 nothing known. Parameters in producing positions (rows of a linear, filters, biases, norms, embedding columns) are zero
-there, trainable or frozen; inputs, constants and reading positions hold anything. Steps pass facts on. Wherever a step sums over the axis,
-a removal is exact only if one factor is zero there.
+there, whether trainable or frozen; inputs, constants and reading positions hold anything. Steps pass facts on. Wherever
+a step sums over the axis, a removal is exact only if one factor is zero there.
 
 If zero producers do not make an axis exact, zero readers are tried (the columns that read it), then both. If neither
 works the axis is fixed, with the step that stood in the way.

@@ -166,6 +166,20 @@ def keep_frozen(groups: Sequence[NodeGroup], graph: Graph) -> tuple[NodeGroup, .
     return tuple(map(kept, groups))
 
 
+def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) -> tuple[list[str], list[str]]:
+    """Parameters that were frozen, and that were unfrozen, since the graph was traced, where it matters to a group."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    was = {leaf.name: leaf.frozen for leaf in graph.leaves if leaf.kind == "parameter"}
+    zeroed = dict.fromkeys(piece.parameter for group in groups if group.prunable for piece in group.zeros)
+    held = dict.fromkeys(
+        piece.parameter for group in groups if (group.reason or "").startswith(FROZEN) for piece in group.zeros
+    )
+    return (
+        [name for name in zeroed if not was[name] and not parameters[name].requires_grad],
+        [name for name in held if was[name] and parameters[name].requires_grad],
+    )
+
+
 def keep_at_least(groups: Sequence[NodeGroup], minimum: int) -> tuple[NodeGroup, ...]:
     """No group loses its last ``minimum`` atoms; one that has no more stays whole."""
     return tuple(

@@ -5,6 +5,6 @@ from __future__ import annotations
 from oto.optim.base import SparseOptimizer
 from oto.optim.hesso import HESSO
 from oto.optim.saliency import CRITERIA, Entries, Saliency
-from oto.optim.schedule import Schedule
+from oto.optim.schedule import Progress, Schedule
 
-__all__ = ["CRITERIA", "HESSO", "Entries", "Saliency", "Schedule", "SparseOptimizer"]
+__all__ = ["CRITERIA", "HESSO", "Entries", "Progress", "Saliency", "Schedule", "SparseOptimizer"]

@@ -4,11 +4,12 @@ A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, its
 ``param_groups``, ``state`` and ``defaults``: learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like
 work as they do without it. The update itself is always ``base.step()``.
 
-Two entries of the first parameter group hold all that must survive a checkpoint (further top-level keys of a state
+Three entries of the first parameter group hold all that must survive a checkpoint (further top-level keys of a state
 dict would be dropped by torch, tensors in ``state`` would be cast to the dtype of the parameter):
 
 * ``oto_step``: how many steps were taken, an int;
-* ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group.
+* ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group;
+* ``oto_setup``: schedule and target as JSON, so that a checkpoint of another setup is noticed.
 
 Everything else is derived from them, and rebuilt when they or the storage of a parameter change, so no parameter is
 held outside ``param_groups``. Parameters are found by ``param_names`` and position.
@@ -19,6 +20,8 @@ wrapped optimizer does. Where node groups are proven *quiet*, even that can rest
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,10 +29,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oto.errors import NonFiniteParameterError, OTOError, UnknownParameterError, some
+from oto._torch import holder
+from oto.errors import NonFiniteParameterError, OTOError, SetupError, SetupWarning, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
 from oto.optim.plan import PRUNED, REDUNDANT, Plan, rows_of
 from oto.optim.saliency import Entries
+from oto.optim.schedule import Progress, Schedule
 from oto.optim.wrapped import Base, Named, Params, build
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -42,7 +47,9 @@ long for an exact zero, which would make the loops of Adam and AdamW half as slo
 
 
 class SparseOptimizer(Optimizer):
-    """A torch optimizer that wraps another one and acts on node groups. Subclasses define :meth:`step`.
+    """A torch optimizer that wraps another one and acts on node groups.
+
+    Subclasses define :meth:`step`, set ``schedule`` before they call ``__init__``, and extend :meth:`describe_setup`.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups (dicts) whose ``params`` are named pairs or come with
@@ -62,6 +69,8 @@ class SparseOptimizer(Optimizer):
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter of a prunable node group holds NaN or infinity.
     """
+
+    schedule: Schedule
 
     _split: tuple[Tensor, list[Tensor]] | None = None
     _planned: tuple[Tensor, list[int], Plan] | None = None
@@ -192,6 +201,12 @@ class SparseOptimizer(Optimizer):
         return self.num_pruned / max(self.num_atoms, 1)
 
     @property
+    def progress(self) -> Progress:
+        """How far pruning has come: print it, or read its fields. Where the optimizer is wrapped, ask the inner one."""
+        redundant = sum(int((own == REDUNDANT).sum()) for own in self._codes())
+        return Progress(self.clock, self.schedule, self.num_atoms, redundant, self.num_pruned)
+
+    @property
     def redundant_groups(self) -> dict[str, Tensor]:
         """Atoms on their way to zero: node group name to sorted int64 indices, on the CPU."""
         return self._having(REDUNDANT)
@@ -205,13 +220,28 @@ class SparseOptimizer(Optimizer):
         rows = {g.name: rows_of(own, code) for g, own in zip(self.node_groups, self._codes(), strict=True)}
         return {name: atoms for name, atoms in rows.items() if len(atoms)}
 
+    def describe_setup(self) -> dict[str, Any]:
+        """What a checkpoint must agree in for its pruning to go on: plain values by option."""
+        schedule = self.schedule
+        return {
+            "optimizer": type(self).__name__,
+            "start_pruning_step": schedule.start,
+            "pruning_steps": schedule.steps,
+            "pruning_periods": schedule.periods,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """As in torch; momentum and first moments of pruned entries are zero in it."""
         self.zero_moments_()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh."""
+        """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh.
+
+        Raises:
+            SetupError: It was saved under another schedule or target, and pruning has begun. Before that it is a
+                ``SetupWarning``, and the setup of this optimizer counts.
+        """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -221,6 +251,8 @@ class SparseOptimizer(Optimizer):
                 f"the state dict is for {len(atoms)} prunable atoms, this optimizer has {self.num_atoms}\n"
                 "  to fix  load it into an optimizer made for the same model with the same groups left whole"
             )
+        if atoms is not None:
+            self._compare_setup(state_dict["param_groups"][0])
         self.base.load_state_dict(state_dict)
         self._share_base()
         self._fill_state()
@@ -238,6 +270,30 @@ class SparseOptimizer(Optimizer):
         if "oto_atoms" not in first:
             device = first["params"][0].device if first["params"] else "cpu"
             first["oto_atoms"] = torch.zeros(self.num_atoms, dtype=torch.uint8, device=device)
+        first["oto_setup"] = json.dumps(self.describe_setup(), default=float)
+
+    def _compare_setup(self, saved: Mapping[str, Any]) -> None:
+        """Tell a checkpoint of another schedule or target."""
+        ours: dict[str, Any] = json.loads(self.param_groups[0]["oto_setup"])
+        theirs: dict[str, Any] = json.loads(saved.get("oto_setup", "null")) or ours
+        differ = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if not differ:
+            return
+        step = saved["oto_step"]
+        rows = [f"  {key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} here" for key in differ]
+        text = "\n".join([f"the state dict was saved after {step} steps under another setup", *rows])
+        if step <= theirs.get("start_pruning_step", 0) and not saved["oto_atoms"].any():
+            warnings.warn(
+                f"{text}\n  effect  its pruning had not begun, so what is asked for here counts",
+                SetupWarning,
+                stacklevel=3,
+            )
+            return
+        raise SetupError(
+            f"{text}\n  effect  its pruning has begun, and would go on with other periods and another target\n"
+            "  to fix  make the optimizer as it was made then; to go on all the same, take 'oto_setup' out of"
+            " state_dict['param_groups'][0]"
+        )
 
     # Parameters and their entries ------------------------------------------------------------------------------------
 
@@ -339,6 +395,41 @@ class SparseOptimizer(Optimizer):
                 p = parameters[piece.parameter]
                 for moment in moments_of(p, self.state.get(p, {})):
                     piece.of(moment).index_fill_(0, rows.to(moment.device, non_blocking=True), 0)
+
+    @torch.no_grad()
+    def zero_pruned_in(self, model: Any) -> None:
+        """Set the entries of pruned groups to zero in a copy of the model, such as a moving average of its weights.
+
+        An average only comes near zero, so its slim model would be as large as the full one. After the last period, and
+        before the average is evaluated or made slim, once is enough; while training, call it after each update.
+
+        Args:
+            model: A module with the parameter names of the model; a wrapper of one, such as
+                ``torch.optim.swa_utils.AveragedModel``, ``timm.utils.ModelEmaV3`` or any object that has the module as
+                ``.module`` or ``.ema``; or a mapping from names to tensors, such as a ``state_dict()``.
+
+        Raises:
+            UnknownParameterError: It lacks a parameter that may be zeroed, or has it in another shape.
+        """
+        ours = self.parameters()
+        names = {piece.parameter for group in self.node_groups for piece in group.zeros}
+        if isinstance(model, Mapping):
+            tensors = {name.removeprefix("module."): tensor for name, tensor in model.items()} | dict(model)
+        else:
+            module = holder(model, names)
+            tensors = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
+        bad = sorted(name for name in names if name not in tensors or tensors[name].shape != ours[name].shape)
+        if bad:
+            raise UnknownParameterError(
+                f"{type(model).__name__} has no {some(bad)} of the shape in the model\n"
+                "  effect  nothing was zeroed in it\n"
+                "  to fix  pass a copy of the model that is trained, what wraps the copy, or its state_dict()"
+            )
+        for group, own in zip(self.node_groups, self._codes(), strict=True):
+            rows = rows_of(own, PRUNED)
+            for piece in group.zeros if len(rows) else ():
+                entries = piece.of(tensors[piece.parameter].detach())
+                entries.index_fill_(0, rows.to(entries.device), 0)
 
     def commit(self) -> None:
         """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""

@@ -133,6 +133,14 @@ class HESSO(SparseOptimizer):
         )
         self._check_target()
 
+    def describe_setup(self) -> dict[str, Any]:
+        """Schedule, target and choice."""
+        return super().describe_setup() | {
+            "target_group_sparsity": self.target_group_sparsity,
+            "group_divisible": self.group_divisible,
+            "saliency": {getattr(score, "__name__", type(score).__name__): w for score, w in self.criteria},
+        }
+
     @property
     def target(self) -> int:
         """Number of ZIGs to bring to zero."""

@@ -109,7 +109,10 @@ class Schedule:
             f"{self.periods} period{'s' * (self.periods > 1)} of {' or '.join(map(str, lengths))}"
             f" step{'s' * (lengths[-1] > 1)}; groups are chosen at step{'s' * (self.periods > 1)} {', '.join(chosen)}"
         )
-        rows = [(_steps(self.start, self.end), periods), (_steps(self.end - 1, self.end), "the last of them reach zero")]
+        rows = [
+            (_steps(self.start, self.end), periods),
+            (_steps(self.end - 1, self.end), "the last of them reach zero"),
+        ]
         if self.start:
             rows.insert(0, (_steps(0, self.start), "ordinary steps"))
         if self.total_steps is None or self.total_steps > self.end:
@@ -163,6 +166,57 @@ class Schedule:
     def quota(self, period: int, total: int) -> int:
         """How many of ``total`` groups are at zero when ``period`` is over."""
         return total * (period + 1) // self.periods
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far pruning has come.
+
+    Attributes:
+        step: Number of steps that were taken.
+        schedule: When pruning happens.
+        groups: Number of ZIGs that may be pruned.
+        redundant: Number of those on their way to zero.
+        pruned: Number of those at zero for good.
+
+    Example:
+        >>> print(Progress(130, Schedule(100, 200, 5), groups=1216, redundant=122, pruned=0))
+        step 130 of 300, period 1 of 5: 0 of 1,216 groups are zero, 122 on their way
+    """
+
+    step: int
+    schedule: Schedule
+    groups: int
+    redundant: int
+    pruned: int
+
+    @property
+    def period(self) -> int | None:
+        """The period that the next step belongs to, from 0; ``None`` before and after pruning."""
+        return self.schedule.period(self.step)
+
+    @property
+    def over(self) -> bool:
+        """Whether the last period has ended."""
+        return self.step >= self.schedule.end
+
+    @property
+    def done(self) -> float:
+        """Share of the pruning steps that were taken, in [0, 1]."""
+        return min(max(self.step - self.schedule.start, 0) / self.schedule.steps, 1.0)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of ZIGs at zero for good, in [0, 1]."""
+        return self.pruned / max(self.groups, 1)
+
+    def __str__(self) -> str:
+        zero = f"{self.pruned:,} of {self.groups:,} groups are zero"
+        if self.over:
+            return f"step {self.step}, pruning ended after {self.schedule.end} steps: {zero}"
+        period = "" if self.period is None else f", period {self.period + 1} of {self.schedule.periods}"
+        way = f", {self.redundant:,} on their way" if self.redundant else ""
+        return f"step {self.step} of {self.schedule.end}{period}: {zero}{way}"
 
 
 def _share(number: Steps) -> float | None:

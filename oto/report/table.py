@@ -27,6 +27,8 @@ class Shrunk(Protocol):
     def cost_after(self) -> Cost: ...
     @property
     def kept(self) -> Mapping[str, Any]: ...
+    @property
+    def note(self) -> str | None: ...
 
 
 def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
@@ -67,6 +69,8 @@ def subnet_table(subnet: Shrunk) -> str:
         ),
         "emitted as the original class" if subnet.emitter == "module" else "emitted as a torch.fx.GraphModule",
     ]  # fmt: skip
+    if subnet.note:
+        lines.insert(1, f"note: {subnet.note}")
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")
     if subnet.path is not None:

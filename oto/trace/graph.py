@@ -88,7 +88,7 @@ class Leaf:
 
     @property
     def may_be_zeroed(self) -> bool:
-        """Whether it is a parameter whose entries are numbers; integers may be codes of numbers, as in quantised ones."""
+        """Whether it is a parameter of real or complex numbers; frozen integers may be codes of numbers."""
         dtype = self.value.dtype
         return self.kind == "parameter" and (self.trainable or dtype.is_floating_point or dtype.is_complex)
 
