@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto._torch import tree_map_only, unwrapped
+from oto._torch import holder, tree_map_only, unwrapped
 from oto.axes.registry import known
-from oto.errors import EmitterError, TargetError, UnknownOpWarning, VerificationError
-from oto.groups import Cost, Kept, NodeGroup, cost, partition
+from oto.errors import (
+    EmitterError,
+    NotPrunedWarning,
+    TargetError,
+    TooLateError,
+    UnknownOpWarning,
+    UnknownParameterError,
+    VerificationError,
+    some,
+)
+from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
 from oto.groups.policy import (
     carried_by_nodes,
     carried_by_operators,
+    frozen_since,
     keep_at_least,
+    keep_frozen,
     keep_whole,
     matching,
     parameters_of,
@@ -33,9 +46,12 @@ from oto.groups.policy import (
 )
 from oto.io.artefact import check_out_dir, writing
 from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, read_program, rebuild, write_program
-from oto.optim import HESSO
+from oto.optim import HESSO, Choice, SparseOptimizer
+from oto.optim.choice import FROM_MAGNITUDE
+from oto.optim.target import UNITS
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
+from oto.report.preview import Preview, preview
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
@@ -46,6 +62,8 @@ from oto.trace.export import export
 from oto.trace.record import on_meta, record
 
 log = logging.getLogger(__name__)
+
+Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +79,7 @@ class Subnet:
         checks: Every comparison that was made.
         cost_before, cost_after: Parameters and MACs on the example input.
         kept: For each prunable group, the atoms that are left.
+        note: Why less was removed than could be, if that is known: pruning had not finished, or nothing was zero.
     """
 
     model: nn.Module
@@ -72,13 +91,37 @@ class Subnet:
     cost_before: Cost
     cost_after: Cost
     kept: Kept
+    note: str | None = None
 
     def __str__(self) -> str:
         return subnet_table(self)
 
 
+def _takes_options_of(source: Callable[..., Any]) -> Callable[[Made], Made]:
+    """Show the keywords of ``source`` in the signature, where a method passes its own on to it."""
+
+    def dressed(method: Made) -> Made:
+        own, taken = (inspect.signature(f, eval_str=False) for f in (method, source))
+        first = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            p.replace(kind=p.KEYWORD_ONLY) if p.name == "params" else p
+            for p in taken.parameters.values()
+            if p.name not in _SUPPLIED and (p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) or p.name == "params")
+        ]
+        method.__signature__ = own.replace(parameters=[*first, *more])  # type: ignore[attr-defined]
+        return method
+
+    return dressed
+
+
+_SUPPLIED = ("self", "node_groups", "costs", "latency")
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
 class OTO:
     """From a model and one example input to a slim model that computes the same function.
+
+    It can be copied and pickled where the model can; a copy does not know the optimizers that the first one made.
 
     Args:
         model: Any module. It is not copied: the optimizer trains it, and ``construct_subnet`` reads its zeros. One
@@ -92,6 +135,8 @@ class OTO:
         keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
             state stay whole, and the class is run to see. By default everything is pruned, and a model whose code
             states a size that changed becomes a ``torch.fx.GraphModule``.
+        prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
+            default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -118,12 +163,16 @@ class OTO:
         strict_out_nodes: bool = False,
         min_kept: int = 1,
         keep_class: bool = False,
+        prune_frozen: bool = False,
     ) -> None:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
-        self._keep_class = keep_class
+        if not prune_frozen:
+            self._groups = keep_frozen(self._groups, self.partition.found.graph)
+        self._keep_class, self._strict_out_nodes = keep_class, strict_out_nodes
+        self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
@@ -141,6 +190,20 @@ class OTO:
             )
         require_prunable(self._groups, self.partition.found.graph)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
+        graph = record(self.model, self.dummy_input, known, dead=self._keep_class)
+        self.partition = partition(graph, self._strict_out_nodes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OTO:
+        memo[id(self)] = other = object.__new__(OTO)
+        vars(other).update(vars(self), _optimizer=None)  # what was found holds no tensor, so it can be shared
+        other.model, other.dummy_input = copy.deepcopy((self.model, self.dummy_input), memo)
+        return other
+
     @property
     def node_groups(self) -> tuple[NodeGroup, ...]:
         """Every node group, prunable or not."""
@@ -156,7 +219,9 @@ class OTO:
 
         Raises:
             UnknownParameterError: A name matches nothing; nothing is marked then.
+            TooLateError: An optimizer was made already.
         """
+        self._refuse_late_marks()
         parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         self._keep_parameters(matching(_listed(names), parameters), "it was marked unprunable")
 
@@ -168,7 +233,9 @@ class OTO:
 
         Raises:
             UnknownNodeError: There is no such node; nothing is marked then.
+            TooLateError: An optimizer was made already.
         """
+        self._refuse_late_marks()
         marked = carried_by_nodes(_listed(node_ids), self.partition.graph)
         self._groups = keep_whole(self._groups, marked, "it was marked unprunable")
 
@@ -180,9 +247,20 @@ class OTO:
 
         Raises:
             UnknownNodeError: The model calls no such operator; nothing is marked then.
+            TooLateError: An optimizer was made already.
         """
+        self._refuse_late_marks()
         marked = carried_by_operators(_listed(operators), self.partition.graph)
         self._groups = keep_whole(self._groups, marked, "skip_operators names an operator that it runs through")
+
+    def _refuse_late_marks(self) -> None:
+        optimizer = self._trained_by
+        if optimizer is not None:
+            raise TooLateError(
+                f"groups cannot be marked any more: {type(optimizer).__name__} was made and has its groups\n"
+                "  effect  nothing was marked\n"
+                "  to fix  mark first, then make the optimizer; here: a new OTO(...), its marks, a new optimizer"
+            )
 
     def _keep_parameters(self, names: Iterable[str], reason: str) -> None:
         first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
@@ -227,9 +305,74 @@ class OTO:
             by_node_groups=by_node_groups, display_params=display_params, display_flops=display_flops,
         )  # fmt: skip
 
+    @_takes_options_of(HESSO)
     def hesso(self, **options: Any) -> HESSO:
-        """The HESSO optimizer over all parameters of the model; options as in :class:`oto.optim.HESSO`."""
-        return HESSO(self.model.named_parameters(), self.node_groups, **options)
+        """The HESSO optimizer; options as in :class:`oto.optim.HESSO`.
+
+        Without ``params`` it is over all parameters of the model. Parameter groups need no names.
+        """
+        return self._make(HESSO, options)
+
+    @_takes_options_of(Choice.of)
+    def preview(
+        self,
+        *,
+        batches: Iterable[Any] = (),
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        **options: Any,
+    ) -> Preview:
+        """What a target would leave of each layer, before any training: print it.
+
+        The choice is the one that an optimizer with the same options would make now, in one go. Without ``batches`` it
+        goes by the weights alone (their magnitude); with them, by gradients averaged over these. Training changes it.
+
+        Args:
+            batches: Batches to take gradients of. The model's gradients, mode, buffers and the random state are left
+                as they were.
+            loss: Takes the model and a batch, and returns the loss.
+            **options: A target (``target_macs=0.5``) and how to choose, as in :meth:`oto.optim.Choice.of`.
+
+        Raises:
+            TargetError: The target cannot be reached.
+        """
+        target = {name: options.pop(name) for name in UNITS if name in options}
+        batches = list(batches)
+        choice = Choice.of(self.node_groups, target, costs=self.costs, **({} if batches else FROM_MAGNITUDE) | options)
+        kept = choice.kept_of(copy.deepcopy(self.model), batches, loss)
+        how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
+        return preview(str(choice.target), f"chosen by {how}", self.costs, kept, self._cost(), self._cost(kept))
+
+    @property
+    def costs(self) -> Costs:
+        """Parameters, MACs and bytes as functions of what the prunable groups keep."""
+        return Costs.of(self.partition, self.node_groups)
+
+    @property
+    def _trained_by(self) -> SparseOptimizer | None:
+        """The optimizer that was made last, if it is still there."""
+        return None if self._optimizer is None else self._optimizer()
+
+    def _make(self, kind: type[Sparse], options: dict[str, Any]) -> Sparse:
+        """An optimizer with what the options leave out: the parameters, their names, the node groups."""
+        frozen, unfrozen = frozen_since(self.node_groups, self.partition.found.graph, self.model)
+        if frozen:
+            raise TooLateError(
+                f"{some(frozen)} {'was' if len(frozen) == 1 else 'were'} frozen after OTO(...) was made\n"
+                "  effect  an optimizer would still bring entries of it to zero\n"
+                "  to fix  freeze before OTO(...), or OTO(..., prune_frozen=True) before freezing if they may be zeroed"
+            )
+        if unfrozen:
+            warnings.warn(
+                f"{some(unfrozen)} {'was' if len(unfrozen) == 1 else 'were'} frozen when OTO(...) was made\n"
+                "  effect  the groups that would zero entries of it stay whole\n"
+                "  to fix  a new OTO(...), now that they are trained",
+                NotPrunedWarning,
+                stacklevel=3,
+            )
+        given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
+        optimizer = kind(node_groups=self.node_groups, costs=self.costs, **given)
+        self._optimizer = weakref.ref(optimizer)
+        return optimizer
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
         """Zero a random choice of ZIGs in place, for checks.
@@ -287,16 +430,24 @@ class OTO:
         return self._saved and self._saved / FULL
 
     def construct_subnet(
-        self, out_dir: str | os.PathLike[str] | None = None, *, emitter: str = "auto", save_full: bool = True
+        self,
+        out_dir: str | os.PathLike[str] | None = None,
+        *,
+        model: Any = None,
+        emitter: str = "auto",
+        save_full: bool = True,
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
         The original class is used where its code states no size that changed; else the traced graph. Either is
         compared with the zeroed full model on the example and on random inputs, in the model's dtype and in float64,
-        and once more after it was saved and loaded.
+        and once more after it was saved and loaded. Where pruning has not finished, or nothing is zero, a warning and
+        ``print(subnet)`` say so.
 
         Args:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
+            model: Made slim instead of the model of this ``OTO``: a copy of it with other weights, such as their moving
+                average, or what wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
             emitter: ``"auto"``, ``"module"`` (the original class or an error) or ``"graph"``.
             save_full: Save the zeroed full weights beside the slim ones.
 
@@ -304,8 +455,55 @@ class OTO:
             VerificationError: The slim model differs. Nothing is written.
             EmitterError: The asked emitter cannot express the slim model, or neither can.
             NonFiniteParameterError: A parameter holds NaN or infinity.
+            UnknownParameterError: ``model`` is no copy of the model.
             ArtefactError: ``out_dir`` cannot be written.
         """
+        source = self if model is None else self._reading(model)
+        subnet = source._subnet(out_dir, emitter, save_full)
+        self._saved = source._saved
+        if subnet.note is not None:
+            log.warning(subnet.note)
+            warnings.warn(subnet.note, NotPrunedWarning, stacklevel=2)
+        return subnet
+
+    def _reading(self, model: Any) -> OTO:
+        """This analysis of another copy of the model."""
+        shapes = {leaf.name: leaf.value.shape for leaf in self.partition.found.graph.leaves if leaf.kind == "parameter"}
+        inner = holder(model, shapes)
+        found = {} if inner is None else dict(inner.named_parameters(remove_duplicate=False))
+        bad = [name for name, shape in shapes.items() if name not in found or tuple(found[name].shape) != shape]
+        if inner is None or bad:
+            raise UnknownParameterError(
+                f"{type(model).__name__} is no copy of {type(self.model).__name__}: no {some(bad)} of that shape\n"
+                "  effect  the groups of the one say nothing about the other\n"
+                "  to fix  pass a copy of the model or what wraps one, or make an OTO for it"
+            )
+        other = object.__new__(OTO)
+        vars(other).update(vars(self), model=inner)
+        device = next(inner.parameters()).device
+        if device != next(self.model.parameters()).device:
+            other.dummy_input = tree_map_only(Tensor, lambda t: t.to(device), self.dummy_input)
+        return other
+
+    def _short_of(self, kept: Kept) -> str | None:
+        """Why less is zero than could be, as far as that is known."""
+        total = sum(group.size for group in self.node_groups if group.prunable)
+        zero = total - sum(map(len, kept.values()))
+        what, optimizer = f"{zero:,} of {total:,} groups are zero", self._trained_by
+        if optimizer is not None and not optimizer.progress.over:
+            end = optimizer.schedule.end
+            what, remedy = f"step {optimizer.clock:,} of {end:,}: {what} yet", f"construct_subnet after {end:,} steps"
+        elif optimizer is not None and zero < optimizer.num_pruned:
+            what += f", the optimizer has pruned {optimizer.num_pruned:,}: these are other weights than it trains"
+            remedy = "optimizer.zero_pruned_in(model) for a moving average; else load the weights that were trained"
+        elif not zero:
+            remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
+        else:
+            return None
+        effect = "only what is zero was removed" if zero else "nothing was removed, slim is as large as full"
+        return f"{what}\n  effect  {effect}\n  to fix  {remedy}"
+
+    def _subnet(self, out_dir: str | os.PathLike[str] | None, emitter: str, save_full: bool) -> Subnet:
         if emitter not in ("auto", "module", "graph"):
             raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module' or 'graph'")
         if out_dir is not None:
@@ -325,7 +523,7 @@ class OTO:
             about = {"why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
             checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full)
         how = "graph" if edits is None else "module"
-        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept)
+        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept, self._short_of(kept))
 
     def _emit(
         self, kept: Kept, emitter: str

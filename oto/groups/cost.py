@@ -119,7 +119,8 @@ class Polynomial:
         now = np.maximum(counts, 1).astype(np.float64)
         before, after = (n[self._index] ** self._power for n in (now, now - fewer))
         saved = self._products(counts)[self._monomial] / before * (before - after)  # divides evenly
-        return np.bincount(self._index, saved, minlength=self.size)
+        total: NDArray[np.float64] = np.bincount(self._index, saved, minlength=self.size).astype(np.float64)
+        return total
 
 
 @dataclass(frozen=True, eq=False)

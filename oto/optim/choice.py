@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from oto.errors import CollapseWarning, NothingPrunableError, TargetError, some
+from oto.errors import CollapseWarning, NothingPrunableError, OptionError, TargetError, some
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, keep_at_least
@@ -160,10 +160,46 @@ class Choice:
         chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost)
         return torch.from_numpy(chosen)
 
+    def kept_of(
+        self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None
+    ) -> dict[str, int]:
+        """How many atoms of each node group the choice would leave now, if it were made in one go.
+
+        Args:
+            model: Its gradients and buffers are written to.
+            batches: Batches over which criteria that look at gradients are averaged.
+            loss: Takes the model and a batch, and returns the loss.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+
+        def entries() -> list[Entries]:
+            return [Entries.of(group, parameters) for group in self.groups]
+
+        alive = torch.ones(sum(self.sizes), dtype=torch.bool)
+        sums = [torch.zeros(len(alive)) for _ in self.averaged]
+        with torch.random.fork_rng():
+            for batch in batches:
+                if loss is None:
+                    raise OptionError(
+                        "batches are given without a loss\n  to fix  pass loss=, a function of the model and a batch,"
+                        " such as lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+                    )
+                model.zero_grad()
+                loss(model, batch).backward()
+                with torch.no_grad():
+                    sums = [
+                        s + raw_scores(entries(), c, alive.device) for s, c in zip(sums, self.averaged, strict=True)
+                    ]
+        with torch.no_grad():
+            scores = self.scores(entries(), alive, dict(zip(self.averaged, sums, strict=True)))
+        left = ~self.select(scores, alive)
+        counts = [int(own.sum()) for own in left.split_with_sizes(self.sizes)]
+        return dict(zip((group.name for group in self.groups), counts, strict=True))
+
     def _floor(self, goal: float) -> Counts:
         """The highest floor, on the way from ``floor`` to ``least``, that allows for the goal."""
         for halvings in range(8):
-            floor = self.least + (self.floor - self.least) // 2**halvings
+            floor: Counts = self.least + (self.floor - self.least) // 2**halvings
             if self.target.measure(floor) <= goal:
                 return floor
         return self.least
@@ -199,6 +235,9 @@ class Choice:
 
 
 DEFAULT: Weights = {"taylor_first_order": 1.0}
+
+FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
+"""The choice where there are no gradients."""
 
 AVERAGE_STEPS = 32
 

@@ -17,8 +17,8 @@ Where we differ from the released code, and why:
   ``hesso(saliency="hesso", target_group_sparsity=...)`` is that. Released code lets layers drop to one channel, passes
   its choice through ``setdiff1d``, which sorts by index, and lowers the target silently by what ``group_divisible``
   rounds away.
-* Periods share the steps and the cost evenly. Released code floors both, leaves the remaining groups to the last period,
-  and divides by zero if ``pruning_steps < pruning_periods``; here that raises ``TargetError``.
+* Periods share the steps and the cost evenly. Released code floors both, leaves the remaining groups to the last
+  period, and divides by zero if ``pruning_steps < pruning_periods``; here that raises ``TargetError``.
 * Redundant atoms are scaled where they lie, also behind a concatenation. Released code scales the whole slice there.
 * Momentum and first moments of pruned entries are zeroed, and every piece of state survives a checkpoint.
 """
@@ -76,6 +76,7 @@ class HESSO(SparseOptimizer):
     Raises:
         TargetError: The target or the schedule cannot be reached; the message says what can.
         NothingPrunableError: There is a target, but no node group may lose an atom.
+        OptionError: An option is missing, or the wrapped optimizer has none of that name.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter holds NaN or infinity.
 
@@ -129,7 +130,7 @@ class HESSO(SparseOptimizer):
         weight_decay: float | None = None,
         **keywords: Any,
     ) -> None:
-        self.schedule = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
+        schedule = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
         choice = Choice.of(
             node_groups,
             {
@@ -152,6 +153,7 @@ class HESSO(SparseOptimizer):
         super().__init__(
             params,
             choice,
+            schedule,
             names=names,
             variant=variant,
             base=base,

@@ -20,7 +20,7 @@ Where we differ from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from oto.errors import TargetError
+from oto.groups.node_group import NodeGroup
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ class Entries:
 
     weights: Sequence[Tensor]
     gradients: Sequence[Tensor | None]
+
+    @classmethod
+    def of(cls, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str] = ()) -> Entries:
+        """The entries of a node group, with the direction of steepest ascent of the objective.
+
+        Args:
+            maximized: Parameters whose gradient is that of something to be made large.
+        """
+        weights, gradients = [], []
+        for piece in group.zeros:
+            p = parameters[piece.parameter]
+            gradient = None if p.grad is None else piece.of(p.grad)
+            weights.append(piece.of(p.data))
+            gradients.append(-gradient if gradient is not None and piece.parameter in maximized else gradient)
+        return cls(weights, gradients)
 
     @property
     def count(self) -> int:

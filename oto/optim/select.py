@@ -114,7 +114,8 @@ def select(
     start = measure(counts)
     # a unit may go if its group keeps its least; units go in order, so the sums run inside each group
     before = _running(units.size, units.group)
-    open_ = counts[units.group] - before >= least[units.group]
+    # what saves nothing is kept
+    open_ = (counts[units.group] - before >= least[units.group]) & (full > 0)[units.group]
     for way in range(1, ROUNDS + 1) if by_cost else [ROUNDS]:
         now = goal if way == ROUNDS else start - (start - goal) * way / ROUNDS
         if measure(counts) <= now:
@@ -146,16 +147,15 @@ def _running(sizes: NDArray[np.int64], group: NDArray[np.int64]) -> NDArray[np.i
     total = np.cumsum(sizes)
     begins = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]])) if len(group) else np.zeros(0, int)
     lengths = np.diff(np.concatenate([begins, [len(group)]]))
-    return total - np.repeat(total[begins] - sizes[begins], lengths)
+    running: NDArray[np.int64] = total - np.repeat(total[begins] - sizes[begins], lengths)
+    return running
 
 
 def _sum(queue: NDArray[np.int64], units: Units, groups: int) -> Counts:
     return np.bincount(units.group[queue], units.size[queue], minlength=groups).astype(np.int64)
 
 
-def _give_back(
-    taken: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float
-) -> None:
+def _give_back(taken: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float) -> None:
     """Take units back, the most important first, as long as the cost stays under the goal."""
     groups = len(counts)
     while taken.any():

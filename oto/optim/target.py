@@ -110,9 +110,14 @@ class Target:
         return cls(name, number, full * number, full, measure)
 
     @property
+    def unit(self) -> str:
+        """What is counted."""
+        return UNITS[self.name]
+
+    @property
     def wants_less(self) -> bool:
         """Whether anything has to go."""
-        return self.goal < self.full
+        return self.asked > 0 if self.name == "target_group_sparsity" else self.goal < self.full
 
     def after(self, share: float) -> float:
         """What may be left when ``share`` of the way from the full network to the goal is done."""
@@ -127,7 +132,7 @@ class Target:
         bottom = self.measure(least)
         if bottom <= self.goal:
             return
-        unit = UNITS[self.name]
+        unit = self.unit
         if self.name == "target_group_sparsity":
             most = self.full - bottom
             raise TargetError(
@@ -138,14 +143,23 @@ class Target:
         share = bottom / self.full
         hint = f"; {self.asked} is a number of {unit}, {float(self.asked)} would be a share" if self.asked == 1 else ""
         raise TargetError(
-            f"{self.name}={self.asked} allows {self.goal:,.6g} of {self.full:,.6g} {unit}, but {bottom:,.6g} "
+            f"{self.name}={self.asked} allows {shown(self.goal)} of {shown(self.full)} {unit}, but {shown(bottom)} "
             f"({share:.1%}) are left when every node group is at its least{hint}\n"
             f"  to fix  ask for {np.ceil(share * 1e4) / 1e4:.4f} or more, lower min_kept or group_divisible, or see"
             " oto.explain() for what stays whole"
         )
 
     def __str__(self) -> str:
-        return f"{self.name}={self.asked}: at most {self.goal:,.6g} of {self.full:,.6g} {UNITS[self.name]}"
+        return f"{self.name}={self.asked}: at most {shown(self.goal)} of {shown(self.full)} {self.unit}"
+
+
+def shown(number: float) -> str:
+    """A cost for people: whole numbers with separators, others with three digits.
+
+    >>> shown(1234567.8), shown(12.3456)
+    ('1,234,568', '12.3')
+    """
+    return f"{number:,.0f}" if number >= 1000 or number == int(number) else f"{number:.3g}"
 
 
 def _number(name: str, value: Any) -> int | float:

@@ -27,6 +27,8 @@ class Shrunk(Protocol):
     def cost_after(self) -> Cost: ...
     @property
     def kept(self) -> Mapping[str, Any]: ...
+    @property
+    def note(self) -> str | None: ...
 
 
 def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
@@ -44,22 +46,30 @@ def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def subnet_table(subnet: Shrunk) -> str:
-    """What shrank, how it was proved, and where it is."""
-    before, after = subnet.cost_before, subnet.cost_after
+def cost_rows(before: Cost, after: Cost) -> list[list[str]]:
+    """Costs of the full and of a slim network, with a heading."""
 
     def row(name: str, a: int, b: int) -> list[str]:
         return [name, f"{a:,}", f"{b:,}", f"{100 * b / a:.1f} %" if a else "–"]
+
+    return [
+        ["", "before", "after", "kept"],
+        row("parameters", before.params, after.params),
+        row("MACs", before.macs, after.macs),
+        row("bytes", before.bytes, after.bytes),
+    ]
+
+
+def subnet_table(subnet: Shrunk) -> str:
+    """What shrank, how it was proved, and where it is."""
+    before, after = subnet.cost_before, subnet.cost_after
 
     worst: dict[str, Check] = {}
     for check in subnet.checks:
         if check.dtype not in worst or check.error > worst[check.dtype].error:
             worst[check.dtype] = check
     lines = [
-        columns(
-            [["", "before", "after", "kept"], row("parameters", before.params, after.params),
-             row("MACs", before.macs, after.macs)]
-        ),
+        columns(cost_rows(before, after)),
         *(
             f"verified: {len([c for c in subnet.checks if c.dtype == dtype])} comparisons in {dtype}, largest relative"
             f" error {c.error:.1e} (tolerance {c.tolerance:.0e})"
@@ -67,6 +77,8 @@ def subnet_table(subnet: Shrunk) -> str:
         ),
         "emitted as the original class" if subnet.emitter == "module" else "emitted as a torch.fx.GraphModule",
     ]  # fmt: skip
+    if subnet.note:
+        lines.insert(1, f"note: {subnet.note}")
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")
     if subnet.path is not None:
