@@ -46,7 +46,7 @@ from oto.groups.policy import (
 )
 from oto.io.artefact import check_out_dir, writing
 from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, read_program, rebuild, write_program
-from oto.optim import HESSO, Choice, SparseOptimizer
+from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.target import UNITS
 from oto.report.draw import draw
@@ -312,6 +312,11 @@ class OTO:
         Without ``params`` it is over all parameters of the model. Parameter groups need no names.
         """
         return self._make(HESSO, options)
+
+    @_takes_options_of(HESSOCRIC)
+    def hesso_cric(self, **options: Any) -> HESSOCRIC:
+        """HESSO that walks groups to zero first; options as in :class:`oto.optim.HESSOCRIC`."""
+        return self._make(HESSOCRIC, options)
 
     @_takes_options_of(Choice.of)
     def preview(

@@ -189,6 +189,12 @@ class HESSO(SparseOptimizer):
         n = self.clock
         if n == 0 and self.choice.target.wants_less:
             self.refuse_sparse_gradients()  # rather than when the first period begins
+        self.advance(n)
+        self.clock = n + 1
+        return loss
+
+    def advance(self, n: int) -> None:
+        """Step ``n``: choose if a period begins, descend, shrink."""
         self.observe(self.schedule.until_choice(n))
         if self.schedule.starts_period(n):
             self.choose_redundant(self.schedule.share(n))
@@ -198,5 +204,3 @@ class HESSO(SparseOptimizer):
         else:
             self.scale_redundant_(self.schedule.factor(n))
         self.zero_pruned_()
-        self.clock = n + 1
-        return loss

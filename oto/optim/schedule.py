@@ -67,12 +67,7 @@ class Schedule:
             steps 500–999  training goes on with what is left
         """
         total = None if total_steps is None else _whole("total_steps", total_steps)
-
-        def count(name: str, number: Steps) -> float:
-            share = _share(number)
-            return _whole(name, number) if total is None or share is None else share * total
-
-        first, length = count("start_pruning_step", start), count("pruning_steps", steps)
+        first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
         begin, end = round(first), round(first + length)  # so that shares of .3 and .7 are never a step more than all
         return cls(begin, end - begin, _whole("pruning_periods", periods), total)
 
@@ -239,6 +234,20 @@ class Progress:
         return f"step {self.step} of {self.schedule.end}{period}: {zero}{way}{cost}"
 
 
+def count_steps(name: str, number: Steps, total_steps: Steps | None) -> int:
+    """A number of steps, or a share of ``total_steps``, as a whole number.
+
+    Raises:
+        TargetError: It has a fraction, or a share comes without ``total_steps``.
+    """
+    return round(_count(name, number, None if total_steps is None else _whole("total_steps", total_steps)))
+
+
+def _count(name: str, number: Steps, total: int | None) -> float:
+    share = _share(number)
+    return _whole(name, number) if total is None or share is None else share * total
+
+
 def _share(number: Steps) -> float | None:
     """A float in [0, 1] stands for a share of all steps; the int 1 is one step."""
     share: Any = number
@@ -265,7 +274,7 @@ def _whole(name: str, number: Steps) -> int:
         return whole
     if value.is_integer():
         return int(value)
-    share = 0 < value < 1 and name in ("start_pruning_step", "pruning_steps")
+    share = 0 < value < 1 and name in ("start_pruning_step", "pruning_steps", "sampling_steps")
     raise TargetError(
         f"{name} is {value:g}; steps and periods are counted in whole numbers\n"
         "  effect  no step would be the one at which pruning begins or ends\n"
