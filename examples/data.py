@@ -106,7 +106,7 @@ def digits() -> Images:
 
 
 def fashion_mnist() -> Images:
-    path = _find("fashion_mnist.npz")
+    path = find("fashion_mnist.npz")
     if path is None:
         train_x, train_y, test_x, test_y = _download("FashionMNIST")
     else:
@@ -117,16 +117,20 @@ def fashion_mnist() -> Images:
 
 
 def cifar10() -> Images:
-    labels = _find("cifar10_labels.npz")
-    if labels is None:
-        train_x, train_y, test_x, test_y = _download("CIFAR10")
-    else:
-        train_x = np.concatenate([_read_strips(labels.with_name(f"cifar10_train_x_{i}.zip")) for i in range(5)])
-        test_x = _read_strips(labels.with_name("cifar10_test_x.zip"))
-        with np.load(labels) as file:
-            train_y, test_y = file["y_train"], file["y_test"]
+    train_x, train_y, test_x, test_y = cifar10_arrays()
     train_x, test_x = (np.moveaxis(x, 3, 1) / np.float32(255) for x in (train_x, test_x))
     return _images("cifar10", train_x, train_y, test_x, test_y, shift=4, flip=True)
+
+
+def cifar10_arrays() -> list[np.ndarray]:
+    """Train and test images and labels as they are: uint8 ``(n, 32, 32, 3)``, integers ``(n,)``."""
+    labels = find("cifar10_labels.npz")
+    if labels is None:
+        return _download("CIFAR10")
+    train_x = np.concatenate([_read_strips(labels.with_name(f"cifar10_train_x_{i}.zip")) for i in range(5)])
+    test_x = _read_strips(labels.with_name("cifar10_test_x.zip"))
+    with np.load(labels) as file:
+        return [train_x, file["y_train"], test_x, file["y_test"]]
 
 
 LOADERS: dict[str, Callable[[], Images]] = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar10}
@@ -152,7 +156,8 @@ def _labels(y: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(y).astype(np.int64))
 
 
-def _find(file: str) -> Path | None:
+def find(file: str) -> Path | None:
+    """Where a file of ``OTO_DATA`` lies, if it does."""
     folder = Path(os.environ.get("OTO_DATA") or ROOT.parent / "shared" / "data")
     return folder / file if (folder / file).is_file() else None
 
