@@ -232,7 +232,7 @@ class OTO:
         optimizer = self._trained_by
         if optimizer is not None:
             raise TooLateError(
-                f"groups cannot be marked any more: {type(optimizer).__name__} was made and chooses among those there were\n"
+                f"groups cannot be marked any more: {type(optimizer).__name__} chooses among those that it was given\n"
                 "  effect  nothing was marked\n"
                 "  to fix  mark first, then make the optimizer; here: a new OTO(...), its marks, a new optimizer"
             )
