@@ -326,6 +326,12 @@ def test_freezing_after_the_analysis_is_refused_where_it_matters():
     model[0].requires_grad_(False)
     with pytest.raises(TooLateError, match=r"0\.weight, 0\.bias were frozen after OTO[^$]*to fix  freeze before OTO"):
         oto.hesso(**SCHEDULE)
+    train(model, OTO(model, X, prune_frozen=True).hesso(**SCHEDULE), range(END))
+    assert count_zeros(model) == 7
+    model.requires_grad_(True)
+    anything = OTO(model, X, prune_frozen=True)
+    model[0].requires_grad_(False)
+    anything.hesso(**SCHEDULE)
 
 
 def test_unfreezing_after_the_analysis_is_reported():

@@ -107,6 +107,14 @@ def test_before_pruning_another_setup_is_reported_and_counts(tmp_path, key):
     assert json.loads(again["param_groups"][0]["oto_setup"]) == json.loads(json.dumps(optimizer.describe_setup()))
 
 
+def test_a_schedule_that_should_have_begun_already_is_refused(tmp_path):
+    saved = saved_after(1, tmp_path)
+    with pytest.raises(
+        SetupError, match=r"start_pruning_step: 2 in the checkpoint, 0 here\n  effect .*periods would be"
+    ):
+        hesso(net(), start_pruning_step=0).load_state_dict(saved["optimizer"])
+
+
 def test_the_same_setup_is_no_matter_how_it_was_written(tmp_path):
     saved = saved_after(START + 1, tmp_path)
     model = net()
