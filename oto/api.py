@@ -169,6 +169,7 @@ class OTO:
         self.dummy_input = dummy_input
         self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
+        self._prune_frozen = prune_frozen
         if not prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
         self._keep_class, self._strict_out_nodes = keep_class, strict_out_nodes
@@ -257,7 +258,7 @@ class OTO:
         optimizer = self._trained_by
         if optimizer is not None:
             raise TooLateError(
-                f"groups cannot be marked any more: {type(optimizer).__name__} was made and has its groups\n"
+                f"groups cannot be marked any more: {type(optimizer).__name__} chooses among those that it was given\n"
                 "  effect  nothing was marked\n"
                 "  to fix  mark first, then make the optimizer; here: a new OTO(...), its marks, a new optimizer"
             )
@@ -360,11 +361,11 @@ class OTO:
     def _make(self, kind: type[Sparse], options: dict[str, Any]) -> Sparse:
         """An optimizer with what the options leave out: the parameters, their names, the node groups."""
         frozen, unfrozen = frozen_since(self.node_groups, self.partition.found.graph, self.model)
-        if frozen:
+        if frozen and not self._prune_frozen:
             raise TooLateError(
                 f"{some(frozen)} {'was' if len(frozen) == 1 else 'were'} frozen after OTO(...) was made\n"
                 "  effect  an optimizer would still bring entries of it to zero\n"
-                "  to fix  freeze before OTO(...), or OTO(..., prune_frozen=True) before freezing if they may be zeroed"
+                "  to fix  freeze before OTO(...); where that may be zeroed all the same, OTO(..., prune_frozen=True)"
             )
         if unfrozen:
             warnings.warn(

@@ -247,8 +247,8 @@ class SparseOptimizer(Optimizer):
         """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh.
 
         Raises:
-            SetupError: It was saved under another schedule or target, and pruning has begun. Before that it is a
-                ``SetupWarning``, and the setup of this optimizer counts.
+            SetupError: It was saved under another schedule or target, and by one of the two pruning has begun. Before
+                that it is a ``SetupWarning``, and the setup of this optimizer counts.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -292,15 +292,13 @@ class SparseOptimizer(Optimizer):
         step = saved["oto_step"]
         rows = [f"  {key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} here" for key in differ]
         text = "\n".join([f"the state dict was saved after {step} steps under another setup", *rows])
-        if step <= theirs.get("start_pruning_step", 0) and not saved["oto_atoms"].any():
-            warnings.warn(
-                f"{text}\n  effect  its pruning had not begun, so what is asked for here counts",
-                SetupWarning,
-                stacklevel=3,
-            )
+        begun = any(step > setup.get("start_pruning_step", step) for setup in (theirs, ours))
+        if not begun and not saved["oto_atoms"].any():
+            text += "\n  effect  pruning had not begun, so what is asked for here counts"
+            warnings.warn(text, SetupWarning, stacklevel=3)
             return
         raise SetupError(
-            f"{text}\n  effect  its pruning has begun, and would go on with other periods and another target\n"
+            f"{text}\n  effect  pruning has begun there, or should have here: periods would be missed or cut short\n"
             "  to fix  make the optimizer as it was made then; to go on all the same, take 'oto_setup' out of"
             " state_dict['param_groups'][0]"
         )
