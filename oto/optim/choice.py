@@ -20,7 +20,17 @@ from oto.errors import CollapseWarning, NothingPrunableError, OptionError, Targe
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, keep_at_least
-from oto.optim.saliency import FROM_WEIGHTS, NORMALISE, Entries, Saliency, Weights, importance, raw_scores, resolve
+from oto.optim.saliency import (
+    FROM_WEIGHTS,
+    NORMALISE,
+    WITHIN_GROUPS,
+    Entries,
+    Saliency,
+    Weights,
+    importance,
+    raw_scores,
+    resolve,
+)
 from oto.optim.select import least_kept, select
 from oto.optim.target import Counts, Measure, Target
 
@@ -157,7 +167,10 @@ class Choice:
         by_cost = self.by_cost
         if self.scope == "local":
             values, by_cost = _rank(values, left, sizes), 0.0
-        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost)
+        worth = None
+        if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
+            worth = measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
+        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost, worth)
         return torch.from_numpy(chosen)
 
     def kept_of(
