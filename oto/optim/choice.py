@@ -117,7 +117,7 @@ class Choice:
             tuple(groups),
             asked,
             tuple(resolve(DEFAULT if saliency is None else saliency)),
-            normalise or ("all" if published else "mean"),
+            normalise or ("all" if published else "none"),
             (0.0 if published else BY_COST) if by_cost is None else by_cost,
             scope,
             group_divisible,
@@ -239,20 +239,20 @@ class Choice:
         return {
             self.target.name: self.target.asked,
             "scope": self.scope,
-            "min_kept": self.least.tolist(),
             "group_divisible": self.divisible,
+            "min_kept": [group.min_kept for group in self.groups],
             "saliency": {getattr(c, "__name__", type(c).__name__): weight for c, weight in self.criteria},
             "normalise": self.normalise,
             "by_cost": self.by_cost,
         }
 
 
-DEFAULT: Weights = {"magnitude": 1.0, "taylor_first_order": 1.0}
+DEFAULT: Weights = {"taylor_first_order": 1.0}
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
 """The choice where there are no gradients."""
 
-BY_COST = 2.0
+BY_COST = 0.5
 
 AVERAGE_STEPS = 32
 
