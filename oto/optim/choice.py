@@ -39,7 +39,7 @@ class Choice:
         target: How much is to be left.
         criteria: Saliency criteria and how much each counts.
         normalise: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALISE`.
-        by_cost: Whether scores are weighed by what an atom saves, see :mod:`oto.optim.select`.
+        by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
         scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
         divisible: A node group that loses atoms keeps a multiple of this many.
         average_steps: Criteria that look at gradients are averaged over this many steps before a choice.
@@ -51,7 +51,7 @@ class Choice:
     target: Target
     criteria: tuple[tuple[Saliency, float], ...]
     normalise: str
-    by_cost: bool
+    by_cost: float
     scope: str
     divisible: int
     average_steps: int
@@ -71,7 +71,7 @@ class Choice:
         group_divisible: int = 1,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
-        by_cost: bool | None = None,
+        by_cost: float | None = None,
         average_steps: int | None = None,
     ) -> Choice:
         """Read the options that all sparse optimizers share.
@@ -98,7 +98,7 @@ class Choice:
         if min_kept is not None:
             groups = [group for group in keep_at_least(groups, min_kept) if group.prunable]
         sizes = np.array([group.size for group in groups], dtype=np.int64)
-        _check(scope, group_divisible, normalise, average_steps)
+        _check(scope, group_divisible, normalise, by_cost, average_steps)
         asked = Target.of(target, sizes, costs, latency)
         least = [least_kept(g.size, g.min_kept, group_divisible) for g in groups]
         soft = 0.0 if published or min_kept is not None else FLOOR
@@ -108,7 +108,7 @@ class Choice:
             asked,
             tuple(resolve(DEFAULT if saliency is None else saliency)),
             normalise or ("all" if published else "mean"),
-            not published if by_cost is None else by_cost,
+            (0.0 if published else BY_COST) if by_cost is None else by_cost,
             scope,
             group_divisible,
             (1 if published else AVERAGE_STEPS) if average_steps is None else average_steps,
@@ -156,7 +156,7 @@ class Choice:
         least = self._floor(goal)
         by_cost = self.by_cost
         if self.scope == "local":
-            values, by_cost = _rank(values, left, sizes), False
+            values, by_cost = _rank(values, left, sizes), 0.0
         chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost)
         return torch.from_numpy(chosen)
 
@@ -234,21 +234,27 @@ class Choice:
         }
 
 
-DEFAULT: Weights = {"taylor_first_order": 1.0}
+DEFAULT: Weights = {"magnitude": 1.0, "taylor_first_order": 1.0}
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
 """The choice where there are no gradients."""
 
+BY_COST = 2.0
+
 AVERAGE_STEPS = 32
 
 
-def _check(scope: str, group_divisible: int, normalise: str | None, average_steps: int | None) -> None:
+def _check(
+    scope: str, group_divisible: int, normalise: str | None, by_cost: float | None, average_steps: int | None
+) -> None:
     if scope not in ("global", "local"):
         raise TargetError(f"scope is {scope!r}; it is 'global' or 'local'")
     if group_divisible < 1:
         raise TargetError(f"group_divisible is {group_divisible}; it is at least 1")
     if normalise is not None and normalise not in NORMALISE:
         raise TargetError(f"normalise is {normalise!r}; it is one of {', '.join(NORMALISE)}")
+    if by_cost is not None and not by_cost >= 0:
+        raise TargetError(f"by_cost is {by_cost}; it is an exponent, at least 0")
     if average_steps is not None and average_steps < 1:
         raise TargetError(f"average_steps is {average_steps}; it is at least 1, the step of the choice")
 

@@ -112,7 +112,7 @@ class HESSO(SparseOptimizer):
         group_divisible: int = 1,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
-        by_cost: bool | None = None,
+        by_cost: float | None = None,
         average_steps: int | None = None,
         start_pruning_step: Steps = START,
         pruning_steps: Steps = LENGTH,

@@ -4,7 +4,7 @@ The choice looks for the least importance lost that brings the cost down to a go
 save without it, and that falls as the layers around it get thinner. So atoms go in the order of their score for what
 they save *now*, relative to what they save in the full network::
 
-    price of an atom  =  score · (saved by it in the full network / saved by it now)
+    price of an atom  =  score · (saved by it in the full network / saved by it now) ^ by_cost
 
 Importance is thus counted per unit of cost, on the assumption that one node group is as important for the network as
 another for each unit of cost that it was given when the network was designed. (Plain division by cost, without that
@@ -82,7 +82,7 @@ def select(
     measure: Measure,
     goal: float,
     divisible: int = 1,
-    by_cost: bool = True,
+    by_cost: float = 1.0,
 ) -> NDArray[np.bool_]:
     """Choose the atoms to go, so that what is left costs at most ``goal`` and as little importance as possible is lost.
 
@@ -94,7 +94,7 @@ def select(
         measure: The cost as a function of the counts.
         goal: The cost to come down to. If ``least`` forbids that, everything goes that may.
         divisible: The kept count of a node group that loses atoms is a multiple of this.
-        by_cost: Weigh scores by what an atom saves; else they are compared as they are.
+        by_cost: How much costs count: the exponent in the price of an atom. With 0 scores are compared as they are.
 
     Returns:
         Boolean array, shape ``(N,)``: the atoms that go. None is chosen without need: what still fits under the goal
@@ -124,7 +124,7 @@ def select(
         price = units.score[rest]
         if by_cost:
             saves = measure.marginal(counts, np.minimum(counts, 1))
-            price = price * (full / np.maximum(saves, np.finfo(float).tiny))[units.group[rest]]
+            price = price * ((full / np.maximum(saves, np.finfo(float).tiny)) ** by_cost)[units.group[rest]]
         queue = rest[np.argsort(price, kind="stable")]
         few, many = 0, len(queue)
         while few < many:  # the fewest units whose removal is enough
