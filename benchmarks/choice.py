@@ -1,11 +1,12 @@
-"""What it costs to choose the atoms that go: seconds, on the CPU.
+"""What it costs to choose the atoms that go, in seconds of one CPU thread.
 
     python benchmarks/choice.py
 
 For each network the target is half of its MACs, scores are random numbers (drawn once, from a fixed seed), and the
 choice is made in one go and in five portions, as over five periods. The networks have shapes only, so a Llama of 1B
 parameters takes no memory. The table also says how long it takes to spell the costs out, which happens once when an
-optimizer is made, and how near the choice comes to the target.
+optimizer is made, and how near the choice comes to the target. Seconds are those of the process, so that other programs
+on the machine do not count.
 """
 
 from __future__ import annotations
@@ -58,23 +59,23 @@ def measure(build: Callable[[], tuple[nn.Module, Tensor]], target: float, rounds
     with torch.device("meta"):
         model, x = build()
     oto = OTO(model, x)
-    begin = time.perf_counter()
+    begin = time.process_time()
     costs = oto.costs
-    spelled = time.perf_counter() - begin
+    spelled = time.process_time() - begin
     choice = Choice.of(oto.node_groups, {"target_macs": target}, costs=costs, **options)  # type: ignore[arg-type]
     scores = torch.from_numpy(np.random.default_rng(0).random(sum(choice.sizes)).astype(np.float32))
     everything = torch.ones(len(scores), dtype=torch.bool)
     once, portions = [], []
     left = everything
     for _ in range(rounds):
-        begin = time.perf_counter()
+        begin = time.process_time()
         left = ~choice.select(scores, everything)
-        once.append(time.perf_counter() - begin)
+        once.append(time.process_time() - begin)
         rest = everything
         for period in range(5):
-            begin = time.perf_counter()
+            begin = time.process_time()
             rest = rest & ~choice.select(scores, rest, (period + 1) / 5)
-            portions.append(time.perf_counter() - begin)
+            portions.append(time.process_time() - begin)
     counts = np.array([int(own.sum()) for own in left.split_with_sizes(choice.sizes)])
     macs = choice.target.measure(counts) / choice.target.full
     return [
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", default=5, type=int)
     parser.add_argument("--group-divisible", default=1, type=int)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     print(f"torch {torch.__version__}, numpy {np.__version__}, {platform.machine()}, target_macs={args.target_macs}")
     print("| model | node groups | atoms | costs spelled out, s | chosen at once, s | slowest of 5 portions, s | MACs kept |")
     print("|---|--:|--:|--:|--:|--:|--:|")
