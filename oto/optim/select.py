@@ -5,9 +5,8 @@ save without it, and that falls as the layers around it get thinner. So atoms go
 
     price of an atom  =  worth of its node group · score / (what the network saves without it now) ^ by_cost
 
-With ``by_cost = 1`` this is the greedy solution of the knapsack. Scores are estimates from where the network stands, and
-too low for what is expensive (the early layers of a convolutional network): measured, a root of the cost is the better
-divisor. With ``by_cost = 0`` scores are compared as they are.
+With ``by_cost = 1`` and scores in the unit of the loss this is the greedy solution of a knapsack: the least loss for the
+cost won. With ``by_cost = 0`` scores are compared as they are.
 
 Everything is a handful of sorts over all atoms at once. Sorts are stable and ties fall to the first atom of the first
 node group, so every rank of a distributed run that has the same scores chooses the same atoms.
@@ -24,6 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oto.optim.target import Counts, Measure
+
+NEAR = 0.005
+"""A choice that is this near to its goal, as a share of it, is not refined."""
 
 ROUNDS = 16
 """How often prices are set anew on the way from one cost to another."""
@@ -135,6 +137,7 @@ def select(
         taken[queue[:few]] = True
         counts = counts - _sum(queue[:few], units, len(sizes))
     _give_back(taken, units, counts, measure, goal)
+    _refine(taken, open_, units, counts, measure, goal)
     gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
     group = np.repeat(np.arange(len(sizes)), sizes)[units.order]
     first = np.searchsorted(group, np.arange(len(sizes)))
@@ -154,6 +157,37 @@ def _running(sizes: NDArray[np.int64], group: NDArray[np.int64]) -> NDArray[np.i
 
 def _sum(queue: NDArray[np.int64], units: Units, groups: int) -> Counts:
     return np.bincount(units.group[queue], units.size[queue], minlength=groups).astype(np.int64)
+
+
+def _refine(
+    taken: NDArray[np.bool_], open_: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float
+) -> None:
+    """Where units are coarse: swap the dearest of the last ones for one that just meets the goal."""
+    groups = np.arange(len(counts))
+    for _ in range(len(counts)):
+        slack = goal - measure(counts)
+        if slack <= NEAR * goal or not taken.any():
+            return
+        chosen, free = np.flatnonzero(taken), np.flatnonzero(open_ & ~taken)
+        last, following = np.full(len(counts), -1), np.full(len(counts), -1)
+        last[units.group[chosen]] = chosen
+        following[units.group[free[::-1]]] = free[::-1]
+        back = np.where(last >= 0, units.size[last], 0)
+        best: tuple[float, int, int] | None = None
+        for group in groups[last >= 0]:  # this one comes back, and another goes
+            more = counts + np.where(groups == group, back, 0)
+            need = measure(more) - goal
+            out = np.where((following >= 0) & (groups != group), units.size[following], 0)
+            over = measure.marginal(more, out) - need
+            over[(out == 0) | (over < 0)] = np.inf
+            if len(over) and over.min() < (slack if best is None else best[0]):
+                best = float(over.min()), int(group), int(over.argmin())
+        if best is None:
+            return
+        _, group, other = best
+        counts[group] += back[group]
+        counts[other] -= units.size[following[other]]
+        taken[last[group]], taken[following[other]] = False, True
 
 
 def _give_back(taken: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float) -> None:
