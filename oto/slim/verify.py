@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,7 +47,13 @@ class Check:
 
 
 class _Wide(TorchDispatchMode):
-    """Casts to a narrower float become casts to float64, for models that state a dtype in their code."""
+    """Every computation in float64, for models that state a dtype in their code, or none.
+
+    Casts to a narrower float become casts to float64; what is made or promoted without a dtype is float64; and operands
+    that come from elsewhere, such as numpy, are widened as they are read. So two models that differ in where they round
+    only, such as a class and its exported graph, agree to float64's own rounding. Values are as they were: a number
+    that float32 cannot hold is rounded where the model rounds it (``torch.tensor(0.1)``), and nothing else is.
+    """
 
     supports_higher_order_operators = True
     WIDER: ClassVar = {
@@ -55,13 +62,32 @@ class _Wide(TorchDispatchMode):
     }  # fmt: skip
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        schema = getattr(op, "_schema", None)  # higher-order operators have none
+
         def widen(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.to(self.WIDER.get(x.dtype, x.dtype))
             return self.WIDER.get(x, x) if isinstance(x, torch.dtype) else x
 
-        args, kwargs = tree_map(widen, (args, kwargs or {}))
-        if op is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
+        def of(argument: Any, x: Any) -> Any:
+            shared = argument is None or argument.alias_info is not None  # a copy would not be the memory that is meant
+            return tree_map_only(torch.dtype, widen, x) if shared else tree_map(widen, x)
+
+        named = {argument.name: argument for argument in schema.arguments} if schema else {}
+        args = tuple(of(argument, x) for argument, x in zip_longest(named.values(), args))[: len(args)]
+        kwargs = {name: of(named.get(name), x) for name, x in (kwargs or {}).items()}
+        if op is aten._assert_tensor_metadata.default:  # what torch.export saw the dtype to be
+            args, kwargs = tree_map_only(torch.dtype, lambda _: None, (args, kwargs))
+        if op is aten._grouped_mm.default and args[0].dtype == torch.float64:
             return _grouped_mm(*args, **kwargs)
-        return op(*args, **kwargs)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            result = op(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(before)
+        return widen(result) if op is aten.lift_fresh.default else result  # a literal, which may be written to
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
