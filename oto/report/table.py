@@ -20,6 +20,8 @@ class Shrunk(Protocol):
     @property
     def why_graph(self) -> str | None: ...
     @property
+    def notes(self) -> Sequence[str]: ...
+    @property
     def checks(self) -> Sequence[Check]: ...
     @property
     def cost_before(self) -> Cost: ...
@@ -69,6 +71,7 @@ def subnet_table(subnet: Shrunk) -> str:
     ]  # fmt: skip
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")
+    lines += [f"note: {note}" for note in subnet.notes]
     if subnet.path is not None:
         lines.append(f"saved in {subnet.path}")
     return "\n".join(lines)

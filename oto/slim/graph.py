@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from oto._torch import example_size, is_free, tree_leaves
+from oto._torch import is_free, tree_leaves
 from oto.axes.call import Size
 from oto.axes.propagate import propagate
 from oto.axes.terms import Axis, survivors

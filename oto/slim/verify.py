@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar
@@ -111,11 +111,16 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor |
     return y
 
 
+def throughout(module: nn.Module) -> AbstractContextManager[Any]:
+    """While inside, a module in float64 computes in float64 throughout; any other as it does."""
+    wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) == torch.float64
+    return _Wide() if wide else nullcontext()  # type: ignore[no-untyped-call]
+
+
 def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:
     """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
-    wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) == torch.float64
-    with as_found(module), torch.no_grad(), _Wide() if wide else nullcontext():  # type: ignore[no-untyped-call]
+    with as_found(module), torch.no_grad(), throughout(module):
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 
@@ -192,35 +197,41 @@ def double_input(dummy_input: Any) -> Any:
 
 
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False,
-          left: Sequence[Sequence[NDArray[np.bool_]]] | None = None) -> list[Check]:  # fmt: skip
+          left: Sequence[Sequence[NDArray[np.bool_]]] | None = None, notes: list[str] | None = None,
+          holds: Callable[[Any], bool] | None = None,
+          wider: Callable[[nn.Module], nn.Module] | None = None) -> list[Check]:  # fmt: skip
     """Compare a slim model with the zeroed full one.
 
     Args:
         inputs: Random inputs besides the example.
         batch: Try another batch size too, where the full model takes it.
         left: For each output and each of its dimensions, the entries that the slim model still has; all by default.
+        notes: Where to write down what was not compared: a batch size that the slim model does not take, which is an
+            error by default, and what ``holds`` leaves out.
+        holds: Whether the slim model is meant for a random input.
+        wider: Makes the slim model in float64 of the full one in float64; by default the slim one is converted.
     """
     tries = [("the example", dummy_input)]
-    tries += [(f"random input {seed}", random_like(dummy_input, seed)) for seed in range(inputs)]
+    for seed in range(inputs):
+        given = random_like(dummy_input, seed)
+        if holds is None or holds(given):
+            tries.append((f"random input {seed}", given))
+        elif notes is not None:
+            notes.append(f"{what} was not compared on random input {seed}: the model takes another path there")
     if batch:
         first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
         if first.ndim:
             tries.append((f"batch of {first.shape[0] + 2}", random_like(dummy_input, inputs, first.shape[0] + 2)))
     dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
-    checks = _compare(full, slim, tries, what, dtype, left)
+    checks = _compare(full, slim, tries, what, dtype, left, notes)
     if dtype != torch.float64:
-        wide = [(name, double_input(given)) for name, given in tries]
-        with _double(full, slim) as (full64, slim64):
-            if _runs(full64, wide[0][1]):
-                checks += _compare(full64, slim64, wide, what, torch.float64, left)
-            else:
-                log.info("the full model does not run in float64; compared in %s only", dtype)
+        full64, wide = in_double(full), [(name, double_input(given)) for name, given in tries]
+        if _runs(full64, wide[0][1]):
+            slim64 = in_double(slim) if wider is None else wider(full64)
+            checks += _compare(full64, slim64, wide, what, torch.float64, left, notes)
+        else:
+            log.info("the full model does not run in float64; compared in %s only", dtype)
     return checks
-
-
-@contextmanager
-def _double(full: nn.Module, slim: nn.Module) -> Any:
-    yield in_double(full), in_double(slim)
 
 
 def _runs(module: nn.Module, given: Any) -> bool:
@@ -232,7 +243,7 @@ def _runs(module: nn.Module, given: Any) -> bool:
 
 
 def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: torch.dtype,
-             left: Sequence[Sequence[NDArray[np.bool_]]] | None) -> list[Check]:  # fmt: skip
+             left: Sequence[Sequence[NDArray[np.bool_]]] | None, notes: list[str] | None) -> list[Check]:  # fmt: skip
     checks = []
     for name, given in tries:
         try:
@@ -244,7 +255,15 @@ def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: tor
             continue
         if left is not None:
             expected = [_thinner(x, masks) for x, masks in zip(expected, left, strict=True)]
-        error = relative_error(expected, run(slim, given))
+        try:
+            found = run(slim, given)
+        except Exception as failure:
+            if notes is None or not name.startswith("batch"):
+                raise
+            note = f"{what} takes the batch size of the example only: {str(failure).splitlines()[0]}"
+            notes.extend([] if note in notes else [note])
+            continue
+        error = relative_error(expected, found)
         checks.append(Check(f"{what} on {name}", str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3)))
     return checks
 
