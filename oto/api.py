@@ -415,7 +415,7 @@ class OTO:
         """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
         dense = export(self.model, self.dummy_input, known)
         try:
-            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic))
+            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic, notes=[]))
         except VerificationError as unfaithful:
             raise EmitterError(
                 f"torch.export's graph of {type(self.model).__name__} does not compute what the model does\n"
@@ -453,15 +453,16 @@ class OTO:
             # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself
             against, left = (portable, None) if recorded else (full, left)
             no_program, proof = write_program(
-                draft, portable, given, lambda read: check(against, read, given, "reloaded program", 1, left=left)
+                draft,
+                portable,
+                given,
+                lambda read: check(against, read, given, "reloaded program", 1, left=left),
+                left_out if edits is not None else (),
             )
             again += proof
             if no_program is not None:
-                log.warning("%s is left out: %s", PROGRAM, no_program)
-                needed = (
-                    "the class is needed to load it" if edits is not None else "nothing in the folder can be loaded"
-                )
-                notes.append(f"{PROGRAM} is left out, so {needed}: {no_program}")
+                needed = "the class is needed to load it" if edits is not None else "nothing in it can be loaded"
+                notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
             manifest = {
                 "model": describe(self.model, tensors if edits is not None else {}),
                 "edits": plain_edits(edits or Edits()),
