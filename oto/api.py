@@ -367,6 +367,7 @@ class OTO:
                 if emitter == "graph":
                     raise
                 way, refused = "recording", failure
+                notes.clear()
                 why.append(_first_lines(failure))
                 log.info("torch.export does not do, using the recording: %s", why[-1])
         if way == "recording":

@@ -148,11 +148,9 @@ def _scaled(graph: fx.Graph, old: Any, new: int, before: int) -> Any:
     """A size that was ``before`` and becomes ``new``; of a symbolic one, such as batch · heads, the same share."""
     if not isinstance(old, fx.Node):
         return new
-    return (
-        old
-        if new == before
-        else graph.call_function(operator.floordiv, (graph.call_function(operator.mul, (old, new)), before))
-    )
+    if new == before:
+        return old
+    return graph.call_function(operator.floordiv, (graph.call_function(operator.mul, (old, new)), before))
 
 
 def _cut_by_share(origin: fx.Node, dim: int, new: list[int]) -> bool:

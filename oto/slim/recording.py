@@ -11,7 +11,7 @@ from oto.groups import Kept, Partition
 from oto.slim.graph import emit_graph
 from oto.slim.verify import Check, check, double_input, throughout
 from oto.trace.record import Recording, record_data
-from oto.trace.replay import replayed, same_path
+from oto.trace.replay import difference, replayed
 
 RECORDED = (
     "recorded at the example's shapes and values: other shapes, and other paths through branches on values,"
@@ -43,13 +43,13 @@ def check_recording(full: nn.Module, slim: nn.Module, dummy_input: Any, partitio
 
     example = path(dummy_input)
 
-    def holds(given: Any) -> bool:
+    def lacks(given: Any) -> str | None:
         try:
-            return same_path(example, path(given))
+            return difference(example, path(given))
         except Exception:  # inputs may have to fit together
-            return False
+            return "the model does not take it"
 
     def wider(full64: nn.Module) -> nn.Module:
         return emit_recording(full64, double_input(dummy_input), partition, kept)
 
-    return check(full, slim, dummy_input, left=left, notes=notes, holds=holds, wider=wider)
+    return check(full, slim, dummy_input, left=left, notes=notes, lacks=lacks, wider=wider)

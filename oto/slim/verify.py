@@ -198,7 +198,7 @@ def double_input(dummy_input: Any) -> Any:
 
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False,
           left: Sequence[Sequence[NDArray[np.bool_]]] | None = None, notes: list[str] | None = None,
-          holds: Callable[[Any], bool] | None = None,
+          lacks: Callable[[Any], str | None] | None = None,
           wider: Callable[[nn.Module], nn.Module] | None = None) -> list[Check]:  # fmt: skip
     """Compare a slim model with the zeroed full one.
 
@@ -207,17 +207,18 @@ def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim"
         batch: Try another batch size too, where the full model takes it.
         left: For each output and each of its dimensions, the entries that the slim model still has; all by default.
         notes: Where to write down what was not compared: a batch size that the slim model does not take, which is an
-            error by default, and what ``holds`` leaves out.
-        holds: Whether the slim model is meant for a random input.
+            error by default, and what ``lacks`` leaves out.
+        lacks: Why the slim model is not meant for a random input; ``None`` if it is.
         wider: Makes the slim model in float64 of the full one in float64; by default the slim one is converted.
     """
     tries = [("the example", dummy_input)]
     for seed in range(inputs):
         given = random_like(dummy_input, seed)
-        if holds is None or holds(given):
+        missing = None if lacks is None else lacks(given)
+        if missing is None:
             tries.append((f"random input {seed}", given))
         elif notes is not None:
-            notes.append(f"{what} was not compared on random input {seed}: the model takes another path there")
+            notes.append(f"{what} was not compared on random input {seed}: {missing}")
     if batch:
         first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
         if first.ndim:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,20 +46,24 @@ def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], h
     return Exported(module, replace(recording.graph, nodes=nodes, leaves=named, how=how), dynamic=False)
 
 
-def same_path(one: Recording, other: Recording) -> bool:
-    """Whether two runs made the same calls, with the same numbers and constants: what one recording stands for."""
+def difference(one: Recording, other: Recording) -> str | None:
+    """What a recording of one run lacks of another; ``None`` if it stands for both."""
 
-    def calls(graph: Graph) -> Iterator[Any]:
-        for node in graph.nodes:
-            plain = tree_map_only(Value, lambda value: ("value", value.index), (node.args, dict(node.kwargs)))
-            yield node.op, [(type(leaf), leaf) for leaf in tree_leaves(plain)]
+    def calls(graph: Graph) -> list[list[Any]]:
+        plain = [
+            tree_map_only(Value, lambda value: ("value", value.index), (n.args, dict(n.kwargs))) for n in graph.nodes
+        ]
+        return [[(type(leaf), leaf) for leaf in tree_leaves(arguments)] for arguments in plain]
 
+    if [node.op for node in one.graph.nodes] != [node.op for node in other.graph.nodes]:
+        return "the model makes other calls there"
     constants = [list(recording.constants.values()) for recording in (one, other)]
-    return (
-        list(calls(one.graph)) == list(calls(other.graph))
-        and len(constants[0]) == len(constants[1])
-        and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*constants, strict=True))
+    same = len(constants[0]) == len(constants[1]) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*constants, strict=True)
     )
+    if not same or calls(one.graph) != calls(other.graph):
+        return "the model makes the same calls there, with other numbers or sizes than those that were built in"
+    return None
 
 
 def _tensors(model: nn.Module, recording: Recording) -> tuple[dict[str, Any], dict[str, Tensor]]:

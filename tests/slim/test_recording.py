@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,8 +83,10 @@ class Samples(Net):
         return torch.stack(taken)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", [Branches, Scales, Writes, Experts, Samples])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, torch.float32) for kind in (Branches, Scales, Writes, Experts, Samples)] + [(Writes, torch.float64)],
+)
 def test_verified_saved_and_loaded(kind, dtype, tmp_path):
     model, x = kind().to(dtype), X.to(dtype)
     oto = OTO(model, x)
@@ -127,8 +130,21 @@ def test_inputs_that_take_another_path_are_not_compared_and_it_says_so():
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
     assert [c.what for c in subnet.checks] == ["slim on the example"]
-    assert len(subnet.notes) == 2 and all("takes another path" in note for note in subnet.notes)
+    assert len(subnet.notes) == 2 and all("makes other calls there" in note for note in subnet.notes)
     assert all(f"note: {note}" in str(subnet) for note in subnet.notes)
+
+
+def test_numbers_and_tables_that_come_of_the_data_are_built_in_and_it_says_so():
+    class Cumulated(Net):
+        def forward(self, x):
+            return self.b(self.a(x).view(-1, 16) * torch.from_numpy(np.cumsum(x.numpy(), 1)).sum(1, keepdim=True))
+
+    for kind in (Scales, Cumulated):
+        oto = OTO(kind().double(), X)
+        oto.random_set_zero_groups(0.5)
+        subnet = oto.construct_subnet(emitter="recording")
+        assert [c.what for c in subnet.checks] == ["slim on the example"] and len(subnet.notes) == 2
+        assert all("other numbers or sizes than those that were built in" in note for note in subnet.notes)
 
 
 def test_a_recording_that_is_wrong_is_not_handed_out(monkeypatch):
