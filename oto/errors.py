@@ -81,6 +81,10 @@ class NoGraphvizWarning(UserWarning):
     """Graphviz is not installed, so a drawing was written as DOT only."""
 
 
+class LeftBehindWarning(UserWarning):
+    """Tensors that were made to analyse a model are still somewhere where the next forward may meet them."""
+
+
 class UnknownOpWarning(UserWarning):
     """An operator without a rule kept its channels whole."""
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
 from oto.errors import VerificationError
-from oto.trace.record import arguments, as_found, tensors_in
+from oto.trace.found import as_found
+from oto.trace.record import arguments, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:
     """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
     wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) == torch.float64
-    with as_found(module), torch.no_grad(), _Wide() if wide else nullcontext():  # type: ignore[no-untyped-call]
+    with as_found(module, dummy_input), torch.no_grad(), _Wide() if wide else nullcontext():  # type: ignore[no-untyped-call]
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 

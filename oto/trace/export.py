@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 
 from oto._torch import OpOverload, example_size, is_free, quiet, tree_leaves, tree_map, tree_map_only
 from oto.errors import EmitterError
+from oto.trace.found import as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key
-from oto.trace.record import arguments, as_found, is_foreign
+from oto.trace.record import arguments
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def export_program(
     args, kwargs = arguments(dummy_input)
     failure: Exception | None = None
     with (
-        as_found(model),
+        as_found(model, dummy_input),
         _plain_outputs(model, builtin if portable else plain),
         torch.no_grad(),
         warnings.catch_warnings(),

@@ -28,7 +28,8 @@ from oto import OTO
 from oto.axes import terms as T
 from oto.errors import EmitterError, NothingPrunableError, UnknownOpWarning, VerificationError
 from oto.slim.verify import double_input, in_double, random_like, relative_error, run
-from oto.trace.record import arguments, as_found
+from oto.trace.found import as_found
+from oto.trace.record import arguments
 
 from .models import lively, settled
 from .replay import replay

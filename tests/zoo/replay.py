@@ -17,8 +17,9 @@ from oto.groups import partition
 from oto.slim.plan import Thinning, read_zeros
 from oto.slim.verify import _Wide
 from oto.trace import record as recording
+from oto.trace.found import as_found
 from oto.trace.graph import Graph, Key, Value, write_through
-from oto.trace.record import arguments, as_found
+from oto.trace.record import arguments
 
 
 def recorded(model: nn.Module, inputs: Any) -> tuple[Graph, dict[Value, torch.Tensor]]:
@@ -33,8 +34,8 @@ def recorded(model: nn.Module, inputs: Any) -> tuple[Graph, dict[Value, torch.Te
             constants[recorder.builder.current[id(tensor)]] = tensor.clone()
         return key
 
-    with mock.patch.object(recording._Recorder, "see", keep), as_found(model), recording._untouched(model):
-        return recording._run(model, *arguments(inputs), known, "real"), constants
+    with mock.patch.object(recording._Recorder, "see", keep), as_found(model) as found:
+        return recording._run(model, *arguments(inputs), known, "real", False, found), constants
 
 
 def replay(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
