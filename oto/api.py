@@ -7,7 +7,8 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,17 @@ from torch import Tensor, nn
 
 from oto._torch import tree_map_only, unwrapped
 from oto.axes.registry import known
-from oto.errors import EmitterError, TargetError, UnknownOpWarning, VerificationError
+from oto.errors import (
+    ArtefactError,
+    EmitterError,
+    OTOError,
+    TargetError,
+    TraceError,
+    UnknownOpWarning,
+    VerificationError,
+    first_line,
+    out_of_memory,
+)
 from oto.groups import Cost, Kept, NodeGroup, cost, partition
 from oto.groups.policy import (
     carried_by_nodes,
@@ -43,7 +54,8 @@ from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
-from oto.trace.record import on_meta, record
+from oto.trace.found import as_found
+from oto.trace.record import line_of, on_meta, record
 
 log = logging.getLogger(__name__)
 
@@ -121,14 +133,18 @@ class OTO:
     ) -> None:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
-        self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
+        with _told(model, TraceError, "being followed on the dummy input"):
+            graph = record(model, dummy_input, known, dead=keep_class)
+        with _told(model, TraceError, "being analysed", "it was followed on the dummy input"):
+            self.partition = partition(graph, strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._keep_class = keep_class
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
         if keep_class:
-            bound = class_bound(model, self.partition, self._groups, dummy_input)
+            with _told(model, TraceError, "its class was tried with less (keep_class)", "the analysis is done"):
+                bound = class_bound(model, self.partition, self._groups, dummy_input)
             self._groups = keep_whole(self._groups, bound, "keep_class: the model's code may state its size")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
@@ -318,12 +334,15 @@ class OTO:
             )
         kept = read_zeros(self.node_groups, self.model)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
-        slim, edits, tensors, checks, why = self._emit(kept, emitter)
+        with _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done"):
+            slim, edits, tensors, checks, why = self._emit(kept, emitter)
         path = None
         if out_dir is not None:
             path = Path(out_dir)
             about = {"why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
-            checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full)
+            proved = f"the slim model was built, and right in {len(checks)} comparisons"
+            with _told(self.model, ArtefactError, "its slim model was saved and loaded again", proved):
+                checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full)
         how = "graph" if edits is None else "module"
         return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept)
 
@@ -342,10 +361,13 @@ class OTO:
                 require(checks)
                 return slim, edits, tensors, checks, None
             except Exception as failure:  # anything that the user's own forward may raise at other sizes
+                if out_of_memory(failure):
+                    raise
                 why = _first_lines(failure)
                 if emitter == "module":
                     raise EmitterError(
                         f"{type(self.model).__name__} cannot be thinned as its own class: {why}\n"
+                        "  effect  no slim model was made, and nothing was written\n"
                         f"  to fix  use emitter='graph', or {self._way_out}"
                     ) from failure
                 log.info("the original class does not fit, using the graph: %s", why)
@@ -431,10 +453,33 @@ class OTO:
         return again
 
 
+@contextmanager
+def _told(model: nn.Module, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
+    """The model stays as found, and whatever its code raises is told as one of our errors, with the stage."""
+    try:
+        with as_found(model):
+            yield
+    except Exception as failure:
+        if isinstance(failure, OTOError) or out_of_memory(failure):
+            raise
+        line = line_of(failure)
+        told = [f"{type(model).__name__} failed while {stage}: {first_line(failure)}"]
+        told += [f"  at      {line}"] if line else []
+        told += [f"  proved  {proved}"] if proved else []
+        told += ["  effect  nothing was written; the model is as it was"]
+        told += [
+            "  to fix  see that line: the model is copied, and run in eval mode several times, on other values, on"
+            " another batch size and in float64"
+            if line
+            else "  to fix  this is a mistake of oto's own: report it, with the traceback above"
+        ]
+        raise error("\n".join(told)) from failure
+
+
 def _listed(names: Any) -> list[Any]:
     return [names] if isinstance(names, str | int | type) else list(names)
 
 
 def _first_lines(failure: Exception) -> str:
     where = traceback.extract_tb(failure.__traceback__)[-1]
-    return f"{type(failure).__name__}: {(str(failure).splitlines() or [f'at {where.filename}:{where.lineno}'])[0]}"
+    return first_line(failure) if str(failure) else f"{type(failure).__name__}: at {where.filename}:{where.lineno}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
-from oto.errors import VerificationError
+from oto.errors import VerificationError, out_of_memory
 from oto.trace.found import as_found
 from oto.trace.record import arguments, tensors_in
 
@@ -201,7 +201,9 @@ def _double(full: nn.Module, slim: nn.Module) -> Any:
 def _runs(module: nn.Module, given: Any) -> bool:
     try:
         run(module, given)
-    except Exception:
+    except Exception as failure:
+        if out_of_memory(failure):
+            raise
         return False
     return True
 
@@ -213,7 +215,7 @@ def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: tor
         try:
             expected = run(full, given)
         except Exception as failure:  # inputs may have to fit together, as the number of image tokens does
-            if name == "the example":
+            if name == "the example" or out_of_memory(failure):
                 raise
             log.info("the full model does not take %s: %s", name, failure)
             continue

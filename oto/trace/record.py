@@ -15,10 +15,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from os import sep
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,7 +36,7 @@ from oto._torch import (
     tree_leaves,
     tree_map_only,
 )
-from oto.errors import DummyInputError, TraceError
+from oto.errors import DummyInputError, TraceError, first_line, out_of_memory, some
 from oto.trace.found import Found, as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key
 
@@ -104,9 +107,14 @@ def record(
             found.warn_of_what_is_left()
             return graph
         except Exception as failure:
+            if out_of_memory(failure):
+                raise
+            traceback.clear_frames(failure.__traceback__)  # they hold tensors
             failures[way] = failure
             log.info("%s tensors do not carry this model: %s", way, failure)
     plainest = failures.get("real") or failures["fake"]
+    if isinstance(plainest, TraceError):
+        raise plainest
     raise TraceError(_message(model, args, kwargs, plainest)) from plainest
 
 
@@ -116,9 +124,11 @@ def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
     named = [f"  input    {name}={value}" for name, value in shown[1].items()]
     return "\n".join(
         [
-            f"{type(model).__name__}.forward failed on the dummy input: {type(failure).__name__}: {failure}",
+            f"{type(model).__name__}.forward failed on the dummy input: {first_line(failure)}",
+            *([f"  at       {line}"] if (line := line_of(failure)) else []),
             *positional,
             *named,
+            "  effect   there is no graph to analyse; the model is as it was",
             "  to fix   check that model(dummy_input) (model(*tuple), model(**dict)) runs by itself in eval mode",
         ]
     )
@@ -188,6 +198,14 @@ def _run(
         stack.enter_context(recorder)
         result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)
         outputs = list(tensors_in(result))
+        if not outputs:
+            kinds = some(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(result)) or [type(result).__name__])
+            raise TraceError(
+                f"{type(model).__name__}.forward gives no tensor: what it returned is made of {kinds}\n"
+                "  effect   nothing leads from the inputs to an output, so there is nothing to analyse\n"
+                "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
+                " objects of its own in a module that takes the tensors out"
+            )
     for tensor in outputs:
         recorder.see(tensor)
     if recorder.builder.writes("parameter"):
@@ -317,6 +335,16 @@ _SHAPE_OF_FIRST = {
     aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
     aten.contiguous.default,
 }  # fmt: skip
+
+
+_PYTHON = f"{Path(traceback.__file__).parent}{sep}"
+
+
+def line_of(failure: BaseException) -> str:
+    """``file:line`` of the innermost frame outside torch and this package in which an exception was raised."""
+    frames = [f for f in traceback.extract_tb(failure.__traceback__) if is_foreign(f.filename)]
+    own = [f for f in frames if "site-packages" in f.filename or not f.filename.startswith(_PYTHON)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def _user_line() -> str:
