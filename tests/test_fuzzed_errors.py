@@ -1,4 +1,4 @@
-"""Whatever a model's code raises, and wherever, ``oto`` tells it as one of its own errors, and the model is as it was."""
+"""Whatever a model's code raises, and wherever, ``oto`` tells it as one of its errors; the model is as it was."""
 
 from __future__ import annotations
 
@@ -156,6 +156,6 @@ def test_a_forward_that_gives_no_tensor(output):
                 x = layer(x)
             return output
 
-    with pytest.raises(TraceError, match="Silent.forward gives no tensor") as caught:
+    with pytest.raises(TraceError, match=r"Silent\.forward gives no tensor") as caught:
         OTO(Silent(), X)
     assert "to fix" in str(caught.value) and "layers" not in str(caught.value)

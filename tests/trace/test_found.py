@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 import random
 import warnings
-from collections import OrderedDict
 from functools import lru_cache
 from typing import ClassVar
 
@@ -18,9 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from oto import OTO
-from oto.errors import LeftBehindWarning
+from oto.errors import LeftBehindWarning, OTOError
 from oto.slim.verify import run
 from oto.trace.record import record
+from tests.zoo.unchanged import Seen
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -171,7 +171,7 @@ class ModeAndGradients(Net):
         self.down.weight.grad = torch.ones_like(self.down.weight)
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)
-        random.random(), np.random.rand(), torch.rand(1)
+        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
         return 1
 
 
@@ -191,7 +191,7 @@ def cached_table(n, device):
     return torch.linspace(0, 1, n, device=device)
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def cached_for_any_device(n):
     return {"tables": [(torch.linspace(0, 1, n),)]}
 
@@ -332,35 +332,6 @@ def forget():
     InADefault.scale.__defaults__[0].clear()
 
 
-def seen_from_outside(model):
-    """Whatever a user may see of a model: tensors by value and identity, everything else by identity and order."""
-    tensors = {
-        name: (t, t.data_ptr(), t.detach().clone(), t.requires_grad, t.grad) for name, t in
-        [*model.named_parameters(), *model.named_buffers()]
-    }  # fmt: skip
-    vars_of = {
-        name: [(key, list(value.items()) if isinstance(value, dict) else copy.copy(value) if isinstance(value, set)
-                else value) for key, value in vars(module).items()]
-        for name, module in model.named_modules()
-    }  # fmt: skip
-    return tensors, vars_of
-
-
-def same(before, after):
-    tensors, vars_of = before
-    assert tensors.keys() == after[0].keys()
-    for name, (t, pointer, value, wanted, grad) in tensors.items():
-        now = after[0][name]
-        assert t is now[0] and pointer == now[1] and torch.equal(value, now[2]), name
-        assert wanted == now[3] and grad is now[4], name
-    assert vars_of == after[1]
-
-
-def state():
-    return (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(),
-            torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())  # fmt: skip
-
-
 def trained(model):
     """The gradients of one step and all that it leaves, from a start where nothing is remembered or warm."""
     model.train()
@@ -377,10 +348,9 @@ def one_step_is_the_same(make, use):
     forget()
     model = make().train()
     model.down.eval()
-    before, around = seen_from_outside(model), state()
+    before = Seen(model)
     use(model)
-    same(before, seen_from_outside(model))
-    assert around == state()
+    assert not before.difference(model)
     got = trained(model)
     assert got.keys() == expected.keys() and all(torch.equal(t, got[name]) for name, t in expected.items())
 
@@ -405,9 +375,165 @@ def test_running_leaves_everything_as_it_was(kind):
 def test_a_slim_model_is_made_and_the_full_one_left_as_it_was(kind, emitter, tmp_path):
     def use(model):
         oto = OTO(model, X)
-        try:
+        with contextlib.suppress(OTOError):  # whether it can be emitted is for other tests
             oto.construct_subnet(tmp_path / "out", emitter=emitter)
-        except Exception as failure:  # whether it can be emitted is for other tests
-            assert "to fix" in str(failure)
 
     one_step_is_the_same(kind, use)
+
+
+# --- anywhere -------------------------------------------------------------------------------------------------------
+
+PLACES = ["attribute", "buffer", "new buffer", "list", "dict", "object", "class", "global", "global dict", "closure",
+          "default", "function attribute", "lru_cache", "class list", "partial"]  # fmt: skip
+
+
+class Holder:
+    pass
+
+
+class Anywhere(Net):
+    """Keeps tables in places that are drawn; those outside the model are made anew with each class."""
+
+    def __init__(self, places, needs_data):
+        super().__init__()
+        self.places, self.needs_data = places, needs_data
+        self.kept_list, self.kept_dict, self.kept_object = [], {}, Holder()
+        self.register_buffer("kept_buffer", None)
+        self.kept_partial = functools.partial(lambda memory, key: memory, {})
+
+    def scale(self, x):
+        if self.needs_data:
+            assert x.abs().sum().item() > 0
+        return sum(getattr(self, f"in_{place.replace(' ', '_')}")(lambda: table(8, x)) for place in self.places)
+
+    def in_attribute(self, make):
+        self.kept = getattr(self, "kept", None)
+        if self.kept is None:
+            self.kept = make()
+        return self.kept
+
+    def in_buffer(self, make):
+        if self.kept_buffer is None:
+            self.kept_buffer = make()
+        return self.kept_buffer
+
+    def in_new_buffer(self, make):
+        if not hasattr(self.up, "made"):
+            self.up.register_buffer("made", make(), persistent=False)
+        return self.up.made
+
+    def in_list(self, make):
+        self.kept_list or self.kept_list.append([(make(),)])
+        return self.kept_list[0][0][0]
+
+    def in_dict(self, make):
+        return self.kept_dict.setdefault("a", {}).setdefault("b", make())
+
+    def in_object(self, make):
+        self.kept_object.table = getattr(self.kept_object, "table", None)
+        if self.kept_object.table is None:
+            self.kept_object.table = make()
+        return self.kept_object.table
+
+    def in_class(self, make):
+        if not hasattr(type(self), "kept_by_class"):
+            type(self).kept_by_class = make()
+        return type(self).kept_by_class
+
+    def in_class_list(self, make):
+        self.shared_list or self.shared_list.append(make())
+        return self.shared_list[0]
+
+    shared_list: ClassVar = []
+
+    def in_global(self, make):
+        global TABLE
+        TABLE = make() if TABLE is None else TABLE
+        return TABLE
+
+    def in_global_dict(self, make):
+        return TABLES.setdefault(9, make())
+
+    def in_closure(self, make):
+        return remembered_table(8).to(make().device)
+
+    def in_default(self, make, memory={}):  # noqa: B006
+        return memory.setdefault(8, make())
+
+    def in_function_attribute(self, make):
+        if not hasattr(table, "kept"):
+            table.kept = make()
+        return table.kept
+
+    def in_lru_cache(self, make):
+        return cached_for_any_device(8)["tables"][0][0].to(make().device)
+
+    def in_partial(self, make):
+        return self.kept_partial("x").setdefault("x", make())
+
+
+def forget_anywhere():
+    forget()
+    Anywhere.shared_list.clear()
+    Anywhere.in_default.__defaults__[0].clear()
+    for holder, name in ((Anywhere, "kept_by_class"), (table, "kept")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+
+
+@settings(max_examples=60)
+@given(places=st.lists(st.sampled_from(PLACES), min_size=1, max_size=4, unique=True), needs_data=st.booleans(),
+       emitter=st.sampled_from([None, None, "module", "graph"]))  # fmt: skip
+def test_tables_in_random_places(places, needs_data, emitter):
+    forget_anywhere()
+    expected = trained(Anywhere(places, needs_data))
+    forget_anywhere()
+    model = Anywhere(places, needs_data).train()
+    before = Seen(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LeftBehindWarning)
+        warnings.simplefilter("ignore", UserWarning) if emitter == "graph" else None
+        oto = OTO(model, X)
+        with contextlib.suppress(OTOError):  # whether it can be emitted is for other tests
+            if emitter is not None:
+                oto.construct_subnet(emitter=emitter)
+    assert not before.difference(model)
+    got = trained(model)
+    assert got.keys() == expected.keys() and all(torch.equal(t, got[name]) for name, t in expected.items())
+
+
+class Sealed:
+    """Nothing but itself can look into it."""
+
+    __slots__ = ("table",)
+
+
+def test_what_cannot_be_taken_back_is_said():
+    sealed = Sealed()
+
+    class Hidden(Net):
+        def scale(self, x):
+            sealed.table = table(8, x)
+            return 1
+
+    with pytest.warns(LeftBehindWarning, match=r"keeps tensors outside the model.*Sealed") as caught:
+        record(Hidden(), X)
+    assert "(8,)" in str(caught[0].message) and "to fix" in str(caught[0].message)
+
+
+def test_the_example_is_as_it_was_too():
+    class Cache:
+        def __init__(self):
+            self.states = []
+
+    class Caches(Net):
+        def forward(self, x, cache):
+            cache.states.append(self.up(x))
+            x.add_(int(0 * x.sum().item()) + 1)
+            return super().forward(x)
+
+    cache, x = Cache(), X.clone()
+    model = Caches()
+    record(model, (x, cache))
+    run(model, (x, cache))
+    assert not cache.states and torch.equal(x, X)
