@@ -471,7 +471,7 @@ def _told(model: nn.Module, error: type[OTOError], stage: str, proved: str = "")
             "  to fix  see that line: the model is copied, and run in eval mode several times, on other values, on"
             " another batch size and in float64"
             if line
-            else "  to fix  this is a mistake of oto's own: report it, with the traceback above"
+            else "  to fix  see the traceback above; if it is not about the model, it is a mistake of oto's: report it"
         ]
         raise error("\n".join(told)) from failure
 

@@ -270,3 +270,9 @@ def test_what_torch_export_says_is_cut():
     text = str(caught.value)
     assert f"at      {__file__}:" in text and "depends on values" in text and "to fix" in text
     assert len(text) < 900 and "u0" not in text
+
+
+def test_a_lazy_module_that_never_ran():
+    with message(TraceError, r"have no shape yet: 0\.weight, 0\.bias") as caught:
+        OTO(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), X)
+    assert "to fix" in str(caught.value) and "effect" in str(caught.value)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oto._torch import tree_leaves
+from oto._torch import FakeTensor, tree_leaves
 from oto.errors import LeftBehindWarning, some
 
 _TORCH = f"{Path(torch.__file__).parent}{sep}"
@@ -46,6 +46,7 @@ _HOLDERS: weakref.WeakKeyDictionary[type[Any], dict[int, list[Any]]] = weakref.W
 # classes whose forward was seen to write to parameters
 _WRITERS: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
+_LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
 _LARGE = 10_000  # a container of more entries is data
 _DEEP = 5  # how many steps away a thing may be from a module or a namespace
 
@@ -90,21 +91,21 @@ class Found:
         self._empty: list[Any] = []
         kinds = {type(module) for module in model.modules()}
         # kernels write to buffers without saying so
-        written = [*model.buffers(), *(model.parameters() if kinds & set(_WRITERS) else ())]
+        mine = [t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, _LAZY)]
+        written = [t for t in mine if not isinstance(t, nn.Parameter) or kinds & set(_WRITERS)]
         copies = {id(t): t.detach().clone() for t in written if not t.is_meta}
         self._tensors = [
-            (t, t.detach(), t.requires_grad, t.grad if t.is_leaf else None, copies.get(id(t)))
-            for t in (*model.parameters(), *model.buffers())
+            (t, t.detach(), t.requires_grad, t.grad if t.is_leaf else None, copies.get(id(t))) for t in mine
         ]
         self._spared: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages = {_storage(t): t for t, *_ in self._tensors if not t.is_meta}
-        mine = _reached([*model.modules(), given], _CODE)
-        self._remember(self._own, [x for x in mine if not isinstance(x, _CODE)])
+        reached = _reached([*model.modules(), given], _CODE)
+        self._remember(self._own, [x for x in reached if not isinstance(x, _CODE)])
         for kind in kinds:
             for index, holders in _HOLDERS.get(kind, {}).items():
                 self._namespaces.add(index)
                 self._remember(self._code, holders)
-        code = {base for kind in kinds for base in kind.__mro__} | {x for x in mine if isinstance(x, _CODE)}
+        code = {base for kind in kinds for base in kind.__mro__} | {x for x in reached if isinstance(x, _CODE)}
         for x in filter(_of_the_user, code):
             self._remember(self._code, _reached([x], nn.Module, x.__module__))
 
@@ -148,7 +149,7 @@ class Found:
             for mine, spared in self._spared.values():
                 mine.copy_(spared)
         for t, same, wanted, grad, copy in self._tensors:
-            if not t.is_set_to(same) if t.layout == torch.strided and not t.is_meta else t.shape != same.shape:
+            if not _same_memory(t, same):
                 t.data = same
             if copy is not None and not _equal(copy, t):
                 with torch.inference_mode():
@@ -185,10 +186,19 @@ class Found:
 
 def _storage(t: Tensor) -> int:
     """Where a tensor's memory is; tensors without plain memory have a place of their own."""
+    if isinstance(t, FakeTensor):
+        return id(t)
     try:
         return t.untyped_storage().data_ptr() or id(t)
     except (RuntimeError, NotImplementedError):
         return id(t)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    try:
+        return a.is_set_to(b)
+    except (RuntimeError, NotImplementedError):  # on meta, fake, sparse
+        return a.shape == b.shape
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

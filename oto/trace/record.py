@@ -96,7 +96,15 @@ def record(
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"the model is TorchScript ({type(model).__name__}), whose parameters cannot be told apart while it runs\n"
+            "  effect   there is nothing to analyse; the model is as it was\n"
             "  to fix   give the Python module that it was made of"
+        )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise TraceError(
+            f"parameters of {type(model).__name__} have no shape yet: {some(lazy)}\n"
+            "  effect   there is nothing to analyse; the model is as it was\n"
+            "  to fix   call model(dummy_input) once, so that its lazy modules learn their sizes"
         )
     ways = ["meta", "fake"] if on_meta(model) else ["meta", "fake", "real", "grad"]
     failures: dict[str, Exception] = {}
@@ -104,14 +112,15 @@ def record(
         try:
             with as_found(model, dummy_input) as found:
                 graph = _run(model, args, kwargs, known, way, dead, found)
-            found.warn_of_what_is_left()
-            return graph
         except Exception as failure:
             if out_of_memory(failure):
                 raise
             traceback.clear_frames(failure.__traceback__)  # they hold tensors
             failures[way] = failure
             log.info("%s tensors do not carry this model: %s", way, failure)
+        else:
+            found.warn_of_what_is_left()
+            return graph
     plainest = failures.get("real") or failures["fake"]
     if isinstance(plainest, TraceError):
         raise plainest
