@@ -334,14 +334,16 @@ class OTO:
             )
         kept = read_zeros(self.node_groups, self.model)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
-        with _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done"):
+        built = _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
+        with built, as_found(self.model):
             slim, edits, tensors, checks, why = self._emit(kept, emitter)
         path = None
         if out_dir is not None:
             path = Path(out_dir)
             about = {"why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
             proved = f"the slim model was built, and right in {len(checks)} comparisons"
-            with _told(self.model, ArtefactError, "its slim model was saved and loaded again", proved):
+            saved = _told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
+            with saved, as_found(self.model):
                 checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full)
         how = "graph" if edits is None else "module"
         return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept)
@@ -455,10 +457,9 @@ class OTO:
 
 @contextmanager
 def _told(model: nn.Module, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
-    """The model stays as found, and whatever its code raises is told as one of our errors, with the stage."""
+    """Whatever the model's code raises is told as one of our errors, with the stage."""
     try:
-        with as_found(model):
-            yield
+        yield
     except Exception as failure:
         if isinstance(failure, OTOError) or out_of_memory(failure):
             raise
