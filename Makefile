@@ -9,7 +9,7 @@ help:
 	@echo "make demo    train a small network on real images, prune it, load what was saved (about a minute)"
 	@echo "make test    the test suite and the doctests"
 	@echo "make check   formatting, lint, types"
-	@echo "make zoo     the long checks over whole architectures"
+	@echo "make zoo     the long checks over whole architectures; PART=3/4 for a part of the models, and the new ones"
 	@echo "make support-matrix   write docs/support_matrix.md from what make test and make zoo found"
 	@echo "make clean   remove the virtual environment, caches and outputs"
 
@@ -25,7 +25,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy --strict oto
 
 zoo: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo $(if $(PART),--zoo-part $(PART)) tests
 
 support-matrix: $(VENV)/.dev
 	$(BIN)/python -m tests.zoo.table

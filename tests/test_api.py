@@ -17,7 +17,13 @@ from oto.errors import NothingPrunableError, NotPrunedWarning, TooLateError, Unk
 from tests.optim.toy import END, PERIODS, START, STEPS, assert_same, count_zeros, net, train
 
 X = torch.randn(2, 3, 8, 8)
-SCHEDULE = {"target_group_sparsity": 0.5, "start_pruning_step": START, "pruning_steps": STEPS, "pruning_periods": PERIODS, "lr": 0.1}
+SCHEDULE = {
+    "target_group_sparsity": 0.5,
+    "start_pruning_step": START,
+    "pruning_steps": STEPS,
+    "pruning_periods": PERIODS,
+    "lr": 0.1,
+}
 
 
 def trained(model: nn.Module, steps: int = END, then=lambda n: None, **options):

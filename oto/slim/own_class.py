@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from oto.axes.terms import axes_of, resolve
+from oto.errors import out_of_memory
 from oto.groups import NodeGroup, Partition
 from oto.slim.module import plan_edits, stock, thin_copy, thin_tensors
 from oto.slim.plan import thinning
@@ -64,6 +65,8 @@ def _failing_class(model: nn.Module, partition: Partition, kept: Any, dummy_inpu
         slim = thin_copy(model, thin_tensors(model, thin), plan_edits(model, partition, thin))
         run(slim, dummy_input)
     except Exception as failure:
+        if out_of_memory(failure):
+            raise
         for frame, _ in traceback.walk_tb(failure.__traceback__):
             running = frame.f_locals.get("self")
             if isinstance(running, nn.Module) and stock(running) is None:
