@@ -15,10 +15,29 @@ from torch import Tensor
 
 
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence[int], sizes: Sequence[int],
-         dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
-    """``x.mean(dim)`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``."""
-    y: Tensor = x.mean(list(dim), keepdim=keepdim, dtype=dtype)
-    return y * (prod(sizes) / prod(full))
+         dtype: torch.dtype | None = None, rest: Tensor | None = None, along: int = 0, left: int = 1,
+         of: int = 1) -> Tensor:  # fmt: skip
+    """``x.mean(dim)`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``.
+
+    Args:
+        rest: What each entry held that is gone, zero by default: there are ``left`` entries of ``of`` along ``along``.
+    """
+    y: Tensor = x.mean(list(dim), keepdim=keepdim, dtype=dtype) * (prod(sizes) / prod(full))
+    if rest is None:
+        return y
+    return y + _one(rest, x, along).mean(list(dim), keepdim=keepdim, dtype=dtype) * ((of - left) / of)
+
+
+def total(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, rest: Tensor, along: int, left: int, of: int,
+          dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """``x.sum(dim)`` of a tensor that has ``left`` entries of ``of`` along ``along``; the others held ``rest``."""
+    y: Tensor = x.sum(list(dim), keepdim=keepdim, dtype=dtype)
+    return y + _one(rest, x, along).sum(list(dim), keepdim=keepdim, dtype=dtype) * (of - left)
+
+
+def _one(rest: Tensor, x: Tensor, along: int) -> Tensor:
+    """``rest`` in the shape of one entry of ``x``."""
+    return rest.broadcast_to([1 if d == along else n for d, n in enumerate(x.shape)])
 
 
 def _whole(x: Tensor, dim: Sequence[int], full: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:

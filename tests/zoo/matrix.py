@@ -44,6 +44,7 @@ ZOOS = {
     "diffusers": ("diffusers_zoo", "ZOO"),
     "handmade": ("handmade", "ZOO"),
     "papers": ("papers", "ZOO"),
+    "packages": ("packages_zoo", "ZOO"),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from oto._torch import tree_leaves, tree_map_only
+from oto.axes.call import Uniform
 from oto.axes.registry import known
 from oto.groups import partition
 from oto.slim.plan import Thinning, read_zeros
@@ -51,6 +52,11 @@ def replay(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
         env[leaf.value] = thin.thin(leaf, tensor)
     given = [t.clone() for t in tree_leaves(arguments(inputs)) if isinstance(t, torch.Tensor)]
     env.update(zip(graph.inputs, given, strict=True))
+
+    def call(op: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        args, kwargs = tree_map_only(Value, env.__getitem__, (args, kwargs))
+        return op(*args, **kwargs)
+
     with as_found(model), torch.inference_mode(), _Wide():
         for node in graph.nodes:
             if node.op is write_through:  # it shares memory with what was written to
@@ -62,6 +68,8 @@ def replay(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
                 op, args, kwargs = rewrite.op, thin.filled(rewrite.args), thin.filled(dict(rewrite.kwargs))
             if op is torch.ops.aten.view.default:  # thinner tensors may lie in memory in another way
                 op = torch.ops.aten.reshape.default
+            rest: dict[Uniform, Any] = {}
+            args, kwargs = tree_map_only(Uniform, lambda held, rest=rest: held.computed(call, rest), (args, kwargs))
             args, kwargs = tree_map_only(Value, env.__getitem__, (args, kwargs))
             result = op(*args, **kwargs)
             for value, tensor in zip(node.outputs, tree_leaves(result), strict=True):

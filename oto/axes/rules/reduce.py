@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from oto.axes.call import NOT_FINITE, Call, Operand, Size, anything, same, zero
+from oto.axes.call import NOT_FINITE, Call, Operand, Size, Uniform, anything, same, zero
 from oto.axes.registry import rule
 from oto.nn import functional as counted
 
@@ -23,20 +23,30 @@ def _dims(x: Operand, dim: Any) -> list[int]:
 
 @rule(aten.sum)
 def total(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
-    """A zero adds nothing."""
-    return call.reduce(x, _dims(x, dim), keepdim)
+    """A zero adds nothing; what else is the same in all removed entries is added as often as there are."""
+    dims = _dims(x, dim)
+    rest = call.rest(x, dims)
+    if rest is not None:
+        call.counted("a sum goes over entries that do not become zero")
+        call.rewrite(counted.total, call.node.args[0], dims, keepdim, dtype=dtype, **_added(x, *rest))
+    return call.reduce(x, dims, keepdim, rest=rest)
+
+
+def _added(x: Operand, dim: int, held: Uniform) -> dict[str, Any]:
+    return {"rest": held, "along": dim, "left": Size(x.terms[dim]), "of": x.shape[dim]}
 
 
 @rule(aten.mean)
 def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
-    """A zero adds nothing to the sum, and the divisor stays the full count."""
+    """As a sum, and the divisor stays the full count."""
     dims = _dims(x, dim)
+    rest = call.rest(x, dims)
     call.counted("a mean divides by the number of entries")
     call.rewrite(
         counted.mean, call.node.args[0], dims, keepdim, full=[x.shape[d] for d in dims],
-        sizes=[Size(x.terms[d]) for d in dims], dtype=dtype,
+        sizes=[Size(x.terms[d]) for d in dims], dtype=dtype, **({} if rest is None else _added(x, *rest)),
     )  # fmt: skip
-    return call.reduce(x, dims, keepdim)
+    return call.reduce(x, dims, keepdim, rest=rest)
 
 
 @rule(aten.linalg_vector_norm)
