@@ -199,8 +199,11 @@ def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[t
     return fact
 
 
-def _adds(op: Any) -> bool:
-    return op.overloadpacket in (aten.add, aten.sub)
+def _pure(op: Any) -> Any:
+    """An operator that writes to nothing, in place of its in-place twin."""
+    if not op._schema.is_mutable:
+        return op
+    return getattr(getattr(aten, op.overloadpacket.__name__.removesuffix("_")), op._overloadname)
 
 
 class Call:
@@ -311,9 +314,8 @@ class Call:
     def _uniform(self, terms: Sequence[Term], xs: Sequence[Operand]) -> dict[int, tuple[Uniform, tuple[Fact, ...]]]:
         """For dimensions along which the node meets a tensor that does not carry it: what removed entries hold."""
         node = self.node
+        op = _pure(node.op)
         found: dict[int, tuple[Uniform, tuple[Fact, ...]]] = {}
-        if node.op._schema.is_mutable:  # type: ignore[attr-defined]
-            return found
         for dim, term in enumerate(terms):
             if T.size(term) == 1 or not T.free(term):
                 continue
@@ -323,7 +325,9 @@ class Call:
                 None if alike else x.uniform.get(d, 0.0) for x, d, alike in zip(xs, own, same, strict=True)
             ]
             zero = [h == 0.0 for h in held]
-            if all(zero) or (any(zero) and not _adds(node.op)):  # a number does, or a product is zero
+            if all(zero) or (
+                any(zero) and op.overloadpacket not in (aten.add, aten.sub)
+            ):  # a number does, or a product is zero
                 continue
             given = iter(held)
 
@@ -332,7 +336,7 @@ class Call:
                 return value if inner is None else inner
 
             args, kwargs = tree_map_only(Value, fill, (node.args, dict(node.kwargs)))
-            found[dim] = Uniform(node.op, args, kwargs), tuple(held)
+            found[dim] = Uniform(op, args, kwargs), tuple(held)
         return found
 
     def contract(self, spec: str, *xs: Operand, new: Mapping[str, Term] | None = None, uncounted: str = "",

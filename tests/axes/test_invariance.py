@@ -65,8 +65,25 @@ def deviation(x):
     return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + EPS)
 
 
-SPELLINGS = [mean_of_squares, sum_of_products, without_keepdim, cast, whole_tensor, absolute, twice, difference_of_means,
-             root_mean_square, vector_norm, deviation]  # fmt: skip
+def in_place(x):
+    centred = x.clone()
+    centred -= centred.mean(1, keepdim=True)
+    return centred / (centred.pow(2).mean(1, keepdim=True) + EPS).sqrt()
+
+
+def deviation_of_centred(x):
+    centred = x - x.mean()
+    return centred / (centred.std(unbiased=False) + EPS)
+
+
+def centred_direction(x):
+    return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+
+
+SPELLINGS = [
+    in_place, mean_of_squares, sum_of_products, without_keepdim, cast, whole_tensor, absolute, twice, difference_of_means,
+    root_mean_square, vector_norm, deviation, deviation_of_centred, centred_direction,
+]  # fmt: skip
 
 
 class Normed(nn.Module):
@@ -159,13 +176,15 @@ def test_a_maximum_of_what_is_known_is_not():
 
 
 POINTWISE = [
-    lambda x, m: x - m, lambda x, m: x + 2 * m, lambda x, m: m - x, lambda x, m: torch.sub(x, m, alpha=0.5), lambda x, m: x * m, lambda x, m: x / (1 + m * m),
+    lambda x, m: x - m, lambda x, m: x + 2 * m, lambda x, m: m - x, lambda x, m: torch.sub(x, m, alpha=0.5),
+    lambda x, m: x * m, lambda x, m: x / (1 + m * m),
     lambda x, m: torch.tanh(x), lambda x, m: F.gelu(x), lambda x, m: x**2, lambda x, m: x * torch.sigmoid(x),
     lambda x, m: -x, lambda x, m: torch.clamp(x, -1, 1), lambda x, m: torch.where(m > 0, x, 2 * x),
     lambda x, m: torch.maximum(x, m), lambda x, m: x.masked_fill(m > 0, 0.5),
 ]  # fmt: skip
 REDUCED = [
     lambda x: x.mean(1, keepdim=True), lambda x: x.sum(1, keepdim=True) / 16, lambda x: x.mean((1, 2), keepdim=True),
+    lambda x: x.var((1, 2), keepdim=True), lambda x: x.norm(p=3, dim=1, keepdim=True), lambda x: x.std(1, keepdim=True),
 ]  # fmt: skip
 
 

@@ -30,6 +30,20 @@ def _of(path: str, inputs: Callable[[], Any], *args: Any, **options: Any) -> Fac
     return make
 
 
+def _in_double(factory: Factory) -> Factory:
+    """Made in float64, for tensors that are plain attributes and stay what they are."""
+
+    def make() -> tuple[nn.Module, Any]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return factory()
+        finally:
+            torch.set_default_dtype(before)
+
+    return make
+
+
 def volume(size: int = 16, channels: int = 1) -> torch.Tensor:
     return floats(2, channels, size, size, size)
 
@@ -210,7 +224,7 @@ PACKAGES: dict[str, dict[str, Factory]] = {
                        scalers=["identity"], deg=lambda: torch.tensor([0, 5, 4])),
     },
     "pytorch_tabnet": {
-        "tabnet": _of("pytorch_tabnet.tab_network:TabNetNoEmbeddings", lambda: floats(6, 10), 10, 3, virtual_batch_size=6),
+        "tabnet": _in_double(_of("pytorch_tabnet.tab_network:TabNetNoEmbeddings", lambda: floats(6, 10), 10, 3, virtual_batch_size=6)),
     },
     "monai": {
         "monai_unetr": _of("monai.networks.nets:UNETR", lambda: volume(16), 1, 2, (16, 16, 16), feature_size=4, hidden_size=24,

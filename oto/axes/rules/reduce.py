@@ -13,6 +13,7 @@ from oto.axes.registry import rule
 from oto.nn import functional as counted
 
 aten = torch.ops.aten
+NOT_ZERO = "a sum goes over entries that do not become zero"
 
 
 def _dims(x: Operand, dim: Any) -> list[int]:
@@ -27,7 +28,7 @@ def total(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dty
     dims = _dims(x, dim)
     rest = call.rest(x, dims)
     if rest is not None:
-        call.counted("a sum goes over entries that do not become zero")
+        call.counted(NOT_ZERO)
         call.rewrite(counted.total, call.node.args[0], dims, keepdim, dtype=dtype, **_added(x, *rest))
     return call.reduce(x, dims, keepdim, rest=rest)
 
@@ -52,10 +53,17 @@ def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtyp
 @rule(aten.linalg_vector_norm)
 def vector_norm(call: Call, x: Operand, ord: float = 2, dim: Any = None, keepdim: bool = False, *,
                 dtype: Any = None) -> Operand:  # fmt: skip
-    """A zero adds nothing to a norm of positive finite order."""
+    """As a sum, of powers of a positive finite order."""
+    dims = _dims(x, dim)
     if not 0 < ord < float("inf"):
-        call.fix(x, _dims(x, dim), "a norm of this order sees every entry")
-    return call.reduce(x, _dims(x, dim), keepdim, zero)
+        call.fix(x, dims, "a norm of this order sees every entry")
+    rest = call.rest(x, dims)
+    if rest is not None:
+        call.counted(NOT_ZERO)
+        call.rewrite(
+            counted.vector_norm, call.node.args[0], ord, dims, keepdim, dtype=dtype, **_added(x, *rest)
+        )  # fmt: skip
+    return call.reduce(x, dims, keepdim, zero, rest=rest)
 
 
 @rule(aten.norm)
@@ -104,14 +112,15 @@ def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
     if call.dtypes[0].is_complex or not count:
         return _over(call, x, dims, keepdim, f"{_name(call)} divides by the number of entries", anything)
     function = {"std": counted.std, "var": counted.var, "std_mean": counted.std_mean, "var_mean": counted.var_mean}
+    rest = call.rest(x, dims)
     call.counted("a variance divides by the number of entries")
     call.rewrite(
         function[_name(call)], call.node.args[0], dims, correction, keepdim, full=[x.shape[d] for d in dims],
-        sizes=[Size(x.terms[d]) for d in dims],
+        sizes=[Size(x.terms[d]) for d in dims], **({} if rest is None else _added(x, *rest)),
     )  # fmt: skip
     # without a divisor it is not a number
     facts = [zero if count > correction else lambda *_: NOT_FINITE, zero]
-    return [call.reduce(x, dims, keepdim, fact) for fact, _ in zip(facts, call.shapes, strict=False)]
+    return [call.reduce(x, dims, keepdim, fact, rest) for fact, _ in zip(facts, call.shapes, strict=False)]
 
 
 @rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin, aten.flip, aten.sort, aten.argsort)
