@@ -200,10 +200,12 @@ def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[t
 
 
 def _pure(op: Any) -> Any:
-    """An operator that writes to nothing, in place of its in-place twin."""
+    """An operator that writes to nothing, in place of its in-place twin; ``None`` if none takes the same arguments."""
     if not op._schema.is_mutable:
         return op
-    return getattr(getattr(aten, op.overloadpacket.__name__.removesuffix("_")), op._overloadname)
+    twin = getattr(getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None), op._overloadname, None)
+    takes = [None if o is None else [(a.name, str(a.type)) for a in o._schema.arguments] for o in (op, twin)]
+    return twin if takes[0] == takes[1] else None
 
 
 class Call:
@@ -314,20 +316,14 @@ class Call:
     def _uniform(self, terms: Sequence[Term], xs: Sequence[Operand]) -> dict[int, tuple[Uniform, tuple[Fact, ...]]]:
         """For dimensions along which the node meets a tensor that does not carry it: what removed entries hold."""
         node = self.node
-        op = _pure(node.op)
         found: dict[int, tuple[Uniform, tuple[Fact, ...]]] = {}
         for dim, term in enumerate(terms):
-            if T.size(term) == 1 or not T.free(term):
+            own = [(x, dim - len(terms) + x.ndim) for x in xs]
+            held = [None if d < 0 or x.shape[d] == 1 else x.uniform.get(d, 0.0) for x, d in own]
+            if all(h == 0.0 for h in held) or not T.free(T.resolve(term)):
                 continue
-            own = [dim - len(terms) + x.ndim for x in xs]
-            same = [d < 0 or x.shape[d] == 1 for x, d in zip(xs, own, strict=True)]
-            held: list[Fact] = [
-                None if alike else x.uniform.get(d, 0.0) for x, d, alike in zip(xs, own, same, strict=True)
-            ]
-            zero = [h == 0.0 for h in held]
-            if all(zero) or (
-                any(zero) and op.overloadpacket not in (aten.add, aten.sub)
-            ):  # a number does, or a product is zero
+            op = _pure(node.op)
+            if op is None or (0.0 in held and op.overloadpacket not in (aten.add, aten.sub)):  # 0·x, 0/x are numbers
                 continue
             given = iter(held)
 
@@ -389,7 +385,7 @@ class Call:
 
     def rest(self, x: Operand, dims: Sequence[int]) -> tuple[int, Uniform] | None:
         """The one of ``dims`` along which removed entries are not zero but known; the others must be whole."""
-        free = [d for d in dims if T.free(x.terms[d])]
+        free = [d for d in dims if T.free(T.resolve(x.terms[d]))]
         return (free[0], x.uniform[free[0]]) if len(free) == 1 and free[0] in x.uniform else None
 
     def move(self, x: Operand, terms: Sequence[Term], sources: Sequence[Sequence[int]],

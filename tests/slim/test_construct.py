@@ -376,6 +376,23 @@ def test_keep_class_frees_what_one_line_states_where_the_class_reads_it_off():
     assert {g.name for g in oto.node_groups if g.prunable} == {"out.weight", "up.weight", "down.weight", "more.weight"}
 
 
+def test_keep_class_finds_that_even_two_heads_are_stated():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (f(x).view(*x.shape[:2], 2, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert sorted(g.size for g in OTO(TwoHeads().double(), x).node_groups if g.prunable) == [2, 4]
+    oto = OTO(TwoHeads().double(), x, keep_class=True)
+    assert [g.size for g in oto.node_groups if g.prunable] == [4]  # the width that the values have in a head
+
+
 def test_keep_class_minds_pieces_of_different_widths():
     class Halves(nn.Module):
         """``chunk`` makes pieces of one size; half of everything would not show that they may differ."""
