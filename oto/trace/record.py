@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from os import sep
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -275,6 +275,17 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(result, field.name))
 
 
+_Place: TypeAlias = tuple[Any, ...]
+
+
+def _place(tensor: Tensor) -> _Place | None:
+    """Where the entries of a tensor lie; ``None`` if it has no memory of the plain kind."""
+    try:
+        return tensor.untyped_storage(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 class _Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
@@ -286,6 +297,8 @@ class _Recorder(TorchDispatchMode):
         self.shapes_only = builder.how == "meta"
         self.constants: dict[Value, Tensor] = {}
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
+        self.places: dict[int, _Place] = {}
+        self.latest: dict[_Place, int] = {}
         self.path: list[str] = [""]
         self.attributes = {
             id(value): f"{name}.{attribute}" if name else attribute
@@ -296,15 +309,29 @@ class _Recorder(TorchDispatchMode):
 
     def hold(self, tensor: Tensor) -> None:
         self.alive.append(tensor)
+        place = _place(tensor)
+        if place is not None:
+            self.places[id(tensor)] = place
+            self.latest[place] = id(tensor)
 
     def see(self, tensor: Tensor) -> Key:
-        """The key of a tensor; one that was never seen is a constant of the model."""
-        if id(tensor) not in self.builder.current:
-            self.hold(tensor)
+        """The key of a tensor; one that was never seen is a constant of the model.
+
+        Reading and setting ``.data`` are no calls: a tensor that is new, or lies elsewhere than before, is the one that
+        was seen in the same place.
+        """
+        place = _place(tensor)
+        if id(tensor) not in self.builder.current or place != self.places.get(id(tensor)):
             name = self.attributes.get(id(tensor))
-            self.builder.leaf(id(tensor), tensor.shape, tensor.dtype, [name] if name else [], "constant")
-            if self.builder.how == "real":
-                self.constants[self.builder.current[id(tensor)]] = tensor.clone()  # before anything writes to it
+            source = None if name or place is None else self.latest.get(place)
+            self.hold(tensor)
+            if source is None:
+                self.builder.leaf(id(tensor), tensor.shape, tensor.dtype, [name] if name else [], "constant")
+                if self.builder.how == "real":
+                    self.constants[self.builder.current[id(tensor)]] = tensor.clone()  # before anything writes to it
+            else:
+                result = (id(tensor), tensor.shape, tensor.dtype)
+                self.builder.call(aten.alias.default, (Key(source),), {}, [result], self.path[-1], _user_line())
         return Key(id(tensor))
 
     def keyed(self, x: Any) -> Any:

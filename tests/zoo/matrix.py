@@ -47,6 +47,7 @@ ZOOS = {
     "diffusers": ("diffusers_zoo", "ZOO"),
     "handmade": ("handmade", "ZOO"),
     "papers": ("papers", "ZOO"),
+    "packages": ("packages_zoo", "ZOO"),
 }
 
 
