@@ -52,7 +52,7 @@ def test_a_cell_of_every_kind_is_run_once(rivals: Any, tmp_path: Path, capsys: p
     assert list(by_method) == METHODS and len(lines) == len(METHODS)
 
     task = rivals.TASKS["resnet20"]
-    dense = rivals.macs(task.build(1.0, False), task.example())
+    dense = rivals.macs(task.network(), task.example())
     assert by_method["dense"]["macs"] == dense
     for method in ("dense-small", "tp-taylor-global-portions", "tp-l2-local-oneshot"):
         assert 0.4 * dense < by_method[method]["macs"] <= 0.5 * dense, method
@@ -68,7 +68,7 @@ def test_a_cell_of_every_kind_is_run_once(rivals: Any, tmp_path: Path, capsys: p
     assert results.read_text() == before
     assert "resnet20" not in capsys.readouterr().out, "nothing is run again"
 
-    rivals.main([*flags[:6], "--methods", "dense-small", "--seeds", "1"] + [flags[6]])
+    rivals.main([*flags[:6], "--methods", "dense-small", "--seeds", "1", flags[6]])
     assert len(rivals.read(results)) == len(METHODS) + 1, "a line of its own after the broken one"
     text = results.with_suffix(".md").read_text()
     assert "| dense-small | 2 |" in text and "points over" not in text, "the best rival is missing: no `oto` by default"
@@ -90,14 +90,14 @@ def test_moments_of_what_stays_are_kept(rivals: Any) -> None:
     from rivals_methods import Rival
 
     task = rivals.TASKS["resnet20"]
-    model = task.build(1.0, False)
+    model = task.network()
     optimizer = task.optimizer(model)
     for p in model.parameters():
         p.data = torch.randn_like(p)  # no two entries alike
         optimizer.state[p] = {"momentum_buffer": 2 * p.detach()}
     settings = {"inner": False, "batches": 1}
     after = Rival(task, model, task.data(), "l1", "global", settings, 0).prune(0.5, optimizer)
-    assert rivals.macs(model, task.example()) <= 0.5 * rivals.macs(task.build(1.0, False), task.example())
+    assert rivals.macs(model, task.example()) <= 0.5 * rivals.macs(task.network(), task.example())
     for p in model.parameters():
         assert torch.equal(after.state[p]["momentum_buffer"], 2 * p)
 
@@ -105,7 +105,7 @@ def test_moments_of_what_stays_are_kept(rivals: Any) -> None:
 def test_the_layer_that_pads_is_the_same_function(rivals: Any) -> None:
     from rivals_methods import select_
 
-    model = rivals.TASKS["resnet20"].build(1.0, False).eval()
+    model = rivals.TASKS["resnet20"].network().eval()
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
     select_(model)

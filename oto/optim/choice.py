@@ -20,7 +20,17 @@ from oto.errors import CollapseWarning, NothingPrunableError, OptionError, Targe
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, keep_at_least
-from oto.optim.saliency import FROM_WEIGHTS, NORMALISE, Entries, Saliency, Weights, importance, raw_scores, resolve
+from oto.optim.saliency import (
+    FROM_WEIGHTS,
+    NORMALISE,
+    WITHIN_GROUPS,
+    Entries,
+    Saliency,
+    Weights,
+    importance,
+    raw_scores,
+    resolve,
+)
 from oto.optim.select import least_kept, select
 from oto.optim.target import Counts, Measure, Target
 
@@ -109,7 +119,7 @@ class Choice:
             tuple(groups),
             asked,
             tuple(resolve(DEFAULT if saliency is None else saliency)),
-            normalise or ("all" if published else "mean"),
+            normalise or ("all" if published else "none"),
             (0.0 if published else BY_COST) if by_cost is None else by_cost,
             scope,
             group_divisible,
@@ -159,7 +169,10 @@ class Choice:
         by_cost = self.by_cost
         if self.scope == "local":
             values, by_cost = _rank(values, left, sizes), 0.0
-        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost)
+        worth = None
+        if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
+            worth = measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
+        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost, worth)
         return torch.from_numpy(chosen)
 
     def kept_of(
@@ -229,20 +242,23 @@ class Choice:
         return {
             self.target.name: self.target.asked,
             "scope": self.scope,
-            "min_kept": self.least.tolist(),
             "group_divisible": self.divisible,
+            "min_kept": [group.min_kept for group in self.groups],
             "saliency": {getattr(c, "__name__", type(c).__name__): weight for c, weight in self.criteria},
             "normalise": self.normalise,
             "by_cost": self.by_cost,
         }
 
 
-DEFAULT: Weights = {"magnitude": 1.0, "taylor_first_order": 1.0}
+DEFAULT: Weights = {"taylor_second_order": 1.0}
+"""Half the mean of ``<x, g>^2`` over many batches: how much the loss rises without the group, with the empirical Fisher
+matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in one layer
+can be compared with that in another, and divided by a cost."""
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
 """The choice where there are no gradients."""
 
-BY_COST = 2.0
+BY_COST = 1.0
 
 AVERAGE_STEPS = 32
 

@@ -112,6 +112,12 @@ class Graph:
     outputs: tuple[Value, ...]
     how: str
 
+    @property
+    def unread(self) -> set[str]:
+        """Names of tensors of the model that no call reads."""
+        read = {value for node in self.nodes for value in node.inputs()}.union(self.outputs)
+        return {name for leaf in self.leaves if leaf.value not in read for name in leaf.names}
+
     def __str__(self) -> str:
         lines = [f"graph ({self.how}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]
         lines += [f"{leaf.value} = {leaf.kind} {leaf.name}" for leaf in self.leaves]

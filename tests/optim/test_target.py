@@ -192,9 +192,7 @@ def test_the_plan_says_what_happens_when_and_what_the_learning_rate_should_do(cn
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_cost_and_goal_can_be_followed(cnn, wrapped):
     oto = copy.deepcopy(cnn)
-    optimizer = inner = oto.hesso(
-        lr=0.01, target_params=0.4, start_pruning_step=1, pruning_steps=6, pruning_periods=3
-    )
+    optimizer = inner = oto.hesso(lr=0.01, target_params=0.4, start_pruning_step=1, pruning_steps=6, pruning_periods=3)
     if wrapped:
         accelerate = pytest.importorskip("accelerate")
         model, optimizer = accelerate.Accelerator(cpu=True).prepare(oto.model, inner)
