@@ -92,7 +92,8 @@ class Choice:
             costs, latency: See :meth:`Target.of`.
             scope: ``"global"`` or ``"local"``.
             min_kept: Atoms that every node group keeps, an int; or the share of its atoms that it keeps, a float; or a
-                mapping from names or globs of parameters to either. By default a tenth, as far as the target allows.
+                mapping from names or globs of parameters to either. By default, and where a mapping says nothing, a
+                tenth as far as the target allows.
             group_divisible: A node group that loses atoms keeps a multiple of this many.
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
@@ -111,7 +112,8 @@ class Choice:
         _check(scope, group_divisible, normalise, by_cost, average_steps)
         asked = Target.of(target, sizes, costs, latency)
         least = [least_kept(g.size, g.min_kept, group_divisible) for g in groups]
-        soft = 0.0 if published or min_kept is not None else FLOOR
+        everywhere = min_kept is not None and not isinstance(min_kept, Mapping)  # a limit of the user for every group
+        soft = 0.0 if published or everywhere else FLOOR
         floor = [least_kept(g.size, max(g.min_kept, int(np.ceil(soft * g.size))), group_divisible) for g in groups]
         self = cls(
             tuple(groups),
@@ -206,6 +208,7 @@ class Choice:
         with torch.no_grad():
             scores = self.scores(entries(), alive, dict(zip(self.averaged, sums, strict=True)))
         left = ~self.select(scores, alive)
+        self.warn_of_collapse(left)
         counts = [int(own.sum()) for own in left.split_with_sizes(self.sizes)]
         return dict(zip((group.name for group in self.groups), counts, strict=True))
 

@@ -75,21 +75,24 @@ def descend(oto, optimizer, steps):
 
 @pytest.mark.parametrize("name", ASKED)
 @pytest.mark.filterwarnings("ignore::oto.errors.CollapseWarning")  # networks as small as these have little to choose
-def test_a_target_is_met_within_a_hundredth_from_below(analysed, name):
+def test_a_target_is_met_within_a_hundredth_or_an_atom_from_below(analysed, name):
     oto = copy.deepcopy(analysed)
     optimizer = oto.hesso(
         variant="adamw", lr=1e-3, start_pruning_step=1, pruning_steps=6, pruning_periods=3, **{name: ASKED[name]}
     )
     descend(oto, optimizer, 8)
     subnet = oto.construct_subnet()
+    counts = np.array([len(subnet.kept[group.name]) for group in optimizer.node_groups])
     if name == "target_group_sparsity":
-        groups = [group for group in oto.node_groups if group.prunable]
-        left = sum(len(subnet.kept[g.name]) for g in groups)
-        goal = round(sum(g.size for g in groups) * (1 - ASKED[name]))
+        left, total = counts.sum(), optimizer.num_atoms
+        goal = total - int(total * ASKED[name])
     else:
         what = name.removeprefix("target_")
         left, goal = getattr(subnet.cost_after, what), ASKED[name] * getattr(subnet.cost_before, what)
-    assert 0.99 * goal <= left <= goal
+    # what goes in the last period is given back while it fits, so at most the coarsest atom is missing; in networks as
+    # small as these a channel of the residual width, or a head, is more than a hundredth of the whole
+    coarsest = -optimizer.choice.target.measure.marginal(counts, -np.ones_like(counts)).min()
+    assert goal - max(0.01 * goal, coarsest) <= left <= goal
     assert optimizer.progress.cost == left <= optimizer.progress.goal
     assert sum(p.numel() for p in subnet.model.parameters()) == subnet.cost_after.params
 
@@ -110,7 +113,7 @@ def test_an_integer_is_the_number_and_a_float_the_share_of_it(analysed, name):
 
 def test_everything_may_be_kept(cnn):
     for asked in ({"target_macs": 1.0}, {"target_params": 10**12}, {"target_group_sparsity": 0}):
-        optimizer = copy.deepcopy(cnn).hesso(lr=0.1, **asked)
+        optimizer = copy.deepcopy(cnn).hesso(lr=0.1, total_steps=100, **asked)
         assert not optimizer.choice.target.wants_less
         assert "nothing has to go" in optimizer.plan()
 
@@ -123,7 +126,7 @@ def test_what_cannot_be_reached_is_refused_and_what_the_message_names_is_reached
     keep, costs = {"min_kept": 0.5}, analysed.costs
     extreme = 0.99 if name == "target_group_sparsity" else 0.01
     with pytest.raises(TargetError, match=f"{name}={extreme}") as caught:
-        analysed.hesso(lr=0.1, **{name: extreme}, **keep)
+        analysed.hesso(lr=0.1, total_steps=100, **{name: extreme}, **keep)
     text = str(caught.value)
     number = float(re.search(r"ask for ([\d.]+) or (?:more|less)", text)[1])
     choice = Choice.of(analysed.node_groups, {name: number}, costs=costs, **keep)
@@ -166,7 +169,7 @@ def test_the_share_of_groups_that_a_message_names_is_never_rounded_up():
 )
 def test_a_target_that_means_nothing_is_refused(cnn, asked, message):
     with pytest.raises(TargetError, match=message):
-        cnn.hesso(lr=0.1, **asked)
+        cnn.hesso(lr=0.1, total_steps=100, **asked)
 
 
 def test_costs_that_are_not_known_are_asked_for():
