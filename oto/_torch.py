@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "OpOverloadPacket",
     "TorchDispatchMode",
     "example_size",
+    "holder",
     "is_free",
     "quiet",
     "tree_flatten",
@@ -59,6 +60,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def holder(model: Any, names: Iterable[str]) -> nn.Module | None:
+    """The module that has parameters of these names: ``model``, or what it wraps.
+
+    Averages of the weights hold theirs as ``.module`` (``torch.optim.swa_utils``, timm) or ``.ema`` (Ultralytics).
+    """
+    wanted = set(names)
+    while model is not None:
+        if isinstance(model, nn.Module) and wanted <= {n for n, _ in model.named_parameters(remove_duplicate=False)}:
+            return model
+        inner = (getattr(model, name, None) for name in ("module", "ema", "_orig_mod"))
+        model = next((module for module in inner if isinstance(module, nn.Module)), None)
+    return None
 
 
 def example_size(size: Any) -> int:

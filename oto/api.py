@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto._torch import tree_map_only, unwrapped
+from oto._torch import holder, tree_map_only, unwrapped
 from oto.axes.registry import known
-from oto.errors import EmitterError, TargetError, UnknownOpWarning, VerificationError
-from oto.groups import Cost, Kept, NodeGroup, cost, partition
+from oto.errors import (
+    EmitterError,
+    NotPrunedWarning,
+    TargetError,
+    TooLateError,
+    TraceError,
+    UnknownOpWarning,
+    UnknownParameterError,
+    VerificationError,
+    some,
+)
+from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
 from oto.groups.policy import (
     carried_by_nodes,
     carried_by_operators,
+    frozen_since,
     keep_at_least,
+    keep_frozen,
     keep_whole,
     matching,
     parameters_of,
@@ -32,20 +46,26 @@ from oto.groups.policy import (
     zeroing,
 )
 from oto.io.artefact import check_out_dir, writing
-from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, read_program, rebuild, write_program
-from oto.optim import HESSO
+from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, rebuild, write_program
+from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
+from oto.optim.choice import FROM_MAGNITUDE
+from oto.optim.target import UNITS
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
+from oto.report.preview import Preview, preview
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
+from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
 from oto.trace.record import on_meta, record
 
 log = logging.getLogger(__name__)
+
+Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +75,15 @@ class Subnet:
     Attributes:
         model: The slim module, in eval mode; it owns its memory.
         path: The folder of the artefact, ``None`` if it was not saved.
-        emitter: ``"module"`` (the original class) or ``"graph"`` (a ``torch.fx.GraphModule``).
-        why_graph: Why the original class could not be used, if it could not.
+        emitter: ``"module"`` (the original class), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
+            followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
+        why_graph: Why the original class could not be used, if it could not; and what a recording is.
         max_error: Largest relative error against the zeroed full model, in float64 where the model runs in it.
         checks: Every comparison that was made.
         cost_before, cost_after: Parameters and MACs on the example input.
         kept: For each prunable group, the atoms that are left.
+        notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
+            files that were not written.
     """
 
     model: nn.Module
@@ -72,13 +95,37 @@ class Subnet:
     cost_before: Cost
     cost_after: Cost
     kept: Kept
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return subnet_table(self)
 
 
+def _takes_options_of(source: Callable[..., Any]) -> Callable[[Made], Made]:
+    """Show the keywords of ``source`` in the signature, where a method passes its own on to it."""
+
+    def dressed(method: Made) -> Made:
+        own, taken = (inspect.signature(f, eval_str=False) for f in (method, source))
+        first = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            p.replace(kind=p.KEYWORD_ONLY) if p.name == "params" else p
+            for p in taken.parameters.values()
+            if p.name not in _SUPPLIED and (p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) or p.name == "params")
+        ]
+        method.__signature__ = own.replace(parameters=[*first, *more])  # type: ignore[attr-defined]
+        return method
+
+    return dressed
+
+
+_SUPPLIED = ("self", "node_groups", "costs", "latency")
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
 class OTO:
     """From a model and one example input to a slim model that computes the same function.
+
+    It can be copied and pickled where the model can; a copy does not know the optimizers that the first one made.
 
     Args:
         model: Any module. It is not copied: the optimizer trains it, and ``construct_subnet`` reads its zeros. One
@@ -92,6 +139,8 @@ class OTO:
         keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
             state stay whole, and the class is run to see. By default everything is pruned, and a model whose code
             states a size that changed becomes a ``torch.fx.GraphModule``.
+        prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
+            default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -118,12 +167,17 @@ class OTO:
         strict_out_nodes: bool = False,
         min_kept: int = 1,
         keep_class: bool = False,
+        prune_frozen: bool = False,
     ) -> None:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
-        self._keep_class = keep_class
+        self._prune_frozen = prune_frozen
+        if not prune_frozen:
+            self._groups = keep_frozen(self._groups, self.partition.found.graph)
+        self._keep_class, self._strict_out_nodes = keep_class, strict_out_nodes
+        self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
@@ -141,6 +195,20 @@ class OTO:
             )
         require_prunable(self._groups, self.partition.found.graph)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
+        graph = record(self.model, self.dummy_input, known, dead=self._keep_class)
+        self.partition = partition(graph, self._strict_out_nodes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OTO:
+        memo[id(self)] = other = object.__new__(OTO)
+        vars(other).update(vars(self), _optimizer=None)  # what was found holds no tensor, so it can be shared
+        other.model, other.dummy_input = copy.deepcopy((self.model, self.dummy_input), memo)
+        return other
+
     @property
     def node_groups(self) -> tuple[NodeGroup, ...]:
         """Every node group, prunable or not."""
@@ -156,7 +224,9 @@ class OTO:
 
         Raises:
             UnknownParameterError: A name matches nothing; nothing is marked then.
+            TooLateError: An optimizer was made already.
         """
+        self._refuse_late_marks()
         parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         self._keep_parameters(matching(_listed(names), parameters), "it was marked unprunable")
 
@@ -168,7 +238,9 @@ class OTO:
 
         Raises:
             UnknownNodeError: There is no such node; nothing is marked then.
+            TooLateError: An optimizer was made already.
         """
+        self._refuse_late_marks()
         marked = carried_by_nodes(_listed(node_ids), self.partition.graph)
         self._groups = keep_whole(self._groups, marked, "it was marked unprunable")
 
@@ -180,9 +252,20 @@ class OTO:
 
         Raises:
             UnknownNodeError: The model calls no such operator; nothing is marked then.
+            TooLateError: An optimizer was made already.
         """
+        self._refuse_late_marks()
         marked = carried_by_operators(_listed(operators), self.partition.graph)
         self._groups = keep_whole(self._groups, marked, "skip_operators names an operator that it runs through")
+
+    def _refuse_late_marks(self) -> None:
+        optimizer = self._trained_by
+        if optimizer is not None:
+            raise TooLateError(
+                f"groups cannot be marked any more: {type(optimizer).__name__} chooses among those that it was given\n"
+                "  effect  nothing was marked\n"
+                "  to fix  mark first, then make the optimizer; here: a new OTO(...), its marks, a new optimizer"
+            )
 
     def _keep_parameters(self, names: Iterable[str], reason: str) -> None:
         first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
@@ -227,9 +310,79 @@ class OTO:
             by_node_groups=by_node_groups, display_params=display_params, display_flops=display_flops,
         )  # fmt: skip
 
+    @_takes_options_of(HESSO)
     def hesso(self, **options: Any) -> HESSO:
-        """The HESSO optimizer over all parameters of the model; options as in :class:`oto.optim.HESSO`."""
-        return HESSO(self.model.named_parameters(), self.node_groups, **options)
+        """The HESSO optimizer; options as in :class:`oto.optim.HESSO`.
+
+        Without ``params`` it is over all parameters of the model. Parameter groups need no names.
+        """
+        return self._make(HESSO, options)
+
+    @_takes_options_of(HESSOCRIC)
+    def hesso_cric(self, **options: Any) -> HESSOCRIC:
+        """HESSO that walks groups to zero first; options as in :class:`oto.optim.HESSOCRIC`."""
+        return self._make(HESSOCRIC, options)
+
+    @_takes_options_of(Choice.of)
+    def preview(
+        self,
+        *,
+        batches: Iterable[Any] = (),
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        **options: Any,
+    ) -> Preview:
+        """What a target would leave of each layer, before any training: print it.
+
+        The choice is the one that an optimizer with the same options would make now, in one go. Without ``batches`` it
+        goes by the weights alone (their magnitude); with them, by gradients averaged over these. Training changes it.
+
+        Args:
+            batches: Batches to take gradients of. The model's gradients, mode, buffers and the random state are left
+                as they were.
+            loss: Takes the model and a batch, and returns the loss.
+            **options: A target (``target_macs=0.5``) and how to choose, as in :meth:`oto.optim.Choice.of`.
+
+        Raises:
+            TargetError: The target cannot be reached.
+        """
+        target = {name: options.pop(name) for name in UNITS if name in options}
+        batches = list(batches)
+        choice = Choice.of(self.node_groups, target, costs=self.costs, **({} if batches else FROM_MAGNITUDE) | options)
+        kept = choice.kept_of(copy.deepcopy(self.model), batches, loss)
+        how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
+        return preview(str(choice.target), f"chosen by {how}", self.costs, kept, self._cost(), self._cost(kept))
+
+    @property
+    def costs(self) -> Costs:
+        """Parameters, MACs and bytes as functions of what the prunable groups keep."""
+        return Costs.of(self.partition, self.node_groups)
+
+    @property
+    def _trained_by(self) -> SparseOptimizer | None:
+        """The optimizer that was made last, if it is still there."""
+        return None if self._optimizer is None else self._optimizer()
+
+    def _make(self, kind: type[Sparse], options: dict[str, Any]) -> Sparse:
+        """An optimizer with what the options leave out: the parameters, their names, the node groups."""
+        frozen, unfrozen = frozen_since(self.node_groups, self.partition.found.graph, self.model)
+        if frozen and not self._prune_frozen:
+            raise TooLateError(
+                f"{some(frozen)} {'was' if len(frozen) == 1 else 'were'} frozen after OTO(...) was made\n"
+                "  effect  an optimizer would still bring entries of it to zero\n"
+                "  to fix  freeze before OTO(...); where that may be zeroed all the same, OTO(..., prune_frozen=True)"
+            )
+        if unfrozen:
+            warnings.warn(
+                f"{some(unfrozen)} {'was' if len(unfrozen) == 1 else 'were'} frozen when OTO(...) was made\n"
+                "  effect  the groups that would zero entries of it stay whole\n"
+                "  to fix  a new OTO(...), now that they are trained",
+                NotPrunedWarning,
+                stacklevel=3,
+            )
+        given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
+        optimizer = kind(node_groups=self.node_groups, costs=self.costs, **given)
+        self._optimizer = weakref.ref(optimizer)
+        return optimizer
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
         """Zero a random choice of ZIGs in place, for checks.
@@ -287,27 +440,85 @@ class OTO:
         return self._saved and self._saved / FULL
 
     def construct_subnet(
-        self, out_dir: str | os.PathLike[str] | None = None, *, emitter: str = "auto", save_full: bool = True
+        self,
+        out_dir: str | os.PathLike[str] | None = None,
+        *,
+        model: Any = None,
+        emitter: str = "auto",
+        save_full: bool = True,
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
-        The original class is used where its code states no size that changed; else the traced graph. Either is
-        compared with the zeroed full model on the example and on random inputs, in the model's dtype and in float64,
-        and once more after it was saved and loaded.
+        The original class is used where its code states no size that changed; else the graph that ``torch.export``
+        follows; else the calls that were recorded on the example, which hold at its shapes and values only. Whichever
+        it is, it is compared with the zeroed full model on the example and on random inputs, in the model's dtype and
+        in float64, and once more after it was saved and loaded. Where pruning has not finished, or nothing is zero, a
+        warning and ``print(subnet)`` say so.
 
         Args:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
-            emitter: ``"auto"``, ``"module"`` (the original class or an error) or ``"graph"``.
+            model: Made slim instead of the model of this ``OTO``: a copy of it with other weights, such as their moving
+                average, or what wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
+            emitter: ``"auto"``, or one way alone: ``"module"`` (the original class), ``"graph"`` or ``"recording"``.
             save_full: Save the zeroed full weights beside the slim ones.
 
         Raises:
             VerificationError: The slim model differs. Nothing is written.
-            EmitterError: The asked emitter cannot express the slim model, or neither can.
+            EmitterError: The asked emitter cannot express the slim model, or none can.
             NonFiniteParameterError: A parameter holds NaN or infinity.
+            UnknownParameterError: ``model`` is no copy of the model.
             ArtefactError: ``out_dir`` cannot be written.
         """
-        if emitter not in ("auto", "module", "graph"):
-            raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module' or 'graph'")
+        source = self if model is None else self._reading(model)
+        subnet = source._subnet(out_dir, emitter, save_full)
+        self._saved = source._saved
+        if short := source._short_of(subnet.kept):
+            log.warning(short)
+            warnings.warn(short, NotPrunedWarning, stacklevel=2)
+        return subnet
+
+    def _reading(self, model: Any) -> OTO:
+        """This analysis of another copy of the model."""
+        shapes = {leaf.name: leaf.value.shape for leaf in self.partition.found.graph.leaves if leaf.kind == "parameter"}
+        inner = holder(model, shapes)
+        found = {} if inner is None else dict(inner.named_parameters(remove_duplicate=False))
+        bad = [name for name, shape in shapes.items() if name not in found or tuple(found[name].shape) != shape]
+        if inner is None or bad:
+            raise UnknownParameterError(
+                f"{type(model).__name__} is no copy of {type(self.model).__name__}: no {some(bad)} of that shape\n"
+                "  effect  the groups of the one say nothing about the other\n"
+                "  to fix  pass a copy of the model or what wraps one, or make an OTO for it"
+            )
+        other = object.__new__(OTO)
+        vars(other).update(vars(self), model=inner)
+        device = next(inner.parameters()).device
+        if device != next(self.model.parameters()).device:
+            other.dummy_input = tree_map_only(Tensor, lambda t: t.to(device), self.dummy_input)
+        return other
+
+    def _short_of(self, kept: Kept) -> str | None:
+        """Why less is zero than could be, as far as that is known."""
+        total = sum(group.size for group in self.node_groups if group.prunable)
+        zero = total - sum(map(len, kept.values()))
+        what, optimizer = f"{zero:,} of {total:,} groups are zero", self._trained_by
+        if optimizer is not None and not optimizer.progress.over:
+            end = optimizer.schedule.end
+            what, remedy = f"step {optimizer.clock:,} of {end:,}: {what} yet", f"construct_subnet after {end:,} steps"
+        elif optimizer is not None and zero < optimizer.num_pruned:
+            what += f", the optimizer has pruned {optimizer.num_pruned:,}: these are other weights than it trains"
+            remedy = "optimizer.zero_pruned_in(model) for a moving average; else load the weights that were trained"
+        elif not zero:
+            remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
+        else:
+            return None
+        effect = "only what is zero was removed" if zero else "nothing was removed, slim is as large as full"
+        return f"{what}\n  effect  {effect}\n  to fix  {remedy}"
+
+    def _subnet(self, out_dir: str | os.PathLike[str] | None, emitter: str, save_full: bool) -> Subnet:
+        if emitter not in ("auto", "module", "graph", "recording"):
+            raise EmitterError(
+                f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module', 'graph' or 'recording'"
+            )
         if out_dir is not None:
             check_out_dir(out_dir)
         if on_meta(self.model):
@@ -318,21 +529,24 @@ class OTO:
             )
         kept = read_zeros(self.node_groups, self.model)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
-        slim, edits, tensors, checks, why = self._emit(kept, emitter)
+        notes: list[str] = []
+        how, slim, edits, tensors, checks, why = self._emit(kept, emitter, notes)
         path = None
         if out_dir is not None:
             path = Path(out_dir)
-            about = {"why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
-            checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full)
-        how = "graph" if edits is None else "module"
-        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept)
+            about = {"emitter": how, "why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
+            checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full, notes)
+        short = self._short_of(kept)
+        told = (*([short] if short else []), *notes)
+        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept, told)
 
     def _emit(
-        self, kept: Kept, emitter: str
-    ) -> tuple[nn.Module, Edits | None, Mapping[str, Tensor], list[Check], str | None]:
-        """The slim module, the edits that made it (if it is of the original class), its tensors, and the proof."""
-        why: str | None = None
-        if emitter != "graph":
+        self, kept: Kept, emitter: str, notes: list[str]
+    ) -> tuple[str, nn.Module, Edits | None, Mapping[str, Tensor], list[Check], str | None]:
+        """The way that was taken, the slim module, the edits that made it (if it is of the original class), its
+        tensors, the proof, and why it is not of the original class."""
+        why: list[str] = []
+        if emitter in ("auto", "module"):
             try:
                 thin = thinning(self.partition, kept)
                 edits = plan_edits(self.model, self.partition, thin)
@@ -340,32 +554,56 @@ class OTO:
                 slim = thin_copy(self.model, tensors, edits).eval()
                 checks = check(self.model, slim, self.dummy_input, batch=True, left=self._left(kept))
                 require(checks)
-                return slim, edits, tensors, checks, None
+                return "module", slim, edits, tensors, checks, None
             except Exception as failure:  # anything that the user's own forward may raise at other sizes
-                why = _first_lines(failure)
+                why.append(_first_lines(failure))
                 if emitter == "module":
                     raise EmitterError(
-                        f"{type(self.model).__name__} cannot be thinned as its own class: {why}\n"
+                        f"{type(self.model).__name__} cannot be thinned as its own class: {why[0]}\n"
                         f"  to fix  use emitter='graph', or {self._way_out}"
                     ) from failure
-                log.info("the original class does not fit, using the graph: %s", why)
-        try:
-            exported = export(self.model, self.dummy_input, known)
-            slim = emit_graph(exported, self.partition, kept)
-        except EmitterError as failure:
-            if why is None:
+                log.info("the original class does not fit, using the graph: %s", why[0])
+        way = "recording" if emitter == "recording" else "graph"
+        if way == "graph":
+            try:
+                graph, checks = self._emit_graph(kept, notes)
+            except VerificationError:
                 raise
-            raise EmitterError(
-                f"{failure}\n  class   the original class does not do either: {why}\n  or      {self._way_out}"
-            ) from failure
-        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept))
+            except Exception as failure:
+                if emitter == "graph":
+                    raise
+                way, refused = "recording", failure
+                notes.clear()
+                why.append(_first_lines(failure))
+                log.info("torch.export does not do, using the recording: %s", why[-1])
+        if way == "recording":
+            why = [*why, RECORDED] if why else [f"it was asked for: {RECORDED}"]
+            try:
+                graph = emit_recording(self.model, self.dummy_input, self.partition, kept)
+            except (EmitterError, TraceError) as failure:
+                if emitter == "recording":
+                    raise
+                raise EmitterError(
+                    f"{refused}\n  class   the original class does not do either: {why[0]}\n"
+                    f"  replay  nor does a recording of the example: {str(failure).splitlines()[0]}\n"
+                    f"  or      {self._way_out}"
+                ) from refused
+            checks = check_recording(self.model, graph, self.dummy_input, self.partition, kept, notes, self._left(kept))
+            require(checks)
+        held = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+        return way, graph, None, dict(held), checks, "; ".join(why) or None
+
+    def _emit_graph(self, kept: Kept, notes: list[str]) -> tuple[nn.Module, list[Check]]:
+        """The slim form of what torch.export follows, and its proof."""
+        exported = export(self.model, self.dummy_input, known)
+        slim = emit_graph(exported, self.partition, kept)
+        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept), notes=notes)
         try:
             require(checks)
         except VerificationError as failure:
             self._require_faithful_export(failure)
             raise
-        held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
-        return slim, None, dict(held), checks, why
+        return slim, checks
 
     @property
     def _way_out(self) -> str:
@@ -384,7 +622,7 @@ class OTO:
         """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
         dense = export(self.model, self.dummy_input, known)
         try:
-            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic))
+            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic, notes=[]))
         except VerificationError as unfaithful:
             raise EmitterError(
                 f"torch.export's graph of {type(self.model).__name__} does not compute what the model does\n"
@@ -394,37 +632,52 @@ class OTO:
             ) from failure
 
     def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, tensors: Mapping[str, Tensor], kept: Kept,
-              checks: list[Check], about: Mapping[str, Any], save_full: bool) -> list[Check]:  # fmt: skip
+              checks: list[Check], about: Mapping[str, Any], save_full: bool,
+              notes: list[str]) -> list[Check]:  # fmt: skip
         """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU."""
         full, given, portable, left = self.model, self.dummy_input, slim, self._left(kept)
+        recorded = about["emitter"] == "recording"
         if next(self.model.parameters()).device.type != "cpu":
             full, given = copy.deepcopy(self.model).cpu(), tree_map_only(Tensor, Tensor.cpu, self.dummy_input)
             # a graph names devices, so it is made anew
-            portable = (
-                copy.deepcopy(slim).cpu()
-                if edits is not None
-                else emit_graph(export(full, given, known), self.partition, kept)
-            )
+            if edits is not None:
+                portable = copy.deepcopy(slim).cpu()
+            elif recorded:
+                portable = emit_recording(full, given, self.partition, kept)
+            else:
+                portable = emit_graph(export(full, given, known), self.partition, kept)
         with writing(out_dir) as draft:
-            draft.tensors(WEIGHTS, tensors)
+            unread = self.partition.found.graph.unread
+            left_out = draft.tensors(WEIGHTS, tensors, unread)
             if save_full:
-                draft.tensors(FULL, tensors_of(self.model, self.partition))
-            no_program = write_program(draft, portable, given)
+                draft.tensors(FULL, tensors_of(self.model, self.partition), unread)
             again: list[Check] = []
             if edits is not None:
                 again += check(
                     full, rebuild(full, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1, left=left
                 )
-            if no_program is None:
-                again += check(full, read_program(draft.file(PROGRAM)), given, "reloaded program", 1, left=left)
-            require(again)
+                require(again)
+            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself
+            against, left = (portable, None) if recorded else (full, left)
+            no_program, proof = write_program(
+                draft,
+                portable,
+                given,
+                lambda read: check(against, read, given, "reloaded program", 1, left=left),
+                left_out if edits is not None else (),
+            )
+            again += proof
+            if no_program is not None:
+                needed = "the class is needed to load it" if edits is not None else "nothing in it can be loaded"
+                notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
             manifest = {
-                "emitter": "graph" if edits is None else "module",
                 "model": describe(self.model, tensors if edits is not None else {}),
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in kept.items()},
                 "checks": [vars(c) for c in (*checks, *again)],
                 "no_program": no_program,
+                "left_out": left_out,
+                "notes": notes,
             }
             draft.commit(manifest | dict(about))
         self._saved = out_dir

@@ -45,6 +45,18 @@ class TargetError(OTOError, ValueError):
     """The asked sparsity or schedule cannot be reached."""
 
 
+class OptionError(OTOError, TypeError):
+    """An option of the wrapped optimizer is missing, unknown, or belongs to another optimizer."""
+
+
+class TooLateError(OTOError):
+    """Something was marked or frozen after the choice that it should have influenced was made."""
+
+
+class SetupError(OTOError, ValueError):
+    """A checkpoint was made with another schedule or target, and its pruning has begun."""
+
+
 class NonFiniteParameterError(OTOError, ValueError):
     """A parameter holds NaN or infinity, so no zero can be trusted."""
 
@@ -79,6 +91,18 @@ class DuplicateRuleError(OTOError):
 
 class NoGraphvizWarning(UserWarning):
     """Graphviz is not installed, so a drawing was written as DOT only."""
+
+
+class CollapseWarning(UserWarning):
+    """A target can only be met by making some layers very thin."""
+
+
+class SetupWarning(UserWarning):
+    """A checkpoint was made with another schedule or target; its pruning had not begun."""
+
+
+class NotPrunedWarning(UserWarning):
+    """Less is pruned than could be or was asked for; the message says why."""
 
 
 class UnknownOpWarning(UserWarning):

@@ -2,8 +2,8 @@
 
 For each axis and each tensor that carries it, a *fact* says what every entry at a removed atom holds: a number, or
 nothing known. Parameters in producing positions (rows of a linear, filters, biases, norms, embedding columns) are zero
-there; inputs, constants and reading positions hold anything. Steps pass facts on. Wherever a step sums over the axis,
-a removal is exact only if one factor is zero there.
+there, whether trainable or frozen; inputs, constants and reading positions hold anything. Steps pass facts on. Wherever
+a step sums over the axis, a removal is exact only if one factor is zero there.
 
 If zero producers do not make an axis exact, zero readers are tried (the columns that read it), then both. If neither
 works the axis is fixed, with the step that stood in the way.
@@ -51,7 +51,7 @@ class _Visit:
 def prove(found: Propagation) -> dict[Axis, Exact]:
     """For every axis that can be removed exactly, how. All other axes are fixed, each with its reason."""
     visits, carried = _visits(found)
-    leaves = [leaf for leaf in found.graph.leaves if leaf.trainable]
+    leaves = [leaf for leaf in found.graph.leaves if leaf.may_be_zeroed]
     owned: dict[Axis, list[tuple[Leaf, int, Place]]] = {}
     for leaf in leaves:
         index = found.operands[leaf.value].index
@@ -62,7 +62,7 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
     proofs: dict[Axis, Exact] = {}
     for axis in dict.fromkeys(a for places in carried for axes in places for a in axes):
         if axis not in owned:
-            axis.fixed = Reason("no trainable parameter carries it")
+            axis.fixed = Reason("no parameter carries it")
             continue
         steps = visits.get(axis, [])
         roles = _roles(steps, dynamic)
@@ -86,7 +86,7 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
             obstacle = obstacle or failed
         else:
             if obstacle is None:
-                axis.fixed = Reason("no trainable parameter could be zeroed to silence it")
+                axis.fixed = Reason("no parameter could be zeroed to silence it")
             else:
                 node = found.graph.nodes[obstacle.node]
                 text = found.tape.counted.get(obstacle.node)

@@ -1,7 +1,7 @@
 """Node groups and zero-invariant groups, what must stay, and what they cost."""
 
-from oto.groups.cost import Cost, cost
+from oto.groups.cost import Cost, Costs, cost
 from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.groups.partition import Kept, Partition, partition
 
-__all__ = ["Cost", "Cut", "Kept", "NodeGroup", "Partition", "Slice", "cost", "partition"]
+__all__ = ["Cost", "Costs", "Cut", "Kept", "NodeGroup", "Partition", "Slice", "cost", "partition"]

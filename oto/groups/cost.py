@@ -1,12 +1,22 @@
-"""What a network costs, and what any choice of removals leaves, without building anything."""
+"""What a network costs, and what any choice of removals leaves, without building anything.
+
+Every size in the network is a product of counts (:mod:`oto.axes.terms`), so every cost is a polynomial in the numbers
+of atoms that the node groups keep. :func:`cost` evaluates it in plain integers. :class:`Costs` spells it out once, so
+that a choice among many thousands of atoms can ask for totals and for marginal costs without walking the graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 
-from oto.axes.terms import Axis, count, resolve
+import numpy as np
+from numpy.typing import NDArray
+
+from oto.axes.terms import Axis, Term, count, resolve
+from oto.groups.node_group import NodeGroup
 from oto.groups.partition import Partition
 
 
@@ -17,10 +27,12 @@ class Cost:
     Attributes:
         params: Entries of all parameters; a tied one counts once.
         macs: Multiply–adds of every product (linear, convolution, matmul, attention) on the example input.
+        bytes: Memory of all parameters and buffers, each in its own dtype.
     """
 
     params: int
     macs: int
+    bytes: int
 
     @property
     def flops(self) -> int:
@@ -30,18 +42,29 @@ class Cost:
 def cost(partition: Partition, kept: Mapping[str, int] | None = None) -> Cost:
     """The exact cost when each group named in ``kept`` has that many atoms left; others are whole."""
     counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
-    found = partition.found
-    params = sum(
-        prod(count(term, counts) for term in found.terms(leaf.value))
-        for leaf in found.graph.leaves
-        if leaf.kind == "parameter"
-    )
-    macs = sum(
-        prod(count(resolve(term), counts) for term in step.volume)
-        for step in found.tape.steps
-        if step.volume is not None
-    )
-    return Cost(params, macs)
+
+    def total(products: Iterable[tuple[int, Sequence[Term]]]) -> int:
+        return sum(weight * prod(count(resolve(term), counts) for term in terms) for weight, terms in products)
+
+    return Cost(total(_params(partition)), total(_macs(partition)), total(_bytes(partition)))
+
+
+Products = Iterator[tuple[int, Sequence[Term]]]
+
+
+def _params(partition: Partition) -> Products:
+    leaves = partition.found.graph.leaves
+    return ((1, partition.found.terms(leaf.value)) for leaf in leaves if leaf.kind == "parameter")
+
+
+def _bytes(partition: Partition) -> Products:
+    leaves = partition.found.graph.leaves
+    held = (leaf.value for leaf in leaves if leaf.kind in ("parameter", "buffer"))
+    return ((value.dtype.itemsize, partition.found.terms(value)) for value in held)
+
+
+def _macs(partition: Partition) -> Products:
+    return ((1, step.volume) for step in partition.found.tape.steps if step.volume is not None)
 
 
 def macs_by_node(partition: Partition) -> dict[int, int]:
@@ -51,3 +74,117 @@ def macs_by_node(partition: Partition) -> dict[int, int]:
         if step.volume is not None:
             found[step.node] = found.get(step.node, 0) + prod(count(resolve(term), {}) for term in step.volume)
     return found
+
+
+class Polynomial:
+    """A cost as a function of counts: a sum of coefficients times products of counts.
+
+    Exact as long as the total is below 2^53 (9e15).
+
+    Args:
+        monomials: For each product, as the sorted indices of its counts, the coefficient.
+        size: Number of counts.
+
+    Example:
+        >>> area = Polynomial({(0, 1): 2, (1,): 3}, 2)  # 2ab + 3b
+        >>> area(np.array([4, 5])), area.marginal(np.array([4, 5]), np.array([1, 2]))
+        (55.0, array([10., 22.]))
+    """
+
+    def __init__(self, monomials: Mapping[tuple[int, ...], int], size: int) -> None:
+        self.size = size
+        degree = max(map(len, monomials), default=0)
+        self.coefficients = np.array(list(monomials.values()), dtype=np.float64)
+        padded = [(*indices, *[size] * (degree - len(indices))) for indices in monomials]  # counts[size] is 1
+        self.factors = np.array(padded, dtype=np.int64).reshape(len(padded), degree)
+        powers: dict[tuple[int, int], int] = {}
+        for m, indices in enumerate(monomials):
+            for index in indices:
+                powers[m, index] = powers.get((m, index), 0) + 1
+        pairs = np.array(list(powers), dtype=np.int64).reshape(-1, 2)
+        self._monomial, self._index = pairs[:, 0], pairs[:, 1]
+        self._power = np.array(list(powers.values()), dtype=np.float64)
+
+    def _products(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        padded = np.append(counts, 1).astype(np.float64)
+        products: NDArray[np.float64] = self.coefficients * padded[self.factors].prod(axis=1)
+        return products
+
+    def __call__(self, counts: NDArray[np.int64]) -> float:
+        """The cost at some counts, shape ``(size,)``."""
+        return float(self._products(counts).sum())
+
+    def marginal(self, counts: NDArray[np.int64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What each count saves when it alone becomes smaller by ``fewer``; shapes ``(size,)``."""
+        now = np.maximum(counts, 1).astype(np.float64)
+        before, after = (n[self._index] ** self._power for n in (now, now - fewer))
+        saved = self._products(counts)[self._monomial] / before * (before - after)  # divides evenly
+        total: NDArray[np.float64] = np.bincount(self._index, saved, minlength=self.size).astype(np.float64)
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """The costs of a network as polynomials in the atoms that its prunable node groups keep.
+
+    Attributes:
+        names: The prunable groups, in the order of the counts.
+        sizes: Their atoms in the full network.
+    """
+
+    names: tuple[str, ...]
+    sizes: NDArray[np.int64]
+    params: Polynomial
+    macs: Polynomial
+    bytes: Polynomial
+
+    @classmethod
+    def of(cls, partition: Partition, groups: Iterable[NodeGroup]) -> Costs:
+        """Spell the costs out; groups that are not prunable count as whole."""
+        prunable = [group for group in groups if group.prunable and group.size]
+        index = {partition.axes[group.name]: i for i, group in enumerate(prunable)}
+        made = (_polynomial(products(partition), index) for products in (_params, _macs, _bytes))
+        return cls(tuple(g.name for g in prunable), np.array([g.size for g in prunable], dtype=np.int64), *made)
+
+    def at(self, counts: NDArray[np.int64]) -> Cost:
+        """All costs at some counts, shape ``(groups,)``."""
+        return Cost(int(self.params(counts)), int(self.macs(counts)), int(self.bytes(counts)))
+
+
+_Sparse = dict[tuple[int, ...], int]
+
+
+def _polynomial(products: Products, index: Mapping[Axis, int]) -> Polynomial:
+    total: _Sparse = {}
+    known: dict[Term, _Sparse] = {}
+
+    def spelled(term: Term) -> _Sparse:
+        if term not in known:
+            known[term] = reduce(_times, map(factor, term), {(): 1})
+        return known[term]
+
+    def factor(part: object) -> _Sparse:
+        if isinstance(part, Axis):
+            return {(index[part],): 1} if part in index else {(): part.size}
+        added: _Sparse = {}
+        for segment in part.segments:  # type: ignore[attr-defined]
+            _add(added, spelled(segment), 1)
+        return added
+
+    for weight, terms in products:
+        _add(total, reduce(_times, (spelled(resolve(term)) for term in terms), {(): 1}), weight)
+    return Polynomial(total, len(index))
+
+
+def _times(a: _Sparse, b: _Sparse) -> _Sparse:
+    product: _Sparse = {}
+    for left, m in a.items():
+        for right, n in b.items():
+            both = tuple(sorted(left + right))
+            product[both] = product.get(both, 0) + m * n
+    return product
+
+
+def _add(total: _Sparse, more: _Sparse, weight: int) -> None:
+    for indices, coefficient in more.items():
+        total[indices] = total.get(indices, 0) + weight * coefficient

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -10,7 +12,7 @@ from fnmatch import fnmatchcase
 import networkx as nx
 from torch import nn
 
-from oto.errors import NothingPrunableError, UnknownNodeError, UnknownParameterError, some
+from oto.errors import NothingPrunableError, TargetError, UnknownNodeError, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
 from oto.trace.graph import Graph
 
@@ -144,14 +146,76 @@ def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -
     )
 
 
-def keep_at_least(groups: Sequence[NodeGroup], minimum: int) -> tuple[NodeGroup, ...]:
-    """No group loses its last ``minimum`` atoms; one that has no more stays whole."""
-    return tuple(
-        replace(g, min_kept=minimum)
-        if g.size > minimum or not g.prunable
-        else replace(g, reason=f"it has no more than {minimum} atoms to keep")
-        for g in groups
+FROZEN = "frozen"
+
+
+def keep_frozen(groups: Sequence[NodeGroup], graph: Graph) -> tuple[NodeGroup, ...]:
+    """Frozen parameters (``requires_grad=False``) are left as they are: groups that would zero one stay whole.
+
+    A frozen layer whose inputs disappear still shrinks with the layer before it, but nothing is written into it on the
+    way, so such a group is not quiet.
+    """
+    frozen = frozenset(leaf.name for leaf in graph.leaves if leaf.frozen)
+
+    def kept(group: NodeGroup) -> NodeGroup:
+        held = [piece.parameter for piece in group.zeros if piece.parameter in frozen]
+        if held and group.prunable:
+            names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in held)  # alike for repeated blocks
+            return replace(group, reason=f"{FROZEN}: it would zero {some(names, 2)}", quiet=False)
+        return replace(group, quiet=group.quiet and not any(piece.parameter in frozen for piece in group.slices))
+
+    return tuple(map(kept, groups))
+
+
+def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) -> tuple[list[str], list[str]]:
+    """Parameters that were frozen, and that were unfrozen, since the graph was traced, where it matters to a group."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    was = {leaf.name: leaf.frozen for leaf in graph.leaves if leaf.kind == "parameter"}
+    zeroed = dict.fromkeys(piece.parameter for group in groups if group.prunable for piece in group.zeros)
+    held = dict.fromkeys(
+        piece.parameter for group in groups if (group.reason or "").startswith(FROZEN) for piece in group.zeros
     )
+    return (
+        [name for name in zeroed if not was[name] and not parameters[name].requires_grad],
+        [name for name in held if was[name] and parameters[name].requires_grad],
+    )
+
+
+MinKept = int | float | Mapping[str, int | float]
+"""Atoms that a node group keeps: an int; a float is a share of its atoms; by name or glob of parameters or groups."""
+
+
+def keep_at_least(groups: Sequence[NodeGroup], minimum: MinKept) -> tuple[NodeGroup, ...]:
+    """No group loses its last ``minimum`` atoms; one that has no more stays whole.
+
+    Raises:
+        TargetError: A number is negative, or a share above 1.
+        UnknownParameterError: A name or glob matches no parameter that a prunable group would zero.
+    """
+    if not isinstance(minimum, Mapping):
+        return tuple(_keeping(group, _least(minimum, group.size)) for group in groups)
+    least: dict[str, int] = {}
+    names = {piece.parameter: None for g in groups if g.prunable for piece in g.zeros}
+    for pattern, number in minimum.items():
+        hits = set(matching([pattern], [*names, *(g.name for g in groups if g.name not in names)]))
+        for group in groups:
+            if group.name in hits or any(piece.parameter in hits for piece in group.zeros):
+                least[group.name] = max(least.get(group.name, 0), _least(number, group.size))
+    return tuple(_keeping(group, least[group.name]) if group.name in least else group for group in groups)
+
+
+def _least(minimum: int | float, size: int) -> int:
+    whole = isinstance(minimum, int) and not isinstance(minimum, bool)
+    if not (minimum >= 0 if whole else isinstance(minimum, float) and 0 <= minimum <= 1):
+        raise TargetError(f"min_kept is {minimum!r}; it is a number of atoms (an int) or a share of them (a float)")
+    return int(minimum) if whole else math.ceil(minimum * size)
+
+
+def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
+    least = max(minimum, group.min_kept)
+    if group.size > least or not group.prunable:
+        return replace(group, min_kept=least)
+    return replace(group, reason=f"it has no more than {least} atoms to keep")
 
 
 def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
@@ -168,13 +232,18 @@ def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
         place = "" if node is None else f" ({node}{', ' * bool(node.source)}{node.source})"
         reasons.setdefault(f"{group.reason}{place}", []).append(group.name)
     lines = [f"  {text}: {some(names)}" for text, names in list(reasons.items())[:8]]
+    remedy = (
+        "look at the reasons above; a model whose layers meet only inputs and outputs has nothing to prune"
+        if not any(text.startswith(FROZEN) for text in reasons)
+        else "requires_grad_(True) before OTO(...) for what may be pruned; adapters: merge them into their layers;\n"
+        "          OTO(..., prune_frozen=True) zeroes frozen parameters like all others"
+    )
     raise NothingPrunableError(
         "\n".join(
             [
                 "no node group of this model can lose an entry",
                 *(lines or ["  the model has no parameter that its forward uses"]),
-                "  to fix  look at the reasons above; a model whose parameters are frozen (requires_grad=False),"
-                " or whose layers meet only inputs and outputs, has nothing to prune",
+                f"  to fix  {remedy}",
             ]
         )
     )

@@ -149,15 +149,16 @@ def _foreign_types(graph: bytes) -> set[str]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """torch.export logs and warns about perfectly good archives."""
-    log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    levels = {name: logging.getLogger(name).level for name in ("torch.export", "torch._export")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 class _Refusal(Exception):

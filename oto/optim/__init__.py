@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from oto.optim.base import SparseOptimizer
+from oto.optim.choice import Choice
+from oto.optim.cric import HESSOCRIC
 from oto.optim.hesso import HESSO
 from oto.optim.saliency import CRITERIA, Entries, Saliency
-from oto.optim.schedule import Schedule
+from oto.optim.schedule import Progress, Schedule
+from oto.optim.target import Measure, Target
 
-__all__ = ["CRITERIA", "HESSO", "Entries", "Saliency", "Schedule", "SparseOptimizer"]
+__all__ = [
+    "CRITERIA", "HESSO", "HESSOCRIC", "Choice", "Entries", "Measure", "Progress", "Saliency", "Schedule",
+    "SparseOptimizer", "Target",
+]  # fmt: skip

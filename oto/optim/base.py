@@ -4,11 +4,14 @@ A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, its
 ``param_groups``, ``state`` and ``defaults``: learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like
 work as they do without it. The update itself is always ``base.step()``.
 
-Two entries of the first parameter group hold all that must survive a checkpoint (further top-level keys of a state
+A few entries of the first parameter group hold all that must survive a checkpoint (further top-level keys of a state
 dict would be dropped by torch, tensors in ``state`` would be cast to the dtype of the parameter):
 
 * ``oto_step``: how many steps were taken, an int;
-* ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group.
+* ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group;
+* ``oto_sums``, ``oto_seen``: saliency criteria of every atom, float of shape ``(criteria, N)``, summed over so many
+  steps;
+* ``oto_setup``: schedule and target as JSON, so that a checkpoint of another setup is noticed.
 
 Everything else is derived from them, and rebuilt when they or the storage of a parameter change, so no parameter is
 held outside ``param_groups``. Parameters are found by ``param_names`` and position.
@@ -19,17 +22,23 @@ wrapped optimizer does. Where node groups are proven *quiet*, even that can rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oto.errors import NonFiniteParameterError, OTOError, UnknownParameterError, some
+from oto._torch import holder
+from oto.errors import NonFiniteParameterError, OTOError, SetupError, SetupWarning, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
-from oto.optim.plan import PRUNED, REDUNDANT, Plan, rows_of
-from oto.optim.saliency import Entries
+from oto.optim.choice import Choice
+from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
+from oto.optim.saliency import Entries, raw_scores
+from oto.optim.schedule import Progress, Schedule
 from oto.optim.wrapped import Base, Named, Params, build
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -42,14 +51,17 @@ long for an exact zero, which would make the loops of Adam and AdamW half as slo
 
 
 class SparseOptimizer(Optimizer):
-    """A torch optimizer that wraps another one and acts on node groups. Subclasses define :meth:`step`.
+    """A torch optimizer that wraps another one and acts on node groups.
+
+    Subclasses define :meth:`step`. What goes is decided by ``choice``, when by ``schedule``.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups (dicts) whose ``params`` are named pairs or come with
             ``param_names``. Frozen parameters belong in it too, or their node groups cannot be zeroed.
-        node_groups: Node groups of the model; those that are not prunable are left alone.
+        choice: Which node groups there are, and which of their atoms go.
+        schedule: When they go.
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
-        variant: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        variant: The name of an optimizer of ``torch.optim``, in any case. ``"sgd"`` needs ``lr``.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function that takes parameter groups.
         first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
         second_momentum: The second of Adam's ``betas``.
@@ -58,6 +70,7 @@ class SparseOptimizer(Optimizer):
             default.
 
     Raises:
+        OptionError: An option is missing, or the wrapped optimizer has none of that name.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter of a prunable node group holds NaN or infinity.
     """
@@ -69,7 +82,8 @@ class SparseOptimizer(Optimizer):
     def __init__(
         self,
         params: Params,
-        node_groups: Iterable[NodeGroup],
+        choice: Choice,
+        schedule: Schedule,
         *,
         names: Named | None = None,
         variant: str = "sgd",
@@ -89,7 +103,7 @@ class SparseOptimizer(Optimizer):
             dampening=dampening,
             keywords=keywords,
         )
-        self.node_groups = tuple(group for group in node_groups if group.prunable and group.size)
+        self.choice, self.schedule, self.node_groups = choice, schedule, choice.groups
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_base()
         self._fill_state()
@@ -191,6 +205,16 @@ class SparseOptimizer(Optimizer):
         return self.num_pruned / max(self.num_atoms, 1)
 
     @property
+    def progress(self) -> Progress:
+        """How far pruning has come: print it, or read its fields. Where the optimizer is wrapped, ask the inner one."""
+        redundant, target = sum(int((own == REDUNDANT).sum()) for own in self._codes()), self.choice.target
+        counts = np.array([int((own != PRUNED).sum()) for own in self._codes()], dtype=np.int64)
+        return Progress(
+            self.clock, self.schedule, self.num_atoms, redundant, self.num_pruned,
+            target.measure(counts), target.goal, target.unit,
+        )  # fmt: skip
+
+    @property
     def redundant_groups(self) -> dict[str, Tensor]:
         """Atoms on their way to zero: node group name to sorted int64 indices, on the CPU."""
         return self._having(REDUNDANT)
@@ -204,13 +228,28 @@ class SparseOptimizer(Optimizer):
         rows = {g.name: rows_of(own, code) for g, own in zip(self.node_groups, self._codes(), strict=True)}
         return {name: atoms for name, atoms in rows.items() if len(atoms)}
 
+    def describe_setup(self) -> dict[str, Any]:
+        """What a checkpoint must agree in for its pruning to go on: plain values by option."""
+        schedule = self.schedule
+        return {
+            "optimizer": type(self).__name__,
+            "start_pruning_step": schedule.start,
+            "pruning_steps": schedule.steps,
+            "pruning_periods": schedule.periods,
+        } | self.choice.describe()
+
     def state_dict(self) -> dict[str, Any]:
         """As in torch; momentum and first moments of pruned entries are zero in it."""
         self.zero_moments_()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh."""
+        """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh.
+
+        Raises:
+            SetupError: It was saved under another schedule or target, and by one of the two pruning has begun. Before
+                that it is a ``SetupWarning``, and the setup of this optimizer counts.
+        """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -220,6 +259,8 @@ class SparseOptimizer(Optimizer):
                 f"the state dict is for {len(atoms)} prunable atoms, this optimizer has {self.num_atoms}\n"
                 "  to fix  load it into an optimizer made for the same model with the same groups left whole"
             )
+        if atoms is not None:
+            self._compare_setup(state_dict["param_groups"][0])
         self.base.load_state_dict(state_dict)
         self._share_base()
         self._fill_state()
@@ -237,6 +278,85 @@ class SparseOptimizer(Optimizer):
         if "oto_atoms" not in first:
             device = first["params"][0].device if first["params"] else "cpu"
             first["oto_atoms"] = torch.zeros(self.num_atoms, dtype=torch.uint8, device=device)
+        if "oto_sums" not in first:
+            self._forget_averages()
+        first["oto_setup"] = json.dumps(self.describe_setup(), default=float)
+
+    def _compare_setup(self, saved: Mapping[str, Any]) -> None:
+        """Tell a checkpoint of another schedule or target."""
+        ours: dict[str, Any] = json.loads(self.param_groups[0]["oto_setup"])
+        theirs: dict[str, Any] = json.loads(saved.get("oto_setup", "null")) or ours
+        differ = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if not differ:
+            return
+        step = saved["oto_step"]
+        rows = [f"  {key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} here" for key in differ]
+        text = "\n".join([f"the state dict was saved after {step} steps under another setup", *rows])
+        begun = any(step > setup.get("start_pruning_step", step) for setup in (theirs, ours))
+        if not begun and not saved["oto_atoms"].any():
+            text += "\n  effect  pruning had not begun, so what is asked for here counts"
+            warnings.warn(text, SetupWarning, stacklevel=3)
+            return
+        raise SetupError(
+            f"{text}\n  effect  pruning has begun there, or should have here: periods would be missed or cut short\n"
+            "  to fix  make the optimizer as it was made then; to go on all the same, take 'oto_setup' out of"
+            " state_dict['param_groups'][0]"
+        )
+
+    # Choosing --------------------------------------------------------------------------------------------------------
+
+    def observe(self, ahead: int | None) -> None:
+        """Add the gradients of this step to the averages, if a choice is near enough.
+
+        Args:
+            ahead: Number of steps to the next choice; ``None`` if there is none.
+        """
+        averaged = self.choice.averaged
+        if ahead is None or ahead >= self.choice.average_steps or not averaged or not self.choice.target.wants_less:
+            return
+        first = self.param_groups[0]
+        entries = self.entries()
+        first["oto_sums"] = first["oto_sums"] + torch.stack(
+            [raw_scores(entries, criterion, self.atoms.device) for criterion in averaged]
+        )
+        first["oto_seen"] += 1
+
+    def scores(self) -> Tensor:
+        """Importance of every atom now, shape ``(N,)``.
+
+        Raises:
+            NonFiniteParameterError: A parameter or gradient holds NaN or infinity.
+        """
+        first, averaged = self.param_groups[0], self.choice.averaged
+        entries = self.entries()
+        seen = first["oto_seen"]
+        averages = {c: sums / seen for c, sums in zip(averaged, first["oto_sums"], strict=True)} if seen else {}
+        scores = self.choice.scores(entries, self.atoms != PRUNED, averages)
+        self.check_finite(entries, scores)
+        return scores
+
+    def choose_redundant(self, share: float) -> None:
+        """Mark the atoms that are to be at zero when ``share`` of the way to the target is done."""
+        if not self.choice.target.wants_less:
+            return
+        alive = self.atoms != PRUNED
+        chosen = self.choice.select(self.scores(), alive, share).to(alive.device)
+        self.atoms = torch.where(alive, torch.where(chosen, REDUNDANT, FREE), PRUNED).to(torch.uint8)
+        self._forget_averages()
+        if share >= 1:
+            self.choice.warn_of_collapse(self.atoms == FREE)
+
+    def _forget_averages(self) -> None:
+        shape = len(self.choice.averaged), self.num_atoms
+        self.param_groups[0] |= {"oto_sums": torch.zeros(shape, device=self.atoms.device), "oto_seen": 0}
+
+    def plan(self) -> str:
+        """What happens at which step, and what the learning rate should do; print it."""
+        target, end = self.choice.target, self.schedule.end
+        if not target.wants_less:
+            return f"{target}\nnothing has to go: every step is one of {type(self.base).__name__}"
+        rate = f"learning rate: as without pruning; high up to step {end}, so that what is left can adapt, then falling"
+        return "\n".join([str(target), *self.schedule.lines(), rate])
 
     # Parameters and their entries ------------------------------------------------------------------------------------
 
@@ -244,22 +364,12 @@ class SparseOptimizer(Optimizer):
         """Every parameter by name, as ``param_groups`` has it now."""
         return {n: p for group in self.param_groups for n, p in zip(group["param_names"], group["params"], strict=True)}
 
-    def entries(self) -> Iterator[Entries]:
+    def entries(self) -> list[Entries]:
         """The ``zeros`` slices of every node group, with the direction of steepest ascent of the objective."""
         self.refuse_sparse_gradients()
-        found = {
-            name: (p, bool(group.get("maximize", False)))
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-        }
-        for group in self.node_groups:
-            weights, gradients = [], []
-            for piece in group.zeros:
-                p, maximize = found[piece.parameter]
-                weights.append(piece.of(p.data))
-                gradient = None if p.grad is None else piece.of(p.grad)
-                gradients.append(-gradient if maximize and gradient is not None else gradient)
-            yield Entries(weights, gradients)
+        parameters = self.parameters()
+        maximized = {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
+        return [Entries.of(group, parameters, maximized) for group in self.node_groups]
 
     def refuse_sparse_gradients(self) -> None:
         """Raise if a parameter of a node group has a sparse gradient."""
@@ -338,6 +448,41 @@ class SparseOptimizer(Optimizer):
                 p = parameters[piece.parameter]
                 for moment in moments_of(p, self.state.get(p, {})):
                     piece.of(moment).index_fill_(0, rows.to(moment.device, non_blocking=True), 0)
+
+    @torch.no_grad()
+    def zero_pruned_in(self, model: Any) -> None:
+        """Set the entries of pruned groups to zero in a copy of the model, such as a moving average of its weights.
+
+        An average only comes near zero, so its slim model would be as large as the full one. After the last period, and
+        before the average is evaluated or made slim, once is enough; while training, call it after each update.
+
+        Args:
+            model: A module with the parameter names of the model; a wrapper of one, such as
+                ``torch.optim.swa_utils.AveragedModel``, ``timm.utils.ModelEmaV3`` or any object that has the module as
+                ``.module`` or ``.ema``; or a mapping from names to tensors, such as a ``state_dict()``.
+
+        Raises:
+            UnknownParameterError: It lacks a parameter that may be zeroed, or has it in another shape.
+        """
+        ours = self.parameters()
+        names = {piece.parameter for group in self.node_groups for piece in group.zeros}
+        if isinstance(model, Mapping):
+            tensors = {name.removeprefix("module."): tensor for name, tensor in model.items()} | dict(model)
+        else:
+            module = holder(model, names)
+            tensors = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
+        bad = sorted(name for name in names if name not in tensors or tensors[name].shape != ours[name].shape)
+        if bad:
+            raise UnknownParameterError(
+                f"{type(model).__name__} has no {some(bad)} of the shape in the model\n"
+                "  effect  nothing was zeroed in it\n"
+                "  to fix  pass a copy of the model that is trained, what wraps the copy, or its state_dict()"
+            )
+        for group, own in zip(self.node_groups, self._codes(), strict=True):
+            rows = rows_of(own, PRUNED)
+            for piece in group.zeros if len(rows) else ():
+                entries = piece.of(tensors[piece.parameter].detach())
+                entries.index_fill_(0, rows.to(entries.device), 0)
 
     def commit(self) -> None:
         """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""

@@ -11,15 +11,14 @@ Where we differ from the released code, and why:
   them for a start at zero, so it is not Adam.
 * Groups are chosen at the first step of a period, before its update, from the parameters and gradients of that moment;
   all T steps of the period shrink them. Released code chooses at the second step, so that T - 1 are left.
-* Scores decide which groups go. Released code passes its choice through ``setdiff1d``, which sorts by index.
-* The sign of the cosine, the gradient and the norms: see :mod:`oto.optim.saliency`.
-* Periods share the steps and the groups evenly (each count differs by one at most). Released code floors both, leaves
-  the remaining groups to the last period, and divides by zero if ``pruning_steps < pruning_periods``; here that
-  raises ``TargetError``.
-* ``int(N * target_group_sparsity)`` ZIGs are at zero in the end, not fewer: what ``group_divisible`` rounds away in one
-  node group is taken from another, so the count falls short by ``group_divisible - 1`` at most. A target that leaves a
-  node group with fewer than its ``min_kept`` atoms raises ``TargetError`` before training. Released code lets layers
-  drop to one channel, and lowers the target silently.
+* What goes is chosen by :mod:`oto.optim.choice`, the same for every optimizer: towards a target in MACs, parameters,
+  bytes, milliseconds or groups, knowing costs, from averages over many batches, and no layer collapses by default. What
+  is published is a share of groups and one ranking of all groups by scores of one batch;
+  ``hesso(saliency="hesso", target_group_sparsity=...)`` is that. Released code lets layers drop to one channel, passes
+  its choice through ``setdiff1d``, which sorts by index, and lowers the target silently by what ``group_divisible``
+  rounds away.
+* Periods share the steps and the cost evenly. Released code floors both, leaves the remaining groups to the last
+  period, and divides by zero if ``pruning_steps < pruning_periods``; here that raises ``TargetError``.
 * Redundant atoms are scaled where they lie, also behind a concatenation. Released code scales the whole slice there.
 * Momentum and first moments of pruned entries are zeroed, and every piece of state survives a checkpoint.
 """
@@ -32,36 +31,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oto.errors import NothingPrunableError, TargetError
+from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
+from oto.groups.policy import MinKept
 from oto.optim.base import SparseOptimizer
-from oto.optim.plan import FREE, PRUNED, REDUNDANT
-from oto.optim.saliency import Saliency, Weights, resolve, score
-from oto.optim.schedule import Schedule
-from oto.optim.select import reachable, select
+from oto.optim.choice import Choice
+from oto.optim.saliency import Saliency, Weights
+from oto.optim.schedule import LENGTH, PERIODS, START, Schedule, Steps
+from oto.optim.target import Measure
 from oto.optim.wrapped import Base, Named, Params
 
 
 class HESSO(SparseOptimizer):
     """Train and prune at once; see the module docstring for the algorithm.
 
-    With ``target_group_sparsity=0`` every step is, bit for bit, that of the wrapped optimizer. Steps are calls of
+    With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer. Steps are calls of
     ``step()``; under gradient accumulation, updates rather than micro-batches.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups with names, as in :class:`SparseOptimizer`.
         node_groups: Node groups of the model.
-        start_pruning_step: Number of ordinary steps before pruning.
-        pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``.
+        target_macs, target_params, target_bytes: What is to be left at most: a float in (0, 1] is a share, an integer
+            the number itself.
+        target_latency_ms: Milliseconds of a forward pass on the example input.
+        target_group_sparsity: Share of the prunable ZIGs to bring to zero, in [0, 1). Exactly one target is given.
+        scope, min_kept, group_divisible, saliency, normalise, by_cost, average_steps: Which ZIGs go, see
+            :meth:`oto.optim.Choice.of`. ``saliency="hesso"`` chooses as published.
+        start_pruning_step: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
+        pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``, or a share likewise.
         pruning_periods: How many times groups are chosen.
-        target_group_sparsity: Share of the prunable ZIGs to bring to zero, in [0, 1).
-        saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to weights.
-            By default the five criteria of :mod:`oto.optim.saliency` count alike.
-        group_divisible: A node group that loses atoms keeps a multiple of this many.
+        total_steps: Number of steps that training takes, if anything is a share of it.
+        costs: Costs of the network, needed for all targets but ``target_group_sparsity``.
+        latency: Milliseconds as a function of what is kept, needed for ``target_latency_ms``.
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
-        variant: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        variant: The name of an optimizer of ``torch.optim``, in any case.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function of parameter groups.
-        lr: Learning rate. This and the next four are left to torch's defaults if ``None``.
+        lr: Learning rate; SGD needs one. This and the next four are left to torch's defaults if ``None``.
         first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
         second_momentum: The second of Adam's ``betas``.
         dampening: As in SGD.
@@ -71,6 +76,7 @@ class HESSO(SparseOptimizer):
     Raises:
         TargetError: The target or the schedule cannot be reached; the message says what can.
         NothingPrunableError: There is a target, but no node group may lose an atom.
+        OptionError: An option is missing, or the wrapped optimizer has none of that name.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter holds NaN or infinity.
 
@@ -80,8 +86,9 @@ class HESSO(SparseOptimizer):
         >>> rows = (Slice("0.weight", 0, ()), Slice("0.bias", 0, ()))
         >>> hidden = NodeGroup("0.weight", 8, slices=(*rows, Slice("2.weight", 1, ())), zeros=rows)
         >>> optimizer = HESSO(
-        ...     model.named_parameters(), [hidden], lr=0.1, start_pruning_step=1, pruning_steps=4, pruning_periods=2
-        ... )
+        ...     model.named_parameters(), [hidden], lr=0.1, target_group_sparsity=0.5,
+        ...     start_pruning_step=1, pruning_steps=4, pruning_periods=2,
+        ... )  # fmt: skip
         >>> for _ in range(6):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(5, 3)).square().sum().backward()
@@ -95,12 +102,24 @@ class HESSO(SparseOptimizer):
         params: Params,
         node_groups: Iterable[NodeGroup],
         *,
-        start_pruning_step: int,
-        pruning_steps: int,
-        pruning_periods: int = 10,
-        target_group_sparsity: float = 0.5,
-        saliency: Weights | str | Saliency | None = None,
+        target_macs: int | float | None = None,
+        target_params: int | float | None = None,
+        target_bytes: int | float | None = None,
+        target_latency_ms: float | None = None,
+        target_group_sparsity: float | None = None,
+        scope: str = "global",
+        min_kept: MinKept | None = None,
         group_divisible: int = 1,
+        saliency: Weights | str | Saliency | None = None,
+        normalise: str | None = None,
+        by_cost: float | None = None,
+        average_steps: int | None = None,
+        start_pruning_step: Steps = START,
+        pruning_steps: Steps = LENGTH,
+        pruning_periods: int = PERIODS,
+        total_steps: Steps | None = None,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
         names: Named | None = None,
         variant: str = "sgd",
         base: Base | None = None,
@@ -111,13 +130,30 @@ class HESSO(SparseOptimizer):
         weight_decay: float | None = None,
         **keywords: Any,
     ) -> None:
-        self.schedule = Schedule(start_pruning_step, pruning_steps, pruning_periods)
-        self.criteria = resolve(saliency)
-        self.group_divisible = group_divisible
-        self.target_group_sparsity = target_group_sparsity
+        schedule = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
+        choice = Choice.of(
+            node_groups,
+            {
+                "target_macs": target_macs,
+                "target_params": target_params,
+                "target_bytes": target_bytes,
+                "target_latency_ms": target_latency_ms,
+                "target_group_sparsity": target_group_sparsity,
+            },
+            costs=costs,
+            latency=latency,
+            scope=scope,
+            min_kept=min_kept,
+            group_divisible=group_divisible,
+            saliency=saliency,
+            normalise=normalise,
+            by_cost=by_cost,
+            average_steps=average_steps,
+        )
         super().__init__(
             params,
-            node_groups,
+            choice,
+            schedule,
             names=names,
             variant=variant,
             base=base,
@@ -128,12 +164,6 @@ class HESSO(SparseOptimizer):
             weight_decay=weight_decay,
             **keywords,
         )
-        self._check_target()
-
-    @property
-    def target(self) -> int:
-        """Number of ZIGs to bring to zero."""
-        return int(self.num_atoms * self.target_group_sparsity)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -157,55 +187,20 @@ class HESSO(SparseOptimizer):
             return loss
 
         n = self.clock
-        if n == 0 and self.target:
+        if n == 0 and self.choice.target.wants_less:
             self.refuse_sparse_gradients()  # rather than when the first period begins
+        self.advance(n)
+        self.clock = n + 1
+        return loss
+
+    def advance(self, n: int) -> None:
+        """Step ``n``: choose if a period begins, descend, shrink."""
+        self.observe(self.schedule.until_choice(n))
         if self.schedule.starts_period(n):
-            self._choose_redundant(n)
+            self.choose_redundant(self.schedule.share(n))
         self.descend()  # x <- x - lr * d, redundant groups included
         if self.schedule.ends_period(n):
             self.commit()
         else:
             self.scale_redundant_(self.schedule.factor(n))
         self.zero_pruned_()
-        self.clock = n + 1
-        return loss
-
-    def _choose_redundant(self, step: int) -> None:
-        """Mark the ZIGs of lowest saliency, over all node groups, up to this period's quota."""
-        period = self.schedule.period(step)
-        assert period is not None
-        if not self.target:
-            return
-        pruned = self.atoms == PRUNED
-        entries = list(self.entries())
-        scores = score(entries, ~pruned, self.criteria)
-        self.check_finite(entries, scores)
-        chosen = select(
-            scores.masked_fill(pruned, -torch.inf),
-            [group.size for group in self.node_groups],
-            [group.min_kept for group in self.node_groups],
-            self.schedule.quota(period, self.target),
-            self.group_divisible,
-        )
-        self.atoms = torch.where(pruned, PRUNED, torch.where(chosen, REDUNDANT, FREE)).to(torch.uint8)
-
-    def _check_target(self) -> None:
-        share, divisible = self.target_group_sparsity, self.group_divisible
-        if not 0 <= share < 1:
-            raise TargetError(f"target_group_sparsity is {share}; it is the share of groups to remove, in [0, 1)")
-        if divisible < 1:
-            raise TargetError(f"group_divisible is {divisible}; it is at least 1")
-        if not share:
-            return
-        if not self.node_groups:
-            raise NothingPrunableError(
-                f"target_group_sparsity is {share}, but no node group may lose an atom; oto.explain() says why"
-            )
-        sizes, least = [g.size for g in self.node_groups], [g.min_kept for g in self.node_groups]
-        most = reachable(sizes, least, divisible)
-        if self.target > most:
-            raise TargetError(
-                f"target_group_sparsity={share} asks for {self.target} of {self.num_atoms} groups, but only {most} may "
-                f"go: every node group keeps its least number of atoms, rounded up to a multiple of {divisible}\n"
-                f"  to fix  ask for {most / self.num_atoms:.4g} or less, or lower the minimum or group_divisible"
-            )

@@ -1,4 +1,4 @@
-"""Saliency criteria of HESSO (arXiv 2409.09085, section 3): how much a zero-invariant group (ZIG) matters.
+"""How much a zero-invariant group (ZIG) matters: the criteria of HESSO (arXiv 2409.09085, section 3), made comparable.
 
 A criterion maps the entries of one node group to one score per atom, vectorised over the atoms; higher is kept. The
 entries are those of the group's ``zeros`` slices, which is what pruning sets to zero. The gradient is ``p.grad`` as
@@ -11,13 +11,16 @@ Where we differ from the released code:
   that descent already shrinks (``<x, g> > 0``). OTOv2's optimizer has it the other way; so have we: ``1 - cos(x, g)``.
 * **Gradient.** Released code uses the direction of its own Adam, which the wrapped optimizer does not show; the plain
   gradient works with any.
-* **Norms.** Each criterion is divided by its L2 norm over the groups that are still alive, not over all.
+* **Norms.** Each criterion is divided by its mean over the atoms of the same node group that are still alive, so that
+  layers of different size can be compared; ``normalise="all"`` divides by its L2 norm over all that are alive, as
+  released code does over all there ever were.
+* **Averages.** Criteria that look at gradients are averaged over the steps before a choice: one batch is noise.
 * Sums are accumulated in float32 at least, also for half precision parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 from oto.errors import TargetError
+from oto.groups.node_group import NodeGroup
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,21 @@ class Entries:
 
     weights: Sequence[Tensor]
     gradients: Sequence[Tensor | None]
+
+    @classmethod
+    def of(cls, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str] = ()) -> Entries:
+        """The entries of a node group, with the direction of steepest ascent of the objective.
+
+        Args:
+            maximized: Parameters whose gradient is that of something to be made large.
+        """
+        weights, gradients = [], []
+        for piece in group.zeros:
+            p = parameters[piece.parameter]
+            gradient = None if p.grad is None else piece.of(p.grad)
+            weights.append(piece.of(p.data))
+            gradients.append(-gradient if gradient is not None and piece.parameter in maximized else gradient)
+        return cls(weights, gradients)
 
     @property
     def count(self) -> int:
@@ -102,43 +121,85 @@ CRITERIA: dict[str, Saliency] = {
 Weights = Mapping[str | Saliency, float]
 """Criteria, by name or as functions, and how much each counts."""
 
-DEFAULT: Weights = dict.fromkeys(CRITERIA, 0.2)
+PUBLISHED: Weights = dict.fromkeys(CRITERIA, 0.2)
+"""The five criteria of HESSO count alike."""
+
+FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude)
+"""Criteria that look at no gradient, so there is nothing to average."""
+
+NORMALISE = {
+    "mean": "its mean over the atoms of the node group",
+    "max": "its greatest value in the node group",
+    "norm": "its L2 norm over the atoms of the node group",
+    "all": "its L2 norm over the atoms of all node groups",
+    "none": "nothing",
+}
+"""What a criterion may be divided by; atoms at zero for good do not count."""
 
 
-def resolve(weights: Weights | str | Saliency | None) -> list[tuple[Saliency, float]]:
-    """The criteria as functions, in the given order.
+WITHIN_GROUPS = ("mean", "max", "norm")
+"""What makes a score relative to its own node group."""
+
+
+def resolve(weights: Weights | str | Saliency) -> list[tuple[Saliency, float]]:
+    """The criteria as functions, in the given order; ``"hesso"`` stands for :data:`PUBLISHED`.
 
     Raises:
         TargetError: A name is unknown, or no criterion counts.
     """
-    if weights is None:
-        weights = DEFAULT
-    elif not isinstance(weights, Mapping):
-        weights = {weights: 1.0}
+    if not isinstance(weights, Mapping):
+        weights = PUBLISHED if weights == "hesso" else {weights: 1.0}
     for name in weights:
         if isinstance(name, str) and name not in CRITERIA:
-            raise TargetError(f"no saliency is called {name!r}; there are {', '.join(CRITERIA)}, or pass a function")
+            raise TargetError(
+                f"no saliency is called {name!r}; there are hesso, {', '.join(CRITERIA)}, or pass a function"
+            )
     if not any(weights.values()):
         raise TargetError("every saliency has the weight 0, so no group can be told from another")
     return [(CRITERIA[name] if isinstance(name, str) else name, weight) for name, weight in weights.items()]
 
 
-def score(groups: Sequence[Entries], alive: Tensor, criteria: Sequence[tuple[Saliency, float]]) -> Tensor:
-    """Weighted sum of the criteria, each divided by its L2 norm over the atoms that are alive.
+def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.device) -> Tensor:
+    """A criterion for every atom, node group after node group, float32 at least, shape ``(N,)``."""
+    raw = torch.cat([criterion(entries).to(device, non_blocking=True) for entries in groups])
+    return raw.to(torch.promote_types(raw.dtype, torch.float32))
+
+
+def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, sizes: Sequence[int], normalise: str
+               ) -> Tensor:  # fmt: skip
+    """Weighted sum of criteria that were made comparable.
 
     Args:
-        groups: The entries of every node group.
+        raw: Each criterion for every atom, shape ``(N,)``.
+        weights: How much each counts.
         alive: Whether an atom is still unpruned, bool, shape ``(N,)``: node group after node group.
-        criteria: Functions and their weights.
+        sizes: Atoms of each node group.
+        normalise: A key of :data:`NORMALISE`.
 
     Returns:
-        Shape ``(N,)``, float32 at least; without meaning where an atom is not alive.
+        Shape ``(N,)``; without meaning where an atom is not alive.
     """
-    total = torch.zeros(alive.shape, dtype=torch.float32, device=alive.device)
-    for criterion, weight in criteria:
-        raw = torch.cat([criterion(entries).to(alive.device) for entries in groups])
-        norm = torch.linalg.vector_norm(raw * alive, dtype=torch.promote_types(raw.dtype, torch.float32))
-        total = total + weight * raw / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    total = torch.zeros_like(raw[0])
+    size = torch.tensor(sizes, device=alive.device)
+    group = torch.arange(len(sizes), device=alive.device).repeat_interleave(size, output_size=len(alive))
+
+    def over_group(values: Tensor, how: str) -> Tensor:
+        made = values.new_zeros(len(sizes)).scatter_reduce_(0, group, values, how, include_self=True)
+        return made[group]
+
+    for values, weight in zip(raw, weights, strict=True):
+        own = torch.where(alive, values, 0).abs()
+        if normalise == "mean":
+            scale = over_group(own, "sum") / over_group(alive.to(own.dtype), "sum").clamp_min(1)
+        elif normalise == "max":
+            scale = over_group(own, "amax")
+        elif normalise == "norm":
+            scale = over_group(own.square(), "sum").sqrt()
+        elif normalise == "all":
+            scale = torch.linalg.vector_norm(own)
+        else:
+            scale = torch.ones_like(own)
+        total = total + weight * values / scale.clamp_min(torch.finfo(own.dtype).tiny)
     return total
 
 

@@ -6,9 +6,18 @@ per micro-batch, and a call that a ``GradScaler`` skips does not count.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any, SupportsFloat, SupportsIndex
 
 from oto.errors import TargetError
+from oto.optim.target import shown
+
+START, LENGTH, PERIODS = 0.05, 0.4, 5
+"""When to prune by default: shares of all steps, and how many times groups are chosen."""
+
+Steps = SupportsFloat | SupportsIndex
+"""A number of steps: an int, one of numpy or torch too, or a float."""
 
 
 @dataclass(frozen=True)
@@ -19,23 +28,55 @@ class Schedule:
         start: Number of ordinary steps before the first period.
         steps: Number of steps over which pruning is spread, at least ``periods``.
         periods: Number of times that redundant groups are chosen.
+        total_steps: Number of steps that training takes, if it is known.
 
     Raises:
-        TargetError: A period would have no step.
+        TargetError: A number is no whole number, a period would have no step, or pruning would outlast training.
 
     Example:
         >>> schedule = Schedule(start=2, steps=5, periods=2)  # two periods: steps 2, 3 and steps 4, 5, 6
         >>> [schedule.period(step) for step in range(8)]
         [None, None, 0, 0, 1, 1, 1, None]
-        >>> [schedule.quota(period, 5) for period in range(2)]
-        [2, 5]
+        >>> [schedule.until_choice(step) for step in range(6)]
+        [2, 1, 0, 1, 0, None]
     """
 
     start: int
     steps: int
     periods: int
+    total_steps: int | None = None
+
+    @classmethod
+    def of(cls, start: Steps, steps: Steps, periods: Steps, total_steps: Steps | None = None) -> Schedule:
+        """A schedule whose start and length may be given as shares of all steps.
+
+        Args:
+            start: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
+            steps: Number of steps over which pruning is spread; a float in [0, 1] is a share of ``total_steps``.
+            periods: Number of times that redundant groups are chosen.
+            total_steps: Number of steps that training takes, needed by shares only.
+
+        Raises:
+            TargetError: As for the class itself, or a share comes without ``total_steps``.
+
+        Example:
+            >>> print(Schedule.of(0.1, 0.4, periods=5, total_steps=1000))
+            steps 0–99     ordinary steps
+            steps 100–499  5 periods of 80 steps; groups are chosen at steps 100, 180, 260, 340, 420
+            step 499       the last of them reach zero
+            steps 500–999  training goes on with what is left
+        """
+        total = None if total_steps is None else _whole("total_steps", total_steps)
+        first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
+        begin, end = round(first), round(first + length)  # so that shares of .3 and .7 are never a step more than all
+        return cls(begin, end - begin, _whole("pruning_periods", periods), total)
 
     def __post_init__(self) -> None:
+        names = {"start": "start_pruning_step", "steps": "pruning_steps", "periods": "pruning_periods"}
+        for field, name in names.items():
+            object.__setattr__(self, field, _whole(name, getattr(self, field)))
+        if self.total_steps is not None:
+            object.__setattr__(self, "total_steps", _whole("total_steps", self.total_steps))
         if self.start < 0:
             raise TargetError(f"start_pruning_step is {self.start}; it counts ordinary steps, so it is at least 0")
         if self.periods < 1:
@@ -45,6 +86,38 @@ class Schedule:
                 f"pruning_steps={self.steps} cannot be cut into pruning_periods={self.periods} periods of at least one "
                 f"step; ask for pruning_steps >= {self.periods} or pruning_periods <= {max(self.steps, 1)}"
             )
+        if self.total_steps is not None and self.end > self.total_steps:
+            raise TargetError(
+                f"pruning would last from step {self.start} to step {self.end - 1}, but training ends after "
+                f"total_steps={self.total_steps}\n"
+                "  effect  groups would be left that never reach zero\n"
+                f"  to fix  start earlier, or prune in {max(self.total_steps - self.start, 0)} steps or fewer"
+            )
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """What happens at which step."""
+        bounds = [self.bounds(period) for period in range(self.periods)]
+        lengths = sorted({end - first for first, end in bounds})
+        chosen = [str(first) for first, _ in bounds]
+        if len(chosen) > 6:
+            chosen = [*chosen[:3], "…", chosen[-1]]
+        periods = (
+            f"{self.periods} period{'s' * (self.periods > 1)} of {' or '.join(map(str, lengths))}"
+            f" step{'s' * (lengths[-1] > 1)}; groups are chosen at step{'s' * (self.periods > 1)} {', '.join(chosen)}"
+        )
+        rows = [
+            (_steps(self.start, self.end), periods),
+            (_steps(self.end - 1, self.end), "the last of them reach zero"),
+        ]
+        if self.start:
+            rows.insert(0, (_steps(0, self.start), "ordinary steps"))
+        if self.total_steps is None or self.total_steps > self.end:
+            rows.append((_steps(self.end, self.total_steps), "training goes on with what is left"))
+        width = max(len(when) for when, _ in rows)
+        return [f"{when.ljust(width)}  {what}" for when, what in rows]
 
     @property
     def end(self) -> int:
@@ -89,6 +162,127 @@ class Schedule:
         left = self.bounds(period)[1] - step
         return (left - 1) / left
 
-    def quota(self, period: int, total: int) -> int:
-        """How many of ``total`` groups are at zero when ``period`` is over."""
-        return total * (period + 1) // self.periods
+    def share(self, step: int) -> float:
+        """How much of the way to the target is done when the period of ``step`` is over, in (0, 1]."""
+        period = self.period(step)
+        assert period is not None
+        return (period + 1) / self.periods
+
+    def until_choice(self, step: int) -> int | None:
+        """Number of steps from ``step`` to the next one that chooses; ``None`` if there is none any more."""
+        if step <= self.start:
+            return self.start - step
+        following = ((step - self.start) * self.periods - 1) // self.steps + 1  # the first period that starts later
+        return self.bounds(following)[0] - step if following < self.periods else None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far pruning has come.
+
+    Attributes:
+        step: Number of steps that were taken.
+        schedule: When pruning happens.
+        groups: Number of ZIGs that may be pruned.
+        redundant: Number of those on their way to zero.
+        pruned: Number of those at zero for good.
+        cost: What the network costs without them, in ``unit``.
+        goal: What it is to cost at most in the end.
+        unit: Such as ``"MACs"``.
+
+    Example:
+        >>> print(Progress(130, Schedule(100, 200, 5), 1216, redundant=122, pruned=0, cost=8e6, goal=4e6, unit="MACs"))
+        step 130 of 300, period 1 of 5: 0 of 1,216 groups are zero, 122 on their way; 8,000,000 MACs, goal 4,000,000
+    """
+
+    step: int
+    schedule: Schedule
+    groups: int
+    redundant: int
+    pruned: int
+    cost: float
+    goal: float
+    unit: str
+
+    @property
+    def period(self) -> int | None:
+        """The period that the next step belongs to, from 0; ``None`` before and after pruning."""
+        return self.schedule.period(self.step)
+
+    @property
+    def over(self) -> bool:
+        """Whether the last period has ended."""
+        return self.step >= self.schedule.end
+
+    @property
+    def done(self) -> float:
+        """Share of the pruning steps that were taken, in [0, 1]."""
+        return min(max(self.step - self.schedule.start, 0) / self.schedule.steps, 1.0)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of ZIGs at zero for good, in [0, 1]."""
+        return self.pruned / max(self.groups, 1)
+
+    def __str__(self) -> str:
+        zero = f"{self.pruned:,} of {self.groups:,} groups are zero"
+        cost = f"; {shown(self.cost)} {self.unit}, goal {shown(self.goal)}"
+        if self.over:
+            return f"step {self.step}, pruning ended after {self.schedule.end} steps: {zero}{cost}"
+        period = "" if self.period is None else f", period {self.period + 1} of {self.schedule.periods}"
+        way = f", {self.redundant:,} on their way" if self.redundant else ""
+        return f"step {self.step} of {self.schedule.end}{period}: {zero}{way}{cost}"
+
+
+def count_steps(name: str, number: Steps, total_steps: Steps | None) -> int:
+    """A number of steps, or a share of ``total_steps``, as a whole number.
+
+    Raises:
+        TargetError: It has a fraction, or a share comes without ``total_steps``.
+    """
+    return round(_count(name, number, None if total_steps is None else _whole("total_steps", total_steps)))
+
+
+def _count(name: str, number: Steps, total: int | None) -> float:
+    share = _share(number)
+    return _whole(name, number) if total is None or share is None else share * total
+
+
+def _share(number: Steps) -> float | None:
+    """A float in [0, 1] stands for a share of all steps; the int 1 is one step."""
+    share: Any = number
+    return float(share) if _index(number) is None and 0 <= float(share) <= 1 else None
+
+
+def _index(number: Steps) -> int | None:
+    """The number if it is of an integer type."""
+    integer: Any = number
+    try:
+        return operator.index(integer)
+    except TypeError:  # also from a tensor of a float, which has the method
+        return None
+
+
+def _whole(name: str, number: Steps) -> int:
+    """The number as an int.
+
+    Raises:
+        TargetError: It has a fraction.
+    """
+    whole, value = _index(number), float(number)
+    if whole is not None:
+        return whole
+    if value.is_integer():
+        return int(value)
+    share = 0 < value < 1 and name in ("start_pruning_step", "pruning_steps", "sampling_steps")
+    raise TargetError(
+        f"{name} is {value:g}; steps and periods are counted in whole numbers\n"
+        "  effect  no step would be the one at which pruning begins or ends\n"
+        f"  to fix  {'give total_steps= too, of which it is a share' if share else 'round it'}"
+    )
+
+
+def _steps(first: int, end: int | None) -> str:
+    if end is None:
+        return f"steps {first}–"
+    return f"step {first}" if end - first == 1 else f"steps {first}–{end - 1}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oto.errors import UnknownParameterError
+from oto.errors import OptionError, UnknownParameterError
 
 Named = Iterable[tuple[str, Tensor]]
 Params = Named | Iterable[dict[str, Any]]
@@ -19,9 +20,15 @@ Base = Optimizer | Callable[..., Optimizer]
 """An optimizer, its class, or any function of parameter groups that makes one, such as ``functools.partial``."""
 
 VARIANTS: dict[str, type[Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+}
+"""Every optimizer of ``torch.optim``; case does not count."""
+
+REFUSED = {
+    "lbfgs": "it evaluates the loss several times in a step, and its history mixes all entries",
+    "sparseadam": "it takes sparse gradients only, and saliency needs every entry",
 }
 
 
@@ -39,33 +46,61 @@ def build(
     """The optimizer to wrap. Keywords that are ``None`` are left to the defaults of torch."""
     keywords = {key: value for key, value in keywords.items() if value is not None}
     moments = {"first_momentum": first_momentum, "second_momentum": second_momentum, "dampening": dampening}
-    given = [key for key, value in moments.items() if value is not None]
+    given = {key: value for key, value in moments.items() if value is not None}
 
     if base is not None:
         if given:
-            raise TypeError(f"{', '.join(given)} belong to variant=; with base= use the keywords of that optimizer")
+            raise OptionError(f"{', '.join(given)} belong to variant=; with base= use the keywords of that optimizer")
         if isinstance(base, Optimizer):
             if keywords:
-                raise TypeError(f"base is an optimizer already; {', '.join(keywords)} cannot be set any more")
+                raise OptionError(f"base is an optimizer already; {', '.join(keywords)} cannot be set any more")
             _name(base.param_groups, _names_of(names if names is not None else params))
             return base
         return base(_groups(params, names), **keywords)
 
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; it is one of {', '.join(VARIANTS)}, or pass an optimizer as base=")
-    if variant == "sgd":
-        if second_momentum is not None:
-            raise TypeError("variant 'sgd' has no second_momentum")
-        renamed = {"momentum": first_momentum, "dampening": dampening}
-        keywords |= {key: value for key, value in renamed.items() if value is not None}
-    else:
-        if dampening is not None:
-            raise TypeError(f"variant {variant!r} has no dampening")
-        if first_momentum is not None or second_momentum is not None:
-            beta1 = 0.9 if first_momentum is None else first_momentum
-            beta2 = 0.999 if second_momentum is None else second_momentum
-            keywords["betas"] = (beta1, beta2)
-    return VARIANTS[variant](_groups(params, names), **keywords)
+    kind = _variant(variant)
+    takes = inspect.signature(kind).parameters
+    keywords |= _translated(given, takes)
+    unknown = [key for key in keywords if key not in takes]
+    if unknown:
+        raise OptionError(
+            f"variant {variant!r} has no {', '.join(unknown)}\n"
+            f"  to fix  leave it out; torch.optim.{kind.__name__} takes {', '.join(list(takes)[1:])}"
+        )
+    groups = _groups(params, names)
+    if kind is torch.optim.SGD and "lr" not in keywords and any("lr" not in group for group in groups):
+        raise OptionError(
+            "lr is missing: SGD has no learning rate that suits every model\n"
+            "  to fix  give lr=, such as lr=0.1 for a network with norms that is trained from scratch, or one per group"
+        )
+    return kind(groups, **keywords)
+
+
+def _variant(name: str) -> type[Optimizer]:
+    """The optimizer of ``torch.optim`` of this name.
+
+    Raises:
+        OptionError: There is none, or it cannot prune.
+    """
+    kind = VARIANTS.get(name.lower())
+    why = "torch.optim has none of that name" if kind is None else REFUSED.get(name.lower())
+    if kind is not None and why is None:
+        return kind
+    usable = sorted(kind.__name__ for key, kind in VARIANTS.items() if key not in REFUSED)
+    raise OptionError(
+        f"variant is {name!r}: {why}\n  to fix  use one of {', '.join(usable)}, or pass an optimizer as base="
+    )
+
+
+def _translated(given: dict[str, float], takes: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The moments under the names that the optimizer has for them; one that it has none for keeps ours."""
+    own: dict[str, Any] = dict(given)
+    if "betas" in takes and own.keys() & {"first_momentum", "second_momentum"}:
+        first, second = takes["betas"].default
+        own["betas"] = (own.pop("first_momentum", first), own.pop("second_momentum", second))
+    elif "momentum" in takes and "first_momentum" in own:
+        own["momentum"] = own.pop("first_momentum")
+    return own
 
 
 def _groups(params: Params, names: Named | None) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ class Shrunk(Protocol):
     @property
     def why_graph(self) -> str | None: ...
     @property
+    def notes(self) -> Sequence[str]: ...
+    @property
     def checks(self) -> Sequence[Check]: ...
     @property
     def cost_before(self) -> Cost: ...
@@ -44,22 +46,30 @@ def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def subnet_table(subnet: Shrunk) -> str:
-    """What shrank, how it was proved, and where it is."""
-    before, after = subnet.cost_before, subnet.cost_after
+def cost_rows(before: Cost, after: Cost) -> list[list[str]]:
+    """Costs of the full and of a slim network, with a heading."""
 
     def row(name: str, a: int, b: int) -> list[str]:
         return [name, f"{a:,}", f"{b:,}", f"{100 * b / a:.1f} %" if a else "–"]
+
+    return [
+        ["", "before", "after", "kept"],
+        row("parameters", before.params, after.params),
+        row("MACs", before.macs, after.macs),
+        row("bytes", before.bytes, after.bytes),
+    ]
+
+
+def subnet_table(subnet: Shrunk) -> str:
+    """What shrank, how it was proved, and where it is."""
+    before, after = subnet.cost_before, subnet.cost_after
 
     worst: dict[str, Check] = {}
     for check in subnet.checks:
         if check.dtype not in worst or check.error > worst[check.dtype].error:
             worst[check.dtype] = check
     lines = [
-        columns(
-            [["", "before", "after", "kept"], row("parameters", before.params, after.params),
-             row("MACs", before.macs, after.macs)]
-        ),
+        columns(cost_rows(before, after)),
         *(
             f"verified: {len([c for c in subnet.checks if c.dtype == dtype])} comparisons in {dtype}, largest relative"
             f" error {c.error:.1e} (tolerance {c.tolerance:.0e})"
@@ -69,6 +79,7 @@ def subnet_table(subnet: Shrunk) -> str:
     ]  # fmt: skip
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")
+    lines += [f"note: {note}" for note in subnet.notes]
     if subnet.path is not None:
         lines.append(f"saved in {subnet.path}")
     return "\n".join(lines)

@@ -53,7 +53,7 @@ def export_program(
     Raises:
         EmitterError: ``torch.export`` cannot follow the model.
     """
-    args, kwargs = arguments(dummy_input)
+    as_given = arguments(dummy_input)
     failure: Exception | None = None
     with (
         as_found(model),
@@ -64,11 +64,14 @@ def export_program(
         warnings.simplefilter("ignore")
         for dynamic in (True, False):
             try:
-                given = _two(args, kwargs) if dynamic else (args, kwargs)
+                given = _two(as_given) if dynamic else as_given
                 shapes = _free_batch(model, *given) if dynamic else None
                 with redirect_stderr(io.StringIO()), quiet():  # where it fails, torch prints the whole graph
                     program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
-                return program, dynamic and _is_free(program, _batch(*given))
+                free = dynamic and _is_free(program, _batch(*given))
+                if free or given is as_given:
+                    return program, free
+                log.info("torch.export settled on a batch of two, which is not the example's: exported again")
             except Exception as problem:
                 failure = failure or problem
                 log.info("torch.export with a %s batch failed: %s", "free" if dynamic else "fixed", problem)
@@ -130,11 +133,11 @@ def _batch(args: Any, kwargs: Any) -> int | None:
     return next((t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), None)
 
 
-def _two(args: Any, kwargs: Any) -> Any:
+def _two(given: Any) -> Any:
     """A batch of one is special to torch.export: show it two."""
-    if _batch(args, kwargs) != 1:
-        return args, kwargs
-    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, (args, kwargs))
+    if _batch(*given) != 1:
+        return given
+    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, given)
 
 
 def _free_batch(model: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -86,6 +86,17 @@ class Leaf:
     def name(self) -> str:
         return self.names[0] if self.names else f"constant %{self.value.index}"
 
+    @property
+    def may_be_zeroed(self) -> bool:
+        """Whether it is a parameter of real or complex numbers; frozen integers may be codes of numbers."""
+        dtype = self.value.dtype
+        return self.kind == "parameter" and (self.trainable or dtype.is_floating_point or dtype.is_complex)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is a parameter that training leaves alone."""
+        return self.kind == "parameter" and not self.trainable
+
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -100,6 +111,12 @@ class Graph:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     how: str
+
+    @property
+    def unread(self) -> set[str]:
+        """Names of tensors of the model that no call reads."""
+        read = {value for node in self.nodes for value in node.inputs()}.union(self.outputs)
+        return {name for leaf in self.leaves if leaf.value not in read for name in leaf.names}
 
     def __str__(self) -> str:
         lines = [f"graph ({self.how}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]

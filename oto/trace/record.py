@@ -35,7 +35,7 @@ from oto._torch import (
     tree_map_only,
 )
 from oto.errors import DummyInputError, TraceError
-from oto.trace.graph import Graph, GraphBuilder, Key
+from oto.trace.graph import Graph, GraphBuilder, Key, Value
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,20 @@ def arguments(dummy_input: Any) -> Arguments:
     return separate
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recording:
+    """A graph, and what its run met besides: enough to run it again.
+
+    Attributes:
+        constants: What the constants among the leaves held, if the run was made on data.
+        result: What ``forward`` returned.
+    """
+
+    graph: Graph
+    constants: Mapping[Value, Tensor]
+    result: Any
+
+
 def record(
     model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True, dead: bool = False
 ) -> Graph:
@@ -101,12 +115,31 @@ def record(
         for way in ways:
             try:
                 with _untouched(model):
-                    return _run(model, args, kwargs, known, way, dead)
+                    return _run(model, args, kwargs, known, way, dead).graph
             except Exception as failure:
                 failures[way] = failure
                 log.info("%s tensors do not carry this model: %s", way, failure)
     plainest = failures.get("real") or failures["fake"]
     raise TraceError(_message(model, args, kwargs, plainest)) from plainest
+
+
+def record_data(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Recording:
+    """The run of ``model`` on the data of one example, in which branches go as its values say.
+
+    Raises:
+        DummyInputError: ``dummy_input`` is of the wrong type.
+        TraceError: ``forward`` fails on the example.
+    """
+    args, kwargs = arguments(dummy_input)
+    failures: list[Exception] = []
+    with as_found(model):
+        for way in ("real", "grad"):
+            try:
+                with _untouched(model):
+                    return _run(model, args, kwargs, known, way)
+            except Exception as failure:
+                failures.append(failure)
+    raise TraceError(_message(model, args, kwargs, failures[0])) from failures[0]
 
 
 def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception) -> str:
@@ -197,7 +230,7 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
 
 def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool = False
-) -> Graph:
+) -> Recording:
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, tensor in named.items():
@@ -235,7 +268,7 @@ def _run(
         outputs = list(tensors_in(result))
     for tensor in outputs:
         recorder.see(tensor)
-    return recorder.builder.build([id(tensor) for tensor in outputs], dead)
+    return Recording(recorder.builder.build([id(tensor) for tensor in outputs], dead), recorder.constants, result)
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
@@ -265,6 +298,7 @@ class _Recorder(TorchDispatchMode):
         self.builder = builder
         self.known = known
         self.shapes_only = builder.how == "meta"
+        self.constants: dict[Value, Tensor] = {}
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
         self.path: list[str] = [""]
         self.attributes = {
@@ -283,6 +317,8 @@ class _Recorder(TorchDispatchMode):
             self.hold(tensor)
             name = self.attributes.get(id(tensor))
             self.builder.leaf(id(tensor), tensor.shape, tensor.dtype, [name] if name else [], "constant")
+            if self.builder.how == "real":
+                self.constants[self.builder.current[id(tensor)]] = tensor.clone()  # before anything writes to it
         return Key(id(tensor))
 
     def keyed(self, x: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from oto.errors import TargetError
 from oto.groups.node_group import Cut, Slice
 from oto.optim import CRITERIA, Entries
-from oto.optim.saliency import resolve, score
+from oto.optim.saliency import NORMALISE, importance, raw_scores, resolve
 
 BY_HAND = {
     "magnitude": lambda x, g: x.norm(),
@@ -75,10 +75,43 @@ def test_cosine_of_nothing_is_no_opinion():
     assert CRITERIA["cosine_similarity"](Entries([torch.zeros(2, 3)], [torch.zeros(2, 3)])).tolist() == [1.0, 1.0]
 
 
-def test_scores_are_normed_over_what_is_alive():
-    own = Entries([torch.tensor([3.0, 4.0, 1e6])], [None])
-    alive = torch.tensor([True, True, False])
-    torch.testing.assert_close(score([own], alive, resolve("magnitude"))[:2], torch.tensor([0.6, 0.8]))
+def score(groups, alive, criteria, normalise="mean"):
+    raw = [raw_scores(groups, criterion, alive.device) for criterion, _ in criteria]
+    sizes = [len(own.weights[0]) for own in groups]
+    return importance(raw, [weight for _, weight in criteria], alive, sizes, normalise)
+
+
+BY_GROUP = {
+    "mean": [3 / 3.5, 4 / 3.5, 1.0],
+    "max": [0.75, 1.0, 1.0],
+    "norm": [0.6, 0.8, 1.0],
+    "all": [3 / 13, 4 / 13, 12 / 13],
+    "none": [3.0, 4.0, 12.0],
+}
+
+
+def test_every_way_to_make_criteria_comparable_is_written_out_here():
+    assert BY_GROUP.keys() == NORMALISE.keys()
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+def test_criteria_are_made_comparable_over_what_is_alive(normalise):
+    first = Entries([torch.tensor([3.0, 4.0, 1e6])], [None])  # the third atom is pruned
+    second = Entries([torch.tensor([12.0])], [None])
+    alive = torch.tensor([True, True, False, True])
+    scores = score([first, second], alive, resolve("magnitude"), normalise)
+    torch.testing.assert_close(scores[alive], torch.tensor(BY_GROUP[normalise]))
+
+
+def test_a_group_without_any_magnitude_goes_first_and_nothing_is_divided_by_zero():
+    groups = [Entries([torch.zeros(2)], [None]), Entries([torch.ones(2)], [None])]
+    for normalise in NORMALISE:
+        scores = score(groups, torch.ones(4, dtype=torch.bool), resolve("magnitude"), normalise)
+        assert scores.isfinite().all() and scores.argsort().tolist()[:2] == [0, 1]
+
+
+def test_what_is_published_counts_five_criteria_alike():
+    assert [weight for _, weight in resolve("hesso")] == [0.2] * 5
 
 
 def test_a_function_of_the_user_joins_the_others():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,12 +49,17 @@ def test_a_period_runs_linearly_to_exactly_zero(schedule, pick):
         assert math.isclose(math.prod(factors[: t + 1]), (end - first - t - 1) / (end - first), abs_tol=1e-12)
 
 
-@given(schedules, st.integers(0, 1000))
-def test_quotas_rise_evenly_to_the_total(schedule, total):
-    quotas = [schedule.quota(period, total) for period in range(schedule.periods)]
-    assert quotas[-1] == total
-    shares = [after - before for before, after in zip([0, *quotas], quotas, strict=False)]
-    assert max(shares) - min(shares) <= 1
+@given(schedules)
+def test_the_way_to_the_target_is_shared_evenly(schedule):
+    shares = [schedule.share(schedule.bounds(period)[0]) for period in range(schedule.periods)]
+    assert shares == [(period + 1) / schedule.periods for period in range(schedule.periods)]
+
+
+@given(schedules)
+def test_steps_until_the_next_choice(schedule):
+    starts = [step for step in range(schedule.end) if schedule.starts_period(step)]
+    for step in range(schedule.end + 2):
+        assert schedule.until_choice(step) == next((start - step for start in starts if start >= step), None)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +74,72 @@ def test_quotas_rise_evenly_to_the_total(schedule, total):
 def test_an_impossible_schedule_is_refused(numbers, message):
     with pytest.raises(TargetError, match=message):
         Schedule(*numbers)
+
+
+# Shares of all steps, and numbers that are none -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "asked, meant",
+    [
+        ((0.1, 0.4, 5, 1000), (100, 400, 5)),
+        ((0.0, 1.0, 5, 1000), (0, 1000, 5)),  # floats are shares, up to all of it
+        ((1, 5, 5, 1000), (1, 5, 5)),  # ints are steps
+        ((10, 0.5, 5, 101), (10, 50, 5)),  # 50.5 is rounded to even
+        ((10.0, 40.0, 5.0, 1000.0), (10, 40, 5)),
+        ((10.0, 40.0, 5.0), (10, 40, 5)),
+        ((np.int64(10), torch.tensor(40), np.int32(5)), (10, 40, 5)),
+        ((np.float32(0.5), torch.tensor(0.25), 5, torch.tensor(100)), (50, 25, 5)),
+        ((0.0, 40, 5), (0, 40, 5)),
+    ],
+)
+def test_steps_are_whole_numbers_or_shares(asked, meant):
+    schedule = Schedule.of(*asked)
+    assert (schedule.start, schedule.steps, schedule.periods) == meant
+    assert all(type(number) is int for number in (schedule.start, schedule.steps, schedule.periods))
+
+
+@given(st.floats(0, 1), st.integers(20, 3000))
+def test_shares_that_make_up_the_whole_end_with_it(share, total):
+    before = min(share, 0.9)
+    assert Schedule.of(before, 1 - before, 1, total).end == total
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ((9.3, 10, 2), r"start_pruning_step is 9\.3;[^$]*to fix  round it"),
+        ((2, 7.5, 2), r"pruning_steps is 7\.5;[^$]*to fix  round it"),
+        ((2, 8, 1.5), r"pruning_periods is 1\.5"),
+        ((2, 8, 2, 99.5), r"total_steps is 99\.5"),
+        ((2, 7.5, 2, 100), r"pruning_steps is 7\.5"),  # not a share either
+        ((-0.5, 8, 2, 100), r"start_pruning_step is -0\.5"),
+        ((0.1, 8, 2), r"start_pruning_step is 0\.1;[^$]*give total_steps= too"),
+        ((1, math.nan, 2), "pruning_steps is nan"),
+        ((1, math.inf, 2), "pruning_steps is inf"),
+        ((0.5, 0.6, 2, 100), r"from step 50 to step 109, but training ends after total_steps=100[^$]*in 50 steps"),
+        ((90, 20, 2, 100), "from step 90 to step 109"),
+        ((0.0, 0.4, 10, 20), "pruning_steps=8 cannot be cut into pruning_periods=10"),
+    ],
+)
+def test_a_number_that_is_no_number_of_steps_is_refused(asked, message):
+    with pytest.raises(TargetError, match=message):
+        Schedule.of(*asked)
+
+
+def test_a_fraction_is_refused_by_the_class_too():
+    with pytest.raises(TargetError, match=r"start_pruning_step is 9\.3"):
+        Schedule(9.3, 10, 2)
+
+
+def test_a_schedule_says_what_happens_when():
+    assert str(Schedule(0, 7, 7)).splitlines() == [
+        "steps 0–6  7 periods of 1 step; groups are chosen at steps 0, 1, 2, …, 6",
+        "step 6     the last of them reach zero",
+        "steps 7–   training goes on with what is left",
+    ]
+    assert Schedule(2, 5, 2).lines()[:2] == [
+        "steps 0–1  ordinary steps",
+        "steps 2–6  2 periods of 2 or 3 steps; groups are chosen at steps 2, 4",
+    ]
+    assert Schedule.of(0.0, 1.0, 1, 4).lines()[-1] == "step 3     the last of them reach zero"  # nothing comes after

@@ -13,6 +13,7 @@ from oto.groups.node_group import NodeGroup, Slice
 from oto.optim import HESSO
 
 START, STEPS, PERIODS = 2, 6, 3  # periods: steps 2-3, 4-5, 6-7
+END = START + STEPS
 SIZES = (8, 6)  # atoms of the two node groups: 14 in all
 
 
@@ -45,6 +46,8 @@ def groups(kind: type[NodeGroup] = NodeGroup, **options: Any) -> list[NodeGroup]
 
 def hesso(model: nn.Module, node_groups: list[NodeGroup] | None = None, **options: Any) -> HESSO:
     options = {"start_pruning_step": START, "pruning_steps": STEPS, "pruning_periods": PERIODS, "lr": 0.1} | options
+    if not any(name.startswith("target_") for name in options):
+        options["target_group_sparsity"] = 0.5
     if "params" not in options:
         options["params"] = model.named_parameters()
     return HESSO(node_groups=groups() if node_groups is None else node_groups, **options)

@@ -10,7 +10,7 @@ from torch import nn
 
 import oto.nn
 from oto import OTO, load_subnet
-from oto.errors import EmitterError, NonFiniteParameterError
+from oto.errors import ArtefactError, EmitterError, NonFiniteParameterError
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -250,18 +250,75 @@ def test_keep_class_prunes_what_the_class_can_do_without():
     assert kept and all(w.operator and w.source.startswith(__file__) for w in kept)
 
 
-def test_where_neither_emitter_can_the_message_names_both_and_what_to_do():
-    class Untraceable(Stated):
-        def forward(self, x):
-            return super().forward(-x if x.sum().item() > 1e9 else x)
+def test_an_example_of_one_whose_batch_is_baked_in():
+    class Baked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 3)
 
-    oto = OTO(Untraceable().double(), torch.randn(2, 5, 16, dtype=torch.float64))
+        def forward(self, x):
+            windows = torch.relu(self.b(self.a(x).view(2 * len(x), -1, 16)))
+            return self.c(windows.view(int(windows.shape[0] / 2), -1, 16))
+
+    full, slim, subnet = thinned(Baked(), torch.randn(1, 6, 4))
+    assert subnet.emitter == "graph" and relative_error(full, slim) <= EXACT
+
+
+def test_a_batch_that_only_the_extra_check_tries_is_a_note(monkeypatch):
+    from oto.slim import graph
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            h = self.a(x).view(len(x) * 16).chunk(2)
+            return self.b(torch.relu(torch.cat(h)).view(len(x), 16))
+
+    monkeypatch.setattr(graph, "_cut_by_share", lambda *given: False)  # sizes as the example has them
+    full, slim, subnet = thinned(Fixed(), torch.randn(2, 4), emitter="graph")
+    assert relative_error(full, slim) <= EXACT
+    (note,) = subnet.notes
+    assert note.startswith("slim takes the batch size of the example only") and f"note: {note}" in str(subnet)
+
+
+def test_a_program_that_is_not_proved_is_left_out_and_the_rest_is_saved(tmp_path, monkeypatch):
+    from oto.io import subnet as io
+
+    model, x = Residual().eval(), torch.randn(2, 7, 5)
+    oto = OTO(model, x)
     oto.random_set_zero_groups(0.5)
-    with pytest.raises(EmitterError) as caught:
-        oto.construct_subnet()
-    message = str(caught.value)
-    assert "torch.export cannot follow Untraceable" in message
-    assert "the original class does not do either" in message and "keep_class=True" in message
+
+    for broken, why in [(lambda path: nn.Linear(5, 3), "relative error"), (lambda path: nn.Linear(4, 3), "it fails")]:
+        monkeypatch.setattr(io, "read_program", broken)
+        subnet = oto.construct_subnet(tmp_path / "out")
+        (note,) = subnet.notes
+        assert why in note and "the class is needed to load it" in note and not (tmp_path / "out/model.pt2").exists()
+        assert relative_error(run(subnet.model, x), run(load_subnet(tmp_path / "out", Residual), x)) <= 1e-5
+        with pytest.raises(ArtefactError, match=why):
+            load_subnet(tmp_path / "out")
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_what_no_call_reads_does_not_stop_saving(tmp_path, persistent):
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+            self.register_buffer("heads", torch.eye(4, dtype=torch.bool).to_sparse(), persistent=persistent)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    full, slim, subnet = thinned(Sparse(), torch.randn(2, 4), out_dir=tmp_path / "out")
+    assert relative_error(full, slim) <= EXACT and not subnet.notes
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for given in (None, Sparse, Sparse()):
+        loaded = load_subnet(subnet.path, given)
+        assert relative_error(run(subnet.model, x), run(loaded, x)) <= EXACT
+        assert given is None or torch.equal(loaded.heads.to_dense(), torch.eye(4, dtype=torch.bool))
+    assert subnet.model.heads.is_sparse
 
 
 def test_keep_class_minds_calls_whose_results_nobody_reads():

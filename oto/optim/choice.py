@@ -1,0 +1,284 @@
+"""What to give up: a target, how importance is measured, and limits. The same for every sparse optimizer.
+
+A paper's own file says *how* chosen groups reach zero; how many there are and which is decided here, from scores
+(:mod:`oto.optim.saliency`), costs (:mod:`oto.optim.target`) and limits (:mod:`oto.optim.select`).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from oto.errors import CollapseWarning, NothingPrunableError, OptionError, TargetError, some
+from oto.groups.cost import Costs
+from oto.groups.node_group import NodeGroup
+from oto.groups.policy import MinKept, keep_at_least
+from oto.optim.saliency import (
+    FROM_WEIGHTS,
+    NORMALISE,
+    WITHIN_GROUPS,
+    Entries,
+    Saliency,
+    Weights,
+    importance,
+    raw_scores,
+    resolve,
+)
+from oto.optim.select import least_kept, select
+from oto.optim.target import Counts, Measure, Target
+
+log = logging.getLogger(__name__)
+
+FLOOR = 0.1
+"""No node group falls below this share of its atoms, unless the target cannot be met otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Which zero-invariant groups (ZIGs) go.
+
+    Attributes:
+        groups: The prunable node groups.
+        target: How much is to be left.
+        criteria: Saliency criteria and how much each counts.
+        normalise: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALISE`.
+        by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
+        scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
+        divisible: A node group that loses atoms keeps a multiple of this many.
+        average_steps: Criteria that look at gradients are averaged over this many steps before a choice.
+        least: Atoms that each node group keeps in any case.
+        floor: Atoms that each keeps unless the target asks for more.
+    """
+
+    groups: tuple[NodeGroup, ...]
+    target: Target
+    criteria: tuple[tuple[Saliency, float], ...]
+    normalise: str
+    by_cost: float
+    scope: str
+    divisible: int
+    average_steps: int
+    least: Counts
+    floor: Counts
+
+    @classmethod
+    def of(
+        cls,
+        node_groups: Iterable[NodeGroup],
+        target: Mapping[str, Any],
+        *,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
+        scope: str = "global",
+        min_kept: MinKept | None = None,
+        group_divisible: int = 1,
+        saliency: Weights | str | Saliency | None = None,
+        normalise: str | None = None,
+        by_cost: float | None = None,
+        average_steps: int | None = None,
+    ) -> Choice:
+        """Read the options that all sparse optimizers share.
+
+        Args:
+            node_groups: Node groups of the model; those that are not prunable are left alone.
+            target: The keywords of :meth:`Target.of`.
+            costs, latency: See :meth:`Target.of`.
+            scope: ``"global"`` or ``"local"``.
+            min_kept: Atoms that every node group keeps, an int; or the share of its atoms that it keeps, a float; or a
+                mapping from names or globs of parameters to either. By default a tenth, as far as the target allows.
+            group_divisible: A node group that loses atoms keeps a multiple of this many.
+            saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
+                weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
+                each divided by its norm over all groups, blind to cost and to the width of a layer.
+            normalise, by_cost, average_steps: See the attributes; the defaults depend on ``saliency`` as said there.
+
+        Raises:
+            TargetError: An option means nothing, or the target cannot be reached.
+            NothingPrunableError: There is a target, but no node group may lose an atom.
+        """
+        published = isinstance(saliency, str) and saliency == "hesso"
+        groups = [group for group in node_groups if group.prunable and group.size]
+        if min_kept is not None:
+            groups = [group for group in keep_at_least(groups, min_kept) if group.prunable]
+        sizes = np.array([group.size for group in groups], dtype=np.int64)
+        _check(scope, group_divisible, normalise, by_cost, average_steps)
+        asked = Target.of(target, sizes, costs, latency)
+        least = [least_kept(g.size, g.min_kept, group_divisible) for g in groups]
+        soft = 0.0 if published or min_kept is not None else FLOOR
+        floor = [least_kept(g.size, max(g.min_kept, int(np.ceil(soft * g.size))), group_divisible) for g in groups]
+        self = cls(
+            tuple(groups),
+            asked,
+            tuple(resolve(DEFAULT if saliency is None else saliency)),
+            normalise or ("all" if published else "none"),
+            (0.0 if published else BY_COST) if by_cost is None else by_cost,
+            scope,
+            group_divisible,
+            (1 if published else AVERAGE_STEPS) if average_steps is None else average_steps,
+            np.array(least, dtype=np.int64),
+            np.array(floor, dtype=np.int64),
+        )
+        if asked.wants_less:
+            if not groups:
+                raise NothingPrunableError(f"{asked}, but no node group may lose an atom; oto.explain() says why")
+            asked.require_reachable(self.least, sizes)
+        return self
+
+    @property
+    def sizes(self) -> list[int]:
+        """Atoms of each node group in the full network."""
+        return [group.size for group in self.groups]
+
+    @property
+    def averaged(self) -> list[Saliency]:
+        """The criteria that look at gradients."""
+        return [criterion for criterion, _ in self.criteria if criterion not in FROM_WEIGHTS]
+
+    def scores(self, entries: Sequence[Entries], alive: Tensor, averages: Mapping[Saliency, Tensor]) -> Tensor:
+        """Importance of every atom, shape ``(N,)``.
+
+        Args:
+            entries: The entries of every node group.
+            alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
+            averages: Criteria that need not be computed, shape ``(N,)`` each.
+        """
+        raw = [averages[c] if c in averages else raw_scores(entries, c, alive.device) for c, _ in self.criteria]
+        return importance(raw, [weight for _, weight in self.criteria], alive, self.sizes, self.normalise)
+
+    def select(self, scores: Tensor, alive: Tensor, share: float = 1.0) -> Tensor:
+        """The atoms that go, bool, shape ``(N,)``, on the CPU.
+
+        Args:
+            scores: Importance of every atom, shape ``(N,)``.
+            alive: Which atoms are left, bool, shape ``(N,)``.
+            share: How much of the way to the target to go.
+        """
+        values, left = scores.double().cpu().numpy(), alive.cpu().numpy()
+        sizes = np.array(self.sizes, dtype=np.int64)
+        goal, measure = self.target.after(share), self.target.measure
+        least = self._floor(goal)
+        by_cost = self.by_cost
+        if self.scope == "local":
+            values, by_cost = _rank(values, left, sizes), 0.0
+        worth = None
+        if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
+            worth = measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
+        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost, worth)
+        return torch.from_numpy(chosen)
+
+    def kept_of(
+        self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None
+    ) -> dict[str, int]:
+        """How many atoms of each node group the choice would leave now, if it were made in one go.
+
+        Args:
+            model: Its gradients and buffers are written to.
+            batches: Batches over which criteria that look at gradients are averaged.
+            loss: Takes the model and a batch, and returns the loss.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+
+        def entries() -> list[Entries]:
+            return [Entries.of(group, parameters) for group in self.groups]
+
+        alive = torch.ones(sum(self.sizes), dtype=torch.bool)
+        sums = [torch.zeros(len(alive)) for _ in self.averaged]
+        with torch.random.fork_rng():
+            for batch in batches:
+                if loss is None:
+                    raise OptionError(
+                        "batches are given without a loss\n  to fix  pass loss=, a function of the model and a batch,"
+                        " such as lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+                    )
+                model.zero_grad()
+                loss(model, batch).backward()
+                with torch.no_grad():
+                    sums = [
+                        s + raw_scores(entries(), c, alive.device) for s, c in zip(sums, self.averaged, strict=True)
+                    ]
+        with torch.no_grad():
+            scores = self.scores(entries(), alive, dict(zip(self.averaged, sums, strict=True)))
+        left = ~self.select(scores, alive)
+        counts = [int(own.sum()) for own in left.split_with_sizes(self.sizes)]
+        return dict(zip((group.name for group in self.groups), counts, strict=True))
+
+    def _floor(self, goal: float) -> Counts:
+        """The highest floor, on the way from ``floor`` to ``least``, that allows for the goal."""
+        for halvings in range(8):
+            floor: Counts = self.least + (self.floor - self.least) // 2**halvings
+            if self.target.measure(floor) <= goal:
+                return floor
+        return self.least
+
+    def warn_of_collapse(self, left: Tensor) -> None:
+        """Name the node groups that fell below the floor because the target could not be met otherwise."""
+        counts = [int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)]
+        thin = [
+            f"{group.name} ({count} of {group.size})"
+            for group, count, floor in zip(self.groups, counts, self.floor, strict=True)
+            if count < floor
+        ]
+        if thin:
+            warnings.warn(
+                f"{self.target} leaves less than {FLOOR:.0%} of {some(thin)}\n"
+                "  effect  so thin a layer may cost more accuracy than the target suggests\n"
+                "  to fix  ask for less, or keep more of these with min_kept={'name or glob': share}",
+                CollapseWarning,
+                stacklevel=4,
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The options as plain values, for a checkpoint to be compared by."""
+        return {
+            self.target.name: self.target.asked,
+            "scope": self.scope,
+            "group_divisible": self.divisible,
+            "min_kept": [group.min_kept for group in self.groups],
+            "saliency": {getattr(c, "__name__", type(c).__name__): weight for c, weight in self.criteria},
+            "normalise": self.normalise,
+            "by_cost": self.by_cost,
+        }
+
+
+DEFAULT: Weights = {"taylor_second_order": 1.0}
+"""Half the mean of ``<x, g>^2`` over many batches: how much the loss rises without the group, with the empirical Fisher
+matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in one layer
+can be compared with that in another, and divided by a cost."""
+
+FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
+"""The choice where there are no gradients."""
+
+BY_COST = 1.0
+
+AVERAGE_STEPS = 32
+
+
+def _check(
+    scope: str, group_divisible: int, normalise: str | None, by_cost: float | None, average_steps: int | None
+) -> None:
+    if scope not in ("global", "local"):
+        raise TargetError(f"scope is {scope!r}; it is 'global' or 'local'")
+    if group_divisible < 1:
+        raise TargetError(f"group_divisible is {group_divisible}; it is at least 1")
+    if normalise is not None and normalise not in NORMALISE:
+        raise TargetError(f"normalise is {normalise!r}; it is one of {', '.join(NORMALISE)}")
+    if by_cost is not None and not by_cost >= 0:
+        raise TargetError(f"by_cost is {by_cost}; it is an exponent, at least 0")
+    if average_steps is not None and average_steps < 1:
+        raise TargetError(f"average_steps is {average_steps}; it is at least 1, the step of the choice")
+
+
+def _rank(values: np.ndarray[Any, Any], left: np.ndarray[Any, Any], sizes: Counts) -> np.ndarray[Any, Any]:
+    """For each atom the share of its node group that is gone once it goes, in the order of the values."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.lexsort((np.arange(len(values)), np.where(left, values, -np.inf), group))
+    place = np.empty(len(values), dtype=np.int64)
+    place[order] = np.arange(len(values)) - (np.cumsum(sizes) - sizes)[group]
+    return (place + 1) / sizes[group]

@@ -1,0 +1,178 @@
+"""How much is to be left: a target in the unit that people have, and the measure that counts it.
+
+Shared by every sparse optimizer. A measure gives a cost as a function of the number of atoms that each node group
+keeps, and what each group would save; :class:`oto.groups.cost.Polynomial` is one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oto.errors import TargetError
+from oto.groups.cost import Costs, Polynomial
+
+Counts = NDArray[np.int64]
+"""How many atoms each node group keeps, shape ``(groups,)``."""
+
+
+class Measure(Protocol):
+    """A cost as a function of counts."""
+
+    def __call__(self, counts: Counts) -> float:
+        """The cost at some counts."""
+        ...
+
+    def marginal(self, counts: Counts, fewer: Counts) -> NDArray[np.float64]:
+        """What each group saves when it alone keeps ``fewer`` atoms less; shapes ``(groups,)``."""
+        ...
+
+
+UNITS = {
+    "target_macs": "MACs",
+    "target_params": "parameters",
+    "target_bytes": "bytes",
+    "target_latency_ms": "ms",
+    "target_group_sparsity": "groups",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What a network is to cost at most.
+
+    Attributes:
+        name: The keyword that it was asked with.
+        asked: As it was asked.
+        goal: At most this much is left, in the unit of ``measure``.
+        full: What the full network costs.
+        measure: How the cost follows from the counts.
+    """
+
+    name: str
+    asked: float
+    goal: float
+    full: float
+    measure: Measure
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Any], sizes: Counts, costs: Costs | None, latency: Measure | None = None) -> Target:
+        """Read the keywords of an optimizer, of which exactly one is not ``None``.
+
+        Args:
+            asked: ``target_macs``, ``target_params``, ``target_bytes``: a float in (0, 1] is the share to keep, an
+                integer the number itself. ``target_latency_ms``: milliseconds. ``target_group_sparsity``: the share of
+                groups to remove, in [0, 1).
+            sizes: Atoms of every prunable node group.
+            costs: Costs of the network; needed for all but ``target_group_sparsity``.
+            latency: Milliseconds of the network; needed for ``target_latency_ms``.
+
+        Raises:
+            TargetError: None or several are given, or a number means nothing.
+        """
+        given = {name: value for name, value in asked.items() if value is not None}
+        if len(given) != 1:
+            raise TargetError(
+                f"{' and '.join(given) or 'no target'} {'are' if given else 'is'} given; exactly one is needed\n"
+                f"  to fix  ask for one of {', '.join(f'{name}=' for name in UNITS)}, such as target_macs=0.5"
+            )
+        ((name, value),) = given.items()
+        number = _number(name, value)
+        if name == "target_group_sparsity":
+            if not 0 <= number < 1:
+                raise TargetError(f"{name} is {value}; it is the share of groups to remove, in [0, 1)")
+            atoms = int(sizes.sum())
+            count = Polynomial({(i,): 1 for i in range(len(sizes))}, len(sizes))
+            return cls(name, number, atoms - int(atoms * number), atoms, count)
+        if name == "target_latency_ms":
+            measure = latency
+        else:
+            measure = None if costs is None else getattr(costs, name.removeprefix("target_"))
+        if measure is None:
+            raise TargetError(
+                f"{name} needs the costs of the network, which this optimizer was not given\n"
+                "  to fix  make it through oto.OTO(model, dummy_input), or ask for target_group_sparsity="
+            )
+        full = measure(sizes)
+        if isinstance(number, int) or name == "target_latency_ms":
+            if number <= 0:
+                raise TargetError(f"{name} is {value}; it is a positive number of {UNITS[name]}")
+            return cls(name, number, float(number), full, measure)
+        if not 0 < number <= 1:
+            raise TargetError(
+                f"{name} is {value}; a float is the share to keep, in (0, 1], an integer the number of {UNITS[name]}"
+            )
+        return cls(name, number, full * number, full, measure)
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return UNITS[self.name]
+
+    @property
+    def wants_less(self) -> bool:
+        """Whether anything has to go."""
+        return self.asked > 0 if self.name == "target_group_sparsity" else self.goal < self.full
+
+    def after(self, share: float) -> float:
+        """What may be left when ``share`` of the way from the full network to the goal is done."""
+        return self.goal if share >= 1 else self.full - share * (self.full - self.goal)
+
+    def require_reachable(self, least: Counts, sizes: Counts) -> None:
+        """Refuse a target that cannot be met with ``least`` atoms in every group.
+
+        Raises:
+            TargetError: It says what can be reached.
+        """
+        bottom = self.measure(least)
+        if bottom <= self.goal:
+            return
+        unit = self.unit
+        if self.name == "target_group_sparsity":
+            most = self.full - bottom
+            raise TargetError(
+                f"{self.name}={self.asked} asks for {self.full - self.goal:,.0f} of {self.full:,.0f} groups, but only "
+                f"{most:,.0f} may go: every node group keeps its least number of atoms\n"
+                f"  to fix  ask for {most / self.full:.4g} or less, or lower min_kept or group_divisible"
+            )
+        share = bottom / self.full
+        hint = f"; {self.asked} is a number of {unit}, {float(self.asked)} would be a share" if self.asked == 1 else ""
+        raise TargetError(
+            f"{self.name}={self.asked} allows {shown(self.goal)} of {shown(self.full)} {unit}, but {shown(bottom)} "
+            f"({share:.1%}) are left when every node group is at its least{hint}\n"
+            f"  to fix  ask for {np.ceil(share * 1e4) / 1e4:.4f} or more, lower min_kept or group_divisible, or see"
+            " oto.explain() for what stays whole"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.asked}: at most {shown(self.goal)} of {shown(self.full)} {self.unit}"
+
+
+def shown(number: float) -> str:
+    """A cost for people: whole numbers with separators, others with three digits.
+
+    >>> shown(1234567.8), shown(12.3456)
+    ('1,234,568', '12.3')
+    """
+    return f"{number:,.0f}" if number >= 1000 or number == int(number) else f"{number:.3g}"
+
+
+def _number(name: str, value: Any) -> int | float:
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            pass
+        else:
+            if np.isfinite(number):
+                return number
+    raise TargetError(f"{name} is {value!r}; it is a finite number")

@@ -1,0 +1,93 @@
+"""What a target would leave of each layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from oto.groups import Cost, Costs
+from oto.report.table import columns, cost_rows
+
+
+@dataclass(frozen=True)
+class Width:
+    """A node group in a preview.
+
+    Attributes:
+        group: Its name.
+        before, after: Atoms in the full network, and those that would be left.
+        macs_before, macs_after: MACs of all products that have the group as a factor.
+    """
+
+    group: str
+    before: int
+    after: int
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a target would leave: print it, or take ``to_dict()``.
+
+    Attributes:
+        target: What was asked for.
+        how: What the choice went by.
+        widths: Every prunable node group.
+        before, after: Costs of the full network, and what would be left.
+    """
+
+    target: str
+    how: str
+    widths: tuple[Width, ...]
+    before: Cost
+    after: Cost
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """How many atoms of each node group would be left."""
+        return {width.group: width.after for width in self.widths}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, int], list[Width]] = {}
+        for width in self.widths:
+            rows.setdefault((re.sub(r"\d+", "*", width.group), width.before), []).append(width)
+        cells = [["node group", "groups", "before", "after", "kept", "MACs before", "after"]]
+        for (name, before), some in rows.items():
+            after = [width.after for width in some]
+            macs = [sum(w.macs_before for w in some), sum(w.macs_after for w in some)]
+            cells.append(
+                [
+                    name if len(some) > 1 else some[0].group,
+                    str(len(some)),
+                    f"{before:,}",
+                    f"{after[0]:,}" if min(after) == max(after) else f"{min(after):,}–{max(after):,}",
+                    f"{sum(after) / (before * len(some)):.0%}",
+                    *(f"{n:,}" for n in macs),
+                ]
+            )
+        return "\n".join([self.target, self.how, "", columns(cells), "", columns(cost_rows(self.before, self.after))])
+
+
+def preview(target: str, how: str, costs: Costs, kept: Mapping[str, int], full: Cost, left: Cost) -> Preview:
+    """Put the widths of all prunable groups together.
+
+    Args:
+        kept: How many atoms of each group would be left; groups that it does not name are whole.
+        full, left: The costs of the full network and of what would be left.
+    """
+    counts = np.array([kept.get(name, size) for name, size in zip(costs.names, costs.sizes, strict=True)], np.int64)
+    through = [costs.macs.marginal(n, n) for n in (costs.sizes, counts)]  # saved if nothing were left
+    widths = tuple(
+        Width(name, int(size), int(count), int(a), int(b))
+        for name, size, count, a, b in zip(costs.names, costs.sizes, counts, *through, strict=True)
+    )
+    return Preview(target, how, widths, full, left)
