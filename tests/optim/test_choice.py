@@ -142,9 +142,7 @@ def test_a_floor_for_one_layer_leaves_that_of_the_others(oto):
 
 def test_layers_that_a_target_forces_to_be_thin_are_named(oto):
     copied = copy.deepcopy(oto)
-    optimizer = copied.hesso(
-        lr=0.01, target_params=0.008, start_pruning_step=0, pruning_steps=2, pruning_periods=2
-    )
+    optimizer = copied.hesso(lr=0.01, target_params=0.008, start_pruning_step=0, pruning_steps=2, pruning_periods=2)
     train(copied.model, optimizer, range(1))
     with pytest.warns(CollapseWarning, match=r"leaves less than 10% of[^$]*to fix") as caught:
         train(copied.model, optimizer, range(1, 3))
