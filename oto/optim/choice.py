@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,8 +106,9 @@ class Choice:
         """
         published = isinstance(saliency, str) and saliency == "hesso"
         groups = [group for group in node_groups if group.prunable and group.size]
-        if min_kept is not None:
-            groups = [group for group in keep_at_least(groups, min_kept) if group.prunable]
+        if min_kept is not None:  # a group that may lose nothing stays in the list, which costs are counted over
+            asked_for = keep_at_least(groups, min_kept)
+            groups = [g if g.prunable else replace(g, min_kept=g.size, reason=None) for g in asked_for]
         sizes = np.array([group.size for group in groups], dtype=np.int64)
         _check(scope, group_divisible, normalise, by_cost, average_steps)
         asked = Target.of(target, sizes, costs, latency)
@@ -128,7 +129,7 @@ class Choice:
             np.array(floor, dtype=np.int64),
         )
         if asked.wants_less:
-            if not groups:
+            if not groups or (self.least >= sizes).all():
                 raise NothingPrunableError(f"{asked}, but no node group may lose an atom; oto.explain() says why")
             asked.require_reachable(self.least, sizes)
         return self
@@ -172,7 +173,9 @@ class Choice:
         worth = None
         if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
             worth = measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
-        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost, worth)
+        chosen = select(
+            values, left, sizes, least, measure, goal, self.divisible, by_cost, worth, self.scope != "local"
+        )
         return torch.from_numpy(chosen)
 
     def kept_of(
@@ -255,7 +258,7 @@ DEFAULT: Weights = {"taylor_second_order": 1.0}
 Fisher matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in
 one layer can be compared with that in another, and divided by a cost."""
 
-FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
+FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude", "normalise": "mean"}
 """The choice where there are no gradients."""
 
 BY_COST = 1.0

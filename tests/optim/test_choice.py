@@ -224,7 +224,13 @@ def test_a_choice_from_weights_alone_looks_at_no_step():
 
 @pytest.mark.parametrize("stop", [5, 6, 7, 10])  # in the middle of a window, before, after and between choices
 def test_resuming_in_the_middle_of_a_window_gives_the_same_choice(stop):
-    schedule = {"start_pruning_step": 6, "pruning_steps": 8, "pruning_periods": 2, "average_steps": 4}
+    schedule = {
+        "start_pruning_step": 6,
+        "pruning_steps": 8,
+        "pruning_periods": 2,
+        "average_steps": 4,
+        "pruning_exponent": 1,
+    }
     schedule |= {"saliency": {"taylor_first_order": 1.0, "cosine_similarity": 0.5}, "first_momentum": 0.9}
     straight = net()
     whole = hesso(straight, **schedule)
