@@ -84,6 +84,7 @@ def select(
     divisible: int = 1,
     by_cost: float = 1.0,
     worth: NDArray[np.float64] | None = None,
+    fill: bool = True,
 ) -> NDArray[np.bool_]:
     """Choose the atoms to go, so that what is left costs at most ``goal`` and as little importance as possible is lost.
 
@@ -97,10 +98,10 @@ def select(
         divisible: The kept count of a node group that loses atoms is a multiple of this.
         by_cost: How much costs count: the exponent in the price of an atom.
         worth: What the scores of each node group are multiplied with, shape ``(groups,)``; 1 by default.
+        fill: Give back what still fits under the goal once the last unit is gone, most important first.
 
     Returns:
-        Boolean array, shape ``(N,)``: the atoms that go. None is chosen without need: what still fits under the goal
-        once the last unit is gone is given back, most important first.
+        Boolean array, shape ``(N,)``: the atoms that go. With ``fill`` none is chosen without need.
 
     Example:
         >>> from oto.groups.cost import Polynomial
@@ -136,8 +137,9 @@ def select(
             few, many = (few, middle) if enough else (middle + 1, many)
         taken[queue[:few]] = True
         counts = counts - _sum(queue[:few], units, len(sizes))
-    _give_back(taken, units, counts, measure, goal)
-    _refine(taken, open_, units, counts, measure, goal)
+    if fill:
+        _give_back(taken, units, counts, measure, goal)
+        _refine(taken, open_, units, counts, measure, goal)
     gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
     group = np.repeat(np.arange(len(sizes)), sizes)[units.order]
     first = np.searchsorted(group, np.arange(len(sizes)))
