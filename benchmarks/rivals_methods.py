@@ -286,7 +286,7 @@ class Rival:
         self.model.zero_grad()
         squares: dict[Tensor, Tensor] = {}
         for part in index.split(1 if single else size):
-            x, y = train.batch(part)
+            x, y = train.batch(part, whole=False)
             F.cross_entropy(self.model(*x), y).backward()
             if single:
                 for p in self.model.parameters():

@@ -9,7 +9,8 @@ import os
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,18 +23,23 @@ from torch import Tensor, nn
 from oto._torch import holder, tree_map_only, unwrapped
 from oto.axes.registry import known
 from oto.errors import (
+    ArtefactError,
     EmitterError,
     NotPrunedWarning,
+    OTOError,
     TargetError,
     TooLateError,
     TraceError,
     UnknownOpWarning,
     UnknownParameterError,
     VerificationError,
+    first_line,
+    out_of_memory,
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
 from oto.groups.policy import (
+    MinKept,
     carried_by_nodes,
     carried_by_operators,
     frozen_since,
@@ -61,7 +67,8 @@ from oto.slim.plan import read_zeros, thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
-from oto.trace.record import on_meta, record
+from oto.trace.found import as_found
+from oto.trace.record import line_of, on_meta, record
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +142,8 @@ class OTO:
         skip_patterns: What must not be zeroed: names or globs of parameters or of modules, or classes of modules.
         strict_out_nodes: Only outputs that nothing else in the model reads keep their size; by default all do. One that
             is returned on the way, such as a hidden state, then gets as thin as the network there.
-        min_kept: Least number of atoms that every group keeps.
+        min_kept: Atoms that every group keeps, an int; or the share of its atoms that it keeps, a float; or a mapping
+            from names or globs of parameters to either. Optimizers take it too, and keep the greater of both.
         keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
             state stay whole, and the class is run to see. By default everything is pruned, and a model whose code
             states a size that changed becomes a ``torch.fx.GraphModule``.
@@ -165,13 +173,16 @@ class OTO:
         *,
         skip_patterns: Iterable[str | type[nn.Module]] = (),
         strict_out_nodes: bool = False,
-        min_kept: int = 1,
+        min_kept: MinKept = 1,
         keep_class: bool = False,
         prune_frozen: bool = False,
     ) -> None:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
-        self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
+        with _told(model, TraceError, "being followed on the dummy input"):
+            graph = record(model, dummy_input, known, dead=keep_class)
+        with _told(model, TraceError, "being analysed", "it was followed on the dummy input"):
+            self.partition = partition(graph, strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._prune_frozen = prune_frozen
         if not prune_frozen:
@@ -182,7 +193,8 @@ class OTO:
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
         if keep_class:
-            bound = class_bound(model, self.partition, self._groups, dummy_input)
+            with _told(model, TraceError, "its class was tried with less (keep_class)", "the analysis is done"):
+                bound = class_bound(model, self.partition, self._groups, dummy_input)
             self._groups = keep_whole(self._groups, bound, "keep_class: the model's code may state its size")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
@@ -530,12 +542,17 @@ class OTO:
         kept = read_zeros(self.node_groups, self.model)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
         notes: list[str] = []
-        how, slim, edits, tensors, checks, why = self._emit(kept, emitter, notes)
+        built = _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
+        with built, as_found(self.model):
+            how, slim, edits, tensors, checks, why = self._emit(kept, emitter, notes)
         path = None
         if out_dir is not None:
             path = Path(out_dir)
             about = {"emitter": how, "why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
-            checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full, notes)
+            proved = f"the slim model was built, and right in {len(checks)} comparisons"
+            saved = _told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
+            with saved, as_found(self.model):
+                checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full, notes)
         short = self._short_of(kept)
         told = (*([short] if short else []), *notes)
         return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept, told)
@@ -556,10 +573,13 @@ class OTO:
                 require(checks)
                 return "module", slim, edits, tensors, checks, None
             except Exception as failure:  # anything that the user's own forward may raise at other sizes
+                if out_of_memory(failure):
+                    raise
                 why.append(_first_lines(failure))
                 if emitter == "module":
                     raise EmitterError(
                         f"{type(self.model).__name__} cannot be thinned as its own class: {why[0]}\n"
+                        "  effect  no slim model was made, and nothing was written\n"
                         f"  to fix  use emitter='graph', or {self._way_out}"
                     ) from failure
                 log.info("the original class does not fit, using the graph: %s", why[0])
@@ -684,10 +704,32 @@ class OTO:
         return again
 
 
+@contextmanager
+def _told(model: nn.Module, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
+    """Whatever the model's code raises is told as one of our errors, with the stage."""
+    try:
+        yield
+    except Exception as failure:
+        if isinstance(failure, OTOError) or out_of_memory(failure):
+            raise
+        line = line_of(failure)
+        told = [f"{type(model).__name__} failed while {stage}: {first_line(failure)}"]
+        told += [f"  at      {line}"] if line else []
+        told += [f"  proved  {proved}"] if proved else []
+        told += ["  effect  nothing was written; the model is as it was"]
+        told += [
+            "  to fix  see that line: the model is copied, and run in eval mode several times, on other values, on"
+            " another batch size and in float64"
+            if line
+            else "  to fix  see the traceback above; if it is not about the model, it is a mistake of oto's: report it"
+        ]
+        raise error("\n".join(told)) from failure
+
+
 def _listed(names: Any) -> list[Any]:
     return [names] if isinstance(names, str | int | type) else list(names)
 
 
 def _first_lines(failure: Exception) -> str:
     where = traceback.extract_tb(failure.__traceback__)[-1]
-    return f"{type(failure).__name__}: {(str(failure).splitlines() or [f'at {where.filename}:{where.lineno}'])[0]}"
+    return first_line(failure) if str(failure) else f"{type(failure).__name__}: at {where.filename}:{where.lineno}"

@@ -256,9 +256,9 @@ class Choice:
 
 
 DEFAULT: Weights = {"taylor_second_order": 1.0}
-"""Half the mean of ``<x, g>^2`` over many batches: how much the loss rises without the group, with the empirical Fisher
-matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in one layer
-can be compared with that in another, and divided by a cost."""
+"""Half the mean of ``<x, g>^2`` over many batches: how much the loss rises without the group, with the empirical
+Fisher matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in
+one layer can be compared with that in another, and divided by a cost."""
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude", "normalise": "mean"}
 """The choice where there are no gradients."""

@@ -1,9 +1,9 @@
 """Which atoms go: scores, a measure of cost and limits -> a choice. Shared by every sparse optimizer.
 
-The choice looks for the least importance lost that brings the cost down to a goal. An atom wins what the network would
-save without it, and that falls as the layers around it get thinner. So atoms go in the order of their price::
+The choice looks for the least importance lost that brings the cost down to a goal. An atom wins what the network
+would save without it, and that falls as the layers around it get thinner. So atoms go in the order of their price::
 
-    price of an atom  =  worth of its node group · score / (what the network saves without it now) ^ by_cost
+    price of an atom  =  worth of its node group · score / (what the network saves without it) ^ by_cost
 
 With ``by_cost = 1`` and scores in the unit of the loss this is the greedy solution of a knapsack: the least loss for the
 cost won. With ``by_cost = 0`` scores are compared as they are.

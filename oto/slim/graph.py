@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from oto._torch import is_free, tree_leaves
-from oto.axes.call import Size
+from oto._torch import is_free, tree_leaves, tree_map_only
+from oto.axes.call import Size, Uniform
 from oto.axes.propagate import propagate
 from oto.axes.terms import Axis, survivors
 from oto.axes.terms import size as size_of
@@ -123,9 +123,14 @@ def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
 def _apply(node: Node, op: Any, args: Any, kwargs: Any, thin: Thinning, inputs: dict[Value, fx.Node]) -> None:
     origin: fx.Node = node.origin
 
+    def call(op: Any, args: Any, kwargs: Any) -> fx.Node:
+        return origin.graph.call_function(op, *tree_map_only(Value, inputs.__getitem__, (args, kwargs)))
+
     def build(template: Any, old: Any) -> Any:
         if isinstance(template, Value):
             return inputs[template]
+        if isinstance(template, Uniform):
+            return template.computed(call, {})
         if isinstance(template, list | tuple):
             olds = old if isinstance(old, list | tuple) and len(old) == len(template) else [None] * len(template)
             return [build(t, o) for t, o in zip(template, olds, strict=True)]

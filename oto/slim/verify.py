@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
-from oto.errors import VerificationError
-from oto.trace.record import arguments, as_found, tensors_in
+from oto.errors import VerificationError, out_of_memory
+from oto.trace.found import as_found
+from oto.trace.record import arguments, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def throughout(module: nn.Module) -> AbstractContextManager[Any]:
 def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:
     """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
-    with as_found(module), torch.no_grad(), throughout(module):
+    with as_found(module, dummy_input), torch.no_grad(), throughout(module):
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 
@@ -238,7 +239,9 @@ def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim"
 def _runs(module: nn.Module, given: Any) -> bool:
     try:
         run(module, given)
-    except Exception:
+    except Exception as failure:
+        if out_of_memory(failure):
+            raise
         return False
     return True
 
@@ -250,7 +253,7 @@ def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: tor
         try:
             expected = run(full, given)
         except Exception as failure:  # inputs may have to fit together, as the number of image tokens does
-            if name == "the example":
+            if name == "the example" or out_of_memory(failure):
                 raise
             log.info("the full model does not take %s: %s", name, failure)
             continue

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from oto._torch import OpOverload, example_size, is_free, quiet, tree_leaves, tree_map, tree_map_only
-from oto.errors import EmitterError
+from oto.errors import EmitterError, first_line, out_of_memory
+from oto.trace.found import as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key
-from oto.trace.record import arguments, as_found, is_foreign
+from oto.trace.record import arguments, line_of
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def export_program(
     as_given = arguments(dummy_input)
     failure: Exception | None = None
     with (
-        as_found(model),
+        as_found(model, dummy_input),
         _plain_outputs(model, builtin if portable else plain),
         torch.no_grad(),
         warnings.catch_warnings(),
@@ -73,13 +74,34 @@ def export_program(
                     return program, free
                 log.info("torch.export settled on a batch of two, which is not the example's: exported again")
             except Exception as problem:
+                if out_of_memory(problem):
+                    raise
                 failure = failure or problem
                 log.info("torch.export with a %s batch failed: %s", "free" if dynamic else "fixed", problem)
     raise EmitterError(
-        f"torch.export cannot follow {type(model).__name__}: {type(failure).__name__}: {str(failure).splitlines()[0]}\n"
+        f"torch.export cannot follow {type(model).__name__}: {_cause(failure)}\n"
         "  effect  no graph can be emitted, and no model.pt2 written\n"
-        "  to fix  see torch.export's own message; branches on values and custom objects are the usual causes"
+        "  to fix  branches on values and custom objects are the usual causes; torch.export's own message is above"
     ) from failure
+
+
+# what torch.export says, and what it means
+_CAUSES = {
+    r"data-dependent|GuardOnDataDependent|Could not (guard|extract)|unbacked": "a branch or a size depends on values",
+    r"Dim\.|dynamic dim|[Cc]onstraints violated|specializ": "the code states the size of the batch",
+    r"pytree|[Uu]nsupported (input|output) type|custom object": "an object of the model's own goes in or out",
+    r"\.data|set_|mutat": "the code writes to a tensor of the model",
+}
+
+
+def _cause(failure: BaseException | None) -> str:
+    """torch.export's message, cut to the user's line and the likely cause."""
+    assert failure is not None
+    likely = next((means for says, means in _CAUSES.items() if re.search(says, f"{type(failure)} {failure}")), None)
+    line = line_of(failure) or next(iter(re.findall(r'File "([^"]+)", line (\d+)', str(failure))), "")
+    line = line if isinstance(line, str) else ":".join(line)
+    said = re.sub(r"\b[us]\d+\b", "a size", first_line(failure, 160))
+    return said + (f"\n  at      {line}" if line else "") + (f"\n  cause   {likely}, it seems" if likely else "")
 
 
 @contextmanager

@@ -220,6 +220,11 @@ class GraphBuilder:
         for key in family:
             self.families[key] = family
 
+    def writes(self, kind: str) -> bool:
+        """Whether a tensor of the model, of this kind, was written to."""
+        held = zip(self.held, self.leaves, strict=True)
+        return any(leaf.kind == kind and self.current[key] is not leaf.value for key, leaf in held)
+
     def build(self, outputs: Sequence[Hashable], dead: bool = False) -> Graph:
         """The finished graph; dead nodes are those whose results reach neither an output nor a tensor of the model."""
         ends = tuple(self.current[key] for key in outputs)

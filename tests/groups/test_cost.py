@@ -1,4 +1,4 @@
-"""Costs as polynomials in what is kept: against plain integers, built networks and a profiler."""
+"""Costs as polynomials in what is kept: against plain integers, networks that were built, and a profiler."""
 
 from __future__ import annotations
 

@@ -374,6 +374,100 @@ def test_keep_class_finds_sizes_that_are_read_off_another_tensor():
     assert oto.construct_subnet(emitter="module").max_error < 1e-12
 
 
+class SizedOff(nn.Module):
+    """Sizes read off a tensor, as they should be."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = self.into(x)
+        return self.out(torch.relu(h + h.new_zeros(x.size(0), h.size(1))))
+
+
+def test_keep_class_is_no_stricter_than_the_class():
+    oto = OTO(SizedOff().double(), torch.randn(2, 6, dtype=torch.float64), keep_class=True)
+    assert [g.name for g in oto.node_groups if g.prunable] == ["into.weight"]
+    oto.random_set_zero_groups(0.5)
+    assert oto.construct_subnet(emitter="module").max_error < 1e-12
+
+
+def test_keep_class_finds_a_class_that_runs_and_computes_something_else():
+    class ScaledOff(SizedOff):
+        """What a thinner tensor is divided by is another number, and the layer that would show it starts at zero."""
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.last = nn.Linear(4, 24), nn.Linear(24, 4), nn.Linear(4, 4)
+            nn.init.zeros_(self.out.weight)
+
+        def forward(self, x):
+            h = self.into(x)
+            y = self.out(torch.relu(h) / h.size(1))
+            return self.last(y + self.down(torch.relu(self.up(y))))
+
+    model = ScaledOff().double()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    oto = OTO(model, torch.randn(2, 6, dtype=torch.float64), keep_class=True)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    free = {g.name for g in oto.node_groups if g.prunable}
+    assert "into.weight" not in free and "up.weight" in free
+    oto.random_set_zero_groups(0.5)
+    assert oto.construct_subnet(emitter="module").max_error < 1e-12
+
+
+def test_keep_class_frees_what_one_line_states_where_the_class_reads_it_off():
+    class Both(Stated):
+        """One width is stated, another is read off."""
+
+        def __init__(self):
+            super().__init__()
+            self.more, self.last = nn.Linear(4, 24), nn.Linear(24, 4)
+
+        def forward(self, x):
+            h = self.more(super().forward(x))
+            return self.last(torch.relu(h.view(*x.shape[:2], h.size(-1))))
+
+    oto = OTO(Both().double(), torch.randn(2, 5, 16, dtype=torch.float64), keep_class=True)
+    assert {g.name for g in oto.node_groups if g.prunable} == {"out.weight", "up.weight", "down.weight", "more.weight"}
+
+
+def test_keep_class_finds_that_even_two_heads_are_stated():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (f(x).view(*x.shape[:2], 2, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert sorted(g.size for g in OTO(TwoHeads().double(), x).node_groups if g.prunable) == [2, 4]
+    oto = OTO(TwoHeads().double(), x, keep_class=True)
+    assert [g.size for g in oto.node_groups if g.prunable] == [4]  # the width that the values have in a head
+
+
+def test_keep_class_minds_pieces_of_different_widths():
+    class Halves(nn.Module):
+        """``chunk`` makes pieces of one size; half of everything would not show that they may differ."""
+
+        def __init__(self):
+            super().__init__()
+            self.into, self.a, self.b = nn.Linear(6, 32), nn.Linear(16, 4), nn.Linear(16, 4)
+            self.up = nn.Linear(6, 8)
+            self.down = nn.Linear(8, 4)
+
+        def forward(self, x):
+            a, b = self.into(x).chunk(2, -1)
+            return self.a(a) + self.b(b) + self.down(torch.relu(self.up(x)))
+
+    oto = OTO(Halves().double(), torch.randn(2, 6, dtype=torch.float64), keep_class=True)
+    assert [g.name for g in oto.node_groups if g.prunable] == ["up.weight"]
+
+
 def test_keep_class_on_meta_runs_nothing():
     oto = OTO(Stated().to("meta"), torch.randn(2, 5, 16), keep_class=True)
     assert {g.name for g in oto.node_groups if g.prunable} == {"out.weight", "up.weight"}
