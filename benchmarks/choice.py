@@ -93,9 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, numpy {np.__version__}, {platform.machine()}, target_macs={args.target_macs}")
-    print(
-        "| model | node groups | atoms | costs spelled out, s | chosen at once, s | slowest of 5 portions, s | MACs kept |"
-    )
+    print("| model | node groups | atoms | costs, s | chosen at once, s | slowest of 5 portions, s | MACs kept |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for name in args.models:
         row = measure(MODELS[name], args.target_macs, args.rounds, group_divisible=args.group_divisible)

@@ -39,6 +39,7 @@ from oto.errors import (
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
 from oto.groups.policy import (
+    MinKept,
     carried_by_nodes,
     carried_by_operators,
     frozen_since,
@@ -141,7 +142,8 @@ class OTO:
         skip_patterns: What must not be zeroed: names or globs of parameters or of modules, or classes of modules.
         strict_out_nodes: Only outputs that nothing else in the model reads keep their size; by default all do. One that
             is returned on the way, such as a hidden state, then gets as thin as the network there.
-        min_kept: Least number of atoms that every group keeps.
+        min_kept: Atoms that every group keeps, an int; or the share of its atoms that it keeps, a float; or a mapping
+            from names or globs of parameters to either. Optimizers take it too, and keep the greater of both.
         keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
             state stay whole, and the class is run to see. By default everything is pruned, and a model whose code
             states a size that changed becomes a ``torch.fx.GraphModule``.
@@ -171,7 +173,7 @@ class OTO:
         *,
         skip_patterns: Iterable[str | type[nn.Module]] = (),
         strict_out_nodes: bool = False,
-        min_kept: int = 1,
+        min_kept: MinKept = 1,
         keep_class: bool = False,
         prune_frozen: bool = False,
     ) -> None:

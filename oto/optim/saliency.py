@@ -11,9 +11,8 @@ Where we differ from the released code:
   that descent already shrinks (``<x, g> > 0``). OTOv2's optimizer has it the other way; so have we: ``1 - cos(x, g)``.
 * **Gradient.** Released code uses the direction of its own Adam, which the wrapped optimizer does not show; the plain
   gradient works with any.
-* **Norms.** Each criterion is divided by its mean over the atoms of the same node group that are still alive, so that
-  layers of different size can be compared; ``normalise="all"`` divides by its L2 norm over all that are alive, as
-  released code does over all there ever were.
+* **Norms.** What a criterion is divided by is an option (:data:`NORMALISE`), and counts only atoms that are alive.
+  Released code divides by the L2 norm over all there ever were; ``normalise="all"`` is that over all that are alive.
 * **Averages.** Criteria that look at gradients are averaged over the steps before a choice: one batch is noise.
 * Sums are accumulated in float32 at least, also for half precision parameters.
 """

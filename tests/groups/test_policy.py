@@ -112,3 +112,26 @@ def test_outputs_on_the_way_keep_their_size_unless_asked(tmp_path):
             torch.testing.assert_close(slim[name], left)
         assert slim["a"].shape[1] < 8 and slim["c"].shape[1] == 4
         assert any("reloaded" in check.what for check in subnet.checks)
+
+
+# A least width -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "min_kept, least",
+    [
+        (5, {"stem.0.weight": 5, "body.0.weight": 5}),
+        (0.3, {"stem.0.weight": 3, "body.0.weight": 4}),  # rounded up
+        ({"body.*": 0.5}, {"stem.0.weight": 1, "body.0.weight": 6}),
+        ({"*": 2, "stem.1.weight": 7}, {"stem.0.weight": 7, "body.0.weight": 2}),
+    ],
+)
+def test_every_group_keeps_its_least(min_kept, least):
+    groups = OTO(Net(), X, min_kept=min_kept).node_groups
+    assert {g.name: g.min_kept for g in groups if g.prunable} == least
+
+
+def test_a_group_of_no_more_than_its_least_stays_whole():
+    oto = OTO(Net(), X, min_kept=8)
+    assert prunable(oto) == {"body.0.weight"}
+    assert "it has no more than 8 atoms to keep" in str(oto.explain())
