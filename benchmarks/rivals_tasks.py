@@ -368,7 +368,7 @@ class Task:
     batch: int
     variant: str = "sgd"
     lr: float = 0.05
-    weight_decay: float = 1e-4
+    weight_decay: float = 5e-4
     warmup: float = 0.0
     pretrained: bool = False
 
