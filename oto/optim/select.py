@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from oto.optim.target import Counts, Measure
 
-NEAR = 0.005
-"""A choice that is this near to its goal, as a share of it, is not refined."""
+NEAR, REFINEMENTS = 0.005, 8
+"""A choice that is this near to its goal, as a share of it, is not refined; how often, and for how many groups, it is."""
 
 ROUNDS = 16
 """How often prices are set anew on the way from one cost to another."""
@@ -98,10 +98,11 @@ def select(
         divisible: The kept count of a node group that loses atoms is a multiple of this.
         by_cost: How much costs count: the exponent in the price of an atom.
         worth: What the scores of each node group are multiplied with, shape ``(groups,)``; 1 by default.
-        fill: Give back what still fits under the goal once the last unit is gone, most important first.
+        fill: Come as near to the goal as units allow: give back what fits under it once the last unit is gone, the most
+            important first, and swap a coarse unit for finer ones.
 
     Returns:
-        Boolean array, shape ``(N,)``: the atoms that go. With ``fill`` none is chosen without need.
+        Boolean array, shape ``(N,)``: the atoms that go.
 
     Example:
         >>> from oto.groups.cost import Polynomial
@@ -111,35 +112,52 @@ def select(
         array([False,  True, False, False, False])
     """
     units = Units.of(scores, left, sizes, divisible)
-    full = measure.marginal(sizes, np.ones_like(sizes))
-    worth = np.ones(len(sizes)) if worth is None else worth
     counts = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[left], minlength=len(sizes))
+    # a unit may go if its group keeps its least, and if that saves anything
+    saves = measure.marginal(sizes, np.ones_like(sizes)) > 0
+    may_go = (counts[units.group] - _running(units.size, units.group) >= least[units.group]) & saves[units.group]
     taken = np.zeros(len(units.group), dtype=bool)
+
+    def queue(without: int | None = None) -> NDArray[np.int64]:
+        """What may go next, the lowest price first."""
+        rest = np.flatnonzero(may_go & ~taken & (units.group != (-1 if without is None else without)))
+        price = units.score[rest] * (1 if worth is None else worth[units.group[rest]])
+        if by_cost:
+            now = np.maximum(measure.marginal(counts, np.minimum(counts, 1)), np.finfo(float).tiny)
+            price = price / (now**by_cost)[units.group[rest]]
+        return rest[np.argsort(price, kind="stable")]
+
     start = measure(counts)
-    # a unit may go if its group keeps its least; units go in order, so the sums run inside each group
-    before = _running(units.size, units.group)
-    # what saves nothing is kept
-    open_ = (counts[units.group] - before >= least[units.group]) & (full > 0)[units.group]
     for way in range(1, ROUNDS + 1) if by_cost else [ROUNDS]:
         now = goal if way == ROUNDS else start - (start - goal) * way / ROUNDS
-        if measure(counts) <= now:
-            continue
-        rest = np.flatnonzero(open_ & ~taken)
-        price = units.score[rest] * worth[units.group[rest]]
-        if by_cost:
-            saves = measure.marginal(counts, np.minimum(counts, 1))
-            price = price / (np.maximum(saves, np.finfo(float).tiny) ** by_cost)[units.group[rest]]
-        queue = rest[np.argsort(price, kind="stable")]
-        few, many = 0, len(queue)
-        while few < many:  # the fewest units whose removal is enough
-            middle = (few + many) // 2
-            enough = measure(counts - _sum(queue[:middle], units, len(sizes))) <= now
-            few, many = (few, middle) if enough else (middle + 1, many)
-        taken[queue[:few]] = True
-        counts = counts - _sum(queue[:few], units, len(sizes))
+        going = _fewest(queue(), units, counts, measure, now)
+        taken[going] = True
+        counts = counts - _sum(going, units, len(sizes))
     if fill:
         _give_back(taken, units, counts, measure, goal)
-        _refine(taken, open_, units, counts, measure, goal)
+    for _ in range(REFINEMENTS if fill and by_cost else 0):
+        # where units are coarse: one of the dearest that went last comes back, and cheaper ones go in its place
+        slack = goal - measure(counts)
+        last = _last(taken, units, len(sizes))
+        if slack <= NEAR * goal or (last < 0).all():
+            break
+        back = np.where(last >= 0, units.size[last], 0)
+        dearest = np.argsort(measure.marginal(counts, -back), kind="stable")[:REFINEMENTS]
+        tries = []
+        for group in dearest[last[dearest] >= 0]:
+            more = counts + np.where(np.arange(len(sizes)) == group, back, 0)
+            going = _fewest(queue(int(group)), units, more, measure, goal)
+            after = more - _sum(going, units, len(sizes))
+            more_lost = float(units.score[going].sum() - units.score[last[group]])
+            # no dearer than the average of what went
+            if measure(after) <= goal and more_lost <= units.score[taken].sum() * slack / (start - goal):
+                tries.append((goal - measure(after), int(group), going, after))
+        best = min(tries, key=lambda tried: tried[:2], default=None)
+        if best is None or best[0] >= slack:
+            break
+        _, group, going, counts = best
+        taken[last[group]], taken[going] = False, True
+        _give_back(taken, units, counts, measure, goal)
     gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
     group = np.repeat(np.arange(len(sizes)), sizes)[units.order]
     first = np.searchsorted(group, np.arange(len(sizes)))
@@ -161,44 +179,29 @@ def _sum(queue: NDArray[np.int64], units: Units, groups: int) -> Counts:
     return np.bincount(units.group[queue], units.size[queue], minlength=groups).astype(np.int64)
 
 
-def _refine(
-    taken: NDArray[np.bool_], open_: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float
-) -> None:
-    """Where units are coarse: swap the dearest of the last ones for one that just meets the goal."""
-    groups = np.arange(len(counts))
-    for _ in range(len(counts)):
-        slack = goal - measure(counts)
-        if slack <= NEAR * goal or not taken.any():
-            return
-        chosen, free = np.flatnonzero(taken), np.flatnonzero(open_ & ~taken)
-        last, following = np.full(len(counts), -1), np.full(len(counts), -1)
-        last[units.group[chosen]] = chosen
-        following[units.group[free[::-1]]] = free[::-1]
-        back = np.where(last >= 0, units.size[last], 0)
-        best: tuple[float, int, int] | None = None
-        for group in groups[last >= 0]:  # this one comes back, and another goes
-            more = counts + np.where(groups == group, back, 0)
-            need = measure(more) - goal
-            out = np.where((following >= 0) & (groups != group), units.size[following], 0)
-            over = measure.marginal(more, out) - need
-            over[(out == 0) | (over < 0)] = np.inf
-            if len(over) and over.min() < (slack if best is None else best[0]):
-                best = float(over.min()), int(group), int(over.argmin())
-        if best is None:
-            return
-        _, group, other = best
-        counts[group] += back[group]
-        counts[other] -= units.size[following[other]]
-        taken[last[group]], taken[following[other]] = False, True
+def _fewest(queue: NDArray[np.int64], units: Units, counts: Counts, measure: Measure, goal: float) -> NDArray[np.int64]:
+    """The fewest units from the front of a queue that bring the cost down to the goal; all if that is not enough."""
+    few, many = 0, len(queue)
+    while few < many:
+        middle = (few + many) // 2
+        enough = measure(counts - _sum(queue[:middle], units, len(counts))) <= goal
+        few, many = (few, middle) if enough else (middle + 1, many)
+    return queue[:few]
+
+
+def _last(taken: NDArray[np.bool_], units: Units, groups: int) -> NDArray[np.int64]:
+    """The unit of each group that went last, -1 where none did."""
+    last = np.full(groups, -1)
+    chosen = np.flatnonzero(taken)
+    last[units.group[chosen]] = chosen  # units of a group lie in order, so the last one written is the last to go
+    return last
 
 
 def _give_back(taken: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float) -> None:
     """Take units back, the most important first, as long as the cost stays under the goal."""
     groups = len(counts)
     while taken.any():
-        last = np.full(groups, -1)
-        chosen = np.flatnonzero(taken)
-        last[units.group[chosen]] = chosen  # units of a group lie in order, so the last one written is the last to go
+        last = _last(taken, units, groups)
         size = np.where(last >= 0, units.size[last], 0)
         adds = -measure.marginal(counts, -size)
         fits = (last >= 0) & (adds <= goal - measure(counts))

@@ -52,7 +52,8 @@ def test_a_period_runs_linearly_to_exactly_zero(schedule, pick):
 @given(schedules)
 def test_the_way_to_the_target_is_shared_evenly(schedule):
     shares = [schedule.share(schedule.bounds(period)[0]) for period in range(schedule.periods)]
-    assert shares == [(period + 1) / schedule.periods for period in range(schedule.periods)]
+    assert shares == pytest.approx([(period + 1) / schedule.periods for period in range(schedule.periods)])
+    assert shares[-1] == 1
 
 
 def test_most_of_the_way_may_be_done_early():
