@@ -1,4 +1,4 @@
-"""What goes: limits that a user sets, layers that must not collapse, gradients of more than one batch, every run alike."""
+"""What goes: limits of the user, layers that must not collapse, gradients of many batches, every run alike."""
 
 from __future__ import annotations
 
