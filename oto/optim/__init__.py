@@ -1,4 +1,4 @@
-"""Groups -> a ``torch.optim.Optimizer`` that drives the least salient ones to exactly zero while the model trains."""
+"""Groups -> a ``torch.optim.Optimizer`` that drives those that matter least for their cost to zero."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,20 +106,16 @@ class Choice:
         """
         published = isinstance(saliency, str) and saliency == "hesso"
         groups = [group for group in node_groups if group.prunable and group.size]
+        if min_kept is not None:  # a group that may lose nothing stays in the list, which costs are counted over
+            asked_for = keep_at_least(groups, min_kept)
+            groups = [g if g.prunable else replace(g, min_kept=g.size, reason=None) for g in asked_for]
         sizes = np.array([group.size for group in groups], dtype=np.int64)
         _check(scope, group_divisible, normalise, by_cost, average_steps)
         asked = Target.of(target, sizes, costs, latency)
-        limited = groups if min_kept is None else keep_at_least(groups, min_kept)
+        least = [least_kept(g.size, g.min_kept, group_divisible) for g in groups]
         everywhere = min_kept is not None and not isinstance(min_kept, Mapping)  # a limit of the user for every group
         soft = 0.0 if published or everywhere else FLOOR
-
-        def bound(share: float) -> Counts:
-            """What every group keeps, and ``share`` of it at least; all, if its least is more than it has."""
-            wanted = [max(g.min_kept, int(np.ceil(share * g.size))) if g.prunable else g.size for g in limited]
-            return np.array(
-                [least_kept(g.size, w, group_divisible) for g, w in zip(limited, wanted, strict=True)], np.int64
-            )
-
+        floor = [least_kept(g.size, max(g.min_kept, int(np.ceil(soft * g.size))), group_divisible) for g in groups]
         self = cls(
             tuple(groups),
             asked,
@@ -129,11 +125,11 @@ class Choice:
             scope,
             group_divisible,
             (1 if published else AVERAGE_STEPS) if average_steps is None else average_steps,
-            bound(0.0),
-            bound(soft),
+            np.array(least, dtype=np.int64),
+            np.array(floor, dtype=np.int64),
         )
         if asked.wants_less:
-            if (self.least == sizes).all():
+            if not groups or (self.least >= sizes).all():
                 raise NothingPrunableError(f"{asked}, but no node group may lose an atom; oto.explain() says why")
             asked.require_reachable(self.least, sizes)
         return self
@@ -171,13 +167,15 @@ class Choice:
         sizes = np.array(self.sizes, dtype=np.int64)
         goal, measure = self.target.after(share), self.target.measure
         least = self._floor(goal)
-        by_cost, even = self.by_cost, self.scope == "local"
-        if even:
+        by_cost = self.by_cost
+        if self.scope == "local":
             values, by_cost = _rank(values, left, sizes), 0.0
         worth = None
         if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
             worth = measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
-        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost, worth, fill=not even)
+        chosen = select(
+            values, left, sizes, least, measure, goal, self.divisible, by_cost, worth, self.scope != "local"
+        )
         return torch.from_numpy(chosen)
 
     def kept_of(
@@ -260,8 +258,8 @@ DEFAULT: Weights = {"taylor_second_order": 1.0}
 Fisher matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in
 one layer can be compared with that in another, and divided by a cost."""
 
-FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude", "normalise": "mean"}
-"""The choice where there are no gradients."""
+FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude", "normalise": "mean", "by_cost": 0.0}
+"""The choice where there are no gradients. Magnitudes are in no unit that could be divided by a cost."""
 
 BY_COST = 1.0
 

