@@ -344,8 +344,9 @@ class OTO:
         """
         target = {name: options.pop(name) for name in UNITS if name in options}
         batches = list(batches)
-        given = {"costs": self.costs, "latency": self._latency(target | options)}
-        choice = Choice.of(self.node_groups, target, **given, **({} if batches else FROM_MAGNITUDE) | options)
+        options = ({} if batches else FROM_MAGNITUDE) | options
+        latency = self._latency(target | options)
+        choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)
         kept = choice.kept_of(copy.deepcopy(self.model), batches, loss)
         how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
         times = None

@@ -43,8 +43,8 @@ def cost(partition: Partition, kept: Mapping[str, int] | None = None) -> Cost:
     """The exact cost when each group named in ``kept`` has that many atoms left; others are whole."""
     counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
 
-    def total(products: Iterable[tuple[int, Sequence[Term]]]) -> int:
-        return sum(weight * prod(count(resolve(term), counts) for term in terms) for weight, terms in products)
+    def total(products: Products) -> int:
+        return sum(int(weight) * prod(count(resolve(term), counts) for term in terms) for weight, terms in products)
 
     return Cost(total(_params(partition)), total(_macs(partition)), total(_bytes(partition)))
 

@@ -74,7 +74,7 @@ def latency_table(partition: Partition, costs: Costs, device: torch.device, divi
 
 
 def _width(size: int, share: float, divisible: int) -> int:
-    return min(max(round(size * share / divisible), 1) * divisible, size)
+    return size if share == 1 else min(max(round(size * share / divisible), 1) * divisible, size)
 
 
 def _size(terms: Sequence[Term], counts: Mapping[Axis, int]) -> int:
