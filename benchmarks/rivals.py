@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from rivals_methods import METHODS, accuracy, macs, params, rebuilt
-from rivals_tasks import TASKS, Task
+from rivals_tasks import TASKS, Task, channels_last
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ def of(cell: Line) -> Task:
 def run(cell: Line, options: Line) -> Line:
     task, method = of(cell), cell["method"].partition("[")[0]
     data, example = task.data(), task.example()
-    whole = task.build(1.0, False)
+    whole = task.network()
     start, used = time.perf_counter(), time.process_time()
     slim = METHODS[method](task, data, cell["target"], cell["seed"], options)
     minutes, cpu_minutes = (time.perf_counter() - start) / 60, (time.process_time() - used) / 60
@@ -180,10 +180,10 @@ def machine() -> str:
 def latency(cell: Line, how: Line, batch: int) -> Line:
     """Milliseconds of a forward pass, eager and compiled; dense and slim take turns, so both see the same machine."""
     task = of(cell)
-    example = tuple(x.repeat(batch, *(1,) * (x.dim() - 1)) for x in task.example())
+    example = channels_last(tuple(x.repeat(batch, *(1,) * (x.dim() - 1)) for x in task.example()))
     found: Line = {}
     for mode in ("eager", "compiled"):
-        models = [task.build(1.0, False).eval(), rebuilt(task, how)]
+        models = [task.network().eval(), rebuilt(task, how)]
         if mode == "compiled":
             torch.compiler.reset()
             models = [torch.compile(model) for model in models]
@@ -236,8 +236,8 @@ def page(lines: list[Line]) -> str:
             "",
             f"`python benchmarks/rivals.py --tasks {name}`: {images:,} training examples, {epochs} epochs, batch "
             f"{first['batch']} ({first['steps']} steps), {first['variant']}, lr {first['lr']} to 0 as a cosine, weight "
-            f"decay {first['weight_decay']}. {'; '.join(places)}; {sum(r['cpu_minutes'] for r in here):.0f} minutes of a core for "
-            f"{len(here)} runs.",
+            f"decay {first['weight_decay']}. {'; '.join(places)}; "
+            f"{sum(r['cpu_minutes'] for r in here):.0f} minutes of a core for {len(here)} runs.",
             "",
         ]
         dense = [r for r in here if r["method"] == "dense"]
@@ -359,7 +359,8 @@ def accuracy_of(cell: Line, args: argparse.Namespace) -> Line | None:
             return None
         line = run(cell, args.options.get(cell["method"].partition("[")[0], {}))
         said = "{task} {method} target {target:g} seed {seed}: {accuracy:.2f} % (hold-out {accuracy_holdout:.2f} %), "
-        said += "{macs_kept:.3f} of the MACs, {params_kept:.3f} of the parameters, {minutes:.1f} minutes ({cpu_minutes:.1f} of a core)"
+        said += "{macs_kept:.3f} of the MACs, {params_kept:.3f} of the parameters, "
+        said += "{minutes:.1f} minutes ({cpu_minutes:.1f} of a core)"
         print(said.format(**line), flush=True)
         return line
 

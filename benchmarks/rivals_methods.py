@@ -87,7 +87,7 @@ def accuracy(model: nn.Module, split: Split, size: int = 250) -> float:
 
 def dense(task: Task, data: Data, target: float, seed: int, options: dict[str, Any]) -> Slim:
     """Not pruned, trained on."""
-    model = task.build(1.0, task.pretrained)
+    model = task.network(1.0, task.pretrained)
     train(task, model, data, task.optimizer(model), seed)
     return Slim(model, {"scale": 1.0})
 
@@ -96,7 +96,7 @@ def dense_small(task: Task, data: Data, target: float, seed: int, options: dict[
     """The same architecture, uniformly narrower, from scratch: pretrained weights of that width are not to be had."""
     scale = scale_for(task, target)
     torch.manual_seed(seed)
-    model = task.build(scale, False)
+    model = task.network(scale, False)
     train(task, model, data, task.optimizer(model), seed)
     return Slim(model, {"scale": scale}, {"scale": scale})
 
@@ -104,11 +104,11 @@ def dense_small(task: Task, data: Data, target: float, seed: int, options: dict[
 def scale_for(task: Task, target: float) -> float:
     """The scale with the most MACs that are at most the target's."""
     example = task.example()
-    limit = target * macs(task.build(1.0, False), example)
+    limit = target * macs(task.network(), example)
     low, high = 0.0, 1.0
     for _ in range(12):  # 1 / 4096: finer than one channel
         middle = (low + high) / 2
-        if macs(task.build(middle, False), example) <= limit:
+        if macs(task.network(middle, False), example) <= limit:
             low = middle
         else:
             high = middle
@@ -126,7 +126,7 @@ def ours(make: str, **fixed: Any) -> Callable[..., Slim]:
 
     def run(task: Task, data: Data, target: float, seed: int, options: dict[str, Any]) -> Slim:
         torch.manual_seed(seed)
-        model = task.build(1.0, task.pretrained)
+        model = task.network(1.0, task.pretrained)
         example = task.example()
         oto = OTO(model, example)
         chosen = task.optimizer_options() | {"target_macs": target, "total_steps": task.steps} | fixed | options
@@ -182,7 +182,7 @@ def torch_pruning(criterion: str, scope: str, when: str) -> Callable[..., Slim]:
     def run(task: Task, data: Data, target: float, seed: int, options: dict[str, Any]) -> Slim:
         torch.manual_seed(seed)
         settings = {"portions": 5, "until": 0.4, "inner": False, "batches": 10} | options
-        model = task.build(1.0, task.pretrained)
+        model = task.network(1.0, task.pretrained)
         rival = Rival(task, model, data, criterion, scope, settings, seed)
         count = settings["portions"] if when == "portions" else 1
         last = settings["until"] * task.steps if when == "portions" else 0
@@ -259,7 +259,7 @@ class Rival:
                 self.pruner.step()
                 self.taken += 1
                 self.follow()
-        renewed = self.task.optimizer(self.model)
+        renewed = self.task.optimizer(self.model.to(memory_format=torch.channels_last))
         for name, p in self.model.named_parameters():
             if state[name]:
                 renewed.state[p] = {**state[name], **p.moments}
@@ -286,7 +286,7 @@ class Rival:
         self.model.zero_grad()
         squares: dict[Tensor, Tensor] = {}
         for part in index.split(1 if single else size):
-            x, y = train.batch(part)
+            x, y = train.batch(part, whole=False)
             F.cross_entropy(self.model(*x), y).backward()
             if single:
                 for p in self.model.parameters():
@@ -412,8 +412,8 @@ def rebuilt(task: Task, how: Mapping[str, Any]) -> nn.Module:
     """A network of the shape of a slim one, with weights that mean nothing."""
     torch.manual_seed(0)
     if "scale" in how:
-        return task.build(how["scale"], False).eval()
-    model = task.build(1.0, False)
+        return task.network(how["scale"], False).eval()
+    model = task.network()
     if "kept" in how:
         oto = OTO(model, task.example())
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -439,4 +439,4 @@ def rebuilt(task: Task, how: Mapping[str, Any]) -> nn.Module:
             part.normalized_shape = tuple(part.weight.shape)
         elif hasattr(part, "attention_head_size") and hasattr(part, "query"):
             part.attention_head_size = part.query.weight.shape[0] // part.num_attention_heads
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)

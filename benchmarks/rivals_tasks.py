@@ -246,12 +246,13 @@ class Split:
     def first(self, n: int) -> Split:
         return Split(tuple(x[:n] for x in self.x), self.y[:n])
 
-    def batch(self, index: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def batch(self, index: Tensor, whole: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Rows ``index``; sentences, unless ``whole``, cut to the longest of them, which changes nothing but time."""
         x = tuple(x[index] for x in self.x)
-        if len(x) == 2:  # ids and mask: no longer than the longest sentence
+        if len(x) == 2 and not whole:  # ids and mask
             length = int(x[1].sum(1).max())
             x = tuple(part[:, :length] for part in x)
-        return x, self.y[index]
+        return channels_last(x), self.y[index]
 
 
 @dataclass(frozen=True)
@@ -269,10 +270,15 @@ class Data:
         order = torch.randperm(len(self.train), generator=generator)
         for index in order.split(size):
             if len(index) == size:
-                x, y = self.train.batch(index)
+                x, y = self.train.batch(index, whole=False)
                 if self.shift:
-                    x = (augment(x[0], self.shift, self.flip, generator),)
+                    x = channels_last((augment(x[0], self.shift, self.flip, generator),))
                 yield x, y
+
+
+def channels_last(x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Images as the CPU's convolutions like them: a step takes 0.6 to 0.75 of the time. Every method gets them so."""
+    return tuple(part.contiguous(memory_format=torch.channels_last) if part.dim() == 4 else part for part in x)
 
 
 @cache
@@ -302,6 +308,9 @@ def fashion_mnist(holdout: int = 5000) -> Data:
     )  # fmt: skip
 
 
+TOKENS = 64  # of a sentence; the longest few are cut
+
+
 @cache
 def sst2() -> Data:
     """A fixed shuffle of the training phrases, the 872 sentences of `dev` held out, and the 1,821 of `test`."""
@@ -316,7 +325,7 @@ def sst2() -> Data:
             lines = [line.split("\t", 1) for line in file.read().decode().splitlines()[1:] if line]
         order = np.random.default_rng(0).permutation(len(lines))[:n] if n else range(len(lines))
         texts, y = [lines[i][1] for i in order], np.array([int(lines[i][0]) for i in order])
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
         return Split((tokens["input_ids"], tokens["attention_mask"]), _labels(y))
 
     return Data(split("train", 20_000), split("dev"), split("test"))
@@ -369,6 +378,10 @@ class Task:
     def steps(self) -> int:
         return self.epochs * (self.images // self.batch)
 
+    def network(self, scale: float = 1.0, pretrained: bool = False) -> nn.Module:
+        """Weights of convolutions lie as the CPU likes them, see :func:`channels_last`."""
+        return self.build(scale, pretrained).to(memory_format=torch.channels_last)
+
     def with_budget(self, images: int | None, epochs: int | None) -> Task:
         return replace(self, images=images or self.images, epochs=epochs or self.epochs)
 
@@ -410,7 +423,7 @@ TASKS = {
         ),
         Task(
             "mobilenet", "MobileNetV2-like on Fashion-MNIST, from scratch", lambda scale, _: MobileNet(scale),
-            fashion_mnist, _image(1, 28, 28), "classifier", (0.5, 0.3), (0, 1, 2), images=20_000, epochs=4, batch=128,
+            fashion_mnist, _image(1, 28, 28), "classifier", (0.5, 0.3), (0, 1, 2), images=15_000, epochs=4, batch=128,
             lr=0.1,
         ),
         Task(
@@ -419,7 +432,7 @@ TASKS = {
             epochs=4, batch=128, variant="adamw", lr=2e-3, weight_decay=0.05, warmup=0.1,
         ),
         Task(
-            "minilm", "MiniLM-L6 on SST-2, pretrained", minilm, sst2, lambda: _sentence(32), "classifier", (0.5,),
+            "minilm", "MiniLM-L6 on SST-2, pretrained", minilm, sst2, lambda: _sentence(TOKENS), "classifier", (0.5,),
             (0, 1, 2), images=10_000, epochs=1, batch=32, variant="adamw", lr=2e-4, weight_decay=0.01, warmup=0.1,
             pretrained=True,
         ),

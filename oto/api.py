@@ -9,7 +9,8 @@ import os
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,13 +23,18 @@ from torch import Tensor, nn
 from oto._torch import holder, tree_map_only, unwrapped
 from oto.axes.registry import known
 from oto.errors import (
+    ArtefactError,
     EmitterError,
     NotPrunedWarning,
+    OTOError,
     TargetError,
     TooLateError,
+    TraceError,
     UnknownOpWarning,
     UnknownParameterError,
     VerificationError,
+    first_line,
+    out_of_memory,
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
@@ -45,7 +51,7 @@ from oto.groups.policy import (
     zeroing,
 )
 from oto.io.artefact import check_out_dir, writing
-from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, read_program, rebuild, write_program
+from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, rebuild, write_program
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.target import UNITS, Target
@@ -58,9 +64,11 @@ from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
+from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
-from oto.trace.record import on_meta, record
+from oto.trace.found import as_found
+from oto.trace.record import line_of, on_meta, record
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +82,15 @@ class Subnet:
     Attributes:
         model: The slim module, in eval mode; it owns its memory.
         path: The folder of the artefact, ``None`` if it was not saved.
-        emitter: ``"module"`` (the original class) or ``"graph"`` (a ``torch.fx.GraphModule``).
-        why_graph: Why the original class could not be used, if it could not.
+        emitter: ``"module"`` (the original class), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
+            followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
+        why_graph: Why the original class could not be used, if it could not; and what a recording is.
         max_error: Largest relative error against the zeroed full model, in float64 where the model runs in it.
         checks: Every comparison that was made.
         cost_before, cost_after: Parameters and MACs on the example input.
         kept: For each prunable group, the atoms that are left.
-        note: Why less was removed than could be, if that is known: pruning had not finished, or nothing was zero.
+        notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
+            files that were not written.
     """
 
     model: nn.Module
@@ -92,7 +102,7 @@ class Subnet:
     cost_before: Cost
     cost_after: Cost
     kept: Kept
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return subnet_table(self)
@@ -168,7 +178,10 @@ class OTO:
     ) -> None:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
-        self.partition = partition(record(model, dummy_input, known, dead=keep_class), strict_out_nodes)
+        with _told(model, TraceError, "being followed on the dummy input"):
+            graph = record(model, dummy_input, known, dead=keep_class)
+        with _told(model, TraceError, "being analysed", "it was followed on the dummy input"):
+            self.partition = partition(graph, strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._prune_frozen = prune_frozen
         if not prune_frozen:
@@ -179,7 +192,8 @@ class OTO:
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
         if keep_class:
-            bound = class_bound(model, self.partition, self._groups, dummy_input)
+            with _told(model, TraceError, "its class was tried with less (keep_class)", "the analysis is done"):
+                bound = class_bound(model, self.partition, self._groups, dummy_input)
             self._groups = keep_whole(self._groups, bound, "keep_class: the model's code may state its size")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
@@ -479,21 +493,22 @@ class OTO:
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
-        The original class is used where its code states no size that changed; else the traced graph. Either is
-        compared with the zeroed full model on the example and on random inputs, in the model's dtype and in float64,
-        and once more after it was saved and loaded. Where pruning has not finished, or nothing is zero, a warning and
-        ``print(subnet)`` say so.
+        The original class is used where its code states no size that changed; else the graph that ``torch.export``
+        follows; else the calls that were recorded on the example, which hold at its shapes and values only. Whichever
+        it is, it is compared with the zeroed full model on the example and on random inputs, in the model's dtype and
+        in float64, and once more after it was saved and loaded. Where pruning has not finished, or nothing is zero, a
+        warning and ``print(subnet)`` say so.
 
         Args:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
             model: Made slim instead of the model of this ``OTO``: a copy of it with other weights, such as their moving
                 average, or what wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
-            emitter: ``"auto"``, ``"module"`` (the original class or an error) or ``"graph"``.
+            emitter: ``"auto"``, or one way alone: ``"module"`` (the original class), ``"graph"`` or ``"recording"``.
             save_full: Save the zeroed full weights beside the slim ones.
 
         Raises:
             VerificationError: The slim model differs. Nothing is written.
-            EmitterError: The asked emitter cannot express the slim model, or neither can.
+            EmitterError: The asked emitter cannot express the slim model, or none can.
             NonFiniteParameterError: A parameter holds NaN or infinity.
             UnknownParameterError: ``model`` is no copy of the model.
             ArtefactError: ``out_dir`` cannot be written.
@@ -501,9 +516,9 @@ class OTO:
         source = self if model is None else self._reading(model)
         subnet = source._subnet(out_dir, emitter, save_full)
         self._saved = source._saved
-        if subnet.note is not None:
-            log.warning(subnet.note)
-            warnings.warn(subnet.note, NotPrunedWarning, stacklevel=2)
+        if short := source._short_of(subnet.kept):
+            log.warning(short)
+            warnings.warn(short, NotPrunedWarning, stacklevel=2)
         return subnet
 
     def _reading(self, model: Any) -> OTO:
@@ -544,8 +559,10 @@ class OTO:
         return f"{what}\n  effect  {effect}\n  to fix  {remedy}"
 
     def _subnet(self, out_dir: str | os.PathLike[str] | None, emitter: str, save_full: bool) -> Subnet:
-        if emitter not in ("auto", "module", "graph"):
-            raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module' or 'graph'")
+        if emitter not in ("auto", "module", "graph", "recording"):
+            raise EmitterError(
+                f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module', 'graph' or 'recording'"
+            )
         if out_dir is not None:
             check_out_dir(out_dir)
         if on_meta(self.model):
@@ -556,21 +573,29 @@ class OTO:
             )
         kept = read_zeros(self.node_groups, self.model)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
-        slim, edits, tensors, checks, why = self._emit(kept, emitter)
+        notes: list[str] = []
+        built = _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
+        with built, as_found(self.model):
+            how, slim, edits, tensors, checks, why = self._emit(kept, emitter, notes)
         path = None
         if out_dir is not None:
             path = Path(out_dir)
-            about = {"why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
-            checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full)
-        how = "graph" if edits is None else "module"
-        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept, self._short_of(kept))
+            about = {"emitter": how, "why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
+            proved = f"the slim model was built, and right in {len(checks)} comparisons"
+            saved = _told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
+            with saved, as_found(self.model):
+                checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full, notes)
+        short = self._short_of(kept)
+        told = (*([short] if short else []), *notes)
+        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept, told)
 
     def _emit(
-        self, kept: Kept, emitter: str
-    ) -> tuple[nn.Module, Edits | None, Mapping[str, Tensor], list[Check], str | None]:
-        """The slim module, the edits that made it (if it is of the original class), its tensors, and the proof."""
-        why: str | None = None
-        if emitter != "graph":
+        self, kept: Kept, emitter: str, notes: list[str]
+    ) -> tuple[str, nn.Module, Edits | None, Mapping[str, Tensor], list[Check], str | None]:
+        """The way that was taken, the slim module, the edits that made it (if it is of the original class), its
+        tensors, the proof, and why it is not of the original class."""
+        why: list[str] = []
+        if emitter in ("auto", "module"):
             try:
                 thin = thinning(self.partition, kept)
                 edits = plan_edits(self.model, self.partition, thin)
@@ -578,32 +603,59 @@ class OTO:
                 slim = thin_copy(self.model, tensors, edits).eval()
                 checks = check(self.model, slim, self.dummy_input, batch=True, left=self._left(kept))
                 require(checks)
-                return slim, edits, tensors, checks, None
+                return "module", slim, edits, tensors, checks, None
             except Exception as failure:  # anything that the user's own forward may raise at other sizes
-                why = _first_lines(failure)
+                if out_of_memory(failure):
+                    raise
+                why.append(_first_lines(failure))
                 if emitter == "module":
                     raise EmitterError(
-                        f"{type(self.model).__name__} cannot be thinned as its own class: {why}\n"
+                        f"{type(self.model).__name__} cannot be thinned as its own class: {why[0]}\n"
+                        "  effect  no slim model was made, and nothing was written\n"
                         f"  to fix  use emitter='graph', or {self._way_out}"
                     ) from failure
-                log.info("the original class does not fit, using the graph: %s", why)
-        try:
-            exported = export(self.model, self.dummy_input, known)
-            slim = emit_graph(exported, self.partition, kept)
-        except EmitterError as failure:
-            if why is None:
+                log.info("the original class does not fit, using the graph: %s", why[0])
+        way = "recording" if emitter == "recording" else "graph"
+        if way == "graph":
+            try:
+                graph, checks = self._emit_graph(kept, notes)
+            except VerificationError:
                 raise
-            raise EmitterError(
-                f"{failure}\n  class   the original class does not do either: {why}\n  or      {self._way_out}"
-            ) from failure
-        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept))
+            except Exception as failure:
+                if emitter == "graph":
+                    raise
+                way, refused = "recording", failure
+                notes.clear()
+                why.append(_first_lines(failure))
+                log.info("torch.export does not do, using the recording: %s", why[-1])
+        if way == "recording":
+            why = [*why, RECORDED] if why else [f"it was asked for: {RECORDED}"]
+            try:
+                graph = emit_recording(self.model, self.dummy_input, self.partition, kept)
+            except (EmitterError, TraceError) as failure:
+                if emitter == "recording":
+                    raise
+                raise EmitterError(
+                    f"{refused}\n  class   the original class does not do either: {why[0]}\n"
+                    f"  replay  nor does a recording of the example: {str(failure).splitlines()[0]}\n"
+                    f"  or      {self._way_out}"
+                ) from refused
+            checks = check_recording(self.model, graph, self.dummy_input, self.partition, kept, notes, self._left(kept))
+            require(checks)
+        held = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+        return way, graph, None, dict(held), checks, "; ".join(why) or None
+
+    def _emit_graph(self, kept: Kept, notes: list[str]) -> tuple[nn.Module, list[Check]]:
+        """The slim form of what torch.export follows, and its proof."""
+        exported = export(self.model, self.dummy_input, known)
+        slim = emit_graph(exported, self.partition, kept)
+        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept), notes=notes)
         try:
             require(checks)
         except VerificationError as failure:
             self._require_faithful_export(failure)
             raise
-        held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
-        return slim, None, dict(held), checks, why
+        return slim, checks
 
     @property
     def _way_out(self) -> str:
@@ -622,7 +674,7 @@ class OTO:
         """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
         dense = export(self.model, self.dummy_input, known)
         try:
-            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic))
+            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic, notes=[]))
         except VerificationError as unfaithful:
             raise EmitterError(
                 f"torch.export's graph of {type(self.model).__name__} does not compute what the model does\n"
@@ -632,41 +684,78 @@ class OTO:
             ) from failure
 
     def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, tensors: Mapping[str, Tensor], kept: Kept,
-              checks: list[Check], about: Mapping[str, Any], save_full: bool) -> list[Check]:  # fmt: skip
+              checks: list[Check], about: Mapping[str, Any], save_full: bool,
+              notes: list[str]) -> list[Check]:  # fmt: skip
         """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU."""
         full, given, portable, left = self.model, self.dummy_input, slim, self._left(kept)
+        recorded = about["emitter"] == "recording"
         if next(self.model.parameters()).device.type != "cpu":
             full, given = copy.deepcopy(self.model).cpu(), tree_map_only(Tensor, Tensor.cpu, self.dummy_input)
             # a graph names devices, so it is made anew
-            portable = (
-                copy.deepcopy(slim).cpu()
-                if edits is not None
-                else emit_graph(export(full, given, known), self.partition, kept)
-            )
+            if edits is not None:
+                portable = copy.deepcopy(slim).cpu()
+            elif recorded:
+                portable = emit_recording(full, given, self.partition, kept)
+            else:
+                portable = emit_graph(export(full, given, known), self.partition, kept)
         with writing(out_dir) as draft:
-            draft.tensors(WEIGHTS, tensors)
+            unread = self.partition.found.graph.unread
+            left_out = draft.tensors(WEIGHTS, tensors, unread)
             if save_full:
-                draft.tensors(FULL, tensors_of(self.model, self.partition))
-            no_program = write_program(draft, portable, given)
+                draft.tensors(FULL, tensors_of(self.model, self.partition), unread)
             again: list[Check] = []
             if edits is not None:
                 again += check(
                     full, rebuild(full, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1, left=left
                 )
-            if no_program is None:
-                again += check(full, read_program(draft.file(PROGRAM)), given, "reloaded program", 1, left=left)
-            require(again)
+                require(again)
+            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself
+            against, left = (portable, None) if recorded else (full, left)
+            no_program, proof = write_program(
+                draft,
+                portable,
+                given,
+                lambda read: check(against, read, given, "reloaded program", 1, left=left),
+                left_out if edits is not None else (),
+            )
+            again += proof
+            if no_program is not None:
+                needed = "the class is needed to load it" if edits is not None else "nothing in it can be loaded"
+                notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
             manifest = {
-                "emitter": "graph" if edits is None else "module",
                 "model": describe(self.model, tensors if edits is not None else {}),
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in kept.items()},
                 "checks": [vars(c) for c in (*checks, *again)],
                 "no_program": no_program,
+                "left_out": left_out,
+                "notes": notes,
             }
             draft.commit(manifest | dict(about))
         self._saved = out_dir
         return again
+
+
+@contextmanager
+def _told(model: nn.Module, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
+    """Whatever the model's code raises is told as one of our errors, with the stage."""
+    try:
+        yield
+    except Exception as failure:
+        if isinstance(failure, OTOError) or out_of_memory(failure):
+            raise
+        line = line_of(failure)
+        told = [f"{type(model).__name__} failed while {stage}: {first_line(failure)}"]
+        told += [f"  at      {line}"] if line else []
+        told += [f"  proved  {proved}"] if proved else []
+        told += ["  effect  nothing was written; the model is as it was"]
+        told += [
+            "  to fix  see that line: the model is copied, and run in eval mode several times, on other values, on"
+            " another batch size and in float64"
+            if line
+            else "  to fix  see the traceback above; if it is not about the model, it is a mistake of oto's: report it"
+        ]
+        raise error("\n".join(told)) from failure
 
 
 def _listed(names: Any) -> list[Any]:
@@ -675,4 +764,4 @@ def _listed(names: Any) -> list[Any]:
 
 def _first_lines(failure: Exception) -> str:
     where = traceback.extract_tb(failure.__traceback__)[-1]
-    return f"{type(failure).__name__}: {(str(failure).splitlines() or [f'at {where.filename}:{where.lineno}'])[0]}"
+    return first_line(failure) if str(failure) else f"{type(failure).__name__}: at {where.filename}:{where.lineno}"

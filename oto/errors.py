@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 
 class OTOError(Exception):
     """Base of every error that ``oto`` raises on purpose."""
@@ -105,8 +107,23 @@ class NotPrunedWarning(UserWarning):
     """Less is pruned than could be or was asked for; the message says why."""
 
 
+class LeftBehindWarning(UserWarning):
+    """Tensors that were made to analyse a model are still somewhere where the next forward may meet them."""
+
+
 class UnknownOpWarning(UserWarning):
     """An operator without a rule kept its channels whole."""
+
+
+def out_of_memory(failure: BaseException) -> bool:
+    """Whether memory ran out, which no other way of doing the same would mend: it is never told as anything else."""
+    return isinstance(failure, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(failure)
+
+
+def first_line(failure: BaseException, limit: int = 300) -> str:
+    """The kind of an exception and the first line that it says, cut."""
+    line = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
+    return f"{type(failure).__name__}: {line[:limit]}{' …' * (len(line) > limit)}" if line else type(failure).__name__
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -4,15 +4,53 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.zoo import part
+
 # the same examples on every run and machine: a failure is there for everybody, until HYPOTHESIS_PROFILE=default looks
 # for new ones
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--zoo-part", metavar="K/N", help="of the zoo's models only this part, and new ones (zoo/part.py)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Models marked ``zoo`` that lie in another part are left out."""
+    asked = config.getoption("--zoo-part")
+    if asked is None:
+        return
+    k, of = part.parse(asked)
+    seen = part.seen_before()
+
+    def taken(item: Any) -> bool:
+        if not item.get_closest_marker("zoo") or item.originalname != "test_half_of_all_groups_removed":
+            return True
+        model = item.callspec.id
+        return part.home(model, of) == k or (seen is not None and model.partition("-")[2] not in seen)
+
+    config.hook.pytest_deselected(items=[item for item in items if not taken(item)])
+    items[:] = filter(taken, items)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What a partial run covered."""
+    asked = config.getoption("--zoo-part")
+    if asked is not None:
+        reports = [r for some in ("passed", "failed") for r in terminalreporter.stats.get(some, [])]
+        models = sum("test_half_of_all_groups_removed" in r.nodeid for r in reports)
+        k, of = part.parse(asked)
+        terminalreporter.write_line(
+            f"zoo: part {k} of {of}, with new models: {models} models; `make zoo` runs them all"
+        )
+
 
 ROOT = Path(__file__).resolve().parent.parent
 

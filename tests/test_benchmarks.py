@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {
-    "target_macs": None, "total_steps": None, "target_group_sparsity": 0.4, "start_pruning_step": 0,
-    "pruning_steps": 2, "pruning_periods": 1,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -32,29 +27,30 @@ def rivals(monkeypatch: pytest.MonkeyPatch) -> Any:
     data = rivals_tasks.Data(split(64), split(20), split(40), shift=4, flip=True)
     small = replace(
         rivals.TASKS["resnet20"], build=lambda scale, _: rivals_tasks.ResNet(8, scale), data=lambda: data, images=64,
-        epochs=1, batch=16, pretrained=False,
+        epochs=2, batch=8, pretrained=False,
     )  # fmt: skip
     monkeypatch.setitem(rivals.TASKS, "resnet20", small)
     return rivals
 
 
-METHODS = ["dense", "dense-small", "oto", "tp-taylor-global-portions", "tp-l2-local-oneshot"]
+METHODS = ["dense", "dense-small", "oto", "random", "tp-taylor-global-portions", "tp-l2-local-oneshot"]
 
 
 @pytest.mark.filterwarnings("ignore")  # those of torch-pruning are not ours
 def test_a_cell_of_every_kind_is_run_once(rivals: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "rivals.jsonl"
     flags = ["--tasks", "resnet20", "--targets", ".5", "--seeds", "0", f"--results={results}"]
-    flags += ["--options", f"oto:{json.dumps(OURS)}", "--methods", *METHODS]
+    flags += ["--options", 'random:{"pruning_periods": 2}', "--methods", *METHODS]
     rivals.main(flags)
     lines = rivals.read(results)
     by_method = {line["method"].partition("[")[0]: line for line in lines}
     assert list(by_method) == METHODS and len(lines) == len(METHODS)
 
     task = rivals.TASKS["resnet20"]
-    dense = rivals.macs(task.build(1.0, False), task.example())
+    dense = rivals.macs(task.network(), task.example())
     assert by_method["dense"]["macs"] == dense
-    for method in ("dense-small", "tp-taylor-global-portions", "tp-l2-local-oneshot"):
+    assert lines[3]["method"] == "random[pruning_periods=2]"
+    for method in METHODS[1:]:
         assert 0.4 * dense < by_method[method]["macs"] <= 0.5 * dense, method
     for line in lines:
         assert 0 <= line["accuracy"] <= 100 and 0 < line["macs_kept"] <= 1
@@ -68,10 +64,10 @@ def test_a_cell_of_every_kind_is_run_once(rivals: Any, tmp_path: Path, capsys: p
     assert results.read_text() == before
     assert "resnet20" not in capsys.readouterr().out, "nothing is run again"
 
-    rivals.main([*flags[:6], "--methods", "dense-small", "--seeds", "1"] + [flags[6]])
+    rivals.main([*flags[:6], "--methods", "dense-small", "--seeds", "1", flags[6]])
     assert len(rivals.read(results)) == len(METHODS) + 1, "a line of its own after the broken one"
     text = results.with_suffix(".md").read_text()
-    assert "| dense-small | 2 |" in text and "points over" not in text, "the best rival is missing: no `oto` by default"
+    assert "| dense-small | 2 |" in text and "| **oto** | 1 |" in text and "points over `" in text
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -90,14 +86,14 @@ def test_moments_of_what_stays_are_kept(rivals: Any) -> None:
     from rivals_methods import Rival
 
     task = rivals.TASKS["resnet20"]
-    model = task.build(1.0, False)
+    model = task.network()
     optimizer = task.optimizer(model)
     for p in model.parameters():
         p.data = torch.randn_like(p)  # no two entries alike
         optimizer.state[p] = {"momentum_buffer": 2 * p.detach()}
     settings = {"inner": False, "batches": 1}
     after = Rival(task, model, task.data(), "l1", "global", settings, 0).prune(0.5, optimizer)
-    assert rivals.macs(model, task.example()) <= 0.5 * rivals.macs(task.build(1.0, False), task.example())
+    assert rivals.macs(model, task.example()) <= 0.5 * rivals.macs(task.network(), task.example())
     for p in model.parameters():
         assert torch.equal(after.state[p]["momentum_buffer"], 2 * p)
 
@@ -105,7 +101,7 @@ def test_moments_of_what_stays_are_kept(rivals: Any) -> None:
 def test_the_layer_that_pads_is_the_same_function(rivals: Any) -> None:
     from rivals_methods import select_
 
-    model = rivals.TASKS["resnet20"].build(1.0, False).eval()
+    model = rivals.TASKS["resnet20"].network().eval()
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
     select_(model)

@@ -222,3 +222,54 @@ def test_an_operator_of_ones_own_may_be_called_like_torchs():
         return x + 0
 
     register_rule(torch.ops.oto_tests.add)(lambda call, x: call.identity(x))
+
+
+def test_what_can_be_done_about_it_comes_first():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.a, self.b = nn.Conv2d(3, 64, 9), nn.Linear(3, 8), nn.Linear(8, 2)
+            self.spare = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x.mean((2, 3))))), self.image(x)
+
+    oto = OTO(Net(), torch.randn(1, 3, 9, 9))
+    oto.mark_unprunable_by_param_names(["a.weight"])
+    reasons = [line for line in str(oto.explain()).splitlines()[3:] if "it " in line]
+    order = ["was marked", "never uses", "of an output", "kernel"]
+    places = [next(i for i, line in enumerate(reasons) if text in line) for text in order]
+    assert places == sorted(places), "\n".join(reasons)
+
+    with message(NothingPrunableError, "no node group") as caught:
+        OTO(Net(), torch.randn(1, 3, 9, 9), skip_patterns=["a"])
+    lines = str(caught.value).splitlines()
+    assert "skip_patterns names it" in lines[1] and "take back what was asked" in str(caught.value)
+    assert "kernel" not in lines[2]
+
+
+def test_what_torch_export_says_is_cut():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = torch.relu(self.a(x))
+            if h.sum() > 0:  # the line that is named
+                h = h + 1
+            return self.b(h.view(-1, 8))
+
+    oto = OTO(Loop(), X)
+    oto.random_set_zero_groups(0.5)
+    with message(EmitterError, "torch.export cannot follow Loop") as caught:
+        oto.construct_subnet(emitter="graph")
+    text = str(caught.value)
+    assert f"at      {__file__}:" in text and "depends on values" in text and "to fix" in text
+    assert len(text) < 900 and "u0" not in text
+
+
+def test_a_lazy_module_that_never_ran():
+    with message(TraceError, r"have no shape yet: 0\.weight, 0\.bias") as caught:
+        OTO(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), X)
+    assert "to fix" in str(caught.value) and "effect" in str(caught.value)

@@ -11,12 +11,13 @@ through the network (``invariance.py``) and costs are counted (``groups/cost.py`
 ``cat``       one tensor behind the other
 
 A *fact* is what every entry at a removed atom holds: a number, ``None`` for "anything", or NaN for something that is
-not finite, such as 1/0, which not even a zero can silence.
+not finite, such as 1/0, which not even a zero can silence. Where a tensor that is one number along a dimension is taken
+from zeros along it, as a mean is, every removed entry holds the same and it can be computed: a :class:`Uniform`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -27,18 +28,45 @@ from oto.axes import terms as T
 from oto.axes.terms import Reason, Term
 from oto.trace.graph import Node, Value
 
-Fact: TypeAlias = float | bool | complex | None
+aten = torch.ops.aten
 NOT_FINITE = float("nan")
 Routes: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Uniform:
+    """What every removed entry along one dimension holds: a call on tensors that are the same all along it.
+
+    Holds if what it was computed of is zero where entries are removed; that is for the proof to show.
+    """
+
+    op: Callable[..., Any]
+    args: Any
+    kwargs: Any
+
+    def computed(self, call: Callable[[Callable[..., Any], Any, Any], Any], made: dict[Uniform, Any]) -> Any:
+        """The value, given how to make a call (whose arguments name tensors by :class:`Value`) and what is made yet."""
+        if self not in made:
+            args, kwargs = tree_map_only(Uniform, lambda inner: inner.computed(call, made), (self.args, self.kwargs))
+            made[self] = call(self.op, args, kwargs)
+        return made[self]
+
+
+Fact: TypeAlias = float | bool | complex | Uniform | None
+
+
 @dataclass(slots=True, eq=False)
 class Operand:
-    """A tensor as a rule sees it: one term per dimension."""
+    """A tensor as a rule sees it: one term per dimension.
+
+    Attributes:
+        uniform: For some dimensions, what removed entries along it hold, where it is not zero.
+    """
 
     index: int
     terms: tuple[Term, ...]
     shape: tuple[int, ...]
+    uniform: Mapping[int, Uniform] = field(default_factory=dict)
 
     @property
     def ndim(self) -> int:
@@ -87,6 +115,9 @@ class Step:
         fact: What the output holds at a removed entry, given what the inputs hold there.
         absent: What an input that does not carry the axis counts as: ``None`` (anything), or left out.
         volume: For a contraction, the terms whose sizes multiply to its MACs.
+        uniform: For some output dimensions, what a removed entry holds if each input that goes there holds what is
+            given for it: ``None`` for an input that is the same all along the dimension.
+        rest: The input dimension that is summed over, of which the thinner call adds what the removed entries hold.
     """
 
     node: int
@@ -97,6 +128,8 @@ class Step:
     summed: tuple[tuple[tuple[int, int], ...], ...] = ()
     skip_absent: bool = False
     volume: tuple[Term, ...] | None = None
+    uniform: Mapping[int, tuple[Uniform, tuple[Fact, ...]]] = field(default_factory=dict)
+    rest: tuple[int, Uniform] | None = None
 
 
 @dataclass(eq=False)
@@ -144,7 +177,7 @@ def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[t
     """The fact of a pointwise operator, found by running it on the facts of its operands, in their own dtypes."""
 
     def fact(*facts: Fact) -> Fact:
-        if any(f is None for f in facts):
+        if any(f is None or isinstance(f, Uniform) for f in facts):
             return None
         shown = repr(tree_map_only(Operand, lambda x: x.ndim, (args, dict(kwargs))))
         key = (op, facts, tuple(map(type, facts)), tuple(dtypes), shown)
@@ -164,6 +197,15 @@ def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[t
         return _evaluated[key]
 
     return fact
+
+
+def _pure(op: Any) -> Any:
+    """An operator that writes to nothing, in place of its in-place twin; ``None`` if none takes the same arguments."""
+    if not op._schema.is_mutable:
+        return op
+    twin = getattr(getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None), op._overloadname, None)
+    takes = [None if o is None else [(a.name, str(a.type)) for a in o._schema.arguments] for o in (op, twin)]
+    return twin if takes[0] == takes[1] else None
 
 
 class Call:
@@ -229,8 +271,11 @@ class Call:
         summed: Sequence[Sequence[tuple[int, int]]] = (),
         skip_absent: bool = False,
         volume: tuple[Term, ...] | None = None,
+        uniform: Mapping[int, tuple[Uniform, tuple[Fact, ...]]] | None = None,
+        rest: tuple[int, Uniform] | None = None,
     ) -> Operand:
         out = self.tape.tensor(terms)
+        out.uniform = {dim: held for dim, (held, _) in (uniform or {}).items()}
         self.tape.steps.append(
             Step(
                 self.node.index,
@@ -241,12 +286,18 @@ class Call:
                 tuple(map(tuple, summed)),
                 skip_absent,
                 volume,
+                uniform or {},
+                rest,
             )
         )
         return out
 
-    def map(self, fact: Callable[..., Fact], *xs: Operand) -> Operand:
-        """Entry by entry, with broadcasting."""
+    def map(self, fact: Callable[..., Fact], *xs: Operand, itself: bool = False) -> Operand:
+        """Entry by entry, with broadcasting.
+
+        Args:
+            itself: Whether this is all that the node computes, and ``xs`` are its tensors in their order.
+        """
         ndim = max(x.ndim for x in xs)
         terms: list[Term] = [T.ONE] * ndim
         sizes = [1] * ndim
@@ -260,7 +311,29 @@ class Call:
                 else:
                     self.unify(terms[dim], x.terms[dim - offset])
         routes = tuple(tuple((dim,) for dim in range(ndim - x.ndim, ndim)) for x in xs)
-        return self.step(xs, terms, routes, fact)
+        return self.step(xs, terms, routes, fact, uniform=self._uniform(terms, xs) if itself else None)
+
+    def _uniform(self, terms: Sequence[Term], xs: Sequence[Operand]) -> dict[int, tuple[Uniform, tuple[Fact, ...]]]:
+        """For dimensions along which the node meets a tensor that does not carry it: what removed entries hold."""
+        node = self.node
+        found: dict[int, tuple[Uniform, tuple[Fact, ...]]] = {}
+        for dim, term in enumerate(terms):
+            own = [(x, dim - len(terms) + x.ndim) for x in xs]
+            held = [None if d < 0 or x.shape[d] == 1 else x.uniform.get(d, 0.0) for x, d in own]
+            if all(h == 0.0 for h in held) or not T.free(T.resolve(term)):
+                continue
+            op = _pure(node.op)
+            if op is None or (0.0 in held and op.overloadpacket not in (aten.add, aten.sub)):  # 0·x, 0/x are numbers
+                continue
+            given = iter(held)
+
+            def fill(value: Value, given: Iterator[Fact] = given) -> Any:
+                inner = next(given)
+                return value if inner is None else inner
+
+            args, kwargs = tree_map_only(Value, fill, (node.args, dict(node.kwargs)))
+            found[dim] = Uniform(op, args, kwargs), tuple(held)
+        return found
 
     def contract(self, spec: str, *xs: Operand, new: Mapping[str, Term] | None = None, uncounted: str = "",
                  fact: Callable[..., Fact] = product) -> Operand:  # fmt: skip
@@ -296,14 +369,24 @@ class Call:
         )
 
     def reduce(
-        self, x: Operand, dims: Sequence[int], keepdim: bool = False, fact: Callable[..., Fact] = zero
-    ) -> Operand:
-        """A sum over dimensions."""
+        self, x: Operand, dims: Sequence[int], keepdim: bool = False, fact: Callable[..., Fact] = zero,
+        rest: tuple[int, Uniform] | None = None,
+    ) -> Operand:  # fmt: skip
+        """A sum over dimensions.
+
+        Args:
+            rest: A dimension, and what removed entries along it hold, which the thinner call adds.
+        """
         gone = {dim % x.ndim for dim in dims} if x.ndim else set()
         places = [dim for dim in range(x.ndim) if keepdim or dim not in gone]
         terms = [T.ONE if dim in gone else x.terms[dim] for dim in places]
         routes = tuple(() if dim in gone else (places.index(dim),) for dim in range(x.ndim))
-        return self.step([x], terms, (routes,), fact, summed=[[(0, dim)] for dim in sorted(gone)])
+        return self.step([x], terms, (routes,), fact, summed=[[(0, dim)] for dim in sorted(gone)], rest=rest)
+
+    def rest(self, x: Operand, dims: Sequence[int]) -> tuple[int, Uniform] | None:
+        """The one of ``dims`` along which removed entries are not zero but known; the others must be whole."""
+        free = [d for d in dims if T.free(T.resolve(x.terms[d]))]
+        return (free[0], x.uniform[free[0]]) if len(free) == 1 and free[0] in x.uniform else None
 
     def move(self, x: Operand, terms: Sequence[Term], sources: Sequence[Sequence[int]],
              fact: Callable[..., Fact] = same) -> Operand:  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from oto.axes import terms as T
-from oto.axes.call import NOT_FINITE, Fact, Step
+from oto.axes.call import NOT_FINITE, Fact, Step, Uniform
 from oto.axes.propagate import Propagation
 from oto.axes.terms import Axis, Reason
 from oto.trace.graph import Leaf
@@ -176,6 +176,11 @@ def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool 
     for visit in visits:
         step = visit.step
         for group in visit.summed:
+            if step.rest is not None:
+                dim, held = step.rest
+                if backwards or any(d != dim or facts.get((t, d)) is not held for t, d in group):
+                    return step
+                continue
             zero = [_is_zero(facts.get(place)) for place in group]
             broken = any(_is_broken(facts.get(place)) for place in group)
             if broken or not any(zero) or (backwards and not (all(zero) and len(group) > 1)):
@@ -190,7 +195,12 @@ def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool 
                     given.append(values[0] if all(v is not None and v == values[0] for v in values) else None)
                 elif not step.skip_absent:
                     given.append(None)
-            fact = NOT_FINITE if any(map(_is_broken, given)) else step.fact(*given)
+            fact = NOT_FINITE if any(map(_is_broken, given)) else step.fact(*map(_number, given))
+            if fact is None and dim in step.uniform:
+                held, expected = step.uniform[dim]
+                if all(not group if e is None else g is e or g == e
+                       for group, g, e in zip(places, given, expected, strict=True)):  # fmt: skip
+                    fact = held
             if fact is not None:
                 facts[(step.output, dim)] = fact
     return None
@@ -200,6 +210,11 @@ def _breaks(visits: Iterable[_Visit], place: Place) -> bool:
     """Whether a zero there, and nothing else, gives something that is not finite."""
     facts: dict[Place, Fact] = {place: 0.0}
     return _follow(visits, facts) is not None and any(map(_is_broken, facts.values()))
+
+
+def _number(fact: Fact) -> Fact:
+    """What a rule reckons with."""
+    return None if isinstance(fact, Uniform) else fact
 
 
 def _is_zero(fact: Fact) -> bool:

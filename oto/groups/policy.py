@@ -218,6 +218,27 @@ def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
     return replace(group, reason=f"it has no more than {least} atoms to keep")
 
 
+# what a user may do about a reason, the most promising first
+REMEDIES = (
+    ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),
+    (
+        "^frozen|no trainable",
+        "set requires_grad_(True) before OTO(...) on what may be pruned, merge"
+        " adapters, or OTO(..., prune_frozen=True)",
+    ),
+    ("marked|^skip_|^keep_class|no more than", "take back what was asked: skip_patterns, marks, keep_class, min_kept"),
+    ("never uses it", "give an example input that reaches these layers; those of training only stay whole"),
+    ("of an output", "outputs keep their size; strict_out_nodes=True frees those that the model reads itself"),
+)
+_IN_THE_NATURE = "of an input|kernel of a conv|it is empty|of places|carries it"
+
+
+def promise(reason: str) -> int:
+    """The place of a reason among all: first what a user can do something about, last what cannot be otherwise."""
+    ours = (i for i, (text, _) in enumerate(REMEDIES) if re.search(text, reason))
+    return next(ours, len(REMEDIES) + bool(re.search(_IN_THE_NATURE, reason)))
+
+
 def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
     """Raise unless something can be removed.
 
@@ -231,19 +252,17 @@ def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
         node = None if group.cause is None else graph.nodes[group.cause]
         place = "" if node is None else f" ({node}{', ' * bool(node.source)}{node.source})"
         reasons.setdefault(f"{group.reason}{place}", []).append(group.name)
-    lines = [f"  {text}: {some(names)}" for text, names in list(reasons.items())[:8]]
-    remedy = (
-        "look at the reasons above; a model whose layers meet only inputs and outputs has nothing to prune"
-        if not any(text.startswith(FROZEN) for text in reasons)
-        else "requires_grad_(True) before OTO(...) for what may be pruned; adapters: merge them into their layers;\n"
-        "          OTO(..., prune_frozen=True) zeroes frozen parameters like all others"
-    )
+    order = sorted(reasons, key=promise)
+    lines = [f"  {text}: {some(reasons[text])}" for text in order[:8]]
+    remedies = dict(enumerate(text for _, text in REMEDIES))
+    todo = [remedies[i] for i in sorted({promise(text) for text in reasons} & remedies.keys())]
     raise NothingPrunableError(
         "\n".join(
             [
                 "no node group of this model can lose an entry",
                 *(lines or ["  the model has no parameter that its forward uses"]),
-                f"  to fix  {remedy}",
+                "  effect  there is nothing to train away",
+                "  to fix  " + "\n          ".join(todo or ["look at the reasons above"]),
             ]
         )
     )

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +74,14 @@ class Draft:
         assert _is_plain(name), name
         return self.folder / name
 
-    def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def tensors(self, name: str, tensors: Mapping[str, Tensor], spare: Container[str] = ()) -> list[str]:
         """Write tensors; names that share one tensor share it again after loading.
+
+        Args:
+            spare: Names that may be left out if their tensors have no plain form.
+
+        Returns:
+            The names that were left out.
 
         Raises:
             ArtefactError: A tensor has no plain memory to write: sparse, quantized, on ``meta``...
@@ -84,6 +90,7 @@ class Draft:
         ties: dict[str, str] = {}
         plain: dict[str, Tensor] = {}
         complexes: list[str] = []
+        left_out: list[str] = []
         for key, tensor in tensors.items():
             try:
                 place = _place(tensor)
@@ -101,6 +108,9 @@ class Draft:
                     raise NotImplementedError("quantized")
                 plain[key] = held
             except (RuntimeError, NotImplementedError, TypeError) as failure:
+                if key in spare:
+                    left_out.append(key)
+                    continue
                 raise _unsaveable(name, f"{key} ({tensor.layout}, {tensor.dtype}, on {tensor.device})") from failure
         path = self.file(name)
         path.touch()
@@ -113,6 +123,7 @@ class Draft:
             raise _unwritable(self.target, failure) from failure
         path.chmod(mode)  # safetensors leaves a file that nobody else may read
         self.notes[name] = {"ties": ties, "complex": complexes}
+        return left_out
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Tensors that were written, read back."""

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from oto._torch import OpOverload
-from oto.errors import ArtefactError, some
+from oto.errors import ArtefactError, out_of_memory, some
 
 _MEMBERS = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
@@ -95,6 +95,8 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     except OSError:
         raise
     except Exception as failure:
+        if out_of_memory(failure):
+            raise
         raise ArtefactError(
             f"torch.export cannot save the program: {type(failure).__name__}: {_line(failure)}\n"
             "  effect  there is no model.pt2\n  to fix  load with your class: load_subnet(path, make_model)"
@@ -122,6 +124,8 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         with _quietly():
             return torch.export.load(packed)
     except Exception as failure:
+        if out_of_memory(failure):
+            raise
         why = f"{type(failure).__name__}: {_line(failure)}"
         if foreign := _foreign_types(graph):  # torch only says so in its log
             why += f"\n  likely  nothing imported so far defines {some(sorted(foreign))}: import it, then load again"
@@ -149,15 +153,16 @@ def _foreign_types(graph: bytes) -> set[str]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """torch.export logs and warns about perfectly good archives."""
-    log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    levels = {name: logging.getLogger(name).level for name in ("torch.export", "torch._export")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 class _Refusal(Exception):

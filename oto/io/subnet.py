@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import os
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oto.errors import ArtefactError, ClassChangedError, EmitterError, some
+from oto.errors import ArtefactError, ClassChangedError, EmitterError, VerificationError, some
 from oto.io.artefact import Artefact, Draft, reading
 from oto.io.program import load_program, save_program
 from oto.slim.module import Edits, attribute, thin_copy
 from oto.slim.program import export_program, runnable
+from oto.slim.verify import Check, require
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
@@ -49,15 +51,53 @@ def _code(kind: type[Any]) -> str | None:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
-def write_program(draft: Draft, slim: nn.Module, dummy_input: Any) -> str | None:
-    """Put the exported slim model into the draft; the reason if it cannot be exported."""
+def write_program(
+    draft: Draft,
+    slim: nn.Module,
+    dummy_input: Any,
+    prove: Callable[[nn.Module], list[Check]],
+    left_out: Collection[str] = (),
+) -> tuple[str | None, list[Check]]:
+    """Put the exported slim model into the draft, read it back and prove that.
+
+    Args:
+        left_out: Tensors that no call reads and no file can hold.
+
+    Returns:
+        Why there is no program, if it cannot be exported or proved; the proof, if it can.
+    """
+    path = draft.file(PROGRAM)
     try:
-        program = export_program(slim, dummy_input)
-        save_program(program, draft.file(PROGRAM))
+        with _emptied(slim, left_out):
+            save_program(export_program(slim, dummy_input), path)
+        checks = prove(read_program(path))
+        require(checks)
+        return None, checks
+    except OSError:
+        raise
+    except VerificationError as failure:
+        why = f"as it was read back, it does not compute what the model does ({str(failure).splitlines()[1].strip()})"
     except (EmitterError, ArtefactError) as failure:
-        draft.file(PROGRAM).unlink(missing_ok=True)
-        return str(failure).splitlines()[0]
-    return None
+        why = str(failure).splitlines()[0]
+    except Exception as failure:  # anything that a call may raise
+        why = f"as it was read back, it fails: {(str(failure).splitlines() or [type(failure).__name__])[0]}"
+    path.unlink(missing_ok=True)
+    return why, []
+
+
+@contextmanager
+def _emptied(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """While inside, some tensors hold nothing."""
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    held = [(module, name, getattr(module, name)) for module, name in places]
+    try:
+        for module, name, tensor in held:
+            empty = torch.empty(0, dtype=tensor.dtype)
+            setattr(module, name, nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty)
+        yield
+    finally:
+        for module, name, tensor in held:
+            setattr(module, name, tensor)
 
 
 def read_program(path: Path) -> nn.Module:
@@ -106,9 +146,11 @@ def load_subnet(
     """
     artefact = reading(path)
     manifest = artefact.manifest
-    if model is None or manifest["emitter"] == "graph":
+    if model is None or manifest["emitter"] != "module":
         return _load_program(artefact)
-    given = model if isinstance(model, nn.Module) else _on_meta(model)
+    # what the file does not hold is as the constructor makes it
+    make = (lambda factory: factory()) if manifest.get("left_out") else _on_meta
+    given = model if isinstance(model, nn.Module) else make(model)
     _require_same(manifest["model"], given, strict)
     return rebuild(given, artefact.tensors(WEIGHTS), manifest["edits"]).eval()
 
@@ -123,11 +165,17 @@ def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
 
 def _load_program(artefact: Artefact) -> nn.Module:
     reason = artefact.manifest.get("no_program")
-    if reason:
+    if reason and artefact.manifest["emitter"] == "module":
         raise ArtefactError(
             f"{artefact.folder} holds no {PROGRAM}: {reason}\n"
             "  effect  the slim model cannot be loaded without its class\n"
             "  to fix  pass the model, or a function that makes it: load_subnet(path, make_model)"
+        )
+    if reason:
+        raise ArtefactError(
+            f"{artefact.folder} holds no {PROGRAM}: {reason}\n"
+            "  effect  the slim model is not of its class, so nothing in the folder can be loaded\n"
+            "  to fix  prune what the class can do without, and save that: OTO(..., keep_class=True)"
         )
     return read_program(artefact.path(PROGRAM))
 

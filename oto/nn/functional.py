@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod, sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,29 @@ from torch import Tensor
 
 
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence[int], sizes: Sequence[int],
-         dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
-    """``x.mean(dim)`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``."""
-    y: Tensor = x.mean(list(dim), keepdim=keepdim, dtype=dtype)
-    return y * (prod(sizes) / prod(full))
+         dtype: torch.dtype | None = None, rest: Tensor | None = None, along: int = 0, left: int = 1,
+         of: int = 1) -> Tensor:  # fmt: skip
+    """``x.mean(dim)`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``.
+
+    Args:
+        rest: What each entry held that is gone, zero by default: there are ``left`` entries of ``of`` along ``along``.
+    """
+    y: Tensor = x.mean(list(dim), keepdim=keepdim, dtype=dtype) * (prod(sizes) / prod(full))
+    if rest is None:
+        return y
+    return y + _one(rest, x, along).mean(list(dim), keepdim=keepdim, dtype=dtype) * ((of - left) / of)
+
+
+def total(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, rest: Tensor, along: int, left: int, of: int,
+          dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """``x.sum(dim)`` of a tensor that has ``left`` entries of ``of`` along ``along``; the others held ``rest``."""
+    y: Tensor = x.sum(list(dim), keepdim=keepdim, dtype=dtype)
+    return y + _one(rest, x, along).sum(list(dim), keepdim=keepdim, dtype=dtype) * (of - left)
+
+
+def _one(rest: Tensor, x: Tensor, along: int) -> Tensor:
+    """``rest`` in the shape of one entry of ``x``."""
+    return rest.broadcast_to([1 if d == along else n for d, n in enumerate(x.shape)])
 
 
 def _whole(x: Tensor, dim: Sequence[int], full: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
@@ -28,36 +48,48 @@ def _whole(x: Tensor, dim: Sequence[int], full: Sequence[int], sizes: Sequence[i
 
 
 def var_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
-             sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # fmt: skip
+             sizes: Sequence[int], **held: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``torch.var_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero.
 
-    With k of D entries present, mean = Σx / D and Σ(x − mean)² runs over D − k zeros too.
+    With k of D entries present, mean = Σx / D and Σ(x − mean)² runs over D − k zeros too. ``held`` says what the others
+    are where they are not zero, as for :func:`mean`.
     """
     dim = list(dim) or list(range(x.ndim))
     k, d = _whole(x, dim, full, sizes)
-    mean = x.sum(dim, keepdim=True) / d
-    squares = (x - mean).square().sum(dim, keepdim=True) + (d - k) * mean.square()
+    if held:
+        mean = total(x, dim, True, **held) / d
+        squares = total((x - mean).square(), dim, True, **held | {"rest": (held["rest"] - mean).square()})
+    else:
+        mean = x.sum(dim, keepdim=True) / d
+        squares = (x - mean).square().sum(dim, keepdim=True) + (d - k) * mean.square()
     var = squares / max(d - correction, 0)
     return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
 
 
 def var(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
-        sizes: Sequence[int]) -> Tensor:  # fmt: skip
-    """``torch.var`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero."""
-    return var_mean(x, dim, correction, keepdim, full=full, sizes=sizes)[0]
+        sizes: Sequence[int], **held: Any) -> Tensor:  # fmt: skip
+    """``torch.var`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, as :func:`var_mean`."""
+    return var_mean(x, dim, correction, keepdim, full=full, sizes=sizes, **held)[0]
 
 
 def std(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
-        sizes: Sequence[int]) -> Tensor:  # fmt: skip
-    """``torch.std`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero."""
-    return var_mean(x, dim, correction, keepdim, full=full, sizes=sizes)[0].sqrt()
+        sizes: Sequence[int], **held: Any) -> Tensor:  # fmt: skip
+    """``torch.std`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, as :func:`var_mean`."""
+    return var_mean(x, dim, correction, keepdim, full=full, sizes=sizes, **held)[0].sqrt()
 
 
 def std_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
-             sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``torch.std_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero."""
-    var, mean = var_mean(x, dim, correction, keepdim, full=full, sizes=sizes)
+             sizes: Sequence[int], **held: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.std_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, as :func:`var_mean`."""
+    var, mean = var_mean(x, dim, correction, keepdim, full=full, sizes=sizes, **held)
     return var.sqrt(), mean
+
+
+def vector_norm(x: Tensor, ord: float, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None,
+                **held: Any) -> Tensor:  # fmt: skip
+    """``torch.linalg.vector_norm`` of a tensor of which the entries that are gone held what ``held`` says."""
+    powers = x.to(dtype or x.dtype).abs().pow(ord)
+    return total(powers, dim, keepdim, **held | {"rest": held["rest"].to(powers.dtype).abs().pow(ord)}).pow(1 / ord)
 
 
 def batch_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,

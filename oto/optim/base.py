@@ -236,6 +236,7 @@ class SparseOptimizer(Optimizer):
             "start_pruning_step": schedule.start,
             "pruning_steps": schedule.steps,
             "pruning_periods": schedule.periods,
+            "pruning_exponent": schedule.exponent,
         } | self.choice.describe()
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,17 @@ from oto.errors import CollapseWarning, NothingPrunableError, OptionError, Targe
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, keep_at_least
-from oto.optim.saliency import FROM_WEIGHTS, NORMALISE, Entries, Saliency, Weights, importance, raw_scores, resolve
+from oto.optim.saliency import (
+    FROM_WEIGHTS,
+    NORMALISE,
+    WITHIN_GROUPS,
+    Entries,
+    Saliency,
+    Weights,
+    importance,
+    raw_scores,
+    resolve,
+)
 from oto.optim.select import least_kept, select
 from oto.optim.target import Counts, Measure, Target
 
@@ -39,7 +49,7 @@ class Choice:
         target: How much is to be left.
         criteria: Saliency criteria and how much each counts.
         normalise: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALISE`.
-        by_cost: Whether scores are weighed by what an atom saves, see :mod:`oto.optim.select`.
+        by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
         scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
         divisible: A node group that loses atoms keeps a multiple of this many.
         average_steps: Criteria that look at gradients are averaged over this many steps before a choice.
@@ -51,7 +61,7 @@ class Choice:
     target: Target
     criteria: tuple[tuple[Saliency, float], ...]
     normalise: str
-    by_cost: bool
+    by_cost: float
     scope: str
     divisible: int
     average_steps: int
@@ -71,7 +81,7 @@ class Choice:
         group_divisible: int = 1,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
-        by_cost: bool | None = None,
+        by_cost: float | None = None,
         average_steps: int | None = None,
     ) -> Choice:
         """Read the options that all sparse optimizers share.
@@ -82,7 +92,8 @@ class Choice:
             costs, latency: See :meth:`Target.of`.
             scope: ``"global"`` or ``"local"``.
             min_kept: Atoms that every node group keeps, an int; or the share of its atoms that it keeps, a float; or a
-                mapping from names or globs of parameters to either. By default a tenth, as far as the target allows.
+                mapping from names or globs of parameters to either. By default, and where a mapping says nothing, a
+                tenth as far as the target allows.
             group_divisible: A node group that loses atoms keeps a multiple of this many.
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
@@ -98,17 +109,18 @@ class Choice:
         if min_kept is not None:
             groups = [group for group in keep_at_least(groups, min_kept) if group.prunable]
         sizes = np.array([group.size for group in groups], dtype=np.int64)
-        _check(scope, group_divisible, normalise, average_steps)
+        _check(scope, group_divisible, normalise, by_cost, average_steps)
         asked = Target.of(target, sizes, costs, latency)
         least = [least_kept(g.size, g.min_kept, group_divisible) for g in groups]
-        soft = 0.0 if published or min_kept is not None else FLOOR
+        everywhere = min_kept is not None and not isinstance(min_kept, Mapping)  # a limit of the user for every group
+        soft = 0.0 if published or everywhere else FLOOR
         floor = [least_kept(g.size, max(g.min_kept, int(np.ceil(soft * g.size))), group_divisible) for g in groups]
         self = cls(
             tuple(groups),
             asked,
             tuple(resolve(DEFAULT if saliency is None else saliency)),
-            normalise or ("all" if published else "mean"),
-            not published if by_cost is None else by_cost,
+            normalise or ("all" if published else "none"),
+            (0.0 if published else BY_COST) if by_cost is None else by_cost,
             scope,
             group_divisible,
             (1 if published else AVERAGE_STEPS) if average_steps is None else average_steps,
@@ -156,8 +168,11 @@ class Choice:
         least = self._floor(goal)
         by_cost = self.by_cost
         if self.scope == "local":
-            values, by_cost = _rank(values, left, sizes), False
-        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost)
+            values, by_cost = _rank(values, left, sizes), 0.0
+        worth = None
+        if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
+            worth = measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
+        chosen = select(values, left, sizes, least, measure, goal, self.divisible, by_cost, worth)
         return torch.from_numpy(chosen)
 
     def kept_of(
@@ -193,6 +208,7 @@ class Choice:
         with torch.no_grad():
             scores = self.scores(entries(), alive, dict(zip(self.averaged, sums, strict=True)))
         left = ~self.select(scores, alive)
+        self.warn_of_collapse(left)
         counts = [int(own.sum()) for own in left.split_with_sizes(self.sizes)]
         return dict(zip((group.name for group in self.groups), counts, strict=True))
 
@@ -226,29 +242,38 @@ class Choice:
         return {
             self.target.name: self.target.asked,
             "scope": self.scope,
-            "min_kept": self.least.tolist(),
             "group_divisible": self.divisible,
+            "min_kept": [group.min_kept for group in self.groups],
             "saliency": {getattr(c, "__name__", type(c).__name__): weight for c, weight in self.criteria},
             "normalise": self.normalise,
             "by_cost": self.by_cost,
         }
 
 
-DEFAULT: Weights = {"taylor_first_order": 1.0}
+DEFAULT: Weights = {"taylor_second_order": 1.0}
+"""Half the mean of ``<x, g>^2`` over many batches: how much the loss rises without the group, with the empirical
+Fisher matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in
+one layer can be compared with that in another, and divided by a cost."""
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
 """The choice where there are no gradients."""
 
+BY_COST = 1.0
+
 AVERAGE_STEPS = 32
 
 
-def _check(scope: str, group_divisible: int, normalise: str | None, average_steps: int | None) -> None:
+def _check(
+    scope: str, group_divisible: int, normalise: str | None, by_cost: float | None, average_steps: int | None
+) -> None:
     if scope not in ("global", "local"):
         raise TargetError(f"scope is {scope!r}; it is 'global' or 'local'")
     if group_divisible < 1:
         raise TargetError(f"group_divisible is {group_divisible}; it is at least 1")
     if normalise is not None and normalise not in NORMALISE:
         raise TargetError(f"normalise is {normalise!r}; it is one of {', '.join(NORMALISE)}")
+    if by_cost is not None and not by_cost >= 0:
+        raise TargetError(f"by_cost is {by_cost}; it is an exponent, at least 0")
     if average_steps is not None and average_steps < 1:
         raise TargetError(f"average_steps is {average_steps}; it is at least 1, the step of the choice")
 

@@ -113,7 +113,7 @@ class HESSOCRIC(HESSO):
                 "  to fix  leave saliency out, or add taylor_first_order; HESSO needs no gradients"
             )
 
-    # The clock of it: probes, then cycles, then the schedule of HESSO, which begins when the cycles end ----------------
+    # The clock: probes, then cycles, then the schedule of HESSO, which begins when the cycles end ---------------------
 
     @property
     def _probes(self) -> int:
@@ -267,7 +267,7 @@ class HESSOCRIC(HESSO):
         sensitivity = walk["sensitivity"].repeat_interleave(sizes, output_size=len(alive))
         return importance([scores, sensitivity], [1.0, self.sensitivity], alive, [len(alive)], "mean")
 
-    # What is on its way to zero and comes back -------------------------------------------------------------------------
+    # What is on its way to zero and comes back -----------------------------------------------------------------------
 
     def _put_aside(self, chosen: Tensor) -> None:
         """Keep the entries of some atoms, which may then be scaled."""

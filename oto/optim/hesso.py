@@ -17,8 +17,9 @@ Where we differ from the released code, and why:
   ``hesso(saliency="hesso", target_group_sparsity=...)`` is that. Released code lets layers drop to one channel, passes
   its choice through ``setdiff1d``, which sorts by index, and lowers the target silently by what ``group_divisible``
   rounds away.
-* Periods share the steps and the cost evenly. Released code floors both, leaves the remaining groups to the last
-  period, and divides by zero if ``pruning_steps < pruning_periods``; here that raises ``TargetError``.
+* Periods share the steps evenly, and the first ones bring most of the cost down (Zhu and Gupta, arXiv 1710.01878), so
+  that more steps are left to what remains. Released code floors both, leaves the remaining groups to the last period,
+  and divides by zero if ``pruning_steps < pruning_periods``; here that raises ``TargetError``.
 * Redundant atoms are scaled where they lie, also behind a concatenation. Released code scales the whole slice there.
 * Momentum and first moments of pruned entries are zeroed, and every piece of state survives a checkpoint.
 """
@@ -37,7 +38,7 @@ from oto.groups.policy import MinKept
 from oto.optim.base import SparseOptimizer
 from oto.optim.choice import Choice
 from oto.optim.saliency import Saliency, Weights
-from oto.optim.schedule import LENGTH, PERIODS, START, Schedule, Steps
+from oto.optim.schedule import EXPONENT, LENGTH, PERIODS, START, Schedule, Steps
 from oto.optim.target import Measure
 from oto.optim.wrapped import Base, Named, Params
 
@@ -60,6 +61,7 @@ class HESSO(SparseOptimizer):
         start_pruning_step: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
         pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``, or a share likewise.
         pruning_periods: How many times groups are chosen.
+        pruning_exponent: How much goes early, see :class:`Schedule`; 3 by default, and 1, evenly, as published.
         total_steps: Number of steps that training takes, if anything is a share of it.
         costs: Costs of the network, needed for all targets but ``target_group_sparsity``.
         latency: Milliseconds as a function of what is kept, needed for ``target_latency_ms``.
@@ -112,11 +114,12 @@ class HESSO(SparseOptimizer):
         group_divisible: int = 1,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
-        by_cost: bool | None = None,
+        by_cost: float | None = None,
         average_steps: int | None = None,
         start_pruning_step: Steps = START,
         pruning_steps: Steps = LENGTH,
         pruning_periods: int = PERIODS,
+        pruning_exponent: float | None = None,
         total_steps: Steps | None = None,
         costs: Costs | None = None,
         latency: Measure | None = None,
@@ -130,7 +133,9 @@ class HESSO(SparseOptimizer):
         weight_decay: float | None = None,
         **keywords: Any,
     ) -> None:
-        schedule = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
+        if pruning_exponent is None:
+            pruning_exponent = 1.0 if saliency == "hesso" else EXPONENT
+        schedule = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps, pruning_exponent)
         choice = Choice.of(
             node_groups,
             {

@@ -137,6 +137,10 @@ NORMALISE = {
 """What a criterion may be divided by; atoms at zero for good do not count."""
 
 
+WITHIN_GROUPS = ("mean", "max", "norm")
+"""What makes a score relative to its own node group."""
+
+
 def resolve(weights: Weights | str | Saliency) -> list[tuple[Saliency, float]]:
     """The criteria as functions, in the given order; ``"hesso"`` stands for :data:`PUBLISHED`.
 

@@ -13,8 +13,8 @@ from typing import Any, SupportsFloat, SupportsIndex
 from oto.errors import TargetError
 from oto.optim.target import shown
 
-START, LENGTH, PERIODS = 0.05, 0.4, 5
-"""When to prune by default: shares of all steps, and how many times groups are chosen."""
+START, LENGTH, PERIODS, EXPONENT = 0.05, 0.4, 5, 3.0
+"""When to prune by default: shares of all steps, how many times groups are chosen, and how much of it early."""
 
 Steps = SupportsFloat | SupportsIndex
 """A number of steps: an int, one of numpy or torch too, or a float."""
@@ -29,6 +29,8 @@ class Schedule:
         steps: Number of steps over which pruning is spread, at least ``periods``.
         periods: Number of times that redundant groups are chosen.
         total_steps: Number of steps that training takes, if it is known.
+        exponent: How much of the way is done early: ``1 - (1 - k / periods) ^ exponent`` after ``k`` periods; 1 is
+            evenly, 3 the schedule of Zhu and Gupta (arXiv 1710.01878, equation 1).
 
     Raises:
         TargetError: A number is no whole number, a period would have no step, or pruning would outlast training.
@@ -45,9 +47,12 @@ class Schedule:
     steps: int
     periods: int
     total_steps: int | None = None
+    exponent: float = 1.0
 
     @classmethod
-    def of(cls, start: Steps, steps: Steps, periods: Steps, total_steps: Steps | None = None) -> Schedule:
+    def of(
+        cls, start: Steps, steps: Steps, periods: Steps, total_steps: Steps | None = None, exponent: float = 1.0
+    ) -> Schedule:
         """A schedule whose start and length may be given as shares of all steps.
 
         Args:
@@ -55,6 +60,7 @@ class Schedule:
             steps: Number of steps over which pruning is spread; a float in [0, 1] is a share of ``total_steps``.
             periods: Number of times that redundant groups are chosen.
             total_steps: Number of steps that training takes, needed by shares only.
+            exponent: As for the class.
 
         Raises:
             TargetError: As for the class itself, or a share comes without ``total_steps``.
@@ -69,7 +75,7 @@ class Schedule:
         total = None if total_steps is None else _whole("total_steps", total_steps)
         first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
         begin, end = round(first), round(first + length)  # so that shares of .3 and .7 are never a step more than all
-        return cls(begin, end - begin, _whole("pruning_periods", periods), total)
+        return cls(begin, end - begin, _whole("pruning_periods", periods), total, exponent)
 
     def __post_init__(self) -> None:
         names = {"start": "start_pruning_step", "steps": "pruning_steps", "periods": "pruning_periods"}
@@ -79,6 +85,8 @@ class Schedule:
             object.__setattr__(self, "total_steps", _whole("total_steps", self.total_steps))
         if self.start < 0:
             raise TargetError(f"start_pruning_step is {self.start}; it counts ordinary steps, so it is at least 0")
+        if not self.exponent >= 1:
+            raise TargetError(f"pruning_exponent is {self.exponent}; it is at least 1, which is evenly")
         if self.periods < 1:
             raise TargetError(f"pruning_periods is {self.periods}; at least 1 is needed")
         if self.steps < self.periods:
@@ -166,7 +174,7 @@ class Schedule:
         """How much of the way to the target is done when the period of ``step`` is over, in (0, 1]."""
         period = self.period(step)
         assert period is not None
-        return (period + 1) / self.periods
+        return float(1 - (1 - (period + 1) / self.periods) ** self.exponent)
 
     def until_choice(self, step: int) -> int | None:
         """Number of steps from ``step`` to the next one that chooses; ``None`` if there is none any more."""

@@ -1,15 +1,12 @@
 """Which atoms go: scores, a measure of cost and limits -> a choice. Shared by every sparse optimizer.
 
-The choice looks for the least importance lost that brings the cost down to a goal. An atom costs what the network would
-save without it, and that falls as the layers around it get thinner. So atoms go in the order of their score for what
-they save *now*, relative to what they save in the full network::
+The choice looks for the least importance lost that brings the cost down to a goal. An atom wins what the network
+would save without it, and that falls as the layers around it get thinner. So atoms go in the order of their price::
 
-    price of an atom  =  score · (saved by it in the full network / saved by it now)
+    price of an atom  =  worth of its node group · score / (what the network saves without it) ^ by_cost
 
-Importance is thus counted per unit of cost, on the assumption that one node group is as important for the network as
-another for each unit of cost that it was given when the network was designed. (Plain division by cost, without that
-assumption, empties whatever is expensive first: early layers of a convolutional network.) Prices rise for what has lost
-its cost already, which keeps the widths in proportion unless the scores say otherwise.
+With ``by_cost = 1`` and scores in the unit of the loss this is the greedy solution of a knapsack: the least loss for the
+cost won. With ``by_cost = 0`` scores are compared as they are.
 
 Everything is a handful of sorts over all atoms at once. Sorts are stable and ties fall to the first atom of the first
 node group, so every rank of a distributed run that has the same scores chooses the same atoms.
@@ -26,6 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oto.optim.target import Counts, Measure
+
+NEAR = 0.005
+"""A choice that is this near to its goal, as a share of it, is not refined."""
 
 ROUNDS = 16
 """How often prices are set anew on the way from one cost to another."""
@@ -82,7 +82,8 @@ def select(
     measure: Measure,
     goal: float,
     divisible: int = 1,
-    by_cost: bool = True,
+    by_cost: float = 1.0,
+    worth: NDArray[np.float64] | None = None,
 ) -> NDArray[np.bool_]:
     """Choose the atoms to go, so that what is left costs at most ``goal`` and as little importance as possible is lost.
 
@@ -94,7 +95,8 @@ def select(
         measure: The cost as a function of the counts.
         goal: The cost to come down to. If ``least`` forbids that, everything goes that may.
         divisible: The kept count of a node group that loses atoms is a multiple of this.
-        by_cost: Weigh scores by what an atom saves; else they are compared as they are.
+        by_cost: How much costs count: the exponent in the price of an atom.
+        worth: What the scores of each node group are multiplied with, shape ``(groups,)``; 1 by default.
 
     Returns:
         Boolean array, shape ``(N,)``: the atoms that go. None is chosen without need: what still fits under the goal
@@ -105,10 +107,11 @@ def select(
         >>> macs = Polynomial({(0,): 10, (0, 1): 5}, 2)  # 10 a + 5 ab
         >>> scores, sizes = np.array([3.0, 1.0, 2.0, 0.5, 0.1]), np.array([3, 2])
         >>> select(scores, np.ones(5, bool), sizes, np.array([1, 1]), macs, 40)
-        array([False,  True, False, False,  True])
+        array([False,  True, False, False, False])
     """
     units = Units.of(scores, left, sizes, divisible)
     full = measure.marginal(sizes, np.ones_like(sizes))
+    worth = np.ones(len(sizes)) if worth is None else worth
     counts = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[left], minlength=len(sizes))
     taken = np.zeros(len(units.group), dtype=bool)
     start = measure(counts)
@@ -121,10 +124,10 @@ def select(
         if measure(counts) <= now:
             continue
         rest = np.flatnonzero(open_ & ~taken)
-        price = units.score[rest]
+        price = units.score[rest] * worth[units.group[rest]]
         if by_cost:
             saves = measure.marginal(counts, np.minimum(counts, 1))
-            price = price * (full / np.maximum(saves, np.finfo(float).tiny))[units.group[rest]]
+            price = price / (np.maximum(saves, np.finfo(float).tiny) ** by_cost)[units.group[rest]]
         queue = rest[np.argsort(price, kind="stable")]
         few, many = 0, len(queue)
         while few < many:  # the fewest units whose removal is enough
@@ -134,6 +137,7 @@ def select(
         taken[queue[:few]] = True
         counts = counts - _sum(queue[:few], units, len(sizes))
     _give_back(taken, units, counts, measure, goal)
+    _refine(taken, open_, units, counts, measure, goal)
     gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
     group = np.repeat(np.arange(len(sizes)), sizes)[units.order]
     first = np.searchsorted(group, np.arange(len(sizes)))
@@ -153,6 +157,37 @@ def _running(sizes: NDArray[np.int64], group: NDArray[np.int64]) -> NDArray[np.i
 
 def _sum(queue: NDArray[np.int64], units: Units, groups: int) -> Counts:
     return np.bincount(units.group[queue], units.size[queue], minlength=groups).astype(np.int64)
+
+
+def _refine(
+    taken: NDArray[np.bool_], open_: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float
+) -> None:
+    """Where units are coarse: swap the dearest of the last ones for one that just meets the goal."""
+    groups = np.arange(len(counts))
+    for _ in range(len(counts)):
+        slack = goal - measure(counts)
+        if slack <= NEAR * goal or not taken.any():
+            return
+        chosen, free = np.flatnonzero(taken), np.flatnonzero(open_ & ~taken)
+        last, following = np.full(len(counts), -1), np.full(len(counts), -1)
+        last[units.group[chosen]] = chosen
+        following[units.group[free[::-1]]] = free[::-1]
+        back = np.where(last >= 0, units.size[last], 0)
+        best: tuple[float, int, int] | None = None
+        for group in groups[last >= 0]:  # this one comes back, and another goes
+            more = counts + np.where(groups == group, back, 0)
+            need = measure(more) - goal
+            out = np.where((following >= 0) & (groups != group), units.size[following], 0)
+            over = measure.marginal(more, out) - need
+            over[(out == 0) | (over < 0)] = np.inf
+            if len(over) and over.min() < (slack if best is None else best[0]):
+                best = float(over.min()), int(group), int(over.argmin())
+        if best is None:
+            return
+        _, group, other = best
+        counts[group] += back[group]
+        counts[other] -= units.size[following[other]]
+        taken[last[group]], taken[following[other]] = False, True
 
 
 def _give_back(taken: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float) -> None:

@@ -138,7 +138,8 @@ class Target:
             raise TargetError(
                 f"{self.name}={self.asked} asks for {self.full - self.goal:,.0f} of {self.full:,.0f} groups, but only "
                 f"{most:,.0f} may go: every node group keeps its least number of atoms\n"
-                f"  to fix  ask for {most / self.full:.4g} or less, or lower min_kept or group_divisible"
+                f"  to fix  ask for {np.floor(most / self.full * 1e4) / 1e4:.4f} or less, or lower min_kept or"
+                " group_divisible"
             )
         share = bottom / self.full
         hint = f"; {self.asked} is a number of {unit}, {float(self.asked)} would be a share" if self.asked == 1 else ""

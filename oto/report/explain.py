@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from oto.groups import NodeGroup, Partition
+from oto.groups.policy import promise
 from oto.report.table import columns
 from oto.trace.graph import Graph
 
@@ -110,7 +111,10 @@ def _whole(group: NodeGroup, graph: Graph, sizes: dict[str, int]) -> Whole:
 
 
 def _table(whole: Sequence[Whole]) -> list[str]:
-    """One row for all groups that differ only in the numbers of repeated blocks, the weightiest first."""
+    """One row for all groups that differ only in the numbers of repeated blocks.
+
+    First what a user can do something about, last what cannot be otherwise; the weightiest first among each.
+    """
     rows: dict[tuple[str, ...], list[Whole]] = {}
     for w in whole:
         place = "" if w.module is None else _stars(w.module) or "the model"
@@ -118,7 +122,7 @@ def _table(whole: Sequence[Whole]) -> list[str]:
     if not rows:
         return []
     weight = {key: sum(w.entries for w in some) for key, some in rows.items()}
-    order = sorted(rows, key=lambda key: -weight[key])
+    order = sorted(rows, key=lambda key: (promise(key[0]), -weight[key]))
     cells: list[tuple[str, ...]] = [("entries", "groups", "stays whole because", "operator", "in", "parameters")]
     for key in order:
         names = _patterns([name for w in rows[key] for name, _ in w.parameters])

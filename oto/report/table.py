@@ -20,6 +20,8 @@ class Shrunk(Protocol):
     @property
     def why_graph(self) -> str | None: ...
     @property
+    def notes(self) -> Sequence[str]: ...
+    @property
     def checks(self) -> Sequence[Check]: ...
     @property
     def cost_before(self) -> Cost: ...
@@ -27,8 +29,6 @@ class Shrunk(Protocol):
     def cost_after(self) -> Cost: ...
     @property
     def kept(self) -> Mapping[str, Any]: ...
-    @property
-    def note(self) -> str | None: ...
 
 
 def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
@@ -77,10 +77,9 @@ def subnet_table(subnet: Shrunk) -> str:
         ),
         "emitted as the original class" if subnet.emitter == "module" else "emitted as a torch.fx.GraphModule",
     ]  # fmt: skip
-    if subnet.note:
-        lines.insert(1, f"note: {subnet.note}")
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")
+    lines += [f"note: {note}" for note in subnet.notes]
     if subnet.path is not None:
         lines.append(f"saved in {subnet.path}")
     return "\n".join(lines)

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from oto._torch import tree_leaves
-from oto.axes.call import Size
+from oto._torch import is_free, tree_leaves, tree_map_only
+from oto.axes.call import Size, Uniform
 from oto.axes.propagate import propagate
 from oto.axes.terms import Axis, survivors
 from oto.axes.terms import size as size_of
@@ -21,6 +21,10 @@ from oto.groups.partition import occurrences
 from oto.slim.plan import Thinning
 from oto.trace.export import Exported
 from oto.trace.graph import Leaf, Node, Value
+
+aten = torch.ops.aten
+
+_BY_COUNT = {aten.chunk.default, aten.unsafe_chunk.default, aten.tensor_split.sections}
 
 
 def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.GraphModule:
@@ -119,27 +123,58 @@ def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
 def _apply(node: Node, op: Any, args: Any, kwargs: Any, thin: Thinning, inputs: dict[Value, fx.Node]) -> None:
     origin: fx.Node = node.origin
 
+    def call(op: Any, args: Any, kwargs: Any) -> fx.Node:
+        return origin.graph.call_function(op, *tree_map_only(Value, inputs.__getitem__, (args, kwargs)))
+
     def build(template: Any, old: Any) -> Any:
         if isinstance(template, Value):
             return inputs[template]
+        if isinstance(template, Uniform):
+            return template.computed(call, {})
         if isinstance(template, list | tuple):
             olds = old if isinstance(old, list | tuple) and len(old) == len(template) else [None] * len(template)
             return [build(t, o) for t, o in zip(template, olds, strict=True)]
         if not isinstance(template, Size):
             return template
-        new, before = thin.size(template), size_of(template.term)
-        if not isinstance(old, fx.Node):
-            return new
-        if new == before:
-            return old
-        # a symbolic size, such as batch · heads: the part that is removable shrinks by a known ratio
-        scaled = origin.graph.call_function(operator.mul, (old, new))
-        return origin.graph.call_function(operator.floordiv, (scaled, before))
+        return _scaled(origin.graph, old, thin.size(template), size_of(template.term))
 
     with origin.graph.inserting_before(origin):
+        if op is aten.split_with_sizes.default and _cut_by_share(origin, args[2], thin.filled(args[1])):
+            return
         old_args = list(origin.args) + [None] * len(args)
         new_args = tuple(build(t, o) for t, o in zip(args, old_args, strict=False))
         new_kwargs = {name: build(t, origin.kwargs.get(name)) for name, t in kwargs.items()}
     origin.target = op
     origin.args = new_args
     origin.kwargs = new_kwargs
+
+
+def _scaled(graph: fx.Graph, old: Any, new: int, before: int) -> Any:
+    """A size that was ``before`` and becomes ``new``; of a symbolic one, such as batch · heads, the same share."""
+    if not isinstance(old, fx.Node):
+        return new
+    if new == before:
+        return old
+    return graph.call_function(operator.floordiv, (graph.call_function(operator.mul, (old, new)), before))
+
+
+def _cut_by_share(origin: fx.Node, dim: int, new: list[int]) -> bool:
+    """Cut a dimension that holds the batch into thinner pieces, whose sizes no number states; whether it does."""
+    pieces: Any = origin.meta.get("val", ())
+    free = [is_free(piece.shape[dim]) for piece in pieces]
+    if origin.target is aten.split_with_sizes.default or not any(free):  # the sizes are arguments, or numbers
+        return False
+    if origin.target in _BY_COUNT and len(set(new)) == 1:
+        return True
+    graph, x = origin.graph, origin.args[0]
+    *others, last = [i for i, symbolic in enumerate(free) if symbolic]
+    sizes: list[Any] = list(new)
+    rest: Any = graph.call_function(aten.sym_size.int, (x, dim))
+    for n, symbolic in zip(new, free, strict=True):
+        rest = rest if symbolic else graph.call_function(operator.sub, (rest, n))
+    sizes[last] = rest  # less the others: where heads do not divide, the pieces still make up the whole
+    for i in others:
+        sizes[i] = _scaled(graph, rest, new[i], sum(new[k] for k in (*others, last)))
+        sizes[last] = graph.call_function(operator.sub, (sizes[last], sizes[i]))
+    origin.target, origin.args, origin.kwargs = aten.split_with_sizes.default, (x, sizes, dim), {}
+    return True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from oto.axes.call import Rewrite, Size
-from oto.errors import EmitterError
+from oto.errors import EmitterError, out_of_memory
 from oto.groups import Partition
 from oto.nn import SWAPS
 from oto.nn import functional as counted
@@ -54,6 +54,8 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     try:
         slim = copy.deepcopy(model, memo)
     except Exception as failure:
+        if out_of_memory(failure):
+            raise
         raise EmitterError(
             f"{type(model).__name__} cannot be copied: {type(failure).__name__}: {failure}\n"
             "  effect  the original class cannot be used for the slim model"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
-from oto.errors import VerificationError
-from oto.trace.record import arguments, as_found, tensors_in
+from oto.errors import VerificationError, out_of_memory
+from oto.trace.found import as_found
+from oto.trace.record import arguments, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,13 @@ class Check:
 
 
 class _Wide(TorchDispatchMode):
-    """Casts to a narrower float become casts to float64, for models that state a dtype in their code."""
+    """Every computation in float64, for models that state a dtype in their code, or none.
+
+    Casts to a narrower float become casts to float64; what is made or promoted without a dtype is float64; and operands
+    that come from elsewhere, such as numpy, are widened as they are read. So two models that differ in where they round
+    only, such as a class and its exported graph, agree to float64's own rounding. Values are as they were: a number
+    that float32 cannot hold is rounded where the model rounds it (``torch.tensor(0.1)``), and nothing else is.
+    """
 
     supports_higher_order_operators = True
     WIDER: ClassVar = {
@@ -55,13 +63,32 @@ class _Wide(TorchDispatchMode):
     }  # fmt: skip
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        schema = getattr(op, "_schema", None)  # higher-order operators have none
+
         def widen(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.to(self.WIDER.get(x.dtype, x.dtype))
             return self.WIDER.get(x, x) if isinstance(x, torch.dtype) else x
 
-        args, kwargs = tree_map(widen, (args, kwargs or {}))
-        if op is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
+        def of(argument: Any, x: Any) -> Any:
+            shared = argument is None or argument.alias_info is not None  # a copy would not be the memory that is meant
+            return tree_map_only(torch.dtype, widen, x) if shared else tree_map(widen, x)
+
+        named = {argument.name: argument for argument in schema.arguments} if schema else {}
+        args = tuple(of(argument, x) for argument, x in zip_longest(named.values(), args))[: len(args)]
+        kwargs = {name: of(named.get(name), x) for name, x in (kwargs or {}).items()}
+        if op is aten._assert_tensor_metadata.default:  # what torch.export saw the dtype to be
+            args, kwargs = tree_map_only(torch.dtype, lambda _: None, (args, kwargs))
+        if op is aten._grouped_mm.default and args[0].dtype == torch.float64:
             return _grouped_mm(*args, **kwargs)
-        return op(*args, **kwargs)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            result = op(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(before)
+        return widen(result) if op is aten.lift_fresh.default else result  # a literal, which may be written to
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
@@ -85,11 +112,16 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor |
     return y
 
 
+def throughout(module: nn.Module) -> AbstractContextManager[Any]:
+    """While inside, a module in float64 computes in float64 throughout; any other as it does."""
+    wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) == torch.float64
+    return _Wide() if wide else nullcontext()  # type: ignore[no-untyped-call]
+
+
 def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:
     """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
-    wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) == torch.float64
-    with as_found(module), torch.no_grad(), _Wide() if wide else nullcontext():  # type: ignore[no-untyped-call]
+    with as_found(module, dummy_input), torch.no_grad(), throughout(module):
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 
@@ -166,59 +198,76 @@ def double_input(dummy_input: Any) -> Any:
 
 
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False,
-          left: Sequence[Sequence[NDArray[np.bool_]]] | None = None) -> list[Check]:  # fmt: skip
+          left: Sequence[Sequence[NDArray[np.bool_]]] | None = None, notes: list[str] | None = None,
+          lacks: Callable[[Any], str | None] | None = None,
+          wider: Callable[[nn.Module], nn.Module] | None = None) -> list[Check]:  # fmt: skip
     """Compare a slim model with the zeroed full one.
 
     Args:
         inputs: Random inputs besides the example.
         batch: Try another batch size too, where the full model takes it.
         left: For each output and each of its dimensions, the entries that the slim model still has; all by default.
+        notes: Where to write down what was not compared: a batch size that the slim model does not take, which is an
+            error by default, and what ``lacks`` leaves out.
+        lacks: Why the slim model is not meant for a random input; ``None`` if it is.
+        wider: Makes the slim model in float64 of the full one in float64; by default the slim one is converted.
     """
     tries = [("the example", dummy_input)]
-    tries += [(f"random input {seed}", random_like(dummy_input, seed)) for seed in range(inputs)]
+    for seed in range(inputs):
+        given = random_like(dummy_input, seed)
+        missing = None if lacks is None else lacks(given)
+        if missing is None:
+            tries.append((f"random input {seed}", given))
+        elif notes is not None:
+            notes.append(f"{what} was not compared on random input {seed}: {missing}")
     if batch:
         first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
         if first.ndim:
             tries.append((f"batch of {first.shape[0] + 2}", random_like(dummy_input, inputs, first.shape[0] + 2)))
     dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
-    checks = _compare(full, slim, tries, what, dtype, left)
+    checks = _compare(full, slim, tries, what, dtype, left, notes)
     if dtype != torch.float64:
-        wide = [(name, double_input(given)) for name, given in tries]
-        with _double(full, slim) as (full64, slim64):
-            if _runs(full64, wide[0][1]):
-                checks += _compare(full64, slim64, wide, what, torch.float64, left)
-            else:
-                log.info("the full model does not run in float64; compared in %s only", dtype)
+        full64, wide = in_double(full), [(name, double_input(given)) for name, given in tries]
+        if _runs(full64, wide[0][1]):
+            slim64 = in_double(slim) if wider is None else wider(full64)
+            checks += _compare(full64, slim64, wide, what, torch.float64, left, notes)
+        else:
+            log.info("the full model does not run in float64; compared in %s only", dtype)
     return checks
-
-
-@contextmanager
-def _double(full: nn.Module, slim: nn.Module) -> Any:
-    yield in_double(full), in_double(slim)
 
 
 def _runs(module: nn.Module, given: Any) -> bool:
     try:
         run(module, given)
-    except Exception:
+    except Exception as failure:
+        if out_of_memory(failure):
+            raise
         return False
     return True
 
 
 def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: torch.dtype,
-             left: Sequence[Sequence[NDArray[np.bool_]]] | None) -> list[Check]:  # fmt: skip
+             left: Sequence[Sequence[NDArray[np.bool_]]] | None, notes: list[str] | None) -> list[Check]:  # fmt: skip
     checks = []
     for name, given in tries:
         try:
             expected = run(full, given)
         except Exception as failure:  # inputs may have to fit together, as the number of image tokens does
-            if name == "the example":
+            if name == "the example" or out_of_memory(failure):
                 raise
             log.info("the full model does not take %s: %s", name, failure)
             continue
         if left is not None:
             expected = [_thinner(x, masks) for x, masks in zip(expected, left, strict=True)]
-        error = relative_error(expected, run(slim, given))
+        try:
+            found = run(slim, given)
+        except Exception as failure:
+            if notes is None or not name.startswith("batch"):
+                raise
+            note = f"{what} takes the batch size of the example only: {str(failure).splitlines()[0]}"
+            notes.extend([] if note in notes else [note])
+            continue
+        error = relative_error(expected, found)
         checks.append(Check(f"{what} on {name}", str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3)))
     return checks
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from oto._torch import OpOverload, example_size, is_free, quiet, tree_leaves, tree_map, tree_map_only
-from oto.errors import EmitterError
+from oto.errors import EmitterError, first_line, out_of_memory
+from oto.trace.found import as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key
-from oto.trace.record import arguments, as_found, is_foreign
+from oto.trace.record import arguments, line_of
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,10 @@ def export_program(
     Raises:
         EmitterError: ``torch.export`` cannot follow the model.
     """
-    args, kwargs = arguments(dummy_input)
+    as_given = arguments(dummy_input)
     failure: Exception | None = None
     with (
-        as_found(model),
+        as_found(model, dummy_input),
         _plain_outputs(model, builtin if portable else plain),
         torch.no_grad(),
         warnings.catch_warnings(),
@@ -64,19 +65,43 @@ def export_program(
         warnings.simplefilter("ignore")
         for dynamic in (True, False):
             try:
-                given = _two(args, kwargs) if dynamic else (args, kwargs)
+                given = _two(as_given) if dynamic else as_given
                 shapes = _free_batch(model, *given) if dynamic else None
                 with redirect_stderr(io.StringIO()), quiet():  # where it fails, torch prints the whole graph
                     program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
-                return program, dynamic and _is_free(program, _batch(*given))
+                free = dynamic and _is_free(program, _batch(*given))
+                if free or given is as_given:
+                    return program, free
+                log.info("torch.export settled on a batch of two, which is not the example's: exported again")
             except Exception as problem:
+                if out_of_memory(problem):
+                    raise
                 failure = failure or problem
                 log.info("torch.export with a %s batch failed: %s", "free" if dynamic else "fixed", problem)
     raise EmitterError(
-        f"torch.export cannot follow {type(model).__name__}: {type(failure).__name__}: {str(failure).splitlines()[0]}\n"
+        f"torch.export cannot follow {type(model).__name__}: {_cause(failure)}\n"
         "  effect  no graph can be emitted, and no model.pt2 written\n"
-        "  to fix  see torch.export's own message; branches on values and custom objects are the usual causes"
+        "  to fix  branches on values and custom objects are the usual causes; torch.export's own message is above"
     ) from failure
+
+
+# what torch.export says, and what it means
+_CAUSES = {
+    r"data-dependent|GuardOnDataDependent|Could not (guard|extract)|unbacked": "a branch or a size depends on values",
+    r"Dim\.|dynamic dim|[Cc]onstraints violated|specializ": "the code states the size of the batch",
+    r"pytree|[Uu]nsupported (input|output) type|custom object": "an object of the model's own goes in or out",
+    r"\.data|set_|mutat": "the code writes to a tensor of the model",
+}
+
+
+def _cause(failure: BaseException | None) -> str:
+    """torch.export's message, cut to the user's line and the likely cause."""
+    assert failure is not None
+    likely = next((means for says, means in _CAUSES.items() if re.search(says, f"{type(failure)} {failure}")), None)
+    line = line_of(failure) or next(iter(re.findall(r'File "([^"]+)", line (\d+)', str(failure))), "")
+    line = line if isinstance(line, str) else ":".join(line)
+    said = re.sub(r"\b[us]\d+\b", "a size", first_line(failure, 160))
+    return said + (f"\n  at      {line}" if line else "") + (f"\n  cause   {likely}, it seems" if likely else "")
 
 
 @contextmanager
@@ -130,11 +155,11 @@ def _batch(args: Any, kwargs: Any) -> int | None:
     return next((t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), None)
 
 
-def _two(args: Any, kwargs: Any) -> Any:
+def _two(given: Any) -> Any:
     """A batch of one is special to torch.export: show it two."""
-    if _batch(args, kwargs) != 1:
-        return args, kwargs
-    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, (args, kwargs))
+    if _batch(*given) != 1:
+        return given
+    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, given)
 
 
 def _free_batch(model: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -112,6 +112,12 @@ class Graph:
     outputs: tuple[Value, ...]
     how: str
 
+    @property
+    def unread(self) -> set[str]:
+        """Names of tensors of the model that no call reads."""
+        read = {value for node in self.nodes for value in node.inputs()}.union(self.outputs)
+        return {name for leaf in self.leaves if leaf.value not in read for name in leaf.names}
+
     def __str__(self) -> str:
         lines = [f"graph ({self.how}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]
         lines += [f"{leaf.value} = {leaf.kind} {leaf.name}" for leaf in self.leaves]
@@ -213,6 +219,11 @@ class GraphBuilder:
             family.update(self.families.get(key) or {key: None})
         for key in family:
             self.families[key] = family
+
+    def writes(self, kind: str) -> bool:
+        """Whether a tensor of the model, of this kind, was written to."""
+        held = zip(self.held, self.leaves, strict=True)
+        return any(leaf.kind == kind and self.current[key] is not leaf.value for key, leaf in held)
 
     def build(self, outputs: Sequence[Hashable], dead: bool = False) -> Graph:
         """The finished graph; dead nodes are those whose results reach neither an output nor a tensor of the model."""

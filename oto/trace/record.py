@@ -6,22 +6,24 @@ The run happens under ``torch.inference_mode``: composite operators (``linear``,
 (``.item()``, a branch on a value), the real run on the example. A model that takes gradients in its forward is run once
 more with autograd, which takes composite operators apart.
 
-The model is left as it was: parameters and buffers are swapped for the run by ``torch.func.functional_call``.
+The model is left as it was: parameters and buffers are swapped for the run by ``torch.func.functional_call``, and
+``found.py`` takes back what ``forward`` does besides.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import sys
+import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from os import sep
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,9 @@ from oto._torch import (
     tree_leaves,
     tree_map_only,
 )
-from oto.errors import DummyInputError, TraceError
-from oto.trace.graph import Graph, GraphBuilder, Key
+from oto.errors import DummyInputError, TraceError, first_line, out_of_memory, some
+from oto.trace.found import Found, as_found, is_foreign
+from oto.trace.graph import Graph, GraphBuilder, Key, Value
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,20 @@ def arguments(dummy_input: Any) -> Arguments:
     return separate
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recording:
+    """A graph, and what its run met besides: enough to run it again.
+
+    Attributes:
+        constants: What the constants among the leaves held, if the run was made on data.
+        result: What ``forward`` returned.
+    """
+
+    graph: Graph
+    constants: Mapping[Value, Tensor]
+    result: Any
+
+
 def record(
     model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True, dead: bool = False
 ) -> Graph:
@@ -93,20 +110,55 @@ def record(
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"the model is TorchScript ({type(model).__name__}), whose parameters cannot be told apart while it runs\n"
+            "  effect   there is nothing to analyse; the model is as it was\n"
             "  to fix   give the Python module that it was made of"
+        )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise TraceError(
+            f"parameters of {type(model).__name__} have no shape yet: {some(lazy)}\n"
+            "  effect   there is nothing to analyse; the model is as it was\n"
+            "  to fix   call model(dummy_input) once, so that its lazy modules learn their sizes"
         )
     ways = ["meta", "fake"] if on_meta(model) else ["meta", "fake", "real", "grad"]
     failures: dict[str, Exception] = {}
-    with as_found(model):
-        for way in ways:
-            try:
-                with _untouched(model):
-                    return _run(model, args, kwargs, known, way, dead)
-            except Exception as failure:
-                failures[way] = failure
-                log.info("%s tensors do not carry this model: %s", way, failure)
+    for way in ways:
+        try:
+            with as_found(model, dummy_input) as found:
+                graph = _run(model, args, kwargs, known, way, dead, found).graph
+        except Exception as failure:
+            if out_of_memory(failure):
+                raise
+            traceback.clear_frames(failure.__traceback__)  # they hold tensors
+            failures[way] = failure
+            log.info("%s tensors do not carry this model: %s", way, failure)
+        else:
+            found.warn_of_what_is_left()
+            return graph
     plainest = failures.get("real") or failures["fake"]
+    if isinstance(plainest, TraceError):
+        raise plainest
     raise TraceError(_message(model, args, kwargs, plainest)) from plainest
+
+
+def record_data(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Recording:
+    """The run of ``model`` on the data of one example, in which branches go as its values say.
+
+    Raises:
+        DummyInputError: ``dummy_input`` is of the wrong type.
+        TraceError: ``forward`` fails on the example.
+    """
+    args, kwargs = arguments(dummy_input)
+    failures: list[Exception] = []
+    for way in ("real", "grad"):
+        try:
+            with as_found(model, dummy_input) as found:
+                return _run(model, args, kwargs, known, way, False, found)
+        except Exception as failure:
+            if out_of_memory(failure):
+                raise
+            failures.append(failure)
+    raise TraceError(_message(model, args, kwargs, failures[0])) from failures[0]
 
 
 def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception) -> str:
@@ -115,9 +167,11 @@ def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
     named = [f"  input    {name}={value}" for name, value in shown[1].items()]
     return "\n".join(
         [
-            f"{type(model).__name__}.forward failed on the dummy input: {type(failure).__name__}: {failure}",
+            f"{type(model).__name__}.forward failed on the dummy input: {first_line(failure)}",
+            *([f"  at       {line}"] if (line := line_of(failure)) else []),
             *positional,
             *named,
+            "  effect   there is no graph to analyse; the model is as it was",
             "  to fix   check that model(dummy_input) (model(*tuple), model(**dict)) runs by itself in eval mode",
         ]
     )
@@ -128,51 +182,6 @@ def on_meta(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
-@contextmanager
-def as_found(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; mode, fast paths and random state as found afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    cuda = sorted(
-        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
-    )
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            # one fused kernel for a whole attention block would hide what it is made of
-            torch.backends.mha.set_fastpath_enabled(False)
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            for module, training in modes:
-                module.training = training
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Take back what ``forward`` does to attributes of its modules, such as tables that it keeps for the next call."""
-    found = [(vars(module), {k: v for k, v in vars(module).items() if k not in _OWN}) for module in model.modules()]
-    held = [(v, v.copy()) for _, own in found for v in own.values() if type(v) in (list, dict, set)]
-    try:
-        yield
-    finally:
-        for now, own in found:
-            for name in [name for name in now if name not in own and name not in _OWN]:
-                del now[name]
-            now.update(own)
-        for container, content in held:
-            if isinstance(container, list):
-                container[:] = content
-            else:
-                container.clear()
-                container.update(content)
-
-
-# what every module has: ``as_found`` sees to the mode, ``functional_call`` to the tensors
-_OWN = frozenset(vars(nn.Module()))
-
-
 def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitStack) -> Callable[[Tensor], Tensor]:
     """Set the way up; what stands for a real tensor in it."""
     if way == "meta":
@@ -181,8 +190,7 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
     if way == "grad":
         return lambda t: t.detach().clone().requires_grad_(t.requires_grad)
     if way == "real":
-        buffers = {id(t) for t in named.values() if not isinstance(t, nn.Parameter)}
-        return lambda t: t.detach().clone() if id(t) in buffers else t.detach()
+        return lambda t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone()
     stack.enter_context(quiet())
     mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     device = next((t.device for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_meta), None)
@@ -196,8 +204,8 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool = False
-) -> Graph:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool, found: Found
+) -> Recording:
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, tensor in named.items():
@@ -210,7 +218,7 @@ def _run(
             if id(tensor) not in made:
                 made[id(tensor)] = stand_in(tensor)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
-        recorder = _Recorder(GraphBuilder("real" if way == "grad" else way), known, model)
+        recorder = _Recorder(GraphBuilder("real" if way == "grad" else way), known, model, found)
         for tensor_id, tensor in made.items():
             first = named[names[tensor_id][0]]
             parameter = isinstance(first, nn.Parameter)
@@ -233,9 +241,19 @@ def _run(
         stack.enter_context(recorder)
         result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)
         outputs = list(tensors_in(result))
+        if not outputs:
+            kinds = some(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(result)) or [type(result).__name__])
+            raise TraceError(
+                f"{type(model).__name__}.forward gives no tensor: what it returned is made of {kinds}\n"
+                "  effect   nothing leads from the inputs to an output, so there is nothing to analyse\n"
+                "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
+                " objects of its own in a module that takes the tensors out"
+            )
     for tensor in outputs:
         recorder.see(tensor)
-    return recorder.builder.build([id(tensor) for tensor in outputs], dead)
+    if recorder.builder.writes("parameter"):
+        found.writes_parameters()
+    return Recording(recorder.builder.build([id(tensor) for tensor in outputs], dead), recorder.constants, result)
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
@@ -257,15 +275,30 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(result, field.name))
 
 
+_Place: TypeAlias = tuple[Any, ...]
+
+
+def _place(tensor: Tensor) -> _Place | None:
+    """Where the entries of a tensor lie; ``None`` if it has no memory of the plain kind."""
+    try:
+        return tensor.untyped_storage(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 class _Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
-    def __init__(self, builder: GraphBuilder, known: Callable[[Any], bool], model: nn.Module) -> None:
+    def __init__(self, builder: GraphBuilder, known: Callable[[Any], bool], model: nn.Module, found: Found) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.builder = builder
+        self.found = found
         self.known = known
         self.shapes_only = builder.how == "meta"
+        self.constants: dict[Value, Tensor] = {}
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
+        self.places: dict[int, _Place] = {}
+        self.latest: dict[_Place, int] = {}
         self.path: list[str] = [""]
         self.attributes = {
             id(value): f"{name}.{attribute}" if name else attribute
@@ -276,13 +309,29 @@ class _Recorder(TorchDispatchMode):
 
     def hold(self, tensor: Tensor) -> None:
         self.alive.append(tensor)
+        place = _place(tensor)
+        if place is not None:
+            self.places[id(tensor)] = place
+            self.latest[place] = id(tensor)
 
     def see(self, tensor: Tensor) -> Key:
-        """The key of a tensor; one that was never seen is a constant of the model."""
-        if id(tensor) not in self.builder.current:
-            self.hold(tensor)
+        """The key of a tensor; one that was never seen is a constant of the model.
+
+        Reading and setting ``.data`` are no calls: a tensor that is new, or lies elsewhere than before, is the one that
+        was seen in the same place.
+        """
+        place = _place(tensor)
+        if id(tensor) not in self.builder.current or place != self.places.get(id(tensor)):
             name = self.attributes.get(id(tensor))
-            self.builder.leaf(id(tensor), tensor.shape, tensor.dtype, [name] if name else [], "constant")
+            source = None if name or place is None else self.latest.get(place)
+            self.hold(tensor)
+            if source is None:
+                self.builder.leaf(id(tensor), tensor.shape, tensor.dtype, [name] if name else [], "constant")
+                if self.builder.how == "real":
+                    self.constants[self.builder.current[id(tensor)]] = tensor.clone()  # before anything writes to it
+            else:
+                result = (id(tensor), tensor.shape, tensor.dtype)
+                self.builder.call(aten.alias.default, (Key(source),), {}, [result], self.path[-1], _user_line())
         return Key(id(tensor))
 
     def keyed(self, x: Any) -> Any:
@@ -325,6 +374,9 @@ class _Recorder(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         keyed = self.keyed(args), self.keyed(kwargs)
+        self.found.look(sys._getframe(1))
+        if self.builder.how == "real" and (whole or op._schema.is_mutable):
+            self.found.spare((args, kwargs))
         if self.shapes_only and op in _SHAPE_OF_FIRST:
             # contiguous, because that can be viewed under every shape
             plain = torch.contiguous_format
@@ -334,6 +386,8 @@ class _Recorder(TorchDispatchMode):
         results: list[Any] = []
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
+                if id(leaf) not in self.builder.current:
+                    self.found.made.append(weakref.ref(leaf))
                 self.hold(leaf)
                 results.append((id(leaf), leaf.shape, leaf.dtype))
             else:
@@ -355,14 +409,15 @@ _SHAPE_OF_FIRST = {
     aten.contiguous.default,
 }  # fmt: skip
 
-_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-_HERE = f"{Path(__file__).parent.parent}{os.sep}"
+
+_PYTHON = f"{Path(traceback.__file__).parent}{sep}"
 
 
-@cache
-def is_foreign(filename: str) -> bool:
-    """Whether a source file belongs neither to torch nor to this package."""
-    return not filename.startswith((_TORCH, _HERE, "<"))
+def line_of(failure: BaseException) -> str:
+    """``file:line`` of the innermost frame outside torch and this package in which an exception was raised."""
+    frames = [f for f in traceback.extract_tb(failure.__traceback__) if is_foreign(f.filename)]
+    own = [f for f in frames if "site-packages" in f.filename or not f.filename.startswith(_PYTHON)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def _user_line() -> str:

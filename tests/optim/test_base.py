@@ -22,14 +22,14 @@ def test_progress_of_every_step():
     train(model, optimizer, range(END + 1), then=lambda n: seen.append(optimizer.progress))
     assert [p.step for p in seen] == list(range(END + 2))
     assert [p.period for p in seen] == [None, None, 0, 0, 1, 1, 2, 2, None, None]
-    assert [p.pruned for p in seen] == [0, 0, 0, 0, 2, 2, 4, 4, 7, 7]
-    assert [p.redundant for p in seen] == [0, 0, 0, 2, 0, 2, 0, 3, 0, 0]
+    assert [p.pruned for p in seen] == [0, 0, 0, 0, 3, 3, 5, 5, 7, 7]
+    assert [p.redundant for p in seen] == [0, 0, 0, 3, 0, 2, 0, 2, 0, 0]
     assert [round(p.done, 3) for p in seen] == [0, 0, 0, 0.167, 0.333, 0.5, 0.667, 0.833, 1, 1]
     assert [p.over for p in seen] == [False] * 8 + [True] * 2
     assert seen[-1].sparsity == 0.5 and seen[0].groups == 14
-    assert str(seen[1]) == "step 1 of 8: 0 of 14 groups are zero"
-    assert str(seen[5]) == "step 5 of 8, period 2 of 3: 2 of 14 groups are zero, 2 on their way"
-    assert str(seen[9]) == "step 9, pruning ended after 8 steps: 7 of 14 groups are zero"
+    assert str(seen[1]) == "step 1 of 8: 0 of 14 groups are zero; 14 groups, goal 7"
+    assert str(seen[5]) == "step 5 of 8, period 2 of 3: 3 of 14 groups are zero, 2 on their way; 11 groups, goal 7"
+    assert str(seen[9]) == "step 9, pruning ended after 8 steps: 7 of 14 groups are zero; 7 groups, goal 7"
     with pytest.raises(AttributeError):
         seen[0].pruned = 3
 
@@ -38,7 +38,7 @@ def test_progress_through_a_wrapper():
     model = net()
     wrapper = SimpleNamespace(optimizer=hesso(model))  # as the optimizers of accelerate hold theirs
     train(model, wrapper.optimizer, range(3))
-    assert wrapper.optimizer.progress.redundant == 2
+    assert wrapper.optimizer.progress.redundant == 3
 
 
 def test_progress_through_accelerate():
@@ -46,7 +46,7 @@ def test_progress_through_accelerate():
     model = net()
     model, wrapped = accelerate.Accelerator(cpu=True).prepare(model, hesso(model))
     train(model, wrapped, range(3))
-    assert wrapped.optimizer.progress.step == 3 and wrapped.optimizer.progress.redundant == 2
+    assert wrapped.optimizer.progress.step == 3 and wrapped.optimizer.progress.redundant == 3
 
 
 def test_progress_reads_what_is_on_the_cpu(monkeypatch):
@@ -54,7 +54,7 @@ def test_progress_reads_what_is_on_the_cpu(monkeypatch):
     optimizer = hesso(model)
     train(model, optimizer, range(START + 1))
     monkeypatch.setattr(torch.Tensor, "cpu", None)  # atoms may be on another device; their copy is here already
-    assert optimizer.progress.redundant == 2
+    assert optimizer.progress.redundant == 3
 
 
 # Checkpoints of another setup -----------------------------------------------------------------------------------------

@@ -55,6 +55,12 @@ def test_the_way_to_the_target_is_shared_evenly(schedule):
     assert shares == [(period + 1) / schedule.periods for period in range(schedule.periods)]
 
 
+def test_most_of_the_way_may_be_done_early():
+    shares = [Schedule(0, 5, 5, exponent=3).share(step) for step in range(5)]
+    assert shares == pytest.approx([0.488, 0.784, 0.936, 0.992, 1.0])  # 1 - (1 - k / 5)^3
+    assert shares[-1] == 1
+
+
 @given(schedules)
 def test_steps_until_the_next_choice(schedule):
     starts = [step for step in range(schedule.end) if schedule.starts_period(step)]

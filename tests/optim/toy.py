@@ -45,7 +45,13 @@ def groups(kind: type[NodeGroup] = NodeGroup, **options: Any) -> list[NodeGroup]
 
 
 def hesso(model: nn.Module, node_groups: list[NodeGroup] | None = None, **options: Any) -> HESSO:
-    options = {"start_pruning_step": START, "pruning_steps": STEPS, "pruning_periods": PERIODS, "lr": 0.1} | options
+    options = {
+        "start_pruning_step": START,
+        "pruning_steps": STEPS,
+        "pruning_periods": PERIODS,
+        "lr": 0.1,
+        "pruning_exponent": 1,
+    } | options
     if not any(name.startswith("target_") for name in options):
         options["target_group_sparsity"] = 0.5
     if "params" not in options:

@@ -10,7 +10,7 @@ from torch import nn
 
 import oto.nn
 from oto import OTO, load_subnet
-from oto.errors import EmitterError, NonFiniteParameterError
+from oto.errors import ArtefactError, EmitterError, NonFiniteParameterError
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -250,18 +250,75 @@ def test_keep_class_prunes_what_the_class_can_do_without():
     assert kept and all(w.operator and w.source.startswith(__file__) for w in kept)
 
 
-def test_where_neither_emitter_can_the_message_names_both_and_what_to_do():
-    class Untraceable(Stated):
-        def forward(self, x):
-            return super().forward(-x if x.sum().item() > 1e9 else x)
+def test_an_example_of_one_whose_batch_is_baked_in():
+    class Baked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 3)
 
-    oto = OTO(Untraceable().double(), torch.randn(2, 5, 16, dtype=torch.float64))
+        def forward(self, x):
+            windows = torch.relu(self.b(self.a(x).view(2 * len(x), -1, 16)))
+            return self.c(windows.view(int(windows.shape[0] / 2), -1, 16))
+
+    full, slim, subnet = thinned(Baked(), torch.randn(1, 6, 4))
+    assert subnet.emitter == "graph" and relative_error(full, slim) <= EXACT
+
+
+def test_a_batch_that_only_the_extra_check_tries_is_a_note(monkeypatch):
+    from oto.slim import graph
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            h = self.a(x).view(len(x) * 16).chunk(2)
+            return self.b(torch.relu(torch.cat(h)).view(len(x), 16))
+
+    monkeypatch.setattr(graph, "_cut_by_share", lambda *given: False)  # sizes as the example has them
+    full, slim, subnet = thinned(Fixed(), torch.randn(2, 4), emitter="graph")
+    assert relative_error(full, slim) <= EXACT
+    (note,) = subnet.notes
+    assert note.startswith("slim takes the batch size of the example only") and f"note: {note}" in str(subnet)
+
+
+def test_a_program_that_is_not_proved_is_left_out_and_the_rest_is_saved(tmp_path, monkeypatch):
+    from oto.io import subnet as io
+
+    model, x = Residual().eval(), torch.randn(2, 7, 5)
+    oto = OTO(model, x)
     oto.random_set_zero_groups(0.5)
-    with pytest.raises(EmitterError) as caught:
-        oto.construct_subnet()
-    message = str(caught.value)
-    assert "torch.export cannot follow Untraceable" in message
-    assert "the original class does not do either" in message and "keep_class=True" in message
+
+    for broken, why in [(lambda path: nn.Linear(5, 3), "relative error"), (lambda path: nn.Linear(4, 3), "it fails")]:
+        monkeypatch.setattr(io, "read_program", broken)
+        subnet = oto.construct_subnet(tmp_path / "out")
+        (note,) = subnet.notes
+        assert why in note and "the class is needed to load it" in note and not (tmp_path / "out/model.pt2").exists()
+        assert relative_error(run(subnet.model, x), run(load_subnet(tmp_path / "out", Residual), x)) <= 1e-5
+        with pytest.raises(ArtefactError, match=why):
+            load_subnet(tmp_path / "out")
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_what_no_call_reads_does_not_stop_saving(tmp_path, persistent):
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+            self.register_buffer("heads", torch.eye(4, dtype=torch.bool).to_sparse(), persistent=persistent)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    full, slim, subnet = thinned(Sparse(), torch.randn(2, 4), out_dir=tmp_path / "out")
+    assert relative_error(full, slim) <= EXACT and not subnet.notes
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for given in (None, Sparse, Sparse()):
+        loaded = load_subnet(subnet.path, given)
+        assert relative_error(run(subnet.model, x), run(loaded, x)) <= EXACT
+        assert given is None or torch.equal(loaded.heads.to_dense(), torch.eye(4, dtype=torch.bool))
+    assert subnet.model.heads.is_sparse
 
 
 def test_keep_class_minds_calls_whose_results_nobody_reads():
@@ -315,6 +372,100 @@ def test_keep_class_finds_sizes_that_are_read_off_another_tensor():
     assert residual.reason.startswith("keep_class") and residual.module.startswith("blocks.")
     oto.random_set_zero_groups(0.5)
     assert oto.construct_subnet(emitter="module").max_error < 1e-12
+
+
+class SizedOff(nn.Module):
+    """Sizes read off a tensor, as they should be."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = self.into(x)
+        return self.out(torch.relu(h + h.new_zeros(x.size(0), h.size(1))))
+
+
+def test_keep_class_is_no_stricter_than_the_class():
+    oto = OTO(SizedOff().double(), torch.randn(2, 6, dtype=torch.float64), keep_class=True)
+    assert [g.name for g in oto.node_groups if g.prunable] == ["into.weight"]
+    oto.random_set_zero_groups(0.5)
+    assert oto.construct_subnet(emitter="module").max_error < 1e-12
+
+
+def test_keep_class_finds_a_class_that_runs_and_computes_something_else():
+    class ScaledOff(SizedOff):
+        """What a thinner tensor is divided by is another number, and the layer that would show it starts at zero."""
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.last = nn.Linear(4, 24), nn.Linear(24, 4), nn.Linear(4, 4)
+            nn.init.zeros_(self.out.weight)
+
+        def forward(self, x):
+            h = self.into(x)
+            y = self.out(torch.relu(h) / h.size(1))
+            return self.last(y + self.down(torch.relu(self.up(y))))
+
+    model = ScaledOff().double()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    oto = OTO(model, torch.randn(2, 6, dtype=torch.float64), keep_class=True)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    free = {g.name for g in oto.node_groups if g.prunable}
+    assert "into.weight" not in free and "up.weight" in free
+    oto.random_set_zero_groups(0.5)
+    assert oto.construct_subnet(emitter="module").max_error < 1e-12
+
+
+def test_keep_class_frees_what_one_line_states_where_the_class_reads_it_off():
+    class Both(Stated):
+        """One width is stated, another is read off."""
+
+        def __init__(self):
+            super().__init__()
+            self.more, self.last = nn.Linear(4, 24), nn.Linear(24, 4)
+
+        def forward(self, x):
+            h = self.more(super().forward(x))
+            return self.last(torch.relu(h.view(*x.shape[:2], h.size(-1))))
+
+    oto = OTO(Both().double(), torch.randn(2, 5, 16, dtype=torch.float64), keep_class=True)
+    assert {g.name for g in oto.node_groups if g.prunable} == {"out.weight", "up.weight", "down.weight", "more.weight"}
+
+
+def test_keep_class_finds_that_even_two_heads_are_stated():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (f(x).view(*x.shape[:2], 2, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert sorted(g.size for g in OTO(TwoHeads().double(), x).node_groups if g.prunable) == [2, 4]
+    oto = OTO(TwoHeads().double(), x, keep_class=True)
+    assert [g.size for g in oto.node_groups if g.prunable] == [4]  # the width that the values have in a head
+
+
+def test_keep_class_minds_pieces_of_different_widths():
+    class Halves(nn.Module):
+        """``chunk`` makes pieces of one size; half of everything would not show that they may differ."""
+
+        def __init__(self):
+            super().__init__()
+            self.into, self.a, self.b = nn.Linear(6, 32), nn.Linear(16, 4), nn.Linear(16, 4)
+            self.up = nn.Linear(6, 8)
+            self.down = nn.Linear(8, 4)
+
+        def forward(self, x):
+            a, b = self.into(x).chunk(2, -1)
+            return self.a(a) + self.b(b) + self.down(torch.relu(self.up(x)))
+
+    oto = OTO(Halves().double(), torch.randn(2, 6, dtype=torch.float64), keep_class=True)
+    assert [g.name for g in oto.node_groups if g.prunable] == ["up.weight"]
 
 
 def test_keep_class_on_meta_runs_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,3 +97,40 @@ def test_a_model_that_cannot_be_exported_prints_nothing(capfd: pytest.CaptureFix
     with pytest.raises(EmitterError, match=r"torch\.export cannot follow"):
         export(Picks(), torch.randn(4, 4))
     assert "def forward" not in capfd.readouterr().err
+
+
+class Folded(nn.Module):
+    """Heads and batch in one dimension, which is then cut into pieces."""
+
+    def __init__(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut, self.q, self.out = cut, nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        h = self.q(x).view(b, t, 4, 4).transpose(1, 2).reshape(b * 4, t, 4)
+        h = torch.cat([piece.tanh() for piece in self.cut(h)])
+        return self.out(h.view(b, 4, t, 4).transpose(1, 2).reshape(b, t, 16))
+
+
+@pytest.mark.parametrize(
+    ("batch", "cut"),
+    [
+        (1, lambda h: h.chunk(2)),
+        (2, lambda h: h.chunk(2)),
+        (1, lambda h: h.tensor_split(2)),
+        (1, lambda h: h.split(h.shape[0] // 2)),
+        (2, lambda h: h.split(h.shape[0] // 2)),
+        (2, lambda h: h.split([h.shape[0] // 2, h.shape[0] - h.shape[0] // 2])),
+        (4, lambda h: h.tensor_split((h.shape[0] // 4, h.shape[0] // 2))),
+        (2, lambda h: h.tensor_split((4,))),
+        (3, lambda h: h.tensor_split((4, 4 + (h.shape[0] - 4) // 2))),
+    ],
+)
+def test_pieces_of_a_dimension_that_holds_the_batch(batch: int, cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    oto = OTO(Folded(cut).double(), torch.randn(batch, 6, 8, dtype=torch.float64))
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(emitter="graph")
+    assert subnet.max_error < 1e-12 and f"slim on batch of {batch + 2}" in {c.what for c in subnet.checks}
+    assert subnet.cost_after.params < subnet.cost_before.params

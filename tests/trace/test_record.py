@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from oto import OTO
 from oto.axes.registry import known
 from oto.errors import DummyInputError, TraceError
 from oto.groups import partition
@@ -232,3 +233,46 @@ def test_fake_tensors_carry_a_model_that_asks_for_its_device():
             return x + torch.ones(4, device=x.device)
 
     assert record(Asks(), torch.randn(2, 4)).how == "fake"
+
+
+class Merged(nn.Module):
+    """Two branches while it trains; evaluated, one layer whose weight is made of theirs and set past autograd."""
+
+    class Layer(nn.Module):
+        def __init__(self, into, out):
+            super().__init__()
+            self.a, self.b, self.one = nn.Linear(into, 12), nn.Linear(12, out), nn.Linear(into, out)
+            self.skip = nn.Linear(into, out)
+
+        def forward(self, x):
+            if self.training:
+                return self.b(self.a(x)) + self.skip(x)
+            weight, bias = self.b.weight.data.clone(), self.b.bias.data
+            self.one.weight.data = weight @ self.a.weight.data + self.skip.weight.data
+            self.one.bias.data = bias + weight @ self.a.bias.detach() + self.skip.bias.data
+            return self.one(x)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = self.Layer(5, 16), self.Layer(16, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+def test_values_that_are_read_and_set_as_data_are_followed():
+    torch.manual_seed(0)
+    model, x = Merged().double(), torch.randn(2, 5, dtype=torch.float64)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    oto = OTO(model, x)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    prunable = {g.name: g for g in oto.node_groups if g.prunable}
+    assert sorted(g.size for g in prunable.values()) == [12, 12, 16]
+    (between,) = (g for g in prunable.values() if g.size == 16)
+    assert {z.parameter for z in between.zeros} == {
+        "first.b.weight", "first.b.bias", "first.skip.weight", "first.skip.bias"
+    }  # fmt: skip
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    assert type(subnet.model) is Merged and subnet.max_error < 1e-14
+    assert subnet.model.first.b.weight.shape[0] == subnet.model.last.a.weight.shape[1] == len(subnet.kept[between.name])

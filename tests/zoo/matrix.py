@@ -10,6 +10,7 @@ Used by the tests, by the documentation's table, and by hand::
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import logging
 import time
@@ -28,10 +29,12 @@ from oto import OTO
 from oto.axes import terms as T
 from oto.errors import EmitterError, NothingPrunableError, UnknownOpWarning, VerificationError
 from oto.slim.verify import double_input, in_double, random_like, relative_error, run
-from oto.trace.record import arguments, as_found
+from oto.trace.found import as_found
+from oto.trace.record import arguments
 
 from .models import lively, settled
 from .replay import replay
+from .unchanged import Seen, trains_alike
 
 Factory = Callable[[], tuple[nn.Module, Any]]
 
@@ -44,6 +47,7 @@ ZOOS = {
     "diffusers": ("diffusers_zoo", "ZOO"),
     "handmade": ("handmade", "ZOO"),
     "papers": ("papers", "ZOO"),
+    "packages": ("packages_zoo", "ZOO"),
 }
 
 
@@ -63,6 +67,7 @@ class Result:
         replay: For a model that neither can express, the error of the recorded calls run on thinner tensors.
         class_share, class_error: For a model whose class cannot express all that is removed: the share of parameters
             that is prunable with ``keep_class=True``, and the error of that slim model of the original class.
+        changed: What ``OTO`` or ``construct_subnet`` left otherwise than it was; nothing should.
         failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
     """
 
@@ -84,6 +89,7 @@ class Result:
     class_share: float | None = None
     class_error: float | None = None
     failure: str | None = None
+    changed: str = ""
 
     TOLERANCE: ClassVar = 1e-9  # float64; verification has its own for the dtype of a model that does not run in that
     SENSITIVE: ClassVar = 1e-6
@@ -118,7 +124,7 @@ class Result:
             + (f" class {self.class_share:.0%} {self.class_error or 0:.0e}" if self.class_share is not None else "")
         )
         more = [("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)), ("module", self.module_reason),
-                ("graph", self.graph_reason), ("FAILED", self.failure)]  # fmt: skip
+                ("graph", self.graph_reason), ("CHANGED", self.changed), ("FAILED", self.failure)]  # fmt: skip
         return "\n".join([line, *(f"    {what}: {text}" for what, text in more if text)])
 
 
@@ -162,15 +168,18 @@ def prepared(factory: Factory) -> tuple[nn.Module, Any]:
 def _examine(result: Result, factory: Factory, share: float, seed: int, emitters: tuple[str, ...]) -> None:
     model, inputs = prepared(factory)
     result.parameters = sum(p.numel() for p in model.parameters())
+    untouched, seen = copy.deepcopy(model), Seen(model)
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownOpWarning)
         try:
             oto = OTO(model, inputs)
         except NothingPrunableError as failure:
+            result.changed = seen.difference(model)
             result.module_reason = result.graph_reason = str(failure).splitlines()[0]
             return
     result.analysis = time.perf_counter() - begin
+    result.changed = seen.difference(model)
     found = oto.partition.found
     result.trace = found.graph.how
     prunable = [g for g in oto.node_groups if g.prunable]
@@ -187,6 +196,8 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
             settled(model, inputs)
             zeroed = run(model, inputs)
             result.sensitivity = relative_error(zeroed, run(model, random_like(inputs, 9)))
+    untouched.load_state_dict(model.state_dict())
+    seen = Seen(model)
     for emitter in emitters:
         error, reason = None, None
         try:
@@ -204,6 +215,7 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
                 reason = str(failure).splitlines()[0]
         setattr(result, emitter, error)
         setattr(result, f"{emitter}_reason", reason)
+    result.changed = result.changed or seen.difference(model) or trains_alike(model, untouched, inputs)
     if result.module is None:
         _with_its_class(result, model, inputs, zeroed if wide else None)
     if (result.module is None and result.graph is None) or not wide:

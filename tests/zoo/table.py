@@ -14,7 +14,7 @@ from .matrix import ZOOS, Result, zoo
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "support_matrix.md"
 TITLES = {
     "torchvision": "torchvision", "timm": "timm", "transformers": "transformers", "diffusers": "diffusers",
-    "papers": "Networks as people write them after a paper",
+    "papers": "Networks as people write them after a paper", "packages": "Other packages of the Python index",
     "models": "torchvision and transformers, other sizes", "handmade": "Written for the tests",
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ aten = torch.ops.aten
 def pointwise(call: Call, *args: Any, **kwargs: Any) -> Operand:
     """Any number of tensors and numbers, broadcast."""
     xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
-    return call.map(evaluated(call.node.op, args, kwargs, call.dtypes), *xs)
+    return call.map(evaluated(call.node.op, args, kwargs, call.dtypes), *xs, itself=True)
 
 
 def _operands(*xs: Any) -> list[Operand]:
@@ -55,7 +55,7 @@ def mul(call: Call, a: Operand, b: Any) -> Operand:
     def fact(*facts: Fact) -> Fact:
         return 0.0 if product(*facts) == 0 else value(*facts)
 
-    return call.map(fact, *_operands(a, b))
+    return call.map(fact, *_operands(a, b), itself=True)
 
 
 @rule(aten.div, aten.divide, aten.true_divide)
@@ -68,7 +68,7 @@ def div(call: Call, a: Operand, b: Any, *, rounding_mode: str | None = None) -> 
             return NOT_FINITE
         return 0.0 if facts[0] is not None and facts[0] == 0 else value(*facts)
 
-    return call.map(fact, *_operands(a, b))
+    return call.map(fact, *_operands(a, b), itself=True)
 
 
 @rule(aten.addcmul, aten.addcdiv)
@@ -202,7 +202,7 @@ def cast(call: Call, x: Operand, *rest: Any, **named: Any) -> Operand:
             call.fix(x, None, "its bytes are read under another width")
             return call.fresh(call.shape, "bytes read under another width")
         return call.map(lambda f: 0.0 if f is not None and f == 0 else None, x)
-    return call.map(_cast, x)
+    return call.map(_cast, x, itself=isinstance(rest[0] if rest else None, torch.dtype | None))
 
 
 @rule(aten.copy)

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from oto.axes.call import NOT_FINITE, Call, Operand, Size, anything, same, zero
+from oto.axes.call import NOT_FINITE, Call, Operand, Size, Uniform, anything, same, zero
 from oto.axes.registry import rule
 from oto.nn import functional as counted
 
 aten = torch.ops.aten
+NOT_ZERO = "a sum goes over entries that do not become zero"
 
 
 def _dims(x: Operand, dim: Any) -> list[int]:
@@ -23,29 +24,46 @@ def _dims(x: Operand, dim: Any) -> list[int]:
 
 @rule(aten.sum)
 def total(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
-    """A zero adds nothing."""
-    return call.reduce(x, _dims(x, dim), keepdim)
+    """A zero adds nothing; what else is the same in all removed entries is added as often as there are."""
+    dims = _dims(x, dim)
+    rest = call.rest(x, dims)
+    if rest is not None:
+        call.counted(NOT_ZERO)
+        call.rewrite(counted.total, call.node.args[0], dims, keepdim, dtype=dtype, **_added(x, *rest))
+    return call.reduce(x, dims, keepdim, rest=rest)
+
+
+def _added(x: Operand, dim: int, held: Uniform) -> dict[str, Any]:
+    return {"rest": held, "along": dim, "left": Size(x.terms[dim]), "of": x.shape[dim]}
 
 
 @rule(aten.mean)
 def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
-    """A zero adds nothing to the sum, and the divisor stays the full count."""
+    """As a sum, and the divisor stays the full count."""
     dims = _dims(x, dim)
+    rest = call.rest(x, dims)
     call.counted("a mean divides by the number of entries")
     call.rewrite(
         counted.mean, call.node.args[0], dims, keepdim, full=[x.shape[d] for d in dims],
-        sizes=[Size(x.terms[d]) for d in dims], dtype=dtype,
+        sizes=[Size(x.terms[d]) for d in dims], dtype=dtype, **({} if rest is None else _added(x, *rest)),
     )  # fmt: skip
-    return call.reduce(x, dims, keepdim)
+    return call.reduce(x, dims, keepdim, rest=rest)
 
 
 @rule(aten.linalg_vector_norm)
 def vector_norm(call: Call, x: Operand, ord: float = 2, dim: Any = None, keepdim: bool = False, *,
                 dtype: Any = None) -> Operand:  # fmt: skip
-    """A zero adds nothing to a norm of positive finite order."""
+    """As a sum, of powers of a positive finite order."""
+    dims = _dims(x, dim)
     if not 0 < ord < float("inf"):
-        call.fix(x, _dims(x, dim), "a norm of this order sees every entry")
-    return call.reduce(x, _dims(x, dim), keepdim, zero)
+        call.fix(x, dims, "a norm of this order sees every entry")
+    rest = call.rest(x, dims)
+    if rest is not None:
+        call.counted(NOT_ZERO)
+        call.rewrite(
+            counted.vector_norm, call.node.args[0], ord, dims, keepdim, dtype=dtype, **_added(x, *rest)
+        )  # fmt: skip
+    return call.reduce(x, dims, keepdim, zero, rest=rest)
 
 
 @rule(aten.norm)
@@ -94,14 +112,15 @@ def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
     if call.dtypes[0].is_complex or not count:
         return _over(call, x, dims, keepdim, f"{_name(call)} divides by the number of entries", anything)
     function = {"std": counted.std, "var": counted.var, "std_mean": counted.std_mean, "var_mean": counted.var_mean}
+    rest = call.rest(x, dims)
     call.counted("a variance divides by the number of entries")
     call.rewrite(
         function[_name(call)], call.node.args[0], dims, correction, keepdim, full=[x.shape[d] for d in dims],
-        sizes=[Size(x.terms[d]) for d in dims],
+        sizes=[Size(x.terms[d]) for d in dims], **({} if rest is None else _added(x, *rest)),
     )  # fmt: skip
     # without a divisor it is not a number
     facts = [zero if count > correction else lambda *_: NOT_FINITE, zero]
-    return [call.reduce(x, dims, keepdim, fact) for fact, _ in zip(facts, call.shapes, strict=False)]
+    return [call.reduce(x, dims, keepdim, fact, rest) for fact, _ in zip(facts, call.shapes, strict=False)]
 
 
 @rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin, aten.flip, aten.sort, aten.argsort)

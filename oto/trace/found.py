@@ -1,0 +1,341 @@
+"""A model is left as it was found, whatever its forward does.
+
+Two kinds of things are told apart. What belongs to the model (attributes of its modules, the objects and containers
+that they hold, tensors, the example input) is put back in full. What its code keeps elsewhere (globals, classes,
+closures, caches of functions) is put back where it holds a tensor by then: while a model is analysed, tensors may have
+no data, another dtype, or no place in a training step. Where such things are is learned from the frames of a recorded
+run, and remembered for runs that nobody watches, such as those of ``torch.export``.
+"""
+
+from __future__ import annotations
+
+import gc
+import operator
+import random
+import sys
+import warnings
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import _lru_cache_wrapper, cache, partial
+from os import sep
+from pathlib import Path
+from types import CellType, FrameType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from oto._torch import FakeTensor, tree_leaves
+from oto.errors import LeftBehindWarning, some
+
+_TORCH = f"{Path(torch.__file__).parent}{sep}"
+_HERE = f"{Path(__file__).parent.parent}{sep}"
+
+
+@cache
+def is_foreign(filename: str) -> bool:
+    """Whether a source file belongs neither to torch nor to this package."""
+    return not filename.startswith((_TORCH, _HERE, "<"))
+
+
+# where the code of a class was seen to run: for each namespace, what in it can hold a table
+_HOLDERS: weakref.WeakKeyDictionary[type[Any], dict[int, list[Any]]] = weakref.WeakKeyDictionary()
+# classes whose forward was seen to write to parameters
+_WRITERS: weakref.WeakSet[type[Any]] = weakref.WeakSet()
+
+_LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
+_LARGE = 10_000  # a container of more entries is data
+_DEEP = 5  # how many steps away a thing may be from a module or a namespace
+
+
+@contextmanager
+def as_found(model: nn.Module, given: Any = None) -> Iterator[Found]:
+    """Eval mode inside. Afterwards the model and ``given`` are as they were, and so is the state of torch."""
+    found = Found(model, given)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    dtype, python, numpy = torch.get_default_dtype(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    cuda = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
+    with torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            # one fused kernel for a whole attention block would hide what it is made of
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module in model.modules():
+                module.training = False
+            yield found
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.set_default_dtype(dtype)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+            found.put_back()
+
+
+class Found:
+    """What a model and the surroundings of its code hold, and how they get it back.
+
+    Attributes:
+        made: The tensors that were made meanwhile, weakly.
+    """
+
+    def __init__(self, model: nn.Module, given: Any = None) -> None:
+        self.made: list[weakref.ref[Tensor]] = []
+        self._kind = type(model)
+        self._own: dict[int, tuple[Any, dict[Any, Any]]] = {}
+        self._code: dict[int, tuple[Any, dict[Any, Any]]] = {}
+        self._namespaces: set[int] = set()
+        self._empty: list[Any] = []
+        kinds = {type(module) for module in model.modules()}
+        # kernels write to buffers without saying so
+        mine = [t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, _LAZY)]
+        written = [t for t in mine if not isinstance(t, nn.Parameter) or kinds & set(_WRITERS)]
+        copies = {id(t): t.detach().clone() for t in written if not t.is_meta}
+        self._tensors = [
+            (t, t.detach(), t.requires_grad, t.grad if t.is_leaf else None, copies.get(id(t))) for t in mine
+        ]
+        self._spared: dict[int, tuple[Tensor, Tensor]] = {}
+        self._storages = {_storage(t): t for t, *_ in self._tensors if not t.is_meta}
+        reached = _reached([*model.modules(), given], _CODE)
+        self._remember(self._own, [x for x in reached if not isinstance(x, _CODE)])
+        for kind in kinds:
+            for index, holders in _HOLDERS.get(kind, {}).items():
+                self._namespaces.add(index)
+                self._remember(self._code, holders)
+        code = {base for kind in kinds for base in kind.__mro__} | {x for x in reached if isinstance(x, _CODE)}
+        for x in filter(_of_the_user, code):
+            self._remember(self._code, _reached([x], nn.Module, x.__module__))
+
+    def _remember(self, where: dict[int, tuple[Any, dict[Any, Any]]], reached: Iterable[Any]) -> None:
+        for x in reached:
+            if type(x) in (dict, OrderedDict) and not x and where is self._own:
+                self._empty.append(x)  # most are: the hooks of a module
+            elif isinstance(x, _HOLDS) and id(x) not in self._own and id(x) not in where:
+                where[id(x)] = x, _content(x)
+
+    def look(self, frame: FrameType | None) -> None:
+        """Remember what the namespaces of running code hold, from a frame outwards to the one that runs the model."""
+        while frame is not None:
+            space = frame.f_globals
+            if id(space) not in self._namespaces:
+                name = space.get("__name__", "")
+                if name.startswith("oto.") and not name.startswith("oto.nn"):
+                    return
+                self._namespaces.add(id(space))
+                if is_foreign(frame.f_code.co_filename):
+                    holders = [x for x in _reached([space], nn.Module, name) if isinstance(x, _HOLDS)]
+                    _HOLDERS.setdefault(self._kind, {})[id(space)] = holders
+                    self._remember(self._code, holders)
+            frame = frame.f_back
+
+    def spare(self, written: Iterable[Any]) -> None:
+        """Copy a tensor of the model before a call writes to it, by that or another name."""
+        for tensor in tree_leaves(written):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                mine = self._storages.get(_storage(tensor))
+                if mine is not None and id(mine) not in self._spared:
+                    self._spared[id(mine)] = mine, mine.detach().clone()
+
+    def writes_parameters(self) -> None:
+        """Remember that they have to be copied before another run."""
+        _WRITERS.add(self._kind)
+
+    def put_back(self) -> None:
+        """Bring everything back."""
+        with torch.inference_mode():
+            for mine, spared in self._spared.values():
+                mine.copy_(spared)
+        for t, same, wanted, grad, copy in self._tensors:
+            if not _same_memory(t, same):
+                t.data = same
+            if copy is not None and not _equal(copy, t):
+                with torch.inference_mode():
+                    t.copy_(copy)
+            if t.is_leaf and t.requires_grad != wanted:
+                t.requires_grad_(wanted)
+            if t.is_leaf and t.grad is not grad:
+                t.grad = grad
+        for holder in self._empty:
+            if holder:
+                holder.clear()
+        for holder, content in self._own.values():
+            _restore(holder, content, lambda value: False)
+        for holder, content in self._code.values():
+            _restore(holder, content, _no_tensor)
+
+    def warn_of_what_is_left(self) -> None:
+        """Say which tensors without data are still somewhere."""
+        if not any(t() is not None for t in self.made):
+            return
+        gc.collect()  # a cycle of objects may have held them
+        left = [t for ref in self.made if (t := ref()) is not None]
+        if left:
+            places = some(sorted({type(holder).__name__ for holder in gc.get_referrers(*left) if holder is not left}))
+            warnings.warn(
+                f"the forward of {self._kind.__name__} keeps tensors outside the model, held by objects of {places}\n"
+                f"  shapes  {some(str(tuple(t.shape)) for t in left)}\n"
+                "  effect  they were made without data to analyse the model, and the next forward may meet them\n"
+                "  to fix  keep such a table in a buffer or an attribute of a module, or call the model once before",
+                LeftBehindWarning,
+                stacklevel=4,
+            )
+
+
+def _storage(t: Tensor) -> int:
+    """Where a tensor's memory is; tensors without plain memory have a place of their own."""
+    if isinstance(t, FakeTensor):
+        return id(t)
+    try:
+        return t.untyped_storage().data_ptr() or id(t)
+    except (RuntimeError, NotImplementedError):
+        return id(t)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    try:
+        return a.is_set_to(b)
+    except (RuntimeError, NotImplementedError):  # on meta, fake, sparse
+        return a.shape == b.shape
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    try:
+        return torch.equal(a, b)
+    except (RuntimeError, NotImplementedError):  # sparse
+        return False
+
+
+_HOLDS = (dict, list, set, deque, CellType, type, _lru_cache_wrapper)
+_CODE = (FunctionType, type, _lru_cache_wrapper)
+_LINKS = (tuple, frozenset, partial, MethodType, staticmethod, classmethod, CellType, nn.Module)
+
+
+def _sort(kind: type[Any]) -> str:
+    """What to do with an instance of a class; what neither Python nor torch made may lead to a table."""
+    if issubclass(kind, Tensor):
+        return "tensor"
+    if issubclass(kind, _CODE):
+        return "code"
+    if issubclass(kind, dict | list | set | deque):
+        return "sized"
+    if issubclass(kind, _LINKS):
+        return "link"
+    return "link" if _of_the_user(kind) else "end"
+
+
+def _of_the_user(code: Any) -> bool:
+    root = code.__module__.partition(".")[0] if isinstance(code.__module__, str) else "builtins"
+    return root != "torch" and root not in sys.stdlib_module_names
+
+
+def _reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | None = None) -> list[Any]:
+    """Everything on the way from ``roots``, nearest first.
+
+    Args:
+        stop: Things of these types are not entered on the way.
+        home: Functions and classes of another module are not entered on the way.
+    """
+    seen: set[int] = set()
+    found: list[Any] = []
+    sorts: dict[type[Any], str] = {}
+    level = list(roots)
+    for depth in range(_DEEP):
+        further: list[Any] = []
+        for x in level:
+            sort = sorts.get(type(x)) or sorts.setdefault(type(x), _sort(type(x)))
+            if sort == "end" or id(x) in seen or (sort == "sized" and len(x) > _LARGE):
+                continue
+            if sort == "code" and depth and not _of_the_user(x):
+                continue
+            seen.add(id(x))
+            found.append(x)
+            elsewhere = sort == "code" and getattr(x, "__module__", None) != home
+            if type(x) is dict or type(x) is OrderedDict:
+                further += x.values()
+            elif sort != "tensor" and not (depth and (elsewhere or isinstance(x, stop))):
+                further += _inside(x)
+        level = further
+    return found
+
+
+def _inside(x: Any) -> Iterable[Any]:
+    """What a thing leads to in one step; what a class of the user's own makes of it is not asked."""
+    if isinstance(x, CellType):
+        return _content(x).values()
+    if isinstance(x, FunctionType):
+        return (*(x.__closure__ or ()), *(x.__defaults__ or ()), x.__kwdefaults__, x.__dict__)
+    if isinstance(x, MethodType | staticmethod | classmethod):
+        return (x.__func__, getattr(x, "__self__", None))
+    if isinstance(x, partial):
+        return (x.func, x.args, x.keywords)
+    if isinstance(x, type):
+        return vars(x).values()
+    own = (object.__getattribute__(x, "__dict__"),) if type(x).__dictoffset__ else ()
+    if isinstance(x, dict):
+        return (*dict.values(x), *own)
+    if isinstance(x, list | tuple | set | frozenset | deque):
+        base = next(kind for kind in (list, tuple, set, frozenset, deque) if isinstance(x, kind))
+        return (*base.__iter__(x), *own)  # type: ignore[arg-type]
+    return own
+
+
+def _content(holder: Any) -> dict[Any, Any]:
+    """What a holder holds, by key, position or name."""
+    if isinstance(holder, dict):
+        return dict(dict.items(holder))
+    if isinstance(holder, list | deque):
+        return dict(enumerate(list.__iter__(holder) if isinstance(holder, list) else deque.__iter__(holder)))
+    if isinstance(holder, set):
+        return {id(x): x for x in set.__iter__(holder)}
+    if isinstance(holder, type):
+        return dict(vars(holder))
+    if isinstance(holder, CellType):
+        try:
+            return {"": holder.cell_contents}
+        except ValueError:  # it is empty
+            return {}
+    return {"misses": holder.cache_info().misses}
+
+
+def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool]) -> None:
+    """Give a holder back what it held, if it holds something now that is not ``wanted`` there."""
+    now = holder if isinstance(holder, dict) else _content(holder)
+    same = len(now) == len(before) and all(map(operator.is_, dict.values(now), before.values()))
+    if same and (not isinstance(holder, dict) or all(map(operator.is_, holder, before))):
+        return
+    now = _content(holder)
+    gone = object()
+    changed = [key for key in now | before if now.get(key, gone) is not before.get(key, gone)]
+    unwanted = {key for key in changed if key in now and not wanted(now[key])}
+    if isinstance(holder, _lru_cache_wrapper):
+        holder.cache_clear()  # what it keeps cannot be seen
+    elif not unwanted and wanted(gone):
+        return
+    elif isinstance(holder, list | deque | set):
+        holder.clear()
+        (holder.update if isinstance(holder, set) else holder.extend)(before.values())
+    elif isinstance(holder, CellType):
+        if before:
+            holder.cell_contents = before[""]
+        else:
+            del holder.cell_contents
+    elif isinstance(holder, type):
+        for key in unwanted:
+            setattr(holder, key, before[key]) if key in before else delattr(holder, key)
+    else:
+        kind = OrderedDict if isinstance(holder, OrderedDict) else dict  # a class of the user's own may forbid it
+        for key in changed:
+            if key not in before and key in unwanted:
+                kind.__delitem__(holder, key)
+            elif key in before and (key in unwanted or key not in now):
+                kind.__setitem__(holder, key, before[key])
+        if list(holder) != list(before) and holder.keys() == before.keys():
+            for key in before:
+                kind.__setitem__(holder, key, kind.pop(holder, key))
+
+
+def _no_tensor(x: Any) -> bool:
+    return not any(isinstance(y, Tensor) for y in _reached([x], nn.Module))

@@ -1,0 +1,163 @@
+"""What a target would leave, before any training."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from oto import OTO
+from oto.errors import CollapseWarning, OptionError, TargetError
+from oto.groups import cost
+
+
+class Blocks(nn.Module):
+    """Three blocks alike, with norms that count and dropout that draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 20, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(20, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 20, 1))
+            for _ in range(3)
+        )
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(20, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.drop(x).mean((2, 3)))
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+BATCHES = [(torch.randn(4, 3, 8, 8), torch.randint(4, (4,))) for _ in range(3)]
+
+
+@pytest.fixture
+def oto():
+    torch.manual_seed(0)
+    return OTO(Blocks(), torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "asked", [{"target_macs": 0.5}, {"target_params": 2000}, {"target_bytes": 0.3}, {"target_group_sparsity": 0.4}]
+)
+def test_widths_and_costs_are_those_of_a_choice_that_meets_the_target(oto, asked):
+    seen = oto.preview(**asked)
+    assert seen.before == cost(oto.partition) and seen.after == cost(oto.partition, seen.kept)
+    assert {w.group: w.before for w in seen.widths} == {g.name: g.size for g in oto.node_groups if g.prunable}
+    assert all(1 <= w.after <= w.before and w.macs_after <= w.macs_before for w in seen.widths)
+    ((name, number),) = asked.items()
+    if name == "target_group_sparsity":
+        assert sum(seen.kept.values()) == 116 - int(116 * number)
+    else:
+        before, after = (getattr(c, name.removeprefix("target_")) for c in (seen.before, seen.after))
+        goal = number if isinstance(number, int) else number * before
+        assert 0.97 * goal <= after <= goal  # a channel of the stem is 3 % of a network as small as this
+
+
+def test_the_costs_of_a_width_are_those_of_all_that_has_it_as_a_factor(oto):
+    seen = {w.group: w for w in oto.preview(target_macs=0.5, saliency="magnitude").widths}
+    inner = seen["blocks.0.0.weight"]
+    pixels = 64
+    assert inner.macs_before == pixels * (20 * 9 * 32 + 32 * 20)
+    width = seen["stem.weight"].after
+    assert inner.macs_after == pixels * (width * 9 * inner.after + inner.after * width)
+
+
+def test_repeated_blocks_are_one_row(oto):
+    lines = str(oto.preview(target_macs=0.5)).splitlines()
+    macs = oto.compute_macs()
+    assert lines[0] == f"target_macs=0.5: at most {macs / 2:,.0f} of {macs:,} MACs"
+    assert lines[1] == "chosen by the weights alone"
+    (row,) = [line for line in lines if line.startswith("blocks.*.*.weight")]
+    assert row.split()[1:3] == ["3", "32"]
+    assert any(line.startswith("stem.weight") for line in lines)
+    assert any(line.startswith("MACs") and f"{macs:,}" in line for line in lines)
+
+
+def test_plain_data_for_tools(oto):
+    seen = oto.preview(target_macs=0.5)
+    again = json.loads(json.dumps(seen.to_dict()))
+    assert again["after"]["macs"] == seen.after.macs
+    assert {w["group"]: w["after"] for w in again["widths"]} == seen.kept
+
+
+def test_a_preview_leaves_no_trace(oto):
+    model = oto.model
+    loss(model, BATCHES[0]).backward()
+    state = copy.deepcopy(model.state_dict())
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    random, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    seen = oto.preview(target_macs=0.5, batches=BATCHES, loss=loss)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes and model.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+    assert "gradients of 3 batches" in str(seen)
+    assert oto.preview(target_macs=0.5, batches=BATCHES, loss=loss).kept == seen.kept
+    oto.mark_unprunable_by_param_names(["stem.weight"])  # a preview is no optimizer: marks are not too late
+
+
+def test_it_is_what_an_optimizer_would_choose_now(oto):
+    """At the first step, in one go, after the same batch."""
+    options = {"target_params": 0.5, "saliency": "taylor_first_order", "normalise": "mean"}
+    oto.model.eval()  # so that dropout and norms do the same twice
+    seen = oto.preview(batches=BATCHES[:1], loss=loss, **options)
+    optimizer = oto.hesso(lr=0.1, start_pruning_step=0, pruning_steps=2, pruning_periods=1, **options)
+    loss(oto.model, BATCHES[0]).backward()
+    optimizer.step()
+    chosen = optimizer.redundant_groups
+    assert {g.name: g.size - len(chosen.get(g.name, ())) for g in optimizer.node_groups} == seen.kept
+
+
+def test_batches_are_averaged(oto):
+    """What one batch says is not what all say."""
+    options = {"target_params": 0.5, "saliency": "taylor_first_order", "loss": loss}
+    oto.model.eval()
+    one_by_one = [oto.preview(batches=[batch], **options).kept for batch in BATCHES]
+    together = oto.preview(batches=BATCHES, **options).kept
+    assert together == oto.preview(batches=BATCHES[::-1], **options).kept
+    assert any(kept != together for kept in one_by_one)
+
+
+def test_any_iterable_of_batches_will_do(oto):
+    kept = oto.preview(target_macs=0.5, batches=iter(BATCHES), loss=loss).kept
+    assert kept == oto.preview(target_macs=0.5, batches=BATCHES, loss=loss).kept
+
+
+def test_batches_need_a_loss(oto):
+    with pytest.raises(OptionError, match=r"batches are given without a loss[^$]*to fix  pass loss="):
+        oto.preview(target_macs=0.5, batches=BATCHES)
+
+
+def test_a_target_out_of_reach_is_refused(oto):
+    with pytest.raises(TargetError, match=r"target_macs=0\.5 allows"):
+        oto.preview(target_macs=0.5, min_kept=0.9)
+    with pytest.raises(TargetError, match="exactly one is needed"):
+        oto.preview()
+
+
+def test_layers_that_would_be_too_thin_are_named(oto):
+    with pytest.warns(CollapseWarning, match="blocks") as caught:
+        seen = oto.preview(target_params=0.01)
+    assert caught[0].filename == __file__  # the line of the user
+    assert seen.after.params <= 0.01 * seen.before.params
+
+
+def test_limits_are_those_of_a_choice(oto):
+    seen = oto.preview(target_macs=0.6, group_divisible=4, min_kept={"blocks.*": 16})
+    assert all(w.after == w.before or w.after % 4 == 0 for w in seen.widths)
+    assert all(w.after >= 16 for w in seen.widths if w.group.startswith("blocks"))
+    local = oto.preview(target_macs=0.5, scope="local")
+    shares = np.array([w.after / w.before for w in local.widths])
+    assert shares.max() - shares.min() <= 1 / 20

@@ -1,0 +1,76 @@
+"""The proof: it takes what is right, however it rounds, and nothing that is wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from oto import OTO
+from oto.errors import VerificationError
+from oto.slim.verify import check, double_input, in_double, relative_error, require, run
+
+X = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Tabled(nn.Module):
+    """A table of positions, made in forward, is added to a stream; and a view that states a size."""
+
+    def __init__(self, table):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = table
+        self.into, self.up, self.out = nn.Linear(5, 8), nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.up(torch.tanh(self.into(x) + self.table(x)))
+        return self.out(torch.relu(h).view(-1, 16)).float()
+
+
+SEVENTHS = np.linspace(0, 1, 6, dtype=np.float32) / 7
+
+TABLES = {
+    "integers divided": lambda x: (torch.arange(6) / 7).sin()[:, None],
+    "a cast that casts nothing": lambda x: (torch.arange(6) / 7).to(torch.float32).sin()[:, None],
+    "a cast of a cast": lambda x: torch.arange(6).float().div(7).float().cos()[:, None].to(x.dtype),
+    "a factory": lambda x: torch.ones(6, 1).div(7).exp(),
+    "linspace": lambda x: torch.linspace(0, 1, 6)[:, None].float().exp(),
+    "a literal": lambda x: torch.tensor(0.1).exp(),
+    "a literal of a dtype": lambda x: torch.tensor([0.1, 0.7], dtype=torch.float32).sin().sum(),
+    "a literal that is written to": lambda x: torch.tensor([0.1] * 6).mul_(x.mean()).add_(x[0, 0, 0])[:, None],
+    "numpy": lambda x: torch.from_numpy(SEVENTHS).sin().float()[:, None],
+    "numbers": lambda x: torch.full((6, 1), 0.1).sin(),
+    "lengths": lambda x: (torch.arange(6)[None] < x[..., 0].sum(1, keepdim=True)).float()[..., None] / 7,
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tables_of_any_dtype_are_proved_in_float64(table, dtype, tmp_path):
+    found = OTO(Tabled(table).to(dtype), X.to(dtype))
+    found.random_set_zero_groups(0.5)
+    subnet = found.construct_subnet(tmp_path / "out")
+    assert subnet.emitter == "graph" and subnet.max_error < 1e-12
+    in_double = [c.what.rpartition(" on ")[0] for c in subnet.checks if c.dtype == "float64"]
+    assert set(in_double) == {"slim", "reloaded program"}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
+def test_a_model_that_is_wrong_by_less_than_float32_shows_is_refused(table):
+    model = Tabled(table)
+    wrong = copy.deepcopy(model)
+    wrong.out.weight.data[0] *= 1 + 1e-6
+    checks = check(model, wrong, X, batch=True)
+    assert {c.dtype for c in checks if not c.passed} == {"float64"}
+    with pytest.raises(VerificationError, match="float64: relative error"):
+        require(checks)
+
+
+def test_what_the_default_dtype_is_stays_so():
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(nn.Linear(3, 2).double(), X.double())
+    assert torch.get_default_dtype() is torch.float32
+    assert relative_error(run(in_double(nn.ReLU()), double_input(X)), [X.double().relu()]) == 0

@@ -1,0 +1,49 @@
+"""Which models of the zoo a run takes: all, or one part in rotation.
+
+``--zoo-part 3/4`` takes the third of four parts, and always the models that are new. The parts are told apart by a hash
+of the name, so a model stays in its part whatever else is added. ``--zoo-part auto/4`` takes the part by the commit's
+hash, so that runs on consecutive commits take turns by chance, and the same commit always takes the same part.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NEW = 10  # a model is new for so many commits
+
+
+def parse(text: str) -> tuple[int, int]:
+    """``"3/4"`` -> (3, 4).
+
+    Raises:
+        ValueError: It is no part.
+    """
+    match = re.fullmatch(r"(auto|\d+)/(\d+)", text)
+    if match:
+        of = int(match[2])
+        part = int(_git("rev-parse", "HEAD")[:8] or "0", 16) % max(of, 1) + 1 if match[1] == "auto" else int(match[1])
+        if 1 <= part <= of:
+            return part, of
+    raise ValueError(f"--zoo-part {text}: give a part and their number, such as 3/4, or auto/4")
+
+
+def home(name: str, of: int) -> int:
+    """The part, of so many, that a model lies in."""
+    return zlib.crc32(name.encode()) % of + 1
+
+
+def seen_before() -> set[str] | None:
+    """Models that the support matrix named some commits ago; ``None`` without that history: then none is new."""
+    written = _git("show", f"HEAD~{NEW}:docs/support_matrix.md")
+    return set(re.findall(r"^\| (\S+) \|", written, re.MULTILINE)) or None
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
