@@ -26,7 +26,8 @@ from oto.slim.module import plan_edits, thin_copy, thin_tensors
 from oto.slim.plan import thinning
 from oto.slim.verify import run
 from oto.trace.export import export
-from oto.trace.record import arguments, as_found, on_meta
+from oto.trace.found import as_found
+from oto.trace.record import arguments, on_meta
 
 log = logging.getLogger(__name__)
 
