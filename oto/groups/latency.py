@@ -85,7 +85,7 @@ def fitted(times: Sequence[float], work: Sequence[float], traffic: Sequence[floa
     """Coefficients ``a, b, c >= 0`` for which ``a + b * work + c * traffic`` is closest to the times.
 
     Example:
-        >>> a, b, c = fitted([7.0, 3.5, 2.0], [20.0, 5.0, 0.0], [10.0, 5.0, 2.0])
+        >>> a, b, c = fitted([7.0, 3.5, 1.8], [20.0, 5.0, 0.0], [10.0, 5.0, 2.0])
         >>> round(a, 6), round(b, 6), round(c, 6)
         (1.0, 0.1, 0.4)
     """
