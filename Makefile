@@ -8,7 +8,7 @@ UNBOUND := facenet-pytorch
 .PHONY: help demo test check zoo support-matrix clean
 
 help:
-	@echo "make demo    train a small network on real images, prune it, load what was saved (about a minute)"
+	@echo "make demo    train a small network on real images, prune it, load what was saved (about two minutes)"
 	@echo "make test    the test suite and the doctests"
 	@echo "make check   formatting, lint, types"
 	@echo "make zoo     the long checks over whole architectures; PART=3/4 for a part of the models, and the new ones"

@@ -34,6 +34,10 @@ RECIPE = [
     "--epochs=4",
     "--batch-size=64",
     "--lr=0.05",
+    "--group-divisible=1",
+    "--start=0.1",
+    "--length=0.2",
+    "--periods=10",
 ]
 
 

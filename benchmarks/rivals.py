@@ -231,10 +231,13 @@ def page(lines: list[Line]) -> str:
         here = [r for r in runs if (r["task"], r["images"], r["epochs"]) == (name, images, epochs)]
         first = here[0]["recipe"]
         places = sorted({f"{r['machine']}, {r['threads']} thread, torch {r['torch']}" for r in here})
+        task = TASKS[name]
+        flags = f"--tasks {name}" + ("" if images == task.images else f" --images {images}")
+        flags += "" if epochs == task.epochs else f" --epochs {epochs}"
         out += [
-            f"## {TASKS[name].title}",
+            f"## {task.title}",
             "",
-            f"`python benchmarks/rivals.py --tasks {name}`: {images:,} training examples, {epochs} epochs, batch "
+            f"`python benchmarks/rivals.py {flags}`: {images:,} training examples × {epochs}, batch "
             f"{first['batch']} ({first['steps']} steps), {first['variant']}, lr {first['lr']} to 0 as a cosine, weight "
             f"decay {first['weight_decay']}. {'; '.join(places)}; "
             f"{sum(r['cpu_minutes'] for r in here):.0f} minutes of a core for {len(here)} runs.",

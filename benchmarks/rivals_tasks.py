@@ -101,9 +101,7 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, hidden: int) -> None:
         super().__init__()
-        self.expand = nn.Sequential(
-            nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()
-        )  # fmt: skip
+        self.expand = nn.Sequential(nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6())
         self.depthwise = nn.Sequential(
             nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False), nn.BatchNorm2d(hidden),
             nn.ReLU6(),
@@ -370,7 +368,7 @@ class Task:
     batch: int
     variant: str = "sgd"
     lr: float = 0.05
-    weight_decay: float = 1e-4
+    weight_decay: float = 5e-4
     warmup: float = 0.0
     pretrained: bool = False
 

@@ -1,15 +1,14 @@
 """Train a ResNet once with HESSO, and take a smaller network out of it that computes the same function.
 
-    python examples/resnet_cifar10.py                                          # digits, one CPU core, about a minute
-    python examples/resnet_cifar10.py --dataset fashion_mnist --epochs 10 --depth 8 --threads 2
-    python examples/resnet_cifar10.py --dataset cifar10 --device cuda --depth 56 --epochs 200 --batch-size 64 \
-        --target-group-sparsity 0.7
+    python examples/resnet_cifar10.py                                       # digits, one CPU core, about two minutes
+    python examples/resnet_cifar10.py --dataset fashion_mnist --epochs 10 --width 16 --threads 2
+    python examples/resnet_cifar10.py --dataset cifar10 --device cuda --depth 56 --width 16 --epochs 200
 
 The network is the CIFAR ResNet of He et al. (arXiv 1512.03385, section 4.2) with 1×1 projections where the shape
 changes: depth 6n + 2, three stages of n blocks, `width`, 2·`width` and 4·`width` channels.
 
-The schedule is that of HESSO (arXiv 2409.09085): train as usual, from `--start-epoch` on shrink the least salient
-groups to exactly zero over `--pruning-epochs` in `--periods` portions, then train what is left. The dense network that
+The schedule is that of HESSO (arXiv 2409.09085): train as usual for a while, then shrink the least important groups to
+exactly zero in `--periods` portions until the target is met, then train what is left. The dense network that
 the table compares with has the same initial weights, batches, optimizer settings and number of steps.
 """
 
@@ -89,7 +88,7 @@ def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Images, args: argparse.Namespace, title: str
 ) -> None:
     """Cosine learning rate, cross-entropy; the bar shows loss, learning rate and the share of groups at zero."""
-    steps = args.epochs * (len(images.train_y) // args.batch_size)
+    steps = total_steps(images, args)
     scheduler = CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(args.seed)
     model.train()
@@ -106,6 +105,11 @@ def train(
                     sparsity = optimizer.sparsity if isinstance(optimizer, HESSO) else 0.0
                     bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.4f}", group_sparsity=f"{sparsity:.2f}")
                 bar.update()
+
+
+def total_steps(images: Images, args: argparse.Namespace) -> int:
+    steps: int = args.epochs * (len(images.train_y) // args.batch_size)
+    return steps
 
 
 @torch.no_grad()
@@ -156,16 +160,19 @@ def train_sparse(images: Images, args: argparse.Namespace) -> OTO:
     """Train with HESSO; at the end the chosen groups of ``oto.model`` are exactly zero."""
     model = new_model(images, args)
     oto = OTO(model, images.test_x[:1])
-    steps_per_epoch = len(images.train_y) // args.batch_size
+    share = args.target_group_sparsity
+    target = {"target_macs": args.target_macs} if share is None else {"target_group_sparsity": share}
     optimizer = oto.hesso(
+        **target,
+        group_divisible=args.group_divisible,
+        total_steps=total_steps(images, args),
+        start_pruning_step=args.start,
+        pruning_steps=args.length,
+        pruning_periods=args.periods,
         variant="sgd",
         lr=args.lr,
         first_momentum=0.9,
         weight_decay=args.weight_decay,
-        target_group_sparsity=args.target_group_sparsity,
-        start_pruning_step=round(args.start_epoch * steps_per_epoch),
-        pruning_steps=round(args.pruning_epochs * steps_per_epoch),
-        pruning_periods=args.periods,
     )
     train(model, optimizer, images, args, "hesso")
     return oto
@@ -226,29 +233,26 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", choices=LOADERS, default="digits", help="digits needs no files")
     add("--train-images", type=int, help="use only the first so many training images (default: all)")
-    add("--depth", type=int, default=20, help="6n + 2 layers")
-    add("--width", type=int, default=16, help="channels of the first stage")
-    add("--epochs", type=int, default=40)
+    add("--depth", type=int, default=8, help="6n + 2 layers")
+    add("--width", type=int, default=64, help="channels of the first stage")
+    add("--epochs", type=int, default=12)
     add("--batch-size", type=int, default=64)
     add("--lr", type=float, default=0.1, help="at the start; follows a cosine to zero")
     add("--weight-decay", type=float, default=5e-4)
-    add("--target-group-sparsity", type=float, default=0.5, help="share of the groups to remove, in [0, 1)")
-    add("--start-epoch", type=float, help="when pruning starts (default: a tenth of the epochs)")
-    add("--pruning-epochs", type=float, help="how long it takes (default: a fifth of the epochs)")
-    add("--periods", type=int, default=10, help="in how many portions the groups go")
+    add("--target-macs", type=float, default=0.3, help="share of the multiply-adds to keep, in (0, 1]")
+    add("--target-group-sparsity", type=float, help="instead: share of the groups to remove, in [0, 1)")
+    add("--group-divisible", type=int, default=8, help="widths are multiples of this, which kernels like")
+    add("--start", type=float, default=0.1, help="when pruning starts, as a share of the steps")
+    add("--length", type=float, default=0.3, help="how long it takes, likewise")
+    add("--periods", type=int, default=5, help="in how many portions the groups go")
     add("--seed", type=int, default=0)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--threads", type=int, default=1, help="CPU threads; networks this small gain little from more")
+    add("--threads", type=int, default=1, help="CPU threads")
     add("--no-augment", action="store_true", help="train on the images as they are, neither moved nor mirrored")
     add("--no-dense", action="store_true", help="skip the dense network that is trained for comparison")
     add("--latency-batch", type=int, default=64, help="images per forward pass when latency is measured")
     add("--out", type=Path, default=Path("out/resnet"), help="where the artefact goes")
-    args = parser.parse_args(argv)
-    if args.start_epoch is None:
-        args.start_epoch = args.epochs / 10
-    if args.pruning_epochs is None:
-        args.pruning_epochs = args.epochs / 5
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,13 @@ from oto.io.artefact import check_out_dir, writing
 from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, rebuild, write_program
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
-from oto.optim.target import UNITS
+from oto.optim.target import UNITS, Target
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.preview import Preview, preview
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
+from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
@@ -359,15 +360,47 @@ class OTO:
         """
         target = {name: options.pop(name) for name in UNITS if name in options}
         batches = list(batches)
-        choice = Choice.of(self.node_groups, target, costs=self.costs, **({} if batches else FROM_MAGNITUDE) | options)
+        options = ({} if batches else FROM_MAGNITUDE) | options
+        latency = self._latency(target | options)
+        choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)
         kept = choice.kept_of(copy.deepcopy(self.model), batches, loss)
         how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
-        return preview(str(choice.target), f"chosen by {how}", self.costs, kept, self._cost(), self._cost(kept))
+        times = None
+        if choice.target.name == "target_latency_ms":
+            timer, counts = self._timer, np.array(list(kept.values()), dtype=np.int64)
+            times = timer(self.costs.sizes), timer(counts)
+        return preview(str(choice.target), f"chosen by {how}", self.costs, kept, self._cost(), self._cost(kept), times)
 
     @property
     def costs(self) -> Costs:
         """Parameters, MACs and bytes as functions of what the prunable groups keep."""
         return Costs.of(self.partition, self.node_groups)
+
+    def _latency(self, options: Mapping[str, Any]) -> Latency | None:
+        """Milliseconds as a function of what the prunable groups keep, if that is what a target is in.
+
+        It is put right where a choice by the weights alone would arrive.
+
+        Raises:
+            TargetError: It cannot be measured, or not even the thinnest model is as fast.
+        """
+        goal = options.get("target_latency_ms")
+        if goal is None:
+            return None
+        asked = {name: options.get(name) for name in UNITS}
+        Target.of(asked, self.costs.sizes, self.costs, self.costs.macs)  # refuses nonsense before anything is timed
+        limits = FROM_MAGNITUDE | {k: options[k] for k in ("scope", "min_kept", "group_divisible") if k in options}
+        least = Choice.of(self.node_groups, {"target_group_sparsity": 0.0}, **limits).least
+
+        def choose(latency: Latency) -> NDArray[np.int64]:
+            choice = Choice.of(self.node_groups, {"target_latency_ms": goal}, latency=latency, **limits)
+            return np.array(list(choice.kept_of(self.model, (), None).values()), dtype=np.int64)
+
+        return measured_latency(self._timer, float(goal), least, choose, options.get("group_divisible", 1))
+
+    @property
+    def _timer(self) -> Timer:
+        return Timer(self.model, self.partition, self.costs, self.dummy_input)
 
     @property
     def _trained_by(self) -> SparseOptimizer | None:
@@ -392,7 +425,8 @@ class OTO:
                 stacklevel=3,
             )
         given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
-        optimizer = kind(node_groups=self.node_groups, costs=self.costs, **given)
+        latency = self._latency(options)
+        optimizer = kind(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)
         self._optimizer = weakref.ref(optimizer)
         return optimizer
 

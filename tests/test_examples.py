@@ -34,13 +34,13 @@ def numbers(line: str) -> list[float]:
 def test_the_example_trains_thins_saves_and_reloads(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     out = tmp_path / "artefact"
-    printed = run("examples/resnet_cifar10.py", "--depth=8", "--width=8", "--epochs=5", f"--out={out}")
+    printed = run("examples/resnet_cifar10.py", "--width=16", "--epochs=5", "--target-macs=0.5", f"--out={out}")
     rows = {line.split("  ")[0]: numbers(line) for line in printed.splitlines()}
     accuracy, params, macs = range(3)
     dense, full, slim = rows["dense"], rows["zeroed full"], rows["slim"]
     assert slim[accuracy] == full[accuracy] > 60  # ten classes: 10 % is chance
     assert dense[params] == full[params] > 1.5 * slim[params]
-    assert dense[macs] == full[macs] > slim[macs]
+    assert dense[macs] == full[macs] >= slim[macs] / 0.5
     reloaded = next(line for line in printed.splitlines() if line.startswith("reloaded"))
     assert numbers(reloaded)[0] <= 1e-6
     assert (out / "model.safetensors").is_file() and (out / "oto.json").is_file()

@@ -43,13 +43,13 @@ def cost(partition: Partition, kept: Mapping[str, int] | None = None) -> Cost:
     """The exact cost when each group named in ``kept`` has that many atoms left; others are whole."""
     counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
 
-    def total(products: Iterable[tuple[int, Sequence[Term]]]) -> int:
-        return sum(weight * prod(count(resolve(term), counts) for term in terms) for weight, terms in products)
+    def total(products: Products) -> int:
+        return sum(int(weight) * prod(count(resolve(term), counts) for term in terms) for weight, terms in products)
 
     return Cost(total(_params(partition)), total(_macs(partition)), total(_bytes(partition)))
 
 
-Products = Iterator[tuple[int, Sequence[Term]]]
+Products = Iterator[tuple[float, Sequence[Term]]]
 
 
 def _params(partition: Partition) -> Products:
@@ -79,7 +79,7 @@ def macs_by_node(partition: Partition) -> dict[int, int]:
 class Polynomial:
     """A cost as a function of counts: a sum of coefficients times products of counts.
 
-    Exact as long as the total is below 2^53 (9e15).
+    Exact as long as coefficients are whole and the total is below 2^53 (9e15).
 
     Args:
         monomials: For each product, as the sorted indices of its counts, the coefficient.
@@ -91,7 +91,7 @@ class Polynomial:
         (55.0, array([10., 22.]))
     """
 
-    def __init__(self, monomials: Mapping[tuple[int, ...], int], size: int) -> None:
+    def __init__(self, monomials: Mapping[tuple[int, ...], float], size: int) -> None:
         self.size = size
         degree = max(map(len, monomials), default=0)
         self.coefficients = np.array(list(monomials.values()), dtype=np.float64)
@@ -143,7 +143,7 @@ class Costs:
         """Spell the costs out; groups that are not prunable count as whole."""
         prunable = [group for group in groups if group.prunable and group.size]
         index = {partition.axes[group.name]: i for i, group in enumerate(prunable)}
-        made = (_polynomial(products(partition), index) for products in (_params, _macs, _bytes))
+        made = (polynomial(products(partition), index) for products in (_params, _macs, _bytes))
         return cls(tuple(g.name for g in prunable), np.array([g.size for g in prunable], dtype=np.int64), *made)
 
     def at(self, counts: NDArray[np.int64]) -> Cost:
@@ -151,10 +151,11 @@ class Costs:
         return Cost(int(self.params(counts)), int(self.macs(counts)), int(self.bytes(counts)))
 
 
-_Sparse = dict[tuple[int, ...], int]
+_Sparse = dict[tuple[int, ...], float]
 
 
-def _polynomial(products: Products, index: Mapping[Axis, int]) -> Polynomial:
+def polynomial(products: Products, index: Mapping[Axis, int]) -> Polynomial:
+    """A sum of coefficients times products of sizes, in the counts of the axes in ``index``."""
     total: _Sparse = {}
     known: dict[Term, _Sparse] = {}
 
@@ -185,6 +186,6 @@ def _times(a: _Sparse, b: _Sparse) -> _Sparse:
     return product
 
 
-def _add(total: _Sparse, more: _Sparse, weight: int) -> None:
+def _add(total: _Sparse, more: _Sparse, weight: float) -> None:
     for indices, coefficient in more.items():
         total[indices] = total.get(indices, 0) + weight * coefficient

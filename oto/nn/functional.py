@@ -112,14 +112,10 @@ def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None
     With k of D entries present, mean = Σx / D and var = (Σ(x − mean)² + (D − k)·mean²) / D.
     """
     (k,), (d,) = normalized_shape, full
-    work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    centre = work.sum(-1, keepdim=True) / d
-    centred = work - centre
-    var = (centred.square().sum(-1, keepdim=True) + (d - k) * centre.square()) / d
-    y = (centred * torch.rsqrt(var + eps)).to(x.dtype)
+    y = _normalised(x, (-1,), k, d, eps)
     if weight is not None:
-        y = y * weight
-    return y if bias is None else y + bias
+        y = _times(y, weight)
+    return y if bias is None else _plus(y, bias)
 
 
 def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None, *,
@@ -143,16 +139,35 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
         return y
     grouped = x.reshape(x.shape[0], num_groups, width, -1)
     positions = grouped.shape[-1]
-    d, k = full * positions, width * positions
-    work = grouped.float() if x.dtype in (torch.float16, torch.bfloat16) else grouped
-    centre = work.sum((2, 3), keepdim=True) / d
-    centred = work - centre
-    var = (centred.square().sum((2, 3), keepdim=True) + (d - k) * centre.square()) / d
-    y = (centred * torch.rsqrt(var + eps)).to(x.dtype).reshape(x.shape)
+    y = _normalised(grouped, (2, 3), width * positions, full * positions, eps).reshape(x.shape)
     column = (-1, *[1] * (x.ndim - 2))
     if weight is not None:
-        y = y * weight.reshape(column)
-    return y if bias is None else y + bias.reshape(column)
+        y = _times(y, weight.reshape(column))
+    return y if bias is None else _plus(y, bias.reshape(column))
+
+
+def _normalised(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) -> Tensor:
+    """``x`` less the mean over ``d`` entries, of which ``k`` are present, over the root of their variance."""
+    work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    centre = work.sum(dims, keepdim=True) / d
+    centred = work - centre
+    norm = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
+    var = (norm.square() + (d - k) * centre.square()) / d
+    return _times(centred, torch.rsqrt(var + eps)).to(x.dtype)
+
+
+def _in_place(y: Tensor, other: Tensor) -> bool:
+    """Whether ``y``, which nothing else holds, may take the result of an operator on both: without more memory, a
+    chain of them is as fast as the stock kernel. Autograd wants ``y`` left as it was."""
+    return not torch.is_grad_enabled() and torch.result_type(y, other) == y.dtype
+
+
+def _times(y: Tensor, factor: Tensor) -> Tensor:
+    return y.mul_(factor) if _in_place(y, factor) else y * factor
+
+
+def _plus(y: Tensor, term: Tensor) -> Tensor:
+    return y.add_(term) if _in_place(y, term) else y + term
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from oto.optim.target import Counts, Measure
 
 NEAR, REFINEMENTS = 0.005, 8
-"""A choice this near to its goal, as a share of it, is not refined; how often it is, and for how many groups."""
+"""A choice that is this near to its goal, as a share of it, is not refined; how often it is, for how many groups."""
 
 ROUNDS = 16
 """How often prices are set anew on the way from one cost to another."""

@@ -143,10 +143,13 @@ class Target:
             )
         share = bottom / self.full
         hint = f"; {self.asked} is a number of {unit}, {float(self.asked)} would be a share" if self.asked == 1 else ""
+        least_asked = (
+            f"{1.05 * bottom:.3g}" if self.name == "target_latency_ms" else f"{np.ceil(share * 1e4) / 1e4:.4f}"
+        )
         raise TargetError(
             f"{self.name}={self.asked} allows {shown(self.goal)} of {shown(self.full)} {unit}, but {shown(bottom)} "
             f"({share:.1%}) are left when every node group is at its least{hint}\n"
-            f"  to fix  ask for {np.ceil(share * 1e4) / 1e4:.4f} or more, lower min_kept or group_divisible, or see"
+            f"  to fix  ask for {least_asked} or more, lower min_kept or group_divisible, or see"
             " oto.explain() for what stays whole"
         )
 

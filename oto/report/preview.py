@@ -39,6 +39,7 @@ class Preview:
         how: What the choice went by.
         widths: Every prunable node group.
         before, after: Costs of the full network, and what would be left.
+        milliseconds: What a forward pass takes before and after, measured, where the target is in milliseconds.
     """
 
     target: str
@@ -46,6 +47,7 @@ class Preview:
     widths: tuple[Width, ...]
     before: Cost
     after: Cost
+    milliseconds: tuple[float, float] | None = None
 
     @property
     def kept(self) -> dict[str, int]:
@@ -74,15 +76,21 @@ class Preview:
                     *(f"{n:,}" for n in macs),
                 ]
             )
-        return "\n".join([self.target, self.how, "", columns(cells), "", columns(cost_rows(self.before, self.after))])
+        rows_of_costs = cost_rows(self.before, self.after)
+        if self.milliseconds is not None:
+            before_ms, after_ms = self.milliseconds
+            rows_of_costs.append(["ms, measured", f"{before_ms:.3g}", f"{after_ms:.3g}", f"{after_ms / before_ms:.1%}"])
+        return "\n".join([self.target, self.how, "", columns(cells), "", columns(rows_of_costs)])
 
 
-def preview(target: str, how: str, costs: Costs, kept: Mapping[str, int], full: Cost, left: Cost) -> Preview:
+def preview(target: str, how: str, costs: Costs, kept: Mapping[str, int], full: Cost, left: Cost,
+            milliseconds: tuple[float, float] | None = None) -> Preview:  # fmt: skip
     """Put the widths of all prunable groups together.
 
     Args:
         kept: How many atoms of each group would be left; groups that it does not name are whole.
         full, left: The costs of the full network and of what would be left.
+        milliseconds: What the two take, if that was measured.
     """
     counts = np.array([kept.get(name, size) for name, size in zip(costs.names, costs.sizes, strict=True)], np.int64)
     through = [costs.macs.marginal(n, n) for n in (costs.sizes, counts)]  # saved if nothing were left
@@ -90,4 +98,4 @@ def preview(target: str, how: str, costs: Costs, kept: Mapping[str, int], full: 
         Width(name, int(size), int(count), int(a), int(b))
         for name, size, count, a, b in zip(costs.names, costs.sizes, counts, *through, strict=True)
     )
-    return Preview(target, how, widths, full, left)
+    return Preview(target, how, widths, full, left, milliseconds)

@@ -264,25 +264,6 @@ def test_an_example_of_one_whose_batch_is_baked_in():
     assert subnet.emitter == "graph" and relative_error(full, slim) <= EXACT
 
 
-def test_a_batch_that_only_the_extra_check_tries_is_a_note(monkeypatch):
-    from oto.slim import graph
-
-    class Fixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
-
-        def forward(self, x):
-            h = self.a(x).view(len(x) * 16).chunk(2)
-            return self.b(torch.relu(torch.cat(h)).view(len(x), 16))
-
-    monkeypatch.setattr(graph, "_cut_by_share", lambda *given: False)  # sizes as the example has them
-    full, slim, subnet = thinned(Fixed(), torch.randn(2, 4), emitter="graph")
-    assert relative_error(full, slim) <= EXACT
-    (note,) = subnet.notes
-    assert note.startswith("slim takes the batch size of the example only") and f"note: {note}" in str(subnet)
-
-
 def test_a_program_that_is_not_proved_is_left_out_and_the_rest_is_saved(tmp_path, monkeypatch):
     from oto.io import subnet as io
 

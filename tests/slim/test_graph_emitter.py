@@ -134,3 +134,13 @@ def test_pieces_of_a_dimension_that_holds_the_batch(batch: int, cut: Callable[[T
     subnet = oto.construct_subnet(emitter="graph")
     assert subnet.max_error < 1e-12 and f"slim on batch of {batch + 2}" in {c.what for c in subnet.checks}
     assert subnet.cost_after.params < subnet.cost_before.params
+
+
+def test_a_batch_that_only_the_extra_check_tries_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oto.slim.graph._cut_by_share", lambda *given: False)  # sizes as the example has them
+    oto = OTO(Folded(lambda h: h.chunk(2)).double(), torch.randn(2, 6, 8, dtype=torch.float64))
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(emitter="graph")
+    (note,) = subnet.notes
+    assert note.startswith("slim takes the batch size of the example only") and f"note: {note}" in str(subnet)
+    assert subnet.max_error < 1e-12 and len(subnet.checks) == 3

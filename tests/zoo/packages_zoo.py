@@ -1,4 +1,4 @@
-"""Networks of some twenty packages of the Python index, written by as many hands: random weights, tiny, no downloads."""
+"""Networks of nineteen packages of the Python index, by as many hands: random weights, tiny, no downloads."""
 
 from __future__ import annotations
 
@@ -71,7 +71,6 @@ VIT = {"image_size": 32, "num_classes": 10}
 HEADS = {"dim": 32, "heads": 2, "dim_head": 16}
 BLOCKS = {"patch_size": 8, "depth": 2, "mlp_dim": 48}
 TEXT = {"num_tokens": 100, "dim": 32, "depth": 2, "heads": 2}
-SMP = {"encoder_name": "resnet18", "encoder_weights": None}
 STAGES = {f"s{i}_{what}": n for i, width in enumerate((16, 24, 32, 48), 1)
           for what, n in {"emb_dim": width, "local_patch_size": 2, "global_k": 2, "depth": 1}.items()}  # fmt: skip
 
@@ -99,22 +98,11 @@ PACKAGES: dict[str, dict[str, Factory]] = {
                                        depth=(1, 1, 1, 1), global_window_size=(4, 2, 2, 1), local_window_size=2),
         "vit_pytorch_mobile_vit": _of("vit_pytorch.mobile_vit:MobileViT", lambda: image(64), (64, 64), [16, 24, 32],
                                       [8, 8, 16, 16, 24, 24, 24, 24, 32, 32, 48], 10, depths=(1, 1, 1)),
-        "vit_pytorch_scalable": _of("vit_pytorch.scalable_vit:ScalableViT", lambda: image(64), num_classes=10, dim=16, heads=(2, 2, 2, 2),
-                                    depth=(1, 1, 1, 1), reduction_factor=(4, 2, 2, 1), window_size=(8, 4, None, None),
-                                    ssa_dim_key=8, ssa_dim_value=8, iwsa_dim_key=8, iwsa_dim_value=8),
-        "vit_pytorch_sep": _of("vit_pytorch.sep_vit:SepViT", lambda: image(56), num_classes=10, dim=16, dim_head=8, heads=(1, 2),
-                               depth=(1, 1)),
-        "vit_pytorch_region": _of("vit_pytorch.regionvit:RegionViT", lambda: image(64), dim=(16, 24, 32, 48), depth=(1, 1, 1, 1),
-                                  num_classes=10, window_size=2),
     },
     "x_transformers": {
         "x_transformers_decoder": _of(
             "x_transformers:TransformerWrapper", tokens, num_tokens=100, max_seq_len=16,
             attn_layers=_layers("Decoder", dim=32, depth=2, heads=2, attn_dim_head=16, rotary_pos_emb=True, ff_swish=True, ff_glu=True),
-        ),
-        "x_transformers_alibi": _of(
-            "x_transformers:TransformerWrapper", tokens, num_tokens=100, max_seq_len=16,
-            attn_layers=_layers("Encoder", dim=32, depth=2, heads=2, attn_dim_head=16, alibi_pos_bias=True, use_rmsnorm=True),
         ),
         "x_transformers_memory": _of(
             "x_transformers:TransformerWrapper", tokens, num_tokens=100, max_seq_len=16, num_memory_tokens=2,
@@ -127,15 +115,7 @@ PACKAGES: dict[str, dict[str, Factory]] = {
                                 shift_tokens=1, sandwich_norm=True),
         ),
     },
-    "segmentation_models_pytorch": {
-        f"smp_{name.lower()}": _of(f"segmentation_models_pytorch:{name}", lambda: image(64), **SMP, classes=3)
-        for name in ("Unet", "UnetPlusPlus", "FPN", "PSPNet", "Linknet", "MAnet", "DeepLabV3Plus", "UPerNet", "Segformer")
-    },
-    "efficientnet_pytorch": {
-        "efficientnet_pytorch_b0": _of("efficientnet_pytorch:EfficientNet.from_name", lambda: image(64), "efficientnet-b0"),
-    },
     "facenet_pytorch": {
-        "facenet": _of("facenet_pytorch:InceptionResnetV1", lambda: image(96)),
         "mtcnn_rnet": _of("facenet_pytorch.models.mtcnn:RNet", lambda: image(24), False),
         "mtcnn_onet": _of("facenet_pytorch.models.mtcnn:ONet", lambda: image(48), False),
     },
@@ -143,18 +123,10 @@ PACKAGES: dict[str, dict[str, Factory]] = {
         "esrgan": _of("spandrel.architectures.ESRGAN.__arch.RRDB:RRDBNet", lambda: image(16), num_filters=16, num_blocks=2),
         "span": _of("spandrel.architectures.SPAN.__arch.span:SPAN", lambda: image(16), num_in_ch=3, num_out_ch=3, feature_channels=16),
         "compact": _of("spandrel.architectures.Compact.__arch.SRVGG:SRVGGNetCompact", lambda: image(16), num_feat=16, num_conv=4),
-        "swinir": _of("spandrel.architectures.SwinIR.__arch.SwinIR:SwinIR", lambda: image(16), img_size=16, embed_dim=24,
-                      depths=[2], num_heads=[2], window_size=4, upscale=2, upsampler="pixelshuffle"),
         "rcan": _of("spandrel.architectures.RCAN.__arch.rcan_arch:RCAN", lambda: image(16), n_resgroups=2, n_resblocks=2, n_feats=32),
         "safmn": _of("spandrel.architectures.SAFMN.__arch.safmn:SAFMN", lambda: image(32), dim=16, n_blocks=2),
         "ditn": _of("spandrel.architectures.DITN.__arch.DITN_Real:DITN_Real", lambda: image(16), dim=12, ITL_blocks=2, SAL_blocks=2),
-        "omnisr": _of("spandrel.architectures.OmniSR.__arch.OmniSR:OmniSR", lambda: image(16), num_feat=32, res_num=1),
         "dncnn": _of("spandrel.architectures.DnCNN.__arch.network_dncnn:DnCNN", lambda: floats(2, 1, 16, 16), nc=16, nb=4),
-        "real_cugan": _of("spandrel.architectures.RealCUGAN.__arch.upcunet_v3:UpCunet2x", lambda: image(40)),
-    },
-    "lpips": {
-        "lpips_squeeze": _of("lpips:LPIPS", lambda: (image(64), image(64).flip(-1)), pretrained=False, net="squeeze", pnet_rand=True,
-                             verbose=False),
     },
     "performer_pytorch": {
         "performer": _of("performer_pytorch:PerformerLM", tokens, **TEXT, max_seq_len=16, dim_head=16, nb_features=12),
@@ -188,13 +160,8 @@ PACKAGES: dict[str, dict[str, Factory]] = {
         "siren": _of("siren_pytorch:SirenNet", lambda: floats(16, 2), 2, 24, 3, 3),
     },
     "denoising_diffusion_pytorch": {
-        "denoising_unet": _of("denoising_diffusion_pytorch:Unet", lambda: (image(16), torch.tensor([3, 500])), 16, dim_mults=(1, 2),
-                              attn_dim_head=8, attn_heads=2),
         "denoising_unet_1d": _of("denoising_diffusion_pytorch:Unet1D", lambda: (floats(2, 3, 16), torch.tensor([3, 500])), 16,
                                  dim_mults=(1, 2), attn_dim_head=8, attn_heads=2),
-        "karras_unet": _of("denoising_diffusion_pytorch.karras_unet:KarrasUnet", lambda: (image(16), torch.tensor([0.3, 0.5])),
-                           image_size=16, dim=16, dim_max=32, channels=3, num_downsamples=1, num_blocks_per_stage=1,
-                           attn_res=(8,), attn_dim_head=8),
     },
     "open_clip": {
         "open_clip": _of(
@@ -202,16 +169,6 @@ PACKAGES: dict[str, dict[str, Factory]] = {
             vision_cfg=_clip("CLIPVisionCfg", layers=2, width=32, head_width=16, patch_size=8, image_size=32),
             text_cfg=_clip("CLIPTextCfg", context_length=8, vocab_size=100, width=32, heads=2, layers=2),
         ),
-        "open_clip_coca_pool": _of(
-            "open_clip.model:CLIP", lambda: (image(32), tokens(8)), 16,
-            vision_cfg=_clip("CLIPVisionCfg", layers=2, width=32, head_width=16, patch_size=8, image_size=32, attentional_pool=True,
-                             attn_pooler_heads=2, attn_pooler_queries=4, pool_type="avg", ls_init_value=0.1),
-            text_cfg=_clip("CLIPTextCfg", context_length=8, vocab_size=100, width=32, heads=2, layers=2, pool_type="last"),
-        ),
-    },
-    "pretrainedmodels": {
-        "pretrained_bninception": _of("pretrainedmodels.models.bninception:BNInception", lambda: image(224), 10),
-        "pretrained_se_resnet": _of("pretrainedmodels:se_resnet50", lambda: image(224), 10, pretrained=None),
     },
     "torch_geometric": {
         "pyg_gcn": _of("torch_geometric.nn.models:GCN", graph, 8, 16, 3, 4),
@@ -227,31 +184,14 @@ PACKAGES: dict[str, dict[str, Factory]] = {
         "tabnet": _in_double(_of("pytorch_tabnet.tab_network:TabNetNoEmbeddings", lambda: floats(6, 10), 10, 3, virtual_batch_size=6)),
     },
     "monai": {
-        "monai_unetr": _of("monai.networks.nets:UNETR", lambda: volume(16), 1, 2, (16, 16, 16), feature_size=4, hidden_size=24,
-                           mlp_dim=32, num_heads=2, proj_type="perceptron"),
-        "monai_swin_unetr": _of("monai.networks.nets:SwinUNETR", lambda: floats(2, 1, 64, 64), 1, 2, feature_size=12, depths=(1, 1, 1, 1),
-                                num_heads=(1, 2, 2, 2), window_size=4, spatial_dims=2),
         "monai_segresnet": _of("monai.networks.nets:SegResNet", volume, init_filters=8, blocks_down=(1, 1), blocks_up=(1,)),
-        "monai_vnet": _of("monai.networks.nets:VNet", lambda: floats(2, 1, 32, 32), spatial_dims=2),
         "monai_dynunet": _of("monai.networks.nets:DynUNet", volume, 3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 8, 16],
                              res_block=True),
         "monai_attention_unet": _of("monai.networks.nets:AttentionUnet", volume, 3, 1, 2, (4, 8, 16), (2, 2)),
-        "monai_unet_plus_plus": _of("monai.networks.nets:BasicUNetPlusPlus", lambda: floats(2, 1, 32, 32), 2,
-                                    features=(8, 8, 16, 16, 32, 8)),
-        "monai_highresnet": _of("monai.networks.nets:HighResNet", volume),
-        "monai_mednext": _of("monai.networks.nets:MedNeXt", volume, init_filters=8, kernel_size=3, blocks_down=(1, 1, 1, 1),
-                             blocks_bottleneck=1, blocks_up=(1, 1, 1, 1)),
-        "monai_mednext_grn": _of("monai.networks.nets:MedNeXt", volume, init_filters=8, kernel_size=3, blocks_down=(1, 1, 1, 1),
-                                 blocks_bottleneck=1, blocks_up=(1, 1, 1, 1), global_resp_norm=True),
     },
     "kornia": {
         "kornia_hardnet": _of("kornia.feature:HardNet", lambda: floats(4, 1, 32, 32), False),
         "kornia_sosnet": _of("kornia.feature:SOSNet", lambda: floats(4, 1, 32, 32), False),
-        "kornia_tiny_vit": _of("kornia.models.tiny_vit:TinyViT", lambda: image(64), img_size=64, num_classes=10, embed_dims=(16, 32, 32, 64),
-                               depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), window_sizes=(4, 4, 4, 2)),
-        "kornia_dexined": _of("kornia.models.dexined:DexiNed", lambda: image(64), False),
-        "kornia_mobile_vit": _of("kornia.models.vit_mobile:MobileViT", lambda: image(64)),
-        "kornia_xfeat": _of("kornia.feature.xfeat:XFeatModel", lambda: image(64)),
     },
 }  # fmt: skip
 

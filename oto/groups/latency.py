@@ -1,0 +1,177 @@
+"""What a forward pass takes, as a function of what is kept: a lookup over widths.
+
+The recorded calls are run one after the other on random tensors, with all node groups at each of a few widths, and each
+call is timed. What it takes is then spelled as
+
+    milliseconds  =  a  +  b · (multiply–adds)  +  c · (entries that it reads and writes)          a, b, c ≥ 0
+
+with the coefficients that fit the measured widths best. Both factors are polynomials in the counts, so the whole is a
+:class:`~oto.groups.cost.Polynomial`: every atom saves something, and what it saves follows without a loop. What falls
+short of the model (overhead of its own code, caches, kernels that like some widths) is put right on slim models that
+are built and measured, see :mod:`oto.slim.latency`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, zip_longest
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from oto._torch import tree_leaves, tree_map_only
+from oto.axes.call import Size
+from oto.axes.terms import Axis, Term, count, resolve
+from oto.axes.terms import size as size_of
+from oto.groups.cost import Costs, Polynomial, polynomial
+from oto.groups.partition import Partition
+from oto.trace.graph import Node, Value
+
+log = logging.getLogger(__name__)
+
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
+"""Widths that are measured, as shares of the atoms of every node group."""
+
+PASSES = (2, 7)
+"""How often each width is run, at least and at most; the quickest time of each call counts."""
+
+SECONDS = 1.0
+"""So long a width is run again."""
+
+
+def latency_table(partition: Partition, costs: Costs, device: torch.device, divisible: int = 1) -> Polynomial:
+    """Milliseconds of a forward pass on ``device`` as a function of the counts of ``costs``.
+
+    Args:
+        divisible: Widths are measured at multiples of this, as a choice will have them.
+    """
+    axes = [partition.axes[name] for name in costs.names]
+    widths = [{axis: _width(axis.size, share, divisible) for axis in axes} for share in SHARES]
+    with tqdm(widths, desc="timing operators", unit="width", leave=False, delay=2) as bar, torch.no_grad():
+        timed = [Replay(partition, counts, device).milliseconds() for counts in bar]
+    volumes: dict[int, list[Sequence[Term]]] = {}
+    for step in partition.found.tape.steps:
+        if step.volume is not None:
+            volumes.setdefault(step.node, []).append(step.volume)
+
+    def products() -> Iterator[tuple[float, Sequence[Term]]]:
+        for node in partition.found.graph.nodes:
+            macs = volumes.get(node.index, [])
+            tensors = [partition.found.terms(value) for value in (*node.inputs(), *node.outputs) if value is not None]
+            work, traffic = ([sum(_size(x, counts) for x in each) for counts in widths] for each in (macs, tensors))
+            a, b, c = fitted([times[node.index] for times in timed], work, traffic)
+            yield a, ()
+            yield from ((b, terms) for terms in macs if b)
+            yield from ((c, terms) for terms in tensors if c)
+
+    return polynomial(products(), {axis: i for i, axis in enumerate(axes)})
+
+
+def _width(size: int, share: float, divisible: int) -> int:
+    return size if share == 1 else min(max(round(size * share / divisible), 1) * divisible, size)
+
+
+def _size(terms: Sequence[Term], counts: Mapping[Axis, int]) -> int:
+    return prod(count(resolve(term), counts) for term in terms)
+
+
+def fitted(times: Sequence[float], work: Sequence[float], traffic: Sequence[float]) -> tuple[float, float, float]:
+    """Coefficients ``a, b, c >= 0`` for which ``a + b * work + c * traffic`` is closest to the times.
+
+    Example:
+        >>> a, b, c = fitted([7.0, 3.5, 2.0], [20.0, 5.0, 0.0], [10.0, 5.0, 2.0])
+        >>> round(a, 6), round(b, 6), round(c, 6)
+        (1.0, 0.1, 0.4)
+    """
+    columns = np.array([np.ones(len(times)), work, traffic]).T
+    scale = np.maximum(columns.max(0), 1e-300)
+    best, least = np.zeros(3), np.inf
+    for n in range(1, 4):  # the best fit has some of the three at zero, and fits best in the others
+        for chosen in map(list, combinations(range(3), n)):
+            found, *_ = np.linalg.lstsq(columns[:, chosen] / scale[chosen], np.array(times), rcond=None)
+            off = float(np.square(columns[:, chosen] / scale[chosen] @ found - times).sum())
+            if (found >= 0).all() and off < least * (1 - 1e-9):
+                best, least = np.zeros(3), off
+                best[chosen] = found / scale[chosen]
+    a, b, c = best.tolist()
+    return a, b, c
+
+
+class Replay:
+    """The recorded calls on random tensors, with the widths that some counts give them.
+
+    What an operator gives goes into those after it, so that tensors lie in memory as they do in the model. Where one
+    cannot be run or gives another shape, as where data decides it, random numbers go on.
+    """
+
+    def __init__(self, partition: Partition, counts: Mapping[Axis, int], device: torch.device) -> None:
+        self.found, self.counts, self.device = partition.found, counts, device
+        graph = self.found.graph
+        self.last = {value: node.index for node in graph.nodes for value in (*node.inputs(), *node.outputs) if value}
+        self.made: dict[Value, Tensor] = {}
+
+    def milliseconds(self) -> list[float]:
+        """For each call the quickest of several passes; 0 where it cannot be run."""
+        passes: list[list[float]] = []
+        begin = time.perf_counter()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            while len(passes) < PASSES[0] or (len(passes) < PASSES[1] and time.perf_counter() - begin < SECONDS):
+                passes.append([self._run(node) for node in self.found.graph.nodes])
+                self.made.clear()
+        quickest: list[float] = np.min(passes, axis=0).tolist()
+        return quickest
+
+    def _run(self, node: Node) -> float:
+        op, args, kwargs = node.op, node.args, dict(node.kwargs)
+        rewrite = self.found.tape.rewrites.get(node.index)
+        if rewrite is not None and (rewrite.always or any(self._count(t) != size_of(t) for t in rewrite.terms)):
+            op, args, kwargs = rewrite.op, rewrite.args, dict(rewrite.kwargs)
+            args, kwargs = tree_map_only(Size, lambda size: self._count(size.term), (args, kwargs))
+        args, kwargs = tree_map_only(Value, self._tensor, (args, kwargs))
+        taken: float = 0.0
+        results: list[Any] = []
+        try:
+            taken, results = timed(op, args, kwargs, self.device)
+        except Exception as failure:  # whatever an operator may raise on numbers that mean nothing
+            log.debug("%s cannot be timed: %s", node, failure)
+        for value, result in zip_longest(node.outputs, results[: len(node.outputs)]):
+            if value is not None and isinstance(result, Tensor) and tuple(result.shape) == self._shape(value):
+                self.made[value] = result
+        for value in (*node.inputs(), *node.outputs):
+            if value is not None and self.last[value] <= node.index:
+                self.made.pop(value, None)
+        return taken
+
+    def _count(self, term: Term) -> int:
+        return count(resolve(term), self.counts)
+
+    def _shape(self, value: Value) -> tuple[int, ...]:
+        return tuple(map(self._count, self.found.terms(value)))
+
+    def _tensor(self, value: Value) -> Tensor:
+        if value not in self.made:
+            shape, dtype = self._shape(value), value.dtype
+            wide = dtype.is_floating_point or dtype.is_complex  # others may be indices, of which zero always is one
+            fill = torch.rand if wide else torch.zeros
+            self.made[value] = fill(shape, dtype=dtype, device=self.device)
+        return self.made[value]
+
+
+def timed(op: Any, args: Any, kwargs: Any, device: torch.device) -> tuple[float, list[Any]]:
+    """Milliseconds of a call, and what it returns."""
+    _synchronise(device)
+    start = time.perf_counter()
+    result = op(*args, **kwargs)
+    _synchronise(device)
+    return 1e3 * (time.perf_counter() - start), tree_leaves(result)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,241 @@
+"""Milliseconds of a forward pass: measured on the full model and on slim ones, and a target confirmed on these."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from oto._torch import tree_leaves
+from oto.axes.registry import known
+from oto.errors import TargetError
+from oto.groups import Costs, Partition
+from oto.groups.cost import Polynomial
+from oto.groups.latency import latency_table
+from oto.slim.graph import emit_graph
+from oto.slim.module import plan_edits, thin_copy, thin_tensors
+from oto.slim.plan import thinning
+from oto.slim.verify import run
+from oto.trace.export import export
+from oto.trace.found import as_found
+from oto.trace.record import arguments, on_meta
+
+log = logging.getLogger(__name__)
+
+Counts = NDArray[np.int64]
+
+ROUNDS = 5
+"""How many slim models are built and measured at most, besides the thinnest."""
+
+NEAR = 0.92
+"""A slim model that takes at least this share of the target is near enough."""
+
+MARGIN = 1.03
+"""What was measured on the way counts as so much slower: it may be, next time."""
+
+SLOPE = 1e-3
+"""So much of the latency falls with what the table says, even where noise says that nothing does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Latency:
+    """Milliseconds as a function of counts: what a table says, put right by what was measured.
+
+    Between two measured points it rises as a power of what the table says.
+
+    Attributes:
+        table: What the operators take, see :mod:`oto.groups.latency`.
+        said: What the table says of the models that were measured, rising.
+        measured: What they take, rising. The last is the full model.
+    """
+
+    table: Polynomial
+    said: tuple[float, ...]
+    measured: tuple[float, ...]
+
+    @classmethod
+    def through(cls, table: Polynomial, points: dict[float, float]) -> Latency:
+        """Pass through measured points, as far as noise lets them rise with what the table says."""
+        said = np.array(sorted(points))
+        full = points[said[-1]]
+        measured = np.minimum(np.maximum.accumulate([points[s] for s in said]), full)
+        measured = (1 - SLOPE) * measured + SLOPE * full * said / said[-1]  # for every atom to save something
+        return cls(table, tuple(said.tolist()), tuple(measured.tolist()))
+
+    def _milliseconds(self, said: Any) -> Any:
+        tiny = np.finfo(float).tiny  # the logarithm of zero would be a warning
+        return np.exp(np.interp(np.log(np.maximum(said, tiny)), np.log(self.said), np.log(self.measured)))
+
+    def __call__(self, counts: Counts) -> float:
+        """Milliseconds at some counts, shape ``(groups,)``."""
+        return float(self._milliseconds(self.table(counts)))
+
+    def marginal(self, counts: Counts, fewer: Counts) -> NDArray[np.float64]:
+        """What each group saves when it alone keeps ``fewer`` atoms less; shapes ``(groups,)``."""
+        said = self.table(counts)
+        saved: NDArray[np.float64] = self._milliseconds(said) - self._milliseconds(
+            said - self.table.marginal(counts, fewer)
+        )
+        return saved
+
+
+def confirmed(
+    table: Polynomial,
+    sizes: Counts,
+    least: Counts,
+    goal: float,
+    choose: Callable[[Latency], Counts],
+    measure: Callable[[Counts], float],
+) -> Latency:
+    """Put a table right until what it makes one choose takes what was asked for.
+
+    Args:
+        table: Milliseconds as a function of counts, before any model was measured.
+        sizes: Atoms of each node group in the full network.
+        least: Atoms that each keeps in any case.
+        goal: Milliseconds asked for.
+        choose: The counts that one would choose for the goal by some latency.
+        measure: Milliseconds of the model with some counts.
+
+    Raises:
+        TargetError: Not even the thinnest model is as fast.
+    """
+    full = measure(sizes)
+    points = {share * table(sizes): share * full for share in (1e-6, 1.0)}
+    if goal >= full:
+        log.info("the full model takes %.3g ms of the %.3g ms that it may: nothing has to go", full, goal)
+        return Latency.through(table, points)
+    bottom = measure(least)
+    if bottom > goal:
+        raise TargetError(
+            f"target_latency_ms={goal:g} cannot be reached: measured on this machine, the full model takes {full:.3g} "
+            f"ms, and {bottom:.3g} ms when every node group is at its least\n"
+            f"  to fix  ask for {1.05 * bottom:.3g} or more, lower min_kept or group_divisible, or see oto.explain() "
+            "for what stays whole"
+        )
+    points = {table(least): bottom, table(sizes): full}
+    for _ in range(ROUNDS):
+        latency = Latency.through(table, points)
+        counts = choose(latency)
+        if table(counts) in points:  # widths come in steps, and there is none between
+            break
+        taken = measure(counts)
+        points[table(counts)] = MARGIN * taken
+        log.info("%.3g ms asked for; chosen for %.3g, measured %.3g ms", goal, latency(counts), taken)
+        if NEAR * goal <= taken <= goal:
+            break
+    return Latency.through(table, points)
+
+
+def measured_latency(
+    timer: Timer, goal: float, least: Counts, choose: Callable[[Latency], Counts], divisible: int = 1
+) -> Latency:
+    """Milliseconds of a model as a function of counts, confirmed where the goal leads; see :func:`confirmed`.
+
+    In a distributed run the first process measures for all, for they have to choose alike.
+
+    Raises:
+        TargetError: The model is on ``meta``, or not even the thinnest is as fast.
+    """
+    if on_meta(timer.model):
+        raise TargetError(
+            f"target_latency_ms={goal:g}: parameters of {type(timer.model).__name__} are on the meta device, where "
+            "nothing takes any time\n"
+            "  to fix  give the model values on the device that it is to be fast on, or ask for target_macs="
+        )
+    found: list[Latency | TargetError | None] = [None]
+    shared = dist.is_available() and dist.is_initialized()
+    if not shared or dist.get_rank() == 0:
+        try:
+            table = latency_table(timer.partition, timer.costs, timer.device, divisible)
+            found[0] = confirmed(table, timer.costs.sizes, least, goal, choose, timer)
+        except TargetError as refused:
+            found[0] = refused
+    if shared:
+        dist.broadcast_object_list(found)
+    (result,) = found
+    if isinstance(result, TargetError):
+        raise result
+    assert result is not None
+    return result
+
+
+class Timer:
+    """Times a model and slim ones of the same groups side by side, so that they suffer the same noise.
+
+    Nothing that it builds is verified or handed out.
+    """
+
+    def __init__(self, model: nn.Module, partition: Partition, costs: Costs, dummy_input: Any) -> None:
+        self.model, self.partition, self.costs, self.dummy_input = model, partition, costs, dummy_input
+        self.full: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def __call__(self, counts: Counts) -> float:
+        """Milliseconds of a forward pass with so many atoms in each node group, no matter which."""
+        if self.full is None:
+            self.full = 1e3 * statistics.median(rounds([self.model], self.dummy_input)[0])
+        if (counts == self.costs.sizes).all():
+            return self.full
+        kept = {name: np.arange(n) for name, n in zip(self.costs.names, counts.tolist(), strict=True)}
+        slim = built(self.model, self.partition, kept, self.dummy_input)
+        full, thin = rounds([self.model, slim], self.dummy_input)
+        return self.full * statistics.median(b / a for a, b in zip(full, thin, strict=True))
+
+
+def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int64]], dummy_input: Any) -> nn.Module:
+    """The slim model with some atoms, zero or not, in the form in which it would be handed out; not verified.
+
+    Raises:
+        EmitterError: There is none.
+    """
+    thin = thinning(partition, kept)
+    try:
+        slim = thin_copy(model, thin_tensors(model, thin), plan_edits(model, partition, thin)).eval()
+        run(slim, dummy_input)
+    except Exception as failure:  # anything that the user's own forward may raise at other sizes
+        log.info("the original class does not fit, timing the graph: %s", failure)
+        slim = emit_graph(export(model, dummy_input, known), partition, kept)
+    return slim
+
+
+def rounds(models: list[nn.Module], dummy_input: Any, least: int = 5, seconds: float = 1.0) -> list[list[float]]:
+    """Seconds of forward passes in eval mode, the models taking turns: for each model, one number per round.
+
+    Args:
+        least: Number of rounds at least, after one to warm up.
+        seconds: So long more rounds are made.
+    """
+    args, kwargs = arguments(dummy_input)
+    device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
+    found: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        begin = time.perf_counter()
+        while len(found[0]) <= least or time.perf_counter() - begin < seconds:
+            for model, own in zip(models, found, strict=True):
+                with as_found(model):
+                    synchronise(device)
+                    start = time.perf_counter()
+                    model(*args, **kwargs)
+                    synchronise(device)
+                    own.append(time.perf_counter() - start)
+    return [own[1:] for own in found]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what was asked of an accelerator."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
