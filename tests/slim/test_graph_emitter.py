@@ -144,3 +144,28 @@ def test_a_batch_that_only_the_extra_check_tries_is_a_note(monkeypatch: pytest.M
     (note,) = subnet.notes
     assert note.startswith("slim takes the batch size of the example only") and f"note: {note}" in str(subnet)
     assert subnet.max_error < 1e-12 and len(subnet.checks) == 3
+
+
+class Padded(nn.Module):
+    """A block whose shortcut has no channels for half of its outputs: they are padded with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.wide, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(self.wide(x) + nn.functional.pad(x, (0, 0, 0, 0, 5, 3))).mean((2, 3))
+
+
+def test_channels_that_a_shortcut_pads_with_zeros_may_go():
+    torch.manual_seed(0)
+    model = Padded().double()
+    oto = OTO(model, torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    assert sorted(g.size for g in oto.node_groups if g.prunable) == [3, 5, 8]
+    with torch.no_grad():
+        for p in (model.wide.weight, model.wide.bias):
+            p[torch.tensor([0, 2, 14])] = 0  # two of the five in front, one of the three behind
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "graph" and subnet.max_error < 1e-12
+    assert sorted(len(atoms) for atoms in subnet.kept.values()) == [2, 3, 8]
