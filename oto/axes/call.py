@@ -315,16 +315,16 @@ class Call:
 
     def _uniform(self, terms: Sequence[Term], xs: Sequence[Operand]) -> dict[int, tuple[Uniform, tuple[Fact, ...]]]:
         """For dimensions along which the node meets a tensor that does not carry it: what removed entries hold."""
-        node = self.node
+        node, one_dtype = self.node, len(set(self.dtypes)) == 1
         found: dict[int, tuple[Uniform, tuple[Fact, ...]]] = {}
         for dim, term in enumerate(terms):
             own = [(x, dim - len(terms) + x.ndim) for x in xs]
-            held = [None if d < 0 or x.shape[d] == 1 else x.uniform.get(d, 0.0) for x, d in own]
-            if all(h == 0.0 for h in held) or not T.free(T.resolve(term)):
+            held = [None if d < 0 or x.shape[d] == 1 else x.uniform.get(d, 0) for x, d in own]
+            if all(h == 0 for h in held) or not T.free(T.resolve(term)):
                 continue
             op = _pure(node.op)
-            if op is None or (0.0 in held and op.overloadpacket not in (aten.add, aten.sub)):  # 0·x, 0/x are numbers
-                continue
+            if op is None or (0 in held and not (op.overloadpacket in (aten.add, aten.sub) and one_dtype)):
+                continue  # 0·x and 0/x are numbers; a zero among the arguments must not change the dtype
             given = iter(held)
 
             def fill(value: Value, given: Iterator[Fact] = given) -> Any:

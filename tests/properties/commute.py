@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from oto._torch import tree_leaves, tree_map_only
-from oto.axes.call import Fact, Size
+from oto.axes.call import Fact, Size, Uniform
 from oto.axes.invariance import Place, _follow, _Visit, _visits
 from oto.axes.propagate import Propagation, propagate
 from oto.axes.terms import Axis, count, resolve, survivors
@@ -197,6 +197,21 @@ def check(traced: Traced, seed: int | str = 0) -> int:
     return compared
 
 
+def _claimed(fact: Fact, held: Tensor, tensors: Mapping[Value, Tensor]) -> Tensor:
+    """A fact, in the shape of the entries that it is about."""
+    if not isinstance(fact, Uniform):
+        return torch.full_like(held, fact)  # type: ignore[arg-type]
+
+    def call(op: Any, args: Any, kwargs: Any) -> Tensor:
+        args, kwargs = tree_map_only(Value, tensors.__getitem__, (args, kwargs))
+        made: Tensor = op(*args, **kwargs)
+        return made
+
+    made: Tensor = fact.computed(call, {})
+    assert made.dtype == held.dtype, f"{made.dtype} for {held.dtype}"
+    return made.expand_as(held)
+
+
 def _check_one(traced: Traced, masks: Masks, hypothesis: Mapping[tuple[Axis, Place], Fact]) -> int:
     known: dict[Axis, dict[Place, Fact]] = {}
     exact = True
@@ -229,7 +244,7 @@ def _check_one(traced: Traced, masks: Masks, hypothesis: Mapping[tuple[Axis, Pla
                 if fact is not None and finite:
                     held = got.index_select(dim, _dead(traced, value, dim, axis, mask))
                     text = f"claimed {fact} at dim {dim} of {value}, given {told}"
-                    compare(held, torch.full_like(held, fact), text, traced.values)  # type: ignore[arg-type]
+                    compare(held, _claimed(fact, held, tensors), text, traced.values)
     if not exact:
         return 0
     slim = slim_call(traced, tensors, masks)
