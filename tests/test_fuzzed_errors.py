@@ -94,7 +94,7 @@ def use(model, folder, emitter="auto", keep_class=False):
     return oto.construct_subnet(folder, emitter=emitter)
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     where=st.sampled_from(WHERE), nth=st.integers(0, 12), raises=st.sampled_from(sorted(RAISES)),
     emitter=st.sampled_from(["auto", "module", "graph"]), keep_class=st.booleans(), graph=st.booleans(),

@@ -481,7 +481,7 @@ def forget_anywhere():
             delattr(holder, name)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(places=st.lists(st.sampled_from(PLACES), min_size=1, max_size=4, unique=True), needs_data=st.booleans(),
        emitter=st.sampled_from([None, None, "module", "graph"]))  # fmt: skip
 def test_tables_in_random_places(places, needs_data, emitter):
