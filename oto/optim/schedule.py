@@ -282,11 +282,16 @@ def _whole(name: str, number: Steps) -> int:
         return whole
     if value.is_integer():
         return int(value)
-    share = 0 < value < 1 and name in ("start_pruning_step", "pruning_steps", "sampling_steps")
+    if 0 < value < 1 and name in ("start_pruning_step", "pruning_steps", "sampling_steps"):
+        raise TargetError(
+            f"{name} is {value:g}, a share of all steps (as it is by default), and their number is not known\n"
+            "  effect  no step would be the one at which pruning begins or ends\n"
+            f"  to fix  give total_steps= too, or {name}= as a whole number of steps"
+        )
     raise TargetError(
         f"{name} is {value:g}; steps and periods are counted in whole numbers\n"
         "  effect  no step would be the one at which pruning begins or ends\n"
-        f"  to fix  {'give total_steps= too, of which it is a share' if share else 'round it'}"
+        "  to fix  round it"
     )
 
 
