@@ -121,7 +121,7 @@ def test_shares_that_make_up_the_whole_end_with_it(share, total):
         ((2, 8, 2, 99.5), r"total_steps is 99\.5"),
         ((2, 7.5, 2, 100), r"pruning_steps is 7\.5"),  # not a share either
         ((-0.5, 8, 2, 100), r"start_pruning_step is -0\.5"),
-        ((0.1, 8, 2), r"start_pruning_step is 0\.1;[^$]*give total_steps= too"),
+        ((0.1, 8, 2), r"start_pruning_step is 0\.1, a share[^$]*give total_steps= too"),
         ((1, math.nan, 2), "pruning_steps is nan"),
         ((1, math.inf, 2), "pruning_steps is inf"),
         ((0.5, 0.6, 2, 100), r"from step 50 to step 109, but training ends after total_steps=100[^$]*in 50 steps"),
