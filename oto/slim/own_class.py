@@ -42,7 +42,7 @@ def class_bound(
     free = {g.name for g in groups if g.prunable}
     if trial.failure(()) is None:
         return {}
-    while (failure := trial.failure(keep)) is not None:
+    while (failure := trial.failure(keep)) is not None and free - keep.keys():
         failing = _failing_class(failure)
         paths = [path for path, module in model.named_modules() if type(module) is failing]
         new = {name: cause for name, cause in _read_by(partition, paths).items() if name in free - keep.keys()}
