@@ -637,10 +637,13 @@ class OTO:
             except (EmitterError, TraceError) as failure:
                 if emitter == "recording":
                     raise
+                said = f"the exported graph of {type(self.model).__name__} fails: {_first_lines(refused)}"
                 raise EmitterError(
-                    f"{refused}\n  class   the original class does not do either: {why[0]}\n"
+                    f"{str(refused).splitlines()[0] if isinstance(refused, EmitterError) else said}\n"
+                    f"  class   the original class does not do either: {why[0]}\n"
                     f"  replay  nor does a recording of the example: {str(failure).splitlines()[0]}\n"
-                    f"  or      {self._way_out}"
+                    "  effect  no slim model was made, and nothing was written\n"
+                    f"  to fix  {self._way_out}"
                 ) from refused
             checks = check_recording(self.model, graph, self.dummy_input, self.partition, kept, notes, self._left(kept))
             require(checks)
