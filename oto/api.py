@@ -63,7 +63,7 @@ from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
-from oto.slim.own_class import class_bound
+from oto.slim.own_class import own_class
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.verify import Check, check, require
@@ -195,8 +195,8 @@ class OTO:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
         if keep_class:
             with _told(model, TraceError, "its class was tried with less (keep_class)", "the analysis is done"):
-                bound = class_bound(model, self.partition, self._groups, dummy_input)
-            self._groups = keep_whole(self._groups, bound, "keep_class: the model's code may state its size")
+                self._own = own_class(model, self.partition, self._groups, dummy_input)
+            self._groups = keep_whole(self._groups, self._own.whole, "the model's class cannot do without it")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(

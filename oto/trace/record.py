@@ -38,7 +38,7 @@ from oto._torch import (
 )
 from oto.errors import DummyInputError, TraceError, first_line, out_of_memory, some
 from oto.trace.found import Found, as_found, is_foreign
-from oto.trace.graph import Graph, GraphBuilder, Key, Value
+from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +161,26 @@ def record_data(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool]
     raise TraceError(_message(model, args, kwargs, failures[0])) from failures[0]
 
 
+def follow(
+    model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], way: str
+) -> tuple[tuple[Node, ...], Exception | None]:
+    """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
+
+    Args:
+        way: How tensors are stood for, as in :attr:`Graph.how`: ``"meta"``, ``"fake"`` or ``"real"``.
+    """
+    args, kwargs = arguments(dummy_input)
+    builder = GraphBuilder(way)
+    try:
+        with as_found(model, dummy_input) as found:
+            _run(model, args, kwargs, known, way, True, found, builder)
+    except Exception as failure:  # anything that the user's own forward may raise
+        if out_of_memory(failure):
+            raise
+        return tuple(builder.nodes), failure
+    return tuple(builder.nodes), None
+
+
 def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception) -> str:
     shown = tree_map_only(Tensor, lambda t: f"{t.dtype} {tuple(t.shape)} on {t.device}", (args, kwargs))
     positional = [f"  input    {i}: {value}" for i, value in enumerate(shown[0])]
@@ -204,8 +224,9 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool, found: Found
-) -> Recording:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool, found: Found,
+    builder: GraphBuilder | None = None,
+) -> Recording:  # fmt: skip
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, tensor in named.items():
@@ -218,7 +239,8 @@ def _run(
             if id(tensor) not in made:
                 made[id(tensor)] = stand_in(tensor)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
-        recorder = _Recorder(GraphBuilder("real" if way == "grad" else way), known, model, found)
+        builder = GraphBuilder("real" if way == "grad" else way) if builder is None else builder
+        recorder = _Recorder(builder, known, model, found)
         for tensor_id, tensor in made.items():
             first = named[names[tensor_id][0]]
             parameter = isinstance(first, nn.Parameter)
