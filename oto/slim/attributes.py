@@ -52,7 +52,7 @@ class Stated:
             EmitterError: It would have to be a fraction.
         """
         if not isinstance(self.value, int):
-            return self.value * self.ratio(thin) ** self.power
+            return float(self.value * self.ratio(thin) ** self.power)
         number, rest = divmod(self.value * thin.count(self.term), size_of(self.term))
         if rest:
             raise EmitterError(f"what the class states as {self.value} would be no whole number any more")

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError, out_of_memory
 from oto.groups import Partition
-from oto.nn import SWAPS
+from oto.nn import SWAPS, Told
 from oto.nn import functional as counted
 from oto.slim.attributes import Place, Stated, state_
 from oto.slim.plan import Thinning
 from oto.slim.scaling import Absorbed, Scale
+from oto.slim.telling import Telling
 from oto.trace.graph import Leaf, Node
 
 
@@ -33,11 +34,14 @@ class Edits:
         attributes: For each module path, integer attributes and their new values.
         swaps: For each module path, the class of ``oto.nn`` that takes its place, and how to make it.
         stated: For each path of a module of the user's own, numbers that it holds: the way to each, and its new value.
+        told: For each path of a module of the user's own, calls that it makes otherwise, as :class:`oto.nn.Told` has
+            them.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     swaps: dict[str, dict[str, Any]] = field(default_factory=dict)
     stated: dict[str, list[list[Any]]] = field(default_factory=dict)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -47,12 +51,16 @@ class OwnClass:
     Attributes:
         stated: Numbers that modules hold, and what they are to be.
         absorbed: Norms and means whose count goes into weights, by the index of the call.
+        told: Calls that are to be made otherwise, by their index; for each, places of numbers that stay what they were.
+        telling: How calls can be told.
         whole: Groups that have to stay whole, each with the index of the call that is the reason.
         ties: Groups that have to keep the same number of atoms.
     """
 
     stated: dict[Place, Stated] = field(default_factory=dict)
     absorbed: dict[int, Absorbed] = field(default_factory=dict)
+    told: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    telling: Telling | None = None
     whole: dict[str, int | None] = field(default_factory=dict)
     ties: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -115,6 +123,9 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             return new
         parent, _, last = path.rpartition(".")
         setattr(slim.get_submodule(parent), last, new)
+    for path, calls in edits.told.items():
+        module = slim.get_submodule(path)
+        module.forward = Told(module, calls)
     return slim
 
 
@@ -161,7 +172,7 @@ def plan_edits(model: nn.Module, partition: Partition, thin: Thinning, own: OwnC
     for index, text in thin.found.tape.counted.items():
         node = thin.found.graph.nodes[index]
         norm = stock(modules.get(node.module)) in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-        taken_in = norm or (own is not None and index in own.absorbed)
+        taken_in = norm or (own is not None and (index in own.absorbed or index in own.told))
         if not taken_in and thin.changes(thin.found.tape.rewrites[index]):
             raise EmitterError(
                 f"{text}, in the forward of {node.module or type(model).__name__} itself ({node.source})\n"
@@ -176,13 +187,18 @@ class DeclinedError(EmitterError):
     path: str = ""
 
 
-def adapted(model: nn.Module, thin: Thinning, own: OwnClass | None = None) -> Edits:
+def adapted(model: nn.Module, thin: Thinning, own: OwnClass | None = None, plain: bool = False) -> Edits:
     """What to change in modules of ``torch.nn``, and in what those of the user's own state.
+
+    Args:
+        plain: Leave counts out of what modules are told, so that they make the calls that they made.
 
     Raises:
         DeclinedError: A module of ``torch.nn`` has no form for what is left.
     """
     edits = Edits()
+    if own is not None and own.told and own.telling is not None:
+        edits.told.update(own.telling.told(own.told, thin, plain))
     for place, stated in (own.stated if own is not None else {}).items():
         edits.stated.setdefault(place.module, []).append([list(place.key), stated.now(thin)])
     leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}

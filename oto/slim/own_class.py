@@ -38,10 +38,12 @@ from oto.axes.terms import size as size_of
 from oto.errors import EmitterError
 from oto.groups import NodeGroup, Partition
 from oto.nn import functional as relaid
+from oto.nn.told import numbers_of
 from oto.slim.attributes import Place, Stated, changed, numbers
 from oto.slim.module import DeclinedError, Edits, OwnClass, adapted, stock, thin_copy
 from oto.slim.plan import Thinning, thinning
 from oto.slim.scaling import Absorbed, absorbed, sizes_in
+from oto.slim.telling import Telling
 from oto.trace.graph import Node, Value
 from oto.trace.record import follow
 
@@ -69,11 +71,13 @@ class _Departure:
         index: Of the call in the full model.
         failure: What it raised.
         right: How many of the sizes that the call states are right.
+        call: What was called instead, if the class got that far.
     """
 
     index: int
     failure: Exception | None = None
     right: int = 0
+    call: Node | None = None
 
     @property
     def far(self) -> tuple[int, int]:
@@ -93,6 +97,7 @@ class _Search:
         self.tape = self.partition.found.tape
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
         self.names: dict[Axis, str] = {axis: name for name, axis in self.partition.axes.items()}
+        self.found.telling = Telling(self.model, self.partition, self.dummy_input)
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
 
     # --- the search ---------------------------------------------------------------------------------------------------
@@ -138,7 +143,7 @@ class _Search:
             empty = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device="meta")
             tensors.update(dict.fromkeys(leaf.names, empty))
         try:
-            edits = adapted(self.model, thin, self.found)
+            edits = adapted(self.model, thin, self.found, plain=True)
             slim = thin_copy(self.model, tensors, edits)
         except DeclinedError as declined:
             return _Departure(self.first_in(declined.path), declined)
@@ -156,7 +161,7 @@ class _Search:
     def mend(self, departure: _Departure, seed: int) -> bool:
         """Tell the class what it lacks, in every repeated block; whether it got further."""
         if departure.index in self.tape.counted and self.changes(departure.index, seed):
-            return self.absorb(departure, seed)
+            return self.absorb(departure, seed) or self.tell(departure, seed)
         if self.tie(departure.index, seed) or self.settle(departure.index, seed):
             return True
         best, base = None, self.found.stated
@@ -169,7 +174,31 @@ class _Search:
                 if after is None or after.index > departure.index + 20:
                     break
         self.found.stated = base if best is None else base | best[1]
-        return best is not None
+        return best is not None or self.tell(departure, seed)
+
+    def tell(self, departure: _Departure, seed: int) -> bool:
+        """Let a call be made as it should; whether the class gets further then."""
+        assert self.found.telling is not None
+        before = self.found.told
+        told = dict(before)
+        for index in self.siblings(departure.index):
+            node, rewrite = self.graph.nodes[index], self.tape.rewrites.get(index)
+            if stock(self.modules.get(node.module)) is not None or index in told:
+                continue
+            if rewrite is not None and self.found.telling.can(node, rewrite):
+                told[index] = ()
+            elif rewrite is None and departure.call is not None and departure.call.op is node.op:
+                places = _differing(self.graph.nodes[departure.index], departure.call)
+                if places and self.found.telling.change(node, None, None, places) is not None:
+                    told[index] = places
+        if departure.index not in told or told == before:
+            return False
+        self.found.told = told
+        after = self.departure(seed)
+        if after is None or after.far > departure.far:
+            return True
+        self.found.told = before
+        return False
 
     def changes(self, index: int, seed: int) -> bool:
         rewrite = self.tape.rewrites.get(index)
@@ -211,7 +240,7 @@ class _Search:
         return self.tied(cut, index, seed)
 
     def settle(self, index: int, seed: int) -> bool:
-        """Where one number states two sizes, the groups in both keep the same number of atoms, or all of them."""
+        """Where one number states two sizes, the groups in both keep the same number of atoms."""
         thin = self.thin(seed)
         rewrite = self.tape.rewrites.get(index)
         for i, size in enumerate(sizes_in((rewrite.args, dict(rewrite.kwargs))) if rewrite is not None else ()):
@@ -230,10 +259,6 @@ class _Search:
                         if other is not None and term is not None:
                             pairs.append([other.term, term])
                     if self.tied(pairs, index, seed):
-                        return True
-                    names = {name: index for pair in pairs for name in self.groups_of(pair, thin)}
-                    if names.keys() - self.found.whole.keys():
-                        self.keep(names)
                         return True
         return False
 
@@ -479,7 +504,7 @@ class _Alignment:
                 continue
             right = self.same(nodes[i], self.calls[j])
             if right is not None:
-                return _Departure(i, self.failure if j == len(self.calls) - 1 else None, right)
+                return _Departure(i, self.failure if j == len(self.calls) - 1 else None, right, self.calls[j])
             i, j = i + 1, j + 1
         if self.failure is not None or j < len(self.calls):
             return _Departure(len(nodes) - 1, self.failure)
@@ -525,7 +550,13 @@ class _Alignment:
 
     def same(self, full: Node, slim: Node) -> int | None:
         """``None`` if a call is what it should be; else how many of its sizes are."""
-        if full.op is not slim.op or full.module != slim.module or len(full.outputs) != len(slim.outputs):
+        tape, own = self.search.tape, self.search.found
+        told = full.index in own.told
+        if (
+            full.module != slim.module
+            or len(full.outputs) != len(slim.outputs)
+            or (full.op is not slim.op and not told)
+        ):
             return 0
         pairs = list(zip(full.inputs(), slim.inputs(), strict=False))
         if not all(self.fits(old, new) for old, new in pairs):
@@ -537,8 +568,9 @@ class _Alignment:
                 return 0
             if old is not None and new is not None and not self.fits(old, new):
                 return self.right(full, slim)
-        tape, own = self.search.tape, self.search.found
         rewrite = tape.rewrites.get(full.index)
+        if told and rewrite is not None and self.thin.changes(rewrite) and rewrite.op is not full.op:
+            return None  # a piece, whose size is in its shape, or a count
         if full.index in own.scalars:
             wanted = own.scalars[full.index]
             ratio = wanted.ratio(self.thin) ** wanted.power
@@ -598,6 +630,14 @@ def _equal(full: Node, slim: Node, factor: float | None = None) -> bool:
         isclose(x * factor, y, rel_tol=1e-6) if isinstance(x, float) and isinstance(y, float) and x != y else x == y
         for x, y in zip(a, b, strict=True)
     )
+
+
+def _differing(full: Node, slim: Node) -> tuple[int, ...]:
+    """The places of numbers that two calls of one operator do not share."""
+    a, b = (
+        numbers_of(tree_map_only(Value, lambda _: None, (node.args, dict(node.kwargs)))) for node in (full, slim)
+    )  # fmt: skip
+    return tuple(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y) if len(a) == len(b) else ()
 
 
 def _is_int(x: Any) -> bool:
