@@ -51,7 +51,7 @@ class OwnClass:
     Attributes:
         stated: Numbers that modules hold, and what they are to be.
         absorbed: Norms and means whose count goes into weights, by the index of the call.
-        told: Calls that are to be made otherwise, by their index; for each, places of numbers that stay what they were.
+        told: Calls that are to be made otherwise, by their index; for each, places of numbers to state in any case.
         telling: How calls can be told.
         whole: Groups that have to stay whole, each with the index of the call that is the reason.
         ties: Groups that have to keep the same number of atoms.
