@@ -42,7 +42,7 @@ from oto.nn.told import numbers_of
 from oto.slim.attributes import Place, Stated, changed, numbers
 from oto.slim.module import DeclinedError, Edits, OwnClass, adapted, stock, thin_copy, thin_tensors
 from oto.slim.plan import Thinning, thinning
-from oto.slim.scaling import Absorbed, absorbed, sizes_in
+from oto.slim.scaling import Absorbed, Uses, absorbed, sizes_in
 from oto.slim.telling import Telling
 from oto.trace.graph import Node, Value
 from oto.trace.record import Script, follow
@@ -102,6 +102,16 @@ class _Search:
         # a run on data is to take the path of the full model, whatever is in the thinner tensors
         self.script = Script() if self.graph.how == "real" else None
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
+
+    @cached_property
+    def uses(self) -> Uses:
+        return Uses.of(self.graph)
+
+    @cached_property
+    def last_read(self) -> dict[Value, int]:
+        """The last call that reads a tensor; an output of the model is read after all."""
+        last = {value: node.index for node in self.graph.nodes for value in node.inputs()}
+        return last | dict.fromkeys(self.graph.outputs, len(self.graph.nodes))
 
     @cached_property
     def in_rows(self) -> set[str]:
@@ -241,7 +251,7 @@ class _Search:
         found: dict[int, Absorbed] = {}
         for index in self.siblings(departure.index):
             if self.changes(index, seed) and index not in self.found.absorbed:
-                one = absorbed(self.partition, index)
+                one = absorbed(self.partition, index, self.uses)
                 if one is not None:
                     found[index] = one
         if departure.index not in found:
@@ -327,7 +337,7 @@ class _Search:
         self.keep(self.fewest(new, departure, seed))
 
     def fewest(self, names: Mapping[str, int], departure: _Departure, seed: int) -> dict[str, int]:
-        """As few of some groups as have to stay whole for the class to get further; those of alike blocks go together."""
+        """As few of some groups as have to stay whole for the class to get further; alike ones go together."""
         families: dict[str, dict[str, int]] = {}
         for name, index in names.items():
             families.setdefault(re.sub(r"\d+", "*", name.partition("/")[0]) + name.partition("/")[1], {})[name] = index
@@ -570,7 +580,8 @@ class _Alignment:
     def block(self, i: int, after: int, j: int, other: int) -> bool:
         """Whether a module of ours gives what the one in whose place it is gave."""
         nodes, calls = self.search.graph.nodes, self.calls
-        theirs, ours = self.given(nodes, i, after, self.search.graph.outputs), self.given(calls, j, other, ())
+        theirs = self.given(nodes, i, after, self.search.last_read)
+        ours = self.given(calls, j, other, self.last_read)
         if len(ours) < len(theirs) and j < other:  # an output of the model, or the calls end here
             last = [value for value in calls[other - 1].outputs if value is not None]
             ours += [value for value in last if value not in ours][: len(theirs) - len(ours)]
@@ -578,11 +589,15 @@ class _Alignment:
             return False
         return all(self.fits(old, new) for old, new in zip(theirs, ours, strict=True))
 
+    @cached_property
+    def last_read(self) -> dict[Value, int]:
+        return {value: place for place, node in enumerate(self.calls) for value in node.inputs()}
+
     @staticmethod
-    def given(nodes: Sequence[Node], start: int, end: int, outputs: Sequence[Value]) -> list[Value]:
+    def given(nodes: Sequence[Node], start: int, end: int, last_read: Mapping[Value, int]) -> list[Value]:
+        """What some calls make that later ones read."""
         made = [value for node in nodes[start:end] for value in node.outputs if value is not None]
-        used = {value for node in nodes[end:] for value in node.inputs()} | set(outputs)
-        return [value for value in made if value in used]
+        return [value for value in made if last_read.get(value, -1) >= end]
 
     def fits(self, old: Value, new: Value) -> bool:
         """Whether a tensor has the thinner shape; from then on it stands for the full one."""
