@@ -26,6 +26,7 @@ from oto.errors import (
     ArtefactError,
     EmitterError,
     NotPrunedWarning,
+    OptionError,
     OTOError,
     TargetError,
     TooLateError,
@@ -38,6 +39,7 @@ from oto.errors import (
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
+from oto.groups.layout import LAYOUTS, drawn, evened, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
     carried_by_nodes,
@@ -150,6 +152,11 @@ class OTO:
             states a size that changed becomes a ``torch.fx.GraphModule``.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
+        layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
+            for all blocks states it. Where the model was made from a config (``model.config``), what no field of it
+            can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. By
+            default (``None`` or ``"free"``) every block has counts of its own.
+        tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -177,7 +184,11 @@ class OTO:
         min_kept: MinKept = 1,
         keep_class: bool = False,
         prune_frozen: bool = False,
+        layout: str | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
+        if layout not in LAYOUTS:
+            raise OptionError(f"layout is {layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         with _told(model, TraceError, "being followed on the dummy input"):
@@ -206,6 +217,9 @@ class OTO:
                 UnknownOpWarning,
                 stacklevel=2,
             )
+        self._groups = shared_out(self._groups, tensor_parallel)
+        if layout == "uniform":
+            self._groups = tied(self._groups, model)
         require_prunable(self._groups, self.partition.found.graph)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -255,7 +269,7 @@ class OTO:
         """
         self._refuse_late_marks()
         marked = carried_by_nodes(_listed(node_ids), self.partition.graph)
-        self._groups = keep_whole(self._groups, marked, "it was marked unprunable")
+        self._groups = settled(keep_whole(self._groups, marked, "it was marked unprunable"))
 
     def skip_operators(self, operators: Iterable[str]) -> None:
         """Keep all node groups that run through the results of some operators.
@@ -269,7 +283,8 @@ class OTO:
         """
         self._refuse_late_marks()
         marked = carried_by_operators(_listed(operators), self.partition.graph)
-        self._groups = keep_whole(self._groups, marked, "skip_operators names an operator that it runs through")
+        reason = "skip_operators names an operator that it runs through"
+        self._groups = settled(keep_whole(self._groups, marked, reason))
 
     def _refuse_late_marks(self) -> None:
         optimizer = self._trained_by
@@ -283,7 +298,7 @@ class OTO:
     def _keep_parameters(self, names: Iterable[str], reason: str) -> None:
         first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
         marked = zeroing(self._groups, {first.get(name, name) for name in names})
-        self._groups = keep_whole(self._groups, marked, reason)
+        self._groups = settled(keep_whole(self._groups, marked, reason))
 
     def explain(self) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``."""
@@ -431,34 +446,18 @@ class OTO:
         return optimizer
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
-        """Zero a random choice of ZIGs in place, for checks.
+        """Zero a random choice of ZIGs in place, for checks; within the layout, as far as whole steps of it allow.
 
         Raises:
             TargetError: The groups would have to give up their last atoms.
         """
-        prunable = [g for g in self.node_groups if g.prunable]
-        wanted = int(sum(g.size for g in prunable) * target_group_sparsity)
-        generator = np.random.default_rng(seed)
-        room = {g.name: g.size - g.min_kept for g in prunable}
-        if not 0 <= target_group_sparsity < 1 or wanted > sum(room.values()):
-            most = sum(room.values()) / sum(g.size for g in prunable)
-            raise TargetError(
-                f"target_group_sparsity={target_group_sparsity} cannot be reached: every group keeps its min_kept\n"
-                f"  to fix  ask for a share in [0, {most:.4f}]"
-            )
-        # every group gives up its share of the atoms that it can spare, at random
-        order = [(g, int(a)) for g in prunable for a in generator.permutation(g.size)[: room[g.name]]]
-        chosen: dict[str, list[int]] = {}
-        for i in generator.permutation(len(order))[:wanted]:
-            group, atom = order[i]
-            chosen.setdefault(group.name, []).append(atom)
+        chosen = drawn(self.node_groups, target_group_sparsity, seed)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
-            for group in prunable:
-                if group.name in chosen:
-                    for piece in group.zeros:
-                        entries = piece.of(parameters[piece.parameter])
-                        entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
+            for group in self.node_groups:
+                for piece in group.zeros if group.name in chosen else ():
+                    entries = piece.of(parameters[piece.parameter])
+                    entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
 
     def _cost(self, kept: Mapping[str, int] | None = None) -> Cost:
         return cost(self.partition, kept)
@@ -573,9 +572,8 @@ class OTO:
                 "  effect  groups and costs are known, a slim model cannot be made\n"
                 "  to fix  give the model values (model.to_empty(device=...), load_state_dict) and a new OTO"
             )
-        kept = read_zeros(self.node_groups, self.model)
+        kept, notes = evened(self.node_groups, read_zeros(self.node_groups, self.model))
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
-        notes: list[str] = []
         built = _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
         with built, as_found(self.model):
             how, slim, edits, tensors, checks, why = self._emit(kept, emitter, notes)
