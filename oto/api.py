@@ -28,7 +28,6 @@ from oto.errors import (
     NotPrunedWarning,
     OptionError,
     OTOError,
-    TargetError,
     TooLateError,
     TraceError,
     UnknownOpWarning,
@@ -54,6 +53,7 @@ from oto.groups.policy import (
     zeroing,
 )
 from oto.io.artefact import check_out_dir, writing
+from oto.io.pretrained import save_pretrained
 from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, rebuild, write_program
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
@@ -62,8 +62,10 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.preview import Preview, preview
 from oto.report.table import subnet_table
+from oto.slim.config import Recipe
 from oto.slim.graph import emit_graph
 from oto.slim.latency import Latency, Timer, measured_latency
+from oto.slim.layout import emit_stock, stated
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
@@ -85,7 +87,8 @@ class Subnet:
     Attributes:
         model: The slim module, in eval mode; it owns its memory.
         path: The folder of the artefact, ``None`` if it was not saved.
-        emitter: ``"module"`` (the original class), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
+        emitter: ``"config"`` (the original class, made from an edited config), ``"module"`` (the original class with
+            other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
             followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
         why_graph: Why the original class could not be used, if it could not; and what a recording is.
         max_error: Largest relative error against the zeroed full model, in float64 where the model runs in it.
@@ -109,6 +112,25 @@ class Subnet:
 
     def __str__(self) -> str:
         return subnet_table(self)
+
+    def save_pretrained(self, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
+        """Write a folder that ``from_pretrained`` of the model's own library loads, without ``oto``.
+
+        It needs a slim model whose config states its sizes: ``OTO(..., layout="uniform")``.
+
+        Args:
+            out_dir: A folder that is empty or not there yet.
+            tokenizer: A tokenizer, a processor, or a list of such, to be saved beside the model. By default the files of
+                the folder that the model was loaded from are copied.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            EmitterError: The config cannot state the sizes of the slim model; the message names them.
+            ArtefactError: The folder cannot be written or holds files, or what was written reads otherwise.
+        """
+        return save_pretrained(self.model, out_dir, tokenizer)
 
 
 def _takes_options_of(source: Callable[..., Any]) -> Callable[[Made], Made]:
@@ -199,7 +221,7 @@ class OTO:
         self._prune_frozen = prune_frozen
         if not prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
-        self._keep_class, self._strict_out_nodes = keep_class, strict_out_nodes
+        self._keep_class, self._strict_out_nodes, self._layout = keep_class, strict_out_nodes, layout
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._saved: Path | None = None
         if skip_patterns:
@@ -220,6 +242,9 @@ class OTO:
         self._groups = shared_out(self._groups, tensor_parallel)
         if layout == "uniform":
             self._groups = tied(self._groups, model)
+            with _told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done"):
+                with as_found(model):
+                    self._groups = stated(model, self.partition, self._groups, dummy_input)
         require_prunable(self._groups, self.partition.found.graph)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -504,7 +529,9 @@ class OTO:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
             model: Made slim instead of the model of this ``OTO``: a copy of it with other weights, such as their moving
                 average, or what wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
-            emitter: ``"auto"``, or one way alone: ``"module"`` (the original class), ``"graph"`` or ``"recording"``.
+            emitter: ``"auto"``, or one way alone: ``"config"`` (the original class, made from an edited ``model.config``;
+                ``"auto"`` tries it first with ``layout="uniform"``), ``"module"`` (the original class), ``"graph"`` or
+                ``"recording"``.
             save_full: Save the zeroed full weights beside the slim ones.
 
         Raises:
@@ -560,9 +587,9 @@ class OTO:
         return f"{what}\n  effect  {effect}\n  to fix  {remedy}"
 
     def _subnet(self, out_dir: str | os.PathLike[str] | None, emitter: str, save_full: bool) -> Subnet:
-        if emitter not in ("auto", "module", "graph", "recording"):
+        if emitter not in ("auto", "config", "module", "graph", "recording"):
             raise EmitterError(
-                f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module', 'graph' or 'recording'"
+                f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'config', 'module', 'graph' or 'recording'"
             )
         if out_dir is not None:
             check_out_dir(out_dir)
@@ -595,6 +622,22 @@ class OTO:
         """The way that was taken, the slim module, the edits that made it (if it is of the original class), its
         tensors, the proof, and why it is not of the original class."""
         why: list[str] = []
+        if emitter == "config" or (emitter == "auto" and self._layout == "uniform" and Recipe.of(self.model)):
+            try:
+                slim, edits, tensors, checks = emit_stock(
+                    self.model, self.partition, kept, self.dummy_input, batch=True, left=self._left(kept)
+                )
+                return "config", slim, edits, tensors, checks, None
+            except Exception as failure:  # anything that the user's own forward may raise at other sizes
+                if out_of_memory(failure):
+                    raise
+                said = f"{type(self.model).__name__} cannot be made from another config: {_first_lines(failure)}"
+                if emitter == "config":
+                    raise EmitterError(
+                        f"{said}\n  effect  no slim model was made, and nothing was written\n"
+                        '  to fix  prune what a config can state: OTO(..., layout="uniform")'
+                    ) from failure
+                notes.append(said)
         if emitter in ("auto", "module"):
             try:
                 thin = thinning(self.partition, kept)
@@ -706,14 +749,14 @@ class OTO:
             left_out = draft.tensors(WEIGHTS, tensors, unread)
             if save_full:
                 draft.tensors(FULL, tensors_of(self.model, self.partition), unread)
+            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; and so
+            # is a class whose norms have absorbed a factor, which the dtype of the file rounds
+            against, left = (portable, None) if recorded or about["emitter"] == "config" else (full, left)
             again: list[Check] = []
             if edits is not None:
-                again += check(
-                    full, rebuild(full, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1, left=left
-                )
+                read = rebuild(full, draft.load(WEIGHTS), plain_edits(edits))
+                again += check(against, read, given, "reloaded", 1, left=left)
                 require(again)
-            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself
-            against, left = (portable, None) if recorded else (full, left)
             no_program, proof = write_program(
                 draft,
                 portable,

@@ -7,7 +7,7 @@ is free. Ties are plain data on the groups, and whoever removes atoms goes by th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import gcd, prod
 

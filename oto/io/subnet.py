@@ -146,7 +146,7 @@ def load_subnet(
     """
     artefact = reading(path)
     manifest = artefact.manifest
-    if model is None or manifest["emitter"] != "module":
+    if model is None or manifest["emitter"] not in ("module", "config"):
         return _load_program(artefact)
     # what the file does not hold is as the constructor makes it
     make = (lambda factory: factory()) if manifest.get("left_out") else _on_meta

@@ -53,7 +53,7 @@ class Recipe:
     config: Any
     device: str = "meta"
     _known: dict[tuple[tuple[str, Any], ...], Shapes | None] = field(default_factory=dict)
-    _asked: list[str] | None = None
+    _implied: dict[str, int] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Recipe | None:
@@ -120,29 +120,35 @@ class Recipe:
         """Numbers that the config states."""
         return {path: value for path, value in fields(self.config) if value is not None}
 
-    def asked(self) -> list[str]:
-        """Fields that are unset or missing, that the class reads when it is made, and that shapes depend on."""
-        if self._asked is None:
-            names: dict[str, None] = {}
-            config = copy.deepcopy(self.config)
-            nested = dict(configs(config))
-            paths = {id(held): path for path, held in nested.items()}
+    def implied(self, sizes: Iterable[int]) -> dict[str, int]:
+        """Fields that are unset or missing and state a size all the same, with that size.
 
-            def seen(held: object, name: str) -> None:
-                if id(held) in paths and not name.startswith("_"):
-                    path = paths[id(held)]
-                    names[f"{path}.{name}" if path else name] = None
+        They are read when the class is made, shapes depend on them, and one of ``sizes`` changes nothing.
+        """
+        if self._implied is None:
+            self._implied = {}
+            for path in self._unset():
+                if self.shapes({path: PROBE}) not in (None, self.shapes({})):
+                    same = (n for n in sorted(sizes) if self.shapes({path: n}) == self.shapes({}))
+                    self._implied.update((path, n) for n in [next(same, None)] if n is not None)
+        return self._implied
 
-            with _watched({type(held) for held in nested.values()}, seen), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with torch.random.fork_rng(), torch.device(self.device):
-                    self.kind(config)
-            self._asked = [path for path in names if self.matters(path, PROBE)]
-        return self._asked
+    def _unset(self) -> list[str]:
+        names: dict[str, None] = {}
+        config = copy.deepcopy(self.config)
+        nested = dict(configs(config))
+        paths = {id(held): path for path, held in nested.items()}
 
-    def matters(self, path: str, value: Any) -> bool:
-        """Whether another value of a field changes a shape, or is refused."""
-        return self.shapes({path: value}) != self.shapes({})
+        def seen(held: object, name: str) -> None:
+            if id(held) in paths and not name.startswith("_"):
+                path = paths[id(held)]
+                names[f"{path}.{name}" if path else name] = None
+
+        with _watched({type(held) for held in nested.values()}, seen), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.random.fork_rng(), torch.device(self.device):
+                self.kind(config)
+        return list(names)
 
 
 def _get(held: Any, name: str) -> Any:
@@ -221,11 +227,8 @@ def _parts(term: Term) -> Iterator[Term]:
                 yield from _parts(resolve(segment))
 
 
-def solve(recipe: Recipe, thin: Thinning, known: Iterable[str] = ()) -> dict[str, Any]:
+def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
     """The fields that give every parameter and buffer its thinner shape, and their values.
-
-    Args:
-        known: Fields to look at first.
 
     Raises:
         EmitterError: There are none; the message names the tensors that would differ.
@@ -233,56 +236,51 @@ def solve(recipe: Recipe, thin: Thinning, known: Iterable[str] = ()) -> dict[str
     base = recipe.shapes({}) or {}
     leaves = [leaf for leaf in thin.found.graph.leaves if leaf.names]
     wanted = dict(base) | {name: thin.shape(leaf) for leaf in leaves for name in leaf.names if name in base}
-    terms = [term for leaf in leaves for term in thin.found.terms(leaf.value)]
+    became = _became(thin)
+    implied = recipe.implied(became)
+    numbers = recipe.fields() | implied
+    edits: dict[str, Any] = {}
+
+    def off(edits: Fields) -> float:
+        found = recipe.shapes({**implied, **edits})
+        return MISFIT if found is None else _distance(found, wanted)
+
+    left = off(edits)
+    while left:
+        tries = [(path, n) for path, value in numbers.items() for n in sorted(became.get(value, ()))]
+        tries = [(path, n) for path, n in tries if n != numbers[path] and edits.get(path) != n]
+        best, i = min(((off(edits | {path: n}), i) for i, (path, n) in enumerate(tries)), default=(MISFIT, 0))
+        if best >= left:
+            found = recipe.shapes({**implied, **edits}) or {}
+            wrong = [
+                f"{name} is to be {list(shape)}, the class makes it {list(found.get(name, ()))}"
+                for name, shape in wanted.items()
+                if found.get(name) != shape
+            ]
+            raise EmitterError(f"no fields of the config give {recipe.kind.__name__} its sizes: {some(wrong, 3)}")
+        left = best
+        edits[tries[i][0]] = tries[i][1]
+    for path, value in implied.items():  # stated only where it has to be
+        if path not in edits:
+            edits[path] = value
+    for path in implied:
+        without = {name: value for name, value in edits.items() if name != path}
+        if recipe.shapes(without) == wanted:
+            edits = without
+    return edits
+
+
+def _became(thin: Thinning) -> dict[int, set[int]]:
+    """For every size in the network, what the terms of that size became; the sizes that did not change among them."""
+    terms = [term for leaf in thin.found.graph.leaves for term in thin.found.terms(leaf.value)]
     for rewrite in thin.found.tape.rewrites.values():
         terms += rewrite.terms
     became: dict[int, set[int]] = {}
     for term in dict.fromkeys(resolve(term) for term in terms):
         for part in _parts(term):
-            old, new = size_of(part), count(part, thin.counts)
-            if old != new:
-                became.setdefault(old, set()).add(new)
-
-    def off(edits: Fields) -> float:
-        found = recipe.shapes(edits)
-        return MISFIT if found is None else _distance(found, wanted)
-
-    stated = {path: sorted(became.get(value, ())) for path, value in recipe.fields().items() if value in became}
-    edits: dict[str, Any] = {}
-    left = off(edits)
-    for candidates in ({p: v for p, v in stated.items() if p in set(known)}, stated, None):
-        while left:
-            if candidates is None:  # what is unset; first of all what the shapes that are still wrong are made of
-                values = _lacking(recipe.shapes(edits) or {}, wanted, thin)
-                tries = [(path, value) for path in recipe.asked() for value in values]
-            else:
-                tries = [(path, value) for path, values in candidates.items() for value in values]
-            tries = [(path, value) for path, value in tries if edits.get(path) != value]
-            rated = [(off(edits | {path: value}), i) for i, (path, value) in enumerate(tries)]
-            best, i = min(rated, default=(MISFIT, 0))
-            if best >= left:
-                break
-            left = best
-            edits[tries[i][0]] = tries[i][1]
-    if left:
-        found = recipe.shapes(edits) or {}
-        wrong = [
-            f"{name} is to be {list(shape)}, its class makes it {list(found.get(name, ()))}"
-            for name, shape in wanted.items()
-            if found.get(name) != shape
-        ]
-        raise EmitterError(f"no values of the config's fields give {recipe.kind.__name__} its sizes: {some(wrong, 3)}")
-    return edits
-
-
-def _lacking(found: Shapes, wanted: Shapes, thin: Thinning) -> list[int]:
-    """Numbers that shapes which are still wrong may be made of."""
-    numbers: dict[int, None] = {}
-    for leaf in thin.found.graph.leaves:
-        if leaf.names and found.get(leaf.names[0]) != wanted.get(leaf.names[0]):
-            for term in thin.found.terms(leaf.value):
-                numbers.update((count(part, thin.counts), None) for part in _parts(resolve(term)))
-    return sorted(numbers)
+            became.setdefault(size_of(part), set()).add(count(part, thin.counts))
+    became.pop(0, None)  # what is empty
+    return became
 
 
 def _distance(found: Shapes, wanted: Shapes) -> float:

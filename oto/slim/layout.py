@@ -24,18 +24,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.axes.call import Size
-from oto.errors import EmitterError, out_of_memory
+from oto.errors import EmitterError, VerificationError, out_of_memory
 from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import settled
 from oto.groups.policy import keep_whole
 from oto.nn import functional as counted
 from oto.slim.config import Recipe, solve, stock
+from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
-from oto.slim.verify import check, in_double, require
+from oto.slim.verify import Check, check, in_double, require
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
+
+COARSER = 6
+"""How many steps are tried."""
 
 UNSTATED = "layout: no field of the config states its size"
 
@@ -65,8 +69,8 @@ def stated(
                 trial.groups = alone
             else:
                 steps[path] = step
-    good = trial.fitting(steps)
-    whole = [g.name for key, same in trial.members().items() if key not in good for g in same]
+    steps = trial.fitting(steps)
+    whole = [g.name for key, same in trial.members().items() if key not in steps for g in same]
     found = keep_whole(trial.groups, whole, UNSTATED)
     return settled(replace(g, divisor=steps[_key(g)]) if g.prunable else g for g in found)
 
@@ -126,36 +130,44 @@ class _Trial:
     def _first(self, counts: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
         return {g.name: np.arange(counts[key]) for key, same in self.members().items() if key in counts for g in same}
 
-    def fitting(self, steps: Mapping[str, int]) -> list[str]:
-        """The ties that the class can lose at once and still compute the same."""
-        if not steps or self._same(list(steps), steps):
-            return list(steps)
-        good: list[str] = []
-        for key in steps:
-            if self._same([*good, key], steps):
-                good.append(key)
+    def fitting(self, steps: Mapping[str, int]) -> dict[str, int]:
+        """The ties that the class can lose at once and still compute the same, and what their counts are multiples of.
+
+        A kernel may take some sizes only; then steps get larger.
+        """
+        if not steps or self._failure(steps) is None:
+            return dict(steps)
+        good: dict[str, int] = {}
+        for key, step in steps.items():
+            size = self.members()[key][0].size
+            for n in [n for n in range(step, size, step) if size % n == 0][:COARSER]:
+                failure = self._failure(good | {key: n})
+                if failure is None:
+                    good[key] = n
+                if failure is None or isinstance(failure, EmitterError | VerificationError):
+                    break
         return good
 
-    def _same(self, keys: Iterable[str], steps: Mapping[str, int]) -> bool:
+    def _failure(self, steps: Mapping[str, int]) -> Exception | None:
+        """What happens to the class when some ties keep some multiple of their steps."""
         draw = np.random.default_rng(0)
         kept: dict[str, NDArray[np.int64]] = {}
-        for key in keys:
+        for key, step in steps.items():
             same = self.members()[key]
-            size, step = same[0].size, steps[key]
-            count = step * int(draw.integers(1, size // step))
+            size = same[0].size
+            count = step * (1 + 2 * int(draw.integers(size // step // 2)))  # odd, so no multiple of a coarser step
             kept |= {g.name: np.sort(draw.permutation(size)[:count]) for g in same}
         try:
             if on_meta(self.model):  # there is nothing to run
                 solved(self.model, self.partition, kept, self.recipe)
             else:
-                full = self._zeroed(kept)
-                compared(full, restated(full, self.partition, kept)[0], self.partition, kept, self.dummy_input)
+                emit_stock(self._zeroed(kept), self.partition, kept, self.dummy_input, inputs=0)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
-            log.info("the class cannot lose %s: %s", list(keys), failure)
-            return False
-        return True
+            log.info("the class cannot lose %s: %s", dict(steps), failure)
+            return failure
+        return None
 
     def _zeroed(self, kept: Kept) -> nn.Module:
         """A copy of the model without what is not kept, and with weights that show a mistake."""
@@ -200,39 +212,34 @@ def restated(model: nn.Module, partition: Partition, kept: Kept) -> tuple[nn.Mod
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
     edits, norms = solved(model, partition, kept, recipe)
     thin = thinning(partition, kept)
-    tensors = {
-        name: thin.thin(leaf, _tensor(model, leaf.names[0])) for leaf in partition.found.graph.leaves
-        for name in leaf.names
-    }  # fmt: skip
-    slim = stock(model, tensors, edits)
+    slim = stock(model, thin_tensors(model, thin), edits)
     with torch.no_grad():
         _absorb(model, slim, partition, thin, norms)
     return slim, edits
 
 
-def compared(full: nn.Module, slim: nn.Module, partition: Partition, kept: Kept, dummy_input: Any) -> None:
-    """Refuse a stock class that does not compute what the zeroed model does.
+def emit_stock(
+    model: nn.Module, partition: Partition, kept: Kept, dummy_input: Any, **how: Any
+) -> tuple[nn.Module, Edits, dict[str, Tensor], list[Check]]:
+    """The slim model as the stock class, the edits that make it, the tensors that it holds in a file, and its proof.
+
+    Args:
+        **how: For :func:`oto.slim.verify.check`.
 
     Raises:
-        VerificationError: It does not.
+        EmitterError: No config states what is kept.
+        VerificationError: It does not compute what the zeroed model does.
     """
-    require(check(full, slim, dummy_input, inputs=0, wider=wider(partition, kept)))
+    slim, edits = restated(model, partition, kept)
 
+    def widened(full64: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
+        return in_double(restated(full64, partition, kept)[0])
 
-def wider(partition: Partition, kept: Kept) -> Any:
-    """How to make the stock class in float64: what norms absorb is worked out there, for float32 would round it."""
-
-    def widened(full64: nn.Module) -> nn.Module:
-        slim, _ = restated(full64, partition, kept)
-        return in_double(slim)
-
-    return widened
-
-
-def _tensor(model: nn.Module, path: str) -> Tensor:
-    parent, _, name = path.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(parent), name)
-    return found
+    checks = check(model, slim, dummy_input, wider=widened, **how)
+    require(checks)
+    saved = slim.state_dict().keys()
+    held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
+    return slim, Edits(config=edits), {name: t for name, t in held if name in saved}, checks
 
 
 # --- what is no size ----------------------------------------------------------------------------------------------------
@@ -264,7 +271,7 @@ def _norms(model: nn.Module, partition: Partition, thin: Thinning) -> list[_Norm
         if rewrite.op not in (counted.mean, counted.rms_norm):
             raise EmitterError(refusal)
         own = {id(p) for p in model.get_submodule(node.module).parameters(recurse=False)}
-        weights = [leaf for leaf in graph.leaves if leaf.kind == "parameter" and id(_tensor(model, leaf.name)) in own]
+        weights = [leaf for leaf in graph.leaves if leaf.kind == "parameter" and id(attribute(model, leaf.name)) in own]
         if not node.module or len(weights) != 1 or thin.shape(weights[0]) != (left,):
             raise EmitterError(refusal)
         found.append(_Norm(node.module, weights[0], full / left))
@@ -318,11 +325,13 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
     factors = {norm.path: math.sqrt(norm.ratio) for norm in norms}
     forms = {norm.path: _scaled(model, slim, thin, norm) for norm in norms}
     # norms that share the eps, but count the same
+    eps = {(value, value * norm.ratio) for norm in norms for value in _floats(model.get_submodule(norm.path)).values()}
     for path, module in slim.named_modules():
-        if path not in factors and _floats(module) != (was := _floats(model.get_submodule(path))):
-            ratios = {value / was[name] for name, value in _floats(module).items() if was.get(name)} - {1.0}
+        was, now = _floats(model.get_submodule(path)), _floats(module)
+        shared = [now[name] / was[name] for name in was.keys() & now.keys() if (was[name], now[name]) in eps]
+        for ratio in shared if path not in factors else ():
             for leaf in _producers(partition, path):
-                _times(slim, leaf.names, math.sqrt(ratios.pop() if len(ratios) == 1 else 1.0))
+                _times(slim, leaf.names, math.sqrt(ratio))
     # tables that are scaled by a function of their width
     by_value = {leaf.value: leaf for leaf in partition.found.graph.leaves}
     graph = partition.found.graph
@@ -330,7 +339,7 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
         table = by_value.get(node.args[0]) if node.op is torch.ops.aten.embedding.default else None
         if table is None or not node.module or all(mask.all() for mask in thin.entries(table)):
             continue
-        ids = torch.arange(min(table.value.shape[0], 8), device=_tensor(model, table.name).device)
+        ids = torch.arange(min(table.value.shape[0], 8), device=attribute(model, table.name).device)
         full, left = model.get_submodule(node.module)(ids), slim.get_submodule(node.module)(ids)
         ratio = float(full.norm() / left.norm())
         if abs(ratio - 1) < 1e-6:
@@ -345,7 +354,7 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
 def _times(model: nn.Module, names: Iterable[str], factor: float) -> None:
     done: set[int] = set()
     for name in names:
-        tensor = _tensor(model, name)
+        tensor = attribute(model, name)
         if id(tensor) not in done:
             tensor.mul_(factor)
             done.add(id(tensor))
@@ -360,7 +369,7 @@ def _scaled(model: nn.Module, slim: nn.Module, thin: Thinning, norm: _Norm) -> b
     """Scale the weight of a norm, and tell whether it multiplies with one more than that."""
     full, left = model.get_submodule(norm.path), slim.get_submodule(norm.path)
     (mask,) = thin.entries(norm.weight)
-    like = _tensor(model, norm.weight.name)
+    like = attribute(model, norm.weight.name)
     keep = torch.from_numpy(np.flatnonzero(mask)).to(like.device)
     x = torch.randn(4, len(mask), generator=torch.Generator().manual_seed(0)).to(like)
     x = torch.zeros_like(x).index_copy_(1, keep, x.index_select(1, keep))

@@ -19,6 +19,7 @@ from oto.errors import EmitterError, out_of_memory
 from oto.groups import Partition
 from oto.nn import SWAPS
 from oto.nn import functional as counted
+from oto.slim.config import stock as stock_class
 from oto.slim.plan import Thinning
 from oto.trace.graph import Leaf, Node
 
@@ -30,10 +31,12 @@ class Edits:
     Attributes:
         attributes: For each module path, integer attributes and their new values.
         swaps: For each module path, the class of ``oto.nn`` that takes its place, and how to make it.
+        config: Where the class is made anew from ``model.config`` instead, the fields of it that change.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     swaps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
@@ -44,6 +47,8 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     Raises:
         EmitterError: The model cannot be copied.
     """
+    if edits.config:
+        return stock_class(model, tensors, edits.config)
     memo: dict[int, Any] = {}
     for name, tensor in tensors.items():
         old = attribute(model, name)
