@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -244,11 +245,11 @@ class OTO:
             self._groups = tied(self._groups, model)
             with _told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done"):
                 with as_found(model):
-                    self._groups = stated(model, self.partition, self._groups, dummy_input)
+                    self._groups = stated(model, self.partition, self._groups, dummy_input, self._recipe)
         require_prunable(self._groups, self.partition.found.graph)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer")}
+        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer", "_recipe")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
@@ -622,10 +623,10 @@ class OTO:
         """The way that was taken, the slim module, the edits that made it (if it is of the original class), its
         tensors, the proof, and why it is not of the original class."""
         why: list[str] = []
-        if emitter == "config" or (emitter == "auto" and self._layout == "uniform" and Recipe.of(self.model)):
+        if emitter == "config" or (emitter == "auto" and self._layout == "uniform" and self._recipe is not None):
             try:
                 slim, edits, tensors, checks = emit_stock(
-                    self.model, self.partition, kept, self.dummy_input, batch=True, left=self._left(kept)
+                    self.model, self.partition, kept, self.dummy_input, self._recipe, batch=True, left=self._left(kept)
                 )
                 return "config", slim, edits, tensors, checks, None
             except Exception as failure:  # anything that the user's own forward may raise at other sizes
@@ -702,6 +703,11 @@ class OTO:
             self._require_faithful_export(failure)
             raise
         return slim, checks
+
+    @cached_property
+    def _recipe(self) -> Recipe | None:
+        """How the model's class is made from its config, if it is."""
+        return Recipe.of(self.model)
 
     @property
     def _way_out(self) -> str:

@@ -47,11 +47,13 @@ class Recipe:
 
     Attributes:
         device: Where it is built to look at its shapes.
+        stating: Fields that were found to state a size.
     """
 
     kind: type[nn.Module]
     config: Any
     device: str = "meta"
+    stating: set[str] = field(default_factory=set)
     _known: dict[tuple[tuple[str, Any], ...], Shapes | None] = field(default_factory=dict)
     _implied: dict[str, int] | None = None
 
@@ -245,21 +247,25 @@ def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
         found = recipe.shapes({**implied, **edits})
         return MISFIT if found is None else _distance(found, wanted)
 
-    left = off(edits)
-    while left:
-        tries = [(path, n) for path, value in numbers.items() for n in sorted(became.get(value, ()))]
-        tries = [(path, n) for path, n in tries if n != numbers[path] and edits.get(path) != n]
-        best, i = min(((off(edits | {path: n}), i) for i, (path, n) in enumerate(tries)), default=(MISFIT, 0))
-        if best >= left:
-            found = recipe.shapes({**implied, **edits}) or {}
-            wrong = [
-                f"{name} is to be {list(shape)}, the class makes it {list(found.get(name, ()))}"
-                for name, shape in wanted.items()
-                if found.get(name) != shape
-            ]
-            raise EmitterError(f"no fields of the config give {recipe.kind.__name__} its sizes: {some(wrong, 3)}")
-        left = best
-        edits[tries[i][0]] = tries[i][1]
+    tries = [(path, n) for path, value in numbers.items() for n in sorted(became.get(value, ())) if n != value]
+    for some_of in ([(path, n) for path, n in tries if path in recipe.stating], tries):
+        while (left := off(edits)) > 0:  # the largest step first, and what still is one after it
+            rated = sorted((off(edits | {path: n}), i) for i, (path, n) in enumerate(some_of))
+            for better, i in rated:
+                path, n = some_of[i]
+                if better < left and off(edits | {path: n}) < off(edits):
+                    edits[path] = n
+            if off(edits) == left:
+                break
+    if off(edits) > 0:
+        found = recipe.shapes({**implied, **edits}) or {}
+        wrong = [
+            f"{name} is to be {list(shape)}, the class makes it {list(found.get(name, ()))}"
+            for name, shape in wanted.items()
+            if found.get(name) != shape
+        ]
+        raise EmitterError(f"no fields of the config give {recipe.kind.__name__} its sizes: {some(wrong, 3)}")
+    recipe.stating.update(edits)
     for path, value in implied.items():  # stated only where it has to be
         if path not in edits:
             edits[path] = value

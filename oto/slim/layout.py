@@ -47,14 +47,13 @@ UNSTATED = "layout: no field of the config states its size"
 
 
 def stated(
-    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any
+    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe | None
 ) -> tuple[NodeGroup, ...]:
     """Keep whole what no field of the model's config can state; tie further what one field states for several ties.
 
     Found by trial, tie by tie: half of it is removed, and the class built from edited configs on ``meta``. In the end
     everything is removed at once, and the class compared with the zeroed model. A model without a config is left alone.
     """
-    recipe = Recipe.of(model)
     if recipe is None:
         return tuple(groups)
     trial = _Trial(model, partition, recipe, dummy_input, tuple(groups))
@@ -161,7 +160,7 @@ class _Trial:
             if on_meta(self.model):  # there is nothing to run
                 solved(self.model, self.partition, kept, self.recipe)
             else:
-                emit_stock(self._zeroed(kept), self.partition, kept, self.dummy_input, inputs=0)
+                emit_stock(self._zeroed(kept), self.partition, kept, self.dummy_input, self.recipe, inputs=0)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -201,13 +200,14 @@ def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -
     return edits | _eps(recipe, edits, norms), norms
 
 
-def restated(model: nn.Module, partition: Partition, kept: Kept) -> tuple[nn.Module, dict[str, Any]]:
+def restated(
+    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model's class made from an edited config, with what is kept of its tensors, and the edits.
 
     Raises:
         EmitterError: No config states what is kept.
     """
-    recipe = Recipe.of(model)
     if recipe is None:
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
     edits, norms = solved(model, partition, kept, recipe)
@@ -219,7 +219,7 @@ def restated(model: nn.Module, partition: Partition, kept: Kept) -> tuple[nn.Mod
 
 
 def emit_stock(
-    model: nn.Module, partition: Partition, kept: Kept, dummy_input: Any, **how: Any
+    model: nn.Module, partition: Partition, kept: Kept, dummy_input: Any, recipe: Recipe | None, **how: Any
 ) -> tuple[nn.Module, Edits, dict[str, Tensor], list[Check]]:
     """The slim model as the stock class, the edits that make it, the tensors that it holds in a file, and its proof.
 
@@ -230,10 +230,10 @@ def emit_stock(
         EmitterError: No config states what is kept.
         VerificationError: It does not compute what the zeroed model does.
     """
-    slim, edits = restated(model, partition, kept)
+    slim, edits = restated(model, partition, kept, recipe)
 
     def widened(full64: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
-        return in_double(restated(full64, partition, kept)[0])
+        return in_double(restated(full64, partition, kept, recipe)[0])
 
     checks = check(model, slim, dummy_input, wider=widened, **how)
     require(checks)
