@@ -755,8 +755,8 @@ class OTO:
             left_out = draft.tensors(WEIGHTS, tensors, unread)
             if save_full:
                 draft.tensors(FULL, tensors_of(self.model, self.partition), unread)
-            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; and so
-            # is a class whose norms have absorbed a factor, which the dtype of the file rounds
+            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
+            # class whose norms have absorbed a factor, which the dtype of the file rounds
             against, left = (portable, None) if recorded or about["emitter"] == "config" else (full, left)
             again: list[Check] = []
             if edits is not None:

@@ -35,7 +35,7 @@ def tied(groups: Sequence[NodeGroup], model: nn.Module) -> tuple[NodeGroup, ...]
     ties: dict[str, str] = {}
     taken: dict[str, int] = {}
     for same in alike.values():
-        if len(same) > 1:
+        if len(same) > 1 and any(group.prunable for group in same):
             base = star((same[0].zeros or same[0].slices)[0].parameter)
             taken[base] = taken.get(base, -1) + 1
             ties.update((group.name, f"{base}/{taken[base]}" if taken[base] else base) for group in same)

@@ -1,4 +1,4 @@
-"""A folder that the model's own library loads: written by the class itself, for processes that know nothing of ``oto``."""
+"""A folder that the model's own library loads, written by the class itself, for processes without ``oto``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save_pretrained(slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer:
         slim: A model whose ``config`` makes its class in its sizes.
         out_dir: A folder that is empty or not there yet.
         tokenizer: What is to be saved beside it (a tokenizer, a processor, or several): anything that has a
-            ``save_pretrained`` of its own. By default the files of the folder that the model was loaded from are copied.
+            ``save_pretrained``. By default the files of the folder that the model was loaded from are copied.
 
     Returns:
         The files.
@@ -95,16 +95,23 @@ def _require_same(slim: nn.Module, folder: Path) -> None:
     """Compare every tensor of what the class reads with the model."""
     dtype = next((p.dtype for p in slim.parameters() if p.is_floating_point()), torch.float32)
     again = type(slim).from_pretrained(folder, dtype=dtype)  # type: ignore[attr-defined]
-    held = dict([*again.named_parameters(remove_duplicate=False), *again.named_buffers(remove_duplicate=False)])
-    own = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
+    own, read = slim.state_dict(), again.state_dict()
+    made, remade = dict(slim.named_buffers()), dict(again.named_buffers())  # some are in no file
     wrong = [
-        name
-        for name in {**own, **held}
-        if name not in own or name not in held or not torch.equal(own[name].cpu(), held[name].cpu())
+        name for name in {**own, **read} if name not in own or name not in read or not _equal(own[name], read[name])
     ]
+    wrong += [name for name in {**made, **remade} if name not in made or name not in remade]
+    near = (name for name in made.keys() & remade.keys() if made[name].is_floating_point())
+    wrong += [name for name in near if not torch.allclose(made[name].cpu().float(), remade[name].cpu().float(), 1e-2)]
     if wrong:
         raise ArtefactError(
-            f"what {type(slim).__name__} wrote reads otherwise: {some(wrong)}\n"
+            f"what {type(slim).__name__} wrote reads otherwise: {some(sorted(wrong))}\n"
             f"  effect  {folder} holds a model that is not the slim one\n"
             "  to fix  report the model; construct_subnet(out_dir) and load_subnet(out_dir, make_model) do not go by it"
         )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return (
+        torch.equal(a.cpu(), b.cpu()) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else bool(a == b)
+    )

@@ -11,8 +11,8 @@ the cost won. With ``by_cost = 0`` scores are compared as they are.
 Everything is a handful of sorts over all atoms at once. Sorts are stable and ties fall to the first atom of the first
 node group, so every rank of a distributed run that has the same scores chooses the same atoms.
 
-Node groups may be *tied*: what goes from one goes from all of its tie, from each what it can spare best. A tie is chosen
-from as one group whose atoms are as important, and save as much, as those of its groups are on average.
+Node groups may be *tied*: what goes from one goes from all of its tie, from each what it can spare best. A tie is
+chosen from as one group whose atoms are as important, and save as much, as those of its groups are on average.
 
 With ``divisible = d > 1`` atoms leave a node group in *units*: the first unit brings the kept count to a multiple of
 ``d``, every further one holds ``d`` atoms. A unit is as important as the most important atom that it holds.
@@ -136,7 +136,7 @@ def select(
     by = np.broadcast_to(np.asarray(divisible, dtype=np.int64), groups)
     units = Units.of(scores, left, sizes, by, np.ones(groups) if worth is None else worth)
     order, counts = units.order, np.bincount(np.repeat(np.arange(groups), sizes)[left], minlength=groups)
-    many = np.ones(groups)
+    many: Counts = np.ones(groups, dtype=np.int64)
     if ties is not None:
         units, one, many = units.tied(ties), np.unique(ties, return_index=True)[1], np.bincount(ties)
         if (counts != counts[one][ties]).any():

@@ -187,10 +187,9 @@ def fields(config: Any) -> Iterator[tuple[str, int | float | None]]:
 @contextmanager
 def _watched(kinds: Iterable[type[Any]], seen: Callable[[object, str], None]) -> Iterator[None]:
     """While inside, tell of every attribute that is read of objects of some classes and is unset or missing."""
-    kinds = list(kinds)
-    own = {kind: vars(kind).get("__getattribute__") for kind in kinds}
+    own: dict[Any, Any] = {kind: vars(kind).get("__getattribute__") for kind in kinds}
 
-    def watching(kind: type[Any]) -> Callable[[Any, str], Any]:
+    def watching(kind: Any) -> Callable[[Any, str], Any]:
         plain = kind.__getattribute__
 
         def read(self: Any, name: str) -> Any:
@@ -205,7 +204,7 @@ def _watched(kinds: Iterable[type[Any]], seen: Callable[[object, str], None]) ->
 
         return read
 
-    made = {kind: watching(kind) for kind in kinds}
+    made = {kind: watching(kind) for kind in own}
     try:
         for kind, read in made.items():
             kind.__getattribute__ = read
@@ -334,8 +333,18 @@ def fill(slim: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> No
             made[id(old)] = nn.Parameter(tensors[name], like[name].requires_grad)
         _put(slim, name, made[id(old)])
     for name, buffer in list(slim.named_buffers(remove_duplicate=False)):
-        kept = name in saved and name in tensors
-        _put(slim, name, tensors[name] if kept else buffer.to(like[name].dtype) if name in like else buffer)
+        if name in saved and name in tensors:
+            _put(slim, name, tensors[name])
+        elif name in like:
+            _put(slim, name, like[name].detach().clone() if _near(buffer, like[name]) else buffer.to(like[name].dtype))
+
+
+def _near(made: Tensor, held: Tensor) -> bool:
+    """Whether a buffer that a constructor makes is the one that the model holds, as casts may have rounded it."""
+    if held.is_meta or made.shape != held.shape:
+        return False
+    wide = torch.complex128 if held.is_complex() else torch.float64
+    return torch.allclose(made.to(held.device, wide), held.to(wide), rtol=1e-2, atol=1e-6)
 
 
 def _put(model: nn.Module, path: str, tensor: Tensor) -> None:

@@ -43,7 +43,7 @@ COARSER = 6
 
 UNSTATED = "layout: no field of the config states its size"
 
-# --- what a config can state --------------------------------------------------------------------------------------------
+# --- what a config can state ------------------------------------------------------------------------------------------
 
 
 def stated(
@@ -185,7 +185,7 @@ class _Trial:
         return full
 
 
-# --- the class of that size ---------------------------------------------------------------------------------------------
+# --- the class of that size -------------------------------------------------------------------------------------------
 
 
 def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -> tuple[dict[str, Any], list[_Norm]]:
@@ -242,7 +242,7 @@ def emit_stock(
     return slim, Edits(config=edits), {name: t for name, t in held if name in saved}, checks
 
 
-# --- what is no size ----------------------------------------------------------------------------------------------------
+# --- what is no size --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
