@@ -101,6 +101,11 @@ class _Search:
         self.found.telling = Telling(self.model, self.partition, self.dummy_input)
         # a run on data is to take the path of the full model, whatever is in the thinner tensors
         self.script = Script() if self.graph.how == "real" else None
+        tied: dict[str, list[str]] = {}
+        for group in self.groups:
+            if group.tie is not None and group.prunable:
+                tied.setdefault(group.tie, []).append(group.name)
+        self.found.ties = sorted(tuple(names) for names in tied.values() if len(names) > 1)
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
 
     @cached_property
@@ -149,15 +154,15 @@ class _Search:
             draw = np.random.default_rng((seed, i))
             least = min(group.min_kept, group.size)
             if name in self.in_rows and group.size > _ROW:
-                steps = draw.integers(1, max(1, (group.size - 1) // _ROW), endpoint=True)
-                kept[name] = np.arange(steps * _ROW)
+                step = int(np.lcm(_ROW, group.divisor))
+                kept[name] = np.arange(step * draw.integers(1, max(1, (group.size - 1) // step), endpoint=True))
                 continue
             if seed == 0:  # a size of one is broadcast and squeezed away, so it comes last
                 least = max(least, 2 if group.size > 2 else 1)
                 atoms = draw.integers(least, max(least, group.size - 1), endpoint=True)
             else:
                 atoms = draw.integers(least, group.size, endpoint=True)
-            kept[name] = np.arange(atoms)
+            kept[name] = np.arange(-(-atoms // group.divisor) * group.divisor)
         return thinning(self.partition, kept)
 
     def departure(self, seed: int) -> _Departure | None:
