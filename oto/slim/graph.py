@@ -18,6 +18,8 @@ from oto.axes.terms import size as size_of
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
 from oto.groups.partition import occurrences
+from oto.slim.graph_module import SlimGraph
+from oto.slim.leaves import follow_device, name_leaves
 from oto.slim.plan import Thinning
 from oto.trace.export import Exported
 from oto.trace.graph import Leaf, Node, Value
@@ -27,8 +29,8 @@ aten = torch.ops.aten
 _BY_COUNT = {aten.chunk.default, aten.unsafe_chunk.default, aten.tensor_split.sections}
 
 
-def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.GraphModule:
-    """Build the slim model as a plain ``torch.fx.GraphModule``.
+def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGraph:
+    """Build the slim model as a ``torch.fx.GraphModule`` that goes by the names of ``forward``.
 
     What to keep was decided on the recorded graph and is stated per parameter entry, so it carries over.
 
@@ -38,12 +40,14 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
     thin = Thinning(propagate(exported.graph, partition.found.strict_out_nodes), {})
     thin.masks = _carry_over(thin, partition, kept)
     source = exported.module
-    slim = fx.GraphModule(source, source.graph)
+    ranks = {node: val.ndim for node in source.graph.nodes if isinstance(val := node.meta.get("val"), Tensor)}
+    slim = SlimGraph(source, source.graph, exported.takes)
     inputs = _tensors_of(exported)
     for node in exported.graph.nodes:
         rewrite = thin.found.tape.rewrites.get(node.index)
         if rewrite is not None and thin.changes(rewrite):
             _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), thin, inputs)
+    follow_device(slim.graph)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
         if node.target is torch.ops.aten.view.default:  # thinner tensors may lie in memory in another way
@@ -59,9 +63,10 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
             made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         if id(old) in made:
             setattr(holder, name, made[id(old)])
+    name_leaves(slim, source, ranks)
     slim.graph.lint()
     slim.recompile()
-    return slim.eval()
+    return slim
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
