@@ -25,11 +25,14 @@ class SlimGraph(fx.GraphModule):
         takes: Arguments and sizes that it takes, if they are known.
     """
 
+    takes: Takes | None
+    _checks: tuple[tuple[str, Callable[..., Any]], ...]
+
     def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, takes: Takes | None = None) -> None:
         vars(self)["takes"] = takes
         vars(self)["_checks"] = () if takes is None else takes.compiled
         vars(self)["_trains_as_eval"] = False
-        super().__init__(root, graph)
+        super().__init__(root, graph, SlimGraph.__name__)
         self.eval()
 
     def recompile(self) -> Any:

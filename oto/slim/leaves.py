@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from oto._torch import OpOverload
+from oto.nn import GroupNorm, LayerNorm, RMSNorm
+from oto.nn import functional as counted
 
 aten = torch.ops.aten
 
@@ -31,9 +36,11 @@ def follow_device(graph: fx.Graph) -> None:
         if here is None:
             with graph.inserting_after(placeholders[-1]):
                 here = graph.call_function(getattr, (first, "device"))
-        node.args, node.kwargs = fx.node.map_aggregate(
-            (node.args, dict(node.kwargs)), lambda x: here if isinstance(x, torch.device) else x
-        )
+
+        def followed(x: Any, here: Any = here) -> Any:
+            return here if isinstance(x, torch.device) else x
+
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), followed)
 
 
 def _arguments(node: fx.Node) -> list[Any]:
@@ -62,9 +69,8 @@ def _conv(o: Options, weight: Tensor, rank: int) -> nn.Module:
 
 def _embedding(o: Options, weight: Tensor, rank: int) -> nn.Module:
     own, by_frequency, sparse = o["padding_idx"], o["scale_grad_by_freq"], o["sparse"]
-    return nn.Embedding(
-        *weight.shape, padding_idx=None if own < 0 else own, scale_grad_by_freq=by_frequency, sparse=sparse
-    )
+    n, width = weight.shape
+    return nn.Embedding(n, width, padding_idx=None if own < 0 else own, scale_grad_by_freq=by_frequency, sparse=sparse)
 
 
 def _layer_norm(o: Options, weight: Tensor, rank: int) -> nn.Module:
@@ -87,6 +93,18 @@ def _batch_norm(o: Options, weight: Tensor, rank: int) -> nn.Module | None:
     return made
 
 
+def _counted_layer_norm(o: Options, weight: Tensor, rank: int) -> nn.Module:
+    return LayerNorm(o["normalized_shape"], o["full"], o["eps"], bias=o["bias"] is not None)
+
+
+def _counted_rms_norm(o: Options, weight: Tensor, rank: int) -> nn.Module:
+    return RMSNorm(o["normalized_shape"], o["full"], o["eps"])
+
+
+def _counted_group_norm(o: Options, weight: Tensor, rank: int) -> nn.Module | None:
+    return None if o["bias"] is None else GroupNorm(o["num_groups"], o["width"], o["full"], o["eps"])
+
+
 # Each makes the module of a call, of its arguments, its weight and the rank of its input, or none.
 _MAKERS: dict[Any, Callable[[Options, Tensor, int], nn.Module | None]] = {
     aten.linear.default: _linear,
@@ -101,11 +119,14 @@ _MAKERS: dict[Any, Callable[[Options, Tensor, int], nn.Module | None]] = {
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
     aten.batch_norm.default: _batch_norm,
+    counted.layer_norm: _counted_layer_norm,
+    counted.rms_norm: _counted_rms_norm,
+    counted.group_norm: _counted_group_norm,
 }
 _ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
-def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: Mapping[fx.Node, int]) -> None:
+def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: dict[fx.Node, int]) -> None:
     """Put stock modules where calls read tensors that one module owns, at that module's path.
 
     Quantisers and adapters look for modules of these classes. What they compute is the same call.
@@ -119,7 +140,7 @@ def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: Mapping[fx.Node,
         if node.op != "call_function" or node.target not in _MAKERS:
             continue
         options = _options(node)
-        x = options.pop("input" if "input" in options else "indices")
+        x = options.pop(next(name for name in ("input", "x", "indices") if name in options))
         tensors = {role: options[role] for role in _ROLES if isinstance(options.get(role), fx.Node)}
         plain = not any(isinstance(part, fx.Node) for part in _parts({**options, **dict.fromkeys(tensors)}))
         if not plain or "weight" not in tensors or any(t.op != "get_attr" for t in tensors.values()):
@@ -137,6 +158,7 @@ def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: Mapping[fx.Node,
         with graph.inserting_before(node):
             call = graph.call_module(path, (x,))
         call.meta = node.meta
+        ranks[call] = ranks.get(node, 0)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
     for node in reversed(graph.nodes):
@@ -147,6 +169,10 @@ def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: Mapping[fx.Node,
 def _options(node: fx.Node) -> Options:
     """The arguments of a call by name, defaults included."""
     target: Any = node.target
+    if not isinstance(target, OpOverload):
+        bound = inspect.signature(target).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
     named = {a.name: a.default_value if a.has_default_value() else None for a in target._schema.arguments}
     return named | dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
 
@@ -203,8 +229,9 @@ def _put(slim: fx.GraphModule, path: str, module: nn.Module, held: Mapping[str, 
         for name, tensor in [*before._parameters.items(), *before._buffers.items()]:
             if name not in held:
                 setattr(module, name, tensor)
-    for name, buffer in module.named_buffers():
+    where = held["weight"].device
+    for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # how many batches a batch norm has seen
             seen = _found(source, f"{path}.{name}")
-            setattr(module, name, seen.clone() if isinstance(seen, Tensor) else torch.zeros((), dtype=buffer.dtype))
+            setattr(module, name, seen.clone() if isinstance(seen, Tensor) else torch.zeros_like(buffer, device=where))
     return bool(slim.add_submodule(path, module))

@@ -65,6 +65,10 @@ class Exported:
     takes: Takes | None = None
     why: str | None = None
 
+    def other_sizes(self, dummy_input: Any) -> list[list[tuple[int, ...]]]:
+        """As :meth:`Takes.other_sizes`, for the example; each shape in the order of its tensors."""
+        return [] if self.takes is None else self.takes.other_sizes(*arguments(dummy_input))
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -103,7 +107,7 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
         while ways:
             way, given = ways.pop(0)
             try:
-                shapes = None if way == "none" else _free(model, *given, all_of_them=way == "all")
+                shapes = None if way == "none" else _free(model, given, way == "all")
                 with redirect_stderr(io.StringIO()), quiet(), _few_conditions():  # torch prints the whole graph
                     program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
                 if way == "all":
@@ -226,9 +230,9 @@ def _two(given: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, given)
 
 
-def _free(model: nn.Module, args: Any, kwargs: Any, all_of_them: bool) -> Any:
+def _free(model: nn.Module, given: Any, all_of_them: bool) -> Any:
     """Which dimensions of which tensors may be free; what must not be is for torch.export to find out."""
-    batch, auto = _batch(args, kwargs), torch.export.Dim.AUTO
+    (args, kwargs), batch, auto = given, _batch(*given), torch.export.Dim.AUTO
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
 
     def free(leaf: Any) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from oto._torch import SIZE_FUNCTIONS, expression, substituted, tree_leaves, tree_map_only, tree_unflatten
+from oto._torch import SIZE_FUNCTIONS, substituted, tree_leaves, tree_map_only
 from oto.errors import GraphInputError, some
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
@@ -116,7 +118,7 @@ class Takes:
         for name, value in kwargs.items():
             if name in named:
                 raise self._refused(f"{name} was passed twice", "pass it once")
-            if name not in known:
+            if name not in known and not any(p.kind == "VAR_KEYWORD" for p in self.parameters):
                 raise self._refused(f"{name} was passed, which the model does not know", f"leave {name} out")
             named[name] = value
         return named
@@ -125,12 +127,13 @@ class Takes:
         for p in self.parameters:
             if p.name == name and p.optional:
                 return value is p.default or (isinstance(value, _PLAIN) and bool(value == p.default))
-        return False
+        return value is None  # of further options, that is none
 
     def _refused(self, what: str, remedy: str) -> GraphInputError:
         return GraphInputError(
-            f"{what}\n  made with  {some(self.given, 12)}\n  effect     nothing was computed: a slim model that is a graph"
-            " takes the arguments of the example given to OTO(...)\n"
+            f"{what}\n  made with  {some(self.given, 12)}\n"
+            "  effect     nothing was computed: a slim model that is a graph takes the arguments of the example given"
+            " to OTO(...)\n"
             f"  to fix     {remedy}, or give OTO(...) an example as you call the model; a slim model of the model's own"
             " class takes whatever that takes"
         )
@@ -150,7 +153,7 @@ class Takes:
         shapes = [f"{name} {tuple(value.shape)}" for name, value in named.items() if isinstance(value, Tensor)]
         free = [f"{name} {list(dims)}" for name, dims in self.free.items() if dims]
         return GraphInputError(
-            f"the graph does not hold for these sizes: it was made where {text.replace('L[', '').replace('].', '.')}\n"
+            f"the graph does not hold for these sizes: it was made where {_shown(text)}\n"
             f"  sizes   {some(shapes)}\n  free    {some(free) or 'no dimension'}\n  effect  nothing was computed\n"
             "  to fix  pass sizes of that kind, or give OTO(...) an example of the size that is needed; a slim model of"
             " the model's own class takes what that takes"
@@ -181,33 +184,31 @@ class Takes:
         seen = self._sources(named)
         return all(holds(seen) for _, holds in self.compiled)
 
-    def other_sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int | None) -> list[Any]:
+    def other_sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[list[tuple[int, ...]]]:
         """Two other shapes of each tensor among the arguments, smaller and larger, for which the graph holds.
 
-        Args:
-            batch: The size of the batch on the example; a dimension of it is tried at one, and at two more.
+        A leading dimension is tried at one and at two more, as a batch; others at about a quarter, and at twice.
 
         Returns:
-            For each, the shapes of the tensors in the order of the leaves; those that do not differ are left out.
+            For each of the two, the shapes of the tensors in the order of the leaves; fewer if nothing else is free.
         """
         tensors = [leaf for leaf in tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, Tensor)]
         if len(tensors) != len(self.sizes):
             return []
-        first = {size for sizes in self.sizes.values() for size in sizes[:1] if isinstance(size, str)}
-        own = {name: n for name, n in self.symbols.items()}
-        found: list[Any] = []
+        leading = {size for sizes in self.sizes.values() for size in sizes[:1] if isinstance(size, str)}
+        found: list[list[tuple[int, ...]]] = []
         for larger in (False, True):
-            now = dict(own)
-            for name, n in own.items():
-                tries = (n + 2, n + 1) if larger else (1,) if n > 1 else ()
-                if name not in first or n != batch:
+            now = dict(self.symbols)
+            for name, n in self.symbols.items():
+                tries: tuple[int, ...]
+                if name in leading:
+                    tries = (n + 2, n + 1) if larger else (1,)
+                else:
                     tries = (2 * n, n + n // 2, n + 1) if larger else (n // 4, n // 2, 3 * n // 4, n - 1)
-                for value in tries:
-                    if value > 0 and value != n and self._admits(now | {name: value}, args, kwargs):
-                        now[name] = value
-                        break
+                fit = (m for m in tries if m not in (0, n) and self._admits(now | {name: m}, args, kwargs))
+                now[name] = next(fit, n)
             shapes = self._shapes(now)
-            if now != own and shapes not in found:
+            if now != self.symbols and shapes not in found:
                 found.append(shapes)
         return found
 
@@ -221,7 +222,12 @@ class Takes:
         try:
             meta = tree_map_only(Tensor, lambda _: torch.empty(next(shapes), device="meta"), (list(args), dict(kwargs)))
             return self.holds(self.bind(*meta))
-        except (RuntimeError, ZeroDivisionError, GraphInputError):
+        except (
+            RuntimeError,
+            NameError,
+            ZeroDivisionError,
+            GraphInputError,
+        ):  # negative sizes, functions of no name here
             return False
 
 
@@ -229,6 +235,11 @@ def compiled(text: str) -> Callable[..., Any]:
     """A condition as a function of the arguments that it names ``L``."""
     made: Callable[..., Any] = eval(f"lambda L: ({text})", {"__builtins__": {}, **SIZE_FUNCTIONS})
     return made
+
+
+def _shown(text: str) -> str:
+    """A condition as one would write it."""
+    return ast.unparse(ast.parse(re.sub(r"L\['(\w+)'\]", r"\1", text), mode="eval"))
 
 
 def _holds_tensors(tree: Any) -> bool:
