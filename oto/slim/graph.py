@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,15 +39,45 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
         EmitterError: The exported graph ties parameter dimensions together in another way than the recorded one.
     """
     thin = Thinning(propagate(exported.graph, partition.found.strict_out_nodes), {})
-    thin.masks = _carry_over(thin, partition, kept)
+    entries = entries_of(partition, kept)
+    carry_over(
+        thin, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
+    )
+    ranks = ranks_of(exported)
+    slim = SlimGraph(thinned(exported, thin), exported.module.graph, exported.takes)
+    name_leaves(slim, exported.module, ranks)
+    slim.graph.lint()
+    slim.recompile()
+    return slim
+
+
+def entries_of(partition: Partition, kept: Kept) -> dict[str, list[NDArray[np.bool_]]]:
+    """For each name of a parameter and each of its dimensions, which entries survive."""
+    return {
+        name: partition.entries(leaf.value, kept)
+        for leaf in partition.found.graph.leaves
+        if leaf.kind == "parameter"
+        for name in leaf.names
+    }
+
+
+def ranks_of(exported: Exported) -> dict[fx.Node, int]:
+    """How many dimensions the tensor of each node has."""
+    return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
+
+
+def thinned(exported: Exported, thin: Thinning) -> fx.GraphModule:
+    """The exported module with the sizes and the tensors that are left; its graph is rewritten in place."""
     source = exported.module
-    ranks = {node: val.ndim for node in source.graph.nodes if isinstance(val := node.meta.get("val"), Tensor)}
-    slim = SlimGraph(source, source.graph, exported.takes)
+    slim = fx.GraphModule(source, source.graph)
     inputs = _tensors_of(exported)
     for node in exported.graph.nodes:
         rewrite = thin.found.tape.rewrites.get(node.index)
         if rewrite is not None and thin.changes(rewrite):
             _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), thin, inputs)
+    for drawn, (place, value) in exported.drawn.items():  # it is analysed as in eval mode
+        drawn.args = tuple(value if i == place else x for i, x in enumerate(drawn.args))
+        drawn.kwargs = {name: value if name == place else x for name, x in drawn.kwargs.items()}
     follow_device(slim.graph)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
@@ -63,9 +94,6 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
             made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         if id(old) in made:
             setattr(holder, name, made[id(old)])
-    name_leaves(slim, source, ranks)
-    slim.graph.lint()
-    slim.recompile()
     return slim
 
 
@@ -83,35 +111,33 @@ def _leaves(exported: Exported) -> dict[int, Leaf]:
     return found
 
 
-def _carry_over(thin: Thinning, partition: Partition, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
-    wanted = {
-        name: partition.entries(leaf.value, kept)
-        for leaf in partition.found.graph.leaves
-        if leaf.kind == "parameter"
-        for name in leaf.names
-    }
+def carry_over(thin: Thinning, wanted: Mapping[Value, tuple[str, Sequence[NDArray[np.bool_]]]]) -> None:
+    """Choose the atoms that survive by what is stated of some tensors, each with its name.
+
+    Raises:
+        EmitterError: The graph cannot lose them, or loses others with them.
+    """
     masks: dict[Axis, NDArray[np.bool_]] = {}
-    parameters = [leaf for leaf in thin.found.graph.leaves if leaf.name in wanted]
-    for leaf in parameters:
-        for term, mask in zip(thin.found.terms(leaf.value), wanted[leaf.name], strict=True):
+    for value, (name, entries) in wanted.items():
+        for term, mask in zip(thin.found.terms(value), entries, strict=True):
             for axis, cuts in occurrences(term):
                 own = Slice("", 0, cuts).of(torch.from_numpy(mask)).reshape(axis.size, -1).any(1).numpy()
                 masks[axis] = masks[axis] & own if axis in masks else own
                 if axis.fixed is not None and not own.all():
                     raise EmitterError(
-                        f"the exported graph cannot thin {leaf.name}: {axis.fixed.text}\n"
+                        f"the exported graph cannot thin {name}: {axis.fixed.text}\n"
                         "  effect  no graph can be emitted for this choice of entries\n"
                         "  to fix  mark the parameter unprunable, and report the model"
                     )
-    for leaf in parameters:
-        for dim, (term, mask) in enumerate(zip(thin.found.terms(leaf.value), wanted[leaf.name], strict=True)):
+    for value, (name, entries) in wanted.items():
+        for dim, (term, mask) in enumerate(zip(thin.found.terms(value), entries, strict=True)):
             if not np.array_equal(survivors(term, masks), mask):
                 raise EmitterError(
-                    f"the exported graph ties dimension {dim} of {leaf.name} to others, the recorded one does not\n"
+                    f"the exported graph ties dimension {dim} of {name} to others, the recorded one does not\n"
                     "  effect  no graph can be emitted for this choice of entries\n"
                     "  to fix  mark the parameter unprunable, and report the model"
                 )
-    return masks
+    thin.masks = masks
 
 
 def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
