@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from oto.errors import (
     ArtefactError,
     EmitterError,
     NotPrunedWarning,
-    TargetError,
+    OptionError,
     TooLateError,
     TraceError,
     UnknownOpWarning,
@@ -32,6 +33,7 @@ from oto.errors import (
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
+from oto.groups.layout import LAYOUTS, drawn, evened, joined, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
     carried_by_nodes,
@@ -46,6 +48,7 @@ from oto.groups.policy import (
     zeroing,
 )
 from oto.io.artefact import check_out_dir
+from oto.io.pretrained import save_pretrained
 from oto.io.subnet import FULL, WEIGHTS, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
@@ -54,8 +57,10 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.preview import Preview, preview
 from oto.report.table import subnet_table
-from oto.slim.construct import Zeroed, construct
+from oto.slim.config import Recipe
+from oto.slim.construct import Zeroed, construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
+from oto.slim.layout import stated
 from oto.slim.module import OwnClass
 from oto.slim.own_class import own_class
 from oto.slim.plan import read_zeros
@@ -75,7 +80,8 @@ class Subnet:
     Attributes:
         model: The slim module, in eval mode; it owns its memory.
         path: The folder of the artefact, ``None`` if it was not saved.
-        emitter: ``"module"`` (the original class), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
+        emitter: ``"config"`` (the original class, made from an edited config), ``"module"`` (the original class with
+            other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
             followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
         why_graph: Why the original class could not be used, if it could not; and what a recording is.
         max_error: Largest relative error against the zeroed full model, in float64 where the model runs in it.
@@ -99,6 +105,25 @@ class Subnet:
 
     def __str__(self) -> str:
         return subnet_table(self)
+
+    def save_pretrained(self, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
+        """Write a folder that ``from_pretrained`` of the model's own library loads, without ``oto``.
+
+        It needs a slim model whose config states its sizes: ``OTO(..., layout="uniform")``.
+
+        Args:
+            out_dir: A folder that is empty or not there yet.
+            tokenizer: A tokenizer, a processor, or a list of such, to be saved beside the model. By default the files
+                of the folder that the model was loaded from are copied.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            EmitterError: The config cannot state the sizes of the slim model; the message names them.
+            ArtefactError: The folder cannot be written or holds files, or what was written reads otherwise.
+        """
+        return save_pretrained(self.model, out_dir, tokenizer)
 
 
 def _takes_options_of(source: Callable[..., Any]) -> Callable[[Method], Method]:
@@ -143,6 +168,11 @@ class OTO:
             neither be told nor do without stays whole.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
+        layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
+            for all blocks states it. Where the model was made from a config (``model.config``), what no field of it
+            can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. By
+            default (``None`` or ``"free"``) every block has counts of its own.
+        tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -170,7 +200,11 @@ class OTO:
         min_kept: MinKept = 1,
         everything: bool = False,
         prune_frozen: bool = False,
+        layout: str | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
+        if layout not in LAYOUTS:
+            raise OptionError(f"layout is {layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         with told(model, TraceError, "being followed on the dummy input"):
@@ -181,16 +215,12 @@ class OTO:
         self._prune_frozen = prune_frozen
         if not prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
-        self._everything, self._strict_out_nodes = everything, strict_out_nodes
+        self._everything, self._strict_out_nodes, self._layout = everything, strict_out_nodes, layout
         self._own: OwnClass | None = None
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
-        if not everything:
-            with told(model, TraceError, "it was asked what its class can do without", "the analysis is done"):
-                self._own = own_class(model, self.partition, self._groups, dummy_input)
-            self._groups = keep_whole(self._groups, self._own.whole, CLASS)
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(
@@ -200,15 +230,31 @@ class OTO:
                 UnknownOpWarning,
                 stacklevel=2,
             )
+        self._groups = shared_out(self._groups, tensor_parallel)
+        if layout == "uniform":
+            self._groups = tied(self._groups, model)
+            tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
+            with tried, as_found(model):
+                self._groups = stated(model, self.partition, self._groups, dummy_input, self._recipe)
+        if not everything and (layout != "uniform" or self._recipe is None):
+            self._own = self._ask_the_class()
+            self._groups = joined(keep_whole(self._groups, self._own.whole, CLASS), self._own.ties)
         require_prunable(self._groups, self.partition.found.graph)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer")}
+        found_anew = ("partition", "_optimizer", "_recipe", "_own")
+        return {key: value for key, value in vars(self).items() if key not in found_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
         graph = record(self.model, self.dummy_input, known, dead=not self._everything)
         self.partition = partition(graph, self._strict_out_nodes)
+        uniform = self._layout == "uniform" and self._recipe is not None
+        self._own = None if self._everything or uniform else self._ask_the_class()
+
+    def _ask_the_class(self) -> OwnClass:
+        with told(self.model, TraceError, "it was asked what its class can do without", "the analysis is done"):
+            return own_class(self.model, self.partition, self._groups, self.dummy_input)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OTO:
         memo[id(self)] = other = object.__new__(OTO)
@@ -249,7 +295,7 @@ class OTO:
         """
         self._refuse_late_marks()
         marked = carried_by_nodes(_listed(node_ids), self.partition.graph)
-        self._groups = keep_whole(self._groups, marked, "it was marked unprunable")
+        self._groups = settled(keep_whole(self._groups, marked, "it was marked unprunable"))
 
     def skip_operators(self, operators: Iterable[str]) -> None:
         """Keep all node groups that run through the results of some operators.
@@ -263,7 +309,8 @@ class OTO:
         """
         self._refuse_late_marks()
         marked = carried_by_operators(_listed(operators), self.partition.graph)
-        self._groups = keep_whole(self._groups, marked, "skip_operators names an operator that it runs through")
+        reason = "skip_operators names an operator that it runs through"
+        self._groups = settled(keep_whole(self._groups, marked, reason))
 
     def _refuse_late_marks(self) -> None:
         optimizer = self._trained_by
@@ -277,7 +324,7 @@ class OTO:
     def _keep_parameters(self, names: Iterable[str], reason: str) -> None:
         first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
         marked = zeroing(self._groups, {first.get(name, name) for name in names})
-        self._groups = keep_whole(self._groups, marked, reason)
+        self._groups = settled(keep_whole(self._groups, marked, reason))
 
     def explain(self) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``."""
@@ -396,6 +443,11 @@ class OTO:
     def _timer(self) -> Timer:
         return Timer(self.model, self.partition, self.costs, self.dummy_input)
 
+    @cached_property
+    def _recipe(self) -> Recipe | None:
+        """How the model's class is made from its config, if it is."""
+        return Recipe.of(self.model)
+
     @property
     def _trained_by(self) -> SparseOptimizer | None:
         """The optimizer that was made last, if it is still there."""
@@ -425,34 +477,18 @@ class OTO:
         return optimizer
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
-        """Zero a random choice of ZIGs in place, for checks.
+        """Zero a random choice of ZIGs in place, for checks; within the layout, as far as whole steps of it allow.
 
         Raises:
             TargetError: The groups would have to give up their last atoms.
         """
-        prunable = [g for g in self.node_groups if g.prunable]
-        wanted = int(sum(g.size for g in prunable) * target_group_sparsity)
-        generator = np.random.default_rng(seed)
-        room = {g.name: g.size - g.min_kept for g in prunable}
-        if not 0 <= target_group_sparsity < 1 or wanted > sum(room.values()):
-            most = sum(room.values()) / sum(g.size for g in prunable)
-            raise TargetError(
-                f"target_group_sparsity={target_group_sparsity} cannot be reached: every group keeps its min_kept\n"
-                f"  to fix  ask for a share in [0, {most:.4f}]"
-            )
-        # every group gives up its share of the atoms that it can spare, at random
-        order = [(g, int(a)) for g in prunable for a in generator.permutation(g.size)[: room[g.name]]]
-        chosen: dict[str, list[int]] = {}
-        for i in generator.permutation(len(order))[:wanted]:
-            group, atom = order[i]
-            chosen.setdefault(group.name, []).append(atom)
+        chosen = drawn(self.node_groups, target_group_sparsity, seed)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
-            for group in prunable:
-                if group.name in chosen:
-                    for piece in group.zeros:
-                        entries = piece.of(parameters[piece.parameter])
-                        entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
+            for group in self.node_groups:
+                for piece in group.zeros if group.name in chosen else ():
+                    entries = piece.of(parameters[piece.parameter])
+                    entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
 
     def _cost(self, kept: Mapping[str, int] | None = None) -> Cost:
         return cost(self.partition, kept)
@@ -499,7 +535,9 @@ class OTO:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
             model: Made slim instead of the model of this ``OTO``: a copy of it with other weights, such as their moving
                 average, or what wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
-            emitter: ``"auto"``, or one way alone: ``"module"`` (the original class), ``"graph"`` or ``"recording"``.
+            emitter: ``"auto"``, or one way alone: ``"config"`` (the original class, made from an edited
+                ``model.config``; ``"auto"`` tries it first with ``layout="uniform"``), ``"module"`` (the original
+                class), ``"graph"`` or ``"recording"``.
             save_full: Save the zeroed full weights beside the slim ones.
 
         Raises:
@@ -557,8 +595,12 @@ class OTO:
     def _subnet(self, out_dir: str | os.PathLike[str] | None, emitter: str, save_full: bool) -> Subnet:
         if out_dir is not None:
             check_out_dir(out_dir)
-        kept = {} if on_meta(self.model) else read_zeros(self.node_groups, self.model)
-        source = Zeroed(self.model, self.dummy_input, self.partition, self._own, kept)
+        require_values(self.model)
+        kept, uneven = (
+            ({}, []) if on_meta(self.model) else evened(self.node_groups, read_zeros(self.node_groups, self.model))
+        )
+        recipe = self._recipe if self._layout == "uniform" or emitter == "config" else None
+        source = Zeroed(self.model, self.dummy_input, self.partition, self._own, kept, recipe)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
         built = told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
         with built, as_found(self.model):
@@ -572,7 +614,7 @@ class OTO:
                 checks = checks + save(path, source, made, {"before": vars(before), "after": vars(after)}, save_full)
             self._saved = path
         short = self._short_of(kept)
-        notes = (*([short] if short else []), *made.notes)
+        notes = (*([short] if short else []), *uneven, *made.notes)
         return Subnet(
             made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes
         )  # fmt: skip

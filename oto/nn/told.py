@@ -160,7 +160,12 @@ def _spread(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _grouped_mm(how: Any, *args: Any, **named: Any) -> Tensor:
+    return counted.grouped_mm(*args, **named)
+
+
 COUNTED: dict[str, Callable[..., Any]] = {
+    "grouped_mm": _grouped_mm,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,

@@ -1,8 +1,10 @@
 """From zeros to a slim model: the ways in their order, and the proof without which none is handed out.
 
-1. ``"module"``: the model's own class, with thinner tensors and what the class has to be told (:mod:`oto.slim.module`).
-2. ``"graph"``: what ``torch.export`` follows (:mod:`oto.slim.graph`).
-3. ``"recording"``: the calls that were made on the example, at its shapes and values (:mod:`oto.slim.recording`).
+1. ``"config"``: the model's own class, made anew from a config that states the sizes (:mod:`oto.slim.layout`); only
+   where repeated blocks are alike.
+2. ``"module"``: the model's own class, with thinner tensors and what the class has to be told (:mod:`oto.slim.module`).
+3. ``"graph"``: what ``torch.export`` follows (:mod:`oto.slim.graph`).
+4. ``"recording"``: the calls that were made on the example, at its shapes and values (:mod:`oto.slim.recording`).
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ from torch import Tensor, nn
 from oto.axes.registry import known
 from oto.errors import EmitterError, TraceError, VerificationError, first_line, out_of_memory
 from oto.groups import Kept, Partition
+from oto.slim.config import Recipe
 from oto.slim.graph import emit_graph
+from oto.slim.layout import emit_stock
 from oto.slim.module import Edits, OwnClass, plan_edits, thin_copy, thin_tensors
 from oto.slim.plan import thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
-from oto.slim.verify import Check, check, require
+from oto.slim.verify import Check, check, in_double, require
 from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
 
-EMITTERS = ("auto", "module", "graph", "recording")
+EMITTERS = ("auto", "config", "module", "graph", "recording")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,7 @@ class Zeroed:
         dummy_input: The example input.
         own: What was found out about the class of the model; ``None`` if nothing was asked.
         kept: For each prunable group, the atoms that are left.
+        recipe: How the class is made from its config, if that is to be tried.
     """
 
     model: nn.Module
@@ -49,6 +54,7 @@ class Zeroed:
     partition: Partition
     own: OwnClass | None
     kept: Kept
+    recipe: Recipe | None = None
 
     @property
     def left(self) -> list[list[NDArray[np.bool_]]] | None:
@@ -86,6 +92,20 @@ class Made:
     notes: list[str] = field(default_factory=list)
 
 
+def require_values(model: nn.Module) -> None:
+    """Refuse a model whose parameters have shapes only.
+
+    Raises:
+        EmitterError: They are on the meta device.
+    """
+    if on_meta(model):
+        raise EmitterError(
+            f"parameters of {type(model).__name__} are on the meta device, so there are no zeros to read\n"
+            "  effect  groups and costs are known, a slim model cannot be made\n"
+            "  to fix  give the model values (model.to_empty(device=...), load_state_dict) and a new OTO"
+        )
+
+
 def construct(source: Zeroed, emitter: str = "auto") -> Made:
     """Build the slim model in the first way that can express it, and prove it equal.
 
@@ -98,14 +118,28 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
     """
     name = type(source.model).__name__
     if emitter not in EMITTERS:
-        raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module', 'graph' or 'recording'")
-    if on_meta(source.model):
-        raise EmitterError(
-            f"parameters of {name} are on the meta device, so there are no zeros to read\n"
-            "  effect  groups and costs are known, a slim model cannot be made\n"
-            "  to fix  give the model values (model.to_empty(device=...), load_state_dict) and a new OTO"
-        )
+        raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
     why: list[str] = []
+    notes: list[str] = []
+    if emitter == "config" or (emitter == "auto" and source.recipe is not None):
+        try:
+            return _of_its_config(source)
+        except Exception as failure:  # anything that the user's own forward may raise at other sizes
+            if out_of_memory(failure):
+                raise
+            said = f"{name} cannot be made from another config: {_first_lines(failure)}"
+            if emitter == "config":
+                raise EmitterError(
+                    f"{said}\n  effect  no slim model was made, and nothing was written\n"
+                    '  to fix  prune what a config can state: OTO(..., layout="uniform")'
+                ) from failure
+            notes.append(said)
+    made = _in_other_ways(source, emitter, name, why)
+    made.notes.extend(notes)
+    return made
+
+
+def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> Made:
     if emitter in ("auto", "module"):
         try:
             return _of_its_class(source)
@@ -144,12 +178,30 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
         ) from refused
 
 
+def _of_its_config(source: Zeroed) -> Made:
+    slim, edits, tensors, checks = emit_stock(
+        source.model, source.partition, source.kept, source.dummy_input, source.recipe, batch=True, left=source.left
+    )  # fmt: skip
+    return Made("config", slim, edits, tensors, checks)
+
+
 def _of_its_class(source: Zeroed) -> Made:
     thin = thinning(source.partition, source.kept)
     edits = plan_edits(source.model, source.partition, thin, source.own)
-    tensors = thin_tensors(source.model, thin, source.own)
-    slim = thin_copy(source.model, tensors, edits).eval()
-    checks = check(source.model, slim, source.dummy_input, batch=True, left=source.left)
+
+    def slim_of(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+        tensors = thin_tensors(model, thin, source.own)
+        # a class may drop what it keeps for inference when it is trained
+        return thin_copy(model, tensors, edits).train().eval(), tensors
+
+    def wider(full64: nn.Module) -> nn.Module:  # what weights take in is worked out anew: float32 would round it
+        return in_double(slim_of(full64)[0])
+
+    slim, tensors = slim_of(source.model)
+    rounded = source.own is not None and source.own.absorbed
+    checks = check(
+        source.model, slim, source.dummy_input, batch=True, left=source.left, wider=wider if rounded else None
+    )  # fmt: skip
     require(checks)
     return Made("module", slim, edits, tensors, checks)
 

@@ -20,6 +20,7 @@ from oto.groups import Partition
 from oto.nn import SWAPS, Told
 from oto.nn import functional as counted
 from oto.slim.attributes import Place, Stated, state_
+from oto.slim.config import stock as stock_class
 from oto.slim.plan import Thinning
 from oto.slim.scaling import Absorbed, Scale
 from oto.slim.telling import Telling
@@ -36,12 +37,14 @@ class Edits:
         stated: For each path of a module of the user's own, numbers that it holds: the way to each, and its new value.
         told: For each path of a module of the user's own, calls that it makes otherwise, as :class:`oto.nn.Told` has
             them.
+        config: Where the class is made anew from ``model.config`` instead, the fields of it that change.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     swaps: dict[str, dict[str, Any]] = field(default_factory=dict)
     stated: dict[str, list[list[Any]]] = field(default_factory=dict)
     told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -51,7 +54,7 @@ class OwnClass:
     Attributes:
         stated: Numbers that modules hold, and what they are to be.
         absorbed: Norms and means whose count goes into weights, by the index of the call.
-        told: Calls that are to be made otherwise, by their index; for each, places of numbers that stay what they were.
+        told: Calls that are to be made otherwise, by their index; for each, places of numbers to state in any case.
         telling: How calls can be told.
         whole: Groups that have to stay whole, each with the index of the call that is the reason.
         ties: Groups that have to keep the same number of atoms.
@@ -87,6 +90,8 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     Raises:
         EmitterError: The model cannot be copied.
     """
+    if edits.config:
+        return stock_class(model, tensors, edits.config)
     memo: dict[int, Any] = {}
     for name, tensor in tensors.items():
         old = attribute(model, name)

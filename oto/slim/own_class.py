@@ -32,24 +32,25 @@ from numpy.typing import NDArray
 from torch import nn
 
 from oto._torch import tree_leaves, tree_map_only
+from oto.axes.call import Size
 from oto.axes.registry import known
 from oto.axes.terms import Axis, Term, axes_of, resolve
 from oto.axes.terms import size as size_of
-from oto.errors import EmitterError
 from oto.groups import NodeGroup, Partition
-from oto.nn import functional as relaid
+from oto.nn import functional as thinner
 from oto.nn.told import numbers_of
 from oto.slim.attributes import Place, Stated, changed, numbers
-from oto.slim.module import DeclinedError, Edits, OwnClass, adapted, stock, thin_copy
+from oto.slim.module import DeclinedError, Edits, OwnClass, adapted, stock, thin_copy, thin_tensors
 from oto.slim.plan import Thinning, thinning
-from oto.slim.scaling import Absorbed, absorbed, sizes_in
+from oto.slim.scaling import Absorbed, Uses, absorbed, sizes_in
 from oto.slim.telling import Telling
 from oto.trace.graph import Node, Value
-from oto.trace.record import follow
+from oto.trace.record import Script, follow
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
+_ROW = 8  # entries; of 16 bits, 16 bytes
 TRIES = 16
 """How many candidates are tried for one call."""
 
@@ -98,13 +99,38 @@ class _Search:
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
         self.names: dict[Axis, str] = {axis: name for name, axis in self.partition.axes.items()}
         self.found.telling = Telling(self.model, self.partition, self.dummy_input)
+        # a run on data is to take the path of the full model, whatever is in the thinner tensors
+        self.script = Script() if self.graph.how == "real" else None
+        tied: dict[str, list[str]] = {}
+        for group in self.groups:
+            if group.tie is not None and group.prunable:
+                tied.setdefault(group.tie, []).append(group.name)
+        self.found.ties = sorted(tuple(names) for names in tied.values() if len(names) > 1)
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
+
+    @cached_property
+    def uses(self) -> Uses:
+        return Uses.of(self.graph)
+
+    @cached_property
+    def last_read(self) -> dict[Value, int]:
+        """The last call that reads a tensor; an output of the model is read after all."""
+        last = {value: node.index for node in self.graph.nodes for value in node.inputs()}
+        return last | dict.fromkeys(self.graph.outputs, len(self.graph.nodes))
+
+    @cached_property
+    def in_rows(self) -> set[str]:
+        """Groups in operands whose rows a kernel wants in whole 16 bytes; thinner ones are padded for it."""
+        grouped = [rewrite for rewrite in self.tape.rewrites.values() if rewrite.op is thinner.grouped_mm]
+        terms = [term for rewrite in grouped for term in rewrite.terms]
+        return {self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names}
 
     # --- the search ---------------------------------------------------------------------------------------------------
 
     def result(self) -> OwnClass:
-        if self.graph.how == "real":
-            raise EmitterError("its calls depend on data")
+        if self.script is not None:
+            follow(self.model, self.dummy_input, known, self.graph.how, script=self.script)
+            self.script.read = 0
         for seed in (0, 1):
             while True:
                 departure = self.departure(seed)
@@ -127,21 +153,28 @@ class _Search:
                 continue
             draw = np.random.default_rng((seed, i))
             least = min(group.min_kept, group.size)
+            if name in self.in_rows and group.size > _ROW:
+                step = int(np.lcm(_ROW, group.divisor))
+                kept[name] = np.arange(step * draw.integers(1, max(1, (group.size - 1) // step), endpoint=True))
+                continue
             if seed == 0:  # a size of one is broadcast and squeezed away, so it comes last
                 least = max(least, 2 if group.size > 2 else 1)
                 atoms = draw.integers(least, max(least, group.size - 1), endpoint=True)
             else:
                 atoms = draw.integers(least, group.size, endpoint=True)
-            kept[name] = np.arange(atoms)
+            kept[name] = np.arange(-(-atoms // group.divisor) * group.divisor)
         return thinning(self.partition, kept)
 
     def departure(self, seed: int) -> _Departure | None:
         """Where the class, told what is known so far, first does something else than it should."""
         thin = self.thin(seed)
-        tensors = {}
-        for leaf in self.graph.leaves:
-            empty = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device="meta")
-            tensors.update(dict.fromkeys(leaf.names, empty))
+        if self.script is None:
+            tensors = {}
+            for leaf in self.graph.leaves:
+                empty = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device="meta")
+                tensors.update(dict.fromkeys(leaf.names, empty))
+        else:
+            tensors, self.script.read = thin_tensors(self.model, thin, self.found), 0
         try:
             edits = adapted(self.model, thin, self.found, plain=True)
             slim = thin_copy(self.model, tensors, edits)
@@ -149,7 +182,7 @@ class _Search:
             return _Departure(self.first_in(declined.path), declined)
         except Exception as refused:  # a class that cannot be copied, or that minds what is set
             return _Departure(0, refused)
-        calls, failure = follow(slim, self.dummy_input, known, self.graph.how)
+        calls, failure = follow(slim, self.dummy_input, known, self.graph.how, script=self.script)
         return _Alignment(self, thin, edits, calls, failure).departure()
 
     def first_in(self, path: str) -> int:
@@ -178,27 +211,41 @@ class _Search:
 
     def tell(self, departure: _Departure, seed: int) -> bool:
         """Let a call be made as it should; whether the class gets further then."""
-        assert self.found.telling is not None
         before = self.found.told
-        told = dict(before)
-        for index in self.siblings(departure.index):
-            node, rewrite = self.graph.nodes[index], self.tape.rewrites.get(index)
-            if stock(self.modules.get(node.module)) is not None or index in told:
-                continue
-            if rewrite is not None and self.found.telling.can(node, rewrite):
-                told[index] = ()
-            elif rewrite is None and departure.call is not None and departure.call.op is node.op:
-                places = _differing(self.graph.nodes[departure.index], departure.call)
-                if places and self.found.telling.change(node, None, None, places) is not None:
-                    told[index] = places
-        if departure.index not in told or told == before:
-            return False
-        self.found.told = told
-        after = self.departure(seed)
-        if after is None or after.far > departure.far:
-            return True
-        self.found.told = before
+        for places in self.sayings(departure, seed):
+            told = dict(before)
+            for index in self.siblings(departure.index):
+                node, rewrite = self.graph.nodes[index], self.tape.rewrites.get(index)
+                if stock(self.modules.get(node.module)) is None and index not in told:
+                    assert self.found.telling is not None
+                    if self.found.telling.change(node, rewrite, None, places) is not None:
+                        told[index] = places
+            if departure.index in told and told != before:
+                self.found.told = told
+                after = self.departure(seed)
+                if after is None or after.far > departure.far:
+                    return True
+                self.found.told = before
         return False
+
+    def sayings(self, departure: _Departure, seed: int) -> Iterator[tuple[int, ...]]:
+        """Which numbers of a call to state besides those that change: of sizes, such as parameters have."""
+        node, rewrite = self.graph.nodes[departure.index], self.tape.rewrites.get(departure.index)
+        if self.changes(departure.index, seed):
+            yield ()
+        if departure.call is not None and departure.call.op is node.op and rewrite is None:
+            yield _differing(node, departure.call)
+        if rewrite is not None:
+            template = numbers_of(
+                tree_map_only(Size, lambda size: float(self.of_parameters(size.term)),
+                              tree_map_only(Value, lambda _: None, (rewrite.args, dict(rewrite.kwargs))))
+            )  # fmt: skip
+            yield from ((i,) for i, mine in reversed(list(enumerate(template))) if mine == 1.0)
+
+    def of_parameters(self, term: Term) -> bool:
+        """Whether a dimension is made of such that parameters have, and is no batch or other length."""
+        axes = list(axes_of(resolve(term)))
+        return bool(axes) and all(axis in self.names for axis in axes)
 
     def changes(self, index: int, seed: int) -> bool:
         rewrite = self.tape.rewrites.get(index)
@@ -209,7 +256,7 @@ class _Search:
         found: dict[int, Absorbed] = {}
         for index in self.siblings(departure.index):
             if self.changes(index, seed) and index not in self.found.absorbed:
-                one = absorbed(self.partition, index)
+                one = absorbed(self.partition, index, self.uses)
                 if one is not None:
                     found[index] = one
         if departure.index not in found:
@@ -292,11 +339,27 @@ class _Search:
                 break
         else:
             new = dict.fromkeys(self.free.keys() - self.found.whole.keys(), departure.index)
-        self.keep(new)
+        self.keep(self.fewest(new, departure, seed))
+
+    def fewest(self, names: Mapping[str, int], departure: _Departure, seed: int) -> dict[str, int]:
+        """As few of some groups as have to stay whole for the class to get further; alike ones go together."""
+        families: dict[str, dict[str, int]] = {}
+        for name, index in names.items():
+            families.setdefault(re.sub(r"\d+", "*", name.partition("/")[0]) + name.partition("/")[1], {})[name] = index
+        several = [[f] for f in families] + [list(pair) for pair in itertools.combinations(families, 2)]
+        if len(families) > 1:
+            whole = dict(self.found.whole)
+            for some in several[:TRIES]:
+                chosen = {name: index for family in some for name, index in families[family].items()}
+                self.keep(chosen)
+                after = self.departure(seed)
+                self.found.whole = dict(whole)
+                if after is None or after.index > departure.index:
+                    return chosen
+        return dict(names)
 
     def keep(self, new: Mapping[str, int]) -> None:
         """Groups that stay whole from now on, and those that are tied to them."""
-        log.info("own class: whole from now on: %s", new)
         self.found.whole |= {name: index for name, index in new.items() if name not in self.found.whole}
         for tie in self.found.ties:
             cause = next((self.found.whole[name] for name in tie if name in self.found.whole), None)
@@ -335,7 +398,7 @@ class _Search:
         thin, node = self.thin(seed), self.graph.nodes[departure.index]
         paths = [node.module]
         if departure.failure is not None:
-            paths += [p for p in self.running(departure.failure) if p not in paths]
+            paths += [p for p in self.running(departure.failure, node.module) if p not in paths]
         primary, secondary = self.sizes(departure.index, thin)
         tried: set[tuple[tuple[Place, int | float], ...]] = set()
 
@@ -451,16 +514,14 @@ class _Search:
         own, alike = self._ordinals
         return alike[own[index]]
 
-    def running(self, failure: Exception) -> list[str]:
-        """The modules whose code ran when something was raised, the innermost first, by their paths in the model."""
-        kinds = [
-            (type(me), me)
-            for frame, _ in traceback.walk_tb(failure.__traceback__)
-            if isinstance(me := frame.f_locals.get("self"), nn.Module) and stock(me) is None
-        ]
+    def running(self, failure: Exception, near: str) -> list[str]:
+        """The modules whose code ran when something was raised, the innermost first: around a call, or near it."""
         found = []
-        for kind, _ in reversed(kinds):
-            found += [path for path, module in self.modules.items() if type(module) is kind][:1]
+        for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))):
+            me = frame.f_locals.get("self")
+            if isinstance(me, nn.Module) and stock(me) is None:
+                alike = [path for path, module in self.modules.items() if type(module) is type(me)]
+                found += sorted(alike, key=lambda path: -len(set(_ancestors(path)) & set(_ancestors(near))))[:1]
         return list(dict.fromkeys(found))[:2]
 
 
@@ -524,7 +585,8 @@ class _Alignment:
     def block(self, i: int, after: int, j: int, other: int) -> bool:
         """Whether a module of ours gives what the one in whose place it is gave."""
         nodes, calls = self.search.graph.nodes, self.calls
-        theirs, ours = self.given(nodes, i, after, self.search.graph.outputs), self.given(calls, j, other, ())
+        theirs = self.given(nodes, i, after, self.search.last_read)
+        ours = self.given(calls, j, other, self.last_read)
         if len(ours) < len(theirs) and j < other:  # an output of the model, or the calls end here
             last = [value for value in calls[other - 1].outputs if value is not None]
             ours += [value for value in last if value not in ours][: len(theirs) - len(ours)]
@@ -532,11 +594,15 @@ class _Alignment:
             return False
         return all(self.fits(old, new) for old, new in zip(theirs, ours, strict=True))
 
+    @cached_property
+    def last_read(self) -> dict[Value, int]:
+        return {value: place for place, node in enumerate(self.calls) for value in node.inputs()}
+
     @staticmethod
-    def given(nodes: Sequence[Node], start: int, end: int, outputs: Sequence[Value]) -> list[Value]:
+    def given(nodes: Sequence[Node], start: int, end: int, last_read: Mapping[Value, int]) -> list[Value]:
+        """What some calls make that later ones read."""
         made = [value for node in nodes[start:end] for value in node.outputs if value is not None]
-        used = {value for node in nodes[end:] for value in node.inputs()} | set(outputs)
-        return [value for value in made if value in used]
+        return [value for value in made if last_read.get(value, -1) >= end]
 
     def fits(self, old: Value, new: Value) -> bool:
         """Whether a tensor has the thinner shape; from then on it stands for the full one."""
@@ -605,7 +671,7 @@ def _given(node: Node) -> Value:
 
 
 # calls whose meaning is in the shapes of what they give
-_BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, relaid.view_as_complex}
+_BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, thinner.view_as_complex}
 
 
 def _plain(arguments: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from oto.groups import Partition
 from oto.nn import functional as counted
 from oto.slim.attributes import Stated
 from oto.slim.plan import Thinning
-from oto.trace.graph import Leaf, Node, Value
+from oto.trace.graph import Graph, Leaf, Node, Value
 
 aten = torch.ops.aten
 
@@ -63,9 +64,25 @@ class Absorbed:
     scalars: Mapping[int, Stated]
 
 
-def absorbed(partition: Partition, index: int) -> Absorbed | None:
+@dataclass(frozen=True)
+class Uses:
+    """Which call makes each tensor, and which ones read it."""
+
+    maker: Mapping[Value, Node]
+    readers: Mapping[Value, list[Node]]
+
+    @classmethod
+    def of(cls, graph: Graph) -> Uses:
+        readers: dict[Value, list[Node]] = {}
+        for node in graph.nodes:
+            for value in dict.fromkeys(node.inputs()):
+                readers.setdefault(value, []).append(node)
+        return cls({value: node for node in graph.nodes for value in node.outputs if value is not None}, readers)
+
+
+def absorbed(partition: Partition, index: int, uses: Uses) -> Absorbed | None:
     """How parameters take in the count of a call; ``None`` if they do not."""
-    return _Following(partition, index).result()
+    return _Following(partition, index, uses).result()
 
 
 # what an operator makes of the power of the factor of its first argument
@@ -82,8 +99,8 @@ _POWERS = {aten.rsqrt: -0.5, aten.sqrt: 0.5, aten.reciprocal: -1.0, aten.square:
 class _Following:
     """A factor on its way through the graph: each tensor of the thinner class is so many times the full one's."""
 
-    def __init__(self, partition: Partition, index: int) -> None:
-        self.partition, self.index = partition, index
+    def __init__(self, partition: Partition, index: int, uses: Uses) -> None:
+        self.partition, self.index, self.uses = partition, index, uses
         self.graph = partition.found.graph
         self.power: dict[Value, float] = {}
         self.scales: list[Scale] = []
@@ -110,9 +127,20 @@ class _Following:
                 return None
         else:
             return None
-        for after in self.graph.nodes[self.index + 1 :]:
-            if any(self.power.get(value) for value in after.inputs()) and not self.through(after):
+        ahead = [reader.index for value in self.power for reader in self.uses.readers.get(value, ())]
+        done: set[int] = set()
+        heapify(ahead)
+        while ahead:  # in the order of the calls
+            after = self.graph.nodes[heappop(ahead)]
+            if after.index in done:
+                continue
+            done.add(after.index)
+            if not self.through(after):
                 return None
+            for value in after.outputs:
+                if value is not None and self.power[value]:
+                    for reader in self.uses.readers.get(value, ()):
+                        heappush(ahead, reader.index)
         if any(self.power.get(value) for value in self.graph.outputs):
             return None
         return Absorbed(tuple(self.scales), self.scalars) if self.scales else None
@@ -158,7 +186,7 @@ class _Following:
         offset = 0.0
         seen = value
         while seen not in self.leaves:
-            maker = next((n for n in self.graph.nodes if seen in n.outputs), None)
+            maker = self.uses.maker.get(seen)
             op = getattr(maker.op, "overloadpacket", None) if maker is not None else None
             cast = maker is not None and op is aten.type_as
             if maker is None or len(self.readers(seen)) != 1 or not (cast or len(list(maker.inputs())) == 1):
@@ -175,7 +203,7 @@ class _Following:
         return True
 
     def readers(self, value: Value) -> list[Node]:
-        return [node for node in self.graph.nodes if value in node.inputs()]
+        return self.uses.readers.get(value, [])
 
 
 def _output(node: Node) -> Value:

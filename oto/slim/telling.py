@@ -65,7 +65,7 @@ class Telling:
 
         Args:
             thin: What is left; without it, only whether it can be said counts.
-            places: Numbers that stay what they were in the full model.
+            places: Numbers to state even if they stay what they were in the full model.
             plain: Leave counts out: the sizes alone, by which calls can be compared.
         """
         at = self.by_node.get(node.index)
@@ -73,12 +73,10 @@ class Telling:
             return None
         call = self.calls[at]
         own = numbers_of(tree_map_only(Value, lambda _: None, (node.args, dict(node.kwargs))))
-        if places:
-            if list(call.numbers) != own:
+        if rewrite is None:
+            if list(call.numbers) != own or not places:
                 return None
             return {"numbers": [[place, own[place]] for place in places]}
-        if rewrite is None:
-            return None
         args, kwargs = rewrite.args, dict(rewrite.kwargs)
         if thin is not None:
             args, kwargs = thin.filled((args, kwargs))
@@ -86,29 +84,27 @@ class Telling:
             return {"pieces": [args[1], args[2]]}
         name = getattr(rewrite.op, "__name__", "")
         if rewrite.op is getattr(counted, name, None) and name in COUNTED:
-            if call.name != name or "rest" in kwargs:
+            if call.name.lstrip("_") != name or "rest" in kwargs:
                 return None
             if plain:
                 sizes = _listed(args[1]) if name in ("layer_norm", "rms_norm", "group_norm") else []
                 return {"numbers": [[place, size] for place, size in enumerate(sizes)]}
-            how: dict[str, Any] = {"counted": name, "full": kwargs["full"]}
-            if name == "group_norm":
-                how |= {"groups": args[1], "width": kwargs["width"]}
-            elif "sizes" in kwargs:
-                how["sizes"] = kwargs["sizes"]
-            return how
+            how: dict[str, Any] = {"counted": name}
+            how |= {key: kwargs[key] for key in ("full", "sizes", "width") if key in kwargs}
+            return how | ({"groups": args[1]} if name == "group_norm" else {})
         if rewrite.op is not node.op and not (rewrite.op is aten.reshape.default and call.name in _RESHAPES):
             return None
         asked = own if thin is None else numbers_of(tree_map_only(Value, lambda _: None, (args, kwargs)))
         if len(asked) != len(own) or list(call.numbers) != own:
             return None
-        return {"numbers": [[i, new] for i, (old, new) in enumerate(zip(own, asked, strict=True)) if old != new]}
+        differ = [i for i, (old, new) in enumerate(zip(own, asked, strict=True)) if old != new or i in places]
+        return {"numbers": [[i, asked[i]] for i in differ]}
 
     def told(self, nodes: Mapping[int, Sequence[int]], thin: Thinning, plain: bool = False) -> dict[str, Calls]:
         """What each module has to be told, by its path.
 
         Args:
-            nodes: The calls, and for each the numbers that stay what they were.
+            nodes: The calls, and for each the numbers to state even if they stay what they were.
             plain: As for :meth:`change`.
 
         Raises:

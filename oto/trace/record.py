@@ -180,24 +180,56 @@ class FunctionCall:
     nodes: range
 
 
+@dataclasses.dataclass
+class Script:
+    """The decisions of a run on data: whole numbers, truth values and what leaves torch, in their order.
+
+    A run that follows a script takes them from there, so that it takes the same path, whatever its own tensors hold.
+    """
+
+    written: list[tuple[Any, list[Any]]] = dataclasses.field(default_factory=list)
+    read: int | None = None
+
+    def take(self, op: Any, result: Any) -> Any:
+        """Write a result down, or put what stands in the script in its place."""
+        leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        decides = [not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()) for x in leaves]
+        if not any(decides):
+            return result
+        if self.read is None:
+            self.written.append((op, [x.clone() if isinstance(x, Tensor) else x for x in leaves]))
+            return result
+        if self.read < len(self.written) and self.written[self.read][0] is op:
+            before = self.written[self.read][1]
+            self.read += 1
+            for new, old, own in zip(leaves, before, decides, strict=False):
+                if own and isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape:
+                    new.copy_(old)
+            if len(leaves) == len(before) == 1 and not isinstance(result, Tensor | tuple | list):
+                return before[0]
+        return result
+
+
 def follow(
     model: nn.Module,
     dummy_input: Any,
     known: Callable[[Any], bool],
     way: str,
     functions: list[FunctionCall] | None = None,
+    script: Script | None = None,
 ) -> tuple[tuple[Node, ...], Exception | None]:
     """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
 
     Args:
         way: How tensors are stood for, as in :attr:`Graph.how`: ``"meta"``, ``"fake"`` or ``"real"``.
         functions: Where to write down the torch functions that are called.
+        script: Where to write down what the run decides by its data, or whence to take it.
     """
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way)
     try:
         with as_found(model, dummy_input) as found:
-            _run(model, args, kwargs, known, way, True, found, builder, functions)
+            _run(model, args, kwargs, known, way, True, found, builder, functions, script)
     except Exception as failure:  # anything that the user's own forward may raise
         if out_of_memory(failure):
             raise
@@ -250,6 +282,7 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
 def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool, found: Found,
     builder: GraphBuilder | None = None, functions: list[FunctionCall] | None = None,
+    script: Script | None = None,
 ) -> Recording:  # fmt: skip
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names: dict[int, list[str]] = {}
@@ -265,6 +298,7 @@ def _run(
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         builder = GraphBuilder("real" if way == "grad" else way) if builder is None else builder
         recorder = _Recorder(builder, known, model, found)
+        recorder.script = script
         for tensor_id, tensor in made.items():
             first = named[names[tensor_id][0]]
             parameter = isinstance(first, nn.Parameter)
@@ -344,6 +378,7 @@ class _Recorder(TorchDispatchMode):
         self.known = known
         self.shapes_only = builder.how == "meta"
         self.constants: dict[Value, Tensor] = {}
+        self.script: Script | None = None
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
         self.places: dict[int, _Place] = {}
         self.latest: dict[_Place, int] = {}
@@ -436,6 +471,8 @@ class _Recorder(TorchDispatchMode):
             result = args[0] if op._schema.is_mutable else torch.empty_like(args[0], memory_format=plain)
         else:
             result = op(*args, **kwargs)
+        if self.script is not None:
+            result = self.script.take(op, result)
         results: list[Any] = []
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
