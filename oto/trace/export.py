@@ -462,9 +462,9 @@ def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> tuple[Graph, di
         elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             quiet_args, quiet_kwargs = node.args, dict(node.kwargs)
             if (draws := _draws(node)) is not None:
-                place, value, drawn[node] = draws[0], draws[2], draws[:2]
-                quiet_args = tuple(value if i == place else x for i, x in enumerate(quiet_args))
-                quiet_kwargs = {name: value if name == place else x for name, x in quiet_kwargs.items()}
+                place, off, drawn[node] = draws[0], draws[2], draws[:2]
+                quiet_args = tuple(off if i == place else x for i, x in enumerate(quiet_args))
+                quiet_kwargs = {name: off if name == place else x for name, x in quiet_kwargs.items()}
             args, kwargs = fx.map_arg((quiet_args, quiet_kwargs), seen)
             into = _returns_written(node)
             results: list[Any] = []
