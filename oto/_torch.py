@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,12 +28,14 @@ __all__ = [
     "OpOverloadPacket",
     "TorchDispatchMode",
     "codegen_state",
+    "compile_package",
     "count_conditions",
     "example_size",
     "expression",
     "guards_of",
     "holder",
     "is_free",
+    "load_package",
     "nested_codegen",
     "quiet",
     "substituted",
@@ -127,3 +129,18 @@ def codegen_state(graph: fx.Graph) -> tuple[Any, ...] | None:
 def nested_codegen(graph: fx.Graph, state: tuple[Any, ...]) -> None:
     """Nest what a graph takes and gives as another one did."""
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(*state)))
+
+
+def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
+    """Compile an exported program ahead of time, with its weights, into one file that needs no Python."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=path)
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """What :func:`compile_package` wrote, to be called as the model."""
+    from torch._inductor import aoti_load_package
+
+    loaded: Callable[..., Any] = aoti_load_package(path)
+    return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 
 from oto.slim.graph_module import SlimGraph
 from oto.slim.leaves import follow_device, name_leaves
+from oto.slim.verify import random_like
 from oto.trace import export as trace_export
+from oto.trace.record import arguments
+from oto.trace.takes import parameters_of
 
 
 class _Inside(nn.Module):
@@ -22,6 +26,7 @@ class _Inside(nn.Module):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
 
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]  # without self
         vars(self)["forward"] = forward
 
 
@@ -33,6 +38,15 @@ def export_program(slim: nn.Module, dummy_input: Any) -> torch.export.ExportedPr
     """
     # a graph module states its output types itself; inside another module it is asked for plain ones
     return trace_export.export_program(_Inside(slim), dummy_input, portable=True).program
+
+
+def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy_input: Any) -> list[Any]:
+    """Random inputs of other sizes, smaller and larger, that a program of ``slim`` takes."""
+    takes = trace_export.takes_of(program, trace_export.module_of(program), parameters_of(slim.forward))
+    return [
+        random_like(dummy_input, seed, shapes=shapes)
+        for seed, shapes in enumerate(takes.other_sizes(*arguments(dummy_input)))
+    ]
 
 
 def runnable(program: torch.export.ExportedProgram) -> SlimGraph:

@@ -190,6 +190,7 @@ def _plain_outputs(model: nn.Module, plainly: Callable[[Any], Any]) -> Iterator[
     def plain_forward(*args: Any, **kwargs: Any) -> Any:
         return plainly(forward(*args, **kwargs))
 
+    plain_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # of a method, without self
     vars(model)["forward"] = plain_forward
     try:
         yield

@@ -155,14 +155,14 @@ def test_both_modes_share_every_tensor_after_moves_copies_and_pickles() -> None:
 
 
 def test_it_takes_its_place_in_the_model() -> None:
-    full, part, left = made()
+    _, part, left = made()
     outer = nn.ModuleDict({"block": part.model})
     outer.train()
     outer.eval()
     assert isinstance(part.model.qkv, nn.Linear) and part.model.qkv.in_features == len(left)
     with pytest.raises(GraphInputError, match=rf"x\.size\(\)\[2\] == {len(left)}"):
         part.model(given(left), scale=0.5)
-    with pytest.raises(GraphInputError, match="scale is 1.0"):
+    with pytest.raises(GraphInputError, match=r"scale is 1\.0"):
         part.model(given(left)[..., left], scale=1.0)
 
 
