@@ -119,7 +119,7 @@ def test_a_class_that_cannot_be_thinned():
         def forward(self, x):
             return self.b(self.a(x).reshape(-1, 8))
 
-    oto = OTO(Sized(), X)
+    oto = OTO(Sized(), X, everything=True)
     oto.random_set_zero_groups(0.5)
     with message(EmitterError, "Sized cannot be thinned as its own class"):
         oto.construct_subnet(emitter="module")
