@@ -63,6 +63,7 @@ from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
+from oto.slim.origin import descend, origin_of
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
@@ -605,6 +606,7 @@ class OTO:
                 slim = thin_copy(self.model, tensors, edits).eval()
                 checks = check(self.model, slim, self.dummy_input, batch=True, left=self._left(kept))
                 require(checks)
+                descend(slim, self.model, edits, {name: atoms.tolist() for name, atoms in kept.items()})
                 return "module", slim, edits, tensors, checks, None
             except Exception as failure:  # anything that the user's own forward may raise at other sizes
                 if out_of_memory(failure):
@@ -693,6 +695,7 @@ class OTO:
               notes: list[str]) -> list[Check]:  # fmt: skip
         """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU."""
         full, given, portable, left = self.model, self.dummy_input, slim, self._left(kept)
+        first, earlier = self.model, tuple[Mapping[str, list[int]], ...]()
         recorded = about["emitter"] == "recording"
         if next(self.model.parameters()).device.type != "cpu":
             full, given = copy.deepcopy(self.model).cpu(), tree_map_only(Tensor, Tensor.cpu, self.dummy_input)
@@ -710,8 +713,11 @@ class OTO:
                 draft.tensors(FULL, tensors_of(self.model, self.partition), unread)
             again: list[Check] = []
             if edits is not None:
+                origin = origin_of(slim)
+                assert origin is not None
+                edits, first, earlier = origin.edits, origin.first, origin.rounds[:-1]
                 again += check(
-                    full, rebuild(full, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1, left=left
+                    full, rebuild(first, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1, left=left
                 )
                 require(again)
             # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself
@@ -728,9 +734,10 @@ class OTO:
                 needed = "the class is needed to load it" if edits is not None else "nothing in it can be loaded"
                 notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
             manifest = {
-                "model": describe(self.model, tensors if edits is not None else {}),
+                "model": describe(first, tensors if edits is not None else {}),
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in kept.items()},
+                "earlier": earlier,  # what the rounds before this one left, counted each in what it was given
                 "checks": [vars(c) for c in (*checks, *again)],
                 "no_program": no_program,
                 "left_out": left_out,

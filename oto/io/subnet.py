@@ -20,6 +20,7 @@ from oto.errors import ArtefactError, ClassChangedError, EmitterError, Verificat
 from oto.io.artefact import Artefact, Draft, reading
 from oto.io.program import load_program, save_program
 from oto.slim.module import Edits, attribute, thin_copy
+from oto.slim.origin import descend
 from oto.slim.program import export_program, runnable
 from oto.slim.verify import Check, require
 
@@ -128,7 +129,8 @@ def load_subnet(
 ) -> nn.Module:
     """Load a slim model that ``OTO.construct_subnet`` saved.
 
-    Nothing is unpickled. Every file is checked against its hash first.
+    Nothing is unpickled. Every file is checked against its hash first. A model that was made slim several times loads
+    from the first class all the same, and what is loaded may be made slim again.
 
     Args:
         path: The folder, or a file in it.
@@ -152,7 +154,9 @@ def load_subnet(
     make = (lambda factory: factory()) if manifest.get("left_out") else _on_meta
     given = model if isinstance(model, nn.Module) else make(model)
     _require_same(manifest["model"], given, strict)
-    return rebuild(given, artefact.tensors(WEIGHTS), manifest["edits"]).eval()
+    slim = rebuild(given, artefact.tensors(WEIGHTS), manifest["edits"]).eval()
+    descend(slim, given, Edits(**manifest["edits"]), *manifest.get("earlier", ()), manifest["kept"])
+    return slim
 
 
 def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:

@@ -125,6 +125,7 @@ def record(
     for way in ways:
         try:
             with as_found(model, dummy_input) as found:
+                _in_analysed_form(model)
                 graph = _run(model, args, kwargs, known, way, dead, found).graph
         except Exception as failure:
             if out_of_memory(failure):
@@ -175,6 +176,13 @@ def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
             "  to fix   check that model(dummy_input) (model(*tuple), model(**dict)) runs by itself in eval mode",
         ]
     )
+
+
+def _in_analysed_form(model: nn.Module) -> None:
+    """Let modules that have another form for the analysis (those of ``oto.nn``) run in it, until all is put back."""
+    for module in model.modules():
+        if hasattr(type(module), "_oto_analysed"):
+            vars(module)["forward"] = module._oto_analysed
 
 
 def on_meta(model: nn.Module) -> bool:
