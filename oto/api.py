@@ -27,6 +27,7 @@ from oto.errors import (
     EmitterError,
     NotPrunedWarning,
     OTOError,
+    ShrinkError,
     TargetError,
     TooLateError,
     TraceError,
@@ -37,7 +38,7 @@ from oto.errors import (
     out_of_memory,
     some,
 )
-from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
+from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, partition, thinner
 from oto.groups.policy import (
     MinKept,
     carried_by_nodes,
@@ -55,6 +56,7 @@ from oto.io.artefact import check_out_dir, writing
 from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, rebuild, write_program
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
+from oto.optim.shrink import Moved
 from oto.optim.target import UNITS, Target
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
@@ -67,6 +69,7 @@ from oto.slim.origin import descend, origin_of
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
+from oto.slim.shrink import parts, same_groups, shrunk
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
 from oto.trace.found import as_found
@@ -191,6 +194,7 @@ class OTO:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
         self._keep_class, self._strict_out_nodes = keep_class, strict_out_nodes
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
+        self._made_for: Partition | None = None  # the analysis that it was made for, before any shrinking
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
@@ -210,16 +214,20 @@ class OTO:
         require_prunable(self._groups, self.partition.found.graph)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer")}
+        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer", "_made_for")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
+        vars(self).update(
+            state, _optimizer=None, _made_for=None
+        )  # operators cannot be pickled, so the graph is found again
         graph = record(self.model, self.dummy_input, known, dead=self._keep_class)
         self.partition = partition(graph, self._strict_out_nodes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OTO:
         memo[id(self)] = other = object.__new__(OTO)
-        vars(other).update(vars(self), _optimizer=None)  # what was found holds no tensor, so it can be shared
+        vars(other).update(
+            vars(self), _optimizer=None, _made_for=None
+        )  # what was found holds no tensor, so it can be shared
         other.model, other.dummy_input = copy.deepcopy((self.model, self.dummy_input), memo)
         return other
 
@@ -428,8 +436,95 @@ class OTO:
         given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
         latency = self._latency(options)
         optimizer = kind(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer, self._made_for = weakref.ref(optimizer), self.partition
         return optimizer
+
+    def shrink(self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None) -> nn.Module:
+        """Go on training on a slim model: without all that is at zero for good.
+
+        The rest of training is what it would have been on the full model, only cheaper, and pruning goes on if it is
+        not over. The optimizer stays the same object, with its parameter groups, options and step; its parameters are
+        replaced by those of the slim model and its state is sliced, so a learning-rate scheduler, a ``GradScaler`` or
+        accelerate's wrapper of it go on as they are. What holds the full *model* does not: wrap the slim one again
+        (``DistributedDataParallel``, ``torch.compile``), and make averages of its weights anew. This ``OTO`` is one of
+        the slim model from now on; ``construct_subnet`` saves what loads from the class of the first model.
+
+        Call it between two steps, as often as you like. Gradients are sliced too. The same trajectory, up to the order
+        of sums, needs an optimizer that treats entries one by one (SGD, Adam, AdamW, RMSprop...), and no clipping by a
+        norm over all gradients, which counts those of pruned entries too. Dropout draws other numbers for thinner
+        tensors. Criteria of saliency that look at gradients choose as before; magnitudes no longer count weights that
+        read what is gone.
+
+        To resume a checkpoint that was written after shrinking, make the full model, its ``OTO`` and its optimizer as
+        in the beginning, then ``slim = oto.shrink(optimizer, like=saved_optimizer_state)``, and load both states.
+
+        Args:
+            optimizer: One that this ``OTO`` made, or what wraps it as ``.optimizer``; by default the last that it made.
+            like: The ``state_dict()`` of an optimizer that was shrunk: remove what it lacks, zero or not.
+
+        Returns:
+            The slim model, of the model's own class, on its device, in the mode it was in; the model itself, with a
+            ``NotPrunedWarning``, if nothing is at zero for good yet.
+
+        Raises:
+            ShrinkError: The class cannot be made thinner, the optimizer has state that cannot be sliced, or it belongs
+                to another model. Nothing is changed.
+            VerificationError: The slim model computes something else, in eval or in train mode. Nothing is changed.
+        """
+        inner = self._optimizer_of(optimizer)
+        analysed = self.partition if self._made_for is None else self._made_for
+        there = {name: np.flatnonzero(mask) for name, mask in inner.kept.items()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        foreign = [name for name, p in inner.parameters().items() if name in names.values() and names.get(p) != name]
+        if foreign or [g.slices for g in thinner(analysed, inner.node_groups, there)] != [
+            g.slices for g in inner.node_groups
+        ]:
+            raise ShrinkError(
+                f"the {type(inner).__name__} is not over the parameters of this {type(self.model).__name__}\n"
+                "  effect  nothing was changed\n"
+                "  to fix  use the optimizer that this OTO made: optimizer = oto.hesso(...)"
+            )
+        left = inner.left_like(like)
+        if all(own.all() for own in left.values()):
+            if like is None:
+                warnings.warn(
+                    f"{inner.progress}\n  effect  nothing was removed\n"
+                    "  to fix  shrink after a period of pruning has ended",
+                    NotPrunedWarning,
+                    stacklevel=2,
+                )
+            return self.model
+        if like is not None:
+            inner.zero_(left)
+        made = parts(inner.node_groups, self.node_groups)
+        losing = [group.name for group in inner.node_groups if not left[group.name].all()]
+        kept = {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
+        with _told(self.model, ShrinkError, "its slim form was built and verified", "the analysis is done"):
+            slim = shrunk(self.model, self.partition, kept, self.dummy_input, self._left(kept))
+            graph = record(slim.model, self.dummy_input, known, dead=self._keep_class)
+        found = partition(graph, self._strict_out_nodes)
+        groups = same_groups(thinner(self.partition, self._groups, kept), found.groups, not inner.progress.over)
+        moved = [
+            Moved(name, p, slim.model.get_parameter(name), slim.parameters[name])
+            for name, p in self.model.named_parameters()
+        ]
+        now = {name: atoms[left[name]] for name, atoms in there.items()}
+        inner.shrink_(moved, thinner(analysed, inner.node_groups, now), left)
+        self.model, self.partition, self._groups, self._made_for = slim.model, found, groups, analysed
+        return slim.model
+
+    def _optimizer_of(self, optimizer: Any) -> SparseOptimizer:
+        inner = self._trained_by if optimizer is None else optimizer
+        while inner is not None and not isinstance(inner, SparseOptimizer):
+            inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise ShrinkError(
+                "there is no optimizer that knows what is at zero for good"
+                + ("" if optimizer is None else f": {type(optimizer).__name__} is none, and wraps none")
+                + "\n  effect  nothing was changed\n"
+                "  to fix  pass the one that this OTO made: optimizer = oto.hesso(...)"
+            )
+        return inner
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
         """Zero a random choice of ZIGs in place, for checks.
@@ -551,10 +646,10 @@ class OTO:
         if optimizer is not None and not optimizer.progress.over:
             end = optimizer.schedule.end
             what, remedy = f"step {optimizer.clock:,} of {end:,}: {what} yet", f"construct_subnet after {end:,} steps"
-        elif optimizer is not None and zero < optimizer.num_pruned:
-            what += f", the optimizer has pruned {optimizer.num_pruned:,}: these are other weights than it trains"
+        elif optimizer is not None and zero < (pruned := optimizer.num_pruned - optimizer.num_removed):
+            what += f", the optimizer has pruned {pruned:,}: these are other weights than it trains"
             remedy = "optimizer.zero_pruned_in(model) for a moving average; else load the weights that were trained"
-        elif not zero:
+        elif not zero and (optimizer is None or not optimizer.num_removed):
             remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
         else:
             return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import networkx as nx
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from oto.axes.invariance import Exact, prove
 from oto.axes.propagate import Propagation, propagate
-from oto.axes.terms import Axis, Reason, Sum, Term, axes_of, resolve, size, survivors
+from oto.axes.terms import Axis, Reason, Sum, Term, axes_of, count, resolve, survivors
 from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.trace.graph import Graph, Value
 
 Kept = Mapping[str, NDArray[np.int64]]
+_WHOLE: Mapping[Axis, int] = {}
 
 
 @dataclass(eq=False)
@@ -101,23 +102,44 @@ def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
     return tuple(s for s in slices if (s.parameter, s.dim) in places)
 
 
-def occurrences(term: Term) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
-    """Every axis of a resolved term, and the strided view that leads to it."""
-    before, total = 1, size(term)
+def thinner(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tuple[NodeGroup, ...]:
+    """Where ``groups`` lie in parameters that only hold the atoms in ``kept`` any more; the same groups otherwise."""
+    counts = {partition.axes[name]: len(atoms) for name, atoms in kept.items()}
+    where: dict[Axis, list[Slice]] = {}
+    for leaf in partition.found.graph.leaves:
+        if leaf.kind == "parameter":
+            for dim, term in enumerate(partition.found.terms(leaf.value)):
+                for axis, cuts in occurrences(term, counts):
+                    where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
+
+    def thin(group: NodeGroup) -> NodeGroup:
+        axis = partition.axes[group.name]
+        slices = tuple(where[axis])
+        places = {(piece.parameter, piece.dim) for piece in group.zeros}
+        zeros = tuple(piece for piece in slices if (piece.parameter, piece.dim) in places)
+        return replace(group, size=counts.get(axis, group.size), slices=slices, zeros=zeros)
+
+    return tuple(map(thin, groups))
+
+
+def occurrences(term: Term, counts: Mapping[Axis, int] = _WHOLE) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
+    """Every axis of a resolved term, and the strided view that leads to it; ``counts`` says how many atoms are left."""
+    before, total = 1, count(term, counts)
     if not total:  # a parameter may be empty
         return
     for factor in term:
-        after = total // (before * factor.size)
+        own = count((factor,), counts)
+        after = total // (before * own)
         if isinstance(factor, Sum):
             offset = 0
             for segment in factor.segments:
-                n = size(segment)
-                for axis, cuts in occurrences(segment):
-                    yield axis, (Cut(before, factor.size, after, offset, n), *cuts)
+                n = count(segment, counts)
+                for axis, cuts in occurrences(segment, counts):
+                    yield axis, (Cut(before, own, after, offset, n), *cuts)
                 offset += n
         else:
-            yield factor, (Cut(before, factor.size, after, 0, factor.size),)
-        before *= factor.size
+            yield factor, (Cut(before, own, after, 0, own),)
+        before *= own
 
 
 def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
