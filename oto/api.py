@@ -38,7 +38,7 @@ from oto.errors import (
     out_of_memory,
     some,
 )
-from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, partition, thinner
+from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
 from oto.groups.policy import (
     MinKept,
     carried_by_nodes,
@@ -185,9 +185,9 @@ class OTO:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         with _told(model, TraceError, "being followed on the dummy input"):
-            graph = record(model, dummy_input, known, dead=keep_class)
+            graph = record(model, dummy_input, known, dead=keep_class, training=True)
         with _told(model, TraceError, "being analysed", "it was followed on the dummy input"):
-            self.partition = partition(graph, strict_out_nodes)
+            self.partition = trainable(graph, strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._prune_frozen = prune_frozen
         if not prune_frozen:
@@ -220,8 +220,8 @@ class OTO:
         vars(self).update(
             state, _optimizer=None, _made_for=None
         )  # operators cannot be pickled, so the graph is found again
-        graph = record(self.model, self.dummy_input, known, dead=self._keep_class)
-        self.partition = partition(graph, self._strict_out_nodes)
+        graph = record(self.model, self.dummy_input, known, dead=self._keep_class, training=True)
+        self.partition = trainable(graph, self._strict_out_nodes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OTO:
         memo[id(self)] = other = object.__new__(OTO)
@@ -501,8 +501,8 @@ class OTO:
         kept = {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
         with _told(self.model, ShrinkError, "its slim form was built and verified", "the analysis is done"):
             slim = shrunk(self.model, self.partition, kept, self.dummy_input, self._left(kept))
-            graph = record(slim.model, self.dummy_input, known, dead=self._keep_class)
-        found = partition(graph, self._strict_out_nodes)
+            graph = record(slim.model, self.dummy_input, known, dead=self._keep_class, training=True)
+        found = trainable(graph, self._strict_out_nodes)
         groups = same_groups(thinner(self.partition, self._groups, kept), found.groups, not inner.progress.over)
         moved = [
             Moved(name, p, slim.model.get_parameter(name), slim.parameters[name])

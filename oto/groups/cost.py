@@ -64,15 +64,22 @@ def _bytes(partition: Partition) -> Products:
 
 
 def _macs(partition: Partition) -> Products:
-    return ((1, step.volume) for step in partition.found.tape.steps if step.volume is not None)
+    return ((1, volume) for _, volume in _products(partition))
+
+
+def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
+    """Every product of the forward in eval mode: the index of its node, and the terms of its volume."""
+    nodes = len(partition.found.graph.nodes)
+    for step in partition.found.tape.steps:
+        if step.volume is not None and step.node < nodes:
+            yield step.node, step.volume
 
 
 def macs_by_node(partition: Partition) -> dict[int, int]:
     """Multiply–adds of each call of the full model that has any, by the index of its node."""
     found: dict[int, int] = {}
-    for step in partition.found.tape.steps:
-        if step.volume is not None:
-            found[step.node] = found.get(step.node, 0) + prod(count(resolve(term), {}) for term in step.volume)
+    for node, volume in _products(partition):
+        found[node] = found.get(node, 0) + prod(count(resolve(term), {}) for term in volume)
     return found
 
 

@@ -65,7 +65,7 @@ def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
     found = propagate(graph, strict_out_nodes)
     proofs = prove(found)
     where: dict[Axis, list[Slice]] = {}
-    reached = {value for node in graph.nodes for value in node.inputs()} | set(graph.outputs)
+    reached, used = graph.read, set[Axis]()
     idle = Reason("the traced forward never uses it")
     first: dict[Axis, str] = {}
     for leaf in graph.leaves:
@@ -74,8 +74,10 @@ def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
         for dim, term in enumerate(found.terms(leaf.value)):
             for axis, cuts in occurrences(term):
                 where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
-                if leaf.value not in reached:
-                    axis.fixed = idle
+                if leaf.value in reached:
+                    used.add(axis)
+    for axis in where.keys() - used:  # heads that only training uses lose what they read, and nothing of their own
+        axis.fixed = idle
     for axis, proof in proofs.items():
         if proof.zeros:
             leaf, _ = proof.zeros[0]
@@ -100,6 +102,22 @@ def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
 def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
     places = {(leaf.name, dim) for leaf, dim in proof.zeros}
     return tuple(s for s in slices if (s.parameter, s.dim) in places)
+
+
+def trainable(graph: Graph, strict_out_nodes: bool = False) -> Partition:
+    """The node groups of a traced model, and of what train mode does besides, if that costs no atoms.
+
+    Where it does, the forward in eval mode alone counts, and ``untrained`` of the graph says so.
+    """
+    found = partition(graph, strict_out_nodes)
+    if graph.trained is None:
+        return found
+    alone = partition(replace(graph, trained=None), strict_out_nodes)
+    both, one = (sum(g.size for g in own.groups if g.prunable) for own in (found, alone))
+    if both >= one:
+        return found
+    text = f"{one - both:,} of {one:,} zero-invariant groups would have to stay for what train mode does besides"
+    return partition(replace(graph, trained=None, untrained=text), strict_out_nodes)
 
 
 def thinner(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tuple[NodeGroup, ...]:

@@ -112,7 +112,7 @@ def plan_edits(model: nn.Module, partition: Partition, thin: Thinning) -> Edits:
     edits = Edits()
     leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}
     calls: dict[str, list[Node]] = {}
-    for node in thin.found.graph.nodes:
+    for node in thin.found.graph.calls:
         calls.setdefault(node.module, []).append(node)
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
@@ -121,7 +121,7 @@ def plan_edits(model: nn.Module, partition: Partition, thin: Thinning) -> Edits:
         if kind is not None:
             STOCK[kind](mine, edits)
     for index, text in thin.found.tape.counted.items():
-        node = thin.found.graph.nodes[index]
+        node = thin.found.graph.calls[index]
         rewrite = thin.found.tape.rewrites[index]
         norm = stock(modules.get(node.module)) in NORMS
         if thin.changes(rewrite) and not norm:

@@ -49,7 +49,7 @@ def class_bound(
         keep |= new or dict.fromkeys(free - keep.keys())
     families: dict[object, list[str]] = {}
     for name in sorted(free & keep.keys()):
-        lines = frozenset(partition.found.graph.nodes[index].source for index in stated.get(name, ()))
+        lines = frozenset(partition.found.graph.calls[index].source for index in stated.get(name, ()))
         families.setdefault(lines or re.sub(r"\d+", "", name), []).append(name)
     for names in families.values():
         if trial.failure(keep.keys() - names) is None:
@@ -67,7 +67,7 @@ def _stated(model: nn.Module, partition: Partition) -> dict[str, list[int]]:
     names = {axis: name for name, axis in partition.axes.items()}
     found: dict[str, list[int]] = {}
     for index, rewrite in partition.found.tape.rewrites.items():
-        if stock(modules.get(partition.found.graph.nodes[index].module)) is None:
+        if stock(modules.get(partition.found.graph.calls[index].module)) is None:
             axes = {axis: None for term in rewrite.terms for axis in axes_of(resolve(term))}
             for axis in axes.keys() & names.keys():
                 found.setdefault(names[axis], []).append(index)
