@@ -69,7 +69,8 @@ from oto.slim.origin import descend, origin_of
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
-from oto.slim.shrink import parts, same_groups, shrunk
+from oto.slim.shrink import heads_in_training, parts, same_groups, shrunk
+from oto.slim.unreached import left_out, unreached, within
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
 from oto.trace.found import as_found
@@ -154,6 +155,8 @@ class OTO:
             states a size that changed becomes a ``torch.fx.GraphModule``.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
+        drop_unreached: Leave out of the slim model what its forward never uses in eval mode, such as heads for training
+            only. By default they stay, thinner by what they read, and the slim model can be trained with them.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -181,7 +184,9 @@ class OTO:
         min_kept: MinKept = 1,
         keep_class: bool = False,
         prune_frozen: bool = False,
+        drop_unreached: bool = False,
     ) -> None:
+        self._drop_unreached = drop_unreached
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         with _told(model, TraceError, "being followed on the dummy input"):
@@ -670,7 +675,10 @@ class OTO:
                 "  to fix  give the model values (model.to_empty(device=...), load_state_dict) and a new OTO"
             )
         kept = read_zeros(self.node_groups, self.model)
-        before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
+        names = [name for leaf in self.partition.found.graph.leaves for name in leaf.names]
+        gone = within(names, unreached(self.model, self.partition)) if self._drop_unreached else ()
+        before = self._cost()
+        after = cost(self.partition, {name: len(atoms) for name, atoms in kept.items()}, gone)
         notes: list[str] = []
         built = _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
         with built, as_found(self.model):
@@ -698,9 +706,14 @@ class OTO:
                 thin = thinning(self.partition, kept)
                 edits = plan_edits(self.model, self.partition, thin)
                 tensors = thin_tensors(self.model, thin)
+                if self._drop_unreached:
+                    tensors, edits = left_out(self.model, self.partition, tensors, edits, self.dummy_input)
                 slim = thin_copy(self.model, tensors, edits).eval()
                 checks = check(self.model, slim, self.dummy_input, batch=True, left=self._left(kept))
                 require(checks)
+                if not edits.dropped:
+                    proofs, short = heads_in_training(self.model, slim, self.dummy_input, self.partition, kept)
+                    checks, notes[:] = [*checks, *proofs], [*notes, *short]
                 descend(slim, self.model, edits, {name: atoms.tolist() for name, atoms in kept.items()})
                 return "module", slim, edits, tensors, checks, None
             except Exception as failure:  # anything that the user's own forward may raise at other sizes

@@ -4,4 +4,16 @@ from oto.groups.cost import Cost, Costs, cost
 from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.groups.partition import Kept, Partition, partition, thinner, trainable
 
-__all__ = ["Cost", "Costs", "Cut", "Kept", "NodeGroup", "Partition", "Slice", "cost", "partition", "thinner", "trainable"]
+__all__ = [
+    "Cost",
+    "Costs",
+    "Cut",
+    "Kept",
+    "NodeGroup",
+    "Partition",
+    "Slice",
+    "cost",
+    "partition",
+    "thinner",
+    "trainable",
+]

@@ -31,10 +31,12 @@ class Edits:
     Attributes:
         attributes: For each module path, integer attributes and their new values.
         swaps: For each module path, the class of ``oto.nn`` that takes its place, and how to make it.
+        dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     swaps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
 
 
 def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
@@ -78,6 +80,9 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             return new
         parent, _, last = path.rpartition(".")
         setattr(slim.get_submodule(parent), last, new)
+    for path, instead in edits.dropped.items():
+        parent, _, last = path.rpartition(".")
+        setattr(slim.get_submodule(parent), last, nn.Identity() if instead == "identity" else None)
     return slim
 
 

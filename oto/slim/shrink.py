@@ -78,8 +78,8 @@ def shrunk(model: nn.Module, partition: Partition, kept: Kept, dummy_input: Any,
                 "  effect  the optimizer's state would not fit it; nothing was changed\n"
                 "  to fix  keep it whole: OTO(..., skip_patterns=[...])"
             )
-    trained = check_training(model, slim, dummy_input, partition, kept)
-    require([trained] if trained is not None else [])
+    training = check_training(model, slim, dummy_input, partition, kept)
+    require([] if training is None else [training])
     descend(slim, model, edits, {name: atoms.tolist() for name, atoms in kept.items()})
     return Shrunk(slim, parameters)
 
@@ -100,14 +100,14 @@ def check_training(
         tries.append(random_like(dummy_input, 0, max(2, first.shape[0])))
     for given in tries:
         try:
-            expected, moved = _trained(full, given)
+            expected, moved = trained(full, given)
         except Exception as failure:  # whatever a forward may want for training
             if out_of_memory(failure):
                 raise
             log.info("%s does not run in train mode on the example: %s", type(full).__name__, first_line(failure))
             continue
         try:
-            found, slim_moved = _trained(slim, given)
+            found, slim_moved = trained(slim, given)
         except Exception as failure:
             if out_of_memory(failure):
                 raise
@@ -127,7 +127,26 @@ def check_training(
     return None
 
 
-def _trained(module: nn.Module, given: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+def heads_in_training(
+    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
+) -> tuple[list[Check], list[str]]:
+    """Where parts of a model are used in training only: the proof that the slim one trains, or what falls short."""
+    graph = partition.found.graph
+    if graph.untrained is not None:
+        text = "parts that only training may use could not be followed, so the slim model may fail in train mode"
+        return [], [f"{text} ({graph.untrained}); drop_unreached=True leaves them out"]
+    if graph.trained is None:
+        return [], []
+    try:
+        made = check_training(full, slim, dummy_input, partition, kept)
+    except ShrinkError as failure:
+        return [], [str(failure).splitlines()[0]]
+    if made is not None and not made.passed:
+        return [], [f"in train mode the slim model differs from the full one by {made.error:.1e}"]
+    return [] if made is None else [made], []
+
+
+def trained(module: nn.Module, given: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What a module gives in train mode, and its buffers after that."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(given))
     modes = [(m, m.training) for m in module.modules()]
