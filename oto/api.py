@@ -454,22 +454,22 @@ class OTO:
         (``DistributedDataParallel``, ``torch.compile``), and make averages of its weights anew. This ``OTO`` is one of
         the slim model from now on; ``construct_subnet`` saves what loads from the class of the first model.
 
-        Call it between two steps, as often as you like. Gradients are sliced too. The same trajectory, up to the order
-        of sums, needs an optimizer that treats entries one by one (SGD, Adam, AdamW, RMSprop...), and no clipping by a
-        norm over all gradients, which counts those of pruned entries too. Dropout draws other numbers for thinner
-        tensors. Criteria of saliency that look at gradients choose as before; magnitudes no longer count weights that
-        read what is gone.
+        Call it between two steps, as often as you like, such as after each period. Gradients are sliced too. The same
+        trajectory, up to the order of sums, needs an optimizer that treats entries one by one (SGD, Adam, AdamW,
+        RMSprop...), and no clipping by a norm over all gradients, which counts those of pruned entries too. Dropout
+        draws other numbers for thinner tensors. Criteria of saliency that look at gradients choose as before;
+        magnitudes no longer count weights that read what is gone.
 
         To resume a checkpoint that was written after shrinking, make the full model, its ``OTO`` and its optimizer as
         in the beginning, then ``slim = oto.shrink(optimizer, like=saved_optimizer_state)``, and load both states.
 
         Args:
             optimizer: One that this ``OTO`` made, or what wraps it as ``.optimizer``; by default the last that it made.
-            like: The ``state_dict()`` of an optimizer that was shrunk: remove what it lacks, zero or not.
+            like: The ``state_dict()`` of an optimizer that was shrunk: what it lacks is set to zero and removed.
 
         Returns:
-            The slim model, of the model's own class, on its device, in the mode it was in; the model itself, with a
-            ``NotPrunedWarning``, if nothing is at zero for good yet.
+            The slim model, of the model's own class, on its device, in the mode it was in; the model itself if there
+            is nothing to remove, with a ``NotPrunedWarning`` if there never was.
 
         Raises:
             ShrinkError: The class cannot be made thinner, the optimizer has state that cannot be sliced, or it belongs
@@ -491,7 +491,7 @@ class OTO:
             )
         left = inner.left_like(like)
         if all(own.all() for own in left.values()):
-            if like is None:
+            if like is None and not inner.num_removed:
                 warnings.warn(
                     f"{inner.progress}\n  effect  nothing was removed\n"
                     "  to fix  shrink after a period of pruning has ended",
