@@ -444,15 +444,17 @@ class OTO:
         self._optimizer, self._made_for = weakref.ref(optimizer), self.partition
         return optimizer
 
-    def shrink(self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None) -> nn.Module:
+    def shrink(
+        self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None, averages: Iterable[Any] = ()
+    ) -> nn.Module:
         """Go on training on a slim model: without all that is at zero for good.
 
         The rest of training is what it would have been on the full model, only cheaper, and pruning goes on if it is
         not over. The optimizer stays the same object, with its parameter groups, options and step; its parameters are
         replaced by those of the slim model and its state is sliced, so a learning-rate scheduler, a ``GradScaler`` or
         accelerate's wrapper of it go on as they are. What holds the full *model* does not: wrap the slim one again
-        (``DistributedDataParallel``, ``torch.compile``), and make averages of its weights anew. This ``OTO`` is one of
-        the slim model from now on; ``construct_subnet`` saves what loads from the class of the first model.
+        (``DistributedDataParallel``, ``torch.compile``). This ``OTO`` is one of the slim model from now on;
+        ``construct_subnet`` saves what loads from the class of the first model.
 
         Call it between two steps, as often as you like, such as after each period. Gradients are sliced too. The same
         trajectory, up to the order of sums, needs an optimizer that treats entries one by one (SGD, Adam, AdamW,
@@ -466,14 +468,16 @@ class OTO:
         Args:
             optimizer: One that this ``OTO`` made, or what wraps it as ``.optimizer``; by default the last that it made.
             like: The ``state_dict()`` of an optimizer that was shrunk: what it lacks is set to zero and removed.
+            averages: What holds moving averages of the weights as ``.module`` or ``.ema``: each gets a slim one in its
+                place, and goes on with the slim model.
 
         Returns:
             The slim model, of the model's own class, on its device, in the mode it was in; the model itself if there
             is nothing to remove, with a ``NotPrunedWarning`` if there never was.
 
         Raises:
-            ShrinkError: The class cannot be made thinner, the optimizer has state that cannot be sliced, or it belongs
-                to another model. Nothing is changed.
+            ShrinkError: The class cannot be made thinner, the optimizer has state that cannot be sliced, or it or an
+                average belongs to another model. Nothing is changed.
             VerificationError: The slim model computes something else, in eval or in train mode. Nothing is changed.
         """
         inner = self._optimizer_of(optimizer)
@@ -505,7 +509,7 @@ class OTO:
         losing = [group.name for group in inner.node_groups if not left[group.name].all()]
         kept = {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
         with _told(self.model, ShrinkError, "its slim form was built and verified", "the analysis is done"):
-            slim = shrunk(self.model, self.partition, kept, self.dummy_input, self._left(kept))
+            slim = shrunk(self.model, self.partition, kept, self.dummy_input, self._left(kept), averages)
             graph = record(slim.model, self.dummy_input, known, dead=self._keep_class, training=True)
         found = trainable(graph, self._strict_out_nodes)
         groups = same_groups(thinner(self.partition, self._groups, kept), found.groups, not inner.progress.over)
@@ -515,6 +519,7 @@ class OTO:
         ]
         now = {name: atoms[left[name]] for name, atoms in there.items()}
         inner.shrink_(moved, thinner(analysed, inner.node_groups, now), left)
+        slim.put_averages()
         self.model, self.partition, self._groups, self._made_for = slim.model, found, groups, analysed
         return slim.model
 

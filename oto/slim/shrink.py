@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
 from oto.groups import Kept, NodeGroup, Partition, Slice
 from oto.slim.module import attribute, plan_edits, thin_copy, thin_tensors
-from oto.slim.origin import descend
+from oto.slim.origin import descend, origin_of
 from oto.slim.plan import thinning
 from oto.slim.verify import TOLERANCE, Check, check, random_like, relative_error, require
 from oto.trace.found import as_found
@@ -35,20 +35,36 @@ class Shrunk:
     Attributes:
         model: Of the original class, in the mode that the full one is in.
         parameters: For each parameter of the full model, what is left of it.
+        averages: What holds an average of the weights, under which name, and its slim form.
     """
 
     model: nn.Module
     parameters: Mapping[str, Entries]
+    averages: Sequence[tuple[Any, str, nn.Module]]
+
+    def put_averages(self) -> None:
+        """Give each wrapper its slim average."""
+        for wrapper, name, average in self.averages:
+            setattr(wrapper, name, average)
 
 
-def shrunk(model: nn.Module, partition: Partition, kept: Kept, dummy_input: Any, left: Any = None) -> Shrunk:
+def shrunk(
+    model: nn.Module,
+    partition: Partition,
+    kept: Kept,
+    dummy_input: Any,
+    left: Any = None,
+    averages: Iterable[Any] = (),
+) -> Shrunk:
     """Make the slim model of ``model``, in which all atoms but those in ``kept`` are zero, and prove it in both modes.
 
     Args:
         left: As for :func:`oto.slim.verify.check`.
+        averages: Wrappers of averages of the weights, whose atoms need not be zero.
 
     Raises:
-        ShrinkError: The class cannot express it, or not with the parameters that the optimizer knows.
+        ShrinkError: The class cannot express it, or not with the parameters that the optimizer knows; or an average is
+            none of this model.
         VerificationError: It computes something else.
     """
     thin = thinning(partition, kept)
@@ -81,7 +97,27 @@ def shrunk(model: nn.Module, partition: Partition, kept: Kept, dummy_input: Any,
     training = check_training(model, slim, dummy_input, partition, kept)
     require([] if training is None else [training])
     descend(slim, model, edits, {name: atoms.tolist() for name, atoms in kept.items()})
-    return Shrunk(slim, parameters)
+    made: list[tuple[Any, str, nn.Module]] = []
+    for wrapper in averages:
+        name, inner = _held(wrapper, model)
+        average = thin_copy(inner, thin_tensors(inner, thin), edits)
+        vars(average)["_oto_origin"] = origin_of(slim)
+        made.append((wrapper, name, average))
+    return Shrunk(slim, parameters, made)
+
+
+def _held(wrapper: Any, model: nn.Module) -> tuple[str, nn.Module]:
+    """The average of a model's weights that a wrapper holds, and as what."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for name in ("module", "ema"):
+        inner = getattr(wrapper, name, None)
+        if isinstance(inner, nn.Module) and {n: p.shape for n, p in inner.named_parameters()} == shapes:
+            return name, inner
+    raise ShrinkError(
+        f"{type(wrapper).__name__} holds no average of this {type(model).__name__} as .module or .ema\n"
+        "  effect  it cannot be made smaller in its place, so nothing was changed\n"
+        "  to fix  pass the wrapper (torch.optim.swa_utils.AveragedModel, timm's ModelEmaV3...), not the average itself"
+    )
 
 
 def check_training(

@@ -114,14 +114,27 @@ def test_hesso_cric():
     assert str(slim.optimizer.progress) == str(full.optimizer.progress)
 
 
-@pytest.mark.parametrize("saliency", ["magnitude", "taylor_first_order"])
-def test_local_choices_count_in_the_full_network(saliency):
-    options = SGD | {"scope": "local", "saliency": saliency, "group_divisible": 2}
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"scope": "local", "saliency": "taylor_first_order", "group_divisible": 2},
+        {"scope": "global", "saliency": "taylor_first_order", "normalise": "mean"},
+        {"scope": "global", "saliency": "taylor_second_order", "normalise": "max", "min_kept": 0.2},
+    ],
+    ids=str,
+)
+def test_choices_count_in_the_full_network(choice):
+    full, slim = (Run(resnet, IMAGES, SGD | choice, target=0.35) for _ in range(2))
+    slim.until(START + 5).shrink().until(START + 9).shrink()
+    assert relative(full.until(30).losses, slim.until(30).losses) <= SAME
+    assert full.optimizer.num_pruned > slim.optimizer.num_removed
+
+
+def test_by_magnitude_other_atoms_may_go_but_as_many():
+    # what reads a channel that is gone does not count any more
+    options = SGD | {"scope": "local", "saliency": "magnitude"}
     full, slim = Run(resnet, IMAGES, options).until(30), Run(resnet, IMAGES, options).until(START + 5).shrink()
-    if saliency == "magnitude":  # what reads a channel that is gone does not count any more, so others may go
-        assert slim.until(30).optimizer.num_pruned == full.optimizer.num_pruned
-    else:
-        assert relative(full.losses, slim.until(30).losses) <= SAME
+    assert slim.until(30).optimizer.num_pruned == full.optimizer.num_pruned
 
 
 def test_the_optimizer_stays_the_same_object_with_its_options():
@@ -268,6 +281,26 @@ def test_afterwards_everything_is_about_the_slim_model(tmp_path):
     assert sum(p.numel() for p in again.parameters()) < one.oto.compute_num_params()
     copied = copy.deepcopy(one.oto)
     assert relative_error(run(one.model, x), run(copied.construct_subnet().model, x)) <= EXACT
+
+
+def test_moving_averages_go_on_with_the_slim_model():
+    full, slim = Run(resnet, IMAGES, SGD), Run(resnet, IMAGES, SGD)
+    found = []
+    for one in (full, slim):
+        average = torch.optim.swa_utils.AveragedModel(
+            one.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        )
+        for step in range(1, 40):
+            one.until(step)
+            average.update_parameters(one.model)
+            if one is slim and step == START + STEPS:
+                with pytest.raises(ShrinkError, match="holds no average of this Sequential"):
+                    one.oto.shrink(averages=[copy.deepcopy(one.model)])
+                one.shrink(averages=[average])
+        one.optimizer.zero_pruned_in(average)
+        subnet = one.oto.construct_subnet(model=average)
+        found.append([p.detach() for p in subnet.model.parameters()])
+    assert relative_error(*found) <= SAME
 
 
 def test_what_was_kept_whole_stays_whole():
