@@ -24,7 +24,7 @@ from oto import OTO
 
 PRUNING, AFTER = 12, 50
 OPTIMIZERS = {
-    "sgd": {"variant": "sgd", "lr": 0.02, "first_momentum": 0.9, "weight_decay": 1e-4},
+    "sgd": {"variant": "sgd", "lr": 0.005, "first_momentum": 0.9, "weight_decay": 1e-4},
     "adamw": {"variant": "adamw", "lr": 3e-4, "weight_decay": 0.05},
 }
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
             full, slim, seconds = pair(name, optimizer, args.target_macs, torch.float32, args.device, args.batch)
             a, b = milliseconds(full, slim, args.rounds)
             left = slim.oto.compute_macs() / full.oto.compute_macs()
-            off = difference(*pair(name, optimizer, args.target_macs, torch.float64, args.device, 4)[:2])
+            off = difference(*pair(name, optimizer, args.target_macs, torch.float64, args.device, 8)[:2])
             print(
                 f"| {name} | {optimizer} | {left:.2f} | {a:.1f} | {b:.1f} | {b / a:.2f} | {seconds:.1f} | {off:.0e} |",
                 flush=True,

@@ -414,7 +414,7 @@ class SparseOptimizer(Optimizer):
         self._keep_atoms(mask.to(self.atoms.device))
         self.node_groups = tuple(groups)
         self.choice = replace(self.choice, groups=self.node_groups)
-        self._planned = self._split = None
+        self._planned = None  # it holds the old parameters
 
     def _keep_atoms(self, left: Tensor) -> None:
         """Forget all about the others."""

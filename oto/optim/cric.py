@@ -175,11 +175,6 @@ class HESSOCRIC(HESSO):
         """Replace something that is known; tensors are never written into, so that saved states stay as they are."""
         self.param_groups[0]["oto_walk"] = self.walk | known
 
-    def _keep_atoms(self, left: Tensor) -> None:
-        super()._keep_atoms(left)
-        sized = ("violating", "historical", "still", "walked", "scores")
-        self._now(**{key: self.walk[key][..., left.to(self.walk[key].device)] for key in sized})
-
     # Probes ----------------------------------------------------------------------------------------------------------
 
     def _probe(self, at: int) -> None:
