@@ -86,7 +86,8 @@ class Subnet:
     """A verified slim model.
 
     Attributes:
-        model: The slim module, in eval mode; it owns its memory.
+        model: The slim module, in eval mode; it owns its memory. One of the original class trains on as the full one
+            would (``docs/training_on.md``), and may be made slim again: what is saved loads from the first class.
         path: The folder of the artefact, ``None`` if it was not saved.
         emitter: ``"module"`` (the original class), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
             followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).

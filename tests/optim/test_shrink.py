@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -396,3 +397,14 @@ def test_dropout_on_what_kept_its_shape_stays_on_the_trajectory():
         torch.manual_seed(2)
         one.until(START + STEPS + 20)
     assert relative(full.losses, slim.losses) <= SAME
+
+
+def test_the_page_about_it_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training_on.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    held = {"nn": nn, "torch": torch, "OTO": OTO}
+    exec(code, held)
+    assert "pruning ended after 35 steps" in capsys.readouterr().out
+    assert held["subnet"].cost_after.macs <= 0.4 * (20 * 64 + 64 * 64 + 64 * 5) * 8
+    assert (tmp_path / "out" / "oto.json").exists()
