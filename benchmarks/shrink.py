@@ -104,7 +104,7 @@ def pair(*options: object) -> tuple[Run, Run, float]:
         for _ in range(PRUNING):
             run.step()
     start = time.perf_counter()
-    slim.model = slim.oto.shrink(slim.optimizer)
+    slim.oto.shrink(slim.optimizer)
     return full, slim, time.perf_counter() - start
 
 

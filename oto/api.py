@@ -69,7 +69,7 @@ from oto.slim.origin import descend, origin_of
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
-from oto.slim.shrink import heads_in_training, parts, same_groups, shrunk
+from oto.slim.shrink import become, heads_in_training, parts, same_groups, shrunk
 from oto.slim.unreached import left_out, unreached, within
 from oto.slim.verify import Check, check, require
 from oto.trace.export import export
@@ -448,14 +448,14 @@ class OTO:
     def shrink(
         self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None, averages: Iterable[Any] = ()
     ) -> nn.Module:
-        """Go on training on a slim model: without all that is at zero for good.
+        """Make the model slim in the middle of training: all that is at zero for good goes.
 
-        The rest of training is what it would have been on the full model, only cheaper, and pruning goes on if it is
-        not over. The optimizer stays the same object, with its parameter groups, options and step; its parameters are
-        replaced by those of the slim model and its state is sliced, so a learning-rate scheduler, a ``GradScaler`` or
-        accelerate's wrapper of it go on as they are. What holds the full *model* does not: wrap the slim one again
-        (``DistributedDataParallel``, ``torch.compile``). This ``OTO`` is one of the slim model from now on;
-        ``construct_subnet`` saves what loads from the class of the first model.
+        The rest of training is what it would have been, only cheaper, and pruning goes on if it is not over. Both the
+        model and the optimizer stay the same objects. The model's parameters and submodules are replaced; the
+        optimizer's are those of the slim model from then on, in the same parameter groups, and its state is sliced. So
+        a learning-rate scheduler, a ``GradScaler``, accelerate and a trainer go on as they are. What holds single
+        parameters does not: wrap the model in ``DistributedDataParallel`` again. Copy the model before if the full one
+        is needed. ``construct_subnet`` saves what loads from the class of the first model.
 
         Call it between two steps, as often as you like, such as after each period. Gradients are sliced too. The same
         trajectory, up to the order of sums, needs an optimizer that treats entries one by one (SGD, Adam, AdamW,
@@ -464,17 +464,16 @@ class OTO:
         magnitudes no longer count weights that read what is gone.
 
         To resume a checkpoint that was written after shrinking, make the full model, its ``OTO`` and its optimizer as
-        in the beginning, then ``slim = oto.shrink(optimizer, like=saved_optimizer_state)``, and load both states.
+        in the beginning, then ``oto.shrink(optimizer, like=saved_optimizer_state)``, and load both states.
 
         Args:
             optimizer: One that this ``OTO`` made, or what wraps it as ``.optimizer``; by default the last that it made.
             like: The ``state_dict()`` of an optimizer that was shrunk: what it lacks is set to zero and removed.
-            averages: What holds moving averages of the weights as ``.module`` or ``.ema``: each gets a slim one in its
-                place, and goes on with the slim model.
+            averages: Moving averages of the weights, or what holds them as ``.module`` or ``.ema``: they get slim in
+                place, too.
 
         Returns:
-            The slim model, of the model's own class, on its device, in the mode it was in; the model itself if there
-            is nothing to remove, with a ``NotPrunedWarning`` if there never was.
+            The model. If there never was anything to remove it is as before, with a ``NotPrunedWarning``.
 
         Raises:
             ShrinkError: The class cannot be made thinner, the optimizer has state that cannot be sliced, or it or an
@@ -520,9 +519,10 @@ class OTO:
         ]
         now = {name: atoms[left[name]] for name, atoms in there.items()}
         inner.shrink_(moved, thinner(analysed, inner.node_groups, now), left)
-        slim.put_averages()
-        self.model, self.partition, self._groups, self._made_for = slim.model, found, groups, analysed
-        return slim.model
+        for before, after in [(self.model, slim.model), *slim.averages]:
+            become(before, after)
+        self.partition, self._groups, self._made_for = found, groups, analysed
+        return self.model
 
     def _optimizer_of(self, optimizer: Any) -> SparseOptimizer:
         inner = self._trained_by if optimizer is None else optimizer

@@ -321,7 +321,7 @@ class SparseOptimizer(Optimizer):
                 f"the state dict was saved after the model was shrunk, to {int(theirs.sum())} of {len(theirs)} groups; "
                 f"here are {here}, and not the same\n"
                 "  effect  nothing was loaded\n"
-                "  to fix  slim = oto.shrink(optimizer, like=state_dict) on the full model first, then load"
+                "  to fix  oto.shrink(optimizer, like=state_dict) on the full model first, then load"
             )
 
     def _compare_setup(self, saved: Mapping[str, Any]) -> None:

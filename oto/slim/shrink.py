@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
+from oto._torch import TorchDispatchMode, holder, tree_leaves, tree_map_only
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
 from oto.groups import Kept, NodeGroup, Partition, Slice
 from oto.slim.module import attribute, plan_edits, thin_copy, thin_tensors
@@ -35,17 +35,18 @@ class Shrunk:
     Attributes:
         model: Of the original class, in the mode that the full one is in.
         parameters: For each parameter of the full model, what is left of it.
-        averages: What holds an average of the weights, under which name, and its slim form.
+        averages: Averages of the full model's weights, and their slim forms.
     """
 
     model: nn.Module
     parameters: Mapping[str, Entries]
-    averages: Sequence[tuple[Any, str, nn.Module]]
+    averages: Sequence[tuple[nn.Module, nn.Module]]
 
-    def put_averages(self) -> None:
-        """Give each wrapper its slim average."""
-        for wrapper, name, average in self.averages:
-            setattr(wrapper, name, average)
+
+def become(model: nn.Module, slim: nn.Module) -> None:
+    """Make ``model`` the slim one, in the same object, so that whatever holds it goes on."""
+    model.__class__ = type(slim)
+    model.__dict__ = slim.__dict__  # shared, as parts of it may refer back to the slim one
 
 
 def shrunk(
@@ -60,7 +61,7 @@ def shrunk(
 
     Args:
         left: As for :func:`oto.slim.verify.check`.
-        averages: Wrappers of averages of the weights, whose atoms need not be zero.
+        averages: Averages of the weights, or what holds them; their atoms need not be zero.
 
     Raises:
         ShrinkError: The class cannot express it, or not with the parameters that the optimizer knows; or an average is
@@ -97,27 +98,26 @@ def shrunk(
     training = check_training(model, slim, dummy_input, partition, kept)
     require([] if training is None else [training])
     descend(slim, model, edits, {name: atoms.tolist() for name, atoms in kept.items()})
-    made: list[tuple[Any, str, nn.Module]] = []
+    made: list[tuple[nn.Module, nn.Module]] = []
     for wrapper in averages:
-        name, inner = _held(wrapper, model)
+        inner = _average_in(wrapper, model)
         average = thin_copy(inner, thin_tensors(inner, thin), edits)
         vars(average)["_oto_origin"] = origin_of(slim)
-        made.append((wrapper, name, average))
+        made.append((inner, average))
     return Shrunk(slim, parameters, made)
 
 
-def _held(wrapper: Any, model: nn.Module) -> tuple[str, nn.Module]:
-    """The average of a model's weights that a wrapper holds, and as what."""
+def _average_in(wrapper: Any, model: nn.Module) -> nn.Module:
+    """The average of a model's weights that a wrapper holds, or that it is."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    for name in ("module", "ema"):
-        inner = getattr(wrapper, name, None)
-        if isinstance(inner, nn.Module) and {n: p.shape for n, p in inner.named_parameters()} == shapes:
-            return name, inner
-    raise ShrinkError(
-        f"{type(wrapper).__name__} holds no average of this {type(model).__name__} as .module or .ema\n"
-        "  effect  it cannot be made smaller in its place, so nothing was changed\n"
-        "  to fix  pass the wrapper (torch.optim.swa_utils.AveragedModel, timm's ModelEmaV3...), not the average itself"
-    )
+    inner = holder(wrapper, shapes)
+    if inner is None or {n: p.shape for n, p in inner.named_parameters()} != shapes:
+        raise ShrinkError(
+            f"{type(wrapper).__name__} holds no average of this {type(model).__name__}\n"
+            "  effect  nothing was changed\n"
+            "  to fix  pass a copy of the model, or what holds one as .module or .ema"
+        )
+    return inner
 
 
 def check_training(
