@@ -1,18 +1,49 @@
 """Where a slim model comes from, so that one that was made slim again still loads from the first class.
 
 It is kept in the slim module itself, as the plain attribute ``_oto_origin``: copies and pickles of the module have it.
+What was done in each round is kept as it was done, and done again in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from oto.slim.module import Edits, thin_copy
+from oto.groups import Kept
+from oto.slim.module import Edits, attribute, thin_copy
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """How a model was made slim once; plain data, for JSON.
+
+    Attributes:
+        edits: What changed besides the tensors.
+        shapes: Of every tensor that the slim model was given.
+        kept: For each group that could be pruned, its atoms that are left.
+    """
+
+    edits: Edits
+    shapes: Mapping[str, list[int]]
+    kept: Mapping[str, list[int]]
+
+    @classmethod
+    def of(cls, edits: Edits, tensors: Mapping[str, Tensor], kept: Kept) -> Round:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        return cls(edits, shapes, {name: atoms.tolist() for name, atoms in kept.items()})
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> Round:
+        """Of plain data."""
+        return cls(Edits(**plain["edits"]), plain["shapes"], plain["kept"])
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"edits": asdict(self.edits), "shapes": dict(self.shapes), "kept": dict(self.kept)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,14 +52,11 @@ class Origin:
 
     Attributes:
         first: The model as it was before it was ever made slim, on ``meta``.
-        edits: All that changed since, besides the tensors.
-        rounds: What each round left, the first one first: for each group that could be pruned, its atoms, counted among
-            those that the round before had left.
+        rounds: What was done to it, in order.
     """
 
     first: nn.Module
-    edits: Edits
-    rounds: tuple[Mapping[str, list[int]], ...]
+    rounds: tuple[Round, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self  # never written to
@@ -40,15 +68,29 @@ def origin_of(model: nn.Module) -> Origin | None:
     return found
 
 
-def descend(slim: nn.Module, model: nn.Module, edits: Edits, *rounds: Mapping[str, list[int]]) -> Origin:
+def descend(slim: nn.Module, model: nn.Module, *rounds: Round) -> None:
     """Remember in ``slim`` that it was made of ``model``, which may have been made slim itself."""
     before = origin_of(model)
     if before is None:
-        origin = Origin(skeleton(model), edits, rounds)
+        vars(slim)["_oto_origin"] = Origin(skeleton(model), rounds)
     else:
-        origin = Origin(before.first, composed(before.edits, edits), (*before.rounds, *rounds))
-    vars(slim)["_oto_origin"] = origin
-    return origin
+        vars(slim)["_oto_origin"] = Origin(before.first, (*before.rounds, *rounds))
+
+
+def after_rounds(first: nn.Module, rounds: Iterable[Round]) -> nn.Module:
+    """A model as some rounds leave it, without values."""
+    model = first
+    for done in rounds:
+        tensors: dict[str, Tensor] = {}
+        made: dict[tuple[int, Sequence[int]], Tensor] = {}  # ties hold
+        for name, shape in done.shapes.items():
+            old = attribute(model, name)
+            key = id(old), tuple(shape)
+            if key not in made:
+                made[key] = torch.empty(tuple(shape), dtype=old.dtype, device="meta")
+            tensors[name] = made[key]
+        model = thin_copy(model, tensors, done.edits)
+    return model
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -65,18 +107,3 @@ def skeleton(model: nn.Module) -> nn.Module:
             made[id(tensor)] = torch.empty_like(tensor.detach(), device="meta") if plain else tensor.detach()
         tensors[name] = made[id(tensor)]
     return thin_copy(model, tensors, Edits())
-
-
-def composed(first: Edits, second: Edits) -> Edits:
-    """What two rounds of edits change together."""
-    both = {}
-    for field in fields(Edits):
-        old, new = getattr(first, field.name), getattr(second, field.name)
-        both[field.name] = {path: _over(old.get(path), new.get(path)) for path in old | new}
-    return Edits(**both)
-
-
-def _over(old: Any, new: Any) -> Any:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return {**old, **new}
-    return old if new is None else new

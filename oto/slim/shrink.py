@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from oto._torch import TorchDispatchMode, holder, tree_leaves, tree_map_only
+from oto._torch import holder
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
-from oto.groups import Kept, NodeGroup, Partition, Slice
-from oto.slim.module import attribute, plan_edits, thin_copy, thin_tensors
-from oto.slim.origin import descend, origin_of
+from oto.groups import NodeGroup, Slice
+from oto.slim.construct import Zeroed
+from oto.slim.module import OwnClass, attribute, plan_edits, thin_copy, thin_tensors
+from oto.slim.origin import Round, descend, origin_of
 from oto.slim.plan import thinning
-from oto.slim.verify import TOLERANCE, Check, check, random_like, relative_error, require
-from oto.trace.found import as_found
-from oto.trace.record import arguments, tensors_in
+from oto.slim.training import check_training
+from oto.slim.verify import check, require
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +49,11 @@ def become(model: nn.Module, slim: nn.Module) -> None:
     model.__dict__ = slim.__dict__  # shared, as parts of it may refer back to the slim one
 
 
-def shrunk(
-    model: nn.Module,
-    partition: Partition,
-    kept: Kept,
-    dummy_input: Any,
-    left: Any = None,
-    averages: Iterable[Any] = (),
-) -> Shrunk:
-    """Make the slim model of ``model``, in which all atoms but those in ``kept`` are zero, and prove it in both modes.
+def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
+    """Make the slim model of the model's own class, with the parameters of the full one, and prove it in both modes.
 
     Args:
-        left: As for :func:`oto.slim.verify.check`.
+        source: In its model, all atoms but those in ``kept`` are zero.
         averages: Averages of the weights, or what holds them; their atoms need not be zero.
 
     Raises:
@@ -68,11 +61,12 @@ def shrunk(
             none of this model.
         VerificationError: It computes something else.
     """
+    model, partition, kept = source.model, source.partition, source.kept
     thin = thinning(partition, kept)
     try:
-        edits = plan_edits(model, partition, thin)
+        edits = plan_edits(model, partition, thin, unscaled(source.own))
         slim = thin_copy(model, thin_tensors(model, thin), edits)
-        require(check(model, slim, dummy_input, batch=True, left=left))
+        require(check(model, slim, source.dummy_input, batch=True, left=source.left))
     except VerificationError:
         raise
     except Exception as failure:  # anything that the user's own forward may raise at other sizes
@@ -82,7 +76,7 @@ def shrunk(
         raise ShrinkError(
             f"{type(model).__name__} cannot be thinned as its own class: {said.splitlines()[0]}\n"
             "  effect  training cannot go on with a slim model of this class; nothing was changed\n"
-            "  to fix  prune what the class can do without: OTO(..., keep_class=True)"
+            f"  to fix  {source.way_out}"
         ) from failure
     leaves = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
     parameters: dict[str, Entries] = {}
@@ -95,9 +89,9 @@ def shrunk(
                 "  effect  the optimizer's state would not fit it; nothing was changed\n"
                 "  to fix  keep it whole: OTO(..., skip_patterns=[...])"
             )
-    training = check_training(model, slim, dummy_input, partition, kept)
+    training = check_training(model, slim, source.dummy_input, partition, kept)
     require([] if training is None else [training])
-    descend(slim, model, edits, {name: atoms.tolist() for name, atoms in kept.items()})
+    descend(slim, model, Round.of(edits, thin_tensors(model, thin), kept))
     made: list[tuple[nn.Module, nn.Module]] = []
     for wrapper in averages:
         inner = _average_in(wrapper, model)
@@ -105,6 +99,15 @@ def shrunk(
         vars(average)["_oto_origin"] = origin_of(slim)
         made.append((inner, average))
     return Shrunk(slim, parameters, made)
+
+
+def unscaled(own: OwnClass | None) -> OwnClass | None:
+    """What the class is told so that its parameters stay as the optimizer knows them: norms count, no weight does."""
+    if own is None or not own.absorbed:
+        return own
+    taken_in = list(own.scalars.values())
+    stated = {place: wanted for place, wanted in own.stated.items() if not any(wanted is one for one in taken_in)}
+    return replace(own, absorbed={}, stated=stated, told=dict.fromkeys(own.absorbed, ()) | own.told)
 
 
 def _average_in(wrapper: Any, model: nn.Module) -> nn.Module:
@@ -118,108 +121,6 @@ def _average_in(wrapper: Any, model: nn.Module) -> nn.Module:
             "  to fix  pass a copy of the model, or what holds one as .module or .ema"
         )
     return inner
-
-
-def check_training(
-    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
-) -> Check | None:
-    """Compare the two in train mode, randomness held still: tensors that are given, and buffers after the step.
-
-    Both are left as they were. ``None`` if the full model does not train on such an input, as one that takes targets.
-
-    Raises:
-        ShrinkError: The slim model fails where the full one runs.
-    """
-    first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
-    tries = [dummy_input]
-    if first.ndim:  # batch norm wants more than one value per channel
-        tries.append(random_like(dummy_input, 0, max(2, first.shape[0])))
-    for given in tries:
-        try:
-            expected, moved = trained(full, given)
-        except Exception as failure:  # whatever a forward may want for training
-            if out_of_memory(failure):
-                raise
-            log.info("%s does not run in train mode on the example: %s", type(full).__name__, first_line(failure))
-            continue
-        try:
-            found, slim_moved = trained(slim, given)
-        except Exception as failure:
-            if out_of_memory(failure):
-                raise
-            raise ShrinkError(
-                f"the slim {type(full).__name__} fails in train mode, where the full one runs: {first_line(failure)}\n"
-                "  effect  nothing was changed\n"
-                "  to fix  if that is in a part that only training uses, keep what it reads: skip_patterns=[...]"
-            ) from failure
-        entries = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
-        thin = thinning(partition, kept)
-        pairs = [(thin.thin(entries[name], old), slim_moved[name]) for name, old in moved.items() if name in slim_moved]
-        both = list(zip(*pairs, strict=True)) or [(), ()]
-        error = max(relative_error(expected, found), relative_error(both[0], both[1]))
-        dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
-        name = str(dtype).removeprefix("torch.")
-        return Check("slim in train mode", name, error, TOLERANCE.get(dtype, 1e-3))
-    return None
-
-
-def heads_in_training(
-    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
-) -> tuple[list[Check], list[str]]:
-    """Where parts of a model are used in training only: the proof that the slim one trains, or what falls short."""
-    graph = partition.found.graph
-    if graph.untrained is not None:
-        text = "parts that only training may use could not be followed, so the slim model may fail in train mode"
-        return [], [f"{text} ({graph.untrained}); drop_unreached=True leaves them out"]
-    if graph.trained is None:
-        return [], []
-    try:
-        made = check_training(full, slim, dummy_input, partition, kept)
-    except ShrinkError as failure:
-        return [], [str(failure).splitlines()[0]]
-    if made is not None and not made.passed:
-        return [], [f"in train mode the slim model differs from the full one by {made.error:.1e}"]
-    return [] if made is None else [made], []
-
-
-def trained(module: nn.Module, given: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """What a module gives in train mode, and its buffers after that."""
-    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(given))
-    modes = [(m, m.training) for m in module.modules()]
-    all_eval = not any(training for _, training in modes)
-    with as_found(module, given), torch.inference_mode(), _Still():  # type: ignore[no-untyped-call]
-        torch.manual_seed(0)
-        for m, training in modes:
-            m.training = training or all_eval
-        outputs = [t.clone() for t in tensors_in(module(*args, **kwargs))]
-        buffers = {name: t.detach().clone() for name, t in module.named_buffers()}
-    return outputs, buffers
-
-
-class _Still(TorchDispatchMode):
-    """Nothing is dropped and every number that is drawn is one, as tensors of another size draw other numbers."""
-
-    supports_higher_order_operators = True
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        schema = getattr(op, "_schema", None)
-        if schema is None or torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
-            return op(*args, **kwargs)
-        names = [argument.name for argument in schema.arguments]
-        if "train" in names and names[1:2] == ["p"]:  # dropout, also of features and for self-normalising networks
-            return args[0] if schema.is_mutable else args[0].clone()
-        for name in ("dropout_p", "dropout"):  # in attention and in recurrent layers
-            if name in names:
-                place = names.index(name)
-                if place < len(args):
-                    args = (*args[:place], 0.0, *args[place + 1 :])
-                return op(*args, **kwargs | ({name: 0.0} if name in kwargs else {}))
-        result = op(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                leaf.fill_(1)
-        return result
 
 
 Labels = dict[tuple[str, int], NDArray[np.int64]]
@@ -269,19 +170,36 @@ def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, li
     }
 
 
-def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup], going_on: bool) -> tuple[NodeGroup, ...]:
+def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
     """The node groups of a slim model, of which only those may lose atoms that could before.
 
     Args:
         before: Those of the full model, as they lie in the slim one.
         after: Those that its own analysis found.
-        going_on: Whether more is to be pruned, so that each has to be there.
-
-    Raises:
-        ShrinkError: One is not there.
     """
     made = parts(before, after)
     was = {part.name: group for group in before for part in made.get(group.name, ())}
+    nothing = "it could not be pruned before the model was shrunk"
+
+    def restricted(group: NodeGroup) -> NodeGroup:
+        old = was.get(group.name)
+        if old is None:
+            return replace(group, reason=group.reason or nothing)
+        return replace(
+            group, reason=group.reason or old.reason, min_kept=old.min_kept, quiet=group.quiet and old.quiet,
+            tie=old.tie, divisor=old.divisor,
+        )  # fmt: skip
+
+    return tuple(map(restricted, after))
+
+
+def require_there(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> None:
+    """Refuse a slim model in which a node group that may lose more atoms could not.
+
+    Raises:
+        ShrinkError: There is one.
+    """
+    made = parts(before, after)
     lost = [
         group.name
         for group in before
@@ -289,18 +207,9 @@ def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup], going_o
         and group.size > group.min_kept
         and not (group.name in made and all(part.prunable for part in made[group.name]))
     ]
-    if lost and going_on:
+    if lost:
         raise ShrinkError(
-            f"the slim model is analysed in another way than the full one: {some(lost)}\n"
+            f"what is left of some groups could not be pruned any more in the slim model: {some(lost)}\n"
             "  effect  pruning could not go on with these, so nothing was changed\n"
-            "  to fix  shrink once pruning is over, and report the model"
+            "  to fix  shrink once pruning is over"
         )
-    nothing = "it could not be pruned before the model was shrunk"
-
-    def restricted(group: NodeGroup) -> NodeGroup:
-        old = was.get(group.name)
-        if old is None:
-            return replace(group, reason=group.reason or nothing)
-        return replace(group, reason=group.reason or old.reason, min_kept=old.min_kept, quiet=group.quiet and old.quiet)
-
-    return tuple(map(restricted, after))

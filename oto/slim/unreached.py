@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oto.errors import EmitterError, first_line, out_of_memory, some
 from oto.groups import Partition
 from oto.slim.module import Edits, thin_copy
-from oto.slim.shrink import trained
+from oto.slim.training import trained
 from oto.slim.verify import run
 
 
@@ -36,8 +36,8 @@ def within(names: Collection[str], paths: Collection[str]) -> list[str]:
 
 def left_out(
     model: nn.Module, partition: Partition, tensors: Mapping[str, Tensor], edits: Edits, dummy_input: Any
-) -> tuple[dict[str, Tensor], Edits]:
-    """The slim model's tensors and edits without what is never used: each such module becomes ``None``.
+) -> Edits:
+    """The slim model's edits without what is never used: each such module becomes ``None``.
 
     Where the forward does not ask whether it is there, in train mode or in eval mode, it becomes ``nn.Identity``.
 
@@ -46,7 +46,7 @@ def left_out(
     """
     paths = unreached(model, partition)
     if not paths:
-        return dict(tensors), edits
+        return edits
     gone = set(within(tensors, paths))
     rest = {name: tensor for name, tensor in tensors.items() if name not in gone}
     failures: dict[str, Exception] = {}
@@ -63,7 +63,7 @@ def left_out(
                     raise
                 failures[kind] = failure
             else:
-                return rest, some_edits
+                return some_edits
     raise EmitterError(
         f"{type(model).__name__} cannot do without {some(paths)}: {first_line(failures['identity'])}\n"
         "  effect  no slim model of this class was made\n"

@@ -374,7 +374,7 @@ def test_a_model_whose_class_cannot_do_it_is_refused():
 
     torch.manual_seed(0)
     model, x = Stated().double(), data((1, 4, 6))[0]
-    found = OTO(model, x)
+    found = OTO(model, x, everything=True)
     optimizer = found.hesso(**SGD, target_macs=0.5, start_pruning_step=0, pruning_steps=2, pruning_periods=1)
     for _ in range(2):
         optimizer.zero_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from oto import OTO, load_subnet
-from oto.slim.shrink import check_training
+from oto.slim.training import check_training
 from oto.slim.unreached import unreached
 from oto.slim.verify import relative_error, run
 
