@@ -20,6 +20,7 @@ from oto.groups import Partition
 from oto.nn import SWAPS, Told
 from oto.nn import functional as counted
 from oto.nn import modules as thinner
+from oto.nn.told import both_told
 from oto.slim.attributes import Place, Stated, state_
 from oto.slim.config import stock as stock_class
 from oto.slim.plan import Thinning
@@ -133,10 +134,9 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
         setattr(slim.get_submodule(parent), last, new)
     for path, calls in edits.told.items():
         module = slim.get_submodule(path)
-        before = module.forward.calls if isinstance(module.forward, Told) else {}  # of an earlier round
-        module.forward = Told(
-            module, {name: {**before.get(name, {}), **calls.get(name, {})} for name in before | calls}
-        )
+        if isinstance(module.forward, Told):  # in an earlier round
+            calls = both_told(module.forward.calls, calls)
+        module.forward = Told(module, calls)
     for path, instead in edits.dropped.items():
         parent, _, last = path.rpartition(".")
         setattr(slim.get_submodule(parent), last, nn.Identity() if instead == "identity" else None)

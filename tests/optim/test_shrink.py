@@ -70,6 +70,36 @@ def relative(a, b):
     return float((np.abs(np.subtract(a, b)) / np.abs(a)).max())
 
 
+class OwnNorm(nn.Module):
+    """An RMS norm of the user's own, and a view that states its sizes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
+class OwnCode(nn.Module):
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.heads, self.width = heads, width // heads
+        self.into, self.out = nn.Linear(5, width), nn.Linear(width, 3)
+        self.norms = nn.ModuleList(OwnNorm(width) for _ in range(3))
+        self.qkv, self.back = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x):
+        h = self.into(x)
+        qkv = self.qkv(self.norms[0](h)).view(*x.shape[:2], 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(*qkv, scale=0.5)
+        h = h + self.back(y.transpose(1, 2).flatten(2))
+        h = h + self.down(nn.functional.gelu(self.up(self.norms[1](h))))
+        return self.out(self.norms[2](h))
+
+
+CASES = MODELS | {"own code": (OwnCode, (4, 7, 5))}
 ALL = (START + 4, START + 9, START + STEPS + 3)
 
 
@@ -84,15 +114,22 @@ ALL = (START + 4, START + 9, START + STEPS + 3)
         ("lstm", ADAMW, (START + 5,)),
         ("residual, rms norm", SGD, ALL),
         ("residual, rms norm", ADAMW, (START + 5,)),
+        ("own code", SGD, ALL),
+        ("own code", ADAMW, (START + STEPS,)),
     ],
     ids=lambda x: x.get("variant") if isinstance(x, dict) else str(x),
 )
 def test_the_rest_of_the_run_is_on_the_same_trajectory(name, at, options):
-    full, slim = Run(*MODELS[name], options).until(LAST), Run(*MODELS[name], options)
+    if name == "own code":
+        options = options | {"scope": "local"}  # so that the residual width goes, too
+    full, slim = (Run(*CASES[name], options) for _ in range(2))
+    full.until(LAST)
     for step in at:
         slim.until(step).shrink()
     slim.until(LAST)
     assert len(slim.losses) - at[-1] >= 47
+    if name == "own code":
+        assert len(slim.model.norms[0].weight) < 16  # a norm that goes on counting, not one that is scaled
     assert relative(full.losses, slim.losses) <= SAME
     assert [g["lr"] for g in slim.optimizer.param_groups] == [g["lr"] for g in full.optimizer.param_groups]
     assert str(slim.optimizer.progress) == str(full.optimizer.progress)

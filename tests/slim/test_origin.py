@@ -13,6 +13,7 @@ import oto.nn
 from oto import OTO, load_subnet
 from oto.slim.origin import origin_of
 from oto.slim.verify import relative_error, run
+from tests.optim.test_shrink import OwnCode
 from tests.slim.test_construct import EXACT, Residual
 
 
@@ -36,6 +37,7 @@ class Convolutions(nn.Module):
 CASES = {
     "residual, layer norm": (Residual, (2, 7, 5)),
     "residual, rms norm": (lambda: Residual(norm=nn.RMSNorm), (2, 7, 5)),
+    "a norm and views of the user's own": (OwnCode, (2, 7, 5)),
     "convolutions, lstm": (Convolutions, (2, 3, 8, 8)),
 }
 
