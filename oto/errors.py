@@ -55,6 +55,10 @@ class TooLateError(OTOError):
     """Something was marked or frozen after the choice that it should have influenced was made."""
 
 
+class ShrinkError(OTOError):
+    """A model cannot get smaller in the middle of training; nothing was changed."""
+
+
 class SetupError(OTOError, ValueError):
     """A checkpoint was made with another schedule or target, and its pruning has begun."""
 

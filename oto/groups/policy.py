@@ -252,7 +252,7 @@ def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
         return
     reasons: dict[str, list[str]] = {}
     for group in groups:
-        node = None if group.cause is None else graph.nodes[group.cause]
+        node = None if group.cause is None else graph.calls[group.cause]
         place = "" if node is None else f" ({node}{', ' * bool(node.source)}{node.source})"
         reasons.setdefault(f"{group.reason}{place}", []).append(group.name)
     order = sorted(reasons, key=promise)
