@@ -108,6 +108,20 @@ class Subnet:
     def __str__(self) -> str:
         return subnet_table(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: all but the model; of the kept atoms their numbers."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "emitter": self.emitter,
+            "why_graph": self.why_graph,
+            "max_error": self.max_error,
+            "before": vars(self.cost_before),
+            "after": vars(self.cost_after),
+            "kept": {name: len(atoms) for name, atoms in self.kept.items()},
+            "checks": [vars(check) for check in self.checks],
+            "notes": list(self.notes),
+        }
+
 
 def _takes_options_of(source: Callable[..., Any]) -> Callable[[Made], Made]:
     """Show the keywords of ``source`` in the signature, where a method passes its own on to it."""
