@@ -63,7 +63,7 @@ TOP = {"api", "cli", "given", "integrations", "__main__"}  # strings the stages 
 
 
 def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "READS", dict.fromkeys(TOP, set()))
+    monkeypatch.setattr(sys.modules[__name__], "READS", dict.fromkeys(TOP))
     for path in FILES:
         if path.parent != OTO:
             assert not stages_imported_by(path), f"{path} reads from {stages_imported_by(path)}"
