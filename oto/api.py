@@ -9,9 +9,9 @@ import os
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,17 +51,18 @@ from oto.groups.policy import (
     require_prunable,
     zeroing,
 )
-from oto.io.artefact import check_out_dir, writing
+from oto.io.artefact import adding, check_out_dir, writing
 from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, rebuild, write_program
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.target import UNITS, Target
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
+from oto.report.html import Origin, report
 from oto.report.preview import Preview, preview
 from oto.report.table import subnet_table
 from oto.slim.graph import emit_graph
-from oto.slim.latency import Latency, Timer, measured_latency
+from oto.slim.latency import Latency, Timer, measured_latency, rounds
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
 from oto.slim.own_class import class_bound
 from oto.slim.plan import read_zeros, thinning
@@ -72,6 +73,8 @@ from oto.trace.found import as_found
 from oto.trace.record import line_of, on_meta, record
 
 log = logging.getLogger(__name__)
+
+REPORT = "report.html"
 
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
@@ -92,6 +95,7 @@ class Subnet:
         kept: For each prunable group, the atoms that are left.
         notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
             files that were not written.
+        origin: What it was made from, for :meth:`report`.
     """
 
     model: nn.Module
@@ -104,9 +108,44 @@ class Subnet:
     cost_after: Cost
     kept: Kept
     notes: tuple[str, ...] = ()
+    origin: Origin | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return subnet_table(self)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        full: nn.Module | None = None,
+        dummy_input: Any = None,
+        history: Sequence[Any] | None = None,
+        title: str | None = None,
+    ) -> Path:
+        """Write a report: one HTML file that needs no network.
+
+        Args:
+            path: The file.
+            full: The full model. Where it is given, forward passes of it and of the slim one are timed in turns.
+            dummy_input: What to time them on.
+            history: Records of training, oldest first: mappings or objects with a ``step`` and numbers, such as
+                ``{"step": 10, "loss": 0.7}``. By default what the optimizer wrote down, if it did.
+            title: Instead of the name of the model's class.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
+        """
+        assert self.origin is not None
+        times = None
+        if full is not None:
+            models = {"full": full, "slim": self.model}
+            times = dict(zip(models, rounds(list(models.values()), dummy_input, least=20, seconds=3.0), strict=True))
+            times = {name: [1e3 * s for s in own] for name, own in times.items()}
+        return report(Path(path), self, self.origin, title=title, history=history, milliseconds=times,
+                      example=dummy_input)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: all but the model; of the kept atoms their numbers."""
@@ -506,6 +545,7 @@ class OTO:
         model: Any = None,
         emitter: str = "auto",
         save_full: bool = True,
+        report: bool = False,
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
@@ -521,6 +561,7 @@ class OTO:
                 average, or what wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
             emitter: ``"auto"``, or one way alone: ``"module"`` (the original class), ``"graph"`` or ``"recording"``.
             save_full: Save the zeroed full weights beside the slim ones.
+            report: Put a ``report.html`` into the artefact, see :meth:`Subnet.report`.
 
         Raises:
             VerificationError: The slim model differs. Nothing is written.
@@ -530,12 +571,25 @@ class OTO:
             ArtefactError: ``out_dir`` cannot be written.
         """
         source = self if model is None else self._reading(model)
-        subnet = source._subnet(out_dir, emitter, save_full)
+        subnet = replace(source._subnet(out_dir, emitter, save_full), origin=self._origin)
         self._saved = source._saved
+        if report and subnet.path is not None:
+            with adding(subnet.path, REPORT) as file:
+                subnet.report(file)
         if short := source._short_of(subnet.kept):
             log.warning(short)
             warnings.warn(short, NotPrunedWarning, stacklevel=2)
         return subnet
+
+    @property
+    def _origin(self) -> Origin:
+        """What a report says of this model and its training."""
+        optimizer, name = self._trained_by, type(self.model).__name__
+        if optimizer is None:
+            return Origin(name, self.partition, self.node_groups)
+        history, schedule = tuple(getattr(optimizer, "history", None) or ()), optimizer.schedule
+        periods = [schedule.bounds(period) for period in range(schedule.periods)]
+        return Origin(name, self.partition, self.node_groups, str(optimizer.choice.target), history, periods)
 
     def _reading(self, model: Any) -> OTO:
         """This analysis of another copy of the model."""

@@ -255,7 +255,7 @@ def slim(
     oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
     """
     analysed = _analysed(model, input, input_fn, skip, keep_class, checkpoint, key)
-    subnet = analysed.construct_subnet(out, emitter=emitter)
+    subnet = analysed.construct_subnet(out, emitter=emitter, report=report)
     _result(subnet, subnet.to_dict(), as_json)
 
 

@@ -67,12 +67,14 @@ def _macs(partition: Partition) -> Products:
     return ((1, step.volume) for step in partition.found.tape.steps if step.volume is not None)
 
 
-def macs_by_node(partition: Partition) -> dict[int, int]:
-    """Multiply–adds of each call of the full model that has any, by the index of its node."""
+def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[int, int]:
+    """Multiply–adds of each call that has any, by the index of its node, when each group in ``kept`` has so many atoms
+    left; others are whole."""
+    counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
     found: dict[int, int] = {}
     for step in partition.found.tape.steps:
         if step.volume is not None:
-            found[step.node] = found.get(step.node, 0) + prod(count(resolve(term), {}) for term in step.volume)
+            found[step.node] = found.get(step.node, 0) + prod(count(resolve(term), counts) for term in step.volume)
     return found
 
 
