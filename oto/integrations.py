@@ -25,8 +25,8 @@ def progress_dict(optimizer: Any, prefix: str = "oto/") -> dict[str, float]:
         optimizer: A sparse optimizer, or what wraps one and has it as ``.optimizer``.
 
     Returns:
-        ``sparsity`` (share of zero-invariant groups at zero for good), ``redundant`` (their number on the way), ``done``
-        (share of the pruning steps), ``cost`` and ``goal`` (in the unit of the target).
+        ``sparsity`` (share of zero-invariant groups at zero for good), ``redundant`` (how many are on their way),
+        ``done`` (share of the pruning steps), ``cost`` and ``goal`` (in the unit of the target).
 
     Raises:
         OptionError: There is no sparse optimizer in it.
@@ -59,7 +59,9 @@ def log_progress(trainer: Any) -> None:
         raise MissingExtraError("transformers is not installed\n  to fix  pip install 'oto[hf]'") from failure
 
     class ProgressLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **more: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **more: Any
+        ) -> None:
             if logs is not None and optimizer is not None:
                 found = progress_dict(optimizer)
                 logs.update(found)

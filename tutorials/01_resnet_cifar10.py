@@ -113,8 +113,7 @@ def load(images: int, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, device: str) -> str:
     model.to(device).eval()
     right = sum(
-        int((model(a.to(device)).argmax(1).cpu() == b).sum())
-        for a, b in zip(x.split(500), y.split(500), strict=True)
+        int((model(a.to(device)).argmax(1).cpu() == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True)
     )
     return f"{100 * right / len(y):.2f} %"
 

@@ -143,9 +143,7 @@ def main() -> None:
     flags.add_argument("--batch-size", type=int, default=16)
     flags.add_argument("--lr", type=float, default=3e-4)
     flags.add_argument("--target-macs", type=float, default=0.75)
-    args = start(
-        flags, {"questions": 40, "test_questions": 8, "max_length": 64, "stride": 16, "batch_size": 4}
-    )
+    args = start(flags, {"questions": 32, "test_questions": 4, "max_length": 64, "stride": 16, "batch_size": 4})
 
     folder = args.encoder or minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder)

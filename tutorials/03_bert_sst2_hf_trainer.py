@@ -1,12 +1,12 @@
-"""Lesson 3: Hugging Face Trainer, from the first step to a pipeline: bf16, a crash in the middle, evaluation, inference.
+"""Lesson 3: Hugging Face Trainer, from the first step to a pipeline: bf16, a crash, evaluation, inference.
 
     python tutorials/03_bert_sst2_hf_trainer.py               # MiniLM-L6, 4,000 phrases of SST-2, about four minutes
-    python tutorials/03_bert_sst2_hf_trainer.py --encoder bert-base-uncased --phrases 67349 --epochs 3 --batch-size 32 \
-        --lr 2e-5 --device cuda
+    python tutorials/03_bert_sst2_hf_trainer.py --encoder bert-base-uncased --phrases 67349 --epochs 3 --lr 2e-5 \
+        --device cuda
 
 The Trainer gets the sparse optimizer as it gets any other, `optimizers=(optimizer, schedule)`, and knows no more of it.
-Training is stopped in the middle of pruning and goes on in a new Trainer from the checkpoint: what was pruned stays pruned, and what
-was on its way to zero goes on.
+Training is stopped in the middle of pruning and goes on in a new Trainer from the checkpoint: what was pruned stays
+pruned, and what was on its way to zero goes on.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
     flags.add_argument("--lr", type=float, default=1e-4)
     flags.add_argument("--float32", action="store_true", help="instead of bf16")
     flags.add_argument("--target-macs", type=float, default=0.75)
-    args = start(flags, {"phrases": 128, "test_phrases": 32, "batch_size": 8})
+    args = start(flags, {"phrases": 96, "test_phrases": 16, "batch_size": 8})
 
     folder = args.encoder or minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -86,7 +86,8 @@ def main() -> None:
     settings = TrainingArguments(
         output_dir=str(args.out / "checkpoints"), per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=64, num_train_epochs=args.epochs, max_steps=steps, bf16=not args.float32,
-        use_cpu=args.device == "cpu", save_strategy="steps", save_steps=max(steps // 4, 1), logging_steps=max(steps // 8, 1),
+        use_cpu=args.device == "cpu", save_strategy="steps", save_steps=max(steps // 4, 1),
+        logging_steps=max(steps // 8, 1),
         report_to=[], seed=args.seed, disable_tqdm=True,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Lesson 4: a vision transformer of timm, with timm's own recipe: parameter groups, moving average, cosine schedule.
 
     python tutorials/04_vit_timm.py                           # a small ViT on Fashion-MNIST, about four minutes
-    python tutorials/04_vit_timm.py --model vit_small_patch16_224 --image-folder imagenet --epochs 300 --batch-size 512 \
-        --device cuda
+    python tutorials/04_vit_timm.py --model vit_small_patch16_224 --image-folder imagenet --epochs 300 \
+        --batch-size 512 --device cuda
 
 The moving average of the weights is what timm evaluates and ships. An average only comes near zero where the weights
 are at zero, so its slim form would be as large as the full one: `optimizer.zero_pruned_in(ema)` puts that right.
@@ -32,7 +32,14 @@ def make(args: Any) -> nn.Module:
     if args.image_folder:
         return timm.create_model(args.model, pretrained=args.pretrained)
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=6, num_heads=3, num_classes=10
+        "vit_tiny_patch16_224",
+        img_size=28,
+        patch_size=4,
+        in_chans=1,
+        embed_dim=96,
+        depth=6,
+        num_heads=3,
+        num_classes=10,
     )
 
 
@@ -86,7 +93,9 @@ def main() -> None:
         variant="adamw", lr=args.lr, target_macs=args.target_macs, total_steps=steps,
     )  # fmt: skip
     print(optimizer.plan(), "\n")
-    schedule = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 20, warmup_lr_init=1e-5, t_in_epochs=False)
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=steps, warmup_t=steps // 20, warmup_lr_init=1e-5, t_in_epochs=False
+    )
     ema = ModelEmaV3(model, decay=args.ema)
 
     step = 0

@@ -53,7 +53,9 @@ def scores(model: nn.Module, text: Letters, args: Any) -> list[str]:
     for _ in range(args.test_batches):
         ids = text.batch(text.test, 16, args.context, draw).to(args.device)
         said = model(input_ids=ids).logits[:, :-1]
-        bits += float(nn.functional.cross_entropy(said.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")) / math.log(2)
+        bits += float(
+            nn.functional.cross_entropy(said.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        ) / math.log(2)
         right += int((said.argmax(-1) == ids[:, 1:]).sum())
         count += ids[:, 1:].numel()
     return [f"{100 * right / count:.2f} %", f"{bits / count:.4f}"]
@@ -121,9 +123,7 @@ def main() -> None:
         "slim": (subnet.model, subnet.cost_after, scores(subnet.model, text, args)),
     }
     ids = text.batch(text.test, 4, args.context, draw)
-    compare(
-        rows, ["next letter", "bits"], lambda m: m(input_ids=ids), f"4 × {args.context} letters", args.passes
-    )
+    compare(rows, ["next letter", "bits"], lambda m: m(input_ids=ids), f"4 × {args.context} letters", args.passes)
     print("before: untrained; bits: per letter\n")
     print(subnet)
 

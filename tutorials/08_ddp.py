@@ -28,7 +28,9 @@ def network() -> nn.Module:
     def stage(a: int, b: int) -> list[nn.Module]:
         return [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
 
-    return nn.Sequential(*stage(1, 32), *stage(32, 64), nn.Flatten(), nn.Linear(64 * 4, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        *stage(1, 32), *stage(32, 64), nn.Flatten(), nn.Linear(64 * 4, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
 
 
 @torch.no_grad()
@@ -78,7 +80,8 @@ def main() -> None:
     dist.all_gather_object(digests, hashlib.sha256(chosen.encode()).hexdigest()[:12])
     if rank == 0:
         same = len({*digests}) == 1
-        print(f"{world} processes, {'the same groups' if same else 'other groups'} at zero: {', '.join(map(str, digests))}")
+        which = "the same groups" if same else "other groups"
+        print(f"{world} processes, {which} at zero: {', '.join(map(str, digests))}")
         subnet = oto.construct_subnet(out_dir=args.out)
         x, y = images.test_x, images.test_y
         rows = {
