@@ -60,7 +60,7 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.html import Origin, report
 from oto.report.preview import Preview, preview
-from oto.report.table import subnet_table
+from oto.report.table import cost_rows, html, subnet_lines, subnet_table
 from oto.slim.graph import emit_graph
 from oto.slim.latency import Latency, Timer, measured_latency, rounds
 from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
@@ -112,6 +112,9 @@ class Subnet:
 
     def __str__(self) -> str:
         return subnet_table(self)
+
+    def _repr_html_(self) -> str:
+        return html(cost_rows(self.cost_before, self.cost_after), below="\n".join(subnet_lines(self)))
 
     def report(
         self,
@@ -260,6 +263,14 @@ class OTO:
                 stacklevel=2,
             )
         require_prunable(self._groups, self.partition.found.graph)
+
+    def __repr__(self) -> str:
+        free, costs = [group for group in self.node_groups if group.prunable], self._cost()
+        return (
+            f"OTO({type(self.model).__name__}): {len(free)} of {len(self.node_groups)} node groups prunable,"
+            f" {sum(group.size for group in free):,} zero-invariant groups; {costs.params:,} parameters,"
+            f" {costs.macs:,} MACs"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer")}

@@ -75,6 +75,7 @@ def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> No
         "api": set(),
         "cli": {"api", "given"},
         "errors": set(),
+        "integrations": set(),
         "given": set(),
     }
 
