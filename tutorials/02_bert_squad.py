@@ -6,7 +6,7 @@
 
 The training code is the usual one for SQuAD: windows over long paragraphs, the logits of the start and of the end,
 AdamW without decay of biases and norms, a linear learning rate. XQuAD-en is 1,190 questions of the SQuAD v1.1 dev set;
-some questions of four fifths of its paragraphs are trained on here, and some of the rest are asked. That is little data:
+some of four fifths of its paragraphs are trained on here, and some of the rest are asked. That is little data:
 see the figures as a check that slim equals zeroed, not as a result.
 """
 

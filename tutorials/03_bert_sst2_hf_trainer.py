@@ -76,7 +76,7 @@ def main() -> None:
     flags.add_argument("--lr", type=float, default=1e-4)
     flags.add_argument("--float32", action="store_true", help="instead of bf16")
     flags.add_argument("--target-macs", type=float, default=0.75)
-    args = start(flags, {"phrases": 96, "test_phrases": 16, "batch_size": 8})
+    args = start(flags, {"phrases": 112, "test_phrases": 16, "batch_size": 8})
 
     folder = args.encoder or minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -73,7 +73,7 @@ def main() -> None:
     flags.add_argument("--lr", type=float, default=2e-3)
     flags.add_argument("--ema", type=float, default=0.99, help="decay of the moving average")
     flags.add_argument("--target-macs", type=float, default=0.6)
-    args = start(flags, {"images": 640, "test_images": 250, "batch_size": 32, "epochs": 2})
+    args = start(flags, {"images": 448, "test_images": 250, "batch_size": 32, "epochs": 2})
 
     if args.image_folder:
         data = timm.data.create_dataset("", root=Path(args.image_folder) / "val")
