@@ -106,8 +106,8 @@ def errors_page(work: Path) -> str:
         # Messages
 
         A message says where, what, what came of it, and what to do. All errors are in `oto.errors` and derive from
-        `OTOError`, so one `except` catches what you can put right; anything else is a mistake of ours, please report it.
-        The messages below were produced when this page was built.
+        `OTOError`, so one `except` catches what you can put right; anything else is a mistake of ours, please report
+        it. The messages below were produced when this page was built.
     """
     lines = [inspect.cleandoc(intro), ""]
     for name, kind in vars(errors).items():
@@ -149,7 +149,8 @@ def tutorials_page() -> str:
     intro = """
         # Tutorials
 
-        Each runs on two CPU cores in at most five minutes; `tutorials/README.md` has the commands of the full experiments.
+        Each runs on two CPU cores in at most five minutes; `tutorials/README.md` has the commands of the full
+        experiments.
     """
     lines = [inspect.cleandoc(intro), ""]
     for path in sorted((ROOT / "tutorials").glob("[0-9]*.py")):
