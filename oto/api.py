@@ -6,12 +6,11 @@ import copy
 import inspect
 import logging
 import os
-import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,18 +25,15 @@ from oto.errors import (
     ArtefactError,
     EmitterError,
     NotPrunedWarning,
-    OTOError,
-    TargetError,
+    OptionError,
     TooLateError,
     TraceError,
     UnknownOpWarning,
     UnknownParameterError,
-    VerificationError,
-    first_line,
-    out_of_memory,
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
+from oto.groups.layout import LAYOUTS, drawn, evened, joined, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
     carried_by_nodes,
@@ -51,8 +47,9 @@ from oto.groups.policy import (
     require_prunable,
     zeroing,
 )
-from oto.io.artefact import adding, check_out_dir, writing
-from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, rebuild, write_program
+from oto.io.artefact import adding, check_out_dir
+from oto.io.pretrained import save_pretrained
+from oto.io.subnet import FULL, WEIGHTS, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.target import UNITS, Target
@@ -61,16 +58,16 @@ from oto.report.explain import Explanation, explain
 from oto.report.html import Origin, report
 from oto.report.preview import Preview, preview
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
-from oto.slim.graph import emit_graph
+from oto.slim.config import Recipe
+from oto.slim.construct import Zeroed, construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency, rounds
-from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
-from oto.slim.own_class import class_bound
-from oto.slim.plan import read_zeros, thinning
-from oto.slim.recording import RECORDED, check_recording, emit_recording
-from oto.slim.verify import Check, check, require
-from oto.trace.export import export
+from oto.slim.layout import stated
+from oto.slim.module import OwnClass
+from oto.slim.own_class import own_class
+from oto.slim.plan import read_zeros
+from oto.slim.verify import Check, require
 from oto.trace.found import as_found
-from oto.trace.record import line_of, on_meta, record
+from oto.trace.record import on_meta, record, told
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +83,8 @@ class Subnet:
     Attributes:
         model: The slim module, in eval mode; it owns its memory.
         path: The folder of the artefact, ``None`` if it was not saved.
-        emitter: ``"module"`` (the original class), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
+        emitter: ``"config"`` (the original class, made from an edited config), ``"module"`` (the original class with
+            other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
             followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
         why_graph: Why the original class could not be used, if it could not; and what a recording is.
         max_error: Largest relative error against the zeroed full model, in float64 where the model runs in it.
@@ -164,11 +162,30 @@ class Subnet:
             "notes": list(self.notes),
         }
 
+    def save_pretrained(self, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
+        """Write a folder that ``from_pretrained`` of the model's own library loads, without ``oto``.
 
-def _takes_options_of(source: Callable[..., Any]) -> Callable[[Made], Made]:
+        It needs a slim model whose config states its sizes: ``OTO(..., layout="uniform")``.
+
+        Args:
+            out_dir: A folder that is empty or not there yet.
+            tokenizer: A tokenizer, a processor, or a list of such, to be saved beside the model. By default the files
+                of the folder that the model was loaded from are copied.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            EmitterError: The config cannot state the sizes of the slim model; the message names them.
+            ArtefactError: The folder cannot be written or holds files, or what was written reads otherwise.
+        """
+        return save_pretrained(self.model, out_dir, tokenizer)
+
+
+def _takes_options_of(source: Callable[..., Any]) -> Callable[[Method], Method]:
     """Show the keywords of ``source`` in the signature, where a method passes its own on to it."""
 
-    def dressed(method: Made) -> Made:
+    def dressed(method: Method) -> Method:
         own, taken = (inspect.signature(f, eval_str=False) for f in (method, source))
         first = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [
@@ -183,7 +200,8 @@ def _takes_options_of(source: Callable[..., Any]) -> Callable[[Made], Made]:
 
 
 _SUPPLIED = ("self", "node_groups", "costs", "latency")
-Made = TypeVar("Made", bound=Callable[..., Any])
+Method = TypeVar("Method", bound=Callable[..., Any])
+CLASS = "its class cannot do without: no attribute states the size"
 
 
 class OTO:
@@ -201,11 +219,16 @@ class OTO:
             is returned on the way, such as a hidden state, then gets as thin as the network there.
         min_kept: Atoms that every group keeps, an int; or the share of its atoms that it keeps, a float; or a mapping
             from names or globs of parameters to either. Optimizers take it too, and keep the greater of both.
-        keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
-            state stay whole, and the class is run to see. By default everything is pruned, and a model whose code
-            states a size that changed becomes a ``torch.fx.GraphModule``.
+        everything: Prune whatever can be removed exactly, even if the model's class cannot express the result: the slim
+            model is then a ``torch.fx.GraphModule``. By default it is of the model's own class, and what that class can
+            neither be told nor do without stays whole.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
+        layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
+            for all blocks states it. Where the model was made from a config (``model.config``), what no field of it
+            can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. By
+            default (``None`` or ``"free"``) every block has counts of its own.
+        tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
 
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
@@ -231,28 +254,29 @@ class OTO:
         skip_patterns: Iterable[str | type[nn.Module]] = (),
         strict_out_nodes: bool = False,
         min_kept: MinKept = 1,
-        keep_class: bool = False,
+        everything: bool = False,
         prune_frozen: bool = False,
+        layout: str | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
+        if layout not in LAYOUTS:
+            raise OptionError(f"layout is {layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
-        with _told(model, TraceError, "being followed on the dummy input"):
-            graph = record(model, dummy_input, known, dead=keep_class)
-        with _told(model, TraceError, "being analysed", "it was followed on the dummy input"):
+        with told(model, TraceError, "being followed on the dummy input"):
+            graph = record(model, dummy_input, known, dead=not everything)
+        with told(model, TraceError, "being analysed", "it was followed on the dummy input"):
             self.partition = partition(graph, strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._prune_frozen = prune_frozen
         if not prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
-        self._keep_class, self._strict_out_nodes = keep_class, strict_out_nodes
+        self._everything, self._strict_out_nodes, self._layout = everything, strict_out_nodes, layout
+        self._own: OwnClass | None = None
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
-        if keep_class:
-            with _told(model, TraceError, "its class was tried with less (keep_class)", "the analysis is done"):
-                bound = class_bound(model, self.partition, self._groups, dummy_input)
-            self._groups = keep_whole(self._groups, bound, "keep_class: the model's code may state its size")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(
@@ -262,6 +286,15 @@ class OTO:
                 UnknownOpWarning,
                 stacklevel=2,
             )
+        self._groups = shared_out(self._groups, tensor_parallel)
+        if layout == "uniform":
+            self._groups = tied(self._groups, model)
+            tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
+            with tried, as_found(model):
+                self._groups = stated(model, self.partition, self._groups, dummy_input, self._recipe)
+        if not everything and (layout != "uniform" or self._recipe is None):
+            self._own = self._ask_the_class()
+            self._groups = joined(keep_whole(self._groups, self._own.whole, CLASS), self._own.ties)
         require_prunable(self._groups, self.partition.found.graph)
 
     def __repr__(self) -> str:
@@ -273,12 +306,19 @@ class OTO:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer")}
+        found_anew = ("partition", "_optimizer", "_recipe", "_own")
+        return {key: value for key, value in vars(self).items() if key not in found_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
-        graph = record(self.model, self.dummy_input, known, dead=self._keep_class)
+        graph = record(self.model, self.dummy_input, known, dead=not self._everything)
         self.partition = partition(graph, self._strict_out_nodes)
+        uniform = self._layout == "uniform" and self._recipe is not None
+        self._own = None if self._everything or uniform else self._ask_the_class()
+
+    def _ask_the_class(self) -> OwnClass:
+        with told(self.model, TraceError, "it was asked what its class can do without", "the analysis is done"):
+            return own_class(self.model, self.partition, self._groups, self.dummy_input)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OTO:
         memo[id(self)] = other = object.__new__(OTO)
@@ -319,7 +359,7 @@ class OTO:
         """
         self._refuse_late_marks()
         marked = carried_by_nodes(_listed(node_ids), self.partition.graph)
-        self._groups = keep_whole(self._groups, marked, "it was marked unprunable")
+        self._groups = settled(keep_whole(self._groups, marked, "it was marked unprunable"))
 
     def skip_operators(self, operators: Iterable[str]) -> None:
         """Keep all node groups that run through the results of some operators.
@@ -333,7 +373,8 @@ class OTO:
         """
         self._refuse_late_marks()
         marked = carried_by_operators(_listed(operators), self.partition.graph)
-        self._groups = keep_whole(self._groups, marked, "skip_operators names an operator that it runs through")
+        reason = "skip_operators names an operator that it runs through"
+        self._groups = settled(keep_whole(self._groups, marked, reason))
 
     def _refuse_late_marks(self) -> None:
         optimizer = self._trained_by
@@ -347,7 +388,7 @@ class OTO:
     def _keep_parameters(self, names: Iterable[str], reason: str) -> None:
         first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
         marked = zeroing(self._groups, {first.get(name, name) for name in names})
-        self._groups = keep_whole(self._groups, marked, reason)
+        self._groups = settled(keep_whole(self._groups, marked, reason))
 
     def explain(self) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``."""
@@ -466,6 +507,11 @@ class OTO:
     def _timer(self) -> Timer:
         return Timer(self.model, self.partition, self.costs, self.dummy_input)
 
+    @cached_property
+    def _recipe(self) -> Recipe | None:
+        """How the model's class is made from its config, if it is."""
+        return Recipe.of(self.model)
+
     @property
     def _trained_by(self) -> SparseOptimizer | None:
         """The optimizer that was made last, if it is still there."""
@@ -495,34 +541,18 @@ class OTO:
         return optimizer
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
-        """Zero a random choice of ZIGs in place, for checks.
+        """Zero a random choice of ZIGs in place, for checks; within the layout, as far as whole steps of it allow.
 
         Raises:
             TargetError: The groups would have to give up their last atoms.
         """
-        prunable = [g for g in self.node_groups if g.prunable]
-        wanted = int(sum(g.size for g in prunable) * target_group_sparsity)
-        generator = np.random.default_rng(seed)
-        room = {g.name: g.size - g.min_kept for g in prunable}
-        if not 0 <= target_group_sparsity < 1 or wanted > sum(room.values()):
-            most = sum(room.values()) / sum(g.size for g in prunable)
-            raise TargetError(
-                f"target_group_sparsity={target_group_sparsity} cannot be reached: every group keeps its min_kept\n"
-                f"  to fix  ask for a share in [0, {most:.4f}]"
-            )
-        # every group gives up its share of the atoms that it can spare, at random
-        order = [(g, int(a)) for g in prunable for a in generator.permutation(g.size)[: room[g.name]]]
-        chosen: dict[str, list[int]] = {}
-        for i in generator.permutation(len(order))[:wanted]:
-            group, atom = order[i]
-            chosen.setdefault(group.name, []).append(atom)
+        chosen = drawn(self.node_groups, target_group_sparsity, seed)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
-            for group in prunable:
-                if group.name in chosen:
-                    for piece in group.zeros:
-                        entries = piece.of(parameters[piece.parameter])
-                        entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
+            for group in self.node_groups:
+                for piece in group.zeros if group.name in chosen else ():
+                    entries = piece.of(parameters[piece.parameter])
+                    entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
 
     def _cost(self, kept: Mapping[str, int] | None = None) -> Cost:
         return cost(self.partition, kept)
@@ -570,7 +600,9 @@ class OTO:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
             model: Made slim instead of the model of this ``OTO``: a copy of it with other weights, such as their moving
                 average, or what wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
-            emitter: ``"auto"``, or one way alone: ``"module"`` (the original class), ``"graph"`` or ``"recording"``.
+            emitter: ``"auto"``, or one way alone: ``"config"`` (the original class, made from an edited
+                ``model.config``; ``"auto"`` tries it first with ``layout="uniform"``), ``"module"`` (the original
+                class), ``"graph"`` or ``"recording"``.
             save_full: Save the zeroed full weights beside the slim ones.
             report: Put a ``report.html`` into the artefact, see :meth:`Subnet.report`.
 
@@ -640,212 +672,32 @@ class OTO:
         return f"{what}\n  effect  {effect}\n  to fix  {remedy}"
 
     def _subnet(self, out_dir: str | os.PathLike[str] | None, emitter: str, save_full: bool) -> Subnet:
-        if emitter not in ("auto", "module", "graph", "recording"):
-            raise EmitterError(
-                f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'module', 'graph' or 'recording'"
-            )
         if out_dir is not None:
             check_out_dir(out_dir)
-        if on_meta(self.model):
-            raise EmitterError(
-                f"parameters of {type(self.model).__name__} are on the meta device, so there are no zeros to read\n"
-                "  effect  groups and costs are known, a slim model cannot be made\n"
-                "  to fix  give the model values (model.to_empty(device=...), load_state_dict) and a new OTO"
-            )
-        kept = read_zeros(self.node_groups, self.model)
+        require_values(self.model)
+        kept, uneven = (
+            ({}, []) if on_meta(self.model) else evened(self.node_groups, read_zeros(self.node_groups, self.model))
+        )
+        recipe = self._recipe if self._layout == "uniform" or emitter == "config" else None
+        source = Zeroed(self.model, self.dummy_input, self.partition, self._own, kept, recipe)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
-        notes: list[str] = []
-        built = _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
+        built = told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
         with built, as_found(self.model):
-            how, slim, edits, tensors, checks, why = self._emit(kept, emitter, notes)
-        path = None
+            made = construct(source, emitter)
+        path, checks = None, made.checks
         if out_dir is not None:
             path = Path(out_dir)
-            about = {"emitter": how, "why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
             proved = f"the slim model was built, and right in {len(checks)} comparisons"
-            saved = _told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
+            saved = told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
             with saved, as_found(self.model):
-                checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full, notes)
+                checks = checks + save(path, source, made, {"before": vars(before), "after": vars(after)}, save_full)
+            self._saved = path
         short = self._short_of(kept)
-        told = (*([short] if short else []), *notes)
-        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept, told)
-
-    def _emit(
-        self, kept: Kept, emitter: str, notes: list[str]
-    ) -> tuple[str, nn.Module, Edits | None, Mapping[str, Tensor], list[Check], str | None]:
-        """The way that was taken, the slim module, the edits that made it (if it is of the original class), its
-        tensors, the proof, and why it is not of the original class."""
-        why: list[str] = []
-        if emitter in ("auto", "module"):
-            try:
-                thin = thinning(self.partition, kept)
-                edits = plan_edits(self.model, self.partition, thin)
-                tensors = thin_tensors(self.model, thin)
-                slim = thin_copy(self.model, tensors, edits).eval()
-                checks = check(self.model, slim, self.dummy_input, batch=True, left=self._left(kept))
-                require(checks)
-                return "module", slim, edits, tensors, checks, None
-            except Exception as failure:  # anything that the user's own forward may raise at other sizes
-                if out_of_memory(failure):
-                    raise
-                why.append(_first_lines(failure))
-                if emitter == "module":
-                    raise EmitterError(
-                        f"{type(self.model).__name__} cannot be thinned as its own class: {why[0]}\n"
-                        "  effect  no slim model was made, and nothing was written\n"
-                        f"  to fix  use emitter='graph', or {self._way_out}"
-                    ) from failure
-                log.info("the original class does not fit, using the graph: %s", why[0])
-        way = "recording" if emitter == "recording" else "graph"
-        if way == "graph":
-            try:
-                graph, checks = self._emit_graph(kept, notes)
-            except VerificationError:
-                raise
-            except Exception as failure:
-                if emitter == "graph":
-                    raise
-                way, refused = "recording", failure
-                notes.clear()
-                why.append(_first_lines(failure))
-                log.info("torch.export does not do, using the recording: %s", why[-1])
-        if way == "recording":
-            why = [*why, RECORDED] if why else [f"it was asked for: {RECORDED}"]
-            try:
-                graph = emit_recording(self.model, self.dummy_input, self.partition, kept)
-            except (EmitterError, TraceError) as failure:
-                if emitter == "recording":
-                    raise
-                said = f"the exported graph of {type(self.model).__name__} fails: {_first_lines(refused)}"
-                raise EmitterError(
-                    f"{str(refused).splitlines()[0] if isinstance(refused, EmitterError) else said}\n"
-                    f"  class   the original class does not do either: {why[0]}\n"
-                    f"  replay  nor does a recording of the example: {str(failure).splitlines()[0]}\n"
-                    "  effect  no slim model was made, and nothing was written\n"
-                    f"  to fix  {self._way_out}"
-                ) from refused
-            checks = check_recording(self.model, graph, self.dummy_input, self.partition, kept, notes, self._left(kept))
-            require(checks)
-        held = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
-        return way, graph, None, dict(held), checks, "; ".join(why) or None
-
-    def _emit_graph(self, kept: Kept, notes: list[str]) -> tuple[nn.Module, list[Check]]:
-        """The slim form of what torch.export follows, and its proof."""
-        exported = export(self.model, self.dummy_input, known)
-        slim = emit_graph(exported, self.partition, kept)
-        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept), notes=notes)
-        try:
-            require(checks)
-        except VerificationError as failure:
-            self._require_faithful_export(failure)
-            raise
-        return slim, checks
-
-    @property
-    def _way_out(self) -> str:
-        """What to do where the original class cannot express what was removed."""
-        if self._keep_class:
-            return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
-        return "prune only what the class can do without: OTO(..., keep_class=True)"
-
-    def _left(self, kept: Kept) -> list[list[NDArray[np.bool_]]] | None:
-        """For each output and each of its dimensions, what the slim model still has; ``None`` if that is all."""
-        if not self.partition.found.strict_out_nodes:
-            return None
-        return [self.partition.entries(value, kept) for value in self.partition.found.graph.outputs]
-
-    def _require_faithful_export(self, failure: Exception) -> None:
-        """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
-        dense = export(self.model, self.dummy_input, known)
-        try:
-            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic, notes=[]))
-        except VerificationError as unfaithful:
-            raise EmitterError(
-                f"torch.export's graph of {type(self.model).__name__} does not compute what the model does\n"
-                + "\n".join(str(unfaithful).splitlines()[1:-2])
-                + "\n  effect  no graph can be emitted, and nothing was written\n"
-                "  to fix  look for code that runs otherwise while exporting (torch.compiler.is_exporting)"
-            ) from failure
-
-    def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, tensors: Mapping[str, Tensor], kept: Kept,
-              checks: list[Check], about: Mapping[str, Any], save_full: bool,
-              notes: list[str]) -> list[Check]:  # fmt: skip
-        """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU."""
-        full, given, portable, left = self.model, self.dummy_input, slim, self._left(kept)
-        recorded = about["emitter"] == "recording"
-        if next(self.model.parameters()).device.type != "cpu":
-            full, given = copy.deepcopy(self.model).cpu(), tree_map_only(Tensor, Tensor.cpu, self.dummy_input)
-            # a graph names devices, so it is made anew
-            if edits is not None:
-                portable = copy.deepcopy(slim).cpu()
-            elif recorded:
-                portable = emit_recording(full, given, self.partition, kept)
-            else:
-                portable = emit_graph(export(full, given, known), self.partition, kept)
-        with writing(out_dir) as draft:
-            unread = self.partition.found.graph.unread
-            left_out = draft.tensors(WEIGHTS, tensors, unread)
-            if save_full:
-                draft.tensors(FULL, tensors_of(self.model, self.partition), unread)
-            again: list[Check] = []
-            if edits is not None:
-                again += check(
-                    full, rebuild(full, draft.load(WEIGHTS), plain_edits(edits)), given, "reloaded", 1, left=left
-                )
-                require(again)
-            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself
-            against, left = (portable, None) if recorded else (full, left)
-            no_program, proof = write_program(
-                draft,
-                portable,
-                given,
-                lambda read: check(against, read, given, "reloaded program", 1, left=left),
-                left_out if edits is not None else (),
-            )
-            again += proof
-            if no_program is not None:
-                needed = "the class is needed to load it" if edits is not None else "nothing in it can be loaded"
-                notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
-            manifest = {
-                "model": describe(self.model, tensors if edits is not None else {}),
-                "edits": plain_edits(edits or Edits()),
-                "kept": {name: atoms.tolist() for name, atoms in kept.items()},
-                "checks": [vars(c) for c in (*checks, *again)],
-                "no_program": no_program,
-                "left_out": left_out,
-                "notes": notes,
-            }
-            draft.commit(manifest | dict(about))
-        self._saved = out_dir
-        return again
-
-
-@contextmanager
-def _told(model: nn.Module, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
-    """Whatever the model's code raises is told as one of our errors, with the stage."""
-    try:
-        yield
-    except Exception as failure:
-        if isinstance(failure, OTOError) or out_of_memory(failure):
-            raise
-        line = line_of(failure)
-        told = [f"{type(model).__name__} failed while {stage}: {first_line(failure)}"]
-        told += [f"  at      {line}"] if line else []
-        told += [f"  proved  {proved}"] if proved else []
-        told += ["  effect  nothing was written; the model is as it was"]
-        told += [
-            "  to fix  see that line: the model is copied, and run in eval mode several times, on other values, on"
-            " another batch size and in float64"
-            if line
-            else "  to fix  see the traceback above; if it is not about the model, it is a mistake of oto's: report it"
-        ]
-        raise error("\n".join(told)) from failure
+        notes = (*([short] if short else []), *uneven, *made.notes)
+        return Subnet(
+            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes
+        )  # fmt: skip
 
 
 def _listed(names: Any) -> list[Any]:
     return [names] if isinstance(names, str | int | type) else list(names)
-
-
-def _first_lines(failure: Exception) -> str:
-    where = traceback.extract_tb(failure.__traceback__)[-1]
-    return first_line(failure) if str(failure) else f"{type(failure).__name__}: at {where.filename}:{where.lineno}"

@@ -46,7 +46,7 @@ from oto.groups import Cost
 from oto.io.artefact import Artefact, reading
 from oto.io.program import load_program
 from oto.io.subnet import FULL, PROGRAM, load_subnet
-from oto.report.table import columns, cost_rows
+from oto.report.table import OF_THE_CLASS, columns, cost_rows
 from oto.slim.latency import rounds
 from oto.slim.program import example_of, export_program, runnable
 from oto.slim.verify import Check, check, random_like, relative_error, require, run
@@ -128,7 +128,10 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="with the weights
 Skip = Annotated[
     list[str] | None, typer.Option("--skip", metavar="NAME", help="keep whole: a name or glob; repeatable")
 ]
-KeepClass = Annotated[bool, typer.Option("--keep-class", help="only what the model's own class can do without")]
+Everything = Annotated[
+    bool, typer.Option("--everything", help="also what the model's own class cannot express; slim is a graph then")
+]
+Layout = Annotated[str | None, typer.Option(help="uniform: repeated blocks keep equally many of everything")]
 MinKept = Annotated[str, typer.Option(help="what every group keeps: a number of atoms, or a share such as 0.1")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="so long it is measured at least")]
@@ -145,9 +148,9 @@ def _number(option: str, text: str | None) -> int | float | None:
         raise GivenError(f"{option} {text} is no number\n  to fix  0.5 is a share, 500000 a number") from None
 
 
-def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: list[str] | None, keep_class: bool,
+def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: list[str] | None, everything: bool,
               checkpoint: Path | None = None, key: str | None = None, pretrained: bool = False,
-              min_kept: str = "1") -> OTO:  # fmt: skip
+              min_kept: str = "1", layout: str | None = None) -> OTO:  # fmt: skip
     torch.manual_seed(0)  # so that two calls say the same of a model without weights
     model = named_model(name, pretrained)
     if checkpoint is not None:
@@ -155,7 +158,7 @@ def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: l
     given = named_input(inputs or (), input_fn, model)
     least = _number("--min-kept", min_kept)
     assert least is not None
-    return OTO(model, given, skip_patterns=skip or (), keep_class=keep_class, min_kept=least)
+    return OTO(model, given, skip_patterns=skip or (), everything=everything, min_kept=least, layout=layout)
 
 
 # The commands --------------------------------------------------------------------------------------------------------
@@ -163,12 +166,12 @@ def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: l
 
 @command
 def explain(model: Model, input: Inputs = None, input_fn: InputFn = None, skip: Skip = None,
-            keep_class: KeepClass = False, as_json: Json = False) -> None:  # fmt: skip
+            everything: Everything = False, layout: Layout = None, as_json: Json = False) -> None:  # fmt: skip
     """What can be removed from a model, and why the rest stays whole.
 
     oto explain torchvision:resnet50 --input 1x3x224x224
     """
-    found = _analysed(model, input, input_fn, skip, keep_class).explain()
+    found = _analysed(model, input, input_fn, skip, everything, layout=layout).explain()
     _result(found, found.to_dict(), as_json)
 
 
@@ -191,7 +194,8 @@ def preview(
     key: Key = None,
     pretrained: Pretrained = False,
     skip: Skip = None,
-    keep_class: KeepClass = False,
+    everything: Everything = False,
+    layout: Layout = None,
     as_json: Json = False,
 ) -> None:
     """What a target would leave of each layer, before any training; chosen by the weights alone.
@@ -209,7 +213,7 @@ def preview(
     if len(asked) != 1:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
         raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
-    analysed = _analysed(model, input, input_fn, skip, keep_class, checkpoint, key, pretrained, min_kept)
+    analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, pretrained, min_kept, layout)
     found = analysed.preview(**asked, scope=scope, group_divisible=group_divisible)
     _result(found, found.to_dict(), as_json)
 
@@ -224,14 +228,15 @@ def visualize(
     params: Annotated[bool, typer.Option("--params", help="show the shape of each parameter")] = False,
     flops: Annotated[bool, typer.Option("--flops", help="show the FLOPs of each call")] = False,
     skip: Skip = None,
-    keep_class: KeepClass = False,
+    everything: Everything = False,
+    layout: Layout = None,
     as_json: Json = False,
 ) -> None:
     """Draw the graph: one colour per node group, grey for what stays whole.
 
     oto visualize torchvision:resnet50 --input 1x3x224x224 --out drawing
     """
-    analysed = _analysed(model, input, input_fn, skip, keep_class)
+    analysed = _analysed(model, input, input_fn, skip, everything, layout=layout)
     files = analysed.visualize(out, vertical=not horizontal, display_params=params, display_flops=flops)
     _result("\n".join(map(str, files)), {"files": [str(file) for file in files]}, as_json)
 
@@ -245,17 +250,23 @@ def slim(
     input_fn: InputFn = None,
     key: Key = None,
     skip: Skip = None,
-    keep_class: KeepClass = False,
-    emitter: Annotated[str, typer.Option(help="auto, module, graph or recording")] = "auto",
+    everything: Everything = False,
+    layout: Layout = None,
+    emitter: Annotated[str, typer.Option(help="auto, config, module, graph or recording")] = "auto",
     report: Annotated[bool, typer.Option("--report", help="write report.html into the artefact")] = False,
+    save_pretrained: Annotated[
+        Path | None, typer.Option(help="a new folder that from_pretrained loads; with --layout uniform")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make the slim model of a checkpoint that was trained with oto, prove it equal, and save it.
 
     oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
     """
-    analysed = _analysed(model, input, input_fn, skip, keep_class, checkpoint, key)
+    analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, layout=layout)
     subnet = analysed.construct_subnet(out, emitter=emitter, report=report)
+    if save_pretrained is not None:
+        subnet.save_pretrained(save_pretrained)
     _result(subnet, subnet.to_dict(), as_json)
 
 
@@ -273,7 +284,11 @@ def _about(found: Artefact) -> str:
     worst = {
         dtype: max(c.error for c in checks if c.dtype == dtype) for dtype in dict.fromkeys(c.dtype for c in checks)
     }
-    way = "the original class" if manifest["emitter"] == "module" else f"a torch.fx.GraphModule ({manifest['emitter']})"
+    way = (
+        "the original class"
+        if manifest["emitter"] in OF_THE_CLASS
+        else f"a torch.fx.GraphModule ({manifest['emitter']})"
+    )
     lines = [
         f"{manifest['model']['class']}, slim, as {way}",
         *([f"  because {manifest['why_graph']}"] if manifest["why_graph"] else []),
@@ -327,7 +342,7 @@ def _verified(folder: Path, model: str | None, inputs: list[str] | None,
                 "  to fix  give an input that the model takes: --input, --input-fn"
             ) from failure
         shapes = [list(t.shape) for t in outputs]
-    kind = "the original class" if full is not None and found.manifest["emitter"] == "module" else PROGRAM
+    kind = "the original class" if full is not None and found.manifest["emitter"] in OF_THE_CLASS else PROGRAM
     lines.append(f"{kind} loads and runs: outputs of {', '.join('×'.join(map(str, s)) or 'a number' for s in shapes)}")
     checks: list[Check] = []
     if full is not None and FULL in files:

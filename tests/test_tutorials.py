@@ -110,6 +110,8 @@ def test_03_bert_sst2_hf_trainer(oto_data: Path, tmp_path: Path) -> None:
     assert "'oto/sparsity'" in text.partition("last logged")[2]
     assert len(re.findall(r"^LABEL_[01] 0\.\d\d ", text, re.MULTILINE)) == 3
     assert not (tmp_path / "slim" / "checkpoints").exists()
+    width = int(re.search(r"slim_hf: (\d+) wide inside", text)[1])
+    assert width < 1536 and (tmp_path / "slim_hf" / "tokenizer.json").is_file()
 
 
 def test_04_vit_timm(oto_data: Path, tmp_path: Path) -> None:
@@ -126,6 +128,7 @@ def test_05_small_llm(oto_data: Path, tmp_path: Path) -> None:
     printed = checked(text, tmp_path / "slim", 0.6, "params")
     assert printed("before", "bits") > 5.9 > printed("slim", "bits")  # 65 letters: log2(65) = 6.02
     assert "LlamaForCausalLM.generate: the same letters as of the zeroed model" in text
+    assert "transformers without oto: the same letters" in text and (tmp_path / "slim_hf" / "config.json").is_file()
     report = (tmp_path / "slim.html").read_text()
     assert "loss from" in report and "parameters from" in report and "(shaded)" in report
 

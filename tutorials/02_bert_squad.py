@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import OWN_CLASS, compare, from_tar, minilm, parser, start
+from common import compare, from_tar, minilm, parser, start
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -155,7 +155,7 @@ def main() -> None:
 
     # The example input of a Hugging Face model is a dict, as its tokenizer gives it.
     example = {name: t[:2].to(args.device) for name, t in seen["inputs"].items()}
-    oto = OTO(model, example, **OWN_CLASS)
+    oto = OTO(model, example)
 
     # Weight decay in groups, as everybody does it. The groups need no names.
     decayed = [p for p in model.parameters() if p.ndim > 1]

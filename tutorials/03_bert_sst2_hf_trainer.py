@@ -15,7 +15,7 @@ import shutil
 from typing import Any
 
 import torch
-from common import OWN_CLASS, compare, from_tar, minilm, parser, start
+from common import compare, from_tar, minilm, parser, start
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -99,7 +99,7 @@ def main() -> None:
         """What a run sets up, before the crash and after it."""
         model = new_model()
         example = tokenizer(train.texts[:2], padding=True, return_tensors="pt")
-        oto = OTO(model, dict(example), **OWN_CLASS)
+        oto = OTO(model, dict(example), layout="uniform")
         optimizer = oto.hesso(
             variant="adamw", lr=args.lr, weight_decay=0.01, target_macs=args.target_macs, total_steps=steps
         )
@@ -141,9 +141,15 @@ def main() -> None:
         "slim": (subnet.model, subnet.cost_after, evaluated(subnet.model)),
     }
     compare(rows, ["accuracy", "loss"], lambda m: m(**batch), "32 phrases", args.passes)
-    print(subnet)
+    print(subnet, "\n")
 
-    ask = pipeline("text-classification", model=subnet.model.cpu(), tokenizer=tokenizer, device="cpu")
+    # Blocks are alike (layout="uniform"), so the config of the class states every size; transformers alone loads it.
+    folder = args.out.with_name(f"{args.out.name}_hf")
+    shutil.rmtree(folder, ignore_errors=True)
+    subnet.model.cpu()
+    subnet.save_pretrained(folder, tokenizer)
+    ask = pipeline("text-classification", model=str(folder), device="cpu")
+    print(f"{folder}: {ask.model.config.intermediate_size} wide inside, and transformers knows nothing of oto")
     for said, text in zip(ask(test.texts[:3]), test.texts[:3], strict=True):
         print(f"{said['label']} {said['score']:.2f}  {text[:80]}")
     shutil.rmtree(args.out / "checkpoints")

@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from common import OWN_CLASS, compare, parser, start
+from common import compare, parser, start
 from data import Images, load_images
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -86,7 +86,7 @@ def main() -> None:
     model = make(args).to(args.device)
     before = accuracy(model, test, args.device)
 
-    oto = OTO(model, test[0][0][:1].to(args.device), **OWN_CLASS)
+    oto = OTO(model, test[0][0][:1].to(args.device))
     steps = args.epochs * (count // args.batch_size)
     optimizer = oto.hesso(
         params=param_groups_weight_decay(model, 0.05),  # timm's: no decay of biases and norms

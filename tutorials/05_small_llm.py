@@ -5,16 +5,20 @@
         --batch-size 64 --lr 3e-4 --device cuda
 
 Grouped queries, rotary positions, RMS norms and a gated feed-forward need no word from you: whole groups of queries go
-with their keys and values, and the residual width goes through every norm.
+with their keys and values, and the residual width goes through every norm. `layout="uniform"` keeps the blocks alike,
+so that the slim network is a plain Llama with smaller numbers in its config, which transformers loads without `oto`.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
 from typing import Any
 
 import torch
-from common import OWN_CLASS, compare, from_tar, parser, start
+from common import compare, from_tar, parser, start
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -88,7 +92,7 @@ def main() -> None:
     before = scores(model, text, args)
 
     example = {"input_ids": text.batch(text.train, 2, args.context, draw).to(args.device)}
-    oto = OTO(model, example, **OWN_CLASS)
+    oto = OTO(model, example, layout="uniform")
     print(oto.explain(), "\n")
     optimizer = oto.hesso(
         variant="adamw", lr=args.lr, weight_decay=0.1, second_momentum=0.95, target_params=args.target_params,
@@ -135,6 +139,27 @@ def main() -> None:
     same = torch.equal(said["zeroed"], said["slim"])
     print(f"\n{text.read(said['slim'])}\n")
     print(f"{type(subnet.model).__name__}.generate: {'the same' if same else 'other'} letters as of the zeroed model")
+
+    # Blocks are alike (layout="uniform"), so the config states every size, and what loads a Llama loads this one:
+    # another process, that may not import oto, goes on with the same letters.
+    folder = args.out.with_name(f"{args.out.name}_hf")
+    shutil.rmtree(folder, ignore_errors=True)
+    subnet.model.cpu()
+    subnet.save_pretrained(folder)
+    code = f"""
+import sys
+sys.modules["oto"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
+asked = torch.tensor({asked.tolist()})
+said = model.generate(asked, max_new_tokens={min(60, args.context)}, do_sample=False, pad_token_id=0)
+print(said[0].tolist(), model.config.num_attention_heads, model.config.intermediate_size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    same = done.startswith(str(said["slim"].tolist()))
+    print(f"transformers without oto: {'the same' if same else 'other'} letters, from {folder}")
+
     subnet.report(args.out.with_suffix(".html"), history=history)
     print(f"report: {args.out.with_suffix('.html')}")
 

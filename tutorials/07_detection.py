@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import OWN_CLASS, compare, parser, start
+from common import compare, parser, start
 from data import load_images
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,7 +148,7 @@ def main() -> None:
     before = scores(model, test, args.device)
 
     # A detector takes a list of images. Its positional arguments are a tuple with one list in it.
-    oto = OTO(model, ([test[0][0].to(args.device)],), **OWN_CLASS)
+    oto = OTO(model, ([test[0][0].to(args.device)],))
     print(oto.explain(), "\n")
     steps = args.epochs * (len(train) // args.batch_size)
     optimizer = oto.hesso(

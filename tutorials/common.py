@@ -49,11 +49,6 @@ def start(found: argparse.ArgumentParser, smoke: Mapping[str, Any], argv: Sequen
     return args
 
 
-# How transformers are pruned: in what their own class can do without, so that Trainer, pipeline and generate, which
-# look at the class and its config, take the slim model as they took the full one.
-OWN_CLASS: dict[str, Any] = {"keep_class": True}
-
-
 def need(file: str) -> Path:
     """A data file, or what to do without it."""
     path = find(file)

@@ -94,7 +94,7 @@ class Polynomial:
     """
 
     def __init__(self, monomials: Mapping[tuple[int, ...], float], size: int) -> None:
-        self.size = size
+        self.size, self._monomials = size, monomials
         degree = max(map(len, monomials), default=0)
         self.coefficients = np.array(list(monomials.values()), dtype=np.float64)
         padded = [(*indices, *[size] * (degree - len(indices))) for indices in monomials]  # counts[size] is 1
@@ -111,6 +111,13 @@ class Polynomial:
         padded = np.append(counts, 1).astype(np.float64)
         products: NDArray[np.float64] = self.coefficients * padded[self.factors].prod(axis=1)
         return products
+
+    def tied(self, ties: NDArray[np.int64]) -> Polynomial:
+        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each count."""
+        total: _Sparse = {}
+        for indices, coefficient in self._monomials.items():
+            _add(total, {tuple(sorted(int(ties[i]) for i in indices)): coefficient}, 1)
+        return Polynomial(total, int(ties.max(initial=-1)) + 1)
 
     def __call__(self, counts: NDArray[np.int64]) -> float:
         """The cost at some counts, shape ``(size,)``."""

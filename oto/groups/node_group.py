@@ -61,6 +61,8 @@ class NodeGroup:
         cause: Index of the call that is the reason, if one is.
         min_kept: Least number of atoms to keep.
         quiet: With all ``slices`` of an atom at zero, every gradient of them is exactly zero.
+        tie: Groups of the same tie keep equally many atoms, each its own; ``None`` if the count is free.
+        divisor: The kept count is a multiple of this; it divides ``size``.
     """
 
     name: str
@@ -71,6 +73,8 @@ class NodeGroup:
     cause: int | None = None
     min_kept: int = 1
     quiet: bool = False
+    tie: str | None = None
+    divisor: int = 1
 
     @property
     def prunable(self) -> bool:

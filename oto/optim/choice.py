@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from oto.errors import CollapseWarning, NothingPrunableError, OptionError, TargetError, some
 from oto.groups.cost import Costs
+from oto.groups.layout import settled, ties_of
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, keep_at_least
 from oto.optim.saliency import (
@@ -108,14 +110,18 @@ class Choice:
         groups = [group for group in node_groups if group.prunable and group.size]
         if min_kept is not None:  # a group that may lose nothing stays in the list, which costs are counted over
             asked_for = keep_at_least(groups, min_kept)
-            groups = [g if g.prunable else replace(g, min_kept=g.size, reason=None) for g in asked_for]
+            groups = list(settled(g if g.prunable else replace(g, min_kept=g.size, reason=None) for g in asked_for))
         sizes = np.array([group.size for group in groups], dtype=np.int64)
         _check(scope, group_divisible, normalise, by_cost, average_steps)
         asked = Target.of(target, sizes, costs, latency)
-        least = [least_kept(g.size, g.min_kept, group_divisible) for g in groups]
+        divisors = [int(np.lcm(g.divisor, group_divisible)) for g in groups]
+        least = [least_kept(g.size, g.min_kept, d) for g, d in zip(groups, divisors, strict=True)]
         everywhere = min_kept is not None and not isinstance(min_kept, Mapping)  # a limit of the user for every group
         soft = 0.0 if published or everywhere else FLOOR
-        floor = [least_kept(g.size, max(g.min_kept, int(np.ceil(soft * g.size))), group_divisible) for g in groups]
+        floor = [
+            least_kept(g.size, max(g.min_kept, int(np.ceil(soft * g.size))), d)
+            for g, d in zip(groups, divisors, strict=True)
+        ]
         self = cls(
             tuple(groups),
             asked,
@@ -138,6 +144,16 @@ class Choice:
     def sizes(self) -> list[int]:
         """Atoms of each node group in the full network."""
         return [group.size for group in self.groups]
+
+    @cached_property
+    def _ties(self) -> Counts | None:
+        """For each node group the number of its tie; ``None`` if no two are tied."""
+        ties = ties_of(self.groups)
+        return ties if len(set(ties.tolist())) < len(ties) else None
+
+    @cached_property
+    def _tied_measure(self) -> Measure:
+        return self.target.measure if self._ties is None else self.target.measure.tied(self._ties)
 
     @property
     def averaged(self) -> list[Saliency]:
@@ -165,17 +181,19 @@ class Choice:
         """
         values, left = scores.double().cpu().numpy(), alive.cpu().numpy()
         sizes = np.array(self.sizes, dtype=np.int64)
-        goal, measure = self.target.after(share), self.target.measure
+        goal = self.target.after(share)
         least = self._floor(goal)
         by_cost = self.by_cost
         if self.scope == "local":
             values, by_cost = _rank(values, left, sizes), 0.0
         worth = None
         if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
-            worth = measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
+            worth = self.target.measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
+        divisors = np.array([np.lcm(group.divisor, self.divisible) for group in self.groups], dtype=np.int64)
         chosen = select(
-            values, left, sizes, least, measure, goal, self.divisible, by_cost, worth, self.scope != "local"
-        )
+            values, left, sizes, least, self._tied_measure, goal, divisors, by_cost, worth, self.scope != "local",
+            self._ties,
+        )  # fmt: skip
         return torch.from_numpy(chosen)
 
     def kept_of(
@@ -242,6 +260,11 @@ class Choice:
 
     def describe(self) -> dict[str, Any]:
         """The options as plain values, for a checkpoint to be compared by."""
+        layout: dict[str, list[int]] = {}  # for each tie how many groups it has, and the divisor of their counts
+        for group in self.groups:
+            if group.tie is not None or group.divisor > 1:
+                many, _ = layout.get(group.tie or group.name, (0, 0))
+                layout[group.tie or group.name] = [many + 1, group.divisor]
         return {
             self.target.name: self.target.asked,
             "scope": self.scope,
@@ -250,7 +273,7 @@ class Choice:
             "saliency": {getattr(c, "__name__", type(c).__name__): weight for c, weight in self.criteria},
             "normalise": self.normalise,
             "by_cost": self.by_cost,
-        }
+        } | ({"layout": layout} if layout else {})
 
 
 DEFAULT: Weights = {"taylor_second_order": 1.0}

@@ -11,6 +11,9 @@ the cost won. With ``by_cost = 0`` scores are compared as they are.
 Everything is a handful of sorts over all atoms at once. Sorts are stable and ties fall to the first atom of the first
 node group, so every rank of a distributed run that has the same scores chooses the same atoms.
 
+Node groups may be *tied*: what goes from one goes from all of its tie, from each what it can spare best. A tie is
+chosen from as one group whose atoms are as important, and save as much, as those of its groups are on average.
+
 With ``divisible = d > 1`` atoms leave a node group in *units*: the first unit brings the kept count to a multiple of
 ``d``, every further one holds ``d`` atoms. A unit is as important as the most important atom that it holds.
 """
@@ -46,19 +49,22 @@ class Units:
     """What may go next, unit after unit: rising scores inside a node group, which units leave in this order.
 
     Attributes:
-        group: The node group of each unit.
-        size: Atoms of each unit.
-        score: The highest score in each unit, rising inside a node group.
+        group: The node group of each unit, or the tie.
+        size: Atoms of each unit, in each group of a tie.
+        score: The highest score in each unit, rising inside a node group; the mean over a tie.
+        price: The score times the worth of its node group; the mean over a tie.
         order: All atoms that are left, node group after node group, rising scores inside.
     """
 
     group: NDArray[np.int64]
     size: NDArray[np.int64]
     score: NDArray[np.float64]
+    price: NDArray[np.float64]
     order: NDArray[np.int64]
 
     @classmethod
-    def of(cls, scores: NDArray[np.float64], left: NDArray[np.bool_], sizes: Counts, divisible: int) -> Units:
+    def of(cls, scores: NDArray[np.float64], left: NDArray[np.bool_], sizes: Counts, divisible: Counts,
+           worth: NDArray[np.float64]) -> Units:  # fmt: skip
         atoms = np.flatnonzero(left)
         group = np.repeat(np.arange(len(sizes)), sizes)[atoms]
         by_score = np.lexsort((atoms, scores[atoms], group))
@@ -66,12 +72,24 @@ class Units:
         count = np.bincount(group, minlength=len(sizes))
         first = (np.cumsum(count) - count)[group]
         rank = np.arange(len(order)) - first  # so many of the same group go before this one
-        gone = count[group] - divisible * ((count[group] - rank - 1) // divisible)  # when this one's unit is gone
+        by = divisible[group]
+        gone = count[group] - by * ((count[group] - rank - 1) // by)  # when this one's unit is gone
         last = np.flatnonzero(gone == rank + 1)
         begins = np.concatenate([[True], group[last][1:] != group[last][:-1]]) if len(last) else np.zeros(0, bool)
         ends = rank[last] + 1
         sized = np.where(begins, ends, ends - np.concatenate([[0], ends[:-1]]))
-        return cls(group[last], sized, scores[order][last].astype(np.float64), order)
+        score = scores[order][last].astype(np.float64)
+        return cls(group[last], sized, score, score * worth[group[last]], order)
+
+    def tied(self, ties: Counts) -> Units:
+        """The units of ties, whose groups have the same units."""
+        first = np.searchsorted(self.group, np.arange(len(ties)))
+        place = np.stack([ties[self.group], np.arange(len(self.group)) - first[self.group]])  # so many go before it
+        (group, _), one, number = np.unique(place, axis=1, return_index=True, return_inverse=True)
+        number = number.reshape(-1)
+        many = np.bincount(number, minlength=len(one))
+        score, price = (np.bincount(number, x, minlength=len(one)) / many for x in (self.score, self.price))
+        return Units(group, self.size[one], score, price, self.order)
 
 
 def select(
@@ -81,10 +99,11 @@ def select(
     least: Counts,
     measure: Measure,
     goal: float,
-    divisible: int = 1,
+    divisible: int | Counts = 1,
     by_cost: float = 1.0,
     worth: NDArray[np.float64] | None = None,
     fill: bool = True,
+    ties: Counts | None = None,
 ) -> NDArray[np.bool_]:
     """Choose the atoms to go, so that what is left costs at most ``goal`` and as little importance as possible is lost.
 
@@ -93,13 +112,15 @@ def select(
         left: Which atoms are left, bool, shape ``(N,)``. The others are gone, and not chosen again.
         sizes: Atoms of each node group in the full network; their sum is N.
         least: Least number of atoms that each keeps.
-        measure: The cost as a function of the counts.
+        measure: The cost as a function of the counts; of those of the ties, where there are any.
         goal: The cost to come down to. If ``least`` forbids that, everything goes that may.
-        divisible: The kept count of a node group that loses atoms is a multiple of this.
+        divisible: The kept count of a node group that loses atoms is a multiple of this; a number for all, or for each.
         by_cost: How much costs count: the exponent in the price of an atom.
         worth: What the scores of each node group are multiplied with, shape ``(groups,)``; 1 by default.
         fill: Come as near to the goal as units allow: give back what fits under it once the last unit is gone, the most
             important first, and swap a coarse unit for finer ones.
+        ties: For each node group the number of its tie, shape ``(groups,)``. Those of one tie have the same sizes and
+            divisors, and the same count left; they keep the same count.
 
     Returns:
         Boolean array, shape ``(N,)``: the atoms that go.
@@ -111,8 +132,17 @@ def select(
         >>> select(scores, np.ones(5, bool), sizes, np.array([1, 1]), macs, 40)
         array([False,  True, False, False, False])
     """
-    units = Units.of(scores, left, sizes, divisible)
-    counts = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[left], minlength=len(sizes))
+    groups, each_size = len(sizes), sizes
+    by = np.broadcast_to(np.asarray(divisible, dtype=np.int64), groups)
+    units = Units.of(scores, left, sizes, by, np.ones(groups) if worth is None else worth)
+    order, counts = units.order, np.bincount(np.repeat(np.arange(groups), sizes)[left], minlength=groups)
+    many: Counts = np.ones(groups, dtype=np.int64)
+    if ties is not None:
+        units, one, many = units.tied(ties), np.unique(ties, return_index=True)[1], np.bincount(ties)
+        if (counts != counts[one][ties]).any():
+            raise ValueError("groups of one tie have another number of atoms left")
+        counts, sizes = counts[one], sizes[one]
+        least = np.array([least[ties == tie].max() for tie in range(len(one))], dtype=np.int64)
     # a unit may go if its group keeps its least, and if that saves anything
     saves = measure.marginal(sizes, np.ones_like(sizes)) > 0
     may_go = (counts[units.group] - _running(units.size, units.group) >= least[units.group]) & saves[units.group]
@@ -121,13 +151,13 @@ def select(
     def queue(without: int | None = None) -> NDArray[np.int64]:
         """What may go next, the lowest price first."""
         rest = np.flatnonzero(may_go & ~taken & (units.group != (-1 if without is None else without)))
-        price = units.score[rest] * (1 if worth is None else worth[units.group[rest]])
+        price = units.price[rest]
         if by_cost:
-            now = np.maximum(measure.marginal(counts, np.minimum(counts, 1)), np.finfo(float).tiny)
+            now = np.maximum(measure.marginal(counts, np.minimum(counts, 1)) / many, np.finfo(float).tiny)
             price = price / (now**by_cost)[units.group[rest]]
         return rest[np.argsort(price, kind="stable")]
 
-    start = measure(counts)
+    start, lost = measure(counts), units.score * many[units.group]
     for way in range(1, ROUNDS + 1) if by_cost else [ROUNDS]:
         now = goal if way == ROUNDS else start - (start - goal) * way / ROUNDS
         going = _fewest(queue(), units, counts, measure, now)
@@ -148,9 +178,9 @@ def select(
             more = counts + np.where(np.arange(len(sizes)) == group, back, 0)
             going = _fewest(queue(int(group)), units, more, measure, goal)
             after = more - _sum(going, units, len(sizes))
-            more_lost = float(units.score[going].sum() - units.score[last[group]])
+            more_lost = float(lost[going].sum() - lost[last[group]])
             # no dearer than the average of what went
-            if measure(after) <= goal and more_lost <= units.score[taken].sum() * slack / (start - goal):
+            if measure(after) <= goal and more_lost <= lost[taken].sum() * slack / (start - goal):
                 tries.append((goal - measure(after), int(group), going, after))
         best = min(tries, key=lambda tried: tried[:2], default=None)
         if best is None or best[0] >= slack:
@@ -159,10 +189,11 @@ def select(
         taken[last[group]], taken[going] = False, True
         _give_back(taken, units, counts, measure, goal)
     gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
-    group = np.repeat(np.arange(len(sizes)), sizes)[units.order]
-    first = np.searchsorted(group, np.arange(len(sizes)))
+    gone = gone if ties is None else gone[ties]
+    group = np.repeat(np.arange(groups), each_size)[order]
+    first = np.searchsorted(group, np.arange(groups))
     chosen = np.zeros(len(scores), dtype=bool)
-    chosen[units.order[np.arange(len(units.order)) - first[group] < gone[group]]] = True
+    chosen[order[np.arange(len(order)) - first[group] < gone[group]]] = True
     return chosen
 
 

@@ -32,6 +32,10 @@ class Measure(Protocol):
         """What each group saves when it alone keeps ``fewer`` atoms less; shapes ``(groups,)``."""
         ...
 
+    def tied(self, ties: Counts) -> Measure:
+        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each group."""
+        ...
+
 
 UNITS = {
     "target_macs": "MACs",

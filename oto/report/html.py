@@ -18,7 +18,7 @@ from oto.groups import NodeGroup, Partition
 from oto.groups.cost import macs_by_node
 from oto.report import charts
 from oto.report.draw import metric, to_dot
-from oto.report.table import Shrunk, cost_rows
+from oto.report.table import OF_THE_CLASS, Shrunk, cost_rows
 from oto.trace.record import tensors_in
 
 TEMPLATE = "report.html.j2"
@@ -248,7 +248,7 @@ def _proof(subnet: Shrunk) -> list[tuple[str, int, float, float]]:
 
 
 def _form(subnet: Shrunk) -> str:
-    if subnet.emitter == "module":
+    if subnet.emitter in OF_THE_CLASS:
         return "It is a module of the original class."
     return f"It is a torch.fx.GraphModule, because {subnet.why_graph or 'that was asked for'}."
 
@@ -256,7 +256,7 @@ def _form(subnet: Shrunk) -> str:
 def _load(subnet: Shrunk) -> str:
     if subnet.path is None:
         return '# it was not saved: construct_subnet(out_dir="...") saves it'
-    if subnet.emitter == "module":
+    if subnet.emitter in OF_THE_CLASS:
         return (
             "from oto import load_subnet\n\n"
             f'model = load_subnet("{subnet.path}", make_model)  # make_model() gives the full-size model'

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from oto.groups import Cost
 from oto.slim.verify import Check
 
+OF_THE_CLASS = ("module", "config")
+"""Emitters whose slim model is of the original class."""
+
 
 class Shrunk(Protocol):
     """What a table says of a slim model."""
@@ -99,7 +102,7 @@ def subnet_lines(subnet: Shrunk) -> list[str]:
             f" error {c.error:.1e} (tolerance {c.tolerance:.0e})"
             for dtype, c in worst.items()
         ),
-        "emitted as the original class" if subnet.emitter == "module" else "emitted as a torch.fx.GraphModule",
+        "emitted as the original class" if subnet.emitter in OF_THE_CLASS else "emitted as a torch.fx.GraphModule",
     ]  # fmt: skip
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")

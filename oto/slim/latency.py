@@ -6,7 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,10 @@ class Latency:
     def _milliseconds(self, said: Any) -> Any:
         tiny = np.finfo(float).tiny  # the logarithm of zero would be a warning
         return np.exp(np.interp(np.log(np.maximum(said, tiny)), np.log(self.said), np.log(self.measured)))
+
+    def tied(self, ties: Counts) -> Latency:
+        """The same as a function of the count of each tie; ``ties`` holds the tie of each group."""
+        return replace(self, table=self.table.tied(ties))
 
     def __call__(self, counts: Counts) -> float:
         """Milliseconds at some counts, shape ``(groups,)``."""

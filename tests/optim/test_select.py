@@ -181,3 +181,88 @@ def test_no_atom_is_given_up_without_need(by_cost):
     counts = sizes - [own.sum() for own in np.split(gone, np.cumsum(sizes)[:-1])]
     assert 0.99 * 0.5 * cost(sizes) <= cost(counts) <= 0.5 * cost(sizes)
     assert ((-cost.marginal(counts, -np.ones(3, int)))[counts < sizes] > 0.5 * cost(sizes) - cost(counts)).all()
+
+
+# Ties ----------------------------------------------------------------------------------------------------------------
+
+
+def tied(scores, ties, sizes, count, **options):
+    """A choice of at least ``count`` atoms by score alone, where groups of one tie lose equally many."""
+    ties, sizes = np.array(ties), np.array(sizes)
+    cost = atoms(sizes).tied(ties)
+    goal = int(sizes.sum()) - count
+    least = np.ones_like(sizes)
+    options = {"by_cost": 0} | options
+    return select(np.array(scores, float), np.ones(sizes.sum(), bool), sizes, least, cost, goal, ties=ties, **options)
+
+
+def test_a_tie_loses_equally_many_and_each_group_its_lowest():
+    gone = tied([5, 1, 3, 9, 8, 7, 4, 4, 4], [0, 0, 1], [3, 3, 3], 2)
+    assert gone.tolist() == [False, True, False, False, False, True, False, False, False]  # 1 and 7: 4 on average
+    gone = tied([5, 1, 3, 9, 8, 7, 3, 4, 4], [0, 0, 1], [3, 3, 3], 1)
+    assert gone.tolist() == [False] * 6 + [True, False, False]
+
+
+def test_the_least_of_a_tie_is_the_greatest_of_its_groups():
+    cost = atoms([3, 3]).tied(np.array([0, 0]))
+    scores = np.arange(6.0)
+    gone = select(scores, np.ones(6, bool), np.array([3, 3]), np.array([1, 2]), cost, 0, ties=np.array([0, 0]))
+    assert gone.tolist() == [True, False, False, True, False, False]
+
+
+def test_groups_of_one_tie_have_equally_many_left():
+    cost = atoms([2, 2]).tied(np.array([0, 0]))
+    left = np.array([True, False, True, True])
+    with pytest.raises(ValueError, match="one tie"):
+        select(np.zeros(4), left, np.array([2, 2]), np.ones(2, int), cost, 1, ties=np.array([0, 0]))
+
+
+layouts = st.lists(
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4
+)  # groups of a tie, divisor, units
+
+
+@given(layouts, st.randoms(use_true_random=False), st.floats(0, 1), st.booleans())
+def test_counts_are_even_and_divisible_and_the_goal_is_met(ties, random, share, by_cost):
+    sizes, number, divisors = [], [], []
+    for i, (many, divisor, units) in enumerate(ties):
+        sizes += [divisor * units] * many
+        number += [i] * many
+        divisors += [divisor] * many
+    order = random.sample(range(len(sizes)), len(sizes))  # groups of one tie need not lie side by side
+    sizes, number, divisors = (np.array([x[i] for i in order]) for x in (sizes, number, divisors))
+    least = np.array([least_kept(s, 1, d) for s, d in zip(sizes, divisors, strict=True)])
+    monomials = {(i,): 1 + i for i in range(len(sizes))} | {(i, i + 1): 2 for i in range(len(sizes) - 1)}
+    cost = Polynomial(monomials, len(sizes))
+    scores = np.array([random.random() for _ in range(sizes.sum())])
+    goal = cost(sizes) - share * (cost(sizes) - cost(least))
+    gone = select(scores, np.ones(len(scores), bool), sizes, least, cost.tied(number), goal, divisors, float(by_cost),
+                  ties=number)  # fmt: skip
+    kept = np.array([int((~own).sum()) for own in np.split(gone, np.cumsum(sizes)[:-1])])
+    assert all(len(set(kept[number == tie])) == 1 for tie in number)
+    assert not (kept % divisors).any() and (kept >= least).all()
+    assert cost(kept) <= goal + 1e-9
+    for own, score in zip(np.split(gone, np.cumsum(sizes)[:-1]), np.split(scores, np.cumsum(sizes)[:-1]), strict=True):
+        assert not own.any() or own.all() or score[own].max() <= score[~own].min()
+
+
+def test_without_ties_nothing_changes():
+    draw = np.random.default_rng(0)
+    sizes = np.array([5, 7, 3])
+    cost = Polynomial({(0, 1): 2, (1, 2): 3, (0,): 1}, 3)
+    scores = draw.random(15)
+    args = scores, np.ones(15, bool), sizes, np.ones(3, int), cost, 0.4 * cost(sizes)
+    alone = np.arange(3)
+    same = select(*args[:4], cost.tied(alone), args[5], ties=alone)
+    assert select(*args).tolist() == same.tolist()
+
+
+@given(st.lists(st.integers(0, 2), min_size=3, max_size=3), st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_a_tied_cost_is_the_cost(ties, counts):
+    cost = Polynomial({(0, 1): 2, (1, 2): 3, (0,): 1, (1, 1): 5, (): 4}, 3)
+    ties = np.unique(ties, return_inverse=True)[1]
+    each = np.array(counts[: ties.max() + 1])
+    together = cost.tied(ties)
+    assert together(each) == cost(each[ties])
+    saved = [together(each) - together(each - (np.arange(len(each)) == i)) for i in range(len(each))]
+    assert together.marginal(each, np.ones_like(each)).tolist() == pytest.approx(saved)

@@ -1,0 +1,192 @@
+"""Uniform layouts: what is the same in repeated blocks keeps equal counts, each block its own best atoms.
+
+A config states one number for all blocks of a kind. So the node groups of a *tie* keep equally many atoms; which ones
+is free. Ties are plain data on the groups, and whoever removes atoms goes by them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from math import gcd, prod
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from oto.errors import TargetError
+from oto.groups.node_group import NodeGroup
+from oto.groups.partition import Kept
+
+LAYOUTS = (None, "free", "uniform")
+
+
+def tied(groups: Sequence[NodeGroup], model: nn.Module) -> tuple[NodeGroup, ...]:
+    """Tie the groups that lie at the same place of repeated blocks, in slices of the same form.
+
+    Blocks are repeated where an ``nn.ModuleList`` or ``nn.Sequential`` holds several of one class.
+    """
+    star = _starred(model)
+    alike: dict[object, list[NodeGroup]] = {}
+    for group in groups:
+        form = sorted((star(piece.parameter), piece.dim, str(piece.cuts)) for piece in group.slices)
+        alike.setdefault((group.size, tuple(form)), []).append(group)
+    ties: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    for same in alike.values():
+        if len(same) > 1 and any(group.prunable for group in same):
+            base = star((same[0].zeros or same[0].slices)[0].parameter)
+            taken[base] = taken.get(base, -1) + 1
+            ties.update((group.name, f"{base}/{taken[base]}" if taken[base] else base) for group in same)
+    return settled(replace(group, tie=ties.get(group.name)) for group in groups)
+
+
+def joined(groups: Sequence[NodeGroup], ties: Iterable[Sequence[str]]) -> tuple[NodeGroup, ...]:
+    """Tie further groups, by their names; ties that share a group become one."""
+    named = {group.name: group.tie or group.name for group in groups}
+    names: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while name in names:
+            name = names[name]
+        return name
+
+    for tie in ties:
+        first, *others = dict.fromkeys(root(named[name]) for name in tie)
+        names.update(dict.fromkeys(others, first))
+    tied = {root(named[name]) for tie in ties for name in tie}
+    return settled(
+        replace(group, tie=root(named[group.name])) if root(named[group.name]) in tied else group for group in groups
+    )
+
+
+def _starred(model: nn.Module) -> Callable[[str], str]:
+    """A function that takes the index of a repeated block out of the names of parameters."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    repeated: set[str] = set()
+    for path, module in modules.items():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            kinds = Counter(type(child) for child in module.children())
+            inside = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
+            repeated.update(name for name, child in inside.items() if kinds[type(child)] > 1)
+
+    def star(name: str) -> str:
+        parts = name.split(".")
+        return ".".join("*" if ".".join(parts[: i + 1]) in repeated else part for i, part in enumerate(parts))
+
+    return star
+
+
+def settled(groups: Iterable[NodeGroup]) -> tuple[NodeGroup, ...]:
+    """Make ties hold: where one group of a tie stays whole all do, and all keep what one has to keep at least."""
+    groups = tuple(groups)
+    whole: dict[str, NodeGroup] = {}
+    least: dict[str, int] = {}
+    for group in groups:
+        if group.tie is not None:
+            least[group.tie] = max(least.get(group.tie, 0), group.min_kept)
+            if not group.prunable:
+                whole.setdefault(group.tie, group)
+
+    def held(group: NodeGroup) -> NodeGroup:
+        if group.tie is None:
+            return group
+        if group.prunable and group.tie in whole:
+            return replace(group, reason=f"layout: {whole[group.tie].name}, which is to have equally many, stays whole")
+        return replace(group, min_kept=least[group.tie])
+
+    return tuple(map(held, groups))
+
+
+def shared_out(groups: Sequence[NodeGroup], devices: int) -> tuple[NodeGroup, ...]:
+    """Keep what tensor parallelism cuts into ``devices`` equal parts divisible by it: heads, key and value heads, FFNs.
+
+    A dimension that is a product (heads × width) is cut along its outermost factor. A group whose size is no multiple
+    stays whole, and what lies inside of it keeps the rest of the divisor.
+
+    Raises:
+        TargetError: ``devices`` is no positive number.
+    """
+    if devices < 1:
+        raise TargetError(f"tensor_parallel is {devices}; it is the number of devices, at least 1")
+
+    def divided(group: NodeGroup) -> NodeGroup:
+        outer = [prod(cut.before for cut in piece.cuts) for piece in group.slices]
+        divisor = max((devices // gcd(devices, size) for size in outer), default=1)
+        if group.prunable and group.size % divisor:
+            return replace(group, reason=f"layout: tensor_parallel={devices} does not divide its {group.size} atoms")
+        return replace(group, divisor=divisor)
+
+    return settled(map(divided, groups)) if devices > 1 else tuple(groups)
+
+
+def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
+    """For each group the number of its tie, shape ``(groups,)``; one that is not tied is alone in its own."""
+    numbers: dict[object, int] = {}
+    keys = [(i,) if group.tie is None else group.tie for i, group in enumerate(groups)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def evened(groups: Sequence[NodeGroup], kept: Kept) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    """Keep so many atoms in every group of a tie as the fullest one has, in multiples of the divisor.
+
+    Atoms that come back are zero, so nothing that the network computes changes.
+
+    Returns:
+        What is kept, and for each tie that was uneven a sentence.
+    """
+    most: dict[str, int] = {}
+    prunable = [group for group in groups if group.prunable]
+    for group in prunable:
+        n = min(-(-len(kept[group.name]) // group.divisor) * group.divisor, group.size)
+        key = group.tie or group.name
+        most[key] = max(most.get(key, 0), n)
+    result, uneven = dict(kept), dict[str, int]()
+    for group in prunable:
+        own = kept[group.name]
+        missing = most[group.tie or group.name] - len(own)
+        if missing:
+            zero = np.setdiff1d(np.arange(group.size), own)
+            result[group.name] = np.sort(np.concatenate([own, zero[:missing]]))
+            uneven[group.tie or group.name] = uneven.get(group.tie or group.name, 0) + missing
+    return result, [
+        f"{count} zero atoms of {name} were kept, because its groups are to have {most[name]} each by the layout"
+        for name, count in uneven.items()
+    ]
+
+
+def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, list[int]]:
+    """A random choice of ``share`` of all atoms of the prunable groups, within the limits of each.
+
+    Raises:
+        TargetError: The groups would have to give up their last atoms.
+    """
+    prunable = [group for group in groups if group.prunable]
+    total = sum(group.size for group in prunable)
+    wanted = int(total * share)
+    generator = np.random.default_rng(seed)
+    ties = ties_of(prunable)
+    members: dict[int, list[NodeGroup]] = {}
+    for tie, group in zip(ties.tolist(), prunable, strict=True):
+        members.setdefault(tie, []).append(group)
+    order = {group.name: generator.permutation(group.size) for group in prunable}
+    # an atom goes with one of each group that it is tied to, and with others of its group as the divisor has it
+    steps: list[tuple[int, int]] = []
+    for tie, same in members.items():
+        spare = same[0].size - max(group.min_kept for group in same)
+        steps += [(tie, begin) for begin in range(0, spare - same[0].divisor + 1, same[0].divisor)]
+    costs = {tie: len(same) * same[0].divisor for tie, same in members.items()}
+    room = sum(costs[tie] for tie, _ in steps)
+    if not 0 <= share < 1 or wanted > room:
+        raise TargetError(
+            f"target_group_sparsity={share} cannot be reached: every group keeps its min_kept\n"
+            f"  to fix  ask for a share in [0, {room / total:.4f}]"
+        )
+    chosen: dict[str, list[int]] = {}
+    for tie, begin in (steps[i] for i in generator.permutation(len(steps))):
+        if costs[tie] <= wanted:
+            wanted -= costs[tie]
+            for group in members[tie]:
+                chosen.setdefault(group.name, []).extend(order[group.name][begin : begin + group.divisor].tolist())
+    return chosen

@@ -1,0 +1,249 @@
+"""Folders that plain `from_pretrained` loads, in a process that has no `oto`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from oto import OTO, load_subnet
+from oto.errors import ArtefactError, EmitterError
+from tests.zoo import transformers_zoo as zoo
+from tests.zoo.models import TINY, image, lively, tokens
+
+transformers = pytest.importorskip("transformers")
+
+WIDE = TINY | {"intermediate_size": 256}
+
+# what it is made from, and the class that a user would load it with
+MODELS: dict[str, tuple[zoo.Factory, str]] = {
+    "bert": (zoo.from_config("BertModel", "BertConfig", tokens, **WIDE), "AutoModel"),
+    "roberta": (
+        zoo.from_config("RobertaForSequenceClassification", "RobertaConfig", tokens, **WIDE),
+        "AutoModelForSequenceClassification",
+    ),
+    "distilbert": (
+        zoo.from_config("DistilBertModel", "DistilBertConfig", tokens, vocab_size=100, dim=64, n_heads=4, n_layers=2,
+                        hidden_dim=256),
+        "AutoModel",
+    ),
+    "gpt2": (
+        zoo.from_config("GPT2LMHeadModel", "GPT2Config", tokens, n_embd=64, n_head=4, n_layer=2, vocab_size=100,
+                        n_positions=64, bos_token_id=0, eos_token_id=0),
+        "AutoModelForCausalLM",
+    ),
+    "opt": (zoo.DECODERS["opt"], "AutoModelForCausalLM"),
+    "llama": (
+        zoo.from_config("LlamaForCausalLM", "LlamaConfig", tokens, **TINY, num_key_value_heads=2),
+        "AutoModelForCausalLM",
+    ),
+    "mistral": (zoo.DECODERS["mistral"], "AutoModelForCausalLM"),
+    "qwen2": (zoo.DECODERS["qwen2"], "AutoModelForCausalLM"),
+    "qwen3": (zoo.DECODERS["qwen3"], "AutoModelForCausalLM"),
+    "phi3": (zoo.DECODERS["phi3"], "AutoModelForCausalLM"),
+    "gemma2": (zoo.DECODERS["gemma2"], "AutoModelForCausalLM"),
+    "mixtral": (zoo.DECODERS["mixtral"], "AutoModelForCausalLM"),
+    "t5": (
+        zoo.from_config("T5ForConditionalGeneration", "T5Config", zoo.pair, **zoo.T5, decoder_start_token_id=0),
+        "AutoModelForSeq2SeqLM",
+    ),
+    "bart": (zoo.SEQ2SEQ["bart"], "AutoModelForSeq2SeqLM"),
+    "vit": (
+        zoo.from_config("ViTForImageClassification", "ViTConfig", lambda: image(32), **zoo.VIT),
+        "AutoModelForImageClassification",
+    ),
+    "whisper": (zoo.AUDIO["whisper"], "AutoModelForSpeechSeq2Seq"),
+    "clip": (zoo.MULTIMODAL["clip"], "AutoModel"),
+}  # fmt: skip
+
+# a class whose residual stream an RMS norm divides by its width can lose some of that, others cannot
+THINNER_STREAM = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral"}
+WIDTH_OF_STREAM = ("hidden_size", "d_model", "n_embd", "dim")
+
+LOAD = """
+import sys, json, torch, warnings
+sys.modules["oto"] = None  # an import of it fails
+warnings.simplefilter("ignore")
+import transformers
+torch.set_num_threads(1)
+told = {}
+for name, (folder, auto, given, answer) in json.loads(sys.argv[1]).items():
+    model = getattr(transformers, auto).from_pretrained(folder).eval()
+    given = torch.load(given)
+    with torch.no_grad():
+        out = model(**given) if isinstance(given, dict) else model(given)
+    found, wanted = out[answer], torch.load(folder + ".wanted")
+    told[name] = {
+        "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()),
+        "error": float((found - wanted).abs().max() / wanted.abs().max()), "most": model.generation_config.max_length
+        if getattr(model, "generation_config", None) else None,
+    }
+print(json.dumps(told))
+"""
+
+
+@dataclass
+class Made:
+    """What became of one model."""
+
+    full: nn.Module
+    subnet: Any
+    folder: Path
+    loaded: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    root = tmp_path_factory.mktemp("pretrained")
+    transformers.logging.disable_progress_bar()
+    found, asked = {}, {}
+    for name, (factory, auto) in MODELS.items():
+        torch.manual_seed(0)
+        model, given = factory()
+        lively(model, given)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.max_length = 77
+        oto = OTO(model, given, layout="uniform")
+        oto.random_set_zero_groups(0.5)
+        subnet = oto.construct_subnet()
+        subnet.save_pretrained(root / name)
+        with torch.no_grad():
+            out = model(**given) if isinstance(given, dict) else model(given)
+        answer = next(k for k in ("logits", "logits_per_image", "last_hidden_state") if k in out)
+        torch.save(out[answer], root / f"{name}.wanted")
+        torch.save(given, root / f"{name}.given")
+        asked[name] = str(root / name), auto, str(root / f"{name}.given"), answer
+        found[name] = Made(model, subnet, root / name, {})
+    done = subprocess.run([sys.executable, "-c", LOAD, json.dumps(asked)], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    for name, told in json.loads(done.stdout).items():
+        found[name].loaded = told
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_process_without_oto_loads_it_and_computes_the_same(made, name):
+    it = made[name]
+    assert it.subnet.emitter == "config" and type(it.subnet.model) is type(it.full)
+    assert it.loaded["class"] == type(it.full).__name__
+    assert it.loaded["error"] < 1e-5  # float32: logits of a tiny network, sums of at most 256 terms
+    assert it.loaded["parameters"] < 0.85 * sum(p.numel() for p in it.full.parameters())
+    assert it.subnet.max_error < 1e-10
+    if it.loaded["most"] is not None:  # the generation config came along
+        assert it.loaded["most"] == 77
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_stream_loses(made, name):
+    before, after = made[name].full.config, made[name].subnet.model.config
+    field = next((f for f in WIDTH_OF_STREAM if hasattr(before, f)), None)
+    assert (field is not None and getattr(after, field) < getattr(before, field)) == (name in THINNER_STREAM)
+
+
+def test_generate_gives_the_same_tokens(made):
+    for name in ("gpt2", "llama", "gemma2", "qwen3", "t5", "bart"):
+        full, slim = made[name].full, made[name].subnet.model
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "max_length": None}
+        assert torch.equal(full.generate(tokens(), **options), slim.generate(tokens(), **options)), name
+
+
+# How it fails, and what comes along -----------------------------------------------------------------------------------
+
+
+def llama(**options: Any) -> nn.Module:
+    model, given = zoo.from_config(
+        "LlamaForCausalLM", "LlamaConfig", tokens, **TINY, num_key_value_heads=2, **options
+    )()
+    return lively(model, given)
+
+
+@pytest.fixture
+def subnet() -> Any:
+    oto = OTO(llama(), tokens(), layout="uniform")
+    oto.random_set_zero_groups(0.5)
+    return oto.construct_subnet()
+
+
+def test_what_no_config_states_is_named(tmp_path):
+    oto = OTO(llama(), tokens(), keep_class=True, skip_patterns=["model.layers.0"])  # only one of two layers
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    with pytest.raises(EmitterError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight: \[\d+, 64\]") as caught:
+        subnet.save_pretrained(tmp_path / "x")
+    assert "its config makes it [64, 64]" in str(caught.value) and 'layout="uniform"' in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_class_that_writes_no_folder(tmp_path):
+    oto = OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(1, 3), layout="uniform")
+    oto.random_set_zero_groups(0.5)
+    with pytest.raises(EmitterError, match="Sequential has no config"):
+        oto.construct_subnet().save_pretrained(tmp_path / "x")
+
+
+def test_nothing_is_overwritten(subnet, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ArtefactError, match=r"holds mine\.txt"):
+        subnet.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_tokenizers_come_along(subnet, tmp_path):
+    class Words:
+        def save_pretrained(self, folder):
+            (Path(folder) / "words.txt").write_text("a b")
+
+    files = subnet.save_pretrained(tmp_path / "given", tokenizer=Words())
+    assert "words.txt" in {p.name for p in files}
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.json", "merges.txt", "config.json", "model.safetensors.index.json", "pytorch_model.bin"):
+        (source / name).write_text("source")
+    subnet.model.config._name_or_path = str(source)
+    files = subnet.save_pretrained(tmp_path / "found")
+    assert {p.name for p in files} >= {"tokenizer.json", "merges.txt", "config.json", "model.safetensors"}
+    assert not {"model.safetensors.index.json", "pytorch_model.bin"} & {p.name for p in files}
+    assert (tmp_path / "found" / "config.json").read_text() != "source"
+
+
+def test_what_reads_otherwise_is_refused(subnet, tmp_path, monkeypatch):
+    kind = type(subnet.model)
+    read = kind.from_pretrained
+
+    def otherwise(folder, **options):
+        model = read(folder, **options)
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1
+        return model
+
+    monkeypatch.setattr(kind, "from_pretrained", otherwise)
+    with pytest.raises(ArtefactError, match=r"reads otherwise: model\.norm\.weight"):
+        subnet.save_pretrained(tmp_path / "x")
+
+
+def test_the_artefact_of_a_stock_class_loads_too(tmp_path):
+    oto = OTO(llama(), tokens(), layout="uniform")
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(tmp_path / "out")
+    again = load_subnet(tmp_path / "out", lambda: transformers.LlamaForCausalLM(oto.model.config))
+    assert type(again) is type(oto.model) and again.config.hidden_size == subnet.model.config.hidden_size < 64
+    x = tokens()
+    assert torch.equal(again(x).logits, subnet.model(x).logits)
+    assert torch.allclose(load_subnet(tmp_path / "out")(x)["logits"], subnet.model(x).logits, atol=1e-5)
+
+
+def test_half_precision(tmp_path):
+    oto = OTO(llama().bfloat16(), tokens(), layout="uniform")
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "config" and {p.dtype for p in subnet.model.parameters()} == {torch.bfloat16}
+    subnet.save_pretrained(tmp_path / "x")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert again.dtype == torch.bfloat16
