@@ -40,7 +40,7 @@ from oto.groups import NodeGroup, Partition
 from oto.nn import functional as thinner
 from oto.nn.told import numbers_of
 from oto.slim.attributes import Place, Stated, changed, numbers
-from oto.slim.module import DeclinedError, Edits, OwnClass, adapted, stock, thin_copy, thin_tensors
+from oto.slim.module import DeclinedError, Edits, OwnClass, adapted, attribute, stock, thin_copy, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.scaling import Absorbed, Uses, absorbed, sizes_in
 from oto.slim.telling import Telling
@@ -137,8 +137,9 @@ class _Search:
                 if departure is None:
                     break
                 log.info("own class: departs at %s", departure)
-                if not self.mend(departure, seed):
-                    self.give_up(departure, seed)
+                if not self.mend(departure, seed) and not self.give_up(departure, seed):
+                    log.warning("a copy of %s does otherwise than the model itself, at %s", type(self.model).__name__, departure)
+                    return self.found
         return self.found
 
     def thin(self, seed: int) -> Thinning:
@@ -171,7 +172,9 @@ class _Search:
         if self.script is None:
             tensors = {}
             for leaf in self.graph.leaves:
-                empty = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device="meta")
+                # no run stands anything in for what is neither parameter nor buffer
+                where = "meta" if leaf.kind != "constant" or not leaf.names else attribute(self.model, leaf.names[0]).device
+                empty = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device=where)
                 tensors.update(dict.fromkeys(leaf.names, empty))
         else:
             tensors, self.script.read = thin_tensors(self.model, thin, self.found), 0
@@ -328,8 +331,8 @@ class _Search:
         self.found.ties = before
         return False
 
-    def give_up(self, departure: _Departure, seed: int) -> None:
-        """Keep the groups whole that the call meets, in every repeated block."""
+    def give_up(self, departure: _Departure, seed: int) -> bool:
+        """Keep the groups whole that the call meets, in every repeated block; whether any was not yet."""
         thin = self.thin(seed)
         near = self.siblings(departure.index)
         for meets in (self.stated_by, self.met_by, self.met_around):
@@ -340,6 +343,7 @@ class _Search:
         else:
             new = dict.fromkeys(self.free.keys() - self.found.whole.keys(), departure.index)
         self.keep(self.fewest(new, departure, seed))
+        return bool(new)
 
     def fewest(self, names: Mapping[str, int], departure: _Departure, seed: int) -> dict[str, int]:
         """As few of some groups as have to stay whole for the class to get further; alike ones go together."""
