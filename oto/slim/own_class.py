@@ -286,8 +286,21 @@ class _Search:
         rewrite, node = self.tape.rewrites.get(index), self.graph.nodes[index]
         if rewrite is None or rewrite.op is not aten.split_with_sizes.default or node.op is rewrite.op:
             return False
-        cut = [[size.term for size in self.tape.rewrites[sibling].args[1]] for sibling in self.siblings(index)]
-        return self.tied(cut, index, seed)
+        cut = {at: [size.term for size in self.tape.rewrites[at].args[1]] for at in self.siblings(index)}
+        if not self.tied(list(cut.values()), index, seed):
+            return False
+        # another method may cut by a number that this one does not read
+        base, reached = self.found.stated, self.departure(seed)
+        self.found.stated = base | {
+            Place(path, key): Stated(pieces[0], value)
+            for path, pieces in ((self.graph.nodes[at].module, pieces) for at, pieces in cut.items())
+            for key, value in numbers(self.modules[path])
+            if len(key) == 1 and type(value) is int and value == size_of(pieces[0]) and Place(path, key) not in base
+        }
+        after = self.departure(seed)
+        if after is not None and (reached is None or after.far < reached.far):
+            self.found.stated = base
+        return True
 
     def settle(self, index: int, seed: int) -> bool:
         """Where one number states two sizes, the groups in both keep the same number of atoms."""
