@@ -29,7 +29,7 @@ from oto.slim.module import Edits, OwnClass, plan_edits, thin_copy, thin_tensors
 from oto.slim.plan import thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.verify import Check, check, in_double, require
-from oto.trace.export import export
+from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
@@ -207,17 +207,32 @@ def _of_its_class(source: Zeroed) -> Made:
 
 
 def _exported(source: Zeroed, why: list[str]) -> Made:
+    """The slim form of what torch.export follows, with as much free as can be proved."""
     notes: list[str] = []
-    exported = export(source.model, source.dummy_input, known)
-    slim = emit_graph(exported, source.partition, source.kept)
-    checks = check(
-        source.model, slim, source.dummy_input, batch=exported.dynamic, left=source.left, notes=notes
-    )  # fmt: skip
+    level: str | None = LEVELS[0]
+    while level is not None:
+        exported = export(source.model, source.dummy_input, known, level)
+        slim = emit_graph(exported, source.partition, source.kept)
+        shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
+        found: list[str] = []
+        checks = check(
+            source.model, slim, source.dummy_input, batch=exported.dynamic and not shapes, left=source.left,
+            notes=found, shapes=shapes,
+        )  # fmt: skip
+        wrong = [c for c in checks if not c.passed]
+        level = LEVELS[(*LEVELS, LEVELS[-1]).index(exported.level) + 1] if exported.level != LEVELS[-1] else None
+        if level is None or not (found or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))):
+            break
+        notes = found or notes  # other sizes than the example's do not do, so fewer are free
     try:
         require(checks)
     except VerificationError as failure:
         _require_faithful_export(source, failure)
         raise
+    if exported.level != LEVELS[0] and not any("batch" in note for note in notes):
+        why_not = (*notes, exported.why, "what it gives at others is wrong")
+        free = "only the batch is" if exported.dynamic else "none is"
+        notes = [f"of the sizes of its inputs {free} free: {next(x for x in why_not if x).splitlines()[0]}"]
     return Made("graph", slim, None, _held(slim), checks, "; ".join(why) or None, notes)
 
 
