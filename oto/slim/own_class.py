@@ -20,16 +20,16 @@ import itertools
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isclose
+from math import isclose, prod
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from oto._torch import tree_leaves, tree_map_only
 from oto.axes.call import Size
@@ -52,6 +52,9 @@ aten = torch.ops.aten
 
 _ROW = 8  # entries; of 16 bits, 16 bytes
 SEEDS = 5
+SEEDS = 3
+"""How many thinner models are laid beside the full one; in a small one, sizes may coincide."""
+
 TRIES = 16
 """How many candidates are tried for one call."""
 
@@ -225,13 +228,17 @@ class _Search:
         for tried in itertools.islice(self.candidates(departure, seed), TRIES):
             self.found.stated = base | tried
             after = self.departure(seed)
-            if after is None or after.far > departure.far:
+            if (after is None or after.far > departure.far) and self.still(tried.keys() & base.keys(), seed):
                 if best is None or after is None or (best[0] is not None and after.far > best[0].far):
                     best = after, tried
                 if after is None or after.index > departure.index + 20:
                     break
         self.found.stated = base if best is None else base | best[1]
         return best is not None or self.tell(departure, seed)
+
+    def still(self, restated: Set[Place], seed: int) -> bool:
+        """Whether what was settled before holds, if numbers are now stated by other terms."""
+        return not restated or all(self.departure(before) is None for before in range(seed))
 
     def tell(self, departure: _Departure, seed: int) -> bool:
         """Let a call be made as it should; whether the class gets further then."""
@@ -461,8 +468,17 @@ class _Search:
         ]
         factors = [list(c) for label, term in primary[:3] for c in self.factors(label, term, thin, places)]
         parts = [[o] for label, term in primary for o in places(label, term, False, True)]
-        for chosen in itertools.chain(combined, single[:8], factors[:8], parts[:8]):
-            made = self.everywhere(departure.index, [o for o in chosen if o is not None])
+        # of what was stated by a term that happened to get as thin, by another one of that size
+        mine = {place for place in self.found.stated if place.module in paths}
+        anew = [
+            [(place, label)]
+            for label, term in self.dims(departure.index)
+            for place in sorted(mine, key=repr)
+            if size_of(term) == self.found.stated[place].value and self.found.stated[place].term != term
+        ]
+        ways = [(chosen, False) for chosen in (*combined, *single[:8], *factors[:8], *parts[:8])]
+        for chosen, again in (*ways, *((chosen, True) for chosen in anew)):
+            made = self.everywhere(departure.index, [o for o in chosen if o is not None], again)
             key = tuple(sorted(((p, thin.count(s.term) * s.value) for p, s in made.items()), key=repr))
             made = {p: s for p, s in made.items() if self.found.stated.get(p) != s}
             if made and key not in tried:
@@ -483,21 +499,23 @@ class _Search:
         rewrite = self.tape.rewrites.get(index)
         stated = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
         primary = [(f"size {i}", term) for i, term in enumerate(stated) if changed(term, thin)]
-        secondary: list[tuple[str, Term]] = []
-        for back in range(4):
+        return primary, [(label, term) for label, term in self.dims(index) if changed(term, thin)]
+
+    def dims(self, index: int) -> list[tuple[str, Term]]:
+        """The sizes of tensors that calls near one meet, and products of two that are side by side."""
+        found: list[tuple[str, Term]] = []
+        for back in (0, 1, 2, 3, -1, -2):  # ahead, too: what was said wrong may have left a call out
             near = index - back
-            if near < 0:
-                break
+            if not 0 <= near < len(self.graph.nodes):
+                continue
             calls = self.graph.nodes[near]
             values = [*calls.inputs(), *(v for v in calls.outputs if v is not None)]
             for i, value in enumerate(values):
                 terms = self.partition.found.operands[value].terms
                 for width in (1, 2):
                     for d in range(len(terms) - width + 1):
-                        term = tuple(f for t in terms[d : d + width] for f in t)
-                        if changed(term, thin):
-                            secondary.append((f"dim {back} {i} {d} {width}", term))
-        return primary, secondary
+                        found.append((f"dim {back} {i} {d} {width}", tuple(f for t in terms[d : d + width] for f in t)))
+        return found
 
     def term(self, index: int, label: str) -> Term | None:
         """The term of a label of :meth:`sizes`, at another call."""
@@ -509,15 +527,15 @@ class _Search:
             term = sizes[at[0]] if at[0] < len(sizes) else None
             return resolve(term)[slice(*at[1:])] if term is not None and at[1:] else term
         back, i, d, width = at
-        if index < back:
+        if not 0 <= index - back < len(self.graph.nodes):
             return None
         node = self.graph.nodes[index - back]
         values = [*node.inputs(), *(v for v in node.outputs if v is not None)]
         terms = self.partition.found.operands[values[i]].terms if i < len(values) else ()
         return tuple(f for t in terms[d : d + width] for f in t) if d + width <= len(terms) else None
 
-    def everywhere(self, index: int, chosen: Sequence[tuple[Place, str]]) -> dict[Place, Stated]:
-        """The same numbers of all repeated blocks."""
+    def everywhere(self, index: int, chosen: Sequence[tuple[Place, str]], again: bool = False) -> dict[Place, Stated]:
+        """The same numbers of all repeated blocks; of those that are stated already, only if ``again``."""
         made: dict[Place, Stated] = {}
         for place, label in chosen:
             here, value = self.term(index, label), dict(numbers(self.modules[place.module]))[place.key]
@@ -532,7 +550,7 @@ class _Search:
                 other = Place(there, place.key)
                 held = dict(numbers(self.modules[there])).get(place.key)
                 alike = held is not None and held * size_of(here) == value * size_of(term)
-                if held is not None and alike and other not in made and other not in self.found.stated:
+                if held is not None and alike and other not in made and (again or other not in self.found.stated):
                     made[other] = Stated(term, held)
         return made
 
@@ -603,6 +621,9 @@ class _Alignment:
                 i, j = after, other
                 continue
             right = self.same(nodes[i], self.calls[j])
+            if right is not None and (after := self.idle(i)) is not None:
+                i = after
+                continue
             if right is not None:
                 return _Departure(i, self.failure if j == len(self.calls) - 1 else None, right, self.calls[j])
             i, j = i + 1, j + 1
@@ -642,6 +663,36 @@ class _Alignment:
         """What some calls make that later ones read."""
         made = [value for node in nodes[start:end] for value in node.outputs if value is not None]
         return [value for value in made if last_read.get(value, -1) >= end]
+
+    def idle(self, start: int) -> int | None:
+        """The call after some that only lay a tensor out, and in the end as it was; a class may leave them out.
+
+        So repeating each head once, which most say with an ``if``.
+        """
+        given = list(self.search.graph.nodes[start].inputs())
+        if len(given) != 1 or given[0] not in self.stands:
+            return None
+        shape = self.stands[given[0]].shape
+        before = torch.arange(prod(shape)).view(shape)
+        laid: dict[Value, Tensor] = {given[0]: before}
+        for node in self.search.graph.nodes[start : start + _IDLE]:
+            if getattr(node.op, "overloadpacket", None) not in _LAYS or not laid.keys() >= set(node.inputs()):
+                return None
+            rewrite = self.search.tape.rewrites.get(node.index)
+            op, args, kwargs = node.op, node.args, dict(node.kwargs)
+            if rewrite is not None:
+                op, args, kwargs = rewrite.op, *self.thin.filled((rewrite.args, dict(rewrite.kwargs)))
+            args, kwargs = tree_map_only(Value, laid.__getitem__, (args, kwargs))
+            try:
+                after = op(*args, **kwargs)
+            except RuntimeError:
+                return None
+            made = _given(node)
+            if torch.equal(after, before) and all(self.search.last_read[v] <= node.index for v in [*laid][1:]):
+                self.stands[made] = self.stands[given[0]]
+                return node.index + 1
+            laid[made] = after
+        return None
 
     def fits(self, old: Value, new: Value) -> bool:
         """Whether a tensor has the thinner shape; from then on it stands for the full one."""
@@ -708,6 +759,15 @@ def _given(node: Node) -> Value:
     (value,) = (v for v in node.outputs if v is not None)
     return value
 
+
+_IDLE = 6
+"""How many calls in a row are looked at for coming to nothing."""
+
+# calls that give the entries that they are given, in other shapes or more than once
+_LAYS = {
+    aten.alias, aten.clone, aten.expand, aten.permute, aten.repeat, aten.reshape, aten.select, aten.slice, aten.squeeze,
+    aten.transpose, aten.unsqueeze, aten.view,
+}  # fmt: skip
 
 # calls whose meaning is in the shapes of what they give
 _BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, thinner.view_as_complex}
