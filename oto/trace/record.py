@@ -210,7 +210,8 @@ class Script:
             self.read += 1
             for new, old, own in zip(leaves, before, decides, strict=False):
                 if own and isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape:
-                    new.copy_(old)
+                    if 0 not in new.stride():  # an expanded one repeats what was put in its place before
+                        new.copy_(old)
             if len(leaves) == len(before) == 1 and not isinstance(result, Tensor | tuple | list):
                 return before[0]
         return result
