@@ -155,7 +155,8 @@ class Alignment:
             rewrite = self.partition.found.tape.rewrites.get(node.index)
             op, args, kwargs = node.op, node.args, dict(node.kwargs)
             if rewrite is not None:
-                op, args, kwargs = rewrite.op, *self.thin.filled((rewrite.args, dict(rewrite.kwargs)))
+                op = rewrite.op
+                args, kwargs = self.thin.filled((rewrite.args, dict(rewrite.kwargs)))
             args, kwargs = tree_map_only(Value, laid.__getitem__, (args, kwargs))
             try:
                 after = op(*args, **kwargs)
