@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
 from oto.slim.construct import Made, Zeroed, remade
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
+from oto.slim.origin import Round, after_rounds, descend, origin_of
 from oto.slim.program import export_program, runnable
 from oto.slim.verify import Check, check, require
 
@@ -95,8 +97,13 @@ def save(
         rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.absorbed))
         against, left = (slim, None) if rounded else (full.model, left)
         again: list[Check] = []
+        first, earlier = source.model, tuple[Round, ...]()
         if edits is not None:
-            loaded = rebuild(full.model, draft.load(WEIGHTS), plain_edits(edits))
+            origin = origin_of(made.model)
+            assert origin is not None
+            first, earlier = origin.first, origin.rounds[:-1]
+            start = after_rounds(first, earlier) if earlier else full.model
+            loaded = rebuild(start, draft.load(WEIGHTS), plain_edits(edits))
             again += check(against, loaded, given, "reloaded", 1, left=left)
             require(again)
         no_program, proof = write_program(
@@ -112,7 +119,8 @@ def save(
             notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
         draft.commit(
             {
-                "model": describe(source.model, made.tensors if edits is not None else {}),
+                "model": describe(first, made.tensors if edits is not None else {}),
+                "earlier": [done.plain() for done in earlier],  # what was done before, if it was made slim before
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
                 "checks": [vars(c) for c in (*made.checks, *again)],
@@ -204,7 +212,8 @@ def load_subnet(
 ) -> nn.Module:
     """Load a slim model that ``OTO.construct_subnet`` saved.
 
-    Nothing is unpickled. Every file is checked against its hash first.
+    Nothing is unpickled. Every file is checked against its hash first. A model that was made slim several times loads
+    from the first class all the same, and what is loaded may be made slim again.
 
     Args:
         path: The folder, or a file in it.
@@ -235,15 +244,21 @@ def load_subnet(
     tensors = artefact.tensors(WEIGHTS)
     try:
         _require_same(manifest["model"], given, strict)
-        return rebuild(given, tensors, manifest["edits"]).eval()
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as failure:
+        earlier = [Round.read(done) for done in manifest.get("earlier", ())]
+        slim = rebuild(after_rounds(given, earlier), tensors, manifest["edits"]).eval()
+        kept = {name: np.array(atoms, dtype=np.int64) for name, atoms in manifest["kept"].items()}
+        descend(slim, given, *earlier, Round.of(Edits(**manifest["edits"]), tensors, kept))
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as failure:
         if out_of_memory(failure):
             raise
         raise DamagedArtefactError(
-            f"{artefact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}\n"
-            "  effect  the artefact is not loaded\n"
+            f"{artefact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}
+"
+            "  effect  the artefact is not loaded
+"
             "  to fix  write it again, with the version of oto that reads it"
         ) from failure
+    return slim
 
 
 def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isclose
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -699,14 +698,9 @@ _BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.defa
 
 def _plain(arguments: Any) -> list[Any]:
     named = tree_map_only(Value, lambda _: "a tensor", arguments)
-    elsewhere = (
-        torch.device,
-        torch.layout,
-        torch.Generator,
-        FunctionType,
-        nn.Module,
-    )  # what a branch runs keeps its sizes
-    return [x for x in tree_leaves(named) if not isinstance(x, elsewhere)]
+    elsewhere = (torch.device, torch.layout, torch.Generator)
+    # what a branch or a loop runs is a function, and keeps its sizes
+    return [x for x in tree_leaves(named) if not isinstance(x, elsewhere) and not callable(x)]
 
 
 def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""One model through the whole pipeline: half of all atoms removed at random in float64, by its own class and by a graph.
+"""One model through the whole pipeline: half of all atoms removed at random in float64, by its own class and a graph.
 
 Used by the tests, by the documentation's table, and by hand::
 
@@ -63,7 +63,7 @@ class Result:
         trace: How the model was followed: ``"meta"``, ``"fake"`` or ``"real"``.
         seconds: Time for everything; ``analysis`` is the part of tracing and analysing.
         sensitivity: How far the output is from that on another input. Near zero, errors could hide.
-        module, graph: Largest relative error of the slim model of its own class, and of the exported graph of everything;
+        module, graph: Largest relative error of the slim model of its own class, and of the exported graph of all;
             ``None`` if it was not built, and then the reason is given.
         asked: Seconds for finding out what the class can do.
         replay: For a model that neither can express, the error of the recorded calls run on thinner tensors.

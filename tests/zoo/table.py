@@ -31,10 +31,9 @@ computes in float64 is compared with the zeroed full model: on the example, on r
 * **groups, ZIGs**: prunable node groups, and the zero-invariant groups in them.
 * **traced**: on tensors that know their *shapes* (`meta`, then fake tensors), or on the *data* of the example, because
   the model looks at values. Then the graph follows the path of the example.
-* **graph**: the slim model is a `torch.fx.GraphModule`. **class**: it is of the model's own class; a share instead of ✓
-  is what is prunable with `OTO(..., keep_class=True)`, which leaves alone what the class states sizes of. Where neither
-  can do without all that is prunable, `construct_subnet` raises `EmitterError` with the reason, listed below the table,
-  and the recorded calls were replayed on thinner tensors to prove the analysis on the example.
+* **prunable** is with `everything=True`; **class** is what the model's own class can do without, by default, and the slim
+  model is of that class. **graph**: with `everything=True`, a `torch.fx.GraphModule`. Where neither takes all that is
+  prunable, the recorded calls were replayed on thinner tensors to prove the analysis on the example.
 * **error**: the largest difference of any comparison, relative to the largest entry of the output.
 """
 
