@@ -252,10 +252,8 @@ def load_subnet(
         if out_of_memory(failure):
             raise
         raise DamagedArtefactError(
-            f"{artefact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}
-"
-            "  effect  the artefact is not loaded
-"
+            f"{artefact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}\n"
+            "  effect  the artefact is not loaded\n"
             "  to fix  write it again, with the version of oto that reads it"
         ) from failure
     return slim
