@@ -49,6 +49,7 @@ from oto.groups.policy import (
     zeroing,
 )
 from oto.io.artefact import adding, check_out_dir
+from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
 from oto.io.subnet import FULL, WEIGHTS, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
@@ -99,6 +100,7 @@ class Subnet:
         notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
             files that were not written.
         origin: What it was made from, for :meth:`report`.
+        example: The example input.
     """
 
     model: nn.Module
@@ -112,6 +114,7 @@ class Subnet:
     kept: Kept
     notes: tuple[str, ...] = ()
     origin: Origin | None = field(default=None, repr=False)
+    example: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return subnet_table(self)
@@ -185,6 +188,24 @@ class Subnet:
             ArtefactError: The folder cannot be written or holds files, or what was written reads otherwise.
         """
         return save_pretrained(self.model, out_dir, tokenizer)
+
+    def export(self, how: str, path: str | os.PathLike[str]) -> list[Check]:
+        """Write the slim model as a file of another runtime, with every size free that it leaves free, and prove it.
+
+        Args:
+            how: ``"onnx"``, ``"pt2"`` (``torch.export.save``) or ``"aoti"`` (compiled ahead of time, ends in .pt2).
+            path: A file that is not there yet.
+
+        Returns:
+            The comparisons of what the other runtime gives, on the example and on two other sizes where it takes them.
+
+        Raises:
+            EmitterError: The model cannot be expressed in it, or there is no compiler.
+            VerificationError: What was read back computes something else. Nothing was written.
+            ArtefactError: There is a file already, or it cannot be written.
+            MissingExtraError: ONNX is asked for and not installed (``pip install 'oto[onnx]'``).
+        """
+        return export_model(self.model, self.example, how, path)
 
 
 def _takes_options_of(source: Callable[..., Any]) -> Callable[[Method], Method]:
@@ -812,7 +833,8 @@ class OTO:
         short = self._short_of(kept)
         notes = (*([short] if short else []), *uneven, *made.notes)
         return Subnet(
-            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes
+            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes,
+            example=self.dummy_input,
         )  # fmt: skip
 
 
