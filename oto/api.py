@@ -8,8 +8,8 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ from oto.groups.policy import (
     require_prunable,
     zeroing,
 )
-from oto.io.artefact import check_out_dir
+from oto.io.artefact import adding, check_out_dir
 from oto.io.pretrained import save_pretrained
 from oto.io.subnet import FULL, WEIGHTS, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
@@ -57,11 +57,12 @@ from oto.optim.shrink import Moved
 from oto.optim.target import UNITS, Target
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
+from oto.report.html import Origin, report
 from oto.report.preview import Preview, preview
-from oto.report.table import subnet_table
+from oto.report.table import cost_rows, html, subnet_lines, subnet_table
 from oto.slim.config import Recipe
 from oto.slim.construct import Zeroed, construct, require_values
-from oto.slim.latency import Latency, Timer, measured_latency
+from oto.slim.latency import Latency, Timer, measured_latency, rounds
 from oto.slim.layout import stated
 from oto.slim.module import OwnClass
 from oto.slim.own_class import own_class
@@ -73,6 +74,8 @@ from oto.trace.found import as_found
 from oto.trace.record import on_meta, record, told
 
 log = logging.getLogger(__name__)
+
+REPORT = "report.html"
 
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
@@ -95,6 +98,7 @@ class Subnet:
         kept: For each prunable group, the atoms that are left.
         notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
             files that were not written.
+        origin: What it was made from, for :meth:`report`.
     """
 
     model: nn.Module
@@ -107,9 +111,61 @@ class Subnet:
     cost_after: Cost
     kept: Kept
     notes: tuple[str, ...] = ()
+    origin: Origin | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return subnet_table(self)
+
+    def _repr_html_(self) -> str:
+        return html(cost_rows(self.cost_before, self.cost_after), below="\n".join(subnet_lines(self)))
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        full: nn.Module | None = None,
+        dummy_input: Any = None,
+        history: Sequence[Any] | None = None,
+        title: str | None = None,
+    ) -> Path:
+        """Write a report: one HTML file that needs no network.
+
+        Args:
+            path: The file.
+            full: The full model. Where it is given, forward passes of it and of the slim one are timed in turns.
+            dummy_input: What to time them on.
+            history: Records of training, oldest first: mappings or objects with a ``step`` and numbers, such as
+                ``{"step": 10, "loss": 0.7}``. By default what the optimizer wrote down, if it did.
+            title: Instead of the name of the model's class.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
+        """
+        assert self.origin is not None
+        times = None
+        if full is not None:
+            models = {"full": full, "slim": self.model}
+            times = dict(zip(models, rounds(list(models.values()), dummy_input, least=20, seconds=3.0), strict=True))
+            times = {name: [1e3 * s for s in own] for name, own in times.items()}
+        return report(Path(path), self, self.origin, title=title, history=history, milliseconds=times,
+                      example=dummy_input)  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: all but the model; of the kept atoms their numbers."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "emitter": self.emitter,
+            "why_graph": self.why_graph,
+            "max_error": self.max_error,
+            "before": vars(self.cost_before),
+            "after": vars(self.cost_after),
+            "kept": {name: len(atoms) for name, atoms in self.kept.items()},
+            "checks": [vars(check) for check in self.checks],
+            "notes": list(self.notes),
+        }
 
     def save_pretrained(self, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
         """Write a folder that ``from_pretrained`` of the model's own library loads, without ``oto``.
@@ -250,6 +306,14 @@ class OTO:
             self._own = self._ask_the_class()
             self._groups = joined(keep_whole(self._groups, self._own.whole, CLASS), self._own.ties)
         require_prunable(self._groups, self.partition.found.graph)
+
+    def __repr__(self) -> str:
+        free, costs = [group for group in self.node_groups if group.prunable], self._cost()
+        return (
+            f"OTO({type(self.model).__name__}): {len(free)} of {len(self.node_groups)} node groups prunable,"
+            f" {sum(group.size for group in free):,} zero-invariant groups; {costs.params:,} parameters,"
+            f" {costs.macs:,} MACs"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         found_anew = ("partition", "_optimizer", "_made_for", "_recipe", "_own")
@@ -636,6 +700,7 @@ class OTO:
         model: Any = None,
         emitter: str = "auto",
         save_full: bool = True,
+        report: bool = False,
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
@@ -653,6 +718,7 @@ class OTO:
                 ``model.config``; ``"auto"`` tries it first with ``layout="uniform"``), ``"module"`` (the original
                 class), ``"graph"`` or ``"recording"``.
             save_full: Save the zeroed full weights beside the slim ones.
+            report: Put a ``report.html`` into the artefact, see :meth:`Subnet.report`.
 
         Raises:
             VerificationError: The slim model differs. Nothing is written.
@@ -662,12 +728,25 @@ class OTO:
             ArtefactError: ``out_dir`` cannot be written.
         """
         source = self if model is None else self._reading(model)
-        subnet = source._subnet(out_dir, emitter, save_full)
+        subnet = replace(source._subnet(out_dir, emitter, save_full), origin=self._origin)
         self._saved = source._saved
+        if report and subnet.path is not None:
+            with adding(subnet.path, REPORT) as file:
+                subnet.report(file)
         if short := source._short_of(subnet.kept):
             log.warning(short)
             warnings.warn(short, NotPrunedWarning, stacklevel=2)
         return subnet
+
+    @property
+    def _origin(self) -> Origin:
+        """What a report says of this model and its training."""
+        optimizer, name = self._trained_by, type(self.model).__name__
+        if optimizer is None:
+            return Origin(name, self.partition, self.node_groups)
+        history, schedule = tuple(getattr(optimizer, "history", None) or ()), optimizer.schedule
+        periods = [schedule.bounds(period) for period in range(schedule.periods)]
+        return Origin(name, self.partition, self.node_groups, str(optimizer.choice.target), history, periods)
 
     def _reading(self, model: Any) -> OTO:
         """This analysis of another copy of the model."""

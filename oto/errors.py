@@ -39,6 +39,10 @@ class MissingExtraError(OTOError, ImportError):
     """An optional package that a function needs is not installed."""
 
 
+class GivenError(OTOError, ValueError):
+    """A model, an input or a checkpoint that a command line names cannot be had."""
+
+
 class NothingPrunableError(OTOError):
     """No node group of the model may lose an entry."""
 

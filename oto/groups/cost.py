@@ -84,11 +84,13 @@ def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
             yield step.node, step.volume
 
 
-def macs_by_node(partition: Partition) -> dict[int, int]:
-    """Multiply–adds of each call of the full model that has any, by the index of its node."""
+def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[int, int]:
+    """Multiply–adds of each call that has any, by the index of its node, when each group in ``kept`` has so many atoms
+    left; others are whole."""
+    counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
     found: dict[int, int] = {}
     for node, volume in _products(partition):
-        found[node] = found.get(node, 0) + prod(count(resolve(term), {}) for term in volume)
+        found[node] = found.get(node, 0) + prod(count(resolve(term), counts) for term in volume)
     return found
 
 
