@@ -34,17 +34,19 @@ class Telling:
 
     Attributes:
         model: The full model.
+        way: How its run stands for tensors, see :func:`oto.trace.record.follow`.
     """
 
     model: nn.Module
     partition: Partition
     dummy_input: Any
+    way: str
 
     @cached_property
     def calls(self) -> list[FunctionCall]:
         calls: list[FunctionCall] = []
         graph = self.partition.found.graph
-        nodes, failure = follow(self.model, self.dummy_input, known, graph.how, calls)
+        nodes, failure = follow(self.model, self.dummy_input, known, self.way, calls)
         if failure is not None or len(nodes) != len(graph.nodes):
             return []  # another run makes other calls: none can be told
         return calls
