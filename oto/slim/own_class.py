@@ -296,6 +296,9 @@ class _Search:
                     for key, value in numbers(self.modules[path])
                     if isinstance(value, float) and value == wanted.value
                 ]
+                if not places:  # a number that stands in the code
+                    self.found.absorbed, self.found.stated = before, stated
+                    return False
                 self.found.stated |= dict.fromkeys(places[:1], wanted)
         after = self.departure(seed)
         if after is None or after.index > departure.index:
