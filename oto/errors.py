@@ -59,6 +59,10 @@ class TooLateError(OTOError):
     """Something was marked or frozen after the choice that it should have influenced was made."""
 
 
+class ShrinkError(OTOError):
+    """A model cannot get smaller in the middle of training; nothing was changed."""
+
+
 class SetupError(OTOError, ValueError):
     """A checkpoint was made with another schedule or target, and its pruning has begun."""
 
@@ -69,6 +73,14 @@ class NonFiniteParameterError(OTOError, ValueError):
 
 class EmitterError(OTOError):
     """An emitter cannot express the slim model; the message says which part and why."""
+
+
+class GraphInputError(OTOError, TypeError):
+    """A slim model that is a graph was called with other arguments, or other sizes, than it was made with."""
+
+
+class GraphModeError(OTOError):
+    """A slim model that is a graph of the eval forward was put into train mode."""
 
 
 class VerificationError(OTOError):

@@ -93,6 +93,17 @@ def told(how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...]
     return func(*args, **kwargs)
 
 
+def both_told(old: Calls, new: Calls) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """What two rounds of changes tell a module together: what was counted in the first one still is."""
+    both: dict[str, dict[str, Mapping[str, Any]]] = {name: dict(places) for name, places in old.items()}
+    for name, places in new.items():
+        for place, how in places.items():
+            before = both.setdefault(name, {}).get(place, {})
+            kept = {"full": before["full"]} if "counted" in before and "counted" in how else {}
+            both[name][place] = {**how, **kept}
+    return both
+
+
 def numbers_of(arguments: Any) -> list[int | float]:
     """The numbers among arguments, in their order."""
     found: list[int | float] = []

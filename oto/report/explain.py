@@ -118,7 +118,7 @@ def _whole(group: NodeGroup, graph: Graph, sizes: dict[str, int]) -> Whole:
     reason = group.reason or ""
     if group.cause is None:
         return Whole(group.name, group.size, named, entries, reason)
-    node = graph.nodes[group.cause]
+    node = graph.calls[group.cause]
     return Whole(group.name, group.size, named, entries, reason, node.name, node.module, node.source or None)
 
 

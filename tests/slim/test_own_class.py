@@ -62,7 +62,7 @@ class Blocks(nn.Module):
 
 
 def test_attributes_that_state_sizes_are_found_in_every_block():
-    model, subnet, oto = slimmed(Blocks(Attention(), Attention()), torch.randn(2, 7, 5))
+    model, subnet, _ = slimmed(Blocks(Attention(), Attention()), torch.randn(2, 7, 5))
     heads = [block.heads for block in subnet.model.blocks]
     assert all(0 < n <= 4 for n in heads) and sum(heads) < 8  # each block its own
     assert [block.qkv.in_features for block in subnet.model.blocks] == [subnet.model.into.out_features] * 2
@@ -262,7 +262,12 @@ class Sorted(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.into, self.up, self.down, self.out = nn.Linear(6, 16), nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 4)
+        self.into, self.up, self.down, self.out = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 24),
+            nn.Linear(24, 16),
+            nn.Linear(16, 4),
+        )
 
     def forward(self, x):
         h = self.into(x)
@@ -272,7 +277,7 @@ class Sorted(nn.Module):
 
 def test_what_the_class_cannot_be_told_stays_whole_and_says_why():
     x = torch.randn(2, 6, dtype=torch.float64)
-    model, subnet, oto = slimmed(Sorted(), x)
+    _, _, oto = slimmed(Sorted(), x)
     assert sizes(oto) == {"up.weight": 24}
     (residual,) = [w for w in oto.explain().whole if ("into.weight", 0) in w.parameters]
     assert "its class cannot do without" in residual.reason and residual.source.startswith(__file__)
