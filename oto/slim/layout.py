@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -325,13 +325,11 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
     factors = {norm.path: math.sqrt(norm.ratio) for norm in norms}
     forms = {norm.path: _scaled(model, slim, thin, norm) for norm in norms}
     # norms that share the eps, but count the same
-    eps = {(value, value * norm.ratio) for norm in norms for value in _floats(model.get_submodule(norm.path)).values()}
-    for path, module in slim.named_modules():
-        was, now = _floats(model.get_submodule(path)), _floats(module)
-        shared = [now[name] / was[name] for name in was.keys() & now.keys() if (was[name], now[name]) in eps]
-        for ratio in shared if path not in factors else ():
+    changed = {pair for norm in norms for pair in _changed(model, slim, norm.path)}
+    for path, _ in slim.named_modules():
+        for was, now in _changed(model, slim, path) & changed if path not in factors else ():
             for leaf in _producers(partition, path):
-                _times(slim, leaf.names, math.sqrt(ratio))
+                _times(slim, leaf.names, math.sqrt(now / was))
     # tables that are scaled by a function of their width
     by_value = {leaf.value: leaf for leaf in partition.found.graph.leaves}
     graph = partition.found.graph
@@ -349,6 +347,12 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
             if reader is not node and table.value in reader.inputs():
                 before = _norm_before(partition, reader, table.value, forms.keys())
                 _scale(slim.get_submodule(before), forms[before], 1 / ratio)
+
+
+def _changed(model: nn.Module, slim: nn.Module, path: str) -> set[tuple[float, float]]:
+    """Numbers that a module holds, and what they are in the stock class, where that is something else."""
+    was, now = _floats(model.get_submodule(path)), _floats(slim.get_submodule(path))
+    return {(was[name], now[name]) for name in was.keys() & now.keys() if was[name] != now[name]}
 
 
 def _times(model: nn.Module, names: Iterable[str], factor: float) -> None:
@@ -386,42 +390,45 @@ def _scaled(model: nn.Module, slim: nn.Module, thin: Thinning, norm: _Norm) -> b
     return plus_one
 
 
-_PASSES = ("view", "_unsafe_view", "reshape", "transpose", "permute", "unsqueeze", "t", "_to_copy", "to", "clone",
-           "contiguous", "slice", "select", "alias", "detach", "dropout", "mul")  # fmt: skip
-
-
 def _producers(partition: Partition, path: str) -> list[Leaf]:
-    """The parameters of the product that a module is given."""
+    """The parameters of the call that computed what a module is given.
+
+    Raises:
+        EmitterError: There is no such call.
+    """
     graph = partition.found.graph
-    inside = [node for node in graph.nodes if node.module == path]
-    made = {value: node for node in graph.nodes for value in node.outputs if value is not None}
     leaves = {leaf.value: leaf for leaf in graph.leaves if leaf.kind == "parameter"}
+    inside = [node for node in graph.nodes if node.module == path]
     inner = {value for node in inside for value in node.outputs}
     for value in (value for node in inside for value in node.inputs() if value not in inner and value not in leaves):
-        node = _back(made, value)
-        if node is not None:
-            return [leaves[v] for v in node.inputs() if v in leaves]
+        for node in _back(partition, value):
+            found = [leaves[v] for v in node.inputs() if v in leaves]
+            if found:
+                return found
     raise EmitterError(f"{path} shares its eps with thinner norms, and what it is given cannot be scaled")
 
 
-def _back(made: Mapping[Value, Node], value: Value) -> Node | None:
-    """The call that computed a value, seen through what only moves entries."""
-    node = made.get(value)
-    while node is not None and node.name.split(".")[1] in _PASSES:
-        node = next((made[v] for v in node.inputs() if v in made), None)
-    return node
-
-
 def _norm_before(partition: Partition, reader: Node, table: Value, norms: Iterable[str]) -> str:
-    """The norm whose result a call multiplies with a table."""
-    made = {value: node for node in partition.found.graph.nodes for value in node.outputs if value is not None}
+    """The norm whose result a call multiplies with a table.
+
+    Raises:
+        EmitterError: There is none.
+    """
     paths = set(norms)
     for value in reader.inputs():
-        node = made.get(value)
-        while node is not None and value is not table:
+        for node in _back(partition, value) if value is not table else ():
             if node.module in paths:
                 return node.module
-            if node.name.split(".")[1] not in _PASSES:
-                break
-            node = next((made[v] for v in node.inputs() if v in made), None)
     raise EmitterError(f"{reader} reads a table that is scaled by its width, behind no norm that could make up for it")
+
+
+def _back(partition: Partition, value: Value) -> Iterator[Node]:
+    """The calls that a value came through, from the last to the first one that puts several tensors together."""
+    made = {v: node for node in partition.found.graph.nodes for v in node.outputs if v is not None}
+    while value in made:
+        node = made[value]
+        yield node
+        before = list(node.inputs())
+        if len(before) != 1:
+            return
+        (value,) = before

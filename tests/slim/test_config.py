@@ -1,0 +1,159 @@
+"""Fields of a config are found by value, and settled by building the class."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from oto import OTO
+from oto.errors import EmitterError
+from oto.slim.config import Recipe, fields, solve, stock
+from oto.slim.plan import thinning
+
+
+class Config:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(vars(self))
+
+
+class FFN(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Net(nn.Module):
+    """Blocks whose inner width is ``inner``, or four times the width if that is unset; ``words`` has the same value."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        if config.width % config.step:
+            raise ValueError("width")
+        inner = getattr(config, "inner", None) or 4 * config.width
+        self.words = nn.Embedding(config.words, config.width)
+        self.blocks = nn.ModuleList([FFN(config.width, inner) for _ in range(config.depth)])
+
+    def forward(self, ids):
+        x = self.words(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+IDS = torch.tensor([[0, 1, 2]])
+
+
+def config(**values: Any) -> Config:
+    return Config(**{"words": 16, "inner": 16, "width": 4, "step": 2, "depth": 2} | values)
+
+
+def asked(model: nn.Module, keep: int, given: Any = IDS) -> dict[str, Any]:
+    """The fields that state ``keep`` atoms of every prunable group."""
+    partition = OTO(model, given).partition
+    kept = {g.name: np.arange(keep) for g in partition.groups if g.prunable}
+    return solve(Recipe.of(model), thinning(partition, kept))
+
+
+def test_a_field_is_found_by_value_and_settled_by_trial():
+    assert asked(Net(config()), 5) == {"inner": 5}  # and not words, which has the same value
+
+
+@pytest.mark.parametrize("value", [{"inner": None}, {}])
+def test_a_field_that_is_unset_or_missing(value):
+    made = config()
+    del made.inner
+    vars(made).update(value)
+    assert asked(Net(made), 5) == {"inner": 5}
+    assert vars(made).get("inner") is None  # the user's config is as it was
+
+
+def test_a_field_of_a_config_inside():
+    class Outer(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.net = config, Net(config.text)
+
+        def forward(self, ids):
+            return self.net(ids)
+
+    assert asked(Outer(Config(inner=16, text=config())), 5) == {"text.inner": 5}
+
+
+def test_a_field_of_a_list():
+    class Pyramid(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            widths = [3, *config.widths, 2]
+            self.layers = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+
+        def forward(self, x):
+            return self.layers(x)
+
+    model = Pyramid(Config(widths=[8, 6]))
+    partition = OTO(model, torch.randn(1, 3)).partition
+    kept = {"layers.0.weight": np.arange(5), "layers.1.weight": np.arange(2)}
+    edits = solve(Recipe.of(model), thinning(partition, kept))
+    assert edits == {"widths.0": 5, "widths.1": 2}
+    assert [m.out_features for m in stock(model, {n: torch.zeros(s) for n, s in {
+        "layers.0.weight": (5, 3), "layers.0.bias": (5,), "layers.1.weight": (2, 5), "layers.1.bias": (2,),
+        "layers.2.weight": (2, 2), "layers.2.bias": (2,)}.items()}, edits).layers] == [5, 2, 2]  # fmt: skip
+    assert model.config.widths == [8, 6]
+
+
+def test_what_no_field_states_is_named():
+    class Fixed(Net):
+        def __init__(self, config):
+            super().__init__(config)
+            self.blocks[1] = FFN(config.width, 16)
+
+    with pytest.raises(EmitterError, match=r"blocks\.1\.up\.weight is to be \[5, 4\], the class makes it \[16, 4\]"):
+        asked(Fixed(config()), 5)
+
+
+def test_a_class_that_its_config_does_not_make():
+    class Taking(Net):
+        def __init__(self, config, more):
+            super().__init__(config)
+
+    grown = Net(config())
+    grown.words = nn.Embedding(20, 4)
+    for model in (Taking(config(), 1), grown, nn.Linear(2, 2)):
+        assert Recipe.of(model) is None
+    assert Recipe.of(Net(config())) is not None
+
+
+def test_a_value_that_does_not_survive_being_written():
+    class Stubborn(Config):
+        @classmethod
+        def from_dict(cls, values):
+            return cls(**values | {"inner": 16})
+
+    with pytest.raises(EmitterError):
+        asked(Net(Stubborn(**vars(config()))), 5)
+
+
+def test_the_class_is_built_without_touching_the_random_state():
+    model = Net(config())
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    asked(model, 5)
+    assert torch.rand(1) == wanted
+
+
+def test_numbers_of_a_config():
+    held = Config(a=1, b=True, c="x", d=0.5, e=None, f=[2, None, {"g": 3}], _h=4, i=Config(j=5))
+    assert dict(fields(held)) == {"a": 1, "d": 0.5, "e": None, "f.0": 2, "f.2.g": 3, "i.j": 5}
