@@ -121,8 +121,8 @@ class Subnet:
 
         Args:
             out_dir: A folder that is empty or not there yet.
-            tokenizer: A tokenizer, a processor, or a list of such, to be saved beside the model. By default the files of
-                the folder that the model was loaded from are copied.
+            tokenizer: A tokenizer, a processor, or a list of such, to be saved beside the model. By default the files
+                of the folder that the model was loaded from are copied.
 
         Returns:
             The files that were written.
@@ -243,9 +243,9 @@ class OTO:
         self._groups = shared_out(self._groups, tensor_parallel)
         if layout == "uniform":
             self._groups = tied(self._groups, model)
-            with _told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done"):
-                with as_found(model):
-                    self._groups = stated(model, self.partition, self._groups, dummy_input, self._recipe)
+            made = _told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
+            with made, as_found(model):
+                self._groups = stated(model, self.partition, self._groups, dummy_input, self._recipe)
         require_prunable(self._groups, self.partition.found.graph)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -530,9 +530,9 @@ class OTO:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
             model: Made slim instead of the model of this ``OTO``: a copy of it with other weights, such as their moving
                 average, or what wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
-            emitter: ``"auto"``, or one way alone: ``"config"`` (the original class, made from an edited ``model.config``;
-                ``"auto"`` tries it first with ``layout="uniform"``), ``"module"`` (the original class), ``"graph"`` or
-                ``"recording"``.
+            emitter: ``"auto"``, or one way alone: ``"config"`` (the original class, made from an edited
+                ``model.config``; ``"auto"`` tries it first with ``layout="uniform"``), ``"module"`` (the original
+                class), ``"graph"`` or ``"recording"``.
             save_full: Save the zeroed full weights beside the slim ones.
 
         Raises:
@@ -755,8 +755,8 @@ class OTO:
             left_out = draft.tensors(WEIGHTS, tensors, unread)
             if save_full:
                 draft.tensors(FULL, tensors_of(self.model, self.partition), unread)
-            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
-            # class whose norms have absorbed a factor, which the dtype of the file rounds
+            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is
+            # a class whose norms have absorbed a factor, which the dtype of the file rounds
             against, left = (portable, None) if recorded or about["emitter"] == "config" else (full, left)
             again: list[Check] = []
             if edits is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_a_field_of_a_list():
             super().__init__()
             self.config = config
             widths = [3, *config.widths, 2]
-            self.layers = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+            self.layers = nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
 
         def forward(self, x):
             return self.layers(x)
