@@ -6,11 +6,9 @@ import copy
 import inspect
 import logging
 import os
-import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,18 +26,14 @@ from oto.errors import (
     EmitterError,
     NotPrunedWarning,
     OptionError,
-    OTOError,
     TooLateError,
     TraceError,
     UnknownOpWarning,
     UnknownParameterError,
-    VerificationError,
-    first_line,
-    out_of_memory,
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
-from oto.groups.layout import LAYOUTS, drawn, evened, settled, shared_out, tied
+from oto.groups.layout import LAYOUTS, drawn, evened, joined, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
     carried_by_nodes,
@@ -53,9 +47,9 @@ from oto.groups.policy import (
     require_prunable,
     zeroing,
 )
-from oto.io.artefact import check_out_dir, writing
+from oto.io.artefact import check_out_dir
 from oto.io.pretrained import save_pretrained
-from oto.io.subnet import FULL, PROGRAM, WEIGHTS, describe, plain_edits, rebuild, write_program
+from oto.io.subnet import FULL, WEIGHTS, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.target import UNITS, Target
@@ -64,17 +58,15 @@ from oto.report.explain import Explanation, explain
 from oto.report.preview import Preview, preview
 from oto.report.table import subnet_table
 from oto.slim.config import Recipe
-from oto.slim.graph import emit_graph
+from oto.slim.construct import Zeroed, construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
-from oto.slim.layout import emit_stock, stated
-from oto.slim.module import Edits, plan_edits, tensors_of, thin_copy, thin_tensors
-from oto.slim.own_class import class_bound
-from oto.slim.plan import read_zeros, thinning
-from oto.slim.recording import RECORDED, check_recording, emit_recording
-from oto.slim.verify import Check, check, require
-from oto.trace.export import export
+from oto.slim.layout import stated
+from oto.slim.module import OwnClass
+from oto.slim.own_class import own_class
+from oto.slim.plan import read_zeros
+from oto.slim.verify import Check, require
 from oto.trace.found import as_found
-from oto.trace.record import line_of, on_meta, record
+from oto.trace.record import on_meta, record, told
 
 log = logging.getLogger(__name__)
 
@@ -134,10 +126,10 @@ class Subnet:
         return save_pretrained(self.model, out_dir, tokenizer)
 
 
-def _takes_options_of(source: Callable[..., Any]) -> Callable[[Made], Made]:
+def _takes_options_of(source: Callable[..., Any]) -> Callable[[Method], Method]:
     """Show the keywords of ``source`` in the signature, where a method passes its own on to it."""
 
-    def dressed(method: Made) -> Made:
+    def dressed(method: Method) -> Method:
         own, taken = (inspect.signature(f, eval_str=False) for f in (method, source))
         first = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [
@@ -152,7 +144,8 @@ def _takes_options_of(source: Callable[..., Any]) -> Callable[[Made], Made]:
 
 
 _SUPPLIED = ("self", "node_groups", "costs", "latency")
-Made = TypeVar("Made", bound=Callable[..., Any])
+Method = TypeVar("Method", bound=Callable[..., Any])
+CLASS = "its class cannot do without: no attribute states the size"
 
 
 class OTO:
@@ -170,9 +163,9 @@ class OTO:
             is returned on the way, such as a hidden state, then gets as thin as the network there.
         min_kept: Atoms that every group keeps, an int; or the share of its atoms that it keeps, a float; or a mapping
             from names or globs of parameters to either. Optimizers take it too, and keep the greater of both.
-        keep_class: Prune only what a slim model of the model's own class can do without: groups whose size its code may
-            state stay whole, and the class is run to see. By default everything is pruned, and a model whose code
-            states a size that changed becomes a ``torch.fx.GraphModule``.
+        everything: Prune whatever can be removed exactly, even if the model's class cannot express the result: the slim
+            model is then a ``torch.fx.GraphModule``. By default it is of the model's own class, and what that class can
+            neither be told nor do without stays whole.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
         layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
@@ -205,7 +198,7 @@ class OTO:
         skip_patterns: Iterable[str | type[nn.Module]] = (),
         strict_out_nodes: bool = False,
         min_kept: MinKept = 1,
-        keep_class: bool = False,
+        everything: bool = False,
         prune_frozen: bool = False,
         layout: str | None = None,
         tensor_parallel: int = 1,
@@ -214,23 +207,20 @@ class OTO:
             raise OptionError(f"layout is {layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
-        with _told(model, TraceError, "being followed on the dummy input"):
-            graph = record(model, dummy_input, known, dead=keep_class)
-        with _told(model, TraceError, "being analysed", "it was followed on the dummy input"):
+        with told(model, TraceError, "being followed on the dummy input"):
+            graph = record(model, dummy_input, known, dead=not everything)
+        with told(model, TraceError, "being analysed", "it was followed on the dummy input"):
             self.partition = partition(graph, strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._prune_frozen = prune_frozen
         if not prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
-        self._keep_class, self._strict_out_nodes, self._layout = keep_class, strict_out_nodes, layout
+        self._everything, self._strict_out_nodes, self._layout = everything, strict_out_nodes, layout
+        self._own: OwnClass | None = None
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
-        if keep_class:
-            with _told(model, TraceError, "its class was tried with less (keep_class)", "the analysis is done"):
-                bound = class_bound(model, self.partition, self._groups, dummy_input)
-            self._groups = keep_whole(self._groups, bound, "keep_class: the model's code may state its size")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(
@@ -243,18 +233,28 @@ class OTO:
         self._groups = shared_out(self._groups, tensor_parallel)
         if layout == "uniform":
             self._groups = tied(self._groups, model)
-            made = _told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
-            with made, as_found(model):
+            tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
+            with tried, as_found(model):
                 self._groups = stated(model, self.partition, self._groups, dummy_input, self._recipe)
+        if not everything and (layout != "uniform" or self._recipe is None):
+            self._own = self._ask_the_class()
+            self._groups = joined(keep_whole(self._groups, self._own.whole, CLASS), self._own.ties)
         require_prunable(self._groups, self.partition.found.graph)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("partition", "_optimizer", "_recipe")}
+        found_anew = ("partition", "_optimizer", "_recipe", "_own")
+        return {key: value for key, value in vars(self).items() if key not in found_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
-        graph = record(self.model, self.dummy_input, known, dead=self._keep_class)
+        graph = record(self.model, self.dummy_input, known, dead=not self._everything)
         self.partition = partition(graph, self._strict_out_nodes)
+        uniform = self._layout == "uniform" and self._recipe is not None
+        self._own = None if self._everything or uniform else self._ask_the_class()
+
+    def _ask_the_class(self) -> OwnClass:
+        with told(self.model, TraceError, "it was asked what its class can do without", "the analysis is done"):
+            return own_class(self.model, self.partition, self._groups, self.dummy_input)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OTO:
         memo[id(self)] = other = object.__new__(OTO)
@@ -443,6 +443,11 @@ class OTO:
     def _timer(self) -> Timer:
         return Timer(self.model, self.partition, self.costs, self.dummy_input)
 
+    @cached_property
+    def _recipe(self) -> Recipe | None:
+        """How the model's class is made from its config, if it is."""
+        return Recipe.of(self.model)
+
     @property
     def _trained_by(self) -> SparseOptimizer | None:
         """The optimizer that was made last, if it is still there."""
@@ -588,232 +593,32 @@ class OTO:
         return f"{what}\n  effect  {effect}\n  to fix  {remedy}"
 
     def _subnet(self, out_dir: str | os.PathLike[str] | None, emitter: str, save_full: bool) -> Subnet:
-        if emitter not in ("auto", "config", "module", "graph", "recording"):
-            raise EmitterError(
-                f"emitter={emitter!r} is unknown\n  to fix  use 'auto', 'config', 'module', 'graph' or 'recording'"
-            )
         if out_dir is not None:
             check_out_dir(out_dir)
-        if on_meta(self.model):
-            raise EmitterError(
-                f"parameters of {type(self.model).__name__} are on the meta device, so there are no zeros to read\n"
-                "  effect  groups and costs are known, a slim model cannot be made\n"
-                "  to fix  give the model values (model.to_empty(device=...), load_state_dict) and a new OTO"
-            )
-        kept, notes = evened(self.node_groups, read_zeros(self.node_groups, self.model))
+        require_values(self.model)
+        kept, uneven = (
+            ({}, []) if on_meta(self.model) else evened(self.node_groups, read_zeros(self.node_groups, self.model))
+        )
+        recipe = self._recipe if self._layout == "uniform" or emitter == "config" else None
+        source = Zeroed(self.model, self.dummy_input, self.partition, self._own, kept, recipe)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
-        built = _told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
+        built = told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
         with built, as_found(self.model):
-            how, slim, edits, tensors, checks, why = self._emit(kept, emitter, notes)
-        path = None
+            made = construct(source, emitter)
+        path, checks = None, made.checks
         if out_dir is not None:
             path = Path(out_dir)
-            about = {"emitter": how, "why_graph": why, "cost": {"before": vars(before), "after": vars(after)}}
             proved = f"the slim model was built, and right in {len(checks)} comparisons"
-            saved = _told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
+            saved = told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
             with saved, as_found(self.model):
-                checks += self._save(path, slim, edits, tensors, kept, checks, about, save_full, notes)
+                checks = checks + save(path, source, made, {"before": vars(before), "after": vars(after)}, save_full)
+            self._saved = path
         short = self._short_of(kept)
-        told = (*([short] if short else []), *notes)
-        return Subnet(slim, path, how, why, require(checks), tuple(checks), before, after, kept, told)
-
-    def _emit(
-        self, kept: Kept, emitter: str, notes: list[str]
-    ) -> tuple[str, nn.Module, Edits | None, Mapping[str, Tensor], list[Check], str | None]:
-        """The way that was taken, the slim module, the edits that made it (if it is of the original class), its
-        tensors, the proof, and why it is not of the original class."""
-        why: list[str] = []
-        if emitter == "config" or (emitter == "auto" and self._layout == "uniform" and self._recipe is not None):
-            try:
-                slim, edits, tensors, checks = emit_stock(
-                    self.model, self.partition, kept, self.dummy_input, self._recipe, batch=True, left=self._left(kept)
-                )
-                return "config", slim, edits, tensors, checks, None
-            except Exception as failure:  # anything that the user's own forward may raise at other sizes
-                if out_of_memory(failure):
-                    raise
-                said = f"{type(self.model).__name__} cannot be made from another config: {_first_lines(failure)}"
-                if emitter == "config":
-                    raise EmitterError(
-                        f"{said}\n  effect  no slim model was made, and nothing was written\n"
-                        '  to fix  prune what a config can state: OTO(..., layout="uniform")'
-                    ) from failure
-                notes.append(said)
-        if emitter in ("auto", "module"):
-            try:
-                thin = thinning(self.partition, kept)
-                edits = plan_edits(self.model, self.partition, thin)
-                tensors = thin_tensors(self.model, thin)
-                slim = thin_copy(self.model, tensors, edits).eval()
-                checks = check(self.model, slim, self.dummy_input, batch=True, left=self._left(kept))
-                require(checks)
-                return "module", slim, edits, tensors, checks, None
-            except Exception as failure:  # anything that the user's own forward may raise at other sizes
-                if out_of_memory(failure):
-                    raise
-                why.append(_first_lines(failure))
-                if emitter == "module":
-                    raise EmitterError(
-                        f"{type(self.model).__name__} cannot be thinned as its own class: {why[0]}\n"
-                        "  effect  no slim model was made, and nothing was written\n"
-                        f"  to fix  use emitter='graph', or {self._way_out}"
-                    ) from failure
-                log.info("the original class does not fit, using the graph: %s", why[0])
-        way = "recording" if emitter == "recording" else "graph"
-        if way == "graph":
-            try:
-                graph, checks = self._emit_graph(kept, notes)
-            except VerificationError:
-                raise
-            except Exception as failure:
-                if emitter == "graph":
-                    raise
-                way, refused = "recording", failure
-                notes.clear()
-                why.append(_first_lines(failure))
-                log.info("torch.export does not do, using the recording: %s", why[-1])
-        if way == "recording":
-            why = [*why, RECORDED] if why else [f"it was asked for: {RECORDED}"]
-            try:
-                graph = emit_recording(self.model, self.dummy_input, self.partition, kept)
-            except (EmitterError, TraceError) as failure:
-                if emitter == "recording":
-                    raise
-                said = f"the exported graph of {type(self.model).__name__} fails: {_first_lines(refused)}"
-                raise EmitterError(
-                    f"{str(refused).splitlines()[0] if isinstance(refused, EmitterError) else said}\n"
-                    f"  class   the original class does not do either: {why[0]}\n"
-                    f"  replay  nor does a recording of the example: {str(failure).splitlines()[0]}\n"
-                    "  effect  no slim model was made, and nothing was written\n"
-                    f"  to fix  {self._way_out}"
-                ) from refused
-            checks = check_recording(self.model, graph, self.dummy_input, self.partition, kept, notes, self._left(kept))
-            require(checks)
-        held = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
-        return way, graph, None, dict(held), checks, "; ".join(why) or None
-
-    def _emit_graph(self, kept: Kept, notes: list[str]) -> tuple[nn.Module, list[Check]]:
-        """The slim form of what torch.export follows, and its proof."""
-        exported = export(self.model, self.dummy_input, known)
-        slim = emit_graph(exported, self.partition, kept)
-        checks = check(self.model, slim, self.dummy_input, batch=exported.dynamic, left=self._left(kept), notes=notes)
-        try:
-            require(checks)
-        except VerificationError as failure:
-            self._require_faithful_export(failure)
-            raise
-        return slim, checks
-
-    @cached_property
-    def _recipe(self) -> Recipe | None:
-        """How the model's class is made from its config, if it is."""
-        return Recipe.of(self.model)
-
-    @property
-    def _way_out(self) -> str:
-        """What to do where the original class cannot express what was removed."""
-        if self._keep_class:
-            return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
-        return "prune only what the class can do without: OTO(..., keep_class=True)"
-
-    def _left(self, kept: Kept) -> list[list[NDArray[np.bool_]]] | None:
-        """For each output and each of its dimensions, what the slim model still has; ``None`` if that is all."""
-        if not self.partition.found.strict_out_nodes:
-            return None
-        return [self.partition.entries(value, kept) for value in self.partition.found.graph.outputs]
-
-    def _require_faithful_export(self, failure: Exception) -> None:
-        """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
-        dense = export(self.model, self.dummy_input, known)
-        try:
-            require(check(self.model, dense.module, self.dummy_input, batch=dense.dynamic, notes=[]))
-        except VerificationError as unfaithful:
-            raise EmitterError(
-                f"torch.export's graph of {type(self.model).__name__} does not compute what the model does\n"
-                + "\n".join(str(unfaithful).splitlines()[1:-2])
-                + "\n  effect  no graph can be emitted, and nothing was written\n"
-                "  to fix  look for code that runs otherwise while exporting (torch.compiler.is_exporting)"
-            ) from failure
-
-    def _save(self, out_dir: Path, slim: nn.Module, edits: Edits | None, tensors: Mapping[str, Tensor], kept: Kept,
-              checks: list[Check], about: Mapping[str, Any], save_full: bool,
-              notes: list[str]) -> list[Check]:  # fmt: skip
-        """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU."""
-        full, given, portable, left = self.model, self.dummy_input, slim, self._left(kept)
-        recorded = about["emitter"] == "recording"
-        if next(self.model.parameters()).device.type != "cpu":
-            full, given = copy.deepcopy(self.model).cpu(), tree_map_only(Tensor, Tensor.cpu, self.dummy_input)
-            # a graph names devices, so it is made anew
-            if edits is not None:
-                portable = copy.deepcopy(slim).cpu()
-            elif recorded:
-                portable = emit_recording(full, given, self.partition, kept)
-            else:
-                portable = emit_graph(export(full, given, known), self.partition, kept)
-        with writing(out_dir) as draft:
-            unread = self.partition.found.graph.unread
-            left_out = draft.tensors(WEIGHTS, tensors, unread)
-            if save_full:
-                draft.tensors(FULL, tensors_of(self.model, self.partition), unread)
-            # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is
-            # a class whose norms have absorbed a factor, which the dtype of the file rounds
-            against, left = (portable, None) if recorded or about["emitter"] == "config" else (full, left)
-            again: list[Check] = []
-            if edits is not None:
-                read = rebuild(full, draft.load(WEIGHTS), plain_edits(edits))
-                again += check(against, read, given, "reloaded", 1, left=left)
-                require(again)
-            no_program, proof = write_program(
-                draft,
-                portable,
-                given,
-                lambda read: check(against, read, given, "reloaded program", 1, left=left),
-                left_out if edits is not None else (),
-            )
-            again += proof
-            if no_program is not None:
-                needed = "the class is needed to load it" if edits is not None else "nothing in it can be loaded"
-                notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
-            manifest = {
-                "model": describe(self.model, tensors if edits is not None else {}),
-                "edits": plain_edits(edits or Edits()),
-                "kept": {name: atoms.tolist() for name, atoms in kept.items()},
-                "checks": [vars(c) for c in (*checks, *again)],
-                "no_program": no_program,
-                "left_out": left_out,
-                "notes": notes,
-            }
-            draft.commit(manifest | dict(about))
-        self._saved = out_dir
-        return again
-
-
-@contextmanager
-def _told(model: nn.Module, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
-    """Whatever the model's code raises is told as one of our errors, with the stage."""
-    try:
-        yield
-    except Exception as failure:
-        if isinstance(failure, OTOError) or out_of_memory(failure):
-            raise
-        line = line_of(failure)
-        told = [f"{type(model).__name__} failed while {stage}: {first_line(failure)}"]
-        told += [f"  at      {line}"] if line else []
-        told += [f"  proved  {proved}"] if proved else []
-        told += ["  effect  nothing was written; the model is as it was"]
-        told += [
-            "  to fix  see that line: the model is copied, and run in eval mode several times, on other values, on"
-            " another batch size and in float64"
-            if line
-            else "  to fix  see the traceback above; if it is not about the model, it is a mistake of oto's: report it"
-        ]
-        raise error("\n".join(told)) from failure
+        notes = (*([short] if short else []), *uneven, *made.notes)
+        return Subnet(
+            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes
+        )  # fmt: skip
 
 
 def _listed(names: Any) -> list[Any]:
     return [names] if isinstance(names, str | int | type) else list(names)
-
-
-def _first_lines(failure: Exception) -> str:
-    where = traceback.extract_tb(failure.__traceback__)[-1]
-    return first_line(failure) if str(failure) else f"{type(failure).__name__}: at {where.filename}:{where.lineno}"

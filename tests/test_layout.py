@@ -17,7 +17,7 @@ FILES = sorted(OTO.rglob("*.py"))
 
 # Data flows one way. `optim` leaves zeros in the parameters and `slim` reads them; neither knows the other.
 READS = {
-    "trace": set(),
+    "trace": {"nn"},  # how the calls of torch functions are told apart; `nn` reads nothing
     "axes": {"trace", "nn"},  # a rule names the call of `nn` that a thinner layer needs; `nn` reads nothing
     "groups": {"trace", "axes"},
     "optim": {"groups"},

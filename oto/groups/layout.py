@@ -42,6 +42,25 @@ def tied(groups: Sequence[NodeGroup], model: nn.Module) -> tuple[NodeGroup, ...]
     return settled(replace(group, tie=ties.get(group.name)) for group in groups)
 
 
+def joined(groups: Sequence[NodeGroup], ties: Iterable[Sequence[str]]) -> tuple[NodeGroup, ...]:
+    """Tie further groups, by their names; ties that share a group become one."""
+    named = {group.name: group.tie or group.name for group in groups}
+    names: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while name in names:
+            name = names[name]
+        return name
+
+    for tie in ties:
+        first, *others = dict.fromkeys(root(named[name]) for name in tie)
+        names.update(dict.fromkeys(others, first))
+    tied = {root(named[name]) for tie in ties for name in tie}
+    return settled(
+        replace(group, tie=root(named[group.name])) if root(named[group.name]) in tied else group for group in groups
+    )
+
+
 def _starred(model: nn.Module) -> Callable[[str], str]:
     """A function that takes the index of a repeated block out of the names of parameters."""
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -227,8 +227,8 @@ REMEDIES = (
         " adapters, or OTO(..., prune_frozen=True)",
     ),
     (
-        "marked|^skip_|^keep_class|^layout|no more than",
-        "take back what was asked: skip_patterns, marks, keep_class, layout, tensor_parallel, min_kept",
+        "marked|^skip_|^layout|no more than",
+        "take back what was asked: skip_patterns, marks, layout, tensor_parallel, min_kept",
     ),
     ("never uses it", "give an example input that reaches these layers; those of training only stay whole"),
     ("of an output", "outputs keep their size; strict_out_nodes=True frees those that the model reads itself"),

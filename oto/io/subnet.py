@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import inspect
 import os
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from oto._torch import tree_map_only
 from oto.errors import ArtefactError, ClassChangedError, EmitterError, VerificationError, some
-from oto.io.artefact import Artefact, Draft, reading
+from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
-from oto.slim.module import Edits, attribute, thin_copy
+from oto.slim.construct import Made, Zeroed, remade
+from oto.slim.module import Edits, attribute, tensors_of, thin_copy
 from oto.slim.program import export_program, runnable
-from oto.slim.verify import Check, require
+from oto.slim.verify import Check, check, require
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
@@ -49,6 +52,70 @@ def _code(kind: type[Any]) -> str | None:
     except (OSError, TypeError, SyntaxError):  # typed into a prompt, or built at run time
         return None
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def save(
+    out_dir: Path, source: Zeroed, made: Made, cost: Mapping[str, Any], save_full: bool
+) -> list[Check]:  # fmt: skip
+    """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU.
+
+    Args:
+        cost: Costs of the full and of the slim model, for the manifest.
+        save_full: Write the zeroed full weights too.
+
+    Returns:
+        The comparisons that were made.
+
+    Raises:
+        ArtefactError: It cannot be written.
+        VerificationError: What was read back differs. Nothing is put in place.
+    """
+    full, slim = source, made.model
+    if next(source.model.parameters()).device.type != "cpu":
+        given = tree_map_only(Tensor, Tensor.cpu, source.dummy_input)
+        full = replace(source, model=copy.deepcopy(source.model).cpu(), dummy_input=given)
+        slim = copy.deepcopy(slim).cpu() if made.edits is not None else remade(full, made)
+    given, left, edits, notes = full.dummy_input, full.left, made.edits, made.notes
+    graph = source.partition.found.graph
+    with writing(out_dir) as draft:
+        left_out = draft.tensors(WEIGHTS, made.tensors, graph.unread)
+        if save_full:
+            draft.tensors(FULL, tensors_of(source.model, source.partition), graph.unread)
+        # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
+        # class whose weights have taken a count in, which the dtype of the file rounds
+        rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.absorbed))
+        against, left = (slim, None) if rounded else (full.model, left)
+        again: list[Check] = []
+        if edits is not None:
+            loaded = rebuild(full.model, draft.load(WEIGHTS), plain_edits(edits))
+            again += check(against, loaded, given, "reloaded", 1, left=left)
+            require(again)
+        no_program, proof = write_program(
+            draft,
+            slim,
+            given,
+            lambda read: check(against, read, given, "reloaded program", 1, left=left),
+            left_out if edits is not None else (),
+        )
+        again += proof
+        if no_program is not None:
+            needed = "the class is needed to load it" if edits is not None else "nothing in it can be loaded"
+            notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
+        draft.commit(
+            {
+                "model": describe(source.model, made.tensors if edits is not None else {}),
+                "edits": plain_edits(edits or Edits()),
+                "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
+                "checks": [vars(c) for c in (*made.checks, *again)],
+                "no_program": no_program,
+                "left_out": left_out,
+                "notes": notes,
+                "emitter": made.emitter,
+                "why_graph": made.why,
+                "cost": cost,
+            }
+        )
+    return again
 
 
 def write_program(
@@ -175,7 +242,7 @@ def _load_program(artefact: Artefact) -> nn.Module:
         raise ArtefactError(
             f"{artefact.folder} holds no {PROGRAM}: {reason}\n"
             "  effect  the slim model is not of its class, so nothing in the folder can be loaded\n"
-            "  to fix  prune what the class can do without, and save that: OTO(..., keep_class=True)"
+            "  to fix  prune what the class can do without, and save that: OTO(...) without everything=True"
         )
     return read_program(artefact.path(PROGRAM))
 

@@ -1,5 +1,6 @@
 """Small modules and functions for what stock classes cannot express."""
 
 from oto.nn.modules import SWAPS, GroupNorm, LayerNorm, MultiheadAttention, RMSNorm
+from oto.nn.told import Told
 
-__all__ = ["SWAPS", "GroupNorm", "LayerNorm", "MultiheadAttention", "RMSNorm"]
+__all__ = ["SWAPS", "GroupNorm", "LayerNorm", "MultiheadAttention", "RMSNorm", "Told"]

@@ -159,7 +159,7 @@ def _normalised(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) ->
 def _in_place(y: Tensor, other: Tensor) -> bool:
     """Whether ``y``, which nothing else holds, may take the result of an operator on both: without more memory, a
     chain of them is as fast as the stock kernel. Autograd wants ``y`` left as it was."""
-    return not torch.is_grad_enabled() and torch.result_type(y, other) == y.dtype
+    return not torch.is_grad_enabled() and torch.promote_types(y.dtype, other.dtype) == y.dtype
 
 
 def _times(y: Tensor, factor: Tensor) -> Tensor:

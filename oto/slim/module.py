@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError, out_of_memory
 from oto.groups import Partition
-from oto.nn import SWAPS
+from oto.nn import SWAPS, Told
 from oto.nn import functional as counted
+from oto.slim.attributes import Place, Stated, state_
 from oto.slim.config import stock as stock_class
 from oto.slim.plan import Thinning
+from oto.slim.scaling import Absorbed, Scale
+from oto.slim.telling import Telling
 from oto.trace.graph import Leaf, Node
 
 
@@ -31,12 +34,52 @@ class Edits:
     Attributes:
         attributes: For each module path, integer attributes and their new values.
         swaps: For each module path, the class of ``oto.nn`` that takes its place, and how to make it.
+        stated: For each path of a module of the user's own, numbers that it holds: the way to each, and its new value.
+        told: For each path of a module of the user's own, calls that it makes otherwise, as :class:`oto.nn.Told` has
+            them.
         config: Where the class is made anew from ``model.config`` instead, the fields of it that change.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     swaps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stated: dict[str, list[list[Any]]] = field(default_factory=dict)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class OwnClass:
+    """What a slim model of the model's own class needs.
+
+    Attributes:
+        stated: Numbers that modules hold, and what they are to be.
+        absorbed: Norms and means whose count goes into weights, by the index of the call.
+        told: Calls that are to be made otherwise, by their index; for each, places of numbers to state in any case.
+        telling: How calls can be told.
+        whole: Groups that have to stay whole, each with the index of the call that is the reason.
+        ties: Groups that have to keep the same number of atoms.
+    """
+
+    stated: dict[Place, Stated] = field(default_factory=dict)
+    absorbed: dict[int, Absorbed] = field(default_factory=dict)
+    told: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    telling: Telling | None = None
+    whole: dict[str, int | None] = field(default_factory=dict)
+    ties: list[tuple[str, ...]] = field(default_factory=list)
+
+    @property
+    def scales(self) -> dict[str, list[Scale]]:
+        """By what each parameter is multiplied."""
+        found: dict[str, list[Scale]] = {}
+        for one in self.absorbed.values():
+            for scale in one.scales:
+                found.setdefault(scale.name, []).append(scale)
+        return found
+
+    @property
+    def scalars(self) -> dict[int, Stated]:
+        """Numbers among the arguments of calls that an absorbed count changes."""
+        return {index: stated for one in self.absorbed.values() for index, stated in one.scalars.items()}
 
 
 def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
@@ -65,6 +108,9 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             f"{type(model).__name__} cannot be copied: {type(failure).__name__}: {failure}\n"
             "  effect  the original class cannot be used for the slim model"
         ) from failure
+    for path, numbers in edits.stated.items():
+        for key, number in numbers:
+            state_(slim.get_submodule(path), tuple(key), number)
     for path, values in edits.attributes.items():
         module = slim.get_submodule(path)
         for name, value in values.items():
@@ -82,6 +128,9 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             return new
         parent, _, last = path.rpartition(".")
         setattr(slim.get_submodule(parent), last, new)
+    for path, calls in edits.told.items():
+        module = slim.get_submodule(path)
+        module.forward = Told(module, calls)
     return slim
 
 
@@ -92,12 +141,19 @@ def attribute(model: nn.Module, path: str) -> Tensor:
     return found
 
 
-def thin_tensors(model: nn.Module, thin: Thinning) -> dict[str, Tensor]:
-    """Every parameter, buffer and named constant of ``model``, thinned; tied names share one tensor."""
+def thin_tensors(model: nn.Module, thin: Thinning, own: OwnClass | None = None) -> dict[str, Tensor]:
+    """Every parameter, buffer and named constant of ``model``, thinned; tied names share one tensor.
+
+    Args:
+        own: What was found out about the class: some parameters take a count in.
+    """
     tensors: dict[str, Tensor] = {}
+    scales = own.scales if own is not None else {}
     for leaf in thin.found.graph.leaves:
         if leaf.names:
             made = thin.thin(leaf, attribute(model, leaf.names[0]))
+            for scale in scales.get(leaf.name, ()):
+                made = scale.of(made, thin)
             tensors.update(dict.fromkeys(leaf.names, made))
     return tensors
 
@@ -107,13 +163,49 @@ def tensors_of(model: nn.Module, partition: Partition) -> dict[str, Tensor]:
     return {name: attribute(model, leaf.names[0]) for leaf in partition.found.graph.leaves for name in leaf.names}
 
 
-def plan_edits(model: nn.Module, partition: Partition, thin: Thinning) -> Edits:
-    """What to change in the modules of ``torch.nn``.
+def plan_edits(model: nn.Module, partition: Partition, thin: Thinning, own: OwnClass | None = None) -> Edits:
+    """What to change in a model, so that its class computes what the thinner graph does.
+
+    Args:
+        own: What was found out about the class.
 
     Raises:
         EmitterError: A size changes where only the user's own code could say so.
     """
+    edits = adapted(model, thin, own)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for index, text in thin.found.tape.counted.items():
+        node = thin.found.graph.nodes[index]
+        norm = stock(modules.get(node.module)) in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+        taken_in = norm or (own is not None and (index in own.absorbed or index in own.told))
+        if not taken_in and thin.changes(thin.found.tape.rewrites[index]):
+            raise EmitterError(
+                f"{text}, in the forward of {node.module or type(model).__name__} itself ({node.source})\n"
+                "  effect  the original class would divide by the smaller number"
+            )
+    return edits
+
+
+class DeclinedError(EmitterError):
+    """The thinner form of a module cannot express what is left; ``path`` is the module's."""
+
+    path: str = ""
+
+
+def adapted(model: nn.Module, thin: Thinning, own: OwnClass | None = None, plain: bool = False) -> Edits:
+    """What to change in modules of ``torch.nn``, and in what those of the user's own state.
+
+    Args:
+        plain: Leave counts out of what modules are told, so that they make the calls that they made.
+
+    Raises:
+        DeclinedError: A module of ``torch.nn`` has no form for what is left.
+    """
     edits = Edits()
+    if own is not None and own.told and own.telling is not None:
+        edits.told.update(own.telling.told(own.told, thin, plain))
+    for place, stated in (own.stated if own is not None else {}).items():
+        edits.stated.setdefault(place.module, []).append([list(place.key), stated.now(thin)])
     leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}
     calls: dict[str, list[Node]] = {}
     for node in thin.found.graph.nodes:
@@ -123,16 +215,12 @@ def plan_edits(model: nn.Module, partition: Partition, thin: Thinning) -> Edits:
         mine = _Mine(path, module, leaves, thin, calls.get(path, []))
         kind = stock(module)
         if kind is not None:
-            STOCK[kind](mine, edits)
-    for index, text in thin.found.tape.counted.items():
-        node = thin.found.graph.nodes[index]
-        rewrite = thin.found.tape.rewrites[index]
-        norm = stock(modules.get(node.module)) in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-        if thin.changes(rewrite) and not norm:
-            raise EmitterError(
-                f"{text}, in the forward of {node.module or type(model).__name__} itself ({node.source})\n"
-                "  effect  the original class would divide by the smaller number"
-            )
+            try:
+                STOCK[kind](mine, edits)
+            except EmitterError as failure:
+                declined = DeclinedError(str(failure))
+                declined.path = path
+                raise declined from failure
     return edits
 
 

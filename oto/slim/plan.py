@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from oto._torch import tree_map_only
 from oto.axes.call import Rewrite, Size
 from oto.axes.propagate import Propagation
-from oto.axes.terms import Axis, count, resolve, survivors
+from oto.axes.terms import Axis, Term, count, resolve, survivors
 from oto.axes.terms import size as size_of
 from oto.errors import NonFiniteParameterError, some
 from oto.groups import Kept, NodeGroup, Partition
@@ -71,9 +71,13 @@ class Thinning:
     def counts(self) -> dict[Axis, int]:
         return {axis: int(mask.sum()) for axis, mask in self.masks.items()}
 
+    def count(self, term: Term) -> int:
+        """How many entries of a dimension survive."""
+        return count(resolve(term), self.counts)
+
     def size(self, asked: Size) -> int:
         """What an integer argument becomes."""
-        return count(resolve(asked.term), self.counts)
+        return self.count(asked.term)
 
     def changes(self, rewrite: Rewrite) -> bool:
         """Whether any size that the call stands on becomes smaller."""

@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from oto._torch import (
     FakeTensorMode,
@@ -36,9 +37,10 @@ from oto._torch import (
     tree_leaves,
     tree_map_only,
 )
-from oto.errors import DummyInputError, TraceError, first_line, out_of_memory, some
+from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
+from oto.nn.told import name_of, numbers_of
 from oto.trace.found import Found, as_found, is_foreign
-from oto.trace.graph import Graph, GraphBuilder, Key, Value
+from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +163,80 @@ def record_data(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool]
     raise TraceError(_message(model, args, kwargs, failures[0])) from failures[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class FunctionCall:
+    """A call of a torch function, as Python code makes it.
+
+    Attributes:
+        name: What the function is called.
+        numbers: The numbers among its arguments, in their order.
+        within: The modules that were running, from the outside inwards: the path of each, and its how manieth run.
+        nodes: The calls of operators that it consists of.
+    """
+
+    name: str
+    numbers: tuple[int | float, ...]
+    within: tuple[tuple[str, int], ...]
+    nodes: range
+
+
+@dataclasses.dataclass
+class Script:
+    """The decisions of a run on data: whole numbers, truth values and what leaves torch, in their order.
+
+    A run that follows a script takes them from there, so that it takes the same path, whatever its own tensors hold.
+    """
+
+    written: list[tuple[Any, list[Any]]] = dataclasses.field(default_factory=list)
+    read: int | None = None
+
+    def take(self, op: Any, result: Any) -> Any:
+        """Write a result down, or put what stands in the script in its place."""
+        leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        decides = [not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()) for x in leaves]
+        if not any(decides):
+            return result
+        if self.read is None:
+            self.written.append((op, [x.clone() if isinstance(x, Tensor) else x for x in leaves]))
+            return result
+        if self.read < len(self.written) and self.written[self.read][0] is op:
+            before = self.written[self.read][1]
+            self.read += 1
+            for new, old, own in zip(leaves, before, decides, strict=False):
+                if own and isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape:
+                    new.copy_(old)
+            if len(leaves) == len(before) == 1 and not isinstance(result, Tensor | tuple | list):
+                return before[0]
+        return result
+
+
+def follow(
+    model: nn.Module,
+    dummy_input: Any,
+    known: Callable[[Any], bool],
+    way: str,
+    functions: list[FunctionCall] | None = None,
+    script: Script | None = None,
+) -> tuple[tuple[Node, ...], Exception | None]:
+    """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
+
+    Args:
+        way: How tensors are stood for, as in :attr:`Graph.how`: ``"meta"``, ``"fake"`` or ``"real"``.
+        functions: Where to write down the torch functions that are called.
+        script: Where to write down what the run decides by its data, or whence to take it.
+    """
+    args, kwargs = arguments(dummy_input)
+    builder = GraphBuilder(way)
+    try:
+        with as_found(model, dummy_input) as found:
+            _run(model, args, kwargs, known, way, True, found, builder, functions, script)
+    except Exception as failure:  # anything that the user's own forward may raise
+        if out_of_memory(failure):
+            raise
+        return tuple(builder.nodes), failure
+    return tuple(builder.nodes), None
+
+
 def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failure: Exception) -> str:
     shown = tree_map_only(Tensor, lambda t: f"{t.dtype} {tuple(t.shape)} on {t.device}", (args, kwargs))
     positional = [f"  input    {i}: {value}" for i, value in enumerate(shown[0])]
@@ -204,8 +280,10 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool, found: Found
-) -> Recording:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool, found: Found,
+    builder: GraphBuilder | None = None, functions: list[FunctionCall] | None = None,
+    script: Script | None = None,
+) -> Recording:  # fmt: skip
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, tensor in named.items():
@@ -218,7 +296,9 @@ def _run(
             if id(tensor) not in made:
                 made[id(tensor)] = stand_in(tensor)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
-        recorder = _Recorder(GraphBuilder("real" if way == "grad" else way), known, model, found)
+        builder = GraphBuilder("real" if way == "grad" else way) if builder is None else builder
+        recorder = _Recorder(builder, known, model, found)
+        recorder.script = script
         for tensor_id, tensor in made.items():
             first = named[names[tensor_id][0]]
             parameter = isinstance(first, nn.Parameter)
@@ -239,6 +319,8 @@ def _run(
         swapped = {name: made[id(named[name])] for name in places.values()}
         stack.enter_context(recorder.following(model))
         stack.enter_context(recorder)
+        if functions is not None:
+            stack.enter_context(_Functions(recorder, functions))
         result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)
         outputs = list(tensors_in(result))
         if not outputs:
@@ -296,10 +378,13 @@ class _Recorder(TorchDispatchMode):
         self.known = known
         self.shapes_only = builder.how == "meta"
         self.constants: dict[Value, Tensor] = {}
+        self.script: Script | None = None
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
         self.places: dict[int, _Place] = {}
         self.latest: dict[_Place, int] = {}
         self.path: list[str] = [""]
+        self.running: list[tuple[str, int]] = []
+        self.runs = 0
         self.attributes = {
             id(value): f"{name}.{attribute}" if name else attribute
             for name, module in model.named_modules()
@@ -349,9 +434,12 @@ class _Recorder(TorchDispatchMode):
 
         def enter(module: nn.Module, _args: Any) -> None:
             self.path.append(paths.get(id(module), self.path[-1]))
+            self.runs += 1
+            self.running.append((self.path[-1], self.runs))
 
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
             self.path.pop()
+            self.running.pop()
 
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
@@ -383,6 +471,8 @@ class _Recorder(TorchDispatchMode):
             result = args[0] if op._schema.is_mutable else torch.empty_like(args[0], memory_format=plain)
         else:
             result = op(*args, **kwargs)
+        if self.script is not None:
+            result = self.script.take(op, result)
         results: list[Any] = []
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -397,6 +487,23 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+class _Functions(TorchFunctionMode):
+    """Writes down the torch functions that are called."""
+
+    def __init__(self, recorder: _Recorder, calls: list[FunctionCall]) -> None:
+        super().__init__()
+        self.recorder, self.calls = recorder, calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        nodes = self.recorder.builder.nodes
+        begin, within = len(nodes), tuple(self.recorder.running)
+        result = func(*args, **kwargs)
+        numbers = tuple(numbers_of((args, kwargs)))
+        self.calls.append(FunctionCall(name_of(func), numbers, within, range(begin, len(nodes))))
+        return result
+
+
 aten = torch.ops.aten
 
 # Calls whose result has the shape and dtype of their first argument: where shapes are all that is computed, they need
@@ -408,6 +515,28 @@ _SHAPE_OF_FIRST = {
     aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
     aten.contiguous.default,
 }  # fmt: skip
+
+
+@contextmanager
+def told(model: nn.Module, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
+    """Whatever the model's code raises is told as one of our errors, with the stage."""
+    try:
+        yield
+    except Exception as failure:
+        if isinstance(failure, OTOError) or out_of_memory(failure):
+            raise
+        line = line_of(failure)
+        told = [f"{type(model).__name__} failed while {stage}: {first_line(failure)}"]
+        told += [f"  at      {line}"] if line else []
+        told += [f"  proved  {proved}"] if proved else []
+        told += ["  effect  nothing was written; the model is as it was"]
+        told += [
+            "  to fix  see that line: the model is copied, and run in eval mode several times, on other values, on"
+            " another batch size and in float64"
+            if line
+            else "  to fix  see the traceback above; if it is not about the model, it is a mistake of oto's: report it"
+        ]
+        raise error("\n".join(told)) from failure
 
 
 _PYTHON = f"{Path(traceback.__file__).parent}{sep}"

@@ -1,0 +1,121 @@
+"""Where a class states its sizes: integers that its modules hold, and what else they would have to be.
+
+A size in a ``forward`` comes from a tensor, which is thinner by itself, or from an attribute: of the module, of a
+configuration that it holds, of a list, of a module around it. Which one it was is not asked of the code. Attributes of
+the right value are candidates, and what the class does with another value tells (:mod:`oto.slim.own_class`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from oto.axes.terms import Term, resolve
+from oto.axes.terms import size as size_of
+from oto.errors import EmitterError
+from oto.slim.plan import Thinning
+
+Key: TypeAlias = tuple[str | int, ...]
+"""The way from a module to a number: names of attributes, keys of mappings, places in sequences."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A number that a module holds."""
+
+    module: str
+    key: Key
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a number follows from.
+
+    Attributes:
+        term: The dimension that gets thinner.
+        value: The number in the full model.
+        power: By which power of how many times thinner the term is the number grows; that of a size falls alike.
+    """
+
+    term: Term
+    value: int | float
+    power: float = -1.0
+
+    def now(self, thin: Thinning) -> int | float:
+        """What it is to be.
+
+        Raises:
+            EmitterError: It would have to be a fraction.
+        """
+        if not isinstance(self.value, int):
+            return float(self.value * self.ratio(thin) ** self.power)
+        number, rest = divmod(self.value * thin.count(self.term), size_of(self.term))
+        if rest:
+            raise EmitterError(f"what the class states as {self.value} would be no whole number any more")
+        return number
+
+    def ratio(self, thin: Thinning) -> float:
+        """How many times thinner the term is."""
+        return size_of(self.term) / thin.count(self.term)
+
+
+def numbers(module: nn.Module) -> Iterator[tuple[Key, int | float]]:
+    """The numbers that a module holds, its own first, then those of what it holds."""
+    own = [(name, value) for name, value in vars(module).items() if not name.startswith("_") and name != "training"]
+    for name, value in own:
+        if _is_number(value):
+            yield (name,), value
+    for name, value in own:
+        yield from _inside(value, (name,), 3)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _inside(value: Any, key: Key, depth: int) -> Iterator[tuple[Key, int | float]]:
+    if not depth or isinstance(value, nn.Module | Tensor | str | bytes | type) or callable(value):
+        return
+    items: list[tuple[str | int, Any]]
+    if isinstance(value, Mapping):
+        items = [(k, v) for k, v in value.items() if isinstance(k, str)]
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value[:64]))
+    elif hasattr(value, "__dict__"):
+        items = [(k, v) for k, v in vars(value).items() if not k.startswith("__")]
+    else:
+        return
+    for k, v in items:
+        if _is_number(v):
+            yield (*key, k), v
+    for k, v in items:
+        yield from _inside(v, (*key, k), depth - 1)
+
+
+def state_(module: nn.Module, key: Key, value: int | float) -> None:
+    """Make a number that a module holds another one; what lies on the way to it becomes the module's own copy."""
+    setattr(module, str(key[0]), _with(getattr(module, str(key[0])), key[1:], value))
+
+
+def _with(held: Any, key: Key, value: int | float) -> Any:
+    if not key:
+        return value
+    first, rest = key[0], key[1:]
+    if isinstance(held, tuple):
+        items = [_with(item, rest, value) if i == first else item for i, item in enumerate(held)]
+        return type(held)(*items) if hasattr(held, "_fields") else tuple(items)
+    made = copy.copy(held)
+    if isinstance(held, Mapping | list):
+        made[first] = _with(held[first], rest, value)  # type: ignore[index]
+    else:
+        vars(made)[str(first)] = _with(vars(held)[str(first)], rest, value)
+    return made
+
+
+def changed(term: Term, thin: Thinning) -> bool:
+    """Whether a dimension gets thinner."""
+    return thin.count(resolve(term)) != size_of(term)
