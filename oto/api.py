@@ -9,7 +9,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +90,8 @@ class Subnet:
         kept: For each prunable group, the atoms that are left.
         notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
             files that were not written.
+        config: With the emitter ``"config"``, what changes in the model's config; or in the keywords of the function
+            that made it, so that ``function(**subnet.config)`` makes a module of the slim sizes.
     """
 
     model: nn.Module
@@ -102,6 +104,7 @@ class Subnet:
     cost_after: Cost
     kept: Kept
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return subnet_table(self)
@@ -170,7 +173,8 @@ class OTO:
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
         layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
             for all blocks states it. Where the model was made from a config (``model.config``), what no field of it
-            can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. By
+            can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. The
+            same goes for a function that the model says it was made by (``model.pretrained_cfg``) and its keywords. By
             default (``None`` or ``"free"``) every block has counts of its own.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
 
@@ -215,8 +219,9 @@ class OTO:
         self._prune_frozen = prune_frozen
         if not prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
-        self._everything, self._strict_out_nodes, self._layout = everything, strict_out_nodes, layout
+        self._everything, self._strict_out_nodes = everything, strict_out_nodes
         self._own: OwnClass | None = None
+        self._stock = False  # whether its config is to state the slim model
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._saved: Path | None = None
         if skip_patterns:
@@ -235,8 +240,9 @@ class OTO:
             self._groups = tied(self._groups, model)
             tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
             with tried, as_found(model):
-                self._groups = stated(model, self.partition, self._groups, dummy_input, self._recipe)
-        if not everything and (layout != "uniform" or self._recipe is None):
+                found = stated(model, self.partition, self._groups, dummy_input, self._recipe)
+            self._stock, self._groups = found is not None, self._groups if found is None else found
+        if not everything and not self._stock:
             self._own = self._ask_the_class()
             self._groups = joined(keep_whole(self._groups, self._own.whole, CLASS), self._own.ties)
         require_prunable(self._groups, self.partition.found.graph)
@@ -249,8 +255,7 @@ class OTO:
         vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
         graph = record(self.model, self.dummy_input, known, dead=not self._everything)
         self.partition = partition(graph, self._strict_out_nodes)
-        uniform = self._layout == "uniform" and self._recipe is not None
-        self._own = None if self._everything or uniform else self._ask_the_class()
+        self._own = None if self._everything or self._stock else self._ask_the_class()
 
     def _ask_the_class(self) -> OwnClass:
         with told(self.model, TraceError, "it was asked what its class can do without", "the analysis is done"):
@@ -445,7 +450,7 @@ class OTO:
 
     @cached_property
     def _recipe(self) -> Recipe | None:
-        """How the model's class is made from its config, if it is."""
+        """How the model's class is made from its config, or by what function, if it is."""
         return Recipe.of(self.model)
 
     @property
@@ -599,7 +604,7 @@ class OTO:
         kept, uneven = (
             ({}, []) if on_meta(self.model) else evened(self.node_groups, read_zeros(self.node_groups, self.model))
         )
-        recipe = self._recipe if self._layout == "uniform" or emitter == "config" else None
+        recipe = self._recipe if self._stock or emitter == "config" else None
         source = Zeroed(self.model, self.dummy_input, self.partition, self._own, kept, recipe)
         before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
         built = told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
@@ -616,7 +621,8 @@ class OTO:
         short = self._short_of(kept)
         notes = (*([short] if short else []), *uneven, *made.notes)
         return Subnet(
-            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes
+            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes,
+            dict(made.edits.config) if made.edits is not None else {},
         )  # fmt: skip
 
 

@@ -63,7 +63,8 @@ def _require_stated(slim: nn.Module) -> None:
     if missing:
         raise EmitterError(
             f"{kind} has no {some(missing)}, so its class writes no folder of its own\n"
-            "  effect  nothing was written\n  to fix  construct_subnet(out_dir), and load_subnet(out_dir, make_model)"
+            "  effect  nothing was written\n  to fix  construct_subnet(out_dir), and load_subnet(out_dir, make_model);"
+            " what a function made is made again by function(**subnet.config), with subnet.model.state_dict()"
         )
     if Recipe.of(slim) is not None:
         return

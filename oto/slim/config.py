@@ -7,7 +7,10 @@ them do is settled by trial: the class is built from the edited config on ``meta
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +53,7 @@ class Recipe:
         stating: Fields that were found to state a size.
     """
 
-    kind: type[nn.Module]
+    kind: Callable[[Any], nn.Module]
     config: Any
     device: str = "meta"
     stating: set[str] = field(default_factory=set)
@@ -59,14 +62,15 @@ class Recipe:
 
     @classmethod
     def of(cls, model: nn.Module) -> Recipe | None:
-        """The recipe of a model, ``None`` if its class and ``model.config`` do not make its like."""
-        config = getattr(model, "config", None)
-        if config is None or isinstance(config, type) or not callable(getattr(config, "to_dict", None)):
-            return None
-        for device in ("meta", "cpu"):  # a constructor that computes with its weights needs real ones
-            recipe = cls(type(model), config, device)
-            if recipe.shapes({}) == shapes_of(model):
-                return recipe
+        """The recipe of a model: its class and ``model.config``, or the function that it says made it.
+
+        ``None`` if neither makes its like.
+        """
+        for kind, config in _makers(model):
+            for device in ("meta", "cpu"):  # a constructor that computes with its weights needs real ones
+                recipe = cls(kind, config, device)
+                if recipe.shapes({}) == shapes_of(model):
+                    return recipe
         return None
 
     def edited(self, edits: Fields) -> Any:
@@ -151,6 +155,87 @@ class Recipe:
             with torch.random.fork_rng(), torch.device(self.device):
                 self.kind(config)
         return list(names)
+
+
+class Keywords:
+    """Keywords of a constructor that are numbers, as a config."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return copy.deepcopy(vars(self))
+
+
+def _makers(model: nn.Module) -> Iterator[tuple[Callable[[Any], nn.Module], Any]]:
+    """What may have made a model, and of what."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, type) and callable(getattr(config, "to_dict", None)):
+        yield type(model), config
+    about = getattr(model, "pretrained_cfg", None)
+    name = about.get("architecture") if isinstance(about, Mapping) else getattr(about, "architecture", None)
+    function = _function(type(model), name) if isinstance(name, str) else None
+    if function is not None:
+        given = dict(getattr(model, MADE_WITH, {}))
+        keywords = _keywords(type(model), lambda: function(**given))
+        if keywords is not None:
+            plain = keywords.to_dict()
+
+            def again(config: Keywords) -> nn.Module:
+                changed = {name: value for name, value in vars(config).items() if value != plain.get(name)}
+                made: nn.Module = function(**given | changed)
+                return made
+
+            yield again, keywords
+
+
+def _function(kind: type[Any], name: str) -> Callable[..., Any] | None:
+    """A function by its name, in the package of a class."""
+    package = kind.__module__.partition(".")[0]
+    inside = [module for path, module in list(sys.modules.items()) if f"{path}.".startswith(f"{package}.")]
+    found = (vars(module).get(name) for module in [sys.modules[kind.__module__], *inside] if module is not None)
+    return next((function for function in found if inspect.isfunction(function)), None)
+
+
+MADE_WITH = "_model_args"
+"""Where a model may hold the keywords that the function was given."""
+
+
+def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
+    """The numbers that a class is made with, where a function makes it; ``None`` if it does not."""
+    plain, own = kind.__init__, "__init__" in vars(kind)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **keywords: Any) -> None:
+        if type(self) is kind and not calls:
+            calls.append((args, keywords))
+        plain(self, *args, **keywords)
+
+    kind.__init__ = init
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            make()
+    except Exception as failure:  # anything that a constructor may raise
+        if out_of_memory(failure):
+            raise
+        log.debug("%s is not made again: %s", kind.__name__, failure)
+    finally:
+        if own:
+            kind.__init__ = plain
+        else:
+            del kind.__init__
+    if not calls:
+        return None
+    bound = inspect.signature(plain).bind(None, *calls[0][0], **calls[0][1])
+    bound.apply_defaults()
+    held = Keywords()
+    for name, value in list(bound.arguments.items())[1:]:  # without the module itself
+        vars(held)[name] = list(value) if isinstance(value, tuple) else value
+    numbers = {path.split(".")[0] for path, _ in fields(held)}
+    return Keywords(**{name: value for name, value in vars(held).items() if name in numbers})
 
 
 def _get(held: Any, name: str) -> Any:
@@ -246,7 +331,7 @@ def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
         found = recipe.shapes({**implied, **edits})
         return MISFIT if found is None else _distance(found, wanted)
 
-    tries = [(path, n) for path, value in numbers.items() for n in sorted(became.get(value, ())) if n != value]
+    tries = [(path, n) for path, value in numbers.items() for n in _candidates(value, became) if n != value]
     for some_of in ([(path, n) for path, n in tries if path in recipe.stating], tries):
         while (left := off(edits)) > 0:  # the largest step first, and what still is one after it
             rated = sorted((off(edits | {path: n}), i) for i, (path, n) in enumerate(some_of))
@@ -263,7 +348,7 @@ def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
             for name, shape in wanted.items()
             if found.get(name) != shape
         ]
-        raise EmitterError(f"no fields of the config give {recipe.kind.__name__} its sizes: {some(wrong, 3)}")
+        raise EmitterError(f"no fields of the config give the class its sizes: {some(wrong, 3)}")
     recipe.stating.update(edits)
     for path, value in implied.items():  # stated only where it has to be
         if path not in edits:
@@ -273,6 +358,17 @@ def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
         if recipe.shapes(without) == wanted:
             edits = without
     return edits
+
+
+def _candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int | float]:
+    """What a number may be now: a size, or how many times another size a size is."""
+    if isinstance(value, int):
+        return sorted(became.get(value, ()))
+    found: dict[float, None] = {}
+    for base in became:
+        for new in sorted(became.get(round(value * base), ())) if value > 0 and (value * base).is_integer() else ():
+            found[new / base if int(new / base * base) == new else (new + 0.25) / base] = None
+    return list(found)
 
 
 def _became(thin: Thinning) -> dict[int, set[int]]:
@@ -302,22 +398,30 @@ def _distance(found: Shapes, wanted: Shapes) -> float:
     return total
 
 
-def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields) -> nn.Module:
+def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe: Recipe | None = None) -> nn.Module:
     """The class of ``model``, which may be on ``meta``, made from its config with other values, and its tensors.
 
     Raises:
         EmitterError: The class cannot be made, or has other tensors.
     """
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    recipe = recipe or Recipe.of(model)
+    if recipe is None:
+        raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
     try:
-        slim = Recipe(type(model), getattr(model, "config", None)).make(edits, device)
+        slim = recipe.make(edits, device)
     except Exception as failure:
         if out_of_memory(failure):
             raise
         raise EmitterError(f"{type(model).__name__} cannot be made from {dict(edits)}: {failure}") from failure
     fill(slim, model, tensors)
-    if hasattr(model, "generation_config"):
-        slim.generation_config = copy.deepcopy(model.generation_config)
+    for name in ("generation_config", "pretrained_cfg", "default_cfg"):  # how it is used, and no module
+        if hasattr(model, name):
+            setattr(slim, name, copy.deepcopy(getattr(model, name)))
+    if hasattr(model, MADE_WITH):
+        now = {path.split(".")[0] for path in edits}
+        keywords = {name: value for name, value in vars(recipe.edited(edits)).items() if name in now}
+        setattr(slim, MADE_WITH, {**getattr(model, MADE_WITH), **keywords})
     return slim.eval()
 
 

@@ -29,7 +29,7 @@ from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import settled
 from oto.groups.policy import keep_whole
 from oto.nn import functional as counted
-from oto.slim.config import Recipe, solve, stock
+from oto.slim.config import Keywords, Recipe, solve, stock
 from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.verify import Check, check, in_double, require
@@ -48,14 +48,17 @@ UNSTATED = "layout: no field of the config states its size"
 
 def stated(
     model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe | None
-) -> tuple[NodeGroup, ...]:
+) -> tuple[NodeGroup, ...] | None:
     """Keep whole what no field of the model's config can state; tie further what one field states for several ties.
 
     Found by trial, tie by tie: half of it is removed, and the class built from edited configs on ``meta``. In the end
-    everything is removed at once, and the class compared with the zeroed model. A model without a config is left alone.
+    everything is removed at once, and the class compared with the zeroed model.
+
+    Returns:
+        ``None`` if the model has no config, or was made by a function whose keywords state nothing.
     """
     if recipe is None:
-        return tuple(groups)
+        return None
     trial = _Trial(model, partition, recipe, dummy_input, tuple(groups))
     steps = {key: step for key in trial.members() if (step := trial.step(key)) is not None}
     for path, value in recipe.fields().items():
@@ -69,6 +72,8 @@ def stated(
             else:
                 steps[path] = step
     steps = trial.fitting(steps)
+    if not steps and isinstance(recipe.config, Keywords):
+        return None
     whole = [g.name for key, same in trial.members().items() if key not in steps for g in same]
     found = keep_whole(trial.groups, whole, UNSTATED)
     return settled(replace(g, divisor=steps[_key(g)]) if g.prunable else g for g in found)
@@ -212,7 +217,7 @@ def restated(
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
     edits, norms = solved(model, partition, kept, recipe)
     thin = thinning(partition, kept)
-    slim = stock(model, thin_tensors(model, thin), edits)
+    slim = stock(model, thin_tensors(model, thin), edits, recipe)
     with torch.no_grad():
         _absorb(model, slim, partition, thin, norms)
     return slim, edits
