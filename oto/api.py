@@ -57,13 +57,13 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.preview import Preview, preview
 from oto.report.table import subnet_table
-from oto.slim.config import Recipe
 from oto.slim.construct import Zeroed, construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.layout import stated
 from oto.slim.module import OwnClass
 from oto.slim.own_class import own_class
 from oto.slim.plan import read_zeros
+from oto.slim.recipe import Recipe
 from oto.slim.verify import Check, require
 from oto.trace.found import as_found
 from oto.trace.record import on_meta, record, told

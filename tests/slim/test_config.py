@@ -13,8 +13,9 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import EmitterError
-from oto.slim.config import Recipe, _candidates, fields, solve, stock
+from oto.slim.config import _candidates, solve, stock
 from oto.slim.plan import thinning
+from oto.slim.recipe import Recipe, fields
 
 
 class Config:
@@ -112,6 +113,13 @@ def test_a_field_of_a_list():
         "layers.0.weight": (5, 3), "layers.0.bias": (5,), "layers.1.weight": (2, 5), "layers.1.bias": (2,),
         "layers.2.weight": (2, 2), "layers.2.bias": (2,)}.items()}, edits).layers] == [5, 2, 2]  # fmt: skip
     assert model.config.widths == [8, 6]
+
+
+def test_nothing_of_another_size_is_made():
+    model, tensors = Net(config()), {name: t.detach() for name, t in Net(config()).named_parameters()}
+    for edits in ({"inner": 10**13}, {"width": 10**9}):  # as a manifest may claim
+        with pytest.raises(EmitterError, match="does not hold what is there"):
+            stock(model, tensors, edits)
 
 
 def test_what_no_field_states_is_named():
