@@ -33,11 +33,14 @@ from oto.slim.config import solve, stock
 from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Keywords, Recipe
-from oto.slim.verify import Check, check, in_double, require
+from oto.slim.verify import TOLERANCE, Check, check, in_double, relative_error, require, run
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
+
+SMALL = 2**28
+"""A model of so many parameters is compared in float64 too, when ties are tried."""
 
 COARSER = 6
 """How many steps are tried."""
@@ -166,7 +169,11 @@ class _Trial:
             if on_meta(self.model):  # there is nothing to run
                 solved(self.model, self.partition, kept, self.recipe)
             else:
-                emit_stock(self._zeroed(kept), self.partition, kept, self.dummy_input, self.recipe, inputs=0)
+                full = self._zeroed(kept)
+                if sum(p.numel() for p in full.parameters()) <= SMALL:
+                    emit_stock(full, self.partition, kept, self.dummy_input, self.recipe, inputs=0)
+                else:  # in its own dtype alone: float64 copies of a large model may not fit
+                    _compare(full, restated(full, self.partition, kept, self.recipe)[0], self.dummy_input)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -246,6 +253,12 @@ def emit_stock(
     saved = slim.state_dict().keys()
     held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
     return slim, Edits(config=edits), {name: t for name, t in held if name in saved}, checks
+
+
+def _compare(full: nn.Module, slim: nn.Module, dummy_input: Any) -> None:
+    error = relative_error(run(full, dummy_input), run(slim, dummy_input))
+    dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
+    require([Check("slim on the example", str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3))])
 
 
 # --- what is no size --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
@@ -15,50 +14,11 @@ from oto import OTO
 from oto.errors import EmitterError
 from oto.slim.config import _candidates, solve, stock
 from oto.slim.plan import thinning
-from oto.slim.recipe import Recipe, fields
+from oto.slim.recipe import Recipe
 
-
-class Config:
-    def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(vars(self))
-
-
-class FFN(nn.Module):
-    def __init__(self, width, inner):
-        super().__init__()
-        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
-
-
-class Net(nn.Module):
-    """Blocks whose inner width is ``inner``, or four times the width if that is unset; ``words`` has the same value."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        if config.width % config.step:
-            raise ValueError("width")
-        inner = getattr(config, "inner", None) or 4 * config.width
-        self.words = nn.Embedding(config.words, config.width)
-        self.blocks = nn.ModuleList([FFN(config.width, inner) for _ in range(config.depth)])
-
-    def forward(self, ids):
-        x = self.words(ids)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
+from .toy import FFN, Config, Net, config
 
 IDS = torch.tensor([[0, 1, 2]])
-
-
-def config(**values: Any) -> Config:
-    return Config(**{"words": 16, "inner": 16, "width": 4, "step": 2, "depth": 2} | values)
 
 
 def asked(model: nn.Module, keep: int, given: Any = IDS) -> dict[str, Any]:
@@ -132,18 +92,6 @@ def test_what_no_field_states_is_named():
         asked(Fixed(config()), 5)
 
 
-def test_a_class_that_its_config_does_not_make():
-    class Taking(Net):
-        def __init__(self, config, more):
-            super().__init__(config)
-
-    grown = Net(config())
-    grown.words = nn.Embedding(20, 4)
-    for model in (Taking(config(), 1), grown, nn.Linear(2, 2)):
-        assert Recipe.of(model) is None
-    assert Recipe.of(Net(config())) is not None
-
-
 def test_a_value_that_does_not_survive_being_written():
     class Stubborn(Config):
         @classmethod
@@ -163,68 +111,7 @@ def test_the_class_is_built_without_touching_the_random_state():
     assert torch.rand(1) == wanted
 
 
-def test_numbers_of_a_config():
-    held = Config(a=1, b=True, c="x", d=0.5, e=None, f=[2, None, {"g": 3}], _h=4, i=Config(j=5))
-    assert dict(fields(held)) == {"a": 1, "d": 0.5, "e": None, "f.0": 2, "f.2.g": 3, "i.j": 5}
-
-
-# Functions and their keywords ----------------------------------------------------------------------------------------
-
-
-class Mixer(nn.Module):
-    def __init__(self, classes, depth, width, ratio=2.0, act=nn.ReLU):
-        super().__init__()
-        self.stem = nn.Linear(3, width)
-        self.blocks = nn.Sequential(*[FFN(width, int(width * ratio)) for _ in range(depth)])
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x):
-        return self.head(self.blocks(self.stem(x)))
-
-
-def mixer_small(**options: Any) -> nn.Module:
-    model = Mixer(**{"classes": 5, "depth": 2, "width": 7} | options)
-    model.pretrained_cfg, model._model_args = {"architecture": "mixer_small"}, options
-    return model
-
-
-@pytest.mark.parametrize("options", [{}, {"classes": 4}, {"width": 6, "ratio": 3.5}])
-def test_keywords_of_the_function_that_a_model_says_it_was_made_by(options):
-    oto = OTO(mixer_small(**options), torch.randn(2, 3), layout="uniform", skip_patterns=["stem"])
-    oto.random_set_zero_groups(0.5)
-    subnet = oto.construct_subnet()
-    assert subnet.emitter == "config" and subnet.config.keys() == {"ratio"}
-    again = (
-        mixer_small(**options, **subnet.config) if "ratio" not in options else mixer_small(**options | subnet.config)
-    )
-    again.load_state_dict(subnet.model.state_dict())
-    x = torch.randn(4, 3)
-    assert torch.equal(again(x), subnet.model(x))
-    assert subnet.model._model_args == options | subnet.config  # what the library keeps for its own files
-
-
 @pytest.mark.parametrize("width, inner", [(7, 14), (3, 29), (192, 100), (49, 48)])
 def test_how_many_times_another_size_survives_being_cut(width, inner):
     found = _candidates(2.0, {width: {width}, 2 * width: {inner}})
     assert inner in {int(width * ratio) for ratio in found}
-
-
-def test_a_function_that_says_nothing_leaves_ties_alone():
-    class Odd(Mixer):
-        def __init__(self, **options):
-            super().__init__(4, 2, 6, 3.0)
-
-    def odd(**options):
-        return Odd(**options)
-
-    globals()["odd"] = odd
-    try:
-        model = odd()
-        model.pretrained_cfg = {"architecture": "odd"}
-        oto = OTO(model, torch.randn(2, 3), layout="uniform")
-        assert Recipe.of(model) is not None
-        assert {g.tie for g in oto.node_groups if g.prunable} == {None, "blocks.*.up.weight"}
-        oto.random_set_zero_groups(0.5)
-        assert oto.construct_subnet().emitter == "module"
-    finally:
-        del globals()["odd"]

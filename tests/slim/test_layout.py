@@ -12,15 +12,10 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import EmitterError, NothingPrunableError, OptionError
+from oto.slim import layout
 from oto.slim.layout import UNSTATED
 
-
-class Config:
-    def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(vars(self))
+from .toy import Config
 
 
 class RMS(nn.Module):
@@ -116,10 +111,11 @@ def test_what_no_field_states_stays_whole():
     assert {w.group for w in whole} >= {"words.weight", "encoder.0.v.weight"}  # the stream, and the width of a value
 
 
-@pytest.mark.parametrize("plus", [0.0, 1.0])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize(
+    "plus, tied, scaled, key_norms",
+    [(0, False, False, False), (1, False, False, False), (0, True, True, False), (1, True, False, True),
+     (1, True, True, True), (0, False, True, True)],
+)  # fmt: skip
 def test_norms_absorb_the_count(plus, tied, scaled, key_norms):
     full = model(plus=plus, tied=tied, scaled=scaled, key_norms=key_norms)
     oto = OTO(full, IDS, layout="uniform")
@@ -134,6 +130,13 @@ def test_norms_absorb_the_count(plus, tied, scaled, key_norms):
     )
     assert (slim.head.weight is slim.words.weight) == tied
     torch.testing.assert_close(slim(IDS), full(IDS))
+
+
+def test_a_large_model_is_compared_in_its_own_dtype(monkeypatch):
+    monkeypatch.setattr(layout, "SMALL", 0)
+    monkeypatch.setattr(layout, "emit_stock", None)
+    assert stated(OTO(model(), IDS, layout="uniform")) == {"words.weight": 1, "heads": 4, "inner": 4}
+    assert stated(OTO(model(norm=layer_norm), IDS, layout="uniform")) == {"heads": 4, "inner": 4}
 
 
 def test_an_eps_that_no_field_states_keeps_the_stream_whole():
