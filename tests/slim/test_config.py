@@ -102,15 +102,6 @@ def test_a_value_that_does_not_survive_being_written():
         asked(Net(Stubborn(**vars(config()))), 5)
 
 
-def test_the_class_is_built_without_touching_the_random_state():
-    model = Net(config())
-    torch.manual_seed(3)
-    wanted = torch.rand(1)
-    torch.manual_seed(3)
-    asked(model, 5)
-    assert torch.rand(1) == wanted
-
-
 @pytest.mark.parametrize("width, inner", [(7, 14), (3, 29), (192, 100), (49, 48)])
 def test_how_many_times_another_size_survives_being_cut(width, inner):
     found = _candidates(2.0, {width: {width}, 2 * width: {inner}})

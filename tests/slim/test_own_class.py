@@ -262,7 +262,12 @@ class Sorted(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.into, self.up, self.down, self.out = nn.Linear(6, 16), nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 4)
+        self.into, self.up, self.down, self.out = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 24),
+            nn.Linear(24, 16),
+            nn.Linear(16, 4),
+        )
 
     def forward(self, x):
         h = self.into(x)

@@ -26,6 +26,15 @@ def test_a_class_that_its_config_does_not_make():
     assert Recipe.of(Net(config())) is not None
 
 
+def test_a_class_is_made_without_touching_the_random_state():
+    recipe = Recipe.of(Net(config()))
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    recipe.make({"inner": 5}, "cpu")
+    assert torch.rand(1) == wanted
+
+
 def test_numbers_of_a_config():
     held = Config(a=1, b=True, c="x", d=0.5, e=None, f=[2, None, {"g": 3}], _h=4, i=Config(j=5))
     assert dict(fields(held)) == {"a": 1, "d": 0.5, "e": None, "f.0": 2, "f.2.g": 3, "i.j": 5}
