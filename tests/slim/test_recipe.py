@@ -35,6 +35,14 @@ def test_a_class_is_made_without_touching_the_random_state():
     assert torch.rand(1) == wanted
 
 
+def test_what_a_class_reads_of_its_config_is_watched_and_no_more():
+    unset = config()
+    del unset.inner
+    recipe = Recipe.of(Net(unset))
+    assert recipe.implied([4, 8, 16, 32]) == {"inner": 16}
+    assert "__getattribute__" not in vars(Config) and not hasattr(unset, "inner")
+
+
 def test_numbers_of_a_config():
     held = Config(a=1, b=True, c="x", d=0.5, e=None, f=[2, None, {"g": 3}], _h=4, i=Config(j=5))
     assert dict(fields(held)) == {"a": 1, "d": 0.5, "e": None, "f.0": 2, "f.2.g": 3, "i.j": 5}
@@ -56,13 +64,15 @@ class Mixer(nn.Module):
 
 def mixer_small(**options: Any) -> nn.Module:
     model = Mixer(**{"classes": 5, "depth": 2, "width": 7} | options)
-    model.pretrained_cfg, model._model_args = {"architecture": "mixer_small"}, options
+    model.pretrained_cfg = {"architecture": "mixer_small"}
     return model
 
 
 @pytest.mark.parametrize("options", [{}, {"classes": 4}, {"width": 6, "ratio": 3.5}])
 def test_keywords_of_the_function_that_a_model_says_it_was_made_by(options):
-    oto = OTO(mixer_small(**options), torch.randn(2, 3), layout="uniform", skip_patterns=["stem"])
+    model, made = mixer_small(**options), Mixer.__init__
+    model._model_args = options  # as the library keeps them
+    oto = OTO(model, torch.randn(2, 3), layout="uniform", skip_patterns=["stem"])
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
     assert subnet.emitter == "config" and subnet.config.keys() == {"ratio"}
@@ -72,7 +82,8 @@ def test_keywords_of_the_function_that_a_model_says_it_was_made_by(options):
     again.load_state_dict(subnet.model.state_dict())
     x = torch.randn(4, 3)
     assert torch.equal(again(x), subnet.model(x))
-    assert subnet.model._model_args == options | subnet.config  # what the library keeps for its own files
+    assert subnet.model._model_args == options | subnet.config
+    assert Mixer.__init__ is made  # it was looked at, and left as it was
 
 
 def test_a_function_that_says_nothing_leaves_ties_alone():
