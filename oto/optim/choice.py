@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oto.errors import CollapseWarning, NothingPrunableError, OptionError, TargetError, some
+from oto.errors import CollapseWarning, NothingPrunableError, OptionError, TargetError, some, users_level
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, keep_at_least
@@ -255,7 +255,7 @@ class Choice:
                 "  effect  so thin a layer may cost more accuracy than the target suggests\n"
                 "  to fix  ask for less, or keep more of these with min_kept={'name or glob': share}",
                 CollapseWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
 
     def describe(self) -> dict[str, Any]:
