@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -231,7 +229,6 @@ class Stated(nn.Module):
         return self.down(torch.relu(self.up(self.out(y))))
 
 
-
 def test_an_example_of_one_whose_batch_is_baked_in():
     class Baked(nn.Module):
         def __init__(self):
@@ -282,9 +279,6 @@ def test_what_no_call_reads_does_not_stop_saving(tmp_path, persistent):
         assert relative_error(run(subnet.model, x), run(loaded, x)) <= EXACT
         assert given is None or torch.equal(loaded.heads.to_dense(), torch.eye(4, dtype=torch.bool))
     assert subnet.model.heads.is_sparse
-
-
-
 
 
 def test_a_grouped_convolution_loses_whole_groups_and_the_same_channel_of_every_group():

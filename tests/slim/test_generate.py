@@ -1,4 +1,4 @@
-"""``generate`` of slim models of their own class: the tokens and the scores of the zeroed full model, whichever the cache.
+"""``generate`` of slim models of their own class: tokens and scores of the zeroed full model, whichever the cache.
 
 The example has two rows of eight tokens and no cache; nothing that is generated from here has.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from oto import OTO
 from tests.zoo import transformers_zoo as zoo
-from tests.zoo.models import TINY, lively, tokens
+from tests.zoo.models import lively, tokens
 
 transformers = pytest.importorskip("transformers")
 

@@ -36,7 +36,11 @@ class Sentences(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids = torch.randint(5, 100, (6 + index % 5,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": int((ids < 52).sum() * 2 > len(ids))}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": int((ids < 52).sum() * 2 > len(ids)),
+        }
 
 
 def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -88,9 +92,7 @@ def test_from_the_trainer_to_a_pipeline(tmp_path: Path):
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     options = {"eval_dataset": Sentences(), "data_collator": collated, "compute_metrics": accuracy}
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=Sentences(), optimizers=(optimizer, None), **options
-    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=Sentences(), optimizers=(optimizer, None), **options)
     trainer.train()
     wanted = trainer.evaluate()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
