@@ -39,6 +39,10 @@ class MissingExtraError(OTOError, ImportError):
     """An optional package that a function needs is not installed."""
 
 
+class GivenError(OTOError, ValueError):
+    """A model, an input or a checkpoint that a command line names cannot be had."""
+
+
 class NothingPrunableError(OTOError):
     """No node group of the model may lose an entry."""
 
@@ -55,6 +59,10 @@ class TooLateError(OTOError):
     """Something was marked or frozen after the choice that it should have influenced was made."""
 
 
+class ShrinkError(OTOError):
+    """A model cannot get smaller in the middle of training; nothing was changed."""
+
+
 class SetupError(OTOError, ValueError):
     """A checkpoint was made with another schedule or target, and its pruning has begun."""
 
@@ -65,6 +73,14 @@ class NonFiniteParameterError(OTOError, ValueError):
 
 class EmitterError(OTOError):
     """An emitter cannot express the slim model; the message says which part and why."""
+
+
+class GraphInputError(OTOError, TypeError):
+    """A slim model that is a graph was called with other arguments, or other sizes, than it was made with."""
+
+
+class GraphModeError(OTOError):
+    """A slim model that is a graph of the eval forward was put into train mode."""
 
 
 class VerificationError(OTOError):

@@ -40,7 +40,7 @@ class Propagation:
         return tuple(T.resolve(term) for term in self.operands[value].terms)
 
 
-def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False) -> Propagation:
+def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False, part: bool = False) -> Propagation:
     """Relate all dimensions of ``graph``.
 
     Every dimension of a parameter, buffer or constant starts as one axis. Dimensions of inputs and outputs are fixed.
@@ -49,20 +49,23 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
         strict_out_nodes: Only outputs that no other call reads are fixed; one that is returned on the way, such as a
             hidden state, gets as thin as the network there.
         strict: Raise when a rule fails, instead of keeping what it touches.
+        part: The graph is a part of a larger one: its inputs and outputs may get thinner with that.
     """
     tape = Tape()
     operands: dict[Value, Operand] = {}
     coverage: dict[str, Counter[str]] = {"rule": Counter(), "fixed": Counter(), "unknown": Counter()}
     found = Propagation(graph, tape, operands, coverage=coverage, strict_out_nodes=strict_out_nodes)
     outside = Reason("its values were made outside torch, perhaps of what the model computed")
+    runs = [graph] if graph.trained is None else [graph, graph.trained]
+    data = any(run.how == "real" for run in runs)  # without data nothing can leave torch and come back
     for leaf in graph.leaves:
-        loose = graph.how == "real" and not leaf.names  # without data nothing can leave torch and come back
+        loose = data and not leaf.names
         operands[leaf.value] = tape.tensor([T.axis(n, outside if loose else None) for n in leaf.value.shape])
-    reader = {value: node.index for node in reversed(graph.nodes) for value in node.inputs()}
-    for value in graph.inputs:
-        given = Reason("it is a dimension of an input", reader.get(value))
+    reader = {value: node.index for node in reversed(graph.calls) for value in node.inputs()}
+    for value in (value for run in runs for value in run.inputs):
+        given = None if part else Reason("it is a dimension of an input", reader.get(value))
         operands[value] = tape.tensor([T.axis(n, given) for n in value.shape])
-    for node in graph.nodes:
+    for node in graph.calls:
         call = Call(node, tape, operands)
         rule = find(node.op)
         if rule is None:
@@ -78,7 +81,8 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
                 found.unknown.append(node)
                 outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
         answer = "unknown" if node in found.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
-        coverage[answer][node.name] += 1
+        if node.index < len(graph.nodes) or answer == "unknown":  # what eval mode does already is not counted twice
+            coverage[answer][node.name] += 1
         for made, operand in zip(node.outputs, outputs, strict=True):
             if made is not None:
                 assert operand is not None
@@ -86,9 +90,9 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
         for before, after in node.written:  # written to, but not returned: nothing is known of it any more
             call.fix(operands[before], None, f"{node.op} writes to it")
             operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
-    maker = {value: node.index for node in graph.nodes for value in node.outputs if value is not None}
-    for value in graph.outputs:
-        for term in operands[value].terms if not (strict_out_nodes and value in reader) else ():
+    maker = {value: node.index for node in graph.calls for value in node.outputs if value is not None}
+    for value in (value for run in runs for value in run.outputs):
+        for term in () if part or (strict_out_nodes and value in reader) else operands[value].terms:
             T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
     return found
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
 from oto.slim.construct import Made, Zeroed, remade
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
+from oto.slim.origin import Round, after_rounds, descend, origin_of
 from oto.slim.program import export_program, runnable
 from oto.slim.verify import Check, check, require
 
@@ -86,8 +88,13 @@ def save(
         rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.absorbed))
         against, left = (slim, None) if rounded else (full.model, left)
         again: list[Check] = []
+        first, earlier = source.model, tuple[Round, ...]()
         if edits is not None:
-            loaded = rebuild(full.model, draft.load(WEIGHTS), plain_edits(edits))
+            origin = origin_of(made.model)
+            assert origin is not None
+            first, earlier = origin.first, origin.rounds[:-1]
+            start = after_rounds(first, earlier) if earlier else full.model
+            loaded = rebuild(start, draft.load(WEIGHTS), plain_edits(edits))
             again += check(against, loaded, given, "reloaded", 1, left=left)
             require(again)
         no_program, proof = write_program(
@@ -103,7 +110,8 @@ def save(
             notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
         draft.commit(
             {
-                "model": describe(source.model, made.tensors if edits is not None else {}),
+                "model": describe(first, made.tensors if edits is not None else {}),
+                "earlier": [done.plain() for done in earlier],  # what was done before, if it was made slim before
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
                 "checks": [vars(c) for c in (*made.checks, *again)],
@@ -195,7 +203,8 @@ def load_subnet(
 ) -> nn.Module:
     """Load a slim model that ``OTO.construct_subnet`` saved.
 
-    Nothing is unpickled. Every file is checked against its hash first.
+    Nothing is unpickled. Every file is checked against its hash first. A model that was made slim several times loads
+    from the first class all the same, and what is loaded may be made slim again.
 
     Args:
         path: The folder, or a file in it.
@@ -219,7 +228,11 @@ def load_subnet(
     make = (lambda factory: factory()) if manifest.get("left_out") else _on_meta
     given = model if isinstance(model, nn.Module) else make(model)
     _require_same(manifest["model"], given, strict)
-    return rebuild(given, artefact.tensors(WEIGHTS), manifest["edits"]).eval()
+    earlier, tensors = [Round.read(done) for done in manifest.get("earlier", ())], artefact.tensors(WEIGHTS)
+    slim = rebuild(after_rounds(given, earlier), tensors, manifest["edits"]).eval()
+    kept = {name: np.array(atoms, dtype=np.int64) for name, atoms in manifest["kept"].items()}
+    descend(slim, given, *earlier, Round.of(Edits(**manifest["edits"]), tensors, kept))
+    return slim
 
 
 def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:

@@ -25,11 +25,14 @@ from oto.groups import Kept, Partition
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
 from oto.slim.module import Edits, OwnClass, plan_edits, thin_copy, thin_tensors
+from oto.slim.origin import Round, descend
 from oto.slim.plan import thinning
 from oto.slim.recipe import Recipe
 from oto.slim.recording import RECORDED, check_recording, emit_recording
+from oto.slim.training import heads_in_training
+from oto.slim.unreached import left_out, within
 from oto.slim.verify import Check, check, in_double, require
-from oto.trace.export import export
+from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ class Zeroed:
         own: What was found out about the class of the model; ``None`` if nothing was asked.
         kept: For each prunable group, the atoms that are left.
         recipe: How the class is made from its config, if that is to be tried.
+        drop_unreached: Leave out what the forward never uses in eval mode.
     """
 
     model: nn.Module
@@ -55,6 +59,7 @@ class Zeroed:
     own: OwnClass | None
     kept: Kept
     recipe: Recipe | None = None
+    drop_unreached: bool = False
 
     @property
     def left(self) -> list[list[NDArray[np.bool_]]] | None:
@@ -182,15 +187,21 @@ def _of_its_config(source: Zeroed) -> Made:
     slim, edits, tensors, checks = emit_stock(
         source.model, source.partition, source.kept, source.dummy_input, source.recipe, batch=True, left=source.left
     )  # fmt: skip
+    descend(slim, source.model, Round.of(edits, tensors, source.kept))
     return Made("config", slim, edits, tensors, checks)
 
 
 def _of_its_class(source: Zeroed) -> Made:
     thin = thinning(source.partition, source.kept)
     edits = plan_edits(source.model, source.partition, thin, source.own)
+    gone: set[str] = set()
+    if source.drop_unreached:
+        tensors = thin_tensors(source.model, thin, source.own)
+        edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
+        gone = set(within(tensors, edits.dropped))
 
     def slim_of(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-        tensors = thin_tensors(model, thin, source.own)
+        tensors = {n: t for n, t in thin_tensors(model, thin, source.own).items() if n not in gone}
         # a class may drop what it keeps for inference when it is trained
         return thin_copy(model, tensors, edits).train().eval(), tensors
 
@@ -203,21 +214,41 @@ def _of_its_class(source: Zeroed) -> Made:
         source.model, slim, source.dummy_input, batch=True, left=source.left, wider=wider if rounded else None
     )  # fmt: skip
     require(checks)
-    return Made("module", slim, edits, tensors, checks)
+    notes: list[str] = []
+    if not edits.dropped:
+        proofs, notes = heads_in_training(source.model, slim, source.dummy_input, source.partition, source.kept)
+        checks = [*checks, *proofs]
+    descend(slim, source.model, Round.of(edits, tensors, source.kept))
+    return Made("module", slim, edits, tensors, checks, None, notes)
 
 
 def _exported(source: Zeroed, why: list[str]) -> Made:
+    """The slim form of what torch.export follows, with as much free as can be proved."""
     notes: list[str] = []
-    exported = export(source.model, source.dummy_input, known)
-    slim = emit_graph(exported, source.partition, source.kept)
-    checks = check(
-        source.model, slim, source.dummy_input, batch=exported.dynamic, left=source.left, notes=notes
-    )  # fmt: skip
+    level: str | None = LEVELS[0]
+    while level is not None:
+        exported = export(source.model, source.dummy_input, known, level)
+        slim = emit_graph(exported, source.partition, source.kept)
+        shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
+        found: list[str] = []
+        checks = check(
+            source.model, slim, source.dummy_input, batch=exported.dynamic and not shapes, left=source.left,
+            notes=found, shapes=shapes,
+        )  # fmt: skip
+        wrong = [c for c in checks if not c.passed]
+        level = LEVELS[(*LEVELS, LEVELS[-1]).index(exported.level) + 1] if exported.level != LEVELS[-1] else None
+        if level is None or not (found or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))):
+            break
+        notes = found or notes  # other sizes than the example's do not do, so fewer are free
     try:
         require(checks)
     except VerificationError as failure:
         _require_faithful_export(source, failure)
         raise
+    if exported.level != LEVELS[0] and not any("batch" in note for note in notes):
+        why_not = (*notes, exported.why, "what it gives at others is wrong")
+        free = "only the batch is" if exported.dynamic else "none is"
+        notes = [f"of the sizes of its inputs {free} free: {next(x for x in why_not if x).splitlines()[0]}"]
     return Made("graph", slim, None, _held(slim), checks, "; ".join(why) or None, notes)
 
 

@@ -135,8 +135,8 @@ class _Search:
         for seed in range(SEEDS):
             while True:
                 departure = self.departure(seed)
-                if departure is None:
-                    break
+                if departure is None or not self.free.keys() - self.found.whole.keys():
+                    break  # as it should be, or as it was
                 log.info("own class: departs at %s", departure)
                 if not self.mend(departure, seed):
                     self.give_up(departure, seed)
@@ -698,7 +698,9 @@ _BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.defa
 
 def _plain(arguments: Any) -> list[Any]:
     named = tree_map_only(Value, lambda _: "a tensor", arguments)
-    return [x for x in tree_leaves(named) if not isinstance(x, torch.device | torch.layout | torch.Generator)]
+    elsewhere = (torch.device, torch.layout, torch.Generator)
+    # what a branch or a loop runs is a function, and keeps its sizes
+    return [x for x in tree_leaves(named) if not isinstance(x, elsewhere) and not callable(x)]
 
 
 def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:

@@ -151,18 +151,22 @@ def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
     return worst
 
 
-def random_like(dummy_input: Any, seed: int, batch: int | None = None) -> Any:
+def random_like(dummy_input: Any, seed: int, batch: int | None = None,
+                shapes: Sequence[tuple[int, ...]] | None = None) -> Any:  # fmt: skip
     """Another input of the same kind: floats drawn anew, integers within the example's range, booleans as they are.
 
     Args:
         batch: Repeat along the first dimension to this size.
+        shapes: The shape of each tensor instead; booleans are repeated, or cut.
     """
     generator = torch.Generator().manual_seed(seed)
     first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
     size = first.shape[0] if first.ndim else None
 
+    given = iter(shapes or ())
+
     def draw(t: Tensor) -> Tensor:
-        shape = list(t.shape)
+        shape = list(t.shape) if shapes is None else list(next(given))
         if batch is not None and t.ndim and t.shape[0] == size:
             shape[0] = batch
         if t.is_floating_point() or t.is_complex():
@@ -172,7 +176,10 @@ def random_like(dummy_input: Any, seed: int, batch: int | None = None) -> Any:
             drawn = torch.randn(shape, generator=generator, dtype=dtype)
             return (drawn * (spread or 1.0) + middle).to(t.device, t.dtype)
         if t.dtype == torch.bool or not t.numel():
-            return t.expand(shape).clone() if list(t.shape) == shape else t[:1].expand(shape).clone()
+            for dim, n in enumerate(shape):
+                if n != t.shape[dim]:
+                    t = t.index_select(dim, torch.arange(n, device=t.device) % t.shape[dim])
+            return t.clone()
         low, high = int(t.min()), int(t.max())
         return torch.randint(low, high + 1, shape, generator=generator).to(t.device, t.dtype)
 
@@ -200,7 +207,8 @@ def double_input(dummy_input: Any) -> Any:
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False,
           left: Sequence[Sequence[NDArray[np.bool_]]] | None = None, notes: list[str] | None = None,
           lacks: Callable[[Any], str | None] | None = None,
-          wider: Callable[[nn.Module], nn.Module] | None = None) -> list[Check]:  # fmt: skip
+          wider: Callable[[nn.Module], nn.Module] | None = None,
+          shapes: Sequence[Sequence[tuple[int, ...]]] = ()) -> list[Check]:  # fmt: skip
     """Compare a slim model with the zeroed full one.
 
     Args:
@@ -210,6 +218,8 @@ def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim"
         notes: Where to write down what was not compared: a batch size that the slim model does not take, which is an
             error by default, and what ``lacks`` leaves out.
         lacks: Why the slim model is not meant for a random input; ``None`` if it is.
+        shapes: Other shapes of the tensors of the example to try, where the full model takes them; a slim model that
+            does not is a note.
         wider: Makes the slim model in float64 of the full one in float64; by default the slim one is converted.
     """
     tries = [("the example", dummy_input)]
@@ -224,6 +234,8 @@ def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim"
         first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
         if first.ndim:
             tries.append((f"batch of {first.shape[0] + 2}", random_like(dummy_input, inputs, first.shape[0] + 2)))
+    for seed, sizes in enumerate(shapes, inputs + 1):
+        tries.append((f"sizes {', '.join(map(str, sizes))}", random_like(dummy_input, seed, shapes=sizes)))
     dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
     checks = _compare(full, slim, tries, what, dtype, left, notes)
     if dtype != torch.float64:
@@ -262,9 +274,10 @@ def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: tor
         try:
             found = run(slim, given)
         except Exception as failure:
-            if notes is None or not name.startswith("batch"):
+            if notes is None or not name.startswith(("batch", "sizes")):
                 raise
-            note = f"{what} takes the batch size of the example only: {str(failure).splitlines()[0]}"
+            only = "takes the batch size of the example only" if name.startswith("batch") else f"does not take {name}"
+            note = f"{what} {only}: {str(failure).splitlines()[0]}"
             notes.extend([] if note in notes else [note])
             continue
         error = relative_error(expected, found)

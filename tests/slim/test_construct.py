@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -142,11 +140,11 @@ def test_a_size_in_the_users_forward_falls_back_to_the_graph_and_says_why():
         def forward(self, x):
             return self.b(torch.relu(self.a(x)).view(-1, 12))
 
-    full, slim, subnet = thinned(Sized(), torch.randn(2, 5))
+    full, slim, subnet = thinned(Sized(), torch.randn(2, 5), everything=True)
     assert subnet.emitter == "graph" and "RuntimeError" in subnet.why_graph
     assert relative_error(full, slim) <= EXACT
     with pytest.raises(EmitterError, match="Sized cannot be thinned as its own class"):
-        thinned(Sized(), torch.randn(2, 5), emitter="module")
+        thinned(Sized(), torch.randn(2, 5), everything=True, emitter="module")
 
 
 def test_the_graph_takes_any_batch_size():
@@ -241,7 +239,7 @@ def test_an_example_of_one_whose_batch_is_baked_in():
             windows = torch.relu(self.b(self.a(x).view(2 * len(x), -1, 16)))
             return self.c(windows.view(int(windows.shape[0] / 2), -1, 16))
 
-    full, slim, subnet = thinned(Baked(), torch.randn(1, 6, 4))
+    full, slim, subnet = thinned(Baked(), torch.randn(1, 6, 4), everything=True)
     assert subnet.emitter == "graph" and relative_error(full, slim) <= EXACT
 
 
