@@ -209,7 +209,8 @@ class Script:
             before = self.written[self.read][1]
             self.read += 1
             for new, old, own in zip(leaves, before, decides, strict=False):
-                if own and isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape:
+                both = own and isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape
+                if both and 0 not in new.stride():  # an expanded one repeats what was put in its place before
                     new.copy_(old)
             if len(leaves) == len(before) == 1 and not isinstance(result, Tensor | tuple | list):
                 return before[0]
@@ -223,6 +224,7 @@ def follow(
     way: str,
     functions: list[FunctionCall] | None = None,
     script: Script | None = None,
+    limit: int | None = None,
 ) -> tuple[tuple[Node, ...], Exception | None]:
     """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
 
@@ -230,9 +232,10 @@ def follow(
         way: How tensors are stood for, as in :attr:`Graph.how`: ``"meta"``, ``"fake"`` or ``"real"``.
         functions: Where to write down the torch functions that are called.
         script: Where to write down what the run decides by its data, or whence to take it.
+        limit: How many calls to follow, if not all.
     """
     args, kwargs = arguments(dummy_input)
-    builder = GraphBuilder(way)
+    builder = GraphBuilder(way, limit=limit)
     try:
         with as_found(model, dummy_input) as found:
             _in_analysed_form(model)
@@ -240,7 +243,7 @@ def follow(
     except Exception as failure:  # anything that the user's own forward may raise
         if out_of_memory(failure):
             raise
-        return tuple(builder.nodes), failure
+        return tuple(builder.nodes[:limit]), None if builder.full else failure
     return tuple(builder.nodes), None
 
 
