@@ -197,16 +197,21 @@ class Takes:
             return []
         leading = {size for sizes in self.sizes.values() for size in sizes[:1] if isinstance(size, str)}
         found: list[list[tuple[int, ...]]] = []
+        alike: dict[tuple[int, bool], list[str]] = {}  # such as the lengths of tokens and of their mask
+        for name, n in self.symbols.items():
+            alike.setdefault((n, name in leading), []).append(name)
         for larger in (False, True):
             now = dict(self.symbols)
-            for name, n in self.symbols.items():
+            for (n, first), names in alike.items():
                 tries: tuple[int, ...]
-                if name in leading:
+                if first:
                     tries = (n + 2, n + 1) if larger else (1,)
                 else:
                     tries = (2 * n, n + n // 2, n + 1) if larger else (n // 4, n // 2, 3 * n // 4, n - 1)
-                fit = (m for m in tries if m not in (0, n) and self._admits(now | {name: m}, args, kwargs))
-                now[name] = next(fit, n)
+                for together in (names, *([name] for name in names if len(names) > 1)):
+                    if all(now[name] == n for name in together):
+                        changed = (now | dict.fromkeys(together, m) for m in tries if m not in (0, n))
+                        now = next((sizes for sizes in changed if self._admits(sizes, args, kwargs)), now)
             shapes = self._shapes(now)
             if now != self.symbols and shapes not in found:
                 found.append(shapes)

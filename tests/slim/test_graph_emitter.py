@@ -255,6 +255,21 @@ def test_a_model_seen_on_32_tokens_takes_8_and_64(make: Any, given: Any) -> None
             assert relative_error(run(full, x), run(subnet.model, x)) < 1e-5
 
 
+def test_sizes_that_have_to_change_together_do() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            assert x.shape[:2] == mask.shape
+            return self.b(self.a(x).relu()) * mask[..., None]
+
+    _, subnet = graph_of(Masked(), (torch.randn(2, 8, 4), torch.ones(2, 8)))
+    tried = {c.what for c in subnet.checks}
+    assert {"slim on sizes (1, 2, 4), (1, 2)", "slim on sizes (4, 16, 4), (4, 16)"} <= tried
+
+
 def test_a_network_seen_on_one_image_size_takes_others() -> None:
     full, subnet = graph_of(fcn(), torch.randn(1, 3, 32, 32))
     assert subnet.model.free_dims == {"input": (0, 2, 3)}
