@@ -289,7 +289,8 @@ def _check_expression(where: str, text: str) -> None:
             called = node.func
             fine = (isinstance(called, ast.Name) and called.id in _FUNCTIONS) or isinstance(called, ast.Attribute)
         elif isinstance(node, ast.Attribute):
-            fine = node.attr in _READ
+            symbolic = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr.startswith("sym_")
+            fine = node.attr in _READ or symbolic
         elif isinstance(node, ast.Name):
             fine = not node.id.startswith("__")
         elif isinstance(node, ast.Constant):

@@ -138,7 +138,20 @@ class ByHand(nn.Module):
         return (x - mean) * torch.rsqrt(var + 1e-6) * self.weight[:, None, None]
 
 
-@pytest.mark.parametrize("norm", [Normed, lambda n: Grouped(2, n), ByHand])
+class InParts(nn.Module):
+    """The variance is a mean of what no longer is zero where entries are gone."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        mean = x.mean(1, keepdim=True)
+        var = (x - mean).pow(2).mean(1, keepdim=True)
+        return self.weight[:, None, None] * ((x - mean) / torch.sqrt(var + 1e-6)) + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize("norm", [Normed, lambda n: Grouped(2, n), ByHand, InParts])
 def test_norms_of_the_users_own_still_divide_by_the_full_count(norm):
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), norm(16), nn.ReLU(), nn.Conv2d(16, 24, 3), norm(24), nn.Conv2d(24, 2, 1)

@@ -284,16 +284,24 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--why", action="store_true")
     parser.add_argument("--no-graph", action="store_true")
+    parser.add_argument("--record", action="store_true", help="leave the results for `make support-matrix`")
+    parser.add_argument("--part", default="0/1", help="every n-th model from the i-th on, as i/n")
     given = parser.parse_args()
+    first, step = map(int, given.part.split("/"))
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     factories = zoo(given.zoo)
-    for name in given.names or factories:
+    for name in given.names or list(factories)[first::step]:
         if given.why:
             print(f"{name}: {why(factories[name])}\n", flush=True)
         else:
             emitters = ("module",) if given.no_graph else ("module", "graph")
-            print(examine(name, factories[name], emitters=emitters), flush=True)
+            result = examine(name, factories[name], emitters=emitters)
+            print(result, flush=True)
+            if given.record:
+                from .test_exact import written
+
+                written(given.zoo, result)
 
 
 if __name__ == "__main__":
