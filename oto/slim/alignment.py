@@ -163,7 +163,7 @@ class Alignment:
             except RuntimeError:
                 return None
             made = _given(node)
-            if torch.equal(after, before) and all(self.last_read[v] <= node.index for v in [*laid][1:]):
+            if torch.equal(after, before) and all(self.last_read.get(v, -1) <= node.index for v in [*laid][1:]):
                 self.stands[made] = self.stands[given[0]]
                 return node.index + 1
             laid[made] = after

@@ -54,6 +54,8 @@ SEEDS = 5
 """In how many ways the model is made thinner."""
 ROUNDS = 200
 """How often something is mended before things are only given up."""
+AHEAD = 64
+"""How many calls further one looks whether something was mended; the whole model is run before it counts."""
 TRIES = 16
 """How many candidates are tried for one call."""
 _ROW = 8  # entries; of 16 bits, 16 bytes
@@ -183,8 +185,12 @@ class _Search:
                 told |= set(tie)
         return told if seed == 2 else self.free.keys() - told
 
-    def departure(self, seed: int) -> Departure | None:
-        """Where the class, told what is known so far, first does something else than it should."""
+    def departure(self, seed: int, beyond: int | None = None) -> Departure | None:
+        """Where the class, told what is known so far, first does something else than it should.
+
+        Args:
+            beyond: A call that it departed at before; it is followed only so far that one sees whether it does still.
+        """
         thin = self.thin(seed)
         if self.script is None:
             tensors = {}
@@ -203,7 +209,10 @@ class _Search:
             return Departure(self.first_in(declined.path), declined)
         except Exception as refused:  # a class that cannot be copied, or that minds what is set
             return Departure(0, refused)
-        calls, failure = follow(slim, self.dummy_input, known, self.way, script=self.script)
+        calls, failure = follow(
+            slim, self.dummy_input, known, self.way, script=self.script,
+            limit=None if beyond is None else beyond + AHEAD,
+        )  # fmt: skip
         return Alignment(self.partition, self.found, self.last_read, thin, edits, calls, failure).departure()
 
     def first_in(self, path: str) -> int:
@@ -221,7 +230,7 @@ class _Search:
         best, base = None, self.found.stated
         for tried in itertools.islice(self.candidates(departure, seed), TRIES):
             self.found.stated = base | tried
-            after = self.departure(seed)
+            after = self.departure(seed, departure.index)
             if (after is None or after.far > departure.far) and self.still(tried.keys() & base.keys(), seed):
                 if best is None or after is None or (best[0] is not None and after.far > best[0].far):
                     best = after, tried
@@ -247,7 +256,7 @@ class _Search:
                     told[index] = stating
             if departure.index in told and told != before:
                 self.found.told = told
-                after = self.departure(seed)
+                after = self.departure(seed, departure.index)
                 if after is None or after.far > departure.far:
                     return True
                 self.found.told = before
@@ -300,7 +309,7 @@ class _Search:
                     self.found.absorbed, self.found.stated = before, stated
                     return False
                 self.found.stated |= dict.fromkeys(places[:1], wanted)
-        after = self.departure(seed)
+        after = self.departure(seed, departure.index)
         if after is None or after.index > departure.index:
             return True
         self.found.absorbed, self.found.stated = before, stated
@@ -315,14 +324,14 @@ class _Search:
         if not self.tied(list(cut.values()), index, seed):
             return False
         # another method may cut by a number that this one does not read
-        base, reached = self.found.stated, self.departure(seed)
+        base, reached = self.found.stated, self.departure(seed, index)
         self.found.stated = base | {
             Place(path, key): Stated(pieces[0], value)
             for path, pieces in ((self.graph.nodes[at].module, pieces) for at, pieces in cut.items())
             for key, value in numbers(self.modules[path])
             if len(key) == 1 and type(value) is int and value == size_of(pieces[0]) and Place(path, key) not in base
         }
-        after = self.departure(seed)
+        after = self.departure(seed, index)
         if after is not None and (reached is None or after.far < reached.far):
             self.found.stated = base
         return True
@@ -363,7 +372,7 @@ class _Search:
         self.found.ties = _joined([*before, *made])
         if self.found.ties == before:
             return False
-        after = self.departure(seed)
+        after = self.departure(seed, index)
         if after is None or after.index > index:
             return True
         self.found.ties = before
@@ -393,7 +402,7 @@ class _Search:
             for some in several[:TRIES]:
                 chosen = {name: index for family in some for name, index in families[family].items()}
                 self.keep(chosen)
-                after = self.departure(seed)
+                after = self.departure(seed, departure.index)
                 self.found.whole = dict(whole)
                 if after is None or after.index > departure.index:
                     return chosen

@@ -197,6 +197,10 @@ def _effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple
     return tuple(writes), tuple(shares)
 
 
+class EnoughError(Exception):
+    """As many calls were written down as were asked for; never leaves this package."""
+
+
 @dataclass
 class GraphBuilder:
     """Collects calls on tensors that the caller knows by any hashable key."""
@@ -209,6 +213,12 @@ class GraphBuilder:
     inputs: list[Value] = field(default_factory=list)
     held: list[Hashable] = field(default_factory=list)
     count: int = 0
+    limit: int | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many calls as were asked for."""
+        return self.limit is not None and len(self.nodes) >= self.limit
 
     def value(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype) -> Value:
         """A new value, held by ``key`` from now on."""
@@ -264,6 +274,8 @@ class GraphBuilder:
 
     def _add(self, op: Any, args: Any, kwargs: Any, outputs: Any, written: Any, module: str, source: str,
              origin: Any = None) -> None:  # fmt: skip
+        if self.full:
+            raise EnoughError
         self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source, origin))
 
     def _join(self, keys: list[Hashable]) -> None:

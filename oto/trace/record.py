@@ -224,6 +224,7 @@ def follow(
     way: str,
     functions: list[FunctionCall] | None = None,
     script: Script | None = None,
+    limit: int | None = None,
 ) -> tuple[tuple[Node, ...], Exception | None]:
     """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
 
@@ -231,9 +232,10 @@ def follow(
         way: How tensors are stood for, as in :attr:`Graph.how`: ``"meta"``, ``"fake"`` or ``"real"``.
         functions: Where to write down the torch functions that are called.
         script: Where to write down what the run decides by its data, or whence to take it.
+        limit: How many calls to follow, if not all.
     """
     args, kwargs = arguments(dummy_input)
-    builder = GraphBuilder(way)
+    builder = GraphBuilder(way, limit=limit)
     try:
         with as_found(model, dummy_input) as found:
             _in_analysed_form(model)
@@ -241,7 +243,7 @@ def follow(
     except Exception as failure:  # anything that the user's own forward may raise
         if out_of_memory(failure):
             raise
-        return tuple(builder.nodes), failure
+        return tuple(builder.nodes[:limit]), None if builder.full else failure
     return tuple(builder.nodes), None
 
 

@@ -36,8 +36,11 @@ class Sentences(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids = torch.randint(5, 100, (6 + index % 5,), generator=torch.Generator().manual_seed(index))
-        label = int((ids < 52).sum() * 2 > len(ids))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": label}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": int((ids < 52).sum() * 2 > len(ids)),
+        }
 
 
 def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
