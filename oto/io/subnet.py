@@ -31,7 +31,7 @@ from oto.errors import (
 )
 from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
-from oto.slim.construct import Made, Zeroed, remade
+from oto.slim.construct import Made, Zeroed
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
 from oto.slim.origin import Round, after_rounds, descend, origin_of
 from oto.slim.program import export_program, runnable
@@ -85,7 +85,7 @@ def save(
     if next(source.model.parameters()).device.type != "cpu":
         given = tree_map_only(Tensor, Tensor.cpu, source.dummy_input)
         full = replace(source, model=copy.deepcopy(source.model).cpu(), dummy_input=given)
-        slim = copy.deepcopy(slim).cpu() if made.edits is not None else remade(full, made)
+        slim = copy.deepcopy(slim).cpu()
     given, left, edits, notes = full.dummy_input, full.left, made.edits, made.notes
     graph = source.partition.found.graph
     with writing(out_dir) as draft:

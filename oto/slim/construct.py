@@ -262,13 +262,6 @@ def _recorded(source: Zeroed, why: list[str]) -> Made:
     return Made("recording", slim, None, _held(slim), checks, "; ".join(why), notes)
 
 
-def remade(source: Zeroed, made: Made) -> nn.Module:
-    """A slim graph of the same model elsewhere: a graph names devices."""
-    if made.emitter == "recording":
-        return emit_recording(source.model, source.dummy_input, source.partition, source.kept)
-    return emit_graph(export(source.model, source.dummy_input, known), source.partition, source.kept)
-
-
 def _held(graph: nn.Module) -> dict[str, Tensor]:
     return dict([*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)])
 

@@ -19,7 +19,9 @@ aten = torch.ops.aten
 def follow_device(graph: fx.Graph) -> None:
     """Let whatever names a device name that of the first input instead, so that the module can be moved."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    first = next((node for node in placeholders if isinstance(node.meta.get("val"), Tensor)), None)
+    checked = (node.args[0] for node in graph.nodes if node.target is aten._assert_tensor_metadata.default)
+    tensors = (node for node in placeholders if isinstance(node.meta.get("val"), Tensor))
+    first: Any = next(tensors, None) or next(checked, None)  # a recording checks each of its inputs
     here: fx.Node | None = None
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:  # dtype and device change with the module's own
@@ -34,7 +36,7 @@ def follow_device(graph: fx.Graph) -> None:
         if first is None:
             return
         if here is None:
-            with graph.inserting_after(placeholders[-1]):
+            with graph.inserting_after(placeholders[-1] if first.op == "placeholder" else first):
                 here = graph.call_function(getattr, (first, "device"))
 
         def followed(x: Any, here: Any = here) -> Any:

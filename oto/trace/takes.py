@@ -187,7 +187,8 @@ class Takes:
     def other_sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[list[tuple[int, ...]]]:
         """Two other shapes of each tensor among the arguments, smaller and larger, for which the graph holds.
 
-        A leading dimension is tried at one and at two more, as a batch; others at about a quarter, and at twice.
+        A leading dimension is tried at one and at one more, as a batch; others at a quarter, and at an eighth more,
+        or what comes next to that.
 
         Returns:
             For each of the two, the shapes of the tensors in the order of the leaves; fewer if nothing else is free.
@@ -197,16 +198,22 @@ class Takes:
             return []
         leading = {size for sizes in self.sizes.values() for size in sizes[:1] if isinstance(size, str)}
         found: list[list[tuple[int, ...]]] = []
+        alike: dict[tuple[int, bool], list[str]] = {}  # such as the lengths of tokens and of their mask
+        for name, n in self.symbols.items():
+            alike.setdefault((n, name in leading), []).append(name)
         for larger in (False, True):
             now = dict(self.symbols)
-            for name, n in self.symbols.items():
+            for (n, first), names in alike.items():
                 tries: tuple[int, ...]
-                if name in leading:
-                    tries = (n + 2, n + 1) if larger else (1,)
+                if first:
+                    tries = (n + 1, n + 2) if larger else (1,)
                 else:
-                    tries = (2 * n, n + n // 2, n + 1) if larger else (n // 4, n // 2, 3 * n // 4, n - 1)
-                fit = (m for m in tries if m not in (0, n) and self._admits(now | {name: m}, args, kwargs))
-                now[name] = next(fit, n)
+                    up = n + n // 8, n + n // 4, n + n // 2, 2 * n, n + 1  # hardly larger: it is run, and in float64
+                    tries = up if larger else (n // 4, n // 2, 3 * n // 4, n - 1)
+                for together in (names, *([name] for name in names if len(names) > 1)):
+                    if all(now[name] == n for name in together):
+                        changed = (now | dict.fromkeys(together, m) for m in tries if m not in (0, n))
+                        now = next((sizes for sizes in changed if self._admits(sizes, args, kwargs)), now)
             shapes = self._shapes(now)
             if now != self.symbols and shapes not in found:
                 found.append(shapes)

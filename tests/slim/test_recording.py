@@ -209,3 +209,16 @@ def test_what_no_graph_can_hold_names_all_three_ways():
     assert "a recording cannot hold cond" in message and "without everything=True" in message
     with pytest.raises(EmitterError, match="a recording cannot hold"):
         oto.construct_subnet(emitter="recording")
+
+
+def test_it_runs_where_its_inputs_are():
+    class Counts(Net):
+        def forward(self, x):
+            places = torch.arange(len(x), device=x.device)[:, None] + torch.zeros(1, device=x.device)
+            return self.b(torch.relu(self.a(x).view(-1, 16)) + places)
+
+    oto = OTO(Counts(), X.float(), everything=True)
+    oto.random_set_zero_groups(0.5)
+    slim = oto.construct_subnet(emitter="recording").model
+    assert not [node for node in slim.graph.nodes if "cpu" in f"{node.args} {node.kwargs}"]
+    assert slim.to("meta")(X.float().to("meta")).is_meta

@@ -178,3 +178,42 @@ def test_without_train_mode_it_says_so() -> None:
     _, part, _ = made(train=False)
     with pytest.raises(Exception, match="no dropout"):
         part.model.train()
+
+
+class Auxiliary(nn.Module):
+    """In train mode it also runs a head of its own, a weight by its other name, and statistics without a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.also = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.also.weight = self.down.weight
+        self.head = nn.Linear(8, 2)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Any:
+        h = F.batch_norm(self.up(x), self.mean, self.var, training=self.training).relu()
+        return {"y": self.down(h), "more": [self.head(h), self.also(h)]} if self.training else self.down(h)
+
+
+def test_what_train_mode_alone_reads_is_kept_and_ties_hold() -> None:
+    full, x = Auxiliary().double(), torch.randn(6, 5).double()
+    keep = np.array([True, False] * 4)
+    gone = torch.from_numpy(~keep)
+    with torch.no_grad():  # behind the norm a row must be zero whatever its statistics: so is what reads it
+        for layer in (full.down, full.head):
+            layer.weight[:, gone] = 0
+    entries = {name: [np.ones(n, bool) for n in p.shape] for name, p in full.named_parameters(remove_duplicate=False)}
+    for name, dim in (("up.weight", 0), ("up.bias", 0), ("down.weight", 1), ("also.weight", 1), ("head.weight", 1)):
+        entries[name][dim] = keep
+    slim = emit_part(full, (x,), {}, entries).model
+    for again in (slim, copy.deepcopy(slim)):
+        assert again.also.weight is again.down.weight and again.head.in_features == 4
+        assert set(dict(again.named_parameters())) == set(dict(full.named_parameters()))
+        full.mean.zero_(), full.var.fill_(1.0)
+        wanted, found = full.train()(x), again.train()(x)
+        for a, b in zip([wanted["y"], *wanted["more"]], [found["y"], *found["more"]], strict=True):
+            assert (a - b).abs().max() < EXACT
+        assert (full.mean[torch.from_numpy(keep)] - again.mean).abs().max() < EXACT and again.mean.abs().sum() > 0
+        assert (full.eval()(x) - again.eval()(x)).abs().max() < EXACT
