@@ -75,7 +75,8 @@ def subnet_table(subnet: Shrunk) -> str:
             f" error {c.error:.1e} (tolerance {c.tolerance:.0e})"
             for dtype, c in worst.items()
         ),
-        "emitted as the original class" if subnet.emitter == "module" else "emitted as a torch.fx.GraphModule",
+        *([] if worst else ["not verified"]),
+        f"emitted as {'the original class' if subnet.emitter in ('module', 'config') else 'a torch.fx.GraphModule'}",
     ]  # fmt: skip
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")

@@ -32,7 +32,7 @@ from oto.nn import functional as counted
 from oto.slim.config import Recipe, solve, stock
 from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
-from oto.slim.verify import Check, check, in_double, require
+from oto.slim.verify import Wider, check, double_, require
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
 
@@ -160,7 +160,9 @@ class _Trial:
             if on_meta(self.model):  # there is nothing to run
                 solved(self.model, self.partition, kept, self.recipe)
             else:
-                emit_stock(self._zeroed(kept), self.partition, kept, self.dummy_input, self.recipe, inputs=0)
+                zeroed = self._zeroed(kept)
+                slim, _, _, wider = emit_stock(zeroed, self.partition, kept, self.recipe)
+                require(check(zeroed, slim, self.dummy_input, random=False, wider=wider))
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -219,27 +221,22 @@ def restated(
 
 
 def emit_stock(
-    model: nn.Module, partition: Partition, kept: Kept, dummy_input: Any, recipe: Recipe | None, **how: Any
-) -> tuple[nn.Module, Edits, dict[str, Tensor], list[Check]]:
-    """The slim model as the stock class, the edits that make it, the tensors that it holds in a file, and its proof.
-
-    Args:
-        **how: For :func:`oto.slim.verify.check`.
+    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None
+) -> tuple[nn.Module, Edits, dict[str, Tensor], Wider]:
+    """The slim model as the stock class, the edits that make it, the tensors that it holds in a file; and how to make
+    it in float64, for its proof.
 
     Raises:
         EmitterError: No config states what is kept.
-        VerificationError: It does not compute what the zeroed model does.
     """
     slim, edits = restated(model, partition, kept, recipe)
 
-    def widened(full64: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
-        return in_double(restated(full64, partition, kept, recipe)[0])
+    def wider(full: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
+        return double_(restated(full, partition, kept, recipe)[0])
 
-    checks = check(model, slim, dummy_input, wider=widened, **how)
-    require(checks)
     saved = slim.state_dict().keys()
     held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
-    return slim, Edits(config=edits), {name: t for name, t in held if name in saved}, checks
+    return slim, Edits(config=edits), {name: t for name, t in held if name in saved}, wider
 
 
 # --- what is no size --------------------------------------------------------------------------------------------------
