@@ -6,28 +6,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP as SIZE_FUNCTIONS
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
+    "SIZE_FUNCTIONS",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
     "TorchDispatchMode",
+    "codegen_state",
+    "compile_package",
+    "count_conditions",
     "example_size",
+    "expression",
+    "guards_of",
     "holder",
     "is_free",
+    "load_package",
+    "nested_codegen",
     "quiet",
+    "substituted",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -85,3 +96,51 @@ def example_size(size: Any) -> int:
 def is_free(size: Any) -> bool:
     """Whether a size is a symbol still, not a number that tracing settled on."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def expression(size: Any) -> str:
+    """A symbolic size in the symbols of its program."""
+    return str(size.node.expr)
+
+
+def substituted(text: str, symbols: Mapping[str, int]) -> int:
+    """What an expression in symbols comes to."""
+    made: Any = eval(text, {"__builtins__": {}, **SIZE_FUNCTIONS}, dict(symbols))
+    return int(made)
+
+
+def count_conditions(size: Any) -> int:
+    """How many conditions on sizes the run that made a symbolic size has collected so far."""
+    return len(size.node.shape_env.guards)
+
+
+def guards_of(program: torch.export.ExportedProgram) -> list[str] | None:
+    """The conditions under which an exported program holds, in Python; ``None`` where torch does not tell."""
+    found: list[str] | None = getattr(program, "_guards_code", None)
+    return found
+
+
+def codegen_state(graph: fx.Graph) -> tuple[Any, ...] | None:
+    """How a graph nests what it takes and gives, as plain data; ``None`` if it does not."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    return None if info is None else tuple(info)
+
+
+def nested_codegen(graph: fx.Graph, state: tuple[Any, ...]) -> None:
+    """Nest what a graph takes and gives as another one did."""
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(*state)))
+
+
+def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
+    """Compile an exported program ahead of time, with its weights, into one file that needs no Python."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=path)
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """What :func:`compile_package` wrote, to be called as the model."""
+    from torch._inductor import aoti_load_package
+
+    loaded: Callable[..., Any] = aoti_load_package(path)
+    return loaded

@@ -67,6 +67,14 @@ class EmitterError(OTOError):
     """An emitter cannot express the slim model; the message says which part and why."""
 
 
+class GraphInputError(OTOError, TypeError):
+    """A slim model that is a graph was called with other arguments, or other sizes, than it was made with."""
+
+
+class GraphModeError(OTOError):
+    """A slim model that is a graph of the eval forward was put into train mode."""
+
+
 class VerificationError(OTOError):
     """The slim model does not compute what the zeroed model computes. Nothing was written."""
 

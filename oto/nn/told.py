@@ -7,7 +7,9 @@ batch and other lengths are as the code says. ``torch.compile`` and ``torch.expo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ for JSON), how."""
 class Told:
     """The forward of a module, with some of its calls changed; it takes the place of ``module.forward``.
 
+    It has the signature of that, which trainers and exporters read.
+
     Args:
         module: Of any class.
         calls: Which calls to change, and how:
@@ -35,6 +39,18 @@ class Told:
     def __init__(self, module: nn.Module, calls: Calls) -> None:
         self.module = module
         self.calls = {name: dict(places) for name, places in calls.items()}
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own)
+
+    @property
+    def __code__(self) -> CodeType:
+        return self._own.__code__
+
+    @property
+    def _own(self) -> MethodType:
+        return MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Telling(self.calls):

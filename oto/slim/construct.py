@@ -32,7 +32,7 @@ from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, t
 from oto.slim.plan import thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.verify import Check, Reference, check, double_, require
-from oto.trace.export import export
+from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
@@ -303,16 +303,33 @@ def _of_its_class(source: Zeroed) -> Made:
 
 
 def _exported(source: Zeroed, why: list[str]) -> Made:
+    """The slim form of what torch.export follows, with as much free as can be proved."""
     notes: list[str] = []
-    stage("exporting the graph")
-    exported = export(source.model, source.dummy_input, known)
-    slim = emit_graph(exported, source.partition, source.kept)
+    level: str | None = LEVELS[0]
+    while level is not None:
+        stage("exporting the graph")
+        exported = export(source.model, source.dummy_input, known, level)
+        slim = emit_graph(exported, source.partition, source.kept)
+        shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
+        how: dict[str, Any] = {"batch": exported.dynamic and not shapes, "shapes": shapes}
+        found: list[str] = []
+        checks = source.reference.check(slim, notes=found, **how) if source.verify else []
+        wrong = [c for c in checks if not c.passed]
+        level = LEVELS[(*LEVELS, LEVELS[-1]).index(exported.level) + 1] if exported.level != LEVELS[-1] else None
+        if level is None or not (found or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))):
+            break
+        notes = found or notes  # other sizes than the example's do not do, so fewer are free
+
+    if exported.level != LEVELS[0] and not any("batch" in note for note in notes):
+        why_not = (*notes, exported.why, "what it gives at others is wrong")
+        free = "only the batch is" if exported.dynamic else "none is"
+        notes = [f"of the sizes of its inputs {free} free: {next(x for x in why_not if x).splitlines()[0]}"]
 
     def prove(full: Zeroed) -> list[Check]:
-        own = slim
-        if full is not source:
-            own = emit_graph(export(full.model, full.dummy_input, known), full.partition, full.kept)
-        return full.reference.check(own, batch=exported.dynamic, notes=notes)
+        if full is source:
+            return checks
+        own = emit_graph(export(full.model, full.dummy_input, known, exported.level), full.partition, full.kept)
+        return full.reference.check(own)
 
     try:
         checks = _proved(source, prove, notes)

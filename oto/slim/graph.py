@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from oto.axes.terms import size as size_of
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
 from oto.groups.partition import occurrences
+from oto.slim.graph_module import SlimGraph
+from oto.slim.leaves import follow_device, name_leaves
 from oto.slim.plan import Thinning
 from oto.trace.export import Exported
 from oto.trace.graph import Leaf, Node, Value
@@ -27,8 +30,8 @@ aten = torch.ops.aten
 _BY_COUNT = {aten.chunk.default, aten.unsafe_chunk.default, aten.tensor_split.sections}
 
 
-def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.GraphModule:
-    """Build the slim model as a plain ``torch.fx.GraphModule``.
+def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGraph:
+    """Build the slim model as a ``torch.fx.GraphModule`` that goes by the names of ``forward``.
 
     What to keep was decided on the recorded graph and is stated per parameter entry, so it carries over.
 
@@ -36,7 +39,35 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
         EmitterError: The exported graph ties parameter dimensions together in another way than the recorded one.
     """
     thin = Thinning(propagate(exported.graph, partition.found.strict_out_nodes), {})
-    thin.masks = _carry_over(thin, partition, kept)
+    entries = entries_of(partition, kept)
+    carry_over(
+        thin, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
+    )
+    ranks = ranks_of(exported)
+    slim = SlimGraph(thinned(exported, thin), exported.module.graph, exported.takes)
+    name_leaves(slim, exported.module, ranks)
+    slim.graph.lint()
+    slim.recompile()
+    return slim
+
+
+def entries_of(partition: Partition, kept: Kept) -> dict[str, list[NDArray[np.bool_]]]:
+    """For each name of a parameter and each of its dimensions, which entries survive."""
+    return {
+        name: partition.entries(leaf.value, kept)
+        for leaf in partition.found.graph.leaves
+        if leaf.kind == "parameter"
+        for name in leaf.names
+    }
+
+
+def ranks_of(exported: Exported) -> dict[fx.Node, int]:
+    """How many dimensions the tensor of each node has."""
+    return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
+
+
+def thinned(exported: Exported, thin: Thinning) -> fx.GraphModule:
+    """The exported module with the sizes and the tensors that are left; its graph is rewritten in place."""
     source = exported.module
     slim = fx.GraphModule(source, source.graph)
     inputs = _tensors_of(exported)
@@ -44,6 +75,10 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
         rewrite = thin.found.tape.rewrites.get(node.index)
         if rewrite is not None and thin.changes(rewrite):
             _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), thin, inputs)
+    for drawn, (place, value) in exported.drawn.items():  # it is analysed as in eval mode
+        drawn.args = tuple(value if i == place else x for i, x in enumerate(drawn.args))
+        drawn.kwargs = {name: value if name == place else x for name, x in drawn.kwargs.items()}
+    follow_device(slim.graph)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
         if node.target is torch.ops.aten.view.default:  # thinner tensors may lie in memory in another way
@@ -59,9 +94,7 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> fx.Graph
             made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         if id(old) in made:
             setattr(holder, name, made[id(old)])
-    slim.graph.lint()
-    slim.recompile()
-    return slim.eval()
+    return slim
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -78,35 +111,33 @@ def _leaves(exported: Exported) -> dict[int, Leaf]:
     return found
 
 
-def _carry_over(thin: Thinning, partition: Partition, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
-    wanted = {
-        name: partition.entries(leaf.value, kept)
-        for leaf in partition.found.graph.leaves
-        if leaf.kind == "parameter"
-        for name in leaf.names
-    }
+def carry_over(thin: Thinning, wanted: Mapping[Value, tuple[str, Sequence[NDArray[np.bool_]]]]) -> None:
+    """Choose the atoms that survive by what is stated of some tensors, each with its name.
+
+    Raises:
+        EmitterError: The graph cannot lose them, or loses others with them.
+    """
     masks: dict[Axis, NDArray[np.bool_]] = {}
-    parameters = [leaf for leaf in thin.found.graph.leaves if leaf.name in wanted]
-    for leaf in parameters:
-        for term, mask in zip(thin.found.terms(leaf.value), wanted[leaf.name], strict=True):
+    for value, (name, entries) in wanted.items():
+        for term, mask in zip(thin.found.terms(value), entries, strict=True):
             for axis, cuts in occurrences(term):
                 own = Slice("", 0, cuts).of(torch.from_numpy(mask)).reshape(axis.size, -1).any(1).numpy()
                 masks[axis] = masks[axis] & own if axis in masks else own
                 if axis.fixed is not None and not own.all():
                     raise EmitterError(
-                        f"the exported graph cannot thin {leaf.name}: {axis.fixed.text}\n"
+                        f"the exported graph cannot thin {name}: {axis.fixed.text}\n"
                         "  effect  no graph can be emitted for this choice of entries\n"
                         "  to fix  mark the parameter unprunable, and report the model"
                     )
-    for leaf in parameters:
-        for dim, (term, mask) in enumerate(zip(thin.found.terms(leaf.value), wanted[leaf.name], strict=True)):
+    for value, (name, entries) in wanted.items():
+        for dim, (term, mask) in enumerate(zip(thin.found.terms(value), entries, strict=True)):
             if not np.array_equal(survivors(term, masks), mask):
                 raise EmitterError(
-                    f"the exported graph ties dimension {dim} of {leaf.name} to others, the recorded one does not\n"
+                    f"the exported graph ties dimension {dim} of {name} to others, the recorded one does not\n"
                     "  effect  no graph can be emitted for this choice of entries\n"
                     "  to fix  mark the parameter unprunable, and report the model"
                 )
-    return masks
+    thin.masks = masks
 
 
 def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:

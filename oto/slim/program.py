@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from oto.slim.graph_module import SlimGraph
+from oto.slim.leaves import follow_device, name_leaves
+from oto.slim.verify import random_like
 from oto.trace import export as trace_export
+from oto.trace.record import arguments
+from oto.trace.takes import parameters_of
 
 
 class _Inside(nn.Module):
@@ -16,24 +22,41 @@ class _Inside(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        @functools.wraps(model.forward)  # by whose names the program goes
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]  # without self
+        vars(self)["forward"] = forward
 
 
 def export_program(slim: nn.Module, dummy_input: Any) -> torch.export.ExportedProgram:
-    """Export a slim model with a free batch dimension where it allows one.
+    """Export a slim model, with every dimension of its inputs free that it leaves free.
 
     Raises:
         EmitterError: ``torch.export`` cannot follow it.
     """
     # a graph module states its output types itself; inside another module it is asked for plain ones
-    program, _ = trace_export.export_program(_Inside(slim), dummy_input, portable=True)
-    return program
+    return trace_export.export_program(_Inside(slim), dummy_input, portable=True).program
 
 
-def runnable(program: torch.export.ExportedProgram) -> nn.Module:
-    """An exported program as a plain module with ``train`` and ``eval``."""
-    takes = inspect.signature(program.module).parameters
-    module = program.module(check_guards=False) if "check_guards" in takes else program.module()
-    assert isinstance(module, fx.GraphModule)
-    return fx.GraphModule(module, module.graph).eval()
+def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy_input: Any) -> list[Any]:
+    """Random inputs of other sizes, smaller and larger, that a program of ``slim`` takes."""
+    takes = trace_export.takes_of(program, trace_export.module_of(program), parameters_of(slim.forward))
+    return [
+        random_like(dummy_input, seed, shapes=shapes)
+        for seed, shapes in enumerate(takes.other_sizes(*arguments(dummy_input)))
+    ]
+
+
+def runnable(program: torch.export.ExportedProgram) -> SlimGraph:
+    """An exported program as a module that refuses what it was not made for."""
+    module = trace_export.module_of(program)
+    slim = SlimGraph(module, module.graph, trace_export.takes_of(program, module))
+    follow_device(slim.graph)
+    ranks = {node: val.ndim for node in slim.graph.nodes if isinstance(val := node.meta.get("val"), torch.Tensor)}
+    name_leaves(slim, module, ranks)
+    for node in slim.graph.nodes:
+        node.meta = {}
+    slim.recompile()
+    return slim

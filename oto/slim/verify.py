@@ -214,18 +214,22 @@ def follow_model(dummy_input: Any, then: Mapping[str, torch.dtype], now: Mapping
     return tree_map_only(Tensor, moved, dummy_input)
 
 
-def random_like(dummy_input: Any, seed: int, batch: int | None = None) -> Any:
+def random_like(dummy_input: Any, seed: int, batch: int | None = None,
+                shapes: Sequence[tuple[int, ...]] | None = None) -> Any:  # fmt: skip
     """Another input of the same kind: floats drawn anew, integers within the example's range, booleans as they are.
 
     Args:
         batch: Repeat along the first dimension to this size.
+        shapes: The shape of each tensor instead; booleans are repeated, or cut.
     """
     generator = torch.Generator().manual_seed(seed)
     first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
     size = first.shape[0] if first.ndim else None
 
+    given = iter(shapes or ())
+
     def draw(t: Tensor) -> Tensor:
-        shape = list(t.shape)
+        shape = list(t.shape) if shapes is None else list(next(given))
         if batch is not None and t.ndim and t.shape[0] == size:
             shape[0] = batch
         if t.is_floating_point() or t.is_complex():
@@ -235,7 +239,10 @@ def random_like(dummy_input: Any, seed: int, batch: int | None = None) -> Any:
             drawn = torch.randn(shape, generator=generator, dtype=dtype)
             return (drawn * (spread or 1.0) + middle).to(t.device, t.dtype)
         if t.dtype == torch.bool or not t.numel():
-            return t.expand(shape).clone() if list(t.shape) == shape else t[:1].expand(shape).clone()
+            for dim, n in enumerate(shape):
+                if n != t.shape[dim]:
+                    t = t.index_select(dim, torch.arange(n, device=t.device) % t.shape[dim])
+            return t.clone()
         low, high = int(t.min()), int(t.max())
         return torch.randint(low, high + 1, shape, generator=generator).to(t.device, t.dtype)
 
@@ -298,6 +305,7 @@ class Reference:
     notes: list[str] = field(default_factory=list)
     _given: dict[str, list[Tensor] | None] = field(default_factory=dict)
     _wide: dict[str, list[Tensor] | None] = field(default_factory=dict)
+    _shapes: dict[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)
     _full64: nn.Module | None = None
     _found: dict[int, tuple[nn.Module, Found]] = field(default_factory=dict)
 
@@ -315,6 +323,7 @@ class Reference:
         wider: Wider | None = None,
         random: bool = True,
         exact: bool = True,
+        shapes: Sequence[Sequence[tuple[int, ...]]] = (),
     ) -> list[Check]:
         """Compare a slim model with the full one.
 
@@ -327,15 +336,17 @@ class Reference:
                 while everything is computed in float64.
             random: Compare on a random input too, besides the example.
             exact: Compare in float64 too.
+            shapes: Other shapes of the tensors of the example to try, in the model's own dtype, where the full model
+                takes them; a slim model that does not is a note.
         """
         try:
-            return self._checks(slim, what, batch, notes, lacks, wider, random, exact)
+            return self._checks(slim, what, batch, notes, lacks, wider, random, exact, shapes)
         finally:
             self._found.pop(id(slim), None)
 
     def _checks(
         self, slim: nn.Module, what: str, batch: bool, notes: list[str] | None, lacks: Any, wider: Wider | None,
-        random: bool, exact: bool,
+        random: bool, exact: bool, shapes: Sequence[Sequence[tuple[int, ...]]],
     ) -> list[Check]:  # fmt: skip
         self._require_own(slim)
         exact = exact and self.dtype != torch.float64
@@ -343,7 +354,9 @@ class Reference:
         if not (self.brief and exact and self._in_float64()):
             stage(f"{what}: comparing in {_name(self.dtype)}")
             drawn = self._drawn(what, batch, notes, lacks) if random else []
-            checks = self._compare(slim, [EXAMPLE, *drawn], what, notes)
+            sizes = {f"sizes {', '.join(map(str, shape))}": shape for shape in shapes}
+            self._shapes.update(sizes)
+            checks = self._compare(slim, [EXAMPLE, *drawn, *sizes], what, notes)
             random = bool(drawn)
         if exact and self._in_float64():
             stage(f"{what}: comparing in float64")
@@ -380,6 +393,8 @@ class Reference:
     def _input(self, name: str) -> Any:
         if name == EXAMPLE:
             return self.dummy_input
+        if name in self._shapes:
+            return random_like(self.dummy_input, 1, shapes=self._shapes[name])
         return random_like(self.dummy_input, 0, None if name == RANDOM else (self._size or 0) + 2)
 
     def _outputs(self, name: str) -> list[Tensor] | None:
@@ -409,11 +424,13 @@ class Reference:
             try:
                 found = self._run(slim, self._input(name))
             except Exception as failure:
-                if notes is None or name != self._batch:
+                if notes is None or name not in (self._batch, *self._shapes):
                     raise
-                note = f"{what} takes the batch size of the example only: {str(failure).splitlines()[0]}"
+                only = "takes the batch size of the example only" if name == self._batch else f"does not take {name}"
+                note = f"{what} {only}: {str(failure).splitlines()[0]}"
                 notes.extend([] if note in notes else [note])
-                return checks + self._compare(slim, [RANDOM], what, notes)
+                checks += self._compare(slim, [RANDOM], what, notes) if name == self._batch else []
+                continue
             checks.append(_checked(f"{what} on {name}", self.dtype, expected, found))
         return checks
 

@@ -10,21 +10,39 @@ import logging
 import operator
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from oto._torch import OpOverload, example_size, is_free, quiet, tree_leaves, tree_map, tree_map_only
+from oto._torch import (
+    OpOverload,
+    count_conditions,
+    example_size,
+    expression,
+    guards_of,
+    is_free,
+    quiet,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 from oto.errors import EmitterError, first_line, out_of_memory
 from oto.trace.found import as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key
 from oto.trace.record import arguments, line_of
+from oto.trace.takes import Parameter, Takes, parameters_of, traced
 
 log = logging.getLogger(__name__)
+
+LEVELS = ("all", "batch", "none")  # of the dimensions of the inputs, which are free
+# Every condition on sizes is reasoned about with all others. Networks that need more than a few dozen state their sizes
+# anyway (windows, padding), and would take minutes.
+_MOST_CONDITIONS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,27 +53,56 @@ class Exported:
         module: A plain ``torch.fx.GraphModule`` that takes and returns what the model does.
         graph: The same calls as a :class:`Graph`; ``origin`` of each node is its ``fx.Node``.
         dynamic: Whether the batch dimension is free.
+        level: Which dimensions of the inputs were tried to be free, of ``LEVELS``.
+        takes: Arguments and sizes that it takes.
+        why: Why no more is free, if a freer export failed.
+        drawn: Calls that draw random numbers where the model trains, which ``graph`` shows as in eval mode: for each,
+            the argument that says so (by place or name) and its value.
     """
 
     module: fx.GraphModule
     graph: Graph
     dynamic: bool
+    level: str = "none"
+    takes: Takes | None = None
+    why: str | None = None
+    drawn: Mapping[fx.Node, tuple[int | str, Any]] = field(default_factory=dict)
+
+    def other_sizes(self, dummy_input: Any) -> list[list[tuple[int, ...]]]:
+        """As :meth:`Takes.other_sizes`, for the example; each shape in the order of its tensors."""
+        return [] if self.takes is None else self.takes.other_sizes(*arguments(dummy_input))
 
 
-def export_program(
-    model: nn.Module, dummy_input: Any, portable: bool = False
-) -> tuple[torch.export.ExportedProgram, bool]:
-    """Export ``model`` in eval mode, with a free batch dimension where the model allows it.
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What ``torch.export`` made; ``level`` and ``dynamic`` as in :class:`Exported`."""
+
+    program: torch.export.ExportedProgram
+    dynamic: bool
+    level: str
+    why: str | None
+
+
+def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, level: str = "all", train: bool = False,
+                   still: Sequence[Collection[int]] = ()) -> Program:  # fmt: skip
+    """Export ``model``, in eval mode by default, with every dimension of its inputs free that the model leaves free.
+
+    Where that fails, or takes too many conditions on sizes, the batch alone is free; else nothing is.
 
     Args:
         portable: Give outputs as dicts, lists and tuples, so that the program loads where the model's own output types
             were never imported.
+        level: The first of ``LEVELS`` to try.
+        train: In train mode.
+        still: For each tensor of the example, dimensions that must not be free.
 
     Raises:
         EmitterError: ``torch.export`` cannot follow the model.
     """
     as_given = arguments(dummy_input)
-    failure: Exception | None = None
+    two = _two(as_given)
+    failures: list[Exception] = []
+    ways = [(way, two) for way in LEVELS[LEVELS.index(level) : -1]] + [("none", as_given)]
     with (
         as_found(model, dummy_input),
         _plain_outputs(model, builtin if portable else plain),
@@ -63,26 +110,55 @@ def export_program(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        for dynamic in (True, False):
+        for module in model.modules():
+            module.training = train
+        while ways:
+            way, given = ways.pop(0)
             try:
-                given = _two(as_given) if dynamic else as_given
-                shapes = _free_batch(model, *given) if dynamic else None
-                with redirect_stderr(io.StringIO()), quiet():  # where it fails, torch prints the whole graph
+                shapes = None if way == "none" else _free(model, given, way == "all", still)
+                with redirect_stderr(io.StringIO()), quiet(), _few_conditions():  # torch prints the whole graph
                     program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
-                free = dynamic and _is_free(program, _batch(*given))
+                if way == "all":
+                    _conditions(program)
+                free = way != "none" and _is_free(program, _batch(*given))
                 if free or given is as_given:
-                    return program, free
+                    return Program(program, free, way, str(failures[0]) if failures else None)
                 log.info("torch.export settled on a batch of two, which is not the example's: exported again")
+                ways = [(way if way == "all" else "none", as_given), ("none", as_given)]
             except Exception as problem:
                 if out_of_memory(problem):
                     raise
-                failure = failure or problem
-                log.info("torch.export with a %s batch failed: %s", "free" if dynamic else "fixed", problem)
+                failures.append(problem)
+                log.info("torch.export with free dimensions %r failed: %s", way, problem)
+    failure = failures[-1] if isinstance(failures[0], _TooManyConditions) else failures[0]
     raise EmitterError(
         f"torch.export cannot follow {type(model).__name__}: {_cause(failure)}\n"
         "  effect  no graph can be emitted, and no model.pt2 written\n"
         "  to fix  branches on values and custom objects are the usual causes; torch.export's own message is above"
     ) from failure
+
+
+class _TooManyConditions(Exception):
+    """The model's code asks too much about its sizes to leave them all free."""
+
+
+@contextmanager
+def _few_conditions() -> Iterator[None]:
+    """While inside, modules that run on free sizes raise once too many conditions were collected."""
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        for tensor in args:
+            for size in tensor.shape if isinstance(tensor, Tensor) else ():
+                if is_free(size):
+                    if count_conditions(size) > _MOST_CONDITIONS:
+                        raise _TooManyConditions("the model's code compares its sizes too often to leave all free")
+                    return
+
+    handle = nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 # what torch.export says, and what it means
@@ -114,6 +190,7 @@ def _plain_outputs(model: nn.Module, plainly: Callable[[Any], Any]) -> Iterator[
     def plain_forward(*args: Any, **kwargs: Any) -> Any:
         return plainly(forward(*args, **kwargs))
 
+    plain_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # of a method, without self
     vars(model)["forward"] = plain_forward
     try:
         yield
@@ -151,8 +228,12 @@ def builtin(output: Any) -> Any:
     return None
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def _batch(args: Any, kwargs: Any) -> int | None:
-    return next((t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), None)
+    return next((t.shape[0] for t in _tensors((args, kwargs)) if t.ndim), None)
 
 
 def _two(given: Any) -> Any:
@@ -162,14 +243,18 @@ def _two(given: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, given)
 
 
-def _free_batch(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    batch = _batch(args, kwargs)
+def _free(model: nn.Module, given: Any, all_of_them: bool, still: Sequence[Collection[int]]) -> Any:
+    """Which dimensions of which tensors may be free; what must not be is for torch.export to find out."""
+    held = {id(t): dims for t, dims in zip(_tensors(given), still, strict=False)}
+    (args, kwargs), batch, auto = given, _batch(*given), torch.export.Dim.AUTO
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
 
     def free(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return {0: torch.export.Dim.AUTO} if leaf.ndim and leaf.shape[0] == batch else {}
-        return None
+        if not isinstance(leaf, Tensor):
+            return None
+        if all_of_them:  # sizes of zero and one are special to torch
+            return {dim: auto for dim, n in enumerate(leaf.shape) if n > 1 and dim not in held.get(id(leaf), ())}
+        return {0: auto} if leaf.ndim and leaf.shape[0] == batch else {}
 
     return {name: tree_map(free, value) for name, value in bound.arguments.items()}
 
@@ -196,24 +281,25 @@ def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], b
     return program.run_decompositions(unknown) if unknown else program
 
 
-def export(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Exported:
+def export(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True, level: str = "all",
+           train: bool = False, still: Sequence[Collection[int]] = ()) -> Exported:  # fmt: skip
     """Trace ``model`` to a module that can be rewritten.
 
     Args:
         known: As for ``record``: a composite operator that is not known is taken apart.
+        level, train, still: As for :func:`export_program`.
 
     Raises:
         EmitterError: ``torch.export`` cannot follow the model.
     """
-    program, dynamic = export_program(model, dummy_input)
-    program = _taken_apart(program, known)
-    options = inspect.signature(program.module).parameters
-    module = program.module(check_guards=False) if "check_guards" in options else program.module()
-    assert isinstance(module, fx.GraphModule)
+    made = export_program(model, dummy_input, level=level, train=train, still=still)
+    program = _taken_apart(made.program, known)
+    module = module_of(program)
+    takes = takes_of(made.program, module, parameters_of(model.forward))
     _inline(module)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     try:
-        graph = _read(module, trainable)
+        graph, drawn = _read(module, trainable)
     except TypeError as failure:
         raise EmitterError(
             f"a tensor of {type(model).__name__} has a size that depends on values\n"
@@ -225,7 +311,64 @@ def export(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
-    return Exported(module, graph, dynamic)
+    return Exported(module, graph, made.dynamic, made.level, takes, made.why, drawn)
+
+
+def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """An exported program as a module; what it takes is checked by :class:`Takes`."""
+    options = inspect.signature(program.module).parameters
+    module = program.module(check_guards=False) if "check_guards" in options else program.module()
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _conditions(program: torch.export.ExportedProgram) -> list[str]:
+    """What must hold of the sizes; strides and offsets are how the example happened to lie in memory."""
+    guards = guards_of(program)
+    if guards is None:
+        raise NotImplementedError("this torch does not say under which conditions an exported program holds")
+    return [text for text in guards if ".stride()" not in text and ".storage_offset()" not in text]
+
+
+def takes_of(
+    program: torch.export.ExportedProgram, module: fx.GraphModule, parameters: tuple[Parameter, ...] = ()
+) -> Takes:
+    """What the module of an exported program takes.
+
+    Args:
+        parameters: Those of the model's ``forward``; by default the arguments of the module.
+    """
+    tensors = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    leaves = [
+        argument.value if hasattr(argument := spec.arg, "value") else tensors[argument.name]
+        for spec in program.graph_signature.input_specs
+        if spec.kind.name == "USER_INPUT"
+    ]
+    args, kwargs = tree_unflatten(leaves, program.call_spec.in_spec)
+    names = list(inspect.signature(module.forward).parameters)
+    values = dict(zip(names, args, strict=False)) | kwargs
+    conditions, free, sizes, symbols = list[str](), dict[str, tuple[int, ...]](), dict[str, Any](), dict[str, int]()
+
+    def visit(place: str, shown: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            sizes[place] = tuple(expression(n) if is_free(n) else int(n) for n in value.shape)
+            free[shown] = tuple(dim for dim, n in enumerate(value.shape) if is_free(n))
+            for dim, n in enumerate(value.shape):
+                if not is_free(n):
+                    conditions.append(f"{place}.size()[{dim}] == {int(n)}")
+                elif dim:
+                    conditions.append(f"{place}.size()[{dim}] >= 2")  # torch took it that no size is one
+                if is_free(n) and parameters and expression(n).isidentifier():
+                    symbols[expression(n)] = example_size(n)
+        elif isinstance(value, Mapping) or type(value) in (list, tuple):
+            for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+                visit(f"{place}[{key!r}]", f"{shown}[{key!r}]", part)
+
+    for name in names:
+        visit(f"L[{name!r}]", name, values[name])
+    conditions += _conditions(program) if guards_of(program) is not None else []
+    given = {name: traced(values[name]) for name in names}
+    return Takes(parameters, given, tuple(dict.fromkeys(conditions)), free, sizes, symbols)
 
 
 def _inline(module: fx.GraphModule) -> None:
@@ -276,8 +419,9 @@ def _attribute(module: nn.Module, path: str) -> Any:
     return module
 
 
-def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> Graph:
+def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> tuple[Graph, dict[fx.Node, tuple[int | str, Any]]]:
     builder = GraphBuilder("export")
+    drawn: dict[fx.Node, tuple[int | str, Any]] = {}
     keys: dict[fx.Node, Hashable] = {}
     outputs: list[Hashable] = []
     tensors: dict[int, Hashable] = {}
@@ -317,7 +461,12 @@ def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> Graph:
             if isinstance(value, Tensor):
                 keys[node] = (source, node.args[1])
         elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), seen)
+            quiet_args, quiet_kwargs = node.args, dict(node.kwargs)
+            if (draws := _draws(node)) is not None:
+                place, off, drawn[node] = draws[0], draws[2], draws[:2]
+                quiet_args = tuple(off if i == place else x for i, x in enumerate(quiet_args))
+                quiet_kwargs = {name: off if name == place else x for name, x in quiet_kwargs.items()}
+            args, kwargs = fx.map_arg((quiet_args, quiet_kwargs), seen)
             into = _returns_written(node)
             results: list[Any] = []
             for i, leaf in enumerate(tree_leaves(value)):
@@ -327,7 +476,21 @@ def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> Graph:
             if isinstance(value, Tensor):
                 keys[node] = results[0][0]
             builder.call(node.target, args, kwargs, results, *_whence(node), node)
-    return builder.build(outputs)
+    return builder.build(outputs), drawn
+
+
+# Arguments by which an operator says that it draws random numbers, and what they are where it does not.
+_DRAWS: Mapping[str, Any] = {"train": False, "dropout_p": 0.0}
+
+
+def _draws(node: fx.Node) -> tuple[int | str, Any, Any] | None:
+    """The argument, by place or name, that lets a call draw random numbers; its value; and the value that does not."""
+    for i, argument in enumerate(node.target._schema.arguments if isinstance(node.target, OpOverload) else ()):
+        if argument.name in _DRAWS:
+            place: int | str = i if i < len(node.args) else argument.name
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            return (place, value, _DRAWS[argument.name]) if value else None
+    return None
 
 
 def _returns_written(node: fx.Node) -> fx.Node | None:

@@ -35,11 +35,11 @@ class Residual(nn.Module):
         return self.out(x)
 
 
-def thinned(model, x, share=0.5, seed=0, **options):
+def thinned(model, x, share=0.5, seed=0, everything=False, **options):
     """The zeroed model's output, the slim model's, and the subnet."""
     model = model.double().eval()
     x = x.double() if x.is_floating_point() else x
-    found = OTO(model, x)
+    found = OTO(model, x, everything=everything)
     found.random_set_zero_groups(share, seed)
     subnet = found.construct_subnet(**options)
     return run(model, x), run(subnet.model, x), subnet
@@ -142,11 +142,11 @@ def test_a_size_in_the_users_forward_falls_back_to_the_graph_and_says_why():
         def forward(self, x):
             return self.b(torch.relu(self.a(x)).view(-1, 12))
 
-    full, slim, subnet = thinned(Sized(), torch.randn(2, 5))
+    full, slim, subnet = thinned(Sized(), torch.randn(2, 5), everything=True)
     assert subnet.emitter == "graph" and "RuntimeError" in subnet.why_graph
     assert relative_error(full, slim) <= EXACT
     with pytest.raises(EmitterError, match="Sized cannot be thinned as its own class"):
-        thinned(Sized(), torch.randn(2, 5), emitter="module")
+        thinned(Sized(), torch.randn(2, 5), everything=True, emitter="module")
 
 
 def test_the_graph_takes_any_batch_size():
@@ -231,25 +231,6 @@ class Stated(nn.Module):
         return self.down(torch.relu(self.up(self.out(y))))
 
 
-def test_keep_class_prunes_what_the_class_can_do_without():
-    model, x = Stated().double(), torch.randn(2, 5, 16, dtype=torch.float64)
-    everything = OTO(copy.deepcopy(model), x)
-    everything.random_set_zero_groups(0.5)
-    assert everything.construct_subnet().emitter == "graph"
-    with pytest.raises(EmitterError, match=r"keep_class=True"):
-        everything.construct_subnet(emitter="module")
-
-    oto = OTO(model, x, keep_class=True)
-    free = {g.name for g in oto.node_groups if g.prunable}
-    assert free == {"out.weight", "up.weight"} < {g.name for g in everything.node_groups if g.prunable}
-    oto.random_set_zero_groups(0.5)
-    subnet = oto.construct_subnet()
-    assert type(subnet.model) is Stated and subnet.max_error < 1e-12
-    assert subnet.cost_after.params < subnet.cost_before.params
-    kept = [w for w in oto.explain().whole if w.reason.startswith("keep_class")]
-    assert kept and all(w.operator and w.source.startswith(__file__) for w in kept)
-
-
 def test_an_example_of_one_whose_batch_is_baked_in():
     class Baked(nn.Module):
         def __init__(self):
@@ -260,7 +241,7 @@ def test_an_example_of_one_whose_batch_is_baked_in():
             windows = torch.relu(self.b(self.a(x).view(2 * len(x), -1, 16)))
             return self.c(windows.view(int(windows.shape[0] / 2), -1, 16))
 
-    full, slim, subnet = thinned(Baked(), torch.randn(1, 6, 4))
+    full, slim, subnet = thinned(Baked(), torch.randn(1, 6, 4), everything=True)
     assert subnet.emitter == "graph" and relative_error(full, slim) <= EXACT
 
 
@@ -300,158 +281,6 @@ def test_what_no_call_reads_does_not_stop_saving(tmp_path, persistent):
         assert relative_error(run(subnet.model, x), run(loaded, x)) <= EXACT
         assert given is None or torch.equal(loaded.heads.to_dense(), torch.eye(4, dtype=torch.bool))
     assert subnet.model.heads.is_sparse
-
-
-def test_keep_class_minds_calls_whose_results_nobody_reads():
-    class Pooler(Stated):
-        def __init__(self):
-            super().__init__()
-            self.pool = nn.MultiheadAttention(16, 2, batch_first=True)
-
-        def forward(self, x):
-            h = self.out(x)
-            self.pool(h, h, h)
-            return self.down(torch.relu(self.up(h)))
-
-    model, x = Pooler().double(), torch.randn(2, 5, 16, dtype=torch.float64)
-    oto = OTO(model, x, keep_class=True)
-    oto.random_set_zero_groups(0.5)
-    subnet = oto.construct_subnet(emitter="module")
-    assert subnet.max_error < 1e-12 and subnet.model.pool.in_proj_weight.shape[1] == subnet.model.up.in_features
-
-
-class ReadOff(nn.Module):
-    """The width of its input decides how a block cuts its own queries."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-            self.mlp = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
-
-        def forward(self, x):
-            b, t, c = x.shape
-            q, k, v = (z.view(b, t, 4, c // 4).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
-            y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c)
-            x = x + self.out(y)
-            return x + self.mlp(x)
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.blocks = nn.Linear(6, 16), nn.Sequential(self.Block(), self.Block())
-        self.last = nn.Linear(16, 4)
-
-    def forward(self, x):
-        return self.last(self.blocks(self.first(x)))
-
-
-def test_keep_class_finds_sizes_that_are_read_off_another_tensor():
-    model, x = ReadOff().double(), torch.randn(2, 5, 6, dtype=torch.float64)
-    oto = OTO(model, x, keep_class=True)
-    assert {g.name for g in oto.node_groups if g.prunable} == {"blocks.0.mlp.0.weight", "blocks.1.mlp.0.weight"}
-    (residual,) = [w for w in oto.explain().whole if ("first.weight", 0) in w.parameters]
-    assert residual.reason.startswith("keep_class") and residual.module.startswith("blocks.")
-    oto.random_set_zero_groups(0.5)
-    assert oto.construct_subnet(emitter="module").max_error < 1e-12
-
-
-class SizedOff(nn.Module):
-    """Sizes read off a tensor, as they should be."""
-
-    def __init__(self):
-        super().__init__()
-        self.into, self.out = nn.Linear(6, 16), nn.Linear(16, 4)
-
-    def forward(self, x):
-        h = self.into(x)
-        return self.out(torch.relu(h + h.new_zeros(x.size(0), h.size(1))))
-
-
-def test_keep_class_is_no_stricter_than_the_class():
-    oto = OTO(SizedOff().double(), torch.randn(2, 6, dtype=torch.float64), keep_class=True)
-    assert [g.name for g in oto.node_groups if g.prunable] == ["into.weight"]
-    oto.random_set_zero_groups(0.5)
-    assert oto.construct_subnet(emitter="module").max_error < 1e-12
-
-
-def test_keep_class_finds_a_class_that_runs_and_computes_something_else():
-    class ScaledOff(SizedOff):
-        """What a thinner tensor is divided by is another number, and the layer that would show it starts at zero."""
-
-        def __init__(self):
-            super().__init__()
-            self.up, self.down, self.last = nn.Linear(4, 24), nn.Linear(24, 4), nn.Linear(4, 4)
-            nn.init.zeros_(self.out.weight)
-
-        def forward(self, x):
-            h = self.into(x)
-            y = self.out(torch.relu(h) / h.size(1))
-            return self.last(y + self.down(torch.relu(self.up(y))))
-
-    model = ScaledOff().double()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    oto = OTO(model, torch.randn(2, 6, dtype=torch.float64), keep_class=True)
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    free = {g.name for g in oto.node_groups if g.prunable}
-    assert "into.weight" not in free and "up.weight" in free
-    oto.random_set_zero_groups(0.5)
-    assert oto.construct_subnet(emitter="module").max_error < 1e-12
-
-
-def test_keep_class_frees_what_one_line_states_where_the_class_reads_it_off():
-    class Both(Stated):
-        """One width is stated, another is read off."""
-
-        def __init__(self):
-            super().__init__()
-            self.more, self.last = nn.Linear(4, 24), nn.Linear(24, 4)
-
-        def forward(self, x):
-            h = self.more(super().forward(x))
-            return self.last(torch.relu(h.view(*x.shape[:2], h.size(-1))))
-
-    oto = OTO(Both().double(), torch.randn(2, 5, 16, dtype=torch.float64), keep_class=True)
-    assert {g.name for g in oto.node_groups if g.prunable} == {"out.weight", "up.weight", "down.weight", "more.weight"}
-
-
-def test_keep_class_finds_that_even_two_heads_are_stated():
-    class TwoHeads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
-
-        def forward(self, x):
-            q, k, v = (f(x).view(*x.shape[:2], 2, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-            y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-            return self.out(y.transpose(1, 2).flatten(2))
-
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    assert sorted(g.size for g in OTO(TwoHeads().double(), x).node_groups if g.prunable) == [2, 4]
-    oto = OTO(TwoHeads().double(), x, keep_class=True)
-    assert [g.size for g in oto.node_groups if g.prunable] == [4]  # the width that the values have in a head
-
-
-def test_keep_class_minds_pieces_of_different_widths():
-    class Halves(nn.Module):
-        """``chunk`` makes pieces of one size; half of everything would not show that they may differ."""
-
-        def __init__(self):
-            super().__init__()
-            self.into, self.a, self.b = nn.Linear(6, 32), nn.Linear(16, 4), nn.Linear(16, 4)
-            self.up = nn.Linear(6, 8)
-            self.down = nn.Linear(8, 4)
-
-        def forward(self, x):
-            a, b = self.into(x).chunk(2, -1)
-            return self.a(a) + self.b(b) + self.down(torch.relu(self.up(x)))
-
-    oto = OTO(Halves().double(), torch.randn(2, 6, dtype=torch.float64), keep_class=True)
-    assert [g.name for g in oto.node_groups if g.prunable] == ["up.weight"]
-
-
-def test_keep_class_on_meta_runs_nothing():
-    oto = OTO(Stated().to("meta"), torch.randn(2, 5, 16), keep_class=True)
-    assert {g.name for g in oto.node_groups if g.prunable} == {"out.weight", "up.weight"}
 
 
 def test_a_grouped_convolution_loses_whole_groups_and_the_same_channel_of_every_group():

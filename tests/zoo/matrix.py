@@ -1,4 +1,4 @@
-"""One model through the whole pipeline: half of all atoms removed at random in float64, by both emitters.
+"""One model through the whole pipeline: half of all atoms removed at random in float64, by its own class and by a graph.
 
 Used by the tests, by the documentation's table, and by hand::
 
@@ -56,17 +56,17 @@ class Result:
     """What came of one model.
 
     Attributes:
-        axes, atoms: Node groups that may lose atoms, and their atoms.
+        axes, atoms: Node groups that may lose atoms, with everything=True, and their atoms.
         share: Share of all parameters that lies in such groups.
+        class_share: The same of what the model's own class can do without.
         unknown: Operators without a rule, and how many axes of parameters each of them keeps.
         trace: How the model was followed: ``"meta"``, ``"fake"`` or ``"real"``.
         seconds: Time for everything; ``analysis`` is the part of tracing and analysing.
         sensitivity: How far the output is from that on another input. Near zero, errors could hide.
-        module, graph: Largest relative error of the slim model by the original class and by the exported graph;
+        module, graph: Largest relative error of the slim model of its own class, and of the exported graph of everything;
             ``None`` if it was not built, and then the reason is given.
+        asked: Seconds for finding out what the class can do.
         replay: For a model that neither can express, the error of the recorded calls run on thinner tensors.
-        class_share, class_error: For a model whose class cannot express all that is removed: the share of parameters
-            that is prunable with ``keep_class=True``, and the error of that slim model of the original class.
         changed: What ``OTO`` or ``construct_subnet`` left otherwise than it was; nothing should.
         failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
     """
@@ -86,8 +86,8 @@ class Result:
     graph: float | None = None
     graph_reason: str | None = None
     replay: float | None = None
-    class_share: float | None = None
-    class_error: float | None = None
+    class_share: float = 0.0
+    asked: float = 0.0
     failure: str | None = None
     changed: str = ""
 
@@ -103,7 +103,7 @@ class Result:
     @property
     def error(self) -> float:
         """The largest; a replay in float64 stands for slim models of a narrower dtype."""
-        built = [self.replay] if self.replay is not None else [self.module, self.graph, self.class_error]
+        built = [self.replay] if self.replay is not None else [self.module, self.graph]
         return max((e for e in built if e is not None), default=0.0)
 
     @property
@@ -121,7 +121,7 @@ class Result:
             f" {self.analysis:5.1f}/{self.seconds:5.1f} s  module {error(self.module, self.module_reason):6}"
             f" graph {error(self.graph, self.graph_reason):6} moves {self.sensitivity:.0e}"
             + (f" replay {self.replay:.0e}" if self.replay is not None else "")
-            + (f" class {self.class_share:.0%} {self.class_error or 0:.0e}" if self.class_share is not None else "")
+            + f" class {self.class_share:.0%} in {self.asked:.1f} s"
         )
         more = [("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)), ("module", self.module_reason),
                 ("graph", self.graph_reason), ("CHANGED", self.changed), ("FAILED", self.failure)]  # fmt: skip
@@ -173,7 +173,7 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownOpWarning)
         try:
-            oto = OTO(model, inputs)
+            oto = OTO(model, inputs, everything=True)
         except NothingPrunableError as failure:
             result.changed = seen.difference(model)
             result.module_reason = result.graph_reason = str(failure).splitlines()[0]
@@ -187,7 +187,11 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
     dense = oto.compute_num_params()
     result.share = 1 - oto._cost({g.name: 0 for g in prunable}).params / dense
     result.unknown = _unknown(oto)
-    oto.random_set_zero_groups(share, seed=seed)
+    bound = _of_its_class(result, model, inputs)
+    if "graph" in emitters or bound is None:
+        oto.random_set_zero_groups(share, seed=seed)
+    else:
+        bound.random_set_zero_groups(share, seed=seed)
     zeroed = run(model, inputs)
     wide = next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float64
     with suppress(Exception):  # inputs may have to fit together
@@ -198,10 +202,12 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
             result.sensitivity = relative_error(zeroed, run(model, random_like(inputs, 9)))
     untouched.load_state_dict(model.state_dict())
     seen = Seen(model)
-    for emitter in emitters:
+    for emitter, source in (("module", bound), ("graph", oto)):
+        if emitter not in emitters or source is None:
+            continue
         error, reason = None, None
         try:
-            subnet = oto.construct_subnet(emitter=emitter)
+            subnet = source.construct_subnet(emitter=emitter)
             error = subnet.max_error
             if wide:
                 error = max(error, relative_error(zeroed, run(subnet.model, inputs)))
@@ -216,8 +222,6 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
         setattr(result, emitter, error)
         setattr(result, f"{emitter}_reason", reason)
     result.changed = result.changed or seen.difference(model) or trains_alike(model, untouched, inputs)
-    if result.module is None:
-        _with_its_class(result, model, inputs, zeroed if wide else None)
     if (result.module is None and result.graph is None) or not wide:
         model, inputs = in_double(model), double_input(inputs)
         narrow = torch.get_default_dtype()
@@ -228,25 +232,21 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
             torch.set_default_dtype(narrow)
 
 
-def _with_its_class(result: Result, model: nn.Module, inputs: Any, zeroed: list[torch.Tensor] | None) -> None:
-    """Take out what the class can do without, of that which is zero already."""
+def _of_its_class(result: Result, model: nn.Module, inputs: Any) -> OTO | None:
+    """What the model's own class can do without, if anything."""
+    begin = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnknownOpWarning)
-            oto = OTO(model, inputs, keep_class=True)
-    except NothingPrunableError:
-        result.class_share = 0.0
-        return
+            oto = OTO(model, inputs)
+    except NothingPrunableError as failure:
+        result.module_reason = str(failure).splitlines()[0]
+        return None
+    finally:
+        result.asked = time.perf_counter() - begin
     free = {g.name: 0 for g in oto.node_groups if g.prunable}
     result.class_share = 1 - oto._cost(free).params / oto.compute_num_params()
-    try:
-        subnet = oto.construct_subnet(emitter="module")
-    except EmitterError as failure:
-        result.class_share, result.module_reason = None, str(failure).splitlines()[0]
-        return
-    result.class_error = subnet.max_error
-    if zeroed is not None:
-        result.class_error = max(result.class_error, relative_error(zeroed, run(subnet.model, inputs)))
+    return oto
 
 
 def _unknown(oto: OTO) -> tuple[tuple[str, int], ...]:

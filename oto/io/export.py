@@ -1,0 +1,177 @@
+"""A slim model in the files of other runtimes: ONNX, ``torch.export``'s own, and compiled ahead of time.
+
+Each is written beside its place, read back by its own runtime, compared with the model on the example and on two other
+sizes, and only then put there. A file that is there already is never replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto._torch import compile_package, load_package, tree_leaves
+from oto.errors import ArtefactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
+from oto.io.artefact import check_out_dir
+from oto.io.program import load_program, save_program
+from oto.slim.program import export_program, other_examples, runnable
+from oto.slim.verify import TOLERANCE, Check, relative_error, require, run
+
+Runtime = Callable[[Any], Sequence[Tensor]]
+_ONE_FILE = 2**31 - 2**20  # bytes; what protobuf takes
+
+
+def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.PathLike[str]) -> list[Check]:
+    """Write a model as a file of another runtime, with every size free that it leaves free, and prove it.
+
+    Args:
+        dummy_input: An example input, as for ``OTO``.
+        how: ``"onnx"``, ``"pt2"`` (``torch.export.save``) or ``"aoti"`` (compiled for this machine's kind of device).
+        path: The file; its folder is made.
+
+    Returns:
+        The comparisons that were made.
+
+    Raises:
+        EmitterError: The model cannot be expressed in it, or there is no compiler.
+        VerificationError: What was read back computes something else. Nothing was written.
+        ArtefactError: There is a file already, or it cannot be written.
+        MissingExtraError: ONNX is asked for and not installed.
+    """
+    if how not in _WAYS:
+        raise EmitterError(f"how={how!r} is unknown\n  to fix  use {', '.join(map(repr, _WAYS))}")
+    place = Path(path)
+    check_out_dir(place.parent)
+    if place.exists() or place.is_symlink():
+        raise ArtefactError(
+            f"{place} is there already\n  effect  nothing was exported; the file is as it was\n"
+            "  to fix  choose another name, or remove it"
+        )
+    if how == "aoti" and place.suffix != ".pt2":
+        raise EmitterError(f"{place.name} is no name for a compiled package\n  to fix  let it end in .pt2")
+    _WAYS[how].ready()
+    program = export_program(model, dummy_input)
+    examples = [dummy_input, *other_examples(model, program, dummy_input)]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(place) as draft:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is deprecated in those packages
+                runtime = _WAYS[how].write(program, draft)
+                checks = [_compared(model, runtime, given, how) for given in examples]
+        except (OTOError, OSError):
+            raise
+        except Exception as failure:
+            if out_of_memory(failure):
+                raise
+            raise EmitterError(
+                f"{type(model).__name__} cannot be written as {how}: {first_line(failure)}\n"
+                "  effect  nothing was written\n  to fix  see the traceback above; the other ways may do"
+            ) from failure
+        require(checks)
+        for file in sorted(draft.parent.iterdir(), key=lambda file: file == draft):  # the file itself comes last
+            os.replace(file, place.parent / file.name)
+    return checks
+
+
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """A file of the same name in a folder of its own on the same file system."""
+    folder = Path(tempfile.mkdtemp(prefix=".oto-", dir=place.parent))
+    try:
+        yield folder / place.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compared(model: nn.Module, runtime: Runtime, given: Any, how: str) -> Check:
+    expected = run(model, given)
+    shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(given))
+    narrowest = [t.dtype for t in expected if t.is_floating_point()] or [torch.float32]
+    tolerance = max(TOLERANCE.get(dtype, 1e-3) for dtype in narrowest)
+    error = relative_error(expected, runtime(given))
+    return Check(f"{how} on {shapes}", str(narrowest[0]).removeprefix("torch."), error, max(tolerance, 1e-8))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf.detach() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _called(module: Callable[..., Any]) -> Runtime:
+    def call(given: Any) -> list[Tensor]:
+        with torch.no_grad():
+            if isinstance(given, dict):
+                return _tensors(module(**given))
+            return _tensors(module(*(given if isinstance(given, tuple | list) else (given,))))
+
+    return call
+
+
+class _Pt2:
+    @staticmethod
+    def ready() -> None:
+        pass
+
+    @staticmethod
+    def write(program: torch.export.ExportedProgram, path: Path) -> Runtime:
+        save_program(program, path)
+        return _called(runnable(load_program(path)))
+
+
+class _Onnx:
+    @staticmethod
+    def ready() -> None:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            try:
+                importlib.import_module(package)
+            except ImportError as failure:
+                raise MissingExtraError(
+                    f"{package} is not installed, which writing and checking ONNX needs\n"
+                    "  effect  nothing was written\n  to fix  pip install 'oto[onnx]'"
+                ) from failure
+
+    @staticmethod
+    def write(program: torch.export.ExportedProgram, path: Path) -> Runtime:
+        import onnx
+        import onnxruntime
+
+        size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+        torch.onnx.export(program, f=path, dynamo=True, external_data=size > _ONE_FILE, verbose=False)
+        onnx.checker.check_model(path, full_check=True)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+
+        def call(given: Any) -> list[Tensor]:
+            fed = {name: t.cpu().numpy() for name, t in zip(names, _tensors(given), strict=True)}
+            return [torch.from_numpy(y) for y in session.run(None, fed)]
+
+        return call
+
+
+class _Aoti:
+    @staticmethod
+    def ready() -> None:
+        compiler = os.environ.get("CXX") or "g++"
+        if shutil.which(compiler.split()[0]) is None and shutil.which("clang++") is None:
+            raise EmitterError(
+                f"there is no C++ compiler here: {compiler} is not found\n"
+                "  effect  nothing was compiled or written\n"
+                "  to fix  install one (g++ or clang++), or name it in CXX"
+            )
+
+    @staticmethod
+    def write(program: torch.export.ExportedProgram, path: Path) -> Runtime:
+        compile_package(program, str(path))
+        return _called(load_package(str(path)))
+
+
+_WAYS: dict[str, Any] = {"onnx": _Onnx, "pt2": _Pt2, "aoti": _Aoti}

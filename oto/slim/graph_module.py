@@ -1,0 +1,200 @@
+"""The traced graph as a module that behaves as modules do: called by name, copied, pickled, moved, and honest."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from oto._torch import HigherOrderOperator, OpOverload, codegen_state, nested_codegen
+from oto.errors import GraphModeError
+from oto.trace.takes import Takes
+
+
+class SlimGraph(fx.GraphModule):
+    """A ``torch.fx.GraphModule`` of the calls that a model makes in eval mode.
+
+    Arguments go by the names of the model's ``forward``, in any order; those that the graph was made without may be
+    passed at their defaults. What it does not hold for is refused (:class:`oto.errors.GraphInputError`).
+
+    Attributes:
+        takes: Arguments and sizes that it takes, if they are known.
+    """
+
+    takes: Takes | None
+    _in_train: SlimGraph | None
+    _checks: tuple[tuple[str, Callable[..., Any]], ...]
+
+    def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, takes: Takes | None = None) -> None:
+        vars(self)["takes"] = takes
+        vars(self)["_checks"] = () if takes is None else takes.compiled
+        vars(self)["_trains_as_eval"] = False
+        vars(self)["_in_train"] = None
+        super().__init__(root, graph, SlimGraph.__name__)
+        self.eval()
+
+    def recompile(self) -> Any:
+        """Make ``forward`` anew from the graph."""
+        code = super().recompile()
+        kind: Any = type(self)  # each graph module has a class of its own
+        kind.forward = _by_name(kind.forward, vars(self)["takes"])
+        return code
+
+    @property
+    def free_dims(self) -> dict[str, tuple[int, ...]]:
+        """For each tensor that it takes, the dimensions that may have other sizes than the example's."""
+        return {} if self.takes is None else dict(self.takes.free)
+
+    def train(self, mode: bool = True) -> SlimGraph:
+        """Eval mode; train mode is refused, unless :meth:`train_as_eval` allowed it.
+
+        Raises:
+            GraphModeError: The graph holds the calls of eval mode.
+        """
+        if self._in_train is not None:
+            super().train(mode)
+            return self
+        if mode and not self._trains_as_eval:
+            raise GraphModeError(
+                "this slim model is a graph of the eval forward: it has no dropout, and its batch norms do not move\n"
+                "  effect  it stays in eval mode; train mode would change nothing, silently\n"
+                "  to fix  model.train_as_eval() to go on training all the same, without dropout and with the"
+                " statistics of batch norms as they are; or a slim model of the model's own class"
+            )
+        super().train(False)
+        self.training = mode
+        return self
+
+    def keep_train(self, graph: fx.Graph, takes: Takes | None) -> None:
+        """Run another graph in train mode, on the same parameters, buffers and modules."""
+        other = SlimGraph(self, graph, takes)
+        for name in _SHARED:
+            vars(other)[name] = vars(self)[name]
+        vars(self)["_in_train"] = other  # no submodule: it holds nothing of its own
+
+    def train_as_eval(self) -> SlimGraph:
+        """Allow ``train()``: gradients flow, dropout stays off and batch norms keep their statistics."""
+        self._trains_as_eval = True
+        return self.train()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlimGraph:
+        state = copy.deepcopy(self._state(), memo)
+        made = _rebuilt(state, copy.deepcopy(self.graph), self.takes)
+        memo[id(self)] = made
+        return made
+
+    def __copy__(self) -> SlimGraph:
+        return _rebuilt(self._state(), copy.deepcopy(self.graph), self.takes)
+
+    def __reduce__(self) -> Any:
+        return _unpickled, (self._state(), _records(self.graph), codegen_state(self.graph), self.takes)
+
+    def _state(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in _MADE_ANEW}
+
+
+_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+# what a graph module makes of its graph
+_MADE_ANEW = {"_graph", "_code", "_tracer_cls", "_tracer_extras", "_in_spec", "_out_spec", "_checks", "takes", "meta"}
+
+
+def _by_name(generated: Callable[..., Any], takes: Takes | None) -> Callable[..., Any]:
+    def forward(self: SlimGraph, *args: Any, **kwargs: Any) -> Any:
+        if self.training and self._in_train is not None:
+            return type(self._in_train).forward(self._in_train, *args, **kwargs)
+        if takes is None:
+            return generated(self, *args, **kwargs)
+        named = takes.bind(args, kwargs)
+        takes.require(named, self._checks)
+        return generated(self, **named)
+
+    if takes is None:
+        return functools.wraps(generated)(forward)
+    own = takes.signature()
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = own.replace(parameters=[me, *own.parameters.values()])  # type: ignore[attr-defined]
+    return forward
+
+
+def _rebuilt(state: dict[str, Any], graph: fx.Graph, takes: Takes | None) -> SlimGraph:
+    root = nn.Module()
+    vars(root).update(state)
+    made = SlimGraph(root, graph, takes)
+    vars(made).update(state)
+    return made
+
+
+class _Ref:
+    """Stands for a node among the arguments of another one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _records(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as plain data: operators by name, nodes by theirs."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, fx.Node):
+            return _Ref(x.name)
+        if isinstance(x, OpOverload | HigherOrderOperator):
+            return _target(x)
+        if isinstance(x, list | tuple):
+            return type(x)(map(plain, x)) if type(x) in (list, tuple) else [plain(y) for y in x]
+        if isinstance(x, dict):
+            return {key: plain(value) for key, value in x.items()}
+        return slice(plain(x.start), plain(x.stop), plain(x.step)) if isinstance(x, slice) else x
+
+    return [
+        (node.op, node.name, _target(node.target), plain(node.args), plain(dict(node.kwargs))) for node in graph.nodes
+    ]
+
+
+def _target(target: Any) -> Any:
+    if isinstance(target, OpOverload):
+        return _Operator("overload", str(target))
+    if isinstance(target, HigherOrderOperator):
+        return _Operator("higher_order", target.__name__)
+    return target
+
+
+class _Operator:
+    """One of torch's operators, which cannot be pickled themselves."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def found(self) -> Any:
+        found: Any = torch.ops.higher_order if self.kind == "higher_order" else torch.ops
+        for part in self.name.split("."):
+            found = getattr(found, part)
+        return found
+
+
+def _unpickled(
+    state: dict[str, Any], records: list[tuple[Any, ...]], codegen: tuple[Any, ...] | None, takes: Takes | None
+) -> SlimGraph:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+
+    def full(x: Any) -> Any:
+        if isinstance(x, _Ref):
+            return made[x.name]
+        if isinstance(x, _Operator):
+            return x.found()
+        if isinstance(x, list | tuple):
+            return type(x)(map(full, x))
+        if isinstance(x, dict):
+            return {key: full(value) for key, value in x.items()}
+        return slice(full(x.start), full(x.stop), full(x.step)) if isinstance(x, slice) else x
+
+    for op, name, target, args, kwargs in records:
+        made[name] = graph.create_node(op, full(target), full(args), full(kwargs), name)
+    if codegen is not None:
+        nested_codegen(graph, codegen)
+    return _rebuilt(state, graph, takes)

@@ -1,0 +1,111 @@
+"""docs/oto.schema.json says what a manifest is; the writer and the schema cannot part without failing here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from oto import OTO
+from oto.groups import Cost
+from oto.slim.module import Edits
+from oto.slim.verify import Check
+
+jsonschema = pytest.importorskip("jsonschema")
+
+SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "oto.schema.json").read_text())
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)).relu())
+
+
+@pytest.fixture(scope="module", params=["module", "graph", "recording"])
+def manifest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    oto = OTO(Net(), torch.randn(2, 3), everything=True)
+    oto.random_set_zero_groups(0.5)
+    out = tmp_path_factory.mktemp("out") / request.param
+    oto.construct_subnet(out, emitter=request.param)
+    return json.loads((out / "oto.json").read_text())
+
+
+def validate(manifest: Any) -> None:
+    jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_a_manifest_is_valid_and_has_every_entry(manifest: Any) -> None:
+    validate(manifest)
+    assert set(manifest) == set(SCHEMA["properties"])
+
+
+def objects(schema: Any) -> Any:
+    """Every object of the schema whose entries are listed."""
+    if isinstance(schema, dict):
+        if "properties" in schema and "type" in schema:
+            yield schema
+        for part in schema.values():
+            yield from objects(part)
+
+
+def test_what_is_listed_is_required_and_nothing_else_is_allowed() -> None:
+    found = list(objects(SCHEMA))
+    assert len(found) >= 8
+    for schema in found:
+        assert set(schema["required"]) == set(schema["properties"]) and schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        (SCHEMA["properties"]["edits"], Edits),
+        (SCHEMA["properties"]["checks"]["items"], Check),
+        (SCHEMA["$defs"]["cost"], Cost),
+    ],
+    ids=["edits", "checks", "cost"],
+)
+def test_the_schema_lists_what_is_written(place: Any, kind: Any) -> None:
+    assert set(place["properties"]) == {field.name for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMA["properties"]))
+def test_another_or_a_missing_entry_is_not_valid(manifest: Any, name: str) -> None:
+    for change in ({name: object()}, {f"{name}s": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            validate({**manifest, **change})
+    with pytest.raises(jsonschema.ValidationError):
+        validate({key: value for key, value in manifest.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: m["files"].update({"../secret": m["files"]["model.safetensors"]}),
+        lambda m: m["files"]["model.safetensors"].update(size=-1),
+        lambda m: m["files"]["model.safetensors"].update(sha256="0"),
+        lambda m: m["edits"].update(code="import os"),
+        lambda m: m["checks"][0].update(error="small"),
+        lambda m: m["cost"]["after"].update(params=1.5),
+        lambda m: m["kept"].update(x=[]),
+    ],
+)
+def test_what_no_writer_writes_is_not_valid(manifest: Any, spoil: Any) -> None:
+    spoiled = copy.deepcopy(manifest)
+    spoil(spoiled)
+    with pytest.raises(jsonschema.ValidationError):
+        validate(spoiled)

@@ -1,0 +1,342 @@
+"""The model's own class, thinner: what it states is found, told, scaled, tied, or stays whole."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from oto import OTO, load_subnet
+from oto.nn import Told
+from oto.slim.verify import relative_error, run
+
+EXACT = 1e-12  # float64, sums of at most a few hundred terms
+
+
+def slimmed(model, x, share=0.5, seed=0, **options):
+    """The zeroed model, its slim form of its own class, and the OTO."""
+    model = model.double().eval()
+    x = x.double() if x.is_floating_point() else x
+    oto = OTO(model, x, **options)
+    oto.random_set_zero_groups(share, seed)
+    subnet = oto.construct_subnet(emitter="module")
+    assert type(subnet.model) is type(model)
+    assert subnet.cost_after.params < subnet.cost_before.params
+    assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+    return model, subnet, oto
+
+
+def sizes(oto):
+    return {g.name: g.size for g in oto.node_groups if g.prunable}
+
+
+class Attention(nn.Module):
+    """Heads as attributes, a fused projection cut by them."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.5)
+        return self.out(y.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
+
+
+class Blocks(nn.Module):
+    def __init__(self, *blocks, width=16):
+        super().__init__()
+        self.into, self.blocks, self.last = nn.Linear(5, width), nn.ModuleList(blocks), nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.into(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def test_attributes_that_state_sizes_are_found_in_every_block():
+    model, subnet, oto = slimmed(Blocks(Attention(), Attention()), torch.randn(2, 7, 5))
+    heads = [block.heads for block in subnet.model.blocks]
+    assert all(0 < n <= 4 for n in heads) and sum(heads) < 8  # each block its own
+    assert [block.qkv.in_features for block in subnet.model.blocks] == [subnet.model.into.out_features] * 2
+    x = torch.randn(3, 2, 5, dtype=torch.float64)  # another batch, another length
+    assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+    assert not any(isinstance(vars(m).get("forward"), Told) for m in subnet.model.modules())
+
+
+def test_an_attribute_in_a_configuration_that_all_share_becomes_each_blocks_own():
+    class Config:
+        def __init__(self):
+            self.heads, self.names = 4, {"width": 16}
+
+    class Configured(Attention):
+        def __init__(self, config):
+            super().__init__()
+            del self.heads
+            self.config = config
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            q, k, v = self.qkv(x).view(b, t, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
+            return self.out(F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
+
+    config = Config()
+    _, subnet, _ = slimmed(Blocks(Configured(config), Configured(config)), torch.randn(2, 7, 5), share=0.4)
+    assert config.heads == 4 and {block.config.heads for block in subnet.model.blocks} != {4}
+
+
+def test_a_number_in_the_code_is_told(tmp_path):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)).view(-1, 12))
+
+    model, subnet, oto = slimmed(Sized(), torch.randn(2, 5))
+    assert isinstance(subnet.model.forward, Told) and subnet.model.state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(7, 5, dtype=torch.float64)
+    again = [
+        copy.deepcopy(subnet.model),
+        torch.compile(subnet.model, backend="eager", fullgraph=True),
+        torch.export.export(subnet.model, (x,)).module(),
+    ]
+    for form in again:
+        assert relative_error(run(model, x), [form(x).detach()]) <= EXACT
+    saved = oto.construct_subnet(tmp_path / "out")
+    assert relative_error(run(model, x), run(load_subnet(saved.path, lambda: Sized().double()), x)) <= EXACT
+
+
+class Normed(nn.LayerNorm):
+    """As many have it: a layer norm over channels that lie second."""
+
+    def forward(self, x):
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class Grouped(nn.GroupNorm):
+    def forward(self, x):
+        return F.silu(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
+class ByHand(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, dim=1, keepdim=True, unbiased=False)
+        return (x - mean) * torch.rsqrt(var + 1e-6) * self.weight[:, None, None]
+
+
+@pytest.mark.parametrize("norm", [Normed, lambda n: Grouped(2, n), ByHand])
+def test_norms_of_the_users_own_still_divide_by_the_full_count(norm):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), norm(16), nn.ReLU(), nn.Conv2d(16, 24, 3), norm(24), nn.Conv2d(24, 2, 1)
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.rand(p.shape), alpha=0.1)
+    model, subnet, oto = slimmed(model, torch.randn(2, 3, 9, 9))
+    assert {"0.weight", "3.weight"} <= {name.partition("/")[0] for name in sizes(oto)}
+    x = torch.randn(1, 3, 12, 7, dtype=torch.float64)
+    assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+
+
+class RMS(nn.Module):
+    """As large language models have it; ``plus`` one, or not."""
+
+    def __init__(self, width, plus=0.0):
+        super().__init__()
+        self.weight, self.small, self.plus = nn.Parameter(torch.rand(width)), 1e-3, plus
+
+    def forward(self, x):
+        y = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + self.small)
+        return (self.plus + self.weight) * y.type_as(x) if self.plus else self.weight * y.to(x.dtype)
+
+
+@pytest.mark.parametrize("plus", [0.0, 1.0])
+def test_an_rms_norm_takes_its_count_into_its_weight(tmp_path, plus):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.norm, self.out = nn.Linear(5, 16), RMS(16, plus), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.out(self.norm(self.into(x)))
+
+    model, subnet, oto = slimmed(Model(), torch.randn(4, 5))
+    k = subnet.model.into.out_features
+    assert k < 16 and type(subnet.model.norm) is RMS and not isinstance(vars(subnet.model.norm).get("forward"), Told)
+    # weight · √(D / k) and epsilon · D / k
+    (name,) = (g.name for g in oto.node_groups if g.prunable)
+    kept = torch.from_numpy(subnet.kept[name])
+    weight = (model.norm.weight[kept] + plus) * (16 / k) ** 0.5 - plus
+    assert torch.allclose(subnet.model.norm.weight, weight) and subnet.model.norm.small == pytest.approx(1e-3 * 16 / k)
+    # in float32 too, where the product rounds: the proof in float64 is of the algebra, not of the rounding
+    saved = OTO(model.float(), torch.randn(4, 5)).construct_subnet(tmp_path / "out")
+    assert saved.max_error < EXACT and saved.emitter == "module"
+    x = torch.randn(4, 5)
+    assert relative_error(run(model, x), run(load_subnet(tmp_path / "out", Model), x)) < 1e-6
+
+
+def test_halves_of_a_chunk_are_tied_and_stay_so():
+    class Halves(nn.Module):
+        """``chunk`` makes pieces of one size; half of everything would not show that they may differ."""
+
+        def __init__(self):
+            super().__init__()
+            self.into, self.a, self.b = nn.Linear(6, 32), nn.Linear(16, 4), nn.Linear(16, 4)
+
+        def forward(self, x):
+            a, b = self.into(x).chunk(2, -1)
+            return self.a(a) + self.b(b)
+
+    model, subnet, oto = slimmed(Halves(), torch.randn(2, 6))
+    one, two = (g for g in oto.node_groups if g.prunable)
+    assert one.tie == two.tie is not None
+    assert len(subnet.kept[one.name]) == len(subnet.kept[two.name]) < 16
+    oto.hesso(lr=0.1, target_macs=0.4, start_pruning_step=0, pruning_steps=1, pruning_periods=1)
+    optimizer = oto.hesso(lr=0.0, target_params=0.4, start_pruning_step=0, pruning_steps=2, pruning_periods=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    kept = oto.construct_subnet(emitter="module").kept
+    assert len(kept[one.name]) == len(kept[two.name])
+
+
+def test_sizes_that_are_read_off_another_tensor_are_told():
+    class Block(nn.Module):
+        """The width of its input decides how it cuts its own queries."""
+
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x):
+            b, t, c = x.shape
+            q, k, v = (z.view(b, t, 4, c // 4).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c)
+            return self.out(y)
+
+    model, subnet, oto = slimmed(Blocks(Block(), Block()), torch.randn(2, 5, 5), share=0.4)
+    assert "into.weight" in sizes(oto)
+    x = torch.randn(3, 9, 5, dtype=torch.float64)
+    assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+
+
+def test_a_number_that_follows_from_a_width_stays_what_it_was():
+    class Scaled(nn.Module):
+        """What a thinner tensor is divided by would be another number."""
+
+        def __init__(self):
+            super().__init__()
+            self.into, self.out = nn.Linear(6, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            h = self.into(x)
+            return self.out(torch.relu(h) / h.size(1))
+
+    model = Scaled().double()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x = torch.randn(2, 6, dtype=torch.float64)
+    oto = OTO(model, x)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(emitter="module")
+    assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT and sizes(oto) == {"into.weight": 16}
+
+
+class Sorted(nn.Module):
+    """A branch on a width, which no attribute and no call states."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.up, self.down, self.out = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 24),
+            nn.Linear(24, 16),
+            nn.Linear(16, 4),
+        )
+
+    def forward(self, x):
+        h = self.into(x)
+        h = torch.relu(h) if h.size(1) == 16 else torch.tanh(h)
+        return self.out(h + self.down(torch.relu(self.up(h))))
+
+
+def test_what_the_class_cannot_be_told_stays_whole_and_says_why():
+    x = torch.randn(2, 6, dtype=torch.float64)
+    model, subnet, oto = slimmed(Sorted(), x)
+    assert sizes(oto) == {"up.weight": 24}
+    (residual,) = [w for w in oto.explain().whole if ("into.weight", 0) in w.parameters]
+    assert "its class cannot do without" in residual.reason and residual.source.startswith(__file__)
+    everything = OTO(Sorted().double(), x, everything=True)
+    everything.random_set_zero_groups(0.5)
+    assert everything.construct_subnet().emitter == "graph" and sizes(everything).keys() == {"into.weight", "up.weight"}
+
+
+def test_calls_whose_results_nobody_reads_are_minded():
+    class Pooler(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out, self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(32, 4)
+            self.pool = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.out(x)
+            self.pool(h, h, h)
+            return self.down(torch.relu(self.up(h)))
+
+    _, subnet, _ = slimmed(Pooler(), torch.randn(2, 5, 16))
+    assert subnet.model.pool.in_proj_weight.shape[1] == subnet.model.up.in_features
+
+
+def test_a_model_that_looks_at_values_is_followed_on_the_path_of_the_full_one():
+    class Routed(nn.Module):
+        """Each row goes to the expert that the model's own numbers choose."""
+
+        def __init__(self):
+            super().__init__()
+            self.into, self.route = nn.Linear(6, 16), nn.Linear(16, 2)
+            self.experts = nn.ModuleList([nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)) for _ in "ab"])
+
+        def forward(self, x):
+            h = self.into(x)
+            choice = self.route(h).argmax(-1)
+            y = h.new_zeros(len(x), 4)
+            for i, expert in enumerate(self.experts):
+                rows = (choice == i).nonzero()[:, 0]
+                if rows.numel():
+                    y = y.index_add(0, rows, expert(h[rows]))
+            return y
+
+    torch.manual_seed(0)
+    model, subnet, oto = slimmed(Routed(), torch.randn(8, 6))
+    assert oto.partition.found.graph.how == "real" and "into.weight" in sizes(oto)
+    x = torch.randn(20, 6, dtype=torch.float64)
+    assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+
+
+def test_on_meta_the_class_is_asked_too():
+    oto = OTO(Blocks(Attention()).to("meta"), torch.randn(2, 7, 5))
+    assert {"into.weight", "blocks.0.qkv.weight"} <= {name.partition("/")[0] for name in sizes(oto)}
+
+
+def test_an_oto_can_be_copied_and_pickled():
+    model, x = Blocks(Attention()).double(), torch.randn(2, 7, 5, dtype=torch.float64)
+    oto = OTO(model, x)
+    for other in (copy.deepcopy(oto), pickle.loads(pickle.dumps(oto))):
+        other.random_set_zero_groups(0.4)
+        assert other.construct_subnet(emitter="module").max_error < EXACT
+        assert sizes(other) == sizes(oto)
