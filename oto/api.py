@@ -585,8 +585,8 @@ class OTO:
             raise UnknownParameterError(
                 f"{type(model).__name__} has changed since OTO(...) was made: no {some(bad)} of that shape\n"
                 "  effect  its zeros cannot be read, and nothing was written\n"
-                "  to fix  where a trainer shards it (FSDP, DeepSpeed), gather the state dict, load it into a copy of the"
-                " model, and construct_subnet(model=copy); else make a new OTO"
+                "  to fix  where a trainer shards it (FSDP, DeepSpeed), gather the state dict, load it into a copy of"
+                " the model, and construct_subnet(model=copy); else make a new OTO"
             )
         if inner is None or bad:
             raise UnknownParameterError(

@@ -350,17 +350,18 @@ class Reference:
     ) -> list[Check]:  # fmt: skip
         self._require_own(slim)
         exact = exact and self.dtype != torch.float64
+        brief = self.brief and exact and self._in_float64()
+        drawn = self._drawn(what, batch and not brief, notes, lacks) if random else []
+        wide = [name for name in drawn if name != self._batch] or ([RANDOM] if drawn else [])
         checks: list[Check] = []
-        if not (self.brief and exact and self._in_float64()):
+        if not brief:
             stage(f"{what}: comparing in {_name(self.dtype)}")
-            drawn = self._drawn(what, batch, notes, lacks) if random else []
             sizes = {f"sizes {', '.join(map(str, shape))}": shape for shape in shapes}
             self._shapes.update(sizes)
             checks = self._compare(slim, [EXAMPLE, *drawn, *sizes], what, notes)
-            random = bool(drawn)
         if exact and self._in_float64():
             stage(f"{what}: comparing in float64")
-            checks += self._compare_wide(slim, [EXAMPLE, RANDOM] if random else [EXAMPLE], what, wider)
+            checks += self._compare_wide(slim, [EXAMPLE, *wide], what, wider)
         return checks
 
     def _run(self, module: nn.Module, given: Any, wide: bool = False) -> list[Tensor]:
@@ -370,15 +371,19 @@ class Reference:
         return run(module, given, wide, self._found[id(module)][1])
 
     def _drawn(self, what: str, batch: bool, notes: list[str] | None, lacks: Any) -> list[str]:
-        """The random input to compare on."""
+        """The random inputs to compare on."""
         if batch and self._batch is not None and self._outputs(self._batch) is not None:
             return [self._batch]
-        missing = None if lacks is None else lacks(self._input(RANDOM))
-        if missing is None:
+        if lacks is None:
             return [RANDOM]
-        if notes is not None:
-            notes.append(f"{what} was not compared on random input: {missing}")
-        return []
+        fitting = []
+        for name in (RANDOM, ANOTHER):  # one may be of another kind than the example
+            missing = lacks(self._input(name))
+            if missing is None:
+                fitting.append(name)
+            elif notes is not None:
+                notes.append(f"{what} was not compared on {name}: {missing}")
+        return fitting
 
     @cached_property
     def _batch(self) -> str | None:
@@ -395,7 +400,9 @@ class Reference:
             return self.dummy_input
         if name in self._shapes:
             return random_like(self.dummy_input, 1, shapes=self._shapes[name])
-        return random_like(self.dummy_input, 0, None if name == RANDOM else (self._size or 0) + 2)
+        if name in (RANDOM, ANOTHER):
+            return random_like(self.dummy_input, int(name == ANOTHER))
+        return random_like(self.dummy_input, 0, (self._size or 0) + 2)
 
     def _outputs(self, name: str) -> list[Tensor] | None:
         """What the full model gives; ``None`` if it does not take the input."""
@@ -584,7 +591,7 @@ class Reference:
             )
 
 
-EXAMPLE, RANDOM = "the example", "random input"
+EXAMPLE, RANDOM, ANOTHER = "the example", "random input", "another random input"
 
 
 def _name(dtype: torch.dtype) -> str:
