@@ -154,7 +154,7 @@ def _write_program(
     against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
 
     def prove(read: nn.Module) -> list[Check]:
-        return against.check(read, "reloaded program") if source.verify else []
+        return against.check(read, "reloaded program", batch=True, notes=[]) if source.verify else []
 
     return write_program(draft, slim, full.dummy_input, prove, left_out if made.edits is not None else ())
 

@@ -126,11 +126,13 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
 
     Raises:
         EmitterError: The asked way cannot express the slim model, or none can.
-        VerificationError: What the graph computes differs.
+        VerificationError: What the graph computes differs; or the model does not run in float64, which was asked for.
     """
     name = type(source.model).__name__
     if emitter not in EMITTERS:
         raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
+    if source.verify:
+        source.reference.insist()
     why: list[str] = []
     notes: list[str] = []
     if emitter == "config" or (emitter == "auto" and source.recipe is not None):

@@ -443,6 +443,15 @@ class Reference:
 
     # --- in float64 ---------------------------------------------------------------------------------------------------
 
+    def insist(self) -> None:
+        """Make sure of float64 where it was asked for.
+
+        Raises:
+            VerificationError: The model does not run in it.
+        """
+        if self.float64 is True and self.dtype != torch.float64:
+            self._in_float64()
+
     def _in_float64(self) -> bool:
         """Whether there is something to compare with in float64: the outputs on the example are known then."""
         if self.float64 is False:
@@ -578,7 +587,11 @@ class Reference:
         if not patched or slim is self.model:
             return
         own = {id(m) for m in slim.modules()}
-        full = {id(m): name for name, m in self.model.named_modules() if id(m) not in own and any(m.parameters())}
+        full = {
+            id(m): name
+            for name, m in self.model.named_modules()
+            if id(m) not in own and any(True for _ in m.parameters())
+        }
         met: list[str] = []
         with _watching(lambda module: met.extend([full[id(module)]] if id(module) in full else [])):
             run(slim, self.dummy_input)
