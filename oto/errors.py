@@ -39,6 +39,10 @@ class MissingExtraError(OTOError, ImportError):
     """An optional package that a function needs is not installed."""
 
 
+class GivenError(OTOError, ValueError):
+    """A model, an input or a checkpoint that a command line names cannot be had."""
+
+
 class NothingPrunableError(OTOError):
     """No node group of the model may lose an entry."""
 
@@ -53,6 +57,10 @@ class OptionError(OTOError, TypeError):
 
 class TooLateError(OTOError):
     """Something was marked or frozen after the choice that it should have influenced was made."""
+
+
+class ShrinkError(OTOError):
+    """A model cannot get smaller in the middle of training; nothing was changed."""
 
 
 class SetupError(OTOError, ValueError):

@@ -88,8 +88,8 @@ class Moody(nn.Module):
         return super().named_buffers(*args, **kwargs)
 
 
-def use(model, folder, emitter="auto", keep_class=False):
-    oto = OTO(model, X, keep_class=keep_class)
+def use(model, folder, emitter="auto", everything=False):
+    oto = OTO(model, X, everything=everything)
     oto.random_set_zero_groups(0.5)
     return oto.construct_subnet(folder, emitter=emitter)
 
@@ -97,16 +97,16 @@ def use(model, folder, emitter="auto", keep_class=False):
 @settings(max_examples=20)
 @given(
     where=st.sampled_from(WHERE), nth=st.integers(0, 12), raises=st.sampled_from(sorted(RAISES)),
-    emitter=st.sampled_from(["auto", "module", "graph"]), keep_class=st.booleans(), graph=st.booleans(),
+    emitter=st.sampled_from(["auto", "module", "graph"]), everything=st.booleans(), graph=st.booleans(),
 )  # fmt: skip
-def test_only_errors_of_ours_come_out(tmp_path_factory, where, nth, raises, emitter, keep_class, graph):
+def test_only_errors_of_ours_come_out(tmp_path_factory, where, nth, raises, emitter, everything, graph):
     model = Moody(where, nth, RAISES[raises], graph)
     model.train()
     folder = tmp_path_factory.mktemp("fuzz") / "out"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            subnet = use(model, folder, emitter, keep_class)
+            subnet = use(model, folder, emitter, everything)
         except OTOError as told:
             text = str(told)
             assert "\n  to fix" in text and "\n  effect" in text, text

@@ -59,6 +59,27 @@ def test_every_folder_is_a_stage() -> None:
     assert folders == READS.keys()
 
 
+TOP = {"api", "cli", "given", "integrations", "__main__"}  # strings the stages together, and what stands on that
+
+
+def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "READS", dict.fromkeys(TOP))
+    for path in FILES:
+        if path.parent != OTO:
+            assert not stages_imported_by(path), f"{path} reads from {stages_imported_by(path)}"
+    found = {path.stem: stages_imported_by(path) - {path.stem} for path in FILES if path.parent == OTO}
+    assert found == {
+        "__init__": {"api"},
+        "__main__": {"cli"},
+        "_torch": set(),
+        "api": set(),
+        "cli": {"api", "given"},
+        "errors": set(),
+        "integrations": set(),
+        "given": set(),
+    }
+
+
 def test_the_import_reader_sees_every_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "OTO", tmp_path)
     (tmp_path / "optim").mkdir()
@@ -118,6 +139,7 @@ def in_a_new_process(code: str) -> str:
 
 def test_importing_oto_imports_no_optional_package() -> None:
     heavy = {"transformers", "diffusers", "timm", "onnx", "onnxscript", "onnxruntime", "torchvision", "pydot", "rich"}
+    heavy |= {"typer", "matplotlib"}
     code = "import sys, torch; before = set(sys.modules); import oto; print(*(set(sys.modules) - before))"
     assert heavy.isdisjoint(in_a_new_process(code).split())
 

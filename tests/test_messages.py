@@ -20,6 +20,7 @@ from oto.errors import (
     EmitterError,
     NonFiniteParameterError,
     NothingPrunableError,
+    ShrinkError,
     TargetError,
     TraceError,
     UnknownOpWarning,
@@ -119,7 +120,7 @@ def test_a_class_that_cannot_be_thinned():
         def forward(self, x):
             return self.b(self.a(x).reshape(-1, 8))
 
-    oto = OTO(Sized(), X)
+    oto = OTO(Sized(), X, everything=True)
     oto.random_set_zero_groups(0.5)
     with message(EmitterError, "Sized cannot be thinned as its own class"):
         oto.construct_subnet(emitter="module")
@@ -273,3 +274,10 @@ def test_a_lazy_module_that_never_ran():
     with message(TraceError, r"have no shape yet: 0\.weight, 0\.bias") as caught:
         OTO(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), X)
     assert "to fix" in str(caught.value) and "effect" in str(caught.value)
+
+
+def test_a_model_that_cannot_get_smaller_in_training():
+    oto = OTO(mlp(), X)
+    with message(ShrinkError, "no optimizer that knows what is at zero for good: Adam is none") as caught:
+        oto.shrink(torch.optim.Adam(oto.model.parameters()))
+    assert "nothing was changed" in str(caught.value) and "oto.hesso" in str(caught.value)

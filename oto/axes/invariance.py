@@ -88,7 +88,7 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
             if obstacle is None:
                 axis.fixed = Reason("no parameter could be zeroed to silence it")
             else:
-                node = found.graph.nodes[obstacle.node]
+                node = found.graph.calls[obstacle.node]
                 text = found.tape.counted.get(obstacle.node)
                 axis.fixed = Reason(
                     f"{node.op} mixes its entries, and they need not be zero there" + (f" ({text})" if text else ""),
@@ -141,7 +141,8 @@ def _visits(found: Propagation) -> tuple[dict[Axis, list[_Visit]], list[list[tup
 def _dynamic(found: Propagation) -> list[bool]:
     """Which tensors depend on the inputs."""
     dynamic = [False] * len(found.tape.tensors)
-    for value in found.graph.inputs:
+    trained = found.graph.trained
+    for value in (*found.graph.inputs, *(trained.inputs if trained else ())):
         dynamic[found.operands[value].index] = True
     for step in found.tape.steps:
         dynamic[step.output] = any(dynamic[i] for i in step.inputs)

@@ -56,14 +56,16 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
     coverage: dict[str, Counter[str]] = {"rule": Counter(), "fixed": Counter(), "unknown": Counter()}
     found = Propagation(graph, tape, operands, coverage=coverage, strict_out_nodes=strict_out_nodes)
     outside = Reason("its values were made outside torch, perhaps of what the model computed")
+    runs = [graph] if graph.trained is None else [graph, graph.trained]
+    data = any(run.how == "real" for run in runs)  # without data nothing can leave torch and come back
     for leaf in graph.leaves:
-        loose = graph.how == "real" and not leaf.names  # without data nothing can leave torch and come back
+        loose = data and not leaf.names
         operands[leaf.value] = tape.tensor([T.axis(n, outside if loose else None) for n in leaf.value.shape])
-    reader = {value: node.index for node in reversed(graph.nodes) for value in node.inputs()}
-    for value in graph.inputs:
+    reader = {value: node.index for node in reversed(graph.calls) for value in node.inputs()}
+    for value in (value for run in runs for value in run.inputs):
         given = None if part else Reason("it is a dimension of an input", reader.get(value))
         operands[value] = tape.tensor([T.axis(n, given) for n in value.shape])
-    for node in graph.nodes:
+    for node in graph.calls:
         call = Call(node, tape, operands)
         rule = find(node.op)
         if rule is None:
@@ -79,7 +81,8 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
                 found.unknown.append(node)
                 outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
         answer = "unknown" if node in found.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
-        coverage[answer][node.name] += 1
+        if node.index < len(graph.nodes) or answer == "unknown":  # what eval mode does already is not counted twice
+            coverage[answer][node.name] += 1
         for made, operand in zip(node.outputs, outputs, strict=True):
             if made is not None:
                 assert operand is not None
@@ -87,8 +90,8 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
         for before, after in node.written:  # written to, but not returned: nothing is known of it any more
             call.fix(operands[before], None, f"{node.op} writes to it")
             operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
-    maker = {value: node.index for node in graph.nodes for value in node.outputs if value is not None}
-    for value in graph.outputs:
+    maker = {value: node.index for node in graph.calls for value in node.outputs if value is not None}
+    for value in (value for run in runs for value in run.outputs):
         for term in () if part or (strict_out_nodes and value in reader) else operands[value].terms:
             T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
     return found

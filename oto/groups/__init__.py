@@ -2,6 +2,18 @@
 
 from oto.groups.cost import Cost, Costs, cost
 from oto.groups.node_group import Cut, NodeGroup, Slice
-from oto.groups.partition import Kept, Partition, partition
+from oto.groups.partition import Kept, Partition, partition, thinner, trainable
 
-__all__ = ["Cost", "Costs", "Cut", "Kept", "NodeGroup", "Partition", "Slice", "cost", "partition"]
+__all__ = [
+    "Cost",
+    "Costs",
+    "Cut",
+    "Kept",
+    "NodeGroup",
+    "Partition",
+    "Slice",
+    "cost",
+    "partition",
+    "thinner",
+    "trainable",
+]

@@ -7,7 +7,7 @@ that a choice among many thousands of atoms can ask for totals and for marginal 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from oto.axes.terms import Axis, Term, count, resolve
 from oto.groups.node_group import NodeGroup
 from oto.groups.partition import Partition
+from oto.trace.graph import Leaf
 
 
 @dataclass(frozen=True)
@@ -39,40 +40,57 @@ class Cost:
         return 2 * self.macs
 
 
-def cost(partition: Partition, kept: Mapping[str, int] | None = None) -> Cost:
-    """The exact cost when each group named in ``kept`` has that many atoms left; others are whole."""
+def cost(partition: Partition, kept: Mapping[str, int] | None = None, without: Collection[str] = ()) -> Cost:
+    """The exact cost when each group named in ``kept`` has that many atoms left; others are whole.
+
+    Args:
+        without: Names of parameters and buffers that are left out.
+    """
     counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
 
     def total(products: Products) -> int:
         return sum(int(weight) * prod(count(resolve(term), counts) for term in terms) for weight, terms in products)
 
-    return Cost(total(_params(partition)), total(_macs(partition)), total(_bytes(partition)))
+    return Cost(total(_params(partition, without)), total(_macs(partition)), total(_bytes(partition, without)))
 
 
 Products = Iterator[tuple[float, Sequence[Term]]]
 
 
-def _params(partition: Partition) -> Products:
-    leaves = partition.found.graph.leaves
+def _params(partition: Partition, without: Collection[str] = ()) -> Products:
+    leaves = _left(partition, without)
     return ((1, partition.found.terms(leaf.value)) for leaf in leaves if leaf.kind == "parameter")
 
 
-def _bytes(partition: Partition) -> Products:
-    leaves = partition.found.graph.leaves
+def _left(partition: Partition, without: Collection[str]) -> list[Leaf]:
+    return [leaf for leaf in partition.found.graph.leaves if not leaf.names or leaf.names[0] not in without]
+
+
+def _bytes(partition: Partition, without: Collection[str] = ()) -> Products:
+    leaves = _left(partition, without)
     held = (leaf.value for leaf in leaves if leaf.kind in ("parameter", "buffer"))
     return ((value.dtype.itemsize, partition.found.terms(value)) for value in held)
 
 
 def _macs(partition: Partition) -> Products:
-    return ((1, step.volume) for step in partition.found.tape.steps if step.volume is not None)
+    return ((1, volume) for _, volume in _products(partition))
 
 
-def macs_by_node(partition: Partition) -> dict[int, int]:
-    """Multiply–adds of each call of the full model that has any, by the index of its node."""
-    found: dict[int, int] = {}
+def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
+    """Every product of the forward in eval mode: the index of its node, and the terms of its volume."""
+    nodes = len(partition.found.graph.nodes)
     for step in partition.found.tape.steps:
-        if step.volume is not None:
-            found[step.node] = found.get(step.node, 0) + prod(count(resolve(term), {}) for term in step.volume)
+        if step.volume is not None and step.node < nodes:
+            yield step.node, step.volume
+
+
+def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[int, int]:
+    """Multiply–adds of each call that has any, by the index of its node, when each group in ``kept`` has so many atoms
+    left; others are whole."""
+    counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
+    found: dict[int, int] = {}
+    for node, volume in _products(partition):
+        found[node] = found.get(node, 0) + prod(count(resolve(term), counts) for term in volume)
     return found
 
 

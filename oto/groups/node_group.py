@@ -7,6 +7,7 @@ OTOv2, section 4).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -78,3 +79,20 @@ class NodeGroup:
     @property
     def prunable(self) -> bool:
         return self.reason is None
+
+    def __str__(self) -> str:
+        atoms = f"{self.size:,} atom{'s' * (self.size != 1)}"
+        if not self.prunable:
+            named = ", ".join(f"{piece.parameter}[{piece.dim}]" for piece in self.slices[:5])
+            return f"{self.name}: {atoms}, whole because {self.reason}\n  of      {named}{_more(self.slices[5:])}"
+        lines = [f"{self.name}: {atoms}, prunable, at least {self.min_kept} kept"]
+        others = [piece for piece in self.slices if piece not in self.zeros]
+        for word, pieces in (("zeroed", self.zeros), ("leaves", others)):
+            if pieces:  # `leaves` goes with an atom without having to be zero
+                named = ", ".join(f"{piece.parameter}[{piece.dim}]" for piece in pieces[:5])
+                lines.append(f"  {word}  {named}{_more(pieces[5:])}")
+        return "\n".join(lines)
+
+
+def _more(rest: Sequence[Slice]) -> str:
+    return f" and {len(rest)} more" if rest else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import networkx as nx
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from oto.axes.invariance import Exact, prove
 from oto.axes.propagate import Propagation, propagate
-from oto.axes.terms import Axis, Reason, Sum, Term, axes_of, resolve, size, survivors
+from oto.axes.terms import Axis, Reason, Sum, Term, axes_of, count, resolve, survivors
 from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.trace.graph import Graph, Value
 
 Kept = Mapping[str, NDArray[np.int64]]
+_WHOLE: Mapping[Axis, int] = {}
 
 
 @dataclass(eq=False)
@@ -64,7 +65,7 @@ def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
     found = propagate(graph, strict_out_nodes)
     proofs = prove(found)
     where: dict[Axis, list[Slice]] = {}
-    reached = {value for node in graph.nodes for value in node.inputs()} | set(graph.outputs)
+    reached, used = graph.read, set[Axis]()
     idle = Reason("the traced forward never uses it")
     first: dict[Axis, str] = {}
     for leaf in graph.leaves:
@@ -73,8 +74,10 @@ def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
         for dim, term in enumerate(found.terms(leaf.value)):
             for axis, cuts in occurrences(term):
                 where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
-                if leaf.value not in reached:
-                    axis.fixed = idle
+                if leaf.value in reached:
+                    used.add(axis)
+    for axis in where.keys() - used:  # heads that only training uses lose what they read, and nothing of their own
+        axis.fixed = idle
     for axis, proof in proofs.items():
         if proof.zeros:
             leaf, _ = proof.zeros[0]
@@ -101,23 +104,60 @@ def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
     return tuple(s for s in slices if (s.parameter, s.dim) in places)
 
 
-def occurrences(term: Term) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
-    """Every axis of a resolved term, and the strided view that leads to it."""
-    before, total = 1, size(term)
+def trainable(graph: Graph, strict_out_nodes: bool = False) -> Partition:
+    """The node groups of a traced model, and of what train mode does besides, if that costs no atoms.
+
+    Where it does, the forward in eval mode alone counts, and ``untrained`` of the graph says so.
+    """
+    found = partition(graph, strict_out_nodes)
+    if graph.trained is None:
+        return found
+    alone = partition(replace(graph, trained=None), strict_out_nodes)
+    both, one = (sum(g.size for g in own.groups if g.prunable) for own in (found, alone))
+    if both >= one:
+        return found
+    text = f"{one - both:,} of {one:,} zero-invariant groups would have to stay for what train mode does besides"
+    return partition(replace(graph, trained=None, untrained=text), strict_out_nodes)
+
+
+def thinner(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tuple[NodeGroup, ...]:
+    """Where ``groups`` lie in parameters that only hold the atoms in ``kept`` any more; the same groups otherwise."""
+    counts = {partition.axes[name]: len(atoms) for name, atoms in kept.items()}
+    where: dict[Axis, list[Slice]] = {}
+    for leaf in partition.found.graph.leaves:
+        if leaf.kind == "parameter":
+            for dim, term in enumerate(partition.found.terms(leaf.value)):
+                for axis, cuts in occurrences(term, counts):
+                    where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
+
+    def thin(group: NodeGroup) -> NodeGroup:
+        axis = partition.axes[group.name]
+        slices = tuple(where[axis])
+        places = {(piece.parameter, piece.dim) for piece in group.zeros}
+        zeros = tuple(piece for piece in slices if (piece.parameter, piece.dim) in places)
+        return replace(group, size=counts.get(axis, group.size), slices=slices, zeros=zeros)
+
+    return tuple(map(thin, groups))
+
+
+def occurrences(term: Term, counts: Mapping[Axis, int] = _WHOLE) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
+    """Every axis of a resolved term, and the strided view that leads to it; ``counts`` says how many atoms are left."""
+    before, total = 1, count(term, counts)
     if not total:  # a parameter may be empty
         return
     for factor in term:
-        after = total // (before * factor.size)
+        own = count((factor,), counts)
+        after = total // (before * own)
         if isinstance(factor, Sum):
             offset = 0
             for segment in factor.segments:
-                n = size(segment)
-                for axis, cuts in occurrences(segment):
-                    yield axis, (Cut(before, factor.size, after, offset, n), *cuts)
+                n = count(segment, counts)
+                for axis, cuts in occurrences(segment, counts):
+                    yield axis, (Cut(before, own, after, offset, n), *cuts)
                 offset += n
         else:
-            yield factor, (Cut(before, factor.size, after, 0, factor.size),)
-        before *= factor.size
+            yield factor, (Cut(before, own, after, 0, own),)
+        before *= own
 
 
 def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:

@@ -227,9 +227,10 @@ REMEDIES = (
         " adapters, or OTO(..., prune_frozen=True)",
     ),
     (
-        "marked|^skip_|^keep_class|^layout|no more than",
-        "take back what was asked: skip_patterns, marks, keep_class, layout, tensor_parallel, min_kept",
+        "marked|^skip_|^layout|no more than",
+        "take back what was asked: skip_patterns, marks, layout, tensor_parallel, min_kept",
     ),
+    ("^its class", "OTO(..., everything=True) prunes this too, and may end in a graph instead of the class"),
     ("never uses it", "give an example input that reaches these layers; those of training only stay whole"),
     ("of an output", "outputs keep their size; strict_out_nodes=True frees those that the model reads itself"),
 )
@@ -252,7 +253,7 @@ def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
         return
     reasons: dict[str, list[str]] = {}
     for group in groups:
-        node = None if group.cause is None else graph.nodes[group.cause]
+        node = None if group.cause is None else graph.calls[group.cause]
         place = "" if node is None else f" ({node}{', ' * bool(node.source)}{node.source})"
         reasons.setdefault(f"{group.reason}{place}", []).append(group.name)
     order = sorted(reasons, key=promise)

@@ -214,6 +214,36 @@ def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def adding(path: str | os.PathLike[str], name: str) -> Iterator[Path]:
+    """Put one more file into an artefact, or a new one in place of one that it has.
+
+    Yields:
+        Where to write the file. The artefact is as it was until that is done, and whole again afterwards.
+
+    Raises:
+        ArtefactError: There is no artefact; a file of that name is there and belongs to none; it cannot be written.
+        DamagedArtefactError: The artefact is not whole.
+    """
+    assert _is_plain(name), name
+    artefact = reading(path)
+    folder, manifest = artefact.folder, dict(artefact.manifest)
+    _require_own(folder, [name])
+    with writing(folder) as draft:
+        file = draft.file(name)
+        yield file
+        manifest["files"] = dict(sorted({**manifest["files"], name: _stamp(file)}.items()))
+        manifest["digest"] = _digest({key: value for key, value in manifest.items() if key != "digest"})
+        sealed = draft.folder / MANIFEST
+        sealed.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for part in (file, sealed):
+            _sync(part)
+        (folder / MANIFEST).unlink()  # the commit point, as in :meth:`Draft.commit`
+        os.replace(file, folder / name)
+        os.replace(sealed, folder / MANIFEST)
+        _sync(folder)
+
+
 def _concerns(failure: OSError, *folders: Path) -> bool:
     if failure.errno in (errno.ENOSPC, errno.EROFS, errno.EFBIG, getattr(errno, "EDQUOT", None)):
         return True

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made, Zeroed, remade
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
+from oto.slim.origin import Round, after_rounds, descend, origin_of
 from oto.slim.program import export_program, runnable
 from oto.slim.verify import Check, Reference, require
 
@@ -97,10 +99,16 @@ def save(
         if save_full:
             draft.tensors(FULL, tensors_of(source.model, source.partition), graph.unread)
         again: list[Check] = []
+        first, earlier = source.model, tuple[Round, ...]()
+        if edits is not None:
+            origin = origin_of(made.model)
+            assert origin is not None
+            first, earlier = origin.first, origin.rounds[:-1]
         if edits is not None and source.verify:  # the tensors are equal to the bit; do they go back into the class?
             device = next(source.model.parameters()).device
+            start = after_rounds(first, earlier) if earlier else source.model
             tensors = {name: t.to(device) for name, t in draft.load(WEIGHTS).items()}
-            loaded = rebuild(source.model, tensors, json.loads(json.dumps(plain_edits(edits))))
+            loaded = rebuild(start, tensors, json.loads(json.dumps(plain_edits(edits))))
             again += source.reference.check(loaded, "reloaded", random=False, exact=False)
             require(again)
             del loaded, tensors
@@ -119,7 +127,8 @@ def save(
         stage("sealing the folder")
         draft.commit(
             {
-                "model": describe(source.model, made.tensors if edits is not None else {}),
+                "model": describe(first, made.tensors if edits is not None else {}),
+                "earlier": [done.plain() for done in earlier],  # what was done before, if it was made slim before
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
                 "checks": [vars(c) for c in (*made.checks, *again)],
@@ -237,7 +246,8 @@ def load_subnet(
 ) -> nn.Module:
     """Load a slim model that ``OTO.construct_subnet`` saved.
 
-    Nothing is unpickled. Every file is checked against its hash first.
+    Nothing is unpickled. Every file is checked against its hash first. A model that was made slim several times loads
+    from the first class all the same, and what is loaded may be made slim again.
 
     Args:
         path: The folder, or a file in it.
@@ -262,7 +272,11 @@ def load_subnet(
     make = (lambda factory: factory()) if manifest.get("left_out") else _on_meta
     given = model if isinstance(model, nn.Module) else make(model)
     _require_same(manifest["model"], given, strict)
-    return rebuild(given, artefact.tensors(WEIGHTS), manifest["edits"]).eval()
+    earlier, tensors = [Round.read(done) for done in manifest.get("earlier", ())], artefact.tensors(WEIGHTS)
+    slim = rebuild(after_rounds(given, earlier), tensors, manifest["edits"]).eval()
+    kept = {name: np.array(atoms, dtype=np.int64) for name, atoms in manifest["kept"].items()}
+    descend(slim, given, *earlier, Round.of(Edits(**manifest["edits"]), tensors, kept))
+    return slim
 
 
 def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:

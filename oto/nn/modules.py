@@ -31,6 +31,10 @@ class LayerNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return counted.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, full=self.full)
 
+    def _oto_analysed(self, input: Tensor) -> Tensor:
+        """What ``OTO`` follows in the place of ``forward``: of the entries that are left, the same ones matter."""
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, full={self.full}, eps={self.eps}"
 
@@ -48,6 +52,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return counted.rms_norm(input, self.normalized_shape, self.weight, self.eps, full=self.full)
+
+    def _oto_analysed(self, input: Tensor) -> Tensor:
+        """As in :class:`LayerNorm`."""
+        return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, full={self.full}, eps={self.eps}"
@@ -70,6 +78,10 @@ class GroupNorm(nn.Module):
         return counted.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps, full=self.full, width=self.width
         )
+
+    def _oto_analysed(self, input: Tensor) -> Tensor:
+        """As in :class:`LayerNorm`."""
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, width={self.width}, full={self.full}, eps={self.eps}"

@@ -33,7 +33,9 @@ class Told:
         calls: Which calls to change, and how:
             ``{"numbers": [[place, number], ...]}`` puts other numbers among the arguments,
             ``{"pieces": [sizes, dim]}`` cuts pieces of other sizes,
-            ``{"counted": name, ...}`` calls a function of :mod:`oto.nn.functional` with further keywords.
+            ``{"counted": name, ...}`` calls a function of :mod:`oto.nn.functional` with further keywords,
+            ``{"keep": True}`` keeps the result for a later one: its ``"rest"`` is what each entry held that is gone,
+            computed of such results, as ``{"op": [packet, overload], "args": [...]}`` and ``{"kept": [name, place]}``.
     """
 
     def __init__(self, module: nn.Module, calls: Calls) -> None:
@@ -62,6 +64,7 @@ class _Telling(TorchFunctionMode):
         super().__init__()
         self.calls = calls
         self.seen = dict.fromkeys(calls, 0)
+        self.kept: dict[tuple[str, str], Any] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,8 +75,38 @@ class _Telling(TorchFunctionMode):
             place = str(self.seen[name])
             self.seen[name] += 1
             if place in self.calls[name]:
-                return told(self.calls[name][place], func, args, kwargs)
+                how = self.calls[name][place]
+                if "rest" in how:
+                    how = {**how, "rest": _computed(how["rest"], self.kept)}
+                result = told(how, func, args, kwargs)
+                if "keep" in how:
+                    self.kept[name, place] = result
+                return result
         return func(*args, **kwargs)
+
+
+UNIFORM = ("add", "sub", "mul", "div", "pow", "square", "abs", "neg", "rsqrt", "sqrt", "_to_copy", "to")
+"""Operators that what is gone may be computed by; no others, for a file may say which."""
+
+
+def _computed(x: Any, kept: Mapping[tuple[str, str], Any]) -> Any:
+    if isinstance(x, dict) and "kept" in x:
+        name, place = x["kept"]
+        return kept[name, place]
+    if isinstance(x, dict):
+        packet, overload = x["op"]
+        assert packet in UNIFORM, packet
+        op = getattr(getattr(torch.ops.aten, packet), overload)
+        args = [_computed(item, kept) for item in x["args"]]
+        like = next((a for a in args if isinstance(a, Tensor)), None)
+        tensors = [argument.type.kind() == "TensorType" for argument in op._schema.arguments]
+        if like is not None:  # a number where the operator takes a tensor
+            args = [
+                like.new_tensor(a) if wants and isinstance(a, int | float) else a
+                for a, wants in zip(args, tensors, strict=False)
+            ]
+        return op(*args)
+    return x
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -91,6 +124,17 @@ def told(how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...]
     if "counted" in how:
         return COUNTED[how["counted"]](how, *args, **kwargs)
     return func(*args, **kwargs)
+
+
+def both_told(old: Calls, new: Calls) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """What two rounds of changes tell a module together: what was counted in the first one still is."""
+    both: dict[str, dict[str, Mapping[str, Any]]] = {name: dict(places) for name, places in old.items()}
+    for name, places in new.items():
+        for place, how in places.items():
+            before = both.setdefault(name, {}).get(place, {})
+            kept = {"full": before["full"]} if "counted" in before and "counted" in how else {}
+            both[name][place] = {**how, **kept}
+    return both
 
 
 def numbers_of(arguments: Any) -> list[int | float]:
@@ -139,6 +183,11 @@ def _counts(how: Mapping[str, Any]) -> dict[str, Any]:
     return {"full": how["full"], "sizes": how["sizes"]}
 
 
+def _others(how: Mapping[str, Any]) -> dict[str, Any]:
+    """What the entries held that are gone, if it was not zero."""
+    return {key: how[key] for key in ("rest", "along", "left", "of") if key in how}
+
+
 def _layer_norm(how: Any, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
                 bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True) -> Tensor:  # fmt: skip
     return counted.layer_norm(input, input.shape[-1:], weight, bias, eps, full=how["full"])
@@ -161,7 +210,7 @@ def _batch_norm(how: Any, input: Tensor, running_mean: Any = None, running_var: 
 
 
 def _mean(how: Any, input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    return counted.mean(input, _dims(input, dim), keepdim, dtype=dtype, **_counts(how))
+    return counted.mean(input, _dims(input, dim), keepdim, dtype=dtype, **_counts(how), **_others(how))
 
 
 def _spread(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,7 +220,8 @@ def _spread(function: Callable[..., Any]) -> Callable[..., Any]:
         flags = [flag for flag in args if isinstance(flag, bool)]
         given = named.get("correction", named.get("unbiased", flags[0] if flags else None))
         keep = flags[1] if len(flags) > 1 else keepdim
-        return function(input, _dims(input, dim), 1 if given is None else given + 0, keep, **_counts(how))
+        correction = 1 if given is None else given + 0
+        return function(input, _dims(input, dim), correction, keep, **_counts(how), **_others(how))
 
     return run
 

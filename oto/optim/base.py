@@ -11,7 +11,8 @@ dict would be dropped by torch, tensors in ``state`` would be cast to the dtype 
 * ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group;
 * ``oto_sums``, ``oto_seen``: saliency criteria of every atom, float of shape ``(criteria, N)``, summed over so many
   steps;
-* ``oto_setup``: schedule and target as JSON, so that a checkpoint of another setup is noticed.
+* ``oto_setup``: schedule and target as JSON, so that a checkpoint of another setup is noticed;
+* ``oto_kept``: once the model was shrunk, which atoms of the full network it still has, bool of shape ``(full N,)``.
 
 Everything else is derived from them, and rebuilt when they or the storage of a parameter change, so no parameter is
 held outside ``param_groups``. Parameters are found by ``param_names`` and position.
@@ -24,21 +25,32 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
 from oto._torch import holder
-from oto.errors import NonFiniteParameterError, OTOError, SetupError, SetupWarning, UnknownParameterError, some
+from oto.errors import (
+    NonFiniteParameterError,
+    OTOError,
+    SetupError,
+    SetupWarning,
+    ShrinkError,
+    UnknownParameterError,
+    some,
+)
 from oto.groups.node_group import NodeGroup
 from oto.optim.choice import Choice
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
 from oto.optim.saliency import Entries, raw_scores
 from oto.optim.schedule import Progress, Schedule
+from oto.optim.shrink import Moved, follow, sliced_state
 from oto.optim.wrapped import Base, Named, Params, build
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -191,18 +203,23 @@ class SparseOptimizer(Optimizer):
 
     @property
     def num_atoms(self) -> int:
-        """Number of zero-invariant groups (ZIGs) that may be pruned."""
+        """Number of zero-invariant groups (ZIGs) of the model that may be pruned."""
         return sum(group.size for group in self.node_groups)
 
     @property
+    def num_removed(self) -> int:
+        """Number of ZIGs that the model had before it was shrunk."""
+        return int(self.choice.full.sum()) - self.num_atoms
+
+    @property
     def num_pruned(self) -> int:
-        """Number of ZIGs that are at zero for good."""
-        return sum(int((own == PRUNED).sum()) for own in self._codes())
+        """Number of ZIGs that are at zero for good, or removed already."""
+        return self.num_removed + sum(int((own == PRUNED).sum()) for own in self._codes())
 
     @property
     def sparsity(self) -> float:
-        """Share of ZIGs that are at zero for good, in [0, 1]."""
-        return self.num_pruned / max(self.num_atoms, 1)
+        """Share of the full network's ZIGs that are at zero for good, in [0, 1]."""
+        return self.num_pruned / max(self.num_atoms + self.num_removed, 1)
 
     @property
     def progress(self) -> Progress:
@@ -210,7 +227,7 @@ class SparseOptimizer(Optimizer):
         redundant, target = sum(int((own == REDUNDANT).sum()) for own in self._codes()), self.choice.target
         counts = np.array([int((own != PRUNED).sum()) for own in self._codes()], dtype=np.int64)
         return Progress(
-            self.clock, self.schedule, self.num_atoms, redundant, self.num_pruned,
+            self.clock, self.schedule, self.num_atoms + self.num_removed, redundant, self.num_pruned,
             target.measure(counts), target.goal, target.unit,
         )  # fmt: skip
 
@@ -221,7 +238,7 @@ class SparseOptimizer(Optimizer):
 
     @property
     def pruned_groups(self) -> dict[str, Tensor]:
-        """Atoms at zero for good: node group name to sorted int64 indices, on the CPU."""
+        """Atoms of the model at zero for good: node group name to sorted int64 indices, on the CPU."""
         return self._having(PRUNED)
 
     def _having(self, code: int) -> dict[str, Tensor]:
@@ -255,6 +272,9 @@ class SparseOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         atoms = state_dict["param_groups"][0].get("oto_atoms") if state_dict["param_groups"] else None
+        kept = self.param_groups[0].get("oto_kept")
+        if atoms is not None:
+            self._compare_kept(state_dict["param_groups"][0].get("oto_kept"), kept)
         if atoms is not None and len(atoms) != self.num_atoms:
             raise OTOError(
                 f"the state dict is for {len(atoms)} prunable atoms, this optimizer has {self.num_atoms}\n"
@@ -264,6 +284,8 @@ class SparseOptimizer(Optimizer):
             self._compare_setup(state_dict["param_groups"][0])
         self.base.load_state_dict(state_dict)
         self._share_base()
+        if kept is not None:
+            self.param_groups[0].setdefault("oto_kept", kept)
         self._fill_state()
         self._planned = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -282,6 +304,25 @@ class SparseOptimizer(Optimizer):
         if "oto_sums" not in first:
             self._forget_averages()
         first["oto_setup"] = json.dumps(self.describe_setup(), default=float)
+
+    def _compare_kept(self, theirs: Tensor | None, ours: Tensor | None) -> None:
+        """Refuse a checkpoint of a model with other atoms."""
+        if theirs is None and ours is None:
+            return
+        here = f"{self.num_atoms} of {self.num_atoms + self.num_removed} groups"
+        if theirs is None:
+            raise OTOError(
+                f"the state dict was saved before the model was shrunk, to {here}\n"
+                "  effect  nothing was loaded\n"
+                "  to fix  load it into the optimizer of the full model, and shrink then"
+            )
+        if ours is None or not torch.equal(theirs.cpu(), ours.cpu()):
+            raise OTOError(
+                f"the state dict was saved after the model was shrunk, to {int(theirs.sum())} of {len(theirs)} groups; "
+                f"here are {here}, and not the same\n"
+                "  effect  nothing was loaded\n"
+                "  to fix  oto.shrink(optimizer, like=state_dict) on the full model first, then load"
+            )
 
     def _compare_setup(self, saved: Mapping[str, Any]) -> None:
         """Tell a checkpoint of another schedule or target."""
@@ -303,6 +344,85 @@ class SparseOptimizer(Optimizer):
             "  to fix  make the optimizer as it was made then; to go on all the same, take 'oto_setup' out of"
             " state_dict['param_groups'][0]"
         )
+
+    # A smaller model -------------------------------------------------------------------------------------------------
+
+    @property
+    def kept(self) -> dict[str, NDArray[np.bool_]]:
+        """For each node group, which atoms of the full network the model still has, bool."""
+        full = self.choice.full.tolist()
+        mask: Tensor | None = self.param_groups[0].get("oto_kept")
+        own = torch.ones(sum(full), dtype=torch.bool) if mask is None else mask.cpu()
+        return {g.name: m.numpy() for g, m in zip(self.node_groups, own.split_with_sizes(full), strict=True)}
+
+    def left_like(self, state_dict: Mapping[str, Any] | None) -> dict[str, NDArray[np.bool_]]:
+        """For each node group, which atoms of the model shrinking leaves: those that are not at zero for good.
+
+        Args:
+            state_dict: That of an optimizer that was shrunk: leave what it has left.
+
+        Raises:
+            ShrinkError: It is of none that was shrunk, or has what this model lacks.
+        """
+        if state_dict is None:
+            return {g.name: (own != PRUNED).numpy() for g, own in zip(self.node_groups, self._codes(), strict=True)}
+        full, have = self.choice.full.tolist(), self.kept
+        theirs = state_dict["param_groups"][0].get("oto_kept") if state_dict.get("param_groups") else None
+        if theirs is None or len(theirs) != sum(full):
+            raise ShrinkError(
+                "the state dict says nothing of what was left of this model: "
+                + ("its optimizer was not shrunk" if theirs is None else f"it is of one of {len(theirs)} groups")
+                + "\n  effect  nothing was changed\n"
+                "  to fix  pass the state_dict() of the optimizer after oto.shrink(); one of before is only loaded"
+            )
+        masks = zip(have.items(), theirs.cpu().split_with_sizes(full), strict=True)
+        left = {name: (own, mask.numpy()) for (name, own), mask in masks}
+        if any((mask & ~own).any() for own, mask in left.values()):
+            raise ShrinkError(
+                "the state dict is of a model that has more left than this one\n  effect  nothing was changed\n"
+                "  to fix  shrink the full model like it"
+            )
+        return {name: mask[own] for name, (own, mask) in left.items()}
+
+    @torch.no_grad()
+    def zero_(self, left: Mapping[str, NDArray[np.bool_]]) -> None:
+        """Bring all other atoms to zero at once, whatever they are."""
+        parameters = self.parameters()
+        for group in self.node_groups:
+            rows = torch.from_numpy(np.flatnonzero(~left[group.name]))
+            for piece in group.zeros if len(rows) else ():
+                entries = piece.of(parameters[piece.parameter].detach())
+                entries.index_fill_(0, rows.to(entries.device), 0)
+
+    def shrink_(
+        self, moved: Sequence[Moved], groups: Sequence[NodeGroup], left: Mapping[str, NDArray[np.bool_]]
+    ) -> None:
+        """Go on with a model of fewer atoms; see :mod:`oto.optim.shrink`.
+
+        Args:
+            moved: Every parameter of the model.
+            groups: The node groups as they lie in the smaller model, in the order of ``node_groups``.
+            left: For each node group, which of the atoms of the model are left.
+
+        Raises:
+            ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
+        """
+        self._share_base()
+        states = sliced_state(moved, self.base)
+        follow(self.base, moved, states)
+        mask = torch.from_numpy(np.concatenate([left[group.name] for group in self.node_groups]))
+        self._keep_atoms(mask.to(self.atoms.device))
+        self.node_groups = tuple(groups)
+        self.choice = replace(self.choice, groups=self.node_groups)
+        self._planned = None  # it holds the old parameters
+
+    def _keep_atoms(self, left: Tensor) -> None:
+        """Forget all about the others."""
+        first = self.param_groups[0]
+        kept = first.get("oto_kept", torch.ones_like(left))
+        first["oto_kept"] = kept.masked_scatter(kept.to(left.device), left)
+        first["oto_sums"] = first["oto_sums"][:, left]
+        self.atoms = self.atoms[left]
 
     # Choosing --------------------------------------------------------------------------------------------------------
 
@@ -478,6 +598,7 @@ class SparseOptimizer(Optimizer):
                 f"{type(model).__name__} has no {some(bad)} of the shape in the model\n"
                 "  effect  nothing was zeroed in it\n"
                 "  to fix  pass a copy of the model that is trained, what wraps the copy, or its state_dict()"
+                + (": of the model as it was shrunk, not before" if self.num_removed else "")
             )
         for group, own in zip(self.node_groups, self._codes(), strict=True):
             rows = rows_of(own, PRUNED)

@@ -57,6 +57,7 @@ class Choice:
         average_steps: Criteria that look at gradients are averaged over this many steps before a choice.
         least: Atoms that each node group keeps in any case.
         floor: Atoms that each keeps unless the target asks for more.
+        full: Atoms that each had in the full network; ``groups`` has fewer once the model was shrunk.
     """
 
     groups: tuple[NodeGroup, ...]
@@ -69,6 +70,7 @@ class Choice:
     average_steps: int
     least: Counts
     floor: Counts
+    full: Counts
 
     @classmethod
     def of(
@@ -133,6 +135,7 @@ class Choice:
             (1 if published else AVERAGE_STEPS) if average_steps is None else average_steps,
             np.array(least, dtype=np.int64),
             np.array(floor, dtype=np.int64),
+            sizes,
         )
         if asked.wants_less:
             if not groups or (self.least >= sizes).all():
@@ -142,7 +145,7 @@ class Choice:
 
     @property
     def sizes(self) -> list[int]:
-        """Atoms of each node group in the full network."""
+        """Atoms of each node group."""
         return [group.size for group in self.groups]
 
     @cached_property
@@ -185,10 +188,10 @@ class Choice:
         least = self._floor(goal)
         by_cost = self.by_cost
         if self.scope == "local":
-            values, by_cost = _rank(values, left, sizes), 0.0
+            values, by_cost = _rank(values, left, sizes, self.full), 0.0
         worth = None
         if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
-            worth = self.target.measure.marginal(sizes, np.ones_like(sizes)) ** by_cost
+            worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
         divisors = np.array([np.lcm(group.divisor, self.divisible) for group in self.groups], dtype=np.int64)
         chosen = select(
             values, left, sizes, least, self._tied_measure, goal, divisors, by_cost, worth, self.scope != "local",
@@ -245,8 +248,8 @@ class Choice:
         """Name the node groups that fell below the floor because the target could not be met otherwise."""
         counts = [int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)]
         thin = [
-            f"{group.name} ({count} of {group.size})"
-            for group, count, floor in zip(self.groups, counts, self.floor, strict=True)
+            f"{group.name} ({count} of {full})"
+            for group, count, floor, full in zip(self.groups, counts, self.floor, self.full, strict=True)
             if count < floor
         ]
         if thin:
@@ -304,10 +307,12 @@ def _check(
         raise TargetError(f"average_steps is {average_steps}; it is at least 1, the step of the choice")
 
 
-def _rank(values: np.ndarray[Any, Any], left: np.ndarray[Any, Any], sizes: Counts) -> np.ndarray[Any, Any]:
-    """For each atom the share of its node group that is gone once it goes, in the order of the values."""
+def _rank(
+    values: np.ndarray[Any, Any], left: np.ndarray[Any, Any], sizes: Counts, full: Counts
+) -> np.ndarray[Any, Any]:
+    """For each atom the share of its full node group that is gone once it goes, in the order of the values."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     order = np.lexsort((np.arange(len(values)), np.where(left, values, -np.inf), group))
     place = np.empty(len(values), dtype=np.int64)
     place[order] = np.arange(len(values)) - (np.cumsum(sizes) - sizes)[group]
-    return (place + 1) / sizes[group]
+    return (place + 1 + (full - sizes)[group]) / full[group]

@@ -248,7 +248,7 @@ def _label(node: str, data: Mapping[str, Any], flow: nx.DiGraph, display_params:
         lines += [f"{n} {'×'.join(map(str, s))} ({prod(s):,})" for n, (_, s) in zip(names, held, strict=True)]
     index = int(node.removeprefix("node-"))
     if index in macs:
-        lines.append(f"{_metric(2 * macs[index])}FLOPs")
+        lines.append(f"{metric(2 * macs[index])}FLOPs")
     return _escaped("\n".join(lines))
 
 
@@ -270,9 +270,9 @@ def _span(blocks: Sequence[str]) -> str:
     return blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1].rpartition('.')[2]}"
 
 
-def _metric(n: int) -> str:
+def metric(n: int) -> str:
     """
-    >>> _metric(4_089_184_256)
+    >>> metric(4_089_184_256)
     '4.09 G'
     """
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from math import prod
 from typing import Any
 
 from oto.groups import NodeGroup, Partition
 from oto.groups.policy import promise
-from oto.report.table import columns
+from oto.report.table import columns, html
 from oto.trace.graph import Graph
 
 WAYS = {
@@ -70,6 +71,17 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
+        return "\n".join([*self._lines(), *_table(self.whole)])
+
+    def _repr_html_(self) -> str:
+        above = "\n".join(self._lines())
+        if not self.whole:
+            return f"<p>{escape(above)}</p>"
+        heading, *rows = _cells(self.whole)
+        joined = [(*cells[:3], f"{cells[3]}\n{source}" if source else cells[3], *cells[4:]) for cells, source in rows]
+        return html([heading[0], *joined], left=range(2, 6), above=above)
+
+    def _lines(self) -> list[str]:
         lines = [
             f"{self.prunable} prunable node groups with {self.atoms:,} zero-invariant groups,"
             f" in parameters that hold {self.share:.1%} of all entries",
@@ -79,7 +91,7 @@ class Explanation:
             lines.append(f"operators without a rule: {', '.join(self.unknown)}")
         if self.unreached:
             lines.append(f"never used by the traced forward: {_patterns(self.unreached)}")
-        return "\n".join([*lines, *_table(self.whole)])
+        return lines
 
 
 def explain(groups: Sequence[NodeGroup], partition: Partition) -> Explanation:
@@ -106,12 +118,21 @@ def _whole(group: NodeGroup, graph: Graph, sizes: dict[str, int]) -> Whole:
     reason = group.reason or ""
     if group.cause is None:
         return Whole(group.name, group.size, named, entries, reason)
-    node = graph.nodes[group.cause]
+    node = graph.calls[group.cause]
     return Whole(group.name, group.size, named, entries, reason, node.name, node.module, node.source or None)
 
 
 def _table(whole: Sequence[Whole]) -> list[str]:
-    """One row for all groups that differ only in the numbers of repeated blocks.
+    if not whole:
+        return []
+    cells, sources = zip(*_cells(whole), strict=True)
+    lines = columns(cells, left=range(2, 6)).splitlines()
+    indent = " " * lines[0].index(cells[0][2])
+    return ["", *(f"{line}\n{indent}{source}" if source else line for line, source in zip(lines, sources, strict=True))]
+
+
+def _cells(whole: Sequence[Whole]) -> list[tuple[tuple[str, ...], str]]:
+    """One row for all groups that differ only in the numbers of repeated blocks, each with its source line; a heading.
 
     First what a user can do something about, last what cannot be otherwise; the weightiest first among each.
     """
@@ -119,18 +140,14 @@ def _table(whole: Sequence[Whole]) -> list[str]:
     for w in whole:
         place = "" if w.module is None else _stars(w.module) or "the model"
         rows.setdefault((w.reason, w.operator or "", place, w.source or ""), []).append(w)
-    if not rows:
-        return []
     weight = {key: sum(w.entries for w in some) for key, some in rows.items()}
     order = sorted(rows, key=lambda key: (promise(key[0]), -weight[key]))
-    cells: list[tuple[str, ...]] = [("entries", "groups", "stays whole because", "operator", "in", "parameters")]
+    heading = ("entries", "groups", "stays whole because", "operator", "in", "parameters")
+    cells: list[tuple[tuple[str, ...], str]] = [(heading, "")]
     for key in order:
         names = _patterns([name for w in rows[key] for name, _ in w.parameters])
-        cells.append((f"{weight[key]:,}", str(len(rows[key])), *key[:3], names))
-    lines = columns(cells, left=range(2, 6)).splitlines()
-    indent = " " * lines[0].index(cells[0][2])
-    sources = ["", *(key[3] for key in order)]
-    return ["", *(f"{line}\n{indent}{source}" if source else line for line, source in zip(lines, sources, strict=True))]
+        cells.append(((f"{weight[key]:,}", str(len(rows[key])), *key[:3], names), key[3]))
+    return cells
 
 
 def _stars(name: str) -> str:

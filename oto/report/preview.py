@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from oto.groups import Cost, Costs
-from oto.report.table import columns, cost_rows
+from oto.report.table import columns, cost_rows, html
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,13 @@ class Preview:
         return asdict(self)
 
     def __str__(self) -> str:
+        return "\n".join([self.target, self.how, "", columns(self._cells()), "", columns(self._costs())])
+
+    def _repr_html_(self) -> str:
+        return html(self._cells(), above=f"{self.target}\n{self.how}") + html(self._costs())
+
+    def _cells(self) -> list[list[str]]:
+        """Widths, those of repeated blocks in one row."""
         rows: dict[tuple[str, int], list[Width]] = {}
         for width in self.widths:
             rows.setdefault((re.sub(r"\d+", "*", width.group), width.before), []).append(width)
@@ -76,11 +83,14 @@ class Preview:
                     *(f"{n:,}" for n in macs),
                 ]
             )
+        return cells
+
+    def _costs(self) -> list[list[str]]:
         rows_of_costs = cost_rows(self.before, self.after)
         if self.milliseconds is not None:
             before_ms, after_ms = self.milliseconds
             rows_of_costs.append(["ms, measured", f"{before_ms:.3g}", f"{after_ms:.3g}", f"{after_ms / before_ms:.1%}"])
-        return "\n".join([self.target, self.how, "", columns(cells), "", columns(rows_of_costs)])
+        return rows_of_costs
 
 
 def preview(target: str, how: str, costs: Costs, kept: Mapping[str, int], full: Cost, left: Cost,

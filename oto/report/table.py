@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
 from oto.groups import Cost
 from oto.slim.verify import Check
+
+OF_THE_CLASS = ("module", "config")
+"""Emitters whose slim model is of the original class."""
 
 
 class Shrunk(Protocol):
@@ -46,6 +50,27 @@ def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def html(rows: Sequence[Sequence[str]], left: Container[int] = (0,), above: str = "", below: str = "") -> str:
+    """Rows of text as a table for a notebook; the first is the heading, and lines of text may stand around it.
+
+    >>> html([["", "before"], ["MACs", "12"]])
+    '<table><thead><tr><th></th><th>before</th></tr></thead><tbody><tr><td>MACs</td><td>12</td></tr></tbody></table>'
+    """
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        style = ' style="text-align: left"'
+        made = (
+            f"<{tag}{style if i in left and i else ''}>{escape(cell)}</{tag}>".replace("\n", "<br>")
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(made)}</tr>"
+
+    head, *body = rows
+    table = f"<thead>{line(head, 'th')}</thead><tbody>{''.join(line(cells, 'td') for cells in body)}</tbody>"
+    texts = [f"<p>{escape(text)}</p>".replace("\n", "<br>") if text else "" for text in (above, below)]
+    return f"{texts[0]}<table>{table}</table>{texts[1]}"
+
+
 def cost_rows(before: Cost, after: Cost) -> list[list[str]]:
     """Costs of the full and of a slim network, with a heading."""
 
@@ -62,25 +87,27 @@ def cost_rows(before: Cost, after: Cost) -> list[list[str]]:
 
 def subnet_table(subnet: Shrunk) -> str:
     """What shrank, how it was proved, and where it is."""
-    before, after = subnet.cost_before, subnet.cost_after
+    return "\n".join([columns(cost_rows(subnet.cost_before, subnet.cost_after)), *subnet_lines(subnet)])
 
+
+def subnet_lines(subnet: Shrunk) -> list[str]:
+    """How a slim model was proved, and where it is."""
     worst: dict[str, Check] = {}
     for check in subnet.checks:
         if check.dtype not in worst or check.error > worst[check.dtype].error:
             worst[check.dtype] = check
     lines = [
-        columns(cost_rows(before, after)),
         *(
             f"verified: {len([c for c in subnet.checks if c.dtype == dtype])} comparisons in {dtype}, largest relative"
             f" error {c.error:.1e} (tolerance {c.tolerance:.0e})"
             for dtype, c in worst.items()
         ),
         *([] if worst else ["not verified"]),
-        f"emitted as {'the original class' if subnet.emitter in ('module', 'config') else 'a torch.fx.GraphModule'}",
+        "emitted as the original class" if subnet.emitter in OF_THE_CLASS else "emitted as a torch.fx.GraphModule",
     ]  # fmt: skip
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")
     lines += [f"note: {note}" for note in subnet.notes]
     if subnet.path is not None:
         lines.append(f"saved in {subnet.path}")
-    return "\n".join(lines)
+    return lines

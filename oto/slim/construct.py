@@ -29,8 +29,11 @@ from oto.slim.config import Recipe
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
 from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
+from oto.slim.origin import Round, descend
 from oto.slim.plan import thinning
 from oto.slim.recording import RECORDED, check_recording, emit_recording
+from oto.slim.training import heads_in_training
+from oto.slim.unreached import left_out, within
 from oto.slim.verify import Check, Reference, check, double_, require
 from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
@@ -50,6 +53,7 @@ class Zeroed:
         own: What was found out about the class of the model; ``None`` if nothing was asked.
         kept: For each prunable group, the atoms that are left.
         recipe: How the class is made from its config, if that is to be tried.
+        drop_unreached: Leave out what the forward never uses in eval mode.
         float64: Whether to compare in float64, as :class:`oto.slim.verify.Reference` takes it.
         verify: Whether to compare at all.
     """
@@ -60,6 +64,7 @@ class Zeroed:
     own: OwnClass | None
     kept: Kept
     recipe: Recipe | None = None
+    drop_unreached: bool = False
     float64: bool | str = "auto"
     verify: bool = True
 
@@ -275,7 +280,9 @@ def _of_its_config(source: Zeroed) -> Made:
             own, _, _, own_wider = emit_stock(full.model, full.partition, full.kept, full.recipe)
         return full.reference.check(own, batch=True, wider=own_wider)
 
-    return Made("config", slim, edits, tensors, _proved(source, prove, notes), notes=notes)
+    checks = _proved(source, prove, notes)
+    descend(slim, source.model, Round.of(edits, tensors, source.kept))
+    return Made("config", slim, edits, tensors, checks, notes=notes)
 
 
 def _of_its_class(source: Zeroed) -> Made:
@@ -283,9 +290,14 @@ def _of_its_class(source: Zeroed) -> Made:
     stage("thinning the class")
     thin = thinning(source.partition, source.kept)
     edits = plan_edits(source.model, source.partition, thin, source.own)
+    gone: set[str] = set()
+    if source.drop_unreached:
+        tensors = thin_tensors(source.model, thin, source.own)
+        edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
+        gone = set(within(tensors, edits.dropped))
 
     def slim_of(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-        tensors = thin_tensors(model, thin, source.own)
+        tensors = {n: t for n, t in thin_tensors(model, thin, source.own).items() if n not in gone}
         # a class may drop what it keeps for inference when it is trained
         return thin_copy(model, tensors, edits).train().eval(), tensors
 
@@ -301,7 +313,12 @@ def _of_its_class(source: Zeroed) -> Made:
 
     if not source.verify and source.own is None:  # nothing else tells whether the class can do it
         require(source.reference.check(slim, random=False, exact=False))
-    return Made("module", slim, edits, tensors, _proved(source, prove, notes), notes=notes)
+    checks = _proved(source, prove, notes)
+    if source.verify and not edits.dropped:
+        proofs, short = heads_in_training(source.model, slim, source.dummy_input, source.partition, source.kept)
+        checks, notes = [*checks, *proofs], [*notes, *short]
+    descend(slim, source.model, Round.of(edits, tensors, source.kept))
+    return Made("module", slim, edits, tensors, checks, notes=notes)
 
 
 def _exported(source: Zeroed, why: list[str]) -> Made:

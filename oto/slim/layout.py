@@ -260,7 +260,7 @@ class _Norm:
 def _norms(model: nn.Module, partition: Partition, thin: Thinning) -> list[_Norm]:
     graph, found = partition.found.graph, []
     for index, text in partition.found.tape.counted.items():
-        rewrite, node = partition.found.tape.rewrites[index], graph.nodes[index]
+        rewrite, node = partition.found.tape.rewrites[index], graph.calls[index]
         full, left = _counts(rewrite.op, rewrite.args, rewrite.kwargs, thin)
         if full == left:
             continue

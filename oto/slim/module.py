@@ -19,6 +19,8 @@ from oto.errors import EmitterError, out_of_memory
 from oto.groups import Partition
 from oto.nn import SWAPS, Told
 from oto.nn import functional as counted
+from oto.nn import modules as thinner
+from oto.nn.told import both_told
 from oto.slim.attributes import Place, Stated, state_
 from oto.slim.config import stock as stock_class
 from oto.slim.plan import Thinning
@@ -38,6 +40,7 @@ class Edits:
         told: For each path of a module of the user's own, calls that it makes otherwise, as :class:`oto.nn.Told` has
             them.
         config: Where the class is made anew from ``model.config`` instead, the fields of it that change.
+        dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -45,6 +48,7 @@ class Edits:
     stated: dict[str, list[list[Any]]] = field(default_factory=dict)
     told: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -130,7 +134,12 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
         setattr(slim.get_submodule(parent), last, new)
     for path, calls in edits.told.items():
         module = slim.get_submodule(path)
+        if isinstance(module.forward, Told):  # in an earlier round
+            calls = both_told(module.forward.calls, calls)
         module.forward = Told(module, calls)
+    for path, instead in edits.dropped.items():
+        parent, _, last = path.rpartition(".")
+        setattr(slim.get_submodule(parent), last, nn.Identity() if instead == "identity" else None)
     return slim
 
 
@@ -175,8 +184,10 @@ def plan_edits(model: nn.Module, partition: Partition, thin: Thinning, own: OwnC
     edits = adapted(model, thin, own)
     modules = dict(model.named_modules(remove_duplicate=False))
     for index, text in thin.found.tape.counted.items():
+        if index >= len(thin.found.graph.nodes):  # a head for training only: it is run to see
+            continue
         node = thin.found.graph.nodes[index]
-        norm = stock(modules.get(node.module)) in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+        norm = stock(modules.get(node.module)) in NORMS
         taken_in = norm or (own is not None and (index in own.absorbed or index in own.told))
         if not taken_in and thin.changes(thin.found.tape.rewrites[index]):
             raise EmitterError(
@@ -208,7 +219,7 @@ def adapted(model: nn.Module, thin: Thinning, own: OwnClass | None = None, plain
         edits.stated.setdefault(place.module, []).append([list(place.key), stated.now(thin)])
     leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}
     calls: dict[str, list[Node]] = {}
-    for node in thin.found.graph.nodes:
+    for node in thin.found.graph.calls:
         calls.setdefault(node.module, []).append(node)
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
@@ -308,9 +319,10 @@ def _layer_norm(mine: _Mine, edits: Edits) -> None:
     rewrite = mine.rewrite(counted.layer_norm, counted.rms_norm)
     if rewrite is None or not mine.thin.changes(rewrite):
         return
-    arguments = {"normalized_shape": mine.thin.filled(rewrite.args[1]), "full": list(rewrite.kwargs["full"]),
+    full = list(getattr(module, "full", rewrite.kwargs["full"]))  # a thinner norm goes on counting what it counted
+    arguments = {"normalized_shape": mine.thin.filled(rewrite.args[1]), "full": full,
                  "eps": module.eps, "weight": module.weight is not None}  # fmt: skip
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm | thinner.LayerNorm):
         mine.swap(edits, "LayerNorm", **arguments, bias=module.bias is not None)
     else:
         mine.swap(edits, "RMSNorm", **arguments)
@@ -322,10 +334,11 @@ def _group_norm(mine: _Mine, edits: Edits) -> None:
     if rewrite is None or not mine.thin.changes(rewrite):
         return
     groups, width = mine.thin.size(rewrite.args[1]), mine.thin.size(rewrite.kwargs["width"])
-    if width == rewrite.kwargs["full"]:
+    full = getattr(module, "full", rewrite.kwargs["full"])
+    if width == full:
         mine.set(edits, num_groups=groups, num_channels=groups * width)
     else:
-        mine.swap(edits, "GroupNorm", num_groups=groups, width=width, full=rewrite.kwargs["full"], eps=module.eps,
+        mine.swap(edits, "GroupNorm", num_groups=groups, width=width, full=full, eps=module.eps,
                   affine=module.weight is not None)  # fmt: skip
 
 
@@ -354,14 +367,15 @@ def _attention(mine: _Mine, edits: Edits) -> None:
         return
     if module.bias_k is not None or module.add_zero_attn:
         raise EmitterError(f"{mine.path} uses bias_kv or add_zero_attn, which its thinner form does not")
-    full, width, heads = module.embed_dim, module.head_dim, module.num_heads
+    heads, width = module.num_heads, module.head_dim
+    v_width = getattr(module, "v_head_dim", width)  # of one that is thin already
+    shapes = [(heads, width), (heads, width), (heads, v_width)]
     if packed:
-        rows = mine.entries("in_proj_weight")[0]
-        parts = [rows[i * full : (i + 1) * full].reshape(heads, width) for i in range(3)]
+        rows = np.split(mine.entries("in_proj_weight")[0], np.cumsum([h * d for h, d in shapes])[:2])
         inner = [mine.entries("in_proj_weight")[1]] * 3
     else:
-        parts = [mine.entries(name)[0].reshape(heads, width) for name in names]
-        inner = [mine.entries(name)[1] for name in names]
+        rows, inner = ([mine.entries(name)[i] for name in names] for i in range(2))
+    parts = [own.reshape(shape) for own, shape in zip(rows, shapes, strict=True)]
     kept = [part.any(1) for part in parts]
     widths = [part.any(0) for part in parts]
     whole = all(
@@ -370,17 +384,20 @@ def _attention(mine: _Mine, edits: Edits) -> None:
     )
     if not whole or not np.array_equal(widths[0], widths[1]):
         raise EmitterError(f"the heads of {mine.path} would differ in width, which its thinner form cannot express")
+    there = np.array(getattr(module, "heads", range(heads)))
     mine.swap(
         edits, "MultiheadAttention", embed_dim=int(inner[0].sum()), kdim=int(inner[1].sum()), vdim=int(inner[2].sum()),
         out_dim=int(mine.entries("out_proj.weight")[0].sum()), num_heads=int(kept[0].sum()),
-        head_dim=int(widths[0].sum()), v_head_dim=int(widths[2].sum()), scale=width**-0.5,
-        heads=np.flatnonzero(kept[0]).tolist(), full_heads=heads, packed=packed,
+        head_dim=int(widths[0].sum()), v_head_dim=int(widths[2].sum()), scale=getattr(module, "scale", width**-0.5),
+        heads=there[kept[0]].tolist(), full_heads=getattr(module, "full_heads", heads), packed=packed,
         bias=module.in_proj_bias is not None, out_bias=module.out_proj.bias is not None, dropout=module.dropout,
         batch_first=module.batch_first,
     )  # fmt: skip
     out = mine.shape("out_proj.weight")
     assert out is not None and out[1] == int(kept[0].sum()) * int(widths[2].sum())
 
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, thinner.LayerNorm, thinner.RMSNorm, thinner.GroupNorm)
 
 STOCK: dict[type[Any], Callable[[_Mine, Edits], None]] = {
     nn.Linear: _linear,
@@ -409,4 +426,8 @@ STOCK: dict[type[Any], Callable[[_Mine, Edits], None]] = {
     nn.LSTMCell: _cell,
     nn.GRUCell: _cell,
     nn.RNNCell: _cell,
+    thinner.LayerNorm: _layer_norm,
+    thinner.RMSNorm: _layer_norm,
+    thinner.GroupNorm: _group_norm,
+    thinner.MultiheadAttention: _attention,
 }

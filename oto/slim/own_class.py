@@ -23,8 +23,6 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isclose
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from oto._torch import tree_leaves, tree_map_only
+from oto._torch import tree_map_only
 from oto.axes.call import Size
 from oto.axes.registry import known
 from oto.axes.terms import Axis, Term, axes_of, resolve
@@ -40,21 +38,25 @@ from oto.axes.terms import size as size_of
 from oto.groups import NodeGroup, Partition
 from oto.nn import functional as thinner
 from oto.nn.told import numbers_of
+from oto.slim.alignment import Alignment, Departure, ancestors, differing
 from oto.slim.attributes import Place, Stated, changed, numbers
-from oto.slim.module import DeclinedError, Edits, OwnClass, adapted, stock, thin_copy, thin_tensors
+from oto.slim.module import DeclinedError, OwnClass, adapted, stock, thin_copy, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.scaling import Absorbed, Uses, absorbed, sizes_in
 from oto.slim.telling import Telling
-from oto.trace.graph import Node, Value
+from oto.trace.graph import Value
 from oto.trace.record import Script, follow
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-_ROW = 8  # entries; of 16 bits, 16 bytes
 SEEDS = 5
+"""In how many ways the model is made thinner."""
+ROUNDS = 200
+"""How often something is mended before things are only given up."""
 TRIES = 16
 """How many candidates are tried for one call."""
+_ROW = 8  # entries; of 16 bits, 16 bytes
 
 
 def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any) -> OwnClass:
@@ -64,27 +66,6 @@ def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup
         groups: Node groups; only the prunable ones may get thinner.
     """
     return _Search(model, partition, groups, dummy_input).result()
-
-
-@dataclass(frozen=True)
-class _Departure:
-    """The first call in which a slim model of the class does something else than it should.
-
-    Attributes:
-        index: Of the call in the full model.
-        failure: What it raised.
-        right: How many of the sizes that the call states are right.
-        call: What was called instead, if the class got that far.
-    """
-
-    index: int
-    failure: Exception | None = None
-    right: int = 0
-    call: Node | None = None
-
-    @property
-    def far(self) -> tuple[int, int]:
-        return self.index, self.right
 
 
 @dataclass(eq=False)
@@ -100,9 +81,10 @@ class _Search:
         self.tape = self.partition.found.tape
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
         self.names: dict[Axis, str] = {axis: name for name, axis in self.partition.axes.items()}
-        self.found.telling = Telling(self.model, self.partition, self.dummy_input)
+        self.way = self.graph.how
+        self.telling = self.found.telling = Telling(self.model, self.partition, self.dummy_input, self.way)
         # a run on data is to take the path of the full model, whatever is in the thinner tensors
-        self.script = Script() if self.graph.how == "real" else None
+        self.script: Script | None = None
         tied: dict[str, list[str]] = {}
         for group in self.groups:
             if group.tie is not None and group.prunable:
@@ -130,18 +112,32 @@ class _Search:
     # --- the search ---------------------------------------------------------------------------------------------------
 
     def result(self) -> OwnClass:
-        if self.script is not None:
-            follow(self.model, self.dummy_input, known, self.graph.how, script=self.script)
-            self.script.read = 0
-        for seed in range(SEEDS):
-            while True:
-                departure = self.departure(seed)
-                if departure is None or not self.free.keys() - self.found.whole.keys():
-                    break  # as it should be, or as it was
-                log.info("own class: departs at %s", departure)
-                if not self.mend(departure, seed):
-                    self.give_up(departure, seed)
+        if not self.lined_up():
+            self.keep(dict.fromkeys(self.free, 0))
+            return self.found
+        seed = right = rounds = 0
+        while right < SEEDS:
+            departure = self.departure(seed)
+            if departure is None or not self.free.keys() - self.found.whole.keys():  # as it should be, or as it was
+                seed, right = (seed + 1) % SEEDS, right + 1
+                continue
+            log.info("own class: departs at %s", departure)
+            right, rounds = 0, rounds + 1
+            if rounds > ROUNDS or not self.mend(departure, seed):
+                self.give_up(departure, seed)
         return self.found
+
+    def lined_up(self) -> bool:
+        """Whether the full model, run again, makes the calls that were recorded; how is learned on the way."""
+        if self.graph.how != "real":
+            return True
+        for self.way in ("real", "grad"):
+            script = Script()
+            calls, failure = follow(self.model, self.dummy_input, known, self.way, script=script)
+            if failure is None and [call.op for call in calls] == [node.op for node in self.graph.nodes]:
+                self.script, self.telling.way = script, self.way
+                return True
+        return False
 
     def thin(self, seed: int) -> Thinning:
         """Groups that may get thinner do, each by another number of atoms; tied ones by the same.
@@ -187,7 +183,7 @@ class _Search:
                 told |= set(tie)
         return told if seed == 2 else self.free.keys() - told
 
-    def departure(self, seed: int) -> _Departure | None:
+    def departure(self, seed: int) -> Departure | None:
         """Where the class, told what is known so far, first does something else than it should."""
         thin = self.thin(seed)
         if self.script is None:
@@ -201,11 +197,11 @@ class _Search:
             edits = adapted(self.model, thin, self.found, plain=True)
             slim = thin_copy(self.model, tensors, edits)
         except DeclinedError as declined:
-            return _Departure(self.first_in(declined.path), declined)
+            return Departure(self.first_in(declined.path), declined)
         except Exception as refused:  # a class that cannot be copied, or that minds what is set
-            return _Departure(0, refused)
-        calls, failure = follow(slim, self.dummy_input, known, self.graph.how, script=self.script)
-        return _Alignment(self, thin, edits, calls, failure).departure()
+            return Departure(0, refused)
+        calls, failure = follow(slim, self.dummy_input, known, self.way, script=self.script)
+        return Alignment(self.partition, self.found, self.last_read, thin, edits, calls, failure).departure()
 
     def first_in(self, path: str) -> int:
         """The first call that a module makes."""
@@ -213,7 +209,7 @@ class _Search:
 
     # --- what mends it ------------------------------------------------------------------------------------------------
 
-    def mend(self, departure: _Departure, seed: int) -> bool:
+    def mend(self, departure: Departure, seed: int) -> bool:
         """Tell the class what it lacks, in every repeated block; whether it got further."""
         if departure.index in self.tape.counted and self.changes(departure.index, seed):
             return self.absorb(departure, seed) or self.tell(departure, seed)
@@ -231,7 +227,7 @@ class _Search:
         self.found.stated = base if best is None else base | best[1]
         return best is not None or self.tell(departure, seed)
 
-    def tell(self, departure: _Departure, seed: int) -> bool:
+    def tell(self, departure: Departure, seed: int) -> bool:
         """Let a call be made as it should; whether the class gets further then."""
         before = self.found.told
         for places in self.sayings(departure, seed):
@@ -239,10 +235,9 @@ class _Search:
             for index in self.siblings(departure.index):
                 node, rewrite = self.graph.nodes[index], self.tape.rewrites.get(index)
                 stating = tuple(sorted({*told.get(index, ()), *places}))
-                if stock(self.modules.get(node.module)) is None:
-                    assert self.found.telling is not None
-                    if self.found.telling.change(node, rewrite, None, stating) is not None:
-                        told[index] = stating
+                mine = stock(self.modules.get(node.module)) is None
+                if mine and self.telling.change(node, rewrite, None, stating) is not None:
+                    told[index] = stating
             if departure.index in told and told != before:
                 self.found.told = told
                 after = self.departure(seed)
@@ -251,13 +246,13 @@ class _Search:
                 self.found.told = before
         return False
 
-    def sayings(self, departure: _Departure, seed: int) -> Iterator[tuple[int, ...]]:
+    def sayings(self, departure: Departure, seed: int) -> Iterator[tuple[int, ...]]:
         """Which numbers of a call to state besides those that change: of sizes, such as parameters have."""
         node, rewrite = self.graph.nodes[departure.index], self.tape.rewrites.get(departure.index)
         if self.changes(departure.index, seed):
             yield ()
         if departure.call is not None and departure.call.op is node.op and rewrite is None:
-            yield _differing(node, departure.call)
+            yield differing(node, departure.call)
         if rewrite is not None:
             template = numbers_of(
                 tree_map_only(Size, lambda size: float(self.of_parameters(size.term)),
@@ -274,7 +269,7 @@ class _Search:
         rewrite = self.tape.rewrites.get(index)
         return rewrite is not None and self.thin(seed).changes(rewrite)
 
-    def absorb(self, departure: _Departure, seed: int) -> bool:
+    def absorb(self, departure: Departure, seed: int) -> bool:
         """Let the weights that follow take a count in."""
         found: dict[int, Absorbed] = {}
         for index in self.siblings(departure.index):
@@ -290,7 +285,7 @@ class _Search:
             for index, wanted in one.scalars.items():
                 places = [
                     Place(path, key)
-                    for path in _ancestors(self.graph.nodes[index].module)
+                    for path in ancestors(self.graph.nodes[index].module)
                     for key, value in numbers(self.modules[path])
                     if isinstance(value, float) and value == wanted.value
                 ]
@@ -314,7 +309,7 @@ class _Search:
         thin = self.thin(seed)
         rewrite = self.tape.rewrites.get(index)
         for i, size in enumerate(sizes_in((rewrite.args, dict(rewrite.kwargs))) if rewrite is not None else ()):
-            for path in _ancestors(self.graph.nodes[index].module):
+            for path in ancestors(self.graph.nodes[index].module):
                 held = dict(numbers(self.modules[path]))
                 for place, stated in self.found.stated.items():
                     if place.module != path or held.get(place.key) != size_of(size.term) != size_of(stated.term):
@@ -351,7 +346,7 @@ class _Search:
         self.found.ties = before
         return False
 
-    def give_up(self, departure: _Departure, seed: int) -> None:
+    def give_up(self, departure: Departure, seed: int) -> None:
         """Keep the groups whole that the call meets, in every repeated block."""
         thin = self.thin(seed)
         near = self.siblings(departure.index)
@@ -364,7 +359,7 @@ class _Search:
             new = dict.fromkeys(self.free.keys() - self.found.whole.keys(), departure.index)
         self.keep(self.fewest(new, departure, seed))
 
-    def fewest(self, names: Mapping[str, int], departure: _Departure, seed: int) -> dict[str, int]:
+    def fewest(self, names: Mapping[str, int], departure: Departure, seed: int) -> dict[str, int]:
         """As few of some groups as have to stay whole for the class to get further; alike ones go together."""
         families: dict[str, dict[str, int]] = {}
         for name, index in names.items():
@@ -416,7 +411,7 @@ class _Search:
 
     # --- candidates ---------------------------------------------------------------------------------------------------
 
-    def candidates(self, departure: _Departure, seed: int) -> Iterator[dict[Place, Stated]]:
+    def candidates(self, departure: Departure, seed: int) -> Iterator[dict[Place, Stated]]:
         """Numbers that might state what is missing, the likeliest first, each for all repeated blocks."""
         thin, node = self.thin(seed), self.graph.nodes[departure.index]
         paths = [node.module]
@@ -431,7 +426,7 @@ class _Search:
             return [
                 (Place(holder, key), label)
                 for path in paths
-                for holder in (_ancestors(path) if far else [path])
+                for holder in (ancestors(path) if far else [path])
                 for key, value in numbers(self.modules[holder])
                 if isinstance(value, int) and value > 1
                 if (value < size and size % value == 0 and value * now % size == 0 if part else value == size)
@@ -544,211 +539,13 @@ class _Search:
             me = frame.f_locals.get("self")
             if isinstance(me, nn.Module) and stock(me) is None:
                 alike = [path for path, module in self.modules.items() if type(module) is type(me)]
-                found += sorted(alike, key=lambda path: -len(set(_ancestors(path)) & set(_ancestors(near))))[:1]
+                found += sorted(alike, key=lambda path: -len(set(ancestors(path)) & set(ancestors(near))))[:1]
         return list(dict.fromkeys(found))[:2]
-
-
-@dataclass(eq=False)
-class _Alignment:
-    """The calls of a slim model of the class beside those of the full model."""
-
-    search: _Search
-    thin: Thinning
-    edits: Edits
-    calls: Sequence[Node]
-    failure: Exception | None
-
-    def departure(self) -> _Departure | None:
-        nodes = self.search.graph.nodes
-        self.stands: dict[Value, Value] = {}
-        self.itself: dict[Value, Value] = {}
-        i = j = 0
-        while i < len(nodes):
-            # what lies in memory as it should already is not made so again
-            laid = (
-                nodes[i].op is aten.contiguous.default,
-                j < len(self.calls) and self.calls[j].op is aten.contiguous.default,
-            )
-            if laid == (False, True):
-                self.itself[_given(self.calls[j])] = self.real(next(self.calls[j].inputs()))
-                j += 1
-                continue
-            if laid == (True, False) and (known_as := self.stands.get(next(nodes[i].inputs()))) is not None:
-                self.stands[_given(nodes[i])] = known_as
-                i += 1
-                continue
-            swapped = self.swapped(nodes[i].module)
-            if j >= len(self.calls):
-                return _Departure(i, self.failure)
-            if swapped is not None:
-                after, other = self.leaving(nodes, i, swapped), self.leaving(self.calls, j, swapped)
-                if not self.block(i, after, j, other):
-                    return _Departure(i, self.failure if other == len(self.calls) else None)
-                i, j = after, other
-                continue
-            right = self.same(nodes[i], self.calls[j])
-            if right is not None:
-                return _Departure(i, self.failure if j == len(self.calls) - 1 else None, right, self.calls[j])
-            i, j = i + 1, j + 1
-        if self.failure is not None or j < len(self.calls):
-            return _Departure(len(nodes) - 1, self.failure)
-        return None
-
-    def swapped(self, path: str) -> str | None:
-        """The module around a call that a module of ours has taken the place of."""
-        return next((p for p in _ancestors(path) if p in self.edits.swaps), None)
-
-    @staticmethod
-    def leaving(nodes: Sequence[Node], start: int, path: str) -> int:
-        end = start
-        while end < len(nodes) and f"{nodes[end].module}.".startswith(f"{path}."):
-            end += 1
-        return end
-
-    def block(self, i: int, after: int, j: int, other: int) -> bool:
-        """Whether a module of ours gives what the one in whose place it is gave."""
-        nodes, calls = self.search.graph.nodes, self.calls
-        theirs = self.given(nodes, i, after, self.search.last_read)
-        ours = self.given(calls, j, other, self.last_read)
-        if len(ours) < len(theirs) and j < other:  # an output of the model, or the calls end here
-            last = [value for value in calls[other - 1].outputs if value is not None]
-            ours += [value for value in last if value not in ours][: len(theirs) - len(ours)]
-        if len(theirs) != len(ours):
-            return False
-        return all(self.fits(old, new) for old, new in zip(theirs, ours, strict=True))
-
-    @cached_property
-    def last_read(self) -> dict[Value, int]:
-        return {value: place for place, node in enumerate(self.calls) for value in node.inputs()}
-
-    @staticmethod
-    def given(nodes: Sequence[Node], start: int, end: int, last_read: Mapping[Value, int]) -> list[Value]:
-        """What some calls make that later ones read."""
-        made = [value for node in nodes[start:end] for value in node.outputs if value is not None]
-        return [value for value in made if last_read.get(value, -1) >= end]
-
-    def fits(self, old: Value, new: Value) -> bool:
-        """Whether a tensor has the thinner shape; from then on it stands for the full one."""
-        terms = self.search.partition.found.operands[old].terms
-        if tuple(map(self.thin.count, terms)) != new.shape or old.dtype != new.dtype:
-            return False
-        return self.stands.setdefault(old, self.real(new)) is self.real(new)
-
-    def real(self, value: Value) -> Value:
-        return self.itself.get(value, value)
-
-    def same(self, full: Node, slim: Node) -> int | None:
-        """``None`` if a call is what it should be; else how many of its sizes are."""
-        tape, own = self.search.tape, self.search.found
-        told = full.index in own.told
-        if (
-            full.module != slim.module
-            or len(full.outputs) != len(slim.outputs)
-            or (full.op is not slim.op and not told)
-        ):
-            return 0
-        pairs = list(zip(full.inputs(), slim.inputs(), strict=False))
-        if not all(self.fits(old, new) for old, new in pairs):
-            return 0
-        made = [*zip(full.outputs, slim.outputs, strict=True)]
-        made += [(a[1], b[1]) for a, b in zip(full.written, slim.written, strict=False)]
-        for old, new in made:
-            if (old is None) != (new is None):
-                return 0
-            if old is not None and new is not None and not self.fits(old, new):
-                return self.right(full, slim)
-        rewrite = tape.rewrites.get(full.index)
-        if told and rewrite is not None and self.thin.changes(rewrite) and rewrite.op is not full.op:
-            return None  # a piece, whose size is in its shape, or a count
-        if full.index in own.scalars:
-            wanted = own.scalars[full.index]
-            ratio = wanted.ratio(self.thin) ** wanted.power
-            return None if _equal(full, slim, ratio) else 0
-        if rewrite is None or full.index in own.absorbed or not self.thin.changes(rewrite):
-            return None if _equal(full, slim) else 0
-        if rewrite.op is full.op:
-            asked = _plain((self.thin.filled(rewrite.args), self.thin.filled(dict(rewrite.kwargs))))
-            return None if _agree(asked, _plain((slim.args, dict(slim.kwargs)))) else self.right(full, slim)
-        if rewrite.op in _BY_SHAPE:
-            return None
-        if rewrite.op is aten.narrow.default:  # of a slice, whose length is in the shape
-            begin = self.thin.filled(rewrite.args[2])
-            given = slim.args[2] if len(slim.args) > 2 and slim.args[2] is not None else 0
-            length = next(slim.inputs()).shape[rewrite.args[1]]
-            return None if min(max(given + (length if given < 0 else 0), 0), length) == begin else 0
-        return 0
-
-    def right(self, full: Node, slim: Node) -> int:
-        rewrite = self.search.tape.rewrites.get(full.index)
-        if rewrite is None or rewrite.op not in (full.op, *_BY_SHAPE):
-            return 0
-        asked = [x for x in tree_leaves((self.thin.filled(rewrite.args), self.thin.filled(dict(rewrite.kwargs))))
-                 if _is_int(x)]  # fmt: skip
-        given = [x for x in tree_leaves((slim.args, dict(slim.kwargs))) if _is_int(x)]
-        return sum(a == b for a, b in zip(asked, given, strict=False))
-
-
-def _given(node: Node) -> Value:
-    (value,) = (v for v in node.outputs if v is not None)
-    return value
-
-
-# calls whose meaning is in the shapes of what they give
-_BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, thinner.view_as_complex}
-
-
-def _plain(arguments: Any) -> list[Any]:
-    named = tree_map_only(Value, lambda _: "a tensor", arguments)
-    elsewhere = (
-        torch.device,
-        torch.layout,
-        torch.Generator,
-        FunctionType,
-        nn.Module,
-    )  # what a branch runs keeps its sizes
-    return [x for x in tree_leaves(named) if not isinstance(x, elsewhere)]
-
-
-def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:
-    """Whether arguments are those that were asked for; -1 is what a shape leaves open."""
-    return len(asked) == len(given) and all(
-        (type(b) is type(a) and (a == b or a != a)) or (_is_int(b) and b == -1)
-        for a, b in zip(asked, given, strict=True)
-    )
-
-
-def _equal(full: Node, slim: Node, factor: float | None = None) -> bool:
-    """Whether two calls have the same arguments; of one, a number may have grown by a factor."""
-    a, b = _plain((full.args, dict(full.kwargs))), _plain((slim.args, dict(slim.kwargs)))
-    if factor is None:
-        return len(a) == len(b) and all(type(x) is type(y) and (x == y or x != x) for x, y in zip(a, b, strict=True))
-    return len(a) == len(b) and all(
-        isclose(x * factor, y, rel_tol=1e-6) if isinstance(x, float) and isinstance(y, float) and x != y else x == y
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _differing(full: Node, slim: Node) -> tuple[int, ...]:
-    """The places of numbers that two calls of one operator do not share."""
-    a, b = (
-        numbers_of(tree_map_only(Value, lambda _: None, (node.args, dict(node.kwargs)))) for node in (full, slim)
-    )  # fmt: skip
-    return tuple(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y) if len(a) == len(b) else ()
-
-
-def _is_int(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _ancestors(path: str) -> list[str]:
-    """A module and all around it, from the inside outwards."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def _moved(holder: str, home: str, other: str) -> str | None:
     """The module that is to ``other`` what ``holder``, around ``home``, is to that."""
-    up, homes = _ancestors(home), _ancestors(other)
+    up, homes = ancestors(home), ancestors(other)
     return homes[up.index(holder)] if holder in up and up.index(holder) < len(homes) else None
 
 

@@ -7,8 +7,9 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from oto._torch import example_size, tree_unflatten
 from oto.slim.graph_module import SlimGraph
 from oto.slim.leaves import follow_device, name_leaves
 from oto.slim.verify import random_like
@@ -47,6 +48,31 @@ def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy
         random_like(dummy_input, seed, shapes=shapes)
         for seed, shapes in enumerate(takes.other_sizes(*arguments(dummy_input)))
     ]
+
+
+def example_of(program: torch.export.ExportedProgram) -> Any:
+    """An input that a program takes: random floats, and zeros of all other kinds.
+
+    Returns:
+        A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    """
+    made = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(name: str) -> Any:
+        fake = made[name]
+        if not isinstance(fake, Tensor):
+            return fake
+        shape = [example_size(n) for n in fake.shape]
+        if fake.is_floating_point() or fake.is_complex():
+            return torch.randn(shape, generator=generator).to(fake.dtype)
+        return torch.zeros(shape, dtype=fake.dtype)
+
+    drawn = [draw(name) if isinstance(name, str) else name for name in program.graph_signature.user_inputs]
+    args, kwargs = tree_unflatten(drawn, program.call_spec.in_spec)
+    if kwargs and not args:
+        return kwargs
+    return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
 
 
 def runnable(program: torch.export.ExportedProgram) -> SlimGraph:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from oto._torch import tree_map_only
-from oto.axes.call import Rewrite
+from oto.axes.call import Rewrite, Uniform
 from oto.axes.registry import known
 from oto.errors import EmitterError
 from oto.groups import Partition
 from oto.nn import functional as counted
-from oto.nn.told import COUNTED, numbers_of
+from oto.nn.told import COUNTED, UNIFORM, numbers_of
 from oto.slim.plan import Thinning
 from oto.trace.graph import Node, Value
 from oto.trace.record import FunctionCall, follow
@@ -34,17 +34,19 @@ class Telling:
 
     Attributes:
         model: The full model.
+        way: How its run stands for tensors, see :func:`oto.trace.record.follow`.
     """
 
     model: nn.Module
     partition: Partition
     dummy_input: Any
+    way: str
 
     @cached_property
     def calls(self) -> list[FunctionCall]:
         calls: list[FunctionCall] = []
         graph = self.partition.found.graph
-        nodes, failure = follow(self.model, self.dummy_input, known, graph.how, calls)
+        nodes, failure = follow(self.model, self.dummy_input, known, self.way, calls)
         if failure is not None or len(nodes) != len(graph.nodes):
             return []  # another run makes other calls: none can be told
         return calls
@@ -84,13 +86,14 @@ class Telling:
             return {"pieces": [args[1], args[2]]}
         name = getattr(rewrite.op, "__name__", "")
         if rewrite.op is getattr(counted, name, None) and name in COUNTED:
-            if call.name.lstrip("_") != name or "rest" in kwargs:
+            if call.name.lstrip("_") != name or ("rest" in kwargs and not self.refers(kwargs["rest"])):
                 return None
             if plain:
                 sizes = _listed(args[1]) if name in ("layer_norm", "rms_norm", "group_norm") else []
                 return {"numbers": [[place, size] for place, size in enumerate(sizes)]}
             how: dict[str, Any] = {"counted": name}
-            how |= {key: kwargs[key] for key in ("full", "sizes", "width") if key in kwargs}
+            named = ("full", "sizes", "width", "rest", "along", "left", "of")
+            how |= {key: kwargs[key] for key in named if key in kwargs}
             return how | ({"groups": args[1]} if name == "group_norm" else {})
         if rewrite.op is not node.op and not (rewrite.op is aten.reshape.default and call.name in _RESHAPES):
             return None
@@ -99,6 +102,37 @@ class Telling:
             return None
         differ = [i for i, (old, new) in enumerate(zip(own, asked, strict=True)) if old != new or i in places]
         return {"numbers": [[i, asked[i]] for i in differ]}
+
+    def place(self, at: int, run: tuple[str, int]) -> str:
+        """How many calls of the same function come before one in a run of a module."""
+        return str(sum(c.name == self.calls[at].name and run in c.within for c in self.calls[:at]))
+
+    @cached_property
+    def makers(self) -> dict[Value, int]:
+        nodes = self.partition.found.graph.nodes
+        return {value: node.index for node in nodes for value in node.outputs if value is not None}
+
+    def refers(self, rest: Any) -> bool:
+        """Whether what is gone follows from results of calls that can be kept."""
+        if isinstance(rest, Uniform):
+            op = getattr(rest.op, "overloadpacket", None)
+            return op is not None and op.__name__ in UNIFORM and not rest.kwargs and all(map(self.refers, rest.args))
+        return self.makers.get(rest) in self.by_node if isinstance(rest, Value) else isinstance(rest, int | float)
+
+    def spelled(self, rest: Any, run: tuple[str, int], calls: Calls) -> Any:
+        """What is gone, as :class:`oto.nn.Told` reads it; the calls that it follows from are marked to be kept."""
+        if isinstance(rest, Uniform):
+            op: Any = rest.op
+            args = [self.spelled(x, run, calls) for x in rest.args]
+            return {"op": [op.overloadpacket.__name__, op._overloadname], "args": args}
+        if not isinstance(rest, Value):
+            return rest
+        at = self.by_node[self.makers[rest]]
+        name, place = self.calls[at].name, self.place(at, run)
+        if run not in self.calls[at].within:
+            raise EmitterError(f"what {run[0]} would have to know was computed outside of it")
+        calls.setdefault(name, {}).setdefault(place, {})["keep"] = True
+        return {"kept": [name, place]}
 
     def told(self, nodes: Mapping[int, Sequence[int]], thin: Thinning, plain: bool = False) -> dict[str, Calls]:
         """What each module has to be told, by its path.
@@ -121,8 +155,11 @@ class Telling:
             assert how is not None
             call = self.calls[self.by_node[index]]
             run = next(run for run in call.within if run[0] in outer)
-            place = sum(c.name == call.name and run in c.within for c in self.calls[: self.by_node[index]])
-            found.setdefault(run, {}).setdefault(call.name, {})[str(place)] = how
+            calls = found.setdefault(run, {})
+            if "rest" in how:
+                how["rest"] = self.spelled(how["rest"], run, calls)
+            own = calls.setdefault(call.name, {}).setdefault(self.place(self.by_node[index], run), {})
+            own.update(how)
         made: dict[str, Calls] = {}
         for (path, _), calls in found.items():
             runs = {run for call in self.calls for run in call.within if run[0] == path}

@@ -104,6 +104,9 @@ class Graph:
 
     Attributes:
         how: ``"meta"`` or ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
+        trained: What the model does in train mode, where that reaches parameters that nothing else does. Its leaves are
+            those of this graph and constants of its own, its values and nodes are counted on from this graph's.
+        untrained: Why it is not known what the model does in train mode, though something may reach more there.
     """
 
     nodes: tuple[Node, ...]
@@ -111,12 +114,62 @@ class Graph:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     how: str
+    trained: Graph | None = None
+    untrained: str | None = None
+
+    @property
+    def calls(self) -> tuple[Node, ...]:
+        """All nodes by their index, those of training behind the others."""
+        return self.nodes if self.trained is None else self.nodes + self.trained.nodes
+
+    @property
+    def read(self) -> set[Value]:
+        """What calls read, or the model returns, in eval mode."""
+        return {value for node in self.nodes for value in node.inputs()}.union(self.outputs)
 
     @property
     def unread(self) -> set[str]:
-        """Names of tensors of the model that no call reads."""
-        read = {value for node in self.nodes for value in node.inputs()}.union(self.outputs)
+        """Names of tensors of the model that no call reads, in training neither."""
+        read = self.read if self.trained is None else self.read | self.trained.read
         return {name for leaf in self.leaves if leaf.value not in read for name in leaf.names}
+
+    def beside(self, other: Graph) -> Graph:
+        """This graph with another one of the same model, in train mode: both read the same leaves."""
+        mine = {name: leaf.value for leaf in self.leaves for name in leaf.names}
+        made: dict[Value, Value] = {}
+        first = 1 + max((value.index for value in self._values()), default=-1)
+        more: list[Leaf] = []
+        for leaf in other.leaves:
+            shared = next((mine[name] for name in leaf.names if name in mine), None)
+            if shared is not None and shared.shape == leaf.value.shape:
+                made[leaf.value] = shared
+            else:
+                more.append(leaf)
+
+        def here(value: Value) -> Value:
+            if value not in made:
+                made[value] = Value(first + value.index, value.shape, value.dtype)
+            return made[value]
+
+        def both(node: Node) -> Node:
+            args, kwargs = tree_map_only(Value, here, (node.args, dict(node.kwargs)))
+            outputs = tuple(None if value is None else here(value) for value in node.outputs)
+            written = tuple((here(before), here(after)) for before, after in node.written)
+            return replace(
+                node, index=len(self.nodes) + node.index, args=args, kwargs=kwargs, outputs=outputs, written=written
+            )
+
+        inputs, outputs = tuple(map(here, other.inputs)), tuple(map(here, other.outputs))
+        leaves = self.leaves + tuple(replace(leaf, value=here(leaf.value)) for leaf in more)
+        trained = Graph(tuple(map(both, other.nodes)), leaves, inputs, outputs, other.how)
+        return replace(self, leaves=leaves, trained=trained)
+
+    def _values(self) -> Iterator[Value]:
+        yield from (leaf.value for leaf in self.leaves)
+        yield from self.inputs
+        for node in self.nodes:
+            yield from (value for value in node.outputs if value is not None)
+            yield from (after for _, after in node.written)
 
     def __str__(self) -> str:
         lines = [f"graph ({self.how}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]

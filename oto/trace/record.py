@@ -18,7 +18,7 @@ import sys
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import sep
 from pathlib import Path
@@ -92,7 +92,11 @@ class Recording:
 
 
 def record(
-    model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True, dead: bool = False
+    model: nn.Module,
+    dummy_input: Any,
+    known: Callable[[Any], bool] = lambda op: True,
+    dead: bool = False,
+    training: bool = False,
 ) -> Graph:
     """Trace ``model`` on one example input.
 
@@ -103,6 +107,7 @@ def record(
         known: Whether an operator is to be written down as it is. A composite operator that is not known is taken
             apart into those that it is made of.
         dead: Keep calls whose results reach no output; the model's class makes them all the same.
+        training: Where parameters are not reached in eval mode, look at what train mode does, too.
 
     Raises:
         DummyInputError: ``dummy_input`` is of the wrong type.
@@ -127,6 +132,7 @@ def record(
     for way in ways:
         try:
             with as_found(model, dummy_input) as found:
+                _in_analysed_form(model)
                 graph = _run(model, args, kwargs, known, way, dead, found).graph
         except Exception as failure:
             if out_of_memory(failure):
@@ -136,7 +142,7 @@ def record(
             log.info("%s tensors do not carry this model: %s", way, failure)
         else:
             found.warn_of_what_is_left()
-            return graph
+            return _with_training(graph, model, dummy_input, known, ways[ways.index(way) :]) if training else graph
     plainest = failures.get("real") or failures["fake"]
     if isinstance(plainest, TraceError):
         raise plainest
@@ -229,6 +235,7 @@ def follow(
     builder = GraphBuilder(way)
     try:
         with as_found(model, dummy_input) as found:
+            _in_analysed_form(model)
             _run(model, args, kwargs, known, way, True, found, builder, functions, script)
     except Exception as failure:  # anything that the user's own forward may raise
         if out_of_memory(failure):
@@ -251,6 +258,59 @@ def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
             "  to fix   check that model(dummy_input) (model(*tuple), model(**dict)) runs by itself in eval mode",
         ]
     )
+
+
+def _with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any, ways: Sequence[str]) -> Graph:
+    """The graph, with that of train mode where it reaches more parameters, such as those of heads for training only."""
+    idle = graph.unread & {name for name, _ in model.named_parameters()}
+    if not idle:
+        return graph
+    args, kwargs = _doubled(arguments(dummy_input))
+    failure: Exception | None = None
+    for way in ways:
+        try:
+            with as_found(model, dummy_input) as found:
+                _in_analysed_form(model)
+                for module in model.modules():
+                    module.training = True
+                trained = _run(model, args, kwargs, known, way, False, found).graph
+        except Exception as problem:  # it may want targets, or a batch of another kind
+            if out_of_memory(problem):
+                raise
+            traceback.clear_frames(problem.__traceback__)
+            failure = failure or problem
+            log.info("%s tensors do not carry this model in train mode: %s", way, problem)
+        else:
+            quiet_nodes = tuple(map(_without_dropout, trained.nodes))
+            return graph.beside(dataclasses.replace(trained, nodes=quiet_nodes)) if idle - trained.unread else graph
+    assert failure is not None
+    return dataclasses.replace(graph, untrained=first_line(failure, 120))
+
+
+def _without_dropout(node: Node) -> Node:
+    """The call as it is when nothing is dropped: what is dropped is no part of the structure."""
+    schema = getattr(node.op, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else []
+    calm = {"dropout": 0.0, "dropout_p": 0.0} | ({"train": False} if names[1:3] == ["p", "train"] else {})
+    args = tuple(calm.get(name, value) for name, value in zip(names, node.args, strict=False)) if names else node.args
+    kwargs = {name: calm.get(name, value) for name, value in node.kwargs.items()}
+    return dataclasses.replace(node, args=args, kwargs=kwargs)
+
+
+def _doubled(given: Arguments) -> Arguments:
+    """A batch of one twice: batch norm trains on more than one value."""
+    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not tensors or tensors[0].shape[0] != 1:
+        return given
+    twice: Arguments = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, given)
+    return twice
+
+
+def _in_analysed_form(model: nn.Module) -> None:
+    """Let modules that have another form for the analysis (those of ``oto.nn``) run in it, until all is put back."""
+    for module in model.modules():
+        if hasattr(type(module), "_oto_analysed"):
+            vars(module)["forward"] = module._oto_analysed
 
 
 def on_meta(model: nn.Module) -> bool:

@@ -172,7 +172,7 @@ def subnet() -> Any:
 
 
 def test_what_no_config_states_is_named(tmp_path):
-    oto = OTO(llama(), tokens(), keep_class=True, skip_patterns=["model.layers.0"])  # only one of two layers
+    oto = OTO(llama(), tokens(), skip_patterns=["model.layers.0"])  # only one of two layers
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
     with pytest.raises(EmitterError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight: \[\d+, 64\]") as caught:

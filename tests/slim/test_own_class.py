@@ -62,7 +62,7 @@ class Blocks(nn.Module):
 
 
 def test_attributes_that_state_sizes_are_found_in_every_block():
-    model, subnet, oto = slimmed(Blocks(Attention(), Attention()), torch.randn(2, 7, 5))
+    model, subnet, _ = slimmed(Blocks(Attention(), Attention()), torch.randn(2, 7, 5))
     heads = [block.heads for block in subnet.model.blocks]
     assert all(0 < n <= 4 for n in heads) and sum(heads) < 8  # each block its own
     assert [block.qkv.in_features for block in subnet.model.blocks] == [subnet.model.into.out_features] * 2
@@ -138,7 +138,20 @@ class ByHand(nn.Module):
         return (x - mean) * torch.rsqrt(var + 1e-6) * self.weight[:, None, None]
 
 
-@pytest.mark.parametrize("norm", [Normed, lambda n: Grouped(2, n), ByHand])
+class InParts(nn.Module):
+    """The variance is a mean of what no longer is zero where entries are gone."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(width)), nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        mean = x.mean(1, keepdim=True)
+        var = (x - mean).pow(2).mean(1, keepdim=True)
+        return self.weight[:, None, None] * ((x - mean) / torch.sqrt(var + 1e-6)) + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize("norm", [Normed, lambda n: Grouped(2, n), ByHand, InParts])
 def test_norms_of_the_users_own_still_divide_by_the_full_count(norm):
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), norm(16), nn.ReLU(), nn.Conv2d(16, 24, 3), norm(24), nn.Conv2d(24, 2, 1)
@@ -277,7 +290,7 @@ class Sorted(nn.Module):
 
 def test_what_the_class_cannot_be_told_stays_whole_and_says_why():
     x = torch.randn(2, 6, dtype=torch.float64)
-    model, subnet, oto = slimmed(Sorted(), x)
+    _, _, oto = slimmed(Sorted(), x)
     assert sizes(oto) == {"up.weight": 24}
     (residual,) = [w for w in oto.explain().whole if ("into.weight", 0) in w.parameters]
     assert "its class cannot do without" in residual.reason and residual.source.startswith(__file__)

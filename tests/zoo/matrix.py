@@ -1,4 +1,4 @@
-"""One model through the whole pipeline: half of all atoms removed at random in float64, by its own class and by a graph.
+"""One model through the whole pipeline: half of all atoms removed at random in float64, by its own class and a graph.
 
 Used by the tests, by the documentation's table, and by hand::
 
@@ -63,7 +63,7 @@ class Result:
         trace: How the model was followed: ``"meta"``, ``"fake"`` or ``"real"``.
         seconds: Time for everything; ``analysis`` is the part of tracing and analysing.
         sensitivity: How far the output is from that on another input. Near zero, errors could hide.
-        module, graph: Largest relative error of the slim model of its own class, and of the exported graph of everything;
+        module, graph: Largest relative error of the slim model of its own class, and of the exported graph of all;
             ``None`` if it was not built, and then the reason is given.
         asked: Seconds for finding out what the class can do.
         replay: For a model that neither can express, the error of the recorded calls run on thinner tensors.
@@ -284,16 +284,24 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--why", action="store_true")
     parser.add_argument("--no-graph", action="store_true")
+    parser.add_argument("--record", action="store_true", help="leave the results for `make support-matrix`")
+    parser.add_argument("--part", default="0/1", help="every n-th model from the i-th on, as i/n")
     given = parser.parse_args()
+    first, step = map(int, given.part.split("/"))
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     factories = zoo(given.zoo)
-    for name in given.names or factories:
+    for name in given.names or list(factories)[first::step]:
         if given.why:
             print(f"{name}: {why(factories[name])}\n", flush=True)
         else:
             emitters = ("module",) if given.no_graph else ("module", "graph")
-            print(examine(name, factories[name], emitters=emitters), flush=True)
+            result = examine(name, factories[name], emitters=emitters)
+            print(result, flush=True)
+            if given.record:
+                from .test_exact import written
+
+                written(given.zoo, result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from .matrix import ZOOS, Result, zoo
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "support_matrix.md"
+RECORD = DOCUMENT.with_suffix(".jsonl")
 TITLES = {
     "torchvision": "torchvision", "timm": "timm", "transformers": "transformers", "diffusers": "diffusers",
     "papers": "Networks as people write them after a paper", "packages": "Other packages of the Python index",
@@ -21,7 +23,8 @@ TITLES = {
 HEAD = """\
 # Which models were tried, and what came of them
 
-Written by `make support-matrix` from the results of `make test zoo`; not edited by hand. {versions}.
+Written by `make support-matrix` from the results of `make test zoo` (`support_matrix.jsonl` keeps the last of each
+model); not edited by hand. {versions}.
 
 Every model is made with its own code, random weights and, where it is large, a small configuration. It is analysed,
 half of all zero-invariant groups (ZIGs) are set to zero at random, the slim model is built in both ways, and what it
@@ -31,32 +34,41 @@ computes in float64 is compared with the zeroed full model: on the example, on r
 * **groups, ZIGs**: prunable node groups, and the zero-invariant groups in them.
 * **traced**: on tensors that know their *shapes* (`meta`, then fake tensors), or on the *data* of the example, because
   the model looks at values. Then the graph follows the path of the example.
-* **graph**: the slim model is a `torch.fx.GraphModule`. **class**: it is of the model's own class; a share instead of ✓
-  is what is prunable with `OTO(..., keep_class=True)`, which leaves alone what the class states sizes of. Where neither
-  can do without all that is prunable, `construct_subnet` raises `EmitterError` with the reason, listed below the table,
-  and the recorded calls were replayed on thinner tensors to prove the analysis on the example.
+* **prunable** is with `everything=True`; **class** is what the model's own class can do without, by default, and the
+  slim model is of that class. **graph**: with `everything=True`, a `torch.fx.GraphModule`. Where neither takes all that
+  is prunable, the recorded calls were replayed on thinner tensors to prove the analysis on the example.
+* **own class**: of so many models, whose class was asked since it is the default, so many have a slim model of it.
 * **error**: the largest difference of any comparison, relative to the largest entry of the output.
 """
 
 
 def results() -> Iterator[tuple[str, str, Result]]:
-    """Each model of each zoo with its last result.
+    """Each model of each zoo with the last that was found of it; new findings are written down.
 
     Raises:
-        SystemExit: Some have none.
+        SystemExit: Some were never tried.
     """
     from .test_exact import RESULTS
 
-    missing = [
-        f"{kind}-{name}" for kind in TITLES for name in zoo(kind) if not (RESULTS / f"{kind}-{name}.json").exists()
-    ]
-    if missing:
-        raise SystemExit(
-            f"{len(missing)} models have no result ({', '.join(missing[:5])} …): run `make test zoo` first"
-        )
+    record = {(line["kind"], line["name"]): line for line in map(json.loads, RECORD.read_text().splitlines())}
     for kind in TITLES:
         for name in zoo(kind):
-            yield kind, name, Result(**json.loads((RESULTS / f"{kind}-{name}.json").read_text()))
+            path = RESULTS / f"{kind}-{name}.json"
+            if path.exists():
+                new = {k: v for k, v in json.loads(path.read_text()).items() if v not in (None, "", [], ())}
+                tried = {k for e in ("module", "graph") if e in new or f"{e}_reason" in new for k in (e, f"{e}_reason")}
+                old = {k: v for k, v in record.get((kind, name), {}).items() if k not in tried}
+                record[kind, name] = old | new | {"kind": kind, "name": name}
+    there = [(kind, name) for kind in TITLES for name in zoo(kind)]
+    missing = [f"{kind}-{name}" for kind, name in there if (kind, name) not in record]
+    if missing:
+        raise SystemExit(
+            f"{len(missing)} models were never tried ({', '.join(missing[:5])} …): run `make test zoo` first"
+        )
+    RECORD.write_text("".join(json.dumps(record[key], sort_keys=True) + "\n" for key in there))
+    fields = {field.name for field in dataclasses.fields(Result)}
+    for kind, name in there:
+        yield kind, name, Result(**{k: v for k, v in record[kind, name].items() if k in fields})
 
 
 def document() -> str:
@@ -70,38 +82,41 @@ def document() -> str:
 
 
 def summary(found: dict[str, list[Result]]) -> Iterator[str]:
-    columns = ("models", "exact", "class", "class, in part", "graph", "neither: replayed", "nothing prunable")
-    yield f"| zoo | {' | '.join(columns)} | mean prunable | worst error |"
-    yield f"|---|{'--:|' * (len(columns) + 2)}"
-    everything = [result for some in found.values() for result in some]
-    for title, some in [*((TITLES[kind], some) for kind, some in found.items()), ("**all**", everything)]:
+    columns = ("models", "exact", "own class", "graph", "neither: replayed", "nothing prunable")
+    yield f"| zoo | {' | '.join(columns)} | mean prunable | of it by the own class | worst error |"
+    yield f"|---|{'--:|' * (len(columns) + 3)}"
+    everything = [result for those in found.values() for result in those]
+    for title, those in [*((TITLES[kind], those) for kind, those in found.items()), ("**all**", everything)]:
         count = Counter[str]()
-        for r in some:
+        for r in those:
             count["exact"] += r.exact
             count["class"] += r.module is not None
+            count["asked"] += bool(r.asked)
             count["graph"] += r.graph is not None
             count["replay"] += r.module is None and r.graph is None and r.replay is not None
-            count["part"] += r.module is None and bool(r.class_share)
             count["none"] += not r.axes
-        cells = [len(some), *(count[key] for key in ("exact", "class", "part", "graph", "replay", "none"))]
-        share = sum(r.share for r in some) / len(some)
-        yield f"| {title} | {' | '.join(map(str, cells))} | {share:.0%} | {max(r.error for r in some):.0e} |"
+        asked = f"{count['class']} of {count['asked']}"
+        cells = [len(those), count["exact"], asked, *(count[key] for key in ("graph", "replay", "none"))]
+        share = sum(r.share for r in those) / len(those)
+        own = [min(r.class_share / r.share, 1) for r in those if r.share and r.asked]
+        part = f"{sum(own) / len(own):.0%}" if own else ""
+        yield f"| {title} | {' | '.join(map(str, cells))} | {share:.0%} | {part} | {max(r.error for r in those):.0e} |"
 
 
 def section(kind: str, some: list[Result]) -> Iterator[str]:
     yield f"\n## {TITLES[kind]}\n"
-    yield "| model | parameters | prunable | groups | ZIGs | traced | class | graph | error |"
-    yield "|---|--:|--:|--:|--:|---|:-:|:-:|--:|"
+    yield "| model | parameters | prunable | class | groups | ZIGs | traced | graph | error |"
+    yield "|---|--:|--:|--:|--:|--:|---|:-:|--:|"
     for r in some:
-        part = "" if r.class_share is None else f"{r.class_share:.0%}"
-        ways = ["✓" if r.module is not None else part, "✓" if r.graph is not None else ""]
         traced = "data" if r.trace == "real" else "shapes"
-        cells: list[Any] = [r.name, f"{r.parameters:,}", f"{r.share:.0%}", r.axes, r.atoms, traced, *ways]
+        own = "" if r.module is None else f"{r.class_share:.0%}"
+        cells: list[Any] = [r.name, f"{r.parameters:,}", f"{r.share:.0%}", own, r.axes, r.atoms, traced]
+        cells.append("✓" if r.graph is not None else "")
         yield f"| {' | '.join(map(str, cells))} | {f'{r.error:.0e}' if r.axes else ''} |"
-    notes = [f"* {r.name}: {r.graph_reason}" for r in some if r.module is None and r.graph is None and r.axes]
-    notes += [f"* {r.name}: {r.module_reason}" for r in some if not r.axes]
+    notes = [f"* {r.name}: {r.graph_reason}" for r in some if r.graph is None and r.graph_reason and r.axes]
+    notes += [f"* {r.name}, class: {r.module_reason}" for r in some if r.module is None and r.module_reason]
     if notes:
-        yield from ["", "No graph, and more than the class can do without:", "", *notes]
+        yield from ["", "Where a way does not do:", "", *notes]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,498 @@
+"""The command line: what the library says, for a terminal or as JSON.
+
+Exit codes:
+
+* 0: done.
+* 1: refused or impossible; the message says why and what to do.
+* 2: the command line is wrong: an option, or a model, an input or a checkpoint that cannot be had.
+* 3: ``oto verify`` found an artefact damaged, or computing something else.
+
+A mistake of the user is told without a traceback. Results go to standard output, warnings and errors to standard error;
+with ``--json`` each of them is one JSON object on a line.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import oto
+from oto._torch import tree_map_only
+from oto.api import OTO
+from oto.errors import (
+    DamagedArtefactError,
+    GivenError,
+    MissingExtraError,
+    OTOError,
+    VerificationError,
+    first_line,
+    out_of_memory,
+)
+from oto.given import HOW_TO_NAME, load_weights, named_input, named_model
+from oto.groups import Cost
+from oto.io.artefact import Artefact, reading
+from oto.io.program import load_program
+from oto.io.subnet import FULL, PROGRAM, load_subnet
+from oto.report.table import OF_THE_CLASS, columns, cost_rows
+from oto.slim.latency import rounds
+from oto.slim.program import example_of, export_program, runnable
+from oto.slim.verify import Check, check, random_like, relative_error, require, run
+from oto.trace.record import tensors_in
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # what is not told below is a mistake of ours, and shown in full
+    rich_markup_mode="markdown",
+    help="Structured pruning that is proved: see what a model could lose, make it slim, check and time it.",
+    epilog="Exit codes: 0 done; 1 refused, the message says why; 2 the command line is wrong; 3 verify found a fault.",
+)
+REFUSED, WRONG, FOUND = 1, 2, 3
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def command(f: Command) -> Command:
+    """Make a command of a function: its errors and warnings become messages, its errors exit codes."""
+
+    @functools.wraps(f)
+    def told(*args: Any, **options: Any) -> None:
+        as_json = bool(options.get("as_json"))
+        try:
+            with _warnings_as_messages(as_json):
+                f(*args, **options)
+        except OTOError as failure:
+            _message("error", failure, as_json)
+            code = WRONG if isinstance(failure, GivenError) else REFUSED
+            raise typer.Exit(code) from failure
+
+    app.command()(told)
+    return f
+
+
+@contextmanager
+def _warnings_as_messages(as_json: bool) -> Iterator[None]:
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        # those of other libraries, about their own code, say nothing to the user of a command
+        if category.__module__.startswith("oto.") or not issubclass(category, DeprecationWarning | FutureWarning):
+            _message("warning", message, as_json, category.__name__)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+def _message(kind: str, what: object, as_json: bool, name: str | None = None) -> None:
+    if as_json:
+        typer.echo(json.dumps({kind: name or type(what).__name__, "message": str(what)}), err=True)
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    first, *rest = str(what).splitlines() or [type(what).__name__]
+    console.print(f"{kind}: ", style="bold red" if kind == "error" else "bold yellow", end="")
+    console.print("\n".join([first, *rest]), markup=False)
+
+
+def _result(text: object, data: Mapping[str, Any], as_json: bool) -> None:
+    typer.echo(json.dumps(data, default=str) if as_json else str(text))
+
+
+# What the commands have in common ------------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=HOW_TO_NAME)]
+ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=HOW_TO_NAME)]
+MaybeModel = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="MODEL", help=f"the full model: {HOW_TO_NAME}")
+]
+ArtefactFolder = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder that construct_subnet or slim wrote")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", metavar="SHAPE", help="1x3x224x224, 1x128:int64:30522, mask=1x128:bool; repeatable"),
+]
+InputFn = Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="a function that returns the input")]
+Weights = Annotated[Path | None, typer.Option("--checkpoint", "-c", help="weights to load: safetensors, or torch.save")]
+Key = Annotated[str | None, typer.Option(help="where in the checkpoint the state dict is")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="with the weights that the library offers")]
+Skip = Annotated[
+    list[str] | None, typer.Option("--skip", metavar="NAME", help="keep whole: a name or glob; repeatable")
+]
+Everything = Annotated[
+    bool, typer.Option("--everything", help="also what the model's own class cannot express; slim is a graph then")
+]
+Layout = Annotated[str | None, typer.Option(help="uniform: repeated blocks keep equally many of everything")]
+MinKept = Annotated[str, typer.Option(help="what every group keeps: a number of atoms, or a share such as 0.1")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="so long it is measured at least")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
+
+
+def _number(option: str, text: str | None) -> int | float | None:
+    """``0.5`` is a share, ``500000`` a number."""
+    if text is None:
+        return None
+    try:
+        return int(text.replace("_", "")) if text.replace("_", "").isdigit() else float(text)
+    except ValueError:
+        raise GivenError(f"{option} {text} is no number\n  to fix  0.5 is a share, 500000 a number") from None
+
+
+def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: list[str] | None, everything: bool,
+              checkpoint: Path | None = None, key: str | None = None, pretrained: bool = False,
+              min_kept: str = "1", layout: str | None = None) -> OTO:  # fmt: skip
+    torch.manual_seed(0)  # so that two calls say the same of a model without weights
+    model = named_model(name, pretrained)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, key)
+    given = named_input(inputs or (), input_fn, model)
+    least = _number("--min-kept", min_kept)
+    assert least is not None
+    return OTO(model, given, skip_patterns=skip or (), everything=everything, min_kept=least, layout=layout)
+
+
+# The commands --------------------------------------------------------------------------------------------------------
+
+
+@command
+def explain(model: Model, input: Inputs = None, input_fn: InputFn = None, skip: Skip = None,
+            everything: Everything = False, layout: Layout = None, as_json: Json = False) -> None:  # fmt: skip
+    """What can be removed from a model, and why the rest stays whole.
+
+    oto explain torchvision:resnet50 --input 1x3x224x224
+    """
+    found = _analysed(model, input, input_fn, skip, everything, layout=layout).explain()
+    _result(found, found.to_dict(), as_json)
+
+
+@command
+def preview(
+    model: Model,
+    input: Inputs = None,
+    input_fn: InputFn = None,
+    target_macs: Annotated[str | None, typer.Option(help="what is left: 0.5 is a share, 500000 a number")] = None,
+    target_params: Annotated[str | None, typer.Option(help="likewise, of the parameters")] = None,
+    target_bytes: Annotated[str | None, typer.Option(help="likewise, of the memory of parameters and buffers")] = None,
+    target_latency_ms: Annotated[
+        float | None, typer.Option(help="milliseconds of a forward pass, measured here")
+    ] = None,
+    target_group_sparsity: Annotated[float | None, typer.Option(help="share of the groups that goes")] = None,
+    scope: Annotated[str, typer.Option(help="global: one ranking; local: the same share of every group")] = "global",
+    group_divisible: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 1,
+    min_kept: MinKept = "1",
+    checkpoint: Weights = None,
+    key: Key = None,
+    pretrained: Pretrained = False,
+    skip: Skip = None,
+    everything: Everything = False,
+    layout: Layout = None,
+    as_json: Json = False,
+) -> None:
+    """What a target would leave of each layer, before any training; chosen by the weights alone.
+
+    oto preview torchvision:resnet50 --input 1x3x224x224 --target-macs 0.5
+    """
+    targets = {
+        "target_macs": _number("--target-macs", target_macs),
+        "target_params": _number("--target-params", target_params),
+        "target_bytes": _number("--target-bytes", target_bytes),
+        "target_latency_ms": target_latency_ms,
+        "target_group_sparsity": target_group_sparsity,
+    }
+    asked: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
+    if len(asked) != 1:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
+        raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
+    analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, pretrained, min_kept, layout)
+    found = analysed.preview(**asked, scope=scope, group_divisible=group_divisible)
+    _result(found, found.to_dict(), as_json)
+
+
+@command
+def visualize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the drawing")],
+    input: Inputs = None,
+    input_fn: InputFn = None,
+    horizontal: Annotated[bool, typer.Option("--horizontal", help="from left to right")] = False,
+    params: Annotated[bool, typer.Option("--params", help="show the shape of each parameter")] = False,
+    flops: Annotated[bool, typer.Option("--flops", help="show the FLOPs of each call")] = False,
+    skip: Skip = None,
+    everything: Everything = False,
+    layout: Layout = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the graph: one colour per node group, grey for what stays whole.
+
+    oto visualize torchvision:resnet50 --input 1x3x224x224 --out drawing
+    """
+    analysed = _analysed(model, input, input_fn, skip, everything, layout=layout)
+    files = analysed.visualize(out, vertical=not horizontal, display_params=params, display_flops=flops)
+    _result("\n".join(map(str, files)), {"files": [str(file) for file in files]}, as_json)
+
+
+@command
+def slim(
+    checkpoint: Annotated[Path, typer.Argument(help="weights with zeros: safetensors, or what torch.save wrote")],
+    model: ModelOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the artefact")],
+    input: Inputs = None,
+    input_fn: InputFn = None,
+    key: Key = None,
+    skip: Skip = None,
+    everything: Everything = False,
+    layout: Layout = None,
+    emitter: Annotated[str, typer.Option(help="auto, config, module, graph or recording")] = "auto",
+    report: Annotated[bool, typer.Option("--report", help="write report.html into the artefact")] = False,
+    save_pretrained: Annotated[
+        Path | None, typer.Option(help="a new folder that from_pretrained loads; with --layout uniform")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make the slim model of a checkpoint that was trained with oto, prove it equal, and save it.
+
+    oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
+    """
+    analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, layout=layout)
+    subnet = analysed.construct_subnet(out, emitter=emitter, report=report)
+    if save_pretrained is not None:
+        subnet.save_pretrained(save_pretrained)
+    _result(subnet, subnet.to_dict(), as_json)
+
+
+@command
+def info(artefact: ArtefactFolder, as_json: Json = False) -> None:
+    """What an artefact is: costs, proof, files, versions. Every file is checked against its hash."""
+    found = reading(artefact)
+    _result(_about(found), {"folder": str(found.folder), **found.manifest}, as_json)
+
+
+def _about(found: Artefact) -> str:
+    manifest = found.manifest
+    before, after = (Cost(**manifest["cost"][key]) for key in ("before", "after"))
+    checks = [Check(**c) for c in manifest["checks"]]
+    worst = {
+        dtype: max(c.error for c in checks if c.dtype == dtype) for dtype in dict.fromkeys(c.dtype for c in checks)
+    }
+    way = (
+        "the original class"
+        if manifest["emitter"] in OF_THE_CLASS
+        else f"a torch.fx.GraphModule ({manifest['emitter']})"
+    )
+    lines = [
+        f"{manifest['model']['class']}, slim, as {way}",
+        *([f"  because {manifest['why_graph']}"] if manifest["why_graph"] else []),
+        "",
+        columns(cost_rows(before, after)),
+        "",
+        *(f"verified in {dtype}: largest relative error {error:.1e}" for dtype, error in worst.items()),
+        *(f"note: {note}" for note in manifest["notes"]),
+        "written by " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
+        "",
+        columns([[name, f"{stamp['size']:,} bytes"] for name, stamp in manifest["files"].items()]),
+    ]
+    return "\n".join(lines)
+
+
+@command
+def verify(
+    artefact: ArtefactFolder,
+    model: MaybeModel = None,
+    input: Inputs = None,
+    input_fn: InputFn = None,
+    as_json: Json = False,
+) -> None:
+    """Check an artefact: its hashes, that it loads and runs; with --model, that it computes what the full one does.
+
+    Exit code 3 if anything is wrong with it.
+    """
+    try:
+        lines, data = _verified(artefact, model, input, input_fn)
+    except (DamagedArtefactError, VerificationError) as failure:
+        _message("error", failure, as_json)
+        raise typer.Exit(FOUND) from failure
+    _result("\n".join([*lines, "all is well"]), data, as_json)
+
+
+def _verified(folder: Path, model: str | None, inputs: list[str] | None,
+              input_fn: str | None) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
+    found = reading(folder)
+    files = found.manifest["files"]
+    lines = [f"{len(files)} files are whole ({sum(stamp['size'] for stamp in files.values()):,} bytes)"]
+    full, slim, given = _loaded(found, model, inputs, input_fn)
+    shapes = []
+    for seed, example in enumerate((given, random_like(given, 0))):
+        try:
+            outputs = run(slim, example)
+        except Exception as failure:  # of many kinds; the example may be of the user's making
+            if out_of_memory(failure):
+                raise
+            raise VerificationError(
+                f"the slim model fails on {'a random' if seed else 'the'} input: {first_line(failure)}\n"
+                "  to fix  give an input that the model takes: --input, --input-fn"
+            ) from failure
+        shapes = [list(t.shape) for t in outputs]
+    kind = "the original class" if full is not None and found.manifest["emitter"] in OF_THE_CLASS else PROGRAM
+    lines.append(f"{kind} loads and runs: outputs of {', '.join('×'.join(map(str, s)) or 'a number' for s in shapes)}")
+    checks: list[Check] = []
+    if full is not None and FULL in files:
+        _load_full(full, found)
+        recorded = found.manifest["emitter"] == "recording"
+        checks = check(full, slim, given, batch=not recorded, notes=[])
+        require(checks)
+        lines.append(f"computes what the zeroed full model does: {_worst(checks)}")
+    if full is not None and kind != PROGRAM and PROGRAM in files:
+        program = runnable(load_program(found.path(PROGRAM)))
+        error = relative_error(run(slim, given), run(program, given))
+        checks.append(Check(f"{PROGRAM} against the class", "float32", error, 1e-3))
+        require(checks[-1:])
+        lines.append(f"{PROGRAM} computes what the class does: largest relative error {error:.1e}")
+    return lines, {"files": list(files), "outputs": shapes, "checks": [vars(c) for c in checks]}
+
+
+def _worst(checks: Sequence[Check]) -> str:
+    dtypes = dict.fromkeys(c.dtype for c in checks)
+    return "; ".join(f"{max(c.error for c in checks if c.dtype == d):.1e} relative in {d}" for d in dtypes)
+
+
+def _load_full(full: nn.Module, found: Artefact) -> None:
+    """The zeroed full weights of an artefact, into the full model."""
+    held = dict(full.named_parameters(remove_duplicate=False)) | dict(full.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in found.tensors(FULL).items():
+            if name not in held or held[name].shape != tensor.shape:
+                raise GivenError(
+                    f"{found.folder} was not made from this model: it has no {name} of shape {tuple(tensor.shape)}\n"
+                    f"  to fix  name the model that was made slim, a {found.manifest['model']['class']}"
+                )
+            held[name].copy_(tensor)
+
+
+def _loaded(found: Artefact, model: str | None, inputs: list[str] | None,
+            input_fn: str | None) -> tuple[nn.Module | None, nn.Module, Any]:  # fmt: skip
+    """The full model, if it is named; the slim one; and an input for them."""
+    full = None if model is None else named_model(model)
+    slim = load_subnet(found.folder, full)
+    if inputs or input_fn:
+        return full, slim, named_input(inputs or (), input_fn)
+    if PROGRAM in found.manifest["files"]:
+        return full, slim, example_of(load_program(found.path(PROGRAM)))
+    return full, slim, named_input((), None, full)
+
+
+@command
+def bench(
+    artefact: ArtefactFolder,
+    model: MaybeModel = None,
+    input: Inputs = None,
+    input_fn: InputFn = None,
+    seconds: Seconds = 5.0,
+    threads: Threads = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time forward passes of a slim model; with --model beside the full one, in turns.
+
+    oto bench slim --model package.module:make --input 64x3x32x32
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    full, slim, given = _loaded(reading(artefact), model, input, input_fn)
+    try:
+        models = {name: m.to(device).eval() for name, m in (("full", full), ("slim", slim)) if m is not None}
+        given = tree_map_only(Tensor, lambda t: t.to(device), given)
+        taken = dict(zip(models, rounds(list(models.values()), given, seconds=seconds), strict=True))
+    except (RuntimeError, AssertionError) as failure:  # a device that is not there, an input that does not fit
+        if out_of_memory(failure):
+            raise
+        raise GivenError(f"the forward pass fails on {device}: {first_line(failure)}") from failure
+    quartiles = {name: [1e3 * q for q in statistics.quantiles(own, n=4)] for name, own in taken.items()}
+    rows = [["", "median ms", "quartiles", "passes"]]
+    rows += [[n, f"{m:.3g}", f"{a:.3g}–{b:.3g}", str(len(taken[n]))] for n, (a, m, b) in quartiles.items()]
+    shapes = ", ".join("×".join(map(str, t.shape)) for t in tensors_in(given))
+    where = f"{device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, input {shapes}"
+    lines = [columns(rows), where]
+    data = {"ms": {n: {"q1": a, "median": m, "q3": b, "passes": len(taken[n])} for n, (a, m, b) in quartiles.items()}}
+    if full is not None:
+        speedup = statistics.median(a / b for a, b in zip(taken["full"], taken["slim"], strict=True))
+        lines.insert(1, f"{speedup:.2f} times as fast")
+        data["speedup"] = speedup  # type: ignore[assignment]
+    _result("\n".join(lines), {**data, "device": device, "threads": torch.get_num_threads()}, as_json)
+
+
+@command
+def export(
+    artefact: ArtefactFolder,
+    to: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="default: model.onnx in the working folder")] = None,
+    model: MaybeModel = None,
+    input: Inputs = None,
+    input_fn: InputFn = None,
+    as_json: Json = False,
+) -> None:
+    """Export a slim model, and check what was written in its own runtime.
+
+    oto export slim --to onnx --out model.onnx
+    """
+    if to != "onnx":
+        raise GivenError(f"--to {to} is no format\n  to fix  --to onnx")
+    _, slim, given = _loaded(reading(artefact), model, input, input_fn)
+    target = out or Path("model.onnx")
+    error = to_onnx(slim, given, target)
+    data = {"file": str(target), "bytes": target.stat().st_size, "error": error}
+    _result(f"{target}: {data['bytes']:,} bytes\nrun by onnxruntime: largest relative error {error:.1e}", data, as_json)
+
+
+def to_onnx(slim: nn.Module, given: Any, target: Path) -> float:
+    """Write a model as ONNX and run it with onnxruntime.
+
+    Returns:
+        The largest error on ``given``, relative to the largest entry of the output.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        VerificationError: onnxruntime computes something else. The file is removed.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401, the exporter needs it
+    except ImportError as failure:
+        raise MissingExtraError(f"{failure.name} is not installed\n  to fix  pip install 'oto[onnx]'") from failure
+    program = export_program(slim, given)  # with a free batch size, where the model allows one
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(program, (), str(target), dynamo=True, external_data=False, verbose=False)
+    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    free = any(isinstance(size, str) for i in session.get_inputs() for size in i.shape)
+    first = next(tensors_in(given))
+    tries = [given, random_like(given, 0, first.shape[0] + 2)] if free else [given]
+    error = 0.0
+    for example in tries:
+        feeds = dict(zip((i.name for i in session.get_inputs()), (t.numpy() for t in tensors_in(example)), strict=True))
+        found = [torch.from_numpy(x) for x in session.run(None, feeds)]
+        error = max(error, relative_error(run(slim, example), found))
+    if not error <= 1e-3:
+        target.unlink()
+        raise VerificationError(
+            f"onnxruntime does not compute what the slim model does: relative error {error:.1e}\n"
+            "  effect  the file was removed\n  to fix  try another version of onnxscript or onnxruntime"
+        )
+    return error
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="say the version and stop")] = False) -> None:
+    if show:
+        typer.echo(f"oto {oto.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+        raise typer.Exit

@@ -1,0 +1,93 @@
+"""A model that gets smaller in the middle of training: the same optimizer goes on with the new parameters.
+
+The optimizer object stays, with its parameter groups, their order and their options, so what holds it (learning-rate
+schedulers, ``GradScaler``, wrappers) goes on too. Each parameter is replaced in place, and its state is sliced like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from oto.errors import ShrinkError
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """One parameter, before and after.
+
+    Attributes:
+        name: As the model has it.
+        old, new: The tensors.
+        entries: For each dimension the entries that are left, sorted int64 indices; ``None`` where all are.
+    """
+
+    name: str
+    old: Tensor
+    new: Tensor
+    entries: Sequence[NDArray[np.int64] | None]
+
+    def thin(self, tensor: Tensor) -> Tensor:
+        """The entries that are left of a tensor of the old shape, in memory of their own."""
+        made = tensor.detach()
+        for dim, entries in enumerate(self.entries):
+            if entries is not None:
+                made = made.index_select(dim, torch.from_numpy(entries).to(made.device))
+        return made.clone() if made is tensor or made.data_ptr() == tensor.data_ptr() else made
+
+    @property
+    def whole(self) -> bool:
+        return all(entries is None for entries in self.entries)
+
+
+def sliced_state(moved: Sequence[Moved], optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """The state of every old parameter, as its new one has it. Nothing is changed.
+
+    Raises:
+        ShrinkError: There is state that has neither the shape of its parameter nor a single entry.
+    """
+    return {m.old: _sliced(m, optimizer) for m in moved if m.old in optimizer.state}
+
+
+def _sliced(moved: Moved, optimizer: Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = optimizer.state[moved.old]
+    if moved.whole:
+        return state
+    made: dict[str, Any] = {}
+    for key, value in state.items():
+        plain = not isinstance(value, Tensor | Sequence | Mapping) or isinstance(value, str)
+        if plain or (isinstance(value, Tensor) and value.numel() == 1 and moved.old.numel() > 1):
+            made[key] = value  # how many steps were taken, and the like
+        elif isinstance(value, Tensor) and value.shape == moved.old.shape and value.layout is torch.strided:
+            made[key] = moved.thin(value)
+        elif value is None or (not isinstance(value, Tensor) and not len(value)):
+            made[key] = value
+        else:
+            shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ShrinkError(
+                f"{type(optimizer).__name__} keeps {key!r} of {shape} for {moved.name}, which has shape "
+                f"{tuple(moved.old.shape)}\n"
+                "  effect  it cannot be told what is left of it, so nothing was changed\n"
+                "  to fix  use an optimizer whose state has the shape of its parameter (SGD, Adam, AdamW, RMSprop...),"
+                " or shrink by construct_subnet and make a new optimizer"
+            )
+    return made
+
+
+def follow(optimizer: Optimizer, moved: Sequence[Moved], states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Put new parameters in the place of the old ones, with the state that was sliced for them."""
+    new = {m.old: m.new for m in moved}
+    for group in optimizer.param_groups:
+        group["params"][:] = [new.get(p, p) for p in group["params"]]
+    for m in moved:
+        m.new.grad = None if m.old.grad is None else m.thin(m.old.grad)
+    held = [(new.get(p, p), states.get(p, state)) for p, state in optimizer.state.items()]
+    optimizer.state.clear()
+    optimizer.state.update(held)

@@ -1,0 +1,215 @@
+"""A slim model in the middle of training: of the model's own class, and the same in train mode too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from oto._torch import holder
+from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
+from oto.groups import NodeGroup, Slice
+from oto.slim.construct import Zeroed
+from oto.slim.module import OwnClass, attribute, plan_edits, thin_copy, thin_tensors
+from oto.slim.origin import Round, descend, origin_of
+from oto.slim.plan import thinning
+from oto.slim.training import check_training
+from oto.slim.verify import check, require
+
+log = logging.getLogger(__name__)
+
+Entries = Sequence[NDArray[np.int64] | None]
+"""For each dimension of a tensor the entries that are left; ``None`` where all are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shrunk:
+    """A slim model to go on training with.
+
+    Attributes:
+        model: Of the original class, in the mode that the full one is in.
+        parameters: For each parameter of the full model, what is left of it.
+        averages: Averages of the full model's weights, and their slim forms.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, Entries]
+    averages: Sequence[tuple[nn.Module, nn.Module]]
+
+
+def become(model: nn.Module, slim: nn.Module) -> None:
+    """Make ``model`` the slim one, in the same object, so that whatever holds it goes on."""
+    model.__class__ = type(slim)
+    model.__dict__ = slim.__dict__  # shared, as parts of it may refer back to the slim one
+
+
+def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
+    """Make the slim model of the model's own class, with the parameters of the full one, and prove it in both modes.
+
+    Args:
+        source: In its model, all atoms but those in ``kept`` are zero.
+        averages: Averages of the weights, or what holds them; their atoms need not be zero.
+
+    Raises:
+        ShrinkError: The class cannot express it, or not with the parameters that the optimizer knows; or an average is
+            none of this model.
+        VerificationError: It computes something else.
+    """
+    model, partition, kept = source.model, source.partition, source.kept
+    thin = thinning(partition, kept)
+    try:
+        edits = plan_edits(model, partition, thin, unscaled(source.own))
+        slim = thin_copy(model, thin_tensors(model, thin), edits)
+        require(check(model, slim, source.dummy_input, batch=True, left=source.left))
+    except VerificationError:
+        raise
+    except Exception as failure:  # anything that the user's own forward may raise at other sizes
+        if out_of_memory(failure):
+            raise
+        said = str(failure) if isinstance(failure, EmitterError) else first_line(failure)
+        raise ShrinkError(
+            f"{type(model).__name__} cannot be thinned as its own class: {said.splitlines()[0]}\n"
+            "  effect  training cannot go on with a slim model of this class; nothing was changed\n"
+            f"  to fix  {source.way_out}"
+        ) from failure
+    leaves = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
+    parameters: dict[str, Entries] = {}
+    for name, old in model.named_parameters():
+        masks = thin.entries(leaves[name])
+        parameters[name] = [None if mask.all() else np.flatnonzero(mask) for mask in masks]
+        if not torch.equal(attribute(slim, name).detach(), thin.thin(leaves[name], old)):
+            raise ShrinkError(
+                f"the slim {type(model).__name__} holds {name} in another form, scaled for a norm over fewer entries\n"
+                "  effect  the optimizer's state would not fit it; nothing was changed\n"
+                "  to fix  keep it whole: OTO(..., skip_patterns=[...])"
+            )
+    training = check_training(model, slim, source.dummy_input, partition, kept)
+    require([] if training is None else [training])
+    descend(slim, model, Round.of(edits, thin_tensors(model, thin), kept))
+    made: list[tuple[nn.Module, nn.Module]] = []
+    for wrapper in averages:
+        inner = _average_in(wrapper, model)
+        average = thin_copy(inner, thin_tensors(inner, thin), edits)
+        vars(average)["_oto_origin"] = origin_of(slim)
+        made.append((inner, average))
+    return Shrunk(slim, parameters, made)
+
+
+def unscaled(own: OwnClass | None) -> OwnClass | None:
+    """What the class is told so that its parameters stay as the optimizer knows them: norms count, no weight does."""
+    if own is None or not own.absorbed:
+        return own
+    taken_in = list(own.scalars.values())
+    stated = {place: wanted for place, wanted in own.stated.items() if not any(wanted is one for one in taken_in)}
+    return replace(own, absorbed={}, stated=stated, told=dict.fromkeys(own.absorbed, ()) | own.told)
+
+
+def _average_in(wrapper: Any, model: nn.Module) -> nn.Module:
+    """The average of a model's weights that a wrapper holds, or that it is."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    inner = holder(wrapper, shapes)
+    if inner is None or {n: p.shape for n, p in inner.named_parameters()} != shapes:
+        raise ShrinkError(
+            f"{type(wrapper).__name__} holds no average of this {type(model).__name__}\n"
+            "  effect  nothing was changed\n"
+            "  to fix  pass a copy of the model, or what holds one as .module or .ema"
+        )
+    return inner
+
+
+Labels = dict[tuple[str, int], NDArray[np.int64]]
+
+
+def labels_of(group: NodeGroup) -> Labels:
+    """For each dimension of each parameter, the atom that each of its entries belongs to; -1 for none."""
+    labels: Labels = {}
+    for piece in group.slices:
+        first = piece.cuts[0]
+        length = first.before * first.middle * first.after
+        own = labels.setdefault((piece.parameter, piece.dim), np.full(length, -1))
+        entries = Slice("", 0, piece.cuts).of(torch.arange(length)).reshape(group.size, -1).numpy()
+        own[entries] = np.arange(group.size)[:, None]
+    return labels
+
+
+def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, list[NodeGroup]]:
+    """For each node group of one analysis, those of another analysis of the same model that it is made of.
+
+    A slim model may be analysed more finely, as the widths of query and value are one where a single weight holds both
+    in equal parts, and two where they are stated apart. A group that is not made of others is left out.
+    """
+    labels = {group.name: labels_of(group) for group in whole}
+    holders: dict[tuple[str, int], list[NodeGroup]] = {}
+    for group in whole:
+        for place in labels[group.name]:
+            holders.setdefault(place, []).append(group)
+    found: dict[str, list[NodeGroup]] = {}
+    covered: dict[str, Labels] = {}
+    for part in fine:
+        own = labels_of(part)
+        for group in holders.get(next(iter(own)), []):
+            theirs = labels[group.name]
+            if group.size == part.size and all(
+                place in theirs and ((mask < 0) | (mask == theirs[place])).all() for place, mask in own.items()
+            ):
+                found.setdefault(group.name, []).append(part)
+                there = covered.setdefault(group.name, {place: np.full_like(m, -1) for place, m in theirs.items()})
+                for place, mask in own.items():
+                    np.maximum(there[place], mask, out=there[place])
+                break
+    return {
+        name: made
+        for name, made in found.items()
+        if all(np.array_equal(covered[name][place], mask) for place, mask in labels[name].items())
+    }
+
+
+def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
+    """The node groups of a slim model, of which only those may lose atoms that could before.
+
+    Args:
+        before: Those of the full model, as they lie in the slim one.
+        after: Those that its own analysis found.
+    """
+    made = parts(before, after)
+    was = {part.name: group for group in before for part in made.get(group.name, ())}
+    nothing = "it could not be pruned before the model was shrunk"
+
+    def restricted(group: NodeGroup) -> NodeGroup:
+        old = was.get(group.name)
+        if old is None:
+            return replace(group, reason=group.reason or nothing)
+        return replace(
+            group, reason=group.reason or old.reason, min_kept=old.min_kept, quiet=group.quiet and old.quiet,
+            tie=old.tie, divisor=old.divisor,
+        )  # fmt: skip
+
+    return tuple(map(restricted, after))
+
+
+def require_there(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> None:
+    """Refuse a slim model in which a node group that may lose more atoms could not.
+
+    Raises:
+        ShrinkError: There is one.
+    """
+    made = parts(before, after)
+    lost = [
+        group.name
+        for group in before
+        if group.prunable
+        and group.size > group.min_kept
+        and not (group.name in made and all(part.prunable for part in made[group.name]))
+    ]
+    if lost:
+        raise ShrinkError(
+            f"what is left of some groups could not be pruned any more in the slim model: {some(lost)}\n"
+            "  effect  pruning could not go on with these, so nothing was changed\n"
+            "  to fix  shrink once pruning is over"
+        )

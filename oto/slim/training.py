@@ -1,0 +1,121 @@
+"""The slim model in train mode, beside the full one: the same tensors, the same statistics."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
+from oto.errors import ShrinkError, first_line, out_of_memory
+from oto.groups import Kept, Partition
+from oto.slim.plan import thinning
+from oto.slim.verify import TOLERANCE, Check, random_like, relative_error
+from oto.trace.found import as_found
+from oto.trace.record import arguments, tensors_in
+
+log = logging.getLogger(__name__)
+
+
+def check_training(
+    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
+) -> Check | None:
+    """Compare the two in train mode, randomness held still: tensors that are given, and buffers after the step.
+
+    Both are left as they were. ``None`` if the full model does not train on such an input, as one that takes targets.
+
+    Raises:
+        ShrinkError: The slim model fails where the full one runs.
+    """
+    first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
+    tries = [dummy_input]
+    if first.ndim:  # batch norm wants more than one value per channel
+        tries.append(random_like(dummy_input, 0, max(2, first.shape[0])))
+    for given in tries:
+        try:
+            expected, moved = trained(full, given)
+        except Exception as failure:  # whatever a forward may want for training
+            if out_of_memory(failure):
+                raise
+            log.info("%s does not run in train mode on the example: %s", type(full).__name__, first_line(failure))
+            continue
+        try:
+            found, slim_moved = trained(slim, given)
+        except Exception as failure:
+            if out_of_memory(failure):
+                raise
+            raise ShrinkError(
+                f"the slim {type(full).__name__} fails in train mode, where the full one runs: {first_line(failure)}\n"
+                "  effect  nothing was changed\n"
+                "  to fix  if that is in a part that only training uses, keep what it reads: skip_patterns=[...]"
+            ) from failure
+        entries = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
+        thin = thinning(partition, kept)
+        pairs = [(thin.thin(entries[name], old), slim_moved[name]) for name, old in moved.items() if name in slim_moved]
+        both = list(zip(*pairs, strict=True)) or [(), ()]
+        error = max(relative_error(expected, found), relative_error(both[0], both[1]))
+        dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
+        name = str(dtype).removeprefix("torch.")
+        return Check("slim in train mode", name, error, TOLERANCE.get(dtype, 1e-3))
+    return None
+
+
+def heads_in_training(
+    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
+) -> tuple[list[Check], list[str]]:
+    """Where parts of a model are used in training only: the proof that the slim one trains, or what falls short."""
+    graph = partition.found.graph
+    if graph.untrained is not None:
+        text = "parts that only training may use could not be followed, so the slim model may fail in train mode"
+        return [], [f"{text} ({graph.untrained}); drop_unreached=True leaves them out"]
+    if graph.trained is None:
+        return [], []
+    try:
+        made = check_training(full, slim, dummy_input, partition, kept)
+    except ShrinkError as failure:
+        return [], [str(failure).splitlines()[0]]
+    if made is not None and not made.passed:
+        return [], [f"in train mode the slim model differs from the full one by {made.error:.1e}"]
+    return [] if made is None else [made], []
+
+
+def trained(module: nn.Module, given: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What a module gives in train mode, and its buffers after that."""
+    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(given))
+    modes = [(m, m.training) for m in module.modules()]
+    all_eval = not any(training for _, training in modes)
+    with as_found(module, given), torch.inference_mode(), _Still():  # type: ignore[no-untyped-call]
+        torch.manual_seed(0)
+        for m, training in modes:
+            m.training = training or all_eval
+        outputs = [t.clone() for t in tensors_in(module(*args, **kwargs))]
+        buffers = {name: t.detach().clone() for name, t in module.named_buffers()}
+    return outputs, buffers
+
+
+class _Still(TorchDispatchMode):
+    """Nothing is dropped and every number that is drawn is one, as tensors of another size draw other numbers."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        schema = getattr(op, "_schema", None)
+        if schema is None or torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
+            return op(*args, **kwargs)
+        names = [argument.name for argument in schema.arguments]
+        if "train" in names and names[1:2] == ["p"]:  # dropout, also of features and for self-normalising networks
+            return args[0] if schema.is_mutable else args[0].clone()
+        for name in ("dropout_p", "dropout"):  # in attention and in recurrent layers
+            if name in names:
+                place = names.index(name)
+                if place < len(args):
+                    args = (*args[:place], 0.0, *args[place + 1 :])
+                return op(*args, **kwargs | ({name: 0.0} if name in kwargs else {}))
+        result = op(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                leaf.fill_(1)
+        return result

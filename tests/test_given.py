@@ -1,0 +1,85 @@
+"""Checkpoints as they lie about: wrapped, nested, tied, and some that are none."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from oto.errors import GivenError
+from oto.given import load_weights, named_input, state_dict_of
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 1}, lambda s: {"model": s}])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_state_dicts_are_found_where_trainers_put_them(tmp_path, wrap, prefix):
+    trained = mlp(1)
+    torch.save(wrap({prefix + name: t for name, t in trained.state_dict().items()}), tmp_path / "x.pt")
+    model = mlp()
+    load_weights(model, tmp_path / "x.pt")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+def test_safetensors_and_a_key(tmp_path):
+    safetensors.torch.save_file(mlp(1).state_dict(), tmp_path / "x.safetensors")
+    assert torch.equal(state_dict_of(tmp_path / "x.safetensors")["0.weight"], mlp(1)[0].weight)
+    torch.save({"model": mlp(1).state_dict(), "ema": mlp(2).state_dict()}, tmp_path / "x.pt")
+    assert torch.equal(state_dict_of(tmp_path / "x.pt", "ema")["0.weight"], mlp(2)[0].weight)
+    with pytest.raises(GivenError, match="has nothing that is called emma"):
+        state_dict_of(tmp_path / "x.pt", "emma")
+
+
+def test_tied_weights_may_be_saved_once(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    safetensors.torch.save_file({"0.weight": torch.eye(4)}, tmp_path / "x.safetensors")
+    load_weights(model, tmp_path / "x.safetensors")
+    assert torch.equal(model[1].weight, torch.eye(4))
+
+
+def test_what_does_not_fit_is_told(tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "x.pt")
+    with pytest.raises(GivenError, match=r"lacks 0\.weight.* and has weight, bias"):
+        load_weights(mlp(), tmp_path / "x.pt")
+    torch.save({**mlp().state_dict(), "0.weight": torch.ones(9, 3)}, tmp_path / "x.pt")
+    with pytest.raises(GivenError, match=r"size mismatch for 0\.weight"):
+        load_weights(mlp(), tmp_path / "x.pt")
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("made_by_a_checkpoint", "w"))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open("evil.pt", "wb") as file:
+        pickle.dump({"state_dict": Evil()}, file)
+    torch.save({"state_dict": Evil()}, "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(GivenError, match="cannot be read as plain tensors"):
+            state_dict_of(name)
+    assert not (tmp_path / "made_by_a_checkpoint").exists()
+    torch.save([1, 2], "list.pt")
+    with pytest.raises(GivenError, match="holds no state dict but list"):
+        state_dict_of("list.pt")
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(GivenError, match="no whole safetensors file"):
+        state_dict_of("x.safetensors")
+
+
+def test_inputs():
+    assert named_input(["2x3"]).shape == (2, 3)
+    a, b = named_input(["2x3:float64", "5:int64:7"])
+    assert a.dtype == torch.float64 and b.shape == (5,) and int(b.max()) < 7 and b.dtype == torch.int64
+    named = named_input(["ids=1x4:int32", "mask=1×4:bool"])
+    assert named["ids"].dtype == torch.int32 and named["mask"].all() and named.keys() == {"ids", "mask"}
+    assert torch.equal(named_input(["2x3"]), named_input(["2x3"]))  # the same on every call
