@@ -49,6 +49,7 @@ from oto.groups.policy import (
     zeroing,
 )
 from oto.io.artefact import adding, check_out_dir
+from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
 from oto.io.subnet import FULL, WEIGHTS, files, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
@@ -61,13 +62,13 @@ from oto.report.explain import Explanation, explain
 from oto.report.html import Origin, report
 from oto.report.preview import Preview, preview
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
-from oto.slim.config import Recipe
 from oto.slim.construct import Zeroed, construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency, rounds
 from oto.slim.layout import stated
 from oto.slim.module import OwnClass
 from oto.slim.own_class import own_class
 from oto.slim.plan import read_zeros
+from oto.slim.recipe import Recipe
 from oto.slim.shrink import become, parts, require_there, same_groups, shrunk
 from oto.slim.unreached import unreached, within
 from oto.slim.verify import FLOAT64, Check, follow_model, require
@@ -101,6 +102,9 @@ class Subnet:
         notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
             files that were not written.
         origin: What it was made from, for :meth:`report`.
+        example: The example input.
+        config: With the emitter ``"config"``, what changes in the model's config; or in the keywords of the function
+            that made it, so that ``function(**subnet.config)`` makes a module of the slim sizes.
     """
 
     model: nn.Module
@@ -114,6 +118,8 @@ class Subnet:
     kept: Kept
     notes: tuple[str, ...] = ()
     origin: Origin | None = field(default=None, repr=False)
+    example: Any = field(default=None, repr=False)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return subnet_table(self)
@@ -188,6 +194,24 @@ class Subnet:
         """
         return save_pretrained(self.model, out_dir, tokenizer)
 
+    def export(self, how: str, path: str | os.PathLike[str]) -> list[Check]:
+        """Write the slim model as a file of another runtime, with every size free that it leaves free, and prove it.
+
+        Args:
+            how: ``"onnx"``, ``"pt2"`` (``torch.export.save``) or ``"aoti"`` (compiled ahead of time, ends in .pt2).
+            path: A file that is not there yet.
+
+        Returns:
+            The comparisons of what the other runtime gives, on the example and on two other sizes where it takes them.
+
+        Raises:
+            EmitterError: The model cannot be expressed in it, or there is no compiler.
+            VerificationError: What was read back computes something else. Nothing was written.
+            ArtefactError: There is a file already, or it cannot be written.
+            MissingExtraError: ONNX is asked for and not installed (``pip install 'oto[onnx]'``).
+        """
+        return export_model(self.model, self.example, how, path)
+
 
 def _takes_options_of(source: Callable[..., Any]) -> Callable[[Method], Method]:
     """Show the keywords of ``source`` in the signature, where a method passes its own on to it."""
@@ -235,7 +259,8 @@ class OTO:
             only. By default they stay, thinner by what they read, and the slim model can be trained with them.
         layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
             for all blocks states it. Where the model was made from a config (``model.config``), what no field of it
-            can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. By
+            can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. The
+            same goes for a function that the model says it was made by (``model.pretrained_cfg``) and its keywords. By
             default (``None`` or ``"free"``) every block has counts of its own.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
 
@@ -281,9 +306,10 @@ class OTO:
         self._prune_frozen = prune_frozen
         if not prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
-        self._everything, self._strict_out_nodes, self._layout = everything, strict_out_nodes, layout
+        self._everything, self._strict_out_nodes = everything, strict_out_nodes
         self._own: OwnClass | None = None
         self._drop_unreached = drop_unreached
+        self._stock = False  # whether its config is to state the slim model
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._made_for: Partition | None = None  # the analysis that it was made for, before any shrinking
         self._saved: Path | None = None
@@ -303,8 +329,9 @@ class OTO:
             self._groups = tied(self._groups, model)
             tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
             with tried, as_found(model):
-                self._groups = stated(model, self.partition, self._groups, dummy_input, self._recipe)
-        if not everything and (layout != "uniform" or self._recipe is None):
+                found = stated(model, self.partition, self._groups, dummy_input, self._recipe)
+            self._stock, self._groups = found is not None, self._groups if found is None else found
+        if not everything and not self._stock:
             self._own = self._ask_the_class()
             self._groups = joined(keep_whole(self._groups, self._own.whole, CLASS), self._own.ties)
         require_prunable(self._groups, self.partition.found.graph)
@@ -326,8 +353,7 @@ class OTO:
         # operators cannot be pickled, so the graph is found again
         graph = record(self.model, self.dummy_input, known, dead=not self._everything, training=True)
         self.partition = trainable(graph, self._strict_out_nodes)
-        uniform = self._layout == "uniform" and self._recipe is not None
-        self._own = None if self._everything or uniform else self._ask_the_class()
+        self._own = None if self._everything or self._stock else self._ask_the_class()
 
     def _ask_the_class(self) -> OwnClass:
         with told(self.model, TraceError, "it was asked what its class can do without", "the analysis is done"):
@@ -523,7 +549,7 @@ class OTO:
 
     @cached_property
     def _recipe(self) -> Recipe | None:
-        """How the model's class is made from its config, if it is."""
+        """How the model's class is made from its config, or by what function, if it is."""
         return Recipe.of(self.model)
 
     @property
@@ -827,7 +853,7 @@ class OTO:
         require_values(self.model)
         stage("reading the zeros")
         kept, uneven = evened(self.node_groups, read_zeros(self.node_groups, self.model))
-        recipe = self._recipe if self._layout == "uniform" or emitter == "config" else None
+        recipe = self._recipe if self._stock or emitter == "config" else None
         source = Zeroed(
             self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64, verify
         )  # fmt: skip
@@ -850,7 +876,9 @@ class OTO:
         short = self._short_of(kept)
         notes = (*([short] if short else []), *uneven, *made.notes)
         return Subnet(
-            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes
+            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes,
+            example=self.dummy_input,
+            config=dict(made.edits.config) if made.edits is not None else {},
         )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import statistics
 import sys
 import warnings
@@ -35,7 +34,6 @@ from oto.api import OTO
 from oto.errors import (
     DamagedArtefactError,
     GivenError,
-    MissingExtraError,
     OTOError,
     VerificationError,
     first_line,
@@ -44,11 +42,12 @@ from oto.errors import (
 from oto.given import HOW_TO_NAME, load_weights, named_input, named_model
 from oto.groups import Cost
 from oto.io.artefact import Artefact, reading
+from oto.io.export import export_model
 from oto.io.program import load_program
 from oto.io.subnet import FULL, PROGRAM, load_subnet
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
 from oto.slim.latency import rounds
-from oto.slim.program import example_of, export_program, runnable
+from oto.slim.program import example_of, runnable
 from oto.slim.verify import Check, check, random_like, relative_error, require, run
 from oto.trace.record import tensors_in
 
@@ -433,8 +432,10 @@ def bench(
 @command
 def export(
     artefact: ArtefactFolder,
-    to: Annotated[str, typer.Option(help="onnx")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="default: model.onnx in the working folder")] = None,
+    to: Annotated[str, typer.Option(help="onnx, pt2 (torch.export), or aoti (compiled for this machine)")] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="a new file; default: model.onnx, ... in the working folder")
+    ] = None,
     model: MaybeModel = None,
     input: Inputs = None,
     input_fn: InputFn = None,
@@ -444,51 +445,18 @@ def export(
 
     oto export slim --to onnx --out model.onnx
     """
-    if to != "onnx":
-        raise GivenError(f"--to {to} is no format\n  to fix  --to onnx")
+    if to not in FORMATS:
+        raise GivenError(f"--to {to} is no format\n  to fix  --to {', --to '.join(FORMATS)}")
     _, slim, given = _loaded(reading(artefact), model, input, input_fn)
-    target = out or Path("model.onnx")
-    error = to_onnx(slim, given, target)
-    data = {"file": str(target), "bytes": target.stat().st_size, "error": error}
-    _result(f"{target}: {data['bytes']:,} bytes\nrun by onnxruntime: largest relative error {error:.1e}", data, as_json)
+    target = out or Path(FORMATS[to])
+    checks = export_model(slim, given, to, target)
+    size, error = target.stat().st_size, max(c.error for c in checks)
+    data = {"file": str(target), "bytes": size, "error": error, "checks": [vars(c) for c in checks]}
+    text = f"{target}: {size:,} bytes\nread back and run: {len(checks)} comparisons, largest relative error {error:.1e}"
+    _result(text, data, as_json)
 
 
-def to_onnx(slim: nn.Module, given: Any, target: Path) -> float:
-    """Write a model as ONNX and run it with onnxruntime.
-
-    Returns:
-        The largest error on ``given``, relative to the largest entry of the output.
-
-    Raises:
-        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
-        VerificationError: onnxruntime computes something else. The file is removed.
-    """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401, the exporter needs it
-    except ImportError as failure:
-        raise MissingExtraError(f"{failure.name} is not installed\n  to fix  pip install 'oto[onnx]'") from failure
-    program = export_program(slim, given)  # with a free batch size, where the model allows one
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(program, (), str(target), dynamo=True, external_data=False, verbose=False)
-    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
-    free = any(isinstance(size, str) for i in session.get_inputs() for size in i.shape)
-    first = next(tensors_in(given))
-    tries = [given, random_like(given, 0, first.shape[0] + 2)] if free else [given]
-    error = 0.0
-    for example in tries:
-        feeds = dict(zip((i.name for i in session.get_inputs()), (t.numpy() for t in tensors_in(example)), strict=True))
-        found = [torch.from_numpy(x) for x in session.run(None, feeds)]
-        error = max(error, relative_error(run(slim, example), found))
-    if not error <= 1e-3:
-        target.unlink()
-        raise VerificationError(
-            f"onnxruntime does not compute what the slim model does: relative error {error:.1e}\n"
-            "  effect  the file was removed\n  to fix  try another version of onnxscript or onnxruntime"
-        )
-    return error
+FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model.aoti.pt2"}
 
 
 @app.callback(invoke_without_command=True)

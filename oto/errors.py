@@ -5,6 +5,7 @@ Each class has one cause. Internal mistakes stay ``AssertionError``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -140,6 +141,17 @@ def first_line(failure: BaseException, limit: int = 300) -> str:
     """The kind of an exception and the first line that it says, cut."""
     line = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
     return f"{type(failure).__name__}: {line[:limit]}{' …' * (len(line) > limit)}" if line else type(failure).__name__
+
+
+def users_level() -> int:
+    """The ``stacklevel`` with which a warning of the caller points at the user's line.
+
+    ``step`` is called through torch's hooks, and through a learning-rate scheduler's, so it is no fixed number.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("oto", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -191,6 +191,9 @@ def test_export_writes_onnx_that_was_run(artefact):
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert torch.allclose(load_subnet(artefact)(x), torch.from_numpy(found), atol=1e-5)
     assert call("export", "slim", "--to", "tar").exit_code == 2
+    again = call("export", "slim", "--out", "slim.onnx")  # a file is never replaced
+    assert again.exit_code == 1 and "is there already" in again.stderr
+    assert as_json("export", "slim", "--to", "pt2")["file"] == "model.pt2"
 
 
 @pytest.mark.parametrize(

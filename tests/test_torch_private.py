@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -89,3 +91,40 @@ def test_a_dispatch_mode_is_given_torch_cond_whole():
     with torch.inference_mode(), Watch():
         torch.cond(x.sum() > 0, lambda t: t * 2, lambda t: t + 1, (x,))
     assert seen[-1] is torch.ops.higher_order.cond and isinstance(seen[-1], _torch.HigherOrderOperator)
+
+
+def _sized(forward, *shapes):
+    """A program whose every size is free."""
+    model = torch.nn.Module()
+    model.forward = forward
+    given = tuple(torch.ones(shape) for shape in shapes)
+    free = tuple(dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for x in given)
+    return torch.export.export(model, given, dynamic_shapes=free, strict=False)
+
+
+def test_sizes_are_expressions_and_conditions_on_them_are_python():
+    program = _sized(lambda x: x.view(-1, 3) if x.shape[0] % 3 == 0 else x, (6, 4))
+    (x,) = (n.meta["val"] for n in program.graph.nodes if n.op == "placeholder")
+    name = _torch.expression(x.shape[0])
+    assert name.isidentifier() and _torch.substituted(f"2*{name} + 1", {name: 4}) == 9
+    assert _torch.count_conditions(x.shape[0]) >= 1
+    text = next(t for t in _torch.guards_of(program) if t.endswith("% 3) == 0"))
+    holds = eval(f"lambda L: {text}", {"__builtins__": {}, **_torch.SIZE_FUNCTIONS})
+    assert holds({"x": torch.ones(9, 4)}) and not holds({"x": torch.ones(8, 4)})
+
+
+def test_how_a_graph_nests_its_inputs_can_be_kept_and_put_back():
+    module = _sized(lambda x: {"y": [x + 1]}, (2, 3)).module()
+    state, graph = _torch.codegen_state(module.graph), torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.neg, (x,)),))
+    assert _torch.codegen_state(graph) is None
+    _torch.nested_codegen(graph, pickle.loads(pickle.dumps(state)))
+    assert torch.equal(torch.fx.GraphModule({}, graph)(torch.ones(2, 3))["y"][0], -torch.ones(2, 3))
+
+
+@pytest.mark.zoo  # the C++ compiler takes its time
+def test_a_compiled_package_is_called_as_the_model(tmp_path):
+    _torch.compile_package(_sized(lambda x: x * 2, (2, 3)), str(tmp_path / "model.pt2"))
+    x = torch.randn(5, 4)
+    assert torch.equal(_torch.load_package(str(tmp_path / "model.pt2"))(x), x * 2)

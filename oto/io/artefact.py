@@ -30,6 +30,7 @@ from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError
 
 FORMAT_VERSION = 1
 MANIFEST = "oto.json"
+LARGEST_MANIFEST = 2**28  # bytes; that of a network of billions of parameters has some millions
 
 
 def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) -> None:
@@ -318,6 +319,8 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
             f"{folder} holds no {MANIFEST}: it is no artefact, or writing it broke off\n"
             "  to fix  pass the folder given to construct_subnet, or write it again"
         )
+    if (size := place.stat().st_size) > LARGEST_MANIFEST:
+        raise _damaged(place, f"it has {size:,} bytes, which no manifest has")
     try:
         manifest = json.loads(place.read_text(encoding="utf-8"))
         version = manifest["format"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from oto.errors import ArtefactError, EmitterError, some
 from oto.io.artefact import check_out_dir
-from oto.slim.config import Recipe, shapes_of
+from oto.slim.recipe import Recipe, shapes_of
 
 REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
 
@@ -63,7 +63,8 @@ def _require_stated(slim: nn.Module) -> None:
     if missing:
         raise EmitterError(
             f"{kind} has no {some(missing)}, so its class writes no folder of its own\n"
-            "  effect  nothing was written\n  to fix  construct_subnet(out_dir), and load_subnet(out_dir, make_model)"
+            "  effect  nothing was written\n  to fix  construct_subnet(out_dir), and load_subnet(out_dir, make_model);"
+            " what a function made is made again by function(**subnet.config), with subnet.model.state_dict()"
         )
     if Recipe.of(slim) is not None:
         return
@@ -93,8 +94,7 @@ def _files(folder: Path) -> Iterable[Path]:
 
 def _require_same(slim: nn.Module, folder: Path) -> None:
     """Compare every tensor of what the class reads with the model."""
-    dtype = next((p.dtype for p in slim.parameters() if p.is_floating_point()), torch.float32)
-    again = type(slim).from_pretrained(folder, dtype=dtype)  # type: ignore[attr-defined]
+    again = type(slim).from_pretrained(folder)  # type: ignore[attr-defined]
     own, read = slim.state_dict(), again.state_dict()
     made, remade = dict(slim.named_buffers()), dict(again.named_buffers())  # some are in no file
     wrong = [

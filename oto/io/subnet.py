@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import tree_map_only
-from oto.errors import ArtefactError, ClassChangedError, EmitterError, VerificationError, some
+from oto.errors import (
+    ArtefactError,
+    ClassChangedError,
+    DamagedArtefactError,
+    EmitterError,
+    VerificationError,
+    first_line,
+    out_of_memory,
+    some,
+)
 from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
 from oto.progress import stage
@@ -266,16 +275,31 @@ def load_subnet(
     """
     artefact = reading(path)
     manifest = artefact.manifest
+    if not {"emitter", "model", "edits"} <= manifest.keys():
+        raise DamagedArtefactError(
+            f"{artefact.folder}: its manifest does not say what model it is of\n"
+            "  effect  the artefact is not loaded\n  to fix  pass the folder given to construct_subnet"
+        )
     if model is None or manifest["emitter"] not in ("module", "config"):
         return _load_program(artefact)
     # what the file does not hold is as the constructor makes it
     make = (lambda factory: factory()) if manifest.get("left_out") else _on_meta
     given = model if isinstance(model, nn.Module) else make(model)
-    _require_same(manifest["model"], given, strict)
-    earlier, tensors = [Round.read(done) for done in manifest.get("earlier", ())], artefact.tensors(WEIGHTS)
-    slim = rebuild(after_rounds(given, earlier), tensors, manifest["edits"]).eval()
-    kept = {name: np.array(atoms, dtype=np.int64) for name, atoms in manifest["kept"].items()}
-    descend(slim, given, *earlier, Round.of(Edits(**manifest["edits"]), tensors, kept))
+    tensors = artefact.tensors(WEIGHTS)
+    try:
+        _require_same(manifest["model"], given, strict)
+        earlier = [Round.read(done) for done in manifest.get("earlier", ())]
+        slim = rebuild(after_rounds(given, earlier), tensors, manifest["edits"]).eval()
+        kept = {name: np.array(atoms, dtype=np.int64) for name, atoms in manifest["kept"].items()}
+        descend(slim, given, *earlier, Round.of(Edits(**manifest["edits"]), tensors, kept))
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as failure:
+        if out_of_memory(failure):
+            raise
+        raise DamagedArtefactError(
+            f"{artefact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}\n"
+            "  effect  the artefact is not loaded\n"
+            "  to fix  write it again, with the version of oto that reads it"
+        ) from failure
     return slim
 
 

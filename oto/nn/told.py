@@ -127,13 +127,17 @@ def told(how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...]
 
 
 def both_told(old: Calls, new: Calls) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """What two rounds of changes tell a module together: what was counted in the first one still is."""
+    """What two rounds of changes tell a module together: what the first one counted is still counted in full."""
     both: dict[str, dict[str, Mapping[str, Any]]] = {name: dict(places) for name, places in old.items()}
     for name, places in new.items():
         for place, how in places.items():
             before = both.setdefault(name, {}).get(place, {})
-            kept = {"full": before["full"]} if "counted" in before and "counted" in how else {}
-            both[name][place] = {**how, **kept}
+            made = {**before, **how}
+            if "numbers" in before and "numbers" in how:
+                made["numbers"] = [list(pair) for pair in (dict(before["numbers"]) | dict(how["numbers"])).items()]
+            if "full" in before:
+                made["full"] = before["full"]
+            both[name][place] = made
     return both
 
 

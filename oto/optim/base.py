@@ -44,6 +44,7 @@ from oto.errors import (
     ShrinkError,
     UnknownParameterError,
     some,
+    users_level,
 )
 from oto.groups.node_group import NodeGroup
 from oto.optim.choice import Choice
@@ -337,7 +338,7 @@ class SparseOptimizer(Optimizer):
         begun = any(step > setup.get("start_pruning_step", step) for setup in (theirs, ours))
         if not begun and not saved["oto_atoms"].any():
             text += "\n  effect  pruning had not begun, so what is asked for here counts"
-            warnings.warn(text, SetupWarning, stacklevel=3)
+            warnings.warn(text, SetupWarning, stacklevel=users_level())
             return
         raise SetupError(
             f"{text}\n  effect  pruning has begun there, or should have here: periods would be missed or cut short\n"

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oto.errors import CollapseWarning, NothingPrunableError, OptionError, TargetError, some
+from oto.errors import CollapseWarning, NothingPrunableError, OptionError, TargetError, some, users_level
 from oto.groups.cost import Costs
 from oto.groups.layout import settled, ties_of
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, keep_at_least
 from oto.optim.saliency import (
+    CRITERIA,
     FROM_WEIGHTS,
     NORMALISE,
+    OF_THE_LOSS,
     WITHIN_GROUPS,
     Entries,
     Saliency,
@@ -32,6 +34,7 @@ from oto.optim.saliency import (
     importance,
     raw_scores,
     resolve,
+    shared_out,
 )
 from oto.optim.select import least_kept, select
 from oto.optim.target import Counts, Measure, Target
@@ -51,6 +54,8 @@ class Choice:
         target: How much is to be left.
         criteria: Saliency criteria and how much each counts.
         normalise: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALISE`.
+        within: The criterion of weights by which the importance of a node group is shared out among its atoms, or
+            ``None`` where each has its own.
         by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
         scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
         divisible: A node group that loses atoms keeps a multiple of this many.
@@ -64,6 +69,7 @@ class Choice:
     target: Target
     criteria: tuple[tuple[Saliency, float], ...]
     normalise: str
+    within: Saliency | None
     by_cost: float
     scope: str
     divisible: int
@@ -85,6 +91,7 @@ class Choice:
         group_divisible: int = 1,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
+        within: str | Saliency | None = None,
         by_cost: float | None = None,
         average_steps: int | None = None,
     ) -> Choice:
@@ -102,7 +109,12 @@ class Choice:
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
                 each divided by its norm over all groups, blind to cost and to the width of a layer.
-            normalise, by_cost, average_steps: See the attributes; the defaults depend on ``saliency`` as said there.
+            normalise, by_cost: See the attributes. By default 1 for the cost, and no normalisation, if ``saliency`` is
+                in the unit of the loss as the two Taylor terms are; else scores are divided by their means over each
+                node group, and costs do not count: a magnitude per MAC empties layers that stand beside each other.
+            within: ``"path_norm"`` by default if nothing is said about ``saliency``; ``"none"`` otherwise: each atom
+                has the score that was measured for it.
+            average_steps: See the attributes; 1 for ``saliency="hesso"``.
 
         Raises:
             TargetError: An option means nothing, or the target cannot be reached.
@@ -114,7 +126,9 @@ class Choice:
             asked_for = keep_at_least(groups, min_kept)
             groups = list(settled(g if g.prunable else replace(g, min_kept=g.size, reason=None) for g in asked_for))
         sizes = np.array([group.size for group in groups], dtype=np.int64)
-        _check(scope, group_divisible, normalise, by_cost, average_steps)
+        criteria = tuple(resolve(DEFAULT if saliency is None else saliency))
+        comparable = all(criterion in OF_THE_LOSS for criterion, _ in criteria)
+        _check(scope, group_divisible, normalise, within, by_cost, average_steps)
         asked = Target.of(target, sizes, costs, latency)
         divisors = [int(np.lcm(g.divisor, group_divisible)) for g in groups]
         least = [least_kept(g.size, g.min_kept, d) for g, d in zip(groups, divisors, strict=True)]
@@ -127,9 +141,10 @@ class Choice:
         self = cls(
             tuple(groups),
             asked,
-            tuple(resolve(DEFAULT if saliency is None else saliency)),
-            normalise or ("all" if published else "none"),
-            (0.0 if published else BY_COST) if by_cost is None else by_cost,
+            criteria,
+            normalise or ("all" if published else "none" if comparable else "mean"),
+            _within(within or (WITHIN if saliency is None else "none")),
+            (BY_COST if comparable else 0.0) if by_cost is None else by_cost,
             scope,
             group_divisible,
             (1 if published else AVERAGE_STEPS) if average_steps is None else average_steps,
@@ -172,7 +187,10 @@ class Choice:
             averages: Criteria that need not be computed, shape ``(N,)`` each.
         """
         raw = [averages[c] if c in averages else raw_scores(entries, c, alive.device) for c, _ in self.criteria]
-        return importance(raw, [weight for _, weight in self.criteria], alive, self.sizes, self.normalise)
+        scores = importance(raw, [weight for _, weight in self.criteria], alive, self.sizes, self.normalise)
+        if self.within is None:
+            return scores
+        return shared_out(scores, raw_scores(entries, self.within, alive.device), alive, self.sizes)
 
     def select(self, scores: Tensor, alive: Tensor, share: float = 1.0) -> Tensor:
         """The atoms that go, bool, shape ``(N,)``, on the CPU.
@@ -258,7 +276,7 @@ class Choice:
                 "  effect  so thin a layer may cost more accuracy than the target suggests\n"
                 "  to fix  ask for less, or keep more of these with min_kept={'name or glob': share}",
                 CollapseWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
 
     def describe(self) -> dict[str, Any]:
@@ -273,8 +291,9 @@ class Choice:
             "scope": self.scope,
             "group_divisible": self.divisible,
             "min_kept": [group.min_kept for group in self.groups],
-            "saliency": {getattr(c, "__name__", type(c).__name__): weight for c, weight in self.criteria},
+            "saliency": {_name(c): weight for c, weight in self.criteria},
             "normalise": self.normalise,
+            "within": None if self.within is None else _name(self.within),
             "by_cost": self.by_cost,
         } | ({"layout": layout} if layout else {})
 
@@ -284,23 +303,41 @@ DEFAULT: Weights = {"taylor_second_order": 1.0}
 Fisher matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in
 one layer can be compared with that in another, and divided by a cost."""
 
-FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude", "normalise": "mean", "by_cost": 0.0}
-"""The choice where there are no gradients. Magnitudes are in no unit that could be divided by a cost."""
+WITHIN = "path_norm"
+"""How the importance of a node group is shared out among its atoms. The sum over a group is measured well by a dozen
+batches; that of a single atom is not, and weights say more about it."""
+
+FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
+"""The choice where there are no gradients."""
 
 BY_COST = 1.0
 
 AVERAGE_STEPS = 32
 
 
+def _name(criterion: Saliency) -> str:
+    return getattr(criterion, "__name__", type(criterion).__name__)
+
+
+def _within(criterion: str | Saliency) -> Saliency | None:
+    if isinstance(criterion, str):
+        return None if criterion == "none" else CRITERIA[criterion]
+    return criterion
+
+
 def _check(
-    scope: str, group_divisible: int, normalise: str | None, by_cost: float | None, average_steps: int | None
-) -> None:
+    scope: str, group_divisible: int, normalise: str | None, within: str | Saliency | None, by_cost: float | None,
+    average_steps: int | None,
+) -> None:  # fmt: skip
     if scope not in ("global", "local"):
         raise TargetError(f"scope is {scope!r}; it is 'global' or 'local'")
     if group_divisible < 1:
         raise TargetError(f"group_divisible is {group_divisible}; it is at least 1")
     if normalise is not None and normalise not in NORMALISE:
         raise TargetError(f"normalise is {normalise!r}; it is one of {', '.join(NORMALISE)}")
+    shares = ["none", *(_name(criterion) for criterion in FROM_WEIGHTS)]
+    if isinstance(within, str) and within not in shares:
+        raise TargetError(f"within is {within!r}; it is one of {', '.join(shares)}, or a function of weights")
     if by_cost is not None and not by_cost >= 0:
         raise TargetError(f"by_cost is {by_cost}; it is an exponent, at least 0")
     if average_steps is not None and average_steps < 1:

@@ -59,7 +59,8 @@ class HESSOCRIC(HESSO):
     """HESSO that walks groups to zero before it gives them up; see the module docstring for the algorithm.
 
     Args:
-        params: As in :class:`HESSO`, and so are all options that are not named here.
+        params: As in :class:`HESSO`, and so are all options that are not named here. Only ``within`` is ``"none"`` by
+            default: what a walk shows is about each ZIG of its own.
         node_groups: Node groups of the model.
         sampling_steps: Number of steps of each walk; a float in [0, 1] is a share of ``total_steps``.
         max_cycles: Greatest number of walks.
@@ -103,6 +104,7 @@ class HESSOCRIC(HESSO):
                 f"max_cycles={max_cycles}, tolerance={tolerance}, sensitivity={sensitivity}: at least one cycle is"
                 " walked, and the others are not negative"
             )
+        options["within"] = options.get("within") or "none"
         super().__init__(
             params, node_groups, start_pruning_step=asked.start, pruning_steps=asked.steps, pruning_periods=1,
             total_steps=total_steps, **options,
@@ -296,5 +298,5 @@ class HESSOCRIC(HESSO):
             rows = rows_of(own, REDUNDANT)
             if len(rows):
                 weights = [w.index_copy(0, rows.to(w.device), next(saved).to(w.dtype)) for w in entries.weights]
-                entries = Entries(weights, entries.gradients)
+                entries = replace(entries, weights=weights)
             yield entries

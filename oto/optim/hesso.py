@@ -56,7 +56,7 @@ class HESSO(SparseOptimizer):
             the number itself.
         target_latency_ms: Milliseconds of a forward pass on the example input.
         target_group_sparsity: Share of the prunable ZIGs to bring to zero, in [0, 1). Exactly one target is given.
-        scope, min_kept, group_divisible, saliency, normalise, by_cost, average_steps: Which ZIGs go, see
+        scope, min_kept, group_divisible, saliency, normalise, within, by_cost, average_steps: Which ZIGs go, see
             :meth:`oto.optim.Choice.of`. ``saliency="hesso"`` chooses as published.
         start_pruning_step: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
         pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``, or a share likewise.
@@ -114,6 +114,7 @@ class HESSO(SparseOptimizer):
         group_divisible: int = 1,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
+        within: str | Saliency | None = None,
         by_cost: float | None = None,
         average_steps: int | None = None,
         start_pruning_step: Steps = START,
@@ -152,6 +153,7 @@ class HESSO(SparseOptimizer):
             group_divisible=group_divisible,
             saliency=saliency,
             normalise=normalise,
+            within=within,
             by_cost=by_cost,
             average_steps=average_steps,
         )

@@ -37,10 +37,12 @@ class Entries:
     Attributes:
         weights: One view per ``zeros`` slice, shape ``(size, *rest)``; row ``a`` belongs to atom ``a``.
         gradients: The same views of the gradients; ``None`` where a parameter has none.
+        readers: One view per slice that reads an atom rather than writes it, such as the columns of the next layer.
     """
 
     weights: Sequence[Tensor]
     gradients: Sequence[Tensor | None]
+    readers: Sequence[Tensor] = ()
 
     @classmethod
     def of(cls, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str] = ()) -> Entries:
@@ -55,7 +57,9 @@ class Entries:
             gradient = None if p.grad is None else piece.of(p.grad)
             weights.append(piece.of(p.data))
             gradients.append(-gradient if gradient is not None and piece.parameter in maximized else gradient)
-        return cls(weights, gradients)
+        reading = [piece for piece in group.slices if piece not in group.zeros]
+        readers = [piece.of(parameters[piece.parameter].data) for piece in reading if piece.parameter in parameters]
+        return cls(weights, gradients, [view for view in readers if view.dim() > 1])
 
     @property
     def count(self) -> int:
@@ -66,6 +70,12 @@ class Entries:
     def weight_sq(self) -> Tensor:
         """``||x_g||^2`` of every atom, shape ``(size,)``."""
         return torch.stack([_sq_norms(weight) for weight in self.weights]).sum(0)
+
+    @cached_property
+    def reader_sq(self) -> Tensor:
+        """Squared norm of what reads each atom, shape ``(size,)``; 1 where nothing with weights does."""
+        parts = [_sq_norms(reader) for reader in self.readers]
+        return torch.stack(parts).sum(0) if parts else torch.ones_like(self.weight_sq)
 
     @cached_property
     def gradient_sq(self) -> Tensor:
@@ -96,6 +106,14 @@ def avg_magnitude(entries: Entries) -> Tensor:
     return entries.weight_sq.sqrt() / entries.count
 
 
+def path_norm(entries: Entries) -> Tensor:
+    """``||x_g||^2 ||y_g||^2``, with ``y_g`` the weights that read the group: all paths through it, squared.
+
+    Unlike a magnitude it stays as it is when what writes the group is scaled up and what reads it is scaled down.
+    """
+    return entries.weight_sq * entries.reader_sq
+
+
 def cosine_similarity(entries: Entries) -> Tensor:
     """``1 - cos(x_g, g_g)``, in [0, 2]: high where descent makes the group grow; 1 where the angle is not defined."""
     lengths = entries.weight_sq.sqrt() * entries.gradient_sq.sqrt()
@@ -114,17 +132,22 @@ def taylor_second_order(entries: Entries) -> Tensor:
 
 CRITERIA: dict[str, Saliency] = {
     criterion.__name__: criterion
-    for criterion in (magnitude, avg_magnitude, cosine_similarity, taylor_first_order, taylor_second_order)
-}
+    for criterion in (
+        magnitude, avg_magnitude, path_norm, cosine_similarity, taylor_first_order, taylor_second_order
+    )
+}  # fmt: skip
 
 Weights = Mapping[str | Saliency, float]
 """Criteria, by name or as functions, and how much each counts."""
 
-PUBLISHED: Weights = dict.fromkeys(CRITERIA, 0.2)
+PUBLISHED: Weights = {name: 0.2 for name in CRITERIA if name != "path_norm"}
 """The five criteria of HESSO count alike."""
 
-FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude)
+FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude, path_norm)
 """Criteria that look at no gradient, so there is nothing to average."""
+
+OF_THE_LOSS: tuple[Saliency, ...] = (taylor_first_order, taylor_second_order)
+"""Criteria in the unit of the loss, which can be compared between layers and divided by a cost."""
 
 NORMALISE = {
     "mean": "its mean over the atoms of the node group",
@@ -179,27 +202,39 @@ def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, s
         Shape ``(N,)``; without meaning where an atom is not alive.
     """
     total = torch.zeros_like(raw[0])
-    size = torch.tensor(sizes, device=alive.device)
-    group = torch.arange(len(sizes), device=alive.device).repeat_interleave(size, output_size=len(alive))
-
-    def over_group(values: Tensor, how: str) -> Tensor:
-        made = values.new_zeros(len(sizes)).scatter_reduce_(0, group, values, how, include_self=True)
-        return made[group]
-
     for values, weight in zip(raw, weights, strict=True):
         own = torch.where(alive, values, 0).abs()
         if normalise == "mean":
-            scale = over_group(own, "sum") / over_group(alive.to(own.dtype), "sum").clamp_min(1)
+            alike = _over_group(alive.to(own.dtype), sizes, "sum").clamp_min(1)
+            scale = _over_group(own, sizes, "sum") / alike
         elif normalise == "max":
-            scale = over_group(own, "amax")
+            scale = _over_group(own, sizes, "amax")
         elif normalise == "norm":
-            scale = over_group(own.square(), "sum").sqrt()
+            scale = _over_group(own.square(), sizes, "sum").sqrt()
         elif normalise == "all":
             scale = torch.linalg.vector_norm(own)
         else:
             scale = torch.ones_like(own)
         total = total + weight * values / scale.clamp_min(torch.finfo(own.dtype).tiny)
     return total
+
+
+def shared_out(scores: Tensor, by: Tensor, alive: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The sum of ``scores`` over each node group, shared out among its atoms in proportion to ``by``.
+
+    >>> scores, by = torch.tensor([1.0, 3.0, 5.0, 9.0]), torch.tensor([3.0, 1.0, 2.0, 9.0])
+    >>> shared_out(scores, by, torch.tensor([True, True, True, False]), [2, 2])[:3]
+    tensor([3., 1., 5.])
+    """
+    whole, parts = (_over_group(torch.where(alive, values, 0), sizes, "sum") for values in (scores, by))
+    return whole * (by / parts.clamp_min(torch.finfo(by.dtype).tiny))
+
+
+def _over_group(values: Tensor, sizes: Sequence[int], how: str) -> Tensor:
+    """What each node group comes to, for every atom of it, shape ``(N,)``."""
+    size = torch.tensor(sizes, device=values.device)
+    group = torch.arange(len(sizes), device=values.device).repeat_interleave(size, output_size=len(values))
+    return values.new_zeros(len(sizes)).scatter_reduce_(0, group, values, how, include_self=True)[group]
 
 
 def _sq_norms(rows: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isclose
+from math import isclose, prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from oto._torch import tree_leaves, tree_map_only
 from oto.groups import Partition
@@ -92,6 +93,9 @@ class Alignment:
                 i, j = after, other
                 continue
             right = self.same(nodes[i], self.calls[j])
+            if right is not None and (after_all := self.idle(i)) is not None:
+                i = after_all
+                continue
             if right is not None:
                 return Departure(i, self.failure if j == len(self.calls) - 1 else None, right, self.calls[j])
             i, j = i + 1, j + 1
@@ -132,6 +136,38 @@ class Alignment:
         """What some calls make that later ones read."""
         made = [value for node in nodes[start:end] for value in node.outputs if value is not None]
         return [value for value in made if last_read.get(value, -1) >= end]
+
+    def idle(self, start: int) -> int | None:
+        """The call after some that only lay a tensor out, and in the end as it was; a class may leave them out.
+
+        So repeating each head once, which most say with an ``if``.
+        """
+        nodes = self.partition.found.graph.nodes
+        given = list(nodes[start].inputs())
+        if len(given) != 1 or given[0] not in self.stands:
+            return None
+        shape = self.stands[given[0]].shape
+        before = torch.arange(prod(shape)).view(shape)
+        laid: dict[Value, Tensor] = {given[0]: before}
+        for node in nodes[start : start + _IDLE]:
+            if getattr(node.op, "overloadpacket", None) not in _LAYS or not laid.keys() >= set(node.inputs()):
+                return None
+            rewrite = self.partition.found.tape.rewrites.get(node.index)
+            op, args, kwargs = node.op, node.args, dict(node.kwargs)
+            if rewrite is not None:
+                op = rewrite.op
+                args, kwargs = self.thin.filled((rewrite.args, dict(rewrite.kwargs)))
+            args, kwargs = tree_map_only(Value, laid.__getitem__, (args, kwargs))
+            try:
+                after = op(*args, **kwargs)
+            except RuntimeError:
+                return None
+            made = _given(node)
+            if torch.equal(after, before) and all(self.last_read[v] <= node.index for v in [*laid][1:]):
+                self.stands[made] = self.stands[given[0]]
+                return node.index + 1
+            laid[made] = after
+        return None
 
     def fits(self, old: Value, new: Value) -> bool:
         """Whether a tensor has the thinner shape; from then on it stands for the full one."""
@@ -199,6 +235,15 @@ def _given(node: Node) -> Value:
     (value,) = (v for v in node.outputs if v is not None)
     return value
 
+
+_IDLE = 6
+"""How many calls in a row are looked at for coming to nothing."""
+
+# calls that give the entries that they are given, in other shapes or more than once
+_LAYS = {
+    aten.alias, aten.clone, aten.expand, aten.permute, aten.repeat, aten.reshape, aten.select, aten.slice, aten.squeeze,
+    aten.transpose, aten.unsqueeze, aten.view,
+}  # fmt: skip
 
 # calls whose meaning is in the shapes of what they give
 _BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, thinner.view_as_complex}

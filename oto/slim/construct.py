@@ -25,12 +25,12 @@ from oto.axes.registry import known
 from oto.errors import EmitterError, TraceError, VerificationError, first_line, out_of_memory, some
 from oto.groups import Kept, Partition
 from oto.progress import stage
-from oto.slim.config import Recipe
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
 from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend
 from oto.slim.plan import thinning
+from oto.slim.recipe import Recipe
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.training import heads_in_training
 from oto.slim.unreached import left_out, within

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,14 +29,18 @@ from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import settled
 from oto.groups.policy import keep_whole
 from oto.nn import functional as counted
-from oto.slim.config import Recipe, solve, stock
+from oto.slim.config import solve, stock
 from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
+from oto.slim.recipe import Keywords, Recipe
 from oto.slim.verify import Wider, check, double_, require
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
+
+SMALL = 2**28
+"""A model of so many parameters is compared in float64 too, when ties are tried."""
 
 COARSER = 6
 """How many steps are tried."""
@@ -48,14 +52,17 @@ UNSTATED = "layout: no field of the config states its size"
 
 def stated(
     model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe | None
-) -> tuple[NodeGroup, ...]:
+) -> tuple[NodeGroup, ...] | None:
     """Keep whole what no field of the model's config can state; tie further what one field states for several ties.
 
     Found by trial, tie by tie: half of it is removed, and the class built from edited configs on ``meta``. In the end
-    everything is removed at once, and the class compared with the zeroed model. A model without a config is left alone.
+    everything is removed at once, and the class compared with the zeroed model.
+
+    Returns:
+        ``None`` if the model has no config, or was made by a function whose keywords state nothing.
     """
     if recipe is None:
-        return tuple(groups)
+        return None
     trial = _Trial(model, partition, recipe, dummy_input, tuple(groups))
     steps = {key: step for key in trial.members() if (step := trial.step(key)) is not None}
     for path, value in recipe.fields().items():
@@ -69,6 +76,8 @@ def stated(
             else:
                 steps[path] = step
     steps = trial.fitting(steps)
+    if not steps and isinstance(recipe.config, Keywords):
+        return None
     whole = [g.name for key, same in trial.members().items() if key not in steps for g in same]
     found = keep_whole(trial.groups, whole, UNSTATED)
     return settled(replace(g, divisor=steps[_key(g)]) if g.prunable else g for g in found)
@@ -160,9 +169,10 @@ class _Trial:
             if on_meta(self.model):  # there is nothing to run
                 solved(self.model, self.partition, kept, self.recipe)
             else:
-                zeroed = self._zeroed(kept)
-                slim, _, _, wider = emit_stock(zeroed, self.partition, kept, self.recipe)
-                require(check(zeroed, slim, self.dummy_input, random=False, wider=wider))
+                full = self._zeroed(kept)
+                slim, _, _, wider = emit_stock(full, self.partition, kept, self.recipe)
+                small = sum(p.numel() for p in full.parameters()) <= SMALL
+                require(check(full, slim, self.dummy_input, random=False, exact=small, wider=wider))
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -214,7 +224,7 @@ def restated(
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
     edits, norms = solved(model, partition, kept, recipe)
     thin = thinning(partition, kept)
-    slim = stock(model, thin_tensors(model, thin), edits)
+    slim = stock(model, thin_tensors(model, thin), edits, recipe)
     with torch.no_grad():
         _absorb(model, slim, partition, thin, norms)
     return slim, edits
@@ -322,13 +332,11 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
     factors = {norm.path: math.sqrt(norm.ratio) for norm in norms}
     forms = {norm.path: _scaled(model, slim, thin, norm) for norm in norms}
     # norms that share the eps, but count the same
-    eps = {(value, value * norm.ratio) for norm in norms for value in _floats(model.get_submodule(norm.path)).values()}
-    for path, module in slim.named_modules():
-        was, now = _floats(model.get_submodule(path)), _floats(module)
-        shared = [now[name] / was[name] for name in was.keys() & now.keys() if (was[name], now[name]) in eps]
-        for ratio in shared if path not in factors else ():
+    changed = {pair for norm in norms for pair in _changed(model, slim, norm.path)}
+    for path, _ in slim.named_modules():
+        for was, now in _changed(model, slim, path) & changed if path not in factors else ():
             for leaf in _producers(partition, path):
-                _times(slim, leaf.names, math.sqrt(ratio))
+                _times(slim, leaf.names, math.sqrt(now / was))
     # tables that are scaled by a function of their width
     by_value = {leaf.value: leaf for leaf in partition.found.graph.leaves}
     graph = partition.found.graph
@@ -337,7 +345,10 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
         if table is None or not node.module or all(mask.all() for mask in thin.entries(table)):
             continue
         ids = torch.arange(min(table.value.shape[0], 8), device=attribute(model, table.name).device)
-        full, left = model.get_submodule(node.module)(ids), slim.get_submodule(node.module)(ids)
+        try:
+            full, left = model.get_submodule(node.module)(ids), slim.get_submodule(node.module)(ids)
+        except TypeError:  # it asks for more than places in a table
+            continue
         ratio = float(full.norm() / left.norm())
         if abs(ratio - 1) < 1e-6:
             continue
@@ -346,6 +357,12 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
             if reader is not node and table.value in reader.inputs():
                 before = _norm_before(partition, reader, table.value, forms.keys())
                 _scale(slim.get_submodule(before), forms[before], 1 / ratio)
+
+
+def _changed(model: nn.Module, slim: nn.Module, path: str) -> set[tuple[float, float]]:
+    """Numbers that a module holds, and what they are in the stock class, where that is something else."""
+    was, now = _floats(model.get_submodule(path)), _floats(slim.get_submodule(path))
+    return {(was[name], now[name]) for name in was.keys() & now.keys() if was[name] != now[name]}
 
 
 def _times(model: nn.Module, names: Iterable[str], factor: float) -> None:
@@ -383,42 +400,45 @@ def _scaled(model: nn.Module, slim: nn.Module, thin: Thinning, norm: _Norm) -> b
     return plus_one
 
 
-_PASSES = ("view", "_unsafe_view", "reshape", "transpose", "permute", "unsqueeze", "t", "_to_copy", "to", "clone",
-           "contiguous", "slice", "select", "alias", "detach", "dropout", "mul")  # fmt: skip
-
-
 def _producers(partition: Partition, path: str) -> list[Leaf]:
-    """The parameters of the product that a module is given."""
+    """The parameters of the call that computed what a module is given.
+
+    Raises:
+        EmitterError: There is no such call.
+    """
     graph = partition.found.graph
-    inside = [node for node in graph.nodes if node.module == path]
-    made = {value: node for node in graph.nodes for value in node.outputs if value is not None}
     leaves = {leaf.value: leaf for leaf in graph.leaves if leaf.kind == "parameter"}
+    inside = [node for node in graph.nodes if node.module == path]
     inner = {value for node in inside for value in node.outputs}
     for value in (value for node in inside for value in node.inputs() if value not in inner and value not in leaves):
-        node = _back(made, value)
-        if node is not None:
-            return [leaves[v] for v in node.inputs() if v in leaves]
+        for node in _back(partition, value):
+            found = [leaves[v] for v in node.inputs() if v in leaves]
+            if found:
+                return found
     raise EmitterError(f"{path} shares its eps with thinner norms, and what it is given cannot be scaled")
 
 
-def _back(made: Mapping[Value, Node], value: Value) -> Node | None:
-    """The call that computed a value, seen through what only moves entries."""
-    node = made.get(value)
-    while node is not None and node.name.split(".")[1] in _PASSES:
-        node = next((made[v] for v in node.inputs() if v in made), None)
-    return node
-
-
 def _norm_before(partition: Partition, reader: Node, table: Value, norms: Iterable[str]) -> str:
-    """The norm whose result a call multiplies with a table."""
-    made = {value: node for node in partition.found.graph.nodes for value in node.outputs if value is not None}
+    """The norm whose result a call multiplies with a table.
+
+    Raises:
+        EmitterError: There is none.
+    """
     paths = set(norms)
     for value in reader.inputs():
-        node = made.get(value)
-        while node is not None and value is not table:
+        for node in _back(partition, value) if value is not table else ():
             if node.module in paths:
                 return node.module
-            if node.name.split(".")[1] not in _PASSES:
-                break
-            node = next((made[v] for v in node.inputs() if v in made), None)
     raise EmitterError(f"{reader} reads a table that is scaled by its width, behind no norm that could make up for it")
+
+
+def _back(partition: Partition, value: Value) -> Iterator[Node]:
+    """The calls that a value came through, from the last to the first one that puts several tensors together."""
+    made = {v: node for node in partition.found.graph.nodes for v in node.outputs if v is not None}
+    while value in made:
+        node = made[value]
+        yield node
+        before = list(node.inputs())
+        if len(before) != 1:
+            return
+        (value,) = before

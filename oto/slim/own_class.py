@@ -20,7 +20,7 @@ import itertools
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -40,7 +40,7 @@ from oto.nn import functional as thinner
 from oto.nn.told import numbers_of
 from oto.slim.alignment import Alignment, Departure, ancestors, differing
 from oto.slim.attributes import Place, Stated, changed, numbers
-from oto.slim.module import DeclinedError, OwnClass, adapted, stock, thin_copy, thin_tensors
+from oto.slim.module import DeclinedError, OwnClass, adapted, attribute, stock, thin_copy, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.scaling import Absorbed, Uses, absorbed, sizes_in
 from oto.slim.telling import Telling
@@ -189,7 +189,10 @@ class _Search:
         if self.script is None:
             tensors = {}
             for leaf in self.graph.leaves:
-                empty = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device="meta")
+                # no run stands anything in for what is neither parameter nor buffer
+                alone = leaf.kind == "constant" and leaf.names
+                where = attribute(self.model, leaf.names[0]).device if alone else "meta"
+                empty = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device=where)
                 tensors.update(dict.fromkeys(leaf.names, empty))
         else:
             tensors, self.script.read = thin_tensors(self.model, thin, self.found), 0
@@ -219,13 +222,17 @@ class _Search:
         for tried in itertools.islice(self.candidates(departure, seed), TRIES):
             self.found.stated = base | tried
             after = self.departure(seed)
-            if after is None or after.far > departure.far:
+            if (after is None or after.far > departure.far) and self.still(tried.keys() & base.keys(), seed):
                 if best is None or after is None or (best[0] is not None and after.far > best[0].far):
                     best = after, tried
                 if after is None or after.index > departure.index + 20:
                     break
         self.found.stated = base if best is None else base | best[1]
         return best is not None or self.tell(departure, seed)
+
+    def still(self, restated: Set[Place], seed: int) -> bool:
+        """Whether what was settled before holds, if numbers are now stated by other terms."""
+        return not restated or all(self.departure(before) is None for before in range(seed))
 
     def tell(self, departure: Departure, seed: int) -> bool:
         """Let a call be made as it should; whether the class gets further then."""
@@ -289,6 +296,9 @@ class _Search:
                     for key, value in numbers(self.modules[path])
                     if isinstance(value, float) and value == wanted.value
                 ]
+                if not places:  # a number that stands in the code
+                    self.found.absorbed, self.found.stated = before, stated
+                    return False
                 self.found.stated |= dict.fromkeys(places[:1], wanted)
         after = self.departure(seed)
         if after is None or after.index > departure.index:
@@ -301,8 +311,21 @@ class _Search:
         rewrite, node = self.tape.rewrites.get(index), self.graph.nodes[index]
         if rewrite is None or rewrite.op is not aten.split_with_sizes.default or node.op is rewrite.op:
             return False
-        cut = [[size.term for size in self.tape.rewrites[sibling].args[1]] for sibling in self.siblings(index)]
-        return self.tied(cut, index, seed)
+        cut = {at: [size.term for size in self.tape.rewrites[at].args[1]] for at in self.siblings(index)}
+        if not self.tied(list(cut.values()), index, seed):
+            return False
+        # another method may cut by a number that this one does not read
+        base, reached = self.found.stated, self.departure(seed)
+        self.found.stated = base | {
+            Place(path, key): Stated(pieces[0], value)
+            for path, pieces in ((self.graph.nodes[at].module, pieces) for at, pieces in cut.items())
+            for key, value in numbers(self.modules[path])
+            if len(key) == 1 and type(value) is int and value == size_of(pieces[0]) and Place(path, key) not in base
+        }
+        after = self.departure(seed)
+        if after is not None and (reached is None or after.far < reached.far):
+            self.found.stated = base
+        return True
 
     def settle(self, index: int, seed: int) -> bool:
         """Where one number states two sizes, the groups in both keep the same number of atoms."""
@@ -440,8 +463,17 @@ class _Search:
         ]
         factors = [list(c) for label, term in primary[:3] for c in self.factors(label, term, thin, places)]
         parts = [[o] for label, term in primary for o in places(label, term, False, True)]
-        for chosen in itertools.chain(combined, single[:8], factors[:8], parts[:8]):
-            made = self.everywhere(departure.index, [o for o in chosen if o is not None])
+        # of what was stated by a term that happened to get as thin, by another one of that size
+        mine = {place for place in self.found.stated if place.module in paths}
+        anew = [
+            [(place, label)]
+            for label, term in self.dims(departure.index)
+            for place in sorted(mine, key=repr)
+            if size_of(term) == self.found.stated[place].value and self.found.stated[place].term != term
+        ]
+        ways = [(chosen, False) for chosen in (*combined, *single[:8], *factors[:8], *parts[:8])]
+        for chosen, again in (*ways, *((chosen, True) for chosen in anew)):
+            made = self.everywhere(departure.index, [o for o in chosen if o is not None], again)
             key = tuple(sorted(((p, thin.count(s.term) * s.value) for p, s in made.items()), key=repr))
             made = {p: s for p, s in made.items() if self.found.stated.get(p) != s}
             if made and key not in tried:
@@ -462,21 +494,23 @@ class _Search:
         rewrite = self.tape.rewrites.get(index)
         stated = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
         primary = [(f"size {i}", term) for i, term in enumerate(stated) if changed(term, thin)]
-        secondary: list[tuple[str, Term]] = []
-        for back in range(4):
+        return primary, [(label, term) for label, term in self.dims(index) if changed(term, thin)]
+
+    def dims(self, index: int) -> list[tuple[str, Term]]:
+        """The sizes of tensors that calls near one meet, and products of two that are side by side."""
+        found: list[tuple[str, Term]] = []
+        for back in (0, 1, 2, 3, -1, -2):  # ahead, too: what was said wrong may have left a call out
             near = index - back
-            if near < 0:
-                break
+            if not 0 <= near < len(self.graph.nodes):
+                continue
             calls = self.graph.nodes[near]
             values = [*calls.inputs(), *(v for v in calls.outputs if v is not None)]
             for i, value in enumerate(values):
                 terms = self.partition.found.operands[value].terms
                 for width in (1, 2):
                     for d in range(len(terms) - width + 1):
-                        term = tuple(f for t in terms[d : d + width] for f in t)
-                        if changed(term, thin):
-                            secondary.append((f"dim {back} {i} {d} {width}", term))
-        return primary, secondary
+                        found.append((f"dim {back} {i} {d} {width}", tuple(f for t in terms[d : d + width] for f in t)))
+        return found
 
     def term(self, index: int, label: str) -> Term | None:
         """The term of a label of :meth:`sizes`, at another call."""
@@ -488,15 +522,15 @@ class _Search:
             term = sizes[at[0]] if at[0] < len(sizes) else None
             return resolve(term)[slice(*at[1:])] if term is not None and at[1:] else term
         back, i, d, width = at
-        if index < back:
+        if not 0 <= index - back < len(self.graph.nodes):
             return None
         node = self.graph.nodes[index - back]
         values = [*node.inputs(), *(v for v in node.outputs if v is not None)]
         terms = self.partition.found.operands[values[i]].terms if i < len(values) else ()
         return tuple(f for t in terms[d : d + width] for f in t) if d + width <= len(terms) else None
 
-    def everywhere(self, index: int, chosen: Sequence[tuple[Place, str]]) -> dict[Place, Stated]:
-        """The same numbers of all repeated blocks."""
+    def everywhere(self, index: int, chosen: Sequence[tuple[Place, str]], again: bool = False) -> dict[Place, Stated]:
+        """The same numbers of all repeated blocks; of those that are stated already, only if ``again``."""
         made: dict[Place, Stated] = {}
         for place, label in chosen:
             here, value = self.term(index, label), dict(numbers(self.modules[place.module]))[place.key]
@@ -511,7 +545,7 @@ class _Search:
                 other = Place(there, place.key)
                 held = dict(numbers(self.modules[there])).get(place.key)
                 alike = held is not None and held * size_of(here) == value * size_of(term)
-                if held is not None and alike and other not in made and other not in self.found.stated:
+                if held is not None and alike and other not in made and (again or other not in self.found.stated):
                     made[other] = Stated(term, held)
         return made
 

@@ -209,7 +209,8 @@ class Script:
             before = self.written[self.read][1]
             self.read += 1
             for new, old, own in zip(leaves, before, decides, strict=False):
-                if own and isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape:
+                both = own and isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape
+                if both and 0 not in new.stride():  # an expanded one repeats what was put in its place before
                     new.copy_(old)
             if len(leaves) == len(before) == 1 and not isinstance(result, Tensor | tuple | list):
                 return before[0]

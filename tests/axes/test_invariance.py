@@ -100,7 +100,7 @@ class Normed(nn.Module):
 
 
 def error_with_half_removed(model, x):
-    oto = OTO(model.double(), x.double())
+    oto = OTO(model.double(), x.double(), everything=True)
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
     assert all(len(subnet.kept[g.name]) < g.size for g in oto.node_groups if g.prunable)
@@ -142,7 +142,7 @@ def test_where_they_do_not_hold_the_same_all_stay():
 
     torch.manual_seed(0)
     model = Two()
-    oto = OTO(model.double(), torch.randn(4, 6).double())
+    oto = OTO(model.double(), torch.randn(4, 6).double(), everything=True)
     assert [g.name for g in oto.node_groups if g.prunable] == ["b.weight"]  # whose removed entries are zero
     oto.random_set_zero_groups(0.5)
     assert oto.construct_subnet().max_error < 1e-14
@@ -171,7 +171,7 @@ def test_a_maximum_of_what_is_known_is_not():
     model = Normed(lambda x: x / (x - x.mean(1, keepdim=True)).amax(1, keepdim=True), nn.Linear(6, 16),
                    nn.Linear(16, 3), None)  # fmt: skip
     with pytest.raises(NothingPrunableError):
-        OTO(model, torch.randn(4, 6))
+        OTO(model, torch.randn(4, 6), everything=True)
 
 
 POINTWISE = [

@@ -71,6 +71,14 @@ def test_names_with_numbers_are_no_repetition():
     assert ties(OTO(Net(), X, layout="uniform")).keys() == {None}
 
 
+def test_children_of_several_classes_are_no_repetition():
+    class Other(Block):
+        pass
+
+    net = nn.Sequential(nn.Linear(8, 8), Block(8, 12), Other(8, 12), nn.Flatten())
+    assert ties(OTO(net, X, layout="uniform")).keys() == {None}
+
+
 def test_where_one_stays_whole_all_do():
     oto = OTO(Tower(), X, layout="uniform", skip_patterns=["blocks.1"])
     whole = {g.name: g.reason for g in oto.node_groups if not g.prunable and g.name.startswith("blocks.")}

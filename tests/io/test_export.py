@@ -157,3 +157,12 @@ def test_what_a_runtime_does_not_know_is_told(tmp_path: Path) -> None:
     with pytest.raises(EmitterError, match="Odd cannot be written as onnx"):
         export_model(Odd(), torch.randn(2, 3), "onnx", tmp_path / "odd.onnx")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_subnet_exports_itself(tmp_path: Path) -> None:
+    oto = OTO(images(), pictures(2, 8))
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    assert all(c.passed for c in subnet.export("pt2", tmp_path / "slim.pt2"))
+    x = pictures(3, 14)
+    assert relative_error(run(subnet.model, x), in_torch(tmp_path / "slim.pt2", x)) < 1e-5

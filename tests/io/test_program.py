@@ -389,3 +389,25 @@ def test_saving_and_loading_are_silent(program, tmp_path, capfd, recwarn):
     finally:
         log.removeHandler(handler)
     assert capfd.readouterr() == ("", "") and not recwarn.list and not said and log.level == level
+
+
+def test_a_convolution_of_any_size_is_read_again(tmp_path):
+    """Its guards take the largest of sizes, in torch's own words; other words of torch are refused."""
+    from oto.io.program import _check_expression, _Refusal
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 2)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).flatten(1))
+
+    dims = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(Net(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=(dims,))
+    save_program(program, tmp_path / "model.pt2")
+    assert load_program(tmp_path / "model.pt2").module()(torch.randn(5, 3, 8, 8)).shape == (5, 2)
+    _check_expression("here", "torch.sym_max(1, (-2) + L['x'].size()[2]) != 1")
+    for text in ("torch.load('x')", "torch.ops", "x.sym_max(1)", "torch.sym_max.__globals__", "os.sym_max(1)"):
+        with pytest.raises(_Refusal):
+            _check_expression("here", text)

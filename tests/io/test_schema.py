@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from oto import OTO
 from oto.groups import Cost
 from oto.slim.module import Edits
+from oto.slim.origin import Round
 from oto.slim.verify import Check
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -73,11 +74,12 @@ def test_what_is_listed_is_required_and_nothing_else_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("place", "kind"),
     [
-        (SCHEMA["properties"]["edits"], Edits),
+        (SCHEMA["$defs"]["edits"], Edits),
+        (SCHEMA["properties"]["earlier"]["items"], Round),
         (SCHEMA["properties"]["checks"]["items"], Check),
         (SCHEMA["$defs"]["cost"], Cost),
     ],
-    ids=["edits", "checks", "cost"],
+    ids=["edits", "earlier", "checks", "cost"],
 )
 def test_the_schema_lists_what_is_written(place: Any, kind: Any) -> None:
     assert set(place["properties"]) == {field.name for field in dataclasses.fields(kind)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 
 import numpy as np
@@ -153,6 +154,56 @@ def test_layers_that_a_target_forces_to_be_thin_are_named(oto):
     assert optimizer.progress.cost <= optimizer.progress.goal
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_warning_of_a_collapse_points_at_the_line_that_took_the_step(oto, scheduled):
+    copied = copy.deepcopy(oto)
+    optimizer = copied.hesso(lr=0.01, target_params=0.008, start_pruning_step=0, pruning_steps=1, pruning_periods=1)
+    if scheduled:  # it puts a wrapper around step
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    copied.model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    with pytest.warns(CollapseWarning) as caught:
+        optimizer.step()
+    here = inspect.currentframe()
+    assert (caught[0].filename, caught[0].lineno) == (__file__, here.f_lineno - 2)
+
+
+@pytest.mark.parametrize(
+    "saliency, normalise, by_cost, within",
+    [
+        (None, "none", 1, "path_norm"),
+        ("taylor_first_order", "none", 1, None),
+        ("magnitude", "mean", 0, None),
+        ({"taylor_second_order": 1.0, "magnitude": 0.1}, "mean", 0, None),
+        (lambda entries: entries.weight_sq, "mean", 0, None),
+    ],
+)
+def test_only_what_is_in_the_unit_of_the_loss_is_divided_by_a_cost(oto, saliency, normalise, by_cost, within):
+    choice = Choice.of(oto.node_groups, {"target_macs": 0.5}, costs=oto.costs, saliency=saliency)
+    assert (choice.normalise, choice.by_cost) == (normalise, by_cost)
+    assert getattr(choice.within, "__name__", None) == within
+
+
+def test_a_magnitude_empties_no_layer(oto):
+    """Per MAC it does: the layers beside the one that is thinned get cheaper, and so do their neighbours."""
+    copied = copy.deepcopy(oto)
+    kept = copied.preview(target_macs=0.3, saliency="magnitude").kept
+    assert min(kept[name] / size for name, size in SIZES.items()) > 0.3
+
+
+def test_a_group_is_worth_what_was_measured_and_its_atoms_what_goes_through_them():
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, 2, 3, 4])[:, None].expand(4, 3))
+        model[2].weight.copy_(torch.tensor([4.0, 3, 2, 0.5]).expand(2, 4))
+    oto = OTO(model, torch.zeros(1, 3))
+    optimizer = oto.hesso(lr=0.0, target_group_sparsity=0.5, start_pruning_step=0, pruning_steps=1, pruning_periods=1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    # Fisher alone rises with the row; what goes through an atom is 1·4, 2·3, 3·2, 4·½
+    assert optimizer.pruned_groups["0.weight"].tolist() == [0, 3]
+
+
 def test_as_published_nothing_holds_a_layer(oto):
     scores = torch.cat([torch.full((size,), 0.0 if name.startswith("head") else 1.0) for name, size in SIZES.items()])
     left, choice = widths(oto, scores, target_group_sparsity=0.45, saliency="hesso")
@@ -168,6 +219,7 @@ def test_as_published_nothing_holds_a_layer(oto):
         ({"normalise": "median"}, "normalise is 'median'; it is one of mean, max"),
         ({"by_cost": -1.0}, "by_cost is -1.0"),
         ({"average_steps": 0}, "average_steps is 0; it is at least 1"),
+        ({"within": "taylor_first_order"}, "within is 'taylor_first_order'; it is one of none, magnitude"),
         ({"saliency": "size"}, "no saliency is called 'size'; there are hesso, magnitude"),
     ],
 )

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from oto.errors import TargetError
-from oto.groups.node_group import Cut, Slice
+from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.optim import CRITERIA, Entries
-from oto.optim.saliency import NORMALISE, importance, raw_scores, resolve
+from oto.optim.saliency import NORMALISE, importance, raw_scores, resolve, shared_out
 
 BY_HAND = {
     "magnitude": lambda x, g: x.norm(),
     "avg_magnitude": lambda x, g: x.norm() / x.numel(),
+    "path_norm": lambda x, g: x.norm() ** 2,  # nothing reads these entries
     "cosine_similarity": lambda x, g: 1 - x @ g / (x.norm() * g.norm()),
     "taylor_first_order": lambda x, g: (x @ g).abs(),
     "taylor_second_order": lambda x, g: 0.5 * (x @ g) ** 2,
@@ -62,6 +63,31 @@ def test_a_missing_gradient_counts_as_zero(name):
     zero = Entries(own.weights, [torch.zeros_like(own.weights[0]), torch.zeros_like(own.weights[1]), own.gradients[2]])
     torch.testing.assert_close(CRITERIA[name](absent), CRITERIA[name](zero), rtol=0, atol=0)
     assert CRITERIA[name](Entries(own.weights, [None] * 3)).isfinite().all()
+
+
+def test_path_norm_does_not_see_how_a_scale_is_shared_by_two_layers():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double()
+    rows = (Slice("0.weight", 0, ()), Slice("0.bias", 0, ()))
+    group = NodeGroup("0.weight", 4, slices=(*rows, Slice("2.weight", 1, ())), zeros=rows)
+    parameters = dict(model.named_parameters())
+    before = CRITERIA["path_norm"](Entries.of(group, parameters))
+    paths = torch.cat([model[0].weight, model[0].bias[:, None]], 1)[:, :, None] * model[2].weight.T[:, None, :]
+    torch.testing.assert_close(before, paths.square().sum((1, 2)))
+    with torch.no_grad():  # ReLU: the function stays as it is
+        model[0].weight.mul_(torch.tensor([1.0, 2, 4, 8])[:, None])
+        model[0].bias.mul_(torch.tensor([1.0, 2, 4, 8]))
+        model[2].weight.div_(torch.tensor([1.0, 2, 4, 8]))
+    torch.testing.assert_close(CRITERIA["path_norm"](Entries.of(group, parameters)), before)
+
+
+def test_what_is_shared_out_keeps_the_sum_of_each_node_group():
+    sizes, alive = [3, 2, 2], torch.tensor([1, 0, 1, 1, 1, 1, 1], dtype=torch.bool)
+    scores, by = torch.rand(7), torch.tensor([1.0, 50, 3, 2, 2, 0, 0])
+    out = shared_out(scores, by, alive, sizes)
+    sums = scores[0] + scores[2], scores[3] + scores[4]
+    torch.testing.assert_close(out[[0, 2, 3, 4]], torch.stack([sums[0] / 4, sums[0] * 3 / 4, sums[1] / 2, sums[1] / 2]))
+    assert out[5:].tolist() == [0, 0]  # nothing goes through it
 
 
 def test_cosine_keeps_what_descent_makes_grow():

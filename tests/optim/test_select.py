@@ -203,6 +203,11 @@ def test_a_tie_loses_equally_many_and_each_group_its_lowest():
     assert gone.tolist() == [False] * 6 + [True, False, False]
 
 
+def test_what_a_tie_saves_is_what_its_groups_save_on_average():
+    gone = tied([4, 9, 4, 9, 3, 9], [0, 0, 1], [2, 2, 2], 1, by_cost=1.0, fill=False)  # 3 for one atom, or 8 for two
+    assert gone.tolist() == [False] * 4 + [True, False]
+
+
 def test_the_least_of_a_tie_is_the_greatest_of_its_groups():
     cost = atoms([3, 3]).tied(np.array([0, 0]))
     scores = np.arange(6.0)

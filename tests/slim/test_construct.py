@@ -186,7 +186,7 @@ def test_saved_and_loaded(tmp_path, emitter):
         loaded = load_subnet(subnet.path, given)
         # float32, the same operations in the same order but for fused kernels
         assert relative_error(run(subnet.model, x), run(loaded, x)) <= 1e-5
-        assert type(loaded).__name__ == ("Residual" if emitter == "module" and given else "GraphModule")
+        assert type(loaded).__name__ == ("Residual" if emitter == "module" and given else "SlimGraph")
     assert "parameters" in str(subnet) and str(subnet.path) in str(subnet)
 
 

@@ -461,6 +461,19 @@ def test_quantisers_find_its_layers(attends: Any) -> None:
     assert len(layers) == 3 and 0 < error < 0.1
 
 
+def test_torchao_finds_its_layers(attends: Any) -> None:
+    slim, x = copy.deepcopy(attends[1].model), attended(2, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, of what it deprecates
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(slim, torchao.Int8WeightOnlyConfig())
+    layers = [m for m in slim.modules() if isinstance(m, nn.Linear) and type(m.weight.data) is not Tensor]
+    assert len(layers) == 3
+    with torch.no_grad():
+        error = (slim(**x)["logits"] - attends[1].model(**x)["logits"]).abs().max()
+    assert 0 < error < 0.5
+
+
 def test_it_is_where_its_inputs_are(attends: Any) -> None:
     for slim in (attends[1].model, attends[1].model.half()):
         named = [node for node in slim.graph.nodes if "cpu" in f"{node.args} {node.kwargs}"]

@@ -213,3 +213,14 @@ def test_for_real_with_generous_bounds() -> None:
     slim = built(model, oto.partition, {name: np.arange(n) for name, n in shown.kept.items()}, x)
     ratios = [b / a for a, b in zip(*rounds([model, slim], x), strict=True)]
     assert 0.5 / 2 < np.median(ratios) < 0.5 * 2 * 0.9
+
+
+def test_a_latency_of_ties():
+    table = Polynomial({(0, 1): 2.0, (1,): 1.0, (2,): 3.0}, 3)
+    latency = Latency.through(table, {10.0: 3.0, 200.0: 40.0})
+    ties = np.array([0, 1, 0])
+    together = latency.tied(ties)
+    for counts in ([2, 3], [7, 4]):
+        assert together(np.array(counts)) == latency(np.array(counts)[ties])
+    saved = together(np.array([7, 4])) - together(np.array([6, 4]))
+    assert together.marginal(np.array([7, 4]), np.array([1, 0]))[0] == pytest.approx(saved)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,11 @@ def test_three_rounds_load_from_the_first_class(case, tmp_path):
         sizes.append(sum(p.numel() for p in model.parameters()))
     assert sizes == sorted(sizes, reverse=True) and sizes[3] < 0.75 * sizes[1]
     assert len(origin_of(model).rounds) == 3
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(__file__).resolve().parents[2] / "docs" / "oto.schema.json").read_text())
+    manifest = json.loads((tmp_path / "oto.json").read_text())
+    jsonschema.validate(manifest, schema)
+    assert len(manifest["earlier"]) == 2
 
 
 def test_the_residual_width_goes_on_being_prunable():

@@ -1,0 +1,300 @@
+"""How a model was made: its class and a config, or a function and its keywords; and the numbers in them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from oto.errors import out_of_memory, some
+
+log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+Fields = Mapping[str, Any]
+"""Values by dotted path in a config: ``hidden_size``, ``text_config.hidden_size``, ``widths.0``."""
+
+PROBE = 6
+"""What an unset field is set to, to see whether any shape depends on it."""
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters and buffers."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tuple(t.shape) for name, t in held}
+
+
+@dataclass(eq=False)
+class Recipe:
+    """A class and the config object that it was made from.
+
+    Attributes:
+        device: Where it is built to look at its shapes.
+        stating: Fields that were found to state a size.
+    """
+
+    kind: Callable[[Any], nn.Module]
+    config: Any
+    device: str = "meta"
+    stating: set[str] = field(default_factory=set)
+    _known: dict[tuple[tuple[str, Any], ...], Shapes | None] = field(default_factory=dict)
+    _implied: dict[str, int] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Recipe | None:
+        """The recipe of a model: its class and ``model.config``, or the function that it says made it.
+
+        ``None`` if neither makes its like.
+        """
+        for kind, config in _makers(model):
+            for device in ("meta", "cpu"):  # a constructor that computes with its weights needs real ones
+                recipe = cls(kind, config, device)
+                if recipe.shapes({}) == shapes_of(model):
+                    return recipe
+        return None
+
+    def edited(self, edits: Fields) -> Any:
+        """A copy of the config with other values."""
+        config = copy.deepcopy(self.config)
+        for path, value in edits.items():
+            *parents, last = path.split(".")
+            held = config
+            for name in parents:
+                held = _get(held, name)
+            if isinstance(held, list):
+                held[int(last)] = value
+            elif isinstance(held, dict):
+                held[last] = value
+            else:
+                setattr(held, last, value)
+        return config
+
+    def make(self, edits: Fields, device: str | torch.device) -> nn.Module:
+        """The class, made from the edited config. Nothing of the random state is used up."""
+        config = self.edited(edits)
+        with _apart(device):
+            return self.kind(config)
+
+    def shapes(self, edits: Fields) -> Shapes | None:
+        """The shapes that an edited config gives, as it reads once it was saved; ``None`` if it is refused."""
+        key = tuple(sorted(edits.items()))
+        if key not in self._known:
+            try:
+                self._known[key] = shapes_of(self.make(self._as_read(edits), self.device))
+            except Exception as failure:  # anything that a constructor or a validator may raise
+                if out_of_memory(failure):
+                    raise
+                log.debug("%s is refused: %s", dict(edits), failure)
+                self._known[key] = None
+        return self._known[key]
+
+    def _as_read(self, edits: Fields) -> Fields:
+        """The edits, if the edited config can be written and read again."""
+        config = self.edited(edits)
+        read = getattr(type(config), "from_dict", None)
+        if read is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again = dict(fields(read(config.to_dict())))
+            lost = [path for path, value in edits.items() if again.get(path, value) != value]
+            if lost:
+                raise ValueError(f"{some(lost)} does not survive being written")
+        return edits
+
+    def fields(self) -> dict[str, Any]:
+        """Numbers that the config states."""
+        return {path: value for path, value in fields(self.config) if value is not None}
+
+    def implied(self, sizes: Iterable[int]) -> dict[str, int]:
+        """Fields that are unset or missing and state a size all the same, with that size.
+
+        They are read when the class is made, shapes depend on them, and one of ``sizes`` changes nothing.
+        """
+        if self._implied is None:
+            self._implied = {}
+            for path in self._unset():
+                if self.shapes({path: PROBE}) not in (None, self.shapes({})):
+                    same = (n for n in sorted(sizes) if self.shapes({path: n}) == self.shapes({}))
+                    self._implied.update((path, n) for n in [next(same, None)] if n is not None)
+        return self._implied
+
+    def _unset(self) -> list[str]:
+        names: dict[str, None] = {}
+        config = copy.deepcopy(self.config)
+        nested = dict(configs(config))
+        paths = {id(held): path for path, held in nested.items()}
+
+        def seen(held: object, name: str) -> None:
+            if id(held) in paths and not name.startswith("_"):
+                path = paths[id(held)]
+                names[f"{path}.{name}" if path else name] = None
+
+        with _watched({type(held) for held in nested.values()}, seen), _apart(self.device):
+            self.kind(config)
+        return list(names)
+
+
+@contextmanager
+def _apart(device: str | torch.device) -> Iterator[None]:
+    """While inside, tensors are made on a device, no warning is given, and the random state is as it was afterwards."""
+    place = torch.device(device)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.random.fork_rng([place] if place.type == "cuda" else []))
+        stack.enter_context(place)
+        yield
+
+
+class Keywords:
+    """Keywords of a constructor that are numbers, as a config."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return copy.deepcopy(vars(self))
+
+
+def _makers(model: nn.Module) -> Iterator[tuple[Callable[[Any], nn.Module], Any]]:
+    """What may have made a model, and of what."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, type) and callable(getattr(config, "to_dict", None)):
+        yield type(model), config
+    about = getattr(model, "pretrained_cfg", None)
+    name = about.get("architecture") if isinstance(about, Mapping) else getattr(about, "architecture", None)
+    function = _function(type(model), name) if isinstance(name, str) else None
+    if function is not None:
+        given = dict(getattr(model, MADE_WITH, {}))
+        keywords = _keywords(type(model), lambda: function(**given))
+        if keywords is not None:
+            plain = keywords.to_dict()
+
+            def again(config: Keywords) -> nn.Module:
+                changed = {name: value for name, value in vars(config).items() if value != plain.get(name)}
+                made: nn.Module = function(**given | changed)
+                return made
+
+            yield again, keywords
+
+
+def _function(kind: type[Any], name: str) -> Callable[..., Any] | None:
+    """A function by its name, in the package of a class."""
+    package = kind.__module__.partition(".")[0]
+    inside = [module for path, module in list(sys.modules.items()) if f"{path}.".startswith(f"{package}.")]
+    found = (vars(module).get(name) for module in [sys.modules[kind.__module__], *inside] if module is not None)
+    return next((function for function in found if inspect.isfunction(function)), None)
+
+
+MADE_WITH = "_model_args"
+"""Where a model may hold the keywords that the function was given."""
+
+
+def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
+    """The numbers that a class is made with, where a function makes it; ``None`` if it does not."""
+    plain, own = kind.__init__, "__init__" in vars(kind)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **keywords: Any) -> None:
+        if type(self) is kind and not calls:
+            calls.append((args, keywords))
+        plain(self, *args, **keywords)
+
+    kind.__init__ = init
+    try:
+        with _apart("meta"):
+            make()
+    except Exception as failure:  # anything that a constructor may raise
+        if out_of_memory(failure):
+            raise
+        log.debug("%s is not made again: %s", kind.__name__, failure)
+    finally:
+        if own:
+            kind.__init__ = plain
+        else:
+            del kind.__init__
+    if not calls:
+        return None
+    bound = inspect.signature(plain).bind(None, *calls[0][0], **calls[0][1])
+    bound.apply_defaults()
+    held = Keywords()
+    for name, value in list(bound.arguments.items())[1:]:  # without the module itself
+        vars(held)[name] = list(value) if isinstance(value, tuple) else value
+    numbers = {path.split(".")[0] for path, _ in fields(held)}
+    return Keywords(**{name: value for name, value in vars(held).items() if name in numbers})
+
+
+def _get(held: Any, name: str) -> Any:
+    if isinstance(held, list):
+        return held[int(name)]
+    return held[name] if isinstance(held, dict) else getattr(held, name)
+
+
+def configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A config and all that it holds, by path."""
+    yield path, config
+    for name, value in vars(config).items():
+        if not name.startswith("_") and hasattr(value, "__dict__") and callable(getattr(value, "to_dict", None)):
+            yield from configs(value, f"{path}.{name}" if path else name)
+
+
+def fields(config: Any) -> Iterator[tuple[str, int | float | None]]:
+    """Every number in a config and in what it holds, and what is unset."""
+
+    def numbers(path: str, value: Any) -> Iterator[tuple[str, int | float | None]]:
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            yield path, value
+        elif isinstance(value, list | dict):
+            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                if inner is not None:
+                    yield from numbers(f"{path}.{name}", inner)
+
+    for path, held in configs(config):
+        for name, value in vars(held).items():
+            if not name.startswith("_"):
+                yield from numbers(f"{path}.{name}" if path else name, value)
+
+
+@contextmanager
+def _watched(kinds: Iterable[type[Any]], seen: Callable[[object, str], None]) -> Iterator[None]:
+    """While inside, tell of every attribute that is read of objects of some classes and is unset or missing."""
+    own: dict[Any, Any] = {kind: vars(kind).get("__getattribute__") for kind in kinds}
+
+    def watching(kind: Any) -> Callable[[Any, str], Any]:
+        plain = kind.__getattribute__
+
+        def read(self: Any, name: str) -> Any:
+            try:
+                value = plain(self, name)
+            except AttributeError:
+                seen(self, name)
+                raise
+            if value is None:
+                seen(self, name)
+            return value
+
+        return read
+
+    made = {kind: watching(kind) for kind in own}
+    try:
+        for kind, read in made.items():
+            kind.__getattribute__ = read
+        yield
+    finally:
+        for kind, before in own.items():
+            if before is None:
+                del kind.__getattribute__
+            else:
+                kind.__getattribute__ = before
