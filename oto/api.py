@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto._torch import holder, tree_map_only, unwrapped
+from oto._torch import holder, unwrapped
 from oto.axes.registry import known
 from oto.errors import (
     ArtefactError,
@@ -51,11 +51,12 @@ from oto.groups.policy import (
 from oto.io.artefact import adding, check_out_dir
 from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
-from oto.io.subnet import FULL, WEIGHTS, save
+from oto.io.subnet import FULL, WEIGHTS, files, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.shrink import Moved
 from oto.optim.target import UNITS, Target
+from oto.progress import stage, stages
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.html import Origin, report
@@ -70,9 +71,9 @@ from oto.slim.plan import read_zeros
 from oto.slim.recipe import Recipe
 from oto.slim.shrink import become, parts, require_there, same_groups, shrunk
 from oto.slim.unreached import unreached, within
-from oto.slim.verify import Check, require
+from oto.slim.verify import FLOAT64, Check, follow_model, require
 from oto.trace.found import as_found
-from oto.trace.record import on_meta, record, told
+from oto.trace.record import record, told
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class Subnet:
             other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
             followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
         why_graph: Why the original class could not be used, if it could not; and what a recording is.
-        max_error: Largest relative error against the zeroed full model, in float64 where the model runs in it.
+        max_error: Largest relative error against the zeroed full model, in float64 where that was compared; NaN if
+            nothing was.
         checks: Every comparison that was made.
         cost_before, cost_after: Parameters and MACs on the example input.
         kept: For each prunable group, the atoms that are left.
@@ -716,8 +718,8 @@ class OTO:
 
     @property
     def full_group_sparse_model_path(self) -> Path | None:
-        """The zeroed full weights of the last ``construct_subnet(out_dir)``."""
-        return self._saved and self._saved / FULL
+        """The zeroed full weights of the last ``construct_subnet(out_dir, save_full=True)``."""
+        return self._saved / FULL if self._saved and (self._saved / FULL).is_file() else None
 
     def construct_subnet(
         self,
@@ -725,16 +727,23 @@ class OTO:
         *,
         model: Any = None,
         emitter: str = "auto",
-        save_full: bool = True,
+        program: bool | None = None,
+        save_full: bool = False,
+        float64: bool | str = "auto",
+        verify: bool = True,
         report: bool = False,
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
         The original class is used where its code states no size that changed; else the graph that ``torch.export``
         follows; else the calls that were recorded on the example, which hold at its shapes and values only. Whichever
-        it is, it is compared with the zeroed full model on the example and on random inputs, in the model's dtype and
-        in float64, and once more after it was saved and loaded. Where pruning has not finished, or nothing is zero, a
-        warning and ``print(subnet)`` say so.
+        it is, it is compared with the zeroed full model on the example and on a random input, of another batch size
+        where that is free, in the model's dtype and in float64. What was saved is read back and compared. Where pruning
+        has not finished, nothing is zero, or something could not be compared, ``print(subnet)`` says so; of the first
+        two there is a warning.
+
+        The model may have been cast or moved since ``OTO(...)`` (``model.half()``, ``model.to(device)``): the example
+        follows it. What trainers wrapped around a ``forward``, such as autocast, is seen through.
 
         Args:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
@@ -743,18 +752,31 @@ class OTO:
             emitter: ``"auto"``, or one way alone: ``"config"`` (the original class, made from an edited
                 ``model.config``; ``"auto"`` tries it first with ``layout="uniform"``), ``"module"`` (the original
                 class), ``"graph"`` or ``"recording"``.
+            program: Save the slim model as an exported program too (``model.pt2``), which loads without the class. By
+                default only where nothing else could be loaded: where the slim model is a graph.
             save_full: Save the zeroed full weights beside the slim ones.
+            float64: Compare in float64 too, which shows whether the slim model is equal or only alike: ``"auto"``,
+                where it fits in memory; ``True`` or ``False``.
+            verify: Compare at all. Without it, only what tells whether a way can be taken is looked at.
             report: Put a ``report.html`` into the artefact, see :meth:`Subnet.report`.
 
         Raises:
             VerificationError: The slim model differs. Nothing is written.
-            EmitterError: The asked emitter cannot express the slim model, or none can.
+            EmitterError: The asked emitter cannot express the slim model, or none can; or the program that was asked
+                for cannot be written.
             NonFiniteParameterError: A parameter holds NaN or infinity.
             UnknownParameterError: ``model`` is no copy of the model.
-            ArtefactError: ``out_dir`` cannot be written.
+            ArtefactError: ``out_dir`` cannot be written, or holds a file of such a name that no artefact has written.
         """
-        source = self if model is None else self._reading(model)
-        subnet = replace(source._subnet(out_dir, emitter, save_full), origin=self._origin)
+        if float64 not in FLOAT64:
+            raise OptionError(f"float64 is {float64!r}; it is one of {', '.join(map(repr, FLOAT64))}")
+        if out_dir is not None:
+            names = files(emitter, self._everything, program, save_full)
+            check_out_dir(out_dir, [*names, *([REPORT] if report else [])])
+        source = self._reading(self.model if model is None else model)
+        with stages("construct_subnet"):
+            subnet = source._subnet(out_dir, emitter, program, save_full, float64, verify)
+        subnet = replace(subnet, origin=self._origin)
         self._saved = source._saved
         if report and subnet.path is not None:
             with adding(subnet.path, REPORT) as file:
@@ -780,17 +802,30 @@ class OTO:
         inner = holder(model, shapes)
         found = {} if inner is None else dict(inner.named_parameters(remove_duplicate=False))
         bad = [name for name, shape in shapes.items() if name not in found or tuple(found[name].shape) != shape]
+        if bad and model is self.model:
+            raise UnknownParameterError(
+                f"{type(model).__name__} has changed since OTO(...) was made: no {some(bad)} of that shape\n"
+                "  effect  its zeros cannot be read, and nothing was written\n"
+                "  to fix  where a trainer shards it (FSDP, DeepSpeed), gather the state dict, load it into a copy of"
+                " the model, and construct_subnet(model=copy); else make a new OTO"
+            )
         if inner is None or bad:
             raise UnknownParameterError(
                 f"{type(model).__name__} is no copy of {type(self.model).__name__}: no {some(bad)} of that shape\n"
                 "  effect  the groups of the one say nothing about the other\n"
                 "  to fix  pass a copy of the model or what wraps one, or make an OTO for it"
             )
+        if sharded := [name for name in shapes if hasattr(found[name], "full_tensor")]:
+            raise EmitterError(
+                f"parameters of {type(inner).__name__} are spread over processes: {some(sharded)}\n"
+                "  effect  no process has all zeros to read, and nothing was written\n"
+                "  to fix  gather the state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with"
+                " full_state_dict=True), load it into a copy of the model, and construct_subnet(model=copy)"
+            )
         other = object.__new__(OTO)
-        vars(other).update(vars(self), model=inner)
-        device = next(inner.parameters()).device
-        if device != next(self.model.parameters()).device:
-            other.dummy_input = tree_map_only(Tensor, lambda t: t.to(device), self.dummy_input)
+        then = {leaf.name: leaf.value.dtype for leaf in self.partition.found.graph.leaves if leaf.name in found}
+        given = follow_model(self.dummy_input, then, found)
+        vars(other).update(vars(self), model=inner, dummy_input=given)
         return other
 
     def _short_of(self, kept: Kept) -> str | None:
@@ -811,15 +846,17 @@ class OTO:
         effect = "only what is zero was removed" if zero else "nothing was removed, slim is as large as full"
         return f"{what}\n  effect  {effect}\n  to fix  {remedy}"
 
-    def _subnet(self, out_dir: str | os.PathLike[str] | None, emitter: str, save_full: bool) -> Subnet:
-        if out_dir is not None:
-            check_out_dir(out_dir)
+    def _subnet(
+        self, out_dir: str | os.PathLike[str] | None, emitter: str, program: bool | None, save_full: bool,
+        float64: bool | str, verify: bool,
+    ) -> Subnet:  # fmt: skip
         require_values(self.model)
-        kept, uneven = (
-            ({}, []) if on_meta(self.model) else evened(self.node_groups, read_zeros(self.node_groups, self.model))
-        )
+        stage("reading the zeros")
+        kept, uneven = evened(self.node_groups, read_zeros(self.node_groups, self.model))
         recipe = self._recipe if self._stock or emitter == "config" else None
-        source = Zeroed(self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached)
+        source = Zeroed(
+            self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64, verify
+        )  # fmt: skip
         names = [name for leaf in self.partition.found.graph.leaves for name in leaf.names]
         gone = within(names, unreached(self.model, self.partition)) if self._drop_unreached else ()
         before = self._cost()
@@ -832,8 +869,9 @@ class OTO:
             path = Path(out_dir)
             proved = f"the slim model was built, and right in {len(checks)} comparisons"
             saved = told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
+            costs = {"before": vars(before), "after": vars(after)}
             with saved, as_found(self.model):
-                checks = checks + save(path, source, made, {"before": vars(before), "after": vars(after)}, save_full)
+                checks = checks + save(path, source, made, costs, save_full, program)
             self._saved = path
         short = self._short_of(kept)
         notes = (*([short] if short else []), *uneven, *made.notes)

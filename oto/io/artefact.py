@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,18 +26,22 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError
+from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError, some
 
 FORMAT_VERSION = 1
 MANIFEST = "oto.json"
 LARGEST_MANIFEST = 2**28  # bytes; that of a network of billions of parameters has some millions
 
 
-def check_out_dir(out_dir: str | os.PathLike[str]) -> None:
+def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) -> None:
     """Refuse a folder that cannot be written, before any long work.
 
+    Args:
+        names: Files that are going to be written there.
+
     Raises:
-        ArtefactError: It is a file, lies below a file, or may not be written.
+        ArtefactError: It is a file, lies below a file, or may not be written; or one of the files is there, and no
+            artefact has written it.
     """
     folder = Path(out_dir)
     if "\0" in str(folder):
@@ -53,6 +57,8 @@ def check_out_dir(out_dir: str | os.PathLike[str]) -> None:
                     f"out_dir {folder}: {place} may not be written\n"
                     "  effect  nothing was saved\n  to fix  choose another folder, or change its permissions"
                 )
+            if place == folder or place == folder.absolute():
+                _require_own(folder, names)
             return
         if place.exists() or place.is_symlink():
             raise ArtefactError(
@@ -104,7 +110,8 @@ class Draft:
                     complexes.append(key)
                     held = torch.view_as_real(held)
                 # memory of its own: slices and views would drag along, or share, what they were cut from
-                held = held.clone(memory_format=torch.contiguous_format)
+                if not held.is_contiguous() or held.untyped_storage().nbytes() != held.nbytes:
+                    held = held.clone(memory_format=torch.contiguous_format)
                 if held.is_quantized:
                     raise NotImplementedError("quantized")
                 plain[key] = held
@@ -124,7 +131,15 @@ class Draft:
             raise _unwritable(self.target, failure) from failure
         path.chmod(mode)  # safetensors leaves a file that nobody else may read
         self.notes[name] = {"ties": ties, "complex": complexes}
+        self._require_written(path, plain)
         return left_out
+
+    def _require_written(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Compare a file with what was to be written, bit by bit, one tensor at a time."""
+        with safetensors.safe_open(path, "pt") as read:
+            wrong = [key for key in tensors if not _same_bits(read.get_tensor(key), tensors[key])]
+        if wrong:
+            raise _unwritable(self.target, f"{path.name} reads otherwise than it was written ({some(wrong)})")
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Tensors that were written, read back."""
@@ -135,6 +150,9 @@ class Draft:
 
         Args:
             manifest: Further entries for the manifest; anything that JSON takes.
+
+        Raises:
+            ArtefactError: A foreign file is in the place of one of these.
         """
         from oto import __version__
 
@@ -159,6 +177,7 @@ class Draft:
         for name in (*files, MANIFEST):
             if (self.target / name).is_dir():
                 raise _unwritable(self.target, f"{name} is a folder there")
+        _require_own(self.target, files)
         stale = _files_of(self.target) - files.keys()
         (self.target / MANIFEST).unlink(missing_ok=True)
         _sync(self.target)
@@ -210,8 +229,7 @@ def adding(path: str | os.PathLike[str], name: str) -> Iterator[Path]:
     assert _is_plain(name), name
     artefact = reading(path)
     folder, manifest = artefact.folder, dict(artefact.manifest)
-    if name not in manifest["files"] and (folder / name).exists():
-        raise _unwritable(folder, f"{name} is there, and is no file of the artefact")
+    _require_own(folder, [name])
     with writing(folder) as draft:
         file = draft.file(name)
         yield file
@@ -355,14 +373,56 @@ def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
 
 
 def _files_of(folder: Path) -> set[str]:
-    """What an artefact that is in the folder, if there is one, calls its own."""
+    """What an artefact that is in the folder, if there is one, has written there, and nobody has changed since."""
+    manifest = _manifest_of(folder)
+    return {name for name, stamp in manifest.items() if _is_plain(name) and _is_still(folder / name, stamp)}
+
+
+def _manifest_of(folder: Path) -> Mapping[str, Any]:
+    """The files that an artefact in the folder names, and what they were; none if there is no artefact."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         content = {key: value for key, value in manifest.items() if key != "digest"}
         whole = manifest["digest"] == _digest(content) and _is_well_formed(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()
-    return {name for name in manifest["files"] if _is_plain(name) and not (folder / name).is_dir()} if whole else set()
+        return {}
+    files: Mapping[str, Any] = manifest["files"] if whole else {}
+    return files
+
+
+def _is_still(file: Path, stamp: Mapping[str, Any]) -> bool:
+    try:
+        regular = file.is_file() and not file.is_symlink() and file.stat().st_size == stamp["size"]
+        return regular and _stamp(file) == stamp
+    except OSError:
+        return False
+
+
+def _require_own(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to replace what no artefact has written.
+
+    Raises:
+        ArtefactError: There is such a file.
+    """
+    there = [name for name in (*names, MANIFEST) if os.path.lexists(folder / name) and not (folder / name).is_dir()]
+    if not there:
+        return
+    own = _files_of(folder) | ({MANIFEST} if _manifest_of(folder) else set())
+    foreign = [name for name in there if name not in own]
+    if foreign:
+        changed = [name for name in foreign if name in _manifest_of(folder)]
+        raise ArtefactError(
+            f"{folder} holds {some(foreign)}, which "
+            + ("was changed since an artefact wrote it" if changed == foreign else "no artefact has written")
+            + "\n  effect  nothing was saved, and nothing there was touched\n"
+            "  to fix  choose another folder; or move the file away, or delete it, if it is not needed"
+        )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _place(tensor: Tensor) -> Any:

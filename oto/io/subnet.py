@@ -6,6 +6,7 @@ import ast
 import copy
 import hashlib
 import inspect
+import json
 import os
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -31,11 +32,12 @@ from oto.errors import (
 )
 from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
+from oto.progress import stage
 from oto.slim.construct import Made, Zeroed
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
 from oto.slim.origin import Round, after_rounds, descend, origin_of
 from oto.slim.program import export_program, runnable
-from oto.slim.verify import Check, check, require
+from oto.slim.verify import Check, Reference, require
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
@@ -65,58 +67,73 @@ def _code(kind: type[Any]) -> str | None:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
+NOT_ASKED = "it was not asked for (construct_subnet(out_dir, program=True) writes one)"
+
+
+def files(emitter: str, everything: bool, program: bool | None, save_full: bool) -> list[str]:
+    """The files that :func:`save` is going to write, as far as is known before."""
+    graph = emitter in ("graph", "recording") or (emitter == "auto" and everything)
+    wanted = graph if program is None else program
+    return [WEIGHTS, *([PROGRAM] if wanted else []), *([FULL] if save_full else [])]
+
+
 def save(
-    out_dir: Path, source: Zeroed, made: Made, cost: Mapping[str, Any], save_full: bool
-) -> list[Check]:  # fmt: skip
+    out_dir: Path,
+    source: Zeroed,
+    made: Made,
+    cost: Mapping[str, Any],
+    save_full: bool = False,
+    program: bool | None = None,
+) -> list[Check]:
     """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU.
 
     Args:
         cost: Costs of the full and of the slim model, for the manifest.
         save_full: Write the zeroed full weights too.
+        program: Write the exported program too; ``None``: where nothing else in the folder could be loaded.
 
     Returns:
         The comparisons that were made.
 
     Raises:
         ArtefactError: It cannot be written.
+        EmitterError: The program was asked for, and cannot be written.
         VerificationError: What was read back differs. Nothing is put in place.
     """
-    full, slim = source, made.model
-    if next(source.model.parameters()).device.type != "cpu":
-        given = tree_map_only(Tensor, Tensor.cpu, source.dummy_input)
-        full = replace(source, model=copy.deepcopy(source.model).cpu(), dummy_input=given)
-        slim = copy.deepcopy(slim).cpu()
-    given, left, edits, notes = full.dummy_input, full.left, made.edits, made.notes
+    edits, notes = made.edits, made.notes
     graph = source.partition.found.graph
     with writing(out_dir) as draft:
+        stage("writing the weights")
         left_out = draft.tensors(WEIGHTS, made.tensors, graph.unread)
         if save_full:
             draft.tensors(FULL, tensors_of(source.model, source.partition), graph.unread)
-        # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
-        # class whose weights have taken a count in, which the dtype of the file rounds
-        rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.absorbed))
-        against, left = (slim, None) if rounded else (full.model, left)
         again: list[Check] = []
         first, earlier = source.model, tuple[Round, ...]()
         if edits is not None:
             origin = origin_of(made.model)
             assert origin is not None
             first, earlier = origin.first, origin.rounds[:-1]
-            start = after_rounds(first, earlier) if earlier else full.model
-            loaded = rebuild(start, draft.load(WEIGHTS), plain_edits(edits))
-            again += check(against, loaded, given, "reloaded", 1, left=left)
+        if edits is not None and source.verify:  # the tensors are equal to the bit; do they go back into the class?
+            device = next(source.model.parameters()).device
+            start = after_rounds(first, earlier) if earlier else source.model
+            tensors = {name: t.to(device) for name, t in draft.load(WEIGHTS).items()}
+            loaded = rebuild(start, tensors, json.loads(json.dumps(plain_edits(edits))))
+            again += source.reference.check(loaded, "reloaded", random=False, exact=False)
             require(again)
-        no_program, proof = write_program(
-            draft,
-            slim,
-            given,
-            lambda read: check(against, read, given, "reloaded program", 1, left=left),
-            left_out if edits is not None else (),
-        )
-        again += proof
-        if no_program is not None:
-            needed = "the class is needed to load it" if edits is not None else "nothing in it can be loaded"
-            notes.append(f"no {PROGRAM} in the folder, so {needed}: {no_program}")
+            del loaded, tensors
+        no_program: str | None = NOT_ASKED
+        if program or (program is None and edits is None):
+            no_program, proof = _write_program(draft, source, made, left_out)
+            again += proof
+            if no_program is not None and program:
+                raise EmitterError(
+                    f"{PROGRAM} was asked for, and cannot be written: {no_program}\n"
+                    "  effect  nothing was saved\n  to fix  leave program=True out, and load with the class:"
+                    " load_subnet(path, make_model)"
+                )
+        if no_program is not None and edits is None:
+            notes.append(f"no {PROGRAM} in the folder, so nothing in it can be loaded: {no_program}")
+        stage("sealing the folder")
         draft.commit(
             {
                 "model": describe(first, made.tensors if edits is not None else {}),
@@ -135,6 +152,28 @@ def save(
     return again
 
 
+def _write_program(
+    draft: Draft, source: Zeroed, made: Made, left_out: Collection[str]
+) -> tuple[str | None, list[Check]]:
+    """The program of a slim model, on the CPU; why there is none, and its proof."""
+    slim, full = made.model, source
+    if next(source.model.parameters()).device.type != "cpu":
+        # on its device it was proved equal to the full model; here it is what the program is compared with
+        given = tree_map_only(Tensor, Tensor.cpu, source.dummy_input)
+        slim = copy.deepcopy(slim).cpu()
+        full = replace(source, model=slim, dummy_input=given)
+    # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
+    # class whose weights have taken a count in, which the dtype of the file rounds
+    rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.absorbed))
+    itself = rounded or full.model is slim
+    against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
+
+    def prove(read: nn.Module) -> list[Check]:
+        return against.check(read, "reloaded program", batch=True, notes=[]) if source.verify else []
+
+    return write_program(draft, slim, full.dummy_input, prove, left_out if made.edits is not None else ())
+
+
 def write_program(
     draft: Draft,
     slim: nn.Module,
@@ -151,6 +190,7 @@ def write_program(
         Why there is no program, if it cannot be exported or proved; the proof, if it can.
     """
     path = draft.file(PROGRAM)
+    stage("exporting the program")
     try:
         with _emptied(slim, left_out):
             save_program(export_program(slim, dummy_input), path)
@@ -218,7 +258,8 @@ def load_subnet(
     Args:
         path: The folder, or a file in it.
         model: The full-size model, or a function that makes it; its weights are not used, and a function is called on
-            the ``meta`` device. Without it the exported program is loaded, which needs no class of yours.
+            the ``meta`` device. Without it the exported program is loaded, which needs no class of yours; where the
+            slim model is of its class, ``construct_subnet`` writes one with ``program=True`` only.
         strict: Refuse a class whose code differs from the one that was saved.
 
     Returns:
@@ -269,7 +310,7 @@ def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
 
 def _load_program(artefact: Artefact) -> nn.Module:
     reason = artefact.manifest.get("no_program")
-    if reason and artefact.manifest["emitter"] == "module":
+    if reason and artefact.manifest["emitter"] in ("module", "config"):
         raise ArtefactError(
             f"{artefact.folder} holds no {PROGRAM}: {reason}\n"
             "  effect  the slim model cannot be loaded without its class\n"

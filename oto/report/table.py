@@ -102,6 +102,7 @@ def subnet_lines(subnet: Shrunk) -> list[str]:
             f" error {c.error:.1e} (tolerance {c.tolerance:.0e})"
             for dtype, c in worst.items()
         ),
+        *([] if worst else ["not verified"]),
         "emitted as the original class" if subnet.emitter in OF_THE_CLASS else "emitted as a torch.fx.GraphModule",
     ]  # fmt: skip
     if subnet.why_graph:

@@ -11,27 +11,30 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.axes.registry import known
-from oto.errors import EmitterError, TraceError, VerificationError, first_line, out_of_memory
+from oto.errors import EmitterError, TraceError, VerificationError, first_line, out_of_memory, some
 from oto.groups import Kept, Partition
+from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
-from oto.slim.module import Edits, OwnClass, plan_edits, thin_copy, thin_tensors
+from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend
 from oto.slim.plan import thinning
 from oto.slim.recipe import Recipe
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.training import heads_in_training
 from oto.slim.unreached import left_out, within
-from oto.slim.verify import Check, check, in_double, require
+from oto.slim.verify import Check, Reference, check, double_, require
 from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
@@ -51,6 +54,8 @@ class Zeroed:
         kept: For each prunable group, the atoms that are left.
         recipe: How the class is made from its config, if that is to be tried.
         drop_unreached: Leave out what the forward never uses in eval mode.
+        float64: Whether to compare in float64, as :class:`oto.slim.verify.Reference` takes it.
+        verify: Whether to compare at all.
     """
 
     model: nn.Module
@@ -60,6 +65,13 @@ class Zeroed:
     kept: Kept
     recipe: Recipe | None = None
     drop_unreached: bool = False
+    float64: bool | str = "auto"
+    verify: bool = True
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The full model, with which whatever is made of it is compared."""
+        return Reference(self.model, self.dummy_input, self.left, self.float64)
 
     @property
     def left(self) -> list[list[NDArray[np.bool_]]] | None:
@@ -119,11 +131,13 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
 
     Raises:
         EmitterError: The asked way cannot express the slim model, or none can.
-        VerificationError: What the graph computes differs.
+        VerificationError: What the graph computes differs; or the model does not run in float64, which was asked for.
     """
     name = type(source.model).__name__
     if emitter not in EMITTERS:
         raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
+    if source.verify:
+        source.reference.insist()
     why: list[str] = []
     notes: list[str] = []
     if emitter == "config" or (emitter == "auto" and source.recipe is not None):
@@ -142,6 +156,79 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
     made = _in_other_ways(source, emitter, name, why)
     made.notes.extend(notes)
     return made
+
+
+def _proved(source: Zeroed, prove: Callable[[Zeroed], list[Check]], notes: list[str]) -> list[Check]:
+    """The comparisons of a slim model with the full one, if they are wanted.
+
+    Args:
+        prove: Makes the slim model of a full one, and compares them.
+
+    Raises:
+        VerificationError: The slim model computes something else.
+    """
+    if not source.verify:
+        return []
+    checks = prove(source)
+    require(checks)
+    notes.extend(source.reference.notes)
+    idle = source.reference.idle()
+    if idle:
+        checks = checks + _lively(source, prove, idle, notes)
+    return checks
+
+
+def _lively(source: Zeroed, prove: Callable[[Zeroed], list[Check]], idle: list[int], notes: list[str]) -> list[Check]:
+    """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
+    stage("an output is constant: comparing with random numbers in constant parameters")
+    said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
+    lively = enlivened(source.model, source.partition, source.kept)
+    other = replace(source, model=lively)
+    other.reference.brief = True
+    try:
+        checks = prove(other)
+        require(checks)
+    except VerificationError:
+        raise
+    except Exception as failure:  # code that minds other numbers
+        if out_of_memory(failure):
+            raise
+        notes.append(f"{said}, so comparing them shows nothing ({_first_lines(failure)} with other numbers)")
+        return []
+    by_design = other.reference.idle()
+    moved = [i for i in idle if i not in by_design]
+    if moved:
+        notes.append(
+            f"{said}: a layer before starts at zero, it seems, so comparing shows nothing of what is before it."
+            " Compared once more, with random numbers in constant parameters; load trained weights to compare these"
+        )
+        return [replace(c, what=f"{c.what}, with other numbers in constant parameters") for c in checks]
+    if len(idle) == len(source.reference.floating):
+        notes.append(f"{said}, whatever the parameters are: comparing it shows nothing")
+    return []
+
+
+def _outputs(indices: list[int]) -> str:
+    return f"output{'s' * (len(indices) > 1)} {some(map(str, indices))}"
+
+
+def enlivened(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
+    """A copy that shares the parameters of a model; those that are all one number hold random ones where they stay."""
+    thin = thinning(partition, kept)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for leaf in partition.found.graph.leaves:
+        if not leaf.names:
+            continue
+        tensor = attribute(model, leaf.names[0]).detach()
+        if leaf.kind == "parameter" and tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
+            stays = torch.ones(tensor.shape, dtype=torch.bool)
+            for dim, mask in enumerate(thin.entries(leaf)):
+                stays &= torch.from_numpy(mask).view(-1, *[1] * (tensor.ndim - dim - 1))
+            drawn = torch.rand(tensor.shape, generator=generator) * 0.1 * stays
+            tensor = tensor + drawn.to(tensor)
+        tensors.update(dict.fromkeys(leaf.names, tensor))
+    return thin_copy(model, tensors, Edits())
 
 
 def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> Made:
@@ -184,14 +271,23 @@ def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> M
 
 
 def _of_its_config(source: Zeroed) -> Made:
-    slim, edits, tensors, checks = emit_stock(
-        source.model, source.partition, source.kept, source.dummy_input, source.recipe, batch=True, left=source.left
-    )  # fmt: skip
+    notes: list[str] = []
+    slim, edits, tensors, wider = emit_stock(source.model, source.partition, source.kept, source.recipe)
+
+    def prove(full: Zeroed) -> list[Check]:
+        own, own_wider = slim, wider
+        if full is not source:
+            own, _, _, own_wider = emit_stock(full.model, full.partition, full.kept, full.recipe)
+        return full.reference.check(own, batch=True, wider=own_wider)
+
+    checks = _proved(source, prove, notes)
     descend(slim, source.model, Round.of(edits, tensors, source.kept))
-    return Made("config", slim, edits, tensors, checks)
+    return Made("config", slim, edits, tensors, checks, notes=notes)
 
 
 def _of_its_class(source: Zeroed) -> Made:
+    notes: list[str] = []
+    stage("thinning the class")
     thin = thinning(source.partition, source.kept)
     edits = plan_edits(source.model, source.partition, thin, source.own)
     gone: set[str] = set()
@@ -205,21 +301,24 @@ def _of_its_class(source: Zeroed) -> Made:
         # a class may drop what it keeps for inference when it is trained
         return thin_copy(model, tensors, edits).train().eval(), tensors
 
-    def wider(full64: nn.Module) -> nn.Module:  # what weights take in is worked out anew: float32 would round it
-        return in_double(slim_of(full64)[0])
+    def wider(full: nn.Module) -> nn.Module:  # what weights take in is worked out anew: float32 would round it
+        return double_(slim_of(full)[0])
 
     slim, tensors = slim_of(source.model)
     rounded = source.own is not None and source.own.absorbed
-    checks = check(
-        source.model, slim, source.dummy_input, batch=True, left=source.left, wider=wider if rounded else None
-    )  # fmt: skip
-    require(checks)
-    notes: list[str] = []
-    if not edits.dropped:
-        proofs, notes = heads_in_training(source.model, slim, source.dummy_input, source.partition, source.kept)
-        checks = [*checks, *proofs]
+
+    def prove(full: Zeroed) -> list[Check]:
+        own = slim if full is source else slim_of(full.model)[0]
+        return full.reference.check(own, batch=True, wider=wider if rounded else None)
+
+    if not source.verify and source.own is None:  # nothing else tells whether the class can do it
+        require(source.reference.check(slim, random=False, exact=False))
+    checks = _proved(source, prove, notes)
+    if source.verify and not edits.dropped:
+        proofs, short = heads_in_training(source.model, slim, source.dummy_input, source.partition, source.kept)
+        checks, notes = [*checks, *proofs], [*notes, *short]
     descend(slim, source.model, Round.of(edits, tensors, source.kept))
-    return Made("module", slim, edits, tensors, checks, None, notes)
+    return Made("module", slim, edits, tensors, checks, notes=notes)
 
 
 def _exported(source: Zeroed, why: list[str]) -> Made:
@@ -227,39 +326,50 @@ def _exported(source: Zeroed, why: list[str]) -> Made:
     notes: list[str] = []
     level: str | None = LEVELS[0]
     while level is not None:
+        stage("exporting the graph")
         exported = export(source.model, source.dummy_input, known, level)
         slim = emit_graph(exported, source.partition, source.kept)
         shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
+        how: dict[str, Any] = {"batch": exported.dynamic and not shapes, "shapes": shapes}
         found: list[str] = []
-        checks = check(
-            source.model, slim, source.dummy_input, batch=exported.dynamic and not shapes, left=source.left,
-            notes=found, shapes=shapes,
-        )  # fmt: skip
+        checks = source.reference.check(slim, notes=found, **how) if source.verify else []
         wrong = [c for c in checks if not c.passed]
         level = LEVELS[(*LEVELS, LEVELS[-1]).index(exported.level) + 1] if exported.level != LEVELS[-1] else None
         if level is None or not (found or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))):
             break
         notes = found or notes  # other sizes than the example's do not do, so fewer are free
-    try:
-        require(checks)
-    except VerificationError as failure:
-        _require_faithful_export(source, failure)
-        raise
+
     if exported.level != LEVELS[0] and not any("batch" in note for note in notes):
         why_not = (*notes, exported.why, "what it gives at others is wrong")
         free = "only the batch is" if exported.dynamic else "none is"
         notes = [f"of the sizes of its inputs {free} free: {next(x for x in why_not if x).splitlines()[0]}"]
+
+    def prove(full: Zeroed) -> list[Check]:
+        if full is source:
+            return checks
+        own = emit_graph(export(full.model, full.dummy_input, known, exported.level), full.partition, full.kept)
+        return full.reference.check(own)
+
+    try:
+        checks = _proved(source, prove, notes)
+    except VerificationError as failure:
+        _require_faithful_export(source, failure)
+        raise
     return Made("graph", slim, None, _held(slim), checks, "; ".join(why) or None, notes)
 
 
 def _recorded(source: Zeroed, why: list[str]) -> Made:
     notes: list[str] = []
+    stage("recording the example")
     slim = emit_recording(source.model, source.dummy_input, source.partition, source.kept)
-    checks = check_recording(
-        source.model, slim, source.dummy_input, source.partition, source.kept, notes, source.left
-    )  # fmt: skip
-    require(checks)
-    return Made("recording", slim, None, _held(slim), checks, "; ".join(why), notes)
+
+    def prove(full: Zeroed) -> list[Check]:
+        own = slim
+        if full is not source:
+            own = emit_recording(full.model, full.dummy_input, full.partition, full.kept)
+        return check_recording(full.reference, own, full.partition, full.kept, notes)
+
+    return Made("recording", slim, None, _held(slim), _proved(source, prove, notes), "; ".join(why), notes)
 
 
 def _held(graph: nn.Module) -> dict[str, Tensor]:

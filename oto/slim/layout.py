@@ -33,7 +33,7 @@ from oto.slim.config import solve, stock
 from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Keywords, Recipe
-from oto.slim.verify import TOLERANCE, Check, check, in_double, relative_error, require, run
+from oto.slim.verify import Wider, check, double_, require
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
 
@@ -170,10 +170,9 @@ class _Trial:
                 solved(self.model, self.partition, kept, self.recipe)
             else:
                 full = self._zeroed(kept)
-                if sum(p.numel() for p in full.parameters()) <= SMALL:
-                    emit_stock(full, self.partition, kept, self.dummy_input, self.recipe, inputs=0)
-                else:  # in its own dtype alone: float64 copies of a large model may not fit
-                    _compare(full, restated(full, self.partition, kept, self.recipe)[0], self.dummy_input)
+                slim, _, _, wider = emit_stock(full, self.partition, kept, self.recipe)
+                small = sum(p.numel() for p in full.parameters()) <= SMALL
+                require(check(full, slim, self.dummy_input, random=False, exact=small, wider=wider))
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -232,33 +231,22 @@ def restated(
 
 
 def emit_stock(
-    model: nn.Module, partition: Partition, kept: Kept, dummy_input: Any, recipe: Recipe | None, **how: Any
-) -> tuple[nn.Module, Edits, dict[str, Tensor], list[Check]]:
-    """The slim model as the stock class, the edits that make it, the tensors that it holds in a file, and its proof.
-
-    Args:
-        **how: For :func:`oto.slim.verify.check`.
+    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None
+) -> tuple[nn.Module, Edits, dict[str, Tensor], Wider]:
+    """The slim model as the stock class, the edits that make it, the tensors that it holds in a file; and how to make
+    it in float64, for its proof.
 
     Raises:
         EmitterError: No config states what is kept.
-        VerificationError: It does not compute what the zeroed model does.
     """
     slim, edits = restated(model, partition, kept, recipe)
 
-    def widened(full64: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
-        return in_double(restated(full64, partition, kept, recipe)[0])
+    def wider(full: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
+        return double_(restated(full, partition, kept, recipe)[0])
 
-    checks = check(model, slim, dummy_input, wider=widened, **how)
-    require(checks)
     saved = slim.state_dict().keys()
     held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
-    return slim, Edits(config=edits), {name: t for name, t in held if name in saved}, checks
-
-
-def _compare(full: nn.Module, slim: nn.Module, dummy_input: Any) -> None:
-    error = relative_error(run(full, dummy_input), run(slim, dummy_input))
-    dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
-    require([Check("slim on the example", str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3))])
+    return slim, Edits(config=edits), {name: t for name, t in held if name in saved}, wider
 
 
 # --- what is no size --------------------------------------------------------------------------------------------------

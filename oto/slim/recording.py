@@ -9,7 +9,7 @@ from torch import fx, nn
 from oto.axes.registry import known
 from oto.groups import Kept, Partition
 from oto.slim.graph import emit_graph
-from oto.slim.verify import Check, check, double_input, throughout
+from oto.slim.verify import Check, Reference, double_input, throughout
 from oto.trace.record import Recording, record_data
 from oto.trace.replay import difference, replayed
 
@@ -30,12 +30,14 @@ def emit_recording(model: nn.Module, dummy_input: Any, partition: Partition, kep
     return emit_graph(run, partition, kept)
 
 
-def check_recording(full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept,
-                    notes: list[str], left: Any = None) -> list[Check]:  # fmt: skip
+def check_recording(
+    reference: Reference, slim: nn.Module, partition: Partition, kept: Kept, notes: list[str]
+) -> list[Check]:
     """Compare a recording with the zeroed full model, on the example and on random inputs that take the same path.
 
     Numbers that left torch were read in the model's dtype, so what is compared in float64 is recorded in float64.
     """
+    full, dummy_input = reference.model, reference.dummy_input
 
     def path(given: Any) -> Recording:
         with throughout(full):
@@ -49,7 +51,7 @@ def check_recording(full: nn.Module, slim: nn.Module, dummy_input: Any, partitio
         except Exception:  # inputs may have to fit together
             return "the model does not take it"
 
-    def wider(full64: nn.Module) -> nn.Module:
-        return emit_recording(full64, double_input(dummy_input), partition, kept)
+    def wider(model: nn.Module) -> nn.Module:
+        return emit_recording(model, double_input(dummy_input), partition, kept)
 
-    return check(full, slim, dummy_input, left=left, notes=notes, lacks=lacks, wider=wider)
+    return reference.check(slim, notes=notes, lacks=lacks, wider=wider)

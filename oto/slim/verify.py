@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
-from oto.errors import VerificationError, out_of_memory
-from oto.trace.found import as_found
+from oto.errors import EmitterError, VerificationError, first_line, out_of_memory
+from oto.nn import Told
+from oto.progress import stage
+from oto.slim.memory import available, size_of
+from oto.trace.found import Found, as_found
 from oto.trace.record import arguments, tensors_in
 
 log = logging.getLogger(__name__)
+aten = torch.ops.aten
 
 # Relative to the largest entry of the full model's output. float64 leaves room for sums in another order and nothing
 # else; the others are what a deep network makes of one rounding per sum.
@@ -51,33 +57,24 @@ class _Wide(TorchDispatchMode):
     """Every computation in float64, for models that state a dtype in their code, or none.
 
     Casts to a narrower float become casts to float64; what is made or promoted without a dtype is float64; and operands
-    that come from elsewhere, such as numpy, are widened as they are read. So two models that differ in where they round
-    only, such as a class and its exported graph, agree to float64's own rounding. Values are as they were: a number
-    that float32 cannot hold is rounded where the model rounds it (``torch.tensor(0.1)``), and nothing else is.
+    that come from elsewhere, such as numpy or parameters, are widened as they are read: a model in float32 needs no
+    copy in float64 for it. So two models that differ in where they round only, such as a class and its exported graph,
+    agree to float64's own rounding. Values are as they were: a number that float32 cannot hold is rounded where the
+    model rounds it (``torch.tensor(0.1)``), and nothing else is.
     """
 
     supports_higher_order_operators = True
-    WIDER: ClassVar = {
-        torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
-        torch.complex64: torch.complex128, torch.complex32: torch.complex128,
-    }  # fmt: skip
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        schema = getattr(op, "_schema", None)  # higher-order operators have none
+        if op in _MOVES:  # a table is not widened for a few of its entries
+            return _widened(op(*args, **(kwargs or {})))
 
-        def widen(x: Any) -> Any:
-            if isinstance(x, Tensor):
-                return x.to(self.WIDER.get(x.dtype, x.dtype))
-            return self.WIDER.get(x, x) if isinstance(x, torch.dtype) else x
+        def of(shared: bool, x: Any) -> Any:  # a copy would not be the memory that is meant
+            return tree_map_only(torch.dtype, _widened, x) if shared else tree_map(_widened, x)
 
-        def of(argument: Any, x: Any) -> Any:
-            shared = argument is None or argument.alias_info is not None  # a copy would not be the memory that is meant
-            return tree_map_only(torch.dtype, widen, x) if shared else tree_map(widen, x)
-
-        named = {argument.name: argument for argument in schema.arguments} if schema else {}
-        args = tuple(of(argument, x) for argument, x in zip_longest(named.values(), args))[: len(args)]
-        kwargs = {name: of(named.get(name), x) for name, x in (kwargs or {}).items()}
+        shares = _shares(op)
+        args = tuple(of(shared, x) for shared, x in zip_longest(shares.values(), args, fillvalue=True))[: len(args)]
+        kwargs = {name: of(shares.get(name, True), x) for name, x in (kwargs or {}).items()}
         if op is aten._assert_tensor_metadata.default:  # what torch.export saw the dtype to be
             args, kwargs = tree_map_only(torch.dtype, lambda _: None, (args, kwargs))
         if op is aten._grouped_mm.default and args[0].dtype == torch.float64:
@@ -88,7 +85,27 @@ class _Wide(TorchDispatchMode):
             result = op(*args, **kwargs)
         finally:
             torch.set_default_dtype(before)
-        return widen(result) if op is aten.lift_fresh.default else result  # a literal, which may be written to
+        return _widened(result) if op is aten.lift_fresh.default else result  # a literal, which may be written to
+
+
+_WIDER = {
+    torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128, torch.complex32: torch.complex128,
+}  # fmt: skip
+_MOVES = {aten.embedding.default, aten.index_select.default, aten.gather.default}
+
+
+def _widened(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(_WIDER[x.dtype]) if x.dtype in _WIDER else x
+    return _WIDER.get(x, x) if isinstance(x, torch.dtype) else x
+
+
+@cache
+def _shares(op: Any) -> dict[str, bool]:
+    """For each argument of an operator, whether the operator uses its memory."""
+    schema = getattr(op, "_schema", None)  # higher-order operators have none
+    return {a.name: a.alias_info is not None for a in schema.arguments} if schema else {}
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
@@ -114,14 +131,39 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor |
 
 def throughout(module: nn.Module) -> AbstractContextManager[Any]:
     """While inside, a module in float64 computes in float64 throughout; any other as it does."""
-    wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), None) == torch.float64
-    return _Wide() if wide else nullcontext()  # type: ignore[no-untyped-call]
+    wide = dtype_of(module) == torch.float64
+    return widening() if wide else nullcontext()
 
 
-def run(module: nn.Module, dummy_input: Any) -> list[Tensor]:
-    """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout."""
+def widening() -> AbstractContextManager[Any]:
+    """While inside, everything is computed in float64."""
+    return _Wide()  # type: ignore[no-untyped-call]
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype in which a module computes: that of its first parameter with a fraction."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def run(module: nn.Module, dummy_input: Any, wide: bool = False, found: Found | None = None) -> list[Tensor]:
+    """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout.
+
+    Args:
+        wide: Compute in float64 with the parameters as they are: each is widened where it is read.
+        found: As for :func:`oto.trace.found.as_found`.
+    """
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
-    with as_found(module, dummy_input), torch.no_grad(), throughout(module):
+    with ExitStack() as stack:
+        stack.enter_context(as_found(module, dummy_input, found))
+        if wide:
+            for buffer in module.buffers():  # what is written to them is not to be rounded; put back afterwards
+                if buffer.dtype in _WIDER and not buffer.is_meta:
+                    buffer.data = _widened(buffer.data)
+            stack.enter_context(torch.inference_mode())  # calls arrive whole, before their operands are compared
+            stack.enter_context(widening())
+            return [_widened(t.detach()) for t in tensors_in(module(*args, **kwargs))]
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(throughout(module))
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 
@@ -149,6 +191,27 @@ def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
         if worst != worst:
             return float("inf")
     return worst
+
+
+def follow_model(dummy_input: Any, then: Mapping[str, torch.dtype], now: Mapping[str, Tensor]) -> Any:
+    """An example for a model that was cast or moved since.
+
+    Args:
+        then: The dtype that each parameter had when the example fitted.
+        now: The parameters.
+    """
+    became: dict[torch.dtype, set[torch.dtype]] = {}
+    for name, dtype in then.items():
+        became.setdefault(dtype, set()).add(now[name].dtype)
+    devices = {p.device for p in now.values()}
+    device = devices.pop() if len(devices) == 1 else None
+
+    def moved(t: Tensor) -> Tensor:
+        dtypes = became.get(t.dtype, set())
+        dtype = next(iter(dtypes)) if len(dtypes) == 1 and t.is_floating_point() else t.dtype
+        return t if device is None or device.type == "meta" else t.to(device, dtype)
+
+    return tree_map_only(Tensor, moved, dummy_input)
 
 
 def random_like(dummy_input: Any, seed: int, batch: int | None = None,
@@ -188,11 +251,22 @@ def random_like(dummy_input: Any, seed: int, batch: int | None = None,
 
 def in_double(module: nn.Module) -> nn.Module:
     """A copy in float64 and complex128."""
-    wide = copy.deepcopy(module).double()
-    for tensor in (*wide.parameters(), *wide.buffers()):
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):  # no copy in the narrow dtype on the way
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.dtype in _WIDER:
+            wider = tensor.detach().to(_WIDER[tensor.dtype])
+            plain = type(tensor) is Tensor
+            memo[id(tensor)] = wider if plain else nn.Parameter(wider, tensor.requires_grad)
+    return double_(copy.deepcopy(module, memo))
+
+
+def double_(module: nn.Module) -> nn.Module:
+    """The same module, in float64 and complex128 from now on."""
+    module.double()
+    for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_complex():  # ``Module.double`` leaves these
             tensor.data = tensor.data.to(torch.complex128)
-    return wide
+    return module
 
 
 def double_input(dummy_input: Any) -> Any:
@@ -204,85 +278,363 @@ def double_input(dummy_input: Any) -> Any:
     return tree_map_only(Tensor, widen, dummy_input)
 
 
-def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", inputs: int = 2, batch: bool = False,
-          left: Sequence[Sequence[NDArray[np.bool_]]] | None = None, notes: list[str] | None = None,
-          lacks: Callable[[Any], str | None] | None = None,
-          wider: Callable[[nn.Module], nn.Module] | None = None,
-          shapes: Sequence[Sequence[tuple[int, ...]]] = ()) -> list[Check]:  # fmt: skip
-    """Compare a slim model with the zeroed full one.
+FLOAT64 = ("auto", True, False)
+Wider = Callable[[nn.Module], nn.Module]
 
-    Args:
-        inputs: Random inputs besides the example.
-        batch: Try another batch size too, where the full model takes it.
-        left: For each output and each of its dimensions, the entries that the slim model still has; all by default.
-        notes: Where to write down what was not compared: a batch size that the slim model does not take, which is an
-            error by default, and what ``lacks`` leaves out.
-        lacks: Why the slim model is not meant for a random input; ``None`` if it is.
-        shapes: Other shapes of the tensors of the example to try, where the full model takes them; a slim model that
-            does not is a note.
-        wider: Makes the slim model in float64 of the full one in float64; by default the slim one is converted.
+
+@dataclass(eq=False)
+class Reference:
+    """The zeroed full model, and what it gives: computed once per input and dtype, for every comparison with it.
+
+    Slim models are compared on the example and on a random input, in the model's dtype; where the batch is free, the
+    random input is of another batch size. And in float64, where it shows whether they are equal or only alike. For that
+    nothing is copied: parameters are widened as they are read. A model that minds it is copied in float64.
+
+    Attributes:
+        left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
+        float64: Compare in float64: ``"auto"``, where it fits in memory; ``True`` or ``False``.
+        brief: Compare in float64 alone, where that can be done.
+        notes: What was not compared.
     """
-    tries = [("the example", dummy_input)]
-    for seed in range(inputs):
-        given = random_like(dummy_input, seed)
-        missing = None if lacks is None else lacks(given)
-        if missing is None:
-            tries.append((f"random input {seed}", given))
-        elif notes is not None:
-            notes.append(f"{what} was not compared on random input {seed}: {missing}")
-    if batch:
-        first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
-        if first.ndim:
-            tries.append((f"batch of {first.shape[0] + 2}", random_like(dummy_input, inputs, first.shape[0] + 2)))
-    for seed, sizes in enumerate(shapes, inputs + 1):
-        tries.append((f"sizes {', '.join(map(str, sizes))}", random_like(dummy_input, seed, shapes=sizes)))
-    dtype = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float32)
-    checks = _compare(full, slim, tries, what, dtype, left, notes)
-    if dtype != torch.float64:
-        full64, wide = in_double(full), [(name, double_input(given)) for name, given in tries]
-        if _runs(full64, wide[0][1]):
-            slim64 = in_double(slim) if wider is None else wider(full64)
-            checks += _compare(full64, slim64, wide, what, torch.float64, left, notes)
-        else:
-            log.info("the full model does not run in float64; compared in %s only", dtype)
-    return checks
 
+    model: nn.Module
+    dummy_input: Any
+    left: Sequence[Sequence[NDArray[np.bool_]]] | None = None
+    float64: bool | str = "auto"
+    brief: bool = False
+    notes: list[str] = field(default_factory=list)
+    _given: dict[str, list[Tensor] | None] = field(default_factory=dict)
+    _wide: dict[str, list[Tensor] | None] = field(default_factory=dict)
+    _shapes: dict[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)
+    _full64: nn.Module | None = None
+    _found: dict[int, tuple[nn.Module, Found]] = field(default_factory=dict)
 
-def _runs(module: nn.Module, given: Any) -> bool:
-    try:
-        run(module, given)
-    except Exception as failure:
-        if out_of_memory(failure):
-            raise
-        return False
-    return True
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return dtype_of(self.model)
 
+    def check(
+        self,
+        slim: nn.Module,
+        what: str = "slim",
+        batch: bool = False,
+        notes: list[str] | None = None,
+        lacks: Callable[[Any], str | None] | None = None,
+        wider: Wider | None = None,
+        random: bool = True,
+        exact: bool = True,
+        shapes: Sequence[Sequence[tuple[int, ...]]] = (),
+    ) -> list[Check]:
+        """Compare a slim model with the full one.
 
-def _compare(full: nn.Module, slim: nn.Module, tries: Any, what: str, dtype: torch.dtype,
-             left: Sequence[Sequence[NDArray[np.bool_]]] | None, notes: list[str] | None) -> list[Check]:  # fmt: skip
-    checks = []
-    for name, given in tries:
+        Args:
+            batch: Try another batch size, where the full model takes it.
+            notes: Where to write down what was not compared: a batch size that the slim model does not take, which is
+                an error by default, and what ``lacks`` leaves out.
+            lacks: Why the slim model is not meant for a random input; ``None`` if it is.
+            wider: Makes the slim model in float64, of the full one; by default the slim one is widened. It is called
+                while everything is computed in float64.
+            random: Compare on a random input too, besides the example.
+            exact: Compare in float64 too.
+            shapes: Other shapes of the tensors of the example to try, in the model's own dtype, where the full model
+                takes them; a slim model that does not is a note.
+        """
         try:
-            expected = run(full, given)
+            return self._checks(slim, what, batch, notes, lacks, wider, random, exact, shapes)
+        finally:
+            self._found.pop(id(slim), None)
+
+    def _checks(
+        self, slim: nn.Module, what: str, batch: bool, notes: list[str] | None, lacks: Any, wider: Wider | None,
+        random: bool, exact: bool, shapes: Sequence[Sequence[tuple[int, ...]]],
+    ) -> list[Check]:  # fmt: skip
+        self._require_own(slim)
+        exact = exact and self.dtype != torch.float64
+        brief = self.brief and exact and self._in_float64()
+        drawn = self._drawn(what, batch and not brief, notes, lacks) if random else []
+        wide = [name for name in drawn if name != self._batch] or ([RANDOM] if drawn else [])
+        checks: list[Check] = []
+        if not brief:
+            stage(f"{what}: comparing in {_name(self.dtype)}")
+            sizes = {f"sizes {', '.join(map(str, shape))}": shape for shape in shapes}
+            self._shapes.update(sizes)
+            checks = self._compare(slim, [EXAMPLE, *drawn, *sizes], what, notes)
+        if exact and self._in_float64():
+            stage(f"{what}: comparing in float64")
+            checks += self._compare_wide(slim, [EXAMPLE, *wide], what, wider)
+        return checks
+
+    def _run(self, module: nn.Module, given: Any, wide: bool = False) -> list[Tensor]:
+        """Run a module, and look only once at what it holds."""
+        if id(module) not in self._found:
+            self._found[id(module)] = module, Found(module, self.dummy_input)
+        return run(module, given, wide, self._found[id(module)][1])
+
+    def _drawn(self, what: str, batch: bool, notes: list[str] | None, lacks: Any) -> list[str]:
+        """The random inputs to compare on."""
+        if batch and self._batch is not None and self._outputs(self._batch) is not None:
+            return [self._batch]
+        if lacks is None:
+            return [RANDOM]
+        fitting = []
+        for name in (RANDOM, ANOTHER):  # one may be of another kind than the example
+            missing = lacks(self._input(name))
+            if missing is None:
+                fitting.append(name)
+            elif notes is not None:
+                notes.append(f"{what} was not compared on {name}: {missing}")
+        return fitting
+
+    @cached_property
+    def _batch(self) -> str | None:
+        size = self._size
+        return None if size is None else f"batch of {size + 2}"
+
+    @property
+    def _size(self) -> int | None:
+        first = next(t for t in tree_leaves(self.dummy_input) if isinstance(t, Tensor))
+        return first.shape[0] if first.ndim else None
+
+    def _input(self, name: str) -> Any:
+        if name == EXAMPLE:
+            return self.dummy_input
+        if name in self._shapes:
+            return random_like(self.dummy_input, 1, shapes=self._shapes[name])
+        if name in (RANDOM, ANOTHER):
+            return random_like(self.dummy_input, int(name == ANOTHER))
+        return random_like(self.dummy_input, 0, (self._size or 0) + 2)
+
+    def _outputs(self, name: str) -> list[Tensor] | None:
+        """What the full model gives; ``None`` if it does not take the input."""
+        if name not in self._given:
+            self._given[name] = self._thinned(name, lambda: self._run(self.model, self._input(name)))
+        return self._given[name]
+
+    def _thinned(self, name: str, give: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+        try:
+            outputs = give()
         except Exception as failure:  # inputs may have to fit together, as the number of image tokens does
-            if name == "the example" or out_of_memory(failure):
+            if name == EXAMPLE or out_of_memory(failure):
                 raise
             log.info("the full model does not take %s: %s", name, failure)
-            continue
-        if left is not None:
-            expected = [_thinner(x, masks) for x, masks in zip(expected, left, strict=True)]
+            return None
+        if self.left is not None:
+            outputs = [_thinner(x, masks) for x, masks in zip(outputs, self.left, strict=True)]
+        return outputs
+
+    def _compare(self, slim: nn.Module, tries: Sequence[str], what: str, notes: list[str] | None) -> list[Check]:
+        checks = []
+        for name in tries:
+            expected = self._outputs(name)
+            if expected is None:
+                continue
+            try:
+                found = self._run(slim, self._input(name))
+            except Exception as failure:
+                if notes is None or name not in (self._batch, *self._shapes):
+                    raise
+                only = "takes the batch size of the example only" if name == self._batch else f"does not take {name}"
+                note = f"{what} {only}: {str(failure).splitlines()[0]}"
+                notes.extend([] if note in notes else [note])
+                checks += self._compare(slim, [RANDOM], what, notes) if name == self._batch else []
+                continue
+            checks.append(_checked(f"{what} on {name}", self.dtype, expected, found))
+        return checks
+
+    # --- in float64 ---------------------------------------------------------------------------------------------------
+
+    def insist(self) -> None:
+        """Make sure of float64 where it was asked for.
+
+        Raises:
+            VerificationError: The model does not run in it.
+        """
+        if self.float64 is True and self.dtype != torch.float64:
+            self._in_float64()
+
+    def _in_float64(self) -> bool:
+        """Whether there is something to compare with in float64: the outputs on the example are known then."""
+        if self.float64 is False:
+            self._lacks_float64("float64=False")
+        elif EXAMPLE not in self._wide:
+            self._start_wide()
+        return bool(self._wide.get(EXAMPLE))
+
+    def _start_wide(self) -> None:
+        self._wide[EXAMPLE] = None
+        largest = max((p.numel() for p in self.model.parameters()), default=0)
+        failure: Exception | None = None
+        for copied in (False, True):
+            needed = 8 * (sum(p.numel() for p in self.model.parameters()) + largest if copied else 2 * largest)
+            free = available(self.model)
+            if self.float64 == "auto" and free is not None and needed > free:
+                self._lacks_float64(f"it would take {size_of(needed)} of memory, and {size_of(free)} are free")
+                return
+            try:
+                if copied:
+                    self._full64 = in_double(self.model)
+                self._wide[EXAMPLE] = self._thinned(EXAMPLE, lambda: self._run_full64(EXAMPLE))
+                return
+            except Exception as raised:
+                if out_of_memory(raised) and self.float64 is True:
+                    raise
+                failure, self._full64 = raised, None
+        assert failure is not None
+        if self.float64 is True:
+            raise VerificationError(
+                f"{type(self.model).__name__} does not run in float64: {first_line(failure)}\n"
+                "  effect  the proof that was asked for cannot be made, and nothing was written\n"
+                "  to fix  float64='auto', or see that error: some code states a dtype"
+            ) from failure
+        self._lacks_float64(f"the model does not run in it ({first_line(failure, 80)})")
+
+    def _lacks_float64(self, why: str) -> None:
+        note = f"compared in {_name(self.dtype)} only, not in float64: {why}"
+        log.info(note)
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _run_full64(self, name: str) -> list[Tensor]:
+        given = double_input(self._input(name))
+        return self._run(self.model, given, wide=True) if self._full64 is None else self._run(self._full64, given)
+
+    def _outputs_wide(self, name: str) -> list[Tensor] | None:
+        if name not in self._wide:
+            self._wide[name] = self._thinned(name, lambda: self._run_full64(name))
+        return self._wide[name]
+
+    def _compare_wide(self, slim: nn.Module, tries: Sequence[str], what: str, wider: Wider | None) -> list[Check]:
+        checks = self._compared_wide(slim, tries, what, wider)
+        if all(c.passed for c in checks) or self._full64 is not None or not self._fits(slim):
+            return checks
+        # what a forward writes to its parameters is rounded unless they are wide themselves
+        log.info("compared once more, with copies in float64")
+        self._full64 = in_double(self.model)
+        self._wide.clear()
+        return self._compared_wide(in_double(slim) if wider is None else slim, tries, what, wider)
+
+    def _fits(self, slim: nn.Module) -> bool:
+        free = available(self.model)
+        needed = 8 * sum(p.numel() for module in (self.model, slim) for p in module.parameters())
+        return self.float64 is True or free is None or needed < free
+
+    def _compared_wide(self, slim: nn.Module, tries: Sequence[str], what: str, wider: Wider | None) -> list[Check]:
+        if wider is not None:
+            with torch.no_grad(), widening():
+                slim = wider(self.model if self._full64 is None else self._full64)
+        checks = []
+        for name in tries:
+            expected = self._outputs_wide(name)
+            if expected is not None:
+                found = self._run_wide(slim, double_input(self._input(name)))
+                checks.append(_checked(f"{what} on {name}", torch.float64, expected, found))
+        return checks
+
+    def _run_wide(self, slim: nn.Module, given: Any) -> list[Tensor]:
         try:
-            found = run(slim, given)
-        except Exception as failure:
-            if notes is None or not name.startswith(("batch", "sizes")):
+            return self._run(slim, given, wide=True)
+        except Exception as failure:  # code that compares dtypes of its own
+            if out_of_memory(failure):
                 raise
-            only = "takes the batch size of the example only" if name.startswith("batch") else f"does not take {name}"
-            note = f"{what} {only}: {str(failure).splitlines()[0]}"
-            notes.extend([] if note in notes else [note])
-            continue
-        error = relative_error(expected, found)
-        checks.append(Check(f"{what} on {name}", str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3)))
-    return checks
+            return run(in_double(slim), given)
+
+    # --- what a comparison would not show -----------------------------------------------------------------------------
+
+    def idle(self) -> list[int]:
+        """Outputs that are the same for every input, or zero: a slim model cannot differ in them."""
+        runs = [x for table in (self._given, self._wide) for x in table.values() if x is not None]
+        return [i for i in self.floating if not any(t[i].any() for t in runs) or self._constant(i)]
+
+    @property
+    def floating(self) -> list[int]:
+        """Outputs that hold numbers with a fraction."""
+        outputs = self._given.get(EXAMPLE) or self._wide.get(EXAMPLE) or ()
+        return [i for i, x in enumerate(outputs) if x.is_floating_point() and x.numel()]
+
+    def _constant(self, i: int) -> bool:
+        """Whether an output is the same for the example and for the random inputs, which differ."""
+        others = [
+            (table[EXAMPLE], x, name)
+            for table in (self._given, self._wide)
+            for name, x in table.items()
+            if name != EXAMPLE and x is not None and table.get(EXAMPLE) is not None
+        ]
+        said = False
+        for first, other, name in others:
+            assert first is not None
+            a, b = first[i], other[i]
+            if a.ndim != b.ndim or a.shape[1:] != b.shape[1:] or not self._differs(name):
+                continue
+            n = min(len(a), len(b)) if a.ndim else None
+            if not torch.equal(*((a, b) if n is None else (a[:n], b[:n]))):
+                return False
+            said = True
+        return said
+
+    def _differs(self, name: str) -> bool:
+        """Whether an input is another than the example."""
+        pairs = zip(tree_leaves(self._input(name)), tree_leaves(self.dummy_input), strict=True)
+        tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.ndim]
+        return any(not torch.equal(a[: len(b)], b) for a, b in tensors)
+
+    def _require_own(self, slim: nn.Module) -> None:
+        """Refuse a slim model whose forward runs the full one: a function that was put there may hold on to that.
+
+        Raises:
+            EmitterError: It does.
+        """
+        patched = [m for m in slim.modules() if "forward" in vars(m) and not isinstance(vars(m)["forward"], Told)]
+        if not patched or slim is self.model:
+            return
+        own = {id(m) for m in slim.modules()}
+        full = {
+            id(m): name
+            for name, m in self.model.named_modules()
+            if id(m) not in own and any(True for _ in m.parameters())
+        }
+        met: list[str] = []
+        with _watching(lambda module: met.extend([full[id(module)]] if id(module) in full else [])):
+            run(slim, self.dummy_input)
+        if met:
+            raise EmitterError(
+                f"a forward that was put into the model (model.forward = ...) runs {met[0] or 'the full model'} itself,"
+                " in the slim copy too\n"
+                "  effect  the slim model would compute with the full weights, so it is not handed out\n"
+                "  to fix  take it out before (del model.forward), or put a method there: types.MethodType(f, model)"
+            )
+
+
+EXAMPLE, RANDOM, ANOTHER = "the example", "random input", "another random input"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _checked(what: str, dtype: torch.dtype, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Check:
+    return Check(what, _name(dtype), relative_error(expected, found), TOLERANCE.get(dtype, 1e-3))
+
+
+@contextmanager
+def _watching(see: Callable[[nn.Module], object]) -> Iterator[None]:
+    """While inside, every module that runs is shown."""
+
+    def seen(module: nn.Module, _: Any) -> None:
+        see(module)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(seen)
+    try:
+        with warnings.catch_warnings():  # compiled submodules mind the hook
+            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+            yield
+    finally:
+        hook.remove()
+
+
+def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", **how: Any) -> list[Check]:
+    """Compare a slim model with the zeroed full one; options as for :class:`Reference` and its ``check``."""
+    own = {name: how.pop(name) for name in ("left", "float64") if name in how}
+    return Reference(full, dummy_input, **own).check(slim, what, **how)
 
 
 def _thinner(x: Tensor, masks: Sequence[NDArray[np.bool_]]) -> Tensor:
@@ -293,7 +645,7 @@ def _thinner(x: Tensor, masks: Sequence[NDArray[np.bool_]]) -> Tensor:
 
 
 def require(checks: Sequence[Check]) -> float:
-    """The largest float64 error (or the largest of all, without float64).
+    """The largest float64 error (or the largest of all, without float64); NaN if nothing was compared.
 
     Raises:
         VerificationError: A comparison failed.
@@ -312,4 +664,4 @@ def require(checks: Sequence[Check]) -> float:
             )
         )
     exact = [c.error for c in checks if c.dtype == "float64"]
-    return max(exact or [c.error for c in checks], default=0.0)
+    return max(exact or [c.error for c in checks], default=float("nan"))

@@ -52,9 +52,14 @@ _DEEP = 5  # how many steps away a thing may be from a module or a namespace
 
 
 @contextmanager
-def as_found(model: nn.Module, given: Any = None) -> Iterator[Found]:
-    """Eval mode inside. Afterwards the model and ``given`` are as they were, and so is the state of torch."""
-    found = Found(model, given)
+def as_found(model: nn.Module, given: Any = None, found: Found | None = None) -> Iterator[Found]:
+    """Eval mode inside, and forwards as the classes have them. Afterwards the model and ``given`` are as they were, and
+    so is the state of torch.
+
+    Args:
+        found: What they hold, if somebody has looked already and nothing has changed since.
+    """
+    found = Found(model, given) if found is None else found
     fastpath = torch.backends.mha.get_fastpath_enabled()
     dtype, python, numpy = torch.get_default_dtype(), random.getstate(), np.random.get_state()  # noqa: NPY002
     cuda = sorted(
@@ -66,6 +71,7 @@ def as_found(model: nn.Module, given: Any = None) -> Iterator[Found]:
             torch.backends.mha.set_fastpath_enabled(False)
             for module in model.modules():
                 module.training = False
+            _see_through(model)
             yield found
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -73,6 +79,28 @@ def as_found(model: nn.Module, given: Any = None) -> Iterator[Found]:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
             found.put_back()
+
+
+def _see_through(model: nn.Module) -> None:
+    """Let modules run as their classes have it, where something was wrapped around that.
+
+    Trainers leave ``module.forward = wrapper(module.forward)`` behind: autocast, casts of the outputs, a compiler. Each
+    layer says with ``__wrapped__`` what it is around. What takes the place of a forward, and names none, stays. So does
+    everything where parameters are on several devices, for then wrappers carry tensors from one to the other.
+    """
+    if len({p.device for p in model.parameters()}) > 1:
+        return
+    for module in model.modules():
+        vars(module).pop("_compiled_call_impl", None)  # of ``module.compile()``
+        forward, steps = vars(module).get("forward"), 0
+        while forward is not None and steps < _LAYERS:
+            if getattr(forward, "__func__", forward) is type(module).forward:
+                del vars(module)["forward"]
+                break
+            forward, steps = getattr(forward, "__wrapped__", None), steps + 1
+
+
+_LAYERS = 100  # of wrappers; more would be a circle
 
 
 class Found:

@@ -274,8 +274,61 @@ def test_a_manifest_that_was_edited_deletes_nothing(tmp_path):
     content = json.loads((out / MANIFEST).read_text())
     content["files"]["mine"] = content["files"]["note.txt"]
     (out / MANIFEST).write_text(json.dumps(content))
-    save(out)
-    assert (out / "mine").exists()
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(ArtefactError, match=r"no artefact has written[^$]*nothing was saved[^$]*to fix"):
+        save(out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+FOREIGN = {
+    "beside no artefact": lambda out: (out / MANIFEST).unlink(),
+    "beside an artefact that has no such file": lambda out: forge(out, lambda m: m["files"].pop("note.txt")),
+    "instead of ours": lambda out: (out / "note.txt").write_text("mine, not yours"),
+    "of the same size": lambda out: (out / "note.txt").write_text("a further time"),
+    "a link to elsewhere": lambda out: ((out / "note.txt").rename(out / "mine"), (out / "note.txt").symlink_to("mine")),
+    "a link to nowhere": lambda out: ((out / "note.txt").unlink(), (out / "note.txt").symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+def test_what_no_artefact_has_written_is_never_replaced(tmp_path, make):
+    out = save(tmp_path / "out")
+    make(out)
+    before = {p.name: (p.is_symlink(), p.read_bytes() if p.exists() else b"") for p in out.iterdir()}
+    with pytest.raises(ArtefactError, match=r"holds .*note\.txt"):
+        artefact.check_out_dir(out, ["note.txt"])
+    with pytest.raises(ArtefactError, match=r"holds .*note\.txt"):
+        save(out)
+    assert {p.name: (p.is_symlink(), p.read_bytes() if p.exists() else b"") for p in out.iterdir()} == before
+
+
+def test_what_was_ours_and_was_changed_is_not_deleted(tmp_path):
+    out = save(tmp_path / "out")
+    (out / "note.txt").write_text("mine now")
+    with writing(out) as draft:
+        draft.tensors("model.safetensors", {"v": torch.ones(1)})
+        draft.commit({})
+    assert (out / "note.txt").read_text() == "mine now" and "note.txt" not in reading(out).manifest["files"]
+
+
+def test_names_that_are_not_there_may_be_written(tmp_path):
+    (tmp_path / "log.csv").write_text("mine")
+    artefact.check_out_dir(tmp_path, ["model.safetensors"])
+    artefact.check_out_dir(save(tmp_path / "out"), ["model.safetensors", "note.txt"])
+
+
+def test_what_is_read_back_is_compared_bit_by_bit(tmp_path, monkeypatch):
+    real = artefact.safetensors.torch.save_file
+
+    def wrong(tensors, path):
+        real({name: t.clone().neg_() if name == "w" else t for name, t in tensors.items()}, path)
+
+    monkeypatch.setattr(artefact.safetensors.torch, "save_file", wrong)
+    nan = torch.tensor([float("nan"), 0.0])
+    save(tmp_path / "fine", v=nan)
+    with pytest.raises(ArtefactError, match=r"model\.safetensors reads otherwise than it was written \(w\)"):
+        save(tmp_path / "out", v=nan, w=torch.zeros(2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_commit_the_old_artefact_is_as_it_was(tmp_path):

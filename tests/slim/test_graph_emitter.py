@@ -150,7 +150,7 @@ def test_a_batch_that_only_the_extra_check_tries_is_a_note(monkeypatch: pytest.M
     subnet = oto.construct_subnet(emitter="graph")
     (note,) = subnet.notes
     assert note.startswith("slim takes the batch size of the example only") and f"note: {note}" in str(subnet)
-    assert subnet.max_error < 1e-12 and len(subnet.checks) == 3
+    assert subnet.max_error < 1e-12 and "slim on random input" in {c.what for c in subnet.checks}
 
 
 class Padded(nn.Module):

@@ -1,0 +1,77 @@
+"""A line for long work: which stage it is in, and for how long. It appears after two seconds, on a terminal or in a
+notebook. ``OTO_DISABLE_TQDM=1`` keeps it away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 2.0
+"""Seconds before anything is shown."""
+
+
+class _Stages:
+    """The stages of one piece of work. A stage may take minutes in one call, so a thread keeps the line alive."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.text, self.start = title, title, time.time()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.show, daemon=True)
+        self.thread.start()
+
+    def show(self) -> None:
+        if self.over.wait(PATIENCE):
+            return
+        from tqdm.auto import tqdm
+
+        with tqdm(desc=self.text, bar_format="{desc} [{elapsed}]", leave=False, file=sys.stderr) as bar:
+            bar.start_t = self.start
+            while not self.over.wait(0.5):
+                bar.set_description_str(self.text)
+
+    def close(self) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+_running: ContextVar[_Stages | None] = ContextVar("running", default=None)
+
+
+@contextmanager
+def stages(title: str) -> Iterator[None]:
+    """While inside, what :func:`stage` names is shown. One within another shows in the outer one."""
+    if _running.get() is not None or not _wanted():
+        yield
+        return
+    running = _Stages(title)
+    token = _running.set(running)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+        running.close()
+
+
+def stage(name: str) -> None:
+    """The next stage of whatever is running begins."""
+    log.debug(name)
+    running = _running.get()
+    if running is not None:
+        running.text = f"{running.title}: {name}"
+
+
+def _wanted() -> bool:
+    if os.environ.get("OTO_DISABLE_TQDM", "").lower() not in ("", "0", "false"):
+        return False
+    shell = sys.modules.get("IPython")
+    kernel = shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+    return kernel or (sys.stderr is not None and sys.stderr.isatty())

@@ -1,0 +1,399 @@
+"""What a slim model costs to make: runs of the full one, memory, files; and what is said when the proof falls short."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import math
+import pickle
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from oto import OTO, load_subnet, progress
+from oto.errors import ArtefactError, EmitterError, OptionError, UnknownParameterError, VerificationError
+from oto.slim import verify
+from oto.slim.verify import Reference, in_double, relative_error, run
+
+X = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A full model that writes down its runs: dtype of the input, and size of the batch."""
+
+    runs: list[tuple[torch.dtype, int]] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm, self.down = nn.Linear(5, 16), nn.LayerNorm(16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up.weight.shape[0] == 16 and not x.is_meta:
+            Net.runs.append((x.dtype, len(x)))
+        return self.down(torch.relu(self.norm(self.up(x))))
+
+
+def zeroed(model: nn.Module | None = None, x: Tensor = X, **options: object) -> OTO:
+    oto = OTO(Net() if model is None else model, x, **options)
+    oto.random_set_zero_groups(0.5)
+    return oto
+
+
+def files(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# Runs and memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", [False, True])
+def test_the_full_model_runs_once_for_each_input_and_dtype(tmp_path, program):
+    oto = zeroed()
+    Net.runs.clear()
+    subnet = oto.construct_subnet(tmp_path / "out", program=program)
+    f32, f64 = torch.float32, torch.float64
+    assert sorted(Net.runs, key=repr) == [(f32, 2), (f32, 4), (f64, 2), (f64, 2)]
+    said = [c.what for c in subnet.checks]
+    assert len([what for what in said if what.startswith("reloaded program")]) == 4 * program
+    assert "reloaded on the example" in said and subnet.max_error < 1e-12
+
+
+def test_float64_takes_no_copy(monkeypatch):
+    monkeypatch.setattr(verify, "in_double", None)  # cannot be called
+    subnet = zeroed().construct_subnet()
+    assert {c.dtype for c in subnet.checks} == {"float32", "float64"} and subnet.max_error < 1e-12
+
+
+def test_a_model_that_compares_dtypes_itself_is_copied_in_float64():
+    class Picky(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype != self.up.weight.dtype:
+                raise TypeError("another dtype")
+            return super().forward(x)
+
+    subnet = zeroed(Picky()).construct_subnet()
+    assert {c.dtype for c in subnet.checks} == {"float32", "float64"} and subnet.max_error < 1e-12
+
+
+def test_what_a_forward_writes_to_a_buffer_is_not_rounded():
+    class Cached(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(4, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache[: len(x)] = self.up(x)
+            return self.down(torch.relu(self.cache[: len(x)]))
+
+    model = Cached()
+    wide = Reference(model, X)
+    wide.check(copy.deepcopy(model))
+    assert relative_error(run(in_double(model), X.double()), wide._wide["the example"]) < 1e-15
+    assert model.cache.dtype == torch.float32 and not model.cache.any()
+
+
+def test_what_a_forward_writes_to_a_parameter_is_compared_in_copies():
+    class Written(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.up.bias.data.add_(1 / 3).sub_(1 / 3)
+            return super().forward(x * self.up.bias.mean())
+
+    model = Written()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    slim = in_double(model)  # as a slim model might be that rounds less
+    assert all(c.passed for c in Reference(model, X).check(slim.float()))
+
+
+def test_a_copy_in_float64_is_the_module_in_float64():
+    model = nn.Sequential(nn.Linear(5, 4), nn.LSTM(4, 3), nn.Identity())
+    model[2].weight = model[0].weight  # tied
+    model.register_buffer("halves", torch.ones(2).half())
+    wide = in_double(model)
+    assert {p.dtype for p in (*wide.parameters(), *wide.buffers())} == {torch.float64}
+    assert wide[2].weight is wide[0].weight and model[0].weight.dtype == torch.float32
+    assert wide[1](torch.ones(2, 4).double())[0].dtype == torch.float64
+
+
+# What the proof may leave out, and how it is told --------------------------------------------------------------------
+
+
+def test_float64_where_it_fits(monkeypatch):
+    monkeypatch.setattr(verify, "available", lambda model: 100)
+    subnet = zeroed().construct_subnet()
+    (note,) = subnet.notes
+    assert "compared in float32 only" in note and "100" not in str({c.dtype for c in subnet.checks})
+    assert {c.dtype for c in subnet.checks} == {"float32"} and f"note: {note}" in str(subnet)
+    assert {c.dtype for c in zeroed().construct_subnet(float64=True).checks} == {"float32", "float64"}
+
+
+def test_float64_can_be_left_out_or_insisted_on():
+    subnet = zeroed().construct_subnet(float64=False)
+    assert {c.dtype for c in subnet.checks} == {"float32"} and "float64=False" in str(subnet)
+
+    class Narrow(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.float32
+            return super().forward(x)
+
+    oto = zeroed(Narrow())
+    subnet = oto.construct_subnet()
+    assert any("does not run in it (AssertionError" in note for note in subnet.notes)
+    with pytest.raises(VerificationError, match=r"Narrow does not run in float64[^$]*to fix"):
+        oto.construct_subnet(float64=True)
+    with pytest.raises(OptionError, match="float64 is 'maybe'"):
+        oto.construct_subnet(float64="maybe")
+
+
+def test_without_a_proof_the_table_says_so(tmp_path):
+    oto = zeroed()
+    Net.runs.clear()
+    subnet = oto.construct_subnet(tmp_path / "out", verify=False)
+    assert not Net.runs and not subnet.checks and math.isnan(subnet.max_error) and "not verified" in str(subnet)
+    assert relative_error(run(oto.model, X), run(load_subnet(subnet.path, Net), X)) < 1e-5
+
+
+def test_without_a_proof_a_class_that_cannot_do_it_is_still_found_out():
+    class Sized(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x)).view(-1, 16))
+
+    subnet = zeroed(Sized(), everything=True).construct_subnet(verify=False)
+    assert subnet.emitter == "graph" and not subnet.checks
+
+
+class Headed(Net):
+    """A head that starts at zero, as some transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.down.weight)
+        nn.init.ones_(self.down.bias)
+
+
+@pytest.mark.parametrize("emitter", ["module", "graph", "recording"])
+def test_an_output_that_is_constant_is_told_and_compared_once_more(emitter):
+    oto = zeroed(Headed())
+    before = copy.deepcopy(oto.model.state_dict())
+    subnet = oto.construct_subnet(emitter=emitter)
+    (note,) = [note for note in subnet.notes if "is the same for every input" in note]
+    assert "output 0" in note and note in str(subnet)
+    assert [c for c in subnet.checks if "other numbers" in c.what and c.dtype == "float64"] and subnet.max_error < 1e-12
+    assert all(torch.equal(before[name], tensor) for name, tensor in oto.model.state_dict().items())
+    assert not subnet.model.get_parameter("down.weight").any()
+
+
+def test_a_mistake_behind_a_constant_output_is_found(monkeypatch):
+    from oto.slim import construct
+
+    thin = construct.thin_tensors
+
+    def shuffled(*given: object) -> dict[str, Tensor]:
+        return {name: t.flip(0) if name == "up.weight" else t for name, t in thin(*given).items()}
+
+    monkeypatch.setattr(construct, "thin_tensors", shuffled)
+    with pytest.raises(EmitterError, match="cannot be thinned as its own class: VerificationError"):
+        zeroed(Headed()).construct_subnet(emitter="module")
+
+
+def test_an_output_that_is_constant_by_design_is_no_news():
+    class Two(Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), torch.arange(3.0)
+
+    subnet = zeroed(Two()).construct_subnet()
+    assert not subnet.notes and not [c for c in subnet.checks if "other numbers" in c.what]
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_that_was_not_asked_for(tmp_path):
+    oto = zeroed()
+    assert files(oto.construct_subnet(tmp_path / "out").path) == {"model.safetensors", "oto.json"}
+    assert oto.full_group_sparse_model_path is None
+    with pytest.raises(ArtefactError, match=r"holds no model\.pt2: it was not asked for .*program=True[^$]*make_model"):
+        load_subnet(tmp_path / "out")
+    subnet = oto.construct_subnet(tmp_path / "out", program=True, save_full=True)
+    assert files(subnet.path) == {"model.safetensors", "oto.json", "model.pt2", "full_group_sparse.safetensors"}
+    assert oto.full_group_sparse_model_path.exists()
+    assert relative_error(run(oto.model, X), run(load_subnet(tmp_path / "out"), X)) < 1e-5
+    assert files(oto.construct_subnet(tmp_path / "out").path) == {"model.safetensors", "oto.json"}
+
+
+def test_a_graph_is_saved_as_a_program(tmp_path):
+    oto = zeroed()
+    assert "model.pt2" in files(oto.construct_subnet(tmp_path / "a", emitter="graph").path)
+    assert "model.pt2" not in files(oto.construct_subnet(tmp_path / "b", emitter="graph", program=False).path)
+
+
+def test_a_program_that_was_asked_for_and_cannot_be_written(tmp_path, monkeypatch):
+    from oto.io import subnet
+
+    monkeypatch.setattr(subnet, "read_program", lambda path: nn.Linear(5, 3))
+    with pytest.raises(EmitterError, match=r"model\.pt2 was asked for, and cannot be written: [^$]*relative error"):
+        zeroed().construct_subnet(tmp_path / "out", program=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "oto.json", "full_group_sparse.safetensors", "model.pt2"])
+def test_a_file_of_the_users_is_never_replaced(tmp_path, monkeypatch, name):
+    oto = zeroed()
+    (tmp_path / name).write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("oto.api.read_zeros", None)  # before any work
+        with pytest.raises(ArtefactError, match=rf"holds {name}, which no artefact has written[^$]*to fix"):
+            oto.construct_subnet(tmp_path, program=True, save_full=True)
+    assert files(tmp_path) == {name} and (tmp_path / name).read_text() == "mine"
+
+
+# Models that trainers have had in their hands ------------------------------------------------------------------------
+
+
+class Unpicklable:
+    """As a trainer leaves it: it casts what a forward gives, and refuses to be copied."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        self.forward = forward
+        functools.update_wrapper(self, forward)
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.forward(*args, **kwargs).float()
+
+    def __getstate__(self) -> None:
+        raise pickle.PicklingError("cannot be copied")
+
+
+def wrapped_as_trainers_do(model: nn.Module) -> object:
+    outer = Unpicklable(type(model).forward)
+
+    @functools.wraps(outer)
+    def forward(*args: object, **kwargs: object) -> Tensor:
+        return outer(*args, **kwargs)
+
+    return types.MethodType(forward, model)
+
+
+WRAPPERS = {
+    "autocast": wrapped_as_trainers_do,
+    "compiled": lambda model: torch.compile(model.forward, backend="eager"),
+    "hooked": lambda model: functools.update_wrapper(functools.partial(type(model).forward, model), model.forward),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("emitter", ["module", "graph"])
+def test_what_is_wrapped_around_a_forward_is_seen_through(tmp_path, wrap, before, emitter):
+    model = Net()
+    if before:
+        model.forward = wrap(model)
+    oto = zeroed(model)
+    if not before:
+        model.forward = wrap(model)
+    patched = vars(model)["forward"]
+    subnet = oto.construct_subnet(tmp_path / "out", emitter=emitter)
+    assert subnet.max_error < 1e-12 and vars(model)["forward"] is patched
+    if emitter == "module":
+        assert type(subnet.model) is Net and "forward" not in vars(subnet.model)
+    plain = Net()
+    plain.load_state_dict(model.state_dict())
+    assert relative_error(run(plain, X), run(subnet.model, X)) < 1e-5
+
+
+def test_a_real_trainer_leaves_its_autocast(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, accelerator = Net(), accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    oto = OTO(model, X)
+    prepared = accelerator.prepare(model)
+    assert "forward" in vars(prepared)
+    oto.random_set_zero_groups(0.5)
+    assert oto.construct_subnet(tmp_path / "out").max_error < 1e-12
+
+
+def test_a_compiled_module_is_compared_as_it_is():
+    model = Net()
+    oto = zeroed(model)
+    model.compile(backend=lambda graph, given: 1 / 0)
+    subnet = oto.construct_subnet()
+    assert subnet.max_error < 1e-12 and vars(model)["_compiled_call_impl"] is not None
+
+
+def test_a_forward_that_holds_on_to_the_full_model_is_named():
+    model = Net()
+    inner = model.forward
+    model.forward = lambda x: inner(x) * 2
+    oto = zeroed(model, everything=True)
+    with pytest.raises(EmitterError, match=r"a forward that was put into the model .* runs up itself"):
+        oto.construct_subnet(emitter="module")
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_a_model_that_was_cast_since(cast):
+    oto = zeroed()
+    getattr(oto.model, cast)()
+    subnet = oto.construct_subnet()
+    dtype = next(oto.model.parameters()).dtype
+    assert subnet.model.up.weight.dtype == dtype and oto.dummy_input.dtype == torch.float32
+    assert {c.dtype for c in subnet.checks} == {str(dtype).removeprefix("torch."), "float64"}
+    assert subnet.max_error < 1e-12
+
+
+def test_a_model_whose_parameters_are_others_now():
+    oto = zeroed()
+    oto.model.up = nn.Linear(5, 8)  # as a trainer does that keeps a piece of it
+    with pytest.raises(UnknownParameterError, match=r"Net has changed since OTO\(\.\.\.\) was made: no .*up\.weight"):
+        oto.construct_subnet()
+
+
+def test_a_model_that_is_spread_over_processes(monkeypatch):
+    oto = zeroed()
+    monkeypatch.setattr(nn.Parameter, "full_tensor", lambda self: self, raising=False)
+    with pytest.raises(EmitterError, match=r"spread over processes: .*up\.weight[^$]*gather"):
+        oto.construct_subnet()
+
+
+# What is shown meanwhile ---------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])
+def test_long_work_shows_its_stages_on_a_terminal(monkeypatch, patience, shown):
+    terminal, seen = Terminal(), []
+    monkeypatch.setattr(progress, "PATIENCE", patience)
+    monkeypatch.delenv("OTO_DISABLE_TQDM", raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    class Slow(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            running = progress._running.get()
+            if running is not None:
+                seen.append(running.text)
+                if shown:
+                    running.over.wait(0.7)
+            return super().forward(x)
+
+    zeroed(Slow()).construct_subnet(float64=False, verify=False, emitter="graph")
+    assert seen and all(text.startswith("construct_subnet: ") for text in seen)
+    assert ("construct_subnet: exporting" in terminal.getvalue()) == shown
+
+
+def test_no_bar_where_nobody_looks(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    zeroed().construct_subnet()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("OTO_DISABLE_TQDM", "1")
+    with progress.stages("x"):
+        assert progress._running.get() is None
+    assert sys.stderr.getvalue() == "" and capsys.readouterr().err == ""
