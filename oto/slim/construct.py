@@ -315,7 +315,9 @@ def _of_its_class(source: Zeroed) -> Made:
         require(source.reference.check(slim, random=False, exact=False))
     checks = _proved(source, prove, notes)
     if source.verify and not edits.dropped:
-        proofs, short = heads_in_training(source.model, slim, source.dummy_input, source.partition, source.kept)
+        proofs, short = heads_in_training(
+            source.model, slim, source.dummy_input, source.partition, source.kept, bool(edits.told)
+        )  # fmt: skip
         checks, notes = [*checks, *proofs], [*notes, *short]
     descend(slim, source.model, Round.of(edits, tensors, source.kept))
     return Made("module", slim, edits, tensors, checks, notes=notes)

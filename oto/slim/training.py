@@ -63,14 +63,19 @@ def check_training(
 
 
 def heads_in_training(
-    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
+    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept, told: bool = False
 ) -> tuple[list[Check], list[str]]:
-    """Where parts of a model are used in training only: the proof that the slim one trains, or what falls short."""
+    """Where parts of a model are used in training only: the proof that the slim one trains, or what falls short.
+
+    Args:
+        told: Whether some of its calls are told sizes, in the order in which they are made in eval mode; in training
+            others of the same function might come before.
+    """
     graph = partition.found.graph
     if graph.untrained is not None:
         text = "parts that only training may use could not be followed, so the slim model may fail in train mode"
         return [], [f"{text} ({graph.untrained}); drop_unreached=True leaves them out"]
-    if graph.trained is None:
+    if graph.trained is None and not told:
         return [], []
     try:
         made = check_training(full, slim, dummy_input, partition, kept)
