@@ -49,9 +49,9 @@ MESSAGES = {
     "DamagedArtefactError": """
         oto = OTO(mlp(), x)
         oto.random_set_zero_groups(0.5)
-        oto.construct_subnet("slim")
-        Path("slim/model.safetensors").write_bytes(b"")
-        load_subnet("slim")
+        oto.construct_subnet("damaged")
+        Path("damaged/model.safetensors").write_bytes(b"")
+        load_subnet("damaged", mlp)
     """,
     "ClassChangedError": """
         oto = OTO(mlp(), x)
