@@ -42,8 +42,7 @@ MODELS: dict[str, zoo.Factory] = {
     "phi3": causal("Phi3", **GQA, **zoo.PAD),
     "gemma2": causal("Gemma2", **GQA, **zoo.PAD, head_dim=16, sliding_window=6),
     "gemma3": causal("Gemma3", "Gemma3TextConfig", **GQA, **zoo.PAD, head_dim=16, sliding_window=6),
-    "t5": zoo.from_config("T5ForConditionalGeneration", "T5Config", zoo.pair, **zoo.T5, decoder_start_token_id=0,
-                          tie_word_embeddings=False),
+    "t5": zoo.from_config("T5ForConditionalGeneration", "T5Config", zoo.pair, **zoo.T5, decoder_start_token_id=0),
     "bart": zoo.SEQ2SEQ["bart"],
     "whisper": zoo.AUDIO["whisper"],
     "mixtral": causal("Mixtral", **GQA, num_local_experts=4),
@@ -107,4 +106,5 @@ def test_the_tokens_of_the_zeroed_model(made: Made, options: dict[str, Any], bat
     found, own = generated(made.slim, given, **options)
     assert torch.equal(found, wanted)
     assert float((own - scores).abs().max() / scores.abs().max()) < 1e-5
-    assert float((scores[1:] - scores[:-1]).abs().amax((1, 2)).min()) > 1e-3 * float(scores.abs().max())
+    if batch > 1:  # or it would say little
+        assert float(scores.flatten(0, 1).std(0).max()) > 1e-3 * float(scores.abs().max())
