@@ -75,6 +75,7 @@ class _Search:
     groups: Sequence[NodeGroup]
     dummy_input: Any
     found: OwnClass = field(default_factory=OwnClass)
+    departures: dict[Any, Departure | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.graph = self.partition.found.graph
@@ -185,6 +186,15 @@ class _Search:
 
     def departure(self, seed: int) -> Departure | None:
         """Where the class, told what is known so far, first does something else than it should."""
+        own = self.found
+        told = (tuple(table.items()) for table in (own.stated, own.told, own.whole))
+        state = (seed, *told, tuple(own.absorbed), tuple(own.ties))
+        if state not in self.departures:  # what a try has found out is asked for again when the search goes on from it
+            recent = list(self.departures.items())[-2:]
+            self.departures = dict([*recent, (state, self._departure(seed))])
+        return self.departures[state]
+
+    def _departure(self, seed: int) -> Departure | None:
         thin = self.thin(seed)
         if self.script is None:
             tensors = {}
