@@ -71,7 +71,7 @@ from oto.slim.plan import read_zeros
 from oto.slim.recipe import Recipe
 from oto.slim.shrink import become, parts, require_there, same_groups, shrunk
 from oto.slim.unreached import unreached, within
-from oto.slim.verify import FLOAT64, Check, follow_model, require
+from oto.slim.verify import FLOAT64, Check, device_of, follow_model, require
 from oto.trace.found import as_found
 from oto.trace.record import record, told
 
@@ -313,6 +313,7 @@ class OTO:
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._made_for: Partition | None = None  # the analysis that it was made for, before any shrinking
         self._saved: Path | None = None
+        self._there = device_of(model.parameters())
         if skip_patterns:
             self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
         for node in self.partition.found.unknown:
@@ -824,7 +825,7 @@ class OTO:
             )
         other = object.__new__(OTO)
         then = {leaf.name: leaf.value.dtype for leaf in self.partition.found.graph.leaves if leaf.name in found}
-        given = follow_model(self.dummy_input, then, found)
+        given = follow_model(self.dummy_input, then, self._there, found)
         vars(other).update(vars(self), model=inner, dummy_input=given)
         return other
 

@@ -252,6 +252,8 @@ def slim(
     everything: Everything = False,
     layout: Layout = None,
     emitter: Annotated[str, typer.Option(help="auto, config, module, graph or recording")] = "auto",
+    program: Annotated[bool, typer.Option(help="write model.pt2, which loads without the class")] = True,
+    save_full: Annotated[bool, typer.Option("--save-full", help="write the zeroed full weights too")] = False,
     report: Annotated[bool, typer.Option("--report", help="write report.html into the artefact")] = False,
     save_pretrained: Annotated[
         Path | None, typer.Option(help="a new folder that from_pretrained loads; with --layout uniform")
@@ -263,7 +265,7 @@ def slim(
     oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
     """
     analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, layout=layout)
-    subnet = analysed.construct_subnet(out, emitter=emitter, report=report)
+    subnet = analysed.construct_subnet(out, emitter=emitter, program=program, save_full=save_full, report=report)
     if save_pretrained is not None:
         subnet.save_pretrained(save_pretrained)
     _result(subnet, subnet.to_dict(), as_json)

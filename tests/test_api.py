@@ -139,7 +139,7 @@ def test_an_average_of_the_weights_gives_a_slim_average(tmp_path, name):
     assert count_zeros(inner) == 7
     for (key, was), now in zip(before.state_dict().items(), inner.state_dict().values(), strict=True):
         assert bool(((now == was) | (now == 0)).all()), key  # nothing else was written
-    subnet = oto.construct_subnet(tmp_path / "slim", model=average)
+    subnet = oto.construct_subnet(tmp_path / "slim", model=average, program=True)
     assert subnet.notes == () and oto.compressed_model_path.is_file()
     inner.eval()
     with torch.no_grad():

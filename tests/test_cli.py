@@ -60,7 +60,7 @@ def artefact(here):
     model = named_model("cli_net:make")
     OTO(model, torch.randn(1, 3, 8, 8)).random_set_zero_groups(0.5)
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, "trained.pt")
-    done = call("slim", "trained.pt", "-m", "cli_net:make", "-i", "1x3x8x8", "--out", "slim")
+    done = call("slim", "trained.pt", "-m", "cli_net:make", "-i", "1x3x8x8", "--out", "slim", "--save-full")
     assert done.exit_code == 0, done.output
     return here / "slim"
 

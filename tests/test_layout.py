@@ -77,6 +77,7 @@ def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> No
         "errors": set(),
         "integrations": set(),
         "given": set(),
+        "progress": set(),
     }
 
 

@@ -128,7 +128,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-    subnet = oto.construct_subnet(out_dir=args.out)
+    subnet = oto.construct_subnet(out_dir=args.out, program=True)
     print(subnet, "\n")
 
     full, slim = model.cpu().eval(), subnet.model.cpu().eval()

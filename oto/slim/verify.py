@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -193,25 +193,35 @@ def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
     return worst
 
 
-def follow_model(dummy_input: Any, then: Mapping[str, torch.dtype], now: Mapping[str, Tensor]) -> Any:
-    """An example for a model that was cast or moved since.
+def follow_model(
+    dummy_input: Any, then: Mapping[str, torch.dtype], there: torch.device | None, now: Mapping[str, Tensor]
+) -> Any:
+    """An example for a model that was cast or moved since; what lay elsewhere than the model stays.
 
     Args:
         then: The dtype that each parameter had when the example fitted.
+        there: Where the parameters were, if they were in one place.
         now: The parameters.
     """
     became: dict[torch.dtype, set[torch.dtype]] = {}
     for name, dtype in then.items():
         became.setdefault(dtype, set()).add(now[name].dtype)
-    devices = {p.device for p in now.values()}
-    device = devices.pop() if len(devices) == 1 else None
+    device = device_of(now.values())
+    moves = None not in (device, there) and device != there and device != torch.device("meta")
 
     def moved(t: Tensor) -> Tensor:
         dtypes = became.get(t.dtype, set())
         dtype = next(iter(dtypes)) if len(dtypes) == 1 and t.is_floating_point() else t.dtype
-        return t if device is None or device.type == "meta" else t.to(device, dtype)
+        beside = moves and not t.is_meta and (t.device == there or there == torch.device("meta"))
+        return t.to(device if beside else t.device, dtype)
 
     return tree_map_only(Tensor, moved, dummy_input)
+
+
+def device_of(tensors: Iterable[Tensor]) -> torch.device | None:
+    """Where tensors are, if they are all in one place."""
+    devices = {t.device for t in tensors}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def random_like(dummy_input: Any, seed: int, batch: int | None = None,

@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     oto = OTO(Net(), torch.randn(2, 3), everything=True)
     oto.random_set_zero_groups(0.5)
     out = tmp_path_factory.mktemp("hostile") / "out"
-    oto.construct_subnet(out, emitter="module")
+    oto.construct_subnet(out, emitter="module", program=True, save_full=True)
     return out
 
 

@@ -231,7 +231,7 @@ def test_what_reads_otherwise_is_refused(subnet, tmp_path, monkeypatch):
 def test_the_artefact_of_a_stock_class_loads_too(tmp_path):
     oto = OTO(llama(), tokens(), layout="uniform")
     oto.random_set_zero_groups(0.5)
-    subnet = oto.construct_subnet(tmp_path / "out")
+    subnet = oto.construct_subnet(tmp_path / "out", program=True)
     again = load_subnet(tmp_path / "out", lambda: transformers.LlamaForCausalLM(oto.model.config))
     assert type(again) is type(oto.model) and again.config.hidden_size == subnet.model.config.hidden_size < 64
     x = tokens()

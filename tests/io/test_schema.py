@@ -38,7 +38,7 @@ def manifest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     oto = OTO(Net(), torch.randn(2, 3), everything=True)
     oto.random_set_zero_groups(0.5)
     out = tmp_path_factory.mktemp("out") / request.param
-    oto.construct_subnet(out, emitter=request.param)
+    oto.construct_subnet(out, emitter=request.param, program=True, save_full=True)
     return json.loads((out / "oto.json").read_text())
 
 

@@ -397,3 +397,16 @@ def test_no_bar_where_nobody_looks(monkeypatch, capsys):
     with progress.stages("x"):
         assert progress._running.get() is None
     assert sys.stderr.getvalue() == "" and capsys.readouterr().err == ""
+
+
+def test_an_example_follows_the_model_and_nothing_else():
+    meta, cpu = torch.device("meta"), torch.device("cpu")  # the only two places that every machine has
+    x, lengths = torch.randn(2, 3), torch.tensor([3, 1])
+    given, then = {"x": x, "lengths": lengths, "half": x.half()}, {"w": torch.float32}
+    followed = verify.follow_model(given, then, cpu, {"w": torch.zeros(1).bfloat16()})
+    assert [t.dtype for t in followed.values()] == [torch.bfloat16, torch.int64, torch.float16]
+    there = {"w": torch.zeros(1, device=meta)}
+    assert {t.device for t in verify.follow_model(given, then, cpu, there).values()} == {cpu}  # it has no values there
+    mixed = {"w": torch.float32, "v": torch.float32}
+    parts = {"w": torch.zeros(1).half(), "v": torch.zeros(1)}
+    assert verify.follow_model(given, mixed, cpu, parts)["x"].dtype == torch.float32
