@@ -208,10 +208,17 @@ class Script:
         if self.read < len(self.written) and self.written[self.read][0] is op:
             before = self.written[self.read][1]
             self.read += 1
-            for new, old, own in zip(leaves, before, decides, strict=False):
-                both = own and isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape
-                if both and 0 not in new.stride():  # an expanded one repeats what was put in its place before
+            for place, (new, old, own) in enumerate(zip(leaves, before, decides, strict=False)):
+                if not (own and isinstance(new, Tensor) and isinstance(old, Tensor)):
+                    continue
+                if new.shape != old.shape:  # how many there are is a decision, too
+                    leaves[place] = old.clone()
+                elif 0 not in new.stride():  # an expanded one repeats what was put in its place before
                     new.copy_(old)
+            if isinstance(result, Tensor):
+                return leaves[0]
+            if isinstance(result, tuple | list) and all(x is None or isinstance(x, Tensor) for x in result):
+                return type(result)(leaves)
             if len(leaves) == len(before) == 1 and not isinstance(result, Tensor | tuple | list):
                 return before[0]
         return result
