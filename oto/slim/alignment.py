@@ -93,8 +93,8 @@ class Alignment:
                 i, j = after, other
                 continue
             right = self.same(nodes[i], self.calls[j])
-            if right is not None and (after := self.idle(i)) is not None:
-                i = after
+            if right is not None and (beyond := self.idle(i)) is not None:
+                i = beyond
                 continue
             if right is not None:
                 return Departure(i, self.failure if j == len(self.calls) - 1 else None, right, self.calls[j])
