@@ -79,6 +79,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_from_the_trainer_to_a_pipeline(tmp_path: Path):
     pytest.importorskip("accelerate")
