@@ -56,6 +56,7 @@ class Choice:
         normalise: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALISE`.
         within: The criterion of weights by which the importance of a node group is shared out among its atoms, or
             ``None`` where each has its own.
+        everywhere: Whether that is so in all node groups, or only in those that a convolution reads.
         by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
         scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
         divisible: A node group that loses atoms keeps a multiple of this many.
@@ -70,6 +71,7 @@ class Choice:
     criteria: tuple[tuple[Saliency, float], ...]
     normalise: str
     within: Saliency | None
+    everywhere: bool
     by_cost: float
     scope: str
     divisible: int
@@ -112,8 +114,9 @@ class Choice:
             normalise, by_cost: See the attributes. By default 1 for the cost, and no normalisation, if ``saliency`` is
                 in the unit of the loss as the two Taylor terms are; else scores are divided by their means over each
                 node group, and costs do not count: a magnitude per MAC empties layers that stand beside each other.
-            within: ``"path_norm"`` by default if nothing is said about ``saliency``; ``"none"`` otherwise: each atom
-                has the score that was measured for it.
+            within: Where it is given, importance is shared out in all node groups; ``"none"``: each atom has the score
+                that was measured for it. By default ``"path_norm"`` in those that a convolution over images reads,
+                if nothing is said about ``saliency``, and else ``"none"``.
             average_steps: See the attributes; 1 for ``saliency="hesso"``.
 
         Raises:
@@ -144,6 +147,7 @@ class Choice:
             criteria,
             normalise or ("all" if published else "none" if comparable else "mean"),
             _within(within or (WITHIN if saliency is None else "none")),
+            within is not None,
             (BY_COST if comparable else 0.0) if by_cost is None else by_cost,
             scope,
             group_divisible,
@@ -190,7 +194,11 @@ class Choice:
         scores = importance(raw, [weight for _, weight in self.criteria], alive, self.sizes, self.normalise)
         if self.within is None:
             return scores
-        return shared_out(scores, raw_scores(entries, self.within, alive.device), alive, self.sizes)
+        by = raw_scores(entries, self.within, alive.device)
+        shares = torch.cat(
+            [torch.full((n,), self.everywhere or e.convolved) for e, n in zip(entries, self.sizes, strict=True)]
+        )
+        return torch.where(shares.to(alive.device), shared_out(scores, by, alive, self.sizes), scores)
 
     def select(self, scores: Tensor, alive: Tensor, share: float = 1.0) -> Tensor:
         """The atoms that go, bool, shape ``(N,)``, on the CPU.
@@ -293,7 +301,7 @@ class Choice:
             "min_kept": [group.min_kept for group in self.groups],
             "saliency": {_name(c): weight for c, weight in self.criteria},
             "normalise": self.normalise,
-            "within": None if self.within is None else _name(self.within),
+            "within": None if self.within is None else [_name(self.within), self.everywhere],
             "by_cost": self.by_cost,
         } | ({"layout": layout} if layout else {})
 
@@ -305,7 +313,8 @@ one layer can be compared with that in another, and divided by a cost."""
 
 WITHIN = "path_norm"
 """How the importance of a node group is shared out among its atoms. The sum over a group is measured well by a dozen
-batches; that of a single atom is not, and weights say more about it."""
+batches; that of a single atom is not, and weights say more about it. That was measured on
+convolutional networks; on a BERT it is the other way round (`docs/benchmarks/rivals.md`)."""
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
 """The choice where there are no gradients."""

@@ -38,11 +38,13 @@ class Entries:
         weights: One view per ``zeros`` slice, shape ``(size, *rest)``; row ``a`` belongs to atom ``a``.
         gradients: The same views of the gradients; ``None`` where a parameter has none.
         readers: One view per slice that reads an atom rather than writes it, such as the columns of the next layer.
+        convolved: Whether a convolution over two or more dimensions reads the atoms.
     """
 
     weights: Sequence[Tensor]
     gradients: Sequence[Tensor | None]
     readers: Sequence[Tensor] = ()
+    convolved: bool = False
 
     @classmethod
     def of(cls, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str] = ()) -> Entries:
@@ -57,9 +59,9 @@ class Entries:
             gradient = None if p.grad is None else piece.of(p.grad)
             weights.append(piece.of(p.data))
             gradients.append(-gradient if gradient is not None and piece.parameter in maximized else gradient)
-        reading = [piece for piece in group.slices if piece not in group.zeros]
-        readers = [piece.of(parameters[piece.parameter].data) for piece in reading if piece.parameter in parameters]
-        return cls(weights, gradients, [view for view in readers if view.dim() > 1])
+        reading = [piece for piece in group.slices if piece not in group.zeros and piece.parameter in parameters]
+        readers = [view for piece in reading if (view := piece.of(parameters[piece.parameter].data)).dim() > 1]
+        return cls(weights, gradients, readers, any(parameters[piece.parameter].dim() > 3 for piece in reading))
 
     @property
     def count(self) -> int:

@@ -190,18 +190,29 @@ def test_a_magnitude_empties_no_layer(oto):
     assert min(kept[name] / size for name, size in SIZES.items()) > 0.3
 
 
-def test_a_group_is_worth_what_was_measured_and_its_atoms_what_goes_through_them():
-    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+@pytest.mark.parametrize(
+    "kind, within, gone",
+    [("conv", None, [0, 3]), ("linear", None, [0, 1]), ("linear", "path_norm", [0, 3]), ("conv", "none", [0, 1])],
+)
+def test_a_group_is_worth_what_was_measured_and_its_atoms_what_goes_through_them(kind, within, gone):
+    """By default only where convolutions read them."""
+    conv = kind == "conv"
+    layers = [nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 2, 1, bias=False)] if conv else [
+        nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
+    ]  # fmt: skip
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([1.0, 2, 3, 4])[:, None].expand(4, 3))
-        model[2].weight.copy_(torch.tensor([4.0, 3, 2, 0.5]).expand(2, 4))
-    oto = OTO(model, torch.zeros(1, 3))
-    optimizer = oto.hesso(lr=0.0, target_group_sparsity=0.5, start_pruning_step=0, pruning_steps=1, pruning_periods=1)
+        layers[0].weight.copy_(torch.tensor([1.0, 2, 3, 4])[:, None].expand(4, 3).reshape(layers[0].weight.shape))
+        layers[1].weight.copy_(torch.tensor([4.0, 3, 2, 0.5]).expand(2, 4).reshape(layers[1].weight.shape))
+    oto = OTO(model, torch.zeros(1, 3, 2, 2) if conv else torch.zeros(1, 3))
+    optimizer = oto.hesso(
+        lr=0.0, target_group_sparsity=0.5, start_pruning_step=0, pruning_steps=1, pruning_periods=1, within=within
+    )
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     # Fisher alone rises with the row; what goes through an atom is 1·4, 2·3, 3·2, 4·½
-    assert optimizer.pruned_groups["0.weight"].tolist() == [0, 3]
+    assert optimizer.pruned_groups["0.weight"].tolist() == gone
 
 
 def test_as_published_nothing_holds_a_layer(oto):
