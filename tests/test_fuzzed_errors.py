@@ -139,7 +139,7 @@ def test_no_memory_and_no_patience_pass_through(memory, nth, where, tmp_path):
 def test_a_failure_says_where_and_what_was_proved():
     model = Moody("buffers", 2, RAISES["ValueError"])
     with pytest.raises(OTOError) as caught:
-        use(model, None, "graph")
+        use(model, None, "graph", True)
     assert "\n  proved  the analysis is done" in str(caught.value)
     assert f"\n  at      {__file__}:" in str(caught.value) and "ValueError: no" in str(caught.value)
     assert isinstance(caught.value.__cause__, ValueError)

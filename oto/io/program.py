@@ -76,10 +76,8 @@ _FUNCTIONS = _words("""
     FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat
     Identity max min abs int float bool
 """)
-_READ = _words("""
-    size stride storage_offset shape ndim dim inf isnan pi e floor ceil trunc sqrt
-    sym_max sym_min sym_float sym_int sym_not sym_ite sym_sum
-""")  # of a tensor, of math, of torch
+_READ = _words("size stride storage_offset shape ndim dim inf isnan pi e floor ceil trunc sqrt")  # of a tensor, of math
+_SYMBOLIC = _words("sym_max sym_min sym_float sym_int sym_not sym_ite sym_sum")  # of torch
 _GRAMMAR = (
     *(ast.Expression, ast.Load, ast.Constant, ast.Name, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.Tuple),
     *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
@@ -289,7 +287,7 @@ def _check_expression(where: str, text: str) -> None:
             called = node.func
             fine = (isinstance(called, ast.Name) and called.id in _FUNCTIONS) or isinstance(called, ast.Attribute)
         elif isinstance(node, ast.Attribute):
-            symbolic = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr.startswith("sym_")
+            symbolic = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in _SYMBOLIC
             fine = node.attr in _READ or symbolic
         elif isinstance(node, ast.Name):
             fine = not node.id.startswith("__")

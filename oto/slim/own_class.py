@@ -35,6 +35,7 @@ from oto.axes.call import Size
 from oto.axes.registry import known
 from oto.axes.terms import Axis, Term, axes_of, resolve
 from oto.axes.terms import size as size_of
+from oto.errors import out_of_memory
 from oto.groups import NodeGroup, Partition
 from oto.nn import functional as thinner
 from oto.nn.told import numbers_of
@@ -208,6 +209,8 @@ class _Search:
         except DeclinedError as declined:
             return Departure(self.first_in(declined.path), declined)
         except Exception as refused:  # a class that cannot be copied, or that minds what is set
+            if out_of_memory(refused):
+                raise
             return Departure(0, refused)
         calls, failure = follow(
             slim, self.dummy_input, known, self.way, script=self.script,

@@ -408,6 +408,13 @@ def test_a_convolution_of_any_size_is_read_again(tmp_path):
     save_program(program, tmp_path / "model.pt2")
     assert load_program(tmp_path / "model.pt2").module()(torch.randn(5, 3, 8, 8)).shape == (5, 2)
     _check_expression("here", "torch.sym_max(1, (-2) + L['x'].size()[2]) != 1")
-    for text in ("torch.load('x')", "torch.ops", "x.sym_max(1)", "torch.sym_max.__globals__", "os.sym_max(1)"):
+    for text in (
+        "torch.load('x')",
+        "torch.ops",
+        "x.sym_max(1)",
+        "torch.sym_max.__globals__",
+        "os.sym_max(1)",
+        "torch.sym_load(1)",
+    ):
         with pytest.raises(_Refusal):
             _check_expression("here", text)

@@ -252,7 +252,7 @@ def test_adding_a_file_to_an_artefact(subnet, tmp_path):
         file.write_text("two")
     assert reading(folder).path("notes.txt").read_text() == "two"
     (folder / "mine.txt").write_text("of the user")
-    with pytest.raises(ArtefactError, match=r"mine\.txt is there"), adding(folder, "mine.txt") as file:
+    with pytest.raises(ArtefactError, match=r"holds mine\.txt"), adding(folder, "mine.txt") as file:
         file.write_text("three")
     assert (folder / "mine.txt").read_text() == "of the user"
     with pytest.raises(ZeroDivisionError), adding(folder, "notes.txt") as file:
