@@ -22,6 +22,7 @@ from oto.nn.told import numbers_of
 from oto.slim.module import Edits, OwnClass
 from oto.slim.plan import Thinning
 from oto.trace.graph import Node, Value
+from oto.trace.record import FunctionCall
 
 aten = torch.ops.aten
 
@@ -56,6 +57,7 @@ class Alignment:
         last_read: For each tensor of the full model, the last call that reads it.
         edits: What made the slim model.
         calls, failure: What it called, and what it raised.
+        literals: The tensors that the full and the slim model made of numbers.
     """
 
     partition: Partition
@@ -65,9 +67,23 @@ class Alignment:
     edits: Edits
     calls: Sequence[Node]
     failure: Exception | None
+    literals: tuple[Sequence[FunctionCall], Sequence[FunctionCall]] = ((), ())
 
     def departure(self) -> Departure | None:
         """The first call that is another one than the analysis says; ``None`` if there is none."""
+        called, said = self.called(), self.said()
+        return called if said is None or (called is not None and called.index <= said) else Departure(said)
+
+    def said(self) -> int | None:
+        """The first call after a tensor was made of other numbers; ``None`` if none was."""
+        last = len(self.partition.found.graph.nodes) - 1
+        for full, slim in zip(*self.literals, strict=False):
+            if full.numbers != slim.numbers:
+                return min(full.nodes.start, last)
+        return None
+
+    def called(self) -> Departure | None:
+        """The first call that is another one."""
         nodes = self.partition.found.graph.nodes
         self.stands: dict[Value, Value] = {}
         self.itself: dict[Value, Value] = {}

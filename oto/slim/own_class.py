@@ -46,7 +46,7 @@ from oto.slim.plan import Thinning, thinning
 from oto.slim.scaling import Absorbed, Uses, absorbed, sizes_in
 from oto.slim.telling import Telling
 from oto.trace.graph import Value
-from oto.trace.record import Script, follow
+from oto.trace.record import FunctionCall, Script, follow
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -88,6 +88,7 @@ class _Search:
         self.telling = self.found.telling = Telling(self.model, self.partition, self.dummy_input, self.way)
         # a run on data is to take the path of the full model, whatever is in the thinner tensors
         self.script: Script | None = None
+        self.literals: list[FunctionCall] = []
         tied: dict[str, list[str]] = {}
         for group in self.groups:
             if group.tie is not None and group.prunable:
@@ -132,11 +133,12 @@ class _Search:
 
     def lined_up(self) -> bool:
         """Whether the full model, run again, makes the calls that were recorded; how is learned on the way."""
-        if self.graph.how != "real":
-            return True
-        for self.way in ("real", "grad"):
-            script = Script()
-            calls, failure = follow(self.model, self.dummy_input, known, self.way, script=script)
+        data = self.graph.how == "real"
+        for way in ("real", "grad") if data else (self.graph.how,):
+            self.way, script, self.literals = way, Script() if data else None, []
+            calls, failure = follow(
+                self.model, self.dummy_input, known, self.way, script=script, literals=self.literals
+            )  # fmt: skip
             if failure is None and [call.op for call in calls] == [node.op for node in self.graph.nodes]:
                 self.script, self.telling.way = script, self.way
                 return True
@@ -212,11 +214,13 @@ class _Search:
             if out_of_memory(refused):
                 raise
             return Departure(0, refused)
+        literals: list[FunctionCall] = []
         calls, failure = follow(
             slim, self.dummy_input, known, self.way, script=self.script,
-            limit=None if beyond is None else beyond + AHEAD,
+            limit=None if beyond is None else beyond + AHEAD, literals=literals,
         )  # fmt: skip
-        return Alignment(self.partition, self.found, self.last_read, thin, edits, calls, failure).departure()
+        said = self.literals, literals
+        return Alignment(self.partition, self.found, self.last_read, thin, edits, calls, failure, said).departure()
 
     def first_in(self, path: str) -> int:
         """The first call that a module makes."""

@@ -18,7 +18,7 @@ import sys
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import sep
 from pathlib import Path
@@ -232,6 +232,7 @@ def follow(
     functions: list[FunctionCall] | None = None,
     script: Script | None = None,
     limit: int | None = None,
+    literals: list[FunctionCall] | None = None,
 ) -> tuple[tuple[Node, ...], Exception | None]:
     """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
 
@@ -240,13 +241,14 @@ def follow(
         functions: Where to write down the torch functions that are called.
         script: Where to write down what the run decides by its data, or whence to take it.
         limit: How many calls to follow, if not all.
+        literals: Where to write down the functions that make a tensor of numbers, which are no calls of operators.
     """
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way, limit=limit)
     try:
         with as_found(model, dummy_input) as found:
             _in_analysed_form(model)
-            _run(model, args, kwargs, known, way, True, found, builder, functions, script)
+            _run(model, args, kwargs, known, way, True, found, builder, functions, script, literals)
     except Exception as failure:  # anything that the user's own forward may raise
         if out_of_memory(failure):
             raise
@@ -352,7 +354,7 @@ def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitSt
 def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool, found: Found,
     builder: GraphBuilder | None = None, functions: list[FunctionCall] | None = None,
-    script: Script | None = None,
+    script: Script | None = None, literals: list[FunctionCall] | None = None,
 ) -> Recording:  # fmt: skip
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names: dict[int, list[str]] = {}
@@ -391,6 +393,8 @@ def _run(
         stack.enter_context(recorder)
         if functions is not None:
             stack.enter_context(_Functions(recorder, functions))
+        if literals is not None:
+            stack.enter_context(_Functions(recorder, literals, LITERALS))
         result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)
         outputs = list(tensors_in(result))
         if not outputs:
@@ -557,18 +561,23 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+LITERALS = ("tensor", "as_tensor", "scalar_tensor")
+
+
 class _Functions(TorchFunctionMode):
     """Writes down the torch functions that are called."""
 
-    def __init__(self, recorder: _Recorder, calls: list[FunctionCall]) -> None:
+    def __init__(self, recorder: _Recorder, calls: list[FunctionCall], named: Container[str] | None = None) -> None:
         super().__init__()
-        self.recorder, self.calls = recorder, calls
+        self.recorder, self.calls, self.named = recorder, calls, named
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         nodes = self.recorder.builder.nodes
         begin, within = len(nodes), tuple(self.recorder.running)
         result = func(*args, **kwargs)
+        if self.named is not None and name_of(func) not in self.named:
+            return result
         numbers = tuple(numbers_of((args, kwargs)))
         self.calls.append(FunctionCall(name_of(func), numbers, within, range(begin, len(nodes))))
         return result
