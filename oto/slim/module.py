@@ -213,8 +213,6 @@ def adapted(model: nn.Module, thin: Thinning, own: OwnClass | None = None, plain
         DeclinedError: A module of ``torch.nn`` has no form for what is left.
     """
     edits = Edits()
-    if own is not None and own.told and own.telling is not None:
-        edits.told.update(own.telling.told(own.told, thin, plain))
     for place, stated in (own.stated if own is not None else {}).items():
         edits.stated.setdefault(place.module, []).append([list(place.key), stated.now(thin)])
     leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}
@@ -232,6 +230,8 @@ def adapted(model: nn.Module, thin: Thinning, own: OwnClass | None = None, plain
                 declined = DeclinedError(str(failure))
                 declined.path = path
                 raise declined from failure
+    if own is not None and own.told and own.telling is not None:
+        edits.told.update(own.telling.told(own.told, thin, plain, edits.swaps))
     return edits
 
 

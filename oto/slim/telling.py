@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -103,9 +103,11 @@ class Telling:
         differ = [i for i, (old, new) in enumerate(zip(own, asked, strict=True)) if old != new or i in places]
         return {"numbers": [[i, asked[i]] for i in differ]}
 
-    def place(self, at: int, run: tuple[str, int]) -> str:
-        """How many calls of the same function come before one in a run of a module."""
-        return str(sum(c.name == self.calls[at].name and run in c.within for c in self.calls[:at]))
+    def place(self, at: int, run: tuple[str, int], swapped: Container[str]) -> str:
+        """How many calls of the same function come before one in a run of a module, but for those of swapped ones."""
+        name = self.calls[at].name
+        before = (c.within for c in self.calls[:at] if c.name == name and run in c.within)
+        return str(sum(not any(path in swapped for path, _ in within) for within in before))
 
     @cached_property
     def makers(self) -> dict[Value, int]:
@@ -119,27 +121,30 @@ class Telling:
             return op is not None and op.__name__ in UNIFORM and not rest.kwargs and all(map(self.refers, rest.args))
         return self.makers.get(rest) in self.by_node if isinstance(rest, Value) else isinstance(rest, int | float)
 
-    def spelled(self, rest: Any, run: tuple[str, int], calls: Calls) -> Any:
+    def spelled(self, rest: Any, run: tuple[str, int], calls: Calls, swapped: Container[str]) -> Any:
         """What is gone, as :class:`oto.nn.Told` reads it; the calls that it follows from are marked to be kept."""
         if isinstance(rest, Uniform):
             op: Any = rest.op
-            args = [self.spelled(x, run, calls) for x in rest.args]
+            args = [self.spelled(x, run, calls, swapped) for x in rest.args]
             return {"op": [op.overloadpacket.__name__, op._overloadname], "args": args}
         if not isinstance(rest, Value):
             return rest
         at = self.by_node[self.makers[rest]]
-        name, place = self.calls[at].name, self.place(at, run)
+        name, place = self.calls[at].name, self.place(at, run, swapped)
         if run not in self.calls[at].within:
             raise EmitterError(f"what {run[0]} would have to know was computed outside of it")
         calls.setdefault(name, {}).setdefault(place, {})["keep"] = True
         return {"kept": [name, place]}
 
-    def told(self, nodes: Mapping[int, Sequence[int]], thin: Thinning, plain: bool = False) -> dict[str, Calls]:
+    def told(
+        self, nodes: Mapping[int, Sequence[int]], thin: Thinning, plain: bool = False, swapped: Container[str] = ()
+    ) -> dict[str, Calls]:
         """What each module has to be told, by its path.
 
         Args:
             nodes: The calls, and for each the numbers to state even if they stay what they were.
             plain: As for :meth:`change`.
+            swapped: Modules in whose place ones of ours are; nobody counts what those call.
 
         Raises:
             EmitterError: A module that runs several times would have to be told another thing each time.
@@ -157,8 +162,8 @@ class Telling:
             run = next(run for run in call.within if run[0] in outer)
             calls = found.setdefault(run, {})
             if "rest" in how:
-                how["rest"] = self.spelled(how["rest"], run, calls)
-            own = calls.setdefault(call.name, {}).setdefault(self.place(self.by_node[index], run), {})
+                how["rest"] = self.spelled(how["rest"], run, calls, swapped)
+            own = calls.setdefault(call.name, {}).setdefault(self.place(self.by_node[index], run, swapped), {})
             own.update(how)
         made: dict[str, Calls] = {}
         for (path, _), calls in found.items():

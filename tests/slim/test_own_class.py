@@ -248,6 +248,25 @@ def test_sizes_that_are_read_off_another_tensor_are_told():
     assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
 
 
+def test_calls_of_norms_of_ours_are_not_counted():
+    class Block(nn.Module):
+        """A view is told another size; the norm before it, thinner now, makes views of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up = nn.GroupNorm(2, 16), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x):
+            y = self.up(self.norm(x))
+            return y.reshape(len(y), 4, 4, -1).tanh().reshape(x.shape)
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), Block(), nn.Conv2d(16, 2, 1))
+    model, subnet, _ = slimmed(model, torch.randn(2, 3, 6, 6), share=0.4)
+    x = torch.randn(3, 3, 8, 5, dtype=torch.float64)
+    for form in (subnet.model, torch.compile(subnet.model, backend="eager", fullgraph=True)):
+        assert relative_error(run(model, x), [form(x).detach()]) <= EXACT
+
+
 def test_a_number_that_follows_from_a_width_stays_what_it_was():
     class Scaled(nn.Module):
         """What a thinner tensor is divided by would be another number."""
