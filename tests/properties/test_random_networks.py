@@ -255,7 +255,7 @@ def check(steps: list[tuple[str, int]], salt: int) -> None:
     model = Network(steps).double().eval()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     try:
-        oto = OTO(model, x)
+        oto = OTO(model, x, everything=salt % 4 > 0)  # asking the class takes longest
     except NothingPrunableError:
         return
     oto.random_set_zero_groups(0.5, salt)
