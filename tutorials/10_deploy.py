@@ -128,7 +128,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-    subnet = oto.construct_subnet(out_dir=args.out, program=True)
+    subnet = oto.construct_subnet(out_dir=args.out, program=True, save_full=True)
     print(subnet, "\n")
 
     full, slim = model.cpu().eval(), subnet.model.cpu().eval()

@@ -179,7 +179,9 @@ def replaced(arguments: Any, new: Mapping[int, int | float]) -> Any:
 
 
 def _walk(x: Any, put: Callable[[Any], Any]) -> Any:
-    if isinstance(x, bool | Tensor):
+    if isinstance(x, Tensor):  # while TorchScript traces, sizes are tensors
+        return put(x) if torch.jit.is_tracing() and x.ndim == 0 and x.dtype == torch.int64 else x
+    if isinstance(x, bool):
         return x
     if isinstance(x, int | float | torch.SymInt):
         return put(x)

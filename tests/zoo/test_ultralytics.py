@@ -72,6 +72,7 @@ def test_predict(yolo, made, size):
     assert len(wanted) and torch.allclose(wanted, found, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore")  # it traces, and torch warns of every size that it sees
 def test_its_own_exporter(yolo, made, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     name, full, slim = made
