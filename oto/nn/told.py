@@ -180,7 +180,8 @@ def replaced(arguments: Any, new: Mapping[int, int | float]) -> Any:
 
 def _walk(x: Any, put: Callable[[Any], Any]) -> Any:
     if isinstance(x, Tensor):  # while TorchScript traces, sizes are tensors
-        return put(x) if torch.jit.is_tracing() and x.ndim == 0 and x.dtype == torch.int64 else x
+        traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        return put(x) if traced and x.ndim == 0 and x.dtype == torch.int64 else x
     if isinstance(x, bool):
         return x
     if isinstance(x, int | float | torch.SymInt):
