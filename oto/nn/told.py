@@ -159,6 +159,9 @@ def both_told(old: Calls, new: Calls) -> dict[str, dict[str, Mapping[str, Any]]]
     return both
 
 
+_is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]  # without a type in some releases
+
+
 def numbers_of(arguments: Any) -> list[int | float]:
     """The numbers among arguments, in their order."""
     found: list[int | float] = []
@@ -180,7 +183,7 @@ def replaced(arguments: Any, new: Mapping[int, int | float]) -> Any:
 
 def _walk(x: Any, put: Callable[[Any], Any]) -> Any:
     if isinstance(x, Tensor):  # while TorchScript traces, sizes are tensors
-        traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        traced = _is_tracing()
         return put(x) if traced and x.ndim == 0 and x.dtype == torch.int64 else x
     if isinstance(x, bool):
         return x
