@@ -32,7 +32,7 @@ class Told:
     Args:
         module: Of any class.
         calls: Which calls to change, and how:
-            ``{"numbers": [[place, number], ...]}`` puts other numbers among the arguments,
+            ``{"numbers": [[place, number], ...], "of": count}`` puts other numbers among the arguments, so many in all,
             ``{"pieces": [sizes, dim]}`` cuts pieces of other sizes,
             ``{"counted": name, ...}`` calls a function of :mod:`oto.nn.functional` with further keywords,
             ``{"keep": True}`` keeps the result for a later one: its ``"rest"`` is what each entry held that is gone,
@@ -135,6 +135,13 @@ def name_of(func: Callable[..., Any]) -> str:
 def told(how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Make a call as it is to be made."""
     if "numbers" in how:
+        found = len(numbers_of((args, dict(kwargs))))
+        if found != how.get("of", found):
+            raise RuntimeError(
+                f"{name_of(func)} is called with {found} numbers, where the forward that was analysed has {how['of']}\n"
+                "  effect  it takes another path here, and which sizes to state is not known\n"
+                "  to fix  keep the widths that this module states: OTO(..., skip_patterns=[...])"
+            )
         args, kwargs = replaced((args, dict(kwargs)), dict(how["numbers"]))
     if "pieces" in how:
         sizes, dim = how["pieces"]

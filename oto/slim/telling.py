@@ -78,7 +78,7 @@ class Telling:
         if rewrite is None:
             if list(call.numbers) != own or not places:
                 return None
-            return {"numbers": [[place, own[place]] for place in places]}
+            return {"numbers": [[place, own[place]] for place in places], "of": len(own)}
         args, kwargs = rewrite.args, dict(rewrite.kwargs)
         if thin is not None:
             args, kwargs = thin.filled((args, kwargs))
@@ -101,7 +101,7 @@ class Telling:
         if len(asked) != len(own) or list(call.numbers) != own:
             return None
         differ = [i for i, (old, new) in enumerate(zip(own, asked, strict=True)) if old != new or i in places]
-        return {"numbers": [[i, asked[i]] for i in differ]}
+        return {"numbers": [[i, asked[i]] for i in differ], "of": len(own)}
 
     def place(self, at: int, run: tuple[str, int], swapped: Container[str]) -> str:
         """How many calls of the same function come before one in a run of a module, but for those of swapped ones."""
