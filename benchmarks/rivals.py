@@ -51,6 +51,8 @@ ALL = ["dense", "dense-small", *OURS] + [
     for when in ("oneshot", "portions")
 ]
 BEST = ["dense", "dense-small", *OURS, "tp-l2-global-portions", "tp-taylor-global-portions", "tp-taylor-local-portions"]
+# Of the papers: a GPU's work, and the papers' own figures stand beside them.
+RECIPES = ("resnet18", "resnet50", "vgg16_bn", "resnet56_scratch")
 REPEATS = 40
 TRIED = """
 Hold-out accuracy on ResNet-20, 10,000 images x 3 epochs, seed 0 unless more are named; that of the best rival,
@@ -142,7 +144,8 @@ def claimed(path: Path, cell: Line) -> Iterator[bool]:
 def cells(args: argparse.Namespace) -> Iterator[Line]:
     """In an order in which every seed is complete before the next begins."""
     for task in (TASKS[name].with_budget(args.images, args.epochs) for name in args.tasks):
-        methods = args.methods or (ALL if task.name == "resnet20" else BEST)
+        usual = ALL if task.name == "resnet20" else ["dense", "oto"] if task.name in RECIPES else BEST
+        methods = args.methods or usual
         seeds = args.seeds if args.seeds is not None else task.seeds
         for seed in seeds:
             for method in methods:
@@ -159,15 +162,15 @@ def shown(method: str, options: Line) -> str:
     return method + (f"[{','.join(f'{k}={v}' for k, v in sorted(options.items()))}]" if options else "")
 
 
-def of(cell: Line) -> Task:
-    return TASKS[cell["task"]].with_budget(cell["images"], cell["epochs"])
+def of(cell: Line, device: str = "cpu") -> Task:
+    return TASKS[cell["task"]].with_budget(cell["images"], cell["epochs"]).on(device)
 
 
 # ------------------------------------------------------------------------------------------------ accuracy
 
 
-def run(cell: Line, options: Line) -> Line:
-    task, method = of(cell), cell["method"].partition("[")[0]
+def run(cell: Line, options: Line, device: str) -> Line:
+    task, method = of(cell, device), cell["method"].partition("[")[0]
     data, example = task.data(), task.example()
     whole = task.network()
     start, used = time.perf_counter(), time.process_time()
@@ -189,15 +192,15 @@ def run(cell: Line, options: Line) -> Line:
         },
         **slim.notes,
         "rebuild": slim.rebuild,
-        **where(),
+        **where(device),
     }
 
 
-def where() -> Line:
+def where(device: str = "cpu") -> Line:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     found = subprocess.run(git, capture_output=True, text=True)
     return {
-        "machine": machine(),
+        "machine": machine() if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": found.stdout.strip() or None,
@@ -361,7 +364,7 @@ def verdict(here: list[Line]) -> str:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[name for name in TASKS if name not in RECIPES])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--targets", nargs="+", type=float, help="shares of the MACs to keep; default: the task's")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the task's")
@@ -370,6 +373,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--options", nargs="+", default=[], metavar="METHOD:JSON", help="keywords of a method")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where to train; latency is always that on the CPU")
     parser.add_argument("--batch", type=int, default=4, help="of --latency")
     parser.add_argument("--latency", action="store_true", help="only time the slim networks of the chosen cells")
     parser.add_argument("--table", action="store_true", help="only write the page")
@@ -401,7 +405,7 @@ def accuracy_of(cell: Line, args: argparse.Namespace) -> Line | None:
     with claimed(args.results, cell) as mine:
         if not mine:
             return None
-        line = run(cell, args.options.get(cell["method"].partition("[")[0], {}))
+        line = run(cell, args.options.get(cell["method"].partition("[")[0], {}), args.device)
         said = "{task} {method} target {target:g} seed {seed}: {accuracy:.2f} % (hold-out {accuracy_holdout:.2f} %), "
         said += "{macs_kept:.3f} of the MACs, {params_kept:.3f} of the parameters, "
         said += "{minutes:.1f} minutes ({cpu_minutes:.1f} of a core)"

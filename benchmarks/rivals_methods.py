@@ -64,7 +64,8 @@ def train(
                 optimizer = before(step, optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = task.rate(step)
-            loss = F.cross_entropy(model(*x), y)
+            with torch.autocast(task.device, torch.bfloat16, enabled=task.half):
+                loss = F.cross_entropy(model(*x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -321,7 +322,7 @@ def carrying_moments() -> Iterator[None]:
 
     def cut(self: Any, weight: nn.Parameter, keep: list[int], dim: int) -> nn.Parameter:
         pruned = original(self, weight, keep, dim)
-        index = torch.tensor(keep)
+        index = torch.tensor(keep, device=weight.device)
         pruned.moments = {k: v.index_select(dim, index) for k, v in weight.moments.items()}
         return pruned
 
@@ -356,7 +357,8 @@ def select_(model: nn.Module) -> None:
         if isinstance(getattr(block, "shortcut", None), ZeroPad):
             pad, inputs = block.shortcut, block.conv1.in_channels
             rows = [torch.full((n,), -1) for n in (pad.before, pad.after)]
-            block.shortcut = Select(torch.cat([rows[0], torch.arange(inputs), rows[1]]), inputs)
+            source = torch.cat([rows[0], torch.arange(inputs), rows[1]])
+            block.shortcut = Select(source.to(block.conv1.weight.device), inputs)
 
 
 def _select_pruner() -> Any:
@@ -366,13 +368,13 @@ def _select_pruner() -> Any:
         TARGET_MODULES = Select
 
         def prune_out_channels(self, layer: Select, idxs: list[int]) -> Select:
-            keep = torch.ones(len(layer.source), dtype=torch.bool)
+            keep = torch.ones_like(layer.source, dtype=torch.bool)
             keep[idxs] = False
             layer.source = layer.source[keep]
             return layer
 
         def prune_in_channels(self, layer: Select, idxs: list[int]) -> Select:
-            keep = torch.ones(layer.inputs + 1, dtype=torch.bool)  # the last is the zero
+            keep = layer.source.new_ones(layer.inputs + 1, dtype=torch.bool)  # the last is the zero
             keep[idxs] = False
             place = torch.where(keep, keep.cumsum(0) - 1, -1)
             place[-1] = -1

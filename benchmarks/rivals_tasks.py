@@ -96,6 +96,25 @@ def resnet(depth: int, file: str) -> Callable[[float, bool], nn.Module]:
     return build
 
 
+def for_small_images(name: str) -> Callable[[float, bool], nn.Module]:
+    """A network of torchvision as papers have it for 32×32 images: the first layers keep the size."""
+
+    def build(scale: float, pretrained: bool) -> nn.Module:
+        from torchvision import models
+
+        assert scale == 1, f"{name} has one width"
+        model = models.get_model(name, num_classes=10)
+        if name.startswith("resnet"):
+            model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        else:
+            model.avgpool = nn.AdaptiveAvgPool2d(1)
+            hidden = [layer for _ in range(2) for layer in (nn.Linear(512, 512), nn.ReLU(), nn.Dropout())]
+            model.classifier = nn.Sequential(*hidden, nn.Linear(512, 10))
+        return model
+
+    return build
+
+
 class InvertedResidual(nn.Module):
     """Of MobileNetV2 (arXiv 1801.04381, figure 4d)."""
 
@@ -244,8 +263,12 @@ class Split:
     def first(self, n: int) -> Split:
         return Split(tuple(x[:n] for x in self.x), self.y[:n])
 
+    def to(self, device: str) -> Split:
+        return Split(tuple(x.to(device) for x in self.x), self.y.to(device))
+
     def batch(self, index: Tensor, whole: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
         """Rows ``index``; sentences, unless ``whole``, cut to the longest of them, which changes nothing but time."""
+        index = index.to(self.y.device)
         x = tuple(x[index] for x in self.x)
         if len(x) == 2 and not whole:  # ids and mask
             length = int(x[1].sum(1).max())
@@ -262,6 +285,9 @@ class Data:
     test: Split
     shift: int = 0
     flip: bool = False
+
+    def to(self, device: str) -> Data:
+        return Data(*(split.to(device) for split in (self.train, self.holdout, self.test)), self.shift, self.flip)
 
     def epoch(self, size: int, generator: torch.Generator) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Shuffled batches, augmented; a last batch that is not full is left out."""
@@ -280,8 +306,8 @@ def channels_last(x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @cache
-def cifar10(holdout: int = 15_000) -> Data:
-    """As the pretrained weights want it; the last 5,000 training images are held out."""
+def cifar10(train: int = 20_000, holdout: int = 15_000) -> Data:
+    """As the pretrained weights want it: the first training images to train on, the last are held out."""
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     train_x, train_y, test_x, test_y = cifar10_arrays()
 
@@ -290,9 +316,13 @@ def cifar10(holdout: int = 15_000) -> Data:
         return Split((torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, 3, 1))),), _labels(y))
 
     return Data(
-        split(train_x[:20_000], train_y[:20_000]), split(train_x[-holdout:], train_y[-holdout:]),
+        split(train_x[:train], train_y[:train]), split(train_x[-holdout:], train_y[-holdout:]),
         split(test_x, test_y), shift=4, flip=True,
     )  # fmt: skip
+
+
+def full_cifar10() -> Data:
+    return cifar10(45_000, 5_000)
 
 
 @cache
@@ -353,6 +383,8 @@ class Task:
         variant, lr, weight_decay, warmup: ``"sgd"`` (momentum .9) or ``"adamw"``; the rate rises over the ``warmup``
             share of the steps and falls to zero as a cosine.
         images: Training examples used, the first so many.
+        device: Where it is trained; initial weights are drawn on the CPU in any case.
+        half: Whether to train under bfloat16 autocast.
     """
 
     name: str
@@ -371,6 +403,8 @@ class Task:
     weight_decay: float = 5e-4
     warmup: float = 0.0
     pretrained: bool = False
+    device: str = "cpu"
+    half: bool = False
 
     @property
     def steps(self) -> int:
@@ -378,10 +412,19 @@ class Task:
 
     def network(self, scale: float = 1.0, pretrained: bool = False) -> nn.Module:
         """Weights of convolutions lie as the CPU likes them, see :func:`channels_last`."""
-        return self.build(scale, pretrained).to(memory_format=torch.channels_last)
+        return self.build(scale, pretrained).to(self.device, memory_format=torch.channels_last)
 
     def with_budget(self, images: int | None, epochs: int | None) -> Task:
         return replace(self, images=images or self.images, epochs=epochs or self.epochs)
+
+    def on(self, device: str) -> Task:
+        """The same on another device, networks, examples and data."""
+        return replace(
+            self,
+            device=device,
+            example=lambda: tuple(x.to(device) for x in self.example()),
+            data=lambda: self.data().to(device),
+        )
 
     def rate(self, step: int) -> float:
         rise = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
@@ -433,6 +476,23 @@ TASKS = {
             "minilm", "MiniLM-L6 on SST-2, pretrained", minilm, sst2, lambda: _sentence(TOKENS), "classifier", (0.5,),
             (0, 1, 2), images=10_000, epochs=1, batch=32, variant="adamw", lr=2e-4, weight_decay=0.01, warmup=0.1,
             pretrained=True,
+        ),
+        Task(
+            "resnet18", "ResNet-18 on CIFAR-10, from scratch", for_small_images("resnet18"), full_cifar10,
+            _image(3, 32, 32), "fc", (0.2,), (0,), images=45_000, epochs=30, batch=512, lr=0.4, warmup=0.15, half=True,
+        ),
+        Task(
+            "resnet50", "ResNet-50 on CIFAR-10, from scratch", for_small_images("resnet50"), full_cifar10,
+            _image(3, 32, 32), "fc", (0.1,), (0,), images=45_000, epochs=30, batch=512, lr=0.4, warmup=0.15, half=True,
+        ),
+        Task(
+            "vgg16_bn", "VGG16-BN on CIFAR-10, from scratch", for_small_images("vgg16_bn"), full_cifar10,
+            _image(3, 32, 32), "classifier.6", (0.26,), (0,), images=45_000, epochs=30, batch=512, lr=0.2, warmup=0.15,
+            half=True,
+        ),
+        Task(
+            "resnet56_scratch", "ResNet-56 on CIFAR-10, from scratch", resnet(56, ""), full_cifar10,
+            _image(3, 32, 32), "linear", (0.5,), (0,), images=45_000, epochs=60, batch=256, lr=0.2, warmup=0.1,
         ),
     )
 }  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import zip_longest
@@ -140,6 +141,31 @@ def widening() -> AbstractContextManager[Any]:
     return _Wide()  # type: ignore[no-untyped-call]
 
 
+# Two interfaces say whether factors in float32 are rounded to TF32 (for convolutions on a GPU they are by default), or
+# on some processors to bfloat16. The old one sets both, and cannot be read where the user set the new one.
+_TF32 = ("cuda.matmul", "cudnn")
+_PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """While inside, products in float32 are those of float32, whatever speed was asked for."""
+    new = hasattr(torch.backends, "fp32_precision")  # since torch 2.9
+    places = [(name, "fp32_precision") for name in _PRECISION if new] + [(name, "allow_tf32") for name in _TF32]
+    before: list[tuple[Any, str, Any]] = []
+    for path, name in places:
+        place: Any = operator.attrgetter(path)(torch.backends)
+        with suppress(RuntimeError):
+            before.append((place, name, getattr(place, name)))
+    try:
+        for place, name, _ in before:
+            setattr(place, name, "ieee" if name == "fp32_precision" else False)
+        yield
+    finally:
+        for place, name, value in reversed(before):  # the new ones last: they are the finer
+            setattr(place, name, value)
+
+
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype in which a module computes: that of its first parameter with a fraction."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
@@ -155,6 +181,7 @@ def run(module: nn.Module, dummy_input: Any, wide: bool = False, found: Found | 
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
     with ExitStack() as stack:
         stack.enter_context(as_found(module, dummy_input, found))
+        stack.enter_context(unrounded())
         if wide:
             for buffer in module.buffers():  # what is written to them is not to be rounded; put back afterwards
                 if buffer.dtype in _WIDER and not buffer.is_meta:

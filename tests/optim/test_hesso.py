@@ -759,6 +759,7 @@ def test_a_step_does_not_wait_for_the_device():
     assert waited[3]  # that the test sees anything: a period begins by reading its choice
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CPU tensors never synchronise")
 @pytest.mark.parametrize("name, mode", [c for c in CASES if c[0] in ("momentum", "adamw")])
 def test_a_cuda_step_does_not_synchronise(name, mode):

@@ -11,6 +11,7 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import VerificationError
+from oto.slim.training import check_training
 from oto.slim.verify import check, double_input, in_double, relative_error, require, run
 
 X = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
@@ -74,3 +75,43 @@ def test_what_the_default_dtype_is_stays_so():
         run(nn.Linear(3, 2).double(), X.double())
     assert torch.get_default_dtype() is torch.float32
     assert relative_error(run(in_double(nn.ReLU()), double_input(X)), [X.double().relu()]) == 0
+
+
+def test_products_are_compared_as_float32_whatever_speed_was_asked_for():
+    seen = []
+
+    class Asked(nn.Linear):
+        def forward(self, x):
+            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            return super().forward(x)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        run(Asked(3, 2), torch.ones(1, 3))
+        assert seen == [(False, False)]
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_rounding_that_batch_norm_makes_much_of_is_settled_in_float64():
+    class Faint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.inner, self.out = nn.Linear(4, 64), nn.Linear(64, 8), nn.Linear(8, 2)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.out(self.norm(self.inner(1e4 + torch.relu(self.up(1e-2 * x)))))
+
+    torch.manual_seed(0)
+    model, x = Faint(), torch.randn(2, 4)
+    oto = OTO(model, x)
+    oto.random_set_zero_groups(0.5)
+    made = oto.construct_subnet()
+    check = check_training(model, made.model, x, oto.partition, made.kept)
+    assert made.model.up.out_features < 64
+    assert check.dtype == "float64"
+    assert check.passed
