@@ -104,7 +104,7 @@ def test_a_rounding_that_batch_norm_makes_much_of_is_settled_in_float64():
             self.norm = nn.BatchNorm1d(8)
 
         def forward(self, x):
-            return self.out(self.norm(self.inner(1e4 + torch.relu(self.up(1e-2 * x)))))
+            return self.out(self.norm(self.inner(2e3 + torch.relu(self.up(1e-2 * x)))))
 
     torch.manual_seed(0)
     model, x = Faint(), torch.randn(2, 4)
