@@ -60,8 +60,6 @@ ROUNDS = 7
 """Rounds of timing at least, whatever time they take."""
 CALLS = 20
 """A norm is called so often in a row for one figure."""
-LARGE = 2**31
-"""Bytes of a full model, in float32, from which a CPU has to be spared."""
 
 Line = dict[str, Any]
 Call = Callable[[], Any]
@@ -77,6 +75,8 @@ class Subject:
     build: Callable[[], nn.Module]
     example: Callable[[int], Tensor]
     convolutional: bool = False
+    large: bool = False
+    """On a CPU, a slim one is not compared, and only two models are there at a time."""
 
 
 def image(batch: int) -> Tensor:
@@ -122,7 +122,7 @@ MODELS = {
     "vit_b_16": Subject("ViT-B/16", from_torchvision("vit_b_16"), image),
     "swin_t": Subject("Swin-T", from_torchvision("swin_t"), image),
     "bert_base": Subject("BERT-base, 128 tokens", bert_base, tokens),
-    "llama_1b": Subject("Llama 1B, 128 tokens", llama_1b, tokens),
+    "llama_1b": Subject("Llama 1B, 128 tokens", llama_1b, tokens, large=True),
 }
 
 NORMS: dict[str, tuple[int, Callable[[int], nn.Module], Callable[[int, int], nn.Module]]] = {
@@ -138,6 +138,10 @@ class Slim:
     notes: Line
 
 
+def spared(subject: Subject, args: argparse.Namespace) -> bool:
+    return subject.large and args.device == "cpu"
+
+
 def built(subject: Subject, args: argparse.Namespace) -> nn.Module:
     """The full model, the same one each time."""
     torch.manual_seed(0)
@@ -149,15 +153,14 @@ def made_slim(subject: Subject, target: float, args: argparse.Namespace) -> Slim
     """A slim model at a target, in float32."""
     model = built(subject, args)
     with torch.device(args.device):
-        x = subject.example(1 if args.device == "cpu" else 2)
-    spared = args.device == "cpu" and size(model) >= LARGE
+        x = subject.example(1)
     oto = OTO(model, x)
     optimizer = oto.hesso(
         lr=1.0, target_macs=target, saliency="magnitude", scope=args.scope, group_divisible=args.divisible,
         start_pruning_step=0, pruning_steps=1, pruning_periods=1,
     )  # fmt: skip
     optimizer.step()  # without gradients nothing moves; what was chosen goes to zero
-    subnet = oto.construct_subnet(verify=not spared, float64=False)
+    subnet = oto.construct_subnet(verify=not spared(subject, args), float64=False)
     before, after = subnet.cost_before, subnet.cost_after
     return Slim(
         subnet.model,
@@ -345,7 +348,7 @@ def failed(failure: BaseException) -> str:
 
 def rounds_of(model: str, cells: Sequence[tuple[float, str]], args: argparse.Namespace) -> list[list[Any]]:
     """Cells to be timed together: all of a model; of a large one on a CPU each by itself, for the memory."""
-    if args.device == "cpu" and model == "llama_1b":
+    if model in MODELS and spared(MODELS[model], args):
         return [[cell] for cell in cells]
     return [list(cells)] if cells else []
 
@@ -583,6 +586,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger("torch").setLevel(logging.ERROR)
         for model in args.models:
             with claimed(args, model) as mine:
+                if not mine:
+                    print(f"{model}: another process has it in hand", file=sys.stderr)
                 for cells in rounds_of(model, left(args, model), args) if mine else []:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # those of torch's compilers and exporters
