@@ -1,4 +1,4 @@
-"""`benchmarks/rivals.py` and `benchmarks/latency.py` on networks that take no time: what they write, and that they resume."""
+"""`benchmarks/rivals.py` and `benchmarks/latency.py` on what takes no time: what they write, and that they resume."""
 
 from __future__ import annotations
 
@@ -151,12 +151,11 @@ def test_latency_of_every_mode(latency: Any, tmp_path: Path, capsys: pytest.Capt
     results = tmp_path / "latency.jsonl"
     flags = ["--seconds=0", f"--results={results}", f"--lock={tmp_path / 'lock'}", "--batch=2"]
     latency.main([*flags, "--models", "small", "--targets", ".5"])
-    latency.main(
-        [*flags, "--models", "small", "large", "norms", "--targets", ".75", ".5", "--modes", "eager", "compiled"]
-    )
+    latency.main([*flags, "--models", "small", "--targets", ".75", "--modes", "eager", "compiled"])
+    latency.main([*flags, "--models", "large", "norms", "--targets", ".5", "--modes", "eager"])
     lines = latency.read(results)
     cells = [(line["model"], line["target"], line["mode"]) for line in lines]
-    assert len(cells) == len(set(cells)) == 3 + 2 + 4 + 8
+    assert len(cells) == len(set(cells)) == 3 + 2 + 1 + 2
     assert [line["error"] for line in lines if "error" in line] == []
     full = sum(p.numel() for p in Small().parameters())
     for line in (line for line in lines if line["model"] not in latency.NORMS):
@@ -168,7 +167,7 @@ def test_latency_of_every_mode(latency: Any, tmp_path: Path, capsys: pytest.Capt
         assert 0 < low <= line["ms"] <= high and line["rounds"] >= latency.ROUNDS
         assert line["speed_up"] == line["full_ms"] / line["ms"]
     thin = [(line["width"], line["full_width"]) for line in lines if line["model"] == "LayerNorm"]
-    assert sorted(thin) == [(384, 768), (384, 768), (576, 768), (576, 768)]
+    assert thin == [(384, 768)]
     assert all(line["of_stock"] == line["ms"] / line["stock_ms"] for line in lines if line["model"] in latency.NORMS)
 
     before, text = results.read_text(), results.with_suffix(".md").read_text()
