@@ -1,4 +1,4 @@
-"""`benchmarks/rivals.py` on a network and on images that take no time: what it writes, and that it resumes."""
+"""`benchmarks/rivals.py` and `benchmarks/latency.py` on what takes no time: what they write, and that they resume."""
 
 from __future__ import annotations
 
@@ -120,3 +120,94 @@ def test_the_verdict(rivals: Any) -> None:
     assert "not measured" in rivals.verdict(rival)
     assert "not measured" in rivals.verdict(lines("oto", 1.0) + lines("random", 2.0))
     assert sys.modules["rivals"].OURS[0] == "oto"
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = torch.nn.Conv2d(3, 32, 3), torch.nn.GroupNorm(1, 32)
+        self.second, self.head = torch.nn.Conv2d(32, 32, 3), torch.nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.norm(self.first(x)).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def latency(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script with a small network in the place of all others, compiled by nothing that takes time."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import latency
+
+    small = latency.Subject("Small", Small, lambda batch: torch.randn(batch, 3, 12, 12), convolutional=True)
+    models = {"small": small, "large": replace(small, title="Large", large=True)}
+    monkeypatch.setattr(latency, "MODELS", models)
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="eager", **how))
+    return latency
+
+
+def test_latency_of_every_mode(latency: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    results = tmp_path / "latency.jsonl"
+    flags = ["--seconds=0", f"--results={results}", f"--lock={tmp_path / 'lock'}", "--batch=2"]
+    latency.main([*flags, "--models", "small", "--targets", ".5"])
+    latency.main([*flags, "--models", "small", "--targets", ".75", "--modes", "eager", "compiled"])
+    latency.main([*flags, "--models", "large", "norms", "--targets", ".5", "--modes", "eager"])
+    lines = latency.read(results)
+    cells = [(line["model"], line["target"], line["mode"]) for line in lines]
+    assert len(cells) == len(set(cells)) == 3 + 2 + 1 + 2
+    assert [line["error"] for line in lines if "error" in line] == []
+    full = sum(p.numel() for p in Small().parameters())
+    for line in (line for line in lines if line["model"] not in latency.NORMS):
+        assert line["target"] - 0.2 < line["macs_kept"] <= line["target"], line
+        assert line["emitter"] == "module" and bool(line["compared"]) == (line["model"] == "small")
+        assert line["full_params"] == full and line["full_bytes"] == 4 * full
+        assert line["bytes"] == 4 * line["params"] < line["full_bytes"]
+        low, high = line["quartiles_ms"]
+        assert 0 < low <= line["ms"] <= high and line["rounds"] >= latency.ROUNDS
+        assert line["speed_up"] == line["full_ms"] / line["ms"]
+    thin = [(line["width"], line["full_width"]) for line in lines if line["model"] == "LayerNorm"]
+    assert thin == [(384, 768)]
+    assert all(line["of_stock"] == line["ms"] / line["stock_ms"] for line in lines if line["model"] in latency.NORMS)
+
+    before, text = results.read_text(), results.with_suffix(".md").read_text()
+    assert "| Small | 0.00 G | 1 |" in text and "Slim models that were not compared with the full one: Large." in text
+    assert "| LayerNorm | 384 of 768 |" in text
+    capsys.readouterr()
+    latency.main([*flags, "--models", "small", "large", "norms", "--targets", ".5", "--modes", "eager"])
+    assert results.read_text() == before
+    assert capsys.readouterr().out == f"wrote {results.with_suffix('.md')}\n", "nothing is measured again"
+
+
+def test_a_mode_that_fails_is_written_down(latency: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("no compiler | here\nat all")
+
+    results = tmp_path / "latency.jsonl"
+    flags = ["--seconds=0", f"--results={results}", f"--lock={tmp_path / 'lock'}", "--models", "small", "norms"]
+    flags += ["--targets", ".5", "--modes", "eager", "compiled"]
+    with monkeypatch.context() as patch:
+        patch.setitem(latency.PREPARE, "compiled", fails)
+        latency.main(flags)
+    lines = latency.read(results)
+    errors = {(line["model"], line["mode"]): line["error"] for line in lines if "error" in line}
+    assert set(errors) == {(model, "compiled") for model in ("small", "LayerNorm", "RMSNorm")} and len(lines) == 6
+    assert errors["small", "compiled"] == "full model: RuntimeError: no compiler / here"
+    assert errors["small", "compiled"] in results.with_suffix(".md").read_text()
+
+    latency.main(flags)
+    assert latency.read(results) == lines, "only on request"
+    latency.main([*flags, "--again"])
+    assert len(latency.read(results)) == 9
+    assert "no compiler" not in results.with_suffix(".md").read_text(), "the last line of a cell counts"
+
+
+def test_a_model_that_another_process_has_in_hand_is_left_to_it(latency: Any, tmp_path: Path) -> None:
+    results = tmp_path / "latency.jsonl"
+    flags = ["--seconds=0", f"--results={results}", f"--lock={tmp_path / 'lock'}", "--models", "small"]
+    args = latency.parsed([*flags, "--modes", "eager"])
+    with latency.claimed(args, "small") as mine, latency.claimed(args, "small") as again:
+        assert mine and not again
+        latency.main([*flags, "--modes", "eager"])
+    assert not results.exists() and latency.left(args, "small") == [(t, "eager") for t in latency.TARGETS]
+    assert latency.parsed([*flags, "--device", "cuda"]).modes == ["eager", "compiled"]
