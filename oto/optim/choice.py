@@ -41,7 +41,7 @@ from oto.optim.target import Counts, Measure, Target
 
 log = logging.getLogger(__name__)
 
-FLOOR = 0.1
+FLOOR = 0.2
 """No node group falls below this share of its atoms, unless the target cannot be met otherwise."""
 
 
@@ -106,7 +106,7 @@ class Choice:
             scope: ``"global"`` or ``"local"``.
             min_kept: Atoms that every node group keeps, an int; or the share of its atoms that it keeps, a float; or a
                 mapping from names or globs of parameters to either. By default, and where a mapping says nothing, a
-                tenth as far as the target allows.
+                fifth as far as the target allows.
             group_divisible: A node group that loses atoms keeps a multiple of this many.
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,

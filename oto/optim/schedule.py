@@ -13,7 +13,7 @@ from typing import Any, SupportsFloat, SupportsIndex
 from oto.errors import TargetError
 from oto.optim.target import shown
 
-START, LENGTH, PERIODS, EXPONENT = 0.05, 0.4, 5, 3.0
+START, LENGTH, PERIODS, EXPONENT = 0.01, 0.4, 5, 3.0
 """When to prune by default: shares of all steps, how many times groups are chosen, and how much of it early."""
 
 Steps = SupportsFloat | SupportsIndex

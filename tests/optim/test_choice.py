@@ -145,7 +145,7 @@ def test_layers_that_a_target_forces_to_be_thin_are_named(oto):
     copied = copy.deepcopy(oto)
     optimizer = copied.hesso(lr=0.01, target_params=0.008, start_pruning_step=0, pruning_steps=2, pruning_periods=2)
     train(copied.model, optimizer, range(1))
-    with pytest.warns(CollapseWarning, match=r"leaves less than 10% of[^$]*to fix") as caught:
+    with pytest.warns(CollapseWarning, match=r"leaves less than 20% of[^$]*to fix") as caught:
         train(copied.model, optimizer, range(1, 3))
     (text,) = {str(warning.message) for warning in caught}
     left = {name: size - len(optimizer.pruned_groups.get(name, ())) for name, size in SIZES.items()}
