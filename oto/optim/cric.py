@@ -28,9 +28,10 @@ Where we differ from the released code, and why:
   by a single batch.
 * The loss is never asked for: sensitivity is a midpoint rule on gradients, so no closure is needed. It takes one
   step for each node group and share where released code takes two.
-* All other parameters go on training throughout. Released code holds them, and restores a full copy of the weights
-  after each cycle; here only the entries of V are kept aside, at most the share of weights that is to go (half the
-  weights for half the groups), and one layer's during the probes.
+* Probes and walks only measure; nothing learns meanwhile, or all other parameters would settle for a network that
+  lacks what comes back. Released code trains on, and restores a full copy of the weights after each cycle; here only
+  the entries of V are kept aside, at most the share of weights that is to go (half the weights for half the groups),
+  and one layer's during the probes. Statistics of batch norms do see the walks.
 * All of it survives a checkpoint, in the middle of a cycle too.
 """
 
@@ -186,7 +187,6 @@ class HESSOCRIC(HESSO):
         else:
             self._read_probe((at - 1) // len(PROBES))
             self._put_back()
-        self.descend()
         if at < self._probes - 1:
             group, which = divmod(at, len(PROBES))
             self._put_aside(self._lowest(group, PROBES[which]))
@@ -221,7 +221,6 @@ class HESSOCRIC(HESSO):
             )
             self._now(cycle=self.cycle + 1)
         self._sample()
-        self.descend()
         left = self.sampling_steps - t
         if left > 1:
             self.scale_redundant_((left - 1) / left)

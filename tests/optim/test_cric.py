@@ -113,6 +113,22 @@ def test_the_violating_set_walks_to_zero_and_comes_back():
     assert optimizer.walk["saved"] == []
 
 
+@pytest.mark.parametrize("sensitivity", [0.0, 1.0])
+def test_probes_and_walks_leave_the_weights_as_they_were(sensitivity):
+    model = net()
+    optimizer = cric(model, sensitivity=sensitivity, max_cycles=2)
+    kept = []
+    for n in range(last_step(optimizer)):
+        backward(model, n)
+        optimizer.step()
+        if n + 1 >= optimizer.first_step and not optimizer.redundant_groups and not optimizer.progress.over:
+            kept.append([p.detach().clone() for p in model.parameters()])
+        if optimizer.walk["over"]:
+            break
+    assert len(kept) >= 3
+    assert all(torch.equal(p, first) for weights in kept for p, first in zip(weights, kept[0], strict=True))
+
+
 def test_every_cycle_walks_groups_that_were_never_walked_and_the_cycles_end():
     model = net()
     optimizer = cric(model, max_cycles=50, sampling_steps=2)
