@@ -54,53 +54,7 @@ BEST = ["dense", "dense-small", *OURS, "tp-l2-global-portions", "tp-taylor-globa
 # Of the papers: a GPU's work, and the papers' own figures stand beside them.
 RECIPES = ("resnet18", "resnet50", "vgg16_bn", "resnet56_scratch")
 REPEATS = 40
-TRIED = """
-Hold-out accuracy on ResNet-20, 10,000 images x 3 epochs, mean over seeds 0 and 1, on one GPU; every row differs from
-the first in what it says. That of the best rival, `tp-l1-global-portions[inner=True]`, is 92.2 at .6 and 85.7 at .4.
-Two such means differ by .2 for no reason.
-
-| trial | .6 | .4 |
-|---|--:|--:|
-| Fisher per node group, shared out by path norm; from .05 of the steps, no layer under .1 (the default before) | 92.36 | 86.43 |
-| no layer under .2; under .3 | 92.51; 92.54 | 86.66; 86.85 |
-| from .01 of the steps; from .12 | 92.40; 92.21 | 87.17; 86.36 |
-| **from .01, no layer under .2 (the default)**; under .3 | 92.79; 92.53 | 86.85; 87.20 |
-| from .01, under .3, 8 periods; from .01, 8 periods | 92.66; 92.28 | 86.77; 86.83 |
-| from .01, under .2, cost to the power .7 | 92.43 | 86.80 |
-| 8 periods; over .3 of the steps; over .55; 10 periods over .5 from .02 | 92.22; 92.28; 92.29; 92.31 | 86.89; 86.66; 86.50; 86.78 |
-| exponent of the schedule 2; 1, evenly | 92.14; 92.27 | 86.42; 86.34 |
-| cost to the power .5; .7; 1.4; 2 | 92.47; 92.27; 92.26; 88.10 | 86.23; 86.79; 86.55; 75.97 |
-| shared out by the root of the path norm; by L1 of writers and readers; not shared out | 92.24; 91.97; 91.70 | 86.51; 86.11; 85.66 |
-| first-order Taylor, shared out by path norm; by its root | 89.23; 88.18 | 75.06; 75.87 |
-| magnitude / mean; path norm / mean, blind to cost; with cost to the power .5 | 91.17; 91.67; 91.95 | 85.03; 85.53; 85.93 |
-| L1 of writers and readers / mean, blind to cost; the same evenly from .01 | 92.09; 92.23 | 86.27; 86.12 |
-
-Earlier, seed by seed: 3 periods 92.15 and zero at the choice, instead of a period's shrinking, 91.63 at .6;
-self-balancing widths 83.5-84.5, 1 period 83.3, no layer under .3 with Fisher per atom 85.2 at .4.
-
-At .25 sharing out by path norm gains nothing: Fisher per atom had 77.91 and 79.57 for seeds 0 and 1.
-
-The path norm was found without training: atoms chosen at once by scores of 12 batches (two such samples), and the
-loss of the network without them at .7 and .6 of the MACs (not pruned: .19):
-
-| scores | .7 | .6 |
-|---|--:|--:|
-| Fisher of each atom, 12 batches; 24 batches | .91; .89 | 1.51; 1.20 |
-| Fisher of the node group, shared out by its terms of single kernels; of single weights | .73; 1.01 | 1.22; 1.60 |
-| by squared magnitude; by squared scales and shifts of the norm | .68; .88 | 1.36; 2.22 |
-| by the squared norm of what reads the atom | .70 | 1.27 |
-| **by path norm (squared magnitude times that)**; by its square root | **.66**; .66 | **1.08**; 1.31 |
-| half Fisher of the atom, half by path norm | .74 | 1.16 |
-
-The other way round on MiniLM-L6 with a linear head on its mean (SST-2, 8 batches of 32; not pruned: .473): Fisher of
-each atom .522 at .75 of the MACs and .502 at .5, shared out by path norm .690 and .693, by squared magnitude .633 and
-.683. So it is the default only in node groups that a convolution over images reads.
-
-In those, a dozen batches tell what a layer is worth, not what a channel is. ResNet-56, likewise, 8 batches (not pruned:
-.047): Fisher of each atom .081 at .8 and .156 at .65, shared out by path norm .055 and .081, by squared magnitude .055
-and .099. Fisher terms between the atoms of one group change nothing here: between a convolution and a batch norm they
-cancel, and the price of the residual stream leaves it alone at these targets.
-"""
+TRIED = Path(__file__).with_name("rivals_tried.md")
 
 Line = dict[str, Any]
 
@@ -300,7 +254,7 @@ def page(lines: list[Line]) -> str:
     out += ["## Ours against the best rival", ""]
     out += [f"- {title}, {target:g} of the MACs: {said}" for title, target, said in verdicts]
     if any(name == "resnet20" for name, *_ in recipes):
-        out += ["", "## What was tried for the default choice", "", TRIED.strip()]
+        out += ["", "## What was tried for the default choice", "", TRIED.read_text().strip()]
     return "\n".join(out) + "\n"
 
 
