@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP as SIZE_FUNCTIONS
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
@@ -46,6 +46,10 @@ __all__ = [
     "tree_unflatten",
     "unwrapped",
 ]
+
+
+SIZE_FUNCTIONS: dict[str, Any] = {"abs": abs, "max": max, "min": min, **SYMPY_INTERP}
+"""What a text of sizes may call; torch before 2.12 takes the builtins for granted."""
 
 
 @contextmanager
