@@ -34,7 +34,7 @@ from oto.slim.recipe import Recipe
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.training import heads_in_training
 from oto.slim.unreached import left_out, within
-from oto.slim.verify import Check, Reference, check, double_, require
+from oto.slim.verify import Check, Reference, check, double_, learn, require
 from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
@@ -305,6 +305,7 @@ def _of_its_class(source: Zeroed) -> Made:
         return double_(slim_of(full)[0])
 
     slim, tensors = slim_of(source.model)
+    learn(slim, edits, source.dummy_input)
     rounded = source.own is not None and source.own.absorbed
 
     def prove(full: Zeroed) -> list[Check]:

@@ -231,7 +231,7 @@ def adapted(model: nn.Module, thin: Thinning, own: OwnClass | None = None, plain
                 declined.path = path
                 raise declined from failure
     if own is not None and own.told and own.telling is not None:
-        edits.told.update(own.telling.told(own.told, thin, plain, edits.swaps))
+        edits.told.update(own.telling.told(own.told, thin, plain))
     return edits
 
 

@@ -20,7 +20,7 @@ from oto.slim.module import OwnClass, attribute, plan_edits, thin_copy, thin_ten
 from oto.slim.origin import Round, descend, origin_of
 from oto.slim.plan import thinning
 from oto.slim.training import check_training
-from oto.slim.verify import check, require
+from oto.slim.verify import check, learn, require
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
     try:
         edits = plan_edits(model, partition, thin, unscaled(source.own))
         slim = thin_copy(model, thin_tensors(model, thin), edits)
+        learn(slim, edits, source.dummy_input)
         require(check(model, slim, source.dummy_input, batch=True, left=source.left))
     except VerificationError:
         raise

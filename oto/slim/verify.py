@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
 from oto.errors import EmitterError, VerificationError, first_line, out_of_memory
 from oto.nn import Told
+from oto.nn.told import learning
 from oto.progress import stage
 from oto.slim.memory import available, size_of
+from oto.slim.module import Edits
 from oto.trace.found import Found, as_found
 from oto.trace.record import arguments, tensors_in
 
@@ -165,6 +167,15 @@ def run(module: nn.Module, dummy_input: Any, wide: bool = False, found: Found | 
         stack.enter_context(torch.no_grad())
         stack.enter_context(throughout(module))
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
+
+
+def learn(slim: nn.Module, edits: Edits, dummy_input: Any) -> None:
+    """Write down, in a slim model and its edits, what its code states where it is told otherwise."""
+    if edits.told:
+        with learning(slim):
+            run(slim, dummy_input)
+        told = {path: slim.get_submodule(path).forward for path in edits.told}
+        edits.told.update({path: one.calls for path, one in told.items() if isinstance(one, Told)})
 
 
 def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:

@@ -289,25 +289,6 @@ def test_a_number_that_follows_from_a_width_stays_what_it_was():
     assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT and sizes(oto) == {"into.weight": 16}
 
 
-def test_what_is_told_in_eval_mode_is_compared_in_train_mode_too():
-    class Deeper(nn.Module):
-        """In training another view comes before the one whose size is stated."""
-
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 3)
-
-        def forward(self, x):
-            x = x.view(-1, 5) if self.training else x
-            return self.b(torch.relu(self.a(x)).view(-1, 12))
-
-    model, x = Deeper(), torch.randn(2, 5)
-    oto = OTO(model, x)
-    oto.random_set_zero_groups(0.5)
-    subnet = oto.construct_subnet()
-    assert subnet.emitter == "module" and any("in train mode" in note for note in subnet.notes)
-
-
 class Sorted(nn.Module):
     """A branch on a width, which no attribute and no call states."""
 
