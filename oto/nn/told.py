@@ -237,9 +237,9 @@ class _Telling(TorchFunctionMode):
         how = hows[time]
         if not how:
             return func(*args, **kwargs)
-        _require_given(how, name, args, kwargs)
         if self.learning:
             how["in"] = _user_module(sys._getframe(1))  # type: ignore[index]
+        _require_given(how, name, args, kwargs, self.learning)
         if "rest" in how:
             how = {**how, "rest": _computed(how["rest"], self.kept)}
         result = told(how, func, args, kwargs, self.learning)
@@ -269,14 +269,16 @@ def _refused(what: str) -> RuntimeError:
     )
 
 
-def _require_given(how: Mapping[str, Any], name: str, args: Any, kwargs: Any) -> None:
+def _require_given(how: Mapping[str, Any], name: str, args: Any, kwargs: Any, learn: bool) -> None:
     """Refuse a call of another tensor than the one that was seen."""
     if "takes" not in how or _is_tracing():
         return
     rank, sizes = how["takes"]
     x = first_tensor((args, kwargs))
     fits = x is not None and rank in (None, x.ndim) and all(-dim <= x.ndim for dim, _ in sizes)
-    if x is None or not fits or any(x.shape[dim] != size for dim, size in sizes):
+    if learn and x is not None and fits:
+        sizes[:] = [[dim, x.shape[dim]] for dim, _ in sizes]
+    if x is None or not fits or any(size not in (None, x.shape[dim]) for dim, size in sizes):
         shape, wanted = None if x is None else tuple(x.shape), dict(sizes)
         raise _refused(f"{name} is given a tensor of shape {shape}, and not one with {wanted}, counted from the last")
 
@@ -364,8 +366,13 @@ def _require_stated(how: Mapping[str, Any], name: str, stated: list[Any], learn:
 
 
 def both_told(old: Calls, new: Calls) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """What two rounds of changes tell a module together: what the first one counted is still counted in full."""
-    both = {site: {name: [dict(how) for how in hows] for name, hows in named.items()} for site, named in old.items()}
+    """What two rounds of changes tell a module together: what the first one counted is still counted in full.
+
+    The sizes that the first one knew calls by are open, unless the second one knows them.
+    """
+    both = {
+        site: {name: [_unlearned(how) for how in hows] for name, hows in named.items()} for site, named in old.items()
+    }
     for site, named in new.items():
         there = both.setdefault(site, {})
         for name, hows in named.items():
@@ -382,12 +389,19 @@ def both_told(old: Calls, new: Calls) -> dict[str, dict[str, list[dict[str, Any]
     return both
 
 
+def _unlearned(how: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of a change once the sizes that it knows a call by may have become others."""
+    rest = {key: value for key, value in how.items() if key not in ("was", "takes")}
+    if "takes" in how:
+        rank, sizes = how["takes"]
+        rest["takes"] = [rank, [[dim, None] for dim, _ in sizes]]
+    return rest
+
+
 def _both(before: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
     made = {**before, **how}
     if "numbers" in before and "numbers" in how:
         made["numbers"] = [list(pair) for pair in (dict(before["numbers"]) | dict(how["numbers"])).items()]
-        if len(made["numbers"]) != len(how["numbers"]):
-            made.pop("was", None)
     if "full" in before:
         made["full"] = before["full"]
     return made

@@ -170,12 +170,12 @@ def run(module: nn.Module, dummy_input: Any, wide: bool = False, found: Found | 
 
 
 def learn(slim: nn.Module, edits: Edits, dummy_input: Any) -> None:
-    """Write down, in a slim model and its edits, what its code states where it is told otherwise."""
-    if edits.told:
+    """Write down, in a slim model and its edits, by what the calls are known that are told something."""
+    told = {path: module.forward for path, module in slim.named_modules() if isinstance(module.forward, Told)}
+    if told:
         with learning(slim):
             run(slim, dummy_input)
-        told = {path: slim.get_submodule(path).forward for path in edits.told}
-        edits.told.update({path: one.calls for path, one in told.items() if isinstance(one, Told)})
+        edits.told.update({path: one.calls for path, one in told.items()})
 
 
 def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
