@@ -44,7 +44,8 @@ class Told:
         module: Of any class.
         calls: Which calls to change, and how:
             ``{}`` leaves one as it is,
-            ``{"numbers": [[place, number], ...], "of": count}`` puts other numbers among the arguments, so many in all,
+            ``{"numbers": [[place, number], ...], "of": count}`` puts other numbers among the arguments, so many in all;
+            those in ``"grows"`` are for what the code stated then, and grow with what it states,
             ``{"pieces": [sizes, dim]}`` cuts pieces of other sizes,
             ``{"counted": name, ...}`` calls a function of :mod:`oto.nn.functional` with further keywords,
             ``{"keep": True}`` keeps the result for a later one: its ``"rest"`` is what each entry held that is gone,
@@ -89,7 +90,7 @@ class Told:
 @contextmanager
 def learning(model: nn.Module) -> Iterator[None]:
     """While inside, it is written down whose code calls, and what that states where it is told another number: later
-    runs must state the same."""
+    runs must state the same. Where it states what it is told, it is left alone from then on."""
     told = [m.forward for m in model.modules() if isinstance(m.forward, Told)]
     try:
         for one in told:
@@ -98,6 +99,18 @@ def learning(model: nn.Module) -> Iterator[None]:
     finally:
         for one in told:
             one.learning = False
+            for named in one.calls.values():
+                for how in itertools.chain.from_iterable(named.values()):
+                    _leave_alone(how)
+
+
+def _leave_alone(how: Any) -> None:
+    """Tell a call only those numbers that the code gets wrong."""
+    if "was" in how:
+        right = [all(was[i] == number for was in how["was"]) for i, (_, number) in enumerate(how["numbers"])]
+        how["was"] = [[x for x, own in zip(was, right, strict=True) if not own] for was in how["was"]]
+        how["numbers"] = [pair for pair, own in zip(how["numbers"], right, strict=True) if not own]
+        how["grows"] = [place for place in how.get("grows", ()) if place in dict(how["numbers"])]
 
 
 # --- where a call is made ---------------------------------------------------------------------------------------------
@@ -341,11 +354,9 @@ def told(
     """Make a call as it is to be made."""
     if "numbers" in how:
         stated = numbers_of((args, dict(kwargs)))
-        name, of = name_of(func), how.get("of", len(stated))
-        if len(stated) != of:
-            raise _refused(f"{name} is called with {len(stated)} numbers, and not {of}")
-        _require_stated(how, name, [stated[place] for place, _ in how["numbers"]], learn)
-        args, kwargs = replaced((args, dict(kwargs)), dict(how["numbers"]))
+        if len(stated) != how.get("of", len(stated)):
+            raise _refused(f"{name_of(func)} is called with {len(stated)} numbers, and not {how['of']}")
+        args, kwargs = replaced((args, dict(kwargs)), _numbers(how, name_of(func), stated, learn))
     if "pieces" in how:
         sizes, dim = how["pieces"]
         return args[0].split(list(sizes), dim)
@@ -354,15 +365,22 @@ def told(
     return func(*args, **kwargs)
 
 
-def _require_stated(how: Mapping[str, Any], name: str, stated: list[Any], learn: bool) -> None:
-    """Refuse a call that states other sizes than it did."""
+def _numbers(how: Mapping[str, Any], name: str, stated: list[Any], learn: bool) -> dict[int, Any]:
+    """The numbers to state, by their places. A call that states other ones than it did is refused."""
+    new, own = dict(how["numbers"]), [stated[place] for place, _ in how["numbers"]]
     if learn:
         assert isinstance(how, dict)
-        if stated not in how.setdefault("was", []):
-            how["was"].append(stated)
-    elif "was" in how and not _is_tracing() and stated not in how["was"]:
-        places = [place for place, _ in how["numbers"]]
-        raise _refused(f"{name} states {stated} in the places {places}, and not {' or '.join(map(str, how['was']))}")
+        if own not in how.setdefault("was", []):
+            how["was"].append(own)
+    elif "was" in how:
+        was = dict(zip(new, how["was"][0], strict=True))
+        for place in how.get("grows", ()):  # with the batch, for one
+            new[place] = new[place] * stated[place] // was[place]
+        still = [[x for place, x in zip(new, numbers, strict=True) if place not in how.get("grows", ())]
+                 for numbers in (own, *how["was"])]  # fmt: skip
+        if not _is_tracing() and still[0] not in still[1:]:
+            raise _refused(f"{name} states {own} in the places {[*new]}, and not {' or '.join(map(str, how['was']))}")
+    return new
 
 
 def both_told(old: Calls, new: Calls) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -399,6 +417,8 @@ def _unlearned(how: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _both(before: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
+    if "in" in how:  # it was learned with the first one in it
+        return dict(how)
     made = {**before, **how}
     if "numbers" in before and "numbers" in how:
         made["numbers"] = [list(pair) for pair in (dict(before["numbers"]) | dict(how["numbers"])).items()]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from oto._torch import tree_map_only
-from oto.axes.call import Rewrite, Uniform
+from oto.axes.call import Rewrite, Size, Uniform
 from oto.axes.registry import known
 from oto.axes.terms import Axis, axes_of, resolve
 from oto.errors import EmitterError
@@ -76,6 +76,7 @@ class Telling:
         if at is None:
             return None
         call = self.calls[at]
+        how: dict[str, Any]
         own = numbers_of(tree_map_only(Value, lambda _: None, (node.args, dict(node.kwargs))))
         if rewrite is None:
             if list(call.numbers) != own or not places:
@@ -93,7 +94,7 @@ class Telling:
             if plain:
                 sizes = _listed(args[1]) if name in ("layer_norm", "rms_norm", "group_norm") else []
                 return {"numbers": [[place, size] for place, size in enumerate(sizes)]}
-            how: dict[str, Any] = {"counted": name}
+            how = {"counted": name}
             named = ("full", "sizes", "width", "rest", "along", "left", "of")
             how |= {key: kwargs[key] for key in named if key in kwargs}
             return how | ({"groups": args[1]} if name == "group_norm" else {})
@@ -103,7 +104,16 @@ class Telling:
         if len(asked) != len(own) or list(call.numbers) != own:
             return None
         differ = [i for i, (old, new) in enumerate(zip(own, asked, strict=True)) if old != new or i in places]
-        return {"numbers": [[i, asked[i]] for i in differ], "of": len(own)}
+        how = {"numbers": [[i, asked[i]] for i in differ], "of": len(own)}
+        free = numbers_of(
+            tree_map_only(
+                Size,
+                lambda size: float(not self.widths.issuperset(axes_of(resolve(size.term)))),
+                tree_map_only(Value, lambda _: None, (rewrite.args, dict(rewrite.kwargs))),
+            )
+        )
+        grows = [i for i in differ if free[i] == 1.0 and isinstance(free[i], float)]
+        return how | ({"grows": grows} if grows else {})
 
     @cached_property
     def widths(self) -> set[Axis]:

@@ -169,6 +169,46 @@ def test_a_block_that_is_left_out_does_not_shift_the_others():
     assert agree(full, slim, data(6, 5))
 
 
+class Folded(nn.Module):
+    """A number that grows with the batch is stated for the heads that there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        b, t = x.shape[0], x.shape[1]
+        h = self.into(x).view(b, t, 4, 3).transpose(1, 2).reshape(b * 4, t, 3).relu()
+        return self.out(h.view(b, 4, t, 3).transpose(1, 2).reshape(b, t, -1))
+
+
+def test_a_number_that_holds_a_width_and_the_batch_grows_with_that():
+    full, slim = slimmed(Folded(), data(2, 7, 5), 0.4)
+    assert slim.into.out_features < 12
+    for shape in ((2, 7, 5), (5, 3, 5)):
+        assert agree(full, slim, data(*shape))
+    free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(slim, (data(2, 7, 5),), dynamic_shapes=(free,), strict=False).module()
+    assert agree(full, program, data(4, 3, 5))
+
+
+def test_two_rounds(tmp_path):
+    full, x = Stack(Block(), Block()).double(), data(2, 5)
+    first, given = copy.deepcopy(full), full
+    for number in (1, 2):
+        oto = OTO(given, x)
+        oto.random_set_zero_groups(0.3, seed=number)
+        subnet = oto.construct_subnet(tmp_path / str(number), emitter="module")
+        wanted, given = run(given, x), subnet.model
+    assert subnet.cost_after.params < subnet.cost_before.params < sum(p.numel() for p in first.parameters())
+    again = load_subnet(tmp_path / "2", lambda: first)
+    for model in (given, again):
+        assert relative_error(wanted, run(model, x)) <= EXACT
+        with pytest.raises(RuntimeError, match="view is given a tensor of shape"):
+            model.blocks[0].up = nn.Linear(model.into.out_features, 12).double()
+            run(model, x)
+
+
 class Mean(nn.Module):
     def forward(self, x):
         return x.mean(-1, keepdim=True)
