@@ -221,8 +221,9 @@ class Script:
             for place, (new, old, own) in enumerate(zip(leaves, before, decides, strict=False)):
                 if not (own and isinstance(new, Tensor) and isinstance(old, Tensor)):
                     continue
-                if new.shape != old.shape:  # how many there are is a decision, too
-                    leaves[place] = old.clone()
+                if new.shape != old.shape:  # how many there are may be a decision, too
+                    if torch.Tag.dynamic_output_shape in op.tags:
+                        leaves[place] = old.clone()
                 elif 0 not in new.stride():  # an expanded one repeats what was put in its place before
                     new.copy_(old)
             if isinstance(result, Tensor):
