@@ -27,7 +27,7 @@ from oto.groups import Kept, Partition
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
-from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
+from oto.slim.module import Edits, OwnClass, attribute, plan_edits, refuse_training, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend
 from oto.slim.plan import thinning
 from oto.slim.recipe import Recipe
@@ -316,10 +316,14 @@ def _of_its_class(source: Zeroed) -> Made:
         require(source.reference.check(slim, random=False, exact=False))
     checks = _proved(source, prove, notes)
     if source.verify and not edits.dropped:
-        proofs, short = heads_in_training(
+        proofs, untrained = heads_in_training(
             source.model, slim, source.dummy_input, source.partition, source.kept, bool(edits.told)
         )  # fmt: skip
-        checks, notes = [*checks, *proofs], [*notes, *short]
+        checks = [*checks, *proofs]
+        if untrained:
+            notes.append(f"train mode is refused: {untrained}")
+            edits = replace(edits, untrained=untrained)
+            refuse_training(slim, untrained)
     descend(slim, source.model, Round.of(edits, tensors, source.kept))
     return Made("module", slim, edits, tensors, checks, notes=notes)
 
