@@ -71,7 +71,8 @@ class Zeroed:
     @cached_property
     def reference(self) -> Reference:
         """The full model, with which whatever is made of it is compared."""
-        return Reference(self.model, self.dummy_input, self.left, self.float64)
+        decides = self.partition.found.graph.how == "real"
+        return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides)
 
     @property
     def left(self) -> list[list[NDArray[np.bool_]]] | None:

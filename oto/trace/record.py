@@ -222,7 +222,7 @@ class Script:
                 if not (own and isinstance(new, Tensor) and isinstance(old, Tensor)):
                     continue
                 if new.shape != old.shape:  # how many there are may be a decision, too
-                    if torch.Tag.dynamic_output_shape in op.tags:
+                    if op.namespace != "aten" or torch.Tag.dynamic_output_shape in op.tags:
                         leaves[place] = old.clone()
                 elif 0 not in new.stride():  # an expanded one repeats what was put in its place before
                     new.copy_(old)
