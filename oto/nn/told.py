@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType, MethodType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -65,7 +65,15 @@ class Told:
                 _require_line(_last(site), how.get("in"), module)
         self.module = module
         self.calls = {site: {name: list(hows) for name, hows in named.items()} for site, named in calls.items()}
+        self.methods = _by_method(type(module), self.calls)
         self.learning = False
+        self.running = 0
+
+    def install(self) -> None:
+        """Take the place of the module's forward, and of methods that it calls: they may be called alone."""
+        held = vars(self.module)
+        held["forward"] = self
+        held.update({name: ToldMethod(self, name) for name in self.methods})
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -80,11 +88,57 @@ class Told:
         return MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        telling = _Telling(self.calls, self.learning)
-        with telling:
-            result = type(self.module).forward(self.module, *args, **kwargs)
+        return self.tell("forward", self.calls, args, kwargs)
+
+    def tell(self, name: str, calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a method of the class with some of its calls changed."""
+        telling = _Telling(calls, self.learning)
+        self.running += 1
+        try:
+            with telling:
+                result = getattr(type(self.module), name)(self.module, *args, **kwargs)
+        finally:
+            self.running -= 1
         telling.require_times()
         return result
+
+
+class ToldMethod:
+    """A method that the forward of a module calls, with the same calls changed when it is called alone."""
+
+    def __init__(self, told: Told, name: str) -> None:
+        self.told, self.name = told, name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(getattr(type(self.told.module), self.name), self.told.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        calls, module = self.told.methods[self.name], self.told.module
+        if self.told.running:  # the forward tells it
+            return getattr(type(module), self.name)(module, *args, **kwargs)
+        if calls is None:
+            raise _refused(f"{type(module).__name__}.{self.name} is called alone, and not by the forward")
+        return self.told.tell(self.name, calls, args, kwargs)
+
+
+def _by_method(kind: type[nn.Module], calls: Calls) -> dict[str, Calls | None]:
+    """For each method of the class that the forward calls, what to change in it; ``None`` if that cannot be said."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for site, named in calls.items():
+        lines = site.split("\n")
+        for i, line in enumerate(lines):
+            (name, _, text), within = line.partition(": "), "\n".join(lines[i:])
+            method = inspect.getattr_static(kind, name, None)
+            if not i or name == "forward" or not isinstance(method, FunctionType):
+                continue
+            if not text.isdecimal() and text not in _code(method):  # one of that name of another class
+                continue
+            own = found.setdefault(name, {})
+            kept = any("rest" in how or "keep" in how for hows in named.values() for how in hows)
+            if own is not None and (kept or own.setdefault(within, named) != named):
+                found[name] = None
+    return dict(found)
 
 
 @contextmanager
@@ -117,6 +171,7 @@ def _leave_alone(how: Any) -> None:
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
+_TELLS = re.compile(r"^(torch_dynamo_resume_in_)?tell(_at_\d+)?$")
 _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
 
 
@@ -192,6 +247,15 @@ def _source(name: str) -> frozenset[str]:
     return frozenset(line.strip() for line in linecache.getlines(file)) if file else frozenset()
 
 
+@cache
+def _code(method: FunctionType) -> frozenset[str]:
+    """The lines of a method; none if there is no source."""
+    try:
+        return frozenset(line.strip() for line in inspect.getsourcelines(method)[0])
+    except OSError:
+        return frozenset()
+
+
 @constant
 def _compiled_depth() -> int:
     return _depth_of([*lines_of(sys._getframe(1)), *followed_lines()])
@@ -203,13 +267,13 @@ def _compiled_site(depth: int) -> str:
 
 
 def _depth_of(places: Sequence[tuple[str, int, str]]) -> int:
-    return sum(file == __file__ and "__call__" in name for file, _, name in places)
+    return sum(file == __file__ and bool(_TELLS.search(name)) for file, _, name in places)
 
 
 def _site_of(places: Sequence[tuple[str, int, str]], depth: int) -> str:
     begin = 0
     for i, (file, _, name) in enumerate(places):
-        if file == __file__ and "__call__" in name:
+        if file == __file__ and _TELLS.search(name):
             depth -= 1
             begin = i + 1
             if not depth:

@@ -139,7 +139,7 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     before = {path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, Told)}  # in earlier rounds
     for path in {**before, **edits.told} if edits != Edits() else ():
         module, calls = slim.get_submodule(path), edits.told.get(path, {})
-        module.forward = Told(module, both_told(before[path].calls, calls) if path in before else calls)
+        Told(module, both_told(before[path].calls, calls) if path in before else calls).install()
     for path, instead in edits.dropped.items():
         parent, _, last = path.rpartition(".")
         setattr(slim.get_submodule(parent), last, nn.Identity() if instead == "identity" else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -120,6 +121,43 @@ def test_a_line_that_is_told_something_else_each_time_runs_as_often_as_it_did():
     for times in (1, 3, 4):
         with pytest.raises(RuntimeError, match=r"view is called .*times"):
             slim(data(6, 5), times)
+
+
+class Parted(nn.Module):
+    """Parts of the forward are methods that may be called alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 12), nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def rows(self, x):
+        return self.a(x).relu().view(-1, 12)
+
+    def features(self, x):
+        return self.b(self.rows(x)).view(-1, 16)
+
+    def head(self, x, pre_logits=False):
+        x = x.view(-1, 16)
+        return x if pre_logits else self.c(x)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def test_methods_that_the_forward_calls_may_be_called_alone():
+    full, slim = slimmed(Parted(), data(2, 5), 0.4)
+    x = data(6, 5)
+    for model in (slim, copy.deepcopy(slim)):
+        assert agree(full, model, x)
+        h = model.features(x)
+        assert h.shape == (6, model.b.out_features) and agree(
+            full, lambda x, model=model: model.head(model.features(x)), x
+        )
+        assert model.head(h, pre_logits=True).shape == h.shape
+        assert model.rows(x).shape == (6, model.a.out_features)
+        again = torch.compile(model.features, backend="eager", fullgraph=True)
+        assert torch.equal(again(x), h)
+    assert str(inspect.signature(slim.head)) == "(x, pre_logits=False)"
 
 
 class Block(nn.Module):
