@@ -20,7 +20,7 @@ from oto.slim.construct import Zeroed
 from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend, origin_of
 from oto.slim.plan import Thinning, thinning
-from oto.slim.recipe import Recipe, configs
+from oto.slim.recipe import Recipe, configs, fields
 from oto.slim.training import check_training
 from oto.slim.verify import check, learn, require
 
@@ -117,12 +117,17 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinn
         ShrinkError: It is no config that the model holds; or a norm would go on counting, which no config states.
     """
     name = type(model).__name__
-    held = {id(config): path for path, config in configs(recipe.config)}
-    holders = {path: held[id(own)] for path, m in model.named_modules() if id(own := vars(m).get("config")) in held}
+    whole = dict(fields(recipe.config))
+    holders = [  # after a round, each module has a config of its own
+        (path, within, dict(fields(own)))
+        for path, m in model.named_modules()
+        for within, config in configs(recipe.config)
+        if type(own := vars(m).get("config")) is type(config)
+    ]
     counting = [
         text for index, text in thin.found.tape.counted.items() if thin.changes(thin.found.tape.rewrites[index])
     ]
-    if "" not in holders or counting:
+    if not any(path == "" for path, *_ in holders) or counting:
         why = counting[0] if counting else f"{name} was made by a function, whose keywords nothing holds"
         raise ShrinkError(
             f"no config can state a {name} that got smaller in the middle of training: {why}\n"
@@ -131,11 +136,11 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinn
             + ("; or keep that width whole: skip_patterns=[...]" if counting else "")
         )
     for path, value in solve(recipe, thin).items():
-        for module, within in holders.items():
-            if f"{path}.".startswith(f"{within}." if within else ""):
-                key = path.removeprefix(f"{within}." if within else "").split(".")
-                plain = ["config", *(int(part) if part.isdecimal() else part for part in key)]
-                edits.stated.setdefault(module, []).append([plain, value])
+        for module, within, own in holders:
+            inside = path.removeprefix(f"{within}." if within else "")
+            if f"{path}.".startswith(f"{within}." if within else "") and own.get(inside) == whole.get(path):
+                key = ["config", *(int(part) if part.isdecimal() else part for part in inside.split("."))]
+                edits.stated.setdefault(module, []).append([key, value])
 
 
 def unscaled(own: OwnClass | None) -> OwnClass | None:
