@@ -9,6 +9,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -509,7 +510,11 @@ class OTO:
         options = ({} if batches else FROM_MAGNITUDE) | options
         latency = self._latency(target | options)
         choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)
-        kept = choice.kept_of(copy.deepcopy(self.model), batches, loss)
+        modes = [(module, module.training) for module in self.model.modules()]
+        with as_found(self.model) if batches else nullcontext():  # the weights alone are only read
+            for module, training in modes:
+                module.training = training
+            kept = choice.kept_of(self.model, batches, loss)
         how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
         times = None
         if choice.target.name == "target_latency_ms":

@@ -97,7 +97,6 @@ def test_from_the_trainer_to_a_pipeline(tmp_path: Path):
     trainer = transformers.Trainer(model, arguments, train_dataset=Sentences(), optimizers=(optimizer, None), **options)
     trainer.train()
     wanted = trainer.evaluate()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     subnet = oto.construct_subnet()
     assert type(subnet.model) is type(model) and "forward" not in vars(subnet.model)
