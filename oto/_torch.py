@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
@@ -29,9 +30,11 @@ __all__ = [
     "TorchDispatchMode",
     "codegen_state",
     "compile_package",
+    "constant",
     "count_conditions",
     "example_size",
     "expression",
+    "followed_lines",
     "guards_of",
     "holder",
     "is_free",
@@ -148,3 +151,17 @@ def load_package(path: str) -> Callable[..., Any]:
 
     loaded: Callable[..., Any] = aoti_load_package(path)
     return loaded
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant(function: _Function) -> _Function:
+    """A function that ``torch.compile`` calls while it follows code that calls it, and whose result is a constant."""
+    made: _Function = torch.compiler.assume_constant_result(function)
+    return made
+
+
+def followed_lines() -> list[tuple[str, int, str]]:
+    """File, line and function of the code that ``torch.compile`` follows right now, the outermost first."""
+    return [(f.filename, f.lineno or 0, f.name) for f in TracingContext.extract_stack()]

@@ -9,6 +9,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -509,7 +510,11 @@ class OTO:
         options = ({} if batches else FROM_MAGNITUDE) | options
         latency = self._latency(target | options)
         choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)
-        kept = choice.kept_of(copy.deepcopy(self.model), batches, loss)
+        modes = [(module, module.training) for module in self.model.modules()]
+        with as_found(self.model) if batches else nullcontext():  # the weights alone are only read
+            for module, training in modes:
+                module.training = training
+            kept = choice.kept_of(self.model, batches, loss)
         how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
         times = None
         if choice.target.name == "target_latency_ms":
@@ -648,11 +653,14 @@ class OTO:
         losing = [group.name for group in inner.node_groups if not left[group.name].all()]
         kept = {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
         with told(self.model, ShrinkError, "its slim form was built and verified", "the analysis is done"):
-            source = Zeroed(self.model, self.dummy_input, self.partition, self._own, kept)
+            own = self._ask_the_class() if self._stock else self._own
+            recipe = self._recipe if self._stock else None
+            source = Zeroed(self.model, self.dummy_input, self.partition, own, kept, recipe)
             slim = shrunk(source, averages)
             graph = record(slim.model, self.dummy_input, known, dead=not self._everything, training=True)
             found = trainable(graph, self._strict_out_nodes)
-            groups, own = same_groups(thinner(self.partition, self._groups, kept), found.groups), None
+            groups = same_groups(thinner(self.partition, self._groups, kept), found.groups)
+            own = None
             if self._own is not None:
                 own = own_class(slim.model, found, groups, self.dummy_input)
                 groups = joined(keep_whole(groups, own.whole, CLASS), own.ties)
@@ -668,6 +676,8 @@ class OTO:
         for before, after in [(self.model, slim.model), *slim.averages]:
             become(before, after)
         self.partition, self._groups, self._own, self._made_for = found, groups, own, analysed
+        if self._stock:
+            self._recipe = Recipe.of(self.model)
         return self.model
 
     def _optimizer_of(self, optimizer: Any) -> SparseOptimizer:

@@ -80,7 +80,11 @@ class GraphInputError(OTOError, TypeError):
     """A slim model that is a graph was called with other arguments, or other sizes, than it was made with."""
 
 
-class GraphModeError(OTOError):
+class TrainModeError(OTOError):
+    """A slim model was put into train mode, where it is not known to compute what the full one does."""
+
+
+class GraphModeError(TrainModeError):
     """A slim model that is a graph of the eval forward was put into train mode."""
 
 

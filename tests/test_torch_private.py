@@ -123,6 +123,25 @@ def test_how_a_graph_nests_its_inputs_can_be_kept_and_put_back():
     assert torch.equal(torch.fx.GraphModule({}, graph)(torch.ones(2, 3))["y"][0], -torch.ones(2, 3))
 
 
+def test_the_lines_that_the_compiler_follows_are_known():
+    seen = []
+
+    @_torch.constant
+    def look():
+        seen.extend(_torch.followed_lines())
+        return 2
+
+    def inner(x):
+        return x * look()
+
+    def outer(x):
+        return inner(x) + 1
+
+    assert torch.compile(outer, backend="eager", fullgraph=True)(torch.ones(1)) == 3
+    names = [name for file, line, name in seen if file == __file__ and line > 0]
+    assert names == ["outer", "inner"]
+
+
 @pytest.mark.zoo  # the C++ compiler takes its time
 def test_a_compiled_package_is_called_as_the_model(tmp_path):
     _torch.compile_package(_sized(lambda x: x * 2, (2, 3)), str(tmp_path / "model.pt2"))

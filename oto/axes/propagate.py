@@ -40,7 +40,7 @@ class Propagation:
         return tuple(T.resolve(term) for term in self.operands[value].terms)
 
 
-def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False, part: bool = False) -> Propagation:
+def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False) -> Propagation:
     """Relate all dimensions of ``graph``.
 
     Every dimension of a parameter, buffer or constant starts as one axis. Dimensions of inputs and outputs are fixed.
@@ -49,7 +49,6 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
         strict_out_nodes: Only outputs that no other call reads are fixed; one that is returned on the way, such as a
             hidden state, gets as thin as the network there.
         strict: Raise when a rule fails, instead of keeping what it touches.
-        part: The graph is a part of a larger one: its inputs and outputs may get thinner with that.
     """
     tape = Tape()
     operands: dict[Value, Operand] = {}
@@ -63,7 +62,7 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
         operands[leaf.value] = tape.tensor([T.axis(n, outside if loose else None) for n in leaf.value.shape])
     reader = {value: node.index for node in reversed(graph.calls) for value in node.inputs()}
     for value in (value for run in runs for value in run.inputs):
-        given = None if part else Reason("it is a dimension of an input", reader.get(value))
+        given = Reason("it is a dimension of an input", reader.get(value))
         operands[value] = tape.tensor([T.axis(n, given) for n in value.shape])
     for node in graph.calls:
         call = Call(node, tape, operands)
@@ -92,7 +91,7 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
             operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
     maker = {value: node.index for node in graph.calls for value in node.outputs if value is not None}
     for value in (value for run in runs for value in run.outputs):
-        for term in () if part or (strict_out_nodes and value in reader) else operands[value].terms:
+        for term in () if strict_out_nodes and value in reader else operands[value].terms:
             T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
     return found
 

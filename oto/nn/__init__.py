@@ -2,5 +2,6 @@
 
 from oto.nn.modules import SWAPS, GroupNorm, LayerNorm, MultiheadAttention, RMSNorm
 from oto.nn.told import Told
+from oto.nn.untrained import Untrained
 
-__all__ = ["SWAPS", "GroupNorm", "LayerNorm", "MultiheadAttention", "RMSNorm", "Told"]
+__all__ = ["SWAPS", "GroupNorm", "LayerNorm", "MultiheadAttention", "RMSNorm", "Told", "Untrained"]

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oto.nn import functional as counted
-from oto.nn.told import untold
 
 
 class LayerNorm(nn.Module):
@@ -29,7 +28,6 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(self.normalized_shape)) if weight else None
         self.bias = nn.Parameter(torch.zeros(self.normalized_shape)) if bias else None
 
-    @untold
     def forward(self, input: Tensor) -> Tensor:
         return counted.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, full=self.full)
 
@@ -52,7 +50,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(self.normalized_shape)) if weight else None
 
-    @untold
     def forward(self, input: Tensor) -> Tensor:
         return counted.rms_norm(input, self.normalized_shape, self.weight, self.eps, full=self.full)
 
@@ -77,7 +74,6 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(self.num_channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(self.num_channels)) if affine else None
 
-    @untold
     def forward(self, input: Tensor) -> Tensor:
         return counted.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps, full=self.full, width=self.width
@@ -164,7 +160,6 @@ class MultiheadAttention(nn.Module):
             mask = padding if mask is None else mask + padding
         return mask
 
-    @untold
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
                 need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
                 is_causal: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip

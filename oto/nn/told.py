@@ -3,25 +3,36 @@
 The code runs as it is. Of the torch functions that it calls, those that name a size, or that divide by one, are met on
 their way (``torch.overrides.TorchFunctionMode``) and called with what is right for the thinner module. Other calls, the
 batch and other lengths are as the code says. ``torch.compile`` and ``torch.export`` see the calls as they are made.
+
+A call is known by its *site*: the lines of code that were running, from the module's own forward to the call. So it is
+the same one whatever other calls a forward makes before it, in train mode, with a cache or with labels. A line that was
+told sizes on one way and is reached on another, or that is given or states other sizes than it was, is refused.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import CodeType, MethodType
+import itertools
+import linecache
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from oto._torch import constant, followed_lines
 from oto.nn import functional as counted
 
-Calls = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""What to change: for the name of a torch function, and how many calls of it came before in this forward (as a string,
-for JSON), how."""
+Calls = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+"""What to change: for each site, for the name of a torch function, how. One for every time that the site is met in a
+run of the module, in their order; or one alone, which holds for all of them."""
 
 
 class Told:
@@ -32,16 +43,37 @@ class Told:
     Args:
         module: Of any class.
         calls: Which calls to change, and how:
-            ``{"numbers": [[place, number], ...], "of": count}`` puts other numbers among the arguments, so many in all,
+            ``{}`` leaves one as it is,
+            ``{"numbers": [[place, number], ...], "of": count}`` puts other numbers among the arguments, so many in all;
+            those in ``"grows"`` are for what the code stated then, and grow with what it states,
             ``{"pieces": [sizes, dim]}`` cuts pieces of other sizes,
             ``{"counted": name, ...}`` calls a function of :mod:`oto.nn.functional` with further keywords,
             ``{"keep": True}`` keeps the result for a later one: its ``"rest"`` is what each entry held that is gone,
-            computed of such results, as ``{"op": [packet, overload], "args": [...]}`` and ``{"kept": [name, place]}``.
+            computed of such results, as ``{"op": [packet, overload], "args": [...]}`` and
+            ``{"kept": [site, name, time]}``.
+            ``"takes"`` and ``"was"`` say which calls are meant: how many dimensions the first tensor has, where that
+            is minded, and some of them, as ``[rank, [[dim, size], ...]]`` with negative ``dim``; and what the code
+            states in the places of the numbers. ``"in"`` is the Python module whose code that is.
+
+    Raises:
+        RuntimeError: The code is not there any more; or, while it runs, what it calls is not what it was told of.
     """
 
     def __init__(self, module: nn.Module, calls: Calls) -> None:
+        for site, named in calls.items():
+            for how in itertools.chain.from_iterable(named.values()):
+                _require_line(_last(site), how.get("in"), module)
         self.module = module
-        self.calls = {name: dict(places) for name, places in calls.items()}
+        self.calls = {site: {name: list(hows) for name, hows in named.items()} for site, named in calls.items()}
+        self.methods = _by_method(type(module), self.calls)
+        self.learning = False
+        self.running = 0
+
+    def install(self) -> None:
+        """Take the place of the module's forward, and of methods that it calls: they may be called alone."""
+        held = vars(self.module)
+        held["forward"] = self
+        held.update({name: ToldMethod(self, name) for name in self.methods})
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -56,68 +88,310 @@ class Told:
         return MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Telling(self.calls):
-            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.tell("forward", self.calls, args, kwargs)
 
-
-_UNTOLD = [0]  # how many modules of ours are running
-
-
-def untold(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward of ours, whose calls stand in the place of one: nobody counts them, and none is told another size."""
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        _UNTOLD[0] += 1
+    def tell(self, name: str, calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a method of the class with some of its calls changed."""
+        telling = _Telling(calls, self.learning)
+        self.running += 1
         try:
-            return forward(*args, **kwargs)
+            with telling:
+                result = getattr(type(self.module), name)(self.module, *args, **kwargs)
         finally:
-            _UNTOLD[0] -= 1
+            self.running -= 1
+        telling.require_times()
+        return result
 
-    return run
+
+class ToldMethod:
+    """A method that the forward of a module calls, with the same calls changed when it is called alone."""
+
+    def __init__(self, told: Told, name: str) -> None:
+        self.told, self.name = told, name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(getattr(type(self.told.module), self.name), self.told.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        calls, module = self.told.methods[self.name], self.told.module
+        if self.told.running:  # the forward tells it
+            return getattr(type(module), self.name)(module, *args, **kwargs)
+        if calls is None:
+            raise _refused(f"{type(module).__name__}.{self.name} is called alone, and not by the forward")
+        return self.told.tell(self.name, calls, args, kwargs)
+
+
+def _by_method(kind: type[nn.Module], calls: Calls) -> dict[str, Calls | None]:
+    """For each method of the class that the forward calls, what to change in it; ``None`` if that cannot be said."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for site, named in calls.items():
+        lines = site.split("\n")
+        for i, line in enumerate(lines):
+            (name, _, text), within = line.partition(": "), "\n".join(lines[i:])
+            method = inspect.getattr_static(kind, name, None)
+            if not i or name == "forward" or not isinstance(method, FunctionType):
+                continue
+            if not text.isdecimal() and text not in _code(method):  # one of that name of another class
+                continue
+            own = found.setdefault(name, {})
+            kept = any("rest" in how or "keep" in how for hows in named.values() for how in hows)
+            if own is not None and (kept or own.setdefault(within, named) != named):
+                found[name] = None
+    return dict(found)
+
+
+@contextmanager
+def learning(model: nn.Module) -> Iterator[None]:
+    """While inside, it is written down whose code calls, and what that states where it is told another number: later
+    runs must state the same. Where it states what it is told, it is left alone from then on."""
+    told = [m.forward for m in model.modules() if isinstance(m.forward, Told)]
+    try:
+        for one in told:
+            one.learning = True
+        yield
+    finally:
+        for one in told:
+            one.learning = False
+            for named in one.calls.values():
+                for how in itertools.chain.from_iterable(named.values()):
+                    _leave_alone(how)
+
+
+def _leave_alone(how: Any) -> None:
+    """Tell a call only those numbers that the code gets wrong."""
+    if "was" in how:
+        right = [all(was[i] == number for was in how["was"]) for i, (_, number) in enumerate(how["numbers"])]
+        how["was"] = [[x for x, own in zip(was, right, strict=True) if not own] for was in how["was"]]
+        how["numbers"] = [pair for pair, own in zip(how["numbers"], right, strict=True) if not own]
+        how["grows"] = [place for place in how.get("grows", ()) if place in dict(how["numbers"])]
+
+
+# --- where a call is made ---------------------------------------------------------------------------------------------
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent.parent)
+_TELLS = re.compile(r"^(torch_dynamo_resume_in_)?tell(_at_\d+)?$")
+_RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
+
+
+@cache
+def line_of_site(file: str, number: int, name: str) -> str:
+    """One line of a site, by the name of the function and the text; empty if it says nothing about the user's code.
+
+    Of modules of torch and of ours only that one was running is said, so that what they call is never taken for what
+    the user's line calls itself.
+    """
+    resumed = _RESUMED.match(name)
+    name = resumed[1] if resumed else name
+    if file.startswith((_TORCH, _HERE)):
+        return "forward" if name in ("forward", "_oto_analysed") else ""
+    return f"{name}: {linecache.getline(file, number).strip() or number}"
+
+
+def lines_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
+    """File, line and function of the frames around one, the outermost first."""
+    found = []
+    while frame is not None:
+        code = frame.f_code
+        found.append((code.co_filename, frame.f_lineno, code.co_name))
+        frame = frame.f_back
+    return found[::-1]
+
+
+def running(frame: FrameType | None) -> list[str]:
+    """The lines of code that run, the outermost first."""
+    return [line for place in lines_of(frame) if (line := line_of_site(*place))]
+
+
+def _depth() -> int:
+    """How many modules that are told something run, one in another."""
+    if torch.compiler.is_dynamo_compiling():
+        return int(_compiled_depth())
+    return _depth_of(lines_of(sys._getframe(1)))
+
+
+def _site(depth: int) -> str:
+    """The site of the call that is made, in the module that is told something at this depth."""
+    if torch.compiler.is_dynamo_compiling():
+        return str(_compiled_site(depth))
+    return _site_of(lines_of(sys._getframe(1)), depth)
+
+
+def _user_module(frame: FrameType | None) -> str | None:
+    """The Python module whose code is running."""
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+            return str(frame.f_globals.get("__name__"))
+        frame = frame.f_back
+    return None
+
+
+def _require_line(line: str, where: str | None, module: nn.Module) -> None:
+    """Refuse code that has changed since a line of it was told something, as far as one can see."""
+    text = line.partition(": ")[2]
+    if where in (None, "__main__") or where not in sys.modules or text.isdecimal() or text in _source(where):
+        return
+    if _source(where) and not any(text in _source(kind.__module__) for kind in type(module).__mro__):
+        raise RuntimeError(
+            f"{where} has changed since {type(module).__name__} was made slim: it has no such line any more\n"
+            f"  line    {line}\n  effect  which sizes to state is not known\n"
+            "  to fix  use the version of it that the slim model was made with, or make it slim anew"
+        )
+
+
+@cache
+def _source(name: str) -> frozenset[str]:
+    """The lines of a Python module; none if there is no source."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return frozenset(line.strip() for line in linecache.getlines(file)) if file else frozenset()
+
+
+@cache
+def _code(method: FunctionType) -> frozenset[str]:
+    """The lines of a method; none if there is no source."""
+    try:
+        return frozenset(line.strip() for line in inspect.getsourcelines(method)[0])
+    except OSError:
+        return frozenset()
+
+
+@constant
+def _compiled_depth() -> int:
+    return _depth_of([*lines_of(sys._getframe(1)), *followed_lines()])
+
+
+@constant
+def _compiled_site(depth: int) -> str:
+    return _site_of([*lines_of(sys._getframe(1)), *followed_lines()], depth)
+
+
+def _depth_of(places: Sequence[tuple[str, int, str]]) -> int:
+    return sum(file == __file__ and bool(_TELLS.search(name)) for file, _, name in places)
+
+
+def _site_of(places: Sequence[tuple[str, int, str]], depth: int) -> str:
+    begin = 0
+    for i, (file, _, name) in enumerate(places):
+        if file == __file__ and _TELLS.search(name):
+            depth -= 1
+            begin = i + 1
+            if not depth:
+                break
+    return "\n".join(line for place in places[begin:] if (line := line_of_site(*place)))
 
 
 class _Telling(TorchFunctionMode):
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, learning: bool) -> None:
         super().__init__()
         self.calls = calls
-        self.seen = dict.fromkeys(calls, 0)
-        self.kept: dict[tuple[str, str], Any] = {}
+        self.learning = learning
+        self.depth = _depth()
+        self.ends = {(_last(site), name) for site, named in calls.items() for name in named}
+        self.names = {name for _, name in self.ends}
+        self.seen: dict[tuple[str, str], int] = {}
+        self.kept: dict[tuple[str, str, int], Any] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        if name in self.seen and not _UNTOLD[0]:
-            place = str(self.seen[name])
-            self.seen[name] += 1
-            if place in self.calls[name]:
-                how = self.calls[name][place]
-                if "rest" in how:
-                    how = {**how, "rest": _computed(how["rest"], self.kept)}
-                result = told(how, func, args, kwargs)
-                if "keep" in how:
-                    self.kept[name, place] = result
-                return result
-        return func(*args, **kwargs)
+        if name not in self.names:
+            return func(*args, **kwargs)
+        site = _site(self.depth)
+        hows = self.calls.get(site, {}).get(name)
+        if hows is None:
+            if (_last(site), name) in self.ends:
+                raise _refused(f"{name} is called on a way that was not seen:\n    " + site.replace("\n", "\n    "))
+            return func(*args, **kwargs)
+        time = self.seen.get((site, name), 0)
+        self.seen[site, name] = time + 1
+        if len(hows) == 1:
+            time = 0
+        elif time >= len(hows):
+            raise _refused(f"{name} is called more often than {len(hows)} times: {_last(site)}")
+        how = hows[time]
+        if not how:
+            return func(*args, **kwargs)
+        if self.learning:
+            how["in"] = _user_module(sys._getframe(1))  # type: ignore[index]
+        _require_given(how, name, args, kwargs, self.learning)
+        if "rest" in how:
+            how = {**how, "rest": _computed(how["rest"], self.kept)}
+        result = told(how, func, args, kwargs, self.learning)
+        if "keep" in how:
+            self.kept[site, name, time] = result
+        return result
+
+    def require_times(self) -> None:
+        """Refuse a run that met a site another number of times, where each time is told something else."""
+        for (site, name), times in self.seen.items():
+            wanted = len(self.calls[site][name])
+            if wanted > 1 and times != wanted:
+                raise _refused(f"{name} is called {times} times, and not {wanted}: {_last(site)}")
+
+
+def _last(site: str) -> str:
+    return site.rpartition("\n")[2]
+
+
+def _refused(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what}\n"
+        "  effect  the forward takes another path than the one that was analysed, and which sizes to state here is not"
+        " known; nothing was computed\n"
+        "  to fix  give OTO(...) an example that takes this path, or keep the widths that this module states:"
+        " OTO(..., skip_patterns=[...])"
+    )
+
+
+def _require_given(how: Mapping[str, Any], name: str, args: Any, kwargs: Any, learn: bool) -> None:
+    """Refuse a call of another tensor than the one that was seen."""
+    if "takes" not in how or _is_tracing():
+        return
+    rank, sizes = how["takes"]
+    x = first_tensor((args, kwargs))
+    fits = x is not None and rank in (None, x.ndim) and all(-dim <= x.ndim for dim, _ in sizes)
+    if learn and x is not None and fits:
+        sizes[:] = [[dim, x.shape[dim]] for dim, _ in sizes]
+    if x is None or not fits or any(size not in (None, x.shape[dim]) for dim, size in sizes):
+        shape, wanted = None if x is None else tuple(x.shape), dict(sizes)
+        raise _refused(f"{name} is given a tensor of shape {shape}, and not one with {wanted}, counted from the last")
+
+
+def first_tensor(arguments: Any) -> Tensor | None:
+    """The first tensor among arguments."""
+    if isinstance(arguments, Tensor):
+        return arguments
+    if isinstance(arguments, tuple | list):
+        items: Iterable[Any] = arguments
+    elif isinstance(arguments, dict):
+        items = arguments.values()
+    else:
+        return None
+    for item in items:
+        found = first_tensor(item)
+        if found is not None:
+            return found
+    return None
 
 
 UNIFORM = ("add", "sub", "mul", "div", "pow", "square", "abs", "neg", "rsqrt", "sqrt", "_to_copy", "to")
 """Operators that what is gone may be computed by; no others, for a file may say which."""
 
 
-def _computed(x: Any, kept: Mapping[tuple[str, str], Any]) -> Any:
+def _computed(x: Any, kept: Mapping[tuple[str, str, int], Any]) -> Any:
     if isinstance(x, dict) and "kept" in x:
-        name, place = x["kept"]
-        return kept[name, place]
+        site, name, time = x["kept"]
+        return kept[site, name, time]
     if isinstance(x, dict):
         packet, overload = x["op"]
         assert packet in UNIFORM, packet
         op = getattr(getattr(torch.ops.aten, packet), overload)
         args = [_computed(item, kept) for item in x["args"]]
         like = next((a for a in args if isinstance(a, Tensor)), None)
-        tensors = [argument.type.kind() == "TensorType" for argument in op._schema.arguments]
+        tensors = _wants_tensors(packet, overload)
         if like is not None:  # a number where the operator takes a tensor
             args = [
                 like.new_tensor(a) if wants and isinstance(a, int | float) else a
@@ -127,22 +401,26 @@ def _computed(x: Any, kept: Mapping[tuple[str, str], Any]) -> Any:
     return x
 
 
+@constant
+def _wants_tensors(packet: str, overload: str) -> tuple[bool, ...]:
+    schema = getattr(getattr(torch.ops.aten, packet), overload)._schema
+    return tuple(argument.type.kind() == "TensorType" for argument in schema.arguments)
+
+
 def name_of(func: Callable[..., Any]) -> str:
     """What a torch function is called, as a function or as a method."""
     return getattr(func, "__name__", "")
 
 
-def told(how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def told(
+    how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], learn: bool
+) -> Any:
     """Make a call as it is to be made."""
     if "numbers" in how:
-        found = len(numbers_of((args, dict(kwargs))))
-        if found != how.get("of", found):
-            raise RuntimeError(
-                f"{name_of(func)} is called with {found} numbers, where the forward that was analysed has {how['of']}\n"
-                "  effect  it takes another path here, and which sizes to state is not known\n"
-                "  to fix  keep the widths that this module states: OTO(..., skip_patterns=[...])"
-            )
-        args, kwargs = replaced((args, dict(kwargs)), dict(how["numbers"]))
+        stated = numbers_of((args, dict(kwargs)))
+        if len(stated) != how.get("of", len(stated)):
+            raise _refused(f"{name_of(func)} is called with {len(stated)} numbers, and not {how['of']}")
+        args, kwargs = replaced((args, dict(kwargs)), _numbers(how, name_of(func), stated, learn))
     if "pieces" in how:
         sizes, dim = how["pieces"]
         return args[0].split(list(sizes), dim)
@@ -151,19 +429,66 @@ def told(how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...]
     return func(*args, **kwargs)
 
 
-def both_told(old: Calls, new: Calls) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """What two rounds of changes tell a module together: what the first one counted is still counted in full."""
-    both: dict[str, dict[str, Mapping[str, Any]]] = {name: dict(places) for name, places in old.items()}
-    for name, places in new.items():
-        for place, how in places.items():
-            before = both.setdefault(name, {}).get(place, {})
-            made = {**before, **how}
-            if "numbers" in before and "numbers" in how:
-                made["numbers"] = [list(pair) for pair in (dict(before["numbers"]) | dict(how["numbers"])).items()]
-            if "full" in before:
-                made["full"] = before["full"]
-            both[name][place] = made
+def _numbers(how: Mapping[str, Any], name: str, stated: list[Any], learn: bool) -> dict[int, Any]:
+    """The numbers to state, by their places. A call that states other ones than it did is refused."""
+    new, own = dict(how["numbers"]), [stated[place] for place, _ in how["numbers"]]
+    if learn:
+        assert isinstance(how, dict)
+        if own not in how.setdefault("was", []):
+            how["was"].append(own)
+    elif "was" in how:
+        was = dict(zip(new, how["was"][0], strict=True))
+        for place in how.get("grows", ()):  # with the batch, for one
+            new[place] = new[place] * stated[place] // was[place]
+        still = [[x for place, x in zip(new, numbers, strict=True) if place not in how.get("grows", ())]
+                 for numbers in (own, *how["was"])]  # fmt: skip
+        if not _is_tracing() and still[0] not in still[1:]:
+            raise _refused(f"{name} states {own} in the places {[*new]}, and not {' or '.join(map(str, how['was']))}")
+    return new
+
+
+def both_told(old: Calls, new: Calls) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """What two rounds of changes tell a module together: what the first one counted is still counted in full.
+
+    The sizes that the first one knew calls by are open, unless the second one knows them.
+    """
+    both = {
+        site: {name: [_unlearned(how) for how in hows] for name, hows in named.items()} for site, named in old.items()
+    }
+    for site, named in new.items():
+        there = both.setdefault(site, {})
+        for name, hows in named.items():
+            if any(
+                "pieces" in how for how in hows
+            ):  # in the first round it was told so, and called another name before
+                name = next((n for n, before in there.items() if any("pieces" in how for how in before)), name)
+            before = there.get(name, [{}])
+            times = max(len(before), len(hows))
+            if {len(before), len(hows)} - {1, times}:
+                raise RuntimeError(f"{name} is told {len(before)} things in one round, {len(hows)} in another: {site}")
+            pairs = zip(before * (times // len(before)), list(hows) * (times // len(hows)), strict=True)
+            there[name] = [_both(one, other) for one, other in pairs]
     return both
+
+
+def _unlearned(how: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of a change once the sizes that it knows a call by may have become others."""
+    rest = {key: value for key, value in how.items() if key not in ("was", "takes")}
+    if "takes" in how:
+        rank, sizes = how["takes"]
+        rest["takes"] = [rank, [[dim, None] for dim, _ in sizes]]
+    return rest
+
+
+def _both(before: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
+    if "in" in how:  # it was learned with the first one in it
+        return dict(how)
+    made = {**before, **how}
+    if "numbers" in before and "numbers" in how:
+        made["numbers"] = [list(pair) for pair in (dict(before["numbers"]) | dict(how["numbers"])).items()]
+    if "full" in before:
+        made["full"] = before["full"]
+    return made
 
 
 _is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]  # without a type in some releases

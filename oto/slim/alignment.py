@@ -6,6 +6,7 @@ sizes that the analysis says, the class computes what the rewritten graph comput
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -222,15 +223,21 @@ class Alignment:
         if rewrite is None or full.index in own.absorbed or not self.thin.changes(rewrite):
             return None if _equal(full, slim) else 0
         if rewrite.op is full.op:
-            asked = _plain((self.thin.filled(rewrite.args), self.thin.filled(dict(rewrite.kwargs))))
-            return None if _agree(asked, _plain((slim.args, dict(slim.kwargs)))) else self.right(full, slim)
+            asked, given = (
+                _plain((_with_defaults(full.op, args), dict(kwargs)))
+                for args, kwargs in (
+                    (self.thin.filled(rewrite.args), self.thin.filled(dict(rewrite.kwargs))),
+                    (slim.args, slim.kwargs),
+                )
+            )
+            return None if _agree(asked, given) else self.right(full, slim)
         if rewrite.op in _BY_SHAPE:
             return None
         if rewrite.op is aten.narrow.default:  # of a slice, whose length is in the shape
             begin = self.thin.filled(rewrite.args[2])
-            given = slim.args[2] if len(slim.args) > 2 and slim.args[2] is not None else 0
+            begins = slim.args[2] if len(slim.args) > 2 and slim.args[2] is not None else 0
             length = next(slim.inputs()).shape[rewrite.args[1]]
-            return None if min(max(given + (length if given < 0 else 0), 0), length) == begin else 0
+            return None if min(max(begins + (length if begins < 0 else 0), 0), length) == begin else 0
         return 0
 
     def right(self, full: Node, slim: Node) -> int:
@@ -270,6 +277,17 @@ def _plain(arguments: Any) -> list[Any]:
     elsewhere = (torch.device, torch.layout, torch.Generator)
     # what a branch or a loop runs is a function, and keeps its sizes
     return [x for x in tree_leaves(named) if not isinstance(x, elsewhere) and not callable(x)]
+
+
+def _with_defaults(op: Any, args: Sequence[Any]) -> list[Any]:
+    """The arguments of a call, and the defaults of those that it leaves out at the end; it may, by what they are."""
+    schema = getattr(op, "_schema", None)
+    left = schema.arguments[len(args) :] if schema is not None else ()
+    return [*args, *itertools.takewhile(lambda x: x is not None, (_default(argument) for argument in left))]
+
+
+def _default(argument: Any) -> Any:
+    return argument.default_value if argument.has_default_value() and not argument.kwarg_only else None
 
 
 def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:

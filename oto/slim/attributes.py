@@ -63,9 +63,13 @@ class Stated:
         return size_of(self.term) / thin.count(self.term)
 
 
+_EVERY = {*vars(nn.Module()), "_oto_origin"}  # what every module holds
+
+
 def numbers(module: nn.Module) -> Iterator[tuple[Key, int | float]]:
-    """The numbers that a module holds, its own first, then those of what it holds."""
-    own = [(name, value) for name, value in vars(module).items() if not name.startswith("_") and name != "training"]
+    """The numbers that a module holds, its own first, then those of what it holds; private ones last."""
+    own = [(name, value) for name, value in vars(module).items() if name not in _EVERY]
+    own.sort(key=lambda pair: pair[0].startswith("_"))
     for name, value in own:
         if _is_number(value):
             yield (name,), value

@@ -27,14 +27,14 @@ from oto.groups import Kept, Partition
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
-from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
+from oto.slim.module import Edits, OwnClass, attribute, plan_edits, refuse_training, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend
 from oto.slim.plan import thinning
 from oto.slim.recipe import Recipe
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.training import heads_in_training
 from oto.slim.unreached import left_out, within
-from oto.slim.verify import Check, Reference, check, double_, require
+from oto.slim.verify import Check, Reference, check, double_, learn, require
 from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
@@ -71,7 +71,8 @@ class Zeroed:
     @cached_property
     def reference(self) -> Reference:
         """The full model, with which whatever is made of it is compared."""
-        return Reference(self.model, self.dummy_input, self.left, self.float64)
+        decides = self.partition.found.graph.how == "real"
+        return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides)
 
     @property
     def left(self) -> list[list[NDArray[np.bool_]]] | None:
@@ -305,6 +306,7 @@ def _of_its_class(source: Zeroed) -> Made:
         return double_(slim_of(full)[0])
 
     slim, tensors = slim_of(source.model)
+    learn(slim, edits, source.dummy_input)
     rounded = source.own is not None and source.own.absorbed
 
     def prove(full: Zeroed) -> list[Check]:
@@ -315,10 +317,14 @@ def _of_its_class(source: Zeroed) -> Made:
         require(source.reference.check(slim, random=False, exact=False))
     checks = _proved(source, prove, notes)
     if source.verify and not edits.dropped:
-        proofs, short = heads_in_training(
+        proofs, untrained = heads_in_training(
             source.model, slim, source.dummy_input, source.partition, source.kept, bool(edits.told)
         )  # fmt: skip
-        checks, notes = [*checks, *proofs], [*notes, *short]
+        checks = [*checks, *proofs]
+        if untrained:
+            notes.append(f"train mode is refused: {untrained}")
+            edits = replace(edits, untrained=untrained)
+            refuse_training(slim, untrained)
     descend(slim, source.model, Round.of(edits, tensors, source.kept))
     return Made("module", slim, edits, tensors, checks, notes=notes)
 

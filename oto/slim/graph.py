@@ -75,9 +75,6 @@ def thinned(exported: Exported, thin: Thinning) -> fx.GraphModule:
         rewrite = thin.found.tape.rewrites.get(node.index)
         if rewrite is not None and thin.changes(rewrite):
             _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), thin, inputs)
-    for drawn, (place, value) in exported.drawn.items():  # it is analysed as in eval mode
-        drawn.args = tuple(value if i == place else x for i, x in enumerate(drawn.args))
-        drawn.kwargs = {name: value if name == place else x for name, x in drawn.kwargs.items()}
     follow_device(slim.graph)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -27,22 +26,22 @@ class SlimGraph(fx.GraphModule):
     """
 
     takes: Takes | None
-    _in_train: SlimGraph | None
     _checks: tuple[tuple[str, Callable[..., Any]], ...]
 
     def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, takes: Takes | None = None) -> None:
         vars(self)["takes"] = takes
         vars(self)["_checks"] = () if takes is None else takes.compiled
         vars(self)["_trains_as_eval"] = False
-        vars(self)["_in_train"] = None
         super().__init__(root, graph, SlimGraph.__name__)
         self.eval()
 
     def recompile(self) -> Any:
         """Make ``forward`` anew from the graph."""
         code = super().recompile()
-        kind: Any = type(self)  # each graph module has a class of its own
-        kind.forward = _by_name(kind.forward, vars(self)["takes"])
+        takes: Takes | None = vars(self)["takes"]
+        if takes is not None:
+            kind: Any = type(self)  # each graph module has a class of its own
+            kind.forward = _by_name(kind.forward, takes)
         return code
 
     @property
@@ -56,9 +55,6 @@ class SlimGraph(fx.GraphModule):
         Raises:
             GraphModeError: The graph holds the calls of eval mode.
         """
-        if self._in_train is not None:
-            super().train(mode)
-            return self
         if mode and not self._trains_as_eval:
             raise GraphModeError(
                 "this slim model is a graph of the eval forward: it has no dropout, and its batch norms do not move\n"
@@ -69,13 +65,6 @@ class SlimGraph(fx.GraphModule):
         super().train(False)
         self.training = mode
         return self
-
-    def keep_train(self, graph: fx.Graph, takes: Takes | None) -> None:
-        """Run another graph in train mode, on the same parameters, buffers and modules."""
-        other = SlimGraph(self, graph, takes)
-        for name in _SHARED:
-            vars(other)[name] = vars(self)[name]
-        vars(self)["_in_train"] = other  # no submodule: it holds nothing of its own
 
     def train_as_eval(self) -> SlimGraph:
         """Allow ``train()``: gradients flow, dropout stays off and batch norms keep their statistics."""
@@ -98,23 +87,16 @@ class SlimGraph(fx.GraphModule):
         return {key: value for key, value in vars(self).items() if key not in _MADE_ANEW}
 
 
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 # what a graph module makes of its graph
 _MADE_ANEW = {"_graph", "_code", "_tracer_cls", "_tracer_extras", "_in_spec", "_out_spec", "_checks", "takes", "meta"}
 
 
-def _by_name(generated: Callable[..., Any], takes: Takes | None) -> Callable[..., Any]:
+def _by_name(generated: Callable[..., Any], takes: Takes) -> Callable[..., Any]:
     def forward(self: SlimGraph, *args: Any, **kwargs: Any) -> Any:
-        if self.training and self._in_train is not None:
-            return type(self._in_train).forward(self._in_train, *args, **kwargs)
-        if takes is None:
-            return generated(self, *args, **kwargs)
         named = takes.bind(args, kwargs)
         takes.require(named, self._checks)
         return generated(self, **named)
 
-    if takes is None:
-        return functools.wraps(generated)(forward)
     own = takes.signature()
     me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = own.replace(parameters=[me, *own.parameters.values()])  # type: ignore[attr-defined]

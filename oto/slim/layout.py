@@ -244,9 +244,9 @@ def emit_stock(
     def wider(full: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
         return double_(restated(full, partition, kept, recipe)[0])
 
-    saved = slim.state_dict().keys()
-    held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
-    return slim, Edits(config=edits), {name: t for name, t in held if name in saved}, wider
+    held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
+    saved = slim.state_dict().keys() if edits else held.keys()  # what no file holds, the constructor makes
+    return slim, Edits(config=edits), {name: t for name, t in held.items() if name in saved}, wider
 
 
 # --- what is no size --------------------------------------------------------------------------------------------------

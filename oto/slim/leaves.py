@@ -128,13 +128,7 @@ _MAKERS: dict[Any, Callable[[Options, Tensor, int], nn.Module | None]] = {
 _ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
-def name_leaves(
-    slim: fx.GraphModule,
-    source: nn.Module,
-    ranks: dict[fx.Node, int],
-    graph: fx.Graph | None = None,
-    made: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: dict[fx.Node, int]) -> None:
     """Put stock modules where calls read tensors that one module owns, at that module's path.
 
     Quantisers and adapters look for modules of these classes. What they compute is the same call.
@@ -142,12 +136,8 @@ def name_leaves(
     Args:
         source: The module before it was thinned, which holds tied tensors under all their names.
         ranks: Dimensions of what each node gives.
-        graph: Another graph that runs on the same modules; ``made`` is what was put there for the first.
-
-    Returns:
-        What was put where.
     """
-    graph, made = graph or slim.graph, dict(made or {})
+    graph, made = slim.graph, dict[str, tuple[Any, Options]]()
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _MAKERS:
             continue
@@ -176,7 +166,6 @@ def name_leaves(
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    return made
 
 
 def _options(node: fx.Node) -> Options:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError, out_of_memory
 from oto.groups import Partition
-from oto.nn import SWAPS, Told
+from oto.nn import SWAPS, Told, Untrained
 from oto.nn import functional as counted
 from oto.nn import modules as thinner
 from oto.nn.told import both_told
@@ -41,6 +41,7 @@ class Edits:
             them.
         config: Where the class is made anew from ``model.config`` instead, the fields of it that change.
         dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
+        untrained: Why train mode is refused; empty if it is not.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Edits:
     told: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    untrained: str = ""
 
 
 @dataclass(eq=False)
@@ -112,6 +114,8 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             f"{type(model).__name__} cannot be copied: {type(failure).__name__}: {failure}\n"
             "  effect  the original class cannot be used for the slim model"
         ) from failure
+    if isinstance(slim.train, Untrained):  # in an earlier round
+        del slim.train
     for path, numbers in edits.stated.items():
         for key, number in numbers:
             state_(slim.get_submodule(path), tuple(key), number)
@@ -132,15 +136,21 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             return new
         parent, _, last = path.rpartition(".")
         setattr(slim.get_submodule(parent), last, new)
-    for path, calls in edits.told.items():
-        module = slim.get_submodule(path)
-        if isinstance(module.forward, Told):  # in an earlier round
-            calls = both_told(module.forward.calls, calls)
-        module.forward = Told(module, calls)
+    before = {path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, Told)}  # in earlier rounds
+    for path in {**before, **edits.told} if edits != Edits() else ():
+        module, calls = slim.get_submodule(path), edits.told.get(path, {})
+        Told(module, both_told(before[path].calls, calls) if path in before else calls).install()
     for path, instead in edits.dropped.items():
         parent, _, last = path.rpartition(".")
         setattr(slim.get_submodule(parent), last, nn.Identity() if instead == "identity" else None)
+    if edits.untrained:
+        refuse_training(slim, edits.untrained)
     return slim
+
+
+def refuse_training(slim: nn.Module, why: str) -> None:
+    """Let a slim model stay in eval mode, and say why."""
+    vars(slim)["train"] = Untrained(slim, why)
 
 
 def attribute(model: nn.Module, path: str) -> Tensor:
@@ -231,7 +241,7 @@ def adapted(model: nn.Module, thin: Thinning, own: OwnClass | None = None, plain
                 declined.path = path
                 raise declined from failure
     if own is not None and own.told and own.telling is not None:
-        edits.told.update(own.telling.told(own.told, thin, plain, edits.swaps))
+        edits.told.update(own.telling.told(own.told, thin, plain))
     return edits
 
 

@@ -59,6 +59,7 @@ AHEAD = 64
 """How many calls further one looks whether something was mended; the whole model is run before it counts."""
 TRIES = 16
 """How many candidates are tried for one call."""
+LAST, LAST_SAYS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "it is a dimension of an output"
 _ROW = 8  # entries; of 16 bits, 16 bytes
 
 
@@ -129,7 +130,30 @@ class _Search:
             right, rounds = 0, rounds + 1
             if rounds > ROUNDS or not self.mend(departure, seed):
                 self.give_up(departure, seed)
+        self.describe()
         return self.found
+
+    def describe(self) -> None:
+        """Let modules say how wide the input of their last layer is now, where they say it and no forward minds.
+
+        Such as the method reads that puts another last layer there.
+        """
+        base = dict(self.found.stated)
+        for leaf in self.graph.leaves:
+            path, _, name = leaf.name.rpartition(".")
+            kind = stock(self.modules.get(path))
+            if name != "weight" or kind is None or not issubclass(kind, LAST) or len(leaf.value.shape) < 2:
+                continue
+            out, into = (resolve(term) for term in self.partition.found.terms(leaf.value)[:2])
+            if not any(axis.fixed is not None and axis.fixed.text == LAST_SAYS for axis in axes_of(out)):
+                continue
+            for holder in ancestors(path)[1:]:
+                for key, value in numbers(self.modules[holder]):
+                    if len(key) == 1 and value == size_of(into) and isinstance(value, int):
+                        self.found.stated.setdefault(Place(holder, key), Stated(into, value))
+        new = self.found.stated.keys() - base.keys()
+        if new and any(self.departure(seed) is not None for seed in (0, 1)):
+            self.found.stated = base
 
     def lined_up(self) -> bool:
         """Whether the full model, run again, makes the calls that were recorded; how is learned on the way."""

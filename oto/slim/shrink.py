@@ -15,12 +15,14 @@ from torch import nn
 from oto._torch import holder
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
 from oto.groups import NodeGroup, Slice
+from oto.slim.config import solve
 from oto.slim.construct import Zeroed
-from oto.slim.module import OwnClass, attribute, plan_edits, thin_copy, thin_tensors
+from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend, origin_of
-from oto.slim.plan import thinning
+from oto.slim.plan import Thinning, thinning
+from oto.slim.recipe import Recipe, configs, fields
 from oto.slim.training import check_training
-from oto.slim.verify import check, require
+from oto.slim.verify import check, learn, require
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +55,27 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
     """Make the slim model of the model's own class, with the parameters of the full one, and prove it in both modes.
 
     Args:
-        source: In its model, all atoms but those in ``kept`` are zero.
+        source: In its model, all atoms but those in ``kept`` are zero. With a recipe, the model's config states the
+            sizes from then on, and the class made from it is the slim model's.
         averages: Averages of the weights, or what holds them; their atoms need not be zero.
 
     Raises:
-        ShrinkError: The class cannot express it, or not with the parameters that the optimizer knows; or an average is
-            none of this model.
+        ShrinkError: The class cannot express it, or not with the parameters that the optimizer knows; the config cannot
+            state it; or an average is none of this model.
         VerificationError: It computes something else.
     """
     model, partition, kept = source.model, source.partition, source.kept
     thin = thinning(partition, kept)
     try:
         edits = plan_edits(model, partition, thin, unscaled(source.own))
+        if source.recipe is not None:
+            _state_in_config(edits, model, source.recipe, thin)
         slim = thin_copy(model, thin_tensors(model, thin), edits)
+        learn(slim, edits, source.dummy_input)
         require(check(model, slim, source.dummy_input, batch=True, left=source.left))
-    except VerificationError:
+        if source.recipe is not None and Recipe.of(slim) is None:
+            raise EmitterError("what its config makes is not of these sizes")
+    except (VerificationError, ShrinkError):
         raise
     except Exception as failure:  # anything that the user's own forward may raise at other sizes
         if out_of_memory(failure):
@@ -99,6 +107,40 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
         vars(average)["_oto_origin"] = origin_of(slim)
         made.append((inner, average))
     return Shrunk(slim, parameters, made)
+
+
+def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinning) -> None:
+    """Let the config of a model, wherever a module of it holds that, state the sizes of the slim one.
+
+    Raises:
+        EmitterError: No fields of it do.
+        ShrinkError: It is no config that the model holds; or a norm would go on counting, which no config states.
+    """
+    name = type(model).__name__
+    whole = dict(fields(recipe.config))
+    holders = [  # after a round, each module has a config of its own
+        (path, within, dict(fields(own)))
+        for path, m in model.named_modules()
+        for within, config in configs(recipe.config)
+        if type(own := vars(m).get("config")) is type(config)
+    ]
+    counting = [
+        text for index, text in thin.found.tape.counted.items() if thin.changes(thin.found.tape.rewrites[index])
+    ]
+    if not any(path == "" for path, *_ in holders) or counting:
+        why = counting[0] if counting else f"{name} was made by a function, whose keywords nothing holds"
+        raise ShrinkError(
+            f"no config can state a {name} that got smaller in the middle of training: {why}\n"
+            "  effect  what would be saved could not be loaded by its class alone; nothing was changed\n"
+            "  to fix  construct_subnet at the end, without shrink; or shrink an OTO(...) without layout='uniform'"
+            + ("; or keep that width whole: skip_patterns=[...]" if counting else "")
+        )
+    for path, value in solve(recipe, thin).items():
+        for module, within, own in holders:
+            inside = path.removeprefix(f"{within}." if within else "")
+            if f"{path}.".startswith(f"{within}." if within else "") and own.get(inside) == whole.get(path):
+                key = ["config", *(int(part) if part.isdecimal() else part for part in inside.split("."))]
+                edits.stated.setdefault(module, []).append([key, value])
 
 
 def unscaled(own: OwnClass | None) -> OwnClass | None:

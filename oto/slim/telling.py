@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from oto._torch import tree_map_only
-from oto.axes.call import Rewrite, Uniform
+from oto.axes.call import Rewrite, Size, Uniform
 from oto.axes.registry import known
+from oto.axes.terms import Axis, axes_of, resolve
 from oto.errors import EmitterError
 from oto.groups import Partition
 from oto.nn import functional as counted
@@ -22,7 +24,7 @@ from oto.trace.graph import Node, Value
 from oto.trace.record import FunctionCall, follow
 
 aten = torch.ops.aten
-Calls = dict[str, dict[str, dict[str, Any]]]
+Calls = dict[str, dict[str, list[dict[str, Any]]]]
 
 _RESHAPES = ("view", "reshape", "unflatten")
 _PIECES = ("chunk", "split", "split_with_sizes", "tensor_split")
@@ -74,6 +76,7 @@ class Telling:
         if at is None:
             return None
         call = self.calls[at]
+        how: dict[str, Any]
         own = numbers_of(tree_map_only(Value, lambda _: None, (node.args, dict(node.kwargs))))
         if rewrite is None:
             if list(call.numbers) != own or not places:
@@ -91,7 +94,7 @@ class Telling:
             if plain:
                 sizes = _listed(args[1]) if name in ("layer_norm", "rms_norm", "group_norm") else []
                 return {"numbers": [[place, size] for place, size in enumerate(sizes)]}
-            how: dict[str, Any] = {"counted": name}
+            how = {"counted": name}
             named = ("full", "sizes", "width", "rest", "along", "left", "of")
             how |= {key: kwargs[key] for key in named if key in kwargs}
             return how | ({"groups": args[1]} if name == "group_norm" else {})
@@ -101,13 +104,30 @@ class Telling:
         if len(asked) != len(own) or list(call.numbers) != own:
             return None
         differ = [i for i, (old, new) in enumerate(zip(own, asked, strict=True)) if old != new or i in places]
-        return {"numbers": [[i, asked[i]] for i in differ], "of": len(own)}
+        how = {"numbers": [[i, asked[i]] for i in differ], "of": len(own)}
+        free = numbers_of(
+            tree_map_only(
+                Size,
+                lambda size: float(not self.widths.issuperset(axes_of(resolve(size.term)))),
+                tree_map_only(Value, lambda _: None, (rewrite.args, dict(rewrite.kwargs))),
+            )
+        )
+        grows = [i for i in differ if free[i] == 1.0 and isinstance(free[i], float)]
+        return how | ({"grows": grows} if grows else {})
 
-    def place(self, at: int, run: tuple[str, int], swapped: Container[str]) -> str:
-        """How many calls of the same function come before one in a run of a module, but for those of swapped ones."""
-        name = self.calls[at].name
-        before = (c.within for c in self.calls[:at] if c.name == name and run in c.within)
-        return str(sum(not any(path in swapped for path, _ in within) for within in before))
+    @cached_property
+    def widths(self) -> set[Axis]:
+        return set(self.partition.axes.values())
+
+    def takes(self, node: Node, thin: Thinning, ranked: bool) -> dict[str, Any]:
+        """What the first tensor of a call is known by: its dimensions that parameters have."""
+        first, call = next(node.inputs(), None), self.calls[self.by_node[node.index]]
+        if first is None or first.shape != call.takes:
+            return {}
+        terms = [resolve(term) for term in self.partition.found.operands[first].terms]
+        wide = [dim for dim, term in enumerate(terms) if term and self.widths.issuperset(axes_of(term))]
+        sizes = [[dim - len(terms), thin.count(terms[dim])] for dim in wide]
+        return {"takes": [len(terms) if ranked else None, sizes]}
 
     @cached_property
     def makers(self) -> dict[Value, int]:
@@ -121,67 +141,126 @@ class Telling:
             return op is not None and op.__name__ in UNIFORM and not rest.kwargs and all(map(self.refers, rest.args))
         return self.makers.get(rest) in self.by_node if isinstance(rest, Value) else isinstance(rest, int | float)
 
-    def spelled(self, rest: Any, run: tuple[str, int], calls: Calls, swapped: Container[str]) -> Any:
-        """What is gone, as :class:`oto.nn.Told` reads it; the calls that it follows from are marked to be kept."""
+    def needed(self, rest: Any) -> Iterator[int]:
+        """The places of the calls from whose results follows what is gone."""
+        if isinstance(rest, Uniform):
+            for x in rest.args:
+                yield from self.needed(x)
+        elif isinstance(rest, Value):
+            yield self.by_node[self.makers[rest]]
+
+    def spelled(self, rest: Any, kept: Mapping[int, tuple[str, str, int]]) -> Any:
+        """What is gone, as :class:`oto.nn.Told` reads it.
+
+        Args:
+            kept: For the place of each call that it follows from, its site, its name and its time.
+        """
         if isinstance(rest, Uniform):
             op: Any = rest.op
-            args = [self.spelled(x, run, calls, swapped) for x in rest.args]
+            args = [self.spelled(x, kept) for x in rest.args]
             return {"op": [op.overloadpacket.__name__, op._overloadname], "args": args}
-        if not isinstance(rest, Value):
-            return rest
-        at = self.by_node[self.makers[rest]]
-        name, place = self.calls[at].name, self.place(at, run, swapped)
-        if run not in self.calls[at].within:
-            raise EmitterError(f"what {run[0]} would have to know was computed outside of it")
-        calls.setdefault(name, {}).setdefault(place, {})["keep"] = True
-        return {"kept": [name, place]}
+        return {"kept": list(kept[self.by_node[self.makers[rest]]])} if isinstance(rest, Value) else rest
 
-    def told(
-        self, nodes: Mapping[int, Sequence[int]], thin: Thinning, plain: bool = False, swapped: Container[str] = ()
-    ) -> dict[str, Calls]:
+    def told(self, nodes: Mapping[int, Sequence[int]], thin: Thinning, plain: bool = False) -> dict[str, Calls]:
         """What each module has to be told, by its path.
 
         Args:
             nodes: The calls, and for each the numbers to state even if they stay what they were.
             plain: As for :meth:`change`.
-            swapped: Modules in whose place ones of ours are; nobody counts what those call.
 
         Raises:
             EmitterError: A module that runs several times would have to be told another thing each time.
         """
         graph, rewrites = self.partition.found.graph, self.partition.found.tape.rewrites
-        outer = _outermost(graph.nodes[index].module for index in nodes)
-        found: dict[tuple[str, int], Calls] = {}
+        hows: dict[int, dict[str, Any]] = {}
         for index, places in nodes.items():
             node, rewrite = graph.nodes[index], rewrites.get(index)
             if not places and (rewrite is None or not thin.changes(rewrite)):
                 continue
             how = self.change(node, rewrite, thin, places, plain)
             assert how is not None
-            call = self.calls[self.by_node[index]]
-            run = next(run for run in call.within if run[0] in outer)
-            calls = found.setdefault(run, {})
-            if "rest" in how:
-                how["rest"] = self.spelled(how["rest"], run, calls, swapped)
-            own = calls.setdefault(call.name, {}).setdefault(self.place(self.by_node[index], run, swapped), {})
-            own.update(how)
-        made: dict[str, Calls] = {}
-        for (path, _), calls in found.items():
-            runs = {run for call in self.calls for run in call.within if run[0] == path}
-            if made.setdefault(path, calls) != calls or any(found.get(run) != calls for run in runs):
-                raise EmitterError(f"{path or 'the model'} runs several times, and states other sizes each time")
+            hows[self.by_node[index]] = how if plain else how | self.takes(node, thin, "numbers" not in how)
+        needs = {at: set(self.needed(how["rest"])) for at, how in hows.items() if "rest" in how}
+        for at in set().union(*needs.values()):
+            hows.setdefault(at, {})["keep"] = True
+        homes = self.homes(hows, needs)
+        while True:
+            made, clashing = self.tables(hows, homes)
+            if not clashing:
+                return made
+            for at, path in homes.items():  # the module around it may tell its runs apart
+                if path in clashing:
+                    around = [p for p, _ in self.calls[at].within]
+                    if around.index(path) == 0:
+                        raise EmitterError(f"{path or 'the model'} states other sizes each time that it runs")
+                    homes[at] = around[around.index(path) - 1]
+            homes = self.homes(hows, needs, homes)
+
+    def homes(
+        self, hows: Mapping[int, Any], needs: Mapping[int, set[int]], least: Mapping[int, str] | None = None
+    ) -> dict[int, str]:
+        """For each call that is told, the module that is: its own, or the next around all that it has to know."""
+        made = dict(least) if least is not None else {at: self.calls[at].within[-1][0] for at in hows}
+        moved = True
+        while moved:
+            moved = False
+            for at, others in needs.items():
+                together = [at, *others]
+                runs = [[run for run in self.calls[i].within if not _inside(run[0], made[i])] for i in together]
+                shared = [run for run in runs[0] if all(run in other for other in runs[1:])]
+                for i in together:
+                    moved |= made[i] != shared[-1][0]
+                    made[i] = shared[-1][0]
         return made
+
+    @cached_property
+    def alike(self) -> dict[tuple[str, str], list[int]]:
+        """The places of calls of one function in one line of code."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for at, call in enumerate(self.calls):
+            found.setdefault((call.lines[-1] if call.lines else "", call.name), []).append(at)
+        return found
+
+    def tables(
+        self, hows: Mapping[int, Mapping[str, Any]], homes: Mapping[int, str]
+    ) -> tuple[dict[str, Calls], set[str]]:
+        """What each module is told in its runs; and those of which that cannot be said, as the runs differ.
+
+        Calls in the same lines that are left as they are belong to it: what is none of these is another path.
+        """
+        ends = {(self.calls[at].lines[-1], self.calls[at].name) for at in hows}
+        runs: dict[tuple[str, int], dict[tuple[str, str], list[int]]] = {}
+        told = set(homes.values())
+        for at in sorted(itertools.chain.from_iterable(self.alike[end] for end in ends)):
+            call, done = self.calls[at], set[str]()
+            for level, run in enumerate(call.within):
+                if run[0] in told and run[0] not in done:
+                    done.add(run[0])
+                    runs.setdefault(run, {}).setdefault((call.site(level), call.name), []).append(at)
+        made: dict[str, Calls] = {}
+        clashing: set[str] = set()
+        for (path, _), sites in runs.items():
+            mine = {at for at, home in homes.items() if home == path}
+            lines = {(self.calls[at].lines[-1], self.calls[at].name) for at in mine}
+            kept = {at: (*key, time) for key, places in sites.items() for time, at in enumerate(places)}
+            for (site, name), places in sites.items():
+                if (site.rpartition("\n")[2], name) not in lines:
+                    continue
+                each = [dict(hows[at]) if at in mine else {} for at in places]
+                for how in each:
+                    if "rest" in how:
+                        how["rest"] = self.spelled(how["rest"], kept)
+                if all(how == each[0] and "keep" not in how for how in each):
+                    each = each[:1]
+                if made.setdefault(path, {}).setdefault(site, {}).setdefault(name, each) != each:
+                    clashing.add(path)
+        return made, clashing
 
 
 def _listed(x: Any) -> list[Any]:
     return list(x) if isinstance(x, list | tuple) else [x]
 
 
-def _outermost(paths: Iterable[str]) -> set[str]:
-    """Of some modules, those that are in none of the others."""
-    given = set(paths)
-
-    def inside(path: str, other: str) -> bool:
-        return path != other and f"{path}.".startswith(f"{other}." if other else "")
-
-    return {path for path in given if not any(inside(path, other) for other in given)}
+def _inside(path: str, other: str) -> bool:
+    """Whether a module is in another one."""
+    return path != other and f"{path}.".startswith(f"{other}." if other else "")

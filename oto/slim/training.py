@@ -85,26 +85,24 @@ def _compared(dtype: torch.dtype, thin: Thinning, full: Trained, slim: Trained) 
 
 def heads_in_training(
     full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept, told: bool = False
-) -> tuple[list[Check], list[str]]:
-    """Where parts of a model are used in training only: the proof that the slim one trains, or what falls short.
+) -> tuple[list[Check], str]:
+    """Where parts of a model are used in training only: the proof that the slim one trains, or why it must not.
 
     Args:
-        told: Whether some of its calls are told sizes, in the order in which they are made in eval mode; in training
-            others of the same function might come before.
+        told: Whether some of its calls are told sizes; in training it may take a path on which these are not known.
     """
     graph = partition.found.graph
     if graph.untrained is not None:
-        text = "parts that only training may use could not be followed, so the slim model may fail in train mode"
-        return [], [f"{text} ({graph.untrained}); drop_unreached=True leaves them out"]
+        return [], f"parts that only training may use could not be followed ({graph.untrained})"
     if graph.trained is None and not told:
-        return [], []
+        return [], ""
     try:
         made = check_training(full, slim, dummy_input, partition, kept)
     except ShrinkError as failure:
-        return [], [str(failure).splitlines()[0]]
+        return [], str(failure).splitlines()[0]
     if made is not None and not made.passed:
-        return [], [f"in train mode the slim model differs from the full one by {made.error:.1e}"]
-    return [] if made is None else [made], []
+        return [], f"there it differs from the full one by {made.error:.1e}"
+    return [] if made is None else [made], ""
 
 
 Trained = tuple[list[Tensor], dict[str, Tensor]]

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
 from oto.errors import EmitterError, VerificationError, first_line, out_of_memory
 from oto.nn import Told
+from oto.nn.told import learning
 from oto.progress import stage
 from oto.slim.memory import available, size_of
+from oto.slim.module import Edits
 from oto.trace.found import Found, as_found
-from oto.trace.record import arguments, tensors_in
+from oto.trace.record import Script, arguments, tensors_in
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -171,14 +173,32 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
-def run(module: nn.Module, dummy_input: Any, wide: bool = False, found: Found | None = None) -> list[Tensor]:
+class _Decided(TorchDispatchMode):
+    """What a run decides by its values is written to a script, or taken from there."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, script: Script) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.script = script
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        return result if op.namespace == "prim" else self.script.take(op, result)
+
+
+def run(
+    module: nn.Module, dummy_input: Any, wide: bool = False, found: Found | None = None, script: Script | None = None
+) -> list[Tensor]:
     """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout.
 
     Args:
         wide: Compute in float64 with the parameters as they are: each is widened where it is read.
         found: As for :func:`oto.trace.found.as_found`.
+        script: Where what is decided by values is written down, or taken from.
     """
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
+    decided = nullcontext() if script is None else _Decided(script)
     with ExitStack() as stack:
         stack.enter_context(as_found(module, dummy_input, found))
         stack.enter_context(unrounded())
@@ -188,10 +208,21 @@ def run(module: nn.Module, dummy_input: Any, wide: bool = False, found: Found | 
                     buffer.data = _widened(buffer.data)
             stack.enter_context(torch.inference_mode())  # calls arrive whole, before their operands are compared
             stack.enter_context(widening())
+            stack.enter_context(decided)
             return [_widened(t.detach()) for t in tensors_in(module(*args, **kwargs))]
         stack.enter_context(torch.no_grad())
         stack.enter_context(throughout(module))
+        stack.enter_context(decided)
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
+
+
+def learn(slim: nn.Module, edits: Edits, dummy_input: Any) -> None:
+    """Write down, in a slim model and its edits, by what the calls are known that are told something."""
+    told = {path: module.forward for path, module in slim.named_modules() if isinstance(module.forward, Told)}
+    if told:
+        with learning(slim):
+            run(slim, dummy_input)
+        edits.told.update({path: one.calls for path, one in told.items()})
 
 
 def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
@@ -331,6 +362,8 @@ class Reference:
         left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
         float64: Compare in float64: ``"auto"``, where it fits in memory; ``True`` or ``False``.
         brief: Compare in float64 alone, where that can be done.
+        decides: The model decides by its values, such as which boxes are the best. Between two that are equal but for
+            rounding a slim model may decide otherwise; then it is compared under the decisions of the full one.
         notes: What was not compared.
     """
 
@@ -339,6 +372,7 @@ class Reference:
     left: Sequence[Sequence[NDArray[np.bool_]]] | None = None
     float64: bool | str = "auto"
     brief: bool = False
+    decides: bool = False
     notes: list[str] = field(default_factory=list)
     _given: dict[str, list[Tensor] | None] = field(default_factory=dict)
     _wide: dict[str, list[Tensor] | None] = field(default_factory=dict)
@@ -401,11 +435,37 @@ class Reference:
             checks += self._compare_wide(slim, [EXAMPLE, *wide], what, wider)
         return checks
 
-    def _run(self, module: nn.Module, given: Any, wide: bool = False) -> list[Tensor]:
+    def _run(self, module: nn.Module, given: Any, wide: bool = False, script: Script | None = None) -> list[Tensor]:
         """Run a module, and look only once at what it holds."""
         if id(module) not in self._found:
             self._found[id(module)] = module, Found(module, self.dummy_input)
-        return run(module, given, wide, self._found[id(module)][1])
+        return run(module, given, wide, self._found[id(module)][1], script)
+
+    def _decided(self, check: Check, slim: nn.Module, name: str, wide: bool = False) -> Check:
+        """A comparison that failed, once more under the decisions of the full model, if that decides by values."""
+        if check.passed or not self.decides:
+            return check
+        full = self._full64 if wide and self._full64 is not None else self.model
+        given, script = double_input(self._input(name)) if wide else self._input(name), Script()
+        try:
+            expected = self._thinned(name, lambda: self._run(full, given, wide and full is self.model, script))
+            script.read = 0
+            found = self._run(slim, given, wide, script)
+        except Exception as failure:  # it decides something that the full one does not
+            if out_of_memory(failure):
+                raise
+            log.info("under the decisions of the full model: %s", failure)
+            return check
+        if expected is None or script.read != len(script.written) or not any(x.is_floating_point() for x in expected):
+            return check
+        again = _checked(
+            f"{check.what}, as the full model decides", torch.float64 if wide else self.dtype, expected, found
+        )
+        if not again.passed:
+            return check
+        note = "left alone, the slim model decides otherwise between what is equal but for rounding, on some inputs"
+        self.notes.extend([] if note in self.notes else [note])
+        return again
 
     def _drawn(self, what: str, batch: bool, notes: list[str] | None, lacks: Any) -> list[str]:
         """The random inputs to compare on."""
@@ -475,7 +535,8 @@ class Reference:
                 notes.extend([] if note in notes else [note])
                 checks += self._compare(slim, [RANDOM], what, notes) if name == self._batch else []
                 continue
-            checks.append(_checked(f"{what} on {name}", self.dtype, expected, found))
+            made = _checked(f"{what} on {name}", self.dtype, expected, found)
+            checks.append(self._decided(made, slim, name))
         return checks
 
     # --- in float64 ---------------------------------------------------------------------------------------------------
@@ -564,7 +625,8 @@ class Reference:
             expected = self._outputs_wide(name)
             if expected is not None:
                 found = self._run_wide(slim, double_input(self._input(name)))
-                checks.append(_checked(f"{what} on {name}", torch.float64, expected, found))
+                made = _checked(f"{what} on {name}", torch.float64, expected, found)
+                checks.append(self._decided(made, slim, name, wide=True))
         return checks
 
     def _run_wide(self, slim: nn.Module, given: Any) -> list[Tensor]:
@@ -670,7 +732,7 @@ def _watching(see: Callable[[nn.Module], object]) -> Iterator[None]:
 
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", **how: Any) -> list[Check]:
     """Compare a slim model with the zeroed full one; options as for :class:`Reference` and its ``check``."""
-    own = {name: how.pop(name) for name in ("left", "float64") if name in how}
+    own = {name: how.pop(name) for name in ("left", "float64", "decides") if name in how}
     return Reference(full, dummy_input, **own).check(slim, what, **how)
 
 

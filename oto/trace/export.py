@@ -10,9 +10,9 @@ import logging
 import operator
 import re
 import warnings
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,8 +56,6 @@ class Exported:
         level: Which dimensions of the inputs were tried to be free, of ``LEVELS``.
         takes: Arguments and sizes that it takes.
         why: Why no more is free, if a freer export failed.
-        drawn: Calls that draw random numbers where the model trains, which ``graph`` shows as in eval mode: for each,
-            the argument that says so (by place or name) and its value.
     """
 
     module: fx.GraphModule
@@ -66,7 +64,6 @@ class Exported:
     level: str = "none"
     takes: Takes | None = None
     why: str | None = None
-    drawn: Mapping[fx.Node, tuple[int | str, Any]] = field(default_factory=dict)
 
     def other_sizes(self, dummy_input: Any) -> list[list[tuple[int, ...]]]:
         """As :meth:`Takes.other_sizes`, for the example; each shape in the order of its tensors."""
@@ -83,9 +80,8 @@ class Program:
     why: str | None
 
 
-def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, level: str = "all", train: bool = False,
-                   still: Sequence[Collection[int]] = ()) -> Program:  # fmt: skip
-    """Export ``model``, in eval mode by default, with every dimension of its inputs free that the model leaves free.
+def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, level: str = "all") -> Program:
+    """Export ``model`` in eval mode, with every dimension of its inputs free that the model leaves free.
 
     Where that fails, or takes too many conditions on sizes, the batch alone is free; else nothing is.
 
@@ -93,8 +89,6 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
         portable: Give outputs as dicts, lists and tuples, so that the program loads where the model's own output types
             were never imported.
         level: The first of ``LEVELS`` to try.
-        train: In train mode.
-        still: For each tensor of the example, dimensions that must not be free.
 
     Raises:
         EmitterError: ``torch.export`` cannot follow the model.
@@ -110,12 +104,10 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        for module in model.modules():
-            module.training = train
         while ways:
             way, given = ways.pop(0)
             try:
-                shapes = None if way == "none" else _free(model, given, way == "all", still)
+                shapes = None if way == "none" else _free(model, given, way == "all")
                 with redirect_stderr(io.StringIO()), quiet(), _few_conditions():  # torch prints the whole graph
                     program = torch.export.export(model, given[0], given[1], dynamic_shapes=shapes, strict=False)
                 if way == "all":
@@ -243,9 +235,8 @@ def _two(given: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, given)
 
 
-def _free(model: nn.Module, given: Any, all_of_them: bool, still: Sequence[Collection[int]]) -> Any:
+def _free(model: nn.Module, given: Any, all_of_them: bool) -> Any:
     """Which dimensions of which tensors may be free; what must not be is for torch.export to find out."""
-    held = {id(t): dims for t, dims in zip(_tensors(given), still, strict=False)}
     (args, kwargs), batch, auto = given, _batch(*given), torch.export.Dim.AUTO
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
 
@@ -253,7 +244,7 @@ def _free(model: nn.Module, given: Any, all_of_them: bool, still: Sequence[Colle
         if not isinstance(leaf, Tensor):
             return None
         if all_of_them:  # sizes of zero and one are special to torch
-            return {dim: auto for dim, n in enumerate(leaf.shape) if n > 1 and dim not in held.get(id(leaf), ())}
+            return {dim: auto for dim, n in enumerate(leaf.shape) if n > 1}
         return {0: auto} if leaf.ndim and leaf.shape[0] == batch else {}
 
     return {name: tree_map(free, value) for name, value in bound.arguments.items()}
@@ -281,25 +272,26 @@ def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], b
     return program.run_decompositions(unknown) if unknown else program
 
 
-def export(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True, level: str = "all",
-           train: bool = False, still: Sequence[Collection[int]] = ()) -> Exported:  # fmt: skip
+def export(
+    model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True, level: str = "all"
+) -> Exported:
     """Trace ``model`` to a module that can be rewritten.
 
     Args:
         known: As for ``record``: a composite operator that is not known is taken apart.
-        level, train, still: As for :func:`export_program`.
+        level: As for :func:`export_program`.
 
     Raises:
         EmitterError: ``torch.export`` cannot follow the model.
     """
-    made = export_program(model, dummy_input, level=level, train=train, still=still)
+    made = export_program(model, dummy_input, level=level)
     program = _taken_apart(made.program, known)
     module = module_of(program)
     takes = takes_of(made.program, module, parameters_of(model.forward))
     _inline(module)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     try:
-        graph, drawn = _read(module, trainable)
+        graph = _read(module, trainable)
     except TypeError as failure:
         raise EmitterError(
             f"a tensor of {type(model).__name__} has a size that depends on values\n"
@@ -311,7 +303,7 @@ def export(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = la
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
-    return Exported(module, graph, made.dynamic, made.level, takes, made.why, drawn)
+    return Exported(module, graph, made.dynamic, made.level, takes, made.why)
 
 
 def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
@@ -419,9 +411,8 @@ def _attribute(module: nn.Module, path: str) -> Any:
     return module
 
 
-def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> tuple[Graph, dict[fx.Node, tuple[int | str, Any]]]:
+def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> Graph:
     builder = GraphBuilder("export")
-    drawn: dict[fx.Node, tuple[int | str, Any]] = {}
     keys: dict[fx.Node, Hashable] = {}
     outputs: list[Hashable] = []
     tensors: dict[int, Hashable] = {}
@@ -461,12 +452,7 @@ def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> tuple[Graph, di
             if isinstance(value, Tensor):
                 keys[node] = (source, node.args[1])
         elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-            quiet_args, quiet_kwargs = node.args, dict(node.kwargs)
-            if (draws := _draws(node)) is not None:
-                place, off, drawn[node] = draws[0], draws[2], draws[:2]
-                quiet_args = tuple(off if i == place else x for i, x in enumerate(quiet_args))
-                quiet_kwargs = {name: off if name == place else x for name, x in quiet_kwargs.items()}
-            args, kwargs = fx.map_arg((quiet_args, quiet_kwargs), seen)
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), seen)
             into = _returns_written(node)
             results: list[Any] = []
             for i, leaf in enumerate(tree_leaves(value)):
@@ -476,21 +462,7 @@ def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> tuple[Graph, di
             if isinstance(value, Tensor):
                 keys[node] = results[0][0]
             builder.call(node.target, args, kwargs, results, *_whence(node), node)
-    return builder.build(outputs), drawn
-
-
-# Arguments by which an operator says that it draws random numbers, and what they are where it does not.
-_DRAWS: Mapping[str, Any] = {"train": False, "dropout_p": 0.0}
-
-
-def _draws(node: fx.Node) -> tuple[int | str, Any, Any] | None:
-    """The argument, by place or name, that lets a call draw random numbers; its value; and the value that does not."""
-    for i, argument in enumerate(node.target._schema.arguments if isinstance(node.target, OpOverload) else ()):
-        if argument.name in _DRAWS:
-            place: int | str = i if i < len(node.args) else argument.name
-            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            return (place, value, _DRAWS[argument.name]) if value else None
-    return None
+    return builder.build(outputs)
 
 
 def _returns_written(node: fx.Node) -> fx.Node | None:

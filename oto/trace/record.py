@@ -38,7 +38,7 @@ from oto._torch import (
     tree_map_only,
 )
 from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
-from oto.nn.told import name_of, numbers_of
+from oto.nn.told import first_tensor, name_of, numbers_of, running
 from oto.trace.found import Found, as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
 
@@ -178,12 +178,22 @@ class FunctionCall:
         numbers: The numbers among its arguments, in their order.
         within: The modules that were running, from the outside inwards: the path of each, and its how manieth run.
         nodes: The calls of operators that it consists of.
+        lines: The lines of code that were running, as :mod:`oto.nn.told` has them.
+        begins: For each module in ``within``, how many of these were running when it was called.
+        takes: The shape of its first tensor.
     """
 
     name: str
     numbers: tuple[int | float, ...]
     within: tuple[tuple[str, int], ...]
     nodes: range
+    lines: tuple[str, ...]
+    begins: tuple[int, ...]
+    takes: tuple[int, ...] | None
+
+    def site(self, level: int) -> str:
+        """Where it is made in the forward of a module in ``within``."""
+        return "\n".join(self.lines[self.begins[level] :])
 
 
 @dataclasses.dataclass
@@ -211,8 +221,9 @@ class Script:
             for place, (new, old, own) in enumerate(zip(leaves, before, decides, strict=False)):
                 if not (own and isinstance(new, Tensor) and isinstance(old, Tensor)):
                     continue
-                if new.shape != old.shape:  # how many there are is a decision, too
-                    leaves[place] = old.clone()
+                if new.shape != old.shape:  # how many there are may be a decision, too
+                    if op.namespace != "aten" or torch.Tag.dynamic_output_shape in op.tags:
+                        leaves[place] = old.clone()
                 elif 0 not in new.stride():  # an expanded one repeats what was put in its place before
                     new.copy_(old)
             if isinstance(result, Tensor):
@@ -458,6 +469,7 @@ class _Recorder(TorchDispatchMode):
         self.latest: dict[_Place, int] = {}
         self.path: list[str] = [""]
         self.running: list[tuple[str, int]] = []
+        self.begins: list[int] | None = None
         self.runs = 0
         self.attributes = {
             id(value): f"{name}.{attribute}" if name else attribute
@@ -510,10 +522,14 @@ class _Recorder(TorchDispatchMode):
             self.path.append(paths.get(id(module), self.path[-1]))
             self.runs += 1
             self.running.append((self.path[-1], self.runs))
+            if self.begins is not None:
+                self.begins.append(len(running(sys._getframe(1))))
 
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
             self.path.pop()
             self.running.pop()
+            if self.begins is not None:
+                self.begins.pop()
 
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
@@ -570,6 +586,8 @@ class _Functions(TorchFunctionMode):
     def __init__(self, recorder: _Recorder, calls: list[FunctionCall], named: Container[str] | None = None) -> None:
         super().__init__()
         self.recorder, self.calls, self.named = recorder, calls, named
+        if named is None:
+            recorder.begins = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -578,8 +596,10 @@ class _Functions(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self.named is not None and name_of(func) not in self.named:
             return result
-        numbers = tuple(numbers_of((args, kwargs)))
-        self.calls.append(FunctionCall(name_of(func), numbers, within, range(begin, len(nodes))))
+        numbers, first = tuple(numbers_of((args, kwargs))), first_tensor((args, kwargs))
+        lines = tuple(running(sys._getframe(1))) if self.recorder.begins is not None else ()
+        begins, takes = tuple(self.recorder.begins or ()), None if first is None else tuple(first.shape)
+        self.calls.append(FunctionCall(name_of(func), numbers, within, range(begin, len(nodes)), lines, begins, takes))
         return result
 
 

@@ -132,6 +132,27 @@ def test_batches_are_averaged(oto):
     assert any(kept != together for kept in one_by_one)
 
 
+def test_no_copy_of_the_model_is_made(oto, monkeypatch):
+    def refuse(self, memo):
+        raise AssertionError("copied")
+
+    model = oto.model.train()
+    next(model.children()).eval()
+    model(BATCHES[0][0]).sum().backward()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    grads = {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()}
+    modes = [m.training for m in model.modules()]
+    seen = []
+    monkeypatch.setattr(nn.Module, "__deepcopy__", refuse, raising=False)
+    for batches in ((), BATCHES):
+        oto.preview(target_macs=0.5, batches=batches, loss=lambda m, b: seen.append(m.training) or loss(m, b))
+    assert seen and all(seen) and [m.training for m in model.modules()] == modes
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    for name, p in model.named_parameters():
+        grad, held = grads[name]
+        assert p.grad is grad and (grad is None or torch.equal(grad, held))
+
+
 def test_any_iterable_of_batches_will_do(oto):
     kept = oto.preview(target_macs=0.5, batches=iter(BATCHES), loss=loss).kept
     assert kept == oto.preview(target_macs=0.5, batches=BATCHES, loss=loss).kept

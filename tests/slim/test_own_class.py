@@ -289,23 +289,33 @@ def test_a_number_that_follows_from_a_width_stays_what_it_was():
     assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT and sizes(oto) == {"into.weight": 16}
 
 
-def test_what_is_told_in_eval_mode_is_compared_in_train_mode_too():
-    class Deeper(nn.Module):
-        """In training another view comes before the one whose size is stated."""
+class Headed(nn.Module):
+    """It says how wide its features are, and nothing in the forward asks, unless it ``minds``."""
 
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 3)
+    def __init__(self, minds=False):
+        super().__init__()
+        self.features, self.classes, self.minds = 16, 3, minds
+        self.body, self.head = (
+            nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU()),
+            nn.Linear(16, 3),
+        )
 
-        def forward(self, x):
-            x = x.view(-1, 5) if self.training else x
-            return self.b(torch.relu(self.a(x)).view(-1, 12))
+    def forward(self, x):
+        return self.head(self.body(x)) * (self.features if self.minds else 1)
 
-    model, x = Deeper(), torch.randn(2, 5)
-    oto = OTO(model, x)
-    oto.random_set_zero_groups(0.5)
-    subnet = oto.construct_subnet()
-    assert subnet.emitter == "module" and any("in train mode" in note for note in subnet.notes)
+    def reset(self, classes):
+        self.classes, self.head = classes, nn.Linear(self.features, classes)
+
+
+def test_numbers_that_say_how_wide_the_last_layer_is_follow(tmp_path):
+    x = torch.randn(2, 6)
+    model, subnet, oto = slimmed(Headed(), x, share=0.4)
+    loaded = load_subnet(oto.construct_subnet(tmp_path).path, lambda: Headed().double())
+    for slim in (subnet.model, loaded):
+        assert slim.features == slim.head.in_features < 16 and model.features == 16
+        slim.reset(5)
+        assert slim.float()(x).shape == (2, 5)
+    assert slimmed(Headed(minds=True), x, share=0.4)[1].model.features == 16
 
 
 class Sorted(nn.Module):

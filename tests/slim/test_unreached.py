@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from oto import OTO, load_subnet
+from oto.errors import TrainModeError
 from oto.slim.training import check_training
 from oto.slim.unreached import unreached
 from oto.slim.verify import relative_error, run
@@ -97,13 +100,26 @@ def test_heads_are_left_out_on_request(guarded, instead, tmp_path):
     assert type(load_subnet(tmp_path, model).aux) is instead and twice.cost_after.params < subnet.cost_after.params
 
 
-def test_training_that_cannot_be_followed_is_told():
+def test_training_that_cannot_be_followed_is_refused(tmp_path):
     found = OTO(heads(targets=True), X)  # cross entropy of nothing
     found.random_set_zero_groups(0.5)
-    subnet = found.construct_subnet()
+    subnet = found.construct_subnet(tmp_path)
     (note,) = subnet.notes
-    assert "may fail in train mode" in note and "drop_unreached=True" in note
-    assert relative_error(run(found.model, X), run(subnet.model, X)) <= EXACT
+    assert note.startswith("train mode is refused: parts that only training may use could not be followed")
+    for slim in (subnet.model, copy.deepcopy(subnet.model), load_subnet(tmp_path, lambda: heads(targets=True))):
+        for holder in (slim, nn.Sequential(slim)):
+            with pytest.raises(TrainModeError, match="could not be followed") as raised:
+                holder.train()
+            assert "drop_unreached=True" in str(raised.value) and "del model.train" in str(raised.value)
+        assert not slim.eval().training
+        assert relative_error(run(found.model, X), run(slim, X)) <= EXACT
+    second = OTO(subnet.model, X)  # refused again
+    second.random_set_zero_groups(0.3)
+    again = second.construct_subnet().model
+    with pytest.raises(TrainModeError):
+        again.train()
+    del again.train
+    assert again.train().training
 
 
 def test_a_head_that_would_cost_atoms_does_not():

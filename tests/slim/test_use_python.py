@@ -171,3 +171,7 @@ def test_the_parts_that_timm_offers(made):
     bare = copy.deepcopy(slim)
     bare.reset_classifier(0)
     assert torch.equal(bare(x), pooled)
+    assert slim.num_features == slim.head_hidden_size == pooled.shape[-1] < oto.model.num_features
+    other = copy.deepcopy(slim)
+    other.reset_classifier(3)
+    assert other(x).shape == (len(x), 3) and other.get_classifier().in_features == slim.num_features

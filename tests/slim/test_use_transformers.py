@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oto import OTO
+from oto import OTO, load_subnet
+from oto.errors import ShrinkError
 from tests.zoo import transformers_zoo as zoo
 from tests.zoo.models import TINY, lively, tokens
 
@@ -96,7 +97,6 @@ def test_from_the_trainer_to_a_pipeline(tmp_path: Path):
     trainer = transformers.Trainer(model, arguments, train_dataset=Sentences(), optimizers=(optimizer, None), **options)
     trainer.train()
     wanted = trainer.evaluate()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     subnet = oto.construct_subnet()
     assert type(subnet.model) is type(model) and "forward" not in vars(subnet.model)
@@ -186,3 +186,60 @@ def test_eight_bits(slim):
     assert len(layers) > 10 and all(m.weight.dtype == torch.int8 or "Int8" in type(m.weight).__name__ for m in layers)
     error = float((quantised(x).logits - wanted).abs().max() / wanted.abs().max())
     assert 0 < error < 0.05
+
+
+def shrinking(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2,
+        vocab_size=50, head_dim=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    x = {"input_ids": torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))}
+    oto = OTO(model, x, layout="uniform", **options)
+    optimizer = oto.hesso(
+        lr=0.01, target_group_sparsity=0.55, scope="local", start_pruning_step=1, pruning_steps=4, pruning_periods=2
+    )
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model.train()(**x).logits.square().mean().backward()
+            optimizer.step()
+
+    return oto, model, x, optimizer, train
+
+
+def test_a_model_that_shrank_in_training_is_stated_by_its_config(tmp_path):
+    oto, model, x, optimizer, train = shrinking(skip_patterns=["model.embed_tokens.weight"])
+    first = copy.deepcopy(model)
+    for number in (1, 2):
+        train(4)
+        oto.shrink(optimizer)
+        config = model.config
+        assert config.intermediate_size == model.model.layers[0].mlp.up_proj.out_features < 48
+        assert {c.config.intermediate_size for c in model.modules() if hasattr(c, "config")} == {
+            config.intermediate_size
+        }
+        model.save_pretrained(tmp_path / f"folder {number}")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"folder {number}")
+        assert torch.equal(again.eval()(**x).logits, model.eval()(**x).logits)
+    assert config.num_attention_heads == config.num_key_value_heads == 4  # of eight
+    assert first.config.intermediate_size == 48
+    for second in (oto, OTO(model, x, layout="uniform")):  # nothing more, and half of what is left
+        if second is not oto:
+            second.random_set_zero_groups(0.5)
+        subnet = second.construct_subnet(tmp_path / "out")
+        assert subnet.emitter == "config" and not subnet.notes
+        loaded = load_subnet(tmp_path / "out", first)
+        assert torch.equal(loaded(**x).logits, subnet.model(**x).logits)
+    assert subnet.config["intermediate_size"] < config.intermediate_size
+
+
+def test_what_no_config_could_state_does_not_shrink():
+    oto, model, x, optimizer, train = shrinking()
+    train(4)
+    before = model.eval()(**x).logits
+    with pytest.raises(ShrinkError, match=r"no config can state a LlamaForCausalLM(.*\n)*.*skip_patterns"):
+        oto.shrink(optimizer)
+    assert torch.equal(model.eval()(**x).logits, before) and model.config.intermediate_size == 48

@@ -115,3 +115,26 @@ def test_a_rounding_that_batch_norm_makes_much_of_is_settled_in_float64():
     assert made.model.up.out_features < 64
     assert check.dtype == "float64"
     assert check.passed
+
+
+class Ranked(nn.Module):
+    """Rows in the order of their scores, which are all one but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.out = nn.Parameter(torch.rand(5) + 0.5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        rows = x / (x @ self.score)[:, None]
+        return self.out(rows[(rows @ self.score).argsort()])
+
+
+def test_what_is_decided_between_equals_is_decided_as_the_full_model_does():
+    full = Ranked()
+    slim, x = copy.deepcopy(full), torch.rand(50, 5) + 0.1
+    slim.score.data[0] += 1e-6
+    assert not any(c.passed for c in check(full, slim, x, float64=False))
+    made = check(full, slim, x, float64=False, decides=True)
+    assert all(c.passed for c in made) and made[0].what == "slim on the example, as the full model decides"
+    slim.out.weight.data[0, 0] += 0.1
+    assert not any(c.passed for c in check(full, slim, x, float64=False, decides=True))
