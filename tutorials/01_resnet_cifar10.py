@@ -10,8 +10,8 @@ There is no list of layers and no second training.
 from __future__ import annotations
 
 import torch
-from common import compare, find, parser, start, weights
-from data import augment, cifar10_arrays
+from common import compare, parser, start
+from data import augment, cifar10_arrays, find, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR

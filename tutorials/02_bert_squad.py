@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import compare, from_tar, minilm, parser, start
+from common import compare, parser, start
+from data import from_tar, minilm
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm

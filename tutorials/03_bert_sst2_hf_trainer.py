@@ -15,7 +15,8 @@ import shutil
 from typing import Any
 
 import torch
-from common import compare, from_tar, minilm, parser, start
+from common import compare, parser, start
+from data import from_tar, minilm
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSequenceClassification,

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import compare, need, parser, start, weights
+from common import compare, parser, start
+from data import need, weights
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F

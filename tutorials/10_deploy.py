@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, start, table
+from common import parser, start
 from data import LOADERS, load_images
-from resnet_cifar10 import ResNet
+from resnet_cifar10 import ResNet, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
