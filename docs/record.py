@@ -52,7 +52,7 @@ def record(script: Path) -> None:
     now = datetime.datetime.now(datetime.UTC)
     where = f"{processor()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
     head = f"$ {said}  # {now:%Y-%m-%d}, {where}, {minutes:.1f} minutes of CPU time, script {digest(script)}"
-    text = re.sub(r"\S*(?=/site-packages/)", "…", done.stdout).replace(str(ROOT), "…")
+    text = re.sub(r"\S+(?=/site-packages/)", "…", done.stdout).replace(str(ROOT), "…")
     RECORDINGS.mkdir(exist_ok=True)
     (RECORDINGS / f"{script.stem}.txt").write_text(f"{head}\n{text.rstrip()}\n")
 
