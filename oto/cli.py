@@ -387,7 +387,7 @@ def _loaded(found: Artefact, model: str | None, inputs: list[str] | None,
         raise GivenError(
             f"{found.folder} holds no {PROGRAM}: {found.manifest.get('no_program')}\n"
             "  effect  the slim model is loaded with its class\n"
-            f"  to fix  --model: what makes the full {found.manifest['model']['class']}, such as package.module:function"
+            f"  to fix  --model package.module:function, which makes the full {found.manifest['model']['class']}"
         )
     slim = load_subnet(found.folder, full)
     if inputs or input_fn:

@@ -257,7 +257,10 @@ def test_a_folder_that_needs_its_class_says_which_option_names_it(here, command)
     oto.construct_subnet("bare")
     done = call(command, "bare")
     assert done.exit_code == 2 and "holds no model.pt2: it was not asked for" in done.stderr
-    assert "to fix  --model: what makes the full torch.nn.modules.container.Sequential," in done.stderr
+    assert (
+        "to fix  --model package.module:function, which makes the full torch.nn.modules.container.Sequential"
+        in done.stderr
+    )
     done = call(command, "bare", "--model", "cli_net:make", "--input", "1x3x8x8")
     assert done.exit_code == 0, done.output
 
