@@ -161,15 +161,25 @@ def tutorials_page() -> str:
     """
     lines = [inspect.cleandoc(intro), ""]
     for script in record.LESSONS:
-        lines += [f"## [{title(script)}](tutorials/{script.stem}.md)\n"]
+        lines += [f"## [{title(script)}](tutorials/{script.stem}.md)\n", f"{about(script)}\n"]
         lines += ["```{code-block} none\n" + table + "\n```\n" for table in tables(recording(script)[1])]
     pages = "\n".join(f"tutorials/{script.stem}" for script in record.LESSONS)
     return "\n".join([*lines, f"```{{toctree}}\n:hidden:\n\n{pages}\n```\n"])
 
 
+def about(script: Path) -> str:
+    """The first line of its docstring, without the number of the lesson."""
+    line = script.read_text().split('"""')[1].partition("\n")[0].partition(": ")[2]
+    return line[:1].upper() + line[1:]
+
+
 def title(script: Path) -> str:
-    """The first line of its docstring."""
-    return script.read_text().split('"""')[1].partition("\n")[0].rstrip(".")
+    """Its number, and what it is about in few words.
+
+    >>> title(ROOT / "tutorials" / "01_resnet_cifar10.py")
+    'Lesson 1: a ResNet on CIFAR-10'
+    """
+    return re.match(r'"""([^,.]*)', script.read_text())[1]  # type: ignore[index]
 
 
 def recording(script: Path) -> tuple[str, str]:
@@ -190,10 +200,10 @@ def tutorial_page(script: Path) -> str:
     head, text = recording(script)
     command, _, how = head.removeprefix("$ ").partition("  # ")
     where, _, digest = how.rpartition(", script ")
-    lines = [f"# {title(script)}", *source[1 : start - 1], ""]
+    lines = [f"# {title(script)}\n", about(script), *source[1 : start - 1], ""]
     rulers = [i for i, line in enumerate(source) if re.match(r"# -{20,} ", line)]
     for begin, end in pairwise([start, *rulers, len(source)]):
-        heading = source[begin].lstrip("# -") if begin in rulers else "What it needs"
+        heading = source[begin].lstrip("# -") if begin in rulers else "What it needs" if rulers else "The script"
         lines += [f"## {heading[:1].upper()}{heading[1:]}\n", "```{code-block} python"]
         lines += ["\n".join(source[begin + (begin in rulers) : end]).strip("\n"), "```\n"]
     lines += ["## What it prints\n", f"`{command}`: {where}.", ""]

@@ -116,11 +116,12 @@ def pretrained() -> CARN:
 
 
 def tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255)
+    """As bytes, or the 800 images of DIV2K would not fit into memory."""
+    return torch.from_numpy(np.array(image.convert("RGB")).transpose(2, 0, 1))
 
 
 def pairs(name: str, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    """The images of ``Set5`` or ``Set14``, small and large, values in [0, 1]."""
+    """The images of ``Set5`` or ``Set14``, small and large, as bytes."""
     with tarfile.open(need("sr_set5_set14.tar")) as archive:
 
         def read(member: str) -> Tensor:
@@ -144,7 +145,7 @@ def folder(path: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def patches(images: list[tuple[Tensor, Tensor]], size: int, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random patches, mirrored and turned at random."""
+    """Random patches, mirrored and turned at random, with values in [0, 1]."""
     small, large = [], []
     for i in torch.randint(len(images), (count,), generator=draw).tolist():
         a, b = images[i]
@@ -154,7 +155,7 @@ def patches(images: list[tuple[Tensor, Tensor]], size: int, count: int, draw: to
         pair = [p.rot90(turn, (1, 2)).flip(2) if mirror % 2 else p.rot90(turn, (1, 2)) for p in pair]
         small.append(pair[0])
         large.append(pair[1])
-    return torch.stack(small), torch.stack(large)
+    return torch.stack(small) / 255, torch.stack(large) / 255
 
 
 def luminance(x: Tensor) -> Tensor:
@@ -169,8 +170,8 @@ def psnr(model: nn.Module, images: list[tuple[Tensor, Tensor]], device: str) -> 
     model.to(device).eval()
     found = []
     for small, large in images:
-        said = model(small[None].to(device))[0].cpu().mul(255).round().div(255)
-        off = (luminance(said) - luminance(large))[2:-2, 2:-2]
+        said = model(small[None].to(device) / 255)[0].cpu().mul(255).round().div(255)
+        off = (luminance(said) - luminance(large / 255))[2:-2, 2:-2]
         found.append(20 * math.log10(255) - 10 * math.log10(float(off.square().mean())))
     return f"{sum(found) / len(found):.3f} dB"
 

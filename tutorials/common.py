@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import time
@@ -41,7 +42,8 @@ def start(found: argparse.ArgumentParser, smoke: Mapping[str, Any], argv: Sequen
     args = found.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, seed {args.seed}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
+        print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, seed {args.seed}")
     return args
 
 
