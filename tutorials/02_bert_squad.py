@@ -136,7 +136,7 @@ def main() -> None:
     flags.add_argument("--encoder", help="a folder or a name on the Hub; by default MiniLM-L6 out of a Python package")
     flags.add_argument("--train-file", help="train-v1.1.json; by default XQuAD-en, see above")
     flags.add_argument("--dev-file", help="dev-v1.1.json")
-    flags.add_argument("--questions", type=int, default=400, help="of XQuAD-en's 950, train on so many")
+    flags.add_argument("--questions", type=int, default=360, help="of XQuAD-en's 950, train on so many")
     flags.add_argument("--test-questions", type=int, default=80)
     flags.add_argument("--max-length", type=int, default=128, help="tokens of a window")
     flags.add_argument("--stride", type=int, default=32, help="tokens that neighbouring windows share")

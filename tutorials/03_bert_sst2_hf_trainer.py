@@ -1,6 +1,6 @@
 """Lesson 3: Hugging Face Trainer, from the first step to a pipeline: bf16, a crash, evaluation, inference.
 
-    python tutorials/03_bert_sst2_hf_trainer.py               # MiniLM-L6, 4,000 phrases of SST-2, about four minutes
+    python tutorials/03_bert_sst2_hf_trainer.py               # MiniLM-L6, 3,200 phrases of SST-2, about four minutes
     python tutorials/03_bert_sst2_hf_trainer.py --encoder bert-base-uncased --phrases 67349 --epochs 3 --lr 2e-5 \
         --device cuda
 
@@ -70,7 +70,7 @@ def accuracy(said: Any) -> dict[str, float]:
 def main() -> None:
     flags = parser(__doc__, "03_bert_sst2")
     flags.add_argument("--encoder", help="a folder or a name on the Hub; by default MiniLM-L6 out of a Python package")
-    flags.add_argument("--phrases", type=int, default=4000, help="of the 67,349 for training")
+    flags.add_argument("--phrases", type=int, default=3200, help="of the 67,349 for training")
     flags.add_argument("--test-phrases", type=int, default=872)
     flags.add_argument("--epochs", type=int, default=1)
     flags.add_argument("--batch-size", type=int, default=32)

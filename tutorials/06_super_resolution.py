@@ -182,7 +182,7 @@ def psnr(model: nn.Module, images: list[tuple[Tensor, Tensor]], device: str) -> 
 def main() -> None:
     flags = parser(__doc__, "06_super_resolution")
     flags.add_argument("--train-folder", help="of large PNG images, such as DIV2K_train_HR; default: Set14")
-    flags.add_argument("--steps", type=int, default=300)
+    flags.add_argument("--steps", type=int, default=200)
     flags.add_argument("--patch", type=int, default=32, help="pixels of a small patch")
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--lr", type=float, default=2e-4)
