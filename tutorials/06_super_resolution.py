@@ -1,6 +1,6 @@
 """Lesson 6: a network that makes images larger. CARN-M from its pretrained weights, PSNR on Set5 and Set14.
 
-    python tutorials/06_super_resolution.py                   # patches of Set14, about four minutes
+    python tutorials/06_super_resolution.py                   # patches of Set14, about three minutes
     python tutorials/06_super_resolution.py --train-folder DIV2K_train_HR --patch 64 --batch-size 64 --steps 600000 \
         --lr 1e-4 --target-macs 0.4 --device cuda
 
