@@ -1,6 +1,6 @@
 """Lesson 5: a small Llama, trained on Shakespeare letter by letter, pruned while it learns, and asked to go on.
 
-    python tutorials/05_small_llm.py                          # 1 M parameters, about three minutes
+    python tutorials/05_small_llm.py                          # 1 M parameters, about four minutes
     python tutorials/05_small_llm.py --hidden 768 --layers 12 --heads 12 --kv-heads 4 --context 1024 --steps 20000 \
         --batch-size 64 --lr 3e-4 --device cuda
 
