@@ -182,7 +182,7 @@ def psnr(model: nn.Module, images: list[tuple[Tensor, Tensor]], device: str) -> 
 def main() -> None:
     flags = parser(__doc__, "06_super_resolution")
     flags.add_argument("--train-folder", help="of large PNG images, such as DIV2K_train_HR; default: Set14")
-    flags.add_argument("--steps", type=int, default=200)
+    flags.add_argument("--steps", type=int, default=400)
     flags.add_argument("--patch", type=int, default=32, help="pixels of a small patch")
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--lr", type=float, default=2e-4)
@@ -195,10 +195,13 @@ def main() -> None:
     model = pretrained().to(args.device)
     before = psnr(model, test, args.device)
 
-    # The first and last convolution see colours. Keeping a layer whole is a name, or a pattern.
+    # The first and last convolution see colours, which are an input and an output, so these dimensions stay whole.
     oto = OTO(model, torch.rand(1, 3, args.patch, args.patch, device=args.device))
     print(oto.explain(), "\n")
-    optimizer = oto.hesso(variant="adam", lr=args.lr, target_macs=args.target_macs, total_steps=args.steps)
+    # Convolutions in groups are slow at odd widths: at multiples of eight, fewer operations are less time too.
+    optimizer = oto.hesso(
+        variant="adam", lr=args.lr, target_macs=args.target_macs, group_divisible=8, total_steps=args.steps
+    )
     print(optimizer.plan(), "\n")
     schedule = CosineAnnealingLR(optimizer, args.steps)
 
@@ -224,8 +227,9 @@ def main() -> None:
         "zeroed": (model, subnet.cost_before, [psnr(model, test, args.device)]),
         "slim": (slim, subnet.cost_after, [psnr(slim, test, args.device)]),
     }
-    image = torch.rand(1, 3, args.patch, args.patch)
-    compare(rows, ["PSNR on Set5"], lambda m: m(image), f"an image of {args.patch}×{args.patch}", args.passes)
+    image = torch.rand(1, 3, 2 * args.patch, 2 * args.patch)
+    size = "×".join(map(str, image.shape[2:]))
+    compare(rows, ["PSNR on Set5"], lambda m: m(image), f"an image of {size}", args.passes)
     print(subnet)
 
 
