@@ -232,7 +232,8 @@ def test_the_default_size_prints_what_a_reader_hopes_to_see(name: str) -> None:
     if "before" in printed.rows:
         assert printed("slim", score) > printed("before", score) - (loss or 0)
     assert printed("slim", "MACs") < 0.8 * printed("zeroed", "MACs")
-    assert printed("slim", "ms") < printed("zeroed", "ms")
+    left = printed("slim", "MACs") / printed("zeroed", "MACs")
+    assert 0.8 * left < printed("slim", "ms") / printed("zeroed", "ms") < 1  # faster than by arithmetic: not alike
     assert float(re.search(r"([\d.]+) minutes of CPU time", text)[1]) < 10
 
 
