@@ -141,7 +141,7 @@ def main() -> None:
     )
     flags.add_argument("--scenes", type=int, default=2000)
     flags.add_argument("--test-scenes", type=int, default=200)
-    flags.add_argument("--epochs", type=int, default=9)
+    flags.add_argument("--epochs", type=int, default=5)
     flags.add_argument("--batch-size", type=int, default=16)
     flags.add_argument("--lr", type=float, default=2e-3)
     flags.add_argument("--target-macs", type=float, default=0.5)
