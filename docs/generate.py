@@ -204,7 +204,8 @@ def tutorial_page(script: Path) -> str:
     rulers = [i for i, line in enumerate(source) if re.match(r"# -{20,} ", line)]
     for begin, end in pairwise([start, *rulers, len(source)]):
         heading = source[begin].lstrip("# -") if begin in rulers else "What it needs" if rulers else "The script"
-        lines += [f"## {heading[:1].upper()}{heading[1:]}\n", "```{code-block} python"]
+        heading = re.sub(r"^(\d+\. )?(.)", lambda found: (found[1] or "") + found[2].upper(), heading)
+        lines += [f"## {heading}\n", "```{code-block} python"]
         lines += ["\n".join(source[begin + (begin in rulers) : end]).strip("\n"), "```\n"]
     lines += ["## What it prints\n", f"`{command}`: {where}.", ""]
     if digest != record.digest(script):
