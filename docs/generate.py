@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import shutil
 import textwrap
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
+import record
 import torch
 from torch import nn
 
@@ -77,6 +80,9 @@ def everything(made: Path) -> None:
     (made / "errors.md").write_text(errors_page(made / "work"))
     (made / "cli.md").write_text(cli_page())
     (made / "tutorials.md").write_text(tutorials_page())
+    (made / "tutorials").mkdir()
+    for script in record.LESSONS:
+        (made / "tutorials" / f"{script.stem}.md").write_text(tutorial_page(script))
     shutil.rmtree(made / "work", ignore_errors=True)
     pictures(made)
 
@@ -145,21 +151,66 @@ def cli_page() -> str:
 
 
 def tutorials_page() -> str:
-    """The lessons, each with its code."""
+    """The lessons, each with its table of before and after."""
     intro = """
         # Tutorials
 
-        Each runs on two CPU cores in at most five minutes; `tutorials/README.md` has the commands of the full
-        experiments.
+        Ten scripts that read like lessons. Each runs on two CPU cores in at most five minutes, with real data that is
+        at hand; `tutorials/README.md` has the commands of the full experiments, and what the papers report. What is
+        shown here was printed by the scripts as they are (`make tutorials`).
     """
     lines = [inspect.cleandoc(intro), ""]
-    for path in sorted((ROOT / "tutorials").glob("[0-9]*.py")):
-        first = path.read_text().split('"""')[1].partition("\n")[0]
-        lines += [
-            f"## {first.rstrip('.')}\n",
-            f"```{{literalinclude}} ../../tutorials/{path.name}\n:language: python\n```\n",
-        ]
-    return "\n".join(lines)
+    for script in record.LESSONS:
+        lines += [f"## [{title(script)}](tutorials/{script.stem}.md)\n", f"{about(script)}\n"]
+        lines += ["```{code-block} none\n" + table + "\n```\n" for table in tables(recording(script)[1])]
+    pages = "\n".join(f"tutorials/{script.stem}" for script in record.LESSONS)
+    return "\n".join([*lines, f"```{{toctree}}\n:hidden:\n\n{pages}\n```\n"])
+
+
+def about(script: Path) -> str:
+    """The first line of its docstring, without the number of the lesson."""
+    line = script.read_text().split('"""')[1].partition("\n")[0].partition(": ")[2]
+    return line[:1].upper() + line[1:]
+
+
+def title(script: Path) -> str:
+    """Its number, and what it is about in few words.
+
+    >>> title(ROOT / "tutorials" / "01_resnet_cifar10.py")
+    'Lesson 1: a ResNet on CIFAR-10'
+    """
+    return re.match(r'"""([^,.]*)', script.read_text())[1]  # type: ignore[index]
+
+
+def recording(script: Path) -> tuple[str, str]:
+    """How a tutorial was run, and what it printed."""
+    head, _, text = (record.RECORDINGS / f"{script.stem}.txt").read_text().partition("\n")
+    return head, text.strip("\n")
+
+
+def tables(text: str) -> list[str]:
+    """The tables of before and after: from the line that names the columns to the next that is empty or says more."""
+    return re.findall(r"^ +.*\bms\b.*\n(?:(?!ms:).+\n)+", text, re.MULTILINE)
+
+
+def tutorial_page(script: Path) -> str:
+    """A lesson: what it is about, its code section by section, and what it printed."""
+    source = script.read_text().splitlines()
+    start = source.index('"""', 1) + 1
+    head, text = recording(script)
+    command, _, how = head.removeprefix("$ ").partition("  # ")
+    where, _, digest = how.rpartition(", script ")
+    lines = [f"# {title(script)}\n", about(script), *source[1 : start - 1], ""]
+    rulers = [i for i, line in enumerate(source) if re.match(r"# -{20,} ", line)]
+    for begin, end in pairwise([start, *rulers, len(source)]):
+        heading = source[begin].lstrip("# -") if begin in rulers else "What it needs" if rulers else "The script"
+        heading = re.sub(r"^(\d+\. )?(.)", lambda found: (found[1] or "") + found[2].upper(), heading)
+        lines += [f"## {heading}\n", "```{code-block} python"]
+        lines += ["\n".join(source[begin + (begin in rulers) : end]).strip("\n"), "```\n"]
+    lines += ["## What it prints\n", f"`{command}`: {where}.", ""]
+    if digest != record.digest(script):
+        lines += ["The script has been changed since then.\n"]
+    return "\n".join([*lines, f"```{{code-block}} none\n{text}\n```\n"])
 
 
 class Small(nn.Module):

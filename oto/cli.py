@@ -383,6 +383,12 @@ def _loaded(found: Artefact, model: str | None, inputs: list[str] | None,
             input_fn: str | None) -> tuple[nn.Module | None, nn.Module, Any]:  # fmt: skip
     """The full model, if it is named; the slim one; and an input for them."""
     full = None if model is None else named_model(model)
+    if full is None and PROGRAM not in found.manifest["files"] and found.manifest["emitter"] in OF_THE_CLASS:
+        raise GivenError(
+            f"{found.folder} holds no {PROGRAM}: {found.manifest.get('no_program')}\n"
+            "  effect  the slim model is loaded with its class\n"
+            f"  to fix  --model package.module:function, which makes the full {found.manifest['model']['class']}"
+        )
     slim = load_subnet(found.folder, full)
     if inputs or input_fn:
         return full, slim, named_input(inputs or (), input_fn)

@@ -248,6 +248,23 @@ def test_the_artefact_of_another_model_is_refused(artefact):
     assert done.exit_code == 1 and "does not fit the artefact" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_folder_that_needs_its_class_says_which_option_names_it(here, command):
+    from oto.given import named_model
+
+    oto = OTO(named_model("cli_net:make"), torch.randn(1, 3, 8, 8))
+    oto.random_set_zero_groups(0.5)
+    oto.construct_subnet("bare")
+    done = call(command, "bare")
+    assert done.exit_code == 2 and "holds no model.pt2: it was not asked for" in done.stderr
+    assert (
+        "to fix  --model package.module:function, which makes the full torch.nn.modules.container.Sequential"
+        in done.stderr
+    )
+    done = call(command, "bare", "--model", "cli_net:make", "--input", "1x3x8x8")
+    assert done.exit_code == 0, done.output
+
+
 def test_models_of_libraries_by_name(here):
     pytest.importorskip("timm")
     pytest.importorskip("torchvision")

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -36,9 +37,11 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def generator():
+    sys.path.insert(0, str(DOCS))
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(DOCS))
     return module
 
 
@@ -61,6 +64,26 @@ def test_the_command_line_page_has_every_command() -> None:
     for command in ("explain", "preview", "visualize", "slim", "verify", "export", "bench", "info"):
         assert f"## oto {command}\n" in page
     assert "`--target-macs`" in page and "3: " in page and "{" not in page.partition("## oto")[0]
+
+
+def test_the_page_of_a_lesson_has_all_of_its_code_and_what_it_printed() -> None:
+    made = generator()
+    index = made.tutorials_page()
+    for script in made.record.LESSONS:
+        page = made.tutorial_page(script)
+        code = "\n".join(re.findall(r"```\{code-block\} python\n(.*?)\n```", page, re.DOTALL))
+        for line in script.read_text().split('"""', 2)[2].splitlines():
+            assert line in code or re.match("# -{20}", line), line
+        head, text = made.recording(script)
+        assert re.fullmatch(
+            rf"\$ (python|torchrun .*) tutorials/{script.name}  # \d{{4}}-\d\d-\d\d, .*, Python [\d.]+, torch \S+,"
+            r" [\d.]+ minutes of CPU time, script [0-9a-f]{12}", head,
+        )  # fmt: skip
+        assert text in page and page.startswith(f"# Lesson {int(script.name[:2])}: ") and len(made.title(script)) < 70
+        assert ("has been changed" in page) == (made.record.digest(script) not in head)
+        tables = made.tables(text)
+        assert tables and all(table.strip() in index for table in tables)
+        assert "/site-packages" not in re.sub("…/site-packages", "", text) and str(DOCS.parent) not in text
 
 
 def test_pages_name_options_that_there_are() -> None:

@@ -82,3 +82,19 @@ def test_the_data_folder_is_read(oto_data: Path) -> None:
         "fashion_mnist 60000 1 28 28 10000 1 28 28 9 0 0 3 0 10",
         "cifar10 50000 3 32 32 10000 3 32 32 6 9 9 4 1 10",
     ], done.stderr
+
+
+def test_texts_and_weights_of_the_data_folder(oto_data: Path, tmp_path: Path) -> None:
+    """A member is found by the end of its name; what is not there is said, and what to do."""
+    code = (
+        "import sys; sys.path.insert(0, 'examples'); import data\n"
+        "print(len(data.from_tar('text.tar.xz', 'sst2_dev.tsv').decode().splitlines()))\n"
+        "print(len(data.weights('weights.tar', 'resnet20-12fca82f.th')['state_dict']['module.conv1.weight']))\n"
+        "import os; os.environ['OTO_DATA'] = sys.argv[1]\n"
+        "data.weights('weights.tar', 'resnet20-12fca82f.th')\n"
+    )
+    environment = {**os.environ, "OTO_DATA": str(oto_data)}
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout.splitlines() == ["873", "16"] and done.returncode == 1
+    assert done.stderr == "weights.tar is needed: put it into a folder and set OTO_DATA to that folder\n"

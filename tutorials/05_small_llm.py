@@ -18,7 +18,8 @@ import sys
 from typing import Any
 
 import torch
-from common import compare, from_tar, parser, start
+from common import compare, parser, start
+from data import from_tar
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm

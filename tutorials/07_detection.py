@@ -62,12 +62,14 @@ def scenes(split: str, count: int, seed: int) -> list[Scene]:
 
 
 def coco(root: str, split: str) -> list[Scene] | Any:
-    """COCO as torchvision reads it (needs pycocotools)."""
+    """COCO as torchvision reads it (needs pycocotools), without images that show nothing and boxes without area."""
     from torchvision import datasets
     from torchvision.transforms import v2
 
-    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    found = datasets.CocoDetection(f"{root}/{split}2017", f"{root}/annotations/instances_{split}2017.json", to_tensor)
+    whole = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.SanitizeBoundingBoxes()])
+    names = f"{root}/annotations/instances_{split}2017.json"
+    found = datasets.CocoDetection(f"{root}/{split}2017", names, transforms=whole)
+    found.ids = [image for image in found.ids if found.coco.getAnnIds(image)]
     return datasets.wrap_dataset_for_transforms_v2(found, target_keys=["boxes", "labels"])
 
 
@@ -92,7 +94,8 @@ class Backbone(nn.Module):
 def detector(args: Any) -> nn.Module:
     torch.manual_seed(args.seed)
     if args.coco:
-        return retinanet_resnet50_fpn(weights=None, weights_backbone="DEFAULT")
+        backbone = None if args.from_scratch else "DEFAULT"
+        return retinanet_resnet50_fpn(weights=None, weights_backbone=backbone, min_size=args.min_size)
     anchors = AnchorGenerator(sizes=((16, 20, 25),), aspect_ratios=((1.0,),))
     return RetinaNet(
         Backbone(), num_classes=10, anchor_generator=anchors, min_size=64, max_size=64, image_mean=[0.0] * 3,
@@ -132,6 +135,10 @@ def scores(model: nn.Module, test: Any, device: str) -> list[str]:
 def main() -> None:
     flags = parser(__doc__, "07_detection")
     flags.add_argument("--coco", help="folder of COCO 2017; default: scenes of digits")
+    flags.add_argument("--from-scratch", action="store_true", help="no pretrained backbone with --coco")
+    flags.add_argument(
+        "--min-size", type=int, default=800, help="pixels of the shorter side that images get with --coco"
+    )
     flags.add_argument("--scenes", type=int, default=2000)
     flags.add_argument("--test-scenes", type=int, default=200)
     flags.add_argument("--epochs", type=int, default=5)

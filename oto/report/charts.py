@@ -89,12 +89,13 @@ def shares(name: str, rows: Sequence[tuple[str, float, float, str]], says: str, 
         own_scale: Every row fills the width; else all are drawn to one scale.
     """
     figure, (ax,) = _figure(0.32 * len(rows) + 0.1, width=NARROW if own_scale else WIDTH)
-    letters = 24 if own_scale else 38
+    room = 38 if own_scale else 54  # letters in a row
     largest = max(before for _, before, _, _ in rows) or 1
     for place, (label, before, after, text) in enumerate(rows):
         scale = (before or 1) if own_scale else largest
         ax.barh(place, before / scale, 0.36, facecolor=SOFT, edgecolor=MUTED, linewidth=0.6)
         ax.barh(place, after / scale, 0.36, color=ACCENT)
+        letters = room - len(text)
         short = label if len(label) <= letters else f"…{label[1 - letters :]}"
         ax.text(0, place - 0.27, short, color=INK, fontsize=7.5, va="bottom")
         ax.text(1, place - 0.27, text, color=MUTED, fontsize=7.5, va="bottom", ha="right")

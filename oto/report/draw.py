@@ -110,8 +110,10 @@ def to_dot(partition: Partition, groups: Sequence[NodeGroup], title: str, *, ver
         free = len(inside & prunable)
         label = _escaped(f"{_span(others)}\n{len(others)} more like {block}\n{free} prunable groups inside")
         picture.add_node(pydot.Node(_quoted(name), label=label, shape="box3d", fillcolor=WHITE if free else GREY))
+    line = {*pairwise(dict.fromkeys(box[n] for n in nx.dag_longest_path(flow) if n in box))}
     for a, b in _edges(flow, box):
-        picture.add_edge(pydot.Edge(_quoted(a), _quoted(b)))
+        # the longest line is drawn straight, so that a deep network is a column and does not wander off to the side
+        picture.add_edge(pydot.Edge(_quoted(a), _quoted(b), weight="100" if (a, b) in line else "1"))
     return picture
 
 

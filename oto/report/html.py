@@ -115,9 +115,11 @@ def _verdict(subnet: Shrunk, milliseconds: Mapping[str, Sequence[float]] | None)
     macs = f"{after.macs / before.macs:.1%} of the MACs and " if before.macs else ""
     exact = [c for c in subnet.checks if c.dtype == "float64"] or list(subnet.checks)
     faster = f", {_speedup(milliseconds):.2f} times as fast" if milliseconds else ""
+    error = max((c.error for c in exact), default=0.0)
+    equal = f"{f'to {error:.0e}' if error else 'in every bit'} in {exact[0].dtype}" if exact else "without a comparison"
     return (
         f"{macs}{after.params / before.params:.1%} of the parameters are left{faster}; equal to the pruned full model"
-        f" to {max((c.error for c in exact), default=0.0):.0e} in {exact[0].dtype if exact else 'no comparison'}"
+        f" {equal}"
     )
 
 

@@ -125,6 +125,22 @@ def test_repeated_blocks_share_a_chart(subnet, written):
     assert says.endswith(f"In order: {', '.join(map(str, kept))}")
 
 
+@pytest.mark.parametrize(("own_scale", "room"), [(False, 54), (True, 38)])
+def test_a_long_name_leaves_room_for_its_figures(own_scale, room):
+    name = "model.encoder.layer.*.attention.self.intermediate.dense"
+    for says in ("176.95 M to 106.17 M", "9 of 9"):
+        svg = charts.shares("c", [(name, 2.0, 1.0, says)], "a bar", own_scale=own_scale)
+        short = re.search(r">(…?[\w.*]+dense)</text>", svg)[1]
+        assert room - 1 <= len(short) + len(says) <= room or short == name
+
+
+def test_the_verdict_says_what_was_compared(subnet):
+    same = replace(subnet, checks=[replace(check, error=0.0) for check in subnet.checks])
+    assert report_html._verdict(same, None).endswith("equal to the pruned full model in every bit in float64")
+    near = replace(subnet, checks=[replace(check, error=2e-15) for check in subnet.checks])
+    assert report_html._verdict(near, None).endswith("equal to the pruned full model to 2e-15 in float64")
+
+
 def test_macs_of_the_chart_are_those_of_the_table(subnet):
     from oto.groups.cost import macs_by_node
 
