@@ -80,6 +80,10 @@ class GraphInputError(OTOError, TypeError):
     """A slim model that is a graph was called with other arguments, or other sizes, than it was made with."""
 
 
+class UnseenPathError(OTOError, RuntimeError):
+    """A forward that is told sizes takes another path than the one for which they are known."""
+
+
 class TrainModeError(OTOError):
     """A slim model was put into train mode, where it is not known to compute what the full one does."""
 

@@ -18,13 +18,17 @@ from oto.errors import (
     DummyInputError,
     DuplicateRuleError,
     EmitterError,
+    GraphInputError,
+    GraphModeError,
     NonFiniteParameterError,
     NothingPrunableError,
     ShrinkError,
     TargetError,
     TraceError,
+    TrainModeError,
     UnknownOpWarning,
     UnknownParameterError,
+    UnseenPathError,
     VerificationError,
 )
 
@@ -109,6 +113,70 @@ def test_a_slim_model_that_differs_is_not_handed_out(tmp_path, monkeypatch):
         oto.construct_subnet(tmp_path / "out")
     assert "relative error" in str(caught.value) and "nothing was written" in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_graph_given_what_it_was_not_made_for():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x, mask=None):
+            y = self.layers(x.view(-1, 3) if x.shape[1] == 3 else x[:, :3])
+            return y if mask is None else y * mask
+
+    oto = OTO(Either(), X, everything=True)
+    oto.random_set_zero_groups(0.5)
+    slim = oto.construct_subnet(emitter="graph").model
+    with message(GraphInputError, "mask was passed, and the graph was made without it") as caught:
+        slim(X, mask=torch.ones(2, 1))
+    assert "nothing was computed" in str(caught.value) and "to fix     leave mask out" in str(caught.value)
+    with message(GraphInputError, r"does not hold for these sizes: it was made where x.size\(\)\[1\] == 3") as caught:
+        slim(torch.randn(2, 4))
+    assert "x (2, 4)" in str(caught.value) and "to fix" in str(caught.value)
+
+
+def test_a_graph_put_into_train_mode():
+    oto = OTO(mlp(), X, everything=True)
+    oto.random_set_zero_groups(0.5)
+    with message(GraphModeError, "a graph of the eval forward: it has no dropout") as caught:
+        oto.construct_subnet(emitter="graph").model.train()
+    assert "stays in eval mode" in str(caught.value) and "model.train_as_eval()" in str(caught.value)
+
+
+def test_a_slim_model_put_into_train_mode_that_nobody_could_follow():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = mlp(), nn.Linear(8, 5)
+
+        def forward(self, x, target=None):
+            if self.training:
+                return nn.functional.cross_entropy(self.head(self.body[1](self.body[0](x))), target)
+            return self.body(x)
+
+    oto = OTO(Head(), X)
+    oto.random_set_zero_groups(0.5)
+    with message(TrainModeError, "slim Head does not go into train mode: parts that only training") as caught:
+        oto.construct_subnet().model.train()
+    assert "drop_unreached=True" in str(caught.value) and "del model.train" in str(caught.value)
+
+
+def test_a_call_that_is_told_sizes_on_another_path():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x, n=8):
+            return self.b(self.a(x).relu().view(-1, n))
+
+    oto = OTO(Sized(), X)
+    oto.random_set_zero_groups(0.5)
+    slim = oto.construct_subnet().model
+    with message(UnseenPathError, r"view states \[2\] in the places \[1\], and not \[8\]") as caught:
+        slim(X, n=2)
+    assert "another path" in str(caught.value) and "to fix" in str(caught.value)
 
 
 def test_a_class_that_cannot_be_thinned():

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oto._torch import tree_map_only
+from oto._torch import tree_leaves, tree_map_only
 from oto.errors import (
     ArtefactError,
     ClassChangedError,
@@ -36,8 +36,8 @@ from oto.progress import stage
 from oto.slim.construct import Made, Zeroed
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
 from oto.slim.origin import Round, after_rounds, descend, origin_of
-from oto.slim.program import export_program, runnable
-from oto.slim.verify import Check, Reference, require
+from oto.slim.program import export_program, other_examples, runnable
+from oto.slim.verify import TOLERANCE, Check, Reference, dtype_of, relative_error, require, run
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
@@ -193,8 +193,13 @@ def write_program(
     stage("exporting the program")
     try:
         with _emptied(slim, left_out):
-            save_program(export_program(slim, dummy_input), path)
-        checks = prove(read_program(path))
+            program = export_program(slim, dummy_input)
+            save_program(program, path)
+        read = read_program(path)
+        checks = prove(read)
+        if checks:
+            others = other_examples(slim, program, dummy_input)[:1]  # a smaller one
+            checks = [*checks, *(check for given in others for check in _on_other_sizes(slim, read, given))]
         require(checks)
         return None, checks
     except OSError:
@@ -207,6 +212,20 @@ def write_program(
         why = f"as it was read back, it fails: {(str(failure).splitlines() or [type(failure).__name__])[0]}"
     path.unlink(missing_ok=True)
     return why, []
+
+
+def _on_other_sizes(slim: nn.Module, read: nn.Module, given: Any) -> Iterator[Check]:
+    """A program beside its model on an input of sizes that it leaves free, and the example does not have."""
+    try:
+        expected = run(slim, given)
+    except Exception as failure:  # sizes may have to fit to values
+        if out_of_memory(failure):
+            raise
+        return
+    what = f"reloaded program on {', '.join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor))}"
+    dtype = dtype_of(slim)
+    error = relative_error(expected, run(read, given))
+    yield Check(what, str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from oto._torch import constant, followed_lines
+from oto.errors import ClassChangedError, UnseenPathError
 from oto.nn import functional as counted
 
 Calls = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
@@ -56,7 +57,8 @@ class Told:
             states in the places of the numbers. ``"in"`` is the Python module whose code that is.
 
     Raises:
-        RuntimeError: The code is not there any more; or, while it runs, what it calls is not what it was told of.
+        ClassChangedError: The code is not there any more.
+        UnseenPathError: While it runs: what it calls is not what it was told of.
     """
 
     def __init__(self, module: nn.Module, calls: Calls) -> None:
@@ -233,7 +235,7 @@ def _require_line(line: str, where: str | None, module: nn.Module) -> None:
     if where in (None, "__main__") or where not in sys.modules or text.isdecimal() or text in _source(where):
         return
     if _source(where) and not any(text in _source(kind.__module__) for kind in type(module).__mro__):
-        raise RuntimeError(
+        raise ClassChangedError(
             f"{where} has changed since {type(module).__name__} was made slim: it has no such line any more\n"
             f"  line    {line}\n  effect  which sizes to state is not known\n"
             "  to fix  use the version of it that the slim model was made with, or make it slim anew"
@@ -336,8 +338,8 @@ def _last(site: str) -> str:
     return site.rpartition("\n")[2]
 
 
-def _refused(what: str) -> RuntimeError:
-    return RuntimeError(
+def _refused(what: str) -> UnseenPathError:
+    return UnseenPathError(
         f"{what}\n"
         "  effect  the forward takes another path than the one that was analysed, and which sizes to state here is not"
         " known; nothing was computed\n"

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from oto import OTO, load_subnet
+from oto.errors import ClassChangedError, UnseenPathError
 from oto.nn import Told, told
 from oto.slim.verify import relative_error, run
 
@@ -90,11 +91,13 @@ def test_another_way_to_the_same_line_is_refused():
     full, slim = slimmed(Helped(), data(2, 5))
     x = data(6, 5)
     assert agree(full, slim, x)
-    with pytest.raises(RuntimeError, match=r"view is called on a way that was not seen:\n.*rows\(h\)(.*\n)+.*to fix"):
+    with pytest.raises(
+        UnseenPathError, match=r"view is called on a way that was not seen:\n.*rows\(h\)(.*\n)+.*to fix"
+    ):
         slim(x, twice=True)
-    with pytest.raises(RuntimeError, match=r"view is given a tensor of shape \(6, 12\), and not one with {-1: 6}"):
+    with pytest.raises(UnseenPathError, match=r"view is given a tensor of shape \(6, 12\), and not one with {-1: 6}"):
         slim(x, whole=True)
-    with pytest.raises(RuntimeError, match=r"view states \[4\] in the places \[1\], and not \[12\]"):
+    with pytest.raises(UnseenPathError, match=r"view states \[4\] in the places \[1\], and not \[12\]"):
         slim(x, n=4)
     with pytest.raises(Exception, match=r"called on a way that was not seen"):
         torch.compile(slim, backend="eager", fullgraph=True)(x, twice=True)
@@ -119,7 +122,7 @@ def test_a_line_that_is_told_something_else_each_time_runs_as_often_as_it_did():
     full, slim = slimmed(Looped(), data(2, 5))
     assert agree(full, slim, data(6, 5))
     for times in (1, 3, 4):
-        with pytest.raises(RuntimeError, match=r"view is called .*times"):
+        with pytest.raises(UnseenPathError, match=r"view is called .*times"):
             slim(data(6, 5), times)
 
 
@@ -242,7 +245,7 @@ def test_two_rounds(tmp_path):
     again = load_subnet(tmp_path / "2", lambda: first)
     for model in (given, again):
         assert relative_error(wanted, run(model, x)) <= EXACT
-        with pytest.raises(RuntimeError, match="view is given a tensor of shape"):
+        with pytest.raises(UnseenPathError, match="view is given a tensor of shape"):
             model.blocks[0].up = nn.Linear(model.into.out_features, 12).double()
             run(model, x)
 
@@ -280,6 +283,6 @@ def test_code_that_has_changed_is_refused(tmp_path, monkeypatch):
     assert relative_error(run(model, x), run(load_subnet(tmp_path, lambda: TwoPaths().double()), x)) <= EXACT
     lines = frozenset(line for line in told._source(__name__) if ".view(-1, 12)" not in line)
     monkeypatch.setattr(told, "_source", lambda name: lines if name == __name__ else frozenset())
-    with pytest.raises(Exception, match=r"has changed since TwoPaths was made slim") as raised:
+    with pytest.raises(ClassChangedError, match=r"has changed since TwoPaths was made slim") as raised:
         load_subnet(tmp_path, lambda: TwoPaths().double())
     assert "to fix" in str(raised.value)

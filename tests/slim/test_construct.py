@@ -9,6 +9,7 @@ from torch import nn
 import oto.nn
 from oto import OTO, load_subnet
 from oto.errors import ArtefactError, EmitterError, NonFiniteParameterError
+from oto.io import subnet as saving
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -188,6 +189,26 @@ def test_saved_and_loaded(tmp_path, emitter):
         assert relative_error(run(subnet.model, x), run(loaded, x)) <= 1e-5
         assert type(loaded).__name__ == ("Residual" if emitter == "module" and given else "SlimGraph")
     assert "parameters" in str(subnet) and str(subnet.path) in str(subnet)
+
+
+def test_a_saved_program_is_compared_on_another_size(tmp_path, monkeypatch):
+    found = OTO(Residual().eval(), torch.randn(2, 7, 5))
+    found.random_set_zero_groups(0.5)
+    checks = found.construct_subnet(tmp_path / "out", program=True).checks
+    assert [c.what for c in checks if "(1, 1, 5)" in c.what or "(1, 3, 5)" in c.what] != []
+    read = saving.read_program
+
+    def longer(path):  # right on the example only
+        model = read(path)
+        right = model.forward
+        model.forward = lambda x: right(x) if x.shape[1] == 7 else right(x) + 1
+        return model
+
+    monkeypatch.setattr(saving, "read_program", longer)
+    with pytest.raises(
+        EmitterError, match=r"model\.pt2 was asked for, and cannot be written: .*reloaded program on \("
+    ):
+        found.construct_subnet(tmp_path / "other", program=True)
 
 
 def test_a_saved_program_needs_no_output_type_of_the_model(tmp_path):
