@@ -535,7 +535,7 @@ def test_it_compiles_in_one_piece(attends: Any) -> None:
     compiled = torch.compile(attends[1].model, backend="eager", fullgraph=True, dynamic=True)
     for length in (9, 12):
         x = attended(2, length)
-        assert torch.equal(compiled(**x)["logits"], attends[1].model(**x)["logits"])
+        torch.testing.assert_close(compiled(**x)["logits"], attends[1].model(**x)["logits"])  # norms differ in rounding
     torch._dynamo.reset()
 
 
