@@ -70,9 +70,10 @@ from oto.slim.module import OwnClass
 from oto.slim.own_class import own_class
 from oto.slim.plan import read_zeros
 from oto.slim.recipe import Recipe
+from oto.slim.reference import FLOAT64
 from oto.slim.shrink import become, parts, require_there, same_groups, shrunk
 from oto.slim.unreached import unreached, within
-from oto.slim.verify import FLOAT64, Check, device_of, follow_model, require
+from oto.slim.verify import Check, device_of, follow_model, require
 from oto.trace.found import as_found
 from oto.trace.record import record, told
 

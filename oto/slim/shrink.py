@@ -21,8 +21,9 @@ from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, t
 from oto.slim.origin import Round, descend, origin_of
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Recipe, configs, fields
+from oto.slim.reference import check
 from oto.slim.training import check_training
-from oto.slim.verify import check, learn, require
+from oto.slim.verify import learn, require
 
 log = logging.getLogger(__name__)
 
