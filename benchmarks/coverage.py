@@ -126,7 +126,8 @@ TOOLS: dict[str, Callable[[nn.Module, Any], tuple[nn.Module, nn.Module, float]]]
 
 
 def measure(tool: str, name: str) -> dict[str, Any]:
-    from oto.slim.verify import double_input, relative_error, run
+    from oto.slim.verify import relative_error, run
+    from oto.slim.wide import double_input
     from tests.zoo.matrix import prepared, zoo
 
     kind, _, which = name.partition("/")

@@ -35,7 +35,7 @@ from oto.errors import (
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
-from oto.groups.layout import LAYOUTS, drawn, evened, joined, settled, shared_out, tied
+from oto.groups.layout import LAYOUTS, drawn, evened, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
     carried_by_nodes,
@@ -67,12 +67,13 @@ from oto.slim.construct import Zeroed, construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency, rounds
 from oto.slim.layout import stated
 from oto.slim.module import OwnClass
-from oto.slim.own_class import own_class
+from oto.slim.own_class import limited, own_class
 from oto.slim.plan import read_zeros
 from oto.slim.recipe import Recipe
-from oto.slim.shrink import become, parts, require_there, same_groups, shrunk
+from oto.slim.reference import FLOAT64
+from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
 from oto.slim.unreached import unreached, within
-from oto.slim.verify import FLOAT64, Check, device_of, follow_model, require
+from oto.slim.verify import Check, device_of, follow_model, require
 from oto.trace.found import as_found
 from oto.trace.record import record, told
 
@@ -233,7 +234,6 @@ def _takes_options_of(source: Callable[..., Any]) -> Callable[[Method], Method]:
 
 _SUPPLIED = ("self", "node_groups", "costs", "latency")
 Method = TypeVar("Method", bound=Callable[..., Any])
-CLASS = "its class cannot do without: no attribute states the size"
 
 
 class OTO:
@@ -335,7 +335,7 @@ class OTO:
             self._stock, self._groups = found is not None, self._groups if found is None else found
         if not everything and not self._stock:
             self._own = self._ask_the_class()
-            self._groups = joined(keep_whole(self._groups, self._own.whole, CLASS), self._own.ties)
+            self._groups = limited(self._groups, self._own)
         require_prunable(self._groups, self.partition.found.graph)
 
     def __repr__(self) -> str:
@@ -596,7 +596,8 @@ class OTO:
         optimizer's are those of the slim model from then on, in the same parameter groups, and its state is sliced. So
         a learning-rate scheduler, a ``GradScaler``, accelerate and a trainer go on as they are. What holds single
         parameters does not: wrap the model in ``DistributedDataParallel`` again. Copy the model before if the full one
-        is needed. ``construct_subnet`` saves what loads from the class of the first model.
+        is needed. ``construct_subnet`` saves what loads from the class of the first model. With ``layout="uniform"``
+        the model's config states what is left, so the model itself may be saved as ever.
 
         Call it between two steps, as often as you like, such as after each period. Gradients are sliced too. The same
         trajectory, up to the order of sums, needs an optimizer that treats entries one by one (SGD, Adam, AdamW,
@@ -617,8 +618,9 @@ class OTO:
             The model. If there never was anything to remove it is as before, with a ``NotPrunedWarning``.
 
         Raises:
-            ShrinkError: The class cannot be made thinner, the optimizer has state that cannot be sliced, or it or an
-                average belongs to another model. Nothing is changed.
+            ShrinkError: The class cannot be made thinner, or its config cannot state it (``layout="uniform"``); the
+                optimizer has state that cannot be sliced, or it or an average belongs to another model. Nothing is
+                changed.
             VerificationError: The slim model computes something else, in eval or in train mode. Nothing is changed.
         """
         inner = self._optimizer_of(optimizer)
@@ -657,13 +659,8 @@ class OTO:
             recipe = self._recipe if self._stock else None
             source = Zeroed(self.model, self.dummy_input, self.partition, own, kept, recipe)
             slim = shrunk(source, averages)
-            graph = record(slim.model, self.dummy_input, known, dead=not self._everything, training=True)
-            found = trainable(graph, self._strict_out_nodes)
-            groups = same_groups(thinner(self.partition, self._groups, kept), found.groups)
-            own = None
-            if self._own is not None:
-                own = own_class(slim.model, found, groups, self.dummy_input)
-                groups = joined(keep_whole(groups, own.whole, CLASS), own.ties)
+            asked = self._own is not None
+            found, groups, own = analysed_again(slim.model, source, self._groups, self._everything, asked)
         now = {name: atoms[left[name]] for name, atoms in there.items()}
         thin = thinner(analysed, inner.node_groups, now)
         if not inner.progress.over:

@@ -48,7 +48,8 @@ from oto.io.subnet import FULL, PROGRAM, load_subnet
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
 from oto.slim.latency import rounds
 from oto.slim.program import example_of, runnable
-from oto.slim.verify import Check, check, random_like, relative_error, require, run
+from oto.slim.reference import check
+from oto.slim.verify import Check, random_like, relative_error, require, run
 from oto.trace.record import tensors_in
 
 app = typer.Typer(

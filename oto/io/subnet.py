@@ -37,7 +37,9 @@ from oto.slim.construct import Made, Zeroed
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
 from oto.slim.origin import Round, after_rounds, descend, origin_of
 from oto.slim.program import export_program, other_examples, runnable
-from oto.slim.verify import TOLERANCE, Check, Reference, dtype_of, relative_error, require, run
+from oto.slim.reference import Reference
+from oto.slim.verify import TOLERANCE, Check, relative_error, require, run
+from oto.slim.wide import dtype_of
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 

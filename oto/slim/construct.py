@@ -32,9 +32,11 @@ from oto.slim.origin import Round, descend
 from oto.slim.plan import thinning
 from oto.slim.recipe import Recipe
 from oto.slim.recording import RECORDED, check_recording, emit_recording
+from oto.slim.reference import Reference, check
 from oto.slim.training import heads_in_training
 from oto.slim.unreached import left_out, within
-from oto.slim.verify import Check, Reference, check, double_, learn, require
+from oto.slim.verify import Check, learn, require
+from oto.slim.wide import double_
 from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
@@ -54,7 +56,7 @@ class Zeroed:
         kept: For each prunable group, the atoms that are left.
         recipe: How the class is made from its config, if that is to be tried.
         drop_unreached: Leave out what the forward never uses in eval mode.
-        float64: Whether to compare in float64, as :class:`oto.slim.verify.Reference` takes it.
+        float64: Whether to compare in float64, as :class:`oto.slim.reference.Reference` takes it.
         verify: Whether to compare at all.
     """
 

@@ -33,7 +33,9 @@ from oto.slim.config import solve, stock
 from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Keywords, Recipe
-from oto.slim.verify import Wider, check, double_, require
+from oto.slim.reference import Wider, check
+from oto.slim.verify import require
+from oto.slim.wide import double_
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
 

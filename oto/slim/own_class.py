@@ -37,6 +37,8 @@ from oto.axes.terms import Axis, Term, axes_of, resolve
 from oto.axes.terms import size as size_of
 from oto.errors import out_of_memory
 from oto.groups import NodeGroup, Partition
+from oto.groups.layout import joined
+from oto.groups.policy import keep_whole
 from oto.nn import functional as thinner
 from oto.nn.told import numbers_of
 from oto.slim.alignment import Alignment, Departure, ancestors, differing
@@ -70,6 +72,14 @@ def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup
         groups: Node groups; only the prunable ones may get thinner.
     """
     return _Search(model, partition, groups, dummy_input).result()
+
+
+CLASS = "its class cannot do without: no attribute states the size"
+
+
+def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]:
+    """Node groups, those of which whole or tied that the class cannot have otherwise."""
+    return joined(keep_whole(groups, own.whole, CLASS), own.ties)
 
 
 @dataclass(eq=False)

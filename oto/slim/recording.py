@@ -9,7 +9,9 @@ from torch import fx, nn
 from oto.axes.registry import known
 from oto.groups import Kept, Partition
 from oto.slim.graph import emit_graph
-from oto.slim.verify import Check, Reference, double_input, throughout
+from oto.slim.reference import Reference
+from oto.slim.verify import Check
+from oto.slim.wide import double_input, throughout
 from oto.trace.record import Recording, record_data
 from oto.trace.replay import difference, replayed
 

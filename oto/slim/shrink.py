@@ -13,16 +13,20 @@ from numpy.typing import NDArray
 from torch import nn
 
 from oto._torch import holder
+from oto.axes.registry import known
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
-from oto.groups import NodeGroup, Slice
+from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
 from oto.slim.config import solve
 from oto.slim.construct import Zeroed
 from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend, origin_of
+from oto.slim.own_class import limited, own_class
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Recipe, configs, fields
+from oto.slim.reference import check
 from oto.slim.training import check_training
-from oto.slim.verify import check, learn, require
+from oto.slim.verify import learn, require
+from oto.trace.record import record
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +111,27 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
         vars(average)["_oto_origin"] = origin_of(slim)
         made.append((inner, average))
     return Shrunk(slim, parameters, made)
+
+
+def analysed_again(
+    slim: nn.Module, source: Zeroed, groups: Sequence[NodeGroup], everything: bool, asked: bool
+) -> tuple[Partition, tuple[NodeGroup, ...], OwnClass | None]:
+    """The analysis of a slim model, in which only those groups may lose atoms that could before.
+
+    Args:
+        source: What it was made of.
+        groups: Node groups of the full model.
+        everything: Prune what the class could not express, too.
+        asked: Ask the class what it can do without.
+    """
+    before = source.partition
+    graph = record(slim, source.dummy_input, known, dead=not everything, training=True)
+    found = trainable(graph, before.found.strict_out_nodes)
+    left = same_groups(thinner(before, groups, source.kept), found.groups)
+    if not asked:
+        return found, left, None
+    own = own_class(slim, found, left, source.dummy_input)
+    return found, limited(left, own), own
 
 
 def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinning) -> None:

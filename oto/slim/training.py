@@ -12,17 +12,8 @@ from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
 from oto.errors import ShrinkError, first_line, out_of_memory
 from oto.groups import Kept, Partition
 from oto.slim.plan import Thinning, thinning
-from oto.slim.verify import (
-    TOLERANCE,
-    Check,
-    double_input,
-    dtype_of,
-    in_double,
-    random_like,
-    relative_error,
-    throughout,
-    unrounded,
-)
+from oto.slim.verify import TOLERANCE, Check, random_like, relative_error
+from oto.slim.wide import double_input, dtype_of, in_double, throughout, unrounded
 from oto.trace.found import as_found
 from oto.trace.record import arguments, tensors_in
 

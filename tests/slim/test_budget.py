@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from oto import OTO, load_subnet, progress
 from oto.errors import ArtefactError, EmitterError, OptionError, UnknownParameterError, VerificationError
-from oto.slim import verify
-from oto.slim.verify import Reference, in_double, relative_error, run
+from oto.slim import reference, verify
+from oto.slim.reference import Reference
+from oto.slim.verify import relative_error, run
+from oto.slim.wide import in_double
 
 X = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
 
@@ -65,7 +67,7 @@ def test_the_full_model_runs_once_for_each_input_and_dtype(tmp_path, program):
 
 
 def test_float64_takes_no_copy(monkeypatch):
-    monkeypatch.setattr(verify, "in_double", None)  # cannot be called
+    monkeypatch.setattr(reference, "in_double", None)  # cannot be called
     subnet = zeroed().construct_subnet()
     assert {c.dtype for c in subnet.checks} == {"float32", "float64"} and subnet.max_error < 1e-12
 
@@ -125,7 +127,7 @@ def test_a_copy_in_float64_is_the_module_in_float64():
 
 
 def test_float64_where_it_fits(monkeypatch):
-    monkeypatch.setattr(verify, "available", lambda model: 100)
+    monkeypatch.setattr(reference, "available", lambda model: 100)
     subnet = zeroed().construct_subnet()
     (note,) = subnet.notes
     assert "compared in float32 only" in note and "100" not in str({c.dtype for c in subnet.checks})

@@ -28,7 +28,8 @@ from torch import nn
 from oto import OTO
 from oto.axes import terms as T
 from oto.errors import EmitterError, NothingPrunableError, UnknownOpWarning, VerificationError
-from oto.slim.verify import double_input, in_double, random_like, relative_error, run
+from oto.slim.verify import random_like, relative_error, run
+from oto.slim.wide import double_input, in_double
 from oto.trace.found import as_found
 from oto.trace.record import arguments
 

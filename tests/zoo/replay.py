@@ -14,7 +14,8 @@ from oto.axes.registry import known
 from oto.groups import partition
 from oto.slim.plan import read_zeros
 from oto.slim.recording import emit_recording
-from oto.slim.verify import run, throughout
+from oto.slim.verify import run
+from oto.slim.wide import throughout
 from oto.trace.record import record_data
 
 

@@ -1,0 +1,164 @@
+"""Everything in float64, whatever a model states; and float32 that is float32."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto._torch import TorchDispatchMode, tree_map, tree_map_only
+
+aten = torch.ops.aten
+
+
+class _Wide(TorchDispatchMode):
+    """Every computation in float64, for models that state a dtype in their code, or none.
+
+    Casts to a narrower float become casts to float64; what is made or promoted without a dtype is float64; and operands
+    that come from elsewhere, such as numpy or parameters, are widened as they are read: a model in float32 needs no
+    copy in float64 for it. So two models that differ in where they round only, such as a class and its exported graph,
+    agree to float64's own rounding. Values are as they were: a number that float32 cannot hold is rounded where the
+    model rounds it (``torch.tensor(0.1)``), and nothing else is.
+    """
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in _MOVES:  # a table is not widened for a few of its entries
+            return widened(op(*args, **(kwargs or {})))
+
+        def of(shared: bool, x: Any) -> Any:  # a copy would not be the memory that is meant
+            return tree_map_only(torch.dtype, widened, x) if shared else tree_map(widened, x)
+
+        shares = _shares(op)
+        args = tuple(of(shared, x) for shared, x in zip_longest(shares.values(), args, fillvalue=True))[: len(args)]
+        kwargs = {name: of(shares.get(name, True), x) for name, x in (kwargs or {}).items()}
+        if op is aten._assert_tensor_metadata.default:  # what torch.export saw the dtype to be
+            args, kwargs = tree_map_only(torch.dtype, lambda _: None, (args, kwargs))
+        if op is aten._grouped_mm.default and args[0].dtype == torch.float64:
+            return _grouped_mm(*args, **kwargs)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            result = op(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(before)
+        return widened(result) if op is aten.lift_fresh.default else result  # a literal, which may be written to
+
+
+WIDER = {
+    torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128, torch.complex32: torch.complex128,
+}  # fmt: skip
+_MOVES = {aten.embedding.default, aten.index_select.default, aten.gather.default}
+
+
+def widened(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(WIDER[x.dtype]) if x.dtype in WIDER else x
+    return WIDER.get(x, x) if isinstance(x, torch.dtype) else x
+
+
+@cache
+def _shares(op: Any) -> dict[str, bool]:
+    """For each argument of an operator, whether the operator uses its memory."""
+    schema = getattr(op, "_schema", None)  # higher-order operators have none
+    return {a.name: a.alias_info is not None for a in schema.arguments} if schema else {}
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
+                out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """``F.grouped_mm``, for which there is no kernel in float64."""
+    if offs is None:
+        y = a @ b
+        return y if bias is None else y + bias[:, None]
+    ends = offs.tolist()
+    groups = list(zip([0, *ends], ends, strict=False))
+    if a.ndim == b.ndim == 2:
+        return torch.stack([a[:, i:j] @ b[i:j] for i, j in groups])
+    if b.ndim == 3:
+        y = a.new_zeros(a.shape[0], b.shape[-1])
+        for e, (i, j) in enumerate(groups):
+            y[i:j] = a[i:j] @ b[e] if bias is None else a[i:j] @ b[e] + bias[e]
+        return y
+    y = b.new_zeros(a.shape[1], b.shape[1])
+    for e, (i, j) in enumerate(groups):
+        y[:, i:j] = a[e] @ b[:, i:j]
+    return y
+
+
+def throughout(module: nn.Module) -> AbstractContextManager[Any]:
+    """While inside, a module in float64 computes in float64 throughout; any other as it does."""
+    wide = dtype_of(module) == torch.float64
+    return widening() if wide else nullcontext()
+
+
+def widening() -> AbstractContextManager[Any]:
+    """While inside, everything is computed in float64."""
+    return _Wide()  # type: ignore[no-untyped-call]
+
+
+# Two interfaces say whether factors in float32 are rounded to TF32 (for convolutions on a GPU they are by default), or
+# on some processors to bfloat16. The old one sets both, and cannot be read where the user set the new one.
+_TF32 = ("cuda.matmul", "cudnn")
+_PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """While inside, products in float32 are those of float32, whatever speed was asked for."""
+    new = hasattr(torch.backends, "fp32_precision")  # since torch 2.9
+    places = [(name, "fp32_precision") for name in _PRECISION if new] + [(name, "allow_tf32") for name in _TF32]
+    before: list[tuple[Any, str, Any]] = []
+    for path, name in places:
+        place: Any = operator.attrgetter(path)(torch.backends)
+        with suppress(RuntimeError):
+            before.append((place, name, getattr(place, name)))
+    try:
+        for place, name, _ in before:
+            setattr(place, name, "ieee" if name == "fp32_precision" else False)
+        yield
+    finally:
+        for place, name, value in reversed(before):  # the new ones last: they are the finer
+            setattr(place, name, value)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype in which a module computes: that of its first parameter with a fraction."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def in_double(module: nn.Module) -> nn.Module:
+    """A copy in float64 and complex128."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):  # no copy in the narrow dtype on the way
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.dtype in WIDER:
+            wider = tensor.detach().to(WIDER[tensor.dtype])
+            plain = type(tensor) is Tensor
+            memo[id(tensor)] = wider if plain else nn.Parameter(wider, tensor.requires_grad)
+    return double_(copy.deepcopy(module, memo))
+
+
+def double_(module: nn.Module) -> nn.Module:
+    """The same module, in float64 and complex128 from now on."""
+    module.double()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_complex():  # ``Module.double`` leaves these
+            tensor.data = tensor.data.to(torch.complex128)
+    return module
+
+
+def double_input(dummy_input: Any) -> Any:
+    """An example in float64 and complex128."""
+
+    def widen(t: Tensor) -> Tensor:
+        return t.double() if t.is_floating_point() else t.to(torch.complex128) if t.is_complex() else t
+
+    return tree_map_only(Tensor, widen, dummy_input)
