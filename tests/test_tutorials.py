@@ -211,7 +211,7 @@ def test_10_deploy(tmp_path: Path) -> None:
 
 BEST = {  # what a row must score at least, and by how much less than before it may, in the units of the table
     "01_resnet_cifar10": ("accuracy", 85, 7),
-    "02_bert_squad": ("F1", 10, None),
+    "02_bert_squad": ("F1", 30, None),
     "03_bert_sst2_hf_trainer": ("accuracy", 75, None),
     "04_vit_timm": ("accuracy", 75, None),
     "05_small_llm": ("next letter", 45, None),
