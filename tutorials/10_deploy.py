@@ -86,7 +86,7 @@ def aoti(model: nn.Module, x: Tensor, path: Path) -> tuple[Run, Path]:
 
 
 def milliseconds(forms: Mapping[str, tuple[Run, Path]], x: Tensor, passes: int) -> dict[str, float]:
-    """The fastest of some passes, in turns: what else the machine does only adds, and to small networks it adds a lot."""
+    """The fastest of some passes, in turns: what else the machine does only adds, and adds much to little."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(passes + 3):  # three to warm up
         for name, (run, _) in forms.items():
