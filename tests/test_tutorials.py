@@ -207,16 +207,16 @@ def test_10_deploy(tmp_path: Path) -> None:
     assert load_subnet(tmp_path / "slim")(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
-# What the default sizes printed is in docs/tutorials (`make tutorials`). Minutes are by the clock of one core.
+# What the default sizes printed is in docs/tutorials (`make tutorials`).
 
 BEST = {  # what a row must score at least, and by how much less than before it may, in the units of the table
     "01_resnet_cifar10": ("accuracy", 85, 7),
-    "02_bert_squad": ("F1", 10, None),
+    "02_bert_squad": ("F1", 30, None),
     "03_bert_sst2_hf_trainer": ("accuracy", 75, None),
-    "04_vit_timm": ("accuracy", 75, None),
+    "04_vit_timm": ("accuracy", 73, None),
     "05_small_llm": ("next letter", 45, None),
     "06_super_resolution": ("PSNR on Set5", 36.5, 1.2),
-    "07_detection": ("F1", 50, None),
+    "07_detection": ("F1", 40, None),
     "08_ddp": ("accuracy", 95, None),
     "09_your_own_operator": ("accuracy", 95, None),
 }
