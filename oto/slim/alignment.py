@@ -282,12 +282,8 @@ def _plain(arguments: Any) -> list[Any]:
 def _with_defaults(op: Any, args: Sequence[Any]) -> list[Any]:
     """The arguments of a call, and the defaults of those that it leaves out at the end; it may, by what they are."""
     schema = getattr(op, "_schema", None)
-    left = schema.arguments[len(args) :] if schema is not None else ()
-    return [*args, *itertools.takewhile(lambda x: x is not None, (_default(argument) for argument in left))]
-
-
-def _default(argument: Any) -> Any:
-    return argument.default_value if argument.has_default_value() and not argument.kwarg_only else None
+    left = [] if schema is None else [x for x in schema.arguments[len(args) :] if not x.kwarg_only]
+    return [*args, *(x.default_value for x in itertools.takewhile(lambda x: x.has_default_value(), left))]
 
 
 def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:

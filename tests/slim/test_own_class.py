@@ -202,6 +202,14 @@ def test_an_rms_norm_takes_its_count_into_its_weight(tmp_path, plus):
     assert relative_error(run(model, x), run(load_subnet(tmp_path / "out", Model), x)) < 1e-6
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_depthwise_convolution_may_be_left_with_one_channel(bias):
+    """Its ``groups`` are one then, as by default, and the call is recorded without it."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 3, groups=2, bias=bias), nn.Conv2d(2, 4, 1))
+    model, subnet, oto = slimmed(model, torch.randn(1, 3, 6, 6), share=0.5)
+    assert sizes(oto) == {"0.weight": 2} and subnet.model[1].groups == subnet.model[0].out_channels == 1
+
+
 def test_halves_of_a_chunk_are_tied_and_stay_so():
     class Halves(nn.Module):
         """``chunk`` makes pieces of one size; half of everything would not show that they may differ."""
