@@ -472,6 +472,14 @@ class SparseOptimizer(Optimizer):
         shape = len(self.choice.averaged), self.num_atoms
         self.param_groups[0] |= {"oto_sums": torch.zeros(shape, device=self.atoms.device), "oto_seen": 0}
 
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} over {type(self.base).__name__}: {self.choice.target}", str(self.progress)]
+        for number, group in enumerate(self.param_groups):
+            shown = {k: v for k, v in group.items() if k not in ("params", "param_names") and not k.startswith("oto_")}
+            options = ", ".join(f"{name}={value}" for name, value in sorted(shown.items()))
+            lines.append(f"parameter group {number}: {len(group['params'])} parameters, {options}")
+        return "\n".join(lines)
+
     def plan(self) -> str:
         """What happens at which step, and what the learning rate should do; print it."""
         target, end = self.choice.target, self.schedule.end

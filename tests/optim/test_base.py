@@ -34,6 +34,18 @@ def test_progress_of_every_step():
         seen[0].pruned = 3
 
 
+def test_what_is_printed_of_an_optimizer_is_what_a_reader_asks_for():
+    first, second, *rest = repr(hesso(net())).splitlines()
+    assert first.startswith("HESSO over SGD: ")
+    assert second == "step 0 of 8: 0 of 14 groups are zero; 14 groups, goal 7"
+    assert (
+        len(rest) == 1
+        and "lr=" in rest[0]
+        and "oto_" not in rest[0]
+        and "weight" not in rest[0].split("weight_decay")[0]
+    )
+
+
 def test_progress_through_a_wrapper():
     model = net()
     wrapper = SimpleNamespace(optimizer=hesso(model))  # as the optimizers of accelerate hold theirs
