@@ -358,7 +358,8 @@ class OTO:
         self._own = None if self._everything or self._stock else self._ask_the_class()
 
     def _ask_the_class(self) -> OwnClass:
-        with told(self.model, TraceError, "it was asked what its class can do without", "the analysis is done"):
+        asked = told(self.model, TraceError, "it was asked what its class can do without", "the analysis is done")
+        with asked, stages(f"OTO({type(self.model).__name__})"):
             return own_class(self.model, self.partition, self._groups, self.dummy_input)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OTO:

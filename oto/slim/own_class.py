@@ -41,6 +41,7 @@ from oto.groups.layout import joined
 from oto.groups.policy import keep_whole
 from oto.nn import functional as thinner
 from oto.nn.told import numbers_of
+from oto.progress import stage
 from oto.slim.alignment import Alignment, Departure, ancestors, differing
 from oto.slim.attributes import Place, Stated, changed, numbers
 from oto.slim.module import DeclinedError, OwnClass, adapted, attribute, stock, thin_copy, thin_tensors
@@ -136,6 +137,7 @@ class _Search:
             if departure is None or not self.free.keys() - self.found.whole.keys():  # as it should be, or as it was
                 seed, right = (seed + 1) % SEEDS, right + 1
                 continue
+            stage(f"asking its class, call {departure.index:,} of {len(self.graph.nodes):,}")
             log.info("own class: departs at %s", departure)
             right, rounds = 0, rounds + 1
             if rounds > ROUNDS or not self.mend(departure, seed):

@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import pickle
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from oto import OTO, load_subnet, progress
 from oto.errors import ArtefactError, EmitterError, OptionError, UnknownParameterError, VerificationError
-from oto.slim import reference, verify
+from oto.slim import own_class, reference, verify
 from oto.slim.reference import Reference
 from oto.slim.verify import relative_error, run
 from oto.slim.wide import in_double
@@ -387,8 +388,22 @@ def test_long_work_shows_its_stages_on_a_terminal(monkeypatch, patience, shown):
             return super().forward(x)
 
     zeroed(Slow()).construct_subnet(float64=False, verify=False, emitter="graph")
-    assert seen and all(text.startswith("construct_subnet: ") for text in seen)
+    assert {text.partition(":")[0] for text in seen} >= {"OTO(Slow)", "construct_subnet"}
+    assert all(": " in text for text in seen if text.startswith("construct_subnet"))
     assert ("construct_subnet: exporting" in terminal.getvalue()) == shown
+
+
+def test_the_search_of_a_class_says_how_far_it_is(monkeypatch):
+    class Viewed(Net):
+        width = 16
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.norm(self.up(x))).view(-1, self.width))
+
+    seen: list[str] = []
+    monkeypatch.setattr(own_class, "stage", seen.append)
+    OTO(Viewed(), X)
+    assert seen and all(re.fullmatch(r"asking its class, call \d+ of \d+", text) for text in seen)
 
 
 def test_no_bar_where_nobody_looks(monkeypatch, capsys):
