@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from oto._torch import TorchDispatchMode, tree_map, tree_map_only
 
 aten = torch.ops.aten
+_GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)  # torch before 2.8 has none
 
 
 class _Wide(TorchDispatchMode):
@@ -42,7 +43,7 @@ class _Wide(TorchDispatchMode):
         kwargs = {name: of(shares.get(name, True), x) for name, x in (kwargs or {}).items()}
         if op is aten._assert_tensor_metadata.default:  # what torch.export saw the dtype to be
             args, kwargs = tree_map_only(torch.dtype, lambda _: None, (args, kwargs))
-        if op is aten._grouped_mm.default and args[0].dtype == torch.float64:
+        if op is _GROUPED_MM and args[0].dtype == torch.float64:
             return _grouped_mm(*args, **kwargs)
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 GROUPED = "it is divided among the groups of a product"
 
 
-@rule(aten._grouped_mm)
+@rule("aten::_grouped_mm")  # by name: torch before 2.8 has none
 def grouped_mm(call: Call, a: Operand, b: Operand, offs: Operand | None = None, bias: Operand | None = None,
                out_dtype: Any = None) -> Operand:  # fmt: skip
     """Products of groups: rows of ``a`` (S, K), columns of ``b`` (K, S), or all of them along a dimension (E, ·, ·)."""
