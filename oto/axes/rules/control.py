@@ -9,7 +9,6 @@ from oto.axes.registry import fixed
 higher_order = torch.ops.higher_order
 
 fixed(higher_order.cond, why="a value decides which branch runs")
-fixed(
-    higher_order.while_loop, higher_order.scan, higher_order.map_impl,
-    why="it goes through the body of a loop, which is kept as it is",
-)  # fmt: skip
+# by name: an older torch knows some of them only once something asked for them
+loops = [getattr(higher_order, name) for name in ("while_loop", "scan", "map_impl") if hasattr(higher_order, name)]
+fixed(*loops, why="it goes through the body of a loop, which is kept as it is")
