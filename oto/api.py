@@ -298,6 +298,8 @@ class OTO:
         if layout not in LAYOUTS:
             raise OptionError(f"layout is {layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
         self.model = model = unwrapped(model)
+        if isinstance(dummy_input, Mapping):  # what a tokenizer gives is no dict
+            dummy_input = dict(dummy_input)
         self.dummy_input = dummy_input
         with told(model, TraceError, "being followed on the dummy input"):
             graph = record(model, dummy_input, known, dead=not everything, training=True)

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -396,3 +397,18 @@ def test_model_analysis_and_optimizer_can_be_copied_together(copied):
     alone = copied(oto)
     assert_same(alone.construct_subnet().model, ours.model)
     assert alone.hesso(**SCHEDULE).num_atoms == optimizer.num_atoms
+
+
+def test_an_example_may_be_what_a_tokenizer_gives(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, ids, scale=None):
+            return self.down(torch.relu(self.up(ids)) if scale is None else scale * torch.relu(self.up(ids)))
+
+    oto = OTO(Named(), UserDict(ids=torch.randn(2, 3), scale=torch.rand(2, 1)))  # no dict, and no pytree
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(tmp_path)
+    assert subnet.emitter == "module" and subnet.model.up.out_features == 4 and len(subnet.checks) >= 3
