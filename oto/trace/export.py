@@ -288,6 +288,11 @@ def export(
     program = _taken_apart(made.program, known)
     module = module_of(program)
     takes = takes_of(made.program, module, parameters_of(model.forward))
+    args, kwargs = arguments(dummy_input)
+    if made.level != "none" and not takes.holds(takes.bind(args, kwargs)):
+        # sizes of two and more, under which torch.export sees what is free, took a way that the example does not
+        log.info("what is free at level %r does not hold for the example: exported again", made.level)
+        return export(model, dummy_input, known, LEVELS[LEVELS.index(made.level) + 1])
     _inline(module)
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     try:
