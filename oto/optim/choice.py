@@ -313,8 +313,8 @@ one layer can be compared with that in another, and divided by a cost."""
 
 WITHIN = "path_norm"
 """How the importance of a node group is shared out among its atoms. The sum over a group is measured well by a dozen
-batches; that of a single atom is not, and weights say more about it. That was measured on
-convolutional networks; on a BERT it is the other way round (`docs/benchmarks/rivals.md`)."""
+batches; that of a single atom is not, and weights say more about it. That was measured on convolutional networks; in an
+encoder of sentences it is the other way round (`docs/benchmarks/rivals.md`)."""
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
 """The choice where there are no gradients."""
