@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +21,7 @@ from oto.slim.memory import available, size_of
 from oto.slim.verify import TOLERANCE, Check, random_like, relative_error, run
 from oto.slim.wide import double_input, dtype_of, in_double, widening
 from oto.trace.found import Found
-from oto.trace.record import Script
+from oto.trace.record import Script, around_modules
 
 log = logging.getLogger(__name__)
 
@@ -373,7 +371,7 @@ class Reference:
             if id(m) not in own and any(True for _ in m.parameters())
         }
         met: list[str] = []
-        with _watching(lambda module: met.extend([full[id(module)]] if id(module) in full else [])):
+        with around_modules(lambda module, _: met.extend([full[id(module)]] if id(module) in full else [])):
             run(slim, self.dummy_input)
         if met:
             raise EmitterError(
@@ -393,22 +391,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _checked(what: str, dtype: torch.dtype, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Check:
     return Check(what, _name(dtype), relative_error(expected, found), TOLERANCE.get(dtype, 1e-3))
-
-
-@contextmanager
-def _watching(see: Callable[[nn.Module], object]) -> Iterator[None]:
-    """While inside, every module that runs is shown."""
-
-    def seen(module: nn.Module, _: Any) -> None:
-        see(module)
-
-    hook = nn.modules.module.register_module_forward_pre_hook(seen)
-    try:
-        with warnings.catch_warnings():  # compiled submodules mind the hook
-            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
-            yield
-    finally:
-        hook.remove()
 
 
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", **how: Any) -> list[Check]:

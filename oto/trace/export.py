@@ -34,7 +34,7 @@ from oto._torch import (
 from oto.errors import EmitterError, first_line, out_of_memory
 from oto.trace.found import as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key
-from oto.trace.record import arguments, line_of
+from oto.trace.record import arguments, around_modules, line_of
 from oto.trace.takes import Parameter, Takes, parameters_of, traced
 
 log = logging.getLogger(__name__)
@@ -146,11 +146,8 @@ def _few_conditions() -> Iterator[None]:
                         raise _TooManyConditions("the model's code compares its sizes too often to leave all free")
                     return
 
-    handle = nn.modules.module.register_module_forward_pre_hook(look)
-    try:
+    with around_modules(look):
         yield
-    finally:
-        handle.remove()
 
 
 # what torch.export says, and what it means

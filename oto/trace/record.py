@@ -47,6 +47,22 @@ log = logging.getLogger(__name__)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@contextmanager
+def around_modules(enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any, Any], None] | None = None
+                   ) -> Iterator[None]:  # fmt: skip
+    """While inside, every module that runs is shown before, with its arguments, and after, whatever it raises."""
+    hooks = [nn.modules.module.register_module_forward_pre_hook(enter)]
+    if leave is not None:
+        hooks.append(nn.modules.module.register_module_forward_hook(leave, always_call=True))
+    try:
+        with warnings.catch_warnings():  # compiled submodules mind the hooks
+            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def arguments(dummy_input: Any) -> Arguments:
     """Positional and keyword arguments of an example input: a tensor, a tuple or a dict with string keys.
 
@@ -531,15 +547,8 @@ class _Recorder(TorchDispatchMode):
             if self.begins is not None:
                 self.begins.pop()
 
-        before = nn.modules.module.register_module_forward_pre_hook(enter)
-        after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
-        try:
-            with warnings.catch_warnings():  # compiled submodules mind the hooks
-                warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
-                yield
-        finally:
-            before.remove()
-            after.remove()
+        with around_modules(enter, leave):
+            yield
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
