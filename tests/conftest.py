@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,12 @@ def oto_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no data folder: set OTO_DATA")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _a_fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps one state per process, and refuses a second precision: no test inherits that of another."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(True)
