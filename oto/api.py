@@ -145,7 +145,7 @@ class Subnet:
             full: The full model. Where it is given, forward passes of it and of the slim one are timed in turns.
             dummy_input: What to time them on.
             history: Records of training, oldest first: mappings or objects with a ``step`` and numbers, such as
-                ``{"step": 10, "loss": 0.7}``. By default what the optimizer wrote down, if it did.
+                ``{"step": 10, "loss": 0.7}``. By default ``optimizer.history``.
             title: Instead of the name of the model's class.
 
         Returns:
@@ -803,9 +803,9 @@ class OTO:
         optimizer, name = self._trained_by, type(self.model).__name__
         if optimizer is None:
             return Origin(name, self.partition, self.node_groups)
-        history, schedule = tuple(getattr(optimizer, "history", None) or ()), optimizer.schedule
+        schedule = optimizer.schedule
         periods = [schedule.bounds(period) for period in range(schedule.periods)]
-        return Origin(name, self.partition, self.node_groups, str(optimizer.choice.target), history, periods)
+        return Origin(name, self.partition, self.node_groups, str(optimizer.choice.target), optimizer.history, periods)
 
     def _reading(self, model: Any) -> OTO:
         """This analysis of another copy of the model."""

@@ -31,6 +31,12 @@ def progress_dict(optimizer: Any, prefix: str = "oto/") -> dict[str, float]:
     Raises:
         OptionError: There is no sparse optimizer in it.
     """
+    p = _unwrapped(optimizer).progress
+    found = {"sparsity": p.sparsity, "redundant": p.redundant, "done": p.done, "cost": p.cost, "goal": p.goal}
+    return {prefix + key: float(value) for key, value in found.items()}
+
+
+def _unwrapped(optimizer: Any) -> SparseOptimizer:
     inner, seen = optimizer, 0
     while not isinstance(inner, SparseOptimizer) and hasattr(inner, "optimizer") and seen < 10:
         inner, seen = inner.optimizer, seen + 1
@@ -39,16 +45,14 @@ def progress_dict(optimizer: Any, prefix: str = "oto/") -> dict[str, float]:
             f"a {type(optimizer).__name__} holds no optimizer of oto\n"
             "  to fix  pass what oto.hesso(...) made, or a wrapper that has it as .optimizer"
         )
-    p = inner.progress
-    found = {"sparsity": p.sparsity, "redundant": p.redundant, "done": p.done, "cost": p.cost, "goal": p.goal}
-    return {prefix + key: float(value) for key, value in found.items()}
+    return inner
 
 
 def log_progress(trainer: Any) -> None:
     """Let a ``transformers.Trainer`` log the progress of pruning with whatever else it logs.
 
     It comes before all other callbacks, so every reporter (TensorBoard, W&B, the progress bar) sees it, and so does
-    ``trainer.state.log_history``.
+    ``trainer.state.log_history``. The losses and metrics go into ``optimizer.history``, for the report.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -63,8 +67,18 @@ def log_progress(trainer: Any) -> None:
             self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **more: Any
         ) -> None:
             if logs is not None and optimizer is not None:
+                _unwrapped(optimizer).record(**{key: logs[key] for key in filter(_is_metric, logs)})
                 found = progress_dict(optimizer)
                 logs.update(found)
                 state.log_history[-1].update(found)
 
     trainer.callback_handler.callbacks.insert(0, ProgressLog())
+
+
+def _is_metric(key: str) -> bool:
+    """Of what a Trainer logs: its loss, and what evaluation found, but not how fast.
+
+    >>> list(filter(_is_metric, ["loss", "epoch", "eval_loss", "eval_f1", "eval_runtime", "eval_steps_per_second"]))
+    ['loss', 'eval_loss', 'eval_f1']
+    """
+    return key == "loss" or (key.startswith("eval_") and not key.endswith(("runtime", "per_second", "_time")))

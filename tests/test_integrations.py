@@ -90,4 +90,5 @@ def test_the_trainer_logs_it_for_everybody(tmp_path):
     steps = [line for line in seen if "loss" in line]
     assert [line["oto/sparsity"] for line in steps] == sorted(line["oto/sparsity"] for line in steps)
     assert steps[-1]["oto/sparsity"] == 0.5 and steps[0]["oto/redundant"] > 0
+    assert [r["step"] for r in optimizer.history if "loss" in r] == [2, 4, 6]
     assert trainer.state.log_history[-1]["oto/cost"] <= trainer.state.log_history[-1]["oto/goal"]

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oto import OTO
-from oto.integrations import progress_dict
 
 
 class Letters:
@@ -103,7 +102,6 @@ def main() -> None:
     warm = max(args.steps // 20, 1)
     schedule = LambdaLR(optimizer, lambda n: min((n + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * n / args.steps)))
 
-    history = []  # for the report: whatever has a step and numbers
     model.train()
     with tqdm(total=args.steps, unit="step", disable=None) as bar:
         for step in range(args.steps):
@@ -112,12 +110,11 @@ def main() -> None:
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if step % max(args.steps // 60, 1) == 0:
+                optimizer.record(loss=loss)  # for the report, beside what the optimizer writes down itself
             optimizer.step()
             schedule.step()
             bar.update()
-            if step % max(args.steps // 60, 1) == 0:
-                cost = progress_dict(optimizer)["oto/cost"]
-                history.append({"step": step, "loss": loss.item(), "parameters": cost})
             if (step + 1) % max(args.steps // 4, 1) == 0:
                 tqdm.write(f"loss {loss.item():.3f}; {optimizer.progress}")
 
@@ -161,7 +158,7 @@ print(said[0].tolist(), model.config.num_attention_heads, model.config.intermedi
     same = done.startswith(str(said["slim"].tolist()))
     print(f"transformers without oto: {'the same' if same else 'other'} letters, from {folder}")
 
-    subnet.report(args.out.with_suffix(".html"), history=history)
+    subnet.report(args.out.with_suffix(".html"))
     print(f"report: {args.out.with_suffix('.html')}")
 
 

@@ -12,6 +12,7 @@ dict would be dropped by torch, tensors in ``state`` would be cast to the dtype 
 * ``oto_sums``, ``oto_seen``: saliency criteria of every atom, float of shape ``(criteria, N)``, summed over so many
   steps;
 * ``oto_setup``: schedule and target as JSON, so that a checkpoint of another setup is noticed;
+* ``oto_history``: :attr:`history` as JSON, as of the last ``state_dict()``;
 * ``oto_kept``: once the model was shrunk, which atoms of the full network it still has, bool of shape ``(full N,)``.
 
 Everything else is derived from them, and rebuilt when they or the storage of a parameter change, so no parameter is
@@ -82,6 +83,11 @@ class SparseOptimizer(Optimizer):
         **keywords: For the wrapped optimizer (``lr``, ``weight_decay``, ``foreach``, ``fused``…); ``None`` is its
             default.
 
+    Attributes:
+        history: Numbers by step, oldest first, such as ``{"step": 30, "MACs": 2e7, "loss": 0.4}``: what the network
+            costs, in the unit of the target, as each pruning period begins and ends, and what was given to
+            :meth:`record`. Reports draw it; state dicts hold it.
+
     Raises:
         OptionError: An option is missing, or the wrapped optimizer has none of that name.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
@@ -117,6 +123,7 @@ class SparseOptimizer(Optimizer):
             keywords=keywords,
         )
         self.choice, self.schedule, self.node_groups = choice, schedule, choice.groups
+        self.history: list[dict[str, float]] = []
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_base()
         self._fill_state()
@@ -232,6 +239,20 @@ class SparseOptimizer(Optimizer):
             target.measure(counts), target.goal, target.unit,
         )  # fmt: skip
 
+    def record(self, **numbers: float | Tensor) -> None:
+        """Note numbers of the step that comes next (a loss, an accuracy) in :attr:`history`.
+
+        Args:
+            **numbers: By name; tensors of one element are read, which waits for their device.
+        """
+        if not self.history or self.history[-1]["step"] != self.clock:
+            self.history.append({"step": self.clock})
+        for name, number in numbers.items():
+            self.history[-1][name] = float(number.detach() if isinstance(number, Tensor) else number)
+
+    def _record_cost(self) -> None:
+        self.record(**{self.choice.target.unit: self.progress.cost})
+
     @property
     def redundant_groups(self) -> dict[str, Tensor]:
         """Atoms on their way to zero: node group name to sorted int64 indices, on the CPU."""
@@ -260,6 +281,7 @@ class SparseOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch; momentum and first moments of pruned entries are zero in it."""
         self.zero_moments_()
+        self.param_groups[0]["oto_history"] = json.dumps(self.history)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -288,6 +310,7 @@ class SparseOptimizer(Optimizer):
         if kept is not None:
             self.param_groups[0].setdefault("oto_kept", kept)
         self._fill_state()
+        self.history = json.loads(self.param_groups[0]["oto_history"])
         self._planned = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -299,6 +322,7 @@ class SparseOptimizer(Optimizer):
     def _fill_state(self) -> None:
         first = self.param_groups[0]
         first.setdefault("oto_step", 0)
+        first.setdefault("oto_history", "[]")
         if "oto_atoms" not in first:
             device = first["params"][0].device if first["params"] else "cpu"
             first["oto_atoms"] = torch.zeros(self.num_atoms, dtype=torch.uint8, device=device)
@@ -461,6 +485,7 @@ class SparseOptimizer(Optimizer):
         """Mark the atoms that are to be at zero when ``share`` of the way to the target is done."""
         if not self.choice.target.wants_less:
             return
+        self._record_cost()
         alive = self.atoms != PRUNED
         chosen = self.choice.select(self.scores(), alive, share).to(alive.device)
         self.atoms = torch.where(alive, torch.where(chosen, REDUNDANT, FREE), PRUNED).to(torch.uint8)
@@ -621,6 +646,7 @@ class SparseOptimizer(Optimizer):
         self.atoms = self.atoms.masked_fill(self.atoms == REDUNDANT, PRUNED)
         self._split = (self.atoms, codes)  # known without reading them back
         self.zero_moments_()
+        self._record_cost()
 
     def _is_quiet(self, group: NodeGroup) -> bool:
         # an attribute that the analysis may set; without it a group is loud, which is always right

@@ -105,6 +105,23 @@ def test_a_resume_under_another_setup_is_refused_once_pruning_has_begun(tmp_path
     assert optimizer.clock == 3
 
 
+def test_the_history_goes_on_after_a_resume(tmp_path):
+    """Saved as plain data beside the rest, so that `weights_only` loads it; numbers of one step are one record."""
+    model = net()
+    optimizer = hesso(model)
+    optimizer.record(loss=torch.tensor(3.0))
+    optimizer.record(accuracy=0.5)
+    assert optimizer.history == [{"step": 0, "loss": 3.0, "accuracy": 0.5}]
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    model = net()
+    again = hesso(model)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.history == optimizer.history
+    train(model, again, range(END))
+    costs = [(record["step"], record["groups"]) for record in again.history if "groups" in record]
+    assert costs == [(2, 14), (3, 11), (4, 11), (5, 9), (6, 9), (7, 7)]  # three periods of two steps
+
+
 @pytest.mark.parametrize("key", OTHER)
 def test_before_pruning_another_setup_is_reported_and_counts(tmp_path, key):
     options, text = OTHER[key]

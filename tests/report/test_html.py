@@ -166,15 +166,22 @@ def test_the_optimizer_s_own_history_is_taken(tmp_path):
     optimizer = oto.hesso(lr=0.1, target_macs=0.7, start_pruning_step=1, pruning_steps=4, pruning_periods=2)
     for _ in range(6):
         optimizer.zero_grad()
-        oto.model(torch.randn(2, 6)).square().sum().backward()
+        loss = oto.model(torch.randn(2, 6)).square().sum()
+        loss.backward()
+        optimizer.record(loss=loss)
         optimizer.step()
-    optimizer.history = [type("Record", (), {})() for _ in range(3)]
-    for step, record in enumerate(optimizer.history):
-        vars(record).update(step=step, cost=100 - step)
+    assert [r["step"] for r in optimizer.history] == list(range(6)) and all("loss" in r for r in optimizer.history)
+    costs = [r["MACs"] for r in optimizer.history if "MACs" in r]
+    assert costs[0] == oto.preview(target_macs=1.0).before.macs and costs == sorted(costs, reverse=True)
     subnet = oto.construct_subnet()
     assert subnet.origin.periods == [(1, 3), (3, 5)]
     page = subnet.report(tmp_path / "r.html").read_text()
-    assert "cost from 100 to 98; groups go to zero from step 1 to 4" in page and "target_macs=0.7" in page
+    assert (
+        "MACs from" in page
+        and "loss from" in page
+        and "groups go to zero from step 1 to 4" in page
+        and "target_macs=0.7" in page
+    )
     assert "it was not saved" in page
 
 
