@@ -17,6 +17,7 @@ import torch
 from rivals_tasks import Data, Split, Task, ZeroPad
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from oto import OTO
@@ -37,10 +38,13 @@ Before = Callable[[int, torch.optim.Optimizer], torch.optim.Optimizer]
 
 
 def macs(model: nn.Module, example: tuple[Tensor, ...]) -> int:
-    """Multiply–adds of one forward pass, as torch itself counts them: every method is measured with this."""
+    """Multiply–adds of one forward pass, as torch itself counts them: every method is measured with this.
+
+    Attention is that of two products, for torch does not count its fused kernel on the CPU.
+    """
     training = model.training
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*example)
     model.train(training)
     return counter.get_total_flops() // 2

@@ -47,7 +47,7 @@ from oto.errors import (
     some,
     users_level,
 )
-from oto.groups.node_group import NodeGroup
+from oto.groups.node_group import NodeGroup, is_finite
 from oto.optim.choice import Choice
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
 from oto.optim.saliency import Entries, raw_scores
@@ -562,7 +562,7 @@ class SparseOptimizer(Optimizer):
                     "  to fix  pass every parameter, frozen ones too, or mark the group unprunable"
                 )
         real = [name for name, p in parameters.items() if not p.is_meta]
-        finite = [parameters[name].detach().isfinite().all() for name in real]
+        finite = [is_finite(parameters[name]) for name in real]
         bad = [name for name, ok in zip(real, finite, strict=True) if not ok]
         if bad:
             raise NonFiniteParameterError(

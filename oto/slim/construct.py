@@ -36,7 +36,6 @@ from oto.slim.reference import Reference, check
 from oto.slim.training import heads_in_training
 from oto.slim.unreached import left_out, within
 from oto.slim.verify import Check, learn, require
-from oto.slim.wide import double_
 from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
@@ -299,21 +298,23 @@ def _of_its_class(source: Zeroed) -> Made:
         edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
         gone = set(within(tensors, edits.dropped))
 
-    def slim_of(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-        tensors = {n: t for n, t in thin_tensors(model, thin, source.own).items() if n not in gone}
+    def slim_of(model: nn.Module, held: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+        tensors = {n: t for n, t in thin_tensors(model, thin, source.own, held).items() if n not in gone}
         # a class may drop what it keeps for inference when it is trained
         return thin_copy(model, tensors, edits).train().eval(), tensors
 
-    def wider(full: nn.Module) -> nn.Module:  # what weights take in is worked out anew: float32 would round it
-        return double_(slim_of(full)[0])
-
     slim, tensors = slim_of(source.model)
     learn(slim, edits, source.dummy_input)
-    rounded = source.own is not None and source.own.absorbed
+    scales = source.own.scales if source.own is not None else {}
 
     def prove(full: Zeroed) -> list[Check]:
-        own = slim if full is source else slim_of(full.model)[0]
-        return full.reference.check(own, batch=True, wider=wider if rounded else None)
+        own, made = (slim, tensors) if full is source else slim_of(full.model)
+
+        def wider(whole: nn.Module) -> nn.Module:  # what weights take in is worked out anew: float32 would round it
+            narrow = {n: t for n, t in made.items() if n not in scales} if whole is full.model else None
+            return slim_of(whole, narrow)[0]
+
+        return full.reference.check(own, batch=True, wider=wider if scales else None)
 
     if not source.verify and source.own is None:  # nothing else tells whether the class can do it
         require(source.reference.check(slim, random=False, exact=False))

@@ -35,7 +35,6 @@ from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Keywords, Recipe
 from oto.slim.reference import Wider, check
 from oto.slim.verify import require
-from oto.slim.wide import double_
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
 
@@ -215,9 +214,15 @@ def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -
 
 
 def restated(
-    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model's class made from an edited config, with what is kept of its tensors, and the edits.
+    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None, held: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, dict[str, Any], set[str]]:
+    """The model's class made from an edited config, with what is kept of its tensors.
+
+    Args:
+        held: Tensors that are there already, by the names of the model.
+
+    Returns:
+        It, the edits, and the names of the tensors that have taken something in.
 
     Raises:
         EmitterError: No config states what is kept.
@@ -226,27 +231,28 @@ def restated(
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
     edits, norms = solved(model, partition, kept, recipe)
     thin = thinning(partition, kept)
-    slim = stock(model, thin_tensors(model, thin), edits, recipe)
+    slim = stock(model, thin_tensors(model, thin, held=held), edits, recipe)
     with torch.no_grad():
-        _absorb(model, slim, partition, thin, norms)
-    return slim, edits
+        changed = _absorb(model, slim, partition, thin, norms)
+    return slim, edits, changed
 
 
 def emit_stock(
     model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None
 ) -> tuple[nn.Module, Edits, dict[str, Tensor], Wider]:
     """The slim model as the stock class, the edits that make it, the tensors that it holds in a file; and how to make
-    it in float64, for its proof.
+    it for its proof in float64.
 
     Raises:
         EmitterError: No config states what is kept.
     """
-    slim, edits = restated(model, partition, kept, recipe)
+    slim, edits, changed = restated(model, partition, kept, recipe)
+    held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
 
     def wider(full: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
-        return double_(restated(full, partition, kept, recipe)[0])
+        narrow = {name: t for name, t in held.items() if name not in changed} if full is model else None
+        return restated(full, partition, kept, recipe, narrow)[0]
 
-    held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
     saved = slim.state_dict().keys() if edits else held.keys()  # what no file holds, the constructor makes
     return slim, Edits(config=edits), {name: t for name, t in held.items() if name in saved}, wider
 
@@ -327,10 +333,13 @@ def _floats(module: nn.Module) -> dict[str, float]:
     return {name: value for name, value in vars(module).items() if isinstance(value, float)}
 
 
-def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinning, norms: Sequence[_Norm]) -> None:
-    """Put into weights what the stock class does otherwise than the zeroed model."""
+def _absorb(
+    model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinning, norms: Sequence[_Norm]
+) -> set[str]:
+    """Put into weights what the stock class does otherwise than the zeroed model, and tell which."""
     if not norms:
-        return
+        return set()
+    touched = {name for norm in norms for name in norm.weight.names}
     factors = {norm.path: math.sqrt(norm.ratio) for norm in norms}
     forms = {norm.path: _scaled(model, slim, thin, norm) for norm in norms}
     # norms that share the eps, but count the same
@@ -339,6 +348,7 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
         for was, now in _changed(model, slim, path) & changed if path not in factors else ():
             for leaf in _producers(partition, path):
                 _times(slim, leaf.names, math.sqrt(now / was))
+                touched.update(leaf.names)
     # tables that are scaled by a function of their width
     by_value = {leaf.value: leaf for leaf in partition.found.graph.leaves}
     graph = partition.found.graph
@@ -355,10 +365,12 @@ def _absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinn
         if abs(ratio - 1) < 1e-6:
             continue
         _times(slim, table.names, ratio)
+        touched.update(table.names)
         for reader in graph.nodes:
             if reader is not node and table.value in reader.inputs():
                 before = _norm_before(partition, reader, table.value, forms.keys())
                 _scale(slim.get_submodule(before), forms[before], 1 / ratio)
+    return touched
 
 
 def _changed(model: nn.Module, slim: nn.Module, path: str) -> set[tuple[float, float]]:

@@ -160,16 +160,22 @@ def attribute(model: nn.Module, path: str) -> Tensor:
     return found
 
 
-def thin_tensors(model: nn.Module, thin: Thinning, own: OwnClass | None = None) -> dict[str, Tensor]:
+def thin_tensors(
+    model: nn.Module, thin: Thinning, own: OwnClass | None = None, held: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Every parameter, buffer and named constant of ``model``, thinned; tied names share one tensor.
 
     Args:
         own: What was found out about the class: some parameters take a count in.
+        held: Those that are there already.
     """
     tensors: dict[str, Tensor] = {}
     scales = own.scales if own is not None else {}
+    held = held or {}
     for leaf in thin.found.graph.leaves:
-        if leaf.names:
+        if leaf.names and leaf.names[0] in held:
+            tensors.update(dict.fromkeys(leaf.names, held[leaf.names[0]]))
+        elif leaf.names:
             made = thin.thin(leaf, attribute(model, leaf.names[0]))
             for scale in scales.get(leaf.name, ()):
                 made = scale.of(made, thin)

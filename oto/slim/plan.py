@@ -19,6 +19,7 @@ from oto.axes.terms import Axis, Term, count, resolve, survivors
 from oto.axes.terms import size as size_of
 from oto.errors import NonFiniteParameterError, some
 from oto.groups import Kept, NodeGroup, Partition
+from oto.groups.node_group import is_finite
 from oto.trace.graph import Leaf
 
 
@@ -31,7 +32,7 @@ def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArr
         NonFiniteParameterError: A parameter holds NaN or infinity.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    broken = [name for name, p in parameters.items() if p.is_floating_point() and not torch.isfinite(p).all()]
+    broken = [name for name, p in parameters.items() if p.is_floating_point() and not is_finite(p)]
     if broken:
         raise NonFiniteParameterError(
             f"parameters hold NaN or infinity: {some(broken)}\n"

@@ -82,8 +82,8 @@ class Reference:
             notes: Where to write down what was not compared: a batch size that the slim model does not take, which is
                 an error by default, and what ``lacks`` leaves out.
             lacks: Why the slim model is not meant for a random input; ``None`` if it is.
-            wider: Makes the slim model in float64, of the full one; by default the slim one is widened. It is called
-                while everything is computed in float64.
+            wider: Makes the slim model for float64, of the full one, where weights of it are rounded; by default the
+                slim one is taken as it is. It is called while everything is computed in float64.
             random: Compare on a random input too, besides the example.
             exact: Compare in float64 too.
             shapes: Other shapes of the tensors of the example to try, in the model's own dtype, where the full model
@@ -239,7 +239,7 @@ class Reference:
 
     def _start_wide(self) -> None:
         self._wide[EXAMPLE] = None
-        largest = max((p.numel() for p in self.model.parameters()), default=0)
+        largest = max((p.numel() for p in self.model.parameters() if p.ndim != 2), default=0)  # matrices go in blocks
         failure: Exception | None = None
         for copied in (False, True):
             needed = 8 * (sum(p.numel() for p in self.model.parameters()) + largest if copied else 2 * largest)

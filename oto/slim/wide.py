@@ -34,6 +34,8 @@ class _Wide(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op in _MOVES:  # a table is not widened for a few of its entries
             return widened(op(*args, **(kwargs or {})))
+        if op in _PRODUCTS and not kwargs and _is_large(args[_PRODUCTS[op]]):
+            return _product(op, args)
 
         def of(shared: bool, x: Any) -> Any:  # a copy would not be the memory that is meant
             return tree_map_only(torch.dtype, widened, x) if shared else tree_map(widened, x)
@@ -59,6 +61,35 @@ WIDER = {
     torch.complex64: torch.complex128, torch.complex32: torch.complex128,
 }  # fmt: skip
 _MOVES = {aten.embedding.default, aten.index_select.default, aten.gather.default}
+
+
+_PRODUCTS = {aten.linear.default: 1, aten.matmul.default: 1, aten.mm.default: 1, aten.addmm.default: 2}
+"""Where the weight is among the arguments."""
+_BLOCK = 1 << 18
+"""So many entries of a weight are widened at a time, which stay in a cache: fresh pages for gigabytes of float64 would
+take longer than the products."""
+
+
+def _is_large(weight: Any) -> bool:
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in WIDER and weight.numel() > _BLOCK
+
+
+def _product(op: Any, args: tuple[Any, ...]) -> Tensor:
+    """A product with a weight, of which only a block of columns is in float64 at a time."""
+    if op is aten.addmm.default:
+        bias, x, weight = args
+    else:
+        x, weight, bias = (*args, None)[:3]
+        weight = weight.t() if op is aten.linear.default else weight
+    x = widened(x)
+    inner, outer = weight.shape
+    y: Tensor = x.new_empty(*x.shape[:-1], outer)
+    columns = max(1, _BLOCK // inner)
+    scratch = x.new_empty(columns, inner)
+    for start in range(0, outer, columns):
+        part = weight[:, start : start + columns].t()
+        y[..., start : start + columns] = x @ scratch[: len(part)].copy_(part).t()
+    return y if bias is None else y + widened(bias)
 
 
 def widened(x: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from oto import OTO, load_subnet, progress
 from oto.errors import ArtefactError, EmitterError, OptionError, UnknownParameterError, VerificationError
-from oto.slim import own_class, reference, verify
+from oto.slim import own_class, reference, verify, wide
 from oto.slim.reference import Reference
 from oto.slim.verify import relative_error, run
 from oto.slim.wide import in_double
@@ -71,6 +71,62 @@ def test_float64_takes_no_copy(monkeypatch):
     monkeypatch.setattr(reference, "in_double", None)  # cannot be called
     subnet = zeroed().construct_subnet()
     assert {c.dtype for c in subnet.checks} == {"float32", "float64"} and subnet.max_error < 1e-12
+
+
+class Products(nn.Module):
+    """A weight in each place where one may stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.plain, self.bare = nn.Linear(5, 48), nn.Linear(48, 40, bias=False)
+        self.conv1d = nn.Parameter(torch.randn(40, 24))  # as GPT-2 has its weights
+        self.bias, self.last = nn.Parameter(torch.randn(24)), nn.Parameter(torch.randn(24, 30))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, self.bare(torch.relu(self.plain(x))), self.conv1d)
+        return torch.mm(y, self.last) @ self.last.t()
+
+
+def test_a_large_weight_is_never_whole_in_float64(monkeypatch):
+    model = Products()
+    wanted = run(in_double(model), X.double())
+    wider = wide.widened
+    largest = []
+
+    def watched(x: object) -> object:
+        largest.append(x.numel() if isinstance(x, Tensor) else 0)
+        return wider(x)
+
+    monkeypatch.setattr(wide, "widened", watched)
+    monkeypatch.setattr(wide, "_BLOCK", 100)
+    assert relative_error(wanted, run(model, X.double(), wide=True)) < 1e-14
+    assert 80 <= max(largest) <= 2 * 48  # activations, and no weight
+
+
+def test_what_weights_take_in_is_all_that_is_in_float64(monkeypatch):
+    class RMS(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.weight, self.down = nn.Linear(5, 16), nn.Parameter(torch.rand(16)), nn.Linear(16, 3)
+            self.eps = 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            return self.down(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight)
+
+    seen: list[dict[str, torch.dtype]] = []
+    compared = Reference._run_wide
+
+    def watched(self: Reference, slim: nn.Module, given: object) -> list[Tensor]:
+        seen.append({name: p.dtype for name, p in slim.named_parameters()})
+        return compared(self, slim, given)
+
+    monkeypatch.setattr(Reference, "_run_wide", watched)
+    subnet = zeroed(RMS()).construct_subnet()
+    assert subnet.emitter == "module" and subnet.max_error < 1e-14 and len(subnet.model.weight) < 16
+    assert {name for name, dtype in seen[0].items() if dtype == torch.float64} == {"weight"}
 
 
 def test_a_model_that_compares_dtypes_itself_is_copied_in_float64():
