@@ -90,6 +90,10 @@ def subnet_table(subnet: Shrunk) -> str:
     return "\n".join([columns(cost_rows(subnet.cost_before, subnet.cost_after)), *subnet_lines(subnet)])
 
 
+def _times(comparisons: int) -> str:
+    return f"{comparisons} comparison{'' if comparisons == 1 else 's'}"
+
+
 def subnet_lines(subnet: Shrunk) -> list[str]:
     """How a slim model was proved, and where it is."""
     worst: dict[str, Check] = {}
@@ -98,7 +102,7 @@ def subnet_lines(subnet: Shrunk) -> list[str]:
             worst[check.dtype] = check
     lines = [
         *(
-            f"verified: {len([c for c in subnet.checks if c.dtype == dtype])} comparisons in {dtype}, largest relative"
+            f"verified: {_times(len([c for c in subnet.checks if c.dtype == dtype]))} in {dtype}, largest relative"
             f" error {c.error:.1e} (tolerance {c.tolerance:.0e})"
             for dtype, c in worst.items()
         ),

@@ -45,15 +45,19 @@ def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArr
             continue
         alive = np.zeros(group.size, dtype=bool)
         for piece in group.zeros:
-            entries = piece.of(parameters[piece.parameter].detach())
-            alive |= (
-                (entries != 0).flatten(1).any(1).cpu().numpy() if entries.ndim > 1 else (entries != 0).cpu().numpy()
-            )
+            alive |= _nonzero(piece.of(parameters[piece.parameter].detach())).cpu().numpy()
         missing = min(group.min_kept, group.size) - int(alive.sum())
         if missing > 0:
             alive[np.flatnonzero(~alive)[:missing]] = True
         kept[group.name] = np.flatnonzero(alive)
     return kept
+
+
+def _nonzero(entries: Tensor) -> Tensor:
+    """Which rows of finite entries have one that is not zero."""
+    if entries.ndim == 2 and entries.is_floating_point() and entries.numel():
+        return (entries.amax(1) != 0) | (entries.amin(1) != 0)  # a third of the time
+    return (entries != 0).flatten(1).any(1) if entries.ndim > 1 else entries != 0
 
 
 @dataclass(eq=False)

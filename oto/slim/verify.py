@@ -96,6 +96,22 @@ def learn(slim: nn.Module, edits: Edits, dummy_input: Any) -> None:
         edits.told.update({path: one.calls for path, one in told.items()})
 
 
+_PIECE = 1 << 20
+"""So many entries of an output are compared at a time, for logits over a vocabulary are large in float64."""
+
+
+def _pieces(x: Tensor) -> Sequence[Tensor]:
+    return x.reshape(-1).split(_PIECE)
+
+
+def _apart(x: Tensor, y: Tensor) -> Tensor:
+    """The largest difference, and the largest finite entry of ``x``; shape ``(2,)``."""
+    same = (x == y) | (torch.isnan(x) & torch.isnan(y))  # infinities of masked scores, too
+    size = x.abs()
+    difference = (x - y).abs().masked_fill(same, 0)
+    return torch.stack([difference.max(), size.masked_fill(~torch.isfinite(x), 0).max()])
+
+
 def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
     """Largest difference, relative to the largest entry of each full output; inf if the outputs differ in kind."""
     if len(full) != len(slim):
@@ -110,12 +126,8 @@ def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
             worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
             continue
         wide = torch.complex128 if a.is_complex() else torch.float64
-        x, y = a.to(wide), b.to(wide)
-        same = (x == y) | (torch.isnan(x) & torch.isnan(y))  # infinities of masked scores, too
-        difference = torch.where(same, torch.zeros_like(x.abs()), (x - y).abs())
-        finite = x.abs()[torch.isfinite(x)]
-        scale = float(finite.max()) if finite.numel() else 0.0
-        error = float(difference.max())
+        parts = [_apart(x.to(wide), y.to(wide)) for x, y in zip(_pieces(a), _pieces(b), strict=True)]
+        error, scale = torch.stack(parts).amax(0).tolist()
         worst = max(worst, error / scale if scale > 0 else error)
         if worst != worst:
             return float("inf")
