@@ -100,8 +100,8 @@ _PIECE = 1 << 20
 """So many entries of an output are compared at a time, for logits over a vocabulary are large in float64."""
 
 
-def _pieces(x: Tensor) -> Sequence[Tensor]:
-    return x.reshape(-1).split(_PIECE)
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x.reshape(-1), _PIECE)
 
 
 def _apart(x: Tensor, y: Tensor) -> Tensor:
