@@ -104,6 +104,23 @@ def test_a_large_weight_is_never_whole_in_float64(monkeypatch):
     assert 80 <= max(largest) <= 2 * 48  # activations, and no weight
 
 
+def test_rounding_that_moves_the_full_model_as_far_is_no_mistake(monkeypatch):
+    """A deep network in few digits is as far from itself in float64 as a slim one from it; so much is allowed."""
+    monkeypatch.setitem(verify.TOLERANCE, torch.float32, 1e-9)
+
+    def deep() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        return nn.Sequential(nn.Linear(5, 64), *layers)
+
+    subnet = zeroed(deep()).construct_subnet()
+    own = [c for c in subnet.checks if c.dtype == "float32" and c.error > 1e-9]
+    assert own and all(1e-8 < c.tolerance < 1e-5 for c in own)
+    assert {c.tolerance for c in subnet.checks if c.dtype == "float64"} == {1e-10}
+    with pytest.raises(VerificationError, match="tolerance 1e-09"):
+        zeroed(deep()).construct_subnet(float64=False)
+
+
 def test_what_weights_take_in_is_all_that_is_in_float64(monkeypatch):
     class RMS(nn.Module):
         def __init__(self) -> None:
