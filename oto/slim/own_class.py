@@ -48,6 +48,7 @@ from oto.slim.module import DeclinedError, OwnClass, adapted, attribute, stock, 
 from oto.slim.plan import Thinning, thinning
 from oto.slim.scaling import Absorbed, Uses, absorbed, sizes_in
 from oto.slim.telling import Telling
+from oto.trace.found import Found
 from oto.trace.graph import Value
 from oto.trace.record import FunctionCall, Script, follow
 
@@ -107,6 +108,11 @@ class _Search:
                 tied.setdefault(group.tie, []).append(group.name)
         self.found.ties = sorted(tuple(names) for names in tied.values() if len(names) > 1)
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
+
+    @cached_property
+    def held(self) -> Found:
+        """What the model and its code hold; a thinner copy shares some of it, and is thrown away with the rest."""
+        return Found(self.model, self.dummy_input)
 
     @cached_property
     def uses(self) -> Uses:
@@ -253,7 +259,7 @@ class _Search:
         literals: list[FunctionCall] = []
         calls, failure = follow(
             slim, self.dummy_input, known, self.way, script=self.script,
-            limit=None if beyond is None else beyond + AHEAD, literals=literals,
+            limit=None if beyond is None else beyond + AHEAD, literals=literals, found=self.held,
         )  # fmt: skip
         said = self.literals, literals
         return Alignment(self.partition, self.found, self.last_read, thin, edits, calls, failure, said).departure()
@@ -630,9 +636,16 @@ class _Search:
 
 
 def _moved(holder: str, home: str, other: str) -> str | None:
-    """The module that is to ``other`` what ``holder``, around ``home``, is to that."""
-    up, homes = ancestors(home), ancestors(other)
-    return homes[up.index(holder)] if holder in up and up.index(holder) < len(homes) else None
+    """The module that is to ``other`` what ``holder``, around ``home`` or beside it, is to that.
+
+    >>> [_moved(holder, "layers.0.attn", "layers.3.attn") for holder in ("layers.0.attn.bias", "layers.0")]
+    ['layers.3.attn.bias', 'layers.3']
+    """
+    for around, there in zip(ancestors(home), ancestors(other), strict=False):
+        if holder == around or not around or holder.startswith(f"{around}."):
+            rest = holder[len(around) :].lstrip(".")
+            return ".".join(part for part in (there, rest) if part)
+    return None
 
 
 def _joined(ties: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

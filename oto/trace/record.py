@@ -260,6 +260,7 @@ def follow(
     script: Script | None = None,
     limit: int | None = None,
     literals: list[FunctionCall] | None = None,
+    found: Found | None = None,
 ) -> tuple[tuple[Node, ...], Exception | None]:
     """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
 
@@ -269,11 +270,12 @@ def follow(
         script: Where to write down what the run decides by its data, or whence to take it.
         limit: How many calls to follow, if not all.
         literals: Where to write down the functions that make a tensor of numbers, which are no calls of operators.
+        found: What is put back afterwards, where that is known: for a copy that is thrown away, what the model holds.
     """
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way, limit=limit)
     try:
-        with as_found(model, dummy_input) as found:
+        with as_found(model, dummy_input, found) as found:
             _in_analysed_form(model)
             _run(model, args, kwargs, known, way, True, found, builder, functions, script, literals)
     except Exception as failure:  # anything that the user's own forward may raise

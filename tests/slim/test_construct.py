@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ import oto.nn
 from oto import OTO, load_subnet
 from oto.errors import ArtefactError, EmitterError, NonFiniteParameterError
 from oto.io import subnet as saving
+from oto.slim.module import _copied
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -316,3 +320,47 @@ def test_a_grouped_convolution_loses_whole_groups_and_the_same_channel_of_every_
     kept = {g.size: len(subnet.kept[g.name]) for g in oto.node_groups if g.prunable}
     assert subnet.model[3].groups == kept[4] and subnet.model[3].weight.shape[:2] == (kept[4] * kept[6], kept[3])
     assert subnet.model[3].in_channels == kept[4] * kept[3] and subnet.max_error < 1e-12
+
+
+class Particular(nn.Module):
+    """Says itself how it is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.copies = nn.Linear(2, 2), 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Particular:
+        made = Particular()
+        made.inner, made.copies = copy.deepcopy(self.inner, memo), self.copies + 1
+        return made
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.attention = nn.LSTM(3, 4), nn.MultiheadAttention(4, 2)
+        self.narrow = torch.nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
+        self.particular, self.plain = Particular(), nn.Linear(4, 4)
+        self.table: dict[str, object] = {}
+        self.plain.table, self.plain.sizes = self.table, [4, {"deep": (4,)}]
+        self.also, self.plain.around = self.plain, [self]
+        self.plain.forward = types.MethodType(lambda module, x: module.weight @ x, self.plain)
+
+
+def test_a_copy_is_as_python_copies():
+    model = Shared()
+    wanted, made = copy.deepcopy(model), _copied(model, {})
+    assert list(wanted.state_dict()) == list(made.state_dict())
+    for (path, a), (_, b), (_, own) in zip(
+        wanted.named_modules(), made.named_modules(), model.named_modules(), strict=True
+    ):
+        assert type(a) is type(b) and list(vars(a)) == list(vars(b)) and b is not own, path
+        for name, value in vars(a).items():
+            assert type(value) is type(vars(b)[name]), (path, name)
+            if isinstance(value, dict | list):
+                assert len(value) == len(vars(b)[name]) and vars(b)[name] is not vars(own)[name]
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(model.parameters(), made.parameters(), strict=True))
+    assert made.also is made.plain and made.plain.around == [made] and made.table is made.plain.table
+    assert made.plain.forward.__self__ is made.plain and made.particular.copies == 1
+    assert made.plain.sizes == [4, {"deep": (4,)}] and made.plain.sizes is not model.plain.sizes
+    assert {p.data_ptr() for p in made.lstm._flat_weights} == {p.data_ptr() for p in made.lstm.parameters()}
