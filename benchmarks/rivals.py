@@ -50,7 +50,7 @@ ALL = ["dense", "dense-small", *OURS] + [
     for scope in ("global", "local")
     for when in ("oneshot", "portions")
 ]
-BEST = ["dense", "dense-small", *OURS, "tp-l2-global-portions", "tp-taylor-global-portions", "tp-taylor-local-portions"]
+BEST = ["dense", "dense-small", *OURS, "tp-l1-global-portions", "tp-l2-global-portions", "tp-taylor-global-portions"]
 # Of the papers: a GPU's work, and the papers' own figures stand beside them.
 RECIPES = ("resnet18", "resnet50", "vgg16_bn", "resnet56_scratch")
 REPEATS = 40

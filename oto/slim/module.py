@@ -163,7 +163,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     plain = [m for m in model.modules() if type(m) in kinds]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
-    for module in plain:
+    for module in reversed(plain):  # the inner ones first: those of another class may ask what is in them
         held = vars(memo[id(module)])
         for name, value in vars(module).items():
             if type(value) in _ATOMS:
