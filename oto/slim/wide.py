@@ -71,7 +71,8 @@ take longer than the products."""
 
 
 def _is_large(weight: Any) -> bool:
-    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in WIDER and weight.numel() > _BLOCK
+    plain = type(weight) in (Tensor, nn.Parameter)
+    return plain and weight.dim() == 2 and weight.dtype in WIDER and weight.numel() > _BLOCK
 
 
 def _product(op: Any, args: tuple[Any, ...]) -> Tensor:
