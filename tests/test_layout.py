@@ -59,7 +59,14 @@ def test_every_folder_is_a_stage() -> None:
     assert folders == READS.keys()
 
 
-TOP = {"api", "subnet", "cli", "given", "integrations", "__main__"}  # strings the stages together, and what stands on that
+TOP = {
+    "api",
+    "subnet",
+    "cli",
+    "given",
+    "integrations",
+    "__main__",
+}  # strings the stages together, and what stands on that
 
 
 def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from oto import OTO, load_subnet
 from oto.nn import Told
+from oto.slim.own_class import _Search
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -409,3 +410,45 @@ def test_an_oto_can_be_copied_and_pickled():
         other.random_set_zero_groups(0.4)
         assert other.construct_subnet(emitter="module").max_error < EXACT
         assert sizes(other) == sizes(oto)
+
+
+class Part(nn.Module):
+    """Holds the number by which a method cuts that another module's forward calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.gain = 4, nn.Parameter(torch.rand(4))
+
+    def cut(self, y: Tensor) -> Tensor:
+        return y.view(len(y), self.heads, -1) * self.gain[:, None]
+
+
+class Cutting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.part, self.down = nn.Linear(6, 12), Part(), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.part.cut(self.up(x))).flatten(1))
+
+
+def test_what_a_block_needs_is_asked_once_for_all_blocks(monkeypatch):
+    departure, asked = _Search.departure, []
+
+    def counted(self, *args):
+        asked[-1] += 1
+        return departure(self, *args)
+
+    monkeypatch.setattr(_Search, "departure", counted)
+    for depth in (2, 6):
+        asked.append(0)
+        torch.manual_seed(0)
+        oto = OTO(
+            nn.Sequential(nn.Linear(5, 6), *(Cutting() for _ in range(depth)), nn.Linear(6, 2)), torch.randn(3, 5)
+        )
+        oto.random_set_zero_groups(0.4)
+        subnet = oto.construct_subnet()
+        assert subnet.emitter == "module" and subnet.max_error < 1e-12
+        assert all(block.part.heads == len(block.part.gain) for block in subnet.model[1:-1])
+        assert any(block.part.heads < 4 for block in subnet.model[1:-1])
+    assert asked[0] == asked[1]
