@@ -20,7 +20,7 @@ import itertools
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -55,7 +55,7 @@ from oto.trace.record import FunctionCall, Script, follow
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-SEEDS = 5
+SEEDS = 6
 """In how many ways the model is made thinner."""
 ROUNDS = 200
 """How often something is mended before things are only given up."""
@@ -215,20 +215,27 @@ class _Search:
         return thinning(self.partition, kept)
 
     def staying(self, seed: int) -> set[str]:
-        """What stays whole in a try: nothing; what the class was told of; all but that; any half."""
+        """What stays whole in a try: nothing; what the class was told of; all but that; any half; what calls alone
+        were told of, and no number states."""
         if seed < 2:
             return set()
         if seed == 4:
             draw = np.random.default_rng(seed)
             return {name for name in self.free if draw.random() < 0.5}
-        terms = [stated.term for stated in self.found.stated.values()]
+        stated = self.in_terms(stated.term for stated in self.found.stated.values())
         rewrites = [self.tape.rewrites[index] for index in self.found.told if index in self.tape.rewrites]
-        terms += [term for rewrite in rewrites for term in rewrite.terms]
-        told = {self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names}
+        called = self.in_terms(term for rewrite in rewrites for term in rewrite.terms)
+        if seed == 5:
+            return called - stated
+        return stated | called if seed == 2 else self.free.keys() - stated - called
+
+    def in_terms(self, terms: Iterable[Term]) -> set[str]:
+        """The groups that some terms are made of, and what is tied to them."""
+        names = {self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names}
         for tie in self.found.ties:
-            if told & set(tie):
-                told |= set(tie)
-        return told if seed == 2 else self.free.keys() - told
+            if names & set(tie):
+                names |= set(tie)
+        return names
 
     def departure(self, seed: int, beyond: int | None = None) -> Departure | None:
         """Where the class, told what is known so far, first does something else than it should.
