@@ -670,9 +670,9 @@ class OTO:
         optimizer, name = self._trained_by, type(self.model).__name__
         if optimizer is None:
             return Origin(name, self.partition, self.node_groups)
-        schedule = optimizer.schedule
+        history, schedule = tuple(optimizer.history), optimizer.schedule  # training may go on
         periods = [schedule.bounds(period) for period in range(schedule.periods)]
-        return Origin(name, self.partition, self.node_groups, str(optimizer.choice.target), optimizer.history, periods)
+        return Origin(name, self.partition, self.node_groups, str(optimizer.choice.target), history, periods)
 
     def _reading(self, model: Any) -> OTO:
         """This analysis of another copy of the model."""
