@@ -14,22 +14,21 @@ from __future__ import annotations
 import inspect
 import itertools
 import linecache
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
-from types import CodeType, FrameType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from oto._torch import constant, followed_lines
+from oto._torch import constant
 from oto.errors import ClassChangedError, UnseenPathError
 from oto.nn import functional as counted
+from oto.nn.calls import first_tensor, is_tracing, name_of, nesting, numbers_of, replaced, site_of_call, user_module
 
 Calls = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 """What to change: for each site, for the name of a torch function, how. One for every time that the site is met in a
@@ -169,64 +168,7 @@ def _leave_alone(how: Any) -> None:
         how["grows"] = [place for place in how.get("grows", ()) if place in dict(how["numbers"])]
 
 
-# --- where a call is made ---------------------------------------------------------------------------------------------
-
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent.parent)
-_TELLS = re.compile(r"^(torch_dynamo_resume_in_)?tell(_at_\d+)?$")
-_RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
-
-
-@cache
-def line_of_site(file: str, number: int, name: str) -> str:
-    """One line of a site, by the name of the function and the text; empty if it says nothing about the user's code.
-
-    Of modules of torch and of ours only that one was running is said, so that what they call is never taken for what
-    the user's line calls itself.
-    """
-    resumed = _RESUMED.match(name)
-    name = resumed[1] if resumed else name
-    if file.startswith((_TORCH, _HERE)):
-        return "forward" if name in ("forward", "_oto_analysed") else ""
-    return f"{name}: {linecache.getline(file, number).strip() or number}"
-
-
-def lines_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
-    """File, line and function of the frames around one, the outermost first."""
-    found = []
-    while frame is not None:
-        code = frame.f_code
-        found.append((code.co_filename, frame.f_lineno, code.co_name))
-        frame = frame.f_back
-    return found[::-1]
-
-
-def running(frame: FrameType | None) -> list[str]:
-    """The lines of code that run, the outermost first."""
-    return [line for place in lines_of(frame) if (line := line_of_site(*place))]
-
-
-def _depth() -> int:
-    """How many modules that are told something run, one in another."""
-    if torch.compiler.is_dynamo_compiling():
-        return int(_compiled_depth())
-    return _depth_of(lines_of(sys._getframe(1)))
-
-
-def _site(depth: int) -> str:
-    """The site of the call that is made, in the module that is told something at this depth."""
-    if torch.compiler.is_dynamo_compiling():
-        return str(_compiled_site(depth))
-    return _site_of(lines_of(sys._getframe(1)), depth)
-
-
-def _user_module(frame: FrameType | None) -> str | None:
-    """The Python module whose code is running."""
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith((_TORCH, _HERE)):
-            return str(frame.f_globals.get("__name__"))
-        frame = frame.f_back
-    return None
+# --- the code that was told -------------------------------------------------------------------------------------------
 
 
 def _require_line(line: str, where: str | None, module: nn.Module) -> None:
@@ -258,37 +200,12 @@ def _code(method: FunctionType) -> frozenset[str]:
         return frozenset()
 
 
-@constant
-def _compiled_depth() -> int:
-    return _depth_of([*lines_of(sys._getframe(1)), *followed_lines()])
-
-
-@constant
-def _compiled_site(depth: int) -> str:
-    return _site_of([*lines_of(sys._getframe(1)), *followed_lines()], depth)
-
-
-def _depth_of(places: Sequence[tuple[str, int, str]]) -> int:
-    return sum(file == __file__ and bool(_TELLS.search(name)) for file, _, name in places)
-
-
-def _site_of(places: Sequence[tuple[str, int, str]], depth: int) -> str:
-    begin = 0
-    for i, (file, _, name) in enumerate(places):
-        if file == __file__ and _TELLS.search(name):
-            depth -= 1
-            begin = i + 1
-            if not depth:
-                break
-    return "\n".join(line for place in places[begin:] if (line := line_of_site(*place)))
-
-
 class _Telling(TorchFunctionMode):
     def __init__(self, calls: Calls, learning: bool) -> None:
         super().__init__()
         self.calls = calls
         self.learning = learning
-        self.depth = _depth()
+        self.depth = nesting()
         self.ends = {(_last(site), name) for site, named in calls.items() for name in named}
         self.names = {name for _, name in self.ends}
         self.seen: dict[tuple[str, str], int] = {}
@@ -301,7 +218,7 @@ class _Telling(TorchFunctionMode):
         name = name_of(func)
         if name not in self.names:
             return func(*args, **kwargs)
-        site = _site(self.depth)
+        site = site_of_call(self.depth)
         hows = self.calls.get(site, {}).get(name)
         if hows is None:
             if (_last(site), name) in self.ends:
@@ -317,7 +234,7 @@ class _Telling(TorchFunctionMode):
         if not how:
             return func(*args, **kwargs)
         if self.learning:
-            how["in"] = _user_module(sys._getframe(1))  # type: ignore[index]
+            how["in"] = user_module(sys._getframe(1))  # type: ignore[index]
         _require_given(how, name, args, kwargs, self.learning)
         if "rest" in how:
             how = {**how, "rest": _computed(how["rest"], self.kept)}
@@ -350,7 +267,7 @@ def _refused(what: str) -> UnseenPathError:
 
 def _require_given(how: Mapping[str, Any], name: str, args: Any, kwargs: Any, learn: bool) -> None:
     """Refuse a call of another tensor than the one that was seen."""
-    if "takes" not in how or _is_tracing():
+    if "takes" not in how or is_tracing():
         return
     rank, sizes = how["takes"]
     x = first_tensor((args, kwargs))
@@ -360,23 +277,6 @@ def _require_given(how: Mapping[str, Any], name: str, args: Any, kwargs: Any, le
     if x is None or not fits or any(size not in (None, x.shape[dim]) for dim, size in sizes):
         shape, wanted = None if x is None else tuple(x.shape), dict(sizes)
         raise _refused(f"{name} is given a tensor of shape {shape}, and not one with {wanted}, counted from the last")
-
-
-def first_tensor(arguments: Any) -> Tensor | None:
-    """The first tensor among arguments."""
-    if isinstance(arguments, Tensor):
-        return arguments
-    if isinstance(arguments, tuple | list):
-        items: Iterable[Any] = arguments
-    elif isinstance(arguments, dict):
-        items = arguments.values()
-    else:
-        return None
-    for item in items:
-        found = first_tensor(item)
-        if found is not None:
-            return found
-    return None
 
 
 UNIFORM = ("add", "sub", "mul", "div", "pow", "square", "abs", "neg", "rsqrt", "sqrt", "_to_copy", "to")
@@ -409,11 +309,6 @@ def _wants_tensors(packet: str, overload: str) -> tuple[bool, ...]:
     return tuple(argument.type.kind() == "TensorType" for argument in schema.arguments)
 
 
-def name_of(func: Callable[..., Any]) -> str:
-    """What a torch function is called, as a function or as a method."""
-    return getattr(func, "__name__", "")
-
-
 def told(
     how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], learn: bool
 ) -> Any:
@@ -444,7 +339,7 @@ def _numbers(how: Mapping[str, Any], name: str, stated: list[Any], learn: bool) 
             new[place] = new[place] * stated[place] // was[place]
         still = [[x for place, x in zip(new, numbers, strict=True) if place not in how.get("grows", ())]
                  for numbers in (own, *how["was"])]  # fmt: skip
-        if not _is_tracing() and still[0] not in still[1:]:
+        if not is_tracing() and still[0] not in still[1:]:
             raise _refused(f"{name} states {own} in the places {[*new]}, and not {' or '.join(map(str, how['was']))}")
     return new
 
@@ -491,45 +386,6 @@ def _both(before: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
     if "full" in before:
         made["full"] = before["full"]
     return made
-
-
-_is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]  # without a type in some releases
-
-
-def numbers_of(arguments: Any) -> list[int | float]:
-    """The numbers among arguments, in their order."""
-    found: list[int | float] = []
-    _walk(arguments, lambda number: found.append(number) or number)  # type: ignore[func-returns-value]
-    return found
-
-
-def replaced(arguments: Any, new: Mapping[int, int | float]) -> Any:
-    """Arguments with other numbers in some places."""
-    place = -1
-
-    def put(number: int | float) -> int | float:
-        nonlocal place
-        place += 1
-        return new.get(place, number)
-
-    return _walk(arguments, put)
-
-
-def _walk(x: Any, put: Callable[[Any], Any]) -> Any:
-    if isinstance(x, Tensor):  # while TorchScript traces, sizes are tensors
-        traced = _is_tracing()
-        return put(x) if traced and x.ndim == 0 and x.dtype == torch.int64 else x
-    if isinstance(x, bool):
-        return x
-    if isinstance(x, int | float | torch.SymInt):
-        return put(x)
-    if isinstance(x, torch.Size):
-        return tuple(_walk(item, put) for item in x)
-    if isinstance(x, tuple | list):
-        return type(x)(_walk(item, put) for item in x)
-    if isinstance(x, slice):
-        return slice(_walk(x.start, put), _walk(x.stop, put), _walk(x.step, put))
-    return {name: _walk(item, put) for name, item in x.items()} if isinstance(x, dict) else x
 
 
 # a torch function's own arguments, and its thin form; of sizes that are not gone, only ratios count

@@ -4,34 +4,36 @@ A score says what a zero-invariant group (ZIG) matters where it was measured: at
 low there and be indispensable all the same, which shows only on the way to zero. CRIC walks that way before anything
 is given up. It begins after ``start_pruning_step`` steps:
 
-1. *Layer sensitivity.* For each node group and each share in ``PROBES`` the least important atoms are brought
-   halfway to zero for one step, and the change of the loss is read off the gradient there.
+1. *Layer sensitivity.* For each share in ``PROBES`` the least important atoms of every node group are brought halfway
+   to zero for one step, and what each node group adds to the change of the loss is read off the gradient there.
 2. *Cycles.* The ``violating`` set V holds the ZIGs that would be given up by all that is known. It is walked to zero
    over ``sampling_steps`` steps while every group is scored at each of them; then its entries are put back. V joins
    the ``historical`` set H. What would be given up *now* and is not in H is the next V. When there is nothing new,
    or after ``max_cycles``, the cycles end.
-3. *Hybrid training.* The redundant groups are chosen by the averages of all samples, and shrunk to exactly zero over
-   ``pruning_steps`` as in HESSO, in one period.
+3. *Hybrid training.* HESSO's periods, in which redundant groups are chosen and shrunk to exactly zero, with what was
+   learnt on the walks: to the score that a group has then is added what its walk showed beyond the score it had there.
 
 Termination: every cycle but the last adds a ZIG to H that was not in it, so there are at most as many cycles as
 ZIGs.
 
 What is sampled for a group on its walk is the criterion of its entries *before* the walk with the gradient *on* it.
 For ``taylor_first_order`` at ``x(α) = α x`` that is ``|<x, g(α x)>|``, whose average over the walk estimates the
-change of the loss from ``x`` to zero, ``∫ <x, g(α x)> dα``, whatever the curvature. A group that was walked is
-judged by its walk.
+change of the loss from ``x`` to zero, ``∫ <x, g(α x)> dα``, whatever the curvature. Samples are counted in multiples
+of their mean over all groups, since a network without V has larger gradients everywhere.
 
 Where we differ from the released code, and why:
 
 * Released code is off by one and puts V to zero at the first step of a cycle, so there is no walk.
 * The next V is formed once, at the end of a walk, from the averages; released code adds what is lowest at each step,
   by a single batch.
-* The loss is never asked for: sensitivity is a midpoint rule on gradients, so no closure is needed. It takes one
-  step for each node group and share where released code takes two.
+* The loss is never asked for: sensitivity is a midpoint rule on gradients, so no closure is needed, and one step tells
+  the share of every node group. Released code takes two steps for each node group and share.
+* What is redundant goes in as many portions as in HESSO, each chosen by scores of its own time beside the walks. As
+  published all is chosen at once, from the averages of all samples: with ``pruning_periods=1`` it is.
 * Probes and walks only measure; nothing learns meanwhile, or all other parameters would settle for a network that
   lacks what comes back. Released code trains on, and restores a full copy of the weights after each cycle; here only
   the entries of V are kept aside, at most the share of weights that is to go (half the weights for half the groups),
-  and one layer's during the probes. Statistics of batch norms do see the walks.
+  and during the probes up to three quarters. Statistics of batch norms do see the walks.
 * All of it survives a checkpoint, in the middle of a cycle too.
 """
 
@@ -67,8 +69,8 @@ class HESSOCRIC(HESSO):
         max_cycles: Greatest number of walks.
         tolerance: The cycles end when no more than this many new ZIGs would be given up.
         sensitivity: How much the sensitivity of its layer counts beside the importance of a ZIG; 0 skips the probes.
-        start_pruning_step, pruning_steps, total_steps: As in :class:`HESSO`. Pruning takes place after the cycles, at
-            ``start_pruning_step`` plus at most the steps of probes and walks.
+        start_pruning_step, pruning_steps, pruning_periods, total_steps: As in :class:`HESSO`. Pruning takes place
+            after the cycles, at ``start_pruning_step`` plus at most the steps of probes and walks.
 
     Raises:
         TargetError: No criterion looks at gradients, so a walk would show nothing; or as in :class:`HESSO`.
@@ -85,12 +87,11 @@ class HESSOCRIC(HESSO):
         sensitivity: float = 1.0,
         start_pruning_step: Steps = START,
         pruning_steps: Steps = LENGTH,
+        pruning_periods: int | None = None,
         total_steps: Steps | None = None,
         **options: Any,
     ) -> None:
-        if "pruning_periods" in options:
-            raise TargetError("pruning_periods has no meaning here: groups are chosen once, after the cycles")
-        asked = Schedule.of(start_pruning_step, pruning_steps, 1, total_steps)
+        asked = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
         self.sampling_steps = count_steps("sampling_steps", sampling_steps, total_steps)
         self.max_cycles, self.tolerance, self.sensitivity, self.first_step = (
             max_cycles,
@@ -105,10 +106,9 @@ class HESSOCRIC(HESSO):
                 f"max_cycles={max_cycles}, tolerance={tolerance}, sensitivity={sensitivity}: at least one cycle is"
                 " walked, and the others are not negative"
             )
-        options["within"] = options.get("within") or "none"
         super().__init__(
-            params, node_groups, start_pruning_step=asked.start, pruning_steps=asked.steps, pruning_periods=1,
-            total_steps=total_steps, **options,
+            params, node_groups, start_pruning_step=asked.start, pruning_steps=asked.steps,
+            pruning_periods=asked.periods, total_steps=total_steps, **options,
         )  # fmt: skip
         if not self.choice.averaged:
             raise TargetError(
@@ -121,7 +121,7 @@ class HESSOCRIC(HESSO):
     @property
     def _probes(self) -> int:
         """Number of steps that probe, the first of which only prepares."""
-        return 1 + len(PROBES) * len(self.node_groups) if self.sensitivity and self.node_groups else 0
+        return 1 + len(PROBES) if self.sensitivity and self.node_groups else 0
 
     @property
     def walk(self) -> dict[str, Any]:
@@ -156,8 +156,8 @@ class HESSOCRIC(HESSO):
             mask = torch.zeros(n, dtype=torch.bool, device=device)
             self.param_groups[0]["oto_walk"] = {
                 "cycle": 0, "over": False, "over_at": 0, "violating": mask, "historical": mask, "saved": [],
-                "still": torch.zeros(criteria, n, device=device), "still_seen": 0,
-                "walked": torch.zeros(criteria, n, device=device), "scores": torch.zeros(n, device=device),
+                "still": torch.zeros(criteria, n, device=device), "still_seen": torch.zeros(n, device=device),
+                "walked": torch.zeros(criteria, n, device=device),
                 "sensitivity": torch.zeros(len(self.node_groups), device=device),
             }  # fmt: skip
         latest = self.first_step + self._probes + self.max_cycles * self.sampling_steps
@@ -174,6 +174,11 @@ class HESSOCRIC(HESSO):
             "sensitivity": self.sensitivity,
         }
 
+    def _keep_atoms(self, left: Tensor) -> None:
+        super()._keep_atoms(left)
+        per_atom = ("violating", "historical", "still", "still_seen", "walked")
+        self._now(**{name: self.walk[name][..., left] for name in per_atom})
+
     def _now(self, **known: Any) -> None:
         """Replace something that is known; tensors are never written into, so that saved states stay as they are."""
         self.param_groups[0]["oto_walk"] = self.walk | known
@@ -182,33 +187,33 @@ class HESSOCRIC(HESSO):
 
     def _probe(self, at: int) -> None:
         """Read the probe that was set at the step before, and set the next one."""
-        if at == 0:
-            self._now(scores=self.scores())
-        else:
-            self._read_probe((at - 1) // len(PROBES))
+        if at > 0:
+            self._read_probe()
             self._put_back()
-        if at < self._probes - 1:
-            group, which = divmod(at, len(PROBES))
-            self._put_aside(self._lowest(group, PROBES[which]))
+        if at < len(PROBES):
+            self._put_aside(self._lowest(self.scores(), PROBES[at]))
             self.scale_redundant_(0.5)
 
-    def _lowest(self, group: int, share: float) -> Tensor:
-        """The least important atoms of one node group, bool, shape ``(N,)``."""
-        sizes = self.choice.sizes
-        first = sum(sizes[:group])
-        count = max(round(share * sizes[group]), 1)
-        own = self.walk["scores"][first : first + sizes[group]].argsort(stable=True)[:count]
-        mask = torch.zeros(self.num_atoms, dtype=torch.bool, device=self.atoms.device)
-        return mask.index_fill_(0, own + first, True)
+    def _lowest(self, scores: Tensor, share: float) -> Tensor:
+        """The least important atoms of every node group, bool, shape ``(N,)``."""
+        return torch.cat(
+            [
+                torch.zeros_like(own, dtype=torch.bool).index_fill_(
+                    0, own.argsort(stable=True)[: max(round(share * len(own)), 1)], True
+                )
+                for own in scores.split_with_sizes(self.choice.sizes)
+            ]
+        )
 
-    def _read_probe(self, group: int) -> None:
-        """Add what an atom of the group costs: ``|Σ <x, g>| / atoms`` halfway to zero."""
-        dots = list(self._entries_before())[group].dot
-        probed = (self.atoms == REDUNDANT).split_with_sizes(self.choice.sizes)[group].to(dots.device)
-        change = torch.where(probed, dots, 0).sum().abs() / probed.sum()
-        place = torch.arange(len(self.node_groups), device=self.atoms.device) == group
+    def _read_probe(self) -> None:
+        """Add what an atom of each group costs: ``|Σ <x, g>| / atoms`` halfway to zero."""
+        probed = (self.atoms == REDUNDANT).split_with_sizes(self.choice.sizes)
         sensitivity = self.walk["sensitivity"]
-        self._now(sensitivity=sensitivity + place * (change / len(PROBES)).to(sensitivity))
+        changes = [
+            torch.where(own.to(entries.dot.device), entries.dot, 0).sum().abs().to(sensitivity) / own.sum()
+            for own, entries in zip(probed, self._entries_before(), strict=True)
+        ]
+        self._now(sensitivity=sensitivity + torch.stack(changes) / len(PROBES))
 
     # Walks -----------------------------------------------------------------------------------------------------------
 
@@ -220,20 +225,23 @@ class HESSOCRIC(HESSO):
                 self.choice.select(self.scores(), self.atoms != PRUNED) if first else self.walk["violating"]
             )
             self._now(cycle=self.cycle + 1)
-        self._sample()
+        self._sample(first=t == 0)
         left = self.sampling_steps - t
         if left > 1:
             self.scale_redundant_((left - 1) / left)
         else:
             self._end_walk(n)
 
-    def _sample(self) -> None:
+    def _sample(self, first: bool) -> None:
+        """Score every group, in multiples of their mean: what all others lose on a walk raises all scores alike."""
         entries = list(self._entries_before())
         seen = torch.stack([raw_scores(entries, criterion, self.atoms.device) for criterion in self.choice.averaged])
         walk, violating = self.walk, self.atoms == REDUNDANT
+        seen = _relative(seen, self.atoms != PRUNED)
+        whole = ~violating | first  # at the first step of a walk nothing is on its way yet
         self._now(
-            still=walk["still"] + seen,
-            still_seen=walk["still_seen"] + 1,
+            still=walk["still"] + torch.where(whole, seen, 0),
+            still_seen=walk["still_seen"] + whole,
             walked=walk["walked"] + torch.where(violating, seen, 0),
         )
 
@@ -253,20 +261,22 @@ class HESSOCRIC(HESSO):
         return self._known() if self.walk["over"] else super().scores()
 
     def _known(self) -> Tensor:
-        """Importance by all samples: of a group that was walked, those of its walk, of any other, all."""
-        walk, alive = self.walk, self.atoms != PRUNED
-        known = torch.where(
-            walk["historical"], walk["walked"] / self.sampling_steps, walk["still"] / max(walk["still_seen"], 1)
-        )
+        """Importance by what is seen now, and for a group that was walked, what its walk showed beyond that."""
+        walk, alive, first, choice = self.walk, self.atoms != PRUNED, self.param_groups[0], self.choice
+        still = walk["still"] / walk["still_seen"].clamp(min=1)
+        now = first["oto_sums"] if walk["over"] and first["oto_seen"] else still
         entries = self.entries()
-        averages = dict(zip(self.choice.averaged, known, strict=True))
-        scores = self.choice.scores(entries, alive, averages)
+        scores = choice.scores(entries, alive, dict(zip(choice.averaged, now, strict=True)))
         self.check_finite(entries, scores)
+        weights = torch.tensor([weight for c, weight in choice.criteria if c in choice.averaged]).to(still)
+        total = sum(weight for _, weight in choice.criteria)
+        beyond = (weights / total) @ (walk["walked"] / self.sampling_steps - still)
+        known: Tensor = (_relative(scores, alive) + walk["historical"] * beyond).clamp(min=0)
         if not self.sensitivity:
-            return scores
-        sizes = torch.tensor(self.choice.sizes, device=alive.device)
+            return known
+        sizes = torch.tensor(choice.sizes, device=alive.device)
         sensitivity = walk["sensitivity"].repeat_interleave(sizes, output_size=len(alive))
-        return importance([scores, sensitivity], [1.0, self.sensitivity], alive, [len(alive)], "mean")
+        return importance([known, sensitivity], [1.0, self.sensitivity], alive, [len(alive)], "mean")
 
     # What is on its way to zero and comes back -----------------------------------------------------------------------
 
@@ -299,3 +309,9 @@ class HESSOCRIC(HESSO):
                 weights = [w.index_copy(0, rows.to(w.device), next(saved).to(w.dtype)) for w in entries.weights]
                 entries = replace(entries, weights=weights)
             yield entries
+
+
+def _relative(scores: Tensor, alive: Tensor) -> Tensor:
+    """Scores in multiples of their mean over the atoms that are left, shape ``(..., N)``."""
+    mean = (scores * alive).sum(-1, keepdim=True) / alive.sum()
+    return scores / mean.clamp(min=torch.finfo(scores.dtype).tiny)

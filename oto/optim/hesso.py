@@ -38,7 +38,7 @@ from oto.groups.policy import MinKept
 from oto.optim.base import SparseOptimizer
 from oto.optim.choice import Choice
 from oto.optim.saliency import Saliency, Weights
-from oto.optim.schedule import EXPONENT, LENGTH, PERIODS, START, Schedule, Steps
+from oto.optim.schedule import EXPONENT, LENGTH, START, Schedule, Steps
 from oto.optim.target import Measure
 from oto.optim.wrapped import Base, Named, Params
 
@@ -60,7 +60,7 @@ class HESSO(SparseOptimizer):
             :meth:`oto.optim.Choice.of`. ``saliency="hesso"`` chooses as published.
         start_pruning_step: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
         pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``, or a share likewise.
-        pruning_periods: How many times groups are chosen.
+        pruning_periods: How many times groups are chosen; by default 5, or as many as there are pruning steps.
         pruning_exponent: How much goes early, see :class:`Schedule`; 3 by default, and 1, evenly, as published.
         total_steps: Number of steps that training takes, if anything is a share of it.
         costs: Costs of the network, needed for all targets but ``target_group_sparsity``.
@@ -119,7 +119,7 @@ class HESSO(SparseOptimizer):
         average_steps: int | None = None,
         start_pruning_step: Steps = START,
         pruning_steps: Steps = LENGTH,
-        pruning_periods: int = PERIODS,
+        pruning_periods: int | None = None,
         pruning_exponent: float | None = None,
         total_steps: Steps | None = None,
         costs: Costs | None = None,

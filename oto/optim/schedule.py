@@ -51,14 +51,19 @@ class Schedule:
 
     @classmethod
     def of(
-        cls, start: Steps, steps: Steps, periods: Steps, total_steps: Steps | None = None, exponent: float = 1.0
+        cls,
+        start: Steps,
+        steps: Steps,
+        periods: Steps | None = None,
+        total_steps: Steps | None = None,
+        exponent: float = 1.0,
     ) -> Schedule:
         """A schedule whose start and length may be given as shares of all steps.
 
         Args:
             start: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
             steps: Number of steps over which pruning is spread; a float in [0, 1] is a share of ``total_steps``.
-            periods: Number of times that redundant groups are chosen.
+            periods: Number of times that redundant groups are chosen; ``None``: 5, or as many as there are steps.
             total_steps: Number of steps that training takes, needed by shares only.
             exponent: As for the class.
 
@@ -75,6 +80,8 @@ class Schedule:
         total = None if total_steps is None else _whole("total_steps", total_steps)
         first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
         begin, end = round(first), round(first + length)  # so that shares of .3 and .7 are never a step more than all
+        if periods is None:
+            periods = max(min(PERIODS, end - begin), 1)
         return cls(begin, end - begin, _whole("pruning_periods", periods), total, exponent)
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from oto._torch import tree_leaves, tree_map_only
 from oto.groups import Partition
 from oto.nn import functional as thinner
-from oto.nn.told import numbers_of
+from oto.nn.calls import numbers_of
 from oto.slim.module import Edits, OwnClass
 from oto.slim.plan import Thinning
 from oto.trace.graph import Node, Value

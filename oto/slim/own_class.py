@@ -40,7 +40,7 @@ from oto.groups import NodeGroup, Partition
 from oto.groups.layout import joined
 from oto.groups.policy import keep_whole
 from oto.nn import functional as thinner
-from oto.nn.told import numbers_of
+from oto.nn.calls import numbers_of
 from oto.progress import stage
 from oto.slim.alignment import Alignment, Departure, ancestors, differing
 from oto.slim.attributes import Place, Stated, changed, numbers

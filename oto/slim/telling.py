@@ -18,7 +18,8 @@ from oto.axes.terms import Axis, axes_of, resolve
 from oto.errors import EmitterError
 from oto.groups import Partition
 from oto.nn import functional as counted
-from oto.nn.told import COUNTED, UNIFORM, numbers_of
+from oto.nn.calls import numbers_of
+from oto.nn.told import COUNTED, UNIFORM
 from oto.slim.plan import Thinning
 from oto.trace.graph import Node, Value
 from oto.trace.record import FunctionCall, follow

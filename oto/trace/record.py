@@ -38,7 +38,7 @@ from oto._torch import (
     tree_map_only,
 )
 from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
-from oto.nn.told import first_tensor, name_of, numbers_of, running
+from oto.nn.calls import first_tensor, name_of, numbers_of, running
 from oto.trace.found import Found, as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
 
@@ -194,7 +194,7 @@ class FunctionCall:
         numbers: The numbers among its arguments, in their order.
         within: The modules that were running, from the outside inwards: the path of each, and its how manieth run.
         nodes: The calls of operators that it consists of.
-        lines: The lines of code that were running, as :mod:`oto.nn.told` has them.
+        lines: The lines of code that were running, as :mod:`oto.nn.calls` has them.
         begins: For each module in ``within``, how many of these were running when it was called.
         takes: The shape of its first tensor.
     """

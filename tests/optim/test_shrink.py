@@ -166,6 +166,17 @@ def test_hesso_cric():
     assert str(slim.optimizer.progress) == str(full.optimizer.progress)
 
 
+def test_hesso_cric_between_its_periods():
+    full, slim = (Run(resnet, IMAGES, SGD, "hesso_cric") for _ in range(2))
+    while not slim.optimizer.num_pruned:
+        slim.until(len(slim.losses) + 1)
+    assert not slim.optimizer.progress.over
+    slim.shrink()
+    assert relative(full.until(140).losses, slim.until(140).losses) <= SAME
+    for name, kept in slim.optimizer.left_like(None).items():
+        assert kept.sum() == full.optimizer.left_like(None)[name].sum(), name
+
+
 @pytest.mark.parametrize(
     "how",
     [

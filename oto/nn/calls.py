@@ -1,0 +1,166 @@
+"""A torch call as it is met on its way: the numbers that it states, and the lines of code that it is made from."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oto._torch import constant, followed_lines
+
+# --- what it states ---------------------------------------------------------------------------------------------------
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """What a torch function is called, as a function or as a method."""
+    return getattr(func, "__name__", "")
+
+
+def first_tensor(arguments: Any) -> Tensor | None:
+    """The first tensor among arguments."""
+    if isinstance(arguments, Tensor):
+        return arguments
+    if isinstance(arguments, tuple | list):
+        items: Iterable[Any] = arguments
+    elif isinstance(arguments, dict):
+        items = arguments.values()
+    else:
+        return None
+    for item in items:
+        found = first_tensor(item)
+        if found is not None:
+            return found
+    return None
+
+
+is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]  # without a type in some releases
+
+
+def numbers_of(arguments: Any) -> list[int | float]:
+    """The numbers among arguments, in their order."""
+    found: list[int | float] = []
+    _walk(arguments, lambda number: found.append(number) or number)  # type: ignore[func-returns-value]
+    return found
+
+
+def replaced(arguments: Any, new: Mapping[int, int | float]) -> Any:
+    """Arguments with other numbers in some places."""
+    place = -1
+
+    def put(number: int | float) -> int | float:
+        nonlocal place
+        place += 1
+        return new.get(place, number)
+
+    return _walk(arguments, put)
+
+
+def _walk(x: Any, put: Callable[[Any], Any]) -> Any:
+    if isinstance(x, Tensor):  # while TorchScript traces, sizes are tensors
+        traced = is_tracing()
+        return put(x) if traced and x.ndim == 0 and x.dtype == torch.int64 else x
+    if isinstance(x, bool):
+        return x
+    if isinstance(x, int | float | torch.SymInt):
+        return put(x)
+    if isinstance(x, torch.Size):
+        return tuple(_walk(item, put) for item in x)
+    if isinstance(x, tuple | list):
+        return type(x)(_walk(item, put) for item in x)
+    if isinstance(x, slice):
+        return slice(_walk(x.start, put), _walk(x.stop, put), _walk(x.step, put))
+    return {name: _walk(item, put) for name, item in x.items()} if isinstance(x, dict) else x
+
+
+# --- where it is made -------------------------------------------------------------------------------------------------
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent.parent)
+_TOLD = str(Path(__file__).with_name("told.py"))
+_TELLS = re.compile(r"^(torch_dynamo_resume_in_)?tell(_at_\d+)?$")
+_RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
+
+
+@cache
+def line_of_site(file: str, number: int, name: str) -> str:
+    """One line of a site, by the name of the function and the text; empty if it says nothing about the user's code.
+
+    Of modules of torch and of ours only that one was running is said, so that what they call is never taken for what
+    the user's line calls itself.
+    """
+    resumed = _RESUMED.match(name)
+    name = resumed[1] if resumed else name
+    if file.startswith((_TORCH, _HERE)):
+        return "forward" if name in ("forward", "_oto_analysed") else ""
+    return f"{name}: {linecache.getline(file, number).strip() or number}"
+
+
+def lines_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
+    """File, line and function of the frames around one, the outermost first."""
+    found = []
+    while frame is not None:
+        code = frame.f_code
+        found.append((code.co_filename, frame.f_lineno, code.co_name))
+        frame = frame.f_back
+    return found[::-1]
+
+
+def running(frame: FrameType | None) -> list[str]:
+    """The lines of code that run, the outermost first."""
+    return [line for place in lines_of(frame) if (line := line_of_site(*place))]
+
+
+def nesting() -> int:
+    """How many modules that are told something (:class:`oto.nn.told.Told`) run, one in another."""
+    if torch.compiler.is_dynamo_compiling():
+        return int(_compiled_depth())
+    return _depth_of(lines_of(sys._getframe(1)))
+
+
+def site_of_call(depth: int) -> str:
+    """The site of the call that is made, in the module that is told something at this depth."""
+    if torch.compiler.is_dynamo_compiling():
+        return str(_compiled_site(depth))
+    return _site_of(lines_of(sys._getframe(1)), depth)
+
+
+def user_module(frame: FrameType | None) -> str | None:
+    """The Python module whose code is running."""
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+            return str(frame.f_globals.get("__name__"))
+        frame = frame.f_back
+    return None
+
+
+@constant
+def _compiled_depth() -> int:
+    return _depth_of([*lines_of(sys._getframe(1)), *followed_lines()])
+
+
+@constant
+def _compiled_site(depth: int) -> str:
+    return _site_of([*lines_of(sys._getframe(1)), *followed_lines()], depth)
+
+
+def _depth_of(places: Sequence[tuple[str, int, str]]) -> int:
+    return sum(file == _TOLD and bool(_TELLS.search(name)) for file, _, name in places)
+
+
+def _site_of(places: Sequence[tuple[str, int, str]], depth: int) -> str:
+    begin = 0
+    for i, (file, _, name) in enumerate(places):
+        if file == _TOLD and _TELLS.search(name):
+            depth -= 1
+            begin = i + 1
+            if not depth:
+                break
+    return "\n".join(line for place in places[begin:] if (line := line_of_site(*place)))
