@@ -32,8 +32,8 @@ Where we differ from the released code, and why:
   published all is chosen at once, from the averages of all samples: with ``pruning_periods=1`` it is.
 * Probes and walks only measure; nothing learns meanwhile, or all other parameters would settle for a network that
   lacks what comes back. Released code trains on, and restores a full copy of the weights after each cycle; here only
-  the entries of V are kept aside, at most the share of weights that is to go (half the weights for half the groups),
-  and during the probes up to three quarters. Statistics of batch norms do see the walks.
+  the entries of V are kept aside, at most the share of weights that is to go (half the weights for half the groups).
+  Probes need no copy, for half of a number times two is that number. Statistics of batch norms do see both.
 * All of it survives a checkpoint, in the middle of a cycle too.
 """
 
@@ -189,9 +189,10 @@ class HESSOCRIC(HESSO):
         """Read the probe that was set at the step before, and set the next one."""
         if at > 0:
             self._read_probe()
-            self._put_back()
+            self.scale_redundant_(2.0)  # exactly what was there, so no copy is needed
+            self._redundant(None)
         if at < len(PROBES):
-            self._put_aside(self._lowest(self.scores(), PROBES[at]))
+            self._redundant(self._lowest(self.scores(), PROBES[at]))
             self.scale_redundant_(0.5)
 
     def _lowest(self, scores: Tensor, share: float) -> Tensor:
@@ -210,8 +211,8 @@ class HESSOCRIC(HESSO):
         probed = (self.atoms == REDUNDANT).split_with_sizes(self.choice.sizes)
         sensitivity = self.walk["sensitivity"]
         changes = [
-            torch.where(own.to(entries.dot.device), entries.dot, 0).sum().abs().to(sensitivity) / own.sum()
-            for own, entries in zip(probed, self._entries_before(), strict=True)
+            torch.where(own.to(entries.dot.device), 2 * entries.dot, 0).sum().abs().to(sensitivity) / own.sum()
+            for own, entries in zip(probed, self.entries(), strict=True)
         ]
         self._now(sensitivity=sensitivity + torch.stack(changes) / len(PROBES))
 
@@ -282,14 +283,19 @@ class HESSOCRIC(HESSO):
 
     def _put_aside(self, chosen: Tensor) -> None:
         """Keep the entries of some atoms, which may then be scaled."""
-        self.atoms = torch.where(chosen.to(self.atoms.device), REDUNDANT, FREE).to(torch.uint8)
+        self._redundant(chosen)
         self._now(saved=[view.index_select(0, rows) for view, rows in self._redundant_views()])
 
     def _put_back(self) -> None:
         for (view, rows), saved in zip(self._redundant_views(), self.walk["saved"], strict=True):
             view.index_copy_(0, rows, saved.to(view.dtype))
-        self.atoms = torch.zeros_like(self.atoms)
+        self._redundant(None)
         self._now(saved=[])
+
+    def _redundant(self, chosen: Tensor | None) -> None:
+        """These atoms may be scaled, and no others."""
+        none = torch.full_like(self.atoms, FREE)
+        self.atoms = none if chosen is None else torch.where(chosen.to(none.device), REDUNDANT, none)
 
     def _redundant_views(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The entries of each node group that hold redundant atoms, and which rows of them do."""
