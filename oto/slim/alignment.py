@@ -238,6 +238,9 @@ class Alignment:
             begins = slim.args[2] if len(slim.args) > 2 and slim.args[2] is not None else 0
             length = next(slim.inputs()).shape[rewrite.args[1]]
             return None if min(max(begins + (length if begins < 0 else 0), 0), length) == begin else 0
+        if rewrite.op is thinner.group_norm:  # of fewer groups, each as wide as before
+            groups, width = self.thin.filled((rewrite.args[1], rewrite.kwargs["width"]))
+            return None if (slim.args[1], width) == (groups, rewrite.kwargs["full"]) else 0
         return 0
 
     def right(self, full: Node, slim: Node) -> int:

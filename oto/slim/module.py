@@ -66,6 +66,7 @@ class OwnClass:
         telling: How calls can be told.
         whole: Groups that have to stay whole, each with the index of the call that is the reason.
         ties: Groups that have to keep the same number of atoms.
+        least: How many atoms groups have to keep for the class to run.
     """
 
     stated: dict[Place, Stated] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class OwnClass:
     telling: Telling | None = None
     whole: dict[str, int | None] = field(default_factory=dict)
     ties: list[tuple[str, ...]] = field(default_factory=list)
+    least: dict[str, int] = field(default_factory=dict)
 
     @property
     def scales(self) -> dict[str, list[Scale]]:

@@ -9,6 +9,7 @@ first call that differs says what is missing:
   the class gets furthest is kept (:mod:`oto.slim.attributes`);
 * a count that a norm or a mean divides by: weights and small constants take it in (:mod:`oto.slim.scaling`);
 * pieces of equal size: the groups in them keep the same number of atoms, they are *tied*;
+* a width that is too small for the class to run at all: the groups in it keep a part of their atoms in any case;
 * else the groups that the call meets stay whole.
 
 What was found in one of several repeated blocks is tried in all of them.
@@ -21,7 +22,7 @@ import logging
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,14 +56,18 @@ from oto.trace.record import FunctionCall, Script, follow
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-SEEDS = 6
+SEEDS = 7
 """In how many ways the model is made thinner."""
+THINNEST, PART = 6, 16
+"""The way in which as little as a sixteenth of each group is left."""
 ROUNDS = 200
 """How often something is mended before things are only given up."""
 AHEAD = 64
 """How many calls further one looks whether something was mended; the whole model is run before it counts."""
 TRIES = 16
 """How many candidates are tried for one call."""
+FLOORS = (64, 32, 16, 8, 4, 2)
+"""Parts of a group, one of which it keeps where the class raises something when it keeps less."""
 LAST, LAST_SAYS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "it is a dimension of an output"
 _ROW = 8  # entries; of 16 bits, 16 bytes
 
@@ -80,8 +85,9 @@ CLASS = "its class cannot do without: no attribute states the size"
 
 
 def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]:
-    """Node groups, those of which whole or tied that the class cannot have otherwise."""
-    return joined(keep_whole(groups, own.whole, CLASS), own.ties)
+    """Node groups, those of which whole, tied or not as thin that the class cannot have otherwise."""
+    enough = [replace(g, min_kept=max(g.min_kept, own.least.get(g.name, 0))) for g in groups]
+    return joined(keep_whole(enough, own.whole, CLASS), own.ties)
 
 
 @dataclass(eq=False)
@@ -108,6 +114,7 @@ class _Search:
                 tied.setdefault(group.tie, []).append(group.name)
         self.found.ties = sorted(tuple(names) for names in tied.values() if len(names) > 1)
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
+        self.thinnest: Set[str] = frozenset()  # of these a try leaves as little as may be
 
     @cached_property
     def held(self) -> Found:
@@ -146,7 +153,8 @@ class _Search:
             stage(f"asking its class, call {departure.index:,} of {len(self.graph.nodes):,}")
             log.info("own class: departs at %s", departure)
             right, rounds = 0, rounds + 1
-            if rounds > ROUNDS or not self.mend(departure, seed):
+            # all ways but the thinnest are right by then, so what that lacks is no size that could be told
+            if rounds > ROUNDS or seed == THINNEST or not self.mend(departure, seed):
                 self.give_up(departure, seed)
         self.describe()
         return self.found
@@ -201,22 +209,26 @@ class _Search:
                 kept[name] = kept[first]
                 continue
             draw = np.random.default_rng((seed, i))
-            least = min(group.min_kept, group.size)
+            least = min(max(group.min_kept, self.found.least.get(name, 0)), group.size)
             if name in self.in_rows and group.size > _ROW:
                 step = int(np.lcm(_ROW, group.divisor))
                 kept[name] = np.arange(step * draw.integers(1, max(1, (group.size - 1) // step), endpoint=True))
                 continue
             if seed == 0:  # a size of one is broadcast and squeezed away, so it comes last
                 least = max(least, 2 if group.size > 2 else 1)
-                atoms = draw.integers(least, max(least, group.size - 1), endpoint=True)
+                atoms = int(draw.integers(least, max(least, group.size - 1), endpoint=True))
             else:
-                atoms = draw.integers(least, group.size, endpoint=True)
+                atoms = int(draw.integers(least, group.size, endpoint=True))
+            if name in self.thinnest:
+                atoms = max(least, 1)
+            elif seed == THINNEST:
+                atoms = max(least, -(-group.size // PART))
             kept[name] = np.arange(-(-atoms // group.divisor) * group.divisor)
         return thinning(self.partition, kept)
 
     def staying(self, seed: int) -> set[str]:
         """What stays whole in a try: nothing; what the class was told of; all but that; any half; what calls alone
-        were told of, and no number states."""
+        were told of, and no number states; and again what the class was told of."""
         if seed < 2:
             return set()
         if seed == 4:
@@ -227,7 +239,7 @@ class _Search:
         called = self.in_terms(term for rewrite in rewrites for term in rewrite.terms)
         if seed == 5:
             return called - stated
-        return stated | called if seed == 2 else self.free.keys() - stated - called
+        return stated | called if seed in (2, THINNEST) else self.free.keys() - stated - called
 
     def in_terms(self, terms: Iterable[Term]) -> set[str]:
         """The groups that some terms are made of, and what is tied to them."""
@@ -445,7 +457,29 @@ class _Search:
                 break
         else:
             new = dict.fromkeys(self.free.keys() - self.found.whole.keys(), departure.index)
-        self.keep(self.fewest(new, departure, seed))
+        if (departure.failure is None and seed != THINNEST) or not self.hold(new, departure, seed):
+            self.keep(self.fewest(new, departure, seed))
+
+    def hold(self, names: Iterable[str], departure: Departure, seed: int) -> bool:
+        """Let groups keep a part of their atoms in any case; whether the class gets further then.
+
+        It may divide by a width over a number of heads, which is nothing once there are fewer entries than heads.
+        """
+        before, together = self.found.least, set(names)
+        for tie in self.found.ties:
+            if together & set(tie):
+                together |= set(tie)
+        self.thinnest = together
+        for part in FLOORS:
+            floors = {name: -(-self.free[name].size // part) for name in together}
+            self.found.least = before | {name: n for name, n in floors.items() if n > before.get(name, 1)}
+            after = self.departure(seed, departure.index) if self.found.least != before else departure
+            if after is None or after.index > departure.index:
+                break
+        else:
+            self.found.least = before
+        self.thinnest = frozenset()
+        return self.found.least != before
 
     def fewest(self, names: Mapping[str, int], departure: Departure, seed: int) -> dict[str, int]:
         """As few of some groups as have to stay whole for the class to get further; alike ones go together."""

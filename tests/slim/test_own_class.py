@@ -345,6 +345,48 @@ class Sorted(nn.Module):
         return self.out(h + self.down(torch.relu(self.up(h))))
 
 
+def test_a_width_that_the_class_divides_by_a_larger_number_keeps_so_much():
+    class Windowed(nn.Module):
+        """The width of a head is computed of that of the stream, as in Swin: with fewer entries than heads it is 0."""
+
+        def __init__(self, width=96, heads=24):
+            super().__init__()
+            self.heads = heads
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+        def forward(self, x):
+            b, t, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+            scores = ((c // self.heads) ** -0.5 * q @ k.transpose(-2, -1)).softmax(-1)
+            return self.out((scores @ v).transpose(1, 2).reshape(b, t, c))
+
+    blocks = [Windowed() for _ in range(2)]
+    _, subnet, oto = slimmed(Blocks(*blocks, width=96), torch.randn(2, 7, 5), share=0.6)
+    (stream,) = (g for g in oto.node_groups if g.size == 96 and g.prunable)
+    assert 24 <= stream.min_kept <= 48
+    assert subnet.model.into.out_features < 96
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_group_norm_may_lose_whole_groups(width):
+    """Of groups of one channel nothing else can go; the class is told of fewer of them."""
+
+    class Instance(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 8 * width, 3), nn.GroupNorm(8, 8 * width)
+            self.b = nn.Conv2d(8 * width, 2, 3)
+
+        def forward(self, x):
+            return self.b(self.norm(self.a(x)).relu())
+
+    model = Instance()
+    nn.init.uniform_(model.norm.weight), nn.init.uniform_(model.norm.bias)
+    _, subnet, oto = slimmed(model, torch.randn(2, 3, 8, 8))
+    assert {g.size for g in oto.node_groups if g.prunable} == {8, width} - {1}
+    assert subnet.model.norm.num_groups < 8 and subnet.emitter == "module"
+
+
 def test_what_the_class_cannot_be_told_stays_whole_and_says_why():
     x = torch.randn(2, 6, dtype=torch.float64)
     _, _, oto = slimmed(Sorted(), x)
