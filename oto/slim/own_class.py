@@ -114,7 +114,7 @@ class _Search:
                 tied.setdefault(group.tie, []).append(group.name)
         self.found.ties = sorted(tuple(names) for names in tied.values() if len(names) > 1)
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
-        self.thinnest: Set[str] = frozenset()  # of these a try leaves as little as may be
+        self.counts: Mapping[str, int] = {}  # so many atoms of these are left in a try
 
     @cached_property
     def held(self) -> Found:
@@ -219,8 +219,8 @@ class _Search:
                 atoms = int(draw.integers(least, max(least, group.size - 1), endpoint=True))
             else:
                 atoms = int(draw.integers(least, group.size, endpoint=True))
-            if name in self.thinnest:
-                atoms = max(least, 1)
+            if name in self.counts:
+                atoms = self.counts[name]
             elif seed == THINNEST:
                 atoms = max(least, -(-group.size // PART))
             kept[name] = np.arange(-(-atoms // group.divisor) * group.divisor)
@@ -469,17 +469,20 @@ class _Search:
         for tie in self.found.ties:
             if together & set(tie):
                 together |= set(tie)
-        self.thinnest = together
         for part in FLOORS:
-            floors = {name: -(-self.free[name].size // part) for name in together}
-            self.found.least = before | {name: n for name, n in floors.items() if n > before.get(name, 1)}
-            after = self.departure(seed, departure.index) if self.found.least != before else departure
-            if after is None or after.index > departure.index:
+            floors = {name: max(-(-self.free[name].size // part), before.get(name, 1)) for name in together}
+            # with one more, too: what only some sizes suit has no least one
+            if all(self.gets_further(departure, seed, floors, more) for more in (0, 1)):
+                self.found.least = before | {name: n for name, n in floors.items() if n > 1}
                 break
-        else:
-            self.found.least = before
-        self.thinnest = frozenset()
         return self.found.least != before
+
+    def gets_further(self, departure: Departure, seed: int, counts: Mapping[str, int], more: int) -> bool:
+        """Whether the class gets beyond a call if so many atoms of some groups are left, or some more."""
+        self.counts = {name: min(n + more, self.free[name].size) for name, n in counts.items()}
+        after = self.departure(seed, departure.index)
+        self.counts = {}
+        return after is None or after.index > departure.index
 
     def fewest(self, names: Mapping[str, int], departure: Departure, seed: int) -> dict[str, int]:
         """As few of some groups as have to stay whole for the class to get further; alike ones go together."""
