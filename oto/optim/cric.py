@@ -29,7 +29,7 @@ Where we differ from the released code, and why:
 * The loss is never asked for: sensitivity is a midpoint rule on gradients, so no closure is needed, and one step tells
   the share of every node group. Released code takes two steps for each node group and share.
 * What is redundant goes in as many portions as in HESSO, each chosen by scores of its own time beside the walks. As
-  published all is chosen at once, from the averages of all samples: with ``pruning_periods=1`` it is.
+  published all is chosen at once, as with ``pruning_periods=1``.
 * Probes and walks only measure; nothing learns meanwhile, or all other parameters would settle for a network that
   lacks what comes back. Released code trains on, and restores a full copy of the weights after each cycle; here only
   the entries of V are kept aside, at most the share of weights that is to go (half the weights for half the groups).

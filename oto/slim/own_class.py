@@ -470,7 +470,11 @@ class _Search:
             if together & set(tie):
                 together |= set(tie)
         for part in FLOORS:
-            floors = {name: max(-(-self.free[name].size // part), before.get(name, 1)) for name in together}
+            floors = {
+                name: max(-(-group.size // part), before.get(name, 1))
+                for name, group in self.free.items()
+                if name in together
+            }
             # with one more, too: what only some sizes suit has no least one
             if all(self.gets_further(departure, seed, floors, more) for more in (0, 1)):
                 self.found.least = before | {name: n for name, n in floors.items() if n > 1}
