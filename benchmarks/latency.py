@@ -455,13 +455,12 @@ def section(here: list[Line]) -> list[str]:
     how = f"{first['dtype']}, batch {first['batch']}"
     how += f", {first['threads']} thread{'s' * (first['threads'] > 1)}" if first["device"] == "cpu" else ""
     versions = sorted({f"torch {line['torch']}" for line in here})
-    commands = sorted({f"`{line['command']}`" for line in here})
     compiling = "" if first["compile_mode"] is None else f" `torch.compile(mode={first['compile_mode']!r})`."
     out = [
         f"## {first['hardware']}: {how}",
         "",
         f"{', '.join(versions)}; {first['scope']} choice, widths in steps of {first['divisible']}.{compiling} "
-        f"{', '.join(commands)}.",
+        "`python benchmarks/latency.py`, cell by cell: each line of `latency.jsonl` says its own command.",
         "",
     ]
     modes = [mode for mode in MODES if any(line["mode"] == mode for line in here)]
