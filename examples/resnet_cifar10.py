@@ -92,7 +92,7 @@ def train(
     scheduler = CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(args.seed)
     model.train()
-    with tqdm(total=steps, desc=title, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+    with tqdm(total=steps, desc=title, unit="step", mininterval=0.5, dynamic_ncols=True, disable=None) as bar:
         for _ in range(args.epochs):
             for x, y in images.epoch(args.batch_size, generator):
                 loss = F.cross_entropy(model(x), y)
