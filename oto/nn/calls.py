@@ -28,7 +28,7 @@ def first_tensor(arguments: Any) -> Tensor | None:
     """The first tensor among arguments."""
     if isinstance(arguments, Tensor):
         return arguments
-    if isinstance(arguments, tuple | list):
+    if isinstance(arguments, (tuple, list)):  # torch.compile of torch 2.6 knows no unions of types
         items: Iterable[Any] = arguments
     elif isinstance(arguments, dict):
         items = arguments.values()
@@ -69,11 +69,11 @@ def _walk(x: Any, put: Callable[[Any], Any]) -> Any:
         return put(x) if traced and x.ndim == 0 and x.dtype == torch.int64 else x
     if isinstance(x, bool):
         return x
-    if isinstance(x, int | float | torch.SymInt):
+    if isinstance(x, (int, float, torch.SymInt)):
         return put(x)
     if isinstance(x, torch.Size):
         return tuple(_walk(item, put) for item in x)
-    if isinstance(x, tuple | list):
+    if isinstance(x, (tuple, list)):
         return type(x)(_walk(item, put) for item in x)
     if isinstance(x, slice):
         return slice(_walk(x.start, put), _walk(x.stop, put), _walk(x.step, put))

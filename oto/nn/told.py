@@ -292,11 +292,11 @@ def _computed(x: Any, kept: Mapping[tuple[str, str, int], Any]) -> Any:
         assert packet in UNIFORM, packet
         op = getattr(getattr(torch.ops.aten, packet), overload)
         args = [_computed(item, kept) for item in x["args"]]
-        like = next((a for a in args if isinstance(a, Tensor)), None)
+        like = [a for a in args if isinstance(a, Tensor)][:1]
         tensors = _wants_tensors(packet, overload)
-        if like is not None:  # a number where the operator takes a tensor
+        if like:  # a number where the operator takes a tensor
             args = [
-                like.new_tensor(a) if wants and isinstance(a, int | float) else a
+                like[0].new_tensor(a) if wants and isinstance(a, (int, float)) else a
                 for a, wants in zip(args, tensors, strict=False)
             ]
         return op(*args)
