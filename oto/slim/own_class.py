@@ -67,7 +67,7 @@ AHEAD = 64
 TRIES = 16
 """How many candidates are tried for one call."""
 FLOORS = (64, 32, 16, 8, 4, 2)
-"""Parts of a group, one of which it keeps where the class raises something when it keeps less."""
+"""Parts of a group, one of which it keeps where the class does something else when it keeps less."""
 LAST, LAST_SAYS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "it is a dimension of an output"
 _ROW = 8  # entries; of 16 bits, 16 bytes
 
@@ -114,7 +114,6 @@ class _Search:
                 tied.setdefault(group.tie, []).append(group.name)
         self.found.ties = sorted(tuple(names) for names in tied.values() if len(names) > 1)
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
-        self.counts: Mapping[str, int] = {}  # so many atoms of these are left in a try
 
     @cached_property
     def held(self) -> Found:
@@ -194,11 +193,15 @@ class _Search:
                 return True
         return False
 
-    def thin(self, seed: int) -> Thinning:
+    def thin(self, seed: int, counts: Mapping[str, int] | None = None) -> Thinning:
         """Groups that may get thinner do, each by another number of atoms; tied ones by the same.
 
         At first all of them, then some only: what the class is told must hold whatever else is whole.
+
+        Args:
+            counts: So many atoms of some groups are left instead.
         """
+        counts = counts or {}
         stays = self.staying(seed)
         leader = {name: tie[0] for tie in self.found.ties for name in tie}
         kept: dict[str, NDArray[np.int64]] = {}
@@ -219,8 +222,8 @@ class _Search:
                 atoms = int(draw.integers(least, max(least, group.size - 1), endpoint=True))
             else:
                 atoms = int(draw.integers(least, group.size, endpoint=True))
-            if name in self.counts:
-                atoms = self.counts[name]
+            if name in counts:
+                atoms = counts[name]
             elif seed == THINNEST:
                 atoms = max(least, -(-group.size // PART))
             kept[name] = np.arange(-(-atoms // group.divisor) * group.divisor)
@@ -243,19 +246,28 @@ class _Search:
 
     def in_terms(self, terms: Iterable[Term]) -> set[str]:
         """The groups that some terms are made of, and what is tied to them."""
-        names = {self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names}
-        for tie in self.found.ties:
-            if names & set(tie):
-                names |= set(tie)
-        return names
+        return self.with_tied(
+            self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names
+        )
 
-    def departure(self, seed: int, beyond: int | None = None) -> Departure | None:
+    def with_tied(self, names: Iterable[str]) -> set[str]:
+        """Some groups, and what is tied to them."""
+        found = set(names)
+        for tie in self.found.ties:
+            if found & set(tie):
+                found |= set(tie)
+        return found
+
+    def departure(
+        self, seed: int, beyond: int | None = None, counts: Mapping[str, int] | None = None
+    ) -> Departure | None:
         """Where the class, told what is known so far, first does something else than it should.
 
         Args:
             beyond: A call that it departed at before; it is followed only so far that one sees whether it does still.
+            counts: As for :meth:`thin`.
         """
-        thin = self.thin(seed)
+        thin = self.thin(seed, counts)
         if self.script is None:
             tensors = {}
             for leaf in self.graph.leaves:
@@ -465,10 +477,7 @@ class _Search:
 
         It may divide by a width over a number of heads, which is nothing once there are fewer entries than heads.
         """
-        before, together = self.found.least, set(names)
-        for tie in self.found.ties:
-            if together & set(tie):
-                together |= set(tie)
+        before, together = self.found.least, self.with_tied(names)
         for part in FLOORS:
             floors = {
                 name: max(-(-group.size // part), before.get(name, 1))
@@ -483,9 +492,8 @@ class _Search:
 
     def gets_further(self, departure: Departure, seed: int, counts: Mapping[str, int], more: int) -> bool:
         """Whether the class gets beyond a call if so many atoms of some groups are left, or some more."""
-        self.counts = {name: min(n + more, self.free[name].size) for name, n in counts.items()}
-        after = self.departure(seed, departure.index)
-        self.counts = {}
+        left = {name: min(n + more, self.free[name].size) for name, n in counts.items()}
+        after = self.departure(seed, departure.index, left)
         return after is None or after.index > departure.index
 
     def fewest(self, names: Mapping[str, int], departure: Departure, seed: int) -> dict[str, int]:
