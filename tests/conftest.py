@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils.flop_counter import FlopCounterMode
 
+from oto import clock
 from tests.zoo import part
 
 # the same examples on every run and machine: a failure is there for everybody, until HYPOTHESIS_PROFILE=default looks
@@ -62,6 +65,23 @@ def _same_start() -> None:
     """One thread: the order of floating-point sums does not depend on the machine, nor do workers fight for cores."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _a_clock_of_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock takes a hundredth of a second, and nothing else takes any: no test depends on how busy
+    the machine is."""
+    readings = itertools.count()
+    monkeypatch.setattr(clock, "now", lambda: next(readings) / 100)
+
+
+@pytest.fixture
+def clock_of_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A nanosecond for every floating-point operation of a product, and a microsecond for every look at the clock."""
+    readings = itertools.count()
+    with FlopCounterMode(display=False) as work:
+        monkeypatch.setattr(clock, "now", lambda: 1e-9 * work.get_total_flops() + 1e-6 * next(readings))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,7 @@ def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> No
         "__main__": {"cli"},
         "_torch": set(),
         "api": {"subnet"},
+        "clock": set(),
         "subnet": set(),
         "cli": {"api", "given"},
         "errors": set(),

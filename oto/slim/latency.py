@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from oto import clock
 from oto._torch import tree_leaves
 from oto.axes.registry import known
 from oto.errors import TargetError
@@ -227,19 +227,13 @@ def rounds(models: list[nn.Module], dummy_input: Any, least: int = 5, seconds: f
     device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
     found: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
-        begin = time.perf_counter()
-        while len(found[0]) <= least or time.perf_counter() - begin < seconds:
+        begin = clock.now()
+        while len(found[0]) <= least or clock.now() - begin < seconds:
             for model, own in zip(models, found, strict=True):
                 with as_found(model):
-                    synchronise(device)
-                    start = time.perf_counter()
+                    clock.synchronize(device)
+                    start = clock.now()
                     model(*args, **kwargs)
-                    synchronise(device)
-                    own.append(time.perf_counter() - start)
+                    clock.synchronize(device)
+                    own.append(clock.now() - start)
     return [own[1:] for own in found]
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for what was asked of an accelerator."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

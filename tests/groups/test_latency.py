@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 
 import numpy as np
 import pytest
@@ -94,7 +93,8 @@ def test_every_call_of_a_network_can_be_timed(caplog: pytest.LogCaptureFixture) 
     oto = mixed()
     table = latency_table(oto.partition, oto.costs, CPU)
     assert not [r.message for r in caplog.records if "cannot be timed" in r.message]
-    assert table(oto.costs.sizes) >= table(np.ones_like(oto.costs.sizes)) > 0  # so small a network may show no gain
+    assert table(oto.costs.sizes) > table(np.ones_like(oto.costs.sizes)) > 0
+    assert (table.marginal(oto.costs.sizes, np.ones_like(oto.costs.sizes)) > 0).all()  # whatever the clock says
 
 
 def test_what_cannot_be_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +122,10 @@ def test_it_leaves_the_random_state_as_it_was() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_few_hundred_evaluations_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_no_longer_than_the_network_has_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation costs as much as there are monomials; `benchmarks/choice.py` times a choice of many."""
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.setattr(latency.Replay, "milliseconds", lambda self: [1.0] * len(self.found.graph.nodes))
     oto = OTO(torchvision.models.resnet50(weights=None), torch.randn(1, 3, 32, 32))
     table = latency_table(oto.partition, oto.costs, CPU)
-    sizes = oto.costs.sizes
-    begin = time.process_time()
-    for _ in range(200):
-        table(sizes)
-        table.marginal(sizes, np.ones_like(sizes))
-    assert time.process_time() - begin < 1
+    assert len(table.coefficients) <= len(oto.partition.found.graph.nodes)
