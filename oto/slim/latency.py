@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import distributed as dist
 from oto import clock
 from oto._torch import tree_leaves
 from oto.axes.registry import known
-from oto.errors import TargetError
+from oto.errors import NotPrunedWarning, TargetError, users_level
 from oto.groups import Costs, Partition
 from oto.groups.cost import Polynomial
 from oto.groups.latency import latency_table
@@ -112,6 +113,9 @@ def confirmed(
 
     Raises:
         TargetError: Not even the thinnest model is as fast.
+
+    Warns:
+        NotPrunedWarning: What was measured jumped about so much that no model of about the time asked for was found.
     """
     full = measure(sizes)
     points = {share * table(sizes): share * full for share in (1e-6, 1.0)}
@@ -127,16 +131,27 @@ def confirmed(
             "for what stays whole"
         )
     points = {table(least): bottom, table(sizes): full}
+    taken: dict[float, float] = {}  # by what the table says of the model, in the order in which they were measured
     for _ in range(ROUNDS):
         latency = Latency.through(table, points)
         counts = choose(latency)
-        if table(counts) in points:  # widths come in steps, and there is none between
+        said = table(counts)
+        if said in points:  # widths come in steps, and there is none between
             break
-        taken = measure(counts)
-        points[table(counts)] = MARGIN * taken
-        log.info("%.3g ms asked for; chosen for %.3g, measured %.3g ms", goal, latency(counts), taken)
-        if NEAR * goal <= taken <= goal:
+        taken[said] = measure(counts)
+        points[said] = MARGIN * taken[said]
+        log.info("%.3g ms asked for; chosen for %.3g, measured %.3g ms", goal, latency(counts), taken[said])
+        if NEAR * goal <= taken[said] <= goal:
             break
+    if taken.get(said, bottom) > goal:
+        warnings.warn(
+            f"target_latency_ms={goal:g}: of the slim models that were built and measured none takes about that; they take "
+            f"{', '.join(f'{ms:.3g}' for ms in (*taken.values(), bottom))} ms\n"
+            "  effect  what is chosen may be slower than asked for\n"
+            "  to fix  measure on an idle machine and with a larger batch, or ask for target_macs=",
+            NotPrunedWarning,
+            stacklevel=users_level(),
+        )
     return Latency.through(table, points)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from oto import OTO
-from oto.errors import TargetError
+from oto.errors import NotPrunedWarning, TargetError
 from oto.groups.cost import Polynomial
 from oto.slim import latency
 from oto.slim.latency import Latency, Timer, built, confirmed, rounds
@@ -67,7 +69,8 @@ def test_noise_may_flatten_it_but_not_turn_it() -> None:
     for _ in range(20):
         full = TABLE(SIZES)
         try:
-            found = confirmed(TABLE, SIZES, LEAST, 0.5 * full, lowest_first(0.5 * full), measure)
+            with warnings.catch_warnings(action="ignore", category=NotPrunedWarning):
+                found = confirmed(TABLE, SIZES, LEAST, 0.5 * full, lowest_first(0.5 * full), measure)
         except (TargetError, StopIteration):
             continue
         line = [found(np.array([n, n])) for n in range(10, 101)]
@@ -86,6 +89,15 @@ def test_what_an_atom_saves_is_the_difference_without_it() -> None:
 def test_a_target_below_the_thinnest_model_is_refused_with_what_was_measured() -> None:
     with pytest.raises(TargetError, match=r"target_latency_ms=1 cannot be reached.*full model takes 12.1.*1.4 ms"):
         confirmed(TABLE, SIZES, LEAST, 1, lowest_first(1), lambda counts: TABLE(counts) + 0.999 * (counts[0] == 10))
+
+
+def test_measurements_that_lead_nowhere_are_told() -> None:
+    """Nothing but the thinnest is any faster than the full model."""
+    goal = 0.5 * TABLE(SIZES)
+    with pytest.warns(NotPrunedWarning, match=r"none takes about that; they take 12.1, 12.1[^$]*effect[^$]*to fix"):
+        confirmed(
+            TABLE, SIZES, LEAST, goal, lowest_first(goal), lambda counts: TABLE(SIZES) + (counts == LEAST).all() * -12
+        )
 
 
 def test_what_is_fast_enough_stays_as_it_is() -> None:
