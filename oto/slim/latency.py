@@ -145,8 +145,8 @@ def confirmed(
             break
     if taken.get(said, bottom) > goal:
         warnings.warn(
-            f"target_latency_ms={goal:g}: of the slim models that were built and measured none takes about that; they take "
-            f"{', '.join(f'{ms:.3g}' for ms in (*taken.values(), bottom))} ms\n"
+            f"target_latency_ms={goal:g}: of the slim models that were built and measured none takes about that; they "
+            f"take {', '.join(f'{ms:.3g}' for ms in (*taken.values(), bottom))} ms\n"
             "  effect  what is chosen may be slower than asked for\n"
             "  to fix  measure on an idle machine and with a larger batch, or ask for target_macs=",
             NotPrunedWarning,
