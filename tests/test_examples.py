@@ -21,7 +21,7 @@ def run(script: str, *flags: str, cwd: Path = ROOT) -> str:
         "PYTHONWARNINGS": "error::UserWarning",
     }
     done = subprocess.run(
-        [sys.executable, ROOT / script, *flags], capture_output=True, text=True, env=environment, timeout=300, cwd=cwd
+        [sys.executable, ROOT / script, *flags], capture_output=True, text=True, env=environment, timeout=1800, cwd=cwd
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

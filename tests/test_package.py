@@ -36,7 +36,7 @@ print(oto.__version__)
 
 def run(*words: str | Path, cwd: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=cwd, env=environment, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     return done.stdout
 

@@ -57,7 +57,7 @@ def run(script: str, out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> 
     }
     done = subprocess.run(
         [sys.executable, *launcher, str(TUTORIALS / script), "--smoke", f"--out={out}", *flags],
-        capture_output=True, text=True, env=environment, timeout=900, cwd=out.parent,
+        capture_output=True, text=True, env=environment, timeout=1800, cwd=out.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

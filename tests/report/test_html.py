@@ -319,7 +319,7 @@ def test_in_a_browser(written, tmp_path, width):
     done = subprocess.run(
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
          f"--user-data-dir={tmp_path / 'profile'}", outer.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
     found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
