@@ -1,15 +1,16 @@
 """What a manifest may say: a closed list, gone through before anything is done with what it says.
 
-The hashes of an artefact tell what was damaged, not who made it: whoever can write the folder can write any manifest and
-seal it. So the list is as closed on the way in as on the way out. Every entry has a type and a bound; names of classes,
-arguments and operators are those that the writer knows; and where a name leads is judged again where it is followed, by
-what is found there (:mod:`oto.slim.recipe`, :mod:`oto.slim.attributes`, :mod:`oto.slim.module`).
+The hashes of an artefact tell what was damaged, not who made it: whoever can write the folder can write any manifest
+and seal it. So the list is as closed on the way in as on the way out. Every entry has a type and a bound; names of
+classes, arguments and operators are those that the writer knows; and where a name leads is judged again where it is
+followed, by what is found there (:mod:`oto.slim.recipe`, :mod:`oto.slim.attributes`, :mod:`oto.slim.module`).
 
 Entries that this version does not know are not read. In what is edited, there are none.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -184,7 +185,7 @@ def _both(first: Check, *more: Check) -> Check:
 
 
 def _rising(where: str, value: Sequence[int]) -> None:
-    if any(a >= b for a, b in zip(value, value[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(value)):
         raise Refusal(f"{where} does not rise")
 
 
@@ -249,7 +250,7 @@ _ARGUMENTS: dict[str, Check] = {
     ),
     "MultiheadAttention": _both(
         _entries(
-            {name: _SIZE for name in ("embed_dim", "kdim", "vdim", "out_dim", "num_heads", "head_dim", "v_head_dim")}
+            dict.fromkeys(("embed_dim", "kdim", "vdim", "out_dim", "num_heads", "head_dim", "v_head_dim"), _SIZE)
             | {"scale": _number(), "heads": _ATOMS, "full_heads": _SIZE},
             dict.fromkeys(("packed", "bias", "out_bias", "batch_first"), _flag) | {"dropout": _number(0, 1)},
         ),
@@ -301,16 +302,26 @@ _HOW = _entries(
     },
 )
 
+
+def _inner_path(where: str, value: Any) -> None:
+    """A module, and not the model itself."""
+    _name(where, value)
+    if not value:
+        raise Refusal(f"{where} is empty, which stands for the model itself")
+
+
 _KEY = _list(_either("a name or a place", {str: _name, int: _COUNT}), 16)
 _EDITS = _entries(
     {},
     {
-        "attributes": _table(_table(_COUNT, key=_one_of(*sorted({name for names in SIZES.values() for name in names})))),
+        "attributes": _table(
+            _table(_COUNT, key=_one_of(*sorted({name for names in SIZES.values() for name in names})))
+        ),
         "swaps": _table(_swap),
         "stated": _table(_list(_tuple(_KEY, _number()))),
         "told": _table(_table(_table(_list(_HOW)), key=_text)),
         "config": _table(_number()),
-        "dropped": _table(_one_of("none", "identity")),
+        "dropped": _table(_one_of("none", "identity"), key=_inner_path),
         "untrained": _text,
     },
 )
@@ -329,9 +340,7 @@ _MANIFEST = _entries(
         "edits": _EDITS,
         "kept": _table(_ATOMS),
         "checks": _list(
-            _entries(
-                {"what": _text, "dtype": _name, "error": _number(0), "tolerance": _number(0)}, closed=False
-            )
+            _entries({"what": _text, "dtype": _name, "error": _number(0), "tolerance": _number(0)}, closed=False)
         ),
         "no_program": _or_none(_text),
         "left_out": _list(_name),

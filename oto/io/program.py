@@ -73,7 +73,8 @@ _NO_OPERATORS = _words("""
     profiler debugprims debug_mode_ops inductor inductor_prims export prim coor mempool streams image
     c10d c10d_functional symm_mem fsdp rpc static_runtime
 """)
-# Those that give nothing, as they only refuse what does not hold.
+# Those that ask about dtypes, and those that give nothing, as they only refuse what does not hold.
+_ON_DTYPES = _words("promote_types result_type can_cast")
 _ASSERTIONS = _words("""
     _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size
     _linalg_check_errors
@@ -269,7 +270,7 @@ def _check_json(where: str, tree: Any, key: str = "") -> None:
 
 
 def _check_nodes(where: str, nodes: list[Any]) -> None:
-    """A graph: so many nodes, each with names of its own, and numbers that stay small; where nodes come from is dropped."""
+    """A graph: not too many nodes, names of their own, numbers that stay small. What tells of their making goes."""
     if len(nodes) > MOST_NODES:
         raise _Refusal(f"{where}: it has {len(nodes):,} nodes, and may have {MOST_NODES:,}")
     bits: dict[str, float] = {}
@@ -374,13 +375,15 @@ def _check_operator(where: str, target: str) -> None:
 
 
 def _computes(op: OpOverload) -> bool:
-    """Whether an operator takes tensors, or the shape of a new one, and gives tensors, or numbers that it reads off one.
+    """Whether an operator takes tensors, or the shape of a new one, and gives tensors, or numbers read off them.
 
     What gives nothing does something else: it sets a mode or a seed, prints, or writes. So does what takes neither.
     """
     schema: Any = op._schema
+    if op.namespace == "aten" and op._opname in _ON_DTYPES | _ASSERTIONS:
+        return True
     if not schema.returns:
-        return op.namespace == "aten" and op._opname in _ASSERTIONS
+        return False
     takes = [_kind(argument.type) for argument in schema.arguments]
     gives = [_kind(result.type) for result in schema.returns]
     if not (_TAKEN.issuperset(takes) and _GIVEN.issuperset(gives)):
@@ -414,8 +417,9 @@ def _check_expression(where: str, text: str) -> None:
         if isinstance(node, ast.Call):
             called = node.func
             fine = (isinstance(called, ast.Name) and called.id in _FUNCTIONS) or isinstance(called, ast.Attribute)
-            if fine and isinstance(called, ast.Name) and called.id == "Symbol":
-                fine = all(isinstance(x, ast.Constant) and _is_symbol(x.value) for x in node.args)
+            if fine and isinstance(called, ast.Name):
+                texts = [x.value for x in node.args if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+                fine = all(map(_is_symbol if called.id == "Symbol" else _DIGITS.fullmatch, texts))
         elif isinstance(node, ast.Attribute):
             symbolic = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in _SYMBOLIC
             fine = node.attr in _READ or symbolic
@@ -430,8 +434,11 @@ def _check_expression(where: str, text: str) -> None:
         raise _Refusal(f"{where}: {_cut(text)} may come to a number of more than {MOST_BITS:,} bits")
 
 
-def _is_symbol(name: Any) -> bool:
-    return isinstance(name, str) and name.isidentifier() and name.isascii() and not name.startswith("_")
+def _is_symbol(name: str) -> bool:
+    return name.isidentifier() and name.isascii() and not name.startswith("_")
+
+
+_DIGITS = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?")
 
 
 _OPERATORS: dict[type[ast.operator], str] = {
@@ -444,7 +451,9 @@ def _bits(node: ast.expr) -> float:
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
             return 4 * len(node.value)  # digits, or the name of a symbol, which has no more than 64
-        return max(math.frexp(node.value)[1], 1) if isinstance(node.value, float) else int(node.value or 0).bit_length()
+        if isinstance(node.value, float):
+            return max(math.frexp(node.value)[1], 1)
+        return node.value.bit_length() if isinstance(node.value, int) else 1
     if isinstance(node, ast.BinOp):
         name, inner = _OPERATORS.get(type(node.op), ""), [node.left, node.right]
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -454,14 +463,16 @@ def _bits(node: ast.expr) -> float:
     return max(64, _grown(name, [_bits(x) for x in inner], _value(inner[-1]) if inner else None))
 
 
+_NUMBERS = ("Integer", "Float", "Rational")
+
+
 def _value(node: ast.expr) -> float | None:
     """A number that is written out, or its size if it is a fraction."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         inner = _value(node.operand)
         return None if inner is None else -inner
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
-        if node.func.id in ("Integer", "Float", "Rational"):
-            return _value(node.args[0])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NUMBERS and node.args:
+        return _value(node.args[0])
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return float(node.value) if re.fullmatch(r"-?[\d.]{1,20}", node.value) else None
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, int | float) else None

@@ -128,7 +128,7 @@ def state_(module: nn.Module, key: Key, value: int | float) -> None:
 
 
 def _with(held: Any, key: Key, value: int | float) -> Any:
-    """``held`` with another number at the end of the way; what is read and written is data, and no attribute of a class.
+    """``held`` with another number at the end of the way, which leads through data and no attribute of a class.
 
     Raises:
         KeyError, IndexError, TypeError, ValueError: The way ends before, or leads to something else.

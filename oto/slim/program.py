@@ -19,7 +19,6 @@ from oto.trace import export as trace_export
 from oto.trace.record import arguments
 from oto.trace.takes import parameters_of
 
-
 MOST_ENTRIES = 2**30  # of an input that is drawn
 
 

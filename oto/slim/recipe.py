@@ -80,7 +80,7 @@ class Recipe:
                 name = getattr(self.kind, "__name__", "the model")
                 raise EmitterError(f"the config of {name} has no field {path!r} that may be {value!r}") from failure
             if isinstance(held, list | dict):
-                held[last] = value
+                held[last] = value  # type: ignore[index]
             else:
                 setattr(held, str(last), value)
         return config
