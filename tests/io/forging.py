@@ -213,8 +213,8 @@ def edit_graph(folder: Path, change: Callable[[Any], Any]) -> None:
 
 NAMES = [
     "__class__", "__dict__", "__class__.forward", "__init__.__globals__", "to_dict.__globals__.os.sys.path.0",
-    "forward", "forward.__wrapped__", "_forward_hooks", "_modules", "training", "mode._value_", "train", "a", "", ".",
-    "..", "norm", "config", "self", "weight", "a.weight", "0", "\x1b[2J", "x" * 300, "../x", "os.system", "eval", "L['x']",
+    "forward", "forward.__wrapped__", "_forward_hooks", "_modules", "training", "mode._value_", "train", "a", "",
+    ".", "..", "norm", "config", "self", "weight", "a.weight", "0", "\x1b[2J", "x" * 300, "../x", "os.system", "eval",
 ]  # fmt: skip
 JUNK = [
     *(
