@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError, first_line, some
-from oto.io.manifest import Refusal, is_plain, parse, require
+from oto.io.manifest import Refusal, is_plain, parse, require, require_files
 
 FORMAT_VERSION = 1
 MANIFEST = "oto.json"
@@ -344,7 +344,7 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
     try:
         require(manifest)
     except Refusal as refusal:
-        raise _damaged(place, f"it says what no version of oto writes: {refusal}") from None
+        raise _damaged(place, f"it says what this version of oto does not write: {refusal}") from None
     for name, stamp in manifest["files"].items():
         _require_whole(folder / name, stamp)
     return Artefact(folder, manifest)
@@ -379,7 +379,7 @@ def _require_whole(file: Path, stamp: Mapping[str, Any]) -> None:
 
 def _is_well_formed(manifest: Any) -> bool:
     try:
-        require(manifest)
+        require_files(manifest)
     except Refusal:
         return False
     return True

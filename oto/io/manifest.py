@@ -60,7 +60,17 @@ def require(manifest: Any) -> None:
     Raises:
         Refusal: It does; the message says where.
     """
+    require_files(manifest)
     _MANIFEST("", manifest)
+
+
+def require_files(manifest: Any) -> None:
+    """Refuse a manifest that does not say which files there are; all else may be of a version to come.
+
+    Raises:
+        Refusal: It does not.
+    """
+    _FILES("", manifest)
     for name in manifest["tensors"].keys() - manifest["files"].keys():
         raise Refusal(f"it says what tensors are in {name[:80]!r}, which is none of its files")
 
@@ -326,11 +336,15 @@ _EDITS = _entries(
     },
 )
 _COST = _entries(dict.fromkeys(("params", "macs", "bytes"), _integer(0, 2**63)), closed=False)
-_MANIFEST = _entries(
+_FILES = _entries(
     {
         "files": _table(_entries({"size": _integer(0, 2**63), "sha256": _sha256}), key=_file_name),
         "tensors": _table(_entries({"ties": _table(_name), "complex": _list(_name)})),
     },
+    closed=False,
+)
+_MANIFEST = _entries(
+    {},
     {
         "versions": _table(_name),
         "model": _entries(

@@ -636,6 +636,54 @@ def test_no_error_brings_a_text_of_the_file_to_the_terminal(kinds: Any, tmp_path
     assert str(said.value).replace("\n", "").isprintable()
 
 
+SAID: dict[str, Change] = {
+    "no cost": lambda at, m: m.pop("cost"),
+    "cost is a list": says(cost=[1]),
+    "cost of texts": lambda at, m: m["cost"].update(before={"params": "x", "macs": "y", "bytes": "z"}),
+    "checks of junk": says(checks=[{"x": 1}]),
+    "no checks": says(checks=None),
+    "an error that is a text": lambda at, m: m["checks"][0].update(error="x"),
+    "no notes": lambda at, m: m.pop("notes"),
+    "notes are a number": says(notes=3),
+    "versions are a list": says(versions=[1]),
+    "no model": says(model=None),
+    "a size that is a text": lambda at, m: m["files"].update({"x": {"size": "x", "sha256": "0" * 64}}),
+    "emitter is a list": says(emitter=[1]),
+    "a reason that is none": says(why_graph={"a": 1}),
+    "no emitter": lambda at, m: m.pop("emitter"),
+    "an expression of terabytes": lambda at, m: edit_graph(at, guard("1<<(10**13)")),
+}
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "bench"])
+@pytest.mark.parametrize("change", SAID.values(), ids=SAID)
+def test_the_command_line_ends_in_a_message(kinds: Any, tmp_path: Path, change: Change, command: str) -> None:
+    folder = sealed(kinds("graph").folder, tmp_path / "out", change)
+    done = commanded(command, str(folder), *(["--seconds", "0"] if command == "bench" else []))
+    assert isinstance(done.exception, SystemExit | None), done.exception
+    assert done.exit_code in ((0, 1) if command == "info" else (1, 3))
+
+
+def test_memory_that_there_is_not_is_a_message(kinds: Any) -> None:
+    done = commanded("verify", str(kinds("graph").folder), "--input", "1000000x1000000x3")
+    assert done.exit_code == 1 and "memory ran out" in done.output
+
+
+def test_what_the_command_line_prints_obeys_no_terminal(kinds: Any, tmp_path: Path) -> None:
+    change = says(notes=[TERMINAL], why_graph=TERMINAL, versions={TERMINAL: TERMINAL})
+    folder = sealed(kinds("graph").folder, tmp_path / "out", change)
+    done = commanded("info", str(folder))
+    assert done.exit_code == 0 and "owned" in done.output and done.output.replace("\n", "").isprintable()
+    assert json.loads(commanded("info", str(folder), "--json").output)["notes"] == [TERMINAL]
+
+
+def commanded(*words: str) -> Any:
+    testing = pytest.importorskip("typer.testing")
+    from oto.cli import app
+
+    return testing.CliRunner().invoke(app, list(words), prog_name="oto")
+
+
 def test_the_list_of_what_may_be_said_is_that_of_the_schema() -> None:
     """What docs/oto.schema.json describes is what is looked at."""
     schema = json.loads((Path(__file__).resolve().parents[2] / "docs" / "oto.schema.json").read_text())
