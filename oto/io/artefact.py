@@ -335,14 +335,11 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
             f"  to fix  load it with the version of oto that wrote it ({writer}), or write it again with this one"
         )
     try:
-        content = {key: value for key, value in manifest.items() if key != "digest"}
-        whole = manifest.get("digest") == _digest(content)
+        if manifest.get("digest") != _digest({key: value for key, value in manifest.items() if key != "digest"}):
+            raise _damaged(place, "it was changed after it was written")
+        require(manifest)
     except RecursionError as failure:
         raise _damaged(place, "it is nested too deep") from failure
-    if not whole:
-        raise _damaged(place, "it was changed after it was written")
-    try:
-        require(manifest)
     except Refusal as refusal:
         raise _damaged(place, f"it says what this version of oto does not write: {refusal}") from None
     for name, stamp in manifest["files"].items():

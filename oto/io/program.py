@@ -25,6 +25,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import keyword
 import logging
 import math
 import os
@@ -279,6 +280,8 @@ def _check_nodes(where: str, nodes: list[Any]) -> None:
         home, _, name = node["target"].rpartition(".")
         given = [list(_numbers_in(x["arg"], bits)) for x in node["inputs"]]
         made: float = 64
+        if home == "_operator" and name != "getitem" and not all(_is_single(x["arg"]) for x in node["inputs"]):
+            raise _Refusal(f"{where}: {node['target']} takes a list or a text, which it would repeat")
         if given and home in ("_operator", "torch"):
             made = _grown(name, [max(x, default=1) for x in given], _literal(node["inputs"][-1:]))
         if made > MOST_BITS:
@@ -299,6 +302,11 @@ def _numbers_in(argument: Any, bits: Mapping[str, float]) -> Iterator[float]:
             yield from _numbers_in(item, bits)
     elif isinstance(argument, int):
         yield argument.bit_length()
+
+
+def _is_single(argument: Any) -> bool:
+    """Whether an argument is one number or one tensor."""
+    return not any(isinstance(value, list) or kind == "as_string" for kind, value in argument.items())
 
 
 def _names_of(outputs: Any) -> Iterator[str]:
@@ -322,7 +330,7 @@ def _literal(inputs: list[Any]) -> float | None:
 
 
 _SUMS, _PRODUCTS = _words("add sub sum sym_sum Add"), _words("mul Mul")
-_POWERS, _SHIFTS = _words("pow Pow PowByNatural FloatPow"), _words("lshift LShift")
+_POWERS, _SHIFTS = _words("pow Pow PowByNatural FloatPow RoundDecimal"), _words("lshift LShift")
 
 
 def _grown(name: str, bits: list[float], by: float | None) -> float:
@@ -344,7 +352,7 @@ def _grown(name: str, bits: list[float], by: float | None) -> float:
 
 
 def _check_name(where: str, name: str) -> None:
-    if name and not (name.isidentifier() and name.isascii()):
+    if name and (not (name.isidentifier() and name.isascii()) or keyword.iskeyword(name)):
         raise _Refusal(f"{where}: {name!r} is no name")
 
 
@@ -412,33 +420,66 @@ def _check_expression(where: str, text: str) -> None:
         bits = _bits(tree.body)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as failure:
         raise _Refusal(f"{where}: {_cut(text)} is no expression") from failure
+    texts = _texts_in(tree)
     for node in ast.walk(tree):
         fine = isinstance(node, _GRAMMAR)
         if isinstance(node, ast.Call):
             called = node.func
-            fine = (isinstance(called, ast.Name) and called.id in _FUNCTIONS) or isinstance(called, ast.Attribute)
-            if fine and isinstance(called, ast.Name):
-                texts = [x.value for x in node.args if isinstance(x, ast.Constant) and isinstance(x.value, str)]
-                fine = all(map(_is_symbol if called.id == "Symbol" else _DIGITS.fullmatch, texts))
+            fine = isinstance(called, ast.Attribute)
+            if isinstance(called, ast.Name):
+                fine = called.id in _FUNCTIONS and all(_is_number(x, called.id == "Piecewise") for x in node.args)
+                fine = fine and (called.id != "Float" or len(node.args) == 1)  # the other is a precision
+        elif isinstance(node, ast.keyword):  # what a symbol is known to be; the bits of a Float
+            fine = isinstance(node.value, ast.Constant) and node.value.value in (True, False, None, *range(64))
+        elif isinstance(node, ast.BinOp):
+            fine = _is_number(node.left) and _is_number(node.right) and not texts & {node.left, node.right}
         elif isinstance(node, ast.Attribute):
             symbolic = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in _SYMBOLIC
             fine = node.attr in _READ or symbolic
         elif isinstance(node, ast.Name):
             fine = not node.id.startswith("__")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            fine = node in texts
         elif isinstance(node, ast.Constant):
-            plain = node.value is None or isinstance(node.value, bool | int | float)
-            fine = plain or (isinstance(node.value, str) and bool(re.fullmatch(r"[\w.+-]*", node.value)))
+            fine = node.value is None or isinstance(node.value, bool | int | float)
         if not fine:
             raise _Refusal(f"{where}: {_cut(text)} is no arithmetic on sizes")
     if bits > MOST_BITS:
         raise _Refusal(f"{where}: {_cut(text)} may come to a number of more than {MOST_BITS:,} bits")
 
 
-def _is_symbol(name: str) -> bool:
-    return name.isidentifier() and name.isascii() and not name.startswith("_")
+_SYMBOL, _DIGITS = re.compile(r"[a-zA-Z]\w*", re.ASCII), re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]{1,3})?", re.ASCII)
+_KEY = re.compile(r"[\w.+-]*")
 
 
-_DIGITS = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?")
+def _texts_in(tree: ast.AST) -> set[ast.AST]:
+    """Texts that may be where they are: names of symbols, digits of numbers, keys of inputs and what these equal."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            plain, inner = _SYMBOL if node.func.id == "Symbol" else _DIGITS, node.args
+        elif isinstance(node, ast.Subscript):
+            plain, inner = _KEY, [node.slice]
+        elif isinstance(node, ast.Compare):
+            plain, inner = _KEY, [node.left, *node.comparators]
+        else:
+            continue
+        for x in inner:
+            if isinstance(x, ast.Constant) and isinstance(x.value, str) and plain.fullmatch(x.value):
+                found.add(x)
+    return found
+
+
+def _is_number(node: ast.expr, nested: bool = False) -> bool:
+    """Whether arithmetic may be done on a part of an expression: not on a tuple, which a product would repeat.
+
+    Args:
+        nested: Tuples are arguments, too.
+    """
+    if isinstance(node, ast.Tuple):
+        return nested
+    called = node.func if isinstance(node, ast.Call) and not node.args else node
+    return not (isinstance(called, ast.Attribute) and called.attr in ("size", "stride", "shape"))
 
 
 _OPERATORS: dict[type[ast.operator], str] = {

@@ -369,18 +369,20 @@ def forged(kind: Kind, folder: Path, seed: int) -> tuple[Kind, str]:
     said = []
 
     def change(at: Path, manifest: dict[str, Any]) -> None:
-        where = draw.choice(("manifest", "manifest", "edit", "file", "graph"))
-        if where == "graph" and kind.model is None:
+        program = kind.model is None
+        where = draw.choice(
+            ("graph", "graph", "graph", "file", "manifest") if program else ("edit", "file", "manifest")
+        )
+        if where == "graph":
             edit_graph(at, lambda graph: said.append(meddle_with_graph(draw, graph)))
         elif where == "file":
-            name = "model.pt2" if kind.model is None else "model.safetensors"
+            name = "model.pt2" if program else "model.safetensors"
             said.append(meddle_with_bytes(draw, at / name))
         elif where == "edit":
             said.append(f"edits: {edit(draw, manifest)}")
         else:
-            part = (
-                manifest if draw.random() < 0.5 else manifest[draw.choice(sorted(set(manifest) - {"digest", "format"}))]
-            )
-            said.append(f"manifest: {meddle(draw, part if isinstance(part, dict | list) and part else manifest, JUNK)}")
+            part = manifest[draw.choice(sorted(manifest.keys() - {"digest", "format"}))]
+            tree = part if isinstance(part, dict | list) and part and draw.random() < 0.5 else manifest
+            said.append(f"manifest: {meddle(draw, tree, JUNK)}")
 
     return Kind(sealed(kind.folder, folder, change), kind.model, kind.given, kind.watched), said[0]

@@ -223,6 +223,13 @@ def told(*hows: Any, site: str = "forward: x", name: str = "linear") -> Change:
     return edits(told={"": {site: {name: list(hows)}}})
 
 
+def endless() -> Any:
+    rest: Any = 1
+    for _ in range(400):
+        rest = {"op": ["add", "Tensor"], "args": [rest]}
+    return rest
+
+
 ROUND = {"edits": {}, "shapes": {}, "kept": {}}
 STATED = {
     "a decorated forward": stated("", ["forward", "__wrapped__"], 3),
@@ -285,6 +292,7 @@ OTHER_EDITS = {
     "told: a text": told({"numbers": [[0, "x"]], "of": 1}),
     "told: another operator": told({"rest": {"op": ["fill_", "Scalar"], "args": []}}),
     "told: another overload": told({"rest": {"op": ["add", "__class__"], "args": [1]}}),
+    "told: without end": told({"rest": endless()}),
     "told: another function": told({"counted": "os.system"}),
     "told: another key": told({"call": "os.system"}),
     "told: of no module": edits(told={"mode": {}}),
@@ -301,6 +309,7 @@ MANIFESTS = {
     "earlier: text": says(earlier=[{**ROUND, "shapes": {"stem.weight": "xx"}}]),
     "earlier: other edits": says(earlier=[{**ROUND, "edits": {"attributes": {"stem": {"forward": 3}}}}]),
     "earlier: what is no tensor": says(earlier=[{**ROUND, "shapes": {"training": [1]}}]),
+    "earlier: terabytes": says(earlier=[{**ROUND, "shapes": {"stem.weight": [10**6, 10**6]}}]),
     "tensors: of no file": lambda at, m: m["tensors"].update(x={"ties": {}, "complex": []}),
     "tensors: shared with nothing": lambda at, m: m["tensors"]["model.safetensors"].update(ties={"stem.weight": "zz"}),
     "tensors: shared with larger ones": lambda at, m: m["tensors"]["model.safetensors"].update(
@@ -478,6 +487,7 @@ PROGRAMS = {
     "a power": call("_operator.pow", {"as_int": 9}, {"as_int": 10**9}),
     "a shift": call("_operator.lshift", {"as_int": 1}, {"as_int": 10**13}),
     "numbers that square themselves": doubled,
+    "a list that is repeated": call("_operator.mul", {"as_ints": [1, 2]}, {"as_int": 10**10}),
     "a huge number": call("_operator.add", {"as_int": 10**300}, {"as_int": 1}),
     "os.system": call("os.system", {"as_string": f"touch {CANARY}"}),
     "torch.load": call("torch.load", {"as_string": CANARY}),
@@ -487,13 +497,22 @@ PROGRAMS = {
     "size: a power of a size": sizes("2**s0"),
     "size: a symbol that is none": sizes("Symbol('__import__')"),
     "size: digits": sizes(f"Integer('{'9' * 60_000}')"),
+    "size: powers by keyword": sizes("Pow(b=9, e=Pow(b=9, e=Pow(b=9, e=9)))"),
+    "size: a precision": sizes("Float('1', 1000000000)"),
+    "size: a precision by keyword": sizes("Float('1', precision=1000000000)"),
+    "size: an exponent": sizes("ceiling(Float('1e999999999'))"),
+    "size: places after the point": sizes("RoundDecimal(Integer(1), -1000000000)"),
+    "size: digits that are repeated": sizes("Integer('9' * 1000000000)"),
     "size: a long text": sizes("+".join(["1"] * 100_000)),
     "size: an attribute": sizes("Integer('x.__class__')"),
     "size: an index that is called": sizes("max[0](1)"),
     "guard: powers": guard("9**9**9**9 == 0"),
+    "guard: a tuple that is repeated": guard("(1, 2) * 10000000000 == 0"),
+    "guard: a shape that is repeated": guard("L['x'].size() * 10000000000 == 0"),
     "guard: a function": guard("(lambda: 1)()"),
     "guard: an attribute": guard("L['x'].__class__"),
     "guard: another alphabet": guard("ｅｖａｌ('1')"),
+    "a name that is a keyword": lambda graph: nodes(graph)[0].update(name="import"),
     "nodes of one name": lambda graph: nodes(graph).extend([nodes(graph)[0]] * 2),
     "too many nodes": lambda graph: nodes(graph).extend(node("os.system", []) for _ in range(300)),
 }
