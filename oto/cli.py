@@ -13,6 +13,7 @@ with ``--json`` each of them is one JSON object on a line.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -38,6 +39,7 @@ from oto.errors import (
     VerificationError,
     first_line,
     out_of_memory,
+    printable,
 )
 from oto.given import HOW_TO_NAME, load_weights, named_input, named_model
 from oto.groups import Cost
@@ -77,6 +79,11 @@ def command(f: Command) -> Command:
             _message("error", failure, as_json)
             code = WRONG if isinstance(failure, GivenError) else REFUSED
             raise typer.Exit(code) from failure
+        except (MemoryError, RuntimeError) as failure:
+            if not out_of_memory(failure):
+                raise
+            _message("error", f"memory ran out: {first_line(failure)}", as_json, "MemoryError")
+            raise typer.Exit(REFUSED) from failure
 
     app.command()(told)
     return f
@@ -100,13 +107,13 @@ def _message(kind: str, what: object, as_json: bool, name: str | None = None) ->
         typer.echo(json.dumps({kind: name or type(what).__name__, "message": str(what)}), err=True)
         return
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    first, *rest = str(what).splitlines() or [type(what).__name__]
+    first, *rest = printable(str(what)).splitlines() or [type(what).__name__]
     console.print(f"{kind}: ", style="bold red" if kind == "error" else "bold yellow", end="")
     console.print("\n".join([first, *rest]), markup=False)
 
 
 def _result(text: object, data: Mapping[str, Any], as_json: bool) -> None:
-    typer.echo(json.dumps(data, default=str) if as_json else str(text))
+    typer.echo(json.dumps(data, default=str) if as_json else printable(str(text)))
 
 
 # What the commands have in common ------------------------------------------------------------------------------------
@@ -275,14 +282,28 @@ def slim(
 @command
 def info(artefact: ArtefactFolder, as_json: Json = False) -> None:
     """What an artefact is: costs, proof, files, versions. Every file is checked against its hash."""
-    found = reading(artefact)
+    found = _opened(artefact)
     _result(_about(found), {"folder": str(found.folder), **found.manifest}, as_json)
+
+
+def _opened(folder: Path) -> Artefact:
+    """An artefact of a slim model, whose files are whole."""
+    found = reading(folder)
+    if missing := [name for name in SAID if name not in found.manifest]:
+        raise DamagedArtefactError(
+            f"{found.folder}: its manifest says nothing of {', '.join(missing)}\n"
+            "  effect  it is not known to hold a slim model\n  to fix  pass the folder given to construct_subnet"
+        )
+    return found
+
+
+SAID = ("model", "emitter", "why_graph", "cost", "checks", "notes", "versions")
 
 
 def _about(found: Artefact) -> str:
     manifest = found.manifest
-    before, after = (Cost(**manifest["cost"][key]) for key in ("before", "after"))
-    checks = [Check(**c) for c in manifest["checks"]]
+    before, after = (Cost(**_fields(Cost, manifest["cost"][key])) for key in ("before", "after"))
+    checks = [Check(**_fields(Check, c)) for c in manifest["checks"]]
     worst = {
         dtype: max(c.error for c in checks if c.dtype == dtype) for dtype in dict.fromkeys(c.dtype for c in checks)
     }
@@ -304,6 +325,11 @@ def _about(found: Artefact) -> str:
         columns([[name, f"{stamp['size']:,} bytes"] for name, stamp in manifest["files"].items()]),
     ]
     return "\n".join(lines)
+
+
+def _fields(kind: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Those entries that this version knows."""
+    return {field.name: entries[field.name] for field in dataclasses.fields(kind)}
 
 
 @command
@@ -328,7 +354,7 @@ def verify(
 
 def _verified(folder: Path, model: str | None, inputs: list[str] | None,
               input_fn: str | None) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
-    found = reading(folder)
+    found = _opened(folder)
     files = found.manifest["files"]
     lines = [f"{len(files)} files are whole ({sum(stamp['size'] for stamp in files.values()):,} bytes)"]
     full, slim, given = _loaded(found, model, inputs, input_fn)
@@ -415,7 +441,7 @@ def bench(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    full, slim, given = _loaded(reading(artefact), model, input, input_fn)
+    full, slim, given = _loaded(_opened(artefact), model, input, input_fn)
     try:
         models = {name: m.to(device).eval() for name, m in (("full", full), ("slim", slim)) if m is not None}
         given = tree_map_only(Tensor, lambda t: t.to(device), given)
@@ -456,7 +482,7 @@ def export(
     """
     if to not in FORMATS:
         raise GivenError(f"--to {to} is no format\n  to fix  --to {', --to '.join(FORMATS)}")
-    _, slim, given = _loaded(reading(artefact), model, input, input_fn)
+    _, slim, given = _loaded(_opened(artefact), model, input, input_fn)
     target = out or Path(FORMATS[to])
     checks = export_model(slim, given, to, target)
     size, error = target.stat().st_size, max(c.error for c in checks)

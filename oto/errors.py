@@ -14,6 +14,9 @@ import torch
 class OTOError(Exception):
     """Base of every error that ``oto`` raises on purpose."""
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))  # names may come from a file
+
 
 class TraceError(OTOError):
     """The model could not be run on the example input, so there is no graph to analyse."""
@@ -138,6 +141,17 @@ class LeftBehindWarning(UserWarning):
 
 class UnknownOpWarning(UserWarning):
     """An operator without a rule kept its channels whole."""
+
+
+def printable(text: str) -> str:
+    """A text without characters that a terminal obeys or cannot show: they are spelled out, and only lines stay.
+
+    >>> printable("a" + chr(27) + "[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def out_of_memory(failure: BaseException) -> bool:

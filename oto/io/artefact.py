@@ -26,11 +26,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError, some
+from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError, first_line, some
+from oto.io.manifest import Refusal, is_plain, parse, require, require_files
 
 FORMAT_VERSION = 1
 MANIFEST = "oto.json"
-LARGEST_MANIFEST = 2**28  # bytes; that of a network of billions of parameters has some millions
+LARGEST_MANIFEST = 2**27  # bytes; that of a network of billions of parameters has some millions
 
 
 def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) -> None:
@@ -78,7 +79,7 @@ class Draft:
 
     def file(self, name: str) -> Path:
         """Where to write a further file."""
-        assert _is_plain(name), name
+        assert is_plain(name), name
         return self.folder / name
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor], spare: Container[str] = ()) -> list[str]:
@@ -226,7 +227,7 @@ def adding(path: str | os.PathLike[str], name: str) -> Iterator[Path]:
         ArtefactError: There is no artefact; a file of that name is there and belongs to none; it cannot be written.
         DamagedArtefactError: The artefact is not whole.
     """
-    assert _is_plain(name), name
+    assert is_plain(name), name
     artefact = reading(path)
     folder, manifest = artefact.folder, dict(artefact.manifest)
     _require_own(folder, [name])
@@ -322,10 +323,10 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
     if (size := place.stat().st_size) > LARGEST_MANIFEST:
         raise _damaged(place, f"it has {size:,} bytes, which no manifest has")
     try:
-        manifest = json.loads(place.read_text(encoding="utf-8"))
+        manifest = parse(_start(place, size))
         version = manifest["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as failure:
-        raise _damaged(place, "it is not the JSON that was written") from failure
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        raise _damaged(place, f"it is not the JSON that was written ({first_line(failure)})") from failure
     if type(version) is not int or version != FORMAT_VERSION:
         versions = manifest.get("versions")
         writer = versions.get("oto", "unknown") if isinstance(versions, dict) else "unknown"
@@ -333,49 +334,58 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
             f"{place} is of format {version!r}; this version of oto reads format {FORMAT_VERSION}\n"
             f"  to fix  load it with the version of oto that wrote it ({writer}), or write it again with this one"
         )
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    if manifest.get("digest") != _digest(content):
-        raise _damaged(place, "it was changed after it was written")
-    if not _is_well_formed(manifest):
-        raise _damaged(place, "it does not say which files there are")
+    try:
+        if manifest.get("digest") != _digest({key: value for key, value in manifest.items() if key != "digest"}):
+            raise _damaged(place, "it was changed after it was written")
+        require(manifest)
+    except RecursionError as failure:
+        raise _damaged(place, "it is nested too deep") from failure
+    except Refusal as refusal:
+        raise _damaged(place, f"it says what this version of oto does not write: {refusal}") from None
     for name, stamp in manifest["files"].items():
-        if not _is_plain(name):
-            raise _damaged(place, f"it names a file outside the folder: {name}")
-        file = folder / name
-        if not file.is_file():
-            raise _damaged(file, "it is missing")
-        try:
-            size, found = file.stat().st_size, _stamp(file)
-        except OSError as failure:
-            raise _damaged(file, f"it cannot be read ({failure})") from failure
-        if size != stamp["size"]:
-            raise _damaged(file, f"it has {size} bytes, and had {stamp['size']}")
-        if found != stamp:
-            raise _damaged(file, "its content changed")
+        _require_whole(folder / name, stamp)
     return Artefact(folder, manifest)
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a name stands for a file in the folder itself, on any system."""
-    return bool(name) and name not in (".", "..", MANIFEST) and not set(name) & set("/\\:\0")
+def _start(file: Path, size: int) -> bytes:
+    """What a file begins with. Nothing is read of one without a size: of what some systems show as such, for ever."""
+    if not size:
+        return b""
+    with file.open("rb") as stream:
+        return stream.read(size)
 
 
-def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
-    files, notes = manifest.get("files"), manifest.get("tensors")
-    return (
-        isinstance(files, dict)
-        and all(isinstance(stamp, dict) and stamp.keys() == {"size", "sha256"} for stamp in files.values())
-        and isinstance(notes, dict)
-        and notes.keys() <= files.keys()
-        and all(isinstance(note, dict) and note.keys() == {"ties", "complex"} for note in notes.values())
-        and all(isinstance(note["ties"], dict) and isinstance(note["complex"], list) for note in notes.values())
-    )
+def _require_whole(file: Path, stamp: Mapping[str, Any]) -> None:
+    """Refuse a file that is not what the manifest says. It is not opened before its kind and size are known.
+
+    Raises:
+        DamagedArtefactError: It is not; or it is no file, but a pipe or a device.
+    """
+    if not file.is_file():
+        raise _damaged(file, "it is missing, or no plain file")
+    try:
+        size = file.stat().st_size
+        if size != stamp["size"]:
+            raise _damaged(file, f"it has {size} bytes, and had {stamp['size']}")
+        found = _stamp(file)["sha256"] if size else hashlib.sha256().hexdigest()  # see _start
+    except OSError as failure:
+        raise _damaged(file, f"it cannot be read ({failure})") from failure
+    if found != stamp["sha256"]:
+        raise _damaged(file, "its content changed")
+
+
+def _is_well_formed(manifest: Any) -> bool:
+    try:
+        require_files(manifest)
+    except Refusal:
+        return False
+    return True
 
 
 def _files_of(folder: Path) -> set[str]:
     """What an artefact that is in the folder, if there is one, has written there, and nobody has changed since."""
     manifest = _manifest_of(folder)
-    return {name for name, stamp in manifest.items() if _is_plain(name) and _is_still(folder / name, stamp)}
+    return {name for name, stamp in manifest.items() if is_plain(name) and _is_still(folder / name, stamp)}
 
 
 def _manifest_of(folder: Path) -> Mapping[str, Any]:

@@ -13,10 +13,11 @@ can name modules to import. There is no switch for any of it. The hashes of the 
 artefact made them too.
 
 So :func:`load_program` lists what may be there, and refuses the rest before torch sees a byte: known members, raw
-weights, sizes and guards made of arithmetic, names that are names, operators that compute. What passed is packed anew,
-in memory, so that torch reads what was checked and not what another reading of the same zip might find. This narrows
-what a foreign file can do; it does not make torch's loader a sandbox. With a class of your own,
-``load_subnet(path, make_model)``, no program is read at all.
+weights, sizes and guards made of arithmetic whose results stay small, names that are names, operators that take tensors
+and give tensors. What passed is packed anew, in memory and without what only tells where a node comes from, so that
+torch reads what was checked and not what another reading of the same zip might find. This narrows what a foreign file
+can do; it does not make torch's loader a sandbox. With a class of your own, ``load_subnet(path, make_model)``, no
+program is read at all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import keyword
 import logging
 import math
 import os
@@ -40,6 +42,7 @@ import torch
 
 from oto._torch import OpOverload
 from oto.errors import ArtefactError, out_of_memory, some
+from oto.io.manifest import parse
 
 _MEMBERS = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
@@ -52,9 +55,14 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Of the module operator; all of math and torch.sym_* besides.
+# Of the module operator.
 _ARITHMETIC = _words("""
     add sub mul truediv floordiv mod pow neg pos abs lshift rshift and_ or_ not_ eq ne lt le gt ge getitem
+""")
+# Of the module math: what takes no longer for a larger number.
+_MATH = _words("""
+    ceil floor trunc sqrt cbrt fabs fmod remainder exp exp2 expm1 log log1p log2 log10 pow sin cos tan asin acos atan
+    atan2 sinh cosh tanh asinh acosh atanh erf erfc hypot copysign degrees radians isnan isinf isfinite
 """)
 # Operators that run a part of the same graph.
 _HIGHER_ORDER = _words("""
@@ -66,7 +74,21 @@ _NO_OPERATORS = _words("""
     profiler debugprims debug_mode_ops inductor inductor_prims export prim coor mempool streams image
     c10d c10d_functional symm_mem fsdp rpc static_runtime
 """)
-_NO_FILES = {"aten.from_file"}
+# Those that ask about dtypes, and those that give nothing, as they only refuse what does not hold.
+_ON_DTYPES = _words("promote_types result_type can_cast")
+_ASSERTIONS = _words("""
+    _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size
+    _linalg_check_errors
+""")
+_TAKEN = _words("""
+    TensorType IntType FloatType BoolType NumberType ComplexType SymIntType SymBoolType SymFloatType StringType
+    DeviceObjType GeneratorType ScalarTypeType LayoutType MemoryFormatType
+""")
+_GIVEN = _words("TensorType IntType FloatType BoolType NumberType SymIntType SymBoolType SymFloatType")
+MOST_NODES = 2**16  # of a graph; torch takes a millisecond for each
+MOST_BRACKETS = 2**23  # lists and objects in its JSON
+MOST_BITS = 2**16  # of a number that sizes make
+LONGEST_EXPRESSION = 2**16  # characters
 
 # What torch writes into sizes and guards: sympy's classes and its own.
 _FUNCTIONS = _words("""
@@ -182,7 +204,7 @@ def _checked(path: Path) -> dict[str, bytes]:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive)
         for where, check in _JSON.items():
-            content = json.loads(members[where])
+            content = parse(members[where], MOST_BRACKETS)
             check(where, content)
             members[where] = json.dumps(content).encode()  # as it was understood here
     except _Refusal as refusal:
@@ -229,6 +251,8 @@ def _check_index(where: str, index: Mapping[str, Any]) -> None:
 def _check_json(where: str, tree: Any, key: str = "") -> None:
     """Look at every string that torch evaluates, resolves, imports or pastes into code."""
     if isinstance(tree, dict):
+        if isinstance(nodes := tree.get("nodes"), list):
+            _check_nodes(where, nodes)
         for name, value in tree.items():
             if name in ("as_custom_obj", "custom_obj"):
                 raise _Refusal(f"{where}: it holds a custom object, which is pickled")
@@ -242,10 +266,93 @@ def _check_json(where: str, tree: Any, key: str = "") -> None:
         return
     if isinstance(tree, str) and key in _TEXT:
         _TEXT[key](where, tree)
+    if isinstance(tree, int) and abs(tree) > 2**64:
+        raise _Refusal(f"{where}: {key} is a number of {tree.bit_length()} bits")
+
+
+def _check_nodes(where: str, nodes: list[Any]) -> None:
+    """A graph: not too many nodes, names of their own, numbers that stay small. What tells of their making goes."""
+    if len(nodes) > MOST_NODES:
+        raise _Refusal(f"{where}: it has {len(nodes):,} nodes, and may have {MOST_NODES:,}")
+    bits: dict[str, float] = {}
+    for node in nodes:
+        node["metadata"] = {}
+        home, _, name = node["target"].rpartition(".")
+        given = [list(_numbers_in(x["arg"], bits)) for x in node["inputs"]]
+        made: float = 64
+        if home == "_operator" and name != "getitem" and not all(_is_single(x["arg"]) for x in node["inputs"]):
+            raise _Refusal(f"{where}: {node['target']} takes a list or a text, which it would repeat")
+        if given and home in ("_operator", "torch"):
+            made = _grown(name, [max(x, default=1) for x in given], _literal(node["inputs"][-1:]))
+        if made > MOST_BITS:
+            raise _Refusal(f"{where}: {node['target']} makes a number that may have more than {MOST_BITS:,} bits")
+        for output in _names_of(node["outputs"]):
+            if output in bits:
+                raise _Refusal(f"{where}: two nodes are called {output!r}")
+            bits[output] = made
+
+
+def _numbers_in(argument: Any, bits: Mapping[str, float]) -> Iterator[float]:
+    """How many bits the numbers of an argument have."""
+    if isinstance(argument, dict):
+        for name, value in argument.items():
+            yield from [bits.get(value, 64)] if name == "as_name" else _numbers_in(value, bits)
+    elif isinstance(argument, list):
+        for item in argument:
+            yield from _numbers_in(item, bits)
+    elif isinstance(argument, int):
+        yield argument.bit_length()
+
+
+def _is_single(argument: Any) -> bool:
+    """Whether an argument is one number or one tensor."""
+    return not any(isinstance(value, list) or kind == "as_string" for kind, value in argument.items())
+
+
+def _names_of(outputs: Any) -> Iterator[str]:
+    if isinstance(outputs, dict):
+        for name, value in outputs.items():
+            if name in ("name", "as_name") and isinstance(value, str):
+                yield value
+            else:
+                yield from _names_of(value)
+    elif isinstance(outputs, list):
+        for item in outputs:
+            yield from _names_of(item)
+
+
+def _literal(inputs: list[Any]) -> float | None:
+    """The number that an argument is."""
+    argument = inputs[0]["arg"] if inputs else None
+    while isinstance(argument, dict) and len(argument) == 1:
+        (argument,) = argument.values()
+    return argument if isinstance(argument, int | float) else None
+
+
+_SUMS, _PRODUCTS = _words("add sub sum sym_sum Add"), _words("mul Mul")
+_POWERS, _SHIFTS = _words("pow Pow PowByNatural FloatPow RoundDecimal"), _words("lshift LShift")
+
+
+def _grown(name: str, bits: list[float], by: float | None) -> float:
+    """How many bits a result may have.
+
+    Args:
+        bits: Those of the arguments.
+        by: The last argument, if it is known.
+    """
+    if name in _PRODUCTS:
+        return sum(bits)
+    if name in _SUMS:
+        return max(bits, default=0) + len(bits)
+    if name in _POWERS:
+        return math.inf if by is None or not abs(by) <= 64 else bits[0] * max(abs(by), 1)
+    if name in _SHIFTS:
+        return math.inf if by is None or not 0 <= by <= 64 else bits[0] + by
+    return max(bits, default=0) + 1
 
 
 def _check_name(where: str, name: str) -> None:
-    if name and not (name.isidentifier() and name.isascii()):
+    if name and (not (name.isidentifier() and name.isascii()) or keyword.iskeyword(name)):
         raise _Refusal(f"{where}: {name!r} is no name")
 
 
@@ -259,43 +366,157 @@ def _check_operator(where: str, target: str) -> None:
     home, _, name = target.rpartition(".")
     if (home, name.partition("_")[0]) == ("torch", "sym") or (home == "_operator" and name in _ARITHMETIC):
         return
-    if home == "math" and not name.startswith("_") and hasattr(math, name):
+    if home == "math" and name in _MATH:
         return
     parts = target.split(".")
     if parts[:3] == ["torch", "ops", "higher_order"] and len(parts) == 4 and parts[3] in _HIGHER_ORDER:
         return
     if parts[:2] == ["torch", "ops"] and len(parts) == 5:
         space, operation, overload = parts[2:]
-        if not space.startswith("_") and space not in _NO_OPERATORS and f"{space}.{operation}" not in _NO_FILES:
+        if not space.startswith("_") and space not in _NO_OPERATORS and space.isidentifier():
             found = getattr(getattr(getattr(torch.ops, space), operation, None), overload, None)
-            if isinstance(found, OpOverload):
+            if isinstance(found, OpOverload) and _computes(found):
                 return
             if found is None and re.fullmatch(r"\w+", space + operation + overload):
                 raise _Refusal(f"{where}: nobody registered the operator {target!r}; import what defines it first")
     raise _Refusal(f"{where}: {target!r} is no operator that only computes")
 
 
+def _computes(op: OpOverload) -> bool:
+    """Whether an operator takes tensors, or the shape of a new one, and gives tensors, or numbers read off them.
+
+    What gives nothing does something else: it sets a mode or a seed, prints, or writes. So does what takes neither.
+    """
+    schema: Any = op._schema
+    if op.namespace == "aten" and op._opname in _ON_DTYPES | _ASSERTIONS:
+        return True
+    if not schema.returns:
+        return False
+    takes = [_kind(argument.type) for argument in schema.arguments]
+    gives = [_kind(result.type) for result in schema.returns]
+    if not (_TAKEN.issuperset(takes) and _GIVEN.issuperset(gives)):
+        return False
+    if "TensorType" in takes:
+        return True
+    # a new tensor, made of numbers; or of a file, whose name is a text
+    return "DeviceObjType" in takes and "StringType" not in takes and set(gives) == {"TensorType"}
+
+
+def _kind(type_: Any) -> str:
+    """What kind of value an argument is, or a list of what."""
+    while type_.kind() in ("OptionalType", "ListType"):
+        type_ = type_.getElementType()
+    return str(type_.kind())
+
+
 def _check_expression(where: str, text: str) -> None:
     """Arithmetic on sizes: ``Mul(Integer(2), Symbol('s0', positive=True))``, ``L['x'].size()[0] <= 8``."""
     try:
-        tree = ast.parse(text, mode="eval")
+        if len(text) > LONGEST_EXPRESSION:
+            raise ValueError
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text, mode="eval")
+        bits = _bits(tree.body)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as failure:
         raise _Refusal(f"{where}: {_cut(text)} is no expression") from failure
+    texts = _texts_in(tree)
     for node in ast.walk(tree):
         fine = isinstance(node, _GRAMMAR)
         if isinstance(node, ast.Call):
             called = node.func
-            fine = (isinstance(called, ast.Name) and called.id in _FUNCTIONS) or isinstance(called, ast.Attribute)
+            fine = isinstance(called, ast.Attribute)
+            if isinstance(called, ast.Name):
+                fine = called.id in _FUNCTIONS and all(_is_number(x, called.id == "Piecewise") for x in node.args)
+                fine = fine and (called.id != "Float" or len(node.args) == 1)  # the other is a precision
+        elif isinstance(node, ast.keyword):  # what a symbol is known to be; the bits of a Float
+            fine = isinstance(node.value, ast.Constant) and node.value.value in (True, False, None, *range(64))
+        elif isinstance(node, ast.BinOp):
+            fine = _is_number(node.left) and _is_number(node.right) and not texts & {node.left, node.right}
         elif isinstance(node, ast.Attribute):
             symbolic = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in _SYMBOLIC
             fine = node.attr in _READ or symbolic
         elif isinstance(node, ast.Name):
             fine = not node.id.startswith("__")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            fine = node in texts
         elif isinstance(node, ast.Constant):
-            plain = node.value is None or isinstance(node.value, bool | int | float)
-            fine = plain or (isinstance(node.value, str) and bool(re.fullmatch(r"[\w.+-]*", node.value)))
+            fine = node.value is None or isinstance(node.value, bool | int | float)
         if not fine:
             raise _Refusal(f"{where}: {_cut(text)} is no arithmetic on sizes")
+    if bits > MOST_BITS:
+        raise _Refusal(f"{where}: {_cut(text)} may come to a number of more than {MOST_BITS:,} bits")
+
+
+_SYMBOL, _DIGITS = re.compile(r"[a-zA-Z]\w*", re.ASCII), re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]{1,3})?", re.ASCII)
+_KEY = re.compile(r"[\w.+-]*")
+
+
+def _texts_in(tree: ast.AST) -> set[ast.AST]:
+    """Texts that may be where they are: names of symbols, digits of numbers, keys of inputs and what these equal."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            plain, inner = _SYMBOL if node.func.id == "Symbol" else _DIGITS, node.args
+        elif isinstance(node, ast.Subscript):
+            plain, inner = _KEY, [node.slice]
+        elif isinstance(node, ast.Compare):
+            plain, inner = _KEY, [node.left, *node.comparators]
+        else:
+            continue
+        for x in inner:
+            if isinstance(x, ast.Constant) and isinstance(x.value, str) and plain.fullmatch(x.value):
+                found.add(x)
+    return found
+
+
+def _is_number(node: ast.expr, nested: bool = False) -> bool:
+    """Whether arithmetic may be done on a part of an expression: not on a tuple, which a product would repeat.
+
+    Args:
+        nested: Tuples are arguments, too.
+    """
+    if isinstance(node, ast.Tuple):
+        return nested
+    called = node.func if isinstance(node, ast.Call) and not node.args else node
+    return not (isinstance(called, ast.Attribute) and called.attr in ("size", "stride", "shape"))
+
+
+_OPERATORS: dict[type[ast.operator], str] = {
+    ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Pow: "pow", ast.LShift: "lshift",
+}  # fmt: skip
+
+
+def _bits(node: ast.expr) -> float:
+    """How many bits a number may have that an expression comes to; nothing is computed."""
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str):
+            return 4 * len(node.value)  # digits, or the name of a symbol, which has no more than 64
+        if isinstance(node.value, float):
+            return max(math.frexp(node.value)[1], 1)
+        return node.value.bit_length() if isinstance(node.value, int) else 1
+    if isinstance(node, ast.BinOp):
+        name, inner = _OPERATORS.get(type(node.op), ""), [node.left, node.right]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        name, inner = node.func.id, node.args
+    else:
+        name, inner = "", [x for x in ast.iter_child_nodes(node) if isinstance(x, ast.expr)]
+    return max(64, _grown(name, [_bits(x) for x in inner], _value(inner[-1]) if inner else None))
+
+
+_NUMBERS = ("Integer", "Float", "Rational")
+
+
+def _value(node: ast.expr) -> float | None:
+    """A number that is written out, or its size if it is a fraction."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        inner = _value(node.operand)
+        return None if inner is None else -inner
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NUMBERS and node.args:
+        return _value(node.args[0])
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return float(node.value) if re.fullmatch(r"-?[\d.]{1,20}", node.value) else None
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, int | float) else None
 
 
 def _check_spec(where: str, text: str, arguments: bool = False) -> None:

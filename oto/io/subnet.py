@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -293,7 +293,7 @@ def load_subnet(
     """
     artefact = reading(path)
     manifest = artefact.manifest
-    if not {"emitter", "model", "edits"} <= manifest.keys():
+    if not {"emitter", "model", "edits", "kept"} <= manifest.keys():
         raise DamagedArtefactError(
             f"{artefact.folder}: its manifest does not say what model it is of\n"
             "  effect  the artefact is not loaded\n  to fix  pass the folder given to construct_subnet"
@@ -306,11 +306,15 @@ def load_subnet(
     tensors = artefact.tensors(WEIGHTS)
     try:
         _require_same(manifest["model"], given, strict)
+        _require_thinner(tensors, manifest["model"]["full_shapes"])
         earlier = [Round.read(done) for done in manifest.get("earlier", ())]
         slim = rebuild(after_rounds(given, earlier), tensors, manifest["edits"]).eval()
         kept = {name: np.array(atoms, dtype=np.int64) for name, atoms in manifest["kept"].items()}
         descend(slim, given, *earlier, Round.of(Edits(**manifest["edits"]), tensors, kept))
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as failure:
+    except (
+        *(AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError),
+        EmitterError,
+    ) as failure:
         if out_of_memory(failure):
             raise
         raise DamagedArtefactError(
@@ -344,6 +348,16 @@ def _load_program(artefact: Artefact) -> nn.Module:
             "  to fix  prune what the class can do without, and save that: OTO(...) without everything=True"
         )
     return read_program(artefact.path(PROGRAM))
+
+
+def _require_thinner(tensors: Mapping[str, Tensor], full: Mapping[str, Sequence[int]]) -> None:
+    """Refuse weights that cannot be what is left of the full ones."""
+    for name in tensors:
+        if name not in full:
+            raise ValueError(f"it does not say which shape {name} had")
+        shape = tensors[name].shape
+        if len(shape) != len(full[name]) or any(a > b for a, b in zip(shape, full[name], strict=True)):
+            raise ValueError(f"{name} is {list(shape)}, and the full one {full[name]}")
 
 
 def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> None:

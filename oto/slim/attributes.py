@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -81,8 +83,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_data(value: Any) -> bool:
+    """Whether a value belongs to who holds it: members of enums, functions, classes and modules are the process's."""
+    return not (isinstance(value, nn.Module | Tensor | str | bytes | type | Enum | ModuleType) or callable(value))
+
+
 def _inside(value: Any, key: Key, depth: int) -> Iterator[tuple[Key, int | float]]:
-    if not depth or isinstance(value, nn.Module | Tensor | str | bytes | type) or callable(value):
+    if not depth or not _is_data(value):
         return
     items: list[tuple[str | int, Any]]
     if isinstance(value, Mapping):
@@ -100,24 +107,62 @@ def _inside(value: Any, key: Key, depth: int) -> Iterator[tuple[Key, int | float
         yield from _inside(v, (*key, k), depth - 1)
 
 
+LARGEST = 2**24
+"""What a number may become in any case, and if it is larger, as much as it is."""
+
+
 def state_(module: nn.Module, key: Key, value: int | float) -> None:
-    """Make a number that a module holds another one; what lies on the way to it becomes the module's own copy."""
-    setattr(module, str(key[0]), _with(getattr(module, str(key[0])), key[1:], value))
+    """Make a number that a module holds another one; what lies on the way to it becomes the module's own copy.
+
+    Raises:
+        EmitterError: It holds no number there, or one of another kind; a file may say so.
+    """
+    try:
+        if key[0] in _EVERY:
+            raise KeyError(key[0])
+        made = _with(vars(module)[key[0]], key[1:], value)  # type: ignore[index]
+    except (KeyError, IndexError, TypeError, ValueError) as failure:
+        way = ".".join(map(str, key))
+        raise EmitterError(f"{type(module).__name__} holds no number {way!r} that may be {value!r}") from failure
+    setattr(module, str(key[0]), made)
 
 
 def _with(held: Any, key: Key, value: int | float) -> Any:
+    """``held`` with another number at the end of the way, which leads through data and no attribute of a class.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError: The way ends before, or leads to something else.
+    """
     if not key:
+        if held is not None and not (_is_number(held) and isinstance(value, float) == isinstance(held, float)):
+            raise TypeError(f"{held!r} is no such number")
+        if isinstance(value, int) and abs(value) > max(abs(held or 0), LARGEST):
+            raise ValueError(f"{value} is too large")
         return value
     first, rest = key[0], key[1:]
+    if not _is_data(held):
+        raise TypeError(f"{type(held).__name__} is shared")
     if isinstance(held, tuple):
-        items = [_with(item, rest, value) if i == first else item for i, item in enumerate(held)]
+        items = list(held)
+        items[_place(first)] = _with(items[_place(first)], rest, value)
         return type(held)(*items) if hasattr(held, "_fields") else tuple(items)
     made = copy.copy(held)
-    if isinstance(held, Mapping | list):
-        made[first] = _with(held[first], rest, value)  # type: ignore[index]
-    else:
-        vars(made)[str(first)] = _with(vars(held)[str(first)], rest, value)
+    own: Any = made if isinstance(held, Mapping | list) else vars(made)
+    there: Any = held if isinstance(held, Mapping | list) else vars(held)
+    if own is there:
+        raise TypeError(f"{type(held).__name__} is shared")
+    if isinstance(held, list):
+        first = _place(first)
+    elif first not in there:
+        raise KeyError(first)
+    own[first] = _with(there[first], rest, value)
     return made
+
+
+def _place(key: str | int) -> int:
+    if not isinstance(key, int):
+        raise TypeError(f"{key!r} is no place")
+    return key
 
 
 def changed(term: Term, thin: Thinning) -> bool:

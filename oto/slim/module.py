@@ -122,34 +122,74 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
         del slim.train
     for path, numbers in edits.stated.items():
         for key, number in numbers:
-            state_(slim.get_submodule(path), tuple(key), number)
+            state_(_module_at(slim, path), tuple(key), number)
     for path, values in edits.attributes.items():
-        module = slim.get_submodule(path)
-        for name, value in values.items():
-            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+        _set_sizes(path, _module_at(slim, path), values)
     for path, how in edits.swaps.items():
-        stock = slim.get_submodule(path)
-        with torch.device("meta"):
-            new = SWAPS[how["class"]](**how["arguments"])
-        tensors_held = dict(stock.named_parameters(remove_duplicate=False)) | dict(stock.named_buffers())
-        for name, held in tensors_held.items():
-            parent, _, last = name.rpartition(".")
-            setattr(new.get_submodule(parent), last, held)
-        new.train(stock.training)
+        new = _swapped(path, _module_at(slim, path), how)
         if not path:
             return new
         parent, _, last = path.rpartition(".")
-        setattr(slim.get_submodule(parent), last, new)
+        setattr(_module_at(slim, parent), last, new)
     before = {path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, Told)}  # in earlier rounds
     for path in {**before, **edits.told} if edits != Edits() else ():
-        module, calls = slim.get_submodule(path), edits.told.get(path, {})
+        module, calls = _module_at(slim, path), edits.told.get(path, {})
         Told(module, both_told(before[path].calls, calls) if path in before else calls).install()
     for path, instead in edits.dropped.items():
+        _module_at(slim, path)
         parent, _, last = path.rpartition(".")
-        setattr(slim.get_submodule(parent), last, nn.Identity() if instead == "identity" else None)
+        setattr(_module_at(slim, parent), last, nn.Identity() if instead == "identity" else None)
     if edits.untrained:
         refuse_training(slim, edits.untrained)
     return slim
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module:
+    """A module by its path, of those that are registered: a file that names something else does not get there.
+
+    Raises:
+        AttributeError: There is none.
+    """
+    found: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        found = None if found is None else found._modules.get(name)
+    if found is None:
+        raise AttributeError(f"{type(model).__name__} has no module {path!r}")
+    return found
+
+
+def _set_sizes(path: str, module: nn.Module, values: Mapping[str, int]) -> None:
+    """Set the attributes by which a module of torch states its sizes; none of them exceeds what its tensors hold.
+
+    Raises:
+        EmitterError: It has no such attributes.
+    """
+    kind = stock(module)
+    known = SIZES.get(STOCK[kind], ()) if kind is not None else ()
+    for name, value in values.items():
+        most = max([t.numel() for t in (*module.parameters(False), *module.buffers(False))], default=0)
+        if name not in known or value > max(most, getattr(module, name)):
+            raise EmitterError(f"{path}, a {type(module).__name__}, states no {name} of {value}")
+        setattr(module, name, value)
+
+
+def _swapped(path: str, module: nn.Module, how: Mapping[str, Any]) -> nn.Module:
+    """The module of ``oto.nn`` that takes the place of one of torch, with its tensors.
+
+    Raises:
+        EmitterError: It is none of which there is a thinner form, or the tensors are not those of that.
+    """
+    if not isinstance(module, SWAPPED[how["class"]]):
+        raise EmitterError(f"{path} is a {type(module).__name__}, in the place of which no {how['class']} can be")
+    with torch.device("meta"):
+        new = SWAPS[how["class"]](**how["arguments"])
+    shapes = {name: t.shape for name, t in new.named_parameters()}
+    for name, held in (dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())).items():
+        if name in shapes and shapes[name] != held.shape:
+            raise EmitterError(f"{path}.{name} is {list(held.shape)}, which the thinner {how['class']} cannot hold")
+        parent, _, last = name.rpartition(".")
+        setattr(new.get_submodule(parent), last, held)
+    return new.train(module.training)
 
 
 _ATOMS = (type(None), bool, int, float, str, type)
@@ -191,7 +231,9 @@ def refuse_training(slim: nn.Module, why: str) -> None:
 def attribute(model: nn.Module, path: str) -> Tensor:
     """A parameter, buffer or plain tensor attribute by its dotted path."""
     parent, _, name = path.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(parent), name)
+    found = None if name.startswith("__") else getattr(_module_at(model, parent), name)
+    if not isinstance(found, Tensor):  # a file may name anything
+        raise AttributeError(f"{path} is no tensor of {type(model).__name__}")
     return found
 
 
@@ -482,3 +524,23 @@ STOCK: dict[type[Any], Callable[[_Mine, Edits], None]] = {
     thinner.GroupNorm: _group_norm,
     thinner.MultiheadAttention: _attention,
 }
+
+SIZES: dict[Callable[[_Mine, Edits], None], tuple[str, ...]] = {
+    _linear: ("in_features", "out_features"),
+    _conv: ("in_channels", "out_channels", "groups"),
+    _channels: ("num_features",),
+    _embedding: ("num_embeddings", "embedding_dim"),
+    _prelu: ("num_parameters",),
+    _group_norm: ("num_groups", "num_channels"),
+    _recurrent: ("input_size", "hidden_size", "proj_size"),
+    _cell: ("input_size", "hidden_size"),
+}
+"""The attributes that each of these may set; a file may set no others."""
+
+SWAPPED: dict[str, tuple[type[nn.Module], ...]] = {
+    "LayerNorm": (nn.LayerNorm, thinner.LayerNorm),
+    "RMSNorm": (nn.RMSNorm, thinner.RMSNorm),
+    "GroupNorm": (nn.GroupNorm, thinner.GroupNorm),
+    "MultiheadAttention": (nn.MultiheadAttention, thinner.MultiheadAttention),
+}
+"""What each class of ``oto.nn`` takes the place of."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oto.errors import EmitterError
 from oto.groups import Kept
 from oto.slim.module import Edits, attribute, thin_copy
 
@@ -78,13 +79,19 @@ def descend(slim: nn.Module, model: nn.Module, *rounds: Round) -> None:
 
 
 def after_rounds(first: nn.Module, rounds: Iterable[Round]) -> nn.Module:
-    """A model as some rounds leave it, without values."""
+    """A model as some rounds leave it, without values.
+
+    Raises:
+        EmitterError: A tensor would grow, or the rounds cannot be done; a file may say so.
+    """
     model = first
     for done in rounds:
         tensors: dict[str, Tensor] = {}
         made: dict[tuple[int, Sequence[int]], Tensor] = {}  # ties hold
         for name, shape in done.shapes.items():
             old = attribute(model, name)
+            if len(shape) != old.ndim or any(a > b for a, b in zip(shape, old.shape, strict=True)):
+                raise EmitterError(f"{name} is {list(old.shape)}, of which {list(shape)} cannot be left")
             key = id(old), tuple(shape)
             if key not in made:
                 made[key] = torch.empty(tuple(shape), dtype=old.dtype, device="meta")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from oto._torch import example_size, tree_unflatten
+from oto.errors import ArtefactError
 from oto.slim.graph_module import SlimGraph
 from oto.slim.leaves import follow_device, name_leaves
 from oto.slim.verify import random_like
 from oto.trace import export as trace_export
 from oto.trace.record import arguments
 from oto.trace.takes import parameters_of
+
+MOST_ENTRIES = 2**30  # of an input that is drawn
 
 
 class _Inside(nn.Module):
@@ -55,6 +59,9 @@ def example_of(program: torch.export.ExportedProgram) -> Any:
 
     Returns:
         A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Raises:
+        ArtefactError: An input would take gigabytes.
     """
     made = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
     generator = torch.Generator().manual_seed(0)
@@ -64,6 +71,11 @@ def example_of(program: torch.export.ExportedProgram) -> Any:
         if not isinstance(fake, Tensor):
             return fake
         shape = [example_size(n) for n in fake.shape]
+        if prod(shape) > MOST_ENTRIES:
+            raise ArtefactError(
+                f"the program was made on an input of {' x '.join(map(str, shape))}, too large to be drawn\n"
+                "  to fix  give an input: --input, --input-fn"
+            )
         if fake.is_floating_point() or fake.is_complex():
             return torch.randn(shape, generator=generator).to(fake.dtype)
         return torch.zeros(shape, dtype=fake.dtype)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oto.errors import out_of_memory, some
+from oto.errors import EmitterError, out_of_memory, some
 
 log = logging.getLogger(__name__)
 
@@ -64,20 +64,48 @@ class Recipe:
         return None
 
     def edited(self, edits: Fields) -> Any:
-        """A copy of the config with other values."""
+        """A copy of the config with other values.
+
+        Raises:
+            EmitterError: A field holds no number, or a value is none that it could have in a smaller model; what is
+                written into an artefact, and read from one, goes through here.
+        """
         config = copy.deepcopy(self.config)
         for path, value in edits.items():
-            *parents, last = path.split(".")
-            held = config
-            for name in parents:
-                held = _get(held, name)
-            if isinstance(held, list):
-                held[int(last)] = value
-            elif isinstance(held, dict):
-                held[last] = value
+            try:
+                held, last = _holder(config, path)
+                if not self._may_be(held, last, value):
+                    raise ValueError
+            except (KeyError, IndexError, ValueError) as failure:
+                name = getattr(self.kind, "__name__", "the model")
+                raise EmitterError(f"the config of {name} has no field {path!r} that may be {value!r}") from failure
+            if isinstance(held, list | dict):
+                held[last] = value  # type: ignore[index]
             else:
-                setattr(held, last, value)
+                setattr(held, str(last), value)
         return config
+
+    def _may_be(self, held: Any, last: str | int, value: Any) -> bool:
+        """Whether a field may have a value: a size as it is or smaller, another number near the one that it has."""
+        if isinstance(held, list | dict):
+            before = held[last]  # type: ignore[index]
+        elif not str(last).isidentifier() or str(last).startswith("_"):
+            return False
+        else:
+            before = vars(held).get(last)
+            if before is None:
+                return self._may_be_set(held, str(last)) and _is_size(value, max((PROBE, *self._widths())))
+        if isinstance(before, float):
+            return isinstance(value, float) and 0 < value <= max(before + 0.25, 1.0)
+        return isinstance(before, int) and _is_size(value, before) and not isinstance(before, bool)
+
+    def _may_be_set(self, held: Any, name: str) -> bool:
+        """Whether a config has no value under a name, and its class is not doing something under it."""
+        own = inspect.getattr_static(type(held), name, None)
+        return (own is None or isinstance(own, property)) and getattr(held, name, None) is None
+
+    def _widths(self) -> Iterator[int]:
+        yield from (n for shape in (self.shapes({}) or {}).values() for n in shape)
 
     def make(self, edits: Fields, device: str | torch.device) -> nn.Module:
         """The class, made from the edited config. Nothing of the random state is used up."""
@@ -236,17 +264,42 @@ def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
     return Keywords(**{name: value for name, value in vars(held).items() if name in numbers})
 
 
-def _get(held: Any, name: str) -> Any:
-    if isinstance(held, list):
-        return held[int(name)]
-    return held[name] if isinstance(held, dict) else getattr(held, name)
+def _holder(config: Any, path: str) -> tuple[Any, str | int]:
+    """What holds a field, and under which name: a config, a list or a dictionary, all of them data of the config.
+
+    Raises:
+        KeyError, IndexError, ValueError: There is no such thing.
+    """
+    held: Any = config
+    *parents, last = path.split(".")
+    for name in parents:
+        if isinstance(held, list):
+            held = held[int(name)]
+        elif isinstance(held, dict):
+            held = held[name]
+        elif name.startswith("_"):
+            raise KeyError(name)
+        else:
+            held = vars(held)[name]
+        if not (isinstance(held, list | dict) or _is_config(held)):
+            raise KeyError(name)
+    return held, (int(last) if isinstance(held, list) else last)
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _is_config(value: Any) -> bool:
+    """Whether a value that a config holds is another one."""
+    return not isinstance(value, type) and hasattr(value, "__dict__") and callable(getattr(value, "to_dict", None))
 
 
 def configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """A config and all that it holds, by path."""
     yield path, config
     for name, value in vars(config).items():
-        if not name.startswith("_") and hasattr(value, "__dict__") and callable(getattr(value, "to_dict", None)):
+        if not name.startswith("_") and _is_config(value):
             yield from configs(value, f"{path}.{name}" if path else name)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import resource
-import shutil
 import struct
 import sys
 import zipfile
@@ -24,6 +23,8 @@ from oto import OTO, load_subnet
 from oto.errors import ArtefactError
 from oto.io import artefact
 from oto.io.program import load_program
+
+from .forging import sealed
 
 TERABYTES = 10**13
 MEMORY = 300 * 2**20  # bytes that a refusal may take at most; loading the real thing takes less
@@ -46,20 +47,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hostile") / "out"
     oto.construct_subnet(out, emitter="module", program=True, save_full=True)
     return out
-
-
-def sealed(saved: Path, folder: Path, change: Callable[[Path, dict[str, Any]], None]) -> Path:
-    """A copy that was changed and sealed again, as whoever can write the folder can."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(saved, folder)
-    manifest = json.loads((folder / "oto.json").read_text())
-    change(folder, manifest)
-    for name in manifest["files"] if isinstance(manifest.get("files"), dict) else ():
-        if (folder / name).is_file() and "sha256" in manifest["files"][name]:
-            manifest["files"][name] = artefact._stamp(folder / name)
-    del manifest["digest"]
-    (folder / "oto.json").write_text(json.dumps({**manifest, "digest": artefact._digest(manifest)}))
-    return folder
 
 
 @contextlib.contextmanager
