@@ -220,7 +220,7 @@ class Draft:
 
 
 NOT_SAVED = "nothing was saved; what was there is as it was"
-_UNFINISHED = f"the new artefact was saved and loads; some of its files are in {COMMIT} until the next save"
+_UNFINISHED = "the new artefact is there and loads; the next save into the folder ends what this one has not"
 
 
 def _finish(folder: Path) -> None:
