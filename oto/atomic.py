@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import platform
@@ -58,20 +59,22 @@ def scratch(folder: Path) -> Iterator[Path]:
         OSError: ``folder`` cannot be written.
     """
     made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
-    place = handle = None
+    place: Path | None = None
+    stream: io.FileIO | None = None
     try:
         with locked(folder) as works:
-            for parent in made:
-                sync(parent.parent)
+            for new in made:
+                with suppress(PermissionError):  # it may be written, and not be read
+                    sync(new.parent)
             _remove_abandoned(folder, works)
             place = Path(tempfile.mkdtemp(prefix=f".oto-{_boot()}-{_machine()}-", dir=folder))
-            handle = os.open(place / "lock", os.O_RDWR | os.O_CREAT)
-            _flock(handle)
+            stream = (place / "lock").open("ab", buffering=0)
+            _flock(stream)
         (place / "files").mkdir()
         yield place / "files"
     finally:
-        if handle is not None:
-            os.close(handle)
+        if stream is not None:
+            stream.close()
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
         for parent in made:
@@ -90,48 +93,55 @@ def locked(folder: Path) -> Iterator[bool]:
         folder.mkdir(parents=True, exist_ok=True)
         yield False
         return
-    handle, works = _take(folder)
-    try:
-        yield works
-    finally:
-        with suppress(OSError):
-            (folder / LOCK).unlink()
-        if works:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile holds it too
-        os.close(handle)
+    stream, works = _take(folder)
+    with stream:
+        try:
+            yield works
+        finally:
+            try:
+                with suppress(OSError):
+                    (folder / LOCK).unlink()
+            finally:
+                if works:
+                    fcntl.flock(stream, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open, too
 
 
-def _take(folder: Path) -> tuple[int, bool]:
+def _take(folder: Path) -> tuple[io.FileIO, bool]:
     path = folder / LOCK
     vanished = 0
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            stream = _opened(path)
         except FileNotFoundError:  # a save that failed has removed the folder that it had made
             vanished += 1
             if vanished == 10:  # no file can be made there, as in /proc
                 raise
             continue
         try:
-            taken = _flock(handle)
+            taken = _flock(stream)
             if taken is False:
                 log.warning("another process is writing to %s; waiting for it", folder)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if taken is None or _is_at(handle, path):  # else whoever held it has removed it
-                return handle, taken is not None
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if taken is None or _is_at(stream, path):  # else whoever held it has removed it
+                return stream, taken is not None
         except BaseException:
-            os.close(handle)
+            stream.close()
             raise
-        os.close(handle)
+        stream.close()
 
 
-def _flock(handle: int) -> bool | None:
+def _opened(path: Path) -> io.FileIO:
+    """A file to lock, made if need be. A shared file system locks only what is open for writing."""
+    return open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def _flock(stream: io.FileIO) -> bool | None:
     """Lock an open file: ``False`` if another process has it, ``None`` where there are no locks."""
     if fcntl is None:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -139,9 +149,9 @@ def _flock(handle: int) -> bool | None:
     return True
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_at(stream: io.FileIO, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
         return False
 
@@ -172,16 +182,13 @@ def _is_abandoned(place: Path, locks_work: bool) -> bool:
 def _held(place: Path) -> bool | None:
     """Whether the process that made a scratch folder lives; ``None`` if that cannot be told."""
     try:
-        handle = os.open(place / "lock", os.O_RDWR)
+        with (place / "lock").open("r+b", buffering=0) as stream:
+            taken = _flock(stream)
     except FileNotFoundError:  # it is made while LOCK is held, as it is now: that process died in between
         return False
     except OSError:
         return None
-    try:
-        taken = _flock(handle)
-        return None if taken is None else not taken
-    finally:
-        os.close(handle)
+    return None if taken is None else not taken
 
 
 def _is_old(place: Path) -> bool:

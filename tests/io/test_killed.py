@@ -390,7 +390,7 @@ def test_without_locks_nothing_young_is_removed(tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "out"
     save(out, 1.0)
     place = abandoned(out)
-    monkeypatch.setattr(atomic, "_flock", lambda handle: None)
+    monkeypatch.setattr(atomic, "_flock", lambda stream: None)
     save(out, 2.0)
     assert place.is_dir() and litter(out) == {place.name}
     monkeypatch.setattr(atomic, "fcntl", None)
