@@ -39,8 +39,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can
 CALLS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "fcntl.flock"}
 
 
-def child(work: Callable[[], Any]) -> int:
-    """Run something in a child process, and wait for it; 0, or the signal that ended it."""
+def started(work: Callable[[], Any]) -> int:
+    """Run something in a child process; its id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that pytest has threads
         pid = os.fork()
@@ -54,7 +54,12 @@ def child(work: Callable[[], Any]) -> int:
         finally:
             sys.stderr.flush()
             os._exit(code)
-    status = os.waitpid(pid, 0)[1]
+    return pid
+
+
+def child(work: Callable[[], Any]) -> int:
+    """Run something in a child process, and wait for it; 0, or the signal that ended it."""
+    status = os.waitpid(started(work), 0)[1]
     assert not os.WIFEXITED(status) or status == 0, "the child failed; see what it has printed"
     return status & 127
 
@@ -313,44 +318,27 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
             os.read(go[0], 1)
             draft.commit({"value": 3.0})
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            slow()
-            code = 0
-        finally:
-            os._exit(code)
-    os.read(ready[0], 1)
-    save(out, 2.0)
-    assert held(out) == (2.0, {"model.safetensors"})
-    assert len(litter(out)) == 1 and (next(out.glob(".oto-*")) / "files" / "model.safetensors").is_file()
-    os.write(go[1], b"x")
-    assert os.waitpid(pid, 0)[1] == 0
+    pid = started(slow)
+    try:
+        os.read(ready[0], 1)
+        save(out, 2.0)
+        assert held(out) == (2.0, {"model.safetensors"})
+        assert len(litter(out)) == 1 and (next(out.glob(".oto-*")) / "files" / "model.safetensors").is_file()
+    finally:
+        os.write(go[1], b"x")
+        status = os.waitpid(pid, 0)[1]
+    assert status == 0
     assert held(out) == (3.0, {"model.safetensors"}) and not litter(out)
 
 
 def test_many_at_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pids = []
-    for k in range(4):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                for i in range(8):
-                    save(out, 10.0 * k + i, *("abcdefgh"[: 2 * k]))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        pids.append(pid)
+
+    def work(k: int) -> None:
+        for i in range(8):
+            save(out, 10.0 * k + i, *("abcdefgh"[: 2 * k]))
+
+    pids = [started(lambda k=k: work(k)) for k in range(4)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0, 0]
     found = held(out)
     assert found is not None and found[0] % 10 == 7  # the last of one of them
