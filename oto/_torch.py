@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -138,11 +139,11 @@ def nested_codegen(graph: fx.Graph, state: tuple[Any, ...]) -> None:
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(*state)))
 
 
-def compile_package(program: torch.export.ExportedProgram, path: str) -> None:
+def compile_package(program: torch.export.ExportedProgram, stream: io.BytesIO) -> None:
     """Compile an exported program ahead of time, with its weights, into one file that needs no Python."""
     from torch._inductor import aoti_compile_and_package
 
-    aoti_compile_and_package(program, package_path=path)
+    aoti_compile_and_package(program, package_path=stream)
 
 
 def load_package(path: str) -> Callable[..., Any]:

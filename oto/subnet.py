@@ -88,6 +88,7 @@ class Subnet:
 
         Raises:
             MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
+            ArtefactError: The file cannot be written; what was there is as it was.
         """
         assert self.origin is not None
         times = None

@@ -79,6 +79,7 @@ def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> No
         "__init__": {"api", "subnet"},
         "__main__": {"cli"},
         "_torch": set(),
+        "atomic": set(),
         "api": {"subnet"},
         "clock": set(),
         "subnet": set(),

@@ -1,23 +1,47 @@
 """A folder of hashed files, written whole or not at all, and refused unless it is whole. No pickle.
 
-The manifest ``oto.json`` is the commit point: it names every file with its size and SHA-256 and carries a digest of
-itself. It is removed before the first file of an older artefact is replaced and put in place after the last, so a
-write that breaks off leaves a folder that is refused, never one that is half old and half new.
+The manifest ``oto.json`` names every file with its size and SHA-256 and carries a digest of itself. The digest and the
+hashes tell what was damaged. They are no signature: whoever can write the folder can write them too.
 
-The digest and the hashes tell what was damaged. They are no signature: whoever can write the folder can write them too.
+How one artefact takes the place of another
+-------------------------------------------
+
+The new one is written, whole and with its manifest, into a scratch folder (:mod:`oto.atomic`) and brought to the disk
+(``fsync``). Then, while no other process may write there:
+
+1. The scratch folder's files become ``.oto-commit/``, by one rename. **This is the commit.**
+2. Each file is renamed from ``.oto-commit/`` to its place. Files that the older artefact alone had are deleted.
+3. ``.oto-commit/oto.json`` is renamed over ``oto.json``, and the empty ``.oto-commit/`` goes.
+
+A reader takes the manifest, and each file that it names, from ``.oto-commit/`` if it is there, and from its place if
+not. So whatever a process that is killed leaves can be loaded, from a folder that may not be written too:
+
+| killed | what is there | what loads |
+|---|---|---|
+| before 1 | the old files, untouched; the new ones in a scratch folder, which no reader looks into | old |
+| in 2 | the new manifest in ``.oto-commit/``; every new file there or, once renamed, in its place | new |
+| in 3 | every new file in its place; the new manifest in ``.oto-commit/`` or in its place | new |
+
+The next save does steps 2 and 3 first (each of them may be done twice), and removes scratch folders of dead processes.
+What was in place and no artefact has written is looked for before 1 and again before 2, and refuses the save. Every
+file is on the disk before 1 and every rename before the next step, so the same holds if the power fails.
+
+One writer is in steps 1 to 3 at a time, so of two processes the later one wins. Where the file system has no locks, the
+rename of 1 still fails while another's ``.oto-commit/`` is there, but two that write in the same moment are not told
+apart any further. Not covered: a reader during somebody else's save may find a file changed and refuse it (never take
+one for another); stores whose rename of a folder is no single step (object stores mounted as a folder); Windows while a
+file that is to be replaced is open elsewhere.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +50,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from oto.atomic import locked, scratch, sync, told, unwritable
+from oto.atomic import stamp as _stamp
 from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError, first_line, some
 from oto.io.manifest import Refusal, is_plain, parse, require, require_files
 
 FORMAT_VERSION = 1
 MANIFEST = "oto.json"
+COMMIT = ".oto-commit"  # the files of an artefact that takes the place of another, see above
 LARGEST_MANIFEST = 2**27  # bytes; that of a network of billions of parameters has some millions
 
 
@@ -46,11 +73,11 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
     """
     folder = Path(out_dir)
     if "\0" in str(folder):
-        raise _unwritable(folder, "its name holds a zero byte")
+        raise unwritable(folder, "its name holds a zero byte", NOT_SAVED)
     try:
         folder.exists()
     except OSError as failure:  # a name too long, a folder above that may not be entered
-        raise _unwritable(folder, failure) from failure
+        raise unwritable(folder, failure, NOT_SAVED) from failure
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
             if not os.access(place, os.W_OK | os.X_OK):
@@ -70,7 +97,7 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
 
 @dataclass
 class Draft:
-    """An artefact in the making. Its files are in ``folder`` until :meth:`commit` moves them."""
+    """An artefact in the making. Its files are in ``folder`` until :meth:`commit` moves them into ``target``."""
 
     folder: Path
     target: Path
@@ -129,7 +156,7 @@ class Draft:
         except KeyError as failure:  # a dtype that the format does not know
             raise _unsaveable(name, f"a tensor of {failure.args[0]}") from failure
         except safetensors.SafetensorError as failure:  # its own name for an OSError
-            raise _unwritable(self.target, failure) from failure
+            raise unwritable(self.target, failure, NOT_SAVED) from failure
         path.chmod(mode)  # safetensors leaves a file that nobody else may read
         self.notes[name] = {"ties": ties, "complex": complexes}
         self._require_written(path, plain)
@@ -140,7 +167,7 @@ class Draft:
         with safetensors.safe_open(path, "pt") as read:
             wrong = [key for key in tensors if not _same_bits(read.get_tensor(key), tensors[key])]
         if wrong:
-            raise _unwritable(self.target, f"{path.name} reads otherwise than it was written ({some(wrong)})")
+            raise unwritable(self.target, f"{path.name} reads otherwise than it was written ({some(wrong)})", NOT_SAVED)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Tensors that were written, read back."""
@@ -161,59 +188,89 @@ class Draft:
         own = {"format", "versions", "tensors", "files", "digest"}
         assert own.isdisjoint(manifest), f"the manifest's own entries: {own & manifest.keys()}"
         files = {p.name: _stamp(p) for p in sorted(self.folder.iterdir())}
-        content = {
-            "format": FORMAT_VERSION,
-            "versions": {"oto": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
-            **manifest,
-            "tensors": self.notes,
-            "files": files,
-        }
+        versions = {"oto": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+        self._commit(
+            {"format": FORMAT_VERSION, "versions": versions, **manifest, "tensors": self.notes, "files": files}
+        )
+
+    def _commit(self, content: Mapping[str, Any], instead_of: str | None = None) -> None:
+        """Put the files of the draft, and a manifest with this content, in place.
+
+        Args:
+            instead_of: The digest of the manifest that must be there, if it matters.
+        """
         content = json.loads(json.dumps(content))  # as it will be read: keys are strings
-        sealed = {**content, "digest": _digest(content)}
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
-            json.dump(sealed, stream, indent=1)
+            json.dump({**content, "digest": _digest(content)}, stream, indent=1)
         for path in self.folder.iterdir():
-            _sync(path)
-        self.target.mkdir(parents=True, exist_ok=True)
-        for name in (*files, MANIFEST):
-            if (self.target / name).is_dir():
-                raise _unwritable(self.target, f"{name} is a folder there")
-        _require_own(self.target, files)
-        stale = _files_of(self.target) - files.keys()
-        (self.target / MANIFEST).unlink(missing_ok=True)
-        _sync(self.target)
-        for name in files:
-            os.replace(self.folder / name, self.target / name)
+            sync(path)
+        sync(self.folder)
+        names = [path.name for path in self.folder.iterdir()]
+        with locked(self.target):
+            _finish(self.target)
+            for name in names:
+                if (self.target / name).is_dir():
+                    raise unwritable(self.target, f"{name} is a folder there", NOT_SAVED)
+            _require_own(self.target, names)
+            if instead_of is not None and _manifest_in(self.target).get("digest") != instead_of:
+                raise unwritable(self.target, "another process has replaced the artefact meanwhile", NOT_SAVED)
+            os.rename(self.folder, self.target / COMMIT)
+            self.committed = True
+            sync(self.target)
+            _finish(self.target)
+
+
+NOT_SAVED = "nothing was saved; what was there is as it was"
+_UNFINISHED = "the new artefact is there and loads; the next save into the folder ends what this one has not"
+
+
+def _finish(folder: Path) -> None:
+    """Move what a commit has not moved; for whoever holds the lock.
+
+    Raises:
+        ArtefactError: Something that no artefact has written is in the way.
+    """
+    draft = folder / COMMIT
+    if not os.path.lexists(draft):
+        return
+    left = [] if draft.is_symlink() or not draft.is_dir() else sorted(p.name for p in draft.iterdir())
+    new = _manifest_in(draft) or _manifest_in(folder)
+    if not draft.is_dir() or draft.is_symlink() or not {*left} <= {*new.get("files", ()), MANIFEST}:
+        raise unwritable(folder, f"it holds {COMMIT}, which no save that broke off has left", NOT_SAVED)
+    if left:
+        own = _files_of(folder)
+        _require_own(folder, left, own)
+        stale = own - new["files"].keys()
+        for name in left:
+            if name != MANIFEST:
+                os.replace(draft / name, folder / name)
         for name in stale:
-            (self.target / name).unlink(missing_ok=True)
-        _sync(self.target)
-        os.replace(self.folder / MANIFEST, self.target / MANIFEST)
-        _sync(self.target)
-        self.committed = True
+            (folder / name).unlink(missing_ok=True)
+        sync(folder)
+        if MANIFEST in left:
+            os.replace(draft / MANIFEST, folder / MANIFEST)
+            sync(folder)
+    draft.rmdir()
 
 
 @contextmanager
 def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
-    """Stage an artefact for ``out_dir``; nothing appears there without :meth:`Draft.commit`.
+    """Stage an artefact for ``out_dir``; what is there stays what it is without :meth:`Draft.commit`.
 
     Raises:
         ArtefactError: ``out_dir`` cannot be written.
     """
     check_out_dir(out_dir)
     target = Path(out_dir)
-    beside = next(p for p in target.absolute().parents if p.is_dir())  # the same file system, so a move is atomic
+    draft: Draft | None = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".oto-", dir=target if target.is_dir() else beside))
-    except OSError as failure:
-        raise _unwritable(target, failure) from failure
-    try:
-        yield Draft(folder, target)
-    except OSError as failure:
-        if not _concerns(failure, folder, target):
-            raise  # some other file, of no concern here
-        raise _unwritable(target, failure) from failure
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with told(target, NOT_SAVED), scratch(target) as folder:
+            draft = Draft(folder, target)
+            yield draft
+    except ArtefactError as failure:
+        if draft is None or not draft.committed or not isinstance(failure.__cause__, OSError):
+            raise
+        raise unwritable(target, failure.__cause__, _UNFINISHED) from failure.__cause__
 
 
 @contextmanager
@@ -229,35 +286,13 @@ def adding(path: str | os.PathLike[str], name: str) -> Iterator[Path]:
     """
     assert is_plain(name), name
     artefact = reading(path)
-    folder, manifest = artefact.folder, dict(artefact.manifest)
-    _require_own(folder, [name])
-    with writing(folder) as draft:
+    _require_own(artefact.folder, [name])
+    with writing(artefact.folder) as draft:
         file = draft.file(name)
         yield file
-        manifest["files"] = dict(sorted({**manifest["files"], name: _stamp(file)}.items()))
-        manifest["digest"] = _digest({key: value for key, value in manifest.items() if key != "digest"})
-        sealed = draft.folder / MANIFEST
-        sealed.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for part in (file, sealed):
-            _sync(part)
-        (folder / MANIFEST).unlink()  # the commit point, as in :meth:`Draft.commit`
-        os.replace(file, folder / name)
-        os.replace(sealed, folder / MANIFEST)
-        _sync(folder)
-
-
-def _concerns(failure: OSError, *folders: Path) -> bool:
-    if failure.errno in (errno.ENOSPC, errno.EROFS, errno.EFBIG, getattr(errno, "EDQUOT", None)):
-        return True
-    names = [os.fsdecode(n) for n in (failure.filename, failure.filename2) if isinstance(n, str | bytes | os.PathLike)]
-    return any(Path(n).absolute().is_relative_to(folder.absolute()) for n in names for folder in folders)
-
-
-def _unwritable(place: Path, why: object) -> ArtefactError:
-    return ArtefactError(
-        f"{place} cannot be written: {why}\n"
-        "  effect  the artefact was not saved\n  to fix  free some space, or choose another folder"
-    )
+        content = {key: value for key, value in artefact.manifest.items() if key != "digest"}
+        content["files"] = dict(sorted({**content["files"], name: _stamp(file)}.items()))
+        draft._commit(content, instead_of=artefact.manifest["digest"])
 
 
 def _unsaveable(name: str, what: str) -> ArtefactError:
@@ -284,7 +319,7 @@ class Artefact:
             raise ArtefactError(
                 f"{self.folder} holds no {name}\n  to fix  it holds {', '.join(self.manifest['files'])}"
             )
-        return self.folder / name
+        return _where(self.folder, name)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file, on the CPU; tied names share one tensor."""
@@ -314,7 +349,7 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
     folder = Path(path)
     if folder.is_file():
         folder = folder.parent
-    place = folder / MANIFEST
+    place = _where(folder, MANIFEST)
     if not place.is_file():
         raise ArtefactError(
             f"{folder} holds no {MANIFEST}: it is no artefact, or writing it broke off\n"
@@ -343,8 +378,14 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
     except Refusal as refusal:
         raise _damaged(place, f"it says what this version of oto does not write: {refusal}") from None
     for name, stamp in manifest["files"].items():
-        _require_whole(folder / name, stamp)
+        _require_whole(_where(folder, name), stamp)
     return Artefact(folder, manifest)
+
+
+def _where(folder: Path, name: str) -> Path:
+    """Where a file of the artefact is: in its place, or where a commit that broke off has left it."""
+    draft = folder / COMMIT / name
+    return draft if draft.is_file() else folder / name
 
 
 def _start(file: Path, size: int) -> bytes:
@@ -382,22 +423,33 @@ def _is_well_formed(manifest: Any) -> bool:
     return True
 
 
-def _files_of(folder: Path) -> set[str]:
-    """What an artefact that is in the folder, if there is one, has written there, and nobody has changed since."""
-    manifest = _manifest_of(folder)
-    return {name for name, stamp in manifest.items() if is_plain(name) and _is_still(folder / name, stamp)}
+def _files_of(folder: Path, among: Container[str] | None = None) -> set[str]:
+    """What artefacts have written into the folder, and nobody has changed since; of some names, or of all."""
+    manifests = [_manifest_in(place) for place in (folder, folder / COMMIT, *_earlier_drafts(folder))]
+    stamps = [(name, stamp) for manifest in manifests for name, stamp in manifest.get("files", {}).items()]
+    asked = [(name, stamp) for name, stamp in stamps if is_plain(name) and (among is None or name in among)]
+    return {name for name, stamp in asked if _is_still(folder / name, stamp)}
 
 
-def _manifest_of(folder: Path) -> Mapping[str, Any]:
-    """The files that an artefact in the folder names, and what they were; none if there is no artefact."""
+def _earlier_drafts(folder: Path) -> list[Path]:
+    """Where earlier versions left the rest of an artefact if they were killed: the manifest is moved last."""
+    with suppress(OSError):
+        return [place for place in folder.iterdir() if re.fullmatch(r"\.oto-[a-z0-9_]{8}", place.name)]
+    return []
+
+
+def _manifest_in(folder: Path) -> Mapping[str, Any]:
+    """The manifest in a folder; empty if there is none that is whole."""
+    place = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not (place.is_file() and (size := place.stat().st_size) <= LARGEST_MANIFEST):
+            return {}
+        manifest: Mapping[str, Any] = parse(_start(place, size))
         content = {key: value for key, value in manifest.items() if key != "digest"}
         whole = manifest["digest"] == _digest(content) and _is_well_formed(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    files: Mapping[str, Any] = manifest["files"] if whole else {}
-    return files
+    return manifest if whole else {}
 
 
 def _is_still(file: Path, stamp: Mapping[str, Any]) -> bool:
@@ -408,25 +460,32 @@ def _is_still(file: Path, stamp: Mapping[str, Any]) -> bool:
         return False
 
 
-def _require_own(folder: Path, names: Iterable[str]) -> None:
+def _require_own(folder: Path, names: Iterable[str], own: Container[str] | None = None) -> None:
     """Refuse to replace what no artefact has written.
+
+    Args:
+        own: What artefacts have written, if that is known.
 
     Raises:
         ArtefactError: There is such a file.
     """
-    there = [name for name in (*names, MANIFEST) if os.path.lexists(folder / name) and not (folder / name).is_dir()]
+    there = {name for name in (*names, MANIFEST) if os.path.lexists(folder / name) and not (folder / name).is_dir()}
     if not there:
         return
-    own = _files_of(folder) | ({MANIFEST} if _manifest_of(folder) else set())
-    foreign = [name for name in there if name not in own]
-    if foreign:
-        changed = [name for name in foreign if name in _manifest_of(folder)]
-        raise ArtefactError(
-            f"{folder} holds {some(foreign)}, which "
-            + ("was changed since an artefact wrote it" if changed == foreign else "no artefact has written")
-            + "\n  effect  nothing was saved, and nothing there was touched\n"
-            "  to fix  choose another folder; or move the file away, or delete it, if it is not needed"
-        )
+    manifest = _manifest_in(folder)
+    own = _files_of(folder, there) if own is None else own
+    foreign = sorted(name for name in there if name not in own and not (name == MANIFEST and manifest))
+    if not foreign:
+        return
+    changed = [name for name in foreign if name in manifest.get("files", ())]
+    earlier = [place.name for place in _earlier_drafts(folder) if _manifest_in(place)]
+    raise ArtefactError(
+        f"{folder} holds {some(foreign)}, which "
+        + ("was changed since an artefact wrote it" if changed == foreign else "no artefact has written")
+        + "\n  effect  nothing was saved, and nothing there was touched\n"
+        + (f"  likely  a save by an earlier version of oto broke off, and left {some(earlier)}\n" if earlier else "")
+        + "  to fix  choose another folder; or move the file away, or delete it, if it is not needed"
+    )
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -458,20 +517,5 @@ def _read_tensors(path: Path, notes: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _stamp(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # has no such thing for folders, nor for files that are open for reading
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,18 +1,18 @@
 """A slim model in the files of other runtimes: ONNX, ``torch.export``'s own, and compiled ahead of time.
 
 Each is written beside its place, read back by its own runtime, compared with the model on the example and on two other
-sizes, and only then put there. A file that is there already is never replaced.
+sizes, and only then put there, by a rename (:mod:`oto.atomic`). A file that is there already is never replaced.
 """
 
 from __future__ import annotations
 
+import filecmp
 import importlib
+import io
 import os
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import compile_package, load_package, tree_leaves
+from oto.atomic import scratch, sync, told
 from oto.errors import ArtefactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
 from oto.io.artefact import check_out_dir
 from oto.io.program import load_program, save_program
@@ -52,17 +53,14 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
     place = Path(path)
     check_out_dir(place.parent)
     if place.exists() or place.is_symlink():
-        raise ArtefactError(
-            f"{place} is there already\n  effect  nothing was exported; the file is as it was\n"
-            "  to fix  choose another name, or remove it"
-        )
+        raise _is_there(place)
     if how == "aoti" and place.suffix != ".pt2":
         raise EmitterError(f"{place.name} is no name for a compiled package\n  to fix  let it end in .pt2")
     _WAYS[how].ready()
     program = export_program(model, dummy_input)
     examples = [dummy_input, *other_examples(model, program, dummy_input)]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(place) as draft:
+    with told(place.parent, f"{place.name} was not written"), scratch(place.parent) as folder:
+        draft = folder / place.name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is deprecated in those packages
@@ -73,24 +71,42 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         except Exception as failure:
             if out_of_memory(failure):
                 raise
+            if (refused := _refused(failure)) is not None:
+                raise refused from failure
             raise EmitterError(
                 f"{type(model).__name__} cannot be written as {how}: {first_line(failure)}\n"
                 "  effect  nothing was written\n  to fix  see the traceback above; the other ways may do"
             ) from failure
         require(checks)
-        for file in sorted(draft.parent.iterdir(), key=lambda file: file == draft):  # the file itself comes last
-            os.replace(file, place.parent / file.name)
+        _put(draft, place)
     return checks
 
 
-@contextmanager
-def _beside(place: Path) -> Iterator[Path]:
-    """A file of the same name in a folder of its own on the same file system."""
-    folder = Path(tempfile.mkdtemp(prefix=".oto-", dir=place.parent))
-    try:
-        yield folder / place.name
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _refused(failure: BaseException | None) -> OSError | None:
+    """What the file system has refused, if that is why something failed."""
+    while failure is not None and not isinstance(failure, OSError):
+        failure = failure.__cause__ or failure.__context__
+    return failure
+
+
+def _put(draft: Path, place: Path) -> None:
+    """Move a file and what was written beside it; the file itself comes last."""
+    files = sorted(draft.parent.iterdir(), key=lambda file: file == draft)
+    for file in files:
+        there = place.parent / file.name  # that of an export that was killed here is the same in every byte
+        if os.path.lexists(there) and not (file != draft and there.is_file() and filecmp.cmp(file, there, False)):
+            raise _is_there(there)
+        sync(file)
+    for file in files:
+        os.replace(file, place.parent / file.name)
+    sync(place.parent)
+
+
+def _is_there(place: Path) -> ArtefactError:
+    return ArtefactError(
+        f"{place} is there already\n  effect  nothing was exported; the file is as it was\n"
+        "  to fix  choose another name, or remove it"
+    )
 
 
 def _compared(model: nn.Module, runtime: Runtime, given: Any, how: str) -> Check:
@@ -170,7 +186,9 @@ class _Aoti:
 
     @staticmethod
     def write(program: torch.export.ExportedProgram, path: Path) -> Runtime:
-        compile_package(program, str(path))
+        packed = io.BytesIO()  # as in save_program
+        compile_package(program, packed)
+        path.write_bytes(packed.getbuffer())
         return _called(load_package(str(path)))
 
 

@@ -1,18 +1,33 @@
-"""A folder that the model's own library loads, written by the class itself, for processes without ``oto``."""
+"""A folder that the model's own library loads, written by the class itself, for processes without ``oto``.
+
+It is written into a scratch folder (:mod:`oto.atomic`), read back and compared there, and only then put in place, while
+no other process may write there:
+
+1. ``.oto-pretrained.json``, which says what every file is, is renamed into the folder.
+2. The files are renamed into it, ``config.json`` last: without it ``from_pretrained`` loads nothing, with it all.
+3. ``.oto-pretrained.json`` is deleted.
+
+What was killed in between is told by that file at the next save: if every file is in place it is whole, and only the
+list goes; if not, the files that are as the list says go too.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import nn
 
+from oto.atomic import is_scratch, locked, scratch, stamp, sync, told, unwritable
 from oto.errors import ArtefactError, EmitterError, some
-from oto.io.artefact import check_out_dir
+from oto.io.artefact import NOT_SAVED, check_out_dir
 from oto.slim.recipe import Recipe, shapes_of
 
 REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
@@ -20,6 +35,8 @@ REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; e
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """What lies beside weights and says how inputs are made: tokenizers and processors."""
 
+CONFIG = "config.json"
+UNFINISHED = ".oto-pretrained.json"
 WRITTEN_ANEW = ("config.json", "generation_config.json", ".index.json")
 
 
@@ -28,7 +45,8 @@ def save_pretrained(slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer:
 
     Args:
         slim: A model whose ``config`` makes its class in its sizes.
-        out_dir: A folder that is empty or not there yet.
+        out_dir: A folder that is empty, not there yet, or left half written by a save that was killed. A folder that
+            holds the same in every byte is left as it is.
         tokenizer: What is to be saved beside it (a tokenizer, a processor, or several): anything that has a
             ``save_pretrained``. By default the files of the folder that the model was loaded from are copied.
 
@@ -42,11 +60,22 @@ def save_pretrained(slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer:
     folder = Path(out_dir)
     _require_stated(slim)
     check_out_dir(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ArtefactError(
-            f"{folder} holds {some(sorted(p.name for p in folder.iterdir()))}\n"
-            "  effect  nothing was written, and nothing there was touched\n  to fix  choose a new folder"
-        )
+    with told(folder, NOT_SAVED), scratch(folder) as draft:
+        with locked(folder):
+            _end_what_broke_off(folder)
+        there = _names(folder)
+        if there and not (folder / CONFIG).is_file():  # the same model is whole
+            raise _holds(folder, there)
+        try:
+            _write(slim, draft, tokenizer)
+        except safetensors.SafetensorError as failure:  # its own name for an OSError
+            raise unwritable(folder, failure, NOT_SAVED) from failure
+        written = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
+        _put(draft, folder)
+    return [folder / path for path in written]
+
+
+def _write(slim: nn.Module, folder: Path, tokenizer: Any) -> None:
     slim.save_pretrained(folder)  # type: ignore[operator]
     extras = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
     for extra in extras:
@@ -54,7 +83,75 @@ def save_pretrained(slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer:
     if tokenizer is None:
         _copy_beside(Path(str(getattr(slim.config, "_name_or_path", "") or "")), folder)
     _require_same(slim, folder)
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _put(draft: Path, folder: Path) -> None:
+    """Move what was written to its place, unless the same is there."""
+    files = _stamps(draft)
+    for path in (draft, *draft.rglob("*")):
+        sync(path)
+    listed = draft.parent / UNFINISHED
+    listed.write_text(json.dumps(files), encoding="utf-8")
+    sync(listed)
+    with locked(folder):
+        _end_what_broke_off(folder)
+        if there := _names(folder):
+            if files != _stamps(folder):
+                raise _holds(folder, there)
+            return
+        os.replace(listed, folder / UNFINISHED)
+        sync(folder)
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG):
+            if path.name == CONFIG:
+                sync(folder)
+            os.replace(path, folder / path.name)
+        sync(folder)
+        (folder / UNFINISHED).unlink()
+        sync(folder)
+
+
+def _end_what_broke_off(folder: Path) -> None:
+    """Remove what a process that was killed has put into a folder, unless that is all of it."""
+    try:
+        files: dict[str, Any] = json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
+        names = files.keys()
+    except FileNotFoundError:
+        return
+    except (ValueError, AttributeError) as failure:
+        raise _holds(folder, [UNFINISHED]) from failure
+    there = _stamps(folder)
+    if any(there.get(name) != files[name] for name in names):
+        for name in names:
+            if there.get(name) == files[name]:
+                (folder / name).unlink()
+        below = {parent for name in names for parent in (folder / name).relative_to(folder).parents} - {Path()}
+        for place in sorted(below, reverse=True):
+            with suppress(OSError):  # it is not there, or something is in it
+                (folder / place).rmdir()
+        sync(folder)
+    (folder / UNFINISHED).unlink()
+    sync(folder)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not is_scratch(path.name))
+
+
+def _stamps(folder: Path) -> dict[str, Any]:
+    """The files of a folder by their paths below it, without those of a write that goes on."""
+    below = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name.as_posix(): stamp(path)
+        for name, path in below.items()
+        if not is_scratch(name.parts[0]) and name.parts[0] != UNFINISHED
+    }
+
+
+def _holds(folder: Path, names: list[str]) -> ArtefactError:
+    return ArtefactError(
+        f"{folder} holds {some(names)}\n"
+        "  effect  nothing was written, and nothing there was touched\n  to fix  choose a new folder"
+    )
 
 
 def _require_stated(slim: nn.Module) -> None:
@@ -106,7 +203,7 @@ def _require_same(slim: nn.Module, folder: Path) -> None:
     if wrong:
         raise ArtefactError(
             f"what {type(slim).__name__} wrote reads otherwise: {some(sorted(wrong))}\n"
-            f"  effect  {folder} holds a model that is not the slim one\n"
+            "  effect  nothing was written\n"
             "  to fix  report the model; construct_subnet(out_dir) and load_subnet(out_dir, make_model) do not go by it"
         )
 

@@ -109,16 +109,19 @@ _GRAMMAR = (
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Save a program; its example inputs are not kept.
 
+    The file is made in memory, where it takes as much as the weights, and no more than it takes to read it back. torch
+    writes the end of a zip in a destructor, and where the disk is full by then, that ends the process.
+
     Raises:
         ArtefactError: It cannot be written down, or something in it could only be pickled.
+        OSError: The file cannot be written.
     """
     given = program.example_inputs
     program.example_inputs = None
+    packed = io.BytesIO()
     try:
         with _quietly():
-            torch.export.save(program, path)
-    except OSError:
-        raise
+            torch.export.save(program, packed)
     except Exception as failure:
         if out_of_memory(failure):
             raise
@@ -128,6 +131,8 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
         ) from failure
     finally:
         program.example_inputs = given
+    path.write_bytes(packed.getbuffer())
+    packed.close()
     _checked(path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from oto.atomic import whole_file
 from oto.errors import MissingExtraError
 from oto.groups import NodeGroup, Partition
 from oto.groups.cost import macs_by_node
@@ -66,6 +67,7 @@ def report(
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
+        ArtefactError: The file cannot be written; what was there is as it was.
     """
     try:
         import jinja2
@@ -104,9 +106,10 @@ def report(
         panel["title"] = Markup(escape(panel["title"]).replace(".", Markup(".<wbr>")))
     for chart in (*facts["panels"], *filter(None, (facts["macs"], facts["latency"], facts["training"]))):
         chart["chart"] = Markup(chart["chart"])
+    page = environment.get_template(TEMPLATE).render({**facts, **marked})
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template(TEMPLATE).render({**facts, **marked}), encoding="utf-8")
+    with whole_file(path) as draft:
+        draft.write_text(page, encoding="utf-8")
     return path
 
 
