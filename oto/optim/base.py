@@ -26,34 +26,42 @@ from __future__ import annotations
 
 import json
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oto._torch import holder
 from oto.errors import (
+    ModelChangedError,
+    NoGradientWarning,
     NonFiniteParameterError,
     OTOError,
     SetupError,
     SetupWarning,
     ShrinkError,
     UnknownParameterError,
+    UntrainedWarning,
     some,
     users_level,
 )
 from oto.groups.node_group import NodeGroup, is_finite
 from oto.optim.choice import Choice
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
-from oto.optim.saliency import Entries, raw_scores
+from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
-from oto.optim.wrapped import Base, Named, Params, build
+from oto.optim.wrapped import Base, Named, Params, build, inside, keeps_own_state
+
+CHECK_STEPS = 64
+"""The parameters of the model are compared with those of the optimizer every so many steps, and whenever groups are
+chosen."""
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
@@ -62,6 +70,22 @@ ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """State that an update is divided by. It moves nothing, so it is left alone: the square root of MKL takes ten times as
 long for an exact zero, which would make the loops of Adam and AdamW half as slow again."""
+
+
+class Followed(NamedTuple):
+    """A model, and what was known of it when it began to be followed.
+
+    Attributes:
+        model: Not kept alive.
+        trained: For each of its names of a parameter that is trained, the name that the optimizer has for it.
+        names: Of all its parameters.
+        frozen: Of those that were frozen.
+    """
+
+    model: weakref.ref[nn.Module]
+    trained: Mapping[str, str]
+    names: frozenset[str]
+    frozen: frozenset[str]
 
 
 class SparseOptimizer(Optimizer):
@@ -97,6 +121,8 @@ class SparseOptimizer(Optimizer):
     _split: tuple[Tensor, list[Tensor]] | None = None
     _planned: tuple[Tensor, list[int], Plan] | None = None
     _loud = False
+    _followed: Followed | None = None
+    _unlike = True  # the model may have changed, as it may while a checkpoint is loaded
 
     def __init__(
         self,
@@ -279,10 +305,38 @@ class SparseOptimizer(Optimizer):
         } | self.choice.describe()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; momentum and first moments of pruned entries are zero in it."""
+        """As in torch; momentum and first moments of pruned entries are zero in it.
+
+        Where the wrapped optimizer writes a state dict of its own (one that shards its state, or wraps another), it is
+        that one, with what pruning must know in its first parameter group.
+
+        Raises:
+            OTOError: It has no parameter groups.
+        """
         self.zero_moments_()
         self.param_groups[0]["oto_history"] = json.dumps(self.history)
-        return super().state_dict()
+        if not keeps_own_state(self.base):
+            return super().state_dict()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        saved = dict(self.base.state_dict())
+        if not saved.get("param_groups"):
+            raise OTOError(
+                f"the state dict of {type(self.base).__name__} has no param_groups: {some(map(str, saved))}\n"
+                "  effect  what pruning has to know cannot be saved with it\n"
+                "  to fix  let its state_dict() hold param_groups as those of torch do"
+            )
+        first, *others = saved["param_groups"]
+        saved["param_groups"] = [{**first, **_ours(self.param_groups[0])}, *others]
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            saved = post_hook(self, saved) or saved
+        return saved
+
+    def consolidate_state_dict(self, *args: Any, **keywords: Any) -> None:
+        """Passed on to optimizers that shard their state (``ZeroRedundancyOptimizer``); before ``state_dict()``."""
+        gather = getattr(self.base, "consolidate_state_dict", None)
+        if gather is not None:
+            gather(*args, **keywords)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh.
@@ -307,11 +361,13 @@ class SparseOptimizer(Optimizer):
             self._compare_setup(state_dict["param_groups"][0])
         self.base.load_state_dict(state_dict)
         self._share_base()
+        if keeps_own_state(self.base):
+            self.param_groups[0] |= _ours(state_dict["param_groups"][0])
         if kept is not None:
             self.param_groups[0].setdefault("oto_kept", kept)
         self._fill_state()
         self.history = json.loads(self.param_groups[0]["oto_history"])
-        self._planned = None
+        self._planned, self._unlike = None, True
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -433,6 +489,12 @@ class SparseOptimizer(Optimizer):
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
         """
         self._share_base()
+        if keeps_own_state(self.base) or inside(self.base):
+            raise ShrinkError(
+                f"{type(self.base).__name__} keeps parameters and state of its own, beside param_groups and state\n"
+                "  effect  it would go on with those of the full model, so nothing was changed\n"
+                "  to fix  shrink by construct_subnet at the end; or wrap a plain optimizer (SGD, AdamW...)"
+            )
         states = sliced_state(moved, self.base)
         follow(self.base, moved, states)
         mask = torch.from_numpy(np.concatenate([left[group.name] for group in self.node_groups]))
@@ -472,13 +534,17 @@ class SparseOptimizer(Optimizer):
 
         Raises:
             NonFiniteParameterError: A parameter or gradient holds NaN or infinity.
+            NoGradientError: The criterion needs gradients, and there are none.
         """
-        first, averaged = self.param_groups[0], self.choice.averaged
+        first, averaged, alive = self.param_groups[0], self.choice.averaged, self.atoms != PRUNED
         entries = self.entries()
-        seen = first["oto_seen"]
-        averages = {c: sums / seen for c, sums in zip(averaged, first["oto_sums"], strict=True)} if seen else {}
-        scores = self.choice.scores(entries, self.atoms != PRUNED, averages)
+        if seen := first["oto_seen"]:
+            averages = {c: sums / seen for c, sums in zip(averaged, first["oto_sums"], strict=True)}
+        else:
+            averages = {c: raw_scores(entries, c, alive.device) for c in averaged}
+        scores = self.choice.scores(entries, alive, averages)
         self.check_finite(entries, scores)
+        self.check_gradients(entries, averages)
         return scores
 
     def choose_redundant(self, share: float) -> None:
@@ -526,6 +592,68 @@ class SparseOptimizer(Optimizer):
         maximized = {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
         return [Entries.of(group, parameters, maximized) for group in self.node_groups]
 
+    def follow(self, model: nn.Module) -> None:
+        """Compare the parameters of a model, which is not kept alive, with those that are trained, from now on."""
+        own = {p: name for name, p in self.parameters().items()}
+        found = dict(model.named_parameters(remove_duplicate=False))
+        trained = {name: own[p] for name, p in found.items() if p in own}
+        frozen = frozenset(name for name, p in found.items() if not p.requires_grad)
+        self._followed = Followed(weakref.ref(model), trained, frozenset(found), frozen)
+
+    def is_due(self, n: int) -> bool:
+        """Whether the model is to be looked at before step ``n``."""
+        return self._unlike or n % CHECK_STEPS == 0 or self.schedule.starts_period(n) or self.schedule.ends_period(n)
+
+    def require_followed(self) -> None:
+        """Compare the model with the parameters that are trained, where a model is followed.
+
+        It is a loop over names: no tensor is read.
+
+        Raises:
+            ModelChangedError: A parameter of the model that was trained was replaced, or is gone and a node group
+                needs it.
+        """
+        self._unlike = False
+        followed = self._followed
+        model = None if followed is None else followed.model()
+        if followed is None or model is None:
+            return
+        now, ours = dict(model.named_parameters(remove_duplicate=False)), self.parameters()
+        needed = {piece.parameter for group in self.node_groups for piece in group.zeros}
+        replaced = [name for name, own in followed.trained.items() if name in now and now[name] is not ours.get(own)]
+        gone = [name for name in followed.trained if name not in now and name in needed]
+        if replaced or gone:
+            raise ModelChangedError(
+                f"{some(replaced or gone)} of the {type(model).__name__} "
+                + ("is another tensor than" if replaced else "is no parameter any more, as it was")
+                + " when the optimizer was made\n"
+                "  effect  the optimizer trains and zeroes what the model does not use, and the model's own is not "
+                "trained\n"
+                "  to fix  change the model first (new layers, adapters, parametrizations, load_state_dict with "
+                "assign=True), then OTO(...) and a new optimizer"
+            )
+        held = set(ours.values())
+        added = [name for name, p in now.items() if name not in followed.names and p.requires_grad and p not in held]
+        froze = [name for name in needed & now.keys() if not now[name].requires_grad and name not in followed.frozen]
+        if added or froze:
+            self._followed = followed._replace(names=followed.names | {*added}, frozen=followed.frozen | {*froze})
+        if added:
+            warnings.warn(
+                f"{some(added)} of the {type(model).__name__} came after the optimizer was made\n"
+                "  effect  this optimizer does not train it\n"
+                "  to fix  optimizer.add_param_group({'params': [...]}), or nothing if another optimizer does",
+                UntrainedWarning,
+                stacklevel=users_level(),
+            )
+        if froze and self.choice.target.wants_less and not self.progress.over:
+            warnings.warn(
+                f"{some(sorted(froze))} of the {type(model).__name__} was frozen after the optimizer was made\n"
+                "  effect  entries of it may still be brought to zero\n"
+                "  to fix  freeze before OTO(...), which then leaves it whole; or nothing if it may be zeroed",
+                UntrainedWarning,
+                stacklevel=users_level(),
+            )
+
     def refuse_sparse_gradients(self) -> None:
         """Raise if a parameter of a node group has a sparse gradient."""
         parameters = self.parameters()
@@ -550,6 +678,19 @@ class SparseOptimizer(Optimizer):
             "  effect  redundant groups cannot be chosen\n"
             "  to fix  lower the learning rate, clip gradients, or use a GradScaler, which skips such steps"
         )
+
+    def check_gradients(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor]) -> None:
+        """Raise if the criterion needs gradients and there are none; warn where it does not. Synchronises."""
+        remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
+        self.choice.require_gradients(entries, self.atoms != PRUNED, averages, remedy)
+        if not averages and not any_gradient(entries):
+            warnings.warn(
+                "every gradient of the prunable groups is zero or missing\n"
+                "  effect  groups are chosen by weights that no step trains\n"
+                f"  to fix  {remedy}",
+                NoGradientWarning,
+                stacklevel=users_level(),
+            )
 
     def _check_parameters(self) -> None:
         parameters = self.parameters()
@@ -667,6 +808,11 @@ class SparseOptimizer(Optimizer):
             plan = Plan.of(self.node_groups, self._codes(), self.parameters(), quiet)
             self._planned = (atoms, pointers, plan)
         return self._planned[2]
+
+
+def _ours(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group is about pruning."""
+    return {key: value for key, value in group.items() if key.startswith("oto_")}
 
 
 def moments_of(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
