@@ -59,7 +59,7 @@ from oto.optim.schedule import Progress, Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
 from oto.optim.wrapped import Base, Named, Params, build, inside, keeps_own_state
 
-CHECK_STEPS = 64
+CHECK_STEPS = 8
 """The parameters of the model are compared with those of the optimizer every so many steps, and whenever groups are
 chosen."""
 
@@ -359,6 +359,8 @@ class SparseOptimizer(Optimizer):
             )
         if atoms is not None:
             self._compare_setup(state_dict["param_groups"][0])
+        if isinstance(state := state_dict.get("state"), Mapping):
+            state_dict["state"] = dict(state)  # a sharded optimizer takes out what it does not own
         self.base.load_state_dict(state_dict)
         self._share_base()
         if keeps_own_state(self.base):
@@ -501,7 +503,7 @@ class SparseOptimizer(Optimizer):
         self._keep_atoms(mask.to(self.atoms.device))
         self.node_groups = tuple(groups)
         self.choice = replace(self.choice, groups=self.node_groups)
-        self._planned = None  # it holds the old parameters
+        self._planned, self._unlike = None, True  # it holds the old parameters
 
     def _keep_atoms(self, left: Tensor) -> None:
         """Forget all about the others."""
@@ -632,6 +634,15 @@ class SparseOptimizer(Optimizer):
                 "  to fix  change the model first (new layers, adapters, parametrizations, load_state_dict with "
                 "assign=True), then OTO(...) and a new optimizer"
             )
+        if all(p.grad is None for p in ours.values()):
+            warnings.warn(
+                f"no parameter that {type(self).__name__} trains has a gradient\n"
+                "  effect  its step changes nothing but what is being pruned\n"
+                "  to fix  loss.backward() before optimizer.step(), through the model itself: a copy of it, or parameters"
+                " that were listed before oto.shrink(), are others",
+                NoGradientWarning,
+                stacklevel=users_level(),
+            )
         held = set(ours.values())
         added = [name for name, p in now.items() if name not in followed.names and p.requires_grad and p not in held]
         froze = [name for name in needed & now.keys() if not now[name].requires_grad and name not in followed.frozen]
@@ -742,7 +753,7 @@ class SparseOptimizer(Optimizer):
                 if piece.parameter not in parameters:
                     continue
                 p = parameters[piece.parameter]
-                for moment in moments_of(p, self.state.get(p, {})):
+                for moment in moments_of(p, self.state.get(p) or {}):
                     piece.of(moment).index_fill_(0, rows.to(moment.device, non_blocking=True), 0)
 
     @torch.no_grad()

@@ -41,8 +41,8 @@ from oto.optim.saliency import (
     Saliency,
     Weights,
     any_gradient,
-    flat,
     importance,
+    indistinct,
     raw_scores,
     resolve,
     shared_out,
@@ -229,7 +229,7 @@ class Choice:
         """
         if not averages:
             return
-        blind = flat(list(averages.values()), alive, self.sizes).tolist()
+        blind = indistinct(list(averages.values()), alive, self.sizes).tolist()
         if not any(blind):
             return
         several = [int(own.sum()) > 1 for own in alive.cpu().split_with_sizes(self.sizes)]

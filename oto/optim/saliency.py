@@ -226,7 +226,7 @@ def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, s
     return total
 
 
-def flat(raw: Sequence[Tensor], alive: Tensor, sizes: Sequence[int]) -> Tensor:
+def indistinct(raw: Sequence[Tensor], alive: Tensor, sizes: Sequence[int]) -> Tensor:
     """Which node groups have atoms, two or more, that no criterion tells apart: bool, shape ``(groups,)``.
 
     Args:
@@ -234,7 +234,7 @@ def flat(raw: Sequence[Tensor], alive: Tensor, sizes: Sequence[int]) -> Tensor:
         alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
         sizes: Atoms of each node group.
 
-    >>> flat([torch.tensor([0.0, 0.0, 3.0, 1.0, 2.0])], torch.tensor([True, True, False, True, True]), [3, 2])
+    >>> indistinct([torch.tensor([0.0, 0.0, 3.0, 1.0, 2.0])], torch.tensor([True, True, False, True, True]), [3, 2])
     tensor([ True, False])
     """
     size = torch.tensor(sizes, device=alive.device)

@@ -28,11 +28,11 @@ class Unstated:
     """It takes the place of ``module.save_pretrained``; ``del module.save_pretrained`` takes it out.
 
     Args:
-        module: Not kept alive.
+        module: Not kept alive, as its memory would be until the next collection of garbage.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+        self._module, self._kind = weakref.ref(module), type(module).__name__
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of the module has one of its own
         return Unstated, (self._module(),)
@@ -46,6 +46,11 @@ class Unstated:
             EmitterError: It does not; the message names tensors. Nothing is written.
         """
         module: Any = self._module()
+        if module is None:
+            raise EmitterError(
+                f"the slim {self._kind} is not there any more\n  effect  nothing was written\n"
+                "  to fix  hold it while it is saved: model = subnet.model"
+            )
         if Recipe.of(module) is None:
             if CHECKPOINT.fullmatch(Path(save_directory).name) is None:
                 raise EmitterError(
