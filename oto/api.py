@@ -468,7 +468,7 @@ class OTO:
         optimizer's are those of the slim model from then on, in the same parameter groups, and its state is sliced. So
         a learning-rate scheduler, a ``GradScaler``, accelerate and a trainer go on as they are. What holds single
         parameters does not: wrap the model in ``DistributedDataParallel`` again (the old wrapper refuses to train:
-        ``StaleWrapperError``). Copy the model before if the full one
+        ``StaleWrapperError``), and list parameters anew. Copy the model before if the full one
         is needed. ``construct_subnet`` saves what loads from the class of the first model. With ``layout="uniform"``
         the model's config states what is left, so the model itself may be saved as ever.
 

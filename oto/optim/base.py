@@ -26,10 +26,9 @@ from __future__ import annotations
 
 import json
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +38,6 @@ from torch.optim import Optimizer
 
 from oto._torch import holder
 from oto.errors import (
-    ModelChangedError,
     NoGradientWarning,
     NonFiniteParameterError,
     OTOError,
@@ -47,21 +45,17 @@ from oto.errors import (
     SetupWarning,
     ShrinkError,
     UnknownParameterError,
-    UntrainedWarning,
     some,
     users_level,
 )
 from oto.groups.node_group import NodeGroup, is_finite
 from oto.optim.choice import Choice
+from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
 from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
 from oto.optim.wrapped import Base, Named, Params, build, inside, keeps_own_state
-
-CHECK_STEPS = 8
-"""The parameters of the model are compared with those of the optimizer every so many steps, and whenever groups are
-chosen."""
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
@@ -70,22 +64,6 @@ ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """State that an update is divided by. It moves nothing, so it is left alone: the square root of MKL takes ten times as
 long for an exact zero, which would make the loops of Adam and AdamW half as slow again."""
-
-
-class Followed(NamedTuple):
-    """A model, and what was known of it when it began to be followed.
-
-    Attributes:
-        model: Not kept alive.
-        trained: For each of its names of a parameter that is trained, the name that the optimizer has for it.
-        names: Of all its parameters.
-        frozen: Of those that were frozen.
-    """
-
-    model: weakref.ref[nn.Module]
-    trained: Mapping[str, str]
-    names: frozenset[str]
-    frozen: frozenset[str]
 
 
 class SparseOptimizer(Optimizer):
@@ -122,7 +100,7 @@ class SparseOptimizer(Optimizer):
     _planned: tuple[Tensor, list[int], Plan] | None = None
     _loud = False
     _followed: Followed | None = None
-    _unlike = True  # the model may have changed, as it may while a checkpoint is loaded
+    _unseen = True  # the model may have changed, as it may while a checkpoint is loaded
 
     def __init__(
         self,
@@ -369,7 +347,7 @@ class SparseOptimizer(Optimizer):
             self.param_groups[0].setdefault("oto_kept", kept)
         self._fill_state()
         self.history = json.loads(self.param_groups[0]["oto_history"])
-        self._planned, self._unlike = None, True
+        self._planned, self._unseen = None, True
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -503,7 +481,7 @@ class SparseOptimizer(Optimizer):
         self._keep_atoms(mask.to(self.atoms.device))
         self.node_groups = tuple(groups)
         self.choice = replace(self.choice, groups=self.node_groups)
-        self._planned, self._unlike = None, True  # it holds the old parameters
+        self._planned, self._unseen = None, True  # it holds the old parameters
 
     def _keep_atoms(self, left: Tensor) -> None:
         """Forget all about the others."""
@@ -596,74 +574,19 @@ class SparseOptimizer(Optimizer):
 
     def follow(self, model: nn.Module) -> None:
         """Compare the parameters of a model, which is not kept alive, with those that are trained, from now on."""
-        own = {p: name for name, p in self.parameters().items()}
-        found = dict(model.named_parameters(remove_duplicate=False))
-        trained = {name: own[p] for name, p in found.items() if p in own}
-        frozen = frozenset(name for name, p in found.items() if not p.requires_grad)
-        self._followed = Followed(weakref.ref(model), trained, frozenset(found), frozen)
+        self._followed = Followed.of(model, self.parameters())
 
-    def is_due(self, n: int) -> bool:
-        """Whether the model is to be looked at before step ``n``."""
-        return self._unlike or n % CHECK_STEPS == 0 or self.schedule.starts_period(n) or self.schedule.ends_period(n)
-
-    def require_followed(self) -> None:
-        """Compare the model with the parameters that are trained, where a model is followed.
-
-        It is a loop over names: no tensor is read.
+    def look_at_model(self, n: int) -> None:
+        """Compare them, if it is time before step ``n``: the first one, one that chooses, or after a few steps.
 
         Raises:
-            ModelChangedError: A parameter of the model that was trained was replaced, or is gone and a node group
-                needs it.
+            ModelChangedError: A parameter of the model was replaced.
         """
-        self._unlike = False
-        followed = self._followed
-        model = None if followed is None else followed.model()
-        if followed is None or model is None:
-            return
-        now, ours = dict(model.named_parameters(remove_duplicate=False)), self.parameters()
-        needed = {piece.parameter for group in self.node_groups for piece in group.zeros}
-        replaced = [name for name, own in followed.trained.items() if name in now and now[name] is not ours.get(own)]
-        gone = [name for name in followed.trained if name not in now and name in needed]
-        if replaced or gone:
-            raise ModelChangedError(
-                f"{some(replaced or gone)} of the {type(model).__name__} "
-                + ("is another tensor than" if replaced else "is no parameter any more, as it was")
-                + " when the optimizer was made\n"
-                "  effect  the optimizer trains and zeroes what the model does not use, and the model's own is not "
-                "trained\n"
-                "  to fix  change the model first (new layers, adapters, parametrizations, load_state_dict with "
-                "assign=True), then OTO(...) and a new optimizer"
-            )
-        if all(p.grad is None for p in ours.values()):
-            warnings.warn(
-                f"no parameter that {type(self).__name__} trains has a gradient\n"
-                "  effect  its step changes nothing but what is being pruned\n"
-                "  to fix  loss.backward() before optimizer.step(), through the model itself: a copy of it, or parameters"
-                " that were listed before oto.shrink(), are others",
-                NoGradientWarning,
-                stacklevel=users_level(),
-            )
-        held = set(ours.values())
-        added = [name for name, p in now.items() if name not in followed.names and p.requires_grad and p not in held]
-        froze = [name for name in needed & now.keys() if not now[name].requires_grad and name not in followed.frozen]
-        if added or froze:
-            self._followed = followed._replace(names=followed.names | {*added}, frozen=followed.frozen | {*froze})
-        if added:
-            warnings.warn(
-                f"{some(added)} of the {type(model).__name__} came after the optimizer was made\n"
-                "  effect  this optimizer does not train it\n"
-                "  to fix  optimizer.add_param_group({'params': [...]}), or nothing if another optimizer does",
-                UntrainedWarning,
-                stacklevel=users_level(),
-            )
-        if froze and self.choice.target.wants_less and not self.progress.over:
-            warnings.warn(
-                f"{some(sorted(froze))} of the {type(model).__name__} was frozen after the optimizer was made\n"
-                "  effect  entries of it may still be brought to zero\n"
-                "  to fix  freeze before OTO(...), which then leaves it whole; or nothing if it may be zeroed",
-                UntrainedWarning,
-                stacklevel=users_level(),
-            )
+        chooses = self.schedule.starts_period(n) or self.schedule.ends_period(n)
+        if self._followed is not None and (self._unseen or chooses or n % CHECK_STEPS == 0):
+            needed = {piece.parameter for group in self.node_groups for piece in group.zeros}
+            pruning = self.choice.target.wants_less and n < self.schedule.end
+            self._followed, self._unseen = self._followed.look(self.parameters(), needed, pruning), False
 
     def refuse_sparse_gradients(self) -> None:
         """Raise if a parameter of a node group has a sparse gradient."""

@@ -198,8 +198,7 @@ class HESSO(SparseOptimizer):
         n = self.clock
         if n == 0 and self.choice.target.wants_less:
             self.refuse_sparse_gradients()  # rather than when the first period begins
-        if self.is_due(n):
-            self.require_followed()
+        self.look_at_model(n)
         self.advance(n)
         self.clock = n + 1
         return loss

@@ -1,4 +1,4 @@
-"""Two processes under ``DistributedDataParallel``, each with its own batches, prune alike, and resume where they were."""
+"""Two processes under ``DistributedDataParallel``, each with its own batches, prune alike and resume as they were."""
 
 from __future__ import annotations
 

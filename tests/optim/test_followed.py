@@ -12,7 +12,7 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import ModelChangedError, NoGradientWarning, UntrainedWarning
-from oto.optim.base import CHECK_STEPS
+from oto.optim.followed import CHECK_STEPS
 
 X = torch.randn(16, 6)
 END = 12
@@ -171,7 +171,9 @@ def test_a_copy_that_is_trained_instead_is_told():
     model, _, optimizer = made()
     other = copy.deepcopy(model)
     other(X).square().mean().backward()
-    with pytest.warns(NoGradientWarning, match="no parameter that HESSO trains has a gradient"):
+    with pytest.warns(
+        NoGradientWarning, match="no parameter of the Sequential that the optimizer trains has a gradient"
+    ):
         optimizer.step()
 
 

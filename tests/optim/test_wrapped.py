@@ -118,7 +118,7 @@ def test_an_optimizer_over_nameless_groups_can_be_wrapped():
     assert count_zeros(model) == 7
 
 
-# Optimizers that keep state of their own, and write it into their own state dict ----------------------------------------
+# Optimizers that keep state of their own, and write it into their own state dict --------------------------------------
 
 
 class Shell(torch.optim.Optimizer):
