@@ -135,11 +135,14 @@ class Shell(torch.optim.Optimizer):
 
 
 class Saved(Shell):
+    """Knows the entries of its own groups only."""
+
     def state_dict(self):
         return self.inner.state_dict() | {"steps": self.steps}
 
     def load_state_dict(self, state_dict):
-        self.inner.load_state_dict(state_dict)
+        groups = [{k: v for k, v in g.items() if not k.startswith("oto_")} for g in state_dict["param_groups"]]
+        self.inner.load_state_dict({"state": state_dict["state"], "param_groups": groups})
         self.param_groups, self.steps = self.inner.param_groups, state_dict["steps"]
 
 
