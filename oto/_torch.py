@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ __all__ = [
     "compile_package",
     "constant",
     "count_conditions",
+    "data_parallel_around",
     "example_size",
     "expression",
     "followed_lines",
@@ -79,6 +81,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def data_parallel_around(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
+    """Every living ``DistributedDataParallel`` that holds a model, itself or in what it wraps.
+
+    Torch keeps no list of them, so the objects of the process are gone through, where there is a process group at all.
+    """
+    kind = nn.parallel.DistributedDataParallel
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    found: list[Any] = [held for held in gc.get_objects() if issubclass(type(held), kind)]
+    return [wrapper for wrapper in found if any(module is model for module in wrapper.modules())]
 
 
 def holder(model: Any, names: Iterable[str]) -> nn.Module | None:

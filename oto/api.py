@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto._torch import holder, unwrapped
+from oto._torch import data_parallel_around, holder, unwrapped
 from oto.axes.registry import known
 from oto.errors import (
     ArtefactError,
@@ -28,6 +28,7 @@ from oto.errors import (
     NotPrunedWarning,
     OptionError,
     ShrinkError,
+    StaleWrapperError,
     TooLateError,
     TraceError,
     UnknownOpWarning,
@@ -453,6 +454,7 @@ class OTO:
         given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
         latency = self._latency(options)
         optimizer = kind(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)
+        optimizer.follow(self.model)
         self._optimizer, self._made_for = weakref.ref(optimizer), self.partition
         return optimizer
 
@@ -465,7 +467,8 @@ class OTO:
         model and the optimizer stay the same objects. The model's parameters and submodules are replaced; the
         optimizer's are those of the slim model from then on, in the same parameter groups, and its state is sliced. So
         a learning-rate scheduler, a ``GradScaler``, accelerate and a trainer go on as they are. What holds single
-        parameters does not: wrap the model in ``DistributedDataParallel`` again. Copy the model before if the full one
+        parameters does not: wrap the model in ``DistributedDataParallel`` again (the old wrapper refuses to train:
+        ``StaleWrapperError``), and list parameters anew. Copy the model before if the full one
         is needed. ``construct_subnet`` saves what loads from the class of the first model. With ``layout="uniform"``
         the model's config states what is left, so the model itself may be saved as ever.
 
@@ -539,7 +542,10 @@ class OTO:
             Moved(name, p, slim.model.get_parameter(name), slim.parameters[name])
             for name, p in self.model.named_parameters()
         ]
+        wrappers = data_parallel_around(self.model)
         inner.shrink_(moved, thin, left)
+        for wrapper in wrappers:
+            wrapper.register_forward_pre_hook(_refuse_stale)
         for before, after in [(self.model, slim.model), *slim.averages]:
             become(before, after)
         self.partition, self._groups, self._own, self._made_for = found, groups, own, analysed
@@ -758,6 +764,17 @@ class OTO:
             example=self.dummy_input,
             config=dict(made.edits.config) if made.edits is not None else {},
         )  # fmt: skip
+
+
+def _refuse_stale(wrapper: nn.Module, _: Any) -> None:
+    """A hook on what holds the parameters of before ``shrink``; evaluation through it is as good as ever."""
+    if torch.is_grad_enabled():
+        raise StaleWrapperError(
+            f"this {type(wrapper).__name__} was made before oto.shrink(), and reduces the gradients of parameters that "
+            "are gone\n"
+            "  effect  every process would train on its own batches alone, and the processes would drift apart\n"
+            f"  to fix  wrap the model again after shrink: model = {type(wrapper).__name__}(oto.model, ...)"
+        )
 
 
 def _listed(names: Any) -> list[Any]:

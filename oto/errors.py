@@ -67,6 +67,18 @@ class ShrinkError(OTOError):
     """A model cannot get smaller in the middle of training; nothing was changed."""
 
 
+class NoGradientError(OTOError, ValueError):
+    """No gradient says which zero-invariant groups matter, and the criterion needs one."""
+
+
+class ModelChangedError(OTOError):
+    """Parameters of the model are no longer those that its optimizer trains."""
+
+
+class StaleWrapperError(OTOError, RuntimeError):
+    """A wrapper that holds the parameters of before ``shrink`` was called to train."""
+
+
 class SetupError(OTOError, ValueError):
     """A checkpoint was made with another schedule or target, and its pruning has begun."""
 
@@ -129,6 +141,18 @@ class CollapseWarning(UserWarning):
 
 class SetupWarning(UserWarning):
     """A checkpoint was made with another schedule or target; its pruning had not begun."""
+
+
+class NoGradientWarning(UserWarning):
+    """Some node groups are chosen from although no gradient reaches them."""
+
+
+class UntrainedWarning(UserWarning):
+    """Parameters of the model are trained by no step of its optimizer, or an optimizer's state is in no checkpoint."""
+
+
+class UnstatedWarning(UserWarning):
+    """A checkpoint holds a slim model whose config does not state its sizes."""
 
 
 class NotPrunedWarning(UserWarning):

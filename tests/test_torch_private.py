@@ -150,3 +150,19 @@ def test_a_compiled_package_is_called_as_the_model(tmp_path):
     (tmp_path / "model.pt2").write_bytes(packed.getvalue())
     x = torch.randn(5, 4)
     assert torch.equal(_torch.load_package(str(tmp_path / "model.pt2"))(x), x * 2)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_wrappers_of_a_model_are_found(tmp_path):
+    from torch import distributed as dist
+
+    model = torch.nn.Linear(2, 2)
+    assert _torch.data_parallel_around(model) == []
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        one, two = (torch.nn.parallel.DistributedDataParallel(m) for m in (model, torch.nn.Sequential(model)))
+        other = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        found = _torch.data_parallel_around(model)
+        assert {id(wrapper) for wrapper in found} == {id(one), id(two)} and other not in found
+    finally:
+        dist.destroy_process_group()

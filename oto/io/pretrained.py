@@ -28,9 +28,8 @@ from torch import nn
 from oto.atomic import is_scratch, locked, scratch, stamp, sync, told, unwritable
 from oto.errors import ArtefactError, EmitterError, some
 from oto.io.artefact import NOT_SAVED, check_out_dir
-from oto.slim.recipe import Recipe, shapes_of
-
-REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
+from oto.slim.recipe import Recipe
+from oto.slim.unstated import REMEDY, unlike
 
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """What lies beside weights and says how inputs are made: tokenizers and processors."""
@@ -165,15 +164,7 @@ def _require_stated(slim: nn.Module) -> None:
         )
     if Recipe.of(slim) is not None:
         return
-    plain, own = Recipe(type(slim), slim.config).shapes({}) or {}, shapes_of(slim)
-    wrong = [
-        f"{name}: {list(own.get(name, ()))}, its config makes it {list(plain.get(name, ()))}"
-        for name in {**own, **plain}
-        if own.get(name) != plain.get(name)
-    ]
-    raise EmitterError(
-        f"no field of the config of {kind} states its sizes: {some(wrong, 3)}\n  effect  nothing was written\n{REMEDY}"
-    )
+    raise EmitterError(f"{unlike(slim)}\n  effect  nothing was written\n{REMEDY}")
 
 
 def _copy_beside(source: Path, folder: Path) -> None:

@@ -33,11 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oto._torch import holder
 from oto.errors import (
+    NoGradientWarning,
     NonFiniteParameterError,
     OTOError,
     SetupError,
@@ -49,11 +50,12 @@ from oto.errors import (
 )
 from oto.groups.node_group import NodeGroup, is_finite
 from oto.optim.choice import Choice
+from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
-from oto.optim.saliency import Entries, raw_scores
+from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
-from oto.optim.wrapped import Base, Named, Params, build
+from oto.optim.wrapped import Base, Named, Params, build, inside, keeps_own_state
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
@@ -97,6 +99,8 @@ class SparseOptimizer(Optimizer):
     _split: tuple[Tensor, list[Tensor]] | None = None
     _planned: tuple[Tensor, list[int], Plan] | None = None
     _loud = False
+    _followed: Followed | None = None
+    _unseen = True  # the model may have changed, as it may while a checkpoint is loaded
 
     def __init__(
         self,
@@ -279,10 +283,38 @@ class SparseOptimizer(Optimizer):
         } | self.choice.describe()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; momentum and first moments of pruned entries are zero in it."""
+        """As in torch; momentum and first moments of pruned entries are zero in it.
+
+        Where the wrapped optimizer writes a state dict of its own (one that shards its state, or wraps another), it is
+        that one, with what pruning must know in its first parameter group.
+
+        Raises:
+            OTOError: It has no parameter groups.
+        """
         self.zero_moments_()
         self.param_groups[0]["oto_history"] = json.dumps(self.history)
-        return super().state_dict()
+        if not keeps_own_state(self.base):
+            return super().state_dict()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        saved = dict(self.base.state_dict())
+        if not saved.get("param_groups"):
+            raise OTOError(
+                f"the state dict of {type(self.base).__name__} has no param_groups: {some(map(str, saved))}\n"
+                "  effect  what pruning has to know cannot be saved with it\n"
+                "  to fix  let its state_dict() hold param_groups as those of torch do"
+            )
+        first, *others = saved["param_groups"]
+        saved["param_groups"] = [{**first, **_ours(self.param_groups[0])}, *others]
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            saved = post_hook(self, saved) or saved
+        return saved
+
+    def consolidate_state_dict(self, *args: Any, **keywords: Any) -> None:
+        """Passed on to optimizers that shard their state (``ZeroRedundancyOptimizer``); before ``state_dict()``."""
+        gather = getattr(self.base, "consolidate_state_dict", None)
+        if gather is not None:
+            gather(*args, **keywords)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh.
@@ -305,13 +337,17 @@ class SparseOptimizer(Optimizer):
             )
         if atoms is not None:
             self._compare_setup(state_dict["param_groups"][0])
+        if isinstance(state := state_dict.get("state"), Mapping):
+            state_dict["state"] = dict(state)  # a sharded optimizer takes out what it does not own
         self.base.load_state_dict(state_dict)
         self._share_base()
+        if keeps_own_state(self.base):
+            self.param_groups[0] |= _ours(state_dict["param_groups"][0])
         if kept is not None:
             self.param_groups[0].setdefault("oto_kept", kept)
         self._fill_state()
         self.history = json.loads(self.param_groups[0]["oto_history"])
-        self._planned = None
+        self._planned, self._unseen = None, True
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -433,13 +469,19 @@ class SparseOptimizer(Optimizer):
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
         """
         self._share_base()
+        if keeps_own_state(self.base) or inside(self.base):
+            raise ShrinkError(
+                f"{type(self.base).__name__} keeps parameters and state of its own, beside param_groups and state\n"
+                "  effect  it would go on with those of the full model, so nothing was changed\n"
+                "  to fix  shrink by construct_subnet at the end; or wrap a plain optimizer (SGD, AdamW...)"
+            )
         states = sliced_state(moved, self.base)
         follow(self.base, moved, states)
         mask = torch.from_numpy(np.concatenate([left[group.name] for group in self.node_groups]))
         self._keep_atoms(mask.to(self.atoms.device))
         self.node_groups = tuple(groups)
         self.choice = replace(self.choice, groups=self.node_groups)
-        self._planned = None  # it holds the old parameters
+        self._planned, self._unseen = None, True  # it holds the old parameters
 
     def _keep_atoms(self, left: Tensor) -> None:
         """Forget all about the others."""
@@ -472,13 +514,17 @@ class SparseOptimizer(Optimizer):
 
         Raises:
             NonFiniteParameterError: A parameter or gradient holds NaN or infinity.
+            NoGradientError: The criterion needs gradients, and there are none.
         """
-        first, averaged = self.param_groups[0], self.choice.averaged
+        first, averaged, alive = self.param_groups[0], self.choice.averaged, self.atoms != PRUNED
         entries = self.entries()
-        seen = first["oto_seen"]
-        averages = {c: sums / seen for c, sums in zip(averaged, first["oto_sums"], strict=True)} if seen else {}
-        scores = self.choice.scores(entries, self.atoms != PRUNED, averages)
+        if seen := first["oto_seen"]:
+            averages = {c: sums / seen for c, sums in zip(averaged, first["oto_sums"], strict=True)}
+        else:
+            averages = {c: raw_scores(entries, c, alive.device) for c in averaged}
+        scores = self.choice.scores(entries, alive, averages)
         self.check_finite(entries, scores)
+        self.check_gradients(entries, averages)
         return scores
 
     def choose_redundant(self, share: float) -> None:
@@ -526,6 +572,22 @@ class SparseOptimizer(Optimizer):
         maximized = {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
         return [Entries.of(group, parameters, maximized) for group in self.node_groups]
 
+    def follow(self, model: nn.Module) -> None:
+        """Compare the parameters of a model, which is not kept alive, with those that are trained, from now on."""
+        self._followed = Followed.of(model, self.parameters())
+
+    def look_at_model(self, n: int) -> None:
+        """Compare them, if it is time before step ``n``: the first one, one that chooses, or after a few steps.
+
+        Raises:
+            ModelChangedError: A parameter of the model was replaced.
+        """
+        chooses = self.schedule.starts_period(n) or self.schedule.ends_period(n)
+        if self._followed is not None and (self._unseen or chooses or n % CHECK_STEPS == 0):
+            needed = {piece.parameter for group in self.node_groups for piece in group.zeros}
+            pruning = self.choice.target.wants_less and n < self.schedule.end
+            self._followed, self._unseen = self._followed.look(self.parameters(), needed, pruning), False
+
     def refuse_sparse_gradients(self) -> None:
         """Raise if a parameter of a node group has a sparse gradient."""
         parameters = self.parameters()
@@ -550,6 +612,19 @@ class SparseOptimizer(Optimizer):
             "  effect  redundant groups cannot be chosen\n"
             "  to fix  lower the learning rate, clip gradients, or use a GradScaler, which skips such steps"
         )
+
+    def check_gradients(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor]) -> None:
+        """Raise if the criterion needs gradients and there are none; warn where it does not. Synchronises."""
+        remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
+        self.choice.require_gradients(entries, self.atoms != PRUNED, averages, remedy)
+        if not averages and not any_gradient(entries):
+            warnings.warn(
+                "every gradient of the prunable groups is zero or missing\n"
+                "  effect  groups are chosen by weights that no step trains\n"
+                f"  to fix  {remedy}",
+                NoGradientWarning,
+                stacklevel=users_level(),
+            )
 
     def _check_parameters(self) -> None:
         parameters = self.parameters()
@@ -601,7 +676,7 @@ class SparseOptimizer(Optimizer):
                 if piece.parameter not in parameters:
                     continue
                 p = parameters[piece.parameter]
-                for moment in moments_of(p, self.state.get(p, {})):
+                for moment in moments_of(p, self.state.get(p) or {}):
                     piece.of(moment).index_fill_(0, rows.to(moment.device, non_blocking=True), 0)
 
     @torch.no_grad()
@@ -667,6 +742,11 @@ class SparseOptimizer(Optimizer):
             plan = Plan.of(self.node_groups, self._codes(), self.parameters(), quiet)
             self._planned = (atoms, pointers, plan)
         return self._planned[2]
+
+
+def _ours(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group is about pruning."""
+    return {key: value for key, value in group.items() if key.startswith("oto_")}
 
 
 def moments_of(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:

@@ -17,7 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oto.errors import CollapseWarning, NothingPrunableError, OptionError, TargetError, some, users_level
+from oto.errors import (
+    CollapseWarning,
+    NoGradientError,
+    NoGradientWarning,
+    NothingPrunableError,
+    OptionError,
+    TargetError,
+    some,
+    users_level,
+)
 from oto.groups.cost import Costs
 from oto.groups.layout import settled, ties_of
 from oto.groups.node_group import NodeGroup
@@ -31,7 +40,9 @@ from oto.optim.saliency import (
     Entries,
     Saliency,
     Weights,
+    any_gradient,
     importance,
+    indistinct,
     raw_scores,
     resolve,
     shared_out,
@@ -200,6 +211,44 @@ class Choice:
         )
         return torch.where(shares.to(alive.device), shared_out(scores, by, alive, self.sizes), scores)
 
+    def require_gradients(
+        self, entries: Sequence[Entries], alive: Tensor, averages: Mapping[Saliency, Tensor], remedy: str
+    ) -> None:
+        """Refuse to choose by gradients where there are none; tell of node groups that none reaches.
+
+        Synchronises, so it belongs to steps that choose.
+
+        Args:
+            entries: The entries of every node group, with the gradients of now.
+            alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
+            averages: All criteria that look at gradients, shape ``(N,)`` each.
+            remedy: What to do where there are none at all.
+
+        Raises:
+            NoGradientError: No such criterion tells any two atoms of a node group apart, and every gradient is zero.
+        """
+        if not averages:
+            return
+        blind = indistinct(list(averages.values()), alive, self.sizes).tolist()
+        if not any(blind):
+            return
+        several = [int(own.sum()) > 1 for own in alive.cpu().split_with_sizes(self.sizes)]
+        if blind == several and not any_gradient(entries):
+            raise NoGradientError(
+                "every gradient of the prunable groups is zero or missing\n"
+                f"  effect  {some(map(_name, averages))} cannot tell what matters, so nothing was chosen\n"
+                f"  to fix  {remedy}"
+            )
+        names = [group.name for group, none in zip(self.groups, blind, strict=True) if none]
+        warnings.warn(
+            f"no gradient tells the atoms of {some(names)} apart\n"
+            "  effect  all their scores are alike, so they go first, in the order of their indices\n"
+            "  to fix  keep what is not trained whole (skip_patterns), freeze it before OTO(...), or choose by weights:"
+            " saliency='magnitude'",
+            NoGradientWarning,
+            stacklevel=users_level(),
+        )
+
     def select(self, scores: Tensor, alive: Tensor, share: float = 1.0) -> Tensor:
         """The atoms that go, bool, shape ``(N,)``, on the CPU.
 
@@ -234,6 +283,9 @@ class Choice:
             model: Its gradients and buffers are written to.
             batches: Batches over which criteria that look at gradients are averaged.
             loss: Takes the model and a batch, and returns the loss.
+
+        Raises:
+            NoGradientError: It has no gradient, and the choice goes by gradients.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
 
@@ -256,7 +308,10 @@ class Choice:
                         s + raw_scores(entries(), c, alive.device) for s, c in zip(sums, self.averaged, strict=True)
                     ]
         with torch.no_grad():
-            scores = self.scores(entries(), alive, dict(zip(self.averaged, sums, strict=True)))
+            averages = dict(zip(self.averaged, sums, strict=True))
+            remedy = "pass batches= and a loss= that has a gradient (a model is no teacher of itself)"
+            self.require_gradients(entries(), alive, averages, remedy)
+            scores = self.scores(entries(), alive, averages)
         left = ~self.select(scores, alive)
         self.warn_of_collapse(left)
         counts = [int(own.sum()) for own in left.split_with_sizes(self.sizes)]

@@ -267,8 +267,10 @@ class HESSOCRIC(HESSO):
         still = walk["still"] / walk["still_seen"].clamp(min=1)
         now = first["oto_sums"] if walk["over"] and first["oto_seen"] else still
         entries = self.entries()
-        scores = choice.scores(entries, alive, dict(zip(choice.averaged, now, strict=True)))
+        averages = dict(zip(choice.averaged, now, strict=True))
+        scores = choice.scores(entries, alive, averages)
         self.check_finite(entries, scores)
+        self.check_gradients(entries, averages)
         weights = torch.tensor([weight for c, weight in choice.criteria if c in choice.averaged]).to(still)
         total = sum(weight for _, weight in choice.criteria)
         beyond = (weights / total) @ (walk["walked"] / self.sampling_steps - still)

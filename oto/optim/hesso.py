@@ -184,6 +184,8 @@ class HESSO(SparseOptimizer):
 
         Raises:
             NonFiniteParameterError: A period begins, and a parameter or gradient holds NaN or infinity.
+            NoGradientError: A period begins, its criterion needs gradients, and there are none.
+            ModelChangedError: A parameter of the model was replaced since ``oto.hesso()``.
         """
         loss = None
         if closure is not None:
@@ -196,6 +198,7 @@ class HESSO(SparseOptimizer):
         n = self.clock
         if n == 0 and self.choice.target.wants_less:
             self.refuse_sparse_gradients()  # rather than when the first period begins
+        self.look_at_model(n)
         self.advance(n)
         self.clock = n + 1
         return loss

@@ -19,7 +19,7 @@ Where we differ from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,6 +91,11 @@ class Entries:
         pairs = zip(self.weights, self.gradients, strict=True)
         parts = [_dots(weight, gradient) for weight, gradient in pairs if gradient is not None]
         return torch.stack(parts).sum(0) if parts else torch.zeros_like(self.weight_sq)
+
+
+def any_gradient(groups: Iterable[Entries]) -> bool:
+    """Whether a gradient of any node group has an entry that is not zero. Synchronises."""
+    return any(bool(own.any()) for entries in groups for own in entries.gradients if own is not None)
 
 
 Saliency = Callable[[Entries], Tensor]
@@ -221,6 +226,27 @@ def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, s
     return total
 
 
+def indistinct(raw: Sequence[Tensor], alive: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Which node groups have atoms, two or more, that no criterion tells apart: bool, shape ``(groups,)``.
+
+    Args:
+        raw: Each criterion for every atom, shape ``(N,)``.
+        alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
+        sizes: Atoms of each node group.
+
+    >>> indistinct([torch.tensor([0.0, 0.0, 3.0, 1.0, 2.0])], torch.tensor([True, True, False, True, True]), [3, 2])
+    tensor([ True, False])
+    """
+    size = torch.tensor(sizes, device=alive.device)
+    first = size.cumsum(0) - size
+    found = _over_group(alive.float(), sizes, "sum")[first] > 1
+    for values in raw:
+        high = _over_group(torch.where(alive, values, -torch.inf), sizes, "amax")
+        low = _over_group(torch.where(alive, values, torch.inf), sizes, "amin")
+        found &= (high == low)[first]
+    return found
+
+
 def shared_out(scores: Tensor, by: Tensor, alive: Tensor, sizes: Sequence[int]) -> Tensor:
     """The sum of ``scores`` over each node group, shared out among its atoms in proportion to ``by``.
 
@@ -236,7 +262,7 @@ def _over_group(values: Tensor, sizes: Sequence[int], how: str) -> Tensor:
     """What each node group comes to, for every atom of it, shape ``(N,)``."""
     size = torch.tensor(sizes, device=values.device)
     group = torch.arange(len(sizes), device=values.device).repeat_interleave(size, output_size=len(values))
-    return values.new_zeros(len(sizes)).scatter_reduce_(0, group, values, how, include_self=True)[group]
+    return values.new_zeros(len(sizes)).scatter_reduce_(0, group, values, how, include_self=False)[group]
 
 
 def _sq_norms(rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oto.errors import OptionError, UnknownParameterError
+from oto.errors import OptionError, UnknownParameterError, UntrainedWarning, users_level
 
 Named = Iterable[tuple[str, Tensor]]
 Params = Named | Iterable[dict[str, Any]]
@@ -55,8 +56,8 @@ def build(
             if keywords:
                 raise OptionError(f"base is an optimizer already; {', '.join(keywords)} cannot be set any more")
             _name(base.param_groups, _names_of(names if names is not None else params))
-            return base
-        return base(_groups(params, names), **keywords)
+            return _sound(base)
+        return _sound(base(_groups(params, names), **keywords))
 
     kind = _variant(variant)
     takes = inspect.signature(kind).parameters
@@ -74,6 +75,42 @@ def build(
             "  to fix  give lr=, such as lr=0.1 for a network with norms that is trained from scratch, or one per group"
         )
     return kind(groups, **keywords)
+
+
+def keeps_own_state(base: Optimizer) -> bool:
+    """Whether an optimizer writes its state dict itself, as those do whose state is not all in ``.state``."""
+    return type(base).state_dict is not Optimizer.state_dict or "state_dict" in vars(base)
+
+
+def inside(base: Optimizer) -> dict[str, Optimizer]:
+    """The optimizers that an optimizer holds, by attribute."""
+    return {name: held for name, held in vars(base).items() if isinstance(held, Optimizer)}
+
+
+def _sound(base: Optimizer) -> Optimizer:
+    """Refuse what only looks like an optimizer, and tell of state that no checkpoint would hold.
+
+    Raises:
+        OptionError: It lacks what every torch optimizer has.
+    """
+    kind = type(base).__name__
+    missing = [name for name in ("param_groups", "state", "defaults") if not hasattr(base, name)]
+    if missing:
+        raise OptionError(
+            f"base is a {kind}, which has no {', '.join(missing)}\n"
+            "  effect  it cannot be stepped, saved and resumed as a torch optimizer\n"
+            "  to fix  pass the optimizer that it wraps, or call Optimizer.__init__ in it"
+        )
+    lost = [name for name, held in inside(base).items() if held.state is not base.state]
+    if lost and not keeps_own_state(base):
+        warnings.warn(
+            f"{kind} steps another optimizer, its {', '.join(lost)}, whose state its state_dict() does not hold\n"
+            "  effect  a run that is resumed from a checkpoint starts without it\n"
+            f"  to fix  give {kind} a state_dict() and a load_state_dict(), or pass the inner optimizer",
+            UntrainedWarning,
+            stacklevel=users_level(),
+        )
+    return base
 
 
 def _variant(name: str) -> type[Optimizer]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from oto.errors import EmitterError
 from oto.groups import Kept
 from oto.slim.module import Edits, attribute, thin_copy
+from oto.slim.unstated import refuse_saving
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,8 @@ def descend(slim: nn.Module, model: nn.Module, *rounds: Round) -> None:
         vars(slim)["_oto_origin"] = Origin(skeleton(model), rounds)
     else:
         vars(slim)["_oto_origin"] = Origin(before.first, (*before.rounds, *rounds))
+    if not rounds[-1].edits.config:
+        refuse_saving(slim, model)
 
 
 def after_rounds(first: nn.Module, rounds: Iterable[Round]) -> nn.Module:

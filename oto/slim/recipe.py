@@ -61,6 +61,8 @@ class Recipe:
                 recipe = cls(kind, config, device)
                 if recipe.shapes({}) == shapes_of(model):
                     return recipe
+                if recipe.shapes({}) is not None:  # it can be made there, of other sizes
+                    break
         return None
 
     def edited(self, edits: Fields) -> Any:

@@ -25,6 +25,7 @@ from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Recipe, configs, fields
 from oto.slim.reference import check
 from oto.slim.training import check_training
+from oto.slim.unstated import Unstated
 from oto.slim.verify import learn, require
 from oto.trace.record import record
 
@@ -53,6 +54,8 @@ def become(model: nn.Module, slim: nn.Module) -> None:
     """Make ``model`` the slim one, in the same object, so that whatever holds it goes on."""
     model.__class__ = type(slim)
     model.__dict__ = slim.__dict__  # shared, as parts of it may refer back to the slim one
+    if "save_pretrained" in vars(model):
+        vars(model)["save_pretrained"] = Unstated(model)
 
 
 def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from oto import OTO, load_subnet
-from oto.errors import ArtefactError, EmitterError
+from oto.errors import ArtefactError, EmitterError, UnstatedWarning
 from tests.zoo import transformers_zoo as zoo
 from tests.zoo.models import TINY, image, lively, tokens
 
@@ -179,6 +181,120 @@ def test_what_no_config_states_is_named(tmp_path):
         subnet.save_pretrained(tmp_path / "x")
     assert "its config makes it [64, 64]" in str(caught.value) and 'layout="uniform"' in str(caught.value)
     assert not (tmp_path / "x").exists()
+
+
+# What the model itself writes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def free(tmp_path_factory):
+    """A slim model whose blocks differ, so that no config states it, and its artefact."""
+    torch.manual_seed(0)
+    oto = OTO(llama(), tokens())
+    oto.random_set_zero_groups(0.5)
+    return oto, oto.construct_subnet(tmp_path_factory.mktemp("free"))
+
+
+def again_slim(oto, subnet):
+    second = OTO(subnet.model, tokens())
+    second.random_set_zero_groups(0.2, seed=1)
+    return second.construct_subnet().model
+
+
+OF = {
+    "itself": lambda oto, subnet: subnet.model,
+    "a part": lambda oto, subnet: subnet.model.model,
+    "a copy": lambda oto, subnet: copy.deepcopy(subnet.model),
+    "a pickle": lambda oto, subnet: pickle.loads(pickle.dumps(subnet.model)),
+    "loaded": lambda oto, subnet: load_subnet(subnet.path, oto.model),
+    "a second round": again_slim,
+}
+
+
+@pytest.mark.parametrize("name", OF)
+def test_the_model_itself_writes_no_folder_that_its_class_cannot_read(free, tmp_path, name):
+    model = OF[name](*free)
+    with pytest.raises(
+        EmitterError, match=r"states its sizes: [^$]*its config makes it[^$]*from_pretrained would refuse"
+    ):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(EmitterError, match="states its sizes"):
+        model.save_pretrained(str(tmp_path / "x"))
+    with pytest.warns(UnstatedWarning, match=r"checkpoint-7 can be resumed from") as caught:
+        model.save_pretrained(tmp_path / "checkpoint-7")
+    assert caught[0].filename == __file__
+    model = copy.deepcopy(model)
+    del model.save_pretrained  # as the documentation says
+    model.save_pretrained(tmp_path / "x")
+
+
+def test_a_model_that_shrank_in_training(tmp_path):
+    """A Trainer's checkpoints are written and resumed from; what it saves in the end is refused."""
+    pytest.importorskip("accelerate")
+    model = llama()
+    oto = OTO(model, {"input_ids": tokens()})
+    optimizer = oto.hesso(
+        lr=0.01, target_macs=0.7, start_pruning_step=0, pruning_steps=2, pruning_periods=1, average_steps=1
+    )
+
+    class Shrink(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **rest):
+            if state.global_step == 2:
+                oto.shrink(optimizer)
+
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, save_steps=4, use_cpu=True, report_to=[], disable_tqdm=True,
+        per_device_train_batch_size=2,
+    )  # fmt: skip
+    words = tokens()[0]
+    data = [{"input_ids": words, "labels": words}] * 8
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = transformers.Trainer(
+        model, settings, train_dataset=data, optimizers=(optimizer, schedule), callbacks=[Shrink()]
+    )
+    with pytest.warns(UnstatedWarning, match=r"checkpoint-4 can be resumed from"):
+        trainer.train()
+    assert optimizer.num_removed and (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+    with pytest.raises(EmitterError, match="states its sizes"):
+        trainer.save_model(str(tmp_path / "final"))
+    copied = copy.deepcopy(model)
+    del model.save_pretrained
+    with pytest.raises(EmitterError, match="states its sizes"):
+        copied.save_pretrained(tmp_path / "final")
+
+
+def test_a_class_that_a_hub_reads_by_its_keywords(tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+
+    class Net(nn.Module, hub.PyTorchModelHubMixin):
+        def __init__(self, width=8):
+            super().__init__()
+            self.into, self.out = nn.Linear(3, width), nn.Linear(width, 2)
+
+        def forward(self, x):
+            return self.out(self.into(x).relu())
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole, self.thin = Net(), Net()
+
+        def forward(self, x):
+            return self.whole(x) + self.thin(x)
+
+    oto = OTO(Two(), torch.randn(1, 3), skip_patterns=["whole.*"])
+    oto.random_set_zero_groups(0.3)
+    subnet = oto.construct_subnet()
+    with pytest.raises(EmitterError, match=r"Net has sizes that nothing it is made from states"):
+        subnet.model.thin.save_pretrained(tmp_path / "x")
+    subnet.model.whole.save_pretrained(tmp_path / "whole")  # what kept its sizes writes as ever
+    oto.model.thin.save_pretrained(tmp_path / "full")
+    assert Net.from_pretrained(tmp_path / "full").into.weight.equal(oto.model.thin.into.weight)
+    gone = subnet.model.thin.save_pretrained
+    del subnet
+    with pytest.raises(EmitterError, match="the slim Net is not there any more"):
+        gone(tmp_path / "x")
 
 
 def test_a_class_that_writes_no_folder(tmp_path):

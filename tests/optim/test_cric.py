@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from oto import OTO
-from oto.errors import SetupError, TargetError
+from oto.errors import NoGradientError, SetupError, TargetError
 from oto.optim import HESSOCRIC
 
 from .toy import assert_same, backward, count_zeros, groups, net, train
@@ -273,3 +273,18 @@ def test_a_checkpoint_of_hesso_is_refused():
     train(model, part, range(4))
     with pytest.raises(SetupError, match="optimizer: HESSO in the checkpoint, HESSOCRIC here"):
         cric(net()).load_state_dict(part.state_dict())
+
+
+def test_no_walk_begins_without_gradients():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = OTO(model, torch.randn(2, 3)).hesso_cric(
+        lr=0.1, target_macs=0.5, start_pruning_step=2, pruning_steps=4, sampling_steps=2
+    )
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    optimizer.step()
+    with pytest.raises(NoGradientError, match="nothing was chosen"):
+        for _ in range(3):
+            optimizer.step()
+    assert not optimizer.walk["cycle"]

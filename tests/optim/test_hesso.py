@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oto.errors import (
+    NoGradientError,
+    NoGradientWarning,
     NonFiniteParameterError,
     NothingPrunableError,
     OTOError,
@@ -316,14 +318,55 @@ def test_infinite_gradients_do_not_wake_the_pruned():
     assert count_zeros(model) == 7
 
 
-def test_gradients_may_be_missing():
+@pytest.mark.parametrize("to_none", [True, False])
+def test_nothing_is_chosen_where_no_step_had_a_gradient(to_none):
     model = net()
+    backward(model, 0)
     optimizer = hesso(model)
-    for _ in range(END):
-        model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=to_none)
+    for _ in range(START):
         optimizer.step()
-    assert optimizer.clock == END
+    with pytest.raises(NoGradientError, match=r"zero or missing\n.*nothing was chosen\n.*loss\.backward\(\) before"):
+        optimizer.step()
+    assert optimizer.clock == START and not optimizer.atoms.any()
+    train(model, optimizer, range(START, END))  # it goes on where it was
     assert count_zeros(model) == 7
+
+
+def test_weights_alone_are_chosen_by_without_gradients_with_a_warning():
+    model = net()
+    optimizer = hesso(model, saliency="magnitude", pruning_periods=1)
+    for n in range(END):
+        if n == START:
+            with pytest.warns(NoGradientWarning, match="chosen by weights that no step trains") as caught:
+                optimizer.step()
+            assert caught[0].filename == __file__
+        else:
+            optimizer.step()
+    assert count_zeros(model) == 7
+
+
+def test_a_single_step_without_gradients_is_no_fault():
+    """Averages over the steps before say enough, as where a batch had no labels."""
+    for zero in (lambda model: model.zero_grad(), lambda model: model.zero_grad(set_to_none=False)):
+        model = net()
+        optimizer = hesso(model)
+        train(model, optimizer, range(START))
+        backward(model, START)
+        zero(model)
+        optimizer.step()
+        train(model, optimizer, range(START + 1, END))
+        assert count_zeros(model) == 7
+
+
+def test_node_groups_that_no_gradient_reaches_are_named():
+    model = net()
+    model[3].requires_grad_(False), model[4].requires_grad_(False)  # all that zeroes the second node group
+    optimizer = hesso(model)
+    train(model, optimizer, range(START))
+    backward(model, START)
+    with pytest.warns(NoGradientWarning, match=r"tells the atoms of 3\.weight apart\n.*in the order of their indices"):
+        optimizer.step()
 
 
 def test_frozen_parameters_are_pruned_too():

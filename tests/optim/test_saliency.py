@@ -8,7 +8,7 @@ import torch
 from oto.errors import TargetError
 from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.optim import CRITERIA, Entries
-from oto.optim.saliency import NORMALISE, importance, raw_scores, resolve, shared_out
+from oto.optim.saliency import NORMALISE, importance, indistinct, raw_scores, resolve, shared_out
 
 BY_HAND = {
     "magnitude": lambda x, g: x.norm(),
@@ -153,3 +153,17 @@ def test_a_function_of_the_user_joins_the_others():
 def test_criteria_that_mean_nothing_are_refused(weights, message):
     with pytest.raises(TargetError, match=message):
         resolve(weights)
+
+
+def test_node_groups_whose_atoms_are_alike():
+    """By brute force, with scores of any sign; a node group of one atom that is left tells nothing."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [3, 1, 4, 2]
+    for _ in range(50):
+        raw = [torch.randint(-1, 1, (10,), generator=draw).float() for _ in range(2)]
+        alive = torch.rand(10, generator=draw) < 0.7
+        expected = []
+        for left, *own in zip(*(t.split(sizes) for t in (alive, *raw)), strict=True):
+            found = [len(set(part[left].tolist())) == 1 for part in own]
+            expected.append(int(left.sum()) > 1 and all(found))
+        assert indistinct(raw, alive, sizes).tolist() == expected

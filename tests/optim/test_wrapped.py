@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
 import torch
 
 from oto import OTO
-from oto.errors import OptionError
+from oto.errors import OptionError, OTOError, ShrinkError, UntrainedWarning
 from oto.optim.wrapped import REFUSED, VARIANTS
-from tests.optim.toy import END, START, assert_same, count_zeros, hesso, net, train
+from tests.optim.toy import END, START, assert_same, backward, count_zeros, hesso, net, train
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -115,3 +116,96 @@ def test_an_optimizer_over_nameless_groups_can_be_wrapped():
     base = torch.optim.SGD(no_decay(model), lr=0.1)
     train(model, OTO(model, X).hesso(base=base, **SCHEDULE), range(8))
     assert count_zeros(model) == 7
+
+
+# Optimizers that keep state of their own, and write it into their own state dict --------------------------------------
+
+
+class Shell(torch.optim.Optimizer):
+    """Steps another optimizer and has nothing in ``.state``, as optimizers that shard theirs."""
+
+    def __init__(self, inner):
+        self.inner, self.steps = inner, 0
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups = inner.param_groups
+
+    def step(self):
+        self.inner.step()
+        self.steps += 1
+
+
+class Saved(Shell):
+    """Knows the entries of its own groups only."""
+
+    def state_dict(self):
+        return self.inner.state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state_dict):
+        groups = [{k: v for k, v in g.items() if not k.startswith("oto_")} for g in state_dict["param_groups"]]
+        self.inner.load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        self.param_groups, self.steps = self.inner.param_groups, state_dict["steps"]
+
+
+def lookahead(inner):
+    return pytest.importorskip("timm.optim.lookahead").Lookahead(inner, k=3)
+
+
+@pytest.mark.parametrize("shell", [Saved, lookahead])
+@pytest.mark.parametrize("stop", [1, START + 3, END + 1])
+def test_state_that_is_kept_elsewhere_is_saved_and_resumed(tmp_path, shell, stop):
+    def made():
+        model = net()
+        return model, hesso(model, base=shell(torch.optim.AdamW(model.parameters(), lr=0.01)), lr=None)
+
+    through, optimizer = made()
+    train(through, optimizer, range(END + 3))
+    model, optimizer = made()
+    train(model, optimizer, range(stop))
+    optimizer.register_state_dict_post_hook(lambda _, saved: saved | {"seen": True})
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["optimizer"]["seen"] and len(saved["optimizer"]["state"]) == len(list(model.parameters()))
+    resumed, again = made()
+    resumed.load_state_dict(saved["model"])
+    before = copy.deepcopy(saved["optimizer"])
+    again.load_state_dict(saved["optimizer"])
+    assert saved["optimizer"]["state"].keys() == before["state"].keys()
+    assert again.clock == stop and again.history == optimizer.history
+    train(resumed, again, range(stop, END + 3))
+    assert_same(resumed, through)
+    assert count_zeros(resumed) == 7
+
+
+def test_state_that_no_checkpoint_would_hold_is_told():
+    model = net()
+    with pytest.warns(UntrainedWarning, match=r"Shell steps another optimizer, its inner, [^$]*starts without it"):
+        hesso(model, base=Shell(torch.optim.AdamW(model.parameters())), lr=None)
+
+
+def test_a_state_dict_without_parameter_groups_is_refused():
+    class Exotic(torch.optim.SGD):
+        def state_dict(self):
+            return {"flat": torch.ones(3)}
+
+    with pytest.raises(OTOError, match=r"state dict of Exotic has no param_groups: flat"):
+        hesso(net(), base=Exotic).state_dict()
+
+
+def test_what_lacks_what_every_optimizer_has_is_refused():
+    local = pytest.importorskip("torch.distributed.optim").PostLocalSGDOptimizer
+    model = net()
+    with pytest.raises(OptionError, match="PostLocalSGDOptimizer, which has no defaults"):
+        hesso(model, base=local(torch.optim.SGD(model.parameters(), lr=0.1), None), lr=None)
+
+
+def test_an_optimizer_inside_of_another_does_not_shrink():
+    model = net()
+    oto = OTO(model, X)
+    optimizer = oto.hesso(base=Saved(torch.optim.AdamW(model.parameters(), lr=0.01)), **SCHEDULE)
+    train(model, optimizer, range(8))
+    parameters = list(model.parameters())
+    with pytest.raises(ShrinkError, match=r"Saved keeps parameters and state of its own[^$]*nothing was changed"):
+        oto.shrink(optimizer)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    backward(model, 8)
+    optimizer.step()

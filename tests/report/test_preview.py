@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from oto import OTO
-from oto.errors import CollapseWarning, OptionError, TargetError
+from oto.errors import CollapseWarning, NoGradientError, OptionError, TargetError
 from oto.groups import cost
 
 
@@ -185,3 +185,15 @@ def test_limits_are_those_of_a_choice(oto):
     local = oto.preview(target_macs=0.5, scope="local")
     shares = np.array([w.after / w.before for w in local.widths])
     assert shares.max() - shares.min() <= 1 / 20
+
+
+def test_a_loss_without_a_gradient_is_refused(oto):
+    def to_itself(model, batch):
+        oto.model.eval()
+        return nn.functional.mse_loss(model(batch[0]), model(batch[0]).detach())
+
+    with pytest.raises(NoGradientError, match=r"nothing was chosen\n.*a model is no teacher of itself"):
+        oto.preview(target_macs=0.5, batches=BATCHES, loss=to_itself)
+    with pytest.raises(NoGradientError, match="pass batches="):
+        oto.preview(target_macs=0.5, saliency="taylor_second_order")
+    oto.preview(target_macs=0.5)  # by the weights alone

@@ -1,0 +1,110 @@
+"""Whether the model still has the parameters that its optimizer trains.
+
+A layer that is replaced after the optimizer was made is never trained, and what the optimizer zeroes is in the model no
+more. Names and identities tell; no tensor is read, so a look costs a fraction of a millisecond.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from oto.errors import ModelChangedError, NoGradientWarning, UntrainedWarning, some, users_level
+
+CHECK_STEPS = 8
+"""The model is looked at every so many steps, and whenever groups are chosen."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A model, and what was known of it when it began to be followed.
+
+    Attributes:
+        model: Not kept alive.
+        trained: For each of its names of a parameter that is trained, the name that the optimizer has for it.
+        names: Of all its parameters.
+        frozen: Of those that were frozen.
+    """
+
+    model: weakref.ref[nn.Module]
+    trained: Mapping[str, str]
+    names: frozenset[str]
+    frozen: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, parameters: Mapping[str, Tensor]) -> Followed:
+        """The model as it is now, beside what is trained by name."""
+        own = {p: name for name, p in parameters.items()}
+        found = dict(model.named_parameters(remove_duplicate=False))
+        trained = {name: own[p] for name, p in found.items() if p in own}
+        frozen = frozenset(name for name, p in found.items() if not p.requires_grad)
+        return cls(weakref.ref(model), trained, frozenset(found), frozen)
+
+    def look(self, parameters: Mapping[str, Tensor], needed: Container[str], pruning: bool) -> Followed:
+        """Compare the model with the parameters that are trained now.
+
+        Args:
+            parameters: Those by name.
+            needed: Names whose entries are zeroed.
+            pruning: Whether any may still be chosen.
+
+        Returns:
+            What is to be compared with at the next look, so that nothing is told twice.
+
+        Raises:
+            ModelChangedError: A parameter that was trained was replaced, or is gone and its entries are zeroed.
+        """
+        model = self.model()
+        if model is None:
+            return self
+        kind, now = type(model).__name__, dict(model.named_parameters(remove_duplicate=False))
+        self._require_same(kind, now, parameters, needed)
+        if all(p.grad is None for p in parameters.values()):
+            warnings.warn(
+                f"no parameter of the {kind} that the optimizer trains has a gradient\n"
+                "  effect  its step changes nothing but what is being pruned\n"
+                "  to fix  loss.backward() before optimizer.step(), through the model itself: a copy of it, or"
+                " parameters that were listed before oto.shrink(), are others",
+                NoGradientWarning,
+                stacklevel=users_level(),
+            )
+        held = set(parameters.values())
+        added = [name for name, p in now.items() if name not in self.names and p.requires_grad and p not in held]
+        if added:
+            warnings.warn(
+                f"{some(added)} of the {kind} came after the optimizer was made\n"
+                "  effect  this optimizer does not train it\n"
+                "  to fix  optimizer.add_param_group({'params': [...]}), or nothing if another optimizer does",
+                UntrainedWarning,
+                stacklevel=users_level(),
+            )
+        new = [name for name, p in now.items() if name in needed and not p.requires_grad and name not in self.frozen]
+        if new and pruning:
+            warnings.warn(
+                f"{some(new)} of the {kind} was frozen after the optimizer was made\n"
+                "  effect  entries of it may still be brought to zero\n"
+                "  to fix  freeze before OTO(...), which then leaves it whole; or nothing if it may be zeroed",
+                UntrainedWarning,
+                stacklevel=users_level(),
+            )
+        return replace(self, names=self.names.union(added), frozen=self.frozen.union(new))
+
+    def _require_same(
+        self, kind: str, now: Mapping[str, Tensor], parameters: Mapping[str, Tensor], needed: Container[str]
+    ) -> None:
+        replaced = [n for n, own in self.trained.items() if n in now and now[n] is not parameters.get(own)]
+        gone = [name for name in self.trained if name not in now and name in needed]
+        if not (replaced or gone):
+            return
+        raise ModelChangedError(
+            f"{some(replaced or gone)} of the {kind} "
+            + ("is another tensor than" if replaced else "is no parameter any more, as it was")
+            + " when the optimizer was made\n"
+            "  effect  the optimizer trains and zeroes what the model does not use, and what it uses is not trained\n"
+            "  to fix  change the model first (new layers, adapters, parametrizations, load_state_dict with"
+            " assign=True), then OTO(...) and a new optimizer"
+        )
