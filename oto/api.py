@@ -60,13 +60,14 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.html import Origin
 from oto.report.preview import Preview, preview
-from oto.slim.construct import Zeroed, construct, require_values
+from oto.slim.construct import construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.layout import stated
 from oto.slim.module import OwnClass
 from oto.slim.own_class import limited, own_class
 from oto.slim.plan import read_zeros
 from oto.slim.recipe import Recipe
+from oto.slim.proof import Zeroed
 from oto.slim.reference import FLOAT64
 from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
 from oto.slim.unreached import unreached, within

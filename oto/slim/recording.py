@@ -37,7 +37,8 @@ def check_recording(
 ) -> list[Check]:
     """Compare a recording with the zeroed full model, on the example and on random inputs that take the same path.
 
-    Numbers that left torch were read in the model's dtype, so what is compared in float64 is recorded in float64.
+    Numbers that left torch were read in the model's dtype. Where float64 shows that, another recording is compared in
+    float64, which is made in it.
     """
     full, dummy_input = reference.model, reference.dummy_input
 
@@ -53,7 +54,7 @@ def check_recording(
         except Exception:  # inputs may have to fit together
             return "the model does not take it"
 
-    def wider(model: nn.Module) -> nn.Module:
-        return emit_recording(model, double_input(dummy_input), partition, kept)
+    def recorded() -> nn.Module:
+        return emit_recording(full, double_input(dummy_input), partition, kept)
 
-    return reference.check(slim, notes=notes, lacks=lacks, wider=wider)
+    return reference.check(slim, notes=notes, lacks=lacks, in_float64=recorded)
