@@ -140,6 +140,7 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             return new
         parent, _, last = path.rpartition(".")
         setattr(slim.get_submodule(parent), last, new)
+    thinner.leave_nested_tensors(slim)
     before = {path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, Told)}  # in earlier rounds
     for path in {**before, **edits.told} if edits != Edits() else ():
         module, calls = slim.get_submodule(path), edits.told.get(path, {})

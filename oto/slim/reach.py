@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import tree_map_only
-from oto.errors import first_line, out_of_memory, some
+from oto.errors import first_line, some
 from oto.slim.verify import run
 from oto.trace.found import as_found
 from oto.trace.record import arguments, tensors_in
