@@ -4,4 +4,13 @@ from oto.nn.modules import SWAPS, GroupNorm, LayerNorm, MultiheadAttention, RMSN
 from oto.nn.told import Told
 from oto.nn.untrained import Untrained
 
-__all__ = ["SWAPS", "GroupNorm", "LayerNorm", "MultiheadAttention", "RMSNorm", "Told", "TransformerEncoder", "Untrained"]
+__all__ = [
+    "SWAPS",
+    "GroupNorm",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Told",
+    "TransformerEncoder",
+    "Untrained",
+]

@@ -572,9 +572,15 @@ def _rounds_to(exact: Tensor, own: Tensor) -> bool:
 
 
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", **how: Any) -> list[Check]:
-    """Compare a slim model with the zeroed full one; options as for :class:`Reference` and its ``check``."""
+    """Compare a slim model with the zeroed full one; options as for :class:`Reference` and its ``check``.
+
+    Raises:
+        VerificationError: The full model gives no number that could be compared.
+    """
     own = {name: how.pop(name) for name in ("left", "float64", "decides") if name in how}
-    return Reference(full, dummy_input, **own).check(slim, what, **how)
+    reference = Reference(full, dummy_input, **own)
+    reference.require_numbers()
+    return reference.check(slim, what, **how)
 
 
 def _thinner(x: Tensor, masks: Sequence[NDArray[np.bool_]]) -> Tensor:
