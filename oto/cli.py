@@ -353,11 +353,16 @@ def _verified(folder: Path, model: str | None, inputs: list[str] | None,
         recorded = found.manifest["emitter"] == "recording"
         checks = check(full, slim, given, batch=not recorded, notes=[])
         require(checks)
+        if not checks:
+            raise VerificationError(
+                "the outputs are empty on this input, so nothing was compared\n"
+                "  to fix  give an input on which there are some: --input, --input-fn"
+            )
         lines.append(f"computes what the zeroed full model does: {_worst(checks)}")
     if full is not None and kind != PROGRAM and PROGRAM in files:
         program = runnable(load_program(found.path(PROGRAM)))
-        what, outputs = f"{PROGRAM} against the class", (run(slim, given), run(program, given))
-        checks.append(checked(what, dtype_of(slim), *outputs, tolerance=1e-3))
+        own, other = run(slim, given), run(program, given)
+        checks.append(checked(f"{PROGRAM} against the class", dtype_of(slim), own, other, 1e-3))
         error = require(checks[-1:])
         lines.append(f"{PROGRAM} computes what the class does: largest relative error {error:.1e}")
     return lines, {"files": list(files), "outputs": shapes, "checks": [vars(c) for c in checks]}

@@ -36,8 +36,8 @@ from oto.progress import stage
 from oto.slim.construct import Made
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
 from oto.slim.origin import Round, after_rounds, descend, origin_of
-from oto.slim.proof import Zeroed
 from oto.slim.program import export_program, other_examples, runnable
+from oto.slim.proof import Zeroed
 from oto.slim.reference import Reference
 from oto.slim.verify import Check, checked, require, run
 from oto.slim.wide import dtype_of

@@ -217,7 +217,7 @@ def _recorded(source: Zeroed, why: list[str]) -> Made:
     return Made("recording", emitted.model, None, emitted.tensors, checks, "; ".join(why), emitted.notes)
 
 
-# --- the slim model in each way, not proved yet -------------------------------------------------------------------------
+# --- the slim model in each way, not proved yet -----------------------------------------------------------------------
 
 
 def emit_config(source: Zeroed) -> Emitted:

@@ -136,8 +136,8 @@ def require_held(model: nn.Module, emitted: Emitted, thin: Thinning) -> None:
     Raises:
         VerificationError: It holds something else.
     """
-    slim = dict(emitted.model.named_parameters(remove_duplicate=False))
-    slim |= dict(emitted.model.named_buffers(remove_duplicate=False))
+    slim: dict[str, Tensor] = dict(emitted.model.named_parameters(remove_duplicate=False))
+    slim.update(emitted.model.named_buffers(remove_duplicate=False))
     wrong: list[str] = []
     for leaf in thin.found.graph.leaves:
         names = [name for name in leaf.names if name in emitted.tensors and name not in emitted.changed]

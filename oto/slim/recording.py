@@ -37,7 +37,7 @@ def emit_recording(model: nn.Module, dummy_input: Any, partition: Partition, kep
 
 
 def check_recording(
-    reference: Reference, slim: nn.Module, partition: Partition, kept: Kept, notes: list[str]
+    reference: Reference, slim: fx.GraphModule, partition: Partition, kept: Kept, notes: list[str]
 ) -> list[Check]:
     """Compare a recording with the zeroed full model, on the example and on random inputs that take the same path.
 
@@ -63,7 +63,7 @@ def check_recording(
         few = TOLERANCE.get(reference.dtype, 1e-3) / 10
         if not alike(slim, another, few):
             raise VerificationError(
-                f"the recording of {type(full).__name__} in float64 makes other calls than the one that is to be proved\n"
+                f"the recording of {type(full).__name__} in float64 makes other calls than the one to be proved\n"
                 "  effect  what differs cannot be told from rounding, so no subnet is built\n"
                 "  to fix  report the model; float64=False compares in its own dtype alone"
             )

@@ -21,7 +21,7 @@ from oto.progress import stage
 from oto.slim.memory import available, size_of
 from oto.slim.module import attribute
 from oto.slim.reach import reached_by
-from oto.slim.verify import TOLERANCE, Check, checked, compared, random_like, relative_error, run
+from oto.slim.verify import TOLERANCE, Check, checked, random_like, relative_error, run
 from oto.slim.wide import double_input, dtype_of, in_double, widened, widening
 from oto.trace.found import Found
 from oto.trace.record import Script, around_modules
@@ -42,9 +42,9 @@ class Reference:
 
     Slim models are compared on the example and on a random input, in the model's dtype; where the batch is free, the
     random input is of another batch size. On the example they run as users run them: in inference mode, with torch's
-    fast paths. Where there may be such, they are compared without, too. And in float64, where it shows whether they are equal or only alike (for
-    models in half precision on the example alone). For that nothing is copied: parameters are widened as they are read.
-    A model that minds it is copied in float64.
+    fast paths; where there may be such, they are compared without, too. And in float64, where it shows whether they are
+    equal or only alike (for models in half precision on the example alone). For that nothing is copied: parameters are
+    widened as they are read. A model that minds it is copied in float64.
 
     Attributes:
         left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
@@ -110,7 +110,8 @@ class Reference:
 
     def _checks(
         self, slim: nn.Module, what: str, batch: bool, notes: list[str] | None, lacks: Any, rounded: Exact | None,
-        in_float64: Callable[[], nn.Module] | None, random: bool, exact: bool, shapes: Sequence[Sequence[tuple[int, ...]]],
+        in_float64: Callable[[], nn.Module] | None, random: bool, exact: bool,
+        shapes: Sequence[Sequence[tuple[int, ...]]],
     ) -> list[Check]:  # fmt: skip
         self._require_own(slim)
         exact = exact and self.dtype != torch.float64
@@ -454,15 +455,15 @@ class Reference:
         own = self._outputs(EXAMPLE) or []
         if any(_is_number(x).any() for x in own) or not any(x.numel() for x in own):
             return
-        if self.dtype != torch.float64 and self._in_float64():  # in fewer digits, there may be an overflow
-            if any(_is_number(x).any() for x in self._wide[EXAMPLE] or []):
-                return
+        wide = self.dtype != torch.float64 and self._in_float64()  # in fewer digits, there may be an overflow
+        if wide and any(_is_number(x).any() for x in self._wide[EXAMPLE] or []):
+            return
         broken = [name for name, held in self.model.named_buffers() if not _is_number(held).all()]
         given = [t for t in tree_leaves(self.dummy_input) if isinstance(t, Tensor) and not _is_number(t).all()]
         causes = [f"NaN or infinity in the example ({some(str(tuple(t.shape)) for t in given)})"] if given else []
         causes += [f"NaN or infinity in buffers: {some(broken)}"] if broken else []
         raise VerificationError(
-            f"{type(self.model).__name__} gives no number on the example that could be compared: all is NaN or infinite\n"
+            f"{type(self.model).__name__} gives no number on the example that could be compared, all is NaN or inf\n"
             f"  found   {'; '.join(causes or ['an overflow, it seems: all that goes in is finite'])}\n"
             "  effect  a wrong slim model would give the same, so no subnet is built\n"
             "  to fix  an example of finite numbers, on which the model gives finite numbers"

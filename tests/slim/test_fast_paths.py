@@ -57,10 +57,7 @@ class Attending(Net):
     need_weights = False
 
     def ran(self, h, mask, padding, is_causal):
-        h, weights = self.inner(
-            h, h, h, key_padding_mask=padding, need_weights=self.need_weights, attn_mask=mask, is_causal=is_causal
-        )
-        return h
+        return self.inner(h, h, h, padding, self.need_weights, mask, is_causal=is_causal)[0]
 
 
 class Weighing(Attending):
@@ -164,7 +161,9 @@ def test_encoder_layers(options):
 @pytest.mark.parametrize("options", [{}, {"batch_first": False}, {"bias": False}], ids=str)
 def test_attention(kind, options):
     torch.manual_seed(0)
-    full = kind(nn.MultiheadAttention(WIDTH, HEADS, **{"batch_first": True} | options), options.get("batch_first", True))
+    full = kind(
+        nn.MultiheadAttention(WIDTH, HEADS, **{"batch_first": True} | options), options.get("batch_first", True)
+    )
     subnet = slim_of(full, torch.randn(3, LENGTH, 5))
     assert subnet.emitter == "module"
     agree(full, subnet.model)

@@ -21,7 +21,9 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
 
 def mlp() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Linear(16, 4))
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Linear(16, 4)
+    )
 
 
 def constructed(model: nn.Module, x: object = X, **options: object):
@@ -30,7 +32,7 @@ def constructed(model: nn.Module, x: object = X, **options: object):
     return oto.construct_subnet(**options)
 
 
-# What is no number -----------------------------------------------------------------------------------------------------
+# What is no number --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("emitter", ["auto", "module", "graph", "recording"])
@@ -86,7 +88,13 @@ def test_nan_equals_nan_but_shows_nothing():
     nan, one = torch.tensor([NAN, INF, -INF, 1.0]), torch.tensor([NAN, INF, -INF, 1.5])
     assert compared([nan], [nan.clone()]) == type(compared([], []))(0.0, 1, 4)
     assert compared([nan], [one]).error == 0.5
-    for other in ([0.0, INF, -INF, 1], [NAN, NAN, -INF, 1], [NAN, -INF, -INF, 1], [NAN, INF, -INF, NAN], [NAN, 3, -INF, 1]):
+    for other in (
+        [0.0, INF, -INF, 1],
+        [NAN, NAN, -INF, 1],
+        [NAN, -INF, -INF, 1],
+        [NAN, INF, -INF, NAN],
+        [NAN, 3, -INF, 1],
+    ):
         assert compared([nan], [torch.tensor(other)]).error == INF
         assert compared([torch.tensor(other)], [nan]).error == INF
         with pytest.raises(VerificationError):
@@ -140,7 +148,7 @@ def test_random_inputs_are_drawn_from_numbers():
     assert random_like(torch.full((3,), NAN), 0).isnan().all()
 
 
-# What holds other tensors ----------------------------------------------------------------------------------------------
+# What holds other tensors --------------------------------------------------------------------------------------------
 
 
 def test_rows_that_no_input_looks_up_are_compared_too(monkeypatch):
@@ -165,7 +173,7 @@ def test_rows_that_no_input_looks_up_are_compared_too(monkeypatch):
         constructed(Words(), torch.arange(6).reshape(2, 3), emitter="graph")
 
 
-# What no input reaches -------------------------------------------------------------------------------------------------
+# What no input reaches -----------------------------------------------------------------------------------------------
 
 
 class Branches(nn.Module):
@@ -195,7 +203,9 @@ def unreached(subnet) -> list[str]:
 @pytest.mark.parametrize("emitter", ["module", "graph", "recording"])
 def test_a_part_that_no_input_reaches_is_told(emitter):
     (note,) = unreached(constructed(Branches(far), emitter=emitter))
-    assert "does not reach two.0.weight, two.0.bias and two.2.weight" in note or "two.0.weight, two.0.bias, two.2" in note
+    assert (
+        "does not reach two.0.weight, two.0.bias and two.2.weight" in note or "two.0.weight, two.0.bias, two.2" in note
+    )
     assert "one." not in note and "into" not in note
     reaching = X.clone()
     reaching[0, 0] = 60
@@ -275,7 +285,7 @@ def test_a_proof_leaves_the_slim_model_as_it_was():
     assert asked == {name: not name.startswith("one.") for name in asked}
 
 
-# What rounding would hide ----------------------------------------------------------------------------------------------
+# What rounding would hide --------------------------------------------------------------------------------------------
 
 
 def test_a_model_in_half_precision_is_proved_to_float64s_last_digits():

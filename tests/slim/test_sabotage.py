@@ -5,7 +5,6 @@ python -m tests.slim.test_sabotage          # the table: what noticed it
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +110,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Any, str, dict[str, Any]]] = {
 EMITS = {"module": "emit_class", "config": "emit_config", "graph": "emit_exported", "recording": "emit_recorded"}
 
 
-# The ways: each changes a slim model in place, and says whether there was something to change ----------------------------
+# The ways: each changes a slim model in place, and says whether there was something to change ------------------------
 
 
 def changed(model: nn.Module, wanted: Callable[[str, Tensor], bool], change: Callable[[Tensor], object]) -> bool:
@@ -243,22 +242,26 @@ HAS_NONE = {  # why there is nothing to change
 }  # fmt: skip
 
 
-@functools.cache
-def analysed(kind: str) -> OTO:
-    make, given, _, options = KINDS[kind]
-    torch.manual_seed(0)
-    oto = OTO(make().eval(), given, **options)
-    oto.random_set_zero_groups(0.4)
-    return oto
+Analysed = dict[str, OTO]
+"""One for each kind; not a global, which would be looked through for what the code of the models keeps."""
 
 
-def handed_out(kind: str, way: Callable[[nn.Module], bool], patch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(scope="module")
+def analysed() -> Analysed:
+    return {}
+
+
+def handed_out(kind: str, way: Callable[[nn.Module], bool], analysed: Analysed, patch: pytest.MonkeyPatch) -> bool:
     """Make a slim model, spoil it, and try to get it; tells whether there was something to spoil.
 
     Raises:
         OTOError: It is not handed out.
     """
-    emitter = KINDS[kind][2]
+    make, given, emitter, options = KINDS[kind]
+    if kind not in analysed:
+        torch.manual_seed(0)
+        analysed[kind] = OTO(make().eval(), given, **options)
+        analysed[kind].random_set_zero_groups(0.4)
     emit = getattr(construct, EMITS[emitter])
     spoiled = []
 
@@ -268,24 +271,24 @@ def handed_out(kind: str, way: Callable[[nn.Module], bool], patch: pytest.Monkey
         return emitted
 
     patch.setattr(construct, EMITS[emitter], emit_spoiled)
-    analysed(kind).construct_subnet(emitter=emitter)
+    analysed[kind].construct_subnet(emitter=emitter)
     return any(spoiled)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_made_wrong_is_not_handed_out(kind, way, monkeypatch):
+def test_what_was_made_wrong_is_not_handed_out(kind, way, analysed, monkeypatch):
     if kind in HAS_NONE.get(way, ()):
-        assert not handed_out(kind, WAYS[way], monkeypatch)
+        assert not handed_out(kind, WAYS[way], analysed, monkeypatch)
         return
     with pytest.raises(OTOError) as caught:
-        handed_out(kind, WAYS[way], monkeypatch)
+        handed_out(kind, WAYS[way], analysed, monkeypatch)
     assert noticed(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_not_made_wrong_is(kind, monkeypatch):
-    assert handed_out(kind, lambda model: True, monkeypatch)
+def test_what_was_not_made_wrong_is(kind, analysed, monkeypatch):
+    assert handed_out(kind, lambda model: True, analysed, monkeypatch)
 
 
 def noticed(failure: BaseException) -> str:
@@ -305,6 +308,7 @@ def noticed(failure: BaseException) -> str:
 
 def table() -> str:
     """For each kind and way, what noticed it; and in brackets what else would have, without the look at tensors."""
+    made: Analysed = {}
     lines = ["| | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for way, spoil in WAYS.items():
         cells = []
@@ -315,7 +319,7 @@ def table() -> str:
                     if not looked:
                         patch.setattr(proof, "require_held", lambda *given: None)
                     try:
-                        found.append("NOT CAUGHT" if handed_out(kind, spoil, patch) else "–")
+                        found.append("NOT CAUGHT" if handed_out(kind, spoil, made, patch) else "–")
                     except OTOError as failure:
                         found.append(noticed(failure))
             cells.append(found[0] if found[0] == found[1] else f"{found[0]} ({found[1]})")
