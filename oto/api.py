@@ -61,12 +61,13 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.html import Origin
 from oto.report.preview import Preview, preview
-from oto.slim.construct import Zeroed, construct, require_values
+from oto.slim.construct import construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.layout import stated
 from oto.slim.module import OwnClass
 from oto.slim.own_class import limited, own_class
 from oto.slim.plan import read_zeros
+from oto.slim.proof import Zeroed
 from oto.slim.recipe import Recipe
 from oto.slim.reference import FLOAT64
 from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
@@ -622,9 +623,9 @@ class OTO:
         The original class is used where its code states no size that changed; else the graph that ``torch.export``
         follows; else the calls that were recorded on the example, which hold at its shapes and values only. Whichever
         it is, it is compared with the zeroed full model on the example and on a random input, of another batch size
-        where that is free, in the model's dtype and in float64. What was saved is read back and compared. Where pruning
-        has not finished, nothing is zero, or something could not be compared, ``print(subnet)`` says so; of the first
-        two there is a warning.
+        where that is free, in the model's dtype and in float64; on the example both run in inference mode, with torch's
+        fast paths. What was saved is read back and compared. Where pruning has not finished, nothing is zero, something
+        could not be compared, or no input reaches it, ``print(subnet)`` says so; of the first two there is a warning.
 
         The model may have been cast or moved since ``OTO(...)`` (``model.half()``, ``model.to(device)``): the example
         follows it. What trainers wrapped around a ``forward``, such as autocast, is seen through.
@@ -645,7 +646,8 @@ class OTO:
             report: Put a ``report.html`` into the artefact, see :meth:`Subnet.report`.
 
         Raises:
-            VerificationError: The slim model differs. Nothing is written.
+            VerificationError: The slim model differs, or the full one gives no finite number on the example. Nothing is
+                written.
             EmitterError: The asked emitter cannot express the slim model, or none can; or the program that was asked
                 for cannot be written.
             NonFiniteParameterError: A parameter holds NaN or infinity.

@@ -51,7 +51,8 @@ from oto.report.table import OF_THE_CLASS, columns, cost_rows
 from oto.slim.latency import rounds
 from oto.slim.program import example_of, runnable
 from oto.slim.reference import check
-from oto.slim.verify import Check, random_like, relative_error, require, run
+from oto.slim.verify import Check, checked, random_like, require, run
+from oto.slim.wide import dtype_of
 from oto.trace.record import tensors_in
 
 app = typer.Typer(
@@ -378,12 +379,17 @@ def _verified(folder: Path, model: str | None, inputs: list[str] | None,
         recorded = found.manifest["emitter"] == "recording"
         checks = check(full, slim, given, batch=not recorded, notes=[])
         require(checks)
+        if not checks:
+            raise VerificationError(
+                "the outputs are empty on this input, so nothing was compared\n"
+                "  to fix  give an input on which there are some: --input, --input-fn"
+            )
         lines.append(f"computes what the zeroed full model does: {_worst(checks)}")
     if full is not None and kind != PROGRAM and PROGRAM in files:
         program = runnable(load_program(found.path(PROGRAM)))
-        error = relative_error(run(slim, given), run(program, given))
-        checks.append(Check(f"{PROGRAM} against the class", "float32", error, 1e-3))
-        require(checks[-1:])
+        own, other = run(slim, given), run(program, given)
+        checks.append(checked(f"{PROGRAM} against the class", dtype_of(slim), own, other, 1e-3))
+        error = require(checks[-1:])
         lines.append(f"{PROGRAM} computes what the class does: largest relative error {error:.1e}")
     return lines, {"files": list(files), "outputs": shapes, "checks": [vars(c) for c in checks]}
 

@@ -108,7 +108,7 @@ class GraphModeError(TrainModeError):
 
 
 class VerificationError(OTOError):
-    """The slim model does not compute what the zeroed model computes. Nothing was written."""
+    """The slim model does not compute what the zeroed model computes, or nothing shows that. Nothing was written."""
 
 
 class ArtefactError(OTOError):

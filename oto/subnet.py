@@ -33,11 +33,12 @@ class Subnet:
         why_graph: Why the original class could not be used, if it could not; and what a recording is.
         max_error: Largest relative error against the zeroed full model, in float64 where that was compared; NaN if
             nothing was.
-        checks: Every comparison that was made.
+        checks: Every comparison that showed something: those of empty outputs, or of NaN with NaN, are among the notes.
         cost_before, cost_after: Parameters and MACs on the example input.
         kept: For each prunable group, the atoms that are left.
         notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
-            files that were not written.
+            entries of the outputs that are no numbers, parts that no input of the proof reaches, files that were not
+            written.
         origin: What it was made from, for :meth:`report`.
         example: The example input.
         config: With the emitter ``"config"``, what changes in the model's config; or in the keywords of the function

@@ -25,7 +25,7 @@ from oto.errors import ArtefactError, EmitterError, MissingExtraError, OTOError,
 from oto.io.artefact import check_out_dir
 from oto.io.program import load_program, save_program
 from oto.slim.program import export_program, other_examples, runnable
-from oto.slim.verify import TOLERANCE, Check, relative_error, require, run
+from oto.slim.verify import TOLERANCE, Check, checked, require, run
 
 Runtime = Callable[[Any], Sequence[Tensor]]
 _ONE_FILE = 2**31 - 2**20  # bytes; what protobuf takes
@@ -114,8 +114,7 @@ def _compared(model: nn.Module, runtime: Runtime, given: Any, how: str) -> Check
     shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(given))
     narrowest = [t.dtype for t in expected if t.is_floating_point()] or [torch.float32]
     tolerance = max(TOLERANCE.get(dtype, 1e-3) for dtype in narrowest)
-    error = relative_error(expected, runtime(given))
-    return Check(f"{how} on {shapes}", str(narrowest[0]).removeprefix("torch."), error, max(tolerance, 1e-8))
+    return checked(f"{how} on {shapes}", narrowest[0], expected, runtime(given), max(tolerance, 1e-8))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -33,12 +33,13 @@ from oto.errors import (
 from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
 from oto.progress import stage
-from oto.slim.construct import Made, Zeroed
+from oto.slim.construct import Made
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
 from oto.slim.origin import Round, after_rounds, descend, origin_of
 from oto.slim.program import export_program, other_examples, runnable
+from oto.slim.proof import Zeroed
 from oto.slim.reference import Reference
-from oto.slim.verify import TOLERANCE, Check, relative_error, require, run
+from oto.slim.verify import Check, checked, require, run
 from oto.slim.wide import dtype_of
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
@@ -225,9 +226,7 @@ def _on_other_sizes(slim: nn.Module, read: nn.Module, given: Any) -> Iterator[Ch
             raise
         return
     what = f"reloaded program on {', '.join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor))}"
-    dtype = dtype_of(slim)
-    error = relative_error(expected, run(read, given))
-    yield Check(what, str(dtype).removeprefix("torch."), error, TOLERANCE.get(dtype, 1e-3))
+    yield checked(what, dtype_of(slim), expected, run(read, given))
 
 
 @contextmanager

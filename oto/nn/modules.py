@@ -191,4 +191,52 @@ class MultiheadAttention(nn.Module):
         return f"heads={self.num_heads} of {self.full_heads}, head_dim={self.head_dim}, v_head_dim={self.v_head_dim}"
 
 
+class TransformerEncoder(nn.TransformerEncoder):
+    """``nn.TransformerEncoder`` with layers that take no nested tensors, as thinner ones do not.
+
+    In inference the stock encoder packs padded sequences into a nested tensor, and what it gives for padding is zero
+    (before its last norm). Here nothing is packed, and the same is given.
+
+    Attributes:
+        clears_padding: Whether it would pack, where that can be done.
+    """
+
+    clears_padding: bool
+
+    def forward(self, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
+                is_causal: bool | None = None) -> Tensor:  # fmt: skip
+        """As ``nn.TransformerEncoder``."""
+        y: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
+        if src_key_padding_mask is None or mask is not None or not self._would_pack(src):
+            return y
+        padding = src_key_padding_mask != 0
+        if self.mask_check and bool((padding[:, :-1] & ~padding[:, 1:]).any()):  # not at the end of each sequence
+            return y
+        given = y.new_zeros(y.shape[-1])
+        return torch.where(padding[..., None], given if self.norm is None else self.norm(given), y)
+
+    def _would_pack(self, src: Tensor) -> bool:
+        first = self.layers[0]
+        return (
+            self.clears_padding
+            and torch.backends.mha.get_fastpath_enabled()
+            and not (first.training or src.is_nested or torch.is_autocast_enabled() or torch.compiler.is_compiling())
+            and src.dim() == 3
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (src, *first.parameters())))
+        )
+
+
+def leave_nested_tensors(model: nn.Module) -> None:
+    """Let encoders of which a layer was thinned do without nested tensors, in place."""
+    own = (LayerNorm, RMSNorm, GroupNorm, MultiheadAttention)
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoder) or isinstance(module, TransformerEncoder):
+            continue
+        if any(isinstance(inner, own) for inner in module.layers.modules()):
+            if type(module) is nn.TransformerEncoder:
+                module.__class__ = TransformerEncoder
+                vars(module)["clears_padding"] = module.use_nested_tensor
+            module.use_nested_tensor = False
+
+
 SWAPS: dict[str, type[nn.Module]] = {c.__name__: c for c in (LayerNorm, RMSNorm, GroupNorm, MultiheadAttention)}

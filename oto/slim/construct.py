@@ -11,83 +11,31 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.axes.registry import known
-from oto.errors import EmitterError, TraceError, VerificationError, first_line, out_of_memory, some
-from oto.groups import Kept, Partition
+from oto.errors import EmitterError, TraceError, VerificationError, first_line, out_of_memory
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
-from oto.slim.module import Edits, OwnClass, attribute, plan_edits, refuse_training, thin_copy, thin_tensors
+from oto.slim.module import Edits, plan_edits, refuse_training, thin_copy, thin_tensor, thin_tensors
 from oto.slim.origin import Round, descend
-from oto.slim.plan import thinning
-from oto.slim.recipe import Recipe
+from oto.slim.plan import Thinning, thinning
+from oto.slim.proof import Emitted, Zeroed, prove
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.reference import Reference, check
 from oto.slim.training import heads_in_training
 from oto.slim.unreached import left_out, within
 from oto.slim.verify import Check, learn, require
-from oto.trace.export import LEVELS, export
+from oto.trace.export import LEVELS, Exported, export
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
 
 EMITTERS = ("auto", "config", "module", "graph", "recording")
-
-
-@dataclass(frozen=True, eq=False)
-class Zeroed:
-    """What a slim model is made of.
-
-    Attributes:
-        model: The full model, of which everything that goes is zero.
-        dummy_input: The example input.
-        own: What was found out about the class of the model; ``None`` if nothing was asked.
-        kept: For each prunable group, the atoms that are left.
-        recipe: How the class is made from its config, if that is to be tried.
-        drop_unreached: Leave out what the forward never uses in eval mode.
-        float64: Whether to compare in float64, as :class:`oto.slim.reference.Reference` takes it.
-        verify: Whether to compare at all.
-    """
-
-    model: nn.Module
-    dummy_input: Any
-    partition: Partition
-    own: OwnClass | None
-    kept: Kept
-    recipe: Recipe | None = None
-    drop_unreached: bool = False
-    float64: bool | str = "auto"
-    verify: bool = True
-
-    @cached_property
-    def reference(self) -> Reference:
-        """The full model, with which whatever is made of it is compared."""
-        decides = self.partition.found.graph.how == "real"
-        return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides)
-
-    @property
-    def left(self) -> list[list[NDArray[np.bool_]]] | None:
-        """For each output and each of its dimensions, what the slim model still has; ``None`` if that is all."""
-        if not self.partition.found.strict_out_nodes:
-            return None
-        return [self.partition.entries(value, self.kept) for value in self.partition.found.graph.outputs]
-
-    @property
-    def way_out(self) -> str:
-        """What to do where the original class cannot express what was removed."""
-        if self.own is not None:
-            return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
-        return "prune only what the class can do without: OTO(...) without everything=True"
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +88,7 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
         raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
     if source.verify:
         source.reference.insist()
+        source.reference.require_numbers()
     why: list[str] = []
     notes: list[str] = []
     if emitter == "config" or (emitter == "auto" and source.recipe is not None):
@@ -158,79 +107,6 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
     made = _in_other_ways(source, emitter, name, why)
     made.notes.extend(notes)
     return made
-
-
-def _proved(source: Zeroed, prove: Callable[[Zeroed], list[Check]], notes: list[str]) -> list[Check]:
-    """The comparisons of a slim model with the full one, if they are wanted.
-
-    Args:
-        prove: Makes the slim model of a full one, and compares them.
-
-    Raises:
-        VerificationError: The slim model computes something else.
-    """
-    if not source.verify:
-        return []
-    checks = prove(source)
-    require(checks)
-    notes.extend(source.reference.notes)
-    idle = source.reference.idle()
-    if idle:
-        checks = checks + _lively(source, prove, idle, notes)
-    return checks
-
-
-def _lively(source: Zeroed, prove: Callable[[Zeroed], list[Check]], idle: list[int], notes: list[str]) -> list[Check]:
-    """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
-    stage("an output is constant: comparing with random numbers in constant parameters")
-    said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
-    lively = enlivened(source.model, source.partition, source.kept)
-    other = replace(source, model=lively)
-    other.reference.brief = True
-    try:
-        checks = prove(other)
-        require(checks)
-    except VerificationError:
-        raise
-    except Exception as failure:  # code that minds other numbers
-        if out_of_memory(failure):
-            raise
-        notes.append(f"{said}, so comparing them shows nothing ({_first_lines(failure)} with other numbers)")
-        return []
-    by_design = other.reference.idle()
-    moved = [i for i in idle if i not in by_design]
-    if moved:
-        notes.append(
-            f"{said}: a layer before starts at zero, it seems, so comparing shows nothing of what is before it."
-            " Compared once more, with random numbers in constant parameters; load trained weights to compare these"
-        )
-        return [replace(c, what=f"{c.what}, with other numbers in constant parameters") for c in checks]
-    if len(idle) == len(source.reference.floating):
-        notes.append(f"{said}, whatever the parameters are: comparing it shows nothing")
-    return []
-
-
-def _outputs(indices: list[int]) -> str:
-    return f"output{'s' * (len(indices) > 1)} {some(map(str, indices))}"
-
-
-def enlivened(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
-    """A copy that shares the parameters of a model; those that are all one number hold random ones where they stay."""
-    thin = thinning(partition, kept)
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
-    for leaf in partition.found.graph.leaves:
-        if not leaf.names:
-            continue
-        tensor = attribute(model, leaf.names[0]).detach()
-        if leaf.kind == "parameter" and tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
-            stays = torch.ones(tensor.shape, dtype=torch.bool)
-            for dim, mask in enumerate(thin.entries(leaf)):
-                stays &= torch.from_numpy(mask).view(-1, *[1] * (tensor.ndim - dim - 1))
-            drawn = torch.rand(tensor.shape, generator=generator) * 0.1 * stays
-            tensor = tensor + drawn.to(tensor)
-        tensors.update(dict.fromkeys(leaf.names, tensor))
-    return thin_copy(model, tensors, Edits())
 
 
 def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> Made:
@@ -273,63 +149,36 @@ def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> M
 
 
 def _of_its_config(source: Zeroed) -> Made:
-    notes: list[str] = []
-    slim, edits, tensors, wider = emit_stock(source.model, source.partition, source.kept, source.recipe)
-
-    def prove(full: Zeroed) -> list[Check]:
-        own, own_wider = slim, wider
-        if full is not source:
-            own, _, _, own_wider = emit_stock(full.model, full.partition, full.kept, full.recipe)
-        return full.reference.check(own, batch=True, wider=own_wider)
-
-    checks = _proved(source, prove, notes)
-    descend(slim, source.model, Round.of(edits, tensors, source.kept))
-    return Made("config", slim, edits, tensors, checks, notes=notes)
+    emitted = emit_config(source)
+    checks = prove(source, emitted)
+    return _made_of_class(source, emitted, checks)
 
 
 def _of_its_class(source: Zeroed) -> Made:
-    notes: list[str] = []
     stage("thinning the class")
-    thin = thinning(source.partition, source.kept)
-    edits = plan_edits(source.model, source.partition, thin, source.own)
-    gone: set[str] = set()
-    if source.drop_unreached:
-        tensors = thin_tensors(source.model, thin, source.own)
-        edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
-        gone = set(within(tensors, edits.dropped))
-
-    def slim_of(model: nn.Module, held: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
-        tensors = {n: t for n, t in thin_tensors(model, thin, source.own, held).items() if n not in gone}
-        # a class may drop what it keeps for inference when it is trained
-        return thin_copy(model, tensors, edits).train().eval(), tensors
-
-    slim, tensors = slim_of(source.model)
-    learn(slim, edits, source.dummy_input)
-    scales = source.own.scales if source.own is not None else {}
-
-    def prove(full: Zeroed) -> list[Check]:
-        own, made = (slim, tensors) if full is source else slim_of(full.model)
-
-        def wider(whole: nn.Module) -> nn.Module:  # what weights take in is worked out anew: float32 would round it
-            narrow = {n: t for n, t in made.items() if n not in scales} if whole is full.model else None
-            return slim_of(whole, narrow)[0]
-
-        return full.reference.check(own, batch=True, wider=wider if scales else None)
-
+    emitted = emit_class(source)
+    slim, edits = emitted.model, emitted.edits
+    assert edits is not None
     if not source.verify and source.own is None:  # nothing else tells whether the class can do it
         require(source.reference.check(slim, random=False, exact=False))
-    checks = _proved(source, prove, notes)
+    checks = prove(source, emitted)
     if source.verify and not edits.dropped:
         proofs, untrained = heads_in_training(
             source.model, slim, source.dummy_input, source.partition, source.kept, bool(edits.told)
         )  # fmt: skip
         checks = [*checks, *proofs]
         if untrained:
-            notes.append(f"train mode is refused: {untrained}")
-            edits = replace(edits, untrained=untrained)
+            emitted.notes.append(f"train mode is refused: {untrained}")
+            emitted = replace(emitted, edits=replace(edits, untrained=untrained))
             refuse_training(slim, untrained)
-    descend(slim, source.model, Round.of(edits, tensors, source.kept))
-    return Made("module", slim, edits, tensors, checks, notes=notes)
+    return _made_of_class(source, emitted, checks)
+
+
+def _made_of_class(source: Zeroed, emitted: Emitted, checks: list[Check]) -> Made:
+    edits, tensors = emitted.edits, emitted.tensors
+    assert edits is not None
+    descend(emitted.model, source.model, Round.of(edits, tensors, source.kept))
+    return Made(emitted.emitter, emitted.model, edits, tensors, checks, notes=emitted.notes)
 
 
 def _exported(source: Zeroed, why: list[str]) -> Made:
@@ -339,48 +188,123 @@ def _exported(source: Zeroed, why: list[str]) -> Made:
     while level is not None:
         stage("exporting the graph")
         exported = export(source.model, source.dummy_input, known, level)
-        slim = emit_graph(exported, source.partition, source.kept)
-        shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
-        how: dict[str, Any] = {"batch": exported.dynamic and not shapes, "shapes": shapes}
-        found: list[str] = []
-        checks = source.reference.check(slim, notes=found, **how) if source.verify else []
+        emitted = emit_exported(source, exported)
+        checks = emitted.compare(source.reference) if source.verify else []
         wrong = [c for c in checks if not c.passed]
         level = LEVELS[(*LEVELS, LEVELS[-1]).index(exported.level) + 1] if exported.level != LEVELS[-1] else None
-        if level is None or not (found or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))):
+        fewer = emitted.notes or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))
+        if level is None or not fewer:
             break
-        notes = found or notes  # other sizes than the example's do not do, so fewer are free
+        notes = emitted.notes or notes  # other sizes than the example's do not do, so fewer are free
 
     if exported.level != LEVELS[0] and not any("batch" in note for note in notes):
         why_not = (*notes, exported.why, "what it gives at others is wrong")
         free = "only the batch is" if exported.dynamic else "none is"
         notes = [f"of the sizes of its inputs {free} free: {next(x for x in why_not if x).splitlines()[0]}"]
-
-    def prove(full: Zeroed) -> list[Check]:
-        if full is source:
-            return checks
-        own = emit_graph(export(full.model, full.dummy_input, known, exported.level), full.partition, full.kept)
-        return full.reference.check(own)
-
     try:
-        checks = _proved(source, prove, notes)
+        checks = prove(source, emitted, checks)
     except VerificationError as failure:
         _require_faithful_export(source, failure)
         raise
-    return Made("graph", slim, None, _held(slim), checks, "; ".join(why) or None, notes)
+    why_graph = "; ".join(why) or None
+    return Made("graph", emitted.model, None, emitted.tensors, checks, why_graph, [*notes, *emitted.notes])
 
 
 def _recorded(source: Zeroed, why: list[str]) -> Made:
-    notes: list[str] = []
     stage("recording the example")
+    emitted = emit_recorded(source)
+    checks = prove(source, emitted)
+    return Made("recording", emitted.model, None, emitted.tensors, checks, "; ".join(why), emitted.notes)
+
+
+# --- the slim model in each way, not proved yet -----------------------------------------------------------------------
+
+
+def emit_config(source: Zeroed) -> Emitted:
+    """The model's class, made from a config that states the sizes.
+
+    Raises:
+        EmitterError: No config states what is kept.
+    """
+    made = emit_stock(source.model, source.partition, source.kept, source.recipe)
+
+    def compare(reference: Reference) -> list[Check]:
+        return reference.check(made.model, batch=True, rounded=made.rounded)
+
+    return Emitted("config", made.model, made.edits, made.tensors, compare, emit_config, changed=made.changed)
+
+
+def emit_class(source: Zeroed) -> Emitted:
+    """A copy of the model with thinner tensors.
+
+    Raises:
+        EmitterError: The class cannot express it.
+    """
+    thin = thinning(source.partition, source.kept)
+    edits = plan_edits(source.model, source.partition, thin, source.own)
+    gone: set[str] = set()
+    if source.drop_unreached:
+        tensors = thin_tensors(source.model, thin, source.own)
+        edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
+        gone = set(within(tensors, edits.dropped))
+    slim = _emit_class(source, thin, edits, gone)
+    learn(slim.model, edits, source.dummy_input)
+    return slim
+
+
+def _emit_class(source: Zeroed, thin: Thinning, edits: Edits, gone: Collection[str]) -> Emitted:
+    """A copy of the model with thinner tensors, by edits that are known, without those that are ``gone``."""
+    scales = source.own.scales if source.own is not None else {}
+    tensors = {n: t for n, t in thin_tensors(source.model, thin, source.own).items() if n not in gone}
+    # a class may drop what it keeps for inference when it is trained
+    slim = thin_copy(source.model, tensors, edits).train().eval()
+
+    def rounded(full: nn.Module) -> dict[str, Tensor]:  # what weights take in
+        leaves = [leaf for leaf in thin.found.graph.leaves if leaf.names and leaf.name in scales]
+        made = [(leaf, thin_tensor(full, thin, leaf, scales[leaf.name])) for leaf in leaves]
+        return {name: tensor for leaf, tensor in made for name in leaf.names if name not in gone}
+
+    def compare(reference: Reference) -> list[Check]:
+        return reference.check(slim, batch=True, rounded=rounded if scales else None)
+
+    def again(full: Zeroed) -> Emitted:
+        return _emit_class(full, thin, edits, gone)
+
+    return Emitted("module", slim, edits, tensors, compare, again, scales)
+
+
+def emit_exported(source: Zeroed, exported: Exported) -> Emitted:
+    """The exported graph with thinner tensors.
+
+    Raises:
+        EmitterError: It ties parameter dimensions together in another way than the recorded one.
+    """
+    slim = emit_graph(exported, source.partition, source.kept)
+    notes: list[str] = []
+
+    def compare(reference: Reference) -> list[Check]:
+        shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
+        return reference.check(slim, batch=exported.dynamic and not shapes, shapes=shapes, notes=notes)
+
+    def again(full: Zeroed) -> Emitted:
+        return emit_exported(full, export(full.model, full.dummy_input, known, exported.level))
+
+    return Emitted("graph", slim, None, _held(slim), compare, again, notes=notes)
+
+
+def emit_recorded(source: Zeroed) -> Emitted:
+    """The calls that are made on the example, with thinner tensors.
+
+    Raises:
+        EmitterError: A call is nothing that a graph can hold.
+    """
     slim = emit_recording(source.model, source.dummy_input, source.partition, source.kept)
+    notes: list[str] = []
 
-    def prove(full: Zeroed) -> list[Check]:
-        own = slim
-        if full is not source:
-            own = emit_recording(full.model, full.dummy_input, full.partition, full.kept)
-        return check_recording(full.reference, own, full.partition, full.kept, notes)
+    def compare(reference: Reference) -> list[Check]:
+        return check_recording(reference, slim, source.partition, source.kept, notes)
 
-    return Made("recording", slim, None, _held(slim), _proved(source, prove, notes), "; ".join(why), notes)
+    return Emitted("recording", slim, None, _held(slim), compare, emit_recorded, notes=notes)
 
 
 def _held(graph: nn.Module) -> dict[str, Tensor]:

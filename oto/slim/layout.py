@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from oto.slim.config import solve, stock
 from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Keywords, Recipe
-from oto.slim.reference import Wider, check
+from oto.slim.reference import Exact, check
 from oto.slim.verify import require
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
@@ -171,9 +171,9 @@ class _Trial:
                 solved(self.model, self.partition, kept, self.recipe)
             else:
                 full = self._zeroed(kept)
-                slim, _, _, wider = emit_stock(full, self.partition, kept, self.recipe)
+                made = emit_stock(full, self.partition, kept, self.recipe)
                 small = sum(p.numel() for p in full.parameters()) <= SMALL
-                require(check(full, slim, self.dummy_input, random=False, exact=small, wider=wider))
+                require(check(full, made.model, self.dummy_input, random=False, exact=small, rounded=made.rounded))
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -237,11 +237,26 @@ def restated(
     return slim, edits, changed
 
 
-def emit_stock(
-    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None
-) -> tuple[nn.Module, Edits, dict[str, Tensor], Wider]:
-    """The slim model as the stock class, the edits that make it, the tensors that it holds in a file; and how to make
-    it for its proof in float64.
+@dataclass(frozen=True, eq=False)
+class Restated:
+    """The slim model as the stock class.
+
+    Attributes:
+        edits: What makes it.
+        tensors: What it holds in a file.
+        changed: Names of those that have taken something in.
+        rounded: Makes these for the proof in float64; ``None`` if there are none.
+    """
+
+    model: nn.Module
+    edits: Edits
+    tensors: dict[str, Tensor]
+    changed: Collection[str]
+    rounded: Exact | None
+
+
+def emit_stock(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None) -> Restated:
+    """The slim model as the stock class, made from a config that states its sizes.
 
     Raises:
         EmitterError: No config states what is kept.
@@ -249,12 +264,14 @@ def emit_stock(
     slim, edits, changed = restated(model, partition, kept, recipe)
     held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
 
-    def wider(full: nn.Module) -> nn.Module:  # what norms absorb is worked out anew, for float32 would round it
+    def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # what norms absorb
         narrow = {name: t for name, t in held.items() if name not in changed} if full is model else None
-        return restated(full, partition, kept, recipe, narrow)[0]
+        exact = restated(full, partition, kept, recipe, narrow)[0]
+        return {name: attribute(exact, name) for name in changed}
 
     saved = slim.state_dict().keys() if edits else held.keys()  # what no file holds, the constructor makes
-    return slim, Edits(config=edits), {name: t for name, t in held.items() if name in saved}, wider
+    tensors = {name: t for name, t in held.items() if name in saved}
+    return Restated(slim, Edits(config=edits), tensors, changed, rounded if changed else None)
 
 
 # --- what is no size --------------------------------------------------------------------------------------------------

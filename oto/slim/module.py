@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import copyreg
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,7 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             return new
         parent, _, last = path.rpartition(".")
         setattr(_module_at(slim, parent), last, new)
+    thinner.leave_nested_tensors(slim)
     before = {path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, Told)}  # in earlier rounds
     for path in {**before, **edits.told} if edits != Edits() else ():
         module, calls = _module_at(slim, path), edits.told.get(path, {})
@@ -250,14 +251,19 @@ def thin_tensors(
     scales = own.scales if own is not None else {}
     held = held or {}
     for leaf in thin.found.graph.leaves:
-        if leaf.names and leaf.names[0] in held:
-            tensors.update(dict.fromkeys(leaf.names, held[leaf.names[0]]))
-        elif leaf.names:
-            made = thin.thin(leaf, attribute(model, leaf.names[0]))
-            for scale in scales.get(leaf.name, ()):
-                made = scale.of(made, thin)
+        if leaf.names:
+            made = held.get(leaf.names[0])
+            made = thin_tensor(model, thin, leaf, scales.get(leaf.name, ())) if made is None else made
             tensors.update(dict.fromkeys(leaf.names, made))
     return tensors
+
+
+def thin_tensor(model: nn.Module, thin: Thinning, leaf: Leaf, scales: Iterable[Scale] = ()) -> Tensor:
+    """One tensor of ``model``, thinned, and scaled where it takes a count in."""
+    made = thin.thin(leaf, attribute(model, leaf.names[0]))
+    for scale in scales:
+        made = scale.of(made, thin)
+    return made
 
 
 def tensors_of(model: nn.Module, partition: Partition) -> dict[str, Tensor]:

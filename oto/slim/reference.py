@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import tree_leaves
-from oto.errors import EmitterError, VerificationError, first_line, out_of_memory
+from oto.errors import EmitterError, VerificationError, first_line, out_of_memory, some
 from oto.nn import Told
 from oto.progress import stage
 from oto.slim.memory import available, size_of
-from oto.slim.verify import TOLERANCE, Check, random_like, relative_error, run
+from oto.slim.module import attribute
+from oto.slim.reach import reached_by
+from oto.slim.verify import TOLERANCE, Check, checked, random_like, relative_error, run
 from oto.slim.wide import double_input, dtype_of, in_double, widened, widening
 from oto.trace.found import Found
 from oto.trace.record import Script, around_modules
@@ -27,7 +30,10 @@ log = logging.getLogger(__name__)
 
 FLOAT64 = ("auto", True, False)
 HALF = (torch.float16, torch.bfloat16)
-Wider = Callable[[nn.Module], nn.Module]
+Exact = Callable[[nn.Module], Mapping[str, Tensor]]
+"""Makes, of a full model, the tensors of the slim one that its dtype rounds, such as those that take a count in."""
+FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""Modules that run otherwise in inference mode: with fused kernels, and with nested tensors where there is padding."""
 
 
 @dataclass(eq=False)
@@ -35,9 +41,10 @@ class Reference:
     """The zeroed full model, and what it gives: computed once per input and dtype, for every comparison with it.
 
     Slim models are compared on the example and on a random input, in the model's dtype; where the batch is free, the
-    random input is of another batch size. And in float64, where it shows whether they are equal or only alike (for
-    models in half precision on the example alone). For that nothing is copied: parameters are widened as they are read.
-    A model that minds it is copied in float64.
+    random input is of another batch size. On the example they run as users run them: in inference mode, with torch's
+    fast paths; where there may be such, they are compared without, too. And in float64, where it shows whether they are
+    equal or only alike (for models in half precision on the example alone). For that nothing is copied: parameters are
+    widened as they are read. A model that minds it is copied in float64.
 
     Attributes:
         left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
@@ -46,6 +53,7 @@ class Reference:
         decides: The model decides by its values, such as which boxes are the best. Between two that are equal but for
             rounding a slim model may decide otherwise; then it is compared under the decisions of the full one.
         notes: What was not compared.
+        partial: Comparisons in which only some entries were finite.
     """
 
     model: nn.Module
@@ -55,6 +63,7 @@ class Reference:
     brief: bool = False
     decides: bool = False
     notes: list[str] = field(default_factory=list)
+    partial: list[Check] = field(default_factory=list)
     _given: dict[str, list[Tensor] | None] = field(default_factory=dict)
     _wide: dict[str, list[Tensor] | None] = field(default_factory=dict)
     _shapes: dict[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)
@@ -72,7 +81,8 @@ class Reference:
         batch: bool = False,
         notes: list[str] | None = None,
         lacks: Callable[[Any], str | None] | None = None,
-        wider: Wider | None = None,
+        rounded: Exact | None = None,
+        in_float64: Callable[[], nn.Module] | None = None,
         random: bool = True,
         exact: bool = True,
         shapes: Sequence[Sequence[tuple[int, ...]]] = (),
@@ -84,21 +94,24 @@ class Reference:
             notes: Where to write down what was not compared: a batch size that the slim model does not take, which is
                 an error by default, and what ``lacks`` leaves out.
             lacks: Why the slim model is not meant for a random input; ``None`` if it is.
-            wider: Makes the slim model for float64, of the full one, where weights of it are rounded; by default the
-                slim one is taken as it is. It is called while everything is computed in float64.
+            rounded: Makes the tensors of the slim model that are rounded, of the full one. In float64 they take the
+                place of its own. It is called while everything is computed in float64.
+            in_float64: Makes another slim model, to compare in float64 if this one is not equal there, as it holds
+                numbers that were computed in its own dtype. It is called while everything is computed in float64.
             random: Compare on a random input too, besides the example.
             exact: Compare in float64 too.
             shapes: Other shapes of the tensors of the example to try, in the model's own dtype, where the full model
                 takes them; a slim model that does not is a note.
         """
         try:
-            return self._checks(slim, what, batch, notes, lacks, wider, random, exact, shapes)
+            return self._checks(slim, what, batch, notes, lacks, rounded, in_float64, random, exact, shapes)
         finally:
             self._found.pop(id(slim), None)
 
     def _checks(
-        self, slim: nn.Module, what: str, batch: bool, notes: list[str] | None, lacks: Any, wider: Wider | None,
-        random: bool, exact: bool, shapes: Sequence[Sequence[tuple[int, ...]]],
+        self, slim: nn.Module, what: str, batch: bool, notes: list[str] | None, lacks: Any, rounded: Exact | None,
+        in_float64: Callable[[], nn.Module] | None, random: bool, exact: bool,
+        shapes: Sequence[Sequence[tuple[int, ...]]],
     ) -> list[Check]:  # fmt: skip
         self._require_own(slim)
         exact = exact and self.dtype != torch.float64
@@ -112,14 +125,31 @@ class Reference:
             stage(f"{what}: comparing in {_name(self.dtype)}")
             sizes = {f"sizes {', '.join(map(str, shape))}": shape for shape in shapes}
             self._shapes.update(sizes)
-            checks = self._compare(slim, [EXAMPLE, *drawn, *sizes], what, notes)
+            fast = [FAST] if self._has_fast_paths and random else []
+            checks = self._compare(slim, [EXAMPLE, *fast, *drawn, *sizes], what, notes)
         if exact and self._in_float64():
             stage(f"{what}: comparing in float64")
-            proofs = self._compare_wide(slim, [EXAMPLE, *wide], what, wider)
+            proofs = self._compare_wide(slim, [EXAMPLE, *wide], what, rounded)
+            if in_float64 is not None and not all(proof.passed for proof in proofs):
+                proofs = self._compare_another(in_float64, [EXAMPLE, *wide], what)
             if all(proof.passed for proof in proofs):
                 checks = [self._but_for_rounding(check) for check in checks]
             checks += proofs
-        return checks
+        return [check for check in checks if self._shows(check)]
+
+    def _shows(self, check: Check) -> bool:
+        """Whether a comparison shows anything; that it does not, or not of all entries, is noted."""
+        if check.passed and not check.finite:
+            why = "no entry of the outputs is finite" if check.entries else "the outputs are empty"
+            self._note(f"{check.what}, {check.dtype}: {why}, so nothing was compared")
+        elif check.passed and check.finite != check.entries:
+            self.partial.append(check)
+        return bool(check.finite) or not check.passed
+
+    def _note(self, text: str) -> None:
+        log.info(text)
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _but_for_rounding(self, check: Check) -> Check:
         """Where two models are equal in float64, one may be as far from the other as rounding takes it from itself."""
@@ -130,11 +160,33 @@ class Reference:
         # where rounding is all there is to see, no distance would show a mistake
         return replace(check, tolerance=max(check.tolerance, 4 * rounding)) if 4 * rounding < 0.5 else check
 
-    def _run(self, module: nn.Module, given: Any, wide: bool = False, script: Script | None = None) -> list[Tensor]:
+    def _run(
+        self, module: nn.Module, given: Any, wide: bool = False, script: Script | None = None, fast: bool = False
+    ) -> list[Tensor]:
         """Run a module, and look only once at what it holds."""
         if id(module) not in self._found:
             self._found[id(module)] = module, Found(module, self.dummy_input)
-        return run(module, given, wide, self._found[id(module)][1], script)
+        return run(module, given, wide, self._found[id(module)][1], script, fast)
+
+    def _is_fast(self, name: str) -> bool:
+        """Whether an input is one on which models run as users run them."""
+        return name == FAST or (name == EXAMPLE and not self._has_fast_paths)
+
+    @cached_property
+    def _has_fast_paths(self) -> bool:
+        """Whether the full model may run otherwise on the example as users run it."""
+        own = any(isinstance(module, FAST_PATHS) for module in self.model.modules())
+        if own or self.dtype == torch.float64:  # which is computed in float64 throughout otherwise
+            return True
+        try:
+            outputs = self._run(self.model, self.dummy_input, fast=True)
+        except Exception as failure:  # inference mode has rules of its own
+            if out_of_memory(failure):
+                raise
+            log.info("the full model does not run in inference mode: %s", first_line(failure))
+            return True
+        self._given[EXAMPLE] = self._left(outputs)
+        return False
 
     def _decided(self, check: Check, slim: nn.Module, name: str, wide: bool = False) -> Check:
         """A comparison that failed, once more under the decisions of the full model, if that decides by values."""
@@ -153,13 +205,13 @@ class Reference:
             return check
         if expected is None or script.read != len(script.written) or not any(x.is_floating_point() for x in expected):
             return check
-        again = _checked(
+        again = checked(
             f"{check.what}, as the full model decides", torch.float64 if wide else self.dtype, expected, found
         )
         if not again.passed:
             return check
         note = "left alone, the slim model decides otherwise between what is equal but for rounding, on some inputs"
-        self.notes.extend([] if note in self.notes else [note])
+        self._note(note)
         return again
 
     def _drawn(self, what: str, batch: bool, notes: list[str] | None, lacks: Any) -> list[str]:
@@ -188,7 +240,7 @@ class Reference:
         return first.shape[0] if first.ndim else None
 
     def _input(self, name: str) -> Any:
-        if name == EXAMPLE:
+        if name in (EXAMPLE, FAST):
             return self.dummy_input
         if name in self._shapes:
             return random_like(self.dummy_input, 1, shapes=self._shapes[name])
@@ -198,8 +250,9 @@ class Reference:
 
     def _outputs(self, name: str) -> list[Tensor] | None:
         """What the full model gives; ``None`` if it does not take the input."""
+        fast = self._is_fast(name)
         if name not in self._given:
-            self._given[name] = self._thinned(name, lambda: self._run(self.model, self._input(name)))
+            self._given[name] = self._thinned(name, lambda: self._run(self.model, self._input(name), fast=fast))
         return self._given[name]
 
     def _thinned(self, name: str, give: Callable[[], list[Tensor]]) -> list[Tensor] | None:
@@ -209,10 +262,16 @@ class Reference:
             if name == EXAMPLE or out_of_memory(failure):
                 raise
             log.info("the full model does not take %s: %s", name, failure)
+            if name == FAST:
+                self._note(f"the full model does not run in inference mode, so that was not compared: {failure}")
             return None
-        if self.left is not None:
-            outputs = [_thinner(x, masks) for x, masks in zip(outputs, self.left, strict=True)]
-        return outputs
+        return self._left(outputs)
+
+    def _left(self, outputs: list[Tensor]) -> list[Tensor]:
+        """What a slim model still has of outputs."""
+        if self.left is None:
+            return outputs
+        return [_thinner(x, masks) for x, masks in zip(outputs, self.left, strict=True)]
 
     def _compare(self, slim: nn.Module, tries: Sequence[str], what: str, notes: list[str] | None) -> list[Check]:
         checks = []
@@ -221,7 +280,7 @@ class Reference:
             if expected is None:
                 continue
             try:
-                found = self._run(slim, self._input(name))
+                found = self._run(slim, self._input(name), fast=self._is_fast(name))
             except Exception as failure:
                 if notes is None or name not in (self._batch, *self._shapes):
                     raise
@@ -230,9 +289,24 @@ class Reference:
                 notes.extend([] if note in notes else [note])
                 checks += self._compare(slim, [RANDOM], what, notes) if name == self._batch else []
                 continue
-            made = _checked(f"{what} on {name}", self.dtype, expected, found)
-            checks.append(self._decided(made, slim, name))
+            made = self._decided(checked(f"{what} on {name}", self.dtype, expected, found), slim, name)
+            checks.append(self._as_the_full(made, found) if name == FAST else made)
         return checks
+
+    def _as_the_full(self, check: Check, found: Sequence[Tensor]) -> Check:
+        """A comparison on fast paths that failed, with what the full model gives without, if that is something else."""
+        plain, fast = self._outputs(EXAMPLE), self._outputs(FAST)
+        assert plain is not None and fast is not None
+        if check.passed or relative_error(plain, fast) <= TOLERANCE.get(self.dtype, 1e-3):
+            return check
+        again = checked(f"{check.what}, beside what is given without these", self.dtype, plain, found)
+        if not again.passed:
+            return check
+        self._note(
+            "in inference mode, torch's fast paths let the full model give something else than without them, as zeros"
+            " for padding; the slim one gives what the full one gives without them"
+        )
+        return again
 
     # --- in float64 ---------------------------------------------------------------------------------------------------
 
@@ -282,10 +356,8 @@ class Reference:
         self._lacks_float64(f"the model does not run in it ({first_line(failure, 80)})")
 
     def _lacks_float64(self, why: str) -> None:
-        note = f"compared in {_name(self.dtype)} only, not in float64: {why}"
-        log.info(note)
-        if note not in self.notes:
-            self.notes.append(note)
+        least = TOLERANCE.get(self.dtype, 1e-3)
+        self._note(f"compared in {_name(self.dtype)} only, which shows no less than {least:.0e}, not in float64: {why}")
 
     def _run_full64(self, name: str) -> list[Tensor]:
         given = double_input(self._input(name))
@@ -296,33 +368,73 @@ class Reference:
             self._wide[name] = self._thinned(name, lambda: self._run_full64(name))
         return self._wide[name]
 
-    def _compare_wide(self, slim: nn.Module, tries: Sequence[str], what: str, wider: Wider | None) -> list[Check]:
-        checks = self._compared_wide(slim, tries, what, wider)
+    def _compare_wide(self, slim: nn.Module, tries: Sequence[str], what: str, rounded: Exact | None) -> list[Check]:
+        checks = self._compared_wide(slim, tries, what, rounded)
         if all(c.passed for c in checks) or self._full64 is not None or not self._fits(slim):
             return checks
         # what a forward writes to its parameters is rounded unless they are wide themselves
         log.info("compared once more, with copies in float64")
         self._full64 = in_double(self.model)
         self._wide.clear()
-        return self._compared_wide(in_double(slim) if wider is None else slim, tries, what, wider)
+        return self._compared_wide(in_double(slim), tries, what, rounded)
+
+    def _compare_another(self, made: Callable[[], nn.Module], tries: Sequence[str], what: str) -> list[Check]:
+        with torch.no_grad(), widening():
+            another = made()
+        checks = self._compare_wide(another, tries, f"{what}, made in float64,", None)
+        least = TOLERANCE.get(self.dtype, 1e-3)
+        self._note(
+            f"{what} holds numbers that were computed in {_name(self.dtype)}, so another one, made in float64, was"
+            f" compared there; of this one {_name(self.dtype)} shows no less than {least:.0e}"
+        )
+        return checks
 
     def _fits(self, slim: nn.Module) -> bool:
         free = available(self.model)
         needed = 8 * sum(p.numel() for module in (self.model, slim) for p in module.parameters())
         return self.float64 is True or free is None or needed < free
 
-    def _compared_wide(self, slim: nn.Module, tries: Sequence[str], what: str, wider: Wider | None) -> list[Check]:
-        if wider is not None:
-            with torch.no_grad(), widening():
-                slim = wider(self.model if self._full64 is None else self._full64)
+    def _compared_wide(self, slim: nn.Module, tries: Sequence[str], what: str, rounded: Exact | None) -> list[Check]:
         checks = []
-        for name in tries:
-            expected = self._outputs_wide(name)
-            if expected is not None:
-                found = self._run_wide(slim, double_input(self._input(name)))
-                made = _checked(f"{what} on {name}", torch.float64, expected, found)
-                checks.append(self._decided(made, slim, name, wide=True))
+        with self._unrounded(slim, rounded):
+            for name in tries:
+                expected = self._outputs_wide(name)
+                if expected is not None:
+                    found = self._run_wide(slim, double_input(self._input(name)))
+                    made = checked(f"{what} on {name}", torch.float64, expected, found)
+                    checks.append(self._decided(made, slim, name, wide=True))
         return checks
+
+    @contextmanager
+    def _unrounded(self, slim: nn.Module, rounded: Exact | None) -> Iterator[None]:
+        """While inside, tensors of a slim model that had to be rounded are as they were before.
+
+        Raises:
+            VerificationError: They are not what comes of rounding these.
+        """
+        if rounded is None:
+            yield
+            return
+        with torch.no_grad(), widening():
+            exact = rounded(self.model if self._full64 is None else self._full64)
+        own = {name: attribute(slim, name) for name in exact}
+        wrong = [name for name, tensor in own.items() if not _rounds_to(exact[name], tensor)]
+        if wrong:
+            raise VerificationError(
+                f"the slim model holds other numbers than those that it was to hold: {some(wrong)}\n"
+                "  effect  nothing was written\n"
+                "  to fix  report the model; until then keep it whole: OTO(..., skip_patterns=[...])"
+            )
+        before = {name: tensor.data for name, tensor in own.items()}
+        self._found.pop(id(slim), None)  # what it holds is something else now
+        try:
+            for name, tensor in own.items():
+                tensor.data = exact[name]
+            yield
+        finally:
+            for name, tensor in own.items():
+                tensor.data = before[name]
+            self._found.pop(id(slim), None)
 
     def _run_wide(self, slim: nn.Module, given: Any) -> list[Tensor]:
         try:
@@ -333,6 +445,46 @@ class Reference:
             return run(in_double(slim), given)
 
     # --- what a comparison would not show -----------------------------------------------------------------------------
+
+    def require_numbers(self) -> None:
+        """Make sure that the full model gives numbers on the example, for NaN is equal to NaN.
+
+        Raises:
+            VerificationError: Not one entry of its outputs is finite, in float64 either.
+        """
+        own = self._outputs(EXAMPLE) or []
+        if any(_is_number(x).any() for x in own) or not any(x.numel() for x in own):
+            return
+        wide = self.dtype != torch.float64 and self._in_float64()  # in fewer digits, there may be an overflow
+        if wide and any(_is_number(x).any() for x in self._wide[EXAMPLE] or []):
+            return
+        broken = [name for name, held in self.model.named_buffers() if not _is_number(held).all()]
+        given = [t for t in tree_leaves(self.dummy_input) if isinstance(t, Tensor) and not _is_number(t).all()]
+        causes = [f"NaN or infinity in the example ({some(str(tuple(t.shape)) for t in given)})"] if given else []
+        causes += [f"NaN or infinity in buffers: {some(broken)}"] if broken else []
+        raise VerificationError(
+            f"{type(self.model).__name__} gives no number on the example that could be compared, all is NaN or inf\n"
+            f"  found   {'; '.join(causes or ['an overflow, it seems: all that goes in is finite'])}\n"
+            "  effect  a wrong slim model would give the same, so no subnet is built\n"
+            "  to fix  an example of finite numbers, on which the model gives finite numbers"
+        )
+
+    def numbers(self) -> list[str]:
+        """Of how many entries of the outputs a comparison says nothing, if of any."""
+        if not self.partial:
+            return []
+        least = min(self.partial, key=lambda check: (check.finite or 0) / (check.entries or 1))
+        return [
+            f"of the outputs {least.finite:,} of {least.entries:,} entries are finite ({least.what}, {least.dtype}): of"
+            " the others it is known only that they are NaN, or the same infinity, in both models"
+        ]
+
+    def unreached(self, slim: nn.Module, wanted: Mapping[str, nn.Parameter]) -> list[str]:
+        """Which parameters of a slim model no output depends on, on the inputs that were compared; as notes."""
+        stage("what the inputs reach")
+        names = [name for name in self._given if name not in (FAST, EXAMPLE) and self._given[name] is not None]
+        inputs = [self._input(name) for name in (*names[:1], EXAMPLE)]
+        return reached_by(slim, wanted, inputs, available(self.model))
 
     def idle(self) -> list[int]:
         """Outputs that are the same for every input, or zero: a slim model cannot differ in them."""
@@ -399,20 +551,37 @@ class Reference:
 
 
 EXAMPLE, RANDOM, ANOTHER = "the example", "random input", "another random input"
+FAST = "the example, with torch's fast paths"
+
+
+def _is_number(x: Tensor) -> Tensor:
+    return torch.isfinite(x) if x.is_floating_point() or x.is_complex() else torch.ones_like(x, dtype=torch.bool)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _checked(what: str, dtype: torch.dtype, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Check:
-    return Check(what, _name(dtype), relative_error(expected, found), TOLERANCE.get(dtype, 1e-3))
+def _rounds_to(exact: Tensor, own: Tensor) -> bool:
+    """Whether a tensor is another one in a narrower dtype, to a few of its last digits."""
+    if exact.shape != own.shape or not own.is_floating_point():
+        return False
+    if own.dtype == exact.dtype:  # a copy, of one that was compared
+        return True
+    few = 8 * torch.finfo(own.dtype).eps
+    return torch.allclose(own.detach().double(), exact.double(), few, few)
 
 
 def check(full: nn.Module, slim: nn.Module, dummy_input: Any, what: str = "slim", **how: Any) -> list[Check]:
-    """Compare a slim model with the zeroed full one; options as for :class:`Reference` and its ``check``."""
+    """Compare a slim model with the zeroed full one; options as for :class:`Reference` and its ``check``.
+
+    Raises:
+        VerificationError: The full model gives no number that could be compared.
+    """
     own = {name: how.pop(name) for name in ("left", "float64", "decides") if name in how}
-    return Reference(full, dummy_input, **own).check(slim, what, **how)
+    reference = Reference(full, dummy_input, **own)
+    reference.require_numbers()
+    return reference.check(slim, what, **how)
 
 
 def _thinner(x: Tensor, masks: Sequence[NDArray[np.bool_]]) -> Tensor:

@@ -17,11 +17,11 @@ from oto.axes.registry import known
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
 from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
 from oto.slim.config import solve
-from oto.slim.construct import Zeroed
 from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend, origin_of
 from oto.slim.own_class import limited, own_class
 from oto.slim.plan import Thinning, thinning
+from oto.slim.proof import Zeroed
 from oto.slim.recipe import Recipe, configs, fields
 from oto.slim.reference import check
 from oto.slim.training import check_training

@@ -1,0 +1,225 @@
+"""The proof without which no slim model is handed out: it holds what is left of the full one, and computes the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto.errors import VerificationError, first_line, out_of_memory, some
+from oto.groups import Kept, Partition
+from oto.progress import stage
+from oto.slim.module import Edits, OwnClass, attribute, thin_copy, thin_tensor
+from oto.slim.plan import Thinning, thinning
+from oto.slim.recipe import Recipe
+from oto.slim.reference import Reference
+from oto.slim.scaling import Scale
+from oto.slim.verify import Check, require
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Zeroed:
+    """What a slim model is made of.
+
+    Attributes:
+        model: The full model, of which everything that goes is zero.
+        dummy_input: The example input.
+        own: What was found out about the class of the model; ``None`` if nothing was asked.
+        kept: For each prunable group, the atoms that are left.
+        recipe: How the class is made from its config, if that is to be tried.
+        drop_unreached: Leave out what the forward never uses in eval mode.
+        float64: Whether to compare in float64, as :class:`oto.slim.reference.Reference` takes it.
+        verify: Whether to compare at all.
+    """
+
+    model: nn.Module
+    dummy_input: Any
+    partition: Partition
+    own: OwnClass | None
+    kept: Kept
+    recipe: Recipe | None = None
+    drop_unreached: bool = False
+    float64: bool | str = "auto"
+    verify: bool = True
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The full model, with which whatever is made of it is compared."""
+        decides = self.partition.found.graph.how == "real"
+        return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides)
+
+    @property
+    def left(self) -> list[list[NDArray[np.bool_]]] | None:
+        """For each output and each of its dimensions, what the slim model still has; ``None`` if that is all."""
+        if not self.partition.found.strict_out_nodes:
+            return None
+        return [self.partition.entries(value, self.kept) for value in self.partition.found.graph.outputs]
+
+    @property
+    def way_out(self) -> str:
+        """What to do where the original class cannot express what was removed."""
+        if self.own is not None:
+            return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
+        return "prune only what the class can do without: OTO(...) without everything=True"
+
+
+@dataclass(frozen=True, eq=False)
+class Emitted:
+    """A slim model that nobody has proved yet.
+
+    Attributes:
+        emitter: The way that was taken.
+        model: The slim model.
+        edits: What made it of the original class, if it is of that.
+        tensors: What it holds, by the names of the full model for the original class.
+        compare: Compares the slim model with the full one.
+        again: Makes another slim model in the same way, of a full one with other numbers.
+        scales: By what tensors are multiplied that take a count in, by name.
+        changed: Names of tensors that are more than what is left of those of the full model.
+        notes: What falls short of what one might expect.
+    """
+
+    emitter: str
+    model: nn.Module
+    edits: Edits | None
+    tensors: Mapping[str, Tensor]
+    compare: Callable[[Reference], list[Check]]
+    again: Callable[[Zeroed], Emitted]
+    scales: Mapping[str, Sequence[Scale]] = field(default_factory=dict)
+    changed: Collection[str] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def prove(source: Zeroed, emitted: Emitted, checks: list[Check] | None = None) -> list[Check]:
+    """The proof of a slim model, if one is wanted: it holds what the full one holds, and computes what that computes.
+
+    What a comparison would not show is written to the notes: entries that are no numbers, outputs that are constant,
+    and parameters that no output depends on.
+
+    Args:
+        checks: The comparisons, if they have been made.
+
+    Raises:
+        VerificationError: The slim model differs, or nothing could be compared.
+    """
+    if not source.verify:
+        return []
+    notes, reference = emitted.notes, source.reference
+    thin = thinning(source.partition, source.kept)
+    require_held(source.model, emitted, thin)
+    checks = emitted.compare(reference) if checks is None else checks
+    require(checks)
+    notes.extend(reference.notes)
+    notes.extend(reference.numbers())
+    idle = reference.idle()
+    if idle:
+        checks = checks + _lively(source, emitted, idle, notes)
+    if checks and len(idle) < len(reference.floating):
+        notes.extend(reference.unreached(emitted.model, _thinned(emitted.model, thin)))
+    return checks
+
+
+def require_held(model: nn.Module, emitted: Emitted, thin: Thinning) -> None:
+    """Make sure that a slim model holds what is left of the tensors of the full one, to the last bit.
+
+    No input shows all of them: rows of a table that it does not look up, units that it does not activate.
+
+    Raises:
+        VerificationError: It holds something else.
+    """
+    slim: dict[str, Tensor] = dict(emitted.model.named_parameters(remove_duplicate=False))
+    slim.update(emitted.model.named_buffers(remove_duplicate=False))
+    wrong: list[str] = []
+    for leaf in thin.found.graph.leaves:
+        names = [name for name in leaf.names if name in emitted.tensors and name not in emitted.changed]
+        own = {id(slim[name]): name for name in names if name in slim}
+        if own:
+            wanted = thin_tensor(model, thin, leaf, emitted.scales.get(leaf.name, ()))
+            wrong += [name for name in own.values() if not _same(wanted, slim[name].detach())]
+    if wrong:
+        raise VerificationError(
+            f"the slim model does not hold what is left of the zeroed model: {some(wrong)}\n"
+            "  effect  nothing was written\n"
+            "  to fix  report the model; until then mark the groups concerned unprunable"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in dtype, shape and every entry, NaN being equal to itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    try:
+        return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True))
+    except (RuntimeError, NotImplementedError) as failure:  # of a layout that has no such operator
+        log.info("not compared: %s", first_line(failure))
+        return True
+
+
+def _thinned(slim: nn.Module, thin: Thinning) -> dict[str, nn.Parameter]:
+    """The parameters of a slim model that have lost entries, and that its forward reads in eval mode."""
+    read, own = thin.found.graph.read, dict(slim.named_parameters(remove_duplicate=False))
+    leaves = [leaf for leaf in thin.found.graph.leaves if leaf.kind == "parameter" and leaf.value in read]
+    smaller = [leaf for leaf in leaves if thin.shape(leaf) != tuple(leaf.value.shape)]
+    return {name: own[name] for leaf in smaller for name in leaf.names[:1] if name in own}
+
+
+def _lively(source: Zeroed, emitted: Emitted, idle: list[int], notes: list[str]) -> list[Check]:
+    """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
+    stage("an output is constant: comparing with random numbers in constant parameters")
+    said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
+    lively = enlivened(source.model, source.partition, source.kept)
+    other = replace(source, model=lively)
+    other.reference.brief = True
+    try:
+        checks = emitted.again(other).compare(other.reference)
+        require(checks)
+    except VerificationError:
+        raise
+    except Exception as failure:  # code that minds other numbers
+        if out_of_memory(failure):
+            raise
+        notes.append(f"{said}, so comparing them shows nothing ({first_line(failure)} with other numbers)")
+        return []
+    by_design = other.reference.idle()
+    moved = [i for i in idle if i not in by_design]
+    if moved:
+        notes.append(
+            f"{said}: a layer before starts at zero, it seems, so comparing shows nothing of what is before it."
+            " Compared once more, with random numbers in constant parameters; load trained weights to compare these"
+        )
+        return [replace(c, what=f"{c.what}, with other numbers in constant parameters") for c in checks]
+    if len(idle) == len(source.reference.floating):
+        notes.append(f"{said}, whatever the parameters are: comparing it shows nothing")
+    return []
+
+
+def _outputs(indices: list[int]) -> str:
+    return f"output{'s' * (len(indices) > 1)} {some(map(str, indices))}"
+
+
+def enlivened(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
+    """A copy that shares the parameters of a model; those that are all one number hold random ones where they stay."""
+    thin = thinning(partition, kept)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for leaf in partition.found.graph.leaves:
+        if not leaf.names:
+            continue
+        tensor = attribute(model, leaf.names[0]).detach()
+        if leaf.kind == "parameter" and tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
+            stays = torch.ones(tensor.shape, dtype=torch.bool)
+            for dim, mask in enumerate(thin.entries(leaf)):
+                stays &= torch.from_numpy(mask).view(-1, *[1] * (tensor.ndim - dim - 1))
+            drawn = torch.rand(tensor.shape, generator=generator) * 0.1 * stays
+            tensor = tensor + drawn.to(tensor)
+        tensors.update(dict.fromkeys(leaf.names, tensor))
+    return thin_copy(model, tensors, Edits())
