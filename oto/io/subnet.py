@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import inspect
 import json
@@ -34,6 +33,7 @@ from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made, Zeroed
+from oto.slim.copying import copied
 from oto.slim.module import Edits, attribute, tensors_of, thin_copy
 from oto.slim.origin import Round, after_rounds, descend, origin_of
 from oto.slim.program import export_program, other_examples, runnable
@@ -162,7 +162,7 @@ def _write_program(
     if next(source.model.parameters()).device.type != "cpu":
         # on its device it was proved equal to the full model; here it is what the program is compared with
         given = tree_map_only(Tensor, Tensor.cpu, source.dummy_input)
-        slim = copy.deepcopy(slim).cpu()
+        slim = copied(slim, {}).cpu()
         full = replace(source, model=slim, dummy_input=given)
     # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
     # class whose weights have taken a count in, which the dtype of the file rounds

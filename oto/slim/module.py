@@ -5,9 +5,6 @@ What is copied and what is changed is stated as plain data (:class:`Edits`), so 
 
 from __future__ import annotations
 
-import copy
-import copyreg
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +22,7 @@ from oto.nn import modules as thinner
 from oto.nn.told import both_told
 from oto.slim.attributes import Place, Stated, state_
 from oto.slim.config import stock as stock_class
+from oto.slim.copying import copied
 from oto.slim.plan import Thinning
 from oto.slim.scaling import Absorbed, Scale
 from oto.slim.telling import Telling
@@ -107,10 +105,8 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
         old = attribute(model, name)
         if id(old) not in memo:
             memo[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    for module in model.modules():  # what a hook computes anew before each forward; deepcopy refuses it
-        memo.update((id(t), t.detach().clone()) for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn)
     try:
-        slim = _copied(model, memo)
+        slim = copied(model, memo)
     except Exception as failure:
         if out_of_memory(failure):
             raise
@@ -150,37 +146,6 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     if edits.untrained:
         refuse_training(slim, edits.untrained)
     return slim
-
-
-_ATOMS = (type(None), bool, int, float, str, type)
-_TABLES = (dict, OrderedDict)
-_SAYS = {"__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"}
-"""By any of these a class says itself how it is copied."""
-
-
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy``, in a twentieth of the time for modules that leave it to Python: the empty tables of hooks and
-    the numbers, which are most of what a module holds, need not be looked up one by one."""
-    kinds = {kind for kind in map(type, model.modules()) if _is_plain(kind)}
-    plain = [m for m in model.modules() if type(m) in kinds]
-    for module in plain:
-        memo[id(module)] = object.__new__(type(module))
-    for module in reversed(plain):  # the inner ones first: those of another class may ask what is in them
-        held = vars(memo[id(module)])
-        for name, value in vars(module).items():
-            if type(value) in _ATOMS:
-                held[name] = value
-            elif type(value) in _TABLES and not value:
-                held[name] = memo.setdefault(id(value), type(value)())
-            else:
-                held[name] = copy.deepcopy(value, memo)
-    return copy.deepcopy(model, memo)
-
-
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether instances of a class are copied attribute by attribute."""
-    bases = [vars(base) for base in kind.__mro__ if base not in (object, nn.Module)]
-    return kind not in copyreg.dispatch_table and not any(_SAYS & own.keys() or own.get("__slots__") for own in bases)
 
 
 def refuse_training(slim: nn.Module, why: str) -> None:

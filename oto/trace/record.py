@@ -39,7 +39,7 @@ from oto._torch import (
 )
 from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
 from oto.nn.calls import first_tensor, name_of, numbers_of, running
-from oto.trace.found import Found, as_found, is_foreign
+from oto.trace.found import Found, as_found, is_foreign, standing_in
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
 
 log = logging.getLogger(__name__)
@@ -418,6 +418,7 @@ def _run(
             holder, _, last = name.rpartition(".")
             places.setdefault((id(model.get_submodule(holder)), last), name)
         swapped = {name: made[id(named[name])] for name in places.values()}
+        stack.enter_context(standing_in(model, made))
         stack.enter_context(recorder.following(model))
         stack.enter_context(recorder)
         if functions is not None:
