@@ -39,6 +39,7 @@ from oto._torch import (
 )
 from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
 from oto.nn.calls import first_tensor, name_of, numbers_of, running
+from oto.nn.told import Told
 from oto.trace.found import Found, as_found, is_foreign, standing_in
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
 
@@ -348,10 +349,14 @@ def _doubled(given: Arguments) -> Arguments:
 
 
 def _in_analysed_form(model: nn.Module) -> None:
-    """Let modules that have another form for the analysis (those of ``oto.nn``) run in it, until all is put back."""
+    """Let modules that have another form for the analysis (those of ``oto.nn``, and those of the user's own that are
+    told sizes) run in it, until all is put back."""
     for module in model.modules():
+        forward = vars(module).get("forward")
         if hasattr(type(module), "_oto_analysed"):
             vars(module)["forward"] = module._oto_analysed
+        elif isinstance(forward, Told):
+            forward.as_analysed().install()
 
 
 def on_meta(model: nn.Module) -> bool:
