@@ -568,7 +568,10 @@ class _Recorder(TorchDispatchMode):
                 parts = op.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        keyed = self.keyed(args), self.keyed(kwargs)
+        named = kwargs
+        if op is aten.einsum.default:  # in which order it multiplies is chosen by sizes, and no part of what it gives
+            named = {name: value for name, value in kwargs.items() if name != "path"}
+        keyed = self.keyed(args), self.keyed(named)
         self.found.look(sys._getframe(1))
         if self.builder.how == "real" and (whole or op._schema.is_mutable):
             self.found.spare((args, kwargs))

@@ -246,6 +246,16 @@ def _written() -> Iterator[Sample]:
         ("abc,cd->abd", (2, 3, 1), (4, 5)),
     ]:
         yield s(aten.einsum.default, equation, [x(*shape) for shape in shapes])
+    for chain in (
+        [(3, 4), (4, 2), (2, 5)],
+        [(2, 6), (6, 2), (2, 3), (3, 4)],
+        [(4,), (4, 3), (3, 2)],
+        [(2, 4), (4, 3), (3,)],
+        [(3,), (3, 2), (2,)],
+    ):
+        yield s(aten.linalg_multi_dot.default, [x(*shape) for shape in chain])
+        if all(len(shape) == 2 for shape in chain):
+            yield s(aten.chain_matmul.default, [x(*shape) for shape in chain])
 
     # attention
     q, k, v = x(2, 4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 3)

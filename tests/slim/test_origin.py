@@ -151,8 +151,8 @@ class Normed(nn.Module):
         return self.c(self.m(x))
 
 
-HOWS = ("layer_norm", "layer_norm by name", "channels first", "rms_norm", "group_norm", "mean", "mean square", "centred",
-        "var", "std", "var_mean")  # fmt: skip
+HOWS = ("layer_norm", "layer_norm by name", "channels first", "rms_norm", "group_norm", "mean", "mean square",
+        "centred", "var", "std", "var_mean")  # fmt: skip
 
 
 @pytest.mark.parametrize("how", HOWS)
