@@ -223,7 +223,7 @@ class OTO:
         return {key: value for key, value in vars(self).items() if key not in found_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _optimizer=None, _made_for=None, _state=State(self.model))
+        vars(self).update(state, _optimizer=None, _made_for=None, _state=State(state["model"]))
         # operators cannot be pickled, so the graph is found again
         graph = record(self.model, self.dummy_input, known, dead=not self._everything, training=True)
         self.partition = trainable(graph, self._strict_out_nodes)

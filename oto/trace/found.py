@@ -307,6 +307,12 @@ def surroundings(model: nn.Module) -> list[Any]:
 _ATOMS = (type(None), bool, int, float, str, type)
 
 
+def state_of(model: nn.Module) -> list[Tensor]:
+    """The tensors that a model holds besides its parameters: buffers, attributes, what containers and closures hold."""
+    own = [x for module in model.modules() for x in (*vars(module).values(), *module._buffers.values())]
+    return [x for x in (*own, *surroundings(model)) if isinstance(x, Tensor)]
+
+
 @contextmanager
 def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
     """While inside, containers, objects and closures of a model hold other tensors in place of some of its own.

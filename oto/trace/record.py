@@ -40,7 +40,7 @@ from oto._torch import (
 from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
 from oto.nn.calls import first_tensor, name_of, numbers_of, running
 from oto.nn.told import Told
-from oto.trace.found import Found, as_found, is_foreign, standing_in
+from oto.trace.found import Found, as_found, is_foreign, standing_in, state_of
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
 
 log = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
 
 def _with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any, ways: Sequence[str]) -> Graph:
     """The graph, with that of train mode where it reaches more parameters, such as those of heads for training only."""
-    idle = graph.unread & {name for name, _ in model.named_parameters()}
+    idle = graph.idle & {name for name, _ in model.named_parameters()}
     if not idle:
         return graph
     args, kwargs = _doubled(arguments(dummy_input))
@@ -440,8 +440,12 @@ def _run(
                 "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
                 " objects of its own in a module that takes the tensors out"
             )
-    for tensor in outputs:
+        kept = [t for t in state_of(model) if id(t) in recorder.builder.current]
+        kept += [t for name, t in swapped.items() if t is not made[id(named[name])]]  # buffers that were replaced
+    for tensor in (*outputs, *kept):
         recorder.see(tensor)
+    for tensor in kept:
+        recorder.builder.end(id(tensor))
     if recorder.builder.writes("parameter"):
         found.writes_parameters()
     return Recording(recorder.builder.build([id(tensor) for tensor in outputs], dead), recorder.constants, result)
@@ -594,6 +598,10 @@ class _Recorder(TorchDispatchMode):
                 results.append(None)
         if any(results) or (not whole and op._schema.is_mutable):
             self.builder.call(op, *keyed, results, self.path[-1], _user_line())
+        else:  # a number that leaves torch, on which code may branch
+            for leaf in tree_leaves(keyed):
+                if isinstance(leaf, Key):
+                    self.builder.end(leaf.key)
         return result
 
 
