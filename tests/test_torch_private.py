@@ -147,3 +147,13 @@ def test_a_compiled_package_is_called_as_the_model(tmp_path):
     _torch.compile_package(_sized(lambda x: x * 2, (2, 3)), str(tmp_path / "model.pt2"))
     x = torch.randn(5, 4)
     assert torch.equal(_torch.load_package(str(tmp_path / "model.pt2"))(x), x * 2)
+
+
+def test_the_code_of_an_operator_that_is_written_in_python():
+    @torch.library.custom_op("oto_tests::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    code = _torch.python_code(torch.ops.oto_tests.twice.default)
+    assert code is not None and torch.equal(code(torch.ones(2)), torch.full((2,), 2.0))
+    assert _torch.python_code(torch.ops.aten.add.Tensor) is None

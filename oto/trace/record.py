@@ -33,6 +33,7 @@ from oto._torch import (
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
+    python_code,
     quiet,
     tree_leaves,
     tree_map_only,
@@ -572,6 +573,10 @@ class _Recorder(TorchDispatchMode):
                 parts = op.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+            code = python_code(op)
+            if code is not None and _runs_without_data(code, args, kwargs):
+                with self:
+                    return code(*args, **kwargs)
         named = kwargs
         if op is aten.einsum.default:  # in which order it multiplies is chosen by sizes, and no part of what it gives
             named = {name: value for name, value in kwargs.items() if name != "path"}
@@ -603,6 +608,20 @@ class _Recorder(TorchDispatchMode):
                 if isinstance(leaf, Key):
                     self.builder.end(leaf.key)
         return result
+
+
+def _runs_without_data(code: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether the code of an operator is made of calls alone, and no values leave torch in it."""
+    try:
+        given = tree_map_only(
+            Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), (args, kwargs)
+        )
+        code(*given[0], **given[1])
+    except Exception as failure:  # whatever its author does with data
+        if out_of_memory(failure):
+            raise
+        return False
+    return True
 
 
 LITERALS = ("tensor", "as_tensor", "scalar_tensor")
