@@ -34,8 +34,8 @@ from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made, Zeroed
 from oto.slim.copying import copied
-from oto.slim.module import Edits, attribute, tensors_of, thin_copy
-from oto.slim.origin import Round, after_rounds, descend, origin_of
+from oto.slim.module import Edits, attribute, tensors_of
+from oto.slim.origin import Round, after_rounds, copy_with, descend, held, lacks_values, origin_of
 from oto.slim.program import export_program, other_examples, runnable
 from oto.slim.reference import Reference
 from oto.slim.verify import TOLERANCE, Check, relative_error, require, run
@@ -44,8 +44,12 @@ from oto.slim.wide import dtype_of
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
 
-def describe(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What must not have changed in a model for its slim form to fit: classes, their code, full shapes."""
+def describe(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """What must not have changed in a model for its slim form to fit: classes, their code, full shapes.
+
+    Args:
+        names: Of the tensors whose shapes count.
+    """
     kinds: dict[str, str] = {path: _name(type(module)) for path, module in model.named_modules(remove_duplicate=False)}
     own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
     return {
@@ -138,7 +142,7 @@ def save(
         stage("sealing the folder")
         draft.commit(
             {
-                "model": describe(first, made.tensors if edits is not None else {}),
+                "model": describe(first, [] if edits is None else made.tensors.keys() - _state(source)),
                 "earlier": [done.plain() for done in earlier],  # what was done before, if it was made slim before
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
@@ -152,6 +156,19 @@ def save(
             }
         )
     return again
+
+
+def _state(source: Zeroed) -> set[str]:
+    """Names of tensors that a forward may put others in the place of, or make anew: they may have any shape."""
+    graph, found = source.partition.found.graph, set[str]()
+    for leaf in graph.leaves:
+        for name in leaf.names if leaf.kind != "parameter" else ():
+            path, _, last = name.rpartition(".")
+            holder = source.model.get_submodule(path)
+            kept = last in holder._buffers and last not in holder._non_persistent_buffers_set
+            if not kept or attribute(source.model, name).shape != leaf.value.shape:
+                found.add(name)
+    return found | graph.replaced
 
 
 def _write_program(
@@ -252,7 +269,7 @@ def read_program(path: Path) -> nn.Module:
 
 def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str, Any]) -> nn.Module:
     """The slim form of ``model``, which may be on ``meta``."""
-    slim = thin_copy(model, tensors, Edits(**edits))
+    slim = copy_with(model, tensors, Edits(**edits))
     left = [n for n, t in [*slim.named_parameters(), *slim.named_buffers()] if t.is_meta]
     if left:
         raise ClassChangedError(
@@ -301,9 +318,9 @@ def load_subnet(
     if model is None or manifest["emitter"] not in ("module", "config"):
         return _load_program(artefact)
     # what the file does not hold is as the constructor makes it
-    make = (lambda factory: factory()) if manifest.get("left_out") else _on_meta
-    given = model if isinstance(model, nn.Module) else make(model)
     tensors = artefact.tensors(WEIGHTS)
+    make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
+    given = model if isinstance(model, nn.Module) else make(model, tensors)
     try:
         _require_same(manifest["model"], given, strict)
         earlier = [Round.read(done) for done in manifest.get("earlier", ())]
@@ -321,12 +338,18 @@ def load_subnet(
     return slim
 
 
-def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
+def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Module:
+    """A full-size model without values, but for tensors of which the artefact knows nothing.
+
+    Args:
+        names: Of the tensors in the artefact.
+    """
     try:
         with torch.device("meta"):
-            return factory()
+            model = factory()
     except Exception:  # a constructor that computes with its weights needs real ones
         return factory()
+    return factory() if lacks_values(model, names) else model
 
 
 def _load_program(artefact: Artefact) -> nn.Module:
@@ -362,12 +385,11 @@ def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> N
     if changed:
         fail(f"modules differ: {some(sorted(changed))}")
     for name, shape in saved["full_shapes"].items():
-        try:
-            found = list(attribute(given, name).shape)
-        except AttributeError:
+        tensor = held(given, name)
+        if tensor is None:
             fail(f"it has no {name}")
-        if found != shape:
-            fail(f"{name} is {found}, and was {shape}")
+        elif list(tensor.shape) != shape:
+            fail(f"{name} is {list(tensor.shape)}, and was {shape}")
     if strict:
         now = describe(given, {})["code"]
         edited = [k for k, digest in saved["code"].items() if k in now and now[k] != digest]

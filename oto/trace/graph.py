@@ -109,6 +109,7 @@ class Graph:
         untrained: Why it is not known what the model does in train mode, though something may reach more there.
         dead: Indices of calls whose results nobody reads: no output depends on them, nor what the model keeps or
             decides. They have to run, and no more.
+        replaced: Names of tensors of the model in whose place the forward puts others: state, of any shape.
     """
 
     nodes: tuple[Node, ...]
@@ -119,6 +120,7 @@ class Graph:
     trained: Graph | None = None
     untrained: str | None = None
     dead: frozenset[int] = frozenset()
+    replaced: frozenset[str] = frozenset()
 
     @property
     def calls(self) -> tuple[Node, ...]:

@@ -442,14 +442,16 @@ def _run(
                 " objects of its own in a module that takes the tensors out"
             )
         kept = [t for t in state_of(model) if id(t) in recorder.builder.current]
-        kept += [t for name, t in swapped.items() if t is not made[id(named[name])]]  # buffers that were replaced
+        replaced = {name: t for name, t in swapped.items() if t is not made[id(named[name])]}
+        kept += replaced.values()
     for tensor in (*outputs, *kept):
         recorder.see(tensor)
     for tensor in kept:
         recorder.builder.end(id(tensor))
     if recorder.builder.writes("parameter"):
         found.writes_parameters()
-    return Recording(recorder.builder.build([id(tensor) for tensor in outputs], dead), recorder.constants, result)
+    graph = recorder.builder.build([id(tensor) for tensor in outputs], dead)
+    return Recording(dataclasses.replace(graph, replaced=frozenset(replaced)), recorder.constants, result)
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
