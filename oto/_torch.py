@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 from torch._guards import TracingContext
+from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
@@ -43,6 +44,7 @@ __all__ = [
     "is_free",
     "load_package",
     "nested_codegen",
+    "python_code",
     "quiet",
     "substituted",
     "tree_flatten",
@@ -67,6 +69,12 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         inner.disabled = before
+
+
+def python_code(op: Any) -> Callable[..., Any] | None:
+    """The Python function that an operator of ``torch.library.custom_op`` consists of; ``None`` if it is none."""
+    made = OPDEFS.get(op._schema.name) if isinstance(op, OpOverload) else None
+    return getattr(made, "_init_fn", None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -71,11 +71,13 @@ from oto.slim.proof import Zeroed
 from oto.slim.recipe import Recipe
 from oto.slim.reference import FLOAT64
 from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
+from oto.slim.state import left_since
 from oto.slim.unreached import unreached, within
 from oto.slim.verify import device_of, follow_model, require
 from oto.subnet import Subnet
 from oto.trace.found import as_found
 from oto.trace.record import record, told
+from oto.trace.state import State, undone
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +174,7 @@ class OTO:
         self.dummy_input = dummy_input
         with told(model, TraceError, "being followed on the dummy input"):
             graph = record(model, dummy_input, known, dead=not everything, training=True)
+        self._state = State(model)
         with told(model, TraceError, "being analysed", "it was followed on the dummy input"):
             self.partition = trainable(graph, strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
@@ -218,11 +221,11 @@ class OTO:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        found_anew = ("partition", "_optimizer", "_made_for", "_recipe", "_own")
+        found_anew = ("partition", "_optimizer", "_made_for", "_recipe", "_own", "_state")
         return {key: value for key, value in vars(self).items() if key not in found_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _optimizer=None, _made_for=None)
+        vars(self).update(state, _optimizer=None, _made_for=None, _state=State(state["model"]))
         # operators cannot be pickled, so the graph is found again
         graph = record(self.model, self.dummy_input, known, dead=not self._everything, training=True)
         self.partition = trainable(graph, self._strict_out_nodes)
@@ -528,7 +531,10 @@ class OTO:
         made = parts(inner.node_groups, self.node_groups)
         losing = [group.name for group in inner.node_groups if not left[group.name].all()]
         kept = {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
-        with told(self.model, ShrinkError, "its slim form was built and verified", "the analysis is done"):
+        known_names = [name for leaf in self.partition.found.graph.leaves for name in leaf.names]
+        later = left_since(self._state, self.model, self.dummy_input, known_names)
+        built = told(self.model, ShrinkError, "its slim form was built and verified", "the analysis is done")
+        with built, undone(later):
             own = self._ask_the_class() if self._stock else self._own
             recipe = self._recipe if self._stock else None
             source = Zeroed(self.model, self.dummy_input, self.partition, own, kept, recipe)
@@ -550,6 +556,7 @@ class OTO:
         for before, after in [(self.model, slim.model), *slim.averages]:
             become(before, after)
         self.partition, self._groups, self._own, self._made_for = found, groups, own, analysed
+        self._state = State(self.model)
         if self._stock:
             self._recipe = Recipe.of(self.model)
         return self.model
@@ -748,7 +755,8 @@ class OTO:
         before = self._cost()
         after = cost(self.partition, {name: len(atoms) for name, atoms in kept.items()}, gone)
         built = told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
-        with built, as_found(self.model):
+        later = left_since(self._state, self.model, self.dummy_input, names)
+        with built, undone(later), as_found(self.model):
             made = construct(source, emitter)
         path, checks = None, made.checks
         if out_dir is not None:
@@ -756,7 +764,7 @@ class OTO:
             proved = f"the slim model was built, and right in {len(checks)} comparisons"
             saved = told(self.model, ArtefactError, "its slim model was saved and loaded again", proved)
             costs = {"before": vars(before), "after": vars(after)}
-            with saved, as_found(self.model):
+            with saved, undone(later), as_found(self.model):
                 checks = checks + save(path, source, made, costs, save_full, program)
             self._saved = path
         short = self._short_of(kept)

@@ -166,3 +166,13 @@ def test_wrappers_of_a_model_are_found(tmp_path):
         assert {id(wrapper) for wrapper in found} == {id(one), id(two)} and other not in found
     finally:
         dist.destroy_process_group()
+
+
+def test_the_code_of_an_operator_that_is_written_in_python():
+    @torch.library.custom_op("oto_tests::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    code = _torch.python_code(torch.ops.oto_tests.twice.default)
+    assert code is not None and torch.equal(code(torch.ones(2)), torch.full((2,), 2.0))
+    assert _torch.python_code(torch.ops.aten.add.Tensor) is None

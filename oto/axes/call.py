@@ -146,6 +146,13 @@ class Tape:
         self.tensors.append(made)
         return Operand(len(self.tensors) - 1, made, tuple(T.size(t) for t in made))
 
+    def silence(self, first: int) -> None:
+        """Let steps, from one on, ask for no zeros: nobody reads what they give. They still cost what they cost."""
+        self.steps[first:] = [
+            replace(step, inputs=(), routes=(), fact=anything, summed=(), uniform={}, rest=None)
+            for step in self.steps[first:]
+        ]
+
 
 # --- facts ------------------------------------------------------------------------------------------------------------
 
@@ -213,10 +220,14 @@ class Call:
 
     Attributes:
         shapes: Shape of each output, ``None`` where it is no tensor.
+        dead: Whether nobody reads what it gives: only sizes have to fit.
+        steps: The place of its first step.
     """
 
-    def __init__(self, node: Node, tape: Tape, operands: Mapping[Value, Operand]) -> None:
+    def __init__(self, node: Node, tape: Tape, operands: Mapping[Value, Operand], dead: bool = False) -> None:
         self.node = node
+        self.dead = dead
+        self.steps = len(tape.steps)
         self.tape = tape
         self.operands = operands
         self.shapes = [None if v is None else v.shape for v in node.outputs]
@@ -253,8 +264,8 @@ class Call:
         return T.cut(term, sizes, self.why("a slice cuts through it"))
 
     def fix(self, x: Operand, dims: Sequence[int] | None, text: str) -> None:
-        """Keep every entry of some dimensions (all by default)."""
-        for dim in range(x.ndim) if dims is None else dims:
+        """Keep every entry of some dimensions (all by default), if somebody reads what it gives."""
+        for dim in () if self.dead else range(x.ndim) if dims is None else dims:
             T.fix(x.terms[dim], self.why(text))
 
     def fixed(self, n: int, text: str) -> Term:
@@ -455,7 +466,8 @@ class Call:
         """Keep everything the call touches; the answer of operators that nobody described."""
         for leaf in tree_leaves((self.node.args, dict(self.node.kwargs))):
             if isinstance(leaf, Value):
-                self.fix(self.operands[leaf], None, text)
+                for term in self.operands[leaf].terms:  # a dead one, too: at other sizes it may not run
+                    T.fix(term, self.why(text))
         return [None if shape is None else self.fresh(shape, text) for shape in self.shapes]
 
     # --- sizes --------------------------------------------------------------------------------------------------------
@@ -487,4 +499,6 @@ class Call:
 
     def counted(self, text: str) -> None:
         """Say that the operator divides by a count of entries, so that thinner tensors need the rewritten one."""
+        if self.dead:
+            return
         self.tape.counted[self.node.index] = text

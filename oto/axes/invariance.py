@@ -167,16 +167,19 @@ def _roles(visits: list[_Visit], dynamic: list[bool]) -> dict[Place, int]:
     return roles
 
 
-def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool = False) -> Step | None:
+def _follow(
+    visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool = False, onwards: bool = False
+) -> Step | None:
     """Follow what is known, adding to ``facts``; the first step that would notice the removal, ``None`` if it is exact.
 
     Args:
         backwards: Ask for more: no gradient comes back either. A product passes none on if all its factors are zero; a
             sum of entries always does.
+        onwards: Follow it to the end, whatever notices.
     """
     for visit in visits:
         step = visit.step
-        for group in visit.summed:
+        for group in () if onwards else visit.summed:
             if step.rest is not None:
                 dim, held = step.rest
                 if backwards or any(d != dim or facts.get((t, d)) is not held for t, d in group):
@@ -210,7 +213,8 @@ def _follow(visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool 
 def _breaks(visits: Iterable[_Visit], place: Place) -> bool:
     """Whether a zero there, and nothing else, gives something that is not finite."""
     facts: dict[Place, Fact] = {place: 0.0}
-    return _follow(visits, facts) is not None and any(map(_is_broken, facts.values()))
+    _follow(visits, facts, onwards=True)
+    return any(map(_is_broken, facts.values()))
 
 
 def _number(fact: Fact) -> Fact:

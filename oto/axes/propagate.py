@@ -60,12 +60,12 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
     for leaf in graph.leaves:
         loose = data and not leaf.names
         operands[leaf.value] = tape.tensor([T.axis(n, outside if loose else None) for n in leaf.value.shape])
-    reader = {value: node.index for node in reversed(graph.calls) for value in node.inputs()}
+    reader = {v: node.index for node in reversed(graph.calls) if node.index not in graph.dead for v in node.inputs()}
     for value in (value for run in runs for value in run.inputs):
         given = Reason("it is a dimension of an input", reader.get(value))
         operands[value] = tape.tensor([T.axis(n, given) for n in value.shape])
     for node in graph.calls:
-        call = Call(node, tape, operands)
+        call = Call(node, tape, operands, dead=node.index in graph.dead)
         rule = find(node.op)
         if rule is None:
             found.unknown.append(node)
@@ -79,6 +79,8 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
                 log.warning("the rule for %s does not fit this call: %r", node, failure)
                 found.unknown.append(node)
                 outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
+        if call.dead:
+            tape.silence(call.steps)
         answer = "unknown" if node in found.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
         if node.index < len(graph.nodes) or answer == "unknown":  # what eval mode does already is not counted twice
             coverage[answer][node.name] += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import inspect
 import json
@@ -34,8 +33,9 @@ from oto.io.artefact import Artefact, Draft, reading, writing
 from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made
-from oto.slim.module import Edits, attribute, tensors_of, thin_copy
-from oto.slim.origin import Round, after_rounds, descend, origin_of
+from oto.slim.copying import copied
+from oto.slim.module import Edits, attribute, tensors_of
+from oto.slim.origin import Round, after_rounds, copy_with, descend, held, is_part, lacks_values, origin_of
 from oto.slim.program import export_program, other_examples, runnable
 from oto.slim.proof import Zeroed
 from oto.slim.reference import Reference
@@ -45,8 +45,12 @@ from oto.slim.wide import dtype_of
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
 
-def describe(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What must not have changed in a model for its slim form to fit: classes, their code, full shapes."""
+def describe(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """What must not have changed in a model for its slim form to fit: classes, their code, full shapes.
+
+    Args:
+        names: Of the tensors whose shapes count.
+    """
     kinds: dict[str, str] = {path: _name(type(module)) for path, module in model.named_modules(remove_duplicate=False)}
     own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
     return {
@@ -139,7 +143,7 @@ def save(
         stage("sealing the folder")
         draft.commit(
             {
-                "model": describe(first, made.tensors if edits is not None else {}),
+                "model": describe(first, [] if edits is None else made.tensors.keys() - _state(source)),
                 "earlier": [done.plain() for done in earlier],  # what was done before, if it was made slim before
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
@@ -155,6 +159,19 @@ def save(
     return again
 
 
+def _state(source: Zeroed) -> set[str]:
+    """Names of tensors that a forward may put others in the place of, or make anew: they may have any shape."""
+    graph, found = source.partition.found.graph, set[str]()
+    for leaf in graph.leaves:
+        for name in leaf.names if leaf.kind != "parameter" else ():
+            path, _, last = name.rpartition(".")
+            holder = source.model.get_submodule(path)
+            kept = last in holder._buffers and last not in holder._non_persistent_buffers_set
+            if not kept or attribute(source.model, name).shape != leaf.value.shape:
+                found.add(name)
+    return found | graph.replaced
+
+
 def _write_program(
     draft: Draft, source: Zeroed, made: Made, left_out: Collection[str]
 ) -> tuple[str | None, list[Check]]:
@@ -163,7 +180,7 @@ def _write_program(
     if next(source.model.parameters()).device.type != "cpu":
         # on its device it was proved equal to the full model; here it is what the program is compared with
         given = tree_map_only(Tensor, Tensor.cpu, source.dummy_input)
-        slim = copy.deepcopy(slim).cpu()
+        slim = copied(slim, {}).cpu()
         full = replace(source, model=slim, dummy_input=given)
     # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
     # class whose weights have taken a count in, which the dtype of the file rounds
@@ -251,7 +268,7 @@ def read_program(path: Path) -> nn.Module:
 
 def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str, Any]) -> nn.Module:
     """The slim form of ``model``, which may be on ``meta``."""
-    slim = thin_copy(model, tensors, Edits(**edits))
+    slim = copy_with(model, tensors, Edits(**edits))
     left = [n for n, t in [*slim.named_parameters(), *slim.named_buffers()] if t.is_meta]
     if left:
         raise ClassChangedError(
@@ -300,9 +317,9 @@ def load_subnet(
     if model is None or manifest["emitter"] not in ("module", "config"):
         return _load_program(artefact)
     # what the file does not hold is as the constructor makes it
-    make = (lambda factory: factory()) if manifest.get("left_out") else _on_meta
-    given = model if isinstance(model, nn.Module) else make(model)
     tensors = artefact.tensors(WEIGHTS)
+    make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
+    given = model if isinstance(model, nn.Module) else make(model, tensors)
     try:
         _require_same(manifest["model"], given, strict)
         _require_thinner(tensors, manifest["model"]["full_shapes"])
@@ -324,12 +341,18 @@ def load_subnet(
     return slim
 
 
-def _on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
+def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Module:
+    """A full-size model without values, but for tensors of which the artefact knows nothing.
+
+    Args:
+        names: Of the tensors in the artefact.
+    """
     try:
         with torch.device("meta"):
-            return factory()
+            model = factory()
     except Exception:  # a constructor that computes with its weights needs real ones
         return factory()
+    return factory() if lacks_values(model, names) else model
 
 
 def _load_program(artefact: Artefact) -> nn.Module:
@@ -354,8 +377,7 @@ def _require_thinner(tensors: Mapping[str, Tensor], full: Mapping[str, Sequence[
     for name in tensors:
         if name not in full:
             raise ValueError(f"it does not say which shape {name} had")
-        shape = tensors[name].shape
-        if len(shape) != len(full[name]) or any(a > b for a, b in zip(shape, full[name], strict=True)):
+        if not is_part(shape := tensors[name].shape, full[name]):
             raise ValueError(f"{name} is {list(shape)}, and the full one {full[name]}")
 
 
@@ -375,12 +397,11 @@ def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> N
     if changed:
         fail(f"modules differ: {some(sorted(changed))}")
     for name, shape in saved["full_shapes"].items():
-        try:
-            found = list(attribute(given, name).shape)
-        except AttributeError:
+        tensor = held(given, name)
+        if tensor is None:
             fail(f"it has no {name}")
-        if found != shape:
-            fail(f"{name} is {found}, and was {shape}")
+        elif list(tensor.shape) != shape:
+            fail(f"{name} is {list(tensor.shape)}, and was {shape}")
     if strict:
         now = describe(given, {})["code"]
         edited = [k for k, digest in saved["code"].items() if k in now and now[k] != digest]

@@ -60,7 +60,7 @@ class Told:
         UnseenPathError: While it runs: what it calls is not what it was told of.
     """
 
-    def __init__(self, module: nn.Module, calls: Calls) -> None:
+    def __init__(self, module: nn.Module, calls: Calls, analysed: bool = False) -> None:
         for site, named in calls.items():
             for how in itertools.chain.from_iterable(named.values()):
                 _require_line(_last(site), how.get("in"), module)
@@ -68,7 +68,13 @@ class Told:
         self.calls = {site: {name: list(hows) for name, hows in named.items()} for site, named in calls.items()}
         self.methods = _by_method(type(module), self.calls)
         self.learning = False
+        self.analysed = analysed
         self.running = 0
+
+    def as_analysed(self) -> Told:
+        """The form that ``OTO`` follows in the place of this one: norms and means of the entries that are left, as in
+        :class:`oto.nn.LayerNorm`. The same ones may go, and what goes is still counted."""
+        return Told(self.module, self.calls, analysed=True)
 
     def install(self) -> None:
         """Take the place of the module's forward, and of methods that it calls: they may be called alone."""
@@ -93,7 +99,7 @@ class Told:
 
     def tell(self, name: str, calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a method of the class with some of its calls changed."""
-        telling = _Telling(calls, self.learning)
+        telling = _Telling(calls, self.learning, self.analysed)
         self.running += 1
         try:
             with telling:
@@ -201,10 +207,11 @@ def _code(method: FunctionType) -> frozenset[str]:
 
 
 class _Telling(TorchFunctionMode):
-    def __init__(self, calls: Calls, learning: bool) -> None:
+    def __init__(self, calls: Calls, learning: bool, analysed: bool = False) -> None:
         super().__init__()
         self.calls = calls
         self.learning = learning
+        self.analysed = analysed
         self.depth = nesting()
         self.ends = {(_last(site), name) for site, named in calls.items() for name in named}
         self.names = {name for _, name in self.ends}
@@ -236,6 +243,8 @@ class _Telling(TorchFunctionMode):
         if self.learning:
             how["in"] = user_module(sys._getframe(1))  # type: ignore[index]
         _require_given(how, name, args, kwargs, self.learning)
+        if self.analysed:
+            return _as_analysed(how, func, args, kwargs)
         if "rest" in how:
             how = {**how, "rest": _computed(how["rest"], self.kept)}
         result = told(how, func, args, kwargs, self.learning)
@@ -316,7 +325,7 @@ def told(
     """Make a call as it is to be made."""
     if "numbers" in how:
         stated = numbers_of((args, dict(kwargs)))
-        if len(stated) != how.get("of", len(stated)):
+        if "counted" not in how and len(stated) != how.get("of", len(stated)):
             raise _refused(f"{name_of(func)} is called with {len(stated)} numbers, and not {how['of']}")
         args, kwargs = replaced((args, dict(kwargs)), _numbers(how, name_of(func), stated, learn))
     if "pieces" in how:
@@ -325,6 +334,27 @@ def told(
     if "counted" in how:
         return COUNTED[how["counted"]](how, *args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _as_analysed(
+    how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Make a call as it is to be made, but for what is counted: that is a plain call of the entries that are left."""
+    if "counted" not in how:
+        return told(how, func, args, kwargs, False)
+    states = _STATES.get(how["counted"])
+    if states is not None:
+        x = args[0] if args else kwargs["input"]
+        size = how["groups"] if states == "num_groups" else list(x.shape[-len(how["full"]) :])
+        if states in kwargs:
+            kwargs = {**kwargs, states: size}
+        else:
+            args = (x, size, *args[2:])
+    return func(*args, **kwargs)
+
+
+_STATES = {"layer_norm": "normalized_shape", "rms_norm": "normalized_shape", "group_norm": "num_groups"}
+"""The second argument of those that state a size."""
 
 
 def _numbers(how: Mapping[str, Any], name: str, stated: list[Any], learn: bool) -> dict[int, Any]:
@@ -383,8 +413,7 @@ def _both(before: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
     made = {**before, **how}
     if "numbers" in before and "numbers" in how:
         made["numbers"] = [list(pair) for pair in (dict(before["numbers"]) | dict(how["numbers"])).items()]
-    if "full" in before:
-        made["full"] = before["full"]
+    made.update((key, before[key]) for key in ("full", "of") if "counted" in before and key in before)
     return made
 
 

@@ -110,6 +110,9 @@ class Alignment:
                 i, j = after, other
                 continue
             right = self.same(nodes[i], self.calls[j])
+            if right is not None and i in self.partition.found.graph.dead:  # what nobody reads may be left out
+                i += 1
+                continue
             if right is not None and (after_all := self.idle(i)) is not None:
                 i = after_all
                 continue
@@ -200,6 +203,8 @@ class Alignment:
         """``None`` if a call is what it should be; else how many of its sizes are."""
         tape, own = self.partition.found.tape, self.own
         told = full.index in own.told
+        if full.index in self.partition.found.graph.dead:  # it has to run, and no more
+            return None if full.op is slim.op else 0
         alike = full.module == slim.module and len(full.outputs) == len(slim.outputs)
         if not alike or (full.op is not slim.op and not told):
             return 0

@@ -5,9 +5,6 @@ What is copied and what is changed is stated as plain data (:class:`Edits`), so 
 
 from __future__ import annotations
 
-import copy
-import copyreg
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +22,7 @@ from oto.nn import modules as thinner
 from oto.nn.told import both_told
 from oto.slim.attributes import Place, Stated, state_
 from oto.slim.config import stock as stock_class
+from oto.slim.copying import copied
 from oto.slim.plan import Thinning
 from oto.slim.scaling import Absorbed, Scale
 from oto.slim.telling import Telling
@@ -107,10 +105,8 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
         old = attribute(model, name)
         if id(old) not in memo:
             memo[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    for module in model.modules():  # what a hook computes anew before each forward; deepcopy refuses it
-        memo.update((id(t), t.detach().clone()) for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn)
     try:
-        slim = _copied(model, memo)
+        slim = copied(model, memo)
     except Exception as failure:
         if out_of_memory(failure):
             raise
@@ -122,30 +118,30 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
         del slim.train
     for path, numbers in edits.stated.items():
         for key, number in numbers:
-            state_(_module_at(slim, path), tuple(key), number)
+            state_(module_at(slim, path), tuple(key), number)
     for path, values in edits.attributes.items():
-        _set_sizes(path, _module_at(slim, path), values)
+        _set_sizes(path, module_at(slim, path), values)
     for path, how in edits.swaps.items():
-        new = _swapped(path, _module_at(slim, path), how)
+        new = _swapped(path, module_at(slim, path), how)
         if not path:
             return new
         parent, _, last = path.rpartition(".")
-        setattr(_module_at(slim, parent), last, new)
+        setattr(module_at(slim, parent), last, new)
     thinner.leave_nested_tensors(slim)
     before = {path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, Told)}  # in earlier rounds
     for path in {**before, **edits.told} if edits != Edits() else ():
-        module, calls = _module_at(slim, path), edits.told.get(path, {})
+        module, calls = module_at(slim, path), edits.told.get(path, {})
         Told(module, both_told(before[path].calls, calls) if path in before else calls).install()
     for path, instead in edits.dropped.items():
-        _module_at(slim, path)
+        module_at(slim, path)
         parent, _, last = path.rpartition(".")
-        setattr(_module_at(slim, parent), last, nn.Identity() if instead == "identity" else None)
+        setattr(module_at(slim, parent), last, nn.Identity() if instead == "identity" else None)
     if edits.untrained:
         refuse_training(slim, edits.untrained)
     return slim
 
 
-def _module_at(model: nn.Module, path: str) -> nn.Module:
+def module_at(model: nn.Module, path: str) -> nn.Module:
     """A module by its path, of those that are registered: a file that names something else does not get there.
 
     Raises:
@@ -193,37 +189,6 @@ def _swapped(path: str, module: nn.Module, how: Mapping[str, Any]) -> nn.Module:
     return new.train(module.training)
 
 
-_ATOMS = (type(None), bool, int, float, str, type)
-_TABLES = (dict, OrderedDict)
-_SAYS = {"__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"}
-"""By any of these a class says itself how it is copied."""
-
-
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy``, in a twentieth of the time for modules that leave it to Python: the empty tables of hooks and
-    the numbers, which are most of what a module holds, need not be looked up one by one."""
-    kinds = {kind for kind in map(type, model.modules()) if _is_plain(kind)}
-    plain = [m for m in model.modules() if type(m) in kinds]
-    for module in plain:
-        memo[id(module)] = object.__new__(type(module))
-    for module in reversed(plain):  # the inner ones first: those of another class may ask what is in them
-        held = vars(memo[id(module)])
-        for name, value in vars(module).items():
-            if type(value) in _ATOMS:
-                held[name] = value
-            elif type(value) in _TABLES and not value:
-                held[name] = memo.setdefault(id(value), type(value)())
-            else:
-                held[name] = copy.deepcopy(value, memo)
-    return copy.deepcopy(model, memo)
-
-
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether instances of a class are copied attribute by attribute."""
-    bases = [vars(base) for base in kind.__mro__ if base not in (object, nn.Module)]
-    return kind not in copyreg.dispatch_table and not any(_SAYS & own.keys() or own.get("__slots__") for own in bases)
-
-
 def refuse_training(slim: nn.Module, why: str) -> None:
     """Let a slim model stay in eval mode, and say why."""
     vars(slim)["train"] = Untrained(slim, why)
@@ -232,7 +197,7 @@ def refuse_training(slim: nn.Module, why: str) -> None:
 def attribute(model: nn.Module, path: str) -> Tensor:
     """A parameter, buffer or plain tensor attribute by its dotted path."""
     parent, _, name = path.rpartition(".")
-    found = None if name.startswith("__") else getattr(_module_at(model, parent), name)
+    found = None if name.startswith("__") else getattr(module_at(model, parent), name)
     if not isinstance(found, Tensor):  # a file may name anything
         raise AttributeError(f"{path} is no tensor of {type(model).__name__}")
     return found

@@ -6,8 +6,8 @@ What was done in each round is kept as it was done, and done again in the same o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from oto.errors import EmitterError
 from oto.groups import Kept
-from oto.slim.module import Edits, attribute, thin_copy
+from oto.slim.module import Edits, attribute, module_at, thin_copy
 from oto.slim.unstated import refuse_saving
+from oto.trace.found import state_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,17 +91,68 @@ def after_rounds(first: nn.Module, rounds: Iterable[Round]) -> nn.Module:
     model = first
     for done in rounds:
         tensors: dict[str, Tensor] = {}
-        made: dict[tuple[int, Sequence[int]], Tensor] = {}  # ties hold
+        made: dict[tuple[int | str, Sequence[int]], Tensor] = {}  # ties hold
         for name, shape in done.shapes.items():
-            old = attribute(model, name)
-            if len(shape) != old.ndim or any(a > b for a, b in zip(shape, old.shape, strict=True)):
+            old = held(model, name)
+            if old is not None and not is_part(shape, old.shape):
                 raise EmitterError(f"{name} is {list(old.shape)}, of which {list(shape)} cannot be left")
-            key = id(old), tuple(shape)
+            key = name if old is None else id(old), tuple(shape)
             if key not in made:
-                made[key] = torch.empty(tuple(shape), dtype=old.dtype, device="meta")
+                dtype = torch.get_default_dtype() if old is None else old.dtype
+                made[key] = torch.empty(tuple(shape), dtype=dtype, device="meta")
             tensors[name] = made[key]
-        model = thin_copy(model, tensors, done.edits)
+        model = copy_with(model, tensors, done.edits)
     return model
+
+
+def is_part(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether a tensor of some shape may be what is left of one of another."""
+    return len(shape) == len(full) and all(a <= b for a, b in zip(shape, full, strict=True))
+
+
+def held(model: nn.Module, name: str) -> Tensor | None:
+    """A tensor of a model by its dotted path; ``None`` if it is state that no forward has put there yet."""
+    try:
+        found = attribute(model, name)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def lacks_values(model: nn.Module, names: Collection[str]) -> bool:
+    """Whether a model on ``meta`` has tensors besides parameters, buffers and those of some names.
+
+    Plain attributes that no forward has read, or tables in containers: what these held its constructor alone knows.
+    """
+    known = {id(tensor) for tensor in (*model.buffers(), *(held(model, name) for name in names))}
+    return any(tensor.is_meta and id(tensor) not in known for tensor in state_of(model))
+
+
+def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
+    """As :func:`oto.slim.module.thin_copy`; tensors that the model does not hold yet are put there.
+
+    Nor can it be told what a cache says of its size before there is one.
+    """
+
+    def filled(path: str, key: Sequence[Any]) -> bool:
+        return vars(module_at(model, path)).get(str(key[0])) is not None
+
+    stated = {path: [one for one in numbers if filled(path, one[0])] for path, numbers in edits.stated.items()}
+    edits = replace(edits, stated=stated)
+    late = {name: tensor for name, tensor in tensors.items() if held(model, name) is None}
+    slim = thin_copy(model, {name: tensor for name, tensor in tensors.items() if name not in late}, edits)
+    for name, tensor in late.items():
+        holder, _, last = name.rpartition(".")
+        module = module_at(slim, holder)
+        if last in module._buffers:
+            module._buffers[last] = tensor
+        elif not hasattr(module, last):
+            module.register_buffer(last, tensor, persistent=False)
+        elif getattr(module, last) is None:
+            setattr(module, last, tensor)
+        else:
+            raise EmitterError(f"{name} is no tensor of {type(module).__name__}")
+    return slim
 
 
 def skeleton(model: nn.Module) -> nn.Module:

@@ -271,11 +271,12 @@ class _Search:
         if self.script is None:
             tensors = {}
             for leaf in self.graph.leaves:
-                # no run stands anything in for what is neither parameter nor buffer
-                alone = leaf.kind == "constant" and leaf.names
-                where = attribute(self.model, leaf.names[0]).device if alone else "meta"
-                empty = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device=where)
-                tensors.update(dict.fromkeys(leaf.names, empty))
+                if leaf.kind == "constant" and leaf.names:
+                    # no run stands anything in for what is neither parameter nor buffer: the forward may read a number
+                    made = thin.thin(leaf, attribute(self.model, leaf.names[0]))
+                else:
+                    made = torch.empty(thin.shape(leaf), dtype=leaf.value.dtype, device="meta")
+                tensors.update(dict.fromkeys(leaf.names, made))
         else:
             tensors, self.script.read = thin_tensors(self.model, thin, self.found), 0
         try:

@@ -73,7 +73,8 @@ def check_training(
 
 def _compared(dtype: torch.dtype, thin: Thinning, full: Trained, slim: Trained) -> Check:
     leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}
-    both = {name: (thin.thin(leaves[name], old), slim[1][name]) for name, old in full[1].items() if name in slim[1]}
+    held = full[1].keys() & slim[1].keys() & leaves.keys()  # a forward may register others
+    both = {name: (thin.thin(leaves[name], full[1][name]), slim[1][name]) for name in held}
     given = [*full[0], *(a for a, _ in both.values())], [*slim[0], *(b for _, b in both.values())]
     return checked("slim in train mode", dtype, *given)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_map, tree_map_only
+from oto.slim.copying import copied
 
 aten = torch.ops.aten
 _GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)  # torch before 2.8 has none
@@ -176,7 +176,7 @@ def in_double(module: nn.Module) -> nn.Module:
             wider = tensor.detach().to(WIDER[tensor.dtype])
             plain = type(tensor) is Tensor
             memo[id(tensor)] = wider if plain else nn.Parameter(wider, tensor.requires_grad)
-    return double_(copy.deepcopy(module, memo))
+    return double_(copied(module, memo))
 
 
 def double_(module: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from oto._torch import (
     expression,
     guards_of,
     is_free,
+    python_code,
     quiet,
     tree_leaves,
     tree_map,
@@ -266,6 +267,14 @@ def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], b
         if node.op == "call_function" and any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta.get("val")))
     }
     unknown = {op: table[op] for op in calls if isinstance(op, OpOverload) and not known(op) and op in table}
+    written = {op: code for op in calls if not known(op) and (code := python_code(op)) is not None}
+    if written:
+        try:
+            return program.run_decompositions(unknown | written)
+        except Exception as failure:  # whatever the author of an operator does with data
+            if out_of_memory(failure):
+                raise
+            log.info("the code of an operator cannot be followed: %s", first_line(failure))
     return program.run_decompositions(unknown) if unknown else program
 
 

@@ -16,12 +16,12 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper, cache, partial
 from os import sep
 from pathlib import Path
-from types import CellType, FrameType, FunctionType, MethodType
+from types import CellType, FrameType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,22 +127,22 @@ class Found:
         ]
         self._spared: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages = {_storage(t): t for t, *_ in self._tensors if not t.is_meta}
-        reached = _reached([*model.modules(), given], _CODE)
-        self._remember(self._own, [x for x in reached if not isinstance(x, _CODE)])
+        held = reached([*model.modules(), given], _CODE)
+        self._remember(self._own, [x for x in held if not isinstance(x, _CODE)])
         for kind in kinds:
             for index, holders in _HOLDERS.get(kind, {}).items():
                 self._namespaces.add(index)
                 self._remember(self._code, holders)
-        code = {base for kind in kinds for base in kind.__mro__} | {x for x in reached if isinstance(x, _CODE)}
-        for x in filter(_of_the_user, code):
-            self._remember(self._code, _reached([x], nn.Module, x.__module__))
+        code = {base for kind in kinds for base in kind.__mro__} | {x for x in held if isinstance(x, _CODE)}
+        for x in filter(is_of_the_user, code):
+            self._remember(self._code, reached([x], nn.Module, x.__module__))
 
-    def _remember(self, where: dict[int, tuple[Any, dict[Any, Any]]], reached: Iterable[Any]) -> None:
-        for x in reached:
+    def _remember(self, where: dict[int, tuple[Any, dict[Any, Any]]], things: Iterable[Any]) -> None:
+        for x in things:
             if type(x) in (dict, OrderedDict) and not x and where is self._own:
                 self._empty.append(x)  # most are: the hooks of a module
             elif isinstance(x, _HOLDS) and id(x) not in self._own and id(x) not in where:
-                where[id(x)] = x, _content(x)
+                where[id(x)] = x, content_of(x)
 
     def look(self, frame: FrameType | None) -> None:
         """Remember what the namespaces of running code hold, from a frame outwards to the one that runs the model."""
@@ -154,7 +154,7 @@ class Found:
                     return
                 self._namespaces.add(id(space))
                 if is_foreign(frame.f_code.co_filename):
-                    holders = [x for x in _reached([space], nn.Module, name) if isinstance(x, _HOLDS)]
+                    holders = [x for x in reached([space], nn.Module, name) if isinstance(x, _HOLDS)]
                     _HOLDERS.setdefault(self._kind, {})[id(space)] = holders
                     self._remember(self._code, holders)
             frame = frame.f_back
@@ -238,7 +238,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 _HOLDS = (dict, list, set, deque, CellType, type, _lru_cache_wrapper)
 _CODE = (FunctionType, type, _lru_cache_wrapper)
-_LINKS = (tuple, frozenset, partial, MethodType, staticmethod, classmethod, CellType, nn.Module)
+_LINKS = (tuple, frozenset, partial, MethodType, staticmethod, classmethod, CellType, SimpleNamespace, nn.Module)
 
 
 def _sort(kind: type[Any]) -> str:
@@ -251,15 +251,15 @@ def _sort(kind: type[Any]) -> str:
         return "sized"
     if issubclass(kind, _LINKS):
         return "link"
-    return "link" if _of_the_user(kind) else "end"
+    return "link" if is_of_the_user(kind) else "end"
 
 
-def _of_the_user(code: Any) -> bool:
+def is_of_the_user(code: Any) -> bool:
     root = code.__module__.partition(".")[0] if isinstance(code.__module__, str) else "builtins"
     return root != "torch" and root not in sys.stdlib_module_names
 
 
-def _reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | None = None) -> list[Any]:
+def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | None = None) -> list[Any]:
     """Everything on the way from ``roots``, nearest first.
 
     Args:
@@ -276,7 +276,7 @@ def _reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | No
             sort = sorts.get(type(x)) or sorts.setdefault(type(x), _sort(type(x)))
             if sort == "end" or id(x) in seen or (sort == "sized" and len(x) > _LARGE):
                 continue
-            if sort == "code" and depth and not _of_the_user(x):
+            if sort == "code" and depth and not is_of_the_user(x):
                 continue
             seen.add(id(x))
             found.append(x)
@@ -289,10 +289,79 @@ def _reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | No
     return found
 
 
+def surroundings(model: nn.Module) -> list[Any]:
+    """What the modules of a model lead to besides parameters, buffers and modules: containers, objects, functions and
+    what these close over."""
+    held = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in ("_parameters", "_buffers", "_modules")
+        and type(value) not in _ATOMS
+        and not (type(value) in (dict, OrderedDict) and not value)  # most are: the hooks of a module
+    ]
+    found = reached(held, (nn.Module, *_CODE))
+    return found + reached([x for x in found if isinstance(x, FunctionType)], nn.Module)
+
+
+_ATOMS = (type(None), bool, int, float, str, type)
+
+
+def state_of(model: nn.Module) -> list[Tensor]:
+    """The tensors that a model holds besides its parameters: buffers, attributes, what containers and closures hold."""
+    own = [x for module in model.modules() for x in (*vars(module).values(), *module._buffers.values())]
+    return [x for x in (*own, *surroundings(model)) if isinstance(x, Tensor)]
+
+
+@contextmanager
+def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
+    """While inside, containers, objects and closures of a model hold other tensors in place of some of its own.
+
+    A forward may read a parameter from a plain list or dict, such as the one it is tied to.
+
+    Args:
+        stand_ins: What stands for a tensor, by the id of that.
+    """
+    changed: list[tuple[Any, Any, Any, Any]] = []
+    for holder in (*map(vars, model.modules()), *surroundings(model)):
+        if isinstance(holder, dict | list | deque | CellType):
+            for key, value in content_of(holder).items():
+                new = _swapped(value, stand_ins)
+                if new is not value:
+                    changed.append((holder, key, value, new))
+                    _put(holder, key, new)
+    try:
+        yield
+    finally:
+        for holder, key, value, new in changed:
+            if content_of(holder).get(key) is new:
+                _put(holder, key, value)
+
+
+def _swapped(x: Any, stand_ins: Mapping[int, Tensor]) -> Any:
+    if isinstance(x, Tensor):
+        return stand_ins.get(id(x), x)
+    if isinstance(x, tuple) and any(isinstance(item, Tensor | tuple) for item in x):
+        items = [_swapped(item, stand_ins) for item in x]
+        if all(map(operator.is_, items, x)):
+            return x
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    return x
+
+
+def _put(holder: Any, key: Any, value: Any) -> None:
+    if isinstance(holder, dict):
+        dict.__setitem__(holder, key, value)
+    elif isinstance(holder, CellType):
+        holder.cell_contents = value
+    else:
+        holder[key] = value
+
+
 def _inside(x: Any) -> Iterable[Any]:
     """What a thing leads to in one step; what a class of the user's own makes of it is not asked."""
     if isinstance(x, CellType):
-        return _content(x).values()
+        return content_of(x).values()
     if isinstance(x, FunctionType):
         return (*(x.__closure__ or ()), *(x.__defaults__ or ()), x.__kwdefaults__, x.__dict__)
     if isinstance(x, MethodType | staticmethod | classmethod):
@@ -310,7 +379,7 @@ def _inside(x: Any) -> Iterable[Any]:
     return own
 
 
-def _content(holder: Any) -> dict[Any, Any]:
+def content_of(holder: Any) -> dict[Any, Any]:
     """What a holder holds, by key, position or name."""
     if isinstance(holder, dict):
         return dict(dict.items(holder))
@@ -330,11 +399,11 @@ def _content(holder: Any) -> dict[Any, Any]:
 
 def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool]) -> None:
     """Give a holder back what it held, if it holds something now that is not ``wanted`` there."""
-    now = holder if isinstance(holder, dict) else _content(holder)
+    now = holder if isinstance(holder, dict) else content_of(holder)
     same = len(now) == len(before) and all(map(operator.is_, dict.values(now), before.values()))
     if same and (not isinstance(holder, dict) or all(map(operator.is_, holder, before))):
         return
-    now = _content(holder)
+    now = content_of(holder)
     gone = object()
     changed = [key for key in now | before if now.get(key, gone) is not before.get(key, gone)]
     unwanted = {key for key in changed if key in now and not wanted(now[key])}
@@ -366,4 +435,4 @@ def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool])
 
 
 def _no_tensor(x: Any) -> bool:
-    return not any(isinstance(y, Tensor) for y in _reached([x], nn.Module))
+    return not any(isinstance(y, Tensor) for y in reached([x], nn.Module))

@@ -107,6 +107,9 @@ class Graph:
         trained: What the model does in train mode, where that reaches parameters that nothing else does. Its leaves are
             those of this graph and constants of its own, its values and nodes are counted on from this graph's.
         untrained: Why it is not known what the model does in train mode, though something may reach more there.
+        dead: Indices of calls whose results nobody reads: no output depends on them, nor what the model keeps or
+            decides. They have to run, and no more.
+        replaced: Names of tensors of the model in whose place the forward puts others: state, of any shape.
     """
 
     nodes: tuple[Node, ...]
@@ -116,6 +119,8 @@ class Graph:
     how: str
     trained: Graph | None = None
     untrained: str | None = None
+    dead: frozenset[int] = frozenset()
+    replaced: frozenset[str] = frozenset()
 
     @property
     def calls(self) -> tuple[Node, ...]:
@@ -126,6 +131,13 @@ class Graph:
     def read(self) -> set[Value]:
         """What calls read, or the model returns, in eval mode."""
         return {value for node in self.nodes for value in node.inputs()}.union(self.outputs)
+
+    @property
+    def idle(self) -> set[str]:
+        """Names of tensors of the model on which nothing depends in eval mode."""
+        live = {value for node in self.nodes if node.index not in self.dead for value in node.inputs()}
+        live.update(self.outputs)
+        return {name for leaf in self.leaves if leaf.value not in live for name in leaf.names}
 
     @property
     def unread(self) -> set[str]:
@@ -212,6 +224,7 @@ class GraphBuilder:
     families: dict[Hashable, dict[Hashable, None]] = field(default_factory=dict)
     inputs: list[Value] = field(default_factory=list)
     held: list[Hashable] = field(default_factory=list)
+    ends: set[Value] = field(default_factory=set)
     count: int = 0
     limit: int | None = None
 
@@ -278,6 +291,10 @@ class GraphBuilder:
             raise EnoughError
         self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source, origin))
 
+    def end(self, key: Hashable) -> None:
+        """Say that what a tensor holds now is read by other code than calls, or kept."""
+        self.ends.add(self.current[key])
+
     def _join(self, keys: list[Hashable]) -> None:
         family: dict[Hashable, None] = {}
         for key in keys:
@@ -291,20 +308,33 @@ class GraphBuilder:
         return any(leaf.kind == kind and self.current[key] is not leaf.value for key, leaf in held)
 
     def build(self, outputs: Sequence[Hashable], dead: bool = False) -> Graph:
-        """The finished graph; dead nodes are those whose results reach neither an output nor a tensor of the model."""
+        """The finished graph.
+
+        Args:
+            dead: Keep calls whose results reach neither an output nor a tensor of the model. Where no data was
+                computed, nothing else can have read them, unless :meth:`end` was told.
+        """
         ends = tuple(self.current[key] for key in outputs)
-        used = set(ends)
         # a tensor of the model that was written to is as good as an output
-        for key, leaf in zip(self.held, self.leaves, strict=True):
-            if self.current[key] is not leaf.value:
-                used.add(self.current[key])
-        kept: list[Node] = []
-        for node in reversed(self.nodes):
-            if dead or not used.isdisjoint(node.outputs) or any(after in used for _, after in node.written):
-                used.update(node.inputs())
-                kept.append(node)
-        nodes = tuple(replace(node, index=i) for i, node in enumerate(reversed(kept)))
+        written = [self.current[key] for key, leaf in zip(self.held, self.leaves, strict=True)
+                   if self.current[key] is not leaf.value]  # fmt: skip
+        idle = self._idle({*ends, *written, *self.ends} if dead else {*ends, *written})
+        if dead:
+            unread = frozenset() if self.how == "real" else frozenset(idle)
+            return Graph(tuple(self.nodes), tuple(self.leaves), tuple(self.inputs), ends, self.how, dead=unread)
+        kept = [node for node in self.nodes if node.index not in idle]
+        nodes = tuple(replace(node, index=i) for i, node in enumerate(kept))
         return Graph(nodes, tuple(self.leaves), tuple(self.inputs), ends, self.how)
+
+    def _idle(self, used: set[Value]) -> set[int]:
+        """The calls on which none of some values depends; ``used`` is added to."""
+        idle: set[int] = set()
+        for node in reversed(self.nodes):
+            if used.isdisjoint(node.outputs) and not any(after in used for _, after in node.written):
+                idle.add(node.index)
+            else:
+                used.update(node.inputs())
+        return idle
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,15 @@ from oto._torch import (
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
+    python_code,
     quiet,
     tree_leaves,
     tree_map_only,
 )
 from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
 from oto.nn.calls import first_tensor, name_of, numbers_of, running
-from oto.trace.found import Found, as_found, is_foreign
+from oto.nn.told import Told
+from oto.trace.found import Found, as_found, is_foreign, standing_in, state_of
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
 
 log = logging.getLogger(__name__)
@@ -303,7 +305,7 @@ def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
 
 def _with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any, ways: Sequence[str]) -> Graph:
     """The graph, with that of train mode where it reaches more parameters, such as those of heads for training only."""
-    idle = graph.unread & {name for name, _ in model.named_parameters()}
+    idle = graph.idle & {name for name, _ in model.named_parameters()}
     if not idle:
         return graph
     args, kwargs = _doubled(arguments(dummy_input))
@@ -348,10 +350,14 @@ def _doubled(given: Arguments) -> Arguments:
 
 
 def _in_analysed_form(model: nn.Module) -> None:
-    """Let modules that have another form for the analysis (those of ``oto.nn``) run in it, until all is put back."""
+    """Let modules that have another form for the analysis (those of ``oto.nn``, and those of the user's own that are
+    told sizes) run in it, until all is put back."""
     for module in model.modules():
+        forward = vars(module).get("forward")
         if hasattr(type(module), "_oto_analysed"):
             vars(module)["forward"] = module._oto_analysed
+        elif isinstance(forward, Told):
+            forward.as_analysed().install()
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -418,6 +424,7 @@ def _run(
             holder, _, last = name.rpartition(".")
             places.setdefault((id(model.get_submodule(holder)), last), name)
         swapped = {name: made[id(named[name])] for name in places.values()}
+        stack.enter_context(standing_in(model, made))
         stack.enter_context(recorder.following(model))
         stack.enter_context(recorder)
         if functions is not None:
@@ -434,11 +441,17 @@ def _run(
                 "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
                 " objects of its own in a module that takes the tensors out"
             )
-    for tensor in outputs:
+        kept = [t for t in state_of(model) if id(t) in recorder.builder.current]
+        replaced = {name: t for name, t in swapped.items() if t is not made[id(named[name])]}
+        kept += replaced.values()
+    for tensor in (*outputs, *kept):
         recorder.see(tensor)
+    for tensor in kept:
+        recorder.builder.end(id(tensor))
     if recorder.builder.writes("parameter"):
         found.writes_parameters()
-    return Recording(recorder.builder.build([id(tensor) for tensor in outputs], dead), recorder.constants, result)
+    graph = recorder.builder.build([id(tensor) for tensor in outputs], dead)
+    return Recording(dataclasses.replace(graph, replaced=frozenset(replaced)), recorder.constants, result)
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
@@ -562,7 +575,14 @@ class _Recorder(TorchDispatchMode):
                 parts = op.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        keyed = self.keyed(args), self.keyed(kwargs)
+            code = python_code(op)
+            if code is not None and _runs_without_data(code, args, kwargs):
+                with self:
+                    return code(*args, **kwargs)
+        named = kwargs
+        if op is aten.einsum.default:  # in which order it multiplies is chosen by sizes, and no part of what it gives
+            named = {name: value for name, value in kwargs.items() if name != "path"}
+        keyed = self.keyed(args), self.keyed(named)
         self.found.look(sys._getframe(1))
         if self.builder.how == "real" and (whole or op._schema.is_mutable):
             self.found.spare((args, kwargs))
@@ -585,7 +605,25 @@ class _Recorder(TorchDispatchMode):
                 results.append(None)
         if any(results) or (not whole and op._schema.is_mutable):
             self.builder.call(op, *keyed, results, self.path[-1], _user_line())
+        else:  # a number that leaves torch, on which code may branch
+            for leaf in tree_leaves(keyed):
+                if isinstance(leaf, Key):
+                    self.builder.end(leaf.key)
         return result
+
+
+def _runs_without_data(code: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether the code of an operator is made of calls alone, and no values leave torch in it."""
+    try:
+        given = tree_map_only(
+            Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), (args, kwargs)
+        )
+        code(*given[0], **given[1])
+    except Exception as failure:  # whatever its author does with data
+        if out_of_memory(failure):
+            raise
+        return False
+    return True
 
 
 LITERALS = ("tensor", "as_tensor", "scalar_tensor")

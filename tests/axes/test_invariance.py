@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from oto import OTO
 from oto.errors import NothingPrunableError
@@ -210,3 +211,43 @@ def test_whatever_is_computed_between_is_exact_or_stays_whole(seed):
         assert set(steps) & set(unknown)
     else:
         assert error < 1e-13
+
+
+class Square(nn.Module):
+    """x + W x, where the rows and the columns of W are one axis: its rows are divided by their lengths."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.square = norm(nn.Linear(16, 16))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + self.square(x))
+
+
+class ByHand(nn.Linear):
+    def forward(self, x):
+        weight = self.weight / self.weight.norm(dim=1, keepdim=True)
+        return F.linear(x, weight, self.bias) * self.scale
+
+
+def by_hand(layer):
+    made = ByHand(layer.in_features, layer.out_features)
+    made.scale = nn.Parameter(torch.rand(layer.out_features) + 0.5)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("norm", [weight_norm, torch.nn.utils.weight_norm, by_hand], ids=["new", "old", "by hand"])
+def test_a_square_layer_whose_rows_have_length_one_may_lose_channels(norm):
+    model, x = Square(norm).double().eval(), torch.randn(4, 8, dtype=torch.float64)
+    oto = OTO(model, x)
+    assert [g.size for g in oto.node_groups if g.prunable] == [16]
+    oto.random_set_zero_groups(0.5)
+    expected = model(x)
+    assert expected.isfinite().all()
+    subnet = oto.construct_subnet(emitter="module")
+    assert subnet.model.last.in_features == 8
+    assert (subnet.model(x) - expected).abs().max() < 1e-12

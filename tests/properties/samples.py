@@ -44,6 +44,8 @@ class T:
             made = torch.rand(self.shape, generator=generator, dtype=torch.float64) * 0.9 + 0.05
         else:
             made = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        if self.kind == "int32":
+            made = torch.randint(self.high, self.shape, generator=generator, dtype=torch.int32)
         if self.kind in ("complex", "single"):
             made = made.to(torch.complex128 if self.kind == "complex" else torch.float32)
         return made.to(device)
@@ -140,6 +142,28 @@ def overloads() -> Iterator[OpOverload]:
                 out = any(a.is_out for a in arguments)
                 if tensors and not (script or named or out) and op not in UNCALLABLE:
                     yield op
+
+
+def _quantized() -> Iterator[Sample]:
+    """Fake quantisation: of a tensor as a whole, and by channel, with zero points in the range and out of it."""
+    one = T((1,), "single"), T((1,), "int32", 9)
+    for point in (0, 3, 8):
+        yield Sample(aten.fake_quantize_per_tensor_affine.default, (single(3, 4), 0.1, point, 0, 8))
+        yield Sample(aten.fake_quantize_per_tensor_affine_cachemask.default, (single(3, 4), 0.1, point, 0, 8))
+    yield Sample(aten.fake_quantize_per_tensor_affine.tensor_qparams, (single(3, 4), *one, 0, 8))
+    on = T((1,), "int32", 9)
+    yield Sample(aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default, (single(3, 4), *one, on, 0, 8))
+    learned = aten._fake_quantize_learnable_per_tensor_affine.default
+    yield Sample(learned, (single(3, 4), single(1), single(1), -8, 7))
+    for axis, points in ((0, T((3,), "int32", 9)), (1, T((4,), "int32", 9)), (1, single(4))):
+        given = single(3, 4), single(points.shape[0]), points, axis, 0, 8
+        yield Sample(aten.fake_quantize_per_channel_affine_cachemask.default, given)
+        yield Sample(aten.fake_quantize_per_channel_affine.default, given)
+    for axis in (0, 1):
+        channels = single((3, 4)[axis])
+        yield Sample(
+            aten._fake_quantize_learnable_per_channel_affine.default, (single(3, 4), channels, channels, axis, -8, 7)
+        )
 
 
 # --- made from schemas ------------------------------------------------------------------------------------------------
@@ -246,6 +270,16 @@ def _written() -> Iterator[Sample]:
         ("abc,cd->abd", (2, 3, 1), (4, 5)),
     ]:
         yield s(aten.einsum.default, equation, [x(*shape) for shape in shapes])
+    for chain in (
+        [(3, 4), (4, 2), (2, 5)],
+        [(2, 6), (6, 2), (2, 3), (3, 4)],
+        [(4,), (4, 3), (3, 2)],
+        [(2, 4), (4, 3), (3,)],
+        [(3,), (3, 2), (2,)],
+    ):
+        yield s(aten.linalg_multi_dot.default, [x(*shape) for shape in chain])
+        if all(len(shape) == 2 for shape in chain):
+            yield s(aten.chain_matmul.default, [x(*shape) for shape in chain])
 
     # attention
     q, k, v = x(2, 4, 3, 2), x(2, 4, 5, 2), x(2, 4, 5, 3)
@@ -508,6 +542,12 @@ def _written() -> Iterator[Sample]:
             yield s(aten.im2col.default, x(*lead, 3, 4, 5), *tail)
             windows = (4 // stride + 1) * ((5 - 2) // stride + 1)
             yield s(aten.col2im.default, x(*lead, 12, windows), [4, 5], *tail)
+    for sizes, dim, size, step in (((3, 6, 4), 1, 3, 2), ((3, 6, 4), -1, 2, 1), ((5,), 0, 2, 3)):
+        windows = list(sizes)
+        windows[dim] = (sizes[dim] - size) // step + 1
+        yield s(aten.unfold_backward.default, x(*windows, size), list(sizes), dim, size, step)
+    yield s(aten.set_.source_Tensor, x(3, 4), x(2, 5))
+    yield from _quantized()
     yield s(aten.unfold.default, x(3, 6, 4), 1, 3, 2)
     yield s(aten.unfold.default, x(3, 6, 4), -1, 2, 1)
     for mode in (0, 1):

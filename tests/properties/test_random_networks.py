@@ -22,7 +22,8 @@ STEPS = [
     "shared", "tied", "shuffle", "pixel_shuffle", "mlp", "attention", "pool", "upsample", "pad", "pad_channels",
     "mean_channels", "max_channels", "softmax", "roll", "flip", "stack_mean", "where", "write", "linear_attention",
     "prelu", "einsum", "scale", "glu", "index", "expand", "heads", "heads", "channel_attention", "window", "recurrent",
-    "normalize", "cumsum", "weight_norm", "unfold", "standardized", "experts", "topk", "chosen_rows", "centres",
+    "normalize", "cumsum", "weight_norm", "unfold", "standardized", "experts", "topk", "chosen_rows", "centres", "dead",
+    "square_weight_norm",
 ]  # fmt: skip
 ACTIVATIONS = [F.relu, F.gelu, torch.sigmoid, torch.tanh, F.silu, F.softplus, F.hardswish, torch.abs, torch.exp, F.elu]
 
@@ -197,6 +198,8 @@ class Network(nn.Module):
             return x.cumsum(rng.choice([1, 2]))
         if kind == "weight_norm":
             return self.layer(key, lambda: weight_norm(nn.Conv2d(c, width, 1), dim=rng.choice([0, 1])))(x)
+        if kind == "square_weight_norm":
+            return x + self.layer(key, lambda: weight_norm(nn.Conv2d(c, c, 1), dim=rng.choice([0, 1])))(x)
         if kind == "unfold":
             patches = F.unfold(x, 3, padding=1).reshape(n, c, 9, h, w)
             return (patches * self.layer(key, lambda: nn.Linear(9, 1)).weight.view(9, 1, 1)).sum(2)
@@ -223,6 +226,9 @@ class Network(nn.Module):
             centres = self.layer(key, lambda: nn.Linear(c, 5)).weight
             nearness = torch.softmax(-torch.cdist(x.flatten(2).transpose(1, 2), centres), -1)
             return (nearness @ centres).transpose(1, 2).unflatten(2, (h, w))
+        if kind == "dead":  # computed, and read by nobody
+            self.step(f"{key}_dead", rng.choice([step for step in STEPS if step != "dead"]), rng, pool)
+            return x + 1
         assert kind == "expand"
         one = self.layer(key, lambda: nn.Conv2d(c, 1, 1))(x)
         return one.expand(-1, width, -1, -1) * rng.choice([1.0, 2.0])

@@ -13,7 +13,7 @@ import oto.nn
 from oto import OTO, load_subnet
 from oto.errors import ArtefactError, EmitterError, NonFiniteParameterError
 from oto.io import subnet as saving
-from oto.slim.module import _copied
+from oto.slim.copying import copied
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -349,7 +349,7 @@ class Shared(nn.Module):
 
 def test_a_copy_is_as_python_copies():
     model = Shared()
-    wanted, made = copy.deepcopy(model), _copied(model, {})
+    wanted, made = copy.deepcopy(model), copied(model, {})
     assert list(wanted.state_dict()) == list(made.state_dict())
     for (path, a), (_, b), (_, own) in zip(
         wanted.named_modules(), made.named_modules(), model.named_modules(), strict=True

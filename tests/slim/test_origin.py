@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import oto.nn
@@ -96,3 +97,78 @@ def test_copies_and_pickles_remember_where_they_come_from(tmp_path):
         assert relative_error(run(again.model, x), run(load_subnet(tmp_path, Residual), x)) <= EXACT
     assert all(p.is_meta for p in origin_of(slim).first.parameters())
     assert sum(1 for _ in slim.modules()) == sum(1 for _ in Residual().modules())  # it is no part of the model
+
+
+class Norm(nn.Module):
+    """A norm of the user's own, called as a function or written by hand."""
+
+    def __init__(self, how, width=12):
+        super().__init__()
+        self.how, self.eps = how, 1e-6
+        self.weight, self.bias = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        match self.how:
+            case "layer_norm":
+                return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            case "layer_norm by name":
+                return F.layer_norm(input=x, normalized_shape=[12], weight=self.weight, bias=self.bias)
+            case "channels first":
+                y = F.layer_norm(x.permute(0, 2, 1).permute(0, 2, 1), (len(self.weight),), None, None, self.eps)
+                return y * self.weight + self.bias
+            case "rms_norm":
+                return F.rms_norm(x, self.weight.shape, self.weight, 0.3) + self.bias
+            case "group_norm":
+                y = F.group_norm(x.transpose(1, 2), 4, self.weight, self.bias, self.eps)
+                return y.transpose(1, 2)
+            case "mean":
+                return (x - x.mean(-1, keepdim=True)) * self.weight + self.bias
+            case "mean square":
+                return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.3) * self.weight + self.bias
+            case "centred":
+                y = x - x.mean(-1, keepdim=True)
+                return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 0.3) * self.weight + self.bias
+            case "var":
+                y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 0.3).sqrt()
+                return y * self.weight + self.bias
+            case "std":
+                return x / (x.std(-1, keepdim=True) + 0.3) * self.weight + self.bias
+            case "var_mean":
+                var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+                return (x - mean) * torch.rsqrt(var + 0.3) * self.weight + self.bias
+
+
+class Normed(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.n, self.b, self.m = nn.Linear(5, 12), Norm(how), nn.Linear(12, 12), Norm(how)
+        self.c = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        x = x + self.b(self.n(x).relu())
+        return self.c(self.m(x))
+
+
+HOWS = ("layer_norm", "layer_norm by name", "channels first", "rms_norm", "group_norm", "mean", "mean square",
+        "centred", "var", "std", "var_mean")  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_second_round_finds_what_the_first_one_did(how, tmp_path):
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    model = Normed(how).double()
+    sizes = None
+    for seed in range(2):
+        found = OTO(model, x)
+        free = {g.name: g.size for g in found.node_groups if g.prunable}
+        assert sizes is None or free == {name: size for name, size in sizes.items() if size > 1}
+        found.random_set_zero_groups(0.25, seed)
+        subnet = found.construct_subnet(tmp_path / how)
+        assert subnet.emitter == "module"
+        assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+        sizes = {name: len(atoms) for name, atoms in subnet.kept.items()}
+        model = load_subnet(tmp_path / how, lambda: Normed(how).double())
+        assert relative_error(run(subnet.model, x), run(model, x)) <= EXACT
+    assert model.c.in_features < 12

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import types
+import typing
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +15,7 @@ from oto import OTO
 from oto.axes.registry import known
 from oto.errors import DummyInputError, TraceError
 from oto.groups import partition
+from oto.slim.verify import relative_error, run
 from oto.trace.graph import write_through
 from oto.trace.record import record
 
@@ -276,3 +280,85 @@ def test_values_that_are_read_and_set_as_data_are_followed():
     subnet = oto.construct_subnet()
     assert type(subnet.model) is Merged and subnet.max_error < 1e-14
     assert subnet.model.first.b.weight.shape[0] == subnet.model.last.a.weight.shape[1] == len(subnet.kept[between.name])
+
+
+class HeldElsewhere(nn.Module):
+    """A weight that is registered, and read from somewhere else."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.w = nn.Linear(8, 16), nn.Linear(16, 3), nn.Parameter(torch.randn(16, 16) / 4)
+        self.register_buffer("scale", torch.rand(16) + 1)
+        self.double()
+        w, scale = self.w, self.scale
+        places = {
+            "dict": {"w": (w, scale)},
+            "list": [w, scale],
+            "tuple": (w, (scale,)),
+            "named tuple": Pair(w, scale),
+            "object": types.SimpleNamespace(w=w, scale=scale),
+            "object of the user's": Holder(w, scale),
+            "closure": lambda: (w, scale),
+        }
+        self.place, self.how = places[how], how
+
+    def forward(self, x):
+        at = self.place
+        match self.how:
+            case "dict":
+                w, scale = at["w"]
+            case "list" | "named tuple":
+                w, scale = at
+            case "tuple":
+                w, (scale,) = at
+            case "closure":
+                w, scale = at()
+            case _:
+                w, scale = at.w, at.scale
+        return self.b(torch.relu(torch.nn.functional.linear(torch.relu(self.a(x)), w) * scale))
+
+
+class Pair(typing.NamedTuple):
+    w: torch.Tensor
+    scale: torch.Tensor
+
+
+class Holder:
+    def __init__(self, w, scale):
+        self.w, self.scale = w, scale
+
+
+@pytest.mark.parametrize("how", ["dict", "list", "tuple", "named tuple", "object", "object of the user's", "closure"])
+def test_a_parameter_may_be_read_from_elsewhere(how):
+    model, x = HeldElsewhere(how).eval(), torch.randn(2, 8, dtype=torch.float64)
+    before = copy.copy(vars(model))
+    oto = OTO(model, x)
+    assert {g.name: g.size for g in oto.node_groups if g.prunable} == {"a.weight": 16, "w": 16}
+    assert not oto.partition.found.graph.unread
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(emitter="module")
+    assert relative_error(run(model, x), run(subnet.model, x)) < 1e-12
+    assert vars(model).keys() == before.keys() and all(vars(model)[k] is v for k, v in before.items())
+    with torch.no_grad():
+        model(x)  # the weights are where they were
+
+
+class TiedInAList(nn.Module):
+    """The output layer's weight is the embedding's, in a list so that it is registered once."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.inner = nn.Embedding(20, 16), nn.Linear(16, 16)
+        self.tied = [self.words.weight]
+
+    def forward(self, ids):
+        return torch.nn.functional.linear(torch.relu(self.inner(self.words(ids))), self.tied[0])
+
+
+def test_a_weight_that_is_tied_through_a_list_stays_tied():
+    model, ids = TiedInAList().eval(), torch.randint(0, 20, (2, 5))
+    oto = OTO(model, ids)
+    oto.random_set_zero_groups(0.5)
+    slim = oto.construct_subnet(emitter="module").model
+    assert slim.tied[0] is slim.words.weight and slim.words.weight.shape[1] < 16

@@ -11,6 +11,7 @@ from oto.axes.rules import (
     norm,
     pointwise,
     pool,
+    quantize,
     recurrent,
     reduce,
     routing,
@@ -19,6 +20,6 @@ from oto.axes.rules import (
 )
 
 __all__ = [
-    "attention", "control", "conv", "creation", "distance", "index", "linear", "norm", "pointwise", "pool", "recurrent",
-    "reduce", "routing", "shape", "vision",
+    "attention", "control", "conv", "creation", "distance", "index", "linear", "norm", "pointwise", "pool", "quantize",
+    "recurrent", "reduce", "routing", "shape", "vision",
 ]  # fmt: skip

@@ -3,6 +3,7 @@ summed over."""
 
 from __future__ import annotations
 
+from functools import cache
 from string import ascii_uppercase
 from typing import Any
 
@@ -112,6 +113,31 @@ def einsum(call: Call, equation: str, xs: list[Operand], *, path: Any = None) ->
 
     full = [spell(s, x.ndim - len(s.replace("...", ""))) for s, x in zip(specs, xs, strict=True)]
     return call.contract(f"{','.join(full)}->{spell(right, dots)}", *xs)
+
+
+@rule(aten.linalg_multi_dot, aten.chain_matmul)
+def multi_dot(call: Call, xs: list[Operand]) -> Operand:
+    """A chain of matrices, (A, B), (B, C), …, in the order that is the cheapest; a vector may begin and end it."""
+    sizes = [1 if xs[0].ndim == 1 else xs[0].shape[0], *(x.shape[0] for x in xs[1:])]
+    sizes.append(1 if xs[-1].ndim == 1 else xs[-1].shape[1])
+
+    @cache
+    def cheapest(i: int, j: int) -> tuple[int, int]:
+        """What it costs to multiply matrices ``i`` to ``j``, and the last of the left factor."""
+        if i == j:
+            return 0, i
+        ways = (
+            (cheapest(i, k)[0] + cheapest(k + 1, j)[0] + sizes[i] * sizes[k + 1] * sizes[j + 1], k) for k in range(i, j)
+        )
+        return min(ways)
+
+    def product(i: int, j: int) -> Operand:
+        if i == j:
+            return xs[i]
+        k = cheapest(i, j)[1]
+        return matmul(call, product(i, k), product(k + 1, j))
+
+    return product(0, len(xs) - 1)
 
 
 fixed(

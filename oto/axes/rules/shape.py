@@ -272,3 +272,4 @@ def meshgrid(call: Call, xs: list[Operand], *, indexing: str = "ij") -> list[Ope
 
 
 fixed(aten.as_strided, why="its entries are read by address, several times over")
+fixed(aten.set_.source_Tensor, why="it takes the memory of another tensor")

@@ -29,6 +29,19 @@ def unfold(call: Call, x: Operand, dimension: int, size: int, step: int) -> Oper
     return call.move(x, [*terms, call.fixed(size, WINDOW)], [*sources, ()])
 
 
+@rule(aten.unfold_backward)
+def unfold_backward(call: Call, x: Operand, sizes: Sequence[int], dim: int, size: int, step: int) -> Operand:
+    """The gradient of windows along a dimension: they are added up where they overlap."""
+    if not call.shape:
+        return call.fresh(call.shape, WINDOW)
+    dim %= len(sizes)
+    call.fix(x, [dim, x.ndim - 1], WINDOW)
+    terms = list(x.terms[:-1])
+    terms[dim] = call.fixed(call.shape[dim], WINDOW)
+    call.resize(input_sizes=list(map(Size, terms)))
+    return call.move(x, terms, [(d,) if d != dim else () for d in range(len(terms))], zero)
+
+
 @rule(aten.im2col)
 def im2col(call: Call, x: Operand, kernel: Sequence[int], *rest: Any) -> Operand:
     """(*, C, H, W) -> (*, C·kernel, windows); places beyond the border hold zero."""

@@ -1,0 +1,151 @@
+"""What a model keeps between forwards besides the tensors that are known by name: caches, and what hooks collect.
+
+A model is analysed as it is then. What a later forward leaves in it (a table for the last size, activations with their
+history, a buffer that the first call registers) has the full size, and no slim model is to begin with it: while one is
+made, the model holds what it held when it was analysed. A forward that fills a cache fills that of the slim model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto.trace.found import content_of, is_of_the_user
+
+_DEEP = 5  # how far from its module a piece of state may be
+_LARGE = 1_000  # a container of more entries is data
+_APART = ("_parameters", "_modules", "training")  # of a module; no state of its own
+_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+_GONE = object()
+"""Nothing is held there."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Then:
+    """What a container held, and the containers among that."""
+
+    content: dict[Any, Any]
+    inside: dict[Any, _Then]
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a container holds now, and held when the model was analysed as far as that is state."""
+
+    holder: Any
+    now: dict[Any, Any]
+    then: dict[Any, Any]
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether tensors came, or went that the analysis knows."""
+        differ = [key for key in self.now | self.then if self.now.get(key, _GONE) is not self.then.get(key, _GONE)]
+        return any(_has_tensors(table.get(key)) for key in differ for table in (self.now, self.then))
+
+
+class State:
+    """What the modules of a model held at one time; no tensor is copied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._then = {path: _snapshot(vars(module)) for path, module in model.named_modules()}
+
+    def changes(self, model: nn.Module, known: Collection[str]) -> list[Change]:
+        """The state that a forward has left since in ``model``, which is the same one or a copy.
+
+        A module in which tensors turned up is taken as a whole: numbers may say what they are for.
+
+        Args:
+            known: Names of tensors that the analysis knows. What these hold counts as it is now.
+        """
+        found: list[Change] = []
+        for path, module in model.named_modules():
+            then = self._then.get(path)
+            if then is not None:
+                own = {name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == path}
+                changes = list(_changes(then, vars(module), own))
+                if any(change.has_tensors for change in changes):
+                    found += changes
+        return found
+
+
+@contextmanager
+def undone(changes: Sequence[Change]) -> Iterator[None]:
+    """While inside, what has changed is as it was."""
+    for change in changes:
+        _fill(change.holder, change.then)
+    try:
+        yield
+    finally:
+        for change in changes:
+            _fill(change.holder, change.now)
+
+
+def _holder(x: Any) -> Any:
+    """The container that ``x`` is, or that holds the attributes of an object of the user's; ``None`` if it is none."""
+    if isinstance(x, dict | list | deque):
+        return x if len(x) <= _LARGE else None
+    if isinstance(x, Tensor | nn.Module | type) or not is_of_the_user(type(x)) or not type(x).__dictoffset__:
+        return None
+    return object.__getattribute__(x, "__dict__")
+
+
+def _snapshot(holder: Any, deep: int = 0) -> _Then:
+    content = content_of(holder)
+    inside = {
+        key: _snapshot(inner, deep + 1)
+        for key, value in content.items()
+        if key not in _APART and deep < _DEEP and (inner := _holder(value)) is not None
+    }
+    return _Then(content, inside)
+
+
+def _changes(then: _Then, holder: Any, known: Collection[str] = ()) -> Iterator[Change]:
+    now, wanted = content_of(holder), dict[Any, Any]()
+    for key in [*then.content, *(key for key in now if key not in then.content)]:
+        old, new = then.content.get(key, _GONE), now.get(key, _GONE)
+        if key in then.inside and type(new) is type(old) and (inner := _holder(new)) is not None:
+            yield from _changes(then.inside[key], inner, known if key == "_buffers" else ())
+            stays = True
+        else:
+            stays = key in _APART or (key in known and isinstance(new, Tensor)) or _stays(old, new)
+        chosen = new if stays else old
+        if chosen is not _GONE:
+            wanted[key] = chosen
+    if len(now) != len(wanted) or any(wanted.get(key, _GONE) is not value for key, value in now.items()):
+        yield Change(holder, now, wanted)
+
+
+def _stays(old: Any, new: Any) -> bool:
+    """Whether an entry is no state, or has not changed: what is neither data nor holds any counts as it is now."""
+    if new is old:
+        return True
+    if isinstance(new, Tensor):
+        return isinstance(old, Tensor) and (old.shape, old.dtype) == (new.shape, new.dtype)
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return all(map(_stays, old, new))
+    if type(new) in _ATOMS:
+        return type(new) is type(old) and bool(new == old)
+    return new is not _GONE and not isinstance(new, tuple | dict | list | deque) and not _has_tensors(new)
+
+
+def _has_tensors(x: Any, deep: int = 0) -> bool:
+    if isinstance(x, Tensor):
+        return True
+    items = x if isinstance(x, tuple | set) else None if (inner := _holder(x)) is None else content_of(inner).values()
+    return deep < _DEEP and items is not None and any(_has_tensors(item, deep + 1) for item in items)
+
+
+def _fill(holder: Any, content: dict[Any, Any]) -> None:
+    if isinstance(holder, dict):
+        kind = OrderedDict if isinstance(holder, OrderedDict) else dict  # a class of the user's own may forbid it
+        kind.clear(holder)
+        kind.update(holder, content)
+    else:
+        holder.clear()
+        holder.extend(content.values())
