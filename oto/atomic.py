@@ -258,12 +258,13 @@ def told(place: Path, effect: str) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        if not _concerns(failure, place):
+        if not concerns(failure, place):
             raise
         raise unwritable(place, failure, effect) from failure
 
 
-def _concerns(failure: OSError, place: Path) -> bool:
+def concerns(failure: OSError, place: Path) -> bool:
+    """Whether the disk is full, or fails, or what the file system refuses is below ``place``."""
     if failure.errno in _FULL:
         return True
     names = [os.fsdecode(n) for n in (failure.filename, failure.filename2) if isinstance(n, str | bytes | os.PathLike)]

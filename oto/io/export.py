@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import compile_package, load_package, tree_leaves
-from oto.atomic import scratch, sync, told
+from oto.atomic import concerns, scratch, sync, told
 from oto.errors import ArtefactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
 from oto.io.artefact import check_out_dir
 from oto.io.program import load_program, save_program
@@ -71,7 +71,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         except Exception as failure:
             if out_of_memory(failure):
                 raise
-            if (refused := _refused(failure)) is not None:
+            if (refused := _refused(failure, place.parent)) is not None:
                 raise refused from failure
             raise EmitterError(
                 f"{type(model).__name__} cannot be written as {how}: {first_line(failure)}\n"
@@ -82,9 +82,9 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
     return checks
 
 
-def _refused(failure: BaseException | None) -> OSError | None:
-    """What the file system has refused, if that is why something failed."""
-    while failure is not None and not isinstance(failure, OSError):
+def _refused(failure: BaseException | None, place: Path) -> OSError | None:
+    """What the file system has refused below ``place``, if that is why something failed."""
+    while failure is not None and not (isinstance(failure, OSError) and concerns(failure, place)):
         failure = failure.__cause__ or failure.__context__
     return failure
 

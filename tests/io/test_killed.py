@@ -584,8 +584,11 @@ def test_a_report_is_the_old_or_the_new_one(tmp_path: Path) -> None:
         (tmp_path / "r.html").write_text("old")
 
         def write() -> None:
-            with atomic.whole_file(tmp_path / "r.html") as draft:
-                draft.write_text("new" * 9999)
+            with atomic.whole_file(tmp_path / "r.html") as draft, draft.open("w") as stream:
+                stream.write("new")
+                stream.flush()
+                os.fsync(stream.fileno())  # it may be killed here, too
+                stream.write("new" * 9998)
 
         alive = not killed(n, tmp_path, write)
         texts.append((tmp_path / "r.html").read_text())
