@@ -322,7 +322,7 @@ def load_subnet(
     given = model if isinstance(model, nn.Module) else make(model, tensors)
     try:
         _require_same(manifest["model"], given, strict)
-        _require_thinner(tensors, manifest["model"]["full_shapes"])
+        _require_thinner(given, tensors, manifest["model"]["full_shapes"])
         earlier = [Round.read(done) for done in manifest.get("earlier", ())]
         slim = rebuild(after_rounds(given, earlier), tensors, manifest["edits"]).eval()
         kept = {name: np.array(atoms, dtype=np.int64) for name, atoms in manifest["kept"].items()}
@@ -372,13 +372,13 @@ def _load_program(artefact: Artefact) -> nn.Module:
     return read_program(artefact.path(PROGRAM))
 
 
-def _require_thinner(tensors: Mapping[str, Tensor], full: Mapping[str, Sequence[int]]) -> None:
+def _require_thinner(given: nn.Module, tensors: Mapping[str, Tensor], full: Mapping[str, Sequence[int]]) -> None:
     """Refuse weights that cannot be what is left of the full ones."""
-    for name in tensors:
-        if name not in full:
+    for name, tensor in tensors.items():
+        if name not in full and isinstance(held(given, name), nn.Parameter):  # others may be state that forwards change
             raise ValueError(f"it does not say which shape {name} had")
-        if not is_part(shape := tensors[name].shape, full[name]):
-            raise ValueError(f"{name} is {list(shape)}, and the full one {full[name]}")
+        if name in full and not is_part(tensor.shape, full[name]):
+            raise ValueError(f"{name} is {list(tensor.shape)}, and the full one {full[name]}")
 
 
 def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> None:

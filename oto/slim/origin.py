@@ -135,7 +135,7 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     """
 
     def filled(path: str, key: Sequence[Any]) -> bool:
-        return vars(module_at(model, path)).get(str(key[0])) is not None
+        return getattr(module_at(model, path), str(key[0]), None) is not None
 
     stated = {path: [one for one in numbers if filled(path, one[0])] for path, numbers in edits.stated.items()}
     edits = replace(edits, stated=stated)

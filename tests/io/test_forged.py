@@ -424,7 +424,7 @@ ON_THE_WAY_IN = {
 PARTLY = {
     "io/artefact.py": {"reading", "_require_whole", "_start", "_read_tensors"},
     "io/subnet.py": {"load_subnet", "rebuild", "_require_same", "_require_thinner"},
-    "slim/module.py": {"thin_copy", "attribute", "_module_at", "_swapped", "_set_sizes"},
+    "slim/module.py": {"thin_copy", "attribute", "module_at", "_swapped", "_set_sizes"},
 }
 
 
