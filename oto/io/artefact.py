@@ -71,6 +71,11 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
         ArtefactError: It is a file, lies below a file, or may not be written; or one of the files is there, and no
             artefact has written it.
     """
+    if not os.fspath(out_dir):
+        raise ArtefactError(
+            "out_dir is empty, which would mean the working folder\n"
+            "  effect  nothing was computed or saved\n  to fix  name a folder; the working folder is '.'"
+        )
     folder = Path(out_dir)
     if "\0" in str(folder):
         raise unwritable(folder, "its name holds a zero byte", NOT_SAVED)
@@ -347,10 +352,17 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
         DamagedArtefactError: A file is missing, cut short or changed.
     """
     folder = Path(path)
-    if folder.is_file():
-        folder = folder.parent
-    place = _where(folder, MANIFEST)
-    if not place.is_file():
+    try:
+        if folder.is_file():
+            folder = folder.parent
+        place = _where(folder, MANIFEST)
+        there = place.is_file()
+    except (OSError, ValueError) as failure:  # a name too long or with a zero byte, a folder that may not be entered
+        raise ArtefactError(
+            f"{folder} cannot be read: {failure}\n"
+            "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
+        ) from failure
+    if not there:
         raise ArtefactError(
             f"{folder} holds no {MANIFEST}: it is no artefact, or writing it broke off\n"
             "  to fix  pass the folder given to construct_subnet, or write it again"

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError
 from oto.io import artefact
-from oto.io.artefact import MANIFEST, reading, writing
+from oto.io.artefact import MANIFEST, check_out_dir, reading, writing
 
 
 def save(folder, **tensors):
@@ -475,3 +476,18 @@ def test_asking_for_what_is_not_there(tmp_path):
         found.path("model.pt2")
     with pytest.raises(ArtefactError, match=r"holds no tensors\n  to fix  they are in: model\.safetensors"):
         found.tensors("note.txt")
+
+
+@pytest.mark.parametrize("place", ["n" * 300, "\0", "file/below"])
+def test_a_place_that_cannot_be_is_told(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ArtefactError, match="to fix"):
+        reading(place)
+    with pytest.raises(ArtefactError, match="to fix"):
+        check_out_dir(place)
+
+
+def test_no_folder_is_not_the_working_folder() -> None:
+    with pytest.raises(ArtefactError, match=r"out_dir is empty[^$]*to fix"):
+        check_out_dir("")
