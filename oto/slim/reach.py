@@ -37,8 +37,8 @@ def reached_by(
     left = {name: p for name, p in wanted.items() if p.is_floating_point() and p.numel()}
     try:
         for given in inputs:
-            if left:
-                left = {name: p for name, p in left.items() if name not in _with_gradient(model, left, given, free)}
+            reached = _with_gradient(model, left, given, free) if left else ()
+            left = {name: p for name, p in left.items() if name not in reached}
         if not left:
             return []
         moved = any(_moves(model, left.values(), given) for given in inputs)
