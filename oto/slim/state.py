@@ -42,7 +42,7 @@ def left_before(model: nn.Module, dummy_input: Any) -> list[Change]:
     found = [] if on_meta(model) else tables(model)
     if not found:
         return []
-    with _Met() as met:  # type: ignore[no-untyped-call]
+    with _Met() as met:
         try:
             run(model, dummy_input)
         except Exception as failure:  # it is told when the model is followed
