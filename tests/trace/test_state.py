@@ -167,8 +167,7 @@ def used(model):
     model.zero_grad()
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("when", ["never", "before", "between", "both"])
+@pytest.mark.parametrize(("when", "training"), [("never", False), ("before", True), ("between", True), ("both", False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_whenever_it_was_used_the_class_is_the_same(kind, when, training):
     if when in ("before", "both") and kind is OfAMethod:
@@ -200,11 +199,11 @@ class Memory(Base):
         return F.linear(self.memory[-h.shape[1] :], self.c.weight)
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-@pytest.mark.parametrize("kind", [*KINDS, Memory])
+@pytest.mark.parametrize(
+    ("kind", "warm"),
+    [*((kind, False) for kind in KINDS), *((kind, True) for kind in (Grid, LateBuffer, Memory, BySize))],
+)
 def test_a_slim_model_is_saved_and_loaded_whatever_was_left(kind, warm, tmp_path):
-    if warm and kind is OfAMethod:
-        pytest.skip("as above")
     model = kind().double()
     if warm:
         model(X)
