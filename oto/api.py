@@ -71,7 +71,7 @@ from oto.slim.proof import Zeroed
 from oto.slim.recipe import Recipe
 from oto.slim.reference import FLOAT64
 from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
-from oto.slim.state import left_since
+from oto.slim.state import left_before, left_since
 from oto.slim.unreached import unreached, within
 from oto.slim.verify import device_of, follow_model, require
 from oto.subnet import Subnet
@@ -172,25 +172,32 @@ class OTO:
         if isinstance(dummy_input, Mapping):  # what a tokenizer gives is no dict
             dummy_input = dict(dummy_input)
         self.dummy_input = dummy_input
+        self._everything, self._strict_out_nodes = everything, strict_out_nodes
+        self._prune_frozen, self._drop_unreached = prune_frozen, drop_unreached
+        with undone(left_before(model, dummy_input)):
+            self._analyse(_listed(skip_patterns), min_kept, layout, tensor_parallel)
+
+    def _analyse(
+        self, skip_patterns: list[str | type[nn.Module]], min_kept: MinKept, layout: str | None, tensor_parallel: int
+    ) -> None:
+        """Follow the model, find its groups, and what its class can do without."""
+        model, dummy_input, everything = self.model, self.dummy_input, self._everything
         with told(model, TraceError, "being followed on the dummy input"):
             graph = record(model, dummy_input, known, dead=not everything, training=True)
         self._state = State(model)
         with told(model, TraceError, "being analysed", "it was followed on the dummy input"):
-            self.partition = trainable(graph, strict_out_nodes)
+            self.partition = trainable(graph, self._strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
-        self._prune_frozen = prune_frozen
-        if not prune_frozen:
+        if not self._prune_frozen:
             self._groups = keep_frozen(self._groups, self.partition.found.graph)
-        self._everything, self._strict_out_nodes = everything, strict_out_nodes
         self._own: OwnClass | None = None
-        self._drop_unreached = drop_unreached
         self._stock = False  # whether its config is to state the slim model
         self._optimizer: weakref.ref[SparseOptimizer] | None = None  # the last that was made
         self._made_for: Partition | None = None  # the analysis that it was made for, before any shrinking
         self._saved: Path | None = None
         self._there = device_of(model.parameters())
         if skip_patterns:
-            self._keep_parameters(parameters_of(_listed(skip_patterns), model), "skip_patterns names it")
+            self._keep_parameters(parameters_of(skip_patterns, model), "skip_patterns names it")
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(
@@ -198,7 +205,7 @@ class OTO:
                 f"  shapes  {shapes}\n  effect  all dimensions it touches stay whole\n"
                 "  to fix  add a rule (CONTRIBUTING.md), or nothing if this is fine",
                 UnknownOpWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         self._groups = shared_out(self._groups, tensor_parallel)
         if layout == "uniform":
@@ -225,11 +232,13 @@ class OTO:
         return {key: value for key, value in vars(self).items() if key not in found_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _optimizer=None, _made_for=None, _state=State(state["model"]))
+        vars(self).update(state, _optimizer=None, _made_for=None)
         # operators cannot be pickled, so the graph is found again
-        graph = record(self.model, self.dummy_input, known, dead=not self._everything, training=True)
-        self.partition = trainable(graph, self._strict_out_nodes)
-        self._own = None if self._everything or self._stock else self._ask_the_class()
+        with undone(left_before(self.model, self.dummy_input)):
+            self._state = State(self.model)
+            graph = record(self.model, self.dummy_input, known, dead=not self._everything, training=True)
+            self.partition = trainable(graph, self._strict_out_nodes)
+            self._own = None if self._everything or self._stock else self._ask_the_class()
 
     def _ask_the_class(self) -> OwnClass:
         asked = told(self.model, TraceError, "it was asked what its class can do without", "the analysis is done")

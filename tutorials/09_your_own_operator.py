@@ -22,17 +22,21 @@ from oto import OTO
 from oto.errors import UnknownOpWarning
 
 # ---------------------------------------------------------------------------------------------- 1. an operator
-# A squared ReLU with a scale for each channel, as somebody would write a kernel for it. To torch it is a black box.
+# A squared ReLU with a scale for each channel, registered as one would a kernel for it: to torch it is a black box.
+# (One of ``torch.library.custom_op`` whose code is made of torch calls is none: it is followed, and needs no rule.)
+
+library = torch.library.Library("lesson", "DEF")
+library.define("scaled_square(Tensor x, Tensor scale) -> Tensor")
 
 
-@torch.library.custom_op("lesson::scaled_square", mutates_args=())
-def scaled_square(x: Tensor, scale: Tensor) -> Tensor:
+@torch.library.impl(library, "scaled_square", "CompositeExplicitAutograd")
+def _kernel(x: Tensor, scale: Tensor) -> Tensor:
     """x (N, C, H, W), scale (C,) -> (N, C, H, W)."""
     return scale[:, None, None] * x.relu().square()
 
 
-@scaled_square.register_fake
-def _(x: Tensor, scale: Tensor) -> Tensor:
+@torch.library.register_fake("lesson::scaled_square")
+def _fake(x: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -46,7 +50,7 @@ def _save(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)  # type: ignore[attr-defined]
 
 
-scaled_square.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("lesson::scaled_square", _backward, setup_context=_save)
 
 
 class Square(nn.Module):
@@ -55,7 +59,7 @@ class Square(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return scaled_square(x, self.scale)
+        return torch.ops.lesson.scaled_square(x, self.scale)
 
 
 def network() -> nn.Module:

@@ -1,4 +1,4 @@
-"""What later forwards have left in a model, and a slim one of it is made without."""
+"""What forwards have left in a model, and it is analysed and made slim without."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from oto._torch import TorchDispatchMode, tree_leaves
 from oto.errors import first_line, out_of_memory
 from oto.slim.verify import TOLERANCE, relative_error, run
 from oto.slim.wide import dtype_of
-from oto.trace.state import Change, State, undone
+from oto.trace.record import on_meta
+from oto.trace.state import Change, State, tables, undone
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +29,62 @@ def left_since(state: State, model: nn.Module, dummy_input: Any, known: Collecti
     changes = state.changes(model, known)
     if not changes:
         return []
+    same = _computes_the_same(model, dummy_input, changes)
+    log.info("the state that a forward left is %s", "undone" if same else "part of what the model computes")
+    return changes if same else []
+
+
+def left_before(model: nn.Module, dummy_input: Any) -> list[Change]:
+    """Tables in containers and objects that a forward before the analysis has left, and that the next one makes anew.
+
+    They have no name by which a thinner one could take their place.
+    """
+    found = [] if on_meta(model) else tables(model)
+    if not found:
+        return []
+    with _Met() as met:
+        try:
+            run(model, dummy_input)
+        except Exception as failure:  # it is told when the model is followed
+            if out_of_memory(failure):
+                raise
+            return []
+    found = [change for change in found if any(id(tensor) in met.ids for tensor in change.tensors)]
+    if not found or _computes_the_same(model, dummy_input, found):
+        return found
+    alone: list[Change] = []
+    for change in found[:_TRIES] if len(found) > 1 else ():
+        alone += [change] if _computes_the_same(model, dummy_input, [*alone, change]) else []
+    return alone
+
+
+_TRIES = 8
+"""How many containers are tried one by one; a model that has more constants in containers computes with them."""
+
+
+class _Met(TorchDispatchMode):
+    """The tensors that calls are given."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ids: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ids.update(id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        return op(*args, **(kwargs or {}))
+
+
+def _computes_the_same(model: nn.Module, dummy_input: Any, changes: list[Change]) -> bool:
+    """Whether a model gives the same on the example if some things are as they were."""
     try:
         now = run(model, dummy_input)
         with undone(changes):
             then = run(model, dummy_input)
-    except Exception as failure:  # what is left of a cache may not do
+    except Exception as failure:  # it cannot do without
         if out_of_memory(failure):
             raise
-        log.info("the state that a forward left cannot be undone: %s", first_line(failure))
-        return []
-    same = relative_error(now, then) <= TOLERANCE.get(dtype_of(model), 1e-3)
-    log.info("the state that a forward left is %s", "undone" if same else "part of what the model computes")
-    return changes if same else []
+        log.info("what a forward left cannot be undone: %s", first_line(failure))
+        return False
+    return relative_error(now, then) <= TOLERANCE.get(dtype_of(model), 1e-3)

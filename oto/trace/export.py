@@ -270,7 +270,8 @@ def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], b
     written = {op: code for op in calls if not known(op) and (code := python_code(op)) is not None}
     if written:
         try:
-            return program.run_decompositions(unknown | written)
+            apart: torch.export.ExportedProgram = program.run_decompositions({**unknown, **written})
+            return apart
         except Exception as failure:  # whatever the author of an operator does with data
             if out_of_memory(failure):
                 raise

@@ -43,6 +43,12 @@ class Change:
     then: dict[Any, Any]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Those that it holds now."""
+        items = [item for value in self.now.values() for item in (value if isinstance(value, tuple) else (value,))]
+        return [item for item in items if isinstance(item, Tensor)]
+
+    @property
     def has_tensors(self) -> bool:
         """Whether tensors came, or went that the analysis knows."""
         differ = [key for key in self.now | self.then if self.now.get(key, _GONE) is not self.then.get(key, _GONE)]
@@ -84,6 +90,35 @@ def undone(changes: Sequence[Change]) -> Iterator[None]:
     finally:
         for change in changes:
             _fill(change.holder, change.now)
+
+
+def tables(model: nn.Module) -> list[Change]:
+    """For each container or object of the user's that holds tensors which are not the model's by name: it without them.
+
+    The attributes of an object are ``None`` then, a list that holds other things too is left out.
+    """
+    named = {id(t) for t in (*model.parameters(), *model.buffers())}
+
+    def is_table(x: Any) -> bool:
+        items = x if isinstance(x, tuple) else (x,)
+        return any(isinstance(item, Tensor) and id(item) not in named for item in items)
+
+    found: dict[int, Change] = {}
+    level = [v for m in model.modules() for k, v in vars(m).items() if k not in (*_APART, "_buffers")]
+    for _ in range(_DEEP):
+        holders = [(x, inner) for x in level if (inner := _holder(x)) is not None and id(inner) not in found]
+        level = []
+        for x, holder in holders:
+            now = content_of(holder)
+            own = [key for key, value in now.items() if is_table(value)]
+            then = {key: value for key, value in now.items() if key not in own}
+            if holder is not x:
+                then = {key: None if key in own else value for key, value in now.items()}
+            elif isinstance(holder, list | deque) and then:
+                own = []
+            found[id(holder)] = Change(holder, now, then if own else now)
+            level += now.values()
+    return [change for change in found.values() if change.has_tensors]
 
 
 def _holder(x: Any) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from oto.slim.copying import copied
 from oto.trace.record import arguments
 
 
@@ -101,16 +103,22 @@ def lively(model: nn.Module, inputs: Any) -> nn.Module:
 
 
 def settled(model: nn.Module, inputs: Any) -> nn.Module:
-    """Estimate the statistics of batch norms anew, on the example, as training would."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
+    """Estimate the statistics of batch norms anew, on the example, as training would.
+
+    A copy does: the model stays as its library made it, without what a forward leaves in it.
+    """
+    other = copied(model, {})
+    pairs = [(m, o) for m, o in zip(model.modules(), other.modules(), strict=True) if isinstance(m, _BatchNorm)]
+    for _, norm in pairs:
         norm.momentum = None
         norm.reset_running_stats()
         norm.train()
-    if norms:
+    if pairs:
         args, kwargs = arguments(inputs)
         with torch.no_grad():
-            model(*args, **kwargs)
-    for norm in norms:
-        norm.eval()
+            other(*args, **kwargs)
+    for norm, measured in pairs:
+        norm.eval().momentum = None
+        for mine, buffer in zip(norm.buffers(), measured.buffers(), strict=True):
+            mine.copy_(buffer)
     return model
