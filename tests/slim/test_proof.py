@@ -338,5 +338,5 @@ def test_numbers_in_a_recording_are_held_against_those_of_another(monkeypatch):
         made(self, emitter, model, *rest, **more)
 
     monkeypatch.setattr(proof.Emitted, "__init__", spoiled)
-    with pytest.raises(VerificationError, match="makes other calls than the one that is to be proved"):
+    with pytest.raises(VerificationError, match="makes other calls than the one to be proved"):
         constructed(Measured(), emitter="recording")

@@ -129,7 +129,7 @@ def test_inputs_that_take_another_path_are_not_compared_and_it_says_so():
     oto = OTO(Sign().double(), X, everything=True)
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
-    assert [c.what for c in subnet.checks] == ["slim on the example"]
+    assert [c.what for c in subnet.checks] == ["slim on the example", "slim on the example, as users run it"]
     assert len(subnet.notes) == 2 and all("makes other calls there" in note for note in subnet.notes)
     assert all(f"note: {note}" in str(subnet) for note in subnet.notes)
 
@@ -143,7 +143,8 @@ def test_numbers_and_tables_that_come_of_the_data_are_built_in_and_it_says_so():
         oto = OTO(kind().double(), X, everything=True)
         oto.random_set_zero_groups(0.5)
         subnet = oto.construct_subnet(emitter="recording")
-        assert [c.what for c in subnet.checks] == ["slim on the example"] and len(subnet.notes) == 2
+        assert [c.what for c in subnet.checks] == ["slim on the example", "slim on the example, as users run it"]
+        assert len(subnet.notes) == 2
         assert all("other numbers or sizes than those that were built in" in note for note in subnet.notes)
 
 
