@@ -311,10 +311,15 @@ def surroundings(model: nn.Module) -> list[Any]:
     return found + reached([x for x in found if isinstance(x, FunctionType)], nn.Module)
 
 
-def state_of(model: nn.Module) -> list[Tensor]:
-    """The tensors that a model holds besides its parameters: buffers, attributes, what containers and closures hold."""
+def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
+    """The tensors that a model holds besides its parameters: buffers, attributes, what containers and closures hold.
+
+    Args:
+        also: What else may hold some, such as a cache that a forward is given, or gives.
+    """
     buffers = (t for module in model.modules() for t in module._buffers.values())
-    return [x for x in (*buffers, *surroundings(model)) if isinstance(x, Tensor)]
+    others = reached(also, (nn.Module, *_CODE))
+    return [x for x in (*buffers, *surroundings(model), *others) if isinstance(x, Tensor)]
 
 
 @contextmanager
