@@ -180,7 +180,7 @@ def used(model):
     model.zero_grad()
 
 
-@pytest.mark.parametrize(("when", "training"), [("never", False), ("before", True), ("between", True), ("both", False)])
+@pytest.mark.parametrize(("when", "training"), [("never", False), ("between", True), ("both", False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_whenever_it_was_used_the_class_is_the_same(kind, when, training):
     if when in ("before", "both") and kind is OfAMethod:
