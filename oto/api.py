@@ -743,6 +743,13 @@ class OTO:
             remedy = "optimizer.zero_pruned_in(model) for a moving average; else load the weights that were trained"
         elif not zero and (optimizer is None or not optimizer.num_removed):
             remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
+            names = {name for name, _ in self.model.named_parameters()}
+            masked = [n for n, _ in self.model.named_buffers() if f"{n.removesuffix('_mask')}_orig" in names]
+            if masked:
+                remedy = (
+                    f"the zeros are in masks ({some(masked)}): torch.nn.utils.prune.remove writes them into the"
+                    " parameters; a bias has to be zero with its row"
+                )
         else:
             return None
         effect = "only what is zero was removed" if zero else "nothing was removed, slim is as large as full"

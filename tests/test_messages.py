@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from oto import OTO, load_subnet, register_rule
 from oto.errors import (
@@ -22,6 +23,7 @@ from oto.errors import (
     GraphModeError,
     NonFiniteParameterError,
     NothingPrunableError,
+    NotPrunedWarning,
     ShrinkError,
     TargetError,
     TraceError,
@@ -278,6 +280,19 @@ def test_an_operator_nobody_described():
         warnings.simplefilter("ignore", UnknownOpWarning)
         oto.random_set_zero_groups(0.5)
         assert oto.construct_subnet().max_error < 1e-10
+
+
+def test_zeros_in_masks_are_none_yet():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    rows = torch.tensor([0, 1] * 4)
+    prune.custom_from_mask(model[0], "weight", rows[:, None].expand(8, 3))
+    prune.custom_from_mask(model[0], "bias", rows)
+    oto = OTO(model, X)
+    with pytest.warns(NotPrunedWarning, match=r"the zeros are in masks \(0\.weight_mask, 0\.bias_mask\)"):
+        oto.construct_subnet()
+    for name in ("weight", "bias"):
+        prune.remove(model[0], name)
+    assert OTO(model, X).construct_subnet().model[0].out_features == 4
 
 
 def test_an_operator_with_two_rules():

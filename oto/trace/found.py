@@ -289,28 +289,37 @@ def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | Non
     return found
 
 
+def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """What modules hold besides parameters, buffers, modules and what leads nowhere: where, by which name, and what."""
+    return [
+        (own, name, value)
+        for own in map(vars, model.modules())
+        for name, value in own.items()
+        if type(value) not in _ATOMS and not (type(value) in _TABLES and (not value or name in _REGISTERED))
+    ]
+
+
+_ATOMS = frozenset({type(None), bool, int, float, str, type})
+_TABLES = frozenset({dict, OrderedDict})  # most are empty: the hooks of a module
+_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+
+
 def surroundings(model: nn.Module) -> list[Any]:
     """What the modules of a model lead to besides parameters, buffers and modules: containers, objects, functions and
     what these close over."""
-    held = [
-        value
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if name not in ("_parameters", "_buffers", "_modules")
-        and type(value) not in _ATOMS
-        and not (type(value) in (dict, OrderedDict) and not value)  # most are: the hooks of a module
-    ]
-    found = reached(held, (nn.Module, *_CODE))
+    found = reached([value for *_, value in _attributes(model)], (nn.Module, *_CODE))
     return found + reached([x for x in found if isinstance(x, FunctionType)], nn.Module)
 
 
-_ATOMS = (type(None), bool, int, float, str, type)
+def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
+    """The tensors that a model holds besides its parameters: buffers, attributes, what containers and closures hold.
 
-
-def state_of(model: nn.Module) -> list[Tensor]:
-    """The tensors that a model holds besides its parameters: buffers, attributes, what containers and closures hold."""
-    own = [x for module in model.modules() for x in (*vars(module).values(), *module._buffers.values())]
-    return [x for x in (*own, *surroundings(model)) if isinstance(x, Tensor)]
+    Args:
+        also: What else may hold some, such as a cache that a forward is given, or gives.
+    """
+    buffers = (t for module in model.modules() for t in module._buffers.values())
+    others = reached(also, (nn.Module, *_CODE))
+    return [x for x in (*buffers, *surroundings(model), *others) if isinstance(x, Tensor)]
 
 
 @contextmanager
@@ -322,14 +331,16 @@ def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> Iterator[N
     Args:
         stand_ins: What stands for a tensor, by the id of that.
     """
-    changed: list[tuple[Any, Any, Any, Any]] = []
-    for holder in (*map(vars, model.modules()), *surroundings(model)):
+    places: list[tuple[Any, Any, Any]] = list(_attributes(model))
+    for holder in surroundings(model):
         if isinstance(holder, dict | list | deque | CellType):
-            for key, value in content_of(holder).items():
-                new = _swapped(value, stand_ins)
-                if new is not value:
-                    changed.append((holder, key, value, new))
-                    _put(holder, key, new)
+            places += [(holder, key, value) for key, value in content_of(holder).items()]
+    changed = []
+    for holder, key, value in places:
+        new = _swapped(value, stand_ins)
+        if new is not value:
+            changed.append((holder, key, value, new))
+            _put(holder, key, new)
     try:
         yield
     finally:

@@ -441,7 +441,7 @@ def _run(
                 "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
                 " objects of its own in a module that takes the tensors out"
             )
-        kept = [t for t in state_of(model) if id(t) in recorder.builder.current]
+        kept = [t for t in state_of(model, result, run_args, run_kwargs) if id(t) in recorder.builder.current]
         replaced = {name: t for name, t in swapped.items() if t is not made[id(named[name])]}
         kept += replaced.values()
     for tensor in (*outputs, *kept):

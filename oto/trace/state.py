@@ -70,11 +70,13 @@ class State:
             known: Names of tensors that the analysis knows. What these hold counts as it is now.
         """
         found: list[Change] = []
+        named: dict[str, set[str]] = {}
+        for path, _, name in (name.rpartition(".") for name in known):
+            named.setdefault(path, set()).add(name)
         for path, module in model.named_modules():
             then = self._then.get(path)
             if then is not None:
-                own = {name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == path}
-                changes = list(_changes(then, vars(module), own))
+                changes = list(_changes(then, vars(module), named.get(path, ())))
                 if any(change.has_tensors for change in changes):
                     found += changes
         return found
@@ -95,7 +97,7 @@ def undone(changes: Sequence[Change]) -> Iterator[None]:
 def tables(model: nn.Module) -> list[Change]:
     """For each container or object of the user's that holds tensors which are not the model's by name: it without them.
 
-    The attributes of an object are ``None`` then, a list that holds other things too is left out.
+    Attributes are ``None`` then, tuples in modules too; a list that holds other things as well is left out.
     """
     named = {id(t) for t in (*model.parameters(), *model.buffers())}
 
@@ -104,19 +106,22 @@ def tables(model: nn.Module) -> list[Change]:
         return any(isinstance(item, Tensor) and id(item) not in named for item in items)
 
     found: dict[int, Change] = {}
+    for own in map(vars, model.modules()):
+        tuples = {key: None for key, value in own.items() if isinstance(value, tuple) and is_table(value)}
+        if tuples:
+            found[id(own)] = Change(own, dict(own), own | tuples)
     level = [v for m in model.modules() for k, v in vars(m).items() if k not in (*_APART, "_buffers")]
     for _ in range(_DEEP):
         holders = [(x, inner) for x in level if (inner := _holder(x)) is not None and id(inner) not in found]
         level = []
         for x, holder in holders:
             now = content_of(holder)
-            own = [key for key, value in now.items() if is_table(value)]
-            then = {key: value for key, value in now.items() if key not in own}
+            then = {key: value for key, value in now.items() if not is_table(value)}
             if holder is not x:
-                then = {key: None if key in own else value for key, value in now.items()}
+                then = {key: then.get(key) for key in now}
             elif isinstance(holder, list | deque) and then:
-                own = []
-            found[id(holder)] = Change(holder, now, then if own else now)
+                then = now
+            found[id(holder)] = Change(holder, now, then)
             level += now.values()
     return [change for change in found.values() if change.has_tensors]
 

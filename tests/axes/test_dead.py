@@ -95,6 +95,27 @@ def test_what_is_kept_or_does_not_run_counts(use):
     assert not any("mean" in node.name or "amax" in node.name for i, node in enumerate(graph.nodes) if i in graph.dead)
 
 
+class Cache:
+    """What a forward gives besides its output, for the next one; ``oto`` does not look into it."""
+
+    def __init__(self, mean):
+        self.mean = mean
+
+
+class Cached(Attention):
+    def forward(self, x):
+        cache = []
+        self.use = lambda model, h, a: cache.append(a.mean(1))
+        y = super().forward(x)
+        del self.use
+        return y, Cache(cache.pop())
+
+
+def test_what_is_handed_on_in_an_object_counts():
+    graph = OTO(Cached().double(), X).partition.found.graph
+    assert not graph.dead
+
+
 def test_a_number_that_code_branches_on_is_read():
     def branch(model, h, a):
         return h.mean() > 0 and h.add_(1)
