@@ -63,8 +63,7 @@ from oto.report.preview import Preview, preview
 from oto.slim.construct import Zeroed, construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.layout import stated
-from oto.slim.module import OwnClass
-from oto.slim.own_class import limited, own_class
+from oto.slim.own_class import OwnClass, limited, own_class
 from oto.slim.plan import read_zeros
 from oto.slim.recipe import Recipe
 from oto.slim.reference import FLOAT64

@@ -27,8 +27,9 @@ from oto.groups import Kept, Partition
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
-from oto.slim.module import Edits, OwnClass, attribute, plan_edits, refuse_training, thin_copy, thin_tensors
+from oto.slim.module import Edits, attribute, forget_idle, refuse_training, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend
+from oto.slim.own_class import OwnClass, plan_edits
 from oto.slim.plan import thinning
 from oto.slim.recipe import Recipe
 from oto.slim.recording import RECORDED, check_recording, emit_recording
@@ -291,21 +292,22 @@ def _of_its_class(source: Zeroed) -> Made:
     notes: list[str] = []
     stage("thinning the class")
     thin = thinning(source.partition, source.kept)
-    edits = plan_edits(source.model, source.partition, thin, source.own)
+    scales = source.own.scales if source.own is not None else {}
+    edits = plan_edits(source.model, thin, source.own)
     gone: set[str] = set()
     if source.drop_unreached:
-        tensors = thin_tensors(source.model, thin, source.own)
+        tensors = thin_tensors(source.model, thin, scales)
         edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
         gone = set(within(tensors, edits.dropped))
 
     def slim_of(model: nn.Module, held: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
-        tensors = {n: t for n, t in thin_tensors(model, thin, source.own, held).items() if n not in gone}
+        tensors = {n: t for n, t in thin_tensors(model, thin, scales, held).items() if n not in gone}
         # a class may drop what it keeps for inference when it is trained
         return thin_copy(model, tensors, edits).train().eval(), tensors
 
     slim, tensors = slim_of(source.model)
     learn(slim, edits, source.dummy_input)
-    scales = source.own.scales if source.own is not None else {}
+    forget_idle(slim, edits)
 
     def prove(full: Zeroed) -> list[Check]:
         own, made = (slim, tensors) if full is source else slim_of(full.model)

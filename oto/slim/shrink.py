@@ -18,9 +18,9 @@ from oto.errors import EmitterError, ShrinkError, VerificationError, first_line,
 from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
 from oto.slim.config import solve
 from oto.slim.construct import Zeroed
-from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
+from oto.slim.module import Edits, attribute, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend, origin_of
-from oto.slim.own_class import limited, own_class
+from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Recipe, configs, fields
 from oto.slim.reference import check
@@ -71,7 +71,7 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
     model, partition, kept = source.model, source.partition, source.kept
     thin = thinning(partition, kept)
     try:
-        edits = plan_edits(model, partition, thin, unscaled(source.own))
+        edits = plan_edits(model, thin, source.own.unfolded if source.own is not None else None)
         if source.recipe is not None:
             _state_in_config(edits, model, source.recipe, thin)
         slim = thin_copy(model, thin_tensors(model, thin), edits)
@@ -166,15 +166,6 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinn
             if f"{path}.".startswith(f"{within}." if within else "") and own.get(inside) == whole.get(path):
                 key = ["config", *(int(part) if part.isdecimal() else part for part in inside.split("."))]
                 edits.stated.setdefault(module, []).append([key, value])
-
-
-def unscaled(own: OwnClass | None) -> OwnClass | None:
-    """What the class is told so that its parameters stay as the optimizer knows them: norms count, no weight does."""
-    if own is None or not own.absorbed:
-        return own
-    taken_in = list(own.scalars.values())
-    stated = {place: wanted for place, wanted in own.stated.items() if not any(wanted is one for one in taken_in)}
-    return replace(own, absorbed={}, stated=stated, told=dict.fromkeys(own.absorbed, ()) | own.told)
 
 
 def _average_in(wrapper: Any, model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oto import OTO, load_subnet
 from oto.nn import Told
-from oto.slim.own_class import _Search
+from oto.slim.own_class import workbench
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -475,13 +475,13 @@ class Cutting(nn.Module):
 
 
 def test_what_a_block_needs_is_asked_once_for_all_blocks(monkeypatch):
-    departure, asked = _Search.departure, []
+    divergence, asked = workbench.Workbench.divergence, []
 
     def counted(self, *args):
         asked[-1] += 1
-        return departure(self, *args)
+        return divergence(self, *args)
 
-    monkeypatch.setattr(_Search, "departure", counted)
+    monkeypatch.setattr(workbench.Workbench, "divergence", counted)
     for depth in (2, 6):
         asked.append(0)
         torch.manual_seed(0)
