@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,14 +23,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.axes.registry import known
-from oto.errors import EmitterError, TraceError, VerificationError, first_line, out_of_memory, some
+from oto.errors import (
+    EmitterError,
+    NotItsClassWarning,
+    TraceError,
+    VerificationError,
+    first_line,
+    out_of_memory,
+    some,
+    users_level,
+)
 from oto.groups import Kept, Partition
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
 from oto.slim.module import Edits, attribute, forget_idle, refuse_training, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend
-from oto.slim.own_class import OwnClass, plan_edits
+from oto.slim.own_class import OwnClass, at_counts, plan_edits
 from oto.slim.plan import thinning
 from oto.slim.recipe import Recipe
 from oto.slim.recording import RECORDED, check_recording, emit_recording
@@ -237,7 +247,7 @@ def enlivened(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
 def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> Made:
     if emitter in ("auto", "module"):
         try:
-            return _of_its_class(source)
+            return _of_its_class_at_any_rate(source)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -249,6 +259,14 @@ def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> M
                     f"  to fix  use emitter='graph', or {source.way_out}"
                 ) from failure
             log.info("the original class does not fit, using the graph: %s", why[0])
+            if source.own is not None:
+                warnings.warn(
+                    f"the slim model is a graph, and no {name}: {why[0]}\n"
+                    "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
+                    f"  to fix  {source.way_out}; the model may keep its zeros, so no training is lost",
+                    NotItsClassWarning,
+                    stacklevel=users_level(),
+                )
     if emitter == "recording":
         return _recorded(source, [f"it was asked for: {RECORDED}"])
     try:
@@ -286,6 +304,22 @@ def _of_its_config(source: Zeroed) -> Made:
     checks = _proved(source, prove, notes)
     descend(slim, source.model, Round.of(edits, tensors, source.kept))
     return Made("config", slim, edits, tensors, checks, notes=notes)
+
+
+def _of_its_class_at_any_rate(source: Zeroed) -> Made:
+    """The slim model of its class; where that fails with what was found for any counts, the class is asked at these."""
+    try:
+        return _of_its_class(source)
+    except Exception as failure:  # anything that the user's own forward may raise at other sizes
+        if out_of_memory(failure) or source.own is None:
+            raise
+        log.info("the class is asked again at the counts that are left: %s", _first_lines(failure))
+        stage("asking the class again, at these counts")
+        try:
+            own = at_counts(source.model, source.partition, source.dummy_input, source.own, source.kept)
+        except EmitterError as refused:
+            raise refused from failure
+    return _of_its_class(replace(source, own=own))
 
 
 def _of_its_class(source: Zeroed) -> Made:

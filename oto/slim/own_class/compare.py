@@ -58,7 +58,7 @@ class Divergence:
         if self.failure is not None:
             said = str(self.failure).splitlines() or [""]
             return f"it raised {type(self.failure).__name__}: {said[0]}"
-        return f"it called {self.call.name} with other sizes" if self.call is not None else "it made another call"
+        return f"it called {self.call.name} as it should not" if self.call is not None else "it made no such call"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 
 from oto.axes.terms import axes_of, resolve
 from oto.axes.terms import size as size_of
+from oto.errors import EmitterError
 from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import joined
 from oto.groups.policy import keep_whole
@@ -86,21 +87,26 @@ def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup
     return Search(bench, trials, adaptation.with_sizes(stated_by_code(bench, trials))).result()
 
 
-def at_counts(
-    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, own: OwnClass, kept: Kept
-) -> OwnClass | None:
-    """What the class needs for the very counts that are left; ``None`` if nothing does.
+def at_counts(model: nn.Module, partition: Partition, dummy_input: Any, own: OwnClass, kept: Kept) -> OwnClass:
+    """What the class needs for the very counts that are left.
 
     Args:
         own: What was found for any counts.
         kept: For each prunable group, the atoms that are left.
+
+    Raises:
+        EmitterError: Nothing lets the class do with these counts.
     """
+    name = type(model).__name__
     bench = Workbench(model, partition, dummy_input)
     if not bench.is_reproducible:
-        return None
-    search = Search(bench, Trials(partition, groups, kept), replace(own.adaptation, whole={}))
+        raise EmitterError(f"{name} makes other calls each time that it runs")
+    search = Search(bench, Trials(partition, partition.groups, kept), replace(own.adaptation, whole={}))
     found = search.result(describes=False)
-    return None if search.failed else found
+    if search.failed:
+        last = found.steps[-1]
+        raise EmitterError(f"{last.source or 'a line'}, in {last.module or name}: {last.operator}: {last.saw}")
+    return found
 
 
 def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]:
