@@ -168,6 +168,14 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
             notes.append(said)
     made = _in_other_ways(source, emitter, name, why)
     made.notes.extend(notes)
+    if emitter == "auto" and made.emitter != "module" and source.own is not None:
+        warnings.warn(
+            f"the slim model is a graph, and no {name}: {why[0]}\n"
+            "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
+            f"  to fix  {source.way_out}; the zeros of the model may stay, so no training is lost",
+            NotItsClassWarning,
+            stacklevel=users_level(),
+        )
     return made
 
 
@@ -259,14 +267,6 @@ def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> M
                     f"  to fix  use emitter='graph', or {source.way_out}"
                 ) from failure
             log.info("the original class does not fit, using the graph: %s", why[0])
-            if source.own is not None:
-                warnings.warn(
-                    f"the slim model is a graph, and no {name}: {why[0]}\n"
-                    "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
-                    f"  to fix  {source.way_out}; the model may keep its zeros, so no training is lost",
-                    NotItsClassWarning,
-                    stacklevel=users_level(),
-                )
     if emitter == "recording":
         return _recorded(source, [f"it was asked for: {RECORDED}"])
     try:
