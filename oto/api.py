@@ -64,8 +64,7 @@ from oto.report.preview import Preview, preview
 from oto.slim.construct import construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.layout import stated
-from oto.slim.module import OwnClass
-from oto.slim.own_class import limited, own_class
+from oto.slim.own_class import OwnClass, limited, own_class
 from oto.slim.plan import read_zeros
 from oto.slim.proof import Zeroed
 from oto.slim.recipe import Recipe
@@ -316,9 +315,14 @@ class OTO:
         marked = zeroing(self._groups, {first.get(name, name) for name in names})
         self._groups = settled(keep_whole(self._groups, marked, reason))
 
-    def explain(self) -> Explanation:
-        """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``."""
-        return explain(self.node_groups, self.partition)
+    def explain(self, *, search: bool = False) -> Explanation:
+        """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``.
+
+        Args:
+            search: Tell how it was found out what the model's class needs, too: for each decision the line of its code,
+                what was seen there, what was tried, and what was settled.
+        """
+        return explain(self.node_groups, self.partition, self._own.steps if search and self._own is not None else ())
 
     def coverage(self) -> dict[str, dict[str, int]]:
         """Operators of the model by the answer that exists for them, with the number of calls."""

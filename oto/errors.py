@@ -159,6 +159,10 @@ class NotPrunedWarning(UserWarning):
     """Less is pruned than could be or was asked for; the message says why."""
 
 
+class NotItsClassWarning(UserWarning):
+    """A slim model is a graph although the class was asked what it can do without; the message says why."""
+
+
 class LeftBehindWarning(UserWarning):
     """Tensors that were made to analyse a model are still somewhere where the next forward may meet them."""
 

@@ -28,6 +28,32 @@ READS = {
 }
 
 
+# and inside of the search of a class: values first, then what is known of a place, then what repairs it, then the loop
+SEARCH = {
+    "adaptation": set(),
+    "blocks": set(),
+    "traced": set(),
+    "detours": set(),
+    "rescale": {"adaptation"},
+    "overrides": {"adaptation", "blocks", "traced"},
+    "result": {"adaptation", "overrides"},
+    "layers": {"result"},
+    "compare": {"adaptation", "blocks", "detours"},
+    "trials": {"adaptation", "blocks"},
+    "workbench": {"adaptation", "blocks", "compare", "layers", "overrides", "rescale", "result", "traced"},
+    "situation": {"adaptation", "compare", "trials", "workbench"},
+    "candidates": {"blocks", "layers", "rescale", "situation"},
+    "repairs": {
+        "adaptation", "blocks", "candidates", "compare", "layers", "overrides", "repairs", "rescale", "situation",
+        "traced", "trials",
+    },
+    "search": {
+        "adaptation", "blocks", "compare", "layers", "repairs", "result", "situation", "trials", "workbench",
+    },
+    "__init__": {"layers", "result", "search"},
+}  # fmt: skip
+
+
 def stages_imported_by(path: Path) -> set[str]:
     """The stages of ``oto`` that a file imports, whether as ``oto.axes...`` or as ``..axes``."""
     package = ("oto", *path.relative_to(OTO).parts[:-1])
@@ -52,6 +78,16 @@ def test_data_flows_one_way() -> None:
         for path in (OTO / stage).rglob("*.py"):
             extra = stages_imported_by(path) - allowed - {stage}
             assert not extra, f"{path} reads from {extra}; {stage} may read {allowed}"
+
+
+def test_the_search_of_a_class_is_read_from_the_bottom_up() -> None:
+    folder = OTO / "slim" / "own_class"
+    for path in folder.rglob("*.py"):
+        imports = re.findall(r"^from oto\.slim\.own_class\.(\w+)", path.read_text(), re.MULTILINE)
+        room = path.relative_to(folder).parts[0].removesuffix(".py")
+        assert set(imports) <= SEARCH[room], f"{path} reads {set(imports) - SEARCH[room]}"
+    others = [p for p in (OTO / "slim").glob("*.py") if "slim.own_class." in p.read_text()]
+    assert not others, "what it gives, slim takes from slim.own_class itself"
 
 
 def test_every_folder_is_a_stage() -> None:

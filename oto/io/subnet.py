@@ -184,7 +184,7 @@ def _write_program(
         full = replace(source, model=slim, dummy_input=given)
     # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
     # class whose weights have taken a count in, which the dtype of the file rounds
-    rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.absorbed))
+    rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.scales))
     itself = rounded or full.model is slim
     against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
 

@@ -82,6 +82,19 @@ class Told:
         held["forward"] = self
         held.update({name: ToldMethod(self, name) for name in self.methods})
 
+    def remove(self) -> None:
+        """Leave the module as its class has it."""
+        for name in ("forward", *self.methods):
+            vars(self.module).pop(name, None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is changed: the code states by itself what it was to state."""
+        hows = [how for named in self.calls.values() for each in named.values() for how in each]
+        return all(
+            not how.get("numbers", True) and not how.keys() & {"pieces", "counted", "keep"} for how in hows if how
+        )
+
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from math import prod
@@ -56,6 +56,8 @@ class Explanation:
         whole: Every other node group, and why.
         unreached: Parameters that the traced forward never used.
         unknown: Operators without a rule.
+        search: Each decision of the search of what the model's class needs, if it was asked for: the line of the code,
+            what was seen and tried there, and what was settled.
     """
 
     trace: str
@@ -65,13 +67,14 @@ class Explanation:
     whole: tuple[Whole, ...]
     unreached: tuple[str, ...]
     unknown: tuple[str, ...]
+    search: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([*self._lines(), *_table(self.whole)])
+        return "\n".join([*self._lines(), *_table(self.whole), *self.search])
 
     def _repr_html_(self) -> str:
         above = "\n".join(self._lines())
@@ -94,8 +97,12 @@ class Explanation:
         return lines
 
 
-def explain(groups: Sequence[NodeGroup], partition: Partition) -> Explanation:
-    """Sum up which axes may lose entries, and why the others may not."""
+def explain(groups: Sequence[NodeGroup], partition: Partition, search: Iterable[object] = ()) -> Explanation:
+    """Sum up which axes may lose entries, and why the others may not.
+
+    Args:
+        search: The decisions of the search of a class, to be told as well.
+    """
     graph = partition.found.graph
     sizes = {leaf.name: prod(leaf.value.shape) for leaf in graph.leaves if leaf.kind == "parameter"}
     used = {value for node in graph.nodes for value in node.inputs()} | set(graph.outputs)
@@ -109,6 +116,7 @@ def explain(groups: Sequence[NodeGroup], partition: Partition) -> Explanation:
         tuple(_whole(group, graph, sizes) for group in groups if not group.prunable),
         tuple(leaf.name for leaf in graph.leaves if leaf.kind == "parameter" and leaf.value not in used),
         tuple(sorted({node.name for node in partition.found.unknown})),
+        tuple(map(str, search)),
     )
 
 

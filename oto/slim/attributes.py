@@ -1,8 +1,7 @@
-"""Where a class states its sizes: integers that its modules hold, and what else they would have to be.
+"""Where a class states its sizes: integers that its modules hold, and what they have to be in a thinner model.
 
 A size in a ``forward`` comes from a tensor, which is thinner by itself, or from an attribute: of the module, of a
-configuration that it holds, of a list, of a module around it. Which one it was is not asked of the code. Attributes of
-the right value are candidates, and what the class does with another value tells (:mod:`oto.slim.own_class`).
+configuration that it holds, of a list, of a module around it. Which attribute it is, :mod:`oto.slim.own_class` finds.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Stated:
-    """What a number follows from.
+class SizeAttribute:
+    """What the number in a place follows from.
 
     Attributes:
         term: The dimension that gets thinner.
         value: The number in the full model.
-        power: By which power of how many times thinner the term is the number grows; that of a size falls alike.
+        power: Exponent ``p`` in ``value * (full / kept) ** p``; -1 for a size.
     """
 
     term: Term

@@ -11,18 +11,28 @@ from __future__ import annotations
 
 import logging
 import traceback
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from oto.axes.registry import known
-from oto.errors import EmitterError, TraceError, VerificationError, first_line, out_of_memory
+from oto.errors import (
+    EmitterError,
+    NotItsClassWarning,
+    TraceError,
+    VerificationError,
+    first_line,
+    out_of_memory,
+    users_level,
+)
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
-from oto.slim.module import Edits, plan_edits, refuse_training, thin_copy, thin_tensor, thin_tensors
+from oto.slim.module import Edits, forget_idle, refuse_training, thin_copy, thin_tensor, thin_tensors
 from oto.slim.origin import Round, descend
+from oto.slim.own_class import at_counts, plan_edits
 from oto.slim.plan import Thinning, thinning
 from oto.slim.proof import Emitted, Zeroed, prove
 from oto.slim.recording import RECORDED, check_recording, emit_recording
@@ -106,13 +116,21 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
             notes.append(said)
     made = _in_other_ways(source, emitter, name, why)
     made.notes.extend(notes)
+    if emitter == "auto" and made.emitter != "module" and source.own is not None:
+        warnings.warn(
+            f"the slim model is a graph, and no {name}: {why[0]}\n"
+            "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
+            f"  to fix  {source.way_out}; the zeros of the model may stay, so no training is lost",
+            NotItsClassWarning,
+            stacklevel=users_level(),
+        )
     return made
 
 
 def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> Made:
     if emitter in ("auto", "module"):
         try:
-            return _of_its_class(source)
+            return _of_its_class_at_any_rate(source)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -152,6 +170,22 @@ def _of_its_config(source: Zeroed) -> Made:
     emitted = emit_config(source)
     checks = prove(source, emitted)
     return _made_of_class(source, emitted, checks)
+
+
+def _of_its_class_at_any_rate(source: Zeroed) -> Made:
+    """The slim model of its class; where that fails with what was found for any counts, the class is asked at these."""
+    try:
+        return _of_its_class(source)
+    except Exception as failure:  # anything that the user's own forward may raise at other sizes
+        if out_of_memory(failure) or source.own is None:
+            raise
+        log.info("the class is asked again at the counts that are left: %s", _first_lines(failure))
+        stage("asking the class again, at these counts")
+        try:
+            own = at_counts(source.model, source.partition, source.dummy_input, source.own, source.kept)
+        except EmitterError as refused:
+            raise refused from failure
+    return _of_its_class(replace(source, own=own))
 
 
 def _of_its_class(source: Zeroed) -> Made:
@@ -241,21 +275,22 @@ def emit_class(source: Zeroed) -> Emitted:
         EmitterError: The class cannot express it.
     """
     thin = thinning(source.partition, source.kept)
-    edits = plan_edits(source.model, source.partition, thin, source.own)
+    edits = plan_edits(source.model, thin, source.own)
     gone: set[str] = set()
     if source.drop_unreached:
-        tensors = thin_tensors(source.model, thin, source.own)
+        tensors = thin_tensors(source.model, thin)
         edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
         gone = set(within(tensors, edits.dropped))
     slim = _emit_class(source, thin, edits, gone)
     learn(slim.model, edits, source.dummy_input)
+    forget_idle(slim.model, edits)
     return slim
 
 
 def _emit_class(source: Zeroed, thin: Thinning, edits: Edits, gone: Collection[str]) -> Emitted:
     """A copy of the model with thinner tensors, by edits that are known, without those that are ``gone``."""
     scales = source.own.scales if source.own is not None else {}
-    tensors = {n: t for n, t in thin_tensors(source.model, thin, source.own).items() if n not in gone}
+    tensors = {n: t for n, t in thin_tensors(source.model, thin, scales).items() if n not in gone}
     # a class may drop what it keeps for inference when it is trained
     slim = thin_copy(source.model, tensors, edits).train().eval()
 

@@ -23,7 +23,8 @@ from oto.groups import Costs, Partition
 from oto.groups.cost import Polynomial
 from oto.groups.latency import latency_table
 from oto.slim.graph import emit_graph
-from oto.slim.module import plan_edits, thin_copy, thin_tensors
+from oto.slim.module import thin_copy, thin_tensors
+from oto.slim.own_class import plan_edits
 from oto.slim.plan import thinning
 from oto.slim.verify import run
 from oto.trace.export import export
@@ -223,7 +224,7 @@ def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int
     """
     thin = thinning(partition, kept)
     try:
-        slim = thin_copy(model, thin_tensors(model, thin), plan_edits(model, partition, thin)).eval()
+        slim = thin_copy(model, thin_tensors(model, thin), plan_edits(model, thin)).eval()
         run(slim, dummy_input)
     except Exception as failure:  # anything that the user's own forward may raise at other sizes
         log.info("the original class does not fit, timing the graph: %s", failure)

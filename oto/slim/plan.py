@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from oto.axes.terms import size as size_of
 from oto.errors import NonFiniteParameterError, some
 from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.node_group import is_finite
-from oto.trace.graph import Leaf
+from oto.trace.graph import Leaf, Node
 
 
 def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArray[np.int64]]:
@@ -91,6 +91,13 @@ class Thinning:
     def filled(self, template: Any) -> Any:
         """A rewrite's arguments with every size in its place."""
         return tree_map_only(Size, self.size, template)
+
+    def call(self, node: Node, rewrite: Rewrite | None) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """How a call is made on thinner tensors: operator, arguments and keywords."""
+        if rewrite is None:
+            return node.op, node.args, dict(node.kwargs)
+        args, kwargs = self.filled((rewrite.args, dict(rewrite.kwargs)))
+        return rewrite.op, args, kwargs
 
     def entries(self, leaf: Leaf) -> list[NDArray[np.bool_]]:
         """For each dimension of a leaf, which entries survive."""

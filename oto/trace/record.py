@@ -43,6 +43,7 @@ from oto.nn.calls import first_tensor, name_of, numbers_of, running
 from oto.nn.told import Told
 from oto.trace.found import Found, as_found, is_foreign, standing_in, state_of
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
+from oto.trace.shapes import result_of
 
 log = logging.getLogger(__name__)
 
@@ -492,7 +493,7 @@ class _Recorder(TorchDispatchMode):
         self.builder = builder
         self.found = found
         self.known = known
-        self.shapes_only = builder.how == "meta"
+        self.shapes_only = builder.how in ("meta", "fake")
         self.constants: dict[Value, Tensor] = {}
         self.script: Script | None = None
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
@@ -586,11 +587,10 @@ class _Recorder(TorchDispatchMode):
         self.found.look(sys._getframe(1))
         if self.builder.how == "real" and (whole or op._schema.is_mutable):
             self.found.spare((args, kwargs))
-        if self.shapes_only and op in _SHAPE_OF_FIRST:
-            # contiguous, because that can be viewed under every shape
-            plain = torch.contiguous_format
-            result = args[0] if op._schema.is_mutable else torch.empty_like(args[0], memory_format=plain)
-        else:
+        result = args[0] if self.shapes_only and op in _WRITES_FIRST else None
+        if result is None and self.shapes_only:
+            result = result_of(op, args, kwargs)
+        if result is None:
             result = op(*args, **kwargs)
         if self.script is not None:
             result = self.script.take(op, result)
@@ -654,14 +654,9 @@ class _Functions(TorchFunctionMode):
 
 aten = torch.ops.aten
 
-# Calls whose result has the shape and dtype of their first argument: where shapes are all that is computed, they need
-# not be made. They are most of the calls of a network.
-_SHAPE_OF_FIRST = {
-    aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.dropout.default,
-    aten.relu.default, aten.relu_.default, aten.gelu.default, aten.silu.default, aten.silu_.default,
-    aten.hardswish.default, aten.hardswish_.default, aten.hardsigmoid.default, aten.hardsigmoid_.default,
-    aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
-    aten.contiguous.default,
+# calls that write to their first argument and give it: where shapes are all that is computed, they need not be made
+_WRITES_FIRST = {
+    aten.relu_.default, aten.silu_.default, aten.hardswish_.default, aten.hardsigmoid_.default, aten.hardtanh_.default,
 }  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from oto import OTO, load_subnet, progress
 from oto.errors import ArtefactError, EmitterError, OptionError, UnknownParameterError, VerificationError
-from oto.slim import own_class, reference, verify, wide
+from oto.slim import reference, verify, wide
+from oto.slim.own_class import search
 from oto.slim.reference import Reference
 from oto.slim.verify import relative_error, run
 from oto.slim.wide import in_double
@@ -475,7 +476,7 @@ def test_the_search_of_a_class_says_how_far_it_is(monkeypatch):
             return self.down(torch.relu(self.norm(self.up(x))).view(-1, self.width))
 
     seen: list[str] = []
-    monkeypatch.setattr(own_class, "stage", seen.append)
+    monkeypatch.setattr(search, "stage", seen.append)
     OTO(Viewed(), X)
     assert seen and all(re.fullmatch(r"asking its class, call \d+ of \d+", text) for text in seen)
 

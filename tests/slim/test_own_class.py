@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oto import OTO, load_subnet
+from oto.errors import NotItsClassWarning
 from oto.nn import Told
-from oto.slim.own_class import _Search
+from oto.slim.attributes import Place
+from oto.slim.own_class import search, traced, workbench
+from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -475,13 +478,13 @@ class Cutting(nn.Module):
 
 
 def test_what_a_block_needs_is_asked_once_for_all_blocks(monkeypatch):
-    departure, asked = _Search.departure, []
+    divergence, asked = workbench.Workbench.divergence, []
 
     def counted(self, *args):
         asked[-1] += 1
-        return departure(self, *args)
+        return divergence(self, *args)
 
-    monkeypatch.setattr(_Search, "departure", counted)
+    monkeypatch.setattr(workbench.Workbench, "divergence", counted)
     for depth in (2, 6):
         asked.append(0)
         torch.manual_seed(0)
@@ -494,3 +497,206 @@ def test_what_a_block_needs_is_asked_once_for_all_blocks(monkeypatch):
         assert all(block.part.heads == len(block.part.gain) for block in subnet.model[1:-1])
         assert any(block.part.heads < 4 for block in subnet.model[1:-1])
     assert asked[0] == asked[1]
+
+
+# --- the counts that come ---------------------------------------------------------------------------------------------
+
+
+def zeroed(oto, counts):
+    """Of some groups so many atoms are left, of the others all."""
+    parameters = dict(oto.model.named_parameters())
+    with torch.no_grad():
+        for group in oto.node_groups:
+            for piece in group.zeros if group.name in counts else ():
+                gone = torch.arange(counts[group.name], group.size)
+                piece.of(parameters[piece.parameter]).index_fill_(0, gone, 0)
+
+
+class Attended(nn.Module):
+    """As in Llama: one number states how wide queries and keys are, and how wide values are; which may differ."""
+
+    def __init__(self, width=16, heads=4, head_dim=6):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v = (nn.Linear(width, heads * head_dim) for _ in range(3))
+        self.o = nn.Linear(heads * head_dim, width)
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = (z + torch.cat([-z[..., z.shape[-1] // 2 :], z[..., : z.shape[-1] // 2]], -1) for z in (q, k))
+        return self.o(((q @ k.transpose(-1, -2) * 0.4).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_any_one_group_alone_and_all_but_one_may_have_been_thinned():
+    x = torch.randn(2, 5, 5, dtype=torch.float64)
+    names = sizes(OTO(Blocks(Attended(), Attended()).double(), x))
+    assert len(names) >= 5
+    for alone in (True, False):
+        for one in names:
+            torch.manual_seed(0)
+            model = Blocks(Attended(), Attended()).double().eval()
+            oto = OTO(model, x)
+            zeroed(oto, {name: n // 2 for name, n in names.items() if (name == one) == alone})
+            subnet = oto.construct_subnet(emitter="module")
+            assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+            assert len(subnet.kept[one]) == (names[one] // 2 if alone else names[one])
+
+
+class Lucky(nn.Module):
+    """For one width in a hundred its code goes a way of its own, which states the size by an attribute."""
+
+    def __init__(self, width=100, special=37, states=True):
+        super().__init__()
+        self.widths, self.special, self.states = [6, width, 3], special, states
+        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        if h.shape[-1] == self.special:
+            h = h.unflatten(-1, (self.widths[1], 1)).flatten(-2) if self.states else torch.sort(h).values
+        return self.down(h)
+
+
+def test_the_class_is_asked_again_at_the_counts_that_come(caplog):
+    x = torch.randn(2, 6, dtype=torch.float64)
+    for left in (50, 37):
+        model = Lucky().double().eval()
+        oto = OTO(model, x)
+        assert sizes(oto) == {"up.weight": 100} and not oto._own.adaptation.sizes
+        zeroed(oto, {"up.weight": left})
+        subnet = oto.construct_subnet()
+        assert subnet.emitter == "module" and subnet.model.widths[1] == (37 if left == 37 else 100)
+        assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+
+
+def test_a_graph_in_place_of_the_class_warns_with_the_way_out(recwarn):
+    x = torch.randn(2, 6, dtype=torch.float64)
+    model = Lucky(states=False).double().eval()
+    oto = OTO(model, x)
+    zeroed(oto, {"up.weight": 37})
+    with pytest.warns(NotItsClassWarning, match=r"(?s)no Lucky: .*test_own_class.py:\d+.*to fix .*skip_patterns"):
+        subnet = oto.construct_subnet()
+    assert subnet.emitter == "graph" and relative_error(run(model, x), run(subnet.model, x)) <= EXACT
+    everything = OTO(Lucky(states=False).double().eval(), x, everything=True)
+    zeroed(everything, {"up.weight": 37})
+    recwarn.clear()
+    everything.construct_subnet()
+    assert not [w for w in recwarn if w.category is NotItsClassWarning]  # nothing was promised
+
+
+# --- classes that branch on sizes -------------------------------------------------------------------------------------
+
+
+class Grouped4(nn.Module):
+    """Keys and values are shared by queries: a kernel repeats them where all are equally wide, else the code does."""
+
+    def __init__(self, width=16, heads=4, shared=2, head_dim=6, wrong=False):
+        super().__init__()
+        self.heads, self.shared, self.times, self.wrong = heads, shared, heads // shared, wrong
+        self.q, self.o = nn.Linear(width, heads * head_dim), nn.Linear(heads * head_dim, width)
+        self.k, self.v = (nn.Linear(width, shared * head_dim) for _ in "kv")
+
+    def repeated(self, x):
+        b, h, t, d = x.shape
+        return x[:, :, None].expand(b, h, self.times, t, d).reshape(b, h * self.times, t, d)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, self.heads, -1).transpose(1, 2)
+        k, v = (layer(x).view(b, t, self.shared, -1).transpose(1, 2) for layer in (self.k, self.v))
+        if k.shape[-1] == v.shape[-1]:
+            y = F.scaled_dot_product_attention(q, k, v, scale=0.4, enable_gqa=True)
+        else:
+            k, v = self.repeated(k), self.repeated(v) * (2 if self.wrong else 1)
+            y = F.scaled_dot_product_attention(q, k, v, scale=0.4)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_a_branch_on_sizes_whose_sides_give_the_same_is_no_divergence():
+    model, x = Blocks(Grouped4(), Grouped4()).double().eval(), torch.randn(2, 5, 5, dtype=torch.float64)
+    oto = OTO(model, x)
+    assert not {g.tie for g in oto.node_groups if g.prunable} - {None}
+    zeroed(oto, {"blocks.0.q.weight/1": 2, "blocks.0.v.weight": 5, "blocks.1.v.weight": 3})
+    subnet = oto.construct_subnet(emitter="module")
+    widths = [(block.k.out_features, block.v.out_features) for block in subnet.model.blocks]
+    assert widths == [(4, 10), (12, 6)]
+    y = torch.randn(3, 4, 5, dtype=torch.float64)
+    assert relative_error(run(model, y), run(subnet.model, y)) <= EXACT
+
+
+def test_a_branch_on_sizes_whose_sides_differ_ties_the_widths():
+    x = torch.randn(2, 5, 5)
+    _, subnet, oto = slimmed(Blocks(Grouped4(wrong=True), Grouped4(wrong=True)), x, share=0.4)
+    tied = [g.name for g in oto.node_groups if g.prunable and g.tie is not None]
+    assert {"blocks.0.q.weight/1", "blocks.0.v.weight"} <= set(tied)
+    assert all(b.k.out_features == b.v.out_features < 12 for b in subnet.model.blocks)
+
+
+@pytest.mark.parametrize("how", ["size", "multi_dot", "einsum"])
+def test_an_order_of_products_that_is_chosen_by_size_is_no_divergence(how):
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 24), nn.Linear(20, 3)
+            self.u, self.v = nn.Parameter(torch.randn(24, 22) / 5), nn.Parameter(torch.randn(22, 20) / 5)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            if how == "multi_dot":
+                return self.b(torch.linalg.multi_dot([h, self.u, self.v]))
+            if how == "einsum":
+                return self.b(torch.einsum("bi,ir,ro->bo", h, self.u, self.v))
+            left = len(h) * (self.u.numel() + self.v.numel())
+            right = self.u.numel() * self.v.shape[1] + h.numel() * self.v.shape[1]
+            return self.b((h @ self.u) @ self.v if left < right else h @ (self.u @ self.v))
+
+    _, _, oto = slimmed(Chain(), torch.randn(16, 8), share=0.4)
+    assert sizes(oto) == {"a.weight": 24, "u": 22, "v": 20}
+
+
+# --- what is seen of the search ---------------------------------------------------------------------------------------
+
+
+def test_the_search_can_be_read():
+    oto = OTO(Blocks(Attention(), Attention()), torch.randn(2, 7, 5))
+    assert not oto.explain().search
+    told = OTO(Sorted(), torch.randn(2, 6)).explain(search=True)
+    (text,) = told.search
+    assert text in str(told) and f"{__file__}:" in text and "aten.tanh.default" not in text.splitlines()[0]
+    assert "saw      it called aten.tanh.default" in text and "settled  stays whole: into.weight" in text
+    assert "when     every group is thinner" in text
+
+
+def test_attributes_that_the_code_names_are_set_without_a_try(monkeypatch):
+    seen = []
+    repair = search.Search._repair
+    monkeypatch.setattr(search.Search, "_repair", lambda self, at: (seen.append(at), repair(self, at)))
+    oto = OTO(Blocks(Attention(), Attention()), torch.randn(2, 7, 5))
+    assert not seen and {p.key for p in oto._own.adaptation.sizes} == {("heads",), ("head_dim",)}
+
+
+def test_integers_remember_the_attributes_that_they_were_made_of():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.width, self.heads, self.sizes = 12, 4, [3, 9]
+
+    holder = Holder()
+    traced.trace_(holder, lambda module: False)
+    width, heads = Place("", ("width",)), Place("", ("heads",))
+    each = holder.width // holder.heads
+    assert (each, traced.places_of(each)) == (3, {width, heads}) and holder.width.direct and not each.direct
+    assert traced.places_of(24 * holder.heads) == {heads} == traced.places_of(-holder.heads)
+    assert traced.places_of(holder.sizes[1] - 1) == {Place("", ("sizes", 1))}
+    assert not traced.places_of(int(holder.width)) and not traced.places_of(holder.width / 2)
+    assert type(copy.deepcopy(holder).width) is traced.TracedInt and type(pickle.loads(pickle.dumps(each))) is int
+    assert torch.empty(2, 12).view(holder.heads, -1).shape == (4, 6)
+
+
+def test_an_adaptation_is_a_value():
+    one = Adaptation(ties=(("a", "b"),))
+    more = one.with_ties([("b", "c")]).with_minimum({"a": 2}).with_whole({"c": 7})
+    assert one == Adaptation(ties=(("a", "b"),)) and more.ties == (("a", "b", "c"),)
+    assert more.whole == {"a": 7, "b": 7, "c": 7} and more.minimum == {"a": 2}
+    assert more.with_whole({"a": 9}).whole["a"] == 7

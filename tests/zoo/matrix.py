@@ -33,6 +33,7 @@ from oto.slim.wide import double_input, in_double
 from oto.trace.found import as_found
 from oto.trace.record import arguments
 
+from .choices import outcomes
 from .models import lively, settled
 from .replay import replay
 from .unchanged import Seen, trains_alike
@@ -68,6 +69,9 @@ class Result:
             ``None`` if it was not built, and then the reason is given.
         asked: Seconds for finding out what the class can do.
         replay: For a model that neither can express, the error of the recorded calls run on thinner tensors.
+        choices, in_class: How many other counts were left (:mod:`.choices`), and for how many of them the slim model
+            was of the model's own class; ``lost`` says of which it was not, and why.
+        choice_error: The largest relative error of these.
         changed: What ``OTO`` or ``construct_subnet`` left otherwise than it was; nothing should.
         failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
     """
@@ -89,6 +93,10 @@ class Result:
     replay: float | None = None
     class_share: float = 0.0
     asked: float = 0.0
+    choices: int = 0
+    in_class: int = 0
+    lost: tuple[str, ...] = ()
+    choice_error: float = 0.0
     failure: str | None = None
     changed: str = ""
 
@@ -104,7 +112,7 @@ class Result:
     @property
     def error(self) -> float:
         """The largest; a replay in float64 stands for slim models of a narrower dtype."""
-        built = [self.replay] if self.replay is not None else [self.module, self.graph]
+        built = [self.replay] if self.replay is not None else [self.module, self.graph, self.choice_error]
         return max((e for e in built if e is not None), default=0.0)
 
     @property
@@ -122,24 +130,36 @@ class Result:
             f" {self.analysis:5.1f}/{self.seconds:5.1f} s  module {error(self.module, self.module_reason):6}"
             f" graph {error(self.graph, self.graph_reason):6} moves {self.sensitivity:.0e}"
             + (f" replay {self.replay:.0e}" if self.replay is not None else "")
-            + f" class {self.class_share:.0%} in {self.asked:.1f} s"
+            + f" class {self.class_share:.0%} in {self.asked:.1f} s, {self.in_class} of {self.choices} other counts"
         )
         more = [("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)), ("module", self.module_reason),
-                ("graph", self.graph_reason), ("CHANGED", self.changed), ("FAILED", self.failure)]  # fmt: skip
+                ("graph", self.graph_reason), ("counts", "; ".join(self.lost)), ("CHANGED", self.changed),
+                ("FAILED", self.failure)]  # fmt: skip
         return "\n".join([line, *(f"    {what}: {text}" for what, text in more if text)])
 
 
 def examine(
-    name: str, factory: Factory, *, share: float = 0.5, seed: int = 3, emitters: Iterable[str] = ("module", "graph")
+    name: str,
+    factory: Factory,
+    *,
+    kind: str = "",
+    share: float = 0.5,
+    seed: int = 3,
+    counts: bool = True,
+    emitters: Iterable[str] = ("module", "graph"),
 ) -> Result:
     """Trace, analyse, zero a random half, build the slim model and compare it; never raises.
+
+    Args:
+        kind: The zoo that the model is of.
+        counts: Leave other counts, too.
 
     A verification failure is told apart from an emitter that cannot express the model: the error is then the one found.
     """
     result = Result(name)
     begin = time.perf_counter()
     try:
-        _examine(result, factory, share, seed, tuple(emitters))
+        _examine(result, factory, kind if counts else None, share, seed, tuple(emitters))
     except Exception as failure:
         where = traceback.extract_tb(failure.__traceback__)[-1]
         text = " | ".join(str(failure).splitlines()[:4])
@@ -166,7 +186,9 @@ def prepared(factory: Factory) -> tuple[nn.Module, Any]:
             return model, inputs
 
 
-def _examine(result: Result, factory: Factory, share: float, seed: int, emitters: tuple[str, ...]) -> None:
+def _examine(
+    result: Result, factory: Factory, kind: str | None, share: float, seed: int, emitters: tuple[str, ...]
+) -> None:
     model, inputs = prepared(factory)
     result.parameters = sum(p.numel() for p in model.parameters())
     untouched, seen = copy.deepcopy(model), Seen(model)
@@ -189,6 +211,8 @@ def _examine(result: Result, factory: Factory, share: float, seed: int, emitters
     result.share = 1 - oto._cost({g.name: 0 for g in prunable}).params / dense
     result.unknown = _unknown(oto)
     bound = _of_its_class(result, model, inputs)
+    if bound is not None and kind is not None:
+        _other_counts(result, kind, bound, inputs)
     if "graph" in emitters or bound is None:
         oto.random_set_zero_groups(share, seed=seed)
     else:
@@ -250,6 +274,14 @@ def _of_its_class(result: Result, model: nn.Module, inputs: Any) -> OTO | None:
     return oto
 
 
+def _other_counts(result: Result, kind: str, bound: OTO, inputs: Any) -> None:
+    """What comes of other counts than half of everything."""
+    found = list(outcomes(f"{kind}-{result.name}", bound, inputs))
+    result.choices, result.in_class = len(found), sum(one.error is not None for one in found)
+    result.lost = tuple(f"{one.choice}: {one.reason}" for one in found if one.error is None)
+    result.choice_error = max((one.error for one in found if one.error is not None), default=0.0)
+
+
 def _unknown(oto: OTO) -> tuple[tuple[str, int], ...]:
     found = oto.partition.found
     nodes = {node.index: str(node.op) for node in found.unknown}
@@ -297,7 +329,7 @@ def main() -> None:
             print(f"{name}: {why(factories[name])}\n", flush=True)
         else:
             emitters = ("module",) if given.no_graph else ("module", "graph")
-            result = examine(name, factories[name], emitters=emitters)
+            result = examine(name, factories[name], kind=given.zoo, emitters=emitters)
             print(result, flush=True)
             if given.record:
                 from .test_exact import written

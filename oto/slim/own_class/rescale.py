@@ -7,7 +7,7 @@ epsilon ``ε·D/k``, is the one over D:
 
     x / √(Σx²/k + ε·D/k) · w·√(D/k)  =  x / √(Σx²/D + ε) · w
 
-whoever wrote it, and whether it multiplies by ``w`` or by ``1 + w``. A factor that no parameter undoes is not absorbed.
+whoever wrote it, and whether it multiplies by ``w`` or by ``1 + w``. A factor that no parameter undoes is not folded.
 """
 
 from __future__ import annotations
@@ -18,50 +18,17 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from oto._torch import tree_leaves
 from oto.axes.call import Size
 from oto.axes.terms import Term, resolve
 from oto.groups import Partition
-from oto.nn import functional as counted
-from oto.slim.attributes import Stated
-from oto.slim.plan import Thinning
+from oto.nn import functional as full_count
+from oto.slim.attributes import SizeAttribute
+from oto.slim.own_class.adaptation import Folded, Rescale
 from oto.trace.graph import Graph, Leaf, Node, Value
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What happens to a parameter: ``(p + offset) · ratio ** power - offset``.
-
-    Attributes:
-        name: The parameter.
-        term: The dimension that gets thinner; ``ratio`` says how many times.
-    """
-
-    name: str
-    term: Term
-    power: float
-    offset: float = 0.0
-
-    def of(self, tensor: Tensor, thin: Thinning) -> Tensor:
-        factor = Stated(self.term, 1.0).ratio(thin) ** self.power
-        return tensor if factor == 1 else ((tensor.double() + self.offset) * factor - self.offset).to(tensor.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Absorbed:
-    """What makes up for a count.
-
-    Attributes:
-        scales: Parameters that take it in.
-        scalars: Numbers among the arguments of calls that change, by the index of the call.
-    """
-
-    scales: tuple[Scale, ...]
-    scalars: Mapping[int, Stated]
 
 
 @dataclass(frozen=True)
@@ -80,8 +47,8 @@ class Uses:
         return cls({value: node for node in graph.nodes for value in node.outputs if value is not None}, readers)
 
 
-def absorbed(partition: Partition, index: int, uses: Uses) -> Absorbed | None:
-    """How parameters take in the count of a call; ``None`` if they do not."""
+def folded(partition: Partition, index: int, uses: Uses) -> Folded | None:
+    """How the count of a call is folded into parameters; ``None`` if that cannot be."""
     return _Following(partition, index, uses).result()
 
 
@@ -103,29 +70,13 @@ class _Following:
         self.partition, self.index, self.uses = partition, index, uses
         self.graph = partition.found.graph
         self.power: dict[Value, float] = {}
-        self.scales: list[Scale] = []
-        self.scalars: dict[int, Stated] = {}
+        self.scales: list[Rescale] = []
+        self.scalars: dict[int, SizeAttribute] = {}
         self.leaves = {leaf.value: leaf for leaf in self.graph.leaves}
         self.term: Term = ()
 
-    def result(self) -> Absorbed | None:
-        node = self.graph.nodes[self.index]
-        rewrite = self.partition.found.tape.rewrites[self.index]
-        if rewrite.op is counted.mean and "rest" not in rewrite.kwargs:
-            self.term = tuple(f for size in rewrite.kwargs["sizes"] for f in resolve(size.term))
-            self.power[_output(node)] = 1.0
-        elif rewrite.op is counted.rms_norm:
-            self.term = tuple(f for size in rewrite.args[1] for f in resolve(size.term))
-            eps = rewrite.kwargs.get("eps")
-            weight = rewrite.kwargs.get("weight")
-            if eps is None:  # then it is that of the dtype
-                return None
-            self.scalars[self.index] = Stated(self.term, eps, 1.0)
-            if weight is None:
-                self.power[_output(node)] = -0.5
-            elif not self.undo(weight, -0.5):
-                return None
-        else:
+    def result(self) -> Folded | None:
+        if not self.begin():
             return None
         ahead = [reader.index for value in self.power for reader in self.uses.readers.get(value, ())]
         done: set[int] = set()
@@ -143,7 +94,25 @@ class _Following:
                         heappush(ahead, reader.index)
         if any(self.power.get(value) for value in self.graph.outputs):
             return None
-        return Absorbed(tuple(self.scales), self.scalars) if self.scales else None
+        return Folded(tuple(self.scales), self.scalars) if self.scales else None
+
+    def begin(self) -> bool:
+        """The factor of what the call itself gives; whether it has one that can be followed."""
+        node = self.graph.nodes[self.index]
+        rewrite = self.partition.found.tape.rewrites[self.index]
+        if rewrite.op is full_count.mean and "rest" not in rewrite.kwargs:
+            self.term = tuple(f for size in rewrite.kwargs["sizes"] for f in resolve(size.term))
+            self.power[_output(node)] = 1.0
+            return True
+        eps = rewrite.kwargs.get("eps")
+        if rewrite.op is not full_count.rms_norm or eps is None:  # without one, it is that of the dtype
+            return False
+        self.term = tuple(f for size in rewrite.args[1] for f in resolve(size.term))
+        self.scalars[self.index] = SizeAttribute(self.term, eps, 1.0)
+        weight = rewrite.kwargs.get("weight")
+        if weight is None:
+            self.power[_output(node)] = -0.5
+        return weight is None or self.undo(weight, -0.5)
 
     def through(self, node: Node) -> bool:
         """Follow the factor through a call; whether that can be done."""
@@ -168,7 +137,7 @@ class _Following:
             if op is aten.pow and number is not None:
                 return powers[0] * number
             if op in _GROWS and isinstance(number, float) and not node.kwargs:
-                self.scalars[node.index] = Stated(self.term, number, powers[0])
+                self.scalars[node.index] = SizeAttribute(self.term, number, powers[0])
                 return powers[0]
         elif op in (aten.add, aten.sub) and powers[0] == powers[1] and not node.kwargs:
             return powers[0]
@@ -199,7 +168,7 @@ class _Following:
         leaf: Leaf = self.leaves[seen]
         if leaf.kind != "parameter" or len(self.readers(seen)) != 1:
             return False
-        self.scales.append(Scale(leaf.name, self.term, -power, offset))
+        self.scales.append(Rescale(leaf.name, self.term, -power, offset))
         return True
 
     def readers(self, value: Value) -> list[Node]:

@@ -1,0 +1,135 @@
+"""What a thinner model of the user's own class needs: one frozen value, which the search replaces and never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from oto.axes.terms import Term
+from oto.slim.attributes import Place, SizeAttribute
+from oto.slim.plan import Thinning
+
+Tie = tuple[str, ...]
+"""Names of groups that have to keep the same number of atoms."""
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """What happens to a parameter that takes a count in: ``(p + offset) · ratio ** power - offset``.
+
+    Attributes:
+        name: The parameter.
+        term: The dimension that gets thinner; ``ratio`` says how many times.
+    """
+
+    name: str
+    term: Term
+    power: float
+    offset: float = 0.0
+
+    def of(self, tensor: Tensor, thin: Thinning) -> Tensor:
+        factor = SizeAttribute(self.term, 1.0).ratio(thin) ** self.power
+        return tensor if factor == 1 else ((tensor.double() + self.offset) * factor - self.offset).to(tensor.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """How the count that a norm or a mean divides by is folded into what follows it.
+
+    Attributes:
+        scales: Parameters that take it in.
+        scalars: Numbers among the arguments of calls that change, by the index of the call.
+    """
+
+    scales: tuple[Rescale, ...]
+    scalars: Mapping[int, SizeAttribute]
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What a thinner model of the class needs.
+
+    Attributes:
+        sizes: Numbers that modules hold, and what they follow from.
+        folded: Norms and means whose count goes into weights, by the index of the call.
+        overrides: Calls that are to be made otherwise than the code states, by their index; for each, places of numbers
+            to state even where they stay what they were.
+        ties: Groups that keep the same number of atoms.
+        minimum: How many atoms groups keep in any case, for the class to run.
+        whole: Groups that stay whole, each with the index of the call that is the reason.
+    """
+
+    sizes: Mapping[Place, SizeAttribute] = field(default_factory=dict)
+    folded: Mapping[int, Folded] = field(default_factory=dict)
+    overrides: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    ties: tuple[Tie, ...] = ()
+    minimum: Mapping[str, int] = field(default_factory=dict)
+    whole: Mapping[str, int | None] = field(default_factory=dict)
+
+    def with_sizes(self, sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
+        return replace(self, sizes={**self.sizes, **sizes})
+
+    def with_folded(self, folded: Mapping[int, Folded], sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
+        return replace(self.with_sizes(sizes), folded={**self.folded, **folded})
+
+    def with_overrides(self, overrides: Mapping[int, tuple[int, ...]]) -> Adaptation:
+        return replace(self, overrides={**self.overrides, **overrides})
+
+    def with_ties(self, ties: Iterable[Tie]) -> Adaptation:
+        return replace(self, ties=merged([*self.ties, *ties]))
+
+    def with_minimum(self, minimum: Mapping[str, int]) -> Adaptation:
+        return replace(self, minimum={**self.minimum, **minimum})
+
+    def with_whole(self, new: Mapping[str, int | None]) -> Adaptation:
+        """Some more groups stay whole, and those that are tied to them."""
+        whole = dict(new) | dict(self.whole)
+        for tie in self.ties:
+            stays = next((name for name in tie if name in whole), None)
+            if stays is not None:
+                whole = {**dict.fromkeys(tie, whole[stays]), **whole}
+        return replace(self, whole=whole)
+
+    def tied_to(self, names: Iterable[str]) -> set[str]:
+        """Some groups, and what is tied to them."""
+        found = set(names)
+        for tie in self.ties:
+            if found & set(tie):
+                found |= set(tie)
+        return found
+
+    @property
+    def scales(self) -> dict[str, list[Rescale]]:
+        """By what each parameter is multiplied."""
+        found: dict[str, list[Rescale]] = {}
+        for one in self.folded.values():
+            for scale in one.scales:
+                found.setdefault(scale.name, []).append(scale)
+        return found
+
+    @property
+    def scalars(self) -> dict[int, SizeAttribute]:
+        """Numbers among the arguments of calls that a folded count changes."""
+        return {index: number for one in self.folded.values() for index, number in one.scalars.items()}
+
+    @property
+    def unfolded(self) -> Adaptation:
+        """The same with counts that are overridden where they were folded: no parameter is changed then."""
+        if not self.folded:
+            return self
+        numbers = list(self.scalars.values())
+        sizes = {place: size for place, size in self.sizes.items() if not any(size is one for one in numbers)}
+        overrides = dict.fromkeys(self.folded, ()) | dict(self.overrides)
+        return replace(self, folded={}, sizes=sizes, overrides=overrides)
+
+
+def merged(ties: Sequence[Tie]) -> tuple[Tie, ...]:
+    """Ties that share a group become one."""
+    found: list[Tie] = []
+    for tie in ties:
+        touching = [other for other in found if set(other) & set(tie)]
+        found = [other for other in found if other not in touching]
+        found.append(tuple(dict.fromkeys(name for other in (*touching, tie) for name in other)))
+    return tuple(sorted(found))

@@ -1,0 +1,98 @@
+"""Repeated blocks: what holds for a line of code in one of them is tried in all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from oto.trace.graph import Graph
+from oto.trace.record import FunctionCall
+
+
+def ancestors(path: str) -> list[str]:
+    """A module and all around it, from the inside outwards."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def moved(holder: str, home: str, other: str) -> str | None:
+    """The module that is to ``other`` what ``holder``, around ``home`` or beside it, is to that.
+
+    >>> [moved(holder, "layers.0.attn", "layers.3.attn") for holder in ("layers.0.attn.bias", "layers.0")]
+    ['layers.3.attn.bias', 'layers.3']
+    """
+    for around, there in zip(ancestors(home), ancestors(other), strict=False):
+        if holder == around or not around or holder.startswith(f"{around}."):
+            rest = holder[len(around) :].lstrip(".")
+            return ".".join(part for part in (there, rest) if part)
+    return None
+
+
+def family(name: str) -> str:
+    """A name without the numbers of blocks; that of a group keeps what follows the slash.
+
+    >>> family("layers.3.attn.weight/1")
+    'layers.*.attn.weight/1'
+    """
+    path, slash, which = name.partition("/")
+    return re.sub(r"\d+", "*", path) + slash + which
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The calls of a model, by the place that they have in a block.
+
+    Attributes:
+        modules: The modules of the full model, by their paths.
+        functions: The torch functions that it calls, which say in which run of a module a call is made.
+    """
+
+    graph: Graph
+    modules: Mapping[str, nn.Module]
+    functions: Sequence[FunctionCall]
+
+    def alike(self, index: int) -> list[int]:
+        """The calls that blocks of the same path but for a number make in the place of this one, itself included."""
+        keys, found = self._by_path
+        return found[keys[index]]
+
+    def same_line(self, index: int) -> list[int]:
+        """The calls of the same line in every module of the class, in each of its runs, itself included."""
+        keys, found = self._by_line
+        return found[keys[index]]
+
+    @cached_property
+    def _by_path(self) -> tuple[list[Hashable], dict[Hashable, list[int]]]:
+        seen: dict[str, int] = {}
+
+        def key(index: int) -> Hashable:
+            node = self.graph.nodes[index]
+            seen[node.module] = seen.get(node.module, -1) + 1
+            return re.sub(r"\d+", "*", node.module), seen[node.module], node.op
+
+        return self._gathered(key)
+
+    @cached_property
+    def _by_line(self) -> tuple[list[Hashable], dict[Hashable, list[int]]]:
+        runs = {index: call.within[-1] for call in self.functions for index in call.nodes if call.within}
+        seen: dict[Hashable, int] = {}
+
+        def key(index: int) -> Hashable:
+            node = self.graph.nodes[index]
+            line = type(self.modules.get(node.module)), node.source, node.op
+            within = (*line, runs.get(index, (node.module, 0)))
+            seen[within] = seen.get(within, -1) + 1
+            return *line, seen[within]
+
+        return self._gathered(key)
+
+    def _gathered(self, key: Callable[[int], Hashable]) -> tuple[list[Hashable], dict[Hashable, list[int]]]:
+        keys = [key(node.index) for node in self.graph.nodes]
+        found: dict[Hashable, list[int]] = {}
+        for index, own in enumerate(keys):
+            found.setdefault(own, []).append(index)
+        return keys, found

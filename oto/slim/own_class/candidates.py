@@ -1,0 +1,224 @@
+"""Attributes that may state what a call lacks, the likeliest first."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from torch import nn
+
+from oto.axes.terms import Term, resolve
+from oto.axes.terms import size as size_of
+from oto.slim.attributes import Place, SizeAttribute, changed, numbers
+from oto.slim.own_class.blocks import ancestors, moved
+from oto.slim.own_class.layers import stock
+from oto.slim.own_class.rescale import sizes_in
+from oto.slim.own_class.situation import Situation
+
+_NEAR = (0, 1, 2, 3, -1, -2)
+"""Calls before the one at fault, and after it, whose tensors are looked at: a wrong size may have left a call out."""
+_PER_SIZE = 3
+"""Attributes that are combined for each size of a call: more of the same value are other things by chance."""
+_SIZES = 3
+"""Sizes of a call whose attributes are combined: a view of heads states two, or three with the width."""
+_OF_A_KIND = 8
+"""Candidates of the less likely kinds; all of them together are tried in a few runs."""
+
+
+@dataclass(frozen=True)
+class StatedSize:
+    """The ``nth`` size among the arguments of a call, or some of its factors."""
+
+    nth: int
+    begin: int | None = None
+    end: int | None = None
+
+    def part(self, begin: int, end: int) -> StatedSize:
+        return StatedSize(self.nth, begin, end)
+
+
+@dataclass(frozen=True)
+class TensorDim:
+    """Of the call so many ``back``, its ``nth`` tensor: a dimension, or ``width`` of them side by side."""
+
+    back: int
+    nth: int
+    dim: int
+    width: int
+
+
+Label: TypeAlias = StatedSize | TensorDim
+"""Which size of a call is meant, so that it can be found at the same call of other blocks."""
+Choice: TypeAlias = tuple[Place, Label]
+
+
+def term_of(situation: Situation, index: int, label: Label) -> Term | None:
+    """The term that a label means at a call; ``None`` if that has none."""
+    if isinstance(label, StatedSize):
+        rewrite = situation.rewrite_of(index)
+        sizes = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
+        term = sizes[label.nth] if label.nth < len(sizes) else None
+        return resolve(term)[label.begin : label.end] if term is not None and label.end is not None else term
+    nodes = situation.bench.graph.nodes
+    if not 0 <= index - label.back < len(nodes):
+        return None
+    node = nodes[index - label.back]
+    values = [*node.inputs(), *(v for v in node.outputs if v is not None)]
+    operands = situation.bench.partition.found.operands
+    terms = operands[values[label.nth]].terms if label.nth < len(values) else ()
+    some = terms[label.dim : label.dim + label.width]
+    return tuple(f for t in some for f in t) if len(some) == label.width else None
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The attributes that may state what a call lacks."""
+
+    at: Situation
+
+    def named(self) -> Iterator[Sequence[Choice]]:
+        """The attributes of which the numbers of the call were made, where that is known, each with what it states."""
+        named = set().union(*self.at.bench.calls.stating(self.at.index).values()) - self.at.adaptation.sizes.keys()
+        if not named:
+            return
+        direct = [[c for c in self.places(*sized, True) if c[0] in named][:1] for sized in self.stated]
+        if any(direct):
+            yield [choice for option in direct for choice in option]
+        for sized in self.stated:
+            yield from (pair for pair in self._factors_of(*sized) if {place for place, _ in pair} <= named)
+            yield from ([choice] for choice in self.places(*sized, True, True) if choice[0] in named)
+        yield from ([choice] for sized in self._near for choice in self.places(*sized, True) if choice[0] in named)
+
+    def others(self) -> Iterator[tuple[Sequence[Choice], bool]]:
+        """Attributes of the right value to set together; and whether such that are set already."""
+        for chosen in (*self._combined(), *self._single(), *self._factors(), *self._parts()):
+            yield chosen, False
+        for chosen in self._anew():
+            yield chosen, True
+
+    # --- where, and of what size --------------------------------------------------------------------------------------
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The module that calls, and those whose code was running when something was raised."""
+        failure, near = self.at.divergence.failure, self.at.node.module
+        found = [near]
+        for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))) if failure is not None else ():
+            me = frame.f_locals.get("self")
+            if isinstance(me, nn.Module) and stock(me) is None:
+                alike = [path for path, module in self.at.bench.modules.items() if type(module) is type(me)]
+                found += sorted(alike, key=lambda path: -len(set(ancestors(path)) & set(ancestors(near))))[:1]
+        return list(dict.fromkeys(found))[:3]
+
+    @cached_property
+    def stated(self) -> list[tuple[Label, Term]]:
+        """The sizes that the call states and that get smaller."""
+        rewrite = self.at.rewrite
+        terms = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
+        return [(StatedSize(i), term) for i, term in enumerate(terms) if changed(term, self.at.thin)]
+
+    @cached_property
+    def dims(self) -> list[tuple[Label, Term]]:
+        """The sizes of tensors that calls near this one meet, and products of two that are side by side."""
+        found: list[tuple[Label, Term]] = []
+        nodes, operands = self.at.bench.graph.nodes, self.at.bench.partition.found.operands
+        for back in _NEAR:
+            if not 0 <= self.at.index - back < len(nodes):
+                continue
+            node = nodes[self.at.index - back]
+            for i, value in enumerate([*node.inputs(), *(v for v in node.outputs if v is not None)]):
+                terms = operands[value].terms
+                for width in (1, 2):
+                    for d in range(len(terms) - width + 1):
+                        found.append((TensorDim(back, i, d, width), tuple(f for t in terms[d : d + width] for f in t)))
+        return found
+
+    def places(self, label: Label, term: Term, far: bool, part: bool = False) -> list[Choice]:
+        """Numbers that are the size of a term, or a part of it by which it can be divided."""
+        size, now = size_of(term), self.at.thin.count(term)
+        found = [
+            (Place(holder, key), value)
+            for path in self.paths
+            for holder in (ancestors(path) if far else [path])
+            for key, value in numbers(self.at.bench.modules[holder])
+            if isinstance(value, int) and value > 1
+        ]
+        fits = [
+            place
+            for place, value in found
+            if (value < size and size % value == 0 and value * now % size == 0 if part else value == size)
+        ]
+        return [(place, label) for place in fits]
+
+    # --- kinds of candidates ------------------------------------------------------------------------------------------
+
+    @property
+    def _near(self) -> list[tuple[Label, Term]]:
+        return [(label, term) for label, term in self.dims if changed(term, self.at.thin)]
+
+    def _combined(self) -> Sequence[Sequence[Choice]]:
+        """An attribute of the module for each size that the call states, or for some of them."""
+        options = [[None, *self.places(label, term, False)][: 1 + _PER_SIZE] for label, term in self.stated[:_SIZES]]
+        combined = [[o for o in c if o is not None] for c in itertools.product(*options) if any(c)]
+        return sorted(combined, key=lambda chosen: -len(chosen))
+
+    def _single(self) -> Sequence[Sequence[Choice]]:
+        """One attribute of the module, or of one around it, for any size near."""
+        sizes = [*self.stated, *self._near]
+        return [[o] for far in (False, True) for sized in sizes for o in self.places(*sized, far)][:_OF_A_KIND]
+
+    def _factors(self) -> Sequence[Sequence[Choice]]:
+        """Pairs of numbers whose product is a size that the call states."""
+        return [c for label, term in self.stated[:_SIZES] for c in self._factors_of(label, term)][:_OF_A_KIND]
+
+    def _factors_of(self, label: Label, term: Term) -> Iterator[Sequence[Choice]]:
+        whole = resolve(term)
+        assert isinstance(label, StatedSize)
+        for at in range(1, len(whole)):
+            sides = [(label.part(a, b), whole[a:b]) for a, b in ((0, at), (at, len(whole)))]
+            gone = [side for side in sides if changed(side[1], self.at.thin)]
+            yield from itertools.product(*(self.places(*side, False)[:_PER_SIZE] for side in gone))
+
+    def _parts(self) -> Sequence[Sequence[Choice]]:
+        """Numbers that a size of the call is a multiple of."""
+        return [[o] for label, term in self.stated for o in self.places(label, term, False, True)][:_OF_A_KIND]
+
+    def _anew(self) -> Iterator[Sequence[Choice]]:
+        """What follows from a term that happened to get as thin, by another term of that size."""
+        sizes = self.at.adaptation.sizes
+        mine = sorted((place for place in sizes if place.module in self.paths), key=repr)
+        for label, term in self.dims:
+            for place in mine:
+                if size_of(term) == sizes[place].value and sizes[place].term != term:
+                    yield [(place, label)]
+
+    # --- in all blocks ------------------------------------------------------------------------------------------------
+
+    def everywhere(self, chosen: Sequence[Choice], siblings: Sequence[int], again: bool) -> dict[Place, SizeAttribute]:
+        """The same numbers of all repeated blocks; of those that are stated already, only if ``again``."""
+        made: dict[Place, SizeAttribute] = {}
+        index, home, modules = self.at.index, self.at.node.module, self.at.bench.modules
+        for place, label in chosen:
+            here, value = term_of(self.at, index, label), self.at.held(place.module)[place.key]
+            assert here is not None
+            made[place] = SizeAttribute(here, value)
+            for sibling in siblings:
+                there = moved(place.module, home, self.at.bench.graph.nodes[sibling].module)
+                term = term_of(self.at, sibling, label)
+                if sibling == index or there is None or there not in modules or term is None:
+                    continue
+                other = Place(there, place.key)
+                held = self.at.held(there).get(place.key)
+                alike = held is not None and held * size_of(here) == value * size_of(term)
+                if (
+                    held is not None
+                    and alike
+                    and other not in made
+                    and (again or other not in self.at.adaptation.sizes)
+                ):
+                    made[other] = SizeAttribute(term, held)
+        return made

@@ -1,0 +1,438 @@
+"""Two runs side by side: the calls of a thinner model of the same class, and what each of them should be.
+
+If every call of the slim model is the same call of the same tensors as in the full one, with the thinner shapes and
+sizes that the analysis says, the class computes what the rewritten graph computes. No number is looked at, but where
+the calls of the two part and meet again: there both parts are run on random numbers (``detours``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isclose, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oto._torch import tree_map_only
+from oto.axes.call import Rewrite
+from oto.axes.propagate import Propagation
+from oto.nn import functional as thinner
+from oto.nn.calls import numbers_of
+from oto.slim.module import Edits
+from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.blocks import ancestors
+from oto.slim.own_class.detours import Detour, agree
+from oto.slim.plan import Thinning
+from oto.trace.graph import Node, Value
+from oto.trace.record import FunctionCall
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first call in which a slim model of the class does something else than it should.
+
+    Attributes:
+        index: Of the call in the full model.
+        failure: What it raised.
+        right: How many of the sizes that the call states are right.
+        call: What was called instead, if the class got that far.
+    """
+
+    index: int
+    failure: Exception | None = None
+    right: int = 0
+    call: Node | None = None
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """By which two of them are compared: the greater, the further the class got."""
+        return self.index, self.right
+
+    def __str__(self) -> str:
+        if self.failure is not None:
+            said = str(self.failure).splitlines() or [""]
+            return f"it raised {type(self.failure).__name__}: {said[0]}"
+        return f"it called {self.call.name} as it should not" if self.call is not None else "it made no such call"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a model called.
+
+    Attributes:
+        calls: Operators, in their order.
+        failure: What was raised in the end.
+        literals: The functions that made a tensor of numbers, which are no calls of operators.
+    """
+
+    calls: Sequence[Node]
+    failure: Exception | None
+    literals: Sequence[FunctionCall]
+
+
+@dataclass(eq=False)
+class Full:
+    """The full model's side of every comparison.
+
+    Attributes:
+        literals: As in :class:`Run`.
+    """
+
+    found: Propagation
+    literals: Sequence[FunctionCall] = ()
+
+    def __post_init__(self) -> None:
+        self.nodes, self.dead = self.found.graph.nodes, self.found.graph.dead
+        self.inputs = [values_in(node) for node in self.nodes]
+        last = {value: node.index for node in self.nodes for value in self.inputs[node.index]}
+        self.last_read: dict[Value, int] = last | dict.fromkeys(self.found.graph.outputs, len(self.nodes))
+        self.leaves = {leaf.value for leaf in self.found.graph.leaves}
+        self._plain: dict[int, list[Any]] = {}
+
+    def plain(self, index: int) -> list[Any]:
+        """The arguments of a call but for tensors and places."""
+        if index not in self._plain:
+            self._plain[index] = _plain(self.nodes[index].args, self.nodes[index].kwargs)
+        return self._plain[index]
+
+
+class Comparison:
+    """The calls of a slim model of the class beside those of the full model.
+
+    Args:
+        own: What the class was given.
+        thin: What is left.
+        edits: What made the slim model.
+    """
+
+    def __init__(self, full: Full, slim: Run, own: Adaptation, thin: Thinning, edits: Edits) -> None:
+        self.full, self.slim, self.own, self.thin, self.edits = full, slim, own, thin, edits
+        self.nodes, self.calls = full.nodes, slim.calls
+        self.rewrites = full.found.tape.rewrites
+        self.scalars = own.scalars
+        self.stands: dict[Value, Value] = {}
+        self.itself: dict[Value, Value] = {}
+
+    def divergence(self) -> Divergence | None:
+        """The first call that is another one than the analysis says; ``None`` if there is none."""
+        called, literal = self._called(), self._literal()
+        return called if literal is None or (called is not None and called.index <= literal) else Divergence(literal)
+
+    def _literal(self) -> int | None:
+        """The first call after a tensor was made of other numbers; ``None`` if none was."""
+        for full, slim in zip(self.full.literals, self.slim.literals, strict=False):
+            if full.numbers != slim.numbers:
+                return min(full.nodes.start, len(self.nodes) - 1)
+        return None
+
+    def _called(self) -> Divergence | None:
+        """The first call that is another one."""
+        i = j = 0
+        while i < len(self.nodes):
+            after = self._laid_out(i, j)
+            if after is None and j >= len(self.calls):
+                return Divergence(i, self.slim.failure)
+            if after is None and (path := self._swapped(self.nodes[i].module)) is not None:
+                after = self._block(i, j, path)
+                if after is None:
+                    end = _leaving(self.calls, j, path)
+                    return Divergence(i, self.slim.failure if end == len(self.calls) else None)
+            if after is None:
+                right = self._right(i, self.calls[j])
+                after = (i + 1, j + 1) if right is None else self._otherwise(i, j)
+                if after is None:
+                    failure = self.slim.failure if j == len(self.calls) - 1 else None
+                    return Divergence(i, failure, right or 0, self.calls[j])
+            i, j = after
+        if self.slim.failure is not None or j < len(self.calls):
+            return Divergence(len(self.nodes) - 1, self.slim.failure)
+        return None
+
+    # --- calls that need not be matched -------------------------------------------------------------------------------
+
+    def _laid_out(self, i: int, j: int) -> tuple[int, int] | None:
+        """What lies in memory as it should already is not made so again: the calls after a copy that one side makes."""
+        laid = self.nodes[i].op is _LAID, j < len(self.calls) and self.calls[j].op is _LAID
+        if laid == (False, True):
+            self.itself[_output(self.calls[j])] = self._real(values_in(self.calls[j])[0])
+            return i, j + 1
+        if laid == (True, False) and (known_as := self.stands.get(self.full.inputs[i][0])) is not None:
+            self.stands[_output(self.nodes[i])] = known_as
+            return i + 1, j
+        return None
+
+    def _swapped(self, path: str) -> str | None:
+        """The module around a call that a module of ours has taken the place of."""
+        return next((p for p in ancestors(path) if p in self.edits.swaps), None) if self.edits.swaps else None
+
+    def _block(self, i: int, j: int, path: str) -> tuple[int, int] | None:
+        """The calls after a module of ours, if it gives what the one in whose place it is gave."""
+        after, other = _leaving(self.nodes, i, path), _leaving(self.calls, j, path)
+        pairs = self._given(i, after, j, other)
+        if pairs is None or not all(self._fits(old, new) for old, new in pairs):
+            return None
+        return after, other
+
+    def _given(self, i: int, after: int, j: int, other: int) -> list[tuple[Value, Value]] | None:
+        """What calls of the two models make that later ones read; ``None`` if it is not equally much."""
+        theirs = _made(self.nodes, i, after, self.full.last_read)
+        ours = _made(self.calls, j, other, self.read_last)
+        if len(ours) < len(theirs) and j < other:  # an output of the model, or the calls end here
+            last = [value for value in self.calls[other - 1].outputs if value is not None]
+            ours += [value for value in last if value not in ours][: len(theirs) - len(ours)]
+        return list(zip(theirs, ours, strict=True)) if len(theirs) == len(ours) else None
+
+    @cached_property
+    def read_last(self) -> dict[Value, int]:
+        """For each tensor of the slim model, the last call that reads it."""
+        return {value: place for place, node in enumerate(self.calls) for value in values_in(node)}
+
+    def _otherwise(self, i: int, j: int) -> tuple[int, int] | None:
+        """The calls after some that the slim model may leave out, or make otherwise."""
+        for value in self.nodes[i].outputs:  # of the call that it did not make
+            if value is not None:
+                self.stands.pop(value, None)
+        if i in self.full.dead:
+            return i + 1, j
+        return self._idle(i, j) or self._detour(i, j)
+
+    def _detour(self, i: int, j: int) -> tuple[int, int] | None:
+        """The calls after some that are made otherwise and give the same: a class may branch on sizes."""
+        for steps in range(1, _DETOUR):
+            for back in range(steps + 1):
+                after, other = i + back, j + steps - back
+                if after > len(self.nodes) or other > len(self.calls) or not self._meet(after, other):
+                    continue
+                pairs = self._given(i, after, j, other)
+                if pairs and all(self._fits(old, new, True) for old, new in pairs):
+                    self._meet_leaves(self.nodes[i:after], self.calls[j:other])
+                    detour = Detour(self.nodes[i:after], self.calls[j:other], pairs, self.stands, self.itself)
+                    if agree(detour, self.thin, self.rewrites):
+                        for old, new in pairs:
+                            self.stands[old] = self._real(new)
+                        return after, other
+        return None
+
+    def _meet_leaves(self, full: Sequence[Node], slim: Sequence[Node]) -> None:
+        """Let tensors of the model that are read for the first time stand for each other: both count them first."""
+        read = {value.index: value for node in slim for value in values_in(node)}
+        for value in {value for node in full for value in values_in(node)} & self.full.leaves:
+            if value not in self.stands and value.index in read:
+                self._fits(value, read[value.index])
+
+    def _meet(self, i: int, j: int) -> bool:
+        """Whether both models call the same operator in the same module next."""
+        if i == len(self.nodes) or j == len(self.calls):
+            return i == len(self.nodes) and j == len(self.calls) and self.slim.failure is None
+        return self.nodes[i].op is self.calls[j].op and self.nodes[i].module == self.calls[j].module
+
+    def _idle(self, start: int, j: int) -> tuple[int, int] | None:
+        """The call after some that only lay a tensor out, and in the end as it was; a class may leave them out.
+
+        So repeating each head once, which most say with an ``if``.
+        """
+        given = self.full.inputs[start]
+        if len(given) != 1 or given[0] not in self.stands:
+            return None
+        shape = self.stands[given[0]].shape
+        before = torch.arange(prod(shape)).view(shape)
+        laid: dict[Value, Tensor] = {given[0]: before}
+        for node in self.nodes[start : start + _IDLE]:
+            if getattr(node.op, "overloadpacket", None) not in _LAYS or not laid.keys() >= set(values_in(node)):
+                return None
+            rewrite = self.rewrites.get(node.index)
+            op, args, kwargs = self.thin.call(node, rewrite)
+            args, kwargs = tree_map_only(Value, laid.__getitem__, (args, kwargs))
+            try:
+                after = op(*args, **kwargs)
+            except RuntimeError:
+                return None
+            made = _output(node)
+            if torch.equal(after, before) and all(self.full.last_read.get(v, -1) <= node.index for v in [*laid][1:]):
+                self.stands[made] = self.stands[given[0]]
+                return node.index + 1, j
+            laid[made] = after
+        return None
+
+    # --- calls that are to be the same --------------------------------------------------------------------------------
+
+    def _real(self, value: Value) -> Value:
+        return self.itself.get(value, value)
+
+    def _fits(self, old: Value, new: Value, ask: bool = False) -> bool:
+        """Whether a tensor has the thinner shape; from then on it stands for the full one, unless one only asks."""
+        terms = self.full.found.operands[old].terms
+        if tuple(map(self.thin.count, terms)) != new.shape or old.dtype != new.dtype:
+            return False
+        held = self.stands.get(old) if ask else self.stands.setdefault(old, self._real(new))
+        return held is None or held is self._real(new)
+
+    def _right(self, i: int, slim: Node) -> int | None:
+        """``None`` if a call is what it should be; else how many of its sizes are."""
+        full, rewrite = self.nodes[i], self.rewrites.get(i)
+        if i in self.full.dead:  # it has to run, and no more
+            return None if full.op is slim.op else 0
+        overridden = i in self.own.overrides
+        alike = full.module == slim.module and len(full.outputs) == len(slim.outputs)
+        if not alike or (full.op is not slim.op and not overridden):
+            return 0
+        pairs = zip(self.full.inputs[i], values_in(slim), strict=False)
+        if not all(self._fits(old, new) for old, new in pairs):
+            return 0
+        made = [*zip(full.outputs, slim.outputs, strict=True)]
+        made += [(a[1], b[1]) for a, b in zip(full.written, slim.written, strict=False)]
+        for old, new in made:
+            if (old is None) != (new is None):
+                return 0
+            if old is not None and new is not None and not self._fits(old, new):
+                return self._sizes_right(rewrite, full, slim)
+        changes = rewrite is not None and self.thin.changes(rewrite)
+        if overridden and rewrite is not None and changes and rewrite.op is not full.op:
+            return None  # a piece, whose size is in its shape, or a count
+        if i in self.scalars:
+            wanted = self.scalars[i]
+            return None if self._equal(i, slim, wanted.ratio(self.thin) ** wanted.power) else 0
+        if rewrite is None or i in self.own.folded or not changes:
+            return None if self._equal(i, slim) else 0
+        return self._rewritten(rewrite, full, slim)
+
+    def _rewritten(self, rewrite: Rewrite, full: Node, slim: Node) -> int | None:
+        """:meth:`_right` for a call some of whose sizes change."""
+        if rewrite.op is full.op:
+            asked = self.thin.filled(rewrite.args), self.thin.filled(dict(rewrite.kwargs))
+            wanted = _plain(_with_defaults(full.op, asked[0]), asked[1])
+            given = _plain(_with_defaults(full.op, slim.args), slim.kwargs)
+            return None if _agree(wanted, given) else self._sizes_right(rewrite, full, slim)
+        if rewrite.op in _BY_SHAPE:
+            return None
+        if rewrite.op is aten.narrow.default:  # of a slice, whose length is in the shape
+            begin = self.thin.filled(rewrite.args[2])
+            begins = slim.args[2] if len(slim.args) > 2 and slim.args[2] is not None else 0
+            length = values_in(slim)[0].shape[rewrite.args[1]]
+            return None if min(max(begins + (length if begins < 0 else 0), 0), length) == begin else 0
+        if rewrite.op is thinner.group_norm:  # of fewer groups, each as wide as before
+            groups, width = self.thin.filled((rewrite.args[1], rewrite.kwargs["width"]))
+            return None if (slim.args[1], width) == (groups, rewrite.kwargs["full"]) else 0
+        return 0
+
+    def _sizes_right(self, rewrite: Rewrite | None, full: Node, slim: Node) -> int:
+        """How many of the sizes that a call states are right."""
+        if rewrite is None or rewrite.op not in (full.op, *_BY_SHAPE):
+            return 0
+        asked = _plain(self.thin.filled(rewrite.args), self.thin.filled(dict(rewrite.kwargs)))
+        given = _plain(slim.args, slim.kwargs)
+        pairs = zip(filter(_is_int, asked), filter(_is_int, given), strict=False)
+        return sum(a == b for a, b in pairs)
+
+    def _equal(self, i: int, slim: Node, factor: float | None = None) -> bool:
+        """Whether two calls have the same arguments; of one, a number may have grown by a factor."""
+        a, b = self.full.plain(i), _plain(slim.args, slim.kwargs)
+        if len(a) != len(b):
+            return False
+        if factor is None:
+            return all(type(x) is type(y) and (x == y or x != x) for x, y in zip(a, b, strict=True))
+        return all(
+            isclose(x * factor, y, rel_tol=1e-6) if isinstance(x, float) and isinstance(y, float) and x != y else x == y
+            for x, y in zip(a, b, strict=True)
+        )
+
+
+def values_in(node: Node) -> list[Value]:
+    """The tensors that a call is given."""
+    found: list[Value] = []
+    _gather(node.args, found, True)
+    _gather(node.kwargs, found, True)
+    return found
+
+
+def _gather(x: Any, found: list[Any], values: bool) -> None:
+    """The leaves of arguments, tensors or all others; plain recursion takes a tenth of the time of a pytree."""
+    if isinstance(x, Value):
+        if values:
+            found.append(x)
+    elif isinstance(x, (list, tuple)):
+        for item in x:
+            _gather(item, found, values)
+    elif isinstance(x, Mapping):
+        for item in x.values():
+            _gather(item, found, values)
+    elif not values:
+        found.append(x)
+
+
+def _plain(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+    """What stands in arguments but for tensors and places; what a branch or a loop runs is a function, and no size."""
+    found: list[Any] = []
+    _gather(args, found, False)
+    _gather(kwargs, found, False)
+    return [x for x in found if not isinstance(x, _ELSEWHERE) and not callable(x)]
+
+
+def _made(nodes: Sequence[Node], start: int, end: int, last_read: Mapping[Value, int]) -> list[Value]:
+    """What some calls make that later ones read."""
+    made = [value for node in nodes[start:end] for value in node.outputs if value is not None]
+    return [value for value in made if last_read.get(value, -1) >= end]
+
+
+def _leaving(nodes: Sequence[Node], start: int, path: str) -> int:
+    """The first call after some that a module and what is in it make."""
+    end = start
+    while end < len(nodes) and f"{nodes[end].module}.".startswith(f"{path}." if path else ""):
+        end += 1
+    return end
+
+
+def _output(node: Node) -> Value:
+    (value,) = (v for v in node.outputs if v is not None)
+    return value
+
+
+def _with_defaults(op: Any, args: Sequence[Any]) -> list[Any]:
+    """The arguments of a call, and the defaults of those that it leaves out at the end; it may, by what they are."""
+    schema = getattr(op, "_schema", None)
+    left = [] if schema is None else [x for x in schema.arguments[len(args) :] if not x.kwarg_only]
+    return [*args, *(x.default_value for x in itertools.takewhile(lambda x: x.has_default_value(), left))]
+
+
+def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Whether arguments are those that were asked for; -1 is what a shape leaves open."""
+    return len(asked) == len(given) and all(
+        (type(b) is type(a) and (a == b or a != a)) or (_is_int(b) and b == -1)
+        for a, b in zip(asked, given, strict=True)
+    )
+
+
+def differing(full: Node, slim: Node) -> tuple[int, ...]:
+    """The places of numbers that two calls of one operator do not share."""
+    a, b = (
+        numbers_of(tree_map_only(Value, lambda _: None, (node.args, dict(node.kwargs)))) for node in (full, slim)
+    )  # fmt: skip
+    return tuple(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y) if len(a) == len(b) else ()
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+_LAID = aten.contiguous.default
+_ELSEWHERE = (torch.device, torch.layout, torch.Generator)
+
+_IDLE = 6
+"""How many calls in a row are looked at for coming to nothing: repeating heads takes four."""
+_DETOUR = 16
+"""How many calls both sides of a branch on sizes may have together: repeating keys and values takes nine."""
+
+# calls that give the entries that they are given, in other shapes or more than once
+_LAYS = {
+    aten.alias, aten.clone, aten.expand, aten.permute, aten.repeat, aten.reshape, aten.select, aten.slice, aten.squeeze,
+    aten.transpose, aten.unsqueeze, aten.view,
+}  # fmt: skip
+
+# calls whose meaning is in the shapes of what they give
+_BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, thinner.view_as_complex}

@@ -1,0 +1,307 @@
+"""The layers of ``torch.nn``: what changes in one of them when its tensors get thinner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from oto.axes.call import Rewrite, Size
+from oto.errors import EmitterError
+from oto.nn import functional as full_count
+from oto.nn import modules as thinner
+from oto.slim.module import Edits
+from oto.slim.own_class.result import OwnClass
+from oto.slim.plan import Thinning
+from oto.trace.graph import Graph, Leaf, Node
+
+
+class DeclinedError(EmitterError):
+    """The thinner form of a layer cannot express what is left; ``path`` is the layer's."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """The layers of ``torch.nn`` in a model, and the calls that each of them makes.
+
+    Attributes:
+        found: For each path, the layer, its class in ``STOCK``, and its calls.
+        leaves: The tensors of the model by their names.
+    """
+
+    found: Mapping[str, tuple[nn.Module, type[Any], list[Node]]]
+    leaves: Mapping[str, Leaf]
+
+    @classmethod
+    def of(cls, model: nn.Module, graph: Graph) -> Layers:
+        calls: dict[str, list[Node]] = {}
+        for node in graph.calls:
+            calls.setdefault(node.module, []).append(node)
+        named = ((path, module, stock(module)) for path, module in model.named_modules(remove_duplicate=False))
+        found = {path: (module, kind, calls.get(path, [])) for path, module, kind in named if kind is not None}
+        return cls(found, {name: leaf for leaf in graph.leaves for name in leaf.names})
+
+    def edits(self, thin: Thinning) -> Edits:
+        """What changes in the layers.
+
+        Raises:
+            DeclinedError: A layer has no form for what is left.
+        """
+        edits = Edits()
+        for path, (module, kind, calls) in self.found.items():
+            try:
+                STOCK[kind](_Layer(path, module, self.leaves, thin, calls), edits)
+            except EmitterError as failure:
+                declined = DeclinedError(str(failure))
+                declined.path = path
+                raise declined from failure
+        return edits
+
+    def is_norm(self, path: str) -> bool:
+        """Whether a module is a norm of torch, which has a thinner form that divides by the full count."""
+        return path in self.found and self.found[path][1] in NORMS
+
+
+def edits_of(layers: Layers, thin: Thinning, own: OwnClass | None = None, sizes_only: bool = False) -> Edits:
+    """What changes in layers of ``torch.nn``, and in what modules of the user's own state.
+
+    Args:
+        own: What the class needs, where it was asked.
+        sizes_only: Leave counts out of the overrides, so that modules make the calls that they made.
+
+    Raises:
+        DeclinedError: A layer of ``torch.nn`` has no form for what is left.
+        EmitterError: A number that the class states would be a fraction.
+    """
+    edits = layers.edits(thin)
+    if own is not None:
+        for place, size in own.adaptation.sizes.items():
+            edits.stated.setdefault(place.module, []).append([list(place.key), size.now(thin)])
+        edits.told.update(own.calls.overrides(own.adaptation, thin, sizes_only))
+    return edits
+
+
+def plan_edits(model: nn.Module, thin: Thinning, own: OwnClass | None = None) -> Edits:
+    """What to change in a model, so that its class computes what the thinner graph does.
+
+    Args:
+        own: What the class needs, where it was asked.
+
+    Raises:
+        EmitterError: A size changes where only the user's own code could say so.
+    """
+    graph = thin.found.graph
+    layers = Layers.of(model, graph)
+    edits = edits_of(layers, thin, own)
+    known = set() if own is None else own.adaptation.folded.keys() | own.adaptation.overrides.keys()
+    for index, text in thin.found.tape.counted.items():
+        if index >= len(graph.nodes):  # a head for training only: it is run to see
+            continue
+        node = graph.nodes[index]
+        if not layers.is_norm(node.module) and index not in known and thin.changes(thin.found.tape.rewrites[index]):
+            raise EmitterError(
+                f"{text}, in the forward of {node.module or type(model).__name__} itself ({node.source})\n"
+                "  effect  the original class would divide by the smaller number"
+            )
+    return edits
+
+
+def stock(module: nn.Module | None) -> type[Any] | None:
+    """The class of torch's own as which a module is adapted; ``None`` if it is none, or has a forward of its own."""
+    kind: type[Any] | None = next((base for base in type(module).__mro__ if base in STOCK), None)
+    return kind if kind is not None and kind.forward is getattr(type(module), "forward", None) else None
+
+
+@dataclass
+class _Layer:
+    """One module, and what the analysis knows of it."""
+
+    path: str
+    module: Any
+    leaves: Mapping[str, Leaf]
+    thin: Thinning
+    calls: list[Node]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        leaf = self.leaves.get(f"{self.path}.{name}" if self.path else name)
+        return None if leaf is None else self.thin.shape(leaf)
+
+    def entries(self, name: str) -> list[np.ndarray[Any, np.dtype[np.bool_]]]:
+        return self.thin.entries(self.leaves[f"{self.path}.{name}" if self.path else name])
+
+    def rewrite(self, *ops: Callable[..., Any]) -> Rewrite | None:
+        """How the module's own call is to be made now, if it names sizes."""
+        for node in self.calls:
+            found = self.thin.found.tape.rewrites.get(node.index)
+            if found is not None and (not ops or found.op in ops):
+                return found
+        return None
+
+    def set(self, edits: Edits, **values: Any) -> None:
+        changed = {name: value for name, value in values.items() if getattr(self.module, name) != value}
+        if changed:
+            edits.attributes[self.path] = changed
+
+    def swap(self, edits: Edits, kind: str, **arguments: Any) -> None:
+        edits.swaps[self.path] = {"class": kind, "arguments": arguments}
+
+
+def _linear(layer: _Layer, edits: Edits) -> None:
+    out_features, in_features = layer.shape("weight") or (layer.module.out_features, layer.module.in_features)
+    layer.set(edits, in_features=in_features, out_features=out_features)
+
+
+def _conv(layer: _Layer, edits: Edits) -> None:
+    module = layer.module
+    shape = layer.shape("weight")
+    if shape is None:
+        return
+    groups = module.groups
+    rewrite = layer.rewrite()
+    if groups > 1 and rewrite is not None:
+        groups = layer.thin.size(next(x for x in (*rewrite.args, *rewrite.kwargs.values()) if isinstance(x, Size)))
+    first, second = (shape[0], shape[1] * groups)
+    into, out = (first, second) if module.transposed else (second, first)
+    layer.set(edits, in_channels=into, out_channels=out, groups=groups)
+
+
+def _channels(layer: _Layer, edits: Edits) -> None:
+    shape = layer.shape("weight") or layer.shape("running_mean")
+    if shape is not None:
+        layer.set(edits, num_features=shape[0])
+
+
+def _embedding(layer: _Layer, edits: Edits) -> None:
+    shape = layer.shape("weight")
+    if shape is not None:
+        layer.set(edits, num_embeddings=shape[0], embedding_dim=shape[1])
+
+
+def _prelu(layer: _Layer, edits: Edits) -> None:
+    shape = layer.shape("weight")
+    if shape is not None:
+        layer.set(edits, num_parameters=shape[0])
+
+
+def _layer_norm(layer: _Layer, edits: Edits) -> None:
+    module = layer.module
+    rewrite = layer.rewrite(full_count.layer_norm, full_count.rms_norm)
+    if rewrite is None or not layer.thin.changes(rewrite):
+        return
+    full = list(getattr(module, "full", rewrite.kwargs["full"]))  # a thinner norm goes on counting what it counted
+    arguments = {"normalized_shape": layer.thin.filled(rewrite.args[1]), "full": full,
+                 "eps": module.eps, "weight": module.weight is not None}  # fmt: skip
+    if isinstance(module, nn.LayerNorm | thinner.LayerNorm):
+        layer.swap(edits, "LayerNorm", **arguments, bias=module.bias is not None)
+    else:
+        layer.swap(edits, "RMSNorm", **arguments)
+
+
+def _group_norm(layer: _Layer, edits: Edits) -> None:
+    module = layer.module
+    rewrite = layer.rewrite(full_count.group_norm)
+    if rewrite is None or not layer.thin.changes(rewrite):
+        return
+    groups, width = layer.thin.size(rewrite.args[1]), layer.thin.size(rewrite.kwargs["width"])
+    full = getattr(module, "full", rewrite.kwargs["full"])
+    if width == full:
+        layer.set(edits, num_groups=groups, num_channels=groups * width)
+    else:
+        layer.swap(edits, "GroupNorm", num_groups=groups, width=width, full=full, eps=module.eps,
+                  affine=module.weight is not None)  # fmt: skip
+
+
+def _recurrent(layer: _Layer, edits: Edits) -> None:
+    into, again = layer.shape("weight_ih_l0"), layer.shape("weight_hh_l0")
+    if into is not None and again is not None:
+        module = layer.module
+        gates = module.weight_ih_l0.shape[0] // module.hidden_size
+        layer.set(
+            edits, input_size=into[1], hidden_size=into[0] // gates, proj_size=again[1] if module.proj_size else 0
+        )  # fmt: skip
+
+
+def _cell(layer: _Layer, edits: Edits) -> None:
+    into, again = layer.shape("weight_ih"), layer.shape("weight_hh")
+    if into is not None and again is not None:
+        layer.set(edits, input_size=into[1], hidden_size=again[1])
+
+
+def _attention(layer: _Layer, edits: Edits) -> None:
+    module = layer.module
+    packed = module.in_proj_weight is not None
+    names = ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    touched = [*names, "out_proj.weight"]
+    if all(mask.all() for name in touched for mask in layer.entries(name)):
+        return
+    if module.bias_k is not None or module.add_zero_attn:
+        raise EmitterError(f"{layer.path} uses bias_kv or add_zero_attn, which its thinner form does not")
+    heads, width = module.num_heads, module.head_dim
+    v_width = getattr(module, "v_head_dim", width)  # of one that is thin already
+    shapes = [(heads, width), (heads, width), (heads, v_width)]
+    if packed:
+        rows = np.split(layer.entries("in_proj_weight")[0], np.cumsum([h * d for h, d in shapes])[:2])
+        inner = [layer.entries("in_proj_weight")[1]] * 3
+    else:
+        rows, inner = ([layer.entries(name)[i] for name in names] for i in range(2))
+    parts = [own.reshape(shape) for own, shape in zip(rows, shapes, strict=True)]
+    kept = [part.any(1) for part in parts]
+    widths = [part.any(0) for part in parts]
+    whole = all(
+        np.array_equal(part, np.logical_and.outer(h, w)) and np.array_equal(h, kept[0])
+        for part, h, w in zip(parts, kept, widths, strict=True)
+    )
+    if not whole or not np.array_equal(widths[0], widths[1]):
+        raise EmitterError(f"the heads of {layer.path} would differ in width, which its thinner form cannot express")
+    there = np.array(getattr(module, "heads", range(heads)))
+    layer.swap(
+        edits, "MultiheadAttention", embed_dim=int(inner[0].sum()), kdim=int(inner[1].sum()), vdim=int(inner[2].sum()),
+        out_dim=int(layer.entries("out_proj.weight")[0].sum()), num_heads=int(kept[0].sum()),
+        head_dim=int(widths[0].sum()), v_head_dim=int(widths[2].sum()), scale=getattr(module, "scale", width**-0.5),
+        heads=there[kept[0]].tolist(), full_heads=getattr(module, "full_heads", heads), packed=packed,
+        bias=module.in_proj_bias is not None, out_bias=module.out_proj.bias is not None, dropout=module.dropout,
+        batch_first=module.batch_first,
+    )  # fmt: skip
+    out = layer.shape("out_proj.weight")
+    assert out is not None and out[1] == int(kept[0].sum()) * int(widths[2].sum())
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, thinner.LayerNorm, thinner.RMSNorm, thinner.GroupNorm)
+
+STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
+    nn.ConvTranspose1d: _conv,
+    nn.ConvTranspose2d: _conv,
+    nn.ConvTranspose3d: _conv,
+    nn.BatchNorm1d: _channels,
+    nn.BatchNorm2d: _channels,
+    nn.BatchNorm3d: _channels,
+    nn.SyncBatchNorm: _channels,
+    nn.InstanceNorm1d: _channels,
+    nn.InstanceNorm2d: _channels,
+    nn.InstanceNorm3d: _channels,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
+    nn.PReLU: _prelu,
+    nn.MultiheadAttention: _attention,
+    nn.LSTM: _recurrent,
+    nn.GRU: _recurrent,
+    nn.RNN: _recurrent,
+    nn.LSTMCell: _cell,
+    nn.GRUCell: _cell,
+    nn.RNNCell: _cell,
+    thinner.LayerNorm: _layer_norm,
+    thinner.RMSNorm: _layer_norm,
+    thinner.GroupNorm: _group_norm,
+    thinner.MultiheadAttention: _attention,
+}

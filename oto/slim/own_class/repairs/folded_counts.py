@@ -1,0 +1,45 @@
+"""A count that a norm or a mean divides by: weights and small constants that follow take it in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from oto.slim.attributes import Place, SizeAttribute
+from oto.slim.own_class.adaptation import Folded
+from oto.slim.own_class.blocks import ancestors
+from oto.slim.own_class.rescale import folded
+from oto.slim.own_class.situation import Proposal, Situation
+
+
+def proposals(at: Situation) -> Iterator[Proposal]:
+    """The weights that follow take the count in."""
+    for siblings in at.spreads:
+        found: dict[int, Folded] = {}
+        for index in siblings:
+            if at.changes(index) and index in at.bench.partition.found.tape.counted:
+                one = folded(at.bench.partition, index, at.bench.uses) if index not in at.adaptation.folded else None
+                if one is not None:
+                    found[index] = one
+        sizes = _constants(at, found)
+        if at.index in found and sizes is not None:
+            names = sorted(scale.name for one in found.values() for scale in one.scales)
+            more = f", and {len(names) - 1} others" if len(names) > 1 else ""
+            reason = f"{names[0]} takes in the count of what is gone{more}"
+            yield Proposal(at.adaptation.with_folded(found, sizes), reason, must_pass=True)
+
+
+def _constants(at: Situation, found: dict[int, Folded]) -> dict[Place, SizeAttribute] | None:
+    """The attributes that hold small constants which grow with the count; ``None`` if one stands in the code."""
+    made: dict[Place, SizeAttribute] = {}
+    for one in found.values():
+        for index, wanted in one.scalars.items():
+            places = [
+                Place(path, key)
+                for path in ancestors(at.bench.graph.nodes[index].module)
+                for key, value in at.held(path).items()
+                if isinstance(value, float) and value == wanted.value
+            ]
+            if not places:
+                return None
+            made[places[0]] = wanted
+    return made

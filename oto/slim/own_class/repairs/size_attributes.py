@@ -1,0 +1,53 @@
+"""A size that an attribute states: attributes of that value, in the module or around it, are set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from oto.slim.attributes import Place, SizeAttribute
+from oto.slim.own_class.candidates import Candidates
+from oto.slim.own_class.situation import Proposal, Situation
+
+_TRIES = 16
+"""Candidates for one call. What a call states comes from the first few; the others are numbers of the same value."""
+
+Key: TypeAlias = tuple[tuple[Place, int | float], ...]
+
+
+def named(at: Situation) -> Iterator[Proposal]:
+    """The attributes of which the call makes its numbers, for all repeated blocks."""
+    candidates = Candidates(at)
+    tried: set[Key] = set()
+    for siblings in at.spreads:
+        for chosen in candidates.named():
+            yield from _new(at, candidates.everywhere(chosen, siblings, False), tried, is_guess=False)
+
+
+def proposals(at: Situation) -> Iterator[Proposal]:
+    """Attributes that may state what the call lacks, for all repeated blocks."""
+    candidates = Candidates(at)
+    tried: set[Key] = set()
+    for siblings in at.spreads:
+        for chosen, again in candidates.others():
+            yield from _new(at, candidates.everywhere(chosen, siblings, again), tried, is_guess=True)
+            if len(tried) == _TRIES:
+                return
+
+
+def _new(at: Situation, made: dict[Place, SizeAttribute], tried: set[Key], is_guess: bool) -> Iterator[Proposal]:
+    """The proposal of some sizes, if they are not what was tried or is known."""
+    sizes = at.adaptation.sizes
+    key = tuple(sorted(((p, at.thin.count(s.term) * s.value) for p, s in made.items()), key=repr))
+    made = {place: size for place, size in made.items() if sizes.get(place) != size}
+    if made and key not in tried:
+        tried.add(key)
+        restates = bool(made.keys() & sizes.keys())
+        yield Proposal(at.adaptation.with_sizes(made), _said(made), is_guess=is_guess, restates=restates)
+
+
+def _said(made: dict[Place, SizeAttribute]) -> str:
+    first, *others = made
+    names = ".".join(map(str, first.key))
+    more = f", and {len(others)} others" if others else ""
+    return f"the attribute {names} of {first.module or 'the model'} states the size{more}"

@@ -1,0 +1,106 @@
+"""Sizes that must be alike: the groups in them keep the same number of atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from oto.axes.terms import Term, axes_of, resolve
+from oto.axes.terms import size as size_of
+from oto.slim.attributes import Place, SizeAttribute
+from oto.slim.own_class.adaptation import Adaptation, Tie
+from oto.slim.own_class.blocks import ancestors, moved
+from oto.slim.own_class.candidates import StatedSize, term_of
+from oto.slim.own_class.rescale import sizes_in
+from oto.slim.own_class.situation import Proposal, Situation
+
+aten = torch.ops.aten
+
+
+def equal_pieces(at: Situation) -> Iterator[Proposal]:
+    """Where a call cuts pieces of equal size, the groups in them keep the same number of atoms."""
+    rewrite = at.rewrite
+    if rewrite is None or rewrite.op is not aten.split_with_sizes.default or at.node.op is rewrite.op:
+        return
+    for siblings in at.spreads:
+        cut: dict[int, list[Term]] = {}
+        for index in siblings:
+            other = at.rewrite_of(index)
+            if other is not None and other.op is rewrite.op:
+                cut[index] = [size.term for size in other.args[1]]
+        tied = _tied(at, list(cut.values()))
+        if tied is None:
+            continue
+        # another method may cut by a number that this one does not read
+        sizes = {
+            Place(path, key): SizeAttribute(pieces[0], value)
+            for path, pieces in ((at.bench.graph.nodes[index].module, pieces) for index, pieces in cut.items())
+            for key, value in at.held(path).items()
+            if len(key) == 1 and type(value) is int and value == size_of(pieces[0])
+        }
+        sizes = {place: size for place, size in sizes.items() if place not in at.adaptation.sizes}
+        if sizes:
+            yield Proposal(tied.with_sizes(sizes), "pieces keep equally many, as an attribute says", must_pass=True)
+        yield Proposal(tied, "pieces that the call cuts keep equally many", must_pass=True)
+
+
+def shared_attributes(at: Situation) -> Iterator[Proposal]:
+    """Where one number states two sizes, the groups in both keep the same number of atoms."""
+    rewrite = at.rewrite
+    for i, size in enumerate(sizes_in((rewrite.args, dict(rewrite.kwargs))) if rewrite is not None else ()):
+        for path in ancestors(at.node.module):
+            held = at.held(path)
+            for place, stated in at.adaptation.sizes.items():
+                if place.module != path or held.get(place.key) != size_of(size.term) != size_of(stated.term):
+                    continue
+                if size_of(stated.term) != stated.value or at.thin.count(stated.term) == at.thin.size(size):
+                    continue
+                for siblings in at.spreads:
+                    tied = _tied(at, _both(at, place, i, siblings))
+                    if tied is not None:
+                        name = ".".join(map(str, place.key))
+                        yield Proposal(
+                            tied, f"what {name} of {path or 'the model'} states keeps equally many", must_pass=True
+                        )
+
+
+def same_widths(at: Situation) -> Iterator[Proposal]:
+    """Where the class takes another way, the dimensions that were equally wide there stay so: it may compare them."""
+    operands = at.bench.partition.found.operands
+    made: list[list[Term]] = []
+    for index in at.spreads[-1]:
+        node = at.bench.graph.nodes[index]
+        last = [operands[value].terms[-1] for value in node.inputs() if operands[value].terms]
+        differ = [term for term in last if at.is_width(term)]
+        if len(differ) > 1 and len({size_of(term) for term in differ}) == 1:
+            made.append(differ)
+    tied = _tied(at, made)
+    if tied is not None:
+        yield Proposal(tied, "widths that the class compares keep equally many", must_pass=True)
+
+
+def _both(at: Situation, place: Place, nth: int, siblings: Sequence[int]) -> list[list[Term]]:
+    """For each repeated block, the term that a number follows from, and that of the ``nth`` size of the call."""
+    pairs: list[list[Term]] = []
+    for sibling in siblings:
+        there = moved(place.module, at.node.module, at.bench.graph.nodes[sibling].module)
+        other = at.adaptation.sizes.get(Place(there or "", place.key))
+        term = term_of(at, sibling, StatedSize(nth))
+        if other is not None and term is not None:
+            pairs.append([other.term, term])
+    return pairs
+
+
+def _tied(at: Situation, alike: Sequence[Sequence[Term]]) -> Adaptation | None:
+    """The adaptation with the groups in terms tied that must stay alike; ``None`` if nothing would be new."""
+    made: list[Tie] = []
+    for terms in alike:
+        axes = [list(axes_of(resolve(term))) for term in terms]
+        for side in zip(*axes, strict=False) if len({len(own) for own in axes}) == 1 else ():
+            names = [at.trials.names.get(axis, "") for axis in side]
+            free = set(names) <= at.trials.free.keys() and len(set(names)) > 1
+            if free and len({axis.size for axis in side}) == 1:
+                made.append(tuple(dict.fromkeys(names)))
+    tied = at.adaptation.with_ties(made)
+    return tied if tied.ties != at.adaptation.ties else None

@@ -1,0 +1,270 @@
+"""How far the model's own class can go: what it needs, and which groups must stay whole for it.
+
+A copy of the model with thinner tensors, none of which holds data, is run, and the calls that it makes are compared
+with those of the full model. If each is the same call of the same tensors, with the thinner shapes and sizes that the
+analysis says, then the class computes what the rewritten graph computes, and nothing needs to be tried on numbers. The
+first call that differs is the divergence; a repair is proposed, tried, and kept if the class gets further with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from oto.axes.terms import axes_of, resolve
+from oto.axes.terms import size as size_of
+from oto.errors import EmitterError
+from oto.groups import Kept, NodeGroup, Partition
+from oto.groups.layout import joined
+from oto.groups.policy import keep_whole
+from oto.progress import stage
+from oto.slim.attributes import Place, SizeAttribute, numbers
+from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.blocks import ancestors
+from oto.slim.own_class.compare import Divergence
+from oto.slim.own_class.layers import stock
+from oto.slim.own_class.repairs import (
+    call_overrides,
+    folded_counts,
+    minimum_widths,
+    size_attributes,
+    ties,
+    whole,
+)
+from oto.slim.own_class.result import OwnClass, Step
+from oto.slim.own_class.situation import Proposal, Situation
+from oto.slim.own_class.trials import THIN, Kind, Trial, Trials
+from oto.slim.own_class.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+CLASS = "its class cannot do without: no attribute states the size"
+_ROUNDS = 200
+"""How many repairs are made before groups are only kept whole: several times what the largest classes need."""
+_FAR = 20
+"""Calls beyond the divergence from which on a proposal is taken at once: what is wrong shows in the next few."""
+_LAST, _LAST_SAYS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "it is a dimension of an output"
+
+Repair = Callable[[Situation], Iterator[Proposal]]
+COUNTS: Sequence[Repair] = (folded_counts.proposals, call_overrides.proposals)
+SIZES: Sequence[Repair] = (
+    ties.equal_pieces,
+    ties.shared_attributes,
+    size_attributes.named,
+    size_attributes.proposals,
+    call_overrides.proposals,
+    ties.same_widths,
+)
+OVERRIDE_FIRST: Sequence[Repair] = (
+    ties.equal_pieces,
+    ties.shared_attributes,
+    size_attributes.named,
+    call_overrides.proposals,
+    size_attributes.proposals,
+    ties.same_widths,
+)
+LIMITS: Sequence[Repair] = (minimum_widths.proposals, whole.proposals)
+AT_COUNTS: Sequence[Repair] = (size_attributes.named, size_attributes.proposals, call_overrides.proposals)
+"""What may repair a divergence: of a call that divides by a count, of any other, and of one whose sizes no attribute is
+seen to state; what then limits the groups; and what is left at given counts, which nothing may limit any more."""
+
+
+def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any) -> OwnClass:
+    """Find out what the class of ``model`` needs, and can do without.
+
+    Args:
+        groups: Node groups; only the prunable ones may get thinner.
+    """
+    trials = Trials(partition, groups)
+    bench = Workbench(model, partition, dummy_input)
+    adaptation = Adaptation(ties=_ties_of(groups))
+    if not bench.is_reproducible:
+        return OwnClass(adaptation.with_whole(dict.fromkeys(trials.free, 0)), bench.calls)
+    return Search(bench, trials, adaptation.with_sizes(stated_by_code(bench, trials))).result()
+
+
+def at_counts(model: nn.Module, partition: Partition, dummy_input: Any, own: OwnClass, kept: Kept) -> OwnClass:
+    """What the class needs for the very counts that are left.
+
+    Args:
+        own: What was found for any counts.
+        kept: For each prunable group, the atoms that are left.
+
+    Raises:
+        EmitterError: Nothing lets the class do with these counts.
+    """
+    name = type(model).__name__
+    bench = Workbench(model, partition, dummy_input)
+    if not bench.is_reproducible:
+        raise EmitterError(f"{name} makes other calls each time that it runs")
+    search = Search(bench, Trials(partition, partition.groups, kept), replace(own.adaptation, whole={}))
+    found = search.result(describes=False)
+    if search.failed:
+        last = found.steps[-1]
+        raise EmitterError(f"{last.source or 'a line'}, in {last.module or name}: {last.operator}: {last.saw}")
+    return found
+
+
+def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]:
+    """Node groups, those of which whole, tied or not as thin that the class cannot have otherwise."""
+    minimum = own.adaptation.minimum
+    enough = [replace(g, min_kept=max(g.min_kept, minimum.get(g.name, 0))) for g in groups]
+    return joined(keep_whole(enough, own.whole, CLASS), own.ties)
+
+
+@dataclass(eq=False)
+class Search:
+    """Repairs an adaptation until every try is right.
+
+    Attributes:
+        adaptation: What is known so far; replaced, never changed.
+        steps: The decisions.
+        failed: Whether a divergence was left, as it may be at given counts.
+    """
+
+    bench: Workbench
+    trials: Trials
+    adaptation: Adaptation
+    steps: list[Step] = field(default_factory=list)
+    failed: bool = False
+
+    def result(self, describes: bool = True) -> OwnClass:
+        """What the class needs.
+
+        Args:
+            describes: Let modules say how wide the input of their last layer is, too.
+        """
+        right: set[Trial] = set()
+        trial: Trial | None = Trial(Kind.ALL)
+        while not self.failed and (trial := self._next(right, trial)) is not None:
+            divergence = self._divergence(self.adaptation, trial)
+            free = self.trials.free.keys() - self.adaptation.whole.keys()
+            if divergence is None or (not free and self.trials.given is None):  # as it should be, or as it was
+                right.add(trial)
+                continue
+            stage(f"asking its class, call {divergence.index:,} of {len(self.bench.graph.nodes):,}")
+            log.info("own class: %s, call %d: %s", trial, divergence.index, divergence)
+            right.clear()
+            self._repair(Situation(self.bench, self.trials, self.adaptation, trial, divergence))
+        if describes:
+            self._describe()
+        return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
+
+    def _next(self, right: set[Trial], last: Trial | None) -> Trial | None:
+        """The try after one, in a circle, that is not known to be right; the same again if it was not."""
+        tries = self.trials.of(self.adaptation)
+        at = tries.index(last) if last is not None and last in tries else 0
+        return next((trial for trial in tries[at:] + tries[:at] if trial not in right), None)
+
+    def _divergence(self, adaptation: Adaptation, trial: Trial, beyond: int | None = None) -> Divergence | None:
+        return self.bench.divergence(adaptation, self.trials.thin(adaptation, trial), beyond)
+
+    # --- one repair ---------------------------------------------------------------------------------------------------
+
+    def _repair(self, at: Situation) -> None:
+        """Take the first kind of repair with which the class gets further."""
+        tried: list[str] = []
+        for repair in self._repairs(at):
+            found = self._best(at, repair, tried)
+            if found is not None:
+                self.adaptation = found.adaptation
+                self.steps.append(_step(at, tried, found.reason))
+                return
+        self.failed = True
+        self.steps.append(_step(at, tried, "nothing does"))
+
+    def _repairs(self, at: Situation) -> Iterable[Repair]:
+        counts = at.index in self.bench.partition.found.tape.counted and at.changes(at.index)
+        if self.trials.given is not None:
+            return COUNTS if counts else AT_COUNTS
+        if len(self.steps) > _ROUNDS or at.trial.kind in THIN:
+            return LIMITS
+        sizes = OVERRIDE_FIRST if call_overrides.is_stated_by_none(at) else SIZES
+        return (*(COUNTS if counts else sizes), *LIMITS)
+
+    def _best(self, at: Situation, repair: Repair, tried: list[str]) -> Proposal | None:
+        """The proposal with which the class gets furthest; the first that gets it far; the last of those that limit."""
+        best: Proposal | None = None
+        reached = at.divergence.progress
+        last: Proposal | None = None
+        for proposal in repair(at):
+            tried.append(proposal.reason)
+            last = proposal
+            after = self._reached(at, proposal)
+            if after is None or after.index > at.index + (_FAR if proposal.is_guess else 0):
+                if self._holds(at, proposal):
+                    return proposal
+            elif not proposal.must_pass and after.progress > reached and self._holds(at, proposal):
+                best, reached = proposal, after.progress
+        return last if best is None and repair is whole.proposals else best
+
+    def _reached(self, at: Situation, proposal: Proposal) -> Divergence | None:
+        """How far the class gets with a proposal."""
+        after: Divergence | None = None
+        for counts in proposal.counts or (None,):
+            thin = self.trials.thin(proposal.adaptation, at.trial, counts)
+            after = self.bench.divergence(proposal.adaptation, thin, at.index)
+            if after is not None and after.index <= at.index:
+                break
+        return after
+
+    def _holds(self, at: Situation, proposal: Proposal) -> bool:
+        """Whether what was right before is still, if numbers now follow from other terms."""
+        tries = self.trials.of(proposal.adaptation)
+        before = tries[: tries.index(at.trial)] if proposal.restates and at.trial in tries else []
+        return all(self._divergence(proposal.adaptation, trial) is None for trial in before)
+
+    # --- what no call needs -------------------------------------------------------------------------------------------
+
+    def _describe(self) -> None:
+        """Let modules say how wide the input of their last layer is now, where they say it and no forward minds.
+
+        Such as the method reads that puts another last layer there.
+        """
+        adaptation = self.adaptation
+        found = self.bench.partition.found
+        made: dict[Place, SizeAttribute] = {}
+        for leaf in self.bench.graph.leaves:
+            path, _, name = leaf.name.rpartition(".")
+            kind = stock(self.bench.modules.get(path))
+            if name != "weight" or kind is None or not issubclass(kind, _LAST) or len(leaf.value.shape) < 2:
+                continue
+            out, into = (resolve(term) for term in found.terms(leaf.value)[:2])
+            if not any(axis.fixed is not None and axis.fixed.text == _LAST_SAYS for axis in axes_of(out)):
+                continue
+            for holder in ancestors(path)[1:]:
+                for key, value in numbers(self.bench.modules[holder]):
+                    if len(key) == 1 and value == size_of(into) and isinstance(value, int):
+                        made.setdefault(Place(holder, key), SizeAttribute(into, value))
+        new = adaptation.with_sizes({place: size for place, size in made.items() if place not in adaptation.sizes})
+        if new.sizes != adaptation.sizes and self._divergence(new, Trial(Kind.ALL)) is None:
+            self.adaptation = new
+
+
+def stated_by_code(bench: Workbench, trials: Trials) -> dict[Place, SizeAttribute]:
+    """The attributes that reach calls as they are, and the sizes that they state there."""
+    made: dict[Place, SizeAttribute] = {}
+    for node in bench.graph.nodes:
+        for place, size in bench.calls.attributes_of(node, bench.partition.found.tape.rewrites.get(node.index)).items():
+            axes = {trials.names.get(axis) for axis in axes_of(resolve(size.term))}
+            if not axes.isdisjoint(trials.free):
+                made.setdefault(place, size)
+    return made
+
+
+def _ties_of(groups: Sequence[NodeGroup]) -> tuple[tuple[str, ...], ...]:
+    """The ties that groups have already."""
+    tied: dict[str, list[str]] = {}
+    for group in groups:
+        if group.tie is not None and group.prunable:
+            tied.setdefault(group.tie, []).append(group.name)
+    return tuple(sorted(tuple(names) for names in tied.values() if len(names) > 1))
+
+
+def _step(at: Situation, tried: Sequence[str], settled: str) -> Step:
+    node = at.node
+    return Step(str(at.trial), node.name, node.module, node.source, str(at.divergence), tuple(tried), settled)

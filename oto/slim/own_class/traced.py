@@ -1,0 +1,74 @@
+"""Integers that remember which attributes they were made of.
+
+While the full model runs once, each integer that one of its modules holds is a :class:`TracedInt`. Python's arithmetic
+keeps the places, so what reaches a torch function says which attributes stated it: ``x.view(b, t, self.heads, -1)`` and
+``self.width // self.heads`` alike. A conversion (``int(...)``, a float on the way) forgets them; then the search has to
+try what it may have been.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from oto.slim.attributes import Place, numbers, state_
+
+
+class TracedInt(int):
+    """An integer, and the places of the numbers that it was made of."""
+
+    places: frozenset[Place]
+    direct: bool
+
+    @classmethod
+    def of(cls, value: int, places: frozenset[Place], direct: bool = False) -> TracedInt:
+        made = cls(value)
+        made.places, made.direct = places, direct
+        return made
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return self
+
+
+def _arithmetic(function: Callable[[int, int], Any], reflected: bool) -> Callable[[TracedInt, Any], Any]:
+    def run(self: TracedInt, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        result = function(int(other), int(self)) if reflected else function(int(self), int(other))
+        if type(result) is not int:
+            return result
+        return TracedInt.of(result, self.places | places_of(other))
+
+    return run
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "pow"):
+    setattr(TracedInt, f"__{_name}__", _arithmetic(getattr(operator, _name), False))
+    setattr(TracedInt, f"__r{_name}__", _arithmetic(getattr(operator, _name), True))
+setattr(TracedInt, "__neg__", lambda self: TracedInt.of(-int(self), self.places))  # noqa: B010
+
+
+def places_of(number: Any) -> frozenset[Place]:
+    """The places of the numbers that one was made of; none if that is not known."""
+    return number.places if isinstance(number, TracedInt) else frozenset()
+
+
+def trace_(model: nn.Module, skip: Callable[[nn.Module], bool]) -> None:
+    """Let every integer of more than one that a module holds say where it came from.
+
+    Args:
+        model: A copy that is thrown away, or put back.
+        skip: Modules that are left alone.
+    """
+    for path, module in model.named_modules():
+        if skip(module):
+            continue
+        for key, value in list(numbers(module)):
+            if type(value) is int and value > 1:
+                state_(module, key, TracedInt.of(value, frozenset([Place(path, key)]), direct=True))

@@ -1,0 +1,213 @@
+"""Which groups are thinner in a try, and how thin: what the class is given must hold for whatever training leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oto.axes.terms import Axis, Term, axes_of, resolve
+from oto.groups import Kept, NodeGroup, Partition
+from oto.nn import functional as full_count
+from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.blocks import family
+from oto.slim.plan import Thinning, thinning
+
+_PART = 16
+"""In :attr:`Kind.THINNEST` as little as a sixteenth of each group is left; below that a model does not learn."""
+_ROW = 8
+"""Entries of 16 bits that a kernel for grouped products wants in one row: 16 bytes."""
+
+
+class Kind(Enum):
+    """How a try is made: a sentence each."""
+
+    ALL = "every group is thinner, each by a number of its own"
+    ADAPTED_WHOLE = "what attributes or overrides state stays whole, everything else is thinner"
+    SOME = (
+        "some kinds of groups that attributes or overrides state are thinner, in each block others; the rest is whole"
+    )
+    HALF = "any half of the groups is thinner"
+    THINNEST = "as little as a sixteenth is left of every group"
+    THINNEST_AROUND = "what attributes or overrides state stays whole, and as little as a sixteenth is left of the rest"
+    GIVEN = "the counts that training left"
+
+
+THIN = (Kind.THINNEST_AROUND, Kind.THINNEST)
+"""The last tries: all others are right by then, so what these lack is no size that could be stated."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One choice of what is thinner; ``turn`` tells those of :attr:`Kind.SOME` apart."""
+
+    kind: Kind
+    turn: int = 0
+
+    @property
+    def seed(self) -> int:
+        return len(Kind) * self.turn + list(Kind).index(self.kind)
+
+    def __str__(self) -> str:
+        return self.kind.value
+
+
+@dataclass(eq=False)
+class Trials:
+    """The tries for a model.
+
+    Attributes:
+        given: The counts that are asked for, if they are known; then they are the only try.
+    """
+
+    partition: Partition
+    groups: Sequence[NodeGroup]
+    given: Kept | None = None
+    _made: dict[object, Thinning] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names: dict[Axis, str] = {axis: name for name, axis in self.partition.axes.items()}
+        self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
+
+    def of(self, adaptation: Adaptation) -> list[Trial]:
+        """The tries that tell whether an adaptation does, in their order.
+
+        A class that states no size has nothing to lose by what is whole beside what is thin, so fewer are made.
+        """
+        if self.given is not None:
+            return [Trial(Kind.GIVEN)]
+        if not adaptation.sizes and not adaptation.overrides:
+            return [Trial(kind) for kind in (Kind.ALL, Kind.HALF, Kind.THINNEST)]
+        turns = [Trial(Kind.SOME, turn) for turn in range(self._turns(adaptation))]
+        return [Trial(Kind.ALL), Trial(Kind.ADAPTED_WHOLE), *turns, *map(Trial, THIN)]
+
+    def thin(self, adaptation: Adaptation, trial: Trial, counts: Mapping[str, int] | None = None) -> Thinning:
+        """What is left in a try; tied groups keep the same number of atoms.
+
+        Args:
+            counts: So many atoms of some groups are left instead.
+        """
+        if self.given is not None:
+            return self._given
+        stays = frozenset(self.staying(adaptation, trial))
+        limits = tuple(sorted(adaptation.whole)), tuple(sorted(adaptation.minimum.items()))
+        key = trial, stays, adaptation.ties, limits, tuple(sorted((counts or {}).items()))
+        if key not in self._made:
+            if len(self._made) > _REMEMBERED:
+                self._made.clear()
+            self._made[key] = thinning(self.partition, self._kept(adaptation, trial, stays, counts or {}))
+        return self._made[key]
+
+    @cached_property
+    def _given(self) -> Thinning:
+        return thinning(self.partition, self.given or {})
+
+    def _kept(
+        self, adaptation: Adaptation, trial: Trial, stays: Iterable[str], counts: Mapping[str, int]
+    ) -> dict[str, NDArray[np.int64]]:
+        leader = {name: tie[0] for tie in adaptation.ties for name in tie}
+        kept: dict[str, NDArray[np.int64]] = {}
+        for i, (name, group) in enumerate(self.free.items()):
+            first = leader.get(name, name)
+            if name in adaptation.whole or first in stays:
+                continue
+            if first != name and first in kept:
+                kept[name] = kept[first]
+                continue
+            draw = np.random.default_rng((trial.seed, i))
+            least = min(max(group.min_kept, adaptation.minimum.get(name, 0)), group.size)
+            if name in self.in_rows and group.size > _ROW:
+                step = int(np.lcm(_ROW, group.divisor))
+                kept[name] = np.arange(step * draw.integers(1, max(1, (group.size - 1) // step), endpoint=True))
+                continue
+            atoms = counts[name] if name in counts else _atoms(group, trial.kind, least, draw)
+            kept[name] = np.arange(-(-atoms // group.divisor) * group.divisor)
+        return kept
+
+    def staying(self, adaptation: Adaptation, trial: Trial) -> set[str]:
+        """What stays whole in a try."""
+        if trial.kind is Kind.HALF:
+            draw = np.random.default_rng(trial.seed)
+            return {name for name in self.free if draw.random() < 0.5}
+        if trial.kind in (Kind.ADAPTED_WHOLE, Kind.THINNEST_AROUND):
+            return self.stated(adaptation) | self.overridden(adaptation)
+        if trial.kind is Kind.SOME:
+            return self.free.keys() - self._some(adaptation, trial.turn)
+        return set()
+
+    def stated(self, adaptation: Adaptation) -> set[str]:
+        """Groups whose size attributes state."""
+        return self.in_terms(adaptation, (size.term for size in adaptation.sizes.values()))
+
+    def overridden(self, adaptation: Adaptation) -> set[str]:
+        """Groups whose size calls state that are overridden."""
+        rewrites = self.partition.found.tape.rewrites
+        found = [rewrites[index] for index in adaptation.overrides if index in rewrites]
+        return self.in_terms(adaptation, (term for rewrite in found for term in rewrite.terms))
+
+    def in_terms(self, adaptation: Adaptation, terms: Iterable[Term]) -> set[str]:
+        """The groups that some terms are made of, and what is tied to them."""
+        return adaptation.tied_to(
+            self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names
+        )
+
+    def _families(self, adaptation: Adaptation) -> dict[str, list[str]]:
+        """The groups whose sizes the class states, those of repeated blocks together."""
+        adapted = self.stated(adaptation) | self.overridden(adaptation)
+        found: dict[str, list[str]] = {}
+        for name in self.free:
+            if name in adapted and name not in adaptation.whole:
+                found.setdefault(family(name), []).append(name)
+        return found
+
+    def _turns(self, adaptation: Adaptation) -> int:
+        """In how many tries each two kinds of groups are once thinner without the other, in some block."""
+        families = self._families(adaptation)
+        columns = 2 * max(len(families) - 1, 0).bit_length()
+        blocks = max(map(len, families.values()), default=1)
+        return max(min(columns, 2), -(-columns // blocks))
+
+    def _some(self, adaptation: Adaptation, turn: int) -> set[str]:
+        """Kinds are numbered; those are thinner in whose number one bit is set, or is not, in each block another."""
+        families = list(self._families(adaptation).values())
+        columns = 2 * max(len(families) - 1, 1).bit_length()
+        turns = self._turns(adaptation)
+        thinner: set[str] = set()
+        for number, names in enumerate(families):
+            for block, name in enumerate(names):
+                bit, side = divmod((block * turns + turn) % columns, 2)
+                if number >> bit & 1 == side:
+                    thinner.add(name)
+        return thinner
+
+    def changing(self, terms: Iterable[Term], thin: Thinning) -> Iterator[str]:
+        """The groups that get thinner in some dimensions."""
+        for term in terms:
+            for axis in axes_of(resolve(term)):
+                if axis in self.names and axis in thin.counts and thin.counts[axis] != axis.size:
+                    yield self.names[axis]
+
+    @cached_property
+    def in_rows(self) -> set[str]:
+        """Groups in operands whose rows a kernel wants in whole 16 bytes; thinner ones are padded for it."""
+        rewrites = self.partition.found.tape.rewrites.values()
+        terms = [term for rewrite in rewrites if rewrite.op is full_count.grouped_mm for term in rewrite.terms]
+        return {self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names}
+
+
+_REMEMBERED = 64
+"""Choices that are remembered: as many as a round of tries has; each holds a mask for every group."""
+
+
+def _atoms(group: NodeGroup, kind: Kind, least: int, draw: np.random.Generator) -> int:
+    """How many atoms of a group are left."""
+    if kind in THIN:
+        return max(least, -(-group.size // _PART))
+    if kind in (Kind.ALL, Kind.SOME):  # a size of one is broadcast and squeezed away, so it comes with the others
+        least = max(least, 2 if group.size > 2 else 1)
+        return int(draw.integers(least, max(least, group.size - 1), endpoint=True))
+    return int(draw.integers(least, group.size, endpoint=True))

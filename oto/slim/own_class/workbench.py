@@ -1,0 +1,191 @@
+"""A copy of the model on which adaptations are tried: changed in place, run without data, compared, and put back."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto.axes.registry import known
+from oto.errors import out_of_memory
+from oto.groups import Partition
+from oto.slim.module import Edits, attribute, edited, tensors_of, thin_copy, thin_tensors
+from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.blocks import Blocks, ancestors
+from oto.slim.own_class.compare import Comparison, Divergence, Full, Run
+from oto.slim.own_class.layers import DeclinedError, Layers, edits_of, stock
+from oto.slim.own_class.overrides import FunctionCalls
+from oto.slim.own_class.rescale import Uses
+from oto.slim.own_class.result import OwnClass
+from oto.slim.own_class.traced import trace_
+from oto.slim.plan import Thinning
+from oto.trace.found import Found
+from oto.trace.graph import Graph
+from oto.trace.record import FunctionCall, Script, follow
+
+AHEAD = 64
+"""How many calls beyond a divergence a try is followed: enough to see that it is gone, few of those of most models."""
+
+
+class Workbench:
+    """Where adaptations are tried.
+
+    Attributes:
+        full: What the full model calls.
+        calls: Its torch functions.
+        blocks: Which of its calls have the same place in repeated blocks.
+        is_reproducible: Whether the full model, run again, makes the calls that were recorded.
+        is_traced: Whether the numbers among their arguments say which attributes they were made of.
+        runs: How often a thinner copy was run.
+    """
+
+    def __init__(self, model: nn.Module, partition: Partition, dummy_input: Any) -> None:
+        self.model, self.partition, self.dummy_input = model, partition, dummy_input
+        self.graph: Graph = partition.found.graph
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.runs = 0
+        self.is_traced = False
+        self.mode = self.graph.how
+        self.script: Script | None = None
+        self.full = Full(partition.found)
+        self.calls = FunctionCalls(partition, [])
+        self.is_reproducible = self._follow_full()
+        self.blocks = Blocks(self.graph, self.modules, self.calls.recorded)
+        self.layers = Layers.of(model, self.graph)
+        self._copy: nn.Module | None = None
+
+    # --- the full model -----------------------------------------------------------------------------------------------
+
+    def _follow_full(self) -> bool:
+        """Whether the full model, run again, makes the calls that were recorded; how is learned on the way.
+
+        A run on data is written down: a thinner copy is to take the path of the full model, whatever is in its tensors.
+        """
+        data = self.graph.how == "real"
+        for mode in ("real", "grad") if data else (self.graph.how,):
+            for traced in (True, False):
+                model = self._traced() if traced else self.model
+                if model is not None and self._follow(model, mode, data):
+                    self.is_traced = traced
+                    return True
+        return False
+
+    def _traced(self) -> nn.Module | None:
+        """A copy whose integers remember where they came from; ``None`` if the model cannot be copied."""
+        data = self.graph.how == "real"
+        try:
+            copy = thin_copy(self.model, tensors_of(self.model, self.partition) if data else self._empty(), Edits())
+            trace_(copy, lambda module: stock(module) is not None)
+        except Exception as failure:  # a class that minds what is set
+            if out_of_memory(failure):
+                raise
+            return None
+        return copy
+
+    def _follow(self, model: nn.Module, mode: str, data: bool) -> bool:
+        functions: list[FunctionCall] = []
+        literals: list[FunctionCall] = []
+        script = Script() if data else None
+        calls, failure = follow(
+            model, self.dummy_input, known, mode, functions, script=script, literals=literals
+        )  # fmt: skip
+        if failure is not None or [call.op for call in calls] != [node.op for node in self.graph.nodes]:
+            return False
+        self.mode, self.script, self.full.literals = mode, script, literals
+        self.calls = FunctionCalls(self.partition, functions)
+        return True
+
+    # --- thinner copies -----------------------------------------------------------------------------------------------
+
+    def divergence(self, adaptation: Adaptation, thin: Thinning, beyond: int | None = None) -> Divergence | None:
+        """Where the class, adapted, first does something else than it should; ``None`` if nowhere.
+
+        Args:
+            beyond: A call that it diverged at before; it is followed only so far that one sees whether it does still.
+        """
+        self.runs += 1
+        try:
+            edits = edits_of(self.layers, thin, OwnClass(adaptation, self.calls), sizes_only=True)
+            run = self._run(edits, adaptation, thin, None if beyond is None else beyond + AHEAD)
+        except DeclinedError as declined:
+            return Divergence(self.first_in(declined.path), declined)
+        except Exception as refused:  # a class that cannot be copied, or that minds what is set
+            if out_of_memory(refused):
+                raise
+            return Divergence(0, refused)
+        return Comparison(self.full, run, adaptation, thin, edits).divergence()
+
+    def _run(self, edits: Edits, adaptation: Adaptation, thin: Thinning, limit: int | None) -> Run:
+        literals: list[FunctionCall] = []
+        if self.script is None:
+            slim, found = self._edited(edits, thin)
+        else:
+            tensors, self.script.read = thin_tensors(self.model, thin, adaptation.scales), 0
+            slim, found = thin_copy(self.model, tensors, edits), self._held_by_model
+        calls, failure = follow(
+            slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found
+        )  # fmt: skip
+        return Run(calls, failure, literals)
+
+    def _edited(self, edits: Edits, thin: Thinning) -> tuple[nn.Module, Found]:
+        """The copy with thinner tensors and its modules changed; and what it held, by which it is put back."""
+        if self._copy is None:
+            self._copy = thin_copy(self.model, self._empty(), Edits())
+            self._holders = _holders(self._copy)
+            self._pristine = Found(self._copy, self.dummy_input)
+        try:
+            for leaf in self.graph.leaves:
+                if not leaf.names:
+                    continue
+                old = attribute(self._copy, leaf.names[0])
+                shape = tuple(thin.count(term) for term in self.partition.found.terms(leaf.value))
+                if shape != tuple(old.shape):
+                    new = torch.empty(shape, dtype=old.dtype, device=old.device)
+                    if leaf.kind == "constant":
+                        new = thin.thin(leaf, attribute(self.model, leaf.names[0]))
+                    kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                    for holder, key in self._holders[id(old)]:
+                        holder[key] = kept
+            return edited(self._copy, edits), self._pristine
+        except BaseException:
+            self._pristine.put_back()
+            raise
+
+    def _empty(self) -> dict[str, Tensor]:
+        """For each tensor of the model one without data, but for constants: a forward may read their numbers."""
+        made: dict[str, Tensor] = {}
+        for leaf in self.graph.leaves:
+            if leaf.names:
+                empty = torch.empty(leaf.value.shape, dtype=leaf.value.dtype, device="meta")
+                tensor = attribute(self.model, leaf.names[0]).clone() if leaf.kind == "constant" else empty
+                made.update(dict.fromkeys(leaf.names, tensor))
+        return made
+
+    @cached_property
+    def uses(self) -> Uses:
+        """Which call makes each tensor, and which ones read it."""
+        return Uses.of(self.graph)
+
+    @cached_property
+    def _held_by_model(self) -> Found:
+        """What the model holds; a copy that is thrown away shares some of it."""
+        return Found(self.model, self.dummy_input)
+
+    def first_in(self, path: str) -> int:
+        """The first call that a module makes."""
+        return next((n.index for n in self.graph.nodes if path in ancestors(n.module)), 0)
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
+    """For each tensor, by its id, the tables and lists of modules that hold it, and where in them."""
+    found: dict[int, list[tuple[Any, Any]]] = {}
+    for module in model.modules():
+        held = vars(module)
+        lists = [value for value in held.values() if type(value) in (list, dict)]
+        for holder in (held, *lists):
+            for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+                if isinstance(value, Tensor):
+                    found.setdefault(id(value), []).append((holder, key))
+    return found
