@@ -245,7 +245,7 @@ class Restated:
         edits: What makes it.
         tensors: What it holds in a file.
         changed: Names of those that have taken something in.
-        rounded: Makes these for the proof in float64; ``None`` if there are none.
+        rounded: Makes these, and buffers that no file holds, for the proof in float64; ``None`` if there are none.
     """
 
     model: nn.Module
@@ -264,14 +264,16 @@ def emit_stock(model: nn.Module, partition: Partition, kept: Kept, recipe: Recip
     slim, edits, changed = restated(model, partition, kept, recipe)
     held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
 
-    def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # what norms absorb
+    saved = slim.state_dict().keys() if edits else held.keys()  # what no file holds, the constructor makes
+    made = {name for name, t in held.items() if name not in saved and t.is_floating_point()}
+
+    def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # what norms absorb, and what a constructor computes
         narrow = {name: t for name, t in held.items() if name not in changed} if full is model else None
         exact = restated(full, partition, kept, recipe, narrow)[0]
-        return {name: attribute(exact, name) for name in changed}
+        return {name: attribute(exact, name) for name in changed | made}
 
-    saved = slim.state_dict().keys() if edits else held.keys()  # what no file holds, the constructor makes
     tensors = {name: t for name, t in held.items() if name in saved}
-    return Restated(slim, Edits(config=edits), tensors, changed, rounded if changed else None)
+    return Restated(slim, Edits(config=edits), tensors, changed, rounded if changed | made else None)
 
 
 # --- what is no size --------------------------------------------------------------------------------------------------
