@@ -136,7 +136,7 @@ class _Moved:
         cells = tuple(CellType() for _ in old.__closure__ or ())
         new = FunctionType(old.__code__, old.__globals__, old.__name__, closure=cells or None)
         self.made[id(old)] = new  # it may close over itself
-        before = _held(old)
+        before = closed_over(old)
         after = {key: self.inside(value) for key, value in before.items()}
         if all(after[key] is value or after[key] is new for key, value in before.items()):
             self.made[id(old)] = old
@@ -154,7 +154,7 @@ class _Moved:
         return new
 
 
-def _held(function: FunctionType) -> dict[Any, Any]:
+def closed_over(function: FunctionType) -> dict[Any, Any]:
     """What a function closes over, by the place of the cell, and its defaults."""
     found: dict[Any, Any] = {}
     for i, cell in enumerate(function.__closure__ or ()):

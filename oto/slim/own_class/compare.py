@@ -207,6 +207,8 @@ class Comparison:
         for steps in range(1, _DETOUR):
             for back in range(steps + 1):
                 after, other = i + back, j + steps - back
+                if any(self._is_held(node) for node in self.nodes[i:after]):
+                    break  # what the model keeps is compared with nothing
                 if after > len(self.nodes) or other > len(self.calls) or not self._meet(after, other):
                     continue
                 pairs = self._given(i, after, j, other)
@@ -218,6 +220,10 @@ class Comparison:
                             self.stands[old] = self._real(new)
                         return after, other
         return None
+
+    def _is_held(self, node: Node) -> bool:
+        """Whether a call gives what no other call reads, and is no dead one: the model keeps or decides by it."""
+        return node.index not in self.full.dead and not any(v in self.full.last_read for v in node.outputs if v)
 
     def _meet_leaves(self, full: Sequence[Node], slim: Sequence[Node]) -> None:
         """Let tensors of the model that are read for the first time stand for each other: both count them first."""

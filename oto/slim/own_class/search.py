@@ -100,7 +100,7 @@ def at_counts(model: nn.Module, partition: Partition, dummy_input: Any, own: Own
     name = type(model).__name__
     bench = Workbench(model, partition, dummy_input)
     if not bench.is_reproducible:
-        raise EmitterError(f"{name} makes other calls each time that it runs")
+        raise EmitterError(f"{name} makes other calls than those that were recorded")
     search = Search(bench, Trials(partition, partition.groups, kept), replace(own.adaptation, whole={}))
     found = search.result(describes=False)
     if search.failed:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from oto.axes.registry import known
 from oto.errors import out_of_memory
 from oto.groups import Partition
+from oto.slim.copying import closed_over
 from oto.slim.module import Edits, attribute, edited, tensors_of, thin_copy, thin_tensors
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import Blocks, ancestors
@@ -21,7 +25,7 @@ from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
 from oto.slim.own_class.traced import trace_
 from oto.slim.plan import Thinning
-from oto.trace.found import Found
+from oto.trace.found import Found, content_of, surroundings
 from oto.trace.graph import Graph
 from oto.trace.record import FunctionCall, Script, follow
 
@@ -119,11 +123,13 @@ class Workbench:
 
     def _run(self, edits: Edits, adaptation: Adaptation, thin: Thinning, limit: int | None) -> Run:
         literals: list[FunctionCall] = []
-        if self.script is None:
-            slim, found = self._edited(edits, thin)
-        else:
+        if self.script is not None:
             tensors, self.script.read = thin_tensors(self.model, thin, adaptation.scales), 0
             slim, found = thin_copy(self.model, tensors, edits), self._held_by_model
+        elif self._is_swappable:
+            slim, found = self._edited(edits, thin)
+        else:
+            slim, found = thin_copy(self.model, self._thin(thin), edits), self._held_by_model
         calls, failure = follow(
             slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found
         )  # fmt: skip
@@ -131,27 +137,43 @@ class Workbench:
 
     def _edited(self, edits: Edits, thin: Thinning) -> tuple[nn.Module, Found]:
         """The copy with thinner tensors and its modules changed; and what it held, by which it is put back."""
-        if self._copy is None:
-            self._copy = thin_copy(self.model, self._empty(), Edits())
-            self._holders = _holders(self._copy)
-            self._pristine = Found(self._copy, self.dummy_input)
+        assert self._copy is not None
         try:
-            for leaf in self.graph.leaves:
-                if not leaf.names:
-                    continue
-                old = attribute(self._copy, leaf.names[0])
-                shape = tuple(thin.count(term) for term in self.partition.found.terms(leaf.value))
-                if shape != tuple(old.shape):
-                    new = torch.empty(shape, dtype=old.dtype, device=old.device)
-                    if leaf.kind == "constant":
-                        new = thin.thin(leaf, attribute(self.model, leaf.names[0]))
-                    kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                    for holder, key in self._holders[id(old)]:
-                        holder[key] = kept
+            for name, new in self._thin(thin, changed=True).items():
+                old = attribute(self._copy, name)
+                kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                for holder, key in self._holders[id(old)]:
+                    holder[key] = kept
             return edited(self._copy, edits), self._pristine
         except BaseException:
             self._pristine.put_back()
             raise
+
+    @cached_property
+    def _is_swappable(self) -> bool:
+        """Whether the tensors of one copy can be swapped for others; else each try has a copy of its own."""
+        self._copy = thin_copy(self.model, self._empty(), Edits())
+        self._holders = _holders(self._copy)
+        self._pristine = Found(self._copy, self.dummy_input)
+        return not _holds_elsewhere(self._copy, self._holders)
+
+    def _thin(self, thin: Thinning, changed: bool = False) -> dict[str, Tensor]:
+        """For each tensor of the model a thinner one without data, but for constants.
+
+        Args:
+            changed: Only those that get thinner, by their first name.
+        """
+        made: dict[str, Tensor] = {}
+        for leaf in self.graph.leaves:
+            shape = tuple(thin.count(term) for term in self.partition.found.terms(leaf.value))
+            if not leaf.names or (changed and shape == tuple(leaf.value.shape)):
+                continue
+            if leaf.kind == "constant":
+                new = thin.thin(leaf, attribute(self.model, leaf.names[0]))
+            else:
+                new = torch.empty(shape, dtype=leaf.value.dtype, device="meta")
+            made.update(dict.fromkeys(leaf.names[:1] if changed else leaf.names, new))
+        return made
 
     def _empty(self) -> dict[str, Tensor]:
         """For each tensor of the model one without data, but for constants: a forward may read their numbers."""
@@ -189,3 +211,22 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
                 if isinstance(value, Tensor):
                     found.setdefault(id(value), []).append((holder, key))
     return found
+
+
+def _holds_elsewhere(model: nn.Module, holders: Mapping[int, Any]) -> bool:
+    """Whether functions, objects or nested containers of a model hold tensors of it too."""
+    known = {id(holder) for places in holders.values() for holder, _ in places}
+    return any(
+        isinstance(value, Tensor) and id(value) in holders
+        for holder in surroundings(model)
+        if id(holder) not in known
+        for value in _content(holder)
+    )
+
+
+def _content(holder: Any) -> Iterable[Any]:
+    if isinstance(holder, FunctionType):
+        return closed_over(holder).values()
+    if isinstance(holder, dict | list | deque | CellType):
+        return content_of(holder).values()
+    return holder if isinstance(holder, tuple | set | frozenset) else getattr(holder, "__dict__", {}).values()
