@@ -173,7 +173,9 @@ class OTO:
         self.dummy_input = dummy_input
         self._everything, self._strict_out_nodes = everything, strict_out_nodes
         self._prune_frozen, self._drop_unreached = prune_frozen, drop_unreached
-        with undone(left_before(model, dummy_input)):
+        with told(model, TraceError, "being looked through"):
+            left = left_before(model, dummy_input)
+        with undone(left):
             self._analyse(_listed(skip_patterns), min_kept, layout, tensor_parallel)
 
     def _analyse(

@@ -137,9 +137,12 @@ def test_no_memory_and_no_patience_pass_through(memory, nth, where, tmp_path):
 
 
 def test_a_failure_says_where_and_what_was_proved():
-    model = Moody("buffers", 2, RAISES["ValueError"])
+    model = Moody("never", 0, RAISES["ValueError"])
+    oto = OTO(model, X, everything=True)
+    oto.random_set_zero_groups(0.5)
+    model.where = "buffers"
     with pytest.raises(OTOError) as caught:
-        use(model, None, "graph", True)
+        oto.construct_subnet(emitter="graph")
     assert "\n  proved  the analysis is done" in str(caught.value)
     assert f"\n  at      {__file__}:" in str(caught.value) and "ValueError: no" in str(caught.value)
     assert isinstance(caught.value.__cause__, ValueError)

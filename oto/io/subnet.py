@@ -141,9 +141,10 @@ def save(
         if no_program is not None and edits is None:
             notes.append(f"no {PROGRAM} in the folder, so nothing in it can be loaded: {no_program}")
         stage("sealing the folder")
+        state = _state(source)
         draft.commit(
             {
-                "model": describe(first, [] if edits is None else made.tensors.keys() - _state(source)),
+                "model": describe(first, [] if edits is None else [n for n in made.tensors if n not in state]),
                 "earlier": [done.plain() for done in earlier],  # what was done before, if it was made slim before
                 "edits": plain_edits(edits or Edits()),
                 "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},

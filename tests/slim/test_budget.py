@@ -404,10 +404,21 @@ def test_a_compiled_module_is_compared_as_it_is():
     assert subnet.max_error < 1e-12 and vars(model)["_compiled_call_impl"] is not None
 
 
-def test_a_forward_that_holds_on_to_the_full_model_is_named():
+def test_a_forward_that_was_put_into_the_model_leads_to_the_copy():
     model = Net()
     inner = model.forward
     model.forward = lambda x: inner(x) * 2
+    subnet = zeroed(model, everything=True).construct_subnet(emitter="module")
+    assert relative_error(run(model, X), run(subnet.model, X)) < 1e-5
+
+
+HELD = {}
+
+
+def test_a_forward_that_holds_on_to_the_full_model_is_named():
+    model = Net()
+    HELD["forward"] = model.forward
+    model.forward = lambda x: HELD["forward"](x) * 2
     oto = zeroed(model, everything=True)
     with pytest.raises(EmitterError, match=r"a forward that was put into the model .* runs up itself"):
         oto.construct_subnet(emitter="module")

@@ -163,16 +163,12 @@ def other_heads(model: nn.Module) -> bool:
                     vars(module)[width] *= one
                 return True
     views = [n for n in nodes(model) if n.target is aten.reshape.default and len(n.args[1]) == 3]
-    for *alike, width in ([n for n in views if n.args[1] == one.args[1]] + [one.args[1][-1]] for one in views):
-        if len(alike) == 3:  # query, key and value, as (length, batch * heads, width)
-            length, batch, _ = alike[0].args[1]
-            if isinstance(batch, fx.Node):
-                batch.args = (batch.args[0], 1)
-            for node in alike:
-                node.args = (node.args[0], [length, batch if isinstance(batch, fx.Node) else 2, width * 4])
-            model.recompile()
-            return True
-    return False
+    views = [n for n in views if isinstance(n.args[1][-1], int)][:3]  # (length, batch * heads, width)
+    for node in views:
+        length, _, width = node.args[1]
+        node.args = (node.args[0], [length, -1, width * 3])  # of the three heads that are left
+    model.recompile() if views else None
+    return len(views) == 3
 
 
 def dropped_call(model: nn.Module) -> bool:
