@@ -17,6 +17,7 @@ import linecache
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -29,10 +30,10 @@ from oto._torch import constant
 from oto.errors import ClassChangedError, UnseenPathError
 from oto.nn import functional as counted
 from oto.nn.calls import first_tensor, is_tracing, name_of, nesting, numbers_of, replaced, site_of_call, user_module
+from oto.nn.overrides import FullCount, Given, Json, Override, Overrides, Pieces, Sizes, from_json, to_json
 
-Calls = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
-"""What to change: for each site, for the name of a torch function, how. One for every time that the site is met in a
-run of the module, in their order; or one alone, which holds for all of them."""
+Time = tuple[str, str, int]
+"""A site, the name of a torch function, and the how many-th time that it is called there."""
 
 
 class Told:
@@ -42,32 +43,20 @@ class Told:
 
     Args:
         module: Of any class.
-        calls: Which calls to change, and how:
-            ``{}`` leaves one as it is,
-            ``{"numbers": [[place, number], ...], "of": count}`` puts other numbers among the arguments, so many in all;
-            those in ``"grows"`` are for what the code stated then, and grow with what it states,
-            ``{"pieces": [sizes, dim]}`` cuts pieces of other sizes,
-            ``{"counted": name, ...}`` calls a function of :mod:`oto.nn.functional` with further keywords,
-            ``{"keep": True}`` keeps the result for a later one: its ``"rest"`` is what each entry held that is gone,
-            computed of such results, as ``{"op": [packet, overload], "args": [...]}`` and
-            ``{"kept": [site, name, time]}``.
-            ``"takes"`` and ``"was"`` say which calls are meant: how many dimensions the first tensor has, where that
-            is minded, and some of them, as ``[rank, [[dim, size], ...]]`` with negative ``dim``; and what the code
-            states in the places of the numbers. ``"in"`` is the Python module whose code that is.
+        calls: Which calls to change, and how, as artefacts hold it; see :mod:`oto.nn.overrides`.
 
     Raises:
         ClassChangedError: The code is not there any more.
         UnseenPathError: While it runs: what it calls is not what it was told of.
     """
 
-    def __init__(self, module: nn.Module, calls: Calls, analysed: bool = False) -> None:
-        for site, named in calls.items():
-            for how in itertools.chain.from_iterable(named.values()):
-                _require_line(_last(site), how.get("in"), module)
+    def __init__(self, module: nn.Module, calls: Json, analysed: bool = False) -> None:
         self.module = module
-        self.calls = {site: {name: list(hows) for name, hows in named.items()} for site, named in calls.items()}
-        self.methods = _by_method(type(module), self.calls)
-        self.learning = False
+        self.overrides: Overrides = from_json(calls)
+        for site, named in self.overrides.items():
+            for how in itertools.chain.from_iterable(named.values()):
+                _require_line(_last(site), how.home, module)
+        self.methods = _by_method(type(module), self.overrides)
         self.analysed = analysed
         self.running = 0
 
@@ -75,6 +64,11 @@ class Told:
         """The form that ``OTO`` follows in the place of this one: norms and means of the entries that are left, as in
         :class:`oto.nn.LayerNorm`. The same ones may go, and what goes is still counted."""
         return Told(self.module, self.calls, analysed=True)
+
+    @property
+    def calls(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """Which calls are changed, as artefacts hold it."""
+        return to_json(self.overrides)
 
     def install(self) -> None:
         """Take the place of the module's forward, and of methods that it calls: they may be called alone."""
@@ -90,10 +84,8 @@ class Told:
     @property
     def is_idle(self) -> bool:
         """Whether no call is changed: the code states by itself what it was to state."""
-        hows = [how for named in self.calls.values() for each in named.values() for how in each]
-        return all(
-            not how.get("numbers", True) and not how.keys() & {"pieces", "counted", "keep"} for how in hows if how
-        )
+        hows = [how for named in self.overrides.values() for each in named.values() for how in each]
+        return not any(how.keep or isinstance(how, (Pieces, FullCount)) or getattr(how, "numbers", ()) for how in hows)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -108,11 +100,12 @@ class Told:
         return MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tell("forward", self.calls, args, kwargs)
+        return self.tell("forward", self.overrides, args, kwargs)
 
-    def tell(self, name: str, calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def tell(self, name: str, calls: Overrides, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a method of the class with some of its calls changed."""
-        telling = _Telling(calls, self.learning, self.analysed)
+        learned = None if _LEARNED is None else _LEARNED.setdefault(id(self), {})
+        telling = _Telling(calls, learned, self.analysed)
         self.running += 1
         try:
             with telling:
@@ -142,7 +135,7 @@ class ToldMethod:
         return self.told.tell(self.name, calls, args, kwargs)
 
 
-def _by_method(kind: type[nn.Module], calls: Calls) -> dict[str, Calls | None]:
+def _by_method(kind: type[nn.Module], calls: Overrides) -> dict[str, Overrides | None]:
     """For each method of the class that the forward calls, what to change in it; ``None`` if that cannot be said."""
     found: dict[str, dict[str, Any] | None] = {}
     for site, named in calls.items():
@@ -155,36 +148,55 @@ def _by_method(kind: type[nn.Module], calls: Calls) -> dict[str, Calls | None]:
             if not text.isdecimal() and text not in _code(method):  # one of that name of another class
                 continue
             own = found.setdefault(name, {})
-            kept = any("rest" in how or "keep" in how for hows in named.values() for how in hows)
+            kept = any(how.keep or _follows(how) for hows in named.values() for how in hows)
             if own is not None and (kept or own.setdefault(within, named) != named):
                 found[name] = None
     return dict(found)
+
+
+_LEARNED: dict[int, dict[Time, Override]] | None = None
+"""While something is learned, for each :class:`Told` by its id, what; not in itself, for a run puts modules back."""
 
 
 @contextmanager
 def learning(model: nn.Module) -> Iterator[None]:
     """While inside, it is written down whose code calls, and what that states where it is told another number: later
     runs must state the same. Where it states what it is told, it is left alone from then on."""
+    global _LEARNED
     told = [m.forward for m in model.modules() if isinstance(m.forward, Told)]
+    learned_by: dict[int, dict[Time, Override]] = {}
+    _LEARNED = learned_by
     try:
-        for one in told:
-            one.learning = True
         yield
     finally:
+        _LEARNED = None
         for one in told:
-            one.learning = False
-            for named in one.calls.values():
-                for how in itertools.chain.from_iterable(named.values()):
-                    _leave_alone(how)
+            learned = learned_by.get(id(one), {})
+            one.overrides = {
+                site: {
+                    name: [_left_alone(learned.get((site, name, i), how)) for i, how in enumerate(hows)]
+                    for name, hows in named.items()
+                }
+                for site, named in one.overrides.items()
+            }
+            one.methods = _by_method(type(one.module), one.overrides)
 
 
-def _leave_alone(how: Any) -> None:
-    """Tell a call only those numbers that the code gets wrong."""
-    if "was" in how:
-        right = [all(was[i] == number for was in how["was"]) for i, (_, number) in enumerate(how["numbers"])]
-        how["was"] = [[x for x, own in zip(was, right, strict=True) if not own] for was in how["was"]]
-        how["numbers"] = [pair for pair, own in zip(how["numbers"], right, strict=True) if not own]
-        how["grows"] = [place for place in how.get("grows", ()) if place in dict(how["numbers"])]
+def _left_alone(how: Override) -> Override:
+    """A call is given only those numbers that the code gets wrong."""
+    sizes = how.stated
+    if sizes is None or not sizes.was:
+        return how
+    right = [all(was[i] == number for was in sizes.was) for i, (_, number) in enumerate(sizes.numbers)]
+    numbers = tuple(pair for pair, own in zip(sizes.numbers, right, strict=True) if not own)
+    was = tuple(tuple(x for x, own in zip(each, right, strict=True) if not own) for each in sizes.was)
+    grows = tuple(place for place in sizes.grows if place in dict(numbers))
+    return how.stating(replace(sizes, numbers=numbers, was=was, grows=grows))
+
+
+def _follows(how: Override) -> bool:
+    """Whether what is gone is computed of results that were kept."""
+    return isinstance(how, FullCount) and "rest" in how.keywords
 
 
 # --- the code that was told -------------------------------------------------------------------------------------------
@@ -220,11 +232,11 @@ def _code(method: FunctionType) -> frozenset[str]:
 
 
 class _Telling(TorchFunctionMode):
-    def __init__(self, calls: Calls, learning: bool, analysed: bool = False) -> None:
+    def __init__(self, calls: Overrides, learned: dict[Time, Override] | None, analysed: bool = False) -> None:
         super().__init__()
-        self.calls = calls
-        self.learning = learning
         self.analysed = analysed
+        self.calls = calls
+        self.learned = learned
         self.depth = nesting()
         self.ends = {(_last(site), name) for site, named in calls.items() for name in named}
         self.names = {name for _, name in self.ends}
@@ -251,19 +263,35 @@ class _Telling(TorchFunctionMode):
         elif time >= len(hows):
             raise _refused(f"{name} is called more often than {len(hows)} times: {_last(site)}")
         how = hows[time]
-        if not how:
+        if type(how) is Override and not how.keep:
             return func(*args, **kwargs)
-        if self.learning:
-            how["in"] = user_module(sys._getframe(1))  # type: ignore[index]
-        _require_given(how, name, args, kwargs, self.learning)
-        if self.analysed:
-            return _as_analysed(how, func, args, kwargs)
-        if "rest" in how:
-            how = {**how, "rest": _computed(how["rest"], self.kept)}
-        result = told(how, func, args, kwargs, self.learning)
-        if "keep" in how:
+        if self.learned is not None:
+            how = _seen(self.learned.get((site, name, time), how), args, kwargs, user_module(sys._getframe(1)))
+            self.learned[site, name, time] = how
+        _require_given(how, name, args, kwargs)
+        result = self.call(how, func, args, kwargs)
+        if how.keep:
             self.kept[site, name, time] = result
         return result
+
+    def call(self, how: Override, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call as it is to be made."""
+        if isinstance(how, Pieces):
+            return args[0].split(list(how.sizes), how.dim)
+        sizes = how.stated
+        if sizes is not None and not (self.analysed and isinstance(how, FullCount)):
+            new = _numbers(sizes, name_of(func), numbers_of((args, kwargs)), self.learned is not None)
+            args, kwargs = replaced((args, kwargs), new)
+        if isinstance(how, FullCount):
+            return _of_what_is_left(how, func, args, kwargs) if self.analysed else self.count(how, args, kwargs)
+        return func(*args, **kwargs)
+
+    def count(self, how: FullCount, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call that divides by the full count."""
+        keywords = dict(how.keywords)
+        if "rest" in keywords:
+            keywords["rest"] = _computed(keywords["rest"], self.kept)
+        return COUNTED[how.name](keywords, *args, **kwargs)
 
     def require_times(self) -> None:
         """Refuse a run that met a site another number of times, where each time is told something else."""
@@ -287,19 +315,50 @@ def _refused(what: str) -> UnseenPathError:
     )
 
 
-def _require_given(how: Mapping[str, Any], name: str, args: Any, kwargs: Any, learn: bool) -> None:
+def _require_given(how: Override, name: str, args: Any, kwargs: Any) -> None:
     """Refuse a call of another tensor than the one that was seen."""
-    if "takes" not in how or is_tracing():
+    if how.takes is None or is_tracing():
         return
-    rank, sizes = how["takes"]
-    x = first_tensor((args, kwargs))
-    fits = x is not None and rank in (None, x.ndim) and all(-dim <= x.ndim for dim, _ in sizes)
-    if learn and x is not None and fits:
-        sizes[:] = [[dim, x.shape[dim]] for dim, _ in sizes]
-    if x is None or not fits or any(size not in (None, x.shape[dim]) for dim, size in sizes):
+    x, sizes = first_tensor((args, kwargs)), how.takes.sizes
+    if x is None or not _fits(how.takes, x) or any(size not in (None, x.shape[dim]) for dim, size in sizes):
         shape, wanted = None if x is None else tuple(x.shape), dict(sizes)
         raise _refused(f"{name} is given a tensor of shape {shape}, and not one with {wanted}, counted from the last")
 
+
+def _fits(takes: Given, x: Tensor) -> bool:
+    return takes.rank in (None, x.ndim) and all(-dim <= x.ndim for dim, _ in takes.sizes)
+
+
+def _seen(how: Override, args: Any, kwargs: Any, home: str | None) -> Override:
+    """What is to be known of a call from now on: whose code it is, which tensor it is given, and what it states."""
+    x, takes = first_tensor((args, kwargs)), how.takes
+    if takes is not None and x is not None and _fits(takes, x):
+        takes = Given(takes.rank, tuple((dim, x.shape[dim]) for dim, _ in takes.sizes))
+    how = replace(how, home=home, takes=takes)
+    sizes, stated = how.stated, numbers_of((args, kwargs))
+    if sizes is not None and len(stated) == (sizes.of or len(stated)):
+        own = tuple(stated[place] for place, _ in sizes.numbers)
+        if own not in sizes.was:
+            how = how.stating(replace(sizes, was=(*sizes.was, own)))
+    return how
+
+
+def _of_what_is_left(how: FullCount, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call that is counted, as a plain one of the entries that are left."""
+    states = _STATES.get(how.name)
+    if states is not None:
+        x = args[0] if args else kwargs["input"]
+        full = how.keywords["full"]
+        size = how.keywords["groups"] if states == "num_groups" else list(x.shape[-len(full) :])
+        if states in kwargs:
+            kwargs = {**kwargs, states: size}
+        else:
+            args = (x, size, *args[2:])
+    return func(*args, **kwargs)
+
+
+_STATES = {"layer_norm": "normalized_shape", "rms_norm": "normalized_shape", "group_norm": "num_groups"}
+"""The second argument of those that state a size."""
 
 UNIFORM = ("add", "sub", "mul", "div", "pow", "square", "abs", "neg", "rsqrt", "sqrt", "_to_copy", "to")
 """Operators that what is gone may be computed by; no others, for a file may say which."""
@@ -311,8 +370,7 @@ def _computed(x: Any, kept: Mapping[tuple[str, str, int], Any]) -> Any:
         return kept[site, name, time]
     if isinstance(x, dict):
         packet, overload = x["op"]
-        if packet not in UNIFORM:
-            raise _refused(f"what is gone would be computed by {packet}.{overload}")
+        assert packet in UNIFORM, packet
         op = getattr(getattr(torch.ops.aten, packet), overload)
         args = [_computed(item, kept) for item in x["args"]]
         like = [a for a in args if isinstance(a, Tensor)][:1]
@@ -332,102 +390,71 @@ def _wants_tensors(packet: str, overload: str) -> tuple[bool, ...]:
     return tuple(argument.type.kind() == "TensorType" for argument in schema.arguments)
 
 
-def told(
-    how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], learn: bool
-) -> Any:
-    """Make a call as it is to be made."""
-    if "numbers" in how:
-        stated = numbers_of((args, dict(kwargs)))
-        if "counted" not in how and len(stated) != how.get("of", len(stated)):
-            raise _refused(f"{name_of(func)} is called with {len(stated)} numbers, and not {how['of']}")
-        args, kwargs = replaced((args, dict(kwargs)), _numbers(how, name_of(func), stated, learn))
-    if "pieces" in how:
-        sizes, dim = how["pieces"]
-        return args[0].split(list(sizes), dim)
-    if "counted" in how:
-        return COUNTED[how["counted"]](how, *args, **kwargs)
-    return func(*args, **kwargs)
-
-
-def _as_analysed(
-    how: Mapping[str, Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
-    """Make a call as it is to be made, but for what is counted: that is a plain call of the entries that are left."""
-    if "counted" not in how:
-        return told(how, func, args, kwargs, False)
-    states = _STATES.get(how["counted"])
-    if states is not None:
-        x = args[0] if args else kwargs["input"]
-        size = how["groups"] if states == "num_groups" else list(x.shape[-len(how["full"]) :])
-        if states in kwargs:
-            kwargs = {**kwargs, states: size}
-        else:
-            args = (x, size, *args[2:])
-    return func(*args, **kwargs)
-
-
-_STATES = {"layer_norm": "normalized_shape", "rms_norm": "normalized_shape", "group_norm": "num_groups"}
-"""The second argument of those that state a size."""
-
-
-def _numbers(how: Mapping[str, Any], name: str, stated: list[Any], learn: bool) -> dict[int, Any]:
+def _numbers(how: Sizes, name: str, stated: list[Any], learning: bool) -> dict[int, Any]:
     """The numbers to state, by their places. A call that states other ones than it did is refused."""
-    new, own = dict(how["numbers"]), [stated[place] for place, _ in how["numbers"]]
-    if learn:
-        if own not in how.setdefault("was", []):  # type: ignore[attr-defined]
-            how["was"].append(own)
-    elif "was" in how:
-        was = dict(zip(new, how["was"][0], strict=True))
-        for place in how.get("grows", ()):  # with the batch, for one
-            new[place] = new[place] * stated[place] // was[place]
-        still = [[x for place, x in zip(new, numbers, strict=True) if place not in how.get("grows", ())]
-                 for numbers in (own, *how["was"])]  # fmt: skip
-        if not is_tracing() and still[0] not in still[1:]:
-            raise _refused(f"{name} states {own} in the places {[*new]}, and not {' or '.join(map(str, how['was']))}")
+    if len(stated) != (how.of or len(stated)):
+        raise _refused(f"{name} is called with {len(stated)} numbers, and not {how.of}")
+    new, own = dict(how.numbers), [stated[place] for place, _ in how.numbers]
+    if learning or not how.was:
+        return new
+    was = dict(zip(new, how.was[0], strict=True))
+    for place in how.grows:  # with the batch, for one
+        new[place] = new[place] * stated[place] // was[place]
+    still = [[x for place, x in zip(new, numbers, strict=True) if place not in how.grows]
+             for numbers in (own, *how.was)]  # fmt: skip
+    if not is_tracing() and still[0] not in still[1:]:
+        seen = " or ".join(str(list(numbers)) for numbers in how.was)
+        raise _refused(f"{name} states {own} in the places {[*new]}, and not {seen}")
     return new
 
 
-def both_told(old: Calls, new: Calls) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def both_told(old: Json, new: Json) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """What two rounds of changes tell a module together: what the first one counted is still counted in full.
 
     The sizes that the first one knew calls by are open, unless the second one knows them.
     """
     both = {
-        site: {name: [_unlearned(how) for how in hows] for name, hows in named.items()} for site, named in old.items()
+        site: {name: list(map(_unlearned, hows)) for name, hows in named.items()}
+        for site, named in from_json(old).items()
     }
-    for site, named in new.items():
+    for site, named in from_json(new).items():
         there = both.setdefault(site, {})
         for name, hows in named.items():
-            if any(
-                "pieces" in how for how in hows
-            ):  # in the first round it was told so, and called another name before
-                name = next((n for n, before in there.items() if any("pieces" in how for how in before)), name)
-            before = there.get(name, [{}])
+            if any(isinstance(how, Pieces) for how in hows):  # in the first round it called another name before
+                name = next((n for n, each in there.items() if any(isinstance(h, Pieces) for h in each)), name)
+            before = there.get(name, [Override()])
             times = max(len(before), len(hows))
             if {len(before), len(hows)} - {1, times}:
                 raise RuntimeError(f"{name} is told {len(before)} things in one round, {len(hows)} in another: {site}")
             pairs = zip(before * (times // len(before)), list(hows) * (times // len(hows)), strict=True)
             there[name] = [_both(one, other) for one, other in pairs]
-    return both
+    return to_json(both)
 
 
-def _unlearned(how: Mapping[str, Any]) -> dict[str, Any]:
+def _unlearned(how: Override) -> Override:
     """What is left of a change once the sizes that it knows a call by may have become others."""
-    rest = {key: value for key, value in how.items() if key not in ("was", "takes")}
-    if "takes" in how:
-        rank, sizes = how["takes"]
-        rest["takes"] = [rank, [[dim, None] for dim, _ in sizes]]
-    return rest
+    if how.takes is not None:
+        how = replace(how, takes=Given(how.takes.rank, tuple((dim, None) for dim, _ in how.takes.sizes)))
+    return how if how.stated is None else how.stating(replace(how.stated, was=()))
 
 
-def _both(before: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
-    if "in" in how:  # it was learned with the first one in it
-        return dict(how)
-    made = {**before, **how}
-    if "numbers" in before and "numbers" in how:
-        made["numbers"] = [list(pair) for pair in (dict(before["numbers"]) | dict(how["numbers"])).items()]
-    made.update((key, before[key]) for key in ("full", "of") if "counted" in before and key in before)
-    return made
+def _both(before: Override, how: Override) -> Override:
+    if how.home is not None or before == Override():  # it was learned with the first one in it
+        return how
+    common: dict[str, Any] = {"keep": before.keep or how.keep, "takes": how.takes or before.takes}
+    common["home"] = how.home or before.home
+    made = replace(before if type(how) is Override else how, **common)
+    if isinstance(before, FullCount):
+        own = how.keywords if isinstance(how, FullCount) else {}
+        counts = {key: value for key, value in before.keywords.items() if key in ("full", "of")}
+        name = how.name if isinstance(how, FullCount) else before.name
+        made = FullCount(name=name, keywords={**before.keywords, **own, **counts}, **common)
+    if before.stated is not None and how.stated is not None:
+        numbers = tuple({**dict(before.stated.numbers), **dict(how.stated.numbers)}.items())
+        of, grows = how.stated.of or before.stated.of, how.stated.grows or before.stated.grows
+        return made.stating(replace(how.stated, numbers=numbers, of=of, grows=grows))
+    stated = how.stated or before.stated
+    return made if stated is None else made.stating(stated)
 
 
 # a torch function's own arguments, and its thin form; of sizes that are not gone, only ratios count

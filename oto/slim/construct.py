@@ -117,14 +117,19 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
     made = _in_other_ways(source, emitter, name, why)
     made.notes.extend(notes)
     if emitter == "auto" and made.emitter != "module" and source.own is not None:
-        warnings.warn(
-            f"the slim model is a graph, and no {name}: {why[0]}\n"
-            "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
-            f"  to fix  {source.way_out}; the zeros of the model may stay, so no training is lost",
-            NotItsClassWarning,
-            stacklevel=users_level(),
-        )
+        _warn_of_a_graph(source, name, why[0])
     return made
+
+
+def _warn_of_a_graph(source: Zeroed, name: str, why: str) -> None:
+    """Say that the promised class was not had, and the way out."""
+    warnings.warn(
+        f"the slim model is a graph, and no {name}: {why}\n"
+        "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
+        f"  to fix  {source.way_out}; the zeros of the model may stay, so no training is lost",
+        NotItsClassWarning,
+        stacklevel=users_level(),
+    )
 
 
 def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> Made:

@@ -61,8 +61,16 @@ class Blocks:
         return found[keys[index]]
 
     def same_line(self, index: int) -> list[int]:
-        """The calls of the same line in every module of the class, in each of its runs, itself included."""
+        """The calls of the same line in every module of the class, in each of its runs, itself included.
+
+        Where a line calls several times in one run, those at the same turn.
+        """
         keys, found = self._by_line
+        return found[keys[index]]
+
+    def every_turn(self, index: int) -> list[int]:
+        """The same at any turn: what a loop calls."""
+        keys, found = self._by_loop
         return found[keys[index]]
 
     @cached_property
@@ -89,6 +97,11 @@ class Blocks:
             return *line, seen[within]
 
         return self._gathered(key)
+
+    @cached_property
+    def _by_loop(self) -> tuple[list[Hashable], dict[Hashable, list[int]]]:
+        nodes = self.graph.nodes
+        return self._gathered(lambda i: (type(self.modules.get(nodes[i].module)), nodes[i].source, nodes[i].op))
 
     def _gathered(self, key: Callable[[int], Hashable]) -> tuple[list[Hashable], dict[Hashable, list[int]]]:
         keys = [key(node.index) for node in self.graph.nodes]

@@ -13,7 +13,9 @@ from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError
 from oto.nn import functional as full_count
 from oto.nn import modules as thinner
+from oto.nn.overrides import to_json
 from oto.slim.module import Edits
+from oto.slim.own_class.placed import overrides_of
 from oto.slim.own_class.result import OwnClass
 from oto.slim.plan import Thinning
 from oto.trace.graph import Graph, Leaf, Node
@@ -82,7 +84,8 @@ def edits_of(layers: Layers, thin: Thinning, own: OwnClass | None = None, sizes_
     if own is not None:
         for place, size in own.adaptation.sizes.items():
             edits.stated.setdefault(place.module, []).append([list(place.key), size.now(thin)])
-        edits.told.update(own.calls.overrides(own.adaptation, thin, sizes_only))
+        told = overrides_of(own.calls, own.adaptation, thin, sizes_only)
+        edits.told.update({path: to_json(calls) for path, calls in told.items()})
     return edits
 
 

@@ -75,8 +75,12 @@ class Situation:
     @cached_property
     def spreads(self) -> list[list[int]]:
         """Calls that a repair may hold for, too, the most first: of the same line, and of blocks of the same path."""
-        line, path = self.bench.blocks.same_line(self.index), self.bench.blocks.alike(self.index)
-        return [line, path] if set(line) - set(path) else [path]
+        blocks = self.bench.blocks
+        found: list[list[int]] = [blocks.alike(self.index)]
+        for wider in (blocks.same_line(self.index), blocks.every_turn(self.index)):
+            if set(wider) - set(found[0]):
+                found.insert(0, wider)
+        return found
 
     def held(self, path: str) -> dict[Key, int | float]:
         """The numbers that a module holds."""

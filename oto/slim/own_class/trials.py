@@ -124,8 +124,10 @@ class Trials:
                 step = int(np.lcm(_ROW, group.divisor))
                 kept[name] = np.arange(step * draw.integers(1, max(1, (group.size - 1) // step), endpoint=True))
                 continue
-            atoms = counts[name] if name in counts else _atoms(group, trial.kind, least, draw)
-            kept[name] = np.arange(-(-atoms // group.divisor) * group.divisor)
+            atoms = _atoms(group, trial.kind, least, draw)
+            if name in counts:
+                atoms = -(-counts[name] // group.divisor) * group.divisor
+            kept[name] = np.arange(atoms)
         return kept
 
     def staying(self, adaptation: Adaptation, trial: Trial) -> set[str]:
@@ -204,10 +206,13 @@ _REMEMBERED = 64
 
 
 def _atoms(group: NodeGroup, kind: Kind, least: int, draw: np.random.Generator) -> int:
-    """How many atoms of a group are left."""
+    """How many atoms of a group are left: whole steps of its divisor."""
+    step, size = group.divisor, group.size
     if kind in THIN:
-        return max(least, -(-group.size // _PART))
-    if kind in (Kind.ALL, Kind.SOME):  # a size of one is broadcast and squeezed away, so it comes with the others
-        least = max(least, 2 if group.size > 2 else 1)
-        return int(draw.integers(least, max(least, group.size - 1), endpoint=True))
-    return int(draw.integers(least, group.size, endpoint=True))
+        atoms = max(least, -(-size // _PART))
+    elif kind in (Kind.ALL, Kind.SOME):  # a size of one is broadcast and squeezed away, so it comes with the others
+        first = -(-max(least, 2 if size > 2 else 1) // step)
+        atoms = step * int(draw.integers(first, max(first, (size - 1) // step), endpoint=True))
+    else:
+        atoms = int(draw.integers(least, size, endpoint=True))
+    return -(-atoms // step) * step

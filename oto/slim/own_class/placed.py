@@ -1,0 +1,173 @@
+"""Which module is told of which calls: each is known by the lines of code that run when it is made.
+
+Calls in the same lines that are left as they are belong to the table of a module, too: :class:`oto.nn.Told` refuses
+what is none of these, as another path.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeGuard
+
+import torch
+
+from oto.axes.call import Rewrite
+from oto.errors import EmitterError
+from oto.nn.overrides import FullCount, Override, Overrides, Sizes
+from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.blocks import ancestors
+from oto.slim.own_class.overrides import FunctionCalls
+from oto.slim.plan import Thinning
+from oto.trace.graph import Node
+from oto.trace.record import FunctionCall
+
+aten = torch.ops.aten
+
+Table = dict[str, dict[str, list[Override]]]
+"""For each site and name of a function, how it is to be called."""
+
+
+def overrides_of(
+    calls: FunctionCalls, adaptation: Adaptation, thin: Thinning, sizes_only: bool = False
+) -> dict[str, Overrides]:
+    """What each module is to call otherwise, by its path.
+
+    A call that states sizes is overridden whether they change or not: the code may state another number, by an
+    attribute or a tensor that does change. Numbers that it gets right are left to it once it is run.
+
+    Args:
+        sizes_only: Leave counts out, so that modules make the calls that they made.
+
+    Raises:
+        EmitterError: A module that runs several times would have to make another call each time.
+    """
+    graph, rewrites = calls.partition.found.graph, calls.partition.found.tape.rewrites
+    changed = {place.module for place, size in adaptation.sizes.items() if size.now(thin) != size.value}
+    hows: dict[int, Override] = {}
+    for index, places in adaptation.overrides.items():
+        node, rewrite = graph.nodes[index], rewrites.get(index)
+        if rewrite is not None and (rewrite.op is node.op or rewrite.op is aten.reshape.default):
+            places = tuple(sorted({*places, *calls.widths(rewrite)}))
+        if not places and not _recounts(node, rewrite, thin, changed):
+            continue
+        how = calls.override(node, rewrite, thin, places, sizes_only)
+        assert how is not None
+        takes = None if sizes_only else calls.takes(node, thin, not isinstance(how, Sizes))
+        hows[calls.by_node[index]] = replace(how, takes=takes)
+    needs = {at: set(calls.needed(how.keywords["rest"])) for at, how in hows.items() if _has_rest(how)}
+    for at in set().union(*needs.values()):
+        hows[at] = replace(hows.get(at, Override()), keep=True)
+    return _Placement(calls, hows, needs).by_module()
+
+
+def _has_rest(how: Override) -> TypeGuard[FullCount]:
+    """Whether what entries held that are gone is computed of other results."""
+    return isinstance(how, FullCount) and "rest" in how.keywords
+
+
+def _recounts(node: Node, rewrite: Rewrite | None, thin: Thinning, changed: Set[str]) -> bool:
+    """Whether a call has to name a count or pieces; these too where an attribute around it changes."""
+    if rewrite is None or thin.changes(rewrite):
+        return rewrite is not None
+    return rewrite.op is aten.split_with_sizes.default and not changed.isdisjoint(ancestors(node.module))
+
+
+@dataclass(frozen=True, eq=False)
+class _Placement:
+    """Calls to override, and the modules that are told of them.
+
+    Attributes:
+        hows: By the place of the function call.
+        needs: For a call that computes what is gone of other results, the places of those.
+    """
+
+    calls: FunctionCalls
+    hows: Mapping[int, Override]
+    needs: Mapping[int, set[int]]
+
+    @property
+    def recorded(self) -> Sequence[FunctionCall]:
+        return self.calls.recorded
+
+    def by_module(self) -> dict[str, Overrides]:
+        """What each module is told: the one whose code calls, or one around it that tells its runs apart."""
+        homes = self._homes()
+        while True:
+            made, clashing = self._tables(homes)
+            if not clashing:
+                return dict(made)
+            for at, path in homes.items():  # the module around it may tell its runs apart
+                if path in clashing:
+                    around = [p for p, _ in self.recorded[at].within]
+                    if around.index(path) == 0:
+                        raise EmitterError(f"{path or 'the model'} states other sizes each time that it runs")
+                    homes[at] = around[around.index(path) - 1]
+            homes = self._homes(homes)
+
+    def _homes(self, least: Mapping[int, str] | None = None) -> dict[int, str]:
+        """For each call that is told, the module that is: its own, or the next around all that it has to know."""
+        made = dict(least) if least is not None else {at: self.recorded[at].within[-1][0] for at in self.hows}
+        moved = True
+        while moved:
+            moved = False
+            for at, others in self.needs.items():
+                together = [at, *others]
+                runs = [[run for run in self.recorded[i].within if not _inside(run[0], made[i])] for i in together]
+                shared = [run for run in runs[0] if all(run in other for other in runs[1:])]
+                for i in together:
+                    moved |= made[i] != shared[-1][0]
+                    made[i] = shared[-1][0]
+        return made
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, str], list[int]]:
+        """The places of calls of one function in one line of code."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for at, call in enumerate(self.recorded):
+            found.setdefault((call.lines[-1] if call.lines else "", call.name), []).append(at)
+        return found
+
+    def _tables(self, homes: Mapping[int, str]) -> tuple[dict[str, Table], set[str]]:
+        """What each module is told in its runs; and those of which that cannot be said, as the runs differ."""
+        made: dict[str, Table] = {}
+        clashing: set[str] = set()
+        for path, sites in self._runs(homes):
+            mine = {at for at, home in homes.items() if home == path}
+            lines = {(self.recorded[at].lines[-1], self.recorded[at].name) for at in mine}
+            kept = {at: (*key, time) for key, places in sites.items() for time, at in enumerate(places)}
+            for (site, name), places in sites.items():
+                if (site.rpartition("\n")[2], name) not in lines:
+                    continue
+                each = [self._spelled(self.hows[at], kept) if at in mine else Override() for at in places]
+                if all(how == each[0] and not how.keep for how in each):
+                    each = each[:1]
+                if made.setdefault(path, {}).setdefault(site, {}).setdefault(name, each) != each:
+                    clashing.add(path)
+        return made, clashing
+
+    def _spelled(self, how: Override, kept: Mapping[int, tuple[str, str, int]]) -> Override:
+        """An override that names what it computes of by sites, as a module can know it."""
+        if not _has_rest(how):
+            return how
+        return replace(how, keywords={**how.keywords, "rest": self.calls.spelled(how.keywords["rest"], kept)})
+
+    def _runs(self, homes: Mapping[int, str]) -> Iterator[tuple[str, dict[tuple[str, str], list[int]]]]:
+        """Each run of a module that is told something, and for each of its sites the places of the calls there."""
+        ends = {(self.recorded[at].lines[-1], self.recorded[at].name) for at in self.hows}
+        runs: dict[tuple[str, int], dict[tuple[str, str], list[int]]] = {}
+        told = set(homes.values())
+        for at in sorted(itertools.chain.from_iterable(self._alike[end] for end in ends)):
+            call, done = self.recorded[at], set[str]()
+            for level, run in enumerate(call.within):
+                if run[0] in told and run[0] not in done:
+                    done.add(run[0])
+                    runs.setdefault(run, {}).setdefault((call.site(level), call.name), []).append(at)
+        return ((path, sites) for (path, _), sites in runs.items())
+
+
+def _inside(path: str, other: str) -> bool:
+    """Whether a module is in another one."""
+    return path != other and f"{path}.".startswith(f"{other}." if other else "")
