@@ -43,12 +43,13 @@ class StatedSize:
 
 @dataclass(frozen=True)
 class TensorDim:
-    """Of the call so many ``back``, its ``nth`` tensor: a dimension, or ``width`` of them side by side."""
+    """Of the call so many ``back``, its ``nth`` tensor: a dimension, ``width`` of them side by side, or one factor."""
 
     back: int
     nth: int
     dim: int
     width: int
+    factor: int | None = None
 
 
 Label: TypeAlias = StatedSize | TensorDim
@@ -71,7 +72,12 @@ def term_of(situation: Situation, index: int, label: Label) -> Term | None:
     operands = situation.bench.partition.found.operands
     terms = operands[values[label.nth]].terms if label.nth < len(values) else ()
     some = terms[label.dim : label.dim + label.width]
-    return tuple(f for t in some for f in t) if len(some) == label.width else None
+    if len(some) != label.width:
+        return None
+    if label.factor is None:
+        return tuple(f for t in some for f in t)
+    factors = resolve(some[0])
+    return factors[label.factor : label.factor + 1] if label.factor < len(factors) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +129,9 @@ class Candidates:
 
     @cached_property
     def dims(self) -> list[tuple[Label, Term]]:
-        """The sizes of tensors that calls near this one meet, and products of two that are side by side."""
+        """The sizes of tensors that calls near this one meet, products of two that are side by side, and factors."""
         found: list[tuple[Label, Term]] = []
+        factors: list[tuple[Label, Term]] = []
         nodes, operands = self.at.bench.graph.nodes, self.at.bench.partition.found.operands
         for back in _NEAR:
             if not 0 <= self.at.index - back < len(nodes):
@@ -135,7 +142,10 @@ class Candidates:
                 for width in (1, 2):
                     for d in range(len(terms) - width + 1):
                         found.append((TensorDim(back, i, d, width), tuple(f for t in terms[d : d + width] for f in t)))
-        return found
+                for d, whole in enumerate(map(resolve, terms)):
+                    made = [(TensorDim(back, i, d, 1, f), whole[f : f + 1]) for f in range(len(whole))]
+                    factors += made if len(made) > 1 else []
+        return found + factors
 
     def places(self, label: Label, term: Term, far: bool, part: bool = False) -> list[Choice]:
         """Numbers that are the size of a term, or a part of it by which it can be divided."""

@@ -180,7 +180,8 @@ class Search:
     def _repairs(self, at: Situation) -> Iterable[Repair]:
         counts = at.index in self.bench.partition.found.tape.counted and at.changes(at.index)
         if self.trials.given is not None:
-            return COUNTS if counts else AT_COUNTS
+            many = len(self.steps) > _ROUNDS
+            return () if many else COUNTS if counts else AT_COUNTS
         if len(self.steps) > _ROUNDS or at.trial.kind in THIN:
             return LIMITS
         sizes = OVERRIDE_FIRST if call_overrides.is_stated_by_none(at) else SIZES

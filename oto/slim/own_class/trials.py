@@ -28,9 +28,7 @@ class Kind(Enum):
 
     ALL = "every group is thinner, each by a number of its own"
     ADAPTED_WHOLE = "what attributes or overrides state stays whole, everything else is thinner"
-    SOME = (
-        "some kinds of groups that attributes or overrides state are thinner, in each block others; the rest is whole"
-    )
+    SOME = "some kinds of groups are thinner, in each block others, and the rest is whole"
     HALF = "any half of the groups is thinner"
     THINNEST = "as little as a sixteenth is left of every group"
     THINNEST_AROUND = "what attributes or overrides state stays whole, and as little as a sixteenth is left of the rest"
@@ -158,11 +156,11 @@ class Trials:
         )
 
     def _families(self, adaptation: Adaptation) -> dict[str, list[str]]:
-        """The groups whose sizes the class states, those of repeated blocks together."""
+        """The groups that may get thinner, those of repeated blocks together; such as the class states come first."""
         adapted = self.stated(adaptation) | self.overridden(adaptation)
         found: dict[str, list[str]] = {}
-        for name in self.free:
-            if name in adapted and name not in adaptation.whole:
+        for name in sorted(self.free, key=lambda name: name not in adapted):
+            if name not in adaptation.whole:
                 found.setdefault(family(name), []).append(name)
         return found
 
