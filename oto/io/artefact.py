@@ -207,6 +207,7 @@ class Draft:
         content = json.loads(json.dumps(content))  # as it will be read: keys are strings
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
             json.dump({**content, "digest": _digest(content)}, stream, indent=1)
+        _require_readable(self.folder / MANIFEST)
         for path in self.folder.iterdir():
             sync(path)
         sync(self.folder)
@@ -223,6 +224,24 @@ class Draft:
             self.committed = True
             sync(self.target)
             _finish(self.target)
+
+
+def _require_readable(manifest: Path) -> None:
+    """Judge a manifest before it is put in place as it will be judged when it is read.
+
+    Raises:
+        ArtefactError: It would be refused.
+    """
+    try:
+        size = manifest.stat().st_size
+        if size > LARGEST_MANIFEST:
+            raise ValueError(f"it has {size:,} bytes")
+        require(parse(_start(manifest, size)))
+    except ValueError as failure:
+        raise ArtefactError(
+            f"the manifest says what no reader takes: {failure}\n"
+            f"  effect  {NOT_SAVED}\n  to fix  report the model; construct_subnet() without a folder gives it"
+        ) from failure
 
 
 NOT_SAVED = "nothing was saved; what was there is as it was"

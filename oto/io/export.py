@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import compile_package, load_package, tree_leaves
-from oto.atomic import concerns, scratch, sync, told
+from oto.atomic import concerns, locked, scratch, sync, told
 from oto.errors import ArtefactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
 from oto.io.artefact import check_out_dir
 from oto.io.program import load_program, save_program
@@ -93,13 +93,15 @@ def _put(draft: Path, place: Path) -> None:
     """Move a file and what was written beside it; the file itself comes last."""
     files = sorted(draft.parent.iterdir(), key=lambda file: file == draft)
     for file in files:
-        there = place.parent / file.name  # that of an export that was killed here is the same in every byte
-        if os.path.lexists(there) and not (file != draft and there.is_file() and filecmp.cmp(file, there, False)):
-            raise _is_there(there)
         sync(file)
-    for file in files:
-        os.replace(file, place.parent / file.name)
-    sync(place.parent)
+    with locked(place.parent):
+        for file in files:
+            there = place.parent / file.name  # that of an export that was killed here is the same in every byte
+            if os.path.lexists(there) and not (file != draft and there.is_file() and filecmp.cmp(file, there, False)):
+                raise _is_there(there)
+        for file in files:
+            os.replace(file, place.parent / file.name)
+        sync(place.parent)
 
 
 def _is_there(place: Path) -> ArtefactError:

@@ -28,6 +28,7 @@ from torch import nn
 from oto.atomic import is_scratch, locked, scratch, stamp, sync, told, unwritable
 from oto.errors import ArtefactError, EmitterError, some
 from oto.io.artefact import NOT_SAVED, check_out_dir
+from oto.io.manifest import parse
 from oto.slim.recipe import Recipe
 from oto.slim.unstated import REMEDY, unlike
 
@@ -112,8 +113,10 @@ def _put(draft: Path, folder: Path) -> None:
 def _end_what_broke_off(folder: Path) -> None:
     """Remove what a process that was killed has put into a folder, unless that is all of it."""
     try:
-        files: dict[str, Any] = json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
+        files: dict[str, Any] = parse((folder / UNFINISHED).read_bytes())
         names = files.keys()
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise ValueError("it names what is not below the folder")
     except FileNotFoundError:
         return
     except (ValueError, AttributeError) as failure:

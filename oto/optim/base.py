@@ -616,6 +616,9 @@ class SparseOptimizer(Optimizer):
     def check_gradients(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor]) -> None:
         """Raise if the criterion needs gradients and there are none; warn where it does not. Synchronises."""
         remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
+        trained = [p.grad for p in self.parameters().values() if p.grad is not None]
+        if any(bool(grad.any()) for grad in trained):  # what comes after the groups has one, and gives none on
+            remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
         self.choice.require_gradients(entries, self.atoms != PRUNED, averages, remedy)
         if not averages and not any_gradient(entries):
             warnings.warn(

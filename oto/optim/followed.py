@@ -19,6 +19,9 @@ CHECK_STEPS = 8
 """The model is looked at every so many steps, and whenever groups are chosen."""
 
 
+_UNTRAINED = "the optimizer trains and zeroes what the model does not use, and what it uses is not trained"
+
+
 @dataclass(frozen=True)
 class Followed:
     """A model, and what was known of it when it began to be followed.
@@ -28,12 +31,14 @@ class Followed:
         trained: For each of its names of a parameter that is trained, the name that the optimizer has for it.
         names: Of all its parameters.
         frozen: Of those that were frozen.
+        told: Whether it was told that there are no gradients.
     """
 
     model: weakref.ref[nn.Module]
     trained: Mapping[str, str]
     names: frozenset[str]
     frozen: frozenset[str]
+    told: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Mapping[str, Tensor]) -> Followed:
@@ -63,7 +68,8 @@ class Followed:
             return self
         kind, now = type(model).__name__, dict(model.named_parameters(remove_duplicate=False))
         self._require_same(kind, now, parameters, needed)
-        if all(p.grad is None for p in parameters.values()):
+        without = all(p.grad is None for p in parameters.values())
+        if without and not self.told:
             warnings.warn(
                 f"no parameter of the {kind} that the optimizer trains has a gradient\n"
                 "  effect  its step changes nothing but what is being pruned\n"
@@ -91,7 +97,7 @@ class Followed:
                 UntrainedWarning,
                 stacklevel=users_level(),
             )
-        return replace(self, names=self.names.union(added), frozen=self.frozen.union(new))
+        return replace(self, names=self.names.union(added), frozen=self.frozen.union(new), told=without)
 
     def _require_same(
         self, kind: str, now: Mapping[str, Tensor], parameters: Mapping[str, Tensor], needed: Container[str]
@@ -100,11 +106,16 @@ class Followed:
         gone = [name for name in self.trained if name not in now and name in needed]
         if not (replaced or gone):
             return
+        there = set(now.values())
+        if not replaced and all(parameters.get(self.trained[name]) in there for name in gone):
+            said = "has another name than", "what is zeroed is not found by its name, so no slim model could be made"
+        elif replaced:
+            said = "is another tensor than", _UNTRAINED
+        else:
+            said = "is no parameter any more, as it was", _UNTRAINED
         raise ModelChangedError(
-            f"{some(replaced or gone)} of the {kind} "
-            + ("is another tensor than" if replaced else "is no parameter any more, as it was")
-            + " when the optimizer was made\n"
-            "  effect  the optimizer trains and zeroes what the model does not use, and what it uses is not trained\n"
+            f"{some(replaced or gone)} of the {kind} {said[0]} when the optimizer was made\n"
+            f"  effect  {said[1]}\n"
             "  to fix  change the model first (new layers, adapters, parametrizations, load_state_dict with"
             " assign=True), then OTO(...) and a new optimizer"
         )

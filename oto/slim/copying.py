@@ -11,7 +11,7 @@ import copy
 import copyreg
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -37,7 +37,7 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo.update((id(x), x.detach().clone()) for x in loose if isinstance(x, Tensor) and id(x) not in memo)
     slim = _deepcopied(model, memo)
     if any(not isinstance(x, Tensor) for x in loose):
-        _lead_into_the_copy(slim, memo)
+        _lead_into_the_copy(slim, memo, {id(x) for x in reached(model.modules(), FunctionType)})
     return slim
 
 
@@ -75,10 +75,16 @@ def _is_plain(kind: type[nn.Module]) -> bool:
 # --- functions, and what they close over ------------------------------------------------------------------------------
 
 
-def _lead_into_the_copy(slim: nn.Module, memo: dict[int, Any]) -> None:
-    """Put functions that lead to the copy in place of those that lead to the first module."""
+def _lead_into_the_copy(slim: nn.Module, memo: dict[int, Any], shared: Container[int]) -> None:
+    """Put functions that lead to the copy in place of those that lead to the first module.
+
+    Args:
+        shared: The ids of what the first module leads to: a registry that both have is not written to.
+    """
     moved = _Moved(memo)
     for holder in reached(slim.modules(), FunctionType):
+        if id(holder) in shared:
+            continue
         if isinstance(holder, dict):
             for key, value in list(dict.items(holder)):
                 if (new := moved.of(value)) is not value:

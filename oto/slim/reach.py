@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ def reached_by(
         free: Bytes of memory, half of which may be taken.
     """
     left = {name: p for name, p in wanted.items() if p.is_floating_point() and p.numel()}
+    if left and torch.is_inference_mode_enabled():
+        return [
+            "whether the inputs of the proof reach all that was made thinner is not known: there are no gradients"
+            " under torch.inference_mode(); call construct_subnet() outside of it"
+        ]
     try:
         for given in inputs:
             reached = _with_gradient(model, left, given, free) if left else ()
@@ -71,7 +76,9 @@ def _with_gradient(
             reached.add(names[id(p)])
         p.grad = None
 
-    with as_found(model, given), torch.enable_grad(), _within(free, model):
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # cuDNN's have no gradient in eval
+    kernels = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with as_found(model, given), torch.enable_grad(), _within(free, model), kernels:
         for p in model.parameters():
             p.grad = None
             p.requires_grad_(id(p) in names)
@@ -120,8 +127,9 @@ def _moves(model: nn.Module, parameters: Collection[nn.Parameter], given: Any) -
         for p in parameters:
             p.data = p + (p.abs().mean() + 0.1) * torch.randn(p.shape, generator=generator).to(p)
         after = run(model, given)
-    return len(before) != len(after) or not all(map(_equal, before, after))
+    return len(before) != len(after) or not all(map(equal, before, after))
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in every entry, NaN being equal to itself."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

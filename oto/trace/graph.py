@@ -342,7 +342,8 @@ def _valued(x: Any, current: Mapping[Hashable, Value]) -> Any:
     if isinstance(x, Key):
         return current[x.key]
     if isinstance(x, (tuple, list)):
-        return type(x)([_valued(item, current) for item in x])
+        items = [_valued(item, current) for item in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return {name: _valued(item, current) for name, item in x.items()} if isinstance(x, dict) else x
 
 

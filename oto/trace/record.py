@@ -542,7 +542,8 @@ class _Recorder(TorchDispatchMode):
         if isinstance(x, Tensor):
             return self.see(x)
         if isinstance(x, tuple | list):
-            return type(x)(map(self.keyed, x))
+            items = map(self.keyed, x)
+            return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
         return {name: self.keyed(value) for name, value in x.items()} if isinstance(x, dict) else x
 
     @contextmanager

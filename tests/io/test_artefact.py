@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -491,3 +493,28 @@ def test_a_place_that_cannot_be_is_told(place: str, tmp_path: Path, monkeypatch:
 def test_no_folder_is_not_the_working_folder() -> None:
     with pytest.raises(ArtefactError, match=r"out_dir is empty[^$]*to fix"):
         check_out_dir("")
+
+
+def test_what_no_reader_would_take_is_not_put_in_place(tmp_path: Path) -> None:
+    with writing(tmp_path / "out") as draft:
+        draft.commit({"notes": ["as it was"]})
+    with (
+        pytest.raises(ArtefactError, match=r"no reader takes[^$]*effect  nothing was saved"),
+        writing(tmp_path / "out") as draft,
+    ):
+        draft.commit({"edits": {"attributes": {"a": {"no_such_size": 3}}}})
+    assert reading(tmp_path / "out").manifest["notes"] == ["as it was"]
+
+
+def test_a_file_system_without_fsync_for_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.fsync
+
+    def none_for_folders(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}") or stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", none_for_folders)
+    with writing(tmp_path / "out") as draft:
+        draft.commit({})
+    assert reading(tmp_path / "out")

@@ -749,3 +749,14 @@ def test_construct_subnet_killed_anywhere(tmp_path: Path, report: bool) -> None:
         if alive:
             break
     assert seen == ["old"] * seen.count("old") + ["new"] * seen.count("new") and seen.count("old") > 20
+
+
+@pytest.mark.parametrize("name", ["../victim/x", "/etc/x"])
+def test_a_list_of_what_broke_off_reaches_nothing_outside(name: str, tmp_path: Path) -> None:
+    """Whoever may write the folder may write that list."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / pretrained.UNFINISHED).write_text(json.dumps({name: {"size": 1, "sha256": "0"}}))
+    with pytest.raises(ArtefactError, match="to fix"):
+        pretrained._end_what_broke_off(tmp_path / "out")
+    assert (tmp_path / "victim").is_dir()

@@ -196,3 +196,35 @@ def test_tensors_with_a_history_are_taken_along():
     other = copied(model, {})
     assert torch.equal(other.last, model.last) and other.last.grad_fn is None
     assert torch.equal(other.all["m"][0], model.all["m"][0]) and other.all["m"][0] is not model.all["m"][0]
+
+
+class Bus:
+    """What the user shares between models: no copy of a model has one of its own."""
+
+    def __init__(self):
+        self.listeners = []
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_what_a_copy_shares_with_the_model_is_not_written_to():
+    bus = Bus()
+
+    class Announced(Base):
+        def __init__(self):
+            super().__init__()
+            self.bus, self.seen = bus, []
+            bus.listeners.append(lambda x: self.seen.append(x))
+
+        def forward(self, x):
+            return self.b(self.m(self.a(x).relu()).relu())
+
+    model = Announced()
+    (before,) = bus.listeners
+    oto = OTO(model, torch.randn(2, 8))
+    oto.random_set_zero_groups(0.5)
+    oto.construct_subnet()
+    assert bus.listeners == [before]
+    before(1)
+    assert model.seen == [1]
