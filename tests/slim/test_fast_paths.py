@@ -186,3 +186,17 @@ def test_a_whole_transformer():
     subnet = slim_of(full, torch.randn(3, LENGTH, 5), None, PADDING)
     assert subnet.emitter == "module"
     agree(full, subnet.model, ["none", "padding", "padding, additive", "attention", "both"])
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_padding_mask_does_not_keep_an_encoder_whole(nested):
+    """Its class is asked with layers that are thinned in one try and whole in the next."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    groups = {
+        g.name
+        for g in OTO(model, {"src": torch.randn(2, 9, 32), "src_key_padding_mask": padding}).node_groups
+        if g.prunable
+    }
+    assert groups == {g.name for g in OTO(model, torch.randn(2, 9, 32)).node_groups if g.prunable} and groups

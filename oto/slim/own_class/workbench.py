@@ -138,6 +138,9 @@ class Workbench:
     def _edited(self, edits: Edits, thin: Thinning) -> tuple[nn.Module, Found]:
         """The copy with thinner tensors and its modules changed; and what it held, by which it is put back."""
         assert self._copy is not None
+        for module, kind in self._kinds:  # an encoder of which a layer was swapped is one of another class
+            if type(module) is not kind:
+                module.__class__ = kind
         try:
             for name, new in self._thin(thin, changed=True).items():
                 old = attribute(self._copy, name)
@@ -155,6 +158,7 @@ class Workbench:
         self._copy = thin_copy(self.model, self._empty(), Edits())
         self._holders = _holders(self._copy)
         self._pristine = Found(self._copy, self.dummy_input)
+        self._kinds = [(module, type(module)) for module in self._copy.modules()]
         return not _holds_elsewhere(self._copy, self._holders)
 
     def _thin(self, thin: Thinning, changed: bool = False) -> dict[str, Tensor]:
