@@ -350,7 +350,7 @@ def verify(
     except (DamagedArtefactError, VerificationError) as failure:
         _message("error", failure, as_json)
         raise typer.Exit(FOUND) from failure
-    _result("\n".join([*lines, "all is well"]), data, as_json)
+    _result("\n".join([*lines, "all is well" if data["checks"] else "the files are well"]), data, as_json)
 
 
 def _verified(folder: Path, model: str | None, inputs: list[str] | None,
@@ -391,6 +391,12 @@ def _verified(folder: Path, model: str | None, inputs: list[str] | None,
         checks.append(checked(f"{PROGRAM} against the class", dtype_of(slim), own, other, 1e-3))
         error = require(checks[-1:])
         lines.append(f"{PROGRAM} computes what the class does: largest relative error {error:.1e}")
+    if not checks:
+        holds = f"the folder holds no full weights (construct_subnet(out_dir, save_full=True) writes {FULL})"
+        lines.append(
+            f"nothing was compared: {holds if FULL not in files else 'no model is named (--model)'}; oto info tells of"
+            " the proof when it was written"
+        )
     return lines, {"files": list(files), "outputs": shapes, "checks": [vars(c) for c in checks]}
 
 

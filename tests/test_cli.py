@@ -130,7 +130,9 @@ def test_slim_info_verify(artefact):
     assert alone["outputs"] == [[2, 5]] and alone["checks"] == []
     proved = as_json("verify", "slim", "--model", "cli_net:make")
     assert len(proved["checks"]) > 4 and all(c["error"] <= c["tolerance"] for c in proved["checks"])
-    assert call("verify", "slim").stdout.endswith("all is well\n")
+    assert call("verify", "slim", "--model", "cli_net:make").stdout.endswith("all is well\n")
+    alone = call("verify", "slim").stdout
+    assert alone.endswith("the files are well\n") and "nothing was compared: no model is named (--model)" in alone
 
 
 def test_slim_writes_a_report(artefact, here):

@@ -387,8 +387,8 @@ def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> N
         raise ClassChangedError(
             f"the model does not fit the artefact: {what}\n"
             "  effect  the slim weights cannot be put into it\n"
-            "  to fix  pass the class and arguments that the artefact was made from, or load without a class:"
-            " load_subnet(path)"
+            "  to fix  pass the class and arguments that the artefact was made from; or load without a class, where"
+            f" a {PROGRAM} was saved: load_subnet(path)"
         )
 
     if (name := _name(type(given))) != saved["class"]:

@@ -6,6 +6,7 @@ python -m tests.slim.test_sabotage          # the table: what noticed it
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from oto import OTO
 from oto.errors import OTOError, VerificationError
 from oto.nn import Told
+from oto.nn.overrides import FullCount
 from oto.slim import construct, proof
 from tests.slim import test_layout
 
@@ -193,11 +195,11 @@ def call_override(model: nn.Module) -> bool:
     for module in model.modules():
         told = vars(module).get("forward")
         if isinstance(told, Told):
-            for hows in (hows for named in told.calls.values() for hows in named.values()):
-                for how in hows:
-                    if "full" in how.get("keywords", how):
-                        one = how.get("keywords", how)
-                        one["full"] = [one["full"][0] + 1]
+            for hows in (hows for named in told.overrides.values() for hows in named.values()):
+                for i, how in enumerate(hows):
+                    if isinstance(how, FullCount):
+                        full = [how.keywords["full"][0] + 1]
+                        hows[i] = replace(how, keywords={**how.keywords, "full": full})
                         return True
         if hasattr(module, "full"):
             module.full = (module.full[0] + 1,)

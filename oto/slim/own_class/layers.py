@@ -101,12 +101,13 @@ def plan_edits(model: nn.Module, thin: Thinning, own: OwnClass | None = None) ->
     graph = thin.found.graph
     layers = Layers.of(model, graph)
     edits = edits_of(layers, thin, own)
-    known = set() if own is None else own.adaptation.folded.keys() | own.adaptation.overrides.keys()
+    if own is not None:  # then its calls were compared, those that divide by a count among them
+        return edits
     for index, text in thin.found.tape.counted.items():
         if index >= len(graph.nodes):  # a head for training only: it is run to see
             continue
         node = graph.nodes[index]
-        if not layers.is_norm(node.module) and index not in known and thin.changes(thin.found.tape.rewrites[index]):
+        if not layers.is_norm(node.module) and thin.changes(thin.found.tape.rewrites[index]):
             raise EmitterError(
                 f"{text}, in the forward of {node.module or type(model).__name__} itself ({node.source})\n"
                 "  effect  the original class would divide by the smaller number"
