@@ -17,27 +17,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from oto import OTO, load_subnet
 from oto.errors import ArtefactError
 from oto.io import artefact
 from oto.io.program import load_program
+from tests.io.nets import Net
 
 from .forging import sealed
 
 TERABYTES = 10**13
 MEMORY = 300 * 2**20  # bytes that a refusal may take at most; loading the real thing takes less
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.norm, self.b = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.norm(self.a(x)).relu())
 
 
 @pytest.fixture(scope="module")

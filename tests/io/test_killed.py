@@ -26,13 +26,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oto import OTO, atomic, load_subnet
 from oto.errors import ArtefactError
 from oto.io import export, pretrained
 from oto.io.artefact import COMMIT, MANIFEST, adding, reading, writing
 from oto.io.program import save_program
+from tests.io.nets import Net
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 
@@ -557,16 +558,6 @@ def test_a_pretrained_folder_of_a_stock_class(tmp_path: Path) -> None:
 
 
 # Single files -----------------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.norm, self.b = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.norm(self.a(x)).relu())
 
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))

@@ -10,27 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from oto import OTO
 from oto.groups import Cost
 from oto.slim.module import Edits
 from oto.slim.origin import Round
 from oto.slim.verify import Check
+from tests.io.nets import Net
 
 jsonschema = pytest.importorskip("jsonschema")
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "oto.schema.json").read_text())
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.norm, self.b = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.norm(self.a(x)).relu())
 
 
 @pytest.fixture(scope="module", params=["module", "graph", "recording"])
