@@ -24,6 +24,7 @@ RANKS = 2
 SCHEDULE = {"start_pruning_step": 3, "pruning_steps": 6, "pruning_periods": 3, "average_steps": 4, "lr": 0.05}
 
 
+pytestmark = pytest.mark.filterwarnings("default:a process was killed")
 GLOO = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
 
 
