@@ -193,22 +193,40 @@ def keep_at_least(groups: Sequence[NodeGroup], minimum: MinKept) -> tuple[NodeGr
         UnknownParameterError: A name or glob matches no parameter that a prunable group would zero.
     """
     if not isinstance(minimum, Mapping):
-        return tuple(_keeping(group, _least(minimum, group.size)) for group in groups)
+        return tuple(_keeping(group, atoms_of(minimum, group.size, "min_kept")) for group in groups)
     least: dict[str, int] = {}
-    names = {piece.parameter: None for g in groups if g.prunable for piece in g.zeros}
     for pattern, number in minimum.items():
-        hits = set(matching([pattern], [*names, *(g.name for g in groups if g.name not in names)]))
-        for group in groups:
-            if group.name in hits or any(piece.parameter in hits for piece in group.zeros):
-                least[group.name] = max(least.get(group.name, 0), _least(number, group.size))
+        for group in called(pattern, groups):
+            least[group.name] = max(least.get(group.name, 0), atoms_of(number, group.size, "min_kept"))
     return tuple(_keeping(group, least[group.name]) if group.name in least else group for group in groups)
 
 
-def _least(minimum: int | float, size: int) -> int:
-    whole = isinstance(minimum, int) and not isinstance(minimum, bool)
-    if not (minimum >= 0 if whole else isinstance(minimum, float) and 0 <= minimum <= 1):
-        raise TargetError(f"min_kept is {minimum!r}; it is a number of atoms (an int) or a share of them (a float)")
-    return int(minimum) if whole else math.ceil(minimum * size)
+def called(pattern: str, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
+    """The group of that name; else those whose name, or a parameter that they would zero, is or matches it.
+
+    Raises:
+        UnknownParameterError: There is none.
+    """
+    if own := [group for group in groups if group.name == pattern]:
+        return own
+    names = {piece.parameter: None for g in groups if g.prunable for piece in g.zeros}
+    hits = set(matching([pattern], [*names, *(g.name for g in groups if g.name not in names)]))
+    return [g for g in groups if g.name in hits or any(piece.parameter in hits for piece in g.zeros)]
+
+
+def atoms_of(asked: int | float, size: int, option: str) -> int:
+    """A number of atoms, or a share of ``size`` rounded up, as a number.
+
+    Raises:
+        TargetError: It is negative, or a share above 1.
+
+    >>> atoms_of(0.55, 100, "min_kept"), atoms_of(0.3, 8, "min_kept"), atoms_of(5, 8, "min_kept")
+    (55, 3, 5)
+    """
+    whole = isinstance(asked, int) and not isinstance(asked, bool)
+    if not (asked >= 0 if whole else isinstance(asked, float) and 0 <= asked <= 1):
+        raise TargetError(f"{option} is {asked!r}; it is a number of atoms (an int) or a share of them (a float)")
+    return int(asked) if whole else math.ceil(round(asked * size, 6))  # 0.55 * 100 is more than 55
 
 
 def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:

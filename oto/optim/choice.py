@@ -30,7 +30,7 @@ from oto.errors import (
 from oto.groups.cost import Costs
 from oto.groups.layout import settled, ties_of
 from oto.groups.node_group import NodeGroup
-from oto.groups.policy import MinKept, keep_at_least
+from oto.groups.policy import MinKept, atoms_of, called, keep_at_least
 from oto.optim.saliency import (
     CRITERIA,
     FROM_WEIGHTS,
@@ -134,7 +134,7 @@ class Choice:
             TargetError: An option means nothing, or the target cannot be reached.
             NothingPrunableError: There is a target, but no node group may lose an atom.
         """
-        published = isinstance(saliency, str) and saliency == "hesso"
+        published, node_groups = isinstance(saliency, str) and saliency == "hesso", tuple(node_groups)
         groups = [group for group in node_groups if group.prunable and group.size]
         if min_kept is not None:  # a group that may lose nothing stays in the list, which costs are counted over
             asked_for = keep_at_least(groups, min_kept)
@@ -143,8 +143,10 @@ class Choice:
         criteria = tuple(resolve(DEFAULT if saliency is None else saliency))
         comparable = all(criterion in OF_THE_LOSS for criterion, _ in criteria)
         _check(scope, group_divisible, normalise, within, by_cost, average_steps)
-        asked = Target.of(target, sizes, costs, latency)
         divisors = [int(np.lcm(g.divisor, group_divisible)) for g in groups]
+        named, whole = target.get("target_kept"), [group for group in node_groups if not group.prunable]
+        wanted = as_named(named, groups, divisors, whole) if isinstance(named, Mapping) else None
+        asked = Target.of(target, sizes, costs, latency, wanted)
         least = [least_kept(g.size, g.min_kept, d) for g, d in zip(groups, divisors, strict=True)]
         everywhere = min_kept is not None and not isinstance(min_kept, Mapping)  # a limit of the user for every group
         soft = 0.0 if published or everywhere else FLOOR
@@ -152,6 +154,8 @@ class Choice:
             least_kept(g.size, max(g.min_kept, int(np.ceil(soft * g.size))), d)
             for g, d in zip(groups, divisors, strict=True)
         ]
+        if wanted is not None:  # then nothing is left to choose but which atoms
+            least = floor = wanted.tolist()
         self = cls(
             tuple(groups),
             asked,
@@ -359,6 +363,68 @@ class Choice:
             "within": None if self.within is None else [_name(self.within), self.everywhere],
             "by_cost": self.by_cost,
         } | ({"layout": layout} if layout else {})
+
+
+def as_named(
+    kept: Mapping[str, float], groups: Sequence[NodeGroup], divisors: Sequence[int], whole: Sequence[NodeGroup] = ()
+) -> Counts:
+    """How many atoms each node group keeps, where that is said by names: ``target_kept``.
+
+    Args:
+        kept: Names or globs of parameters or groups, each with a number of atoms or a share of them. Shares are rounded
+            up, to whole atoms and to the divisor; of several the greatest counts; what none names stays whole.
+        groups, divisors: The prunable node groups, and what their kept counts are multiples of.
+        whole: The other ones.
+
+    Raises:
+        TargetError: A number means nothing, is less than the group keeps anyway, or decides nothing.
+        UnknownParameterError: A name or glob matches nothing.
+    """
+    by = {group.name: divisor for group, divisor in zip(groups, divisors, strict=True)}
+    asked: dict[str, dict[str, int]] = {}  # by pattern, what each of its groups would keep
+    for pattern, number in kept.items():
+        if not number > 0:
+            raise TargetError(f"target_kept is {number!r} for {pattern!r}; something of every group is kept")
+        atoms = {g: atoms_of(number, g.size, "target_kept") for g in called(pattern, [*groups, *whole])}
+        asked[pattern] = {g.name: least_kept(g.size, n, by[g.name]) for g, n in atoms.items() if g.name in by}
+        _require_free(pattern, [g for g, n in atoms.items() if g.name not in by and n < g.size], asked[pattern])
+    own = {g.name: max((some_[g.name] for some_ in asked.values() if g.name in some_), default=g.size) for g in groups}
+    ties: dict[str | None, int] = {}
+    for group in groups:
+        ties[group.tie] = max(ties.get(group.tie, 0), own[group.name])
+    counts = {g.name: own[g.name] if g.tie is None else ties[g.tie] for g in groups}
+    _require_followed(asked, counts, groups)
+    return np.array(list(counts.values()), dtype=np.int64)
+
+
+def _require_free(pattern: str, held: Sequence[NodeGroup], free: Mapping[str, int]) -> None:
+    if held and not free:
+        raise TargetError(
+            f"target_kept names {pattern!r}, and what it matches stays whole: {held[0].name}, because {held[0].reason}\n"
+            "  effect  nothing of it could go\n"
+            "  to fix  leave it out; oto.explain() says what may be done about what stays whole"
+        )
+
+
+def _require_followed(
+    asked: Mapping[str, Mapping[str, int]], counts: Mapping[str, int], groups: Sequence[NodeGroup]
+) -> None:
+    """Refuse what would be asked for in vain."""
+    for pattern, wanted in asked.items():
+        if wanted and all(counts[name] > n for name, n in wanted.items()):
+            name, n = next(iter(wanted.items()))
+            raise TargetError(
+                f"target_kept asks {name} to keep {n} by {pattern!r}, but it would keep {counts[name]}: by another name"
+                " or glob, or since it is to have as many as groups that keep more (layout)\n"
+                f"  effect  {pattern!r} decides nothing\n"
+                "  to fix  name what keeps less apart from what keeps more, and all groups of a tie alike"
+            )
+    for group in groups:
+        if counts[group.name] < group.min_kept:
+            raise TargetError(
+                f"target_kept leaves {counts[group.name]} of the {group.size} atoms of {group.name}, min_kept"
+                f" {group.min_kept}\n  to fix  lower min_kept, or ask for {group.min_kept / group.size:.2g} or more"
+            )
 
 
 DEFAULT: Weights = {"taylor_second_order": 1.0}

@@ -26,7 +26,7 @@ Where we differ from the released code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,9 @@ class HESSO(SparseOptimizer):
         target_macs, target_params, target_bytes: What is to be left at most: a float in (0, 1] is a share, an integer
             the number itself.
         target_latency_ms: Milliseconds of a forward pass on the example input.
-        target_group_sparsity: Share of the prunable ZIGs to bring to zero, in [0, 1). Exactly one target is given.
+        target_group_sparsity: Share of the prunable ZIGs to bring to zero, in [0, 1).
+        target_kept: What each node group keeps of its atoms, by names or globs of parameters: a share, or a number.
+            What none of them names stays whole. Exactly one target is given.
         scope, min_kept, group_divisible, saliency, normalise, within, by_cost, average_steps: Which ZIGs go, see
             :meth:`oto.optim.Choice.of`. ``saliency="hesso"`` chooses as published.
         start_pruning_step: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
@@ -109,6 +111,7 @@ class HESSO(SparseOptimizer):
         target_bytes: int | float | None = None,
         target_latency_ms: float | None = None,
         target_group_sparsity: float | None = None,
+        target_kept: Mapping[str, int | float] | None = None,
         scope: str = "global",
         min_kept: MinKept | None = None,
         group_divisible: int = 1,
@@ -145,6 +148,7 @@ class HESSO(SparseOptimizer):
                 "target_bytes": target_bytes,
                 "target_latency_ms": target_latency_ms,
                 "target_group_sparsity": target_group_sparsity,
+                "target_kept": target_kept,
             },
             costs=costs,
             latency=latency,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from oto.errors import TargetError
+from oto.errors import TargetError, some
 from oto.groups.cost import Costs, Polynomial
 
 Counts = NDArray[np.int64]
@@ -43,6 +43,7 @@ UNITS = {
     "target_bytes": "bytes",
     "target_latency_ms": "ms",
     "target_group_sparsity": "groups",
+    "target_kept": "groups",
 }
 
 
@@ -52,29 +53,37 @@ class Target:
 
     Attributes:
         name: The keyword that it was asked with.
-        asked: As it was asked.
+        asked: As it was asked: a number, or one for each name or glob.
         goal: At most this much is left, in the unit of ``measure``.
         full: What the full network costs.
         measure: How the cost follows from the counts.
     """
 
     name: str
-    asked: float
+    asked: float | Mapping[str, float]
     goal: float
     full: float
     measure: Measure
 
     @classmethod
-    def of(cls, asked: Mapping[str, Any], sizes: Counts, costs: Costs | None, latency: Measure | None = None) -> Target:
+    def of(
+        cls,
+        asked: Mapping[str, Any],
+        sizes: Counts,
+        costs: Costs | None,
+        latency: Measure | None = None,
+        kept: Counts | None = None,
+    ) -> Target:
         """Read the keywords of an optimizer, of which exactly one is not ``None``.
 
         Args:
             asked: ``target_macs``, ``target_params``, ``target_bytes``: a float in (0, 1] is the share to keep, an
                 integer the number itself. ``target_latency_ms``: milliseconds. ``target_group_sparsity``: the share of
-                groups to remove, in [0, 1).
+                groups to remove, in [0, 1). ``target_kept``: what each node group keeps, by names or globs.
             sizes: Atoms of every prunable node group.
-            costs: Costs of the network; needed for all but ``target_group_sparsity``.
+            costs: Costs of the network; needed for all but ``target_group_sparsity`` and ``target_kept``.
             latency: Milliseconds of the network; needed for ``target_latency_ms``.
+            kept: How many atoms each node group keeps by ``target_kept``.
 
         Raises:
             TargetError: None or several are given, or a number means nothing.
@@ -86,12 +95,18 @@ class Target:
                 f"  to fix  ask for one of {', '.join(f'{name}=' for name in UNITS)}, such as target_macs=0.5"
             )
         ((name, value),) = given.items()
+        atoms, count = int(sizes.sum()), Polynomial({(i,): 1 for i in range(len(sizes))}, len(sizes))
+        if name == "target_kept":
+            if not isinstance(value, Mapping) or not value or kept is None:
+                raise TargetError(
+                    f"{name} is {value!r}; it maps names or globs of parameters to the share of its atoms that each"
+                    f" group keeps\n  to fix  such as {name}={{'layer3.*': 0.4}}"
+                )
+            return cls(name, dict(value), int(kept.sum()), atoms, count)
         number = _number(name, value)
         if name == "target_group_sparsity":
             if not 0 <= number < 1:
                 raise TargetError(f"{name} is {value}; it is the share of groups to remove, in [0, 1)")
-            atoms = int(sizes.sum())
-            count = Polynomial({(i,): 1 for i in range(len(sizes))}, len(sizes))
             return cls(name, number, atoms - int(atoms * number), atoms, count)
         if name == "target_latency_ms":
             measure = latency
@@ -121,7 +136,7 @@ class Target:
     @property
     def wants_less(self) -> bool:
         """Whether anything has to go."""
-        return self.asked > 0 if self.name == "target_group_sparsity" else self.goal < self.full
+        return self.asked != 0 if self.name == "target_group_sparsity" else self.goal < self.full
 
     def after(self, share: float) -> float:
         """What may be left when ``share`` of the way from the full network to the goal is done."""
@@ -146,7 +161,7 @@ class Target:
                 " group_divisible"
             )
         share = bottom / self.full
-        hint = f"; {self.asked} is a number of {unit}, {float(self.asked)} would be a share" if self.asked == 1 else ""
+        hint = f"; {self.asked} is a number of {unit}, {self._share} would be a share" if self._share else ""
         least_asked = (
             f"{1.05 * bottom:.3g}" if self.name == "target_latency_ms" else f"{np.ceil(share * 1e4) / 1e4:.4f}"
         )
@@ -157,8 +172,18 @@ class Target:
             " oto.explain() for what stays whole"
         )
 
+    @property
+    def _share(self) -> float | None:
+        """What was meant, most likely, by a small whole number: 1 is all, 50 is half."""
+        if not isinstance(self.asked, int) or self.asked > 100 or self.name == "target_latency_ms":
+            return None
+        return 1.0 if self.asked == 1 else self.asked / 100
+
     def __str__(self) -> str:
-        return f"{self.name}={self.asked}: at most {shown(self.goal)} of {shown(self.full)} {self.unit}"
+        asked: object = self.asked
+        if isinstance(self.asked, Mapping):
+            asked = f"{{{some([f'{name!r}: {number}' for name, number in self.asked.items()])}}}"
+        return f"{self.name}={asked}: at most {shown(self.goal)} of {shown(self.full)} {self.unit}"
 
 
 def shown(number: float) -> str:
