@@ -39,13 +39,16 @@ from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, t
 from oto.groups.layout import LAYOUTS, drawn, evened, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
+    Pattern,
     carried_by_nodes,
     carried_by_operators,
     frozen_since,
     keep_at_least,
+    keep_but,
     keep_frozen,
     keep_whole,
     matching,
+    outputs_called,
     parameters_of,
     require_prunable,
     zeroing,
@@ -56,6 +59,7 @@ from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.shrink import Moved
 from oto.optim.target import UNITS, Target
+from oto.optim.wrapped import refuse_unknown
 from oto.progress import stage, stages
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
@@ -116,9 +120,15 @@ class OTO:
             inside ``torch.compile``, ``DistributedDataParallel`` or ``DataParallel`` is taken out of it; go on training
             with the wrapper, whose parameters are the same.
         dummy_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments of ``model.forward``.
-        skip_patterns: What must not be zeroed: names or globs of parameters or of modules, or classes of modules.
+        skip_patterns: What must not be zeroed: names or globs of parameters or of modules, classes of modules, or
+            modules.
+        only: The reverse, in the same words: no weights but these are zeroed, with the biases and norms beside them. A
+            group that would zero others too stays whole, as the width of a residual stream does if one kind of layer is
+            named.
         strict_out_nodes: Only outputs that nothing else in the model reads keep their size; by default all do. One that
-            is returned on the way, such as a hidden state, then gets as thin as the network there.
+            is returned on the way, such as a hidden state, then gets as thin as the network there. Or names or globs of
+            outputs that need not keep it: keys, fields or places in what ``forward`` returns, such as
+            ``["state", "hidden.0"]``.
         min_kept: Atoms that every group keeps, an int; or the share of its atoms that it keeps, a float; or a mapping
             from names or globs of parameters to either. Optimizers take it too, and keep the greater of both.
         everything: Prune whatever can be removed exactly, even if the model's class cannot express the result: the slim
@@ -156,8 +166,9 @@ class OTO:
         model: nn.Module,
         dummy_input: Any,
         *,
-        skip_patterns: Iterable[str | type[nn.Module]] = (),
-        strict_out_nodes: bool = False,
+        skip_patterns: Iterable[Pattern] = (),
+        only: Iterable[Pattern] | None = None,
+        strict_out_nodes: bool | Iterable[str] = False,
         min_kept: MinKept = 1,
         everything: bool = False,
         prune_frozen: bool = False,
@@ -171,21 +182,27 @@ class OTO:
         if isinstance(dummy_input, Mapping):  # what a tokenizer gives is no dict
             dummy_input = dict(dummy_input)
         self.dummy_input = dummy_input
-        self._everything, self._strict_out_nodes = everything, strict_out_nodes
+        self._everything = everything
         self._prune_frozen, self._drop_unreached = prune_frozen, drop_unreached
         with told(model, TraceError, "being looked through"):
             left = left_before(model, dummy_input)
         with undone(left):
-            self._analyse(_listed(skip_patterns), min_kept, layout, tensor_parallel)
+            named = parameters_of(_listed(skip_patterns), model)
+            alone = None if only is None else parameters_of(_listed(only), model)
+            self._analyse(named, alone, strict_out_nodes, min_kept, layout, tensor_parallel)
 
     def _analyse(
-        self, skip_patterns: list[str | type[nn.Module]], min_kept: MinKept, layout: str | None, tensor_parallel: int
-    ) -> None:
+        self, skipped: list[str], only: list[str] | None, out_nodes: bool | Iterable[str], min_kept: MinKept,
+        layout: str | None, tensor_parallel: int,
+    ) -> None:  # fmt: skip
         """Follow the model, find its groups, and what its class can do without."""
         model, dummy_input, everything = self.model, self.dummy_input, self._everything
         with told(model, TraceError, "being followed on the dummy input"):
             graph = record(model, dummy_input, known, dead=not everything, training=True)
         self._state = State(model)
+        self._strict_out_nodes: bool | frozenset[str] = (
+            out_nodes if isinstance(out_nodes, bool) else outputs_called(_listed(out_nodes), graph)
+        )
         with told(model, TraceError, "being analysed", "it was followed on the dummy input"):
             self.partition = trainable(graph, self._strict_out_nodes)
         self._groups = keep_at_least(self.partition.groups, min_kept)
@@ -197,8 +214,11 @@ class OTO:
         self._made_for: Partition | None = None  # the analysis that it was made for, before any shrinking
         self._saved: Path | None = None
         self._there = device_of(model.parameters())
-        if skip_patterns:
-            self._keep_parameters(parameters_of(skip_patterns, model), "skip_patterns names it")
+        if skipped:
+            self._keep_parameters(skipped, "skip_patterns names it")
+        if only is not None:
+            flat = {name for name, p in model.named_parameters(remove_duplicate=False) if p.ndim < 2}
+            self._groups = keep_but(self._groups, self._first_names(only), flat)
         for node in self.partition.found.unknown:
             shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
             warnings.warn(
@@ -313,9 +333,13 @@ class OTO:
             )
 
     def _keep_parameters(self, names: Iterable[str], reason: str) -> None:
-        first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
-        marked = zeroing(self._groups, {first.get(name, name) for name in names})
+        marked = zeroing(self._groups, self._first_names(names))
         self._groups = settled(keep_whole(self._groups, marked, reason))
+
+    def _first_names(self, names: Iterable[str]) -> set[str]:
+        """The names that groups have for parameters; one that is tied has several."""
+        first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
+        return {first.get(name, name) for name in names}
 
     def explain(self, *, search: bool = False) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``.
@@ -395,6 +419,7 @@ class OTO:
         Raises:
             TargetError: The target cannot be reached.
         """
+        refuse_unknown(options, Choice.of, "preview")
         target = {name: options.pop(name) for name in UNITS if name in options}
         batches = list(batches)
         options = ({} if batches else FROM_MAGNITUDE) | options
@@ -455,6 +480,7 @@ class OTO:
 
     def _make(self, kind: type[Sparse], options: dict[str, Any]) -> Sparse:
         """An optimizer with what the options leave out: the parameters, their names, the node groups."""
+        refuse_unknown(options, kind, kind.__name__)
         frozen, unfrozen = frozen_since(self.node_groups, self.partition.found.graph, self.model)
         if frozen and not self._prune_frozen:
             raise TooLateError(
@@ -810,4 +836,4 @@ def _refuse_stale(wrapper: nn.Module, _: Any) -> None:
 
 
 def _listed(names: Any) -> list[Any]:
-    return [names] if isinstance(names, str | int | type) else list(names)
+    return [names] if isinstance(names, str | int | type | nn.Module) else list(names)

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 
 import oto.axes.rules  # noqa: F401  registers the rules
 from oto._torch import tree_leaves, tree_map_only
@@ -26,7 +27,7 @@ class Propagation:
         operands: The terms of every value.
         unknown: Nodes whose operator has no rule; they keep all they touch.
         coverage: Calls by answer: "rule", "fixed", "unknown".
-        strict_out_nodes: Whether outputs that another call reads may get thinner.
+        strict_out_nodes: Whether outputs that another call reads may get thinner; or the names of those that may.
     """
 
     graph: Graph
@@ -34,20 +35,21 @@ class Propagation:
     operands: dict[Value, Operand]
     unknown: list[Node] = field(default_factory=list)
     coverage: dict[str, Counter[str]] = field(default_factory=dict)
-    strict_out_nodes: bool = False
+    strict_out_nodes: bool | frozenset[str] = False
 
     def terms(self, value: Value) -> tuple[Term, ...]:
         return tuple(T.resolve(term) for term in self.operands[value].terms)
 
 
-def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False) -> Propagation:
+def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, strict: bool = False) -> Propagation:
     """Relate all dimensions of ``graph``.
 
     Every dimension of a parameter, buffer or constant starts as one axis. Dimensions of inputs and outputs are fixed.
 
     Args:
         strict_out_nodes: Only outputs that no other call reads are fixed; one that is returned on the way, such as a
-            hidden state, gets as thin as the network there.
+            hidden state, gets as thin as the network there. Or the names of the outputs (``Graph.output_names``) that
+            are not fixed, whether another call reads them or not.
         strict: Raise when a rule fails, instead of keeping what it touches.
     """
     tape = Tape()
@@ -92,9 +94,12 @@ def propagate(graph: Graph, strict_out_nodes: bool = False, strict: bool = False
             call.fix(operands[before], None, f"{node.op} writes to it")
             operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
     maker = {value: node.index for node in graph.calls for value in node.outputs if value is not None}
-    for value in (value for run in runs for value in run.outputs):
-        for term in () if strict_out_nodes and value in reader else operands[value].terms:
-            T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
+    named = strict_out_nodes if isinstance(strict_out_nodes, frozenset) else frozenset()
+    for run in runs:
+        for value, name in zip(run.outputs, chain(run.output_names, repeat("")), strict=False):
+            free = name in named or (strict_out_nodes is True and value in reader)
+            for term in () if free else operands[value].terms:
+                T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
     return found
 
 

@@ -56,7 +56,7 @@ class Partition:
         return [survivors(term, masks) for term in self.found.terms(value)]
 
 
-def partition(graph: Graph, strict_out_nodes: bool = False) -> Partition:
+def partition(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> Partition:
     """Find the node groups of a traced model and how each can be removed exactly.
 
     Args:
@@ -104,7 +104,7 @@ def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
     return tuple(s for s in slices if (s.parameter, s.dim) in places)
 
 
-def trainable(graph: Graph, strict_out_nodes: bool = False) -> Partition:
+def trainable(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> Partition:
     """The node groups of a traced model, and of what train mode does besides, if that costs no atoms.
 
     Where it does, the forward in eval mode alone counts, and ``untrained`` of the graph says so.

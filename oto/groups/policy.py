@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 import networkx as nx
 from torch import nn
 
-from oto.errors import NothingPrunableError, TargetError, UnknownNodeError, UnknownParameterError, some
+from oto.errors import NothingPrunableError, OptionError, TargetError, UnknownNodeError, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
 from oto.trace.graph import Graph
 
@@ -37,28 +38,45 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def parameters_of(patterns: Iterable[str | type[nn.Module]], model: nn.Module) -> list[str]:
+Pattern: TypeAlias = str | type[nn.Module] | nn.Module
+"""What names parameters of a model: a name or glob of parameters or modules, a class of modules, or a module."""
+
+
+def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
     """The names of all parameters that the patterns stand for.
 
     Args:
-        patterns: Names or globs of parameters or of modules (everything in them), or classes of modules.
+        patterns: Names or globs of parameters or of modules (everything in them), classes of modules, or modules.
 
     Raises:
         UnknownParameterError: A pattern matches nothing.
+        OptionError: It is none of these.
     """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = dict(model.named_modules(remove_duplicate=False))
     found: list[str] = []
     for pattern in patterns:
-        if isinstance(pattern, str):
+        if isinstance(pattern, nn.Module):
+            holders = [name for name, module in modules.items() if module is pattern]
+        elif isinstance(pattern, str):
             holders = _hits(pattern, list(modules))
-        else:
+        elif isinstance(pattern, type):
             holders = [name for name, module in modules.items() if isinstance(module, pattern)]
+        else:
+            raise OptionError(
+                f"{pattern!r} names nothing of the model\n  effect  nothing was marked\n"
+                "  to fix  give names or globs of parameters or modules, classes of modules, or modules themselves"
+            )
         inside = [name for name in parameters if any(name.startswith(f"{h}." if h else "") for h in holders)]
         if inside:
             found += inside
         elif isinstance(pattern, str):
             found += matching([pattern], parameters)
+        elif isinstance(pattern, nn.Module):
+            raise UnknownParameterError(
+                f"this {type(pattern).__name__} is no module with parameters of the model\n"
+                "  effect  nothing was marked\n  to fix  take it out of the model that is given, not out of a copy"
+            )
         else:
             kinds = sorted({type(module).__name__ for module in modules.values()})
             raise UnknownParameterError(
@@ -66,6 +84,26 @@ def parameters_of(patterns: Iterable[str | type[nn.Module]], model: nn.Module) -
                 f"  it has   {some(kinds, 12)}\n  effect   nothing was marked\n  to fix   use one of these classes"
             )
     return list(dict.fromkeys(found))
+
+
+def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
+    """The names of the outputs that are or match the patterns, or lie in one that does.
+
+    Raises:
+        UnknownNodeError: There is none.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        inside = [name for name in graph.output_names if name.startswith(f"{pattern}.")]
+        hits = inside or _hits(pattern, graph.output_names)
+        if not hits:
+            raise UnknownNodeError(
+                f"no output of the model is called, or matches, {pattern!r}\n"
+                f"  it has   {some(graph.output_names, 12)}\n"
+                "  effect   nothing was analysed\n  to fix   name some of these in strict_out_nodes"
+            )
+        found.update(hits)
+    return frozenset(found)
 
 
 def carried_by_nodes(ids: Iterable[str | int], flow: nx.DiGraph) -> set[str]:
@@ -144,6 +182,23 @@ def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -
     return tuple(
         replace(g, reason=reason, cause=causes[g.name]) if g.prunable and g.name in causes else g for g in groups
     )
+
+
+def keep_but(groups: Sequence[NodeGroup], named: Container[str], flat: Container[str]) -> tuple[NodeGroup, ...]:
+    """Groups that would zero entries of another parameter than those in ``named`` stay whole.
+
+    Parameters of one dimension, which are in ``flat`` (biases, norms), go with the weights beside them.
+    """
+
+    def kept(group: NodeGroup) -> NodeGroup:
+        zeroed = dict.fromkeys(piece.parameter for piece in group.zeros)
+        others = [name for name in [n for n in zeroed if n not in flat] or zeroed if name not in named]
+        if group.prunable and others:
+            names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in others)
+            return replace(group, reason=f"only does not name {some(names, 2)}")
+        return group
+
+    return tuple(map(kept, groups))
 
 
 FROZEN = "frozen"
@@ -245,12 +300,15 @@ REMEDIES = (
         " adapters, or OTO(..., prune_frozen=True)",
     ),
     (
-        "marked|^skip_|^layout|no more than",
-        "take back what was asked: skip_patterns, marks, layout, tensor_parallel, min_kept",
+        "marked|^skip_|^only|^layout|no more than",
+        "take back what was asked: skip_patterns, only, marks, layout, tensor_parallel, min_kept",
     ),
     ("^its class", "OTO(..., everything=True) prunes this too, and may end in a graph instead of the class"),
     ("never uses it", "give an example input that reaches these layers; those of training only stay whole"),
-    ("of an output", "outputs keep their size; strict_out_nodes=True frees those that the model reads itself"),
+    (
+        "of an output",
+        "outputs keep their size; strict_out_nodes=True frees those that the model reads itself, a list of names those",
+    ),
 )
 _IN_THE_NATURE = "of an input|kernel of a conv|it is empty|of places|carries it"
 

@@ -400,7 +400,8 @@ def as_named(
 def _require_free(pattern: str, held: Sequence[NodeGroup], free: Mapping[str, int]) -> None:
     if held and not free:
         raise TargetError(
-            f"target_kept names {pattern!r}, and what it matches stays whole: {held[0].name}, because {held[0].reason}\n"
+            f"target_kept names {pattern!r}, and what it matches stays whole:"
+            f" {held[0].name}, because {held[0].reason}\n"
             "  effect  nothing of it could go\n"
             "  to fix  leave it out; oto.explain() says what may be done about what stays whole"
         )

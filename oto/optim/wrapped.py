@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oto.errors import OptionError, UnknownParameterError, UntrainedWarning, users_level
+from oto.errors import OptionError, UnknownParameterError, UntrainedWarning, some, users_level
+from oto.optim.target import UNITS
 
 Named = Iterable[tuple[str, Tensor]]
 Params = Named | Iterable[dict[str, Any]]
@@ -75,6 +77,39 @@ def build(
             "  to fix  give lr=, such as lr=0.1 for a network with norms that is trained from scratch, or one per group"
         )
     return kind(groups, **keywords)
+
+
+def refuse_unknown(options: Mapping[str, Any], taker: Callable[..., Any], name: str) -> None:
+    """Refuse options that nobody takes, before anything else is said about the others.
+
+    Args:
+        taker: A function that chooses; or a sparse optimizer, which passes keywords on to its bases and to the
+            optimizer that it wraps. It is called ``name``.
+
+    Raises:
+        OptionError: It names them, and the nearest option that there is.
+    """
+    kinds = (
+        [vars(k)["__init__"] for k in taker.__mro__ if "__init__" in vars(k)] if isinstance(taker, type) else [taker]
+    )
+    known = {parameter for f in kinds for parameter in inspect.signature(f).parameters} | UNITS.keys()
+    takers = f"{name} has"
+    if isinstance(taker, type):
+        variant, base = options.get("variant", "sgd"), options.get("base")
+        inner = VARIANTS.get(str(variant).lower()) if base is None else base
+        if inner is None or isinstance(inner, Optimizer):
+            return  # `build` tells what is wrong
+        takes = inspect.signature(inner).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            return
+        known, takers = known | takes.keys(), f"{name} and {getattr(inner, '__name__', 'its base')} have"
+    if unknown := [option for option in options if option not in known]:
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        raise OptionError(
+            f"{takers} no option {some(unknown)}\n"
+            "  effect  nothing was made\n"
+            f"  to fix  {f'perhaps {near[0]}= is meant' if near else 'leave it out'}"
+        )
 
 
 def keeps_own_state(base: Optimizer) -> bool:

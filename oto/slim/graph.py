@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
     Raises:
         EmitterError: The exported graph ties parameter dimensions together in another way than the recorded one.
     """
-    thin = Thinning(propagate(exported.graph, partition.found.strict_out_nodes), {})
+    graph = replace(exported.graph, output_names=partition.found.graph.output_names)
+    thin = Thinning(propagate(graph, partition.found.strict_out_nodes), {})
     entries = entries_of(partition, kept)
     carry_over(
         thin, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}

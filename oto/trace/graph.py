@@ -110,6 +110,8 @@ class Graph:
         dead: Indices of calls whose results nobody reads: no output depends on them, nor what the model keeps or
             decides. They have to run, and no more.
         replaced: Names of tensors of the model in whose place the forward puts others: state, of any shape.
+        output_names: Where each output is in what ``forward`` returns: ``"logits"``, ``"hidden.0"``; ``"output"`` if it
+            is all.
     """
 
     nodes: tuple[Node, ...]
@@ -121,6 +123,7 @@ class Graph:
     untrained: str | None = None
     dead: frozenset[int] = frozenset()
     replaced: frozenset[str] = frozenset()
+    output_names: tuple[str, ...] = ()
 
     @property
     def calls(self) -> tuple[Node, ...]:
@@ -173,7 +176,9 @@ class Graph:
 
         inputs, outputs = tuple(map(here, other.inputs)), tuple(map(here, other.outputs))
         leaves = self.leaves + tuple(replace(leaf, value=here(leaf.value)) for leaf in more)
-        trained = Graph(tuple(map(both, other.nodes)), leaves, inputs, outputs, other.how)
+        trained = Graph(
+            tuple(map(both, other.nodes)), leaves, inputs, outputs, other.how, output_names=other.output_names
+        )
         return replace(self, leaves=leaves, trained=trained)
 
     def _values(self) -> Iterator[Value]:

@@ -18,7 +18,7 @@ import sys
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import sep
 from pathlib import Path
@@ -433,7 +433,8 @@ def _run(
         if literals is not None:
             stack.enter_context(_Functions(recorder, literals, LITERALS))
         result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)
-        outputs = list(tensors_in(result))
+        named_outputs = list(named_tensors_in(result))
+        outputs = [tensor for _, tensor in named_outputs]
         if not outputs:
             kinds = some(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(result)) or [type(result).__name__])
             raise TraceError(
@@ -452,7 +453,9 @@ def _run(
     if recorder.builder.writes("parameter"):
         found.writes_parameters()
     graph = recorder.builder.build([id(tensor) for tensor in outputs], dead)
-    return Recording(dataclasses.replace(graph, replaced=frozenset(replaced)), recorder.constants, result)
+    output_names = tuple(name or "output" for name, _ in named_outputs)
+    graph = dataclasses.replace(graph, replaced=frozenset(replaced), output_names=output_names)
+    return Recording(graph, recorder.constants, result)
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
@@ -461,17 +464,22 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
     Objects with a behaviour of their own, such as key-value caches, are state that the model hands to itself; they are
     not looked into.
     """
+    return (tensor for _, tensor in named_tensors_in(result))
+
+
+def named_tensors_in(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The same with where they are: the keys, fields and places on the way, with dots between them."""
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(result, Tensor):
-        yield result
+        yield name, result
     elif isinstance(result, Mapping):
-        for item in result.values():
-            yield from tensors_in(item)
+        items = result.items()
     elif isinstance(result, list | tuple):
-        for item in result:
-            yield from tensors_in(item)
+        items = zip(getattr(result, "_fields", range(len(result))), result, strict=True)
     elif dataclasses.is_dataclass(result) and not isinstance(result, type):
-        for field in dataclasses.fields(result):
-            yield from tensors_in(getattr(result, field.name))
+        items = ((field.name, getattr(result, field.name)) for field in dataclasses.fields(result))
+    for key, item in items:
+        yield from named_tensors_in(item, f"{name}.{key}" if name else str(key))
 
 
 _Place: TypeAlias = tuple[Any, ...]

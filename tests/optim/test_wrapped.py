@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
 
 from oto import OTO
 from oto.errors import OptionError, OTOError, ShrinkError, UntrainedWarning
@@ -209,3 +210,31 @@ def test_an_optimizer_inside_of_another_does_not_shrink():
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     backward(model, 8)
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"target_mac": 0.5}, r"no option target_mac\n[^$]*perhaps target_macs= is meant"),  # nothing else is given
+        ({"target_macs": 0.5, "lr": 0.1, "min_keep": 2}, r"no option min_keep\n[^$]*perhaps min_kept="),
+        ({"variant": "adam", "nestrov": True}, "HESSO and Adam have no option nestrov"),
+        ({"base": torch.optim.RAdam, "weight_decy": 0.1}, r"RAdam have no option weight_decy\n[^$]*weight_decay="),
+        ({"xyzzy": 1, "plugh": 2}, r"no option xyzzy, plugh\n[^$]*leave it out"),
+    ],
+    ids=str,
+)
+def test_an_option_that_there_is_not_is_named_first(options, says):
+    oto = OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3))
+    with pytest.raises(OptionError, match=says):
+        oto.hesso(**options)
+
+
+def test_other_makers_name_it_too():
+    oto = OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3))
+    with pytest.raises(OptionError, match=r"preview has no option target_mac\n[^$]*perhaps target_macs="):
+        oto.preview(target_mac=0.5)
+    with pytest.raises(OptionError, match=r"no option max_cycle\n[^$]*perhaps max_cycles="):
+        oto.hesso_cric(max_cycle=3)
+    oto.hesso_cric(target_macs=0.5, lr=0.1, total_steps=200, max_cycles=3, nesterov=True, first_momentum=0.9)
+    own = oto.hesso(base=lambda groups, **more: torch.optim.SGD(groups, **more), lr=0.1, target_macs=1.0, total_steps=9)
+    assert own.num_pruned == 0
