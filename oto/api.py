@@ -769,10 +769,20 @@ class OTO:
         what, optimizer = f"{zero:,} of {total:,} groups are zero", self._trained_by
         if optimizer is not None and not optimizer.progress.over:
             end = optimizer.schedule.end
-            what, remedy = f"step {optimizer.clock:,} of {end:,}: {what} yet", f"construct_subnet after {end:,} steps"
+            what, remedy = (
+                f"step {optimizer.clock:,} of {end:,}: {what} yet",
+                (
+                    f"construct_subnet after {end:,} steps; what stops training early counts from there with"
+                    " oto.integrations.early_stopping(trainer), or prune sooner (pruning_steps=)"
+                ),
+            )
         elif optimizer is not None and zero < (pruned := optimizer.num_pruned - optimizer.num_removed):
             what += f", the optimizer has pruned {pruned:,}: these are other weights than it trains"
-            remedy = "optimizer.zero_pruned_in(model) for a moving average; else load the weights that were trained"
+            remedy = (
+                "optimizer.zero_pruned_in(model) for a moving average; where a trainer brought back a model of before"
+                " (load_best_model_at_end), train with oto.integrations.early_stopping(trainer); else load the weights"
+                " that were trained"
+            )
         elif not zero and (optimizer is None or not optimizer.num_removed):
             remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
             names = {name for name, _ in self.model.named_parameters()}

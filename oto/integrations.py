@@ -1,20 +1,22 @@
-"""``optimizer.progress`` where training is logged, in one line each.
+"""``optimizer.progress`` where training is logged, and early stopping that knows of pruning, in one line each.
 
-    from oto.integrations import log_progress, progress_dict
+    from oto.integrations import early_stopping, log_progress, progress_dict
 
     log_progress(trainer)                                                     # Hugging Face, before trainer.train()
     self.log_dict(progress_dict(self.optimizers()))                           # lightning, in training_step
     accelerator.log(progress_dict(optimizer), step=step)                      # accelerate
     writer.add_scalars("oto", progress_dict(optimizer, ""), step)             # TensorBoard
+    early_stopping(trainer, patience=3)                                       # Hugging Face or lightning
 
 Nothing of these libraries is imported here before it is used.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-from oto.errors import MissingExtraError, OptionError
+from oto.errors import MissingExtraError, OptionError, some
 from oto.optim import SparseOptimizer
 
 
@@ -82,3 +84,131 @@ def _is_metric(key: str) -> bool:
     ['loss', 'eval_loss', 'eval_f1']
     """
     return key == "loss" or (key.startswith("eval_") and not key.endswith(("runtime", "per_second", "_time")))
+
+
+def early_stopping(
+    trainer: Any, patience: int = 1, threshold: float = 0.0, *, monitor: str | None = None, mode: str = "min"
+) -> Any:
+    """Stop when a metric gets no better, and count from the step on which pruning is over.
+
+    While groups go to zero a metric may get worse for a while, and the best model is a full one: of before. So neither
+    patience nor the best model of before counts, which ``load_best_model_at_end`` or a ``ModelCheckpoint`` would bring
+    back without a zero in it. Checkpoints are written as ever.
+
+    Args:
+        trainer: A ``transformers.Trainer``, which evaluates what its arguments say (``eval_strategy``,
+            ``metric_for_best_model``, ``greater_is_better``); or one of lightning. Before it trains.
+        patience: After so many evaluations without a better one it stops.
+        threshold: By how much a better one has to be better.
+        monitor, mode: The logged metric, and ``"min"`` or ``"max"``; for lightning only.
+
+    Returns:
+        The callback, which the trainer has.
+
+    Raises:
+        OptionError: The trainer is of another kind, evaluates nothing, or stops early by another callback already.
+    """
+    if patience < 1:
+        raise OptionError(f"patience is {patience}; it is a number of evaluations, at least 1")
+    if hasattr(trainer, "callback_handler"):
+        return _stop_trainer(trainer, patience, threshold, monitor)
+    package = type(trainer).__module__.partition(".")[0]
+    if package in ("lightning", "pytorch_lightning"):
+        return _stop_lightning(trainer, package, patience, threshold, monitor, mode)
+    raise OptionError(
+        f"a {type(trainer).__name__} is no Trainer of transformers or lightning\n  effect  nothing was added to it\n"
+        "  to fix  in a loop of your own, ask optimizer.progress.over before you count or keep the best"
+    )
+
+
+def _pruning(optimizer: Any) -> bool:
+    """Whether groups still go to zero."""
+    sparse = _unwrapped(optimizer)
+    return sparse.choice.target.wants_less and not sparse.progress.over
+
+
+def _refuse_another(callbacks: Any, remedy: str) -> None:
+    kinds = [type(callback).__name__ for callback in callbacks]
+    if any("EarlyStopping" in kind for kind in kinds):
+        raise OptionError(
+            "the trainer stops early by another callback, which counts from the first step\n"
+            f"  effect  it would stop while groups go to zero, so nothing was added\n  to fix  {remedy}"
+        )
+
+
+def _stop_trainer(trainer: Any, patience: int, threshold: float, monitor: str | None) -> Any:
+    from transformers import EarlyStoppingCallback
+
+    _refuse_another(trainer.callback_handler.callbacks, "trainer.remove_callback(EarlyStoppingCallback) first")
+    missing = [f"{name}=" for name in ("metric_for_best_model",) if getattr(trainer.args, name) is None]
+    if monitor is not None or missing or str(getattr(trainer.args.eval_strategy, "value", "")) == "no":
+        raise OptionError(
+            "the arguments of a Trainer say what is evaluated and what is best\n  effect  there is nothing to count\n"
+            "  to fix  TrainingArguments(eval_strategy='steps', metric_for_best_model='loss', greater_is_better=False,"
+            " load_best_model_at_end=True)"
+        )
+
+    class AfterPruning(EarlyStoppingCallback):  # type: ignore[misc, unused-ignore]
+        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **more: Any) -> None:
+            if _pruning(optimizer):
+                state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+        on_save = on_step_begin  # or the last one from before would be brought back, if there is none after it
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            """What the arguments must say was looked at."""
+
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, metrics: Any = None, optimizer: Any = None, **more: Any
+        ) -> None:
+            if optimizer is not None and not _pruning(optimizer):
+                super().on_evaluate(args, state, control, metrics, **more)
+
+    trainer.add_callback(made := AfterPruning(patience, threshold))
+    return made
+
+
+def _stop_lightning(trainer: Any, package: str, patience: int, threshold: float, monitor: str | None, mode: str) -> Any:
+    _refuse_another(trainer.callbacks, "leave it out of Trainer(callbacks=[...])")
+    if monitor is None or mode not in ("min", "max"):
+        raise OptionError(
+            f"monitor is {monitor!r} and mode {mode!r}\n  effect  there is nothing to count\n"
+            "  to fix  monitor= is a metric that is logged, such as 'val_loss', mode= 'min' or 'max'"
+        )
+    callback: Any = importlib.import_module("lightning.pytorch" if package == "lightning" else package).Callback
+
+    class AfterPruning(callback):  # type: ignore[misc]
+        best: float | None = None
+        waited = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": self.best, "waited": self.waited}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.best, self.waited = state_dict["best"], state_dict["waited"]
+
+        def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
+            if _pruning(trainer.optimizers[0]):
+                for checkpoint in trainer.checkpoint_callbacks:
+                    if hasattr(checkpoint, "best_k_models"):
+                        checkpoint.best_k_models.clear()
+                        checkpoint.best_model_score, checkpoint.best_model_path = None, ""
+
+        def on_validation_end(self, trainer: Any, *rest: Any) -> None:
+            if trainer.sanity_checking or _pruning(trainer.optimizers[0]):
+                return
+            metrics = trainer.callback_metrics
+            if monitor not in metrics:
+                raise OptionError(
+                    f"no metric is called {monitor!r}: {some(metrics) or 'none is logged'}\n"
+                    "  effect  nothing is known that could get better\n"
+                    "  to fix  self.log('val_loss', ...) in validation_step, and early_stopping(monitor='val_loss')"
+                )
+            now = float(metrics[monitor])
+            better = self.best is None or (self.best - now if mode == "min" else now - self.best) > threshold
+            self.best, self.waited = (now, 0) if better else (self.best, self.waited + 1)
+            stop = trainer.strategy.reduce_boolean_decision(self.waited >= patience, all=False)
+            trainer.should_stop = trainer.should_stop or stop
+
+    trainer.callbacks.insert(0, made := AfterPruning())  # before those that write checkpoints
+    return made
