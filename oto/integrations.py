@@ -162,7 +162,8 @@ def _stop_trainer(trainer: Any, patience: int, threshold: float, monitor: str | 
             self, args: Any, state: Any, control: Any, metrics: Any = None, optimizer: Any = None, **more: Any
         ) -> None:
             if optimizer is not None and not _pruning(optimizer):
-                super().on_evaluate(args, state, control, metrics, **more)
+                theirs: Any = super()
+                theirs.on_evaluate(args, state, control, metrics, **more)
 
     trainer.add_callback(made := AfterPruning(patience, threshold))
     return made
