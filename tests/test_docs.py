@@ -24,11 +24,14 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     if not blocks:
         pytest.skip("no code")
-    if "sklearn" in "".join(blocks):
-        pytest.importorskip("sklearn")
+    for library in ("sklearn", "transformers", "peft", "torchao"):
+        if re.search(rf"^(import|from) {library}\b", "".join(blocks), re.MULTILINE):
+            pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):  # of other libraries, about each other
+            warnings.simplefilter("ignore", kind)
         for block in blocks:
             exec(compile(block, str(page), "exec"), names)
     if page.stem == "start":
@@ -91,10 +94,11 @@ def test_pages_name_options_that_there_are() -> None:
     import inspect
 
     from oto import OTO
-    from oto.integrations import progress_dict
+    from oto.integrations import early_stopping, progress_dict
 
     known = set()
-    for f in (OTO, OTO.hesso, OTO.hesso_cric, OTO.preview, OTO.construct_subnet, OTO.visualize, progress_dict):
+    makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.preview, OTO.construct_subnet, OTO.visualize
+    for f in (*makers, progress_dict, early_stopping):
         known |= set(inspect.signature(f).parameters)
     ours = "coming_from"
     for page in PAGES:

@@ -222,6 +222,19 @@ def keep_frozen(groups: Sequence[NodeGroup], graph: Graph) -> tuple[NodeGroup, .
     return tuple(map(kept, groups))
 
 
+def frozen_part(groups: Iterable[NodeGroup]) -> str | None:
+    """How much stays whole because it is frozen, in a line for a message about a target, if anything does."""
+    held = [group for group in groups if (group.reason or "").startswith(FROZEN)]
+    if not held:
+        return None
+    names = dict.fromkeys(re.sub(r"\d+", "*", piece.parameter) for group in held for piece in group.zeros)
+    return (
+        f"  frozen  {sum(group.size for group in held):,} atoms of {len(held)} node groups stay whole, since they would"
+        f" zero parameters without requires_grad: {some(names, 3)}\n"
+        f"  to fix  {dict(REMEDIES)['^frozen|no trainable']}"
+    )
+
+
 def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) -> tuple[list[str], list[str]]:
     """Parameters that were frozen, and that were unfrozen, since the graph was traced, where it matters to a group."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -291,13 +304,12 @@ def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
     return replace(group, reason=f"it has no more than {least} atoms to keep")
 
 
-# what a user may do about a reason, the most promising first
-REMEDIES = (
+REMEDIES = (  # what a user may do about a reason, the most promising first
     ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),
     (
         "^frozen|no trainable",
-        "set requires_grad_(True) before OTO(...) on what may be pruned, merge"
-        " adapters, or OTO(..., prune_frozen=True)",
+        "set requires_grad_(True) before OTO(...) on what may be pruned; with adapters on a frozen model, prune first"
+        " and adapt the slim model, or merge first (docs/adapters.md); or OTO(..., prune_frozen=True)",
     ),
     (
         "marked|^skip_|^only|^layout|no more than",

@@ -30,7 +30,7 @@ from oto.errors import (
 from oto.groups.cost import Costs
 from oto.groups.layout import settled, ties_of
 from oto.groups.node_group import NodeGroup
-from oto.groups.policy import MinKept, atoms_of, called, keep_at_least
+from oto.groups.policy import MinKept, atoms_of, called, frozen_part, keep_at_least
 from oto.optim.saliency import (
     CRITERIA,
     FROM_WEIGHTS,
@@ -172,9 +172,11 @@ class Choice:
             sizes,
         )
         if asked.wants_less:
+            frozen = frozen_part(whole)
             if not groups or (self.least >= sizes).all():
-                raise NothingPrunableError(f"{asked}, but no node group may lose an atom; oto.explain() says why")
-            asked.require_reachable(self.least, sizes)
+                more = f"\n{frozen}" if frozen else ""
+                raise NothingPrunableError(f"{asked}, but no node group may lose an atom; oto.explain() says why{more}")
+            asked.require_reachable(self.least, sizes, frozen)
         return self
 
     @property

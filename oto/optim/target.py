@@ -142,8 +142,11 @@ class Target:
         """What may be left when ``share`` of the way from the full network to the goal is done."""
         return self.goal if share >= 1 else self.full - share * (self.full - self.goal)
 
-    def require_reachable(self, least: Counts, sizes: Counts) -> None:
+    def require_reachable(self, least: Counts, sizes: Counts, besides: str | None = None) -> None:
         """Refuse a target that cannot be met with ``least`` atoms in every group.
+
+        Args:
+            besides: What else is to be said about it, in lines of its own.
 
         Raises:
             TargetError: It says what can be reached.
@@ -151,14 +154,14 @@ class Target:
         bottom = self.measure(least)
         if bottom <= self.goal:
             return
-        unit = self.unit
+        unit, more = self.unit, f"\n{besides}" if besides else ""
         if self.name == "target_group_sparsity":
             most = self.full - bottom
             raise TargetError(
                 f"{self.name}={self.asked} asks for {self.full - self.goal:,.0f} of {self.full:,.0f} groups, but only "
                 f"{most:,.0f} may go: every node group keeps its least number of atoms\n"
                 f"  to fix  ask for {np.floor(most / self.full * 1e4) / 1e4:.4f} or less, or lower min_kept or"
-                " group_divisible"
+                f" group_divisible{more}"
             )
         share = bottom / self.full
         hint = f"; {self.asked} is a number of {unit}, {self._share} would be a share" if self._share else ""
@@ -169,7 +172,7 @@ class Target:
             f"{self.name}={self.asked} allows {shown(self.goal)} of {shown(self.full)} {unit}, but {shown(bottom)} "
             f"({share:.1%}) are left when every node group is at its least{hint}\n"
             f"  to fix  ask for {least_asked} or more, lower min_kept or group_divisible, or see"
-            " oto.explain() for what stays whole"
+            f" oto.explain() for what stays whole{more}"
         )
 
     @property

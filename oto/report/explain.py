@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from oto.groups import NodeGroup, Partition
-from oto.groups.policy import promise
+from oto.groups.policy import REMEDIES, promise
 from oto.report.table import columns, html
 from oto.trace.graph import Graph
 
@@ -74,7 +74,7 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([*self._lines(), *_table(self.whole), *self.search])
+        return "\n".join([*self._lines(), *_table(self.whole), *self._remedies(), *self.search])
 
     def _repr_html_(self) -> str:
         above = "\n".join(self._lines())
@@ -83,6 +83,11 @@ class Explanation:
         heading, *rows = _cells(self.whole)
         joined = [(*cells[:3], f"{cells[3]}\n{source}" if source else cells[3], *cells[4:]) for cells, source in rows]
         return html([heading[0], *joined], left=range(2, 6), above=above)
+
+    def _remedies(self) -> list[str]:
+        """What a user can do about the reasons, one line each."""
+        todo = sorted({promise(w.reason) for w in self.whole if promise(w.reason) < len(REMEDIES)})
+        return [f"{'to fix' if place == 0 else ''}".ljust(8) + REMEDIES[i][1] for place, i in enumerate(todo)]
 
     def _lines(self) -> list[str]:
         lines = [

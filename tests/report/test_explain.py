@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
+import pytest
 import torch
 from torch import nn
 
 from oto import OTO
+from oto.errors import TargetError
 
 
 class Net(nn.Module):
@@ -77,3 +80,29 @@ def test_an_example_that_had_to_be_run_is_said():
             return super().forward(x if x.sum().item() > 0 else -x)
 
     assert "path that this example took" in str(OTO(Branch(), torch.ones(2, 8)).explain())
+
+
+class Adapted(nn.Module):
+    """A frozen layer with an adapter beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(8, 32), nn.Linear(8, 4, bias=False), nn.Linear(4, 32, bias=False)
+        self.base.requires_grad_(False)
+        self.out = nn.Linear(32, 2)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.base(x) + self.up(self.down(x))))
+
+
+def test_what_is_frozen_is_told_with_a_way_out_here_and_by_targets():
+    oto = OTO(Adapted(), torch.randn(2, 8))
+    way_out = r"frozen[^$]*to fix  set requires_grad_\(True\)[^$]*docs/adapters\.md[^$]*prune_frozen=True"
+    assert re.search(way_out, str(oto.explain()))
+    held = r"frozen  32 atoms of 1 node groups stay whole[^$]*base\.weight, base\.bias[^$]*"
+    with pytest.raises(TargetError, match=held + way_out[6:]):
+        oto.hesso(lr=0.1, total_steps=20, target_params=0.3)
+    assert oto.hesso(lr=0.1, total_steps=20, target_params=0.9).num_atoms == 4
+    free = OTO(Adapted(), torch.randn(2, 8), prune_frozen=True)
+    assert free.hesso(lr=0.1, total_steps=20, target_params=0.3).num_atoms == 36
+    assert "to fix  outputs keep" in str(free.explain())
