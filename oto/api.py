@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import os
 import warnings
 import weakref
@@ -20,11 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto._torch import data_parallel_around, holder, unwrapped
+from oto._torch import data_parallel_around, holder, tree_leaves, unwrapped
 from oto.axes.registry import known
 from oto.errors import (
     ArtefactError,
+    DummyInputWarning,
     EmitterError,
+    NothingPrunableError,
     NotPrunedWarning,
     OptionError,
     ShrinkError,
@@ -81,8 +82,6 @@ from oto.subnet import Subnet
 from oto.trace.found import as_found
 from oto.trace.record import record, told
 from oto.trace.state import State, undone
-
-log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
@@ -148,7 +147,9 @@ class OTO:
     Raises:
         DummyInputError: ``dummy_input`` is of another type.
         TraceError: ``forward`` fails on it.
-        NothingPrunableError: Nothing can be removed; the message says why.
+        NothingPrunableError: Nothing can be removed; the message says why, and its ``explanation`` is what
+            :meth:`explain` would have said.
+        OptionError: ``model`` is no module, or an option means nothing.
 
     Example:
         >>> import torch
@@ -178,10 +179,11 @@ class OTO:
     ) -> None:
         if layout not in LAYOUTS:
             raise OptionError(f"layout is {layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
-        self.model = model = unwrapped(model)
+        self.model = model = unwrapped(_module(model))
         if isinstance(dummy_input, Mapping):  # what a tokenizer gives is no dict
             dummy_input = dict(dummy_input)
         self.dummy_input = dummy_input
+        _warn_of_nan(dummy_input)
         self._everything = everything
         self._prune_frozen, self._drop_unreached = prune_frozen, drop_unreached
         with told(model, TraceError, "being looked through"):
@@ -238,7 +240,11 @@ class OTO:
         if not everything and not self._stock:
             self._own = self._ask_the_class()
             self._groups = limited(self._groups, self._own)
-        require_prunable(self._groups, self.partition.found.graph)
+        try:
+            require_prunable(self._groups, self.partition.found.graph)
+        except NothingPrunableError as failure:
+            failure.explanation = self.explain(search=True)
+            raise
 
     def __repr__(self) -> str:
         free, costs = [group for group in self.node_groups if group.prunable], self._cost()
@@ -348,7 +354,15 @@ class OTO:
             search: Tell how it was found out what the model's class needs, too: for each decision the line of its code,
                 what was seen there, what was tried, and what was settled.
         """
-        return explain(self.node_groups, self.partition, self._own.steps if search and self._own is not None else ())
+        steps: Iterable[object] = ()
+        if search and self._own is None:
+            steps = [
+                "search: the class was not asked, since "
+                + ("its config states the sizes (layout)" if self._stock else "everything=True takes a graph instead")
+            ]
+        elif search and self._own is not None:
+            steps = self._own.steps or ["search: the class was asked, and can do without anything as it is"]
+        return explain(self.node_groups, self.partition, steps)
 
     def coverage(self) -> dict[str, dict[str, int]]:
         """Operators of the model by the answer that exists for them, with the number of calls."""
@@ -380,8 +394,9 @@ class OTO:
             MissingExtraError: pydot is not installed (``pip install 'oto[viz]'``).
         """
         return draw(
-            self.partition, self.node_groups, Path(out_dir), type(self.model).__name__, view=view, vertical=vertical,
-            by_node_groups=by_node_groups, display_params=display_params, display_flops=display_flops,
+            self.partition, self.node_groups, Path(out_dir).expanduser(), type(self.model).__name__, view=view,
+            vertical=vertical, by_node_groups=by_node_groups, display_params=display_params,
+            display_flops=display_flops,
         )  # fmt: skip
 
     @_takes_options_of(HESSO)
@@ -702,11 +717,14 @@ class OTO:
             UnknownParameterError: ``model`` is no copy of the model.
             ArtefactError: ``out_dir`` cannot be written, or holds a file of such a name that no artefact has written.
         """
+        if out_dir is not None and os.fspath(out_dir):
+            out_dir = Path(out_dir).expanduser()
         if float64 not in FLOAT64:
             raise OptionError(f"float64 is {float64!r}; it is one of {', '.join(map(repr, FLOAT64))}")
         if out_dir is not None:
             names = files(emitter, self._everything, program, save_full)
             check_out_dir(out_dir, [*names, *([REPORT] if report else [])])
+        before = _files_in(out_dir)
         source = self._reading(self.model if model is None else model)
         with stages("construct_subnet"):
             subnet = source._subnet(out_dir, emitter, program, save_full, float64, verify)
@@ -715,8 +733,10 @@ class OTO:
         if report and subnet.path is not None:
             with adding(subnet.path, REPORT) as file:
                 subnet.report(file)
+        if gone := before - _files_in(out_dir):
+            note = f"{some(sorted(gone))} of the artefact that was there before, and not asked for now, was removed"
+            subnet = replace(subnet, notes=(*subnet.notes, note))
         if short := source._short_of(subnet.kept):
-            log.warning(short)
             warnings.warn(short, NotPrunedWarning, stacklevel=2)
         return subnet
 
@@ -843,6 +863,39 @@ def _refuse_stale(wrapper: nn.Module, _: Any) -> None:
             "  effect  every process would train on its own batches alone, and the processes would drift apart\n"
             f"  to fix  wrap the model again after shrink: model = {type(wrapper).__name__}(oto.model, ...)"
         )
+
+
+def _module(model: Any) -> nn.Module:
+    """The model, if it is one.
+
+    Raises:
+        OptionError: It is not; the message names what it holds.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    held = [name for name, part in getattr(model, "__dict__", {}).items() if isinstance(part, nn.Module)]
+    raise OptionError(
+        f"the model is a {'class' if isinstance(model, type) else type(model).__name__}, no torch.nn.Module\n"
+        "  effect  there is nothing to analyse\n"
+        f"  to fix  give the module {f'that it holds: OTO(model.{held[0]}, ...)' if held else 'itself'}"
+    )
+
+
+def _warn_of_nan(dummy_input: Any) -> None:
+    plain = [t for t in tree_leaves(dummy_input) if type(t) is Tensor and t.layout == torch.strided and not t.is_meta]
+    if any(t.is_floating_point() and t.itemsize > 1 and bool(t.isnan().any()) for t in plain):  # float8 has no isnan
+        warnings.warn(
+            "dummy_input holds NaN\n"
+            "  effect  what the model computes of it is compared with what the slim model does, and NaN tells nothing\n"
+            "  to fix  give an example of real numbers, or of random ones, if NaN is not what the model expects",
+            DummyInputWarning,
+            stacklevel=3,
+        )
+
+
+def _files_in(folder: str | os.PathLike[str] | None) -> set[str]:
+    there = folder is not None and Path(folder).is_dir()
+    return {path.name for path in Path(folder).iterdir() if path.is_file()} if folder and there else set()
 
 
 def _listed(names: Any) -> list[Any]:

@@ -35,6 +35,7 @@ from oto.api import OTO
 from oto.errors import (
     DamagedArtefactError,
     GivenError,
+    NothingPrunableError,
     OTOError,
     VerificationError,
     first_line,
@@ -47,6 +48,7 @@ from oto.io.artefact import Artefact, reading
 from oto.io.export import export_model
 from oto.io.program import load_program
 from oto.io.subnet import FULL, PROGRAM, load_subnet
+from oto.report.explain import Explanation
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
 from oto.slim.latency import rounds
 from oto.slim.program import example_of, runnable
@@ -179,7 +181,12 @@ def explain(model: Model, input: Inputs = None, input_fn: InputFn = None, skip: 
 
     oto explain torchvision:resnet50 --input 1x3x224x224
     """
-    found = _analysed(model, input, input_fn, skip, everything, layout=layout).explain()
+    try:
+        found = _analysed(model, input, input_fn, skip, everything, layout=layout).explain()
+    except NothingPrunableError as failure:
+        if isinstance(failure.explanation, Explanation):
+            _result(failure.explanation, failure.explanation.to_dict(), as_json)
+        raise
     _result(found, found.to_dict(), as_json)
 
 
@@ -471,7 +478,7 @@ def bench(
     data = {"ms": {n: {"q1": a, "median": m, "q3": b, "passes": len(taken[n])} for n, (a, m, b) in quartiles.items()}}
     if full is not None:
         speedup = statistics.median(a / b for a, b in zip(taken["full"], taken["slim"], strict=True))
-        lines.insert(1, f"{speedup:.2f} times as fast")
+        lines.insert(1, f"{speedup:.2f} times as fast: the median over pairs of passes that ran one after the other")
         data["speedup"] = speedup  # type: ignore[assignment]
     _result("\n".join(lines), {**data, "device": device, "threads": torch.get_num_threads()}, as_json)
 

@@ -50,6 +50,9 @@ class GivenError(OTOError, ValueError):
 class NothingPrunableError(OTOError):
     """No node group of the model may lose an entry."""
 
+    explanation: object = None
+    """What ``oto.explain(search=True)`` would have said, where the analysis found that nothing may go: print it."""
+
 
 class TargetError(OTOError, ValueError):
     """The asked sparsity or schedule cannot be reached."""
@@ -129,6 +132,10 @@ class ClassChangedError(ArtefactError):
 
 class DuplicateRuleError(OTOError):
     """An operator has two rules."""
+
+
+class DummyInputWarning(UserWarning):
+    """The example input holds NaN, so what a model computes of it may be compared with nothing."""
 
 
 class NoGraphvizWarning(UserWarning):

@@ -254,13 +254,46 @@ def _tied(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     return {name for name, tensor in held.items() if tensor.numel() and tensor.data_ptr() in there}
 
 
+CHECKPOINTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
+"""What a trainer calls the weights in the folder of a checkpoint, the surest first."""
+
+
+def _file_of(path: Path) -> Path:
+    """The weights in the folder of a checkpoint; a file is itself.
+
+    Raises:
+        GivenError: There are none, or several files that could be.
+    """
+    if not path.is_dir():
+        return path
+    for pattern in CHECKPOINTS:
+        found = sorted(path.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise GivenError(
+                f"{path} is a folder with several files that may hold weights: {some(file.name for file in found)}\n"
+                "  to fix  name one of them; shards of one model are joined by its own library: load the model there,"
+                " and torch.save(model.state_dict(), path)"
+            )
+    raise GivenError(f"{path} is a folder without weights\n  to fix  pass a file that torch.save or safetensors wrote")
+
+
+def _why(failure: Exception) -> str:
+    """What stands in a file besides tensors, where torch says that; its advice to read the file anyway is left out."""
+    found = re.search(r"(?:GLOBAL|global:?|class:?) `?((?:\w+\.)+\w+)`?", str(failure))
+    if "weights_only" not in str(failure):
+        return first_line(failure)
+    return f"it holds {found[1]}, which could run code" if found else "it holds more than tensors, and could run code"
+
+
 def state_dict_of(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU; see :func:`load_weights`.
 
     Raises:
         GivenError: The file cannot be read safely, or holds no state dict.
     """
-    file = Path(path)
+    file = _file_of(Path(path).expanduser())
     if not file.is_file():
         raise GivenError(f"there is no file {file}\n  to fix  pass a file that torch.save or safetensors wrote")
     try:
@@ -273,7 +306,7 @@ def state_dict_of(path: str | Path, key: str | None = None) -> dict[str, Tensor]
         if out_of_memory(failure):
             raise
         raise GivenError(
-            f"{file} cannot be read as plain tensors: {first_line(failure)}\n"
+            f"{file} cannot be read as plain tensors: {_why(failure)}\n"
             "  effect  nothing of it was run or loaded\n"
             "  to fix  save the state dict alone: torch.save(model.state_dict(), path)"
         ) from failure

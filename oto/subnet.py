@@ -97,7 +97,7 @@ class Subnet:
             models = {"full": full, "slim": self.model}
             times = dict(zip(models, rounds(list(models.values()), dummy_input, least=20, seconds=3.0), strict=True))
             times = {name: [1e3 * s for s in own] for name, own in times.items()}
-        return report(Path(path), self, self.origin, title=title, history=history, milliseconds=times,
+        return report(Path(path).expanduser(), self, self.origin, title=title, history=history, milliseconds=times,
                       example=dummy_input)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Subnet:
             EmitterError: The config cannot state the sizes of the slim model; the message names them.
             ArtefactError: The folder cannot be written or holds files, or what was written reads otherwise.
         """
-        return save_pretrained(self.model, out_dir, tokenizer)
+        return save_pretrained(self.model, Path(out_dir).expanduser(), tokenizer)
 
     def export(self, how: str, path: str | os.PathLike[str]) -> list[Check]:
         """Write the slim model as a file of another runtime, with every size free that it leaves free, and prove it.
@@ -149,4 +149,4 @@ class Subnet:
             ArtefactError: There is a file already, or it cannot be written.
             MissingExtraError: ONNX is asked for and not installed (``pip install 'oto[onnx]'``).
         """
-        return export_model(self.model, self.example, how, path)
+        return export_model(self.model, self.example, how, Path(path).expanduser())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import pickle
 from collections import UserDict
 from types import SimpleNamespace
@@ -14,7 +13,15 @@ import torch
 from torch import nn
 
 from oto import OTO, load_subnet
-from oto.errors import NothingPrunableError, NotPrunedWarning, TooLateError, UnknownParameterError
+from oto.errors import (
+    DummyInputWarning,
+    NothingPrunableError,
+    NotPrunedWarning,
+    OptionError,
+    TooLateError,
+    TraceError,
+    UnknownParameterError,
+)
 from tests.optim.toy import END, PERIODS, START, STEPS, assert_same, count_zeros, net, train
 
 X = torch.randn(2, 3, 8, 8)
@@ -45,13 +52,13 @@ def trained(model: nn.Module, steps: int = END, then=lambda n: None, **options):
         (5, "step 5 of 8: 5 of 14 groups are zero yet", "only what is zero was removed"),
     ],
 )
-def test_a_subnet_before_pruning_has_finished(caplog, steps, what, effect):
+def test_a_subnet_before_pruning_has_finished(steps, what, effect):
     oto, optimizer = trained(net(), steps)
-    with caplog.at_level(logging.WARNING, "oto"), pytest.warns(NotPrunedWarning, match=what) as caught:
+    with pytest.warns(NotPrunedWarning, match=what) as caught:
         subnet = oto.construct_subnet()
     assert caught[0].filename == __file__  # the line of the user
     assert "to fix  construct_subnet after 8 steps" in str(caught[0].message)
-    assert what in caplog.text and effect in caplog.text
+    assert what in str(caught[0].message) and effect in str(caught[0].message) and len(caught) == 1
     assert f"note: {what}" in str(subnet) and subnet.notes[0].startswith(what)
     train(oto.model, optimizer, range(steps, END))
     done = oto.construct_subnet()  # warnings are errors in these tests
@@ -412,3 +419,83 @@ def test_an_example_may_be_what_a_tokenizer_gives(tmp_path):
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet(tmp_path)
     assert subnet.emitter == "module" and subnet.model.up.out_features == 4 and len(subnet.checks) >= 3
+
+
+# What is told --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_second_save_takes_away_is_a_note(tmp_path):
+    oto = OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3))
+    oto.random_set_zero_groups(0.5)
+    first = oto.construct_subnet(tmp_path / "out", program=True, save_full=True)
+    again = oto.construct_subnet(tmp_path / "out", program=True, save_full=True)
+    assert first.notes == again.notes == ()
+    last = oto.construct_subnet(tmp_path / "out", save_full=True)
+    assert last.notes == ("model.pt2 of the artefact that was there before, and not asked for now, was removed",)
+    assert not (tmp_path / "out" / "model.pt2").exists() and oto.full_group_sparse_model_path is not None
+
+
+def test_a_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    oto = OTO(model, torch.randn(2, 3))
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet("~/out")
+    assert subnet.path == tmp_path / "out" and (tmp_path / "out" / "oto.json").is_file()
+    slim = load_subnet("~/out", lambda: model)
+    assert torch.equal(slim(torch.ones(1, 3)), subnet.model(torch.ones(1, 3)))
+    subnet.export("pt2", "~/slim.pt2")
+    assert (tmp_path / "slim.pt2").is_file()
+
+
+def test_an_example_with_nan_is_told_at_once():
+    x = torch.randn(2, 3)
+    x[0, 0] = float("nan")
+    with pytest.warns(DummyInputWarning, match=r"NaN\n  effect[^$]*to fix") as caught:
+        OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), {"input": x})
+    assert caught[0].filename == __file__
+    masks = torch.full((2, 3), -torch.inf)
+    OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), masks)  # a mask may hold these
+
+
+class Wrapper:
+    def __init__(self, model):
+        self.name, self.model = "yolo", model
+
+
+class ModuleWrapper(nn.Module):
+    """Gives objects of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x):
+        return [Wrapper(self.inner(x))]
+
+
+def test_a_wrapper_names_what_it_holds():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(
+        OptionError, match=r"the model is a Wrapper, no torch\.nn\.Module[^$]*OTO\(model\.model, \.\.\.\)"
+    ):
+        OTO(Wrapper(model), torch.randn(2, 3))
+    with pytest.raises(OptionError, match=r"the model is a class[^$]*module itself"):
+        OTO(nn.Linear, torch.randn(2, 3))
+    with pytest.raises(TraceError, match=r"made of Wrapper[^$]*to fix   OTO\(model\.inner, \.\.\.\)"):
+        OTO(ModuleWrapper(model), torch.randn(2, 3))
+
+
+def test_what_was_found_can_be_asked_where_nothing_may_go():
+    with pytest.raises(NothingPrunableError) as caught:
+        OTO(nn.Linear(3, 2), torch.randn(2, 3))
+    assert "it is a dimension of an output" in str(caught.value.explanation)
+    assert "search: the class was asked, and can do without anything" in str(caught.value.explanation)
+
+
+def test_a_search_that_settled_nothing_says_so():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert "search" not in str(OTO(model, torch.randn(2, 3)).explain())
+    assert "search: the class was asked, and" in str(OTO(model, torch.randn(2, 3)).explain(search=True))
+    graph = OTO(model, torch.randn(2, 3), everything=True)
+    assert "the class was not asked, since everything=True" in str(graph.explain(search=True))

@@ -54,6 +54,35 @@ def test_what_does_not_fit_is_told(tmp_path):
         load_weights(mlp(), tmp_path / "x.pt")
 
 
+def test_the_folder_of_a_checkpoint_holds_its_weights(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-500"
+    folder.mkdir()
+    with pytest.raises(GivenError, match="a folder without weights"):
+        state_dict_of(folder)
+    torch.save({"lr": torch.ones(1)}, folder / "optimizer.pt")
+    safetensors.torch.save_file(mlp(1).state_dict(), folder / "model.safetensors")
+    assert torch.equal(state_dict_of(folder)["0.weight"], mlp(1)[0].weight)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert torch.equal(state_dict_of("~/checkpoint-500")["0.weight"], mlp(1)[0].weight)
+    (folder / "model.safetensors").unlink()
+    torch.save(mlp(2).state_dict(), folder / "last.pt")
+    with pytest.raises(GivenError, match=r"several files that may hold weights: last\.pt, optimizer\.pt"):
+        state_dict_of(folder)
+
+
+class Thing:
+    pass
+
+
+def test_advice_to_run_what_is_in_a_file_is_not_passed_on(tmp_path):
+    torch.save({"model": Thing()}, tmp_path / "x.pt")
+    with pytest.raises(GivenError) as caught:
+        state_dict_of(tmp_path / "x.pt")
+    said = str(caught.value)
+    assert "it holds" in said and "Thing, which could run code" in said and "torch.save(model.state_dict()" in said
+    assert "weights_only" not in said and "arbitrary" not in said
+
+
 class Evil:
     def __reduce__(self):
         return (open, ("made_by_a_checkpoint", "w"))

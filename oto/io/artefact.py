@@ -52,7 +52,7 @@ from torch import Tensor
 
 from oto.atomic import locked, scratch, sync, told, unwritable
 from oto.atomic import stamp as _stamp
-from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError, first_line, some
+from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError, some
 from oto.io.manifest import Refusal, is_plain, parse, require, require_files
 
 FORMAT_VERSION = 1
@@ -370,7 +370,7 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
         ArtefactVersionError: It was written in a format that this version does not read.
         DamagedArtefactError: A file is missing, cut short or changed.
     """
-    folder = Path(path)
+    folder = given = Path(path).expanduser()
     try:
         if folder.is_file():
             folder = folder.parent
@@ -382,17 +382,25 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
             "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
         ) from failure
     if not there:
-        raise ArtefactError(
-            f"{folder} holds no {MANIFEST}: it is no artefact, or writing it broke off\n"
-            "  to fix  pass the folder given to construct_subnet, or write it again"
-        )
+        what = f"{os.path.abspath(folder)} holds no {MANIFEST}: it is no artefact, or writing it broke off"
+        if given is not folder:
+            what = f"{given} is a file of no artefact: beside it is no {MANIFEST}"
+        elif not folder.exists():
+            what = f"there is no folder {folder} (in {Path.cwd()})"
+        raise ArtefactError(f"{what}\n  to fix  pass the folder given to construct_subnet, or write it again")
     if (size := place.stat().st_size) > LARGEST_MANIFEST:
         raise _damaged(place, f"it has {size:,} bytes, which no manifest has")
     try:
         manifest = parse(_start(place, size))
+        if isinstance(manifest, dict) and "format" not in manifest:
+            raise ArtefactError(
+                f"{place} is of another program: it is JSON, and says nothing of a format of oto\n"
+                "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
+            )
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as failure:
-        raise _damaged(place, f"it is not the JSON that was written ({first_line(failure)})") from failure
+        why = f" ({failure})" if type(failure) is ValueError else ""
+        raise _damaged(place, f"it is not the JSON that was written{why}") from failure
     if type(version) is not int or version != FORMAT_VERSION:
         versions = manifest.get("versions")
         writer = versions.get("oto", "unknown") if isinstance(versions, dict) else "unknown"

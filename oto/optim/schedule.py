@@ -80,6 +80,8 @@ class Schedule:
         total = None if total_steps is None else _whole("total_steps", total_steps)
         first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
         begin, end = round(first), round(first + length)  # so that shares of .3 and .7 are never a step more than all
+        if 0 < first < 1 < end:  # a share of few steps is one at least
+            begin = 1
         if periods is None:
             periods = max(min(PERIODS, end - begin), 1)
         return cls(begin, end - begin, _whole("pruning_periods", periods), total, exponent)
@@ -90,6 +92,12 @@ class Schedule:
             object.__setattr__(self, field, _whole(name, getattr(self, field)))
         if self.total_steps is not None:
             object.__setattr__(self, "total_steps", _whole("total_steps", self.total_steps))
+        if self.total_steps is not None and self.total_steps < 1:
+            raise TargetError(
+                f"total_steps is {self.total_steps}; it is how often optimizer.step() is called in the whole training\n"
+                "  to fix  total_steps=epochs * len(loader), divided by the micro-batches of an update, if there are"
+                " several"
+            )
         if self.start < 0:
             raise TargetError(f"start_pruning_step is {self.start}; it counts ordinary steps, so it is at least 0")
         if not self.exponent >= 1:
@@ -106,8 +114,15 @@ class Schedule:
                 f"pruning would last from step {self.start} to step {self.end - 1}, but training ends after "
                 f"total_steps={self.total_steps}\n"
                 "  effect  groups would be left that never reach zero\n"
-                f"  to fix  start earlier, or prune in {max(self.total_steps - self.start, 0)} steps or fewer"
+                f"  to fix  {self._shorter(self.total_steps)}"
             )
+
+    def _shorter(self, total: int) -> str:
+        """What to ask for, so that pruning ends before training does."""
+        left = total - self.start
+        ways = [f"start_pruning_step={total - self.steps} or less"] if self.steps <= total else []
+        ways += [f"pruning_steps={left} or fewer"] if left >= self.periods else []
+        return ", or ".join(ways) or f"train for {self.end} steps, or prune in fewer periods (pruning_periods=1)"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -440,6 +440,7 @@ def _run(
             raise TraceError(
                 f"{type(model).__name__}.forward gives no tensor: what it returned is made of {kinds}\n"
                 "  effect   nothing leads from the inputs to an output, so there is nothing to analyse\n"
+                f"{_whole_inside(model)}"
                 "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
                 " objects of its own in a module that takes the tensors out"
             )
@@ -456,6 +457,13 @@ def _run(
     output_names = tuple(name or "output" for name, _ in named_outputs)
     graph = dataclasses.replace(graph, replaced=frozenset(replaced), output_names=output_names)
     return Recording(graph, recorder.constants, result)
+
+
+def _whole_inside(model: nn.Module) -> str:
+    """What to do where a module is a wrapper around another that has all of its parameters."""
+    count = len(list(model.parameters()))
+    held = [n for n, child in model.named_children() if count and len(list(child.parameters())) == count]
+    return f"  to fix   OTO(model.{held[0]}, ...): that module has all the parameters; or\n" if held else ""
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:

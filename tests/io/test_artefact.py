@@ -455,12 +455,29 @@ def test_versions_that_are_not_ours(tmp_path, version):
         reading(out)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000, '{"a": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000, b"\xff\xfe"])
 def test_a_manifest_that_is_none(tmp_path, text):
     out = save(tmp_path / "out")
     (out / MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DamagedArtefactError, match="not the JSON"):
         reading(out)
+
+
+def test_what_another_program_wrote_is_no_damage(tmp_path, monkeypatch):
+    (tmp_path / MANIFEST).write_text('{"a": 1}')
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ArtefactError, match="is of another program") as caught:
+        reading(tmp_path)
+    assert not isinstance(caught.value, DamagedArtefactError)
+    (tmp_path / MANIFEST).unlink()
+    monkeypatch.chdir(tmp_path)
+    for place, says in [
+        ("notes.txt", r"notes\.txt is a file of no artefact"),
+        ("nowhere", rf"there is no folder nowhere \(in {tmp_path}\)"),
+        (".", rf"{tmp_path} holds no"),
+    ]:
+        with pytest.raises(ArtefactError, match=f"{says}[^$]*to fix"):
+            reading(place)
 
 
 def test_safetensors_that_are_none_though_sealed(tmp_path):

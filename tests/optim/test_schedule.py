@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from oto.errors import TargetError
 from oto.optim import Schedule
+from oto.optim.schedule import LENGTH, START
 
 schedules = st.builds(
     lambda start, periods, extra: Schedule(start, periods + extra, periods),
@@ -112,6 +113,14 @@ def test_shares_that_make_up_the_whole_end_with_it(share, total):
     assert Schedule.of(before, 1 - before, 1, total).end == total
 
 
+@pytest.mark.parametrize("total, start", [(20, 1), (49, 1), (50, 1), (99, 1), (100, 1), (200, 2), (1000, 10)])
+def test_a_share_of_few_steps_is_one_at_least(total, start):
+    """Or the first groups would be chosen by the gradient of a single batch."""
+    schedule = Schedule.of(START, LENGTH, total_steps=total)
+    assert schedule.start == start and schedule.end == round(0.41 * total)
+    assert Schedule.of(0, LENGTH, total_steps=total).start == Schedule.of(0.0, LENGTH, total_steps=total).start == 0
+
+
 @pytest.mark.parametrize(
     "asked, message",
     [
@@ -124,7 +133,10 @@ def test_shares_that_make_up_the_whole_end_with_it(share, total):
         ((0.1, 8, 2), r"start_pruning_step is 0\.1, a share[^$]*give total_steps= too"),
         ((1, math.nan, 2), "pruning_steps is nan"),
         ((1, math.inf, 2), "pruning_steps is inf"),
-        ((0.5, 0.6, 2, 100), r"from step 50 to step 109, but training ends after total_steps=100[^$]*in 50 steps"),
+        ((0.5, 0.6, 2, 100), r"to step 109, but training ends after[^$]*=40 or less, or pruning_steps=50 or fewer"),
+        ((100, 20, 2, 100), r"from step 100 to step 119[^$]*to fix  start_pruning_step=80 or less$"),  # too late
+        ((99, 200, 2, 100), r"to fix  train for 299 steps, or prune in fewer periods"),
+        ((0.1, 0.4, 2, 0), r"total_steps is 0; it is how often[^$]*epochs \* len\(loader\)"),
         ((90, 20, 2, 100), "from step 90 to step 109"),
         ((0.0, 0.4, 10, 20), "pruning_steps=8 cannot be cut into pruning_periods=10"),
     ],
