@@ -35,6 +35,7 @@ def constructed(model: nn.Module, x: object = X, **options: object):
 # What is no number --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:dummy_input holds NaN")
 @pytest.mark.parametrize("emitter", ["auto", "module", "graph", "recording"])
 def test_an_example_of_nan_is_refused(emitter):
     said = r"(?s)gives no number on the example .*NaN or infinity in the example \(\(4, 8\)\).*effect.*to fix"
@@ -340,3 +341,20 @@ def test_numbers_in_a_recording_are_held_against_those_of_another(monkeypatch):
     monkeypatch.setattr(proof.Emitted, "__init__", spoiled)
     with pytest.raises(VerificationError, match="makes other calls than the one to be proved"):
         constructed(Measured(), emitter="recording")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_tensors_that_torch_does_not_compare_are_a_note():
+    """They are not taken to be alike in silence."""
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+            self.register_buffer("table", torch.eye(3).to_sparse_csr())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    subnet = constructed(Sparse(), torch.randn(4, 8))
+    assert any("that table hold what is left was not looked at" in note for note in subnet.notes), subnet.notes
