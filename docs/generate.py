@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
@@ -232,12 +233,24 @@ class Small(nn.Module):
 
 
 def pictures(made: Path) -> None:
-    """A drawing and a report of a small network, by the library itself."""
+    """A drawing and a report of a small network that was trained for a moment, by the library itself."""
     torch.manual_seed(0)
-    analysed = OTO(Small(), torch.randn(1, 3, 16, 16))
-    analysed.random_set_zero_groups(0.4)
+    model = Small()
+    full = copy.deepcopy(model)
+    images = torch.randn(256, 3, 16, 16)
+    labels = images.mean((2, 3)).argmax(1)
+    analysed = OTO(model, images[:1])
+    optimizer = analysed.hesso(lr=0.05, first_momentum=0.9, target_macs=0.5, total_steps=150)
+    for _ in range(150):
+        batch = torch.randint(256, (32,))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        loss.backward()
+        optimizer.record(loss=loss)
+        optimizer.step()
     subnet = analysed.construct_subnet()
-    subnet.report(made / "extra" / "report.html", title="A small residual network")
+    page = made / "extra" / "report.html"
+    subnet.report(page, title="A small residual network", full=full, dummy_input=images[:8])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oto.errors.NoGraphvizWarning)
         analysed.visualize(made / "drawing")

@@ -450,7 +450,8 @@ class OTO:
         if choice.target.name == "target_latency_ms":
             timer, counts = self._timer, np.array(list(kept.values()), dtype=np.int64)
             times = timer(self.costs.sizes), timer(counts)
-        return preview(str(choice.target), f"chosen by {how}", self.costs, kept, self._cost(), self._cost(kept), times)
+        said, costs = (str(choice.target), f"chosen by {how}"), (self._cost(), self._cost(kept))
+        return preview(*said, self.node_groups, self.costs, kept, *costs, times)
 
     @property
     def costs(self) -> Costs:

@@ -62,6 +62,16 @@ class Subnet:
     def __str__(self) -> str:
         return subnet_table(self)
 
+    def __repr__(self) -> str:
+        before, after = self.cost_before, self.cost_after
+        macs = f"{after.macs / before.macs:.1%} of the MACs, " if before.macs else ""
+        notes = f", {len(self.notes)} note{'s' * (len(self.notes) > 1)}" if self.notes else ""
+        saved = "" if self.path is None else f", saved in {self.path}"
+        return (
+            f"Subnet({type(self.model).__name__}, {self.emitter}: {macs}{after.params:,} of {before.params:,}"
+            f" parameters, largest error {self.max_error:.1e}{notes}{saved})"
+        )
+
     def _repr_html_(self) -> str:
         return html(cost_rows(self.cost_before, self.cost_after), below="\n".join(subnet_lines(self)))
 

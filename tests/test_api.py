@@ -499,3 +499,12 @@ def test_a_search_that_settled_nothing_says_so():
     assert "search: the class was asked, and" in str(OTO(model, torch.randn(2, 3)).explain(search=True))
     graph = OTO(model, torch.randn(2, 3), everything=True)
     assert "the class was not asked, since everything=True" in str(graph.explain(search=True))
+
+
+def test_a_subnet_in_a_console_is_one_line(tmp_path):
+    oto = OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3))
+    oto.random_set_zero_groups(0.5)
+    said = repr(oto.construct_subnet())
+    assert said.startswith("Subnet(Sequential, module: 50.0% of the MACs, 26 of 50 parameters, largest error ")
+    assert "\n" not in said and len(said) < 120
+    assert repr(oto.construct_subnet(tmp_path / "out")).endswith(f"saved in {tmp_path / 'out'})")

@@ -81,6 +81,18 @@ class NodeGroup:
     def prunable(self) -> bool:
         return self.reason is None
 
+    @property
+    def factor(self) -> str | None:
+        """What it is of a dimension that is a product: ``"[12]×64"`` are heads, ``"12×[64]"`` their width.
+
+        ``None`` if its atoms are the entries of the first dimension that it zeroes.
+        """
+        cuts = (self.zeros or self.slices)[0].cuts
+        if not cuts or cuts[-1].before == cuts[-1].after == 1:
+            return None
+        before, after = (f"{n}" if n > 1 else "" for n in (cuts[-1].before, cuts[-1].after))
+        return "×".join(filter(None, (before, f"[{self.size}]", after)))
+
     def __str__(self) -> str:
         atoms = f"{self.size:,} atom{'s' * (self.size != 1)}"
         if not self.prunable:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from oto.groups import Cost, Costs
+from oto.groups import Cost, Costs, NodeGroup
 from oto.report.table import columns, cost_rows, html
 
 
@@ -20,7 +20,9 @@ class Width:
     Attributes:
         group: Its name.
         before, after: Atoms in the full network, and those that would be left.
-        macs_before, macs_after: MACs of all products that have the group as a factor.
+        macs_before, macs_after: MACs of all products that have the group as a factor. A product has several factors, so
+            the sum over groups is more than the MACs of the network.
+        factor: What it is of a dimension that is a product, as :attr:`oto.groups.NodeGroup.factor` has it.
     """
 
     group: str
@@ -28,6 +30,7 @@ class Width:
     after: int
     macs_before: int
     macs_after: int
+    factor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,23 +62,37 @@ class Preview:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([self.target, self.how, "", columns(self._cells()), "", columns(self._costs())])
+        return "\n".join([self.target, self.how, "", columns(self._cells()), *self._said(), "", columns(self._costs())])
 
     def _repr_html_(self) -> str:
-        return html(self._cells(), above=f"{self.target}\n{self.how}") + html(self._costs())
+        above = f"{self.target}\n{self.how}"
+        return html(self._cells(), above=above, below="\n".join(self._said())) + html(self._costs())
+
+    def _said(self) -> list[str]:
+        """What the columns mean, where that is not plain."""
+        factors = [width.factor for width in self.widths if width.factor]
+        lines = [
+            "MACs with it: a product counts for each group that it runs through, so rows do not add up to the total"
+        ]
+        if factors:
+            lines.append(
+                f"{factors[0]}: the group in brackets is a factor of a dimension, as heads and their width are"
+            )
+        return lines
 
     def _cells(self) -> list[list[str]]:
         """Widths, those of repeated blocks in one row."""
-        rows: dict[tuple[str, int], list[Width]] = {}
+        rows: dict[tuple[str, str, int], list[Width]] = {}
         for width in self.widths:
-            rows.setdefault((re.sub(r"\d+", "*", width.group), width.before), []).append(width)
-        cells = [["node group", "groups", "before", "after", "kept", "MACs before", "after"]]
-        for (name, before), some in rows.items():
+            place = re.sub(r"(?<![/\d])\d+", "*", width.group), width.factor or "", width.before
+            rows.setdefault(place, []).append(width)
+        cells = [["node group", "groups", "before", "after", "kept", "MACs with it", "after"]]
+        for (name, factor, before), some in rows.items():
             after = [width.after for width in some]
             macs = [sum(w.macs_before for w in some), sum(w.macs_after for w in some)]
             cells.append(
                 [
-                    name if len(some) > 1 else some[0].group,
+                    f"{name if len(some) > 1 else some[0].group} {factor}".rstrip(),
                     str(len(some)),
                     f"{before:,}",
                     f"{after[0]:,}" if min(after) == max(after) else f"{min(after):,}–{max(after):,}",
@@ -93,8 +110,8 @@ class Preview:
         return rows_of_costs
 
 
-def preview(target: str, how: str, costs: Costs, kept: Mapping[str, int], full: Cost, left: Cost,
-            milliseconds: tuple[float, float] | None = None) -> Preview:  # fmt: skip
+def preview(target: str, how: str, groups: Iterable[NodeGroup], costs: Costs, kept: Mapping[str, int], full: Cost,
+            left: Cost, milliseconds: tuple[float, float] | None = None) -> Preview:  # fmt: skip
     """Put the widths of all prunable groups together.
 
     Args:
@@ -103,9 +120,10 @@ def preview(target: str, how: str, costs: Costs, kept: Mapping[str, int], full: 
         milliseconds: What the two take, if that was measured.
     """
     counts = np.array([kept.get(name, size) for name, size in zip(costs.names, costs.sizes, strict=True)], np.int64)
+    factors = {group.name: group.factor for group in groups}
     through = [costs.macs.marginal(n, n) for n in (costs.sizes, counts)]  # saved if nothing were left
     widths = tuple(
-        Width(name, int(size), int(count), int(a), int(b))
+        Width(name, int(size), int(count), int(a), int(b), factors[name])
         for name, size, count, a, b in zip(costs.names, costs.sizes, counts, *through, strict=True)
     )
     return Preview(target, how, widths, full, left, milliseconds)

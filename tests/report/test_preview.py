@@ -84,8 +84,38 @@ def test_repeated_blocks_are_one_row(oto):
     assert lines[1] == "chosen by the weights alone"
     (row,) = [line for line in lines if line.startswith("blocks.*.*.weight")]
     assert row.split()[1:3] == ["3", "32"]
-    assert any(line.startswith("stem.weight") for line in lines)
+    assert any(line.startswith("stem.weight") for line in lines) and not any("in brackets" in line for line in lines)
     assert any(line.startswith("MACs") and f"{macs:,}" in line for line in lines)
+
+
+class Attention(nn.Module):
+    """Heads and their width are two groups of one dimension; the same in two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({n: nn.Linear(24, 24) for n in "qkvo"}) for _ in range(2))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            q, k, v = (block[n](x).unflatten(-1, (4, 6)).transpose(1, 2) for n in "qkv")
+            x = x + block["o"](
+                nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
+            )
+        return self.head(x)
+
+
+def test_heads_and_their_width_are_told_apart_and_rows_need_not_add_up():
+    oto = OTO(Attention(), torch.randn(2, 5, 24))
+    names = {g.name: g.factor for g in oto.node_groups if g.prunable and ".q." in g.name}
+    assert names == {f"blocks.{i}.q.weight{n}": f for i in (0, 1) for n, f in (("", "[4]×6"), ("/1", "4×[6]"))}
+    printed = str(oto.preview(target_macs=0.6)).splitlines()
+    rows = {line.split()[0]: line.split()[1:4] for line in printed if line.startswith("blocks")}
+    assert rows["blocks.*.q.weight"] == ["[4]×6", "2", "4"] and rows["blocks.*.q.weight/1"] == ["4×[6]", "2", "6"]
+    assert "MACs with it: a product counts for each group that it runs through, so rows do not add up to" in printed[-7]
+    assert printed[-6].startswith("[4]×6: the group in brackets is a factor of a dimension")
+    seen = oto.preview(target_macs=0.6)
+    assert sum(w.macs_before for w in seen.widths) > seen.before.macs and "heads and their width" in seen._repr_html_()
 
 
 def test_plain_data_for_tools(oto):
