@@ -138,6 +138,9 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="with the weights
 Skip = Annotated[
     list[str] | None, typer.Option("--skip", metavar="NAME", help="keep whole: a name or glob; repeatable")
 ]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", metavar="NAME", help="prune nothing else: a name or glob; repeatable")
+]
 Everything = Annotated[
     bool, typer.Option("--everything", help="also what the model's own class cannot express; slim is a graph then")
 ]
@@ -160,7 +163,7 @@ def _number(option: str, text: str | None) -> int | float | None:
 
 def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: list[str] | None, everything: bool,
               checkpoint: Path | None = None, key: str | None = None, pretrained: bool = False,
-              min_kept: str = "1", layout: str | None = None) -> OTO:  # fmt: skip
+              min_kept: str = "1", layout: str | None = None, only: list[str] | None = None) -> OTO:  # fmt: skip
     torch.manual_seed(0)  # so that two calls say the same of a model without weights
     model = named_model(name, pretrained)
     if checkpoint is not None:
@@ -168,21 +171,37 @@ def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: l
     given = named_input(inputs or (), input_fn, model)
     least = _number("--min-kept", min_kept)
     assert least is not None
-    return OTO(model, given, skip_patterns=skip or (), everything=everything, min_kept=least, layout=layout)
+    return OTO(
+        model, given, skip_patterns=skip or (), only=only or None, everything=everything, min_kept=least, layout=layout
+    )  # fmt: skip
+
+
+def _shares(given: list[str] | None) -> dict[str, int | float] | None:
+    """``layer3.*=0.4``, for each."""
+    found: dict[str, int | float] = {}
+    for text in given or ():
+        name, _, number = text.rpartition("=")
+        share = _number("--target-kept", number) if name else None
+        if share is None:
+            raise GivenError(
+                f"--target-kept {text}\n  to fix  name what keeps how much, as in --target-kept 'layer3.*=0.4'"
+            )
+        found[name] = share
+    return found or None
 
 
 # The commands --------------------------------------------------------------------------------------------------------
 
 
 @command
-def explain(model: Model, input: Inputs = None, input_fn: InputFn = None, skip: Skip = None,
+def explain(model: Model, input: Inputs = None, input_fn: InputFn = None, skip: Skip = None, only: Only = None,
             everything: Everything = False, layout: Layout = None, as_json: Json = False) -> None:  # fmt: skip
     """What can be removed from a model, and why the rest stays whole.
 
     oto explain torchvision:resnet50 --input 1x3x224x224
     """
     try:
-        found = _analysed(model, input, input_fn, skip, everything, layout=layout).explain()
+        found = _analysed(model, input, input_fn, skip, everything, layout=layout, only=only).explain()
     except NothingPrunableError as failure:
         if isinstance(failure.explanation, Explanation):
             _result(failure.explanation, failure.explanation.to_dict(), as_json)
@@ -202,6 +221,10 @@ def preview(
         float | None, typer.Option(help="milliseconds of a forward pass, measured here")
     ] = None,
     target_group_sparsity: Annotated[float | None, typer.Option(help="share of the groups that goes")] = None,
+    target_kept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SHARE", help="what groups keep, by name or glob: 'layer3.*=0.4'; repeatable"),
+    ] = None,
     scope: Annotated[str, typer.Option(help="global: one ranking; local: the same share of every group")] = "global",
     group_divisible: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 1,
     min_kept: MinKept = "1",
@@ -209,6 +232,7 @@ def preview(
     key: Key = None,
     pretrained: Pretrained = False,
     skip: Skip = None,
+    only: Only = None,
     everything: Everything = False,
     layout: Layout = None,
     as_json: Json = False,
@@ -223,12 +247,13 @@ def preview(
         "target_bytes": _number("--target-bytes", target_bytes),
         "target_latency_ms": target_latency_ms,
         "target_group_sparsity": target_group_sparsity,
+        "target_kept": _shares(target_kept),
     }
     asked: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     if len(asked) != 1:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
         raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
-    analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, pretrained, min_kept, layout)
+    analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, pretrained, min_kept, layout, only)
     found = analysed.preview(**asked, scope=scope, group_divisible=group_divisible)
     _result(found, found.to_dict(), as_json)
 

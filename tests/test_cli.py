@@ -81,6 +81,10 @@ def test_explain_says_what_the_library_says(here):
     assert done.stdout.startswith("2 prunable node groups with 24 zero-invariant groups")
     assert as_json("explain", "cli_net:make", "--input-fn", "cli_net:example")["atoms"] == 24
     assert as_json("explain", "cli_net:make", "-i", "1x3x8x8", "--skip", "2.weight")["atoms"] == 8
+    assert as_json("explain", "cli_net:make", "-i", "1x3x8x8", "--only", "2.*")["atoms"] == 16
+    nothing = call("explain", "cli_net:other", "-i", "1x3")  # is told before it is an error
+    assert nothing.exit_code == 1 and "it is a dimension of an output" in nothing.stdout
+    assert nothing.stderr.startswith("error: no node group of this model can lose an entry")
 
 
 def test_preview_takes_every_target(here):
@@ -93,6 +97,8 @@ def test_preview_takes_every_target(here):
     groups = as_json("preview", *given, "--target-group-sparsity", "0.25", "--group-divisible", "4")
     assert sum(w["after"] for w in groups["widths"]) == 16  # of 24 at most 18, in fours
     assert {w["after"] % 4 for w in groups["widths"]} == {0}
+    named = as_json("preview", *given, "--target-kept", "0.weight=0.5", "--target-kept", "2.*=5")
+    assert [w["after"] for w in named["widths"]] == [4, 5]
     fast = as_json("preview", *given, "--target-latency-ms", "1000")
     assert fast["after"] == fast["before"] and fast["milliseconds"][0] > 0
 
@@ -222,10 +228,14 @@ def test_export_writes_onnx_that_was_run(artefact):
         ("preview cli_net:make -i 1x3x8x8 --target-macs half", 2, "is no number"),
         ("preview cli_net:make -i 1x3x8x8 --target-macs 0.5 --target-params 0.5", 2, "2 targets are given"),
         ("preview cli_net:make -i 1x3x8x8 --target-macs 0.001", 1, "target_macs=0.001"),
+        ("preview cli_net:make -i 1x3x8x8 --target-kept 0.5", 2, "name what keeps how much"),
+        ("preview cli_net:make -i 1x3x8x8 --target-kept 0.weight=0.5 --target-macs .5", 2, "2 targets are given"),
+        ("explain cli_net:make -i 1x3x8x8 --only nothing.*", 1, "nothing.*"),
+        ("info cli_net.py", 1, "cli_net.py is a file of no artefact"),
         ("slim nowhere.pt -m cli_net:make -i 1x3x8x8 -o out", 2, "there is no file nowhere.pt"),
         ("slim cli_net.py -m cli_net:make -i 1x3x8x8 -o out", 2, "cannot be read as plain tensors"),
-        ("info nowhere", 1, "nowhere holds no oto.json"),
-        ("verify nowhere", 1, "nowhere holds no oto.json"),
+        ("info nowhere", 1, "there is no folder nowhere"),
+        ("verify nowhere", 1, "there is no folder nowhere"),
     ],
 )
 def test_mistakes_are_told_with_an_exit_code(here, words, code, said):
