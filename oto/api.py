@@ -36,6 +36,7 @@ from oto.errors import (
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
+from oto.groups.align import ON_CUDA, Align, multiples
 from oto.groups.layout import LAYOUTS, drawn, evened, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
@@ -397,7 +398,7 @@ class OTO:
         """
         target = {name: options.pop(name) for name in UNITS if name in options}
         batches = list(batches)
-        options = ({} if batches else FROM_MAGNITUDE) | options
+        options = ({} if batches else FROM_MAGNITUDE) | self._aligned(options)
         latency = self._latency(target | options)
         choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)
         modes = [(module, module.training) for module in self.model.modules()]
@@ -406,6 +407,8 @@ class OTO:
                 module.training = training
             kept = choice.kept_of(self.model, batches, loss)
         how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
+        if choice.align != 1:
+            how += f"; sizes of dimensions in multiples (align={choice.align!r})"
         times = None
         if choice.target.name == "target_latency_ms":
             timer, counts = self._timer, np.array(list(kept.values()), dtype=np.int64)
@@ -430,7 +433,7 @@ class OTO:
             return None
         asked = {name: options.get(name) for name in UNITS}
         Target.of(asked, self.costs.sizes, self.costs, self.costs.macs)  # refuses nonsense before anything is timed
-        limits = FROM_MAGNITUDE | {k: options[k] for k in ("scope", "min_kept", "group_divisible") if k in options}
+        limits = FROM_MAGNITUDE | {k: options[k] for k in ("scope", "min_kept", "group_divisible", "align") if k in options}
         least = Choice.of(self.node_groups, {"target_group_sparsity": 0.0}, **limits).least
 
         def choose(latency: Latency) -> NDArray[np.int64]:
@@ -438,6 +441,11 @@ class OTO:
             return np.array(list(choice.kept_of(self.model, (), None).values()), dtype=np.int64)
 
         return measured_latency(self._timer, float(goal), least, choose, options.get("group_divisible", 1))
+
+    def _aligned(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a choice, with the multiple that suits where the parameters are, if none is asked for."""
+        on_cuda = any(p.is_cuda for p in self.model.parameters())
+        return {**options, "align": ON_CUDA if on_cuda else 1} if options.get("align") is None else dict(options)
 
     @property
     def _timer(self) -> Timer:
@@ -470,6 +478,7 @@ class OTO:
                 NotPrunedWarning,
                 stacklevel=3,
             )
+        options = self._aligned(options)
         given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
         latency = self._latency(options)
         optimizer = kind(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)

@@ -27,6 +27,7 @@ from oto.errors import (
     some,
     users_level,
 )
+from oto.groups.align import Align, multiples
 from oto.groups.cost import Costs
 from oto.groups.layout import settled, ties_of
 from oto.groups.node_group import NodeGroup
@@ -48,6 +49,7 @@ from oto.optim.saliency import (
     shared_out,
 )
 from oto.optim.select import least_kept, select
+from oto.optim.steps import Steps, missed
 from oto.optim.target import Counts, Measure, Target
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class Choice:
         by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
         scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
         divisible: A node group that loses atoms keeps a multiple of this many.
+        align: What the sizes of tensor dimensions are multiples of, as it was asked.
+        multiples: What the kept count of each node group that loses atoms is a multiple of, for all these reasons.
         average_steps: Criteria that look at gradients are averaged over this many steps before a choice.
         least: Atoms that each node group keeps in any case.
         floor: Atoms that each keeps unless the target asks for more.
@@ -86,6 +90,8 @@ class Choice:
     by_cost: float
     scope: str
     divisible: int
+    align: Align
+    multiples: Counts
     average_steps: int
     least: Counts
     floor: Counts
@@ -102,6 +108,7 @@ class Choice:
         scope: str = "global",
         min_kept: MinKept | None = None,
         group_divisible: int = 1,
+        align: Align | None = None,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
         within: str | Saliency | None = None,
@@ -118,7 +125,13 @@ class Choice:
             min_kept: Atoms that every node group keeps, an int; or the share of its atoms that it keeps, a float; or a
                 mapping from names or globs of parameters to either. By default, and where a mapping says nothing, a
                 fifth as far as the target allows.
-            group_divisible: A node group that loses atoms keeps a multiple of this many.
+            group_divisible: A node group that loses atoms keeps a multiple of this many *atoms*, be they channels or
+                heads.
+            align: A dimension of a weight that gets smaller keeps a *size* (heads times their width) that is a multiple
+                of this: a number for all; a mapping from names or globs of parameters to numbers; or ``"gguf"`` (rows
+                of 32), ``"gguf-k"`` (rows of 256), ``"marlin"`` (rows of 128, other dimensions of 64), ``"cuda"`` (8).
+                Heads are free where their width is such a multiple already. By default 1; ``OTO`` takes 8 where the
+                parameters are on a CUDA device.
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
                 each divided by its norm over all groups, blind to cost and to the width of a layer.
@@ -131,9 +144,13 @@ class Choice:
             average_steps: See the attributes; 1 for ``saliency="hesso"``.
 
         Raises:
-            TargetError: An option means nothing, or the target cannot be reached.
+            TargetError: An option means nothing, or the target cannot be reached; or it is missed by more than 1 %
+                of the full cost, because widths keep to multiples.
+            OptionError: ``align`` is no positive number and no preset.
+            UnknownParameterError: A glob of ``align`` or ``min_kept`` matches nothing.
             NothingPrunableError: There is a target, but no node group may lose an atom.
         """
+        node_groups = list(node_groups)
         published = isinstance(saliency, str) and saliency == "hesso"
         groups = [group for group in node_groups if group.prunable and group.size]
         if min_kept is not None:  # a group that may lose nothing stays in the list, which costs are counted over
@@ -144,7 +161,12 @@ class Choice:
         comparable = all(criterion in OF_THE_LOSS for criterion, _ in criteria)
         _check(scope, group_divisible, normalise, within, by_cost, average_steps)
         asked = Target.of(target, sizes, costs, latency)
-        divisors = [int(np.lcm(g.divisor, group_divisible)) for g in groups]
+        align = 1 if align is None else align
+        weights = None if costs is None else costs.weights
+        by_name = dict(
+            zip((g.name for g in node_groups), multiples(node_groups, align, weights, group_divisible), strict=True)
+        )
+        divisors = [by_name[group.name] for group in groups]
         least = [least_kept(g.size, g.min_kept, d) for g, d in zip(groups, divisors, strict=True)]
         everywhere = min_kept is not None and not isinstance(min_kept, Mapping)  # a limit of the user for every group
         soft = 0.0 if published or everywhere else FLOOR
@@ -162,15 +184,25 @@ class Choice:
             (BY_COST if comparable else 0.0) if by_cost is None else by_cost,
             scope,
             group_divisible,
+            align,
+            np.array(divisors, dtype=np.int64),
             (1 if published else AVERAGE_STEPS) if average_steps is None else average_steps,
             np.array(least, dtype=np.int64),
             np.array(floor, dtype=np.int64),
             sizes,
         )
         if asked.wants_less:
+            coarse = any(divisor > group.divisor for divisor, group in zip(divisors, groups, strict=True))
             if not groups or (self.least >= sizes).all():
-                raise NothingPrunableError(f"{asked}, but no node group may lose an atom; oto.explain() says why")
+                raise NothingPrunableError(
+                    f"{asked}, but no node group may lose an atom\n"
+                    "  to fix  oto.explain() says why"
+                    + (f"; or smaller multiples than align={align!r}, {group_divisible=}" if coarse else "")
+                )
             asked.require_reachable(self.least, sizes)
+            if coarse:
+                alive = torch.ones(int(sizes.sum()), dtype=torch.bool)  # what can be reached is no matter of scores
+                self.require_near(~self.select(torch.ones(len(alive)), alive))
         return self
 
     @property
@@ -267,9 +299,8 @@ class Choice:
         worth = None
         if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
-        divisors = np.array([np.lcm(group.divisor, self.divisible) for group in self.groups], dtype=np.int64)
         chosen = select(
-            values, left, sizes, least, self._tied_measure, goal, divisors, by_cost, worth, self.scope != "local",
+            values, left, sizes, least, self._tied_measure, goal, self.multiples, by_cost, worth, self.scope != "local",
             self._ties,
         )  # fmt: skip
         return torch.from_numpy(chosen)
@@ -313,6 +344,7 @@ class Choice:
             self.require_gradients(entries(), alive, averages, remedy)
             scores = self.scores(entries(), alive, averages)
         left = ~self.select(scores, alive)
+        self.require_near(left)
         self.warn_of_collapse(left)
         counts = [int(own.sum()) for own in left.split_with_sizes(self.sizes)]
         return dict(zip((group.name for group in self.groups), counts, strict=True))
@@ -324,6 +356,33 @@ class Choice:
             if self.target.measure(floor) <= goal:
                 return floor
         return self.least
+
+    def require_near(self, left: Tensor) -> None:
+        """Refuse a target that widths cannot come near to, because they change in large steps.
+
+        Raises:
+            TargetError: It is missed by more than 1 % of the full cost, because widths keep to multiples.
+        """
+        if text := self._missed(left):
+            raise TargetError(text)
+
+    def warn_of_miss(self, left: Tensor) -> None:
+        """Tell of it where training went by, and cannot be taken back."""
+        if text := self._missed(left):
+            warnings.warn(text, CollapseWarning, stacklevel=users_level())
+
+    def _missed(self, left: Tensor) -> str | None:
+        counts = np.array([int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)], dtype=np.int64)
+        ties = np.arange(len(counts)) if self._ties is None else self._ties
+        own = np.array([group.divisor for group in self.groups], dtype=np.int64)
+        found = missed(self.target, Steps(counts, self.multiples, own, self.full, ties))
+        if found is None:
+            return None
+        coarse, text = found
+        return text.format(
+            f"{self.groups[coarse].name} keeps multiples of {self.multiples[coarse]} of its {self.full[coarse]} atoms"
+            f" (align={self.align!r}, group_divisible={self.divisible})"
+        )
 
     def warn_of_collapse(self, left: Tensor) -> None:
         """Name the node groups that fell below the floor because the target could not be met otherwise."""
@@ -358,7 +417,7 @@ class Choice:
             "normalise": self.normalise,
             "within": None if self.within is None else [_name(self.within), self.everywhere],
             "by_cost": self.by_cost,
-        } | ({"layout": layout} if layout else {})
+        } | ({"layout": layout} if layout else {}) | ({} if self.align == 1 else {"align": self.multiples.tolist()})
 
 
 DEFAULT: Weights = {"taylor_second_order": 1.0}

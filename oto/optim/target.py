@@ -142,8 +142,8 @@ class Target:
             raise TargetError(
                 f"{self.name}={self.asked} asks for {self.full - self.goal:,.0f} of {self.full:,.0f} groups, but only "
                 f"{most:,.0f} may go: every node group keeps its least number of atoms\n"
-                f"  to fix  ask for {np.floor(most / self.full * 1e4) / 1e4:.4f} or less, or lower min_kept or"
-                " group_divisible"
+                f"  to fix  ask for {np.floor(most / self.full * 1e4) / 1e4:.4f} or less, or lower min_kept,"
+                " group_divisible or align"
             )
         share = bottom / self.full
         hint = f"; {self.asked} is a number of {unit}, {float(self.asked)} would be a share" if self.asked == 1 else ""
@@ -153,9 +153,17 @@ class Target:
         raise TargetError(
             f"{self.name}={self.asked} allows {shown(self.goal)} of {shown(self.full)} {unit}, but {shown(bottom)} "
             f"({share:.1%}) are left when every node group is at its least{hint}\n"
-            f"  to fix  ask for {least_asked} or more, lower min_kept or group_divisible, or see"
+            f"  to fix  ask for {least_asked} or more, lower min_kept, group_divisible or align, or see"
             " oto.explain() for what stays whole"
         )
+
+    def asking(self, cost: float) -> str:
+        """How to ask for a cost that can be reached, in the form in which the target was asked for."""
+        if self.name == "target_group_sparsity":
+            return f"{self.name}={np.floor((self.full - cost) / self.full * 1e4) / 1e4:.4f}"
+        if isinstance(self.asked, int):
+            return f"{self.name}={int(np.ceil(cost))}"
+        return f"{self.name}={np.ceil(cost / self.full * 1e4) / 1e4:.4f}"
 
     def __str__(self) -> str:
         return f"{self.name}={self.asked}: at most {shown(self.goal)} of {shown(self.full)} {self.unit}"

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from oto.axes.call import Size
 from oto.errors import EmitterError, VerificationError, out_of_memory
 from oto.groups import Kept, NodeGroup, Partition
+from oto.groups.align import KERNEL_ROW, multiples
+from oto.groups.cost import weights
 from oto.groups.layout import settled
 from oto.groups.policy import keep_whole
 from oto.nn import functional as counted
@@ -64,7 +66,7 @@ def stated(
     """
     if recipe is None:
         return None
-    trial = _Trial(model, partition, recipe, dummy_input, tuple(groups))
+    trial = _Trial(model, partition, recipe, dummy_input, _in_whole_rows(partition, groups))
     steps = {key: step for key in trial.members() if (step := trial.step(key)) is not None}
     for path, value in recipe.fields().items():
         open_ = [key for key, same in trial.members().items() if key not in steps and same[0].size == value]
@@ -82,6 +84,19 @@ def stated(
     whole = [g.name for key, same in trial.members().items() if key not in steps for g in same]
     found = keep_whole(trial.groups, whole, UNSTATED)
     return settled(replace(g, divisor=steps[_key(g)]) if g.prunable else g for g in found)
+
+
+def _in_whole_rows(partition: Partition, groups: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
+    """Experts as ``torch._grouped_mm`` takes them in any dtype that the class may be read in, not only in this one."""
+    experts = dict.fromkeys(weights(partition, "grouped_mm"), KERNEL_ROW)
+
+    def whole(group: NodeGroup, by: int) -> NodeGroup:
+        if not group.prunable or group.size % by == 0:
+            return replace(group, divisor=by)
+        return replace(group, reason=f"layout: its kernel reads rows of {by} entries, which do not divide {group.size}")
+
+    own = multiples(groups, experts)
+    return settled(whole(g, by) if by > g.divisor else g for g, by in zip(groups, own, strict=True))
 
 
 def _key(group: NodeGroup) -> str:
