@@ -433,7 +433,9 @@ class OTO:
             return None
         asked = {name: options.get(name) for name in UNITS}
         Target.of(asked, self.costs.sizes, self.costs, self.costs.macs)  # refuses nonsense before anything is timed
-        limits = FROM_MAGNITUDE | {k: options[k] for k in ("scope", "min_kept", "group_divisible", "align") if k in options}
+        limits = FROM_MAGNITUDE | {
+            k: options[k] for k in ("scope", "min_kept", "group_divisible", "align") if k in options
+        }
         least = Choice.of(self.node_groups, {"target_group_sparsity": 0.0}, **limits).least
 
         def choose(latency: Latency) -> NDArray[np.int64]:
@@ -648,6 +650,7 @@ class OTO:
         float64: bool | str = "auto",
         verify: bool = True,
         report: bool = False,
+        align: Align = 1,
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
@@ -675,6 +678,8 @@ class OTO:
                 where it fits in memory; ``True`` or ``False``.
             verify: Compare at all. Without it, only what tells whether a way can be taken is looked at.
             report: Put a ``report.html`` into the artefact, see :meth:`Subnet.report`.
+            align: Keep as many zero atoms as make sizes multiples, as in :meth:`oto.optim.Choice.of`: for zeros of an
+                optimizer that was given no ``align``.
 
         Raises:
             VerificationError: The slim model differs, or the full one gives no finite number on the example. Nothing is
@@ -682,7 +687,7 @@ class OTO:
             EmitterError: The asked emitter cannot express the slim model, or none can; or the program that was asked
                 for cannot be written.
             NonFiniteParameterError: A parameter holds NaN or infinity.
-            UnknownParameterError: ``model`` is no copy of the model.
+            UnknownParameterError: ``model`` is no copy of the model; or ``align`` names a parameter that is not there.
             ArtefactError: ``out_dir`` cannot be written, or holds a file of such a name that no artefact has written.
         """
         if float64 not in FLOAT64:
@@ -692,7 +697,7 @@ class OTO:
             check_out_dir(out_dir, [*names, *([REPORT] if report else [])])
         source = self._reading(self.model if model is None else model)
         with stages("construct_subnet"):
-            subnet = source._subnet(out_dir, emitter, program, save_full, float64, verify)
+            subnet = source._subnet(out_dir, emitter, program, save_full, float64, verify, align)
         subnet = replace(subnet, origin=self._origin)
         self._saved = source._saved
         if report and subnet.path is not None:
@@ -772,11 +777,16 @@ class OTO:
 
     def _subnet(
         self, out_dir: str | os.PathLike[str] | None, emitter: str, program: bool | None, save_full: bool,
-        float64: bool | str, verify: bool,
+        float64: bool | str, verify: bool, align: Align = 1,
     ) -> Subnet:  # fmt: skip
         require_values(self.model)
         stage("reading the zeros")
-        kept, uneven = evened(self.node_groups, read_zeros(self.node_groups, self.model))
+        zeros, groups, asking = read_zeros(self.node_groups, self.model), self.node_groups, "the layout"
+        if align != 1:
+            by = multiples(groups, align, self.costs.weights)
+            groups = tuple(replace(group, divisor=own) for group, own in zip(groups, by, strict=True))
+            asking = f"the layout and align={align!r}"
+        kept, uneven = evened(groups, zeros, asking)
         recipe = self._recipe if self._stock or emitter == "config" else None
         source = Zeroed(
             self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64, verify

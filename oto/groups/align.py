@@ -94,7 +94,9 @@ def _needs(places: Iterable[Place], align: Align, weights: Collection[str] | Non
 def _numbers(align: int | str) -> tuple[int, int]:
     if isinstance(align, str):
         if align not in PRESETS:
-            raise OptionError(f"align is {align!r}; it is a number, a mapping, or one of {', '.join(map(repr, PRESETS))}")
+            raise OptionError(
+                f"align is {align!r}; it is a number, a mapping, or one of {', '.join(map(repr, PRESETS))}"
+            )
         return PRESETS[align]
     _require_positive(align)
     return align, align
@@ -102,7 +104,9 @@ def _numbers(align: int | str) -> tuple[int, int]:
 
 def _require_positive(number: object) -> None:
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise OptionError(f"align is {number!r}; it is a number of entries, at least 1, or {', '.join(map(repr, PRESETS))}")
+        raise OptionError(
+            f"align is {number!r}; it is a number of entries, at least 1, or {', '.join(map(repr, PRESETS))}"
+        )
 
 
 _Piece = tuple[NodeGroup, Sequence[Cut]]

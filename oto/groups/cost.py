@@ -199,9 +199,9 @@ class Costs:
         """Spell the costs out; groups that are not prunable count as whole."""
         prunable = [group for group in groups if group.prunable and group.size]
         index = {partition.axes[group.name]: i for i, group in enumerate(prunable)}
-        made = (polynomial(products(partition), index) for products in (_params, _macs, _bytes))
+        params, macs, in_bytes = (polynomial(products(partition), index) for products in (_params, _macs, _bytes))
         sizes = np.array([g.size for g in prunable], dtype=np.int64)
-        return cls(tuple(g.name for g in prunable), sizes, *made, weights(partition))
+        return cls(tuple(g.name for g in prunable), sizes, params, macs, in_bytes, weights(partition))
 
     def at(self, counts: NDArray[np.int64]) -> Cost:
         """All costs at some counts, shape ``(groups,)``."""

@@ -128,10 +128,15 @@ def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
-def evened(groups: Sequence[NodeGroup], kept: Kept) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+def evened(
+    groups: Sequence[NodeGroup], kept: Kept, by: str = "the layout"
+) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     """Keep so many atoms in every group of a tie as the fullest one has, in multiples of the divisor.
 
     Atoms that come back are zero, so nothing that the network computes changes.
+
+    Args:
+        by: What asks for it.
 
     Returns:
         What is kept, and for each tie that was uneven a sentence.
@@ -151,7 +156,7 @@ def evened(groups: Sequence[NodeGroup], kept: Kept) -> tuple[dict[str, NDArray[n
             result[group.name] = np.sort(np.concatenate([own, zero[:missing]]))
             uneven[group.tie or group.name] = uneven.get(group.tie or group.name, 0) + missing
     return result, [
-        f"{count} zero atoms of {name} were kept, because its groups are to have {most[name]} each by the layout"
+        f"{count} zero atoms of {name} were kept, because its groups are to have {most[name]} each by {by}"
         for name, count in uneven.items()
     ]
 

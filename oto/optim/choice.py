@@ -202,7 +202,7 @@ class Choice:
             asked.require_reachable(self.least, sizes)
             if coarse:
                 alive = torch.ones(int(sizes.sum()), dtype=torch.bool)  # what can be reached is no matter of scores
-                self.require_near(~self.select(torch.ones(len(alive)), alive))
+                self.require_near(~self.select(alive.float(), alive), alive.float())
         return self
 
     @property
@@ -344,10 +344,9 @@ class Choice:
             self.require_gradients(entries(), alive, averages, remedy)
             scores = self.scores(entries(), alive, averages)
         left = ~self.select(scores, alive)
-        self.require_near(left)
+        self.require_near(left, scores)
         self.warn_of_collapse(left)
-        counts = [int(own.sum()) for own in left.split_with_sizes(self.sizes)]
-        return dict(zip((group.name for group in self.groups), counts, strict=True))
+        return dict(zip((group.name for group in self.groups), self._counts(left).tolist(), strict=True))
 
     def _floor(self, goal: float) -> Counts:
         """The highest floor, on the way from ``floor`` to ``least``, that allows for the goal."""
@@ -357,25 +356,33 @@ class Choice:
                 return floor
         return self.least
 
-    def require_near(self, left: Tensor) -> None:
+    def require_near(self, left: Tensor, scores: Tensor) -> None:
         """Refuse a target that widths cannot come near to, because they change in large steps.
+
+        Args:
+            left: What a choice of now leaves, bool, shape ``(N,)``.
+            scores: What it was made from, shape ``(N,)``.
 
         Raises:
             TargetError: It is missed by more than 1 % of the full cost, because widths keep to multiples.
         """
-        if text := self._missed(left):
+        if text := self._missed(left, scores):
             raise TargetError(text)
 
     def warn_of_miss(self, left: Tensor) -> None:
-        """Tell of it where training went by, and cannot be taken back."""
-        if text := self._missed(left):
+        """Tell of it where training has made the choice."""
+        if text := self._missed(left, torch.ones(len(left))):
             warnings.warn(text, CollapseWarning, stacklevel=users_level())
 
-    def _missed(self, left: Tensor) -> str | None:
-        counts = np.array([int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)], dtype=np.int64)
-        ties = np.arange(len(counts)) if self._ties is None else self._ties
+    def _missed(self, left: Tensor, scores: Tensor) -> str | None:
+        ties = np.arange(len(self.groups)) if self._ties is None else self._ties
         own = np.array([group.divisor for group in self.groups], dtype=np.int64)
-        found = missed(self.target, Steps(counts, self.multiples, own, self.full, ties))
+
+        def choose(goal: float) -> float:
+            other = replace(self, target=replace(self.target, goal=goal))
+            return self.target.measure(self._counts(~other.select(scores, torch.ones(len(left), dtype=torch.bool))))
+
+        found = missed(self.target, Steps(self._counts(left), self.multiples, own, self.full, ties), choose)
         if found is None:
             return None
         coarse, text = found
@@ -384,9 +391,12 @@ class Choice:
             f" (align={self.align!r}, group_divisible={self.divisible})"
         )
 
+    def _counts(self, left: Tensor) -> Counts:
+        return np.array([int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)], dtype=np.int64)
+
     def warn_of_collapse(self, left: Tensor) -> None:
         """Name the node groups that fell below the floor because the target could not be met otherwise."""
-        counts = [int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)]
+        counts = self._counts(left).tolist()
         thin = [
             f"{group.name} ({count} of {full})"
             for group, count, floor, full in zip(self.groups, counts, self.floor, self.full, strict=True)
@@ -408,16 +418,20 @@ class Choice:
             if group.tie is not None or group.divisor > 1:
                 many, _ = layout.get(group.tie or group.name, (0, 0))
                 layout[group.tie or group.name] = [many + 1, group.divisor]
-        return {
-            self.target.name: self.target.asked,
-            "scope": self.scope,
-            "group_divisible": self.divisible,
-            "min_kept": [group.min_kept for group in self.groups],
-            "saliency": {_name(c): weight for c, weight in self.criteria},
-            "normalise": self.normalise,
-            "within": None if self.within is None else [_name(self.within), self.everywhere],
-            "by_cost": self.by_cost,
-        } | ({"layout": layout} if layout else {}) | ({} if self.align == 1 else {"align": self.multiples.tolist()})
+        return (
+            {
+                self.target.name: self.target.asked,
+                "scope": self.scope,
+                "group_divisible": self.divisible,
+                "min_kept": [group.min_kept for group in self.groups],
+                "saliency": {_name(c): weight for c, weight in self.criteria},
+                "normalise": self.normalise,
+                "within": None if self.within is None else [_name(self.within), self.everywhere],
+                "by_cost": self.by_cost,
+            }
+            | ({"layout": layout} if layout else {})
+            | ({} if self.align == 1 else {"align": self.multiples.tolist()})
+        )
 
 
 DEFAULT: Weights = {"taylor_second_order": 1.0}

@@ -279,9 +279,7 @@ def _bring_nearer(taken: NDArray[np.bool_], units: Units, counts: Counts, may_go
         counts[:] = best[2]
 
 
-def _combinations(
-    units: Units, may_go: NDArray[np.bool_], many: NDArray[np.int64]
-) -> Iterator[NDArray[np.int64]]:
+def _combinations(units: Units, may_go: NDArray[np.bool_], many: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """All sets of units that may go together."""
     own = [np.flatnonzero((units.group == i) & may_go) for i in range(len(many))]
     for numbers in product(*map(range, many.tolist())):

@@ -6,6 +6,7 @@ that it took; where widths keep to multiples, that may be much.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,32 +34,37 @@ class Steps:
     ties: Counts
 
     def costs(self, measure: Measure, by: Counts) -> dict[int, float]:
-        """What it costs if one tie keeps a step more, by its first group; steps as large as ``by``."""
-        more = np.minimum(self.most, self.counts + by)
+        """What it costs if one tie keeps a step more (or less, where ``by`` is negative), by its first group."""
+        after = np.minimum(self.most, self.counts + by)
         found: dict[int, float] = {}
-        for group in np.flatnonzero(more > self.counts):
+        for group in np.flatnonzero((after != self.counts) & (after > 0)):
             if self.ties[group] not in self.ties[list(found)]:
-                after = np.where(self.ties == self.ties[group], more, self.counts)
-                found[int(group)] = measure(after) - measure(self.counts)
+                other = np.where(self.ties == self.ties[group], after, self.counts)
+                found[int(group)] = abs(measure(other) - measure(self.counts))
         return found
 
 
-def missed(target: Target, steps: Steps) -> tuple[int, str] | None:
+def missed(target: Target, steps: Steps, choose: Callable[[float], float]) -> tuple[int, str] | None:
     """The node group of the largest step, and what to say, if a target is missed by more than it may be.
 
-    By 1 % of the full cost it may be missed, and by a step as it would be if nobody asked for multiples. Milliseconds
-    have steps of their own.
+    By 1 % of the full cost it may be missed, by the smallest step that is allowed, and by any step as it would be if
+    nobody asked for multiples. Milliseconds have steps of their own.
+
+    Args:
+        choose: What a choice for another goal would leave.
     """
     measure, full, goal = target.measure, target.full, target.goal
     now = measure(steps.counts)
     if goal - now <= TOLERANCE * full or target.name == "target_latency_ms":
         return None
-    own = steps.costs(measure, steps.finest)
-    if goal - now <= max(own.values(), default=np.inf):
+    ups, own = (steps.costs(measure, by) for by in (steps.multiples, steps.finest))
+    downs = steps.costs(measure, -steps.multiples)
+    if goal - now <= max(min([*ups.values(), *downs.values()]), *own.values()):
         return None
-    ups = steps.costs(measure, steps.multiples)
     coarse = max(ups, key=lambda group: ups[group])
     above = min([full, *(now + step for step in ups.values() if now + step > goal)])
+    while goal < (nearer := choose(float(np.nextafter(above, 0)))) < above:
+        above = nearer
     return coarse, (
         f"{target}, but steps are coarse: {shown(now)} ({now / full:.1%}) are the nearest below it,"
         f" {shown(above)} ({above / full:.1%}) above\n"
