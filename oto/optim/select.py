@@ -290,7 +290,9 @@ def _moves(taken: NDArray[np.bool_], units: Units, counts: Counts, may_go: NDArr
            goal: float) -> Iterator[NDArray[np.int64]]:  # fmt: skip
     """What goes if one group gets its last units back, and another, or all others, give the fewest that it takes."""
     groups = np.unique(units.group[may_go])
-    steps = measure.marginal(counts, np.minimum(counts, np.bincount(units.group, units.size, len(counts)) > 0))
+    largest = np.zeros_like(counts)
+    np.maximum.at(largest, units.group, units.size)
+    steps = measure.marginal(counts, np.minimum(counts, largest))
     by_step = groups[np.argsort(steps[groups], kind="stable")]
     some = dict.fromkeys([*by_step[: TRIED // 2].tolist(), *by_step[-TRIED // 2 :].tolist()])
     rest = np.flatnonzero(may_go & ~taken)
