@@ -33,6 +33,7 @@ from oto.errors import (
     TraceError,
     UnknownOpWarning,
     UnknownParameterError,
+    UnstatedWarning,
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
@@ -72,6 +73,7 @@ from oto.slim.recipe import Recipe
 from oto.slim.reference import FLOAT64
 from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
 from oto.slim.state import left_before, left_since
+from oto.slim.unstated import nothing_states
 from oto.slim.unreached import unreached, within
 from oto.slim.verify import device_of, follow_model, require
 from oto.subnet import Subnet
@@ -132,7 +134,9 @@ class OTO:
         layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
             for all blocks states it. Where the model was made from a config (``model.config``), what no field of it
             can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. The
-            same goes for a function that the model says it was made by (``model.pretrained_cfg``) and its keywords. By
+            same goes for a function that the model says it was made by (``model.pretrained_cfg``) and its keywords.
+            Where neither can state anything there is an ``UnstatedWarning``. ``"stock"``: likewise, and a width that is
+            heads times the width of a head stays so, for readers of a config that divide the one by the other. By
             default (``None`` or ``"free"``) every block has counts of its own.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
 
@@ -210,11 +214,13 @@ class OTO:
                 stacklevel=3,
             )
         self._groups = shared_out(self._groups, tensor_parallel)
-        if layout == "uniform":
+        if layout in ("uniform", "stock"):
             self._groups = tied(self._groups, model)
             tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
             with tried, as_found(model):
-                found = stated(model, self.partition, self._groups, dummy_input, self._recipe)
+                found = stated(model, self.partition, self._groups, dummy_input, self._recipe, layout == "stock")
+            if found is None:
+                warnings.warn(nothing_states(model, layout, self._recipe is not None), UnstatedWarning, stacklevel=3)
             self._stock, self._groups = found is not None, self._groups if found is None else found
         if not everything and not self._stock:
             self._own = self._ask_the_class()

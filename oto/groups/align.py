@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import gcd, lcm
 
 from oto.errors import OptionError
+from oto.groups.layout import atoms_per_step
 from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.groups.policy import matching
 
@@ -65,10 +66,18 @@ def multiples(
     for place in sorted(needs, key=factors):  # where one alone can carry it, it does, and others need less
         _share([(group, piece.cuts) for group, piece in places[place]], needs[place], found)
     ties: dict[str, int] = {}
+    steps = {g.name: per for g, per in zip(groups, atoms_per_step(groups).tolist(), strict=True)}
     for group in groups:
         if group.tie is not None and group.prunable:
-            ties[group.tie] = lcm(ties.get(group.tie, 1), found[group.name])
-    return [ties.get(g.tie or "", found[g.name]) if g.prunable else g.divisor for g in groups]
+            own = found[group.name] // gcd(found[group.name], steps[group.name])
+            ties[group.tie] = lcm(ties.get(group.tie, 1), own)
+
+    def multiple(group: NodeGroup) -> int:
+        if not group.prunable:
+            return group.divisor
+        return found[group.name] if group.tie is None else ties[group.tie] * steps[group.name]
+
+    return list(map(multiple, groups))
 
 
 def _needs(places: Iterable[Place], align: Align, weights: Collection[str] | None) -> dict[Place, int]:

@@ -157,11 +157,13 @@ class Polynomial:
         products: NDArray[np.float64] = self.coefficients * padded[self.factors].prod(axis=1)
         return products
 
-    def tied(self, ties: NDArray[np.int64]) -> Polynomial:
-        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each count."""
+    def tied(self, ties: NDArray[np.int64], per: NDArray[np.int64] | None = None) -> Polynomial:
+        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each count, ``per`` how many
+        times that of its tie it is."""
         total: _Sparse = {}
         for indices, coefficient in self._monomials.items():
-            _add(total, {tuple(sorted(int(ties[i]) for i in indices)): coefficient}, 1)
+            times = 1 if per is None else prod(int(per[i]) for i in indices)
+            _add(total, {tuple(sorted(int(ties[i]) for i in indices)): coefficient}, times)
         return Polynomial(total, int(ties.max(initial=-1)) + 1)
 
     def __call__(self, counts: NDArray[np.int64]) -> float:

@@ -29,7 +29,7 @@ from oto.errors import (
 )
 from oto.groups.align import Align, multiples
 from oto.groups.cost import Costs
-from oto.groups.layout import settled, ties_of
+from oto.groups.layout import atoms_per_step, settled, ties_of
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, keep_at_least
 from oto.optim.saliency import (
@@ -217,8 +217,13 @@ class Choice:
         return ties if len(set(ties.tolist())) < len(ties) else None
 
     @cached_property
+    def _per(self) -> Counts:
+        """How many atoms each node group keeps for each that its tie counts."""
+        return atoms_per_step(self.groups)
+
+    @cached_property
     def _tied_measure(self) -> Measure:
-        return self.target.measure if self._ties is None else self.target.measure.tied(self._ties)
+        return self.target.measure if self._ties is None else self.target.measure.tied(self._ties, self._per)
 
     @property
     def averaged(self) -> list[Saliency]:
@@ -301,7 +306,7 @@ class Choice:
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
         chosen = select(
             values, left, sizes, least, self._tied_measure, goal, self.multiples, by_cost, worth, self.scope != "local",
-            self._ties,
+            self._ties, self._per,
         )  # fmt: skip
         return torch.from_numpy(chosen)
 

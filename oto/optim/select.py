@@ -88,15 +88,16 @@ class Units:
         score = scores[order][last].astype(np.float64)
         return cls(group[last], sized, score, score * worth[group[last]], order)
 
-    def tied(self, ties: Counts) -> Units:
-        """The units of ties, whose groups have the same units."""
+    def tied(self, ties: Counts, per: Counts) -> Units:
+        """The units of ties, whose groups have the same units, of ``per`` atoms for each that the tie counts."""
         first = np.searchsorted(self.group, np.arange(len(ties)))
         place = np.stack([ties[self.group], np.arange(len(self.group)) - first[self.group]])  # so many go before it
         (group, _), one, number = np.unique(place, axis=1, return_index=True, return_inverse=True)
         number = number.reshape(-1)
         many = np.bincount(number, minlength=len(one))
-        score, price = (np.bincount(number, x, minlength=len(one)) / many for x in (self.score, self.price))
-        return Units(group, self.size[one], score, price, self.order)
+        own = per[self.group]
+        score, price = (np.bincount(number, x * own, minlength=len(one)) / many for x in (self.score, self.price))
+        return Units(group, (self.size // own)[one], score, price, self.order)
 
 
 def select(
@@ -111,6 +112,7 @@ def select(
     worth: NDArray[np.float64] | None = None,
     fill: bool = True,
     ties: Counts | None = None,
+    per: Counts | None = None,
 ) -> NDArray[np.bool_]:
     """Choose the atoms to go, so that what is left costs at most ``goal`` and as little importance as possible is lost.
 
@@ -128,6 +130,8 @@ def select(
             important first, and swap a coarse unit for finer ones.
         ties: For each node group the number of its tie, shape ``(groups,)``. Those of one tie have the same sizes and
             divisors, and the same count left; they keep the same count.
+        per: How many atoms each keeps for each that its tie counts, if not one: of what was said of ties all is so
+            many times as large in it.
 
     Returns:
         Boolean array, shape ``(N,)``: the atoms that go.
@@ -145,7 +149,9 @@ def select(
     order, counts = units.order, np.bincount(np.repeat(np.arange(groups), sizes)[left], minlength=groups)
     many: Counts = np.ones(groups, dtype=np.int64)
     if ties is not None:
-        units, one, many = units.tied(ties), np.unique(ties, return_index=True)[1], np.bincount(ties)
+        per = np.ones_like(each_size) if per is None else per
+        units, one, many = units.tied(ties, per), np.unique(ties, return_index=True)[1], np.bincount(ties)
+        counts, sizes, least = counts // per, sizes // per, -(-least // per)
         if (counts != counts[one][ties]).any():
             raise ValueError("groups of one tie have another number of atoms left")
         counts, sizes = counts[one], sizes[one]
@@ -198,7 +204,7 @@ def select(
     if fill and (units.size > 1).any():
         _bring_nearer(taken, units, counts, may_go, lost, measure, goal, TOLERANCE * measure(sizes))
     gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
-    gone = gone if ties is None else gone[ties]
+    gone = gone if ties is None or per is None else gone[ties] * per
     group = np.repeat(np.arange(groups), each_size)[order]
     first = np.searchsorted(group, np.arange(groups))
     chosen = np.zeros(len(scores), dtype=bool)

@@ -32,8 +32,9 @@ class Measure(Protocol):
         """What each group saves when it alone keeps ``fewer`` atoms less; shapes ``(groups,)``."""
         ...
 
-    def tied(self, ties: Counts) -> Measure:
-        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each group."""
+    def tied(self, ties: Counts, per: Counts | None = None) -> Measure:
+        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each group, ``per`` how many
+        atoms it keeps for each that the tie counts."""
         ...
 
 
