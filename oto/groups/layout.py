@@ -75,7 +75,7 @@ def as_wide_as_heads(groups: Sequence[NodeGroup], weights: Collection[str]) -> t
     """
     ties: list[tuple[str, str]] = []
     whole: dict[str, None] = {}
-    for stream, heads, width in _streams(groups, weights):
+    for stream, heads, width in streams(groups, weights):
         free = [group for group in heads if group.prunable]
         whole |= dict.fromkeys(group.name for group in (*free[1:], *width) if group.prunable)
         if stream.prunable and free:
@@ -86,7 +86,7 @@ def as_wide_as_heads(groups: Sequence[NodeGroup], weights: Collection[str]) -> t
     return joined([replace(g, reason=reason) if g.name in whole else g for g in groups], ties)
 
 
-def _streams(
+def streams(
     groups: Sequence[NodeGroup], weights: Collection[str]
 ) -> Iterator[tuple[NodeGroup, list[NodeGroup], list[NodeGroup]]]:
     """Streams and the heads that they are as wide as, the outermost first, and what the width of a head is made of."""

@@ -30,6 +30,7 @@ from oto.errors import (
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
+from oto.slim.readers import needed, said
 from oto.slim.module import Edits, forget_idle, refuse_training, thin_copy, thin_tensor, thin_tensors
 from oto.slim.origin import Round, descend
 from oto.slim.own_class import at_counts, plan_edits
@@ -116,8 +117,8 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
             notes.append(said)
     made = _in_other_ways(source, emitter, name, why)
     made.notes.extend(notes)
-    if emitter == "auto" and made.emitter != "module" and source.own is not None:
-        _warn_of_a_graph(source, name, why[0])
+    if emitter == "auto" and made.emitter != "module" and (source.own is not None or source.recipe is not None):
+        _warn_of_a_graph(source, name, notes[0] if notes else why[0])
     return made
 
 
@@ -174,6 +175,9 @@ def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> M
 def _of_its_config(source: Zeroed) -> Made:
     emitted = emit_config(source)
     checks = prove(source, emitted)
+    assert source.recipe is not None and emitted.edits is not None
+    if fields := needed(source.recipe, emitted.edits.config, source.partition):
+        emitted.notes.append(said(fields))
     return _made_of_class(source, emitted, checks)
 
 

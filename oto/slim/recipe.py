@@ -112,7 +112,7 @@ class Recipe:
     def make(self, edits: Fields, device: str | torch.device) -> nn.Module:
         """The class, made from the edited config. Nothing of the random state is used up."""
         config = self.edited(edits)
-        with _apart(device):
+        with apart(device):
             return self.kind(config)
 
     def shapes(self, edits: Fields) -> Shapes | None:
@@ -169,13 +169,13 @@ class Recipe:
                 path = paths[id(held)]
                 names[f"{path}.{name}" if path else name] = None
 
-        with _watched({type(held) for held in nested.values()}, seen), _apart(self.device):
+        with _watched({type(held) for held in nested.values()}, seen), apart(self.device):
             self.kind(config)
         return list(names)
 
 
 @contextmanager
-def _apart(device: str | torch.device) -> Iterator[None]:
+def apart(device: str | torch.device) -> Iterator[None]:
     """While inside, tensors are made on a device, no warning is given, and the random state is as it was afterwards."""
     place = torch.device(device)
     with ExitStack() as stack:
@@ -244,7 +244,7 @@ def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
 
     kind.__init__ = init
     try:
-        with _apart("meta"):
+        with apart("meta"):
             make()
     except Exception as failure:  # anything that a constructor may raise
         if out_of_memory(failure):
