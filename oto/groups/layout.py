@@ -204,6 +204,7 @@ def evened(
         n = min(-(-len(kept[group.name]) // group.divisor) * group.divisor, group.size)
         key = group.tie or group.name
         most[key] = max(most.get(key, 0), -(-n // per))
+    shared = {group.tie for group, per in zip(prunable, steps, strict=True) if per > 1}
     result, uneven = dict(kept), dict[str, int]()
     for group, per in zip(prunable, steps, strict=True):
         own = kept[group.name]
@@ -213,7 +214,8 @@ def evened(
             result[group.name] = np.sort(np.concatenate([own, zero[:missing]]))
             uneven[group.tie or group.name] = uneven.get(group.tie or group.name, 0) + missing
     return result, [
-        f"{count} zero atoms of {name} were kept, because its groups are to have {most[name]} each by {by}"
+        f"{count} zero atoms of {name} were kept, because its groups are to "
+        + (f"have {most[name]} each by {by}" if name not in shared else f"keep the same share by {by}")
         for name, count in uneven.items()
     ]
 

@@ -381,7 +381,7 @@ class Choice:
 
     def _missed(self, left: Tensor, scores: Tensor) -> str | None:
         ties = np.arange(len(self.groups)) if self._ties is None else self._ties
-        own = np.array([group.divisor for group in self.groups], dtype=np.int64)
+        own = np.lcm([group.divisor for group in self.groups], self._per)
 
         def choose(goal: float) -> float:
             other = replace(self, target=replace(self.target, goal=goal))

@@ -201,7 +201,7 @@ def select(
         _, group, going, counts = best
         taken[last[group]], taken[going] = False, True
         _give_back(taken, units, counts, measure, goal)
-    if fill and (units.size > 1).any():
+    if fill and ((units.size > 1).any() or (per is not None and (per > 1).any())):
         _bring_nearer(taken, units, counts, may_go, lost, measure, goal, TOLERANCE * measure(sizes))
     gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
     gone = gone if ties is None or per is None else gone[ties] * per

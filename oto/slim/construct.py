@@ -108,13 +108,15 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
-            said = f"{name} cannot be made from another config: {_first_lines(failure)}"
+            told = f"{name} cannot be made from another config: {_first_lines(failure)}"
+            if isinstance(failure, VerificationError):
+                told += f": {str(failure).splitlines()[1].strip()}"
             if emitter == "config":
                 raise EmitterError(
-                    f"{said}\n  effect  no slim model was made, and nothing was written\n"
+                    f"{told}\n  effect  no slim model was made, and nothing was written\n"
                     '  to fix  prune what a config can state: OTO(..., layout="uniform")'
                 ) from failure
-            notes.append(said)
+            notes.append(told)
     made = _in_other_ways(source, emitter, name, why)
     made.notes.extend(notes)
     if emitter == "auto" and made.emitter != "module" and (source.own is not None or source.recipe is not None):
