@@ -819,7 +819,7 @@ class OTO:
         return Subnet(
             made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes,
             example=self.dummy_input,
-            config=dict(made.edits.config) if made.edits is not None else {},
+            config={} if recipe is None or made.edits is None else recipe.as_given(made.edits.config),
         )  # fmt: skip
 
 

@@ -145,9 +145,7 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
         if hasattr(model, name):
             setattr(slim, name, copy.deepcopy(getattr(model, name)))
     if hasattr(model, MADE_WITH):
-        now = {path.split(".")[0] for path in edits}
-        keywords = {name: value for name, value in vars(recipe.edited(edits)).items() if name in now}
-        setattr(slim, MADE_WITH, {**getattr(model, MADE_WITH), **keywords})
+        setattr(slim, MADE_WITH, {**getattr(model, MADE_WITH), **recipe.as_given(edits)})
     return slim.eval()
 
 

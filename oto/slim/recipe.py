@@ -87,6 +87,16 @@ class Recipe:
                 setattr(held, str(last), value)
         return config
 
+    def as_given(self, edits: Fields) -> dict[str, Any]:
+        """The edits as who made the model would give them: of a function's keywords, whole values.
+
+        Fields of a config object are named by their dotted paths.
+        """
+        if not isinstance(self.config, Keywords):
+            return dict(edits)
+        names = dict.fromkeys(path.partition(".")[0] for path in edits)
+        return {name: vars(self.edited(edits))[name] for name in names}
+
     def _may_be(self, held: Any, last: str | int, value: Any) -> bool:
         """Whether a field may have a value: a size as it is or smaller, another number near the one that it has."""
         if isinstance(held, list | dict):
