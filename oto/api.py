@@ -73,8 +73,8 @@ from oto.slim.recipe import Recipe
 from oto.slim.reference import FLOAT64
 from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
 from oto.slim.state import left_before, left_since
-from oto.slim.unstated import nothing_states
 from oto.slim.unreached import unreached, within
+from oto.slim.unstated import nothing_states
 from oto.slim.verify import device_of, follow_model, require
 from oto.subnet import Subnet
 from oto.trace.found import as_found

@@ -42,8 +42,9 @@ class Subnet:
             written.
         origin: What it was made from, for :meth:`report`.
         example: The example input.
-        config: With the emitter ``"config"``, what changes in the model's config; or in the keywords of the function
-            that made it, so that ``function(**subnet.config)`` makes a module of the slim sizes.
+        config: With the emitter ``"config"``, what changes in the model's config, by dotted paths; or in the keywords
+            of the function that made it, so that ``function(**subnet.config)`` makes a module of the slim sizes. Empty
+            where nothing states them; of ``layout="uniform"`` there is a warning then.
     """
 
     model: nn.Module
@@ -118,8 +119,8 @@ class Subnet:
     def save_pretrained(self, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
         """Write a folder that ``from_pretrained`` of the model's own library loads, without ``oto``.
 
-        It needs a slim model whose config states its sizes: ``OTO(..., layout="uniform")`` or ``"stock"``. ``README.md``
-        in it, the model card, says what became smaller, how it was proved, and what a reader needs.
+        It needs a slim model whose config states its sizes: ``OTO(..., layout="uniform")`` or ``"stock"``. The model
+        card in it, ``README.md``, says what became smaller, how it was proved, and what a reader needs.
 
         Args:
             out_dir: A folder that is empty or not there yet.

@@ -35,8 +35,8 @@ def card(subnet: Saved) -> str:
         *table,
         "",
         *(f"* {line}" for line in subnet_lines(subnet) if not line.startswith("saved in")),
-        f"* written and read back with {library} {_version(library)}; other versions, and other programs, may take other"
-        " fields from the config",
+        f"* written and read back with {library} {_version(library)}; other versions and programs may take other fields"
+        " from the config",
         "",
     ]
     return "\n".join(lines)

@@ -30,12 +30,12 @@ from oto.errors import (
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
-from oto.slim.readers import needed, said
 from oto.slim.module import Edits, forget_idle, refuse_training, thin_copy, thin_tensor, thin_tensors
 from oto.slim.origin import Round, descend
 from oto.slim.own_class import at_counts, plan_edits
 from oto.slim.plan import Thinning, thinning
 from oto.slim.proof import Emitted, Zeroed, prove
+from oto.slim.readers import needed, said
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.reference import Reference, check
 from oto.slim.training import heads_in_training

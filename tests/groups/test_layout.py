@@ -211,7 +211,12 @@ class Heads(nn.Module):
         super().__init__()
         self.keys, self.words = keys, nn.Linear(5, 24)
         self.q, self.k, self.v = nn.Linear(24, 24), nn.Linear(24, 4 * keys), nn.Linear(24, 4 * keys)
-        self.o, self.up, self.down, self.head = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 2)
+        self.o, self.up, self.down, self.head = (
+            nn.Linear(24, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 2),
+        )
 
     def forward(self, x):
         x = self.words(x)

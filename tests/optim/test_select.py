@@ -273,7 +273,9 @@ def test_a_tied_cost_is_the_cost(ties, counts):
     assert together.marginal(each, np.ones_like(each)).tolist() == pytest.approx(saved)
 
 
-@pytest.mark.parametrize("groups, dear", [(2, 43.0), (14, 10.75)])  # all combinations are looked at, or moves between groups
+@pytest.mark.parametrize(
+    "groups, dear", [(2, 43.0), (14, 10.75)]
+)  # all combinations are looked at, or moves between groups
 def test_a_goal_that_a_coarse_unit_overshoots_is_met_by_others(groups, dear):
     sizes = np.array([512, *[4] * groups, *[2] * 6])
     cost = np.array([1.0, *[dear] * groups, *[0.5] * 6])  # an atom of the coarse group is not among the dearest

@@ -128,7 +128,9 @@ def test_a_function_that_says_nothing_leaves_ties_alone():
     try:
         model = odd()
         model.pretrained_cfg = {"architecture": "odd"}
-        with pytest.warns(UnstatedWarning, match="no config states the widths of Odd: the numbers that it is made from"):
+        with pytest.warns(
+            UnstatedWarning, match="no config states the widths of Odd: the numbers that it is made from"
+        ):
             oto = OTO(model, torch.randn(2, 3), layout="uniform")
         assert Recipe.of(model) is not None
         assert {g.tie for g in oto.node_groups if g.prunable} == {None, "blocks.*.up.weight"}
