@@ -34,9 +34,11 @@ from oto.errors import (
     TraceError,
     UnknownOpWarning,
     UnknownParameterError,
+    UnstatedWarning,
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
+from oto.groups.align import ON_CUDA, Align, multiples
 from oto.groups.layout import LAYOUTS, drawn, evened, settled, shared_out, tied
 from oto.groups.policy import (
     MinKept,
@@ -77,6 +79,7 @@ from oto.slim.reference import FLOAT64
 from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
 from oto.slim.state import left_before, left_since
 from oto.slim.unreached import unreached, within
+from oto.slim.unstated import nothing_states
 from oto.slim.verify import device_of, follow_model, require
 from oto.subnet import Subnet
 from oto.trace.found import as_found
@@ -140,7 +143,9 @@ class OTO:
         layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
             for all blocks states it. Where the model was made from a config (``model.config``), what no field of it
             can state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. The
-            same goes for a function that the model says it was made by (``model.pretrained_cfg``) and its keywords. By
+            same goes for a function that the model says it was made by (``model.pretrained_cfg``) and its keywords.
+            Where neither can state anything there is an ``UnstatedWarning``. ``"stock"``: likewise, and a width that is
+            heads times the width of a head stays so, for readers of a config that divide the one by the other. By
             default (``None`` or ``"free"``) every block has counts of its own.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
 
@@ -231,11 +236,13 @@ class OTO:
                 stacklevel=3,
             )
         self._groups = shared_out(self._groups, tensor_parallel)
-        if layout == "uniform":
+        if layout in ("uniform", "stock"):
             self._groups = tied(self._groups, model)
             tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
             with tried, as_found(model):
-                found = stated(model, self.partition, self._groups, dummy_input, self._recipe)
+                found = stated(model, self.partition, self._groups, dummy_input, self._recipe, layout == "stock")
+            if found is None:
+                warnings.warn(nothing_states(model, layout, self._recipe is not None), UnstatedWarning, stacklevel=3)
             self._stock, self._groups = found is not None, self._groups if found is None else found
         if not everything and not self._stock:
             self._own = self._ask_the_class()
@@ -437,7 +444,7 @@ class OTO:
         refuse_unknown(options, Choice.of, "preview")
         target = {name: options.pop(name) for name in UNITS if name in options}
         batches = list(batches)
-        options = ({} if batches else FROM_MAGNITUDE) | options
+        options = ({} if batches else FROM_MAGNITUDE) | self._aligned(options)
         latency = self._latency(target | options)
         choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)
         modes = [(module, module.training) for module in self.model.modules()]
@@ -446,6 +453,8 @@ class OTO:
                 module.training = training
             kept = choice.kept_of(self.model, batches, loss)
         how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
+        if choice.align != 1:
+            how += f"; sizes of dimensions in multiples (align={choice.align!r})"
         times = None
         if choice.target.name == "target_latency_ms":
             timer, counts = self._timer, np.array(list(kept.values()), dtype=np.int64)
@@ -471,7 +480,9 @@ class OTO:
             return None
         asked = {name: options.get(name) for name in UNITS}
         Target.of(asked, self.costs.sizes, self.costs, self.costs.macs)  # refuses nonsense before anything is timed
-        limits = FROM_MAGNITUDE | {k: options[k] for k in ("scope", "min_kept", "group_divisible") if k in options}
+        limits = FROM_MAGNITUDE | {
+            k: options[k] for k in ("scope", "min_kept", "group_divisible", "align") if k in options
+        }
         least = Choice.of(self.node_groups, {"target_group_sparsity": 0.0}, **limits).least
 
         def choose(latency: Latency) -> NDArray[np.int64]:
@@ -479,6 +490,11 @@ class OTO:
             return np.array(list(choice.kept_of(self.model, (), None).values()), dtype=np.int64)
 
         return measured_latency(self._timer, float(goal), least, choose, options.get("group_divisible", 1))
+
+    def _aligned(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a choice, with the multiple that suits where the parameters are, if none is asked for."""
+        on_cuda = any(p.is_cuda for p in self.model.parameters())
+        return {**options, "align": ON_CUDA if on_cuda else 1} if options.get("align") is None else dict(options)
 
     @property
     def _timer(self) -> Timer:
@@ -512,6 +528,7 @@ class OTO:
                 NotPrunedWarning,
                 stacklevel=3,
             )
+        options = self._aligned(options)
         given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
         latency = self._latency(options)
         optimizer = kind(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)
@@ -681,6 +698,7 @@ class OTO:
         float64: bool | str = "auto",
         verify: bool = True,
         report: bool = False,
+        align: Align = 1,
     ) -> Subnet:
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
@@ -708,6 +726,8 @@ class OTO:
                 where it fits in memory; ``True`` or ``False``.
             verify: Compare at all. Without it, only what tells whether a way can be taken is looked at.
             report: Put a ``report.html`` into the artefact, see :meth:`Subnet.report`.
+            align: Keep as many zero atoms as make sizes multiples, as in :meth:`oto.optim.Choice.of`: for zeros of an
+                optimizer that was given no ``align``.
 
         Raises:
             VerificationError: The slim model differs, or the full one gives no finite number on the example. Nothing is
@@ -715,7 +735,7 @@ class OTO:
             EmitterError: The asked emitter cannot express the slim model, or none can; or the program that was asked
                 for cannot be written.
             NonFiniteParameterError: A parameter holds NaN or infinity.
-            UnknownParameterError: ``model`` is no copy of the model.
+            UnknownParameterError: ``model`` is no copy of the model; or ``align`` names a parameter that is not there.
             ArtefactError: ``out_dir`` cannot be written, or holds a file of such a name that no artefact has written.
         """
         if out_dir is not None and os.fspath(out_dir):
@@ -728,7 +748,7 @@ class OTO:
         before = _files_in(out_dir)
         source = self._reading(self.model if model is None else model)
         with stages("construct_subnet"):
-            subnet = source._subnet(out_dir, emitter, program, save_full, float64, verify)
+            subnet = source._subnet(out_dir, emitter, program, save_full, float64, verify, align)
         subnet = replace(subnet, origin=self._origin)
         self._saved = source._saved
         if report and subnet.path is not None:
@@ -820,11 +840,16 @@ class OTO:
 
     def _subnet(
         self, out_dir: str | os.PathLike[str] | None, emitter: str, program: bool | None, save_full: bool,
-        float64: bool | str, verify: bool,
+        float64: bool | str, verify: bool, align: Align = 1,
     ) -> Subnet:  # fmt: skip
         require_values(self.model)
         stage("reading the zeros")
-        kept, uneven = evened(self.node_groups, read_zeros(self.node_groups, self.model))
+        zeros, groups, asking = read_zeros(self.node_groups, self.model), self.node_groups, "the layout"
+        if align != 1:
+            by = multiples(groups, align, self.costs.weights)
+            groups = tuple(replace(group, divisor=own) for group, own in zip(groups, by, strict=True))
+            asking = f"the layout and align={align!r}"
+        kept, uneven = evened(groups, zeros, asking)
         recipe = self._recipe if self._stock or emitter == "config" else None
         source = Zeroed(
             self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64, verify
@@ -851,7 +876,7 @@ class OTO:
         return Subnet(
             made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes,
             example=self.dummy_input,
-            config=dict(made.edits.config) if made.edits is not None else {},
+            config={} if recipe is None or made.edits is None else recipe.as_given(made.edits.config),
         )  # fmt: skip
 
 

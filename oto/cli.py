@@ -145,6 +145,13 @@ Everything = Annotated[
     bool, typer.Option("--everything", help="also what the model's own class cannot express; slim is a graph then")
 ]
 Layout = Annotated[str | None, typer.Option(help="uniform: repeated blocks keep equally many of everything")]
+Align = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MULTIPLE",
+        help="sizes of weights are multiples: a number, gguf, gguf-k, marlin, cuda, or 'GLOB=NUMBER' (repeatable)",
+    ),
+]
 MinKept = Annotated[str, typer.Option(help="what every group keeps: a number of atoms, or a share such as 0.1")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="so long it is measured at least")]
@@ -159,6 +166,18 @@ def _number(option: str, text: str | None) -> int | float | None:
         return int(text.replace("_", "")) if text.replace("_", "").isdigit() else float(text)
     except ValueError:
         raise GivenError(f"{option} {text} is no number\n  to fix  0.5 is a share, 500000 a number") from None
+
+
+def _align(given: list[str] | None) -> int | str | dict[str, int] | None:
+    """``32``, ``gguf``, or ``GLOB=32`` as often as one likes."""
+    if not given:
+        return None
+    named = [one.rpartition("=") for one in given]
+    if len(given) == 1 and not named[0][1]:
+        return int(given[0]) if given[0].isdigit() else given[0]
+    if not all(glob and number.isdigit() for glob, _, number in named):
+        raise GivenError(f"--align {' --align '.join(given)}\n  to fix  one number or preset; or several GLOB=NUMBER")
+    return {glob: int(number) for glob, _, number in named}
 
 
 def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: list[str] | None, everything: bool,
@@ -226,7 +245,8 @@ def preview(
         typer.Option(metavar="NAME=SHARE", help="what groups keep, by name or glob: 'layer3.*=0.4'; repeatable"),
     ] = None,
     scope: Annotated[str, typer.Option(help="global: one ranking; local: the same share of every group")] = "global",
-    group_divisible: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 1,
+    group_divisible: Annotated[int, typer.Option(min=1, help="atoms (channels, heads) are multiples of this")] = 1,
+    align: Align = None,
     min_kept: MinKept = "1",
     checkpoint: Weights = None,
     key: Key = None,
@@ -254,7 +274,7 @@ def preview(
         options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
         raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
     analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, pretrained, min_kept, layout, only)
-    found = analysed.preview(**asked, scope=scope, group_divisible=group_divisible)
+    found = analysed.preview(**asked, scope=scope, group_divisible=group_divisible, align=_align(align))
     _result(found, found.to_dict(), as_json)
 
 
@@ -292,6 +312,7 @@ def slim(
     skip: Skip = None,
     everything: Everything = False,
     layout: Layout = None,
+    align: Align = None,
     emitter: Annotated[str, typer.Option(help="auto, config, module, graph or recording")] = "auto",
     program: Annotated[bool, typer.Option(help="write model.pt2, which loads without the class")] = True,
     save_full: Annotated[bool, typer.Option("--save-full", help="write the zeroed full weights too")] = False,
@@ -306,7 +327,9 @@ def slim(
     oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
     """
     analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, layout=layout)
-    subnet = analysed.construct_subnet(out, emitter=emitter, program=program, save_full=save_full, report=report)
+    subnet = analysed.construct_subnet(
+        out, emitter=emitter, program=program, save_full=save_full, report=report, align=_align(align) or 1
+    )
     if save_pretrained is not None:
         subnet.save_pretrained(save_pretrained)
     _result(subnet, subnet.to_dict(), as_json)

@@ -13,6 +13,7 @@ from torch import nn
 from oto.groups import Cost, Kept
 from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
+from oto.report.card import card
 from oto.report.html import Origin, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
 from oto.slim.latency import rounds
@@ -41,8 +42,9 @@ class Subnet:
             written.
         origin: What it was made from, for :meth:`report`.
         example: The example input.
-        config: With the emitter ``"config"``, what changes in the model's config; or in the keywords of the function
-            that made it, so that ``function(**subnet.config)`` makes a module of the slim sizes.
+        config: With the emitter ``"config"``, what changes in the model's config, by dotted paths; or in the keywords
+            of the function that made it, so that ``function(**subnet.config)`` makes a module of the slim sizes. Empty
+            where nothing states them; of ``layout="uniform"`` there is a warning then.
     """
 
     model: nn.Module
@@ -127,7 +129,8 @@ class Subnet:
     def save_pretrained(self, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
         """Write a folder that ``from_pretrained`` of the model's own library loads, without ``oto``.
 
-        It needs a slim model whose config states its sizes: ``OTO(..., layout="uniform")``.
+        It needs a slim model whose config states its sizes: ``OTO(..., layout="uniform")`` or ``"stock"``. The model
+        card in it, ``README.md``, says what became smaller, how it was proved, and what a reader needs.
 
         Args:
             out_dir: A folder that is empty or not there yet.
@@ -141,7 +144,7 @@ class Subnet:
             EmitterError: The config cannot state the sizes of the slim model; the message names them.
             ArtefactError: The folder cannot be written or holds files, or what was written reads otherwise.
         """
-        return save_pretrained(self.model, Path(out_dir).expanduser(), tokenizer)
+        return save_pretrained(self.model, Path(out_dir).expanduser(), tokenizer, card(self))
 
     def export(self, how: str, path: str | os.PathLike[str]) -> list[Check]:
         """Write the slim model as a file of another runtime, with every size free that it leaves free, and prove it.

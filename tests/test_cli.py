@@ -99,6 +99,12 @@ def test_preview_takes_every_target(here):
     assert {w["after"] % 4 for w in groups["widths"]} == {0}
     named = as_json("preview", *given, "--target-kept", "0.weight=0.5", "--target-kept", "2.*=5")
     assert [w["after"] for w in named["widths"]] == [4, 5]
+    aligned = as_json("preview", *given, "--target-group-sparsity", "0.25", "--align", "4")
+    assert aligned["widths"] == groups["widths"] and "align=4" in aligned["how"]
+    named = as_json("preview", *given, "--target-params", "0.8", "--align", "0.*=4", "--align", "3.weight=1")
+    assert named["widths"][0]["after"] % 4 == 0
+    assert call("preview", *given, "--target-params", "0.8", "--align", "4", "--align", "8").exit_code == 2
+    assert "'gguf-k'" in call("preview", *given, "--target-params", "0.8", "--align", "nf4").output
     fast = as_json("preview", *given, "--target-latency-ms", "1000")
     assert fast["after"] == fast["before"] and fast["milliseconds"][0] > 0
 
@@ -124,6 +130,13 @@ def test_the_drawing_is_written(here):
     ]
     assert any(file.endswith(".dot") for file in files) and all(Path(file).is_file() for file in files)
     assert "rankdir=LR" in next(Path(file) for file in files if file.endswith(".dot")).read_text()
+
+
+def test_slim_keeps_zeros_that_make_sizes_multiples(artefact):
+    given = ("slim", "trained.pt", "-m", "cli_net:make", "-i", "1x3x8x8", "--out")
+    plain, aligned = as_json(*given, "plain"), as_json(*given, "aligned", "--align", "4")
+    assert any(n % 4 for n in plain["kept"].values()) and not any(n % 4 for n in aligned["kept"].values())
+    assert any("align=4" in note for note in aligned["notes"])
 
 
 def test_slim_info_verify(artefact):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from oto.axes.terms import Axis, Term, count, resolve
 from oto.groups.node_group import NodeGroup
 from oto.groups.partition import Partition
-from oto.trace.graph import Leaf
+from oto.trace.graph import Leaf, Value
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,35 @@ def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) ->
     return found
 
 
+def weights(partition: Partition, of: str = "") -> frozenset[str]:
+    """The parameters of two and more dimensions that a product (linear, convolution, matmul) multiplies with.
+
+    One that is gathered from first, as tables of embeddings and of positions are, is none of them.
+
+    Args:
+        of: Products whose operator has this in its name.
+    """
+    tape, graph = partition.found.tape, partition.found.graph
+    calls = {node.index: node for node in graph.calls}
+    products = {step.node for step in tape.steps if step.volume is not None and of in calls[step.node].name}
+    made = {value: node for node in graph.calls for value in node.outputs if value is not None}
+    leaves = {leaf.value: leaf.name for leaf in graph.leaves if leaf.kind == "parameter"}
+    names: set[str] = set()
+    seen: set[Value] = set()
+    todo = [value for index in products for value in calls[index].inputs()]
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value in leaves and len(value.shape) > 1:
+            names.add(leaves[value])
+        node = made.get(value)
+        if node is not None and node.index not in products:  # a view, a cast, a norm of the weight
+            todo += [before for before in node.inputs() if prod(before.shape) == prod(value.shape)]
+    return frozenset(names)
+
+
 class Polynomial:
     """A cost as a function of counts: a sum of coefficients times products of counts.
 
@@ -128,11 +157,13 @@ class Polynomial:
         products: NDArray[np.float64] = self.coefficients * padded[self.factors].prod(axis=1)
         return products
 
-    def tied(self, ties: NDArray[np.int64]) -> Polynomial:
-        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each count."""
+    def tied(self, ties: NDArray[np.int64], per: NDArray[np.int64] | None = None) -> Polynomial:
+        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each count, ``per`` how many
+        times that of its tie it is."""
         total: _Sparse = {}
         for indices, coefficient in self._monomials.items():
-            _add(total, {tuple(sorted(int(ties[i]) for i in indices)): coefficient}, 1)
+            times = 1 if per is None else prod(int(per[i]) for i in indices)
+            _add(total, {tuple(sorted(int(ties[i]) for i in indices)): coefficient}, times)
         return Polynomial(total, int(ties.max(initial=-1)) + 1)
 
     def __call__(self, counts: NDArray[np.int64]) -> float:
@@ -155,6 +186,7 @@ class Costs:
     Attributes:
         names: The prunable groups, in the order of the counts.
         sizes: Their atoms in the full network.
+        weights: The parameters of two and more dimensions that products multiply with.
     """
 
     names: tuple[str, ...]
@@ -162,14 +194,16 @@ class Costs:
     params: Polynomial
     macs: Polynomial
     bytes: Polynomial
+    weights: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, partition: Partition, groups: Iterable[NodeGroup]) -> Costs:
         """Spell the costs out; groups that are not prunable count as whole."""
         prunable = [group for group in groups if group.prunable and group.size]
         index = {partition.axes[group.name]: i for i, group in enumerate(prunable)}
-        made = (polynomial(products(partition), index) for products in (_params, _macs, _bytes))
-        return cls(tuple(g.name for g in prunable), np.array([g.size for g in prunable], dtype=np.int64), *made)
+        params, macs, in_bytes = (polynomial(products(partition), index) for products in (_params, _macs, _bytes))
+        sizes = np.array([g.size for g in prunable], dtype=np.int64)
+        return cls(tuple(g.name for g in prunable), sizes, params, macs, in_bytes, weights(partition))
 
     def at(self, counts: NDArray[np.int64]) -> Cost:
         """All costs at some counts, shape ``(groups,)``."""

@@ -2,12 +2,15 @@
 
 A config states one number for all blocks of a kind. So the node groups of a *tie* keep equally many atoms; which ones
 is free. Ties are plain data on the groups, and whoever removes atoms goes by them.
+
+Groups of other sizes may be tied too, such as a stream of 128 and its 8 heads of 16: they keep the same share. A tie
+then counts in steps, of 16 atoms of the one and one of the other; see :func:`atoms_per_step`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import gcd, prod
 
@@ -16,10 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from oto.errors import TargetError
-from oto.groups.node_group import NodeGroup
+from oto.groups.node_group import NodeGroup, Slice
 from oto.groups.partition import Kept
 
-LAYOUTS = (None, "free", "uniform")
+LAYOUTS = (None, "free", "uniform", "stock")
 
 
 def tied(groups: Sequence[NodeGroup], model: nn.Module) -> tuple[NodeGroup, ...]:
@@ -61,6 +64,49 @@ def joined(groups: Sequence[NodeGroup], ties: Iterable[Sequence[str]]) -> tuple[
     )
 
 
+def as_wide_as_heads(groups: Sequence[NodeGroup], weights: Collection[str]) -> tuple[NodeGroup, ...]:
+    """Tie a stream to the heads that it is as wide as, so that the width of a head is the one divided by the other.
+
+    They are found at weights that lead from heads × width to the stream, or back. The width of a head stays whole, and
+    so do queries for each key; where one of stream and heads is whole the other is, too.
+
+    Args:
+        weights: The parameters that products multiply with.
+    """
+    ties: list[tuple[str, str]] = []
+    whole: dict[str, None] = {}
+    for stream, heads, width in streams(groups, weights):
+        free = [group for group in heads if group.prunable]
+        whole |= dict.fromkeys(group.name for group in (*free[1:], *width) if group.prunable)
+        if stream.prunable and free:
+            ties.append((stream.name, free[0].name))
+        else:
+            whole |= dict.fromkeys(group.name for group in (stream, *free[:1]) if group.prunable)
+    reason = "layout: readers of a config divide its width by its heads"
+    return joined([replace(g, reason=reason) if g.name in whole else g for g in groups], ties)
+
+
+def streams(
+    groups: Sequence[NodeGroup], weights: Collection[str]
+) -> Iterator[tuple[NodeGroup, list[NodeGroup], list[NodeGroup]]]:
+    """Streams and the heads that they are as wide as, the outermost first, and what the width of a head is made of."""
+    places: dict[str, dict[int, list[tuple[NodeGroup, Slice]]]] = {}
+    for group in groups:
+        for piece in group.slices if group.size else ():
+            if piece.parameter in weights:
+                places.setdefault(piece.parameter, {}).setdefault(piece.dim, []).append((group, piece))
+    for dims in places.values():
+        for one, other in ((0, 1), (1, 0)) if dims.keys() == {0, 1} else ():
+            (stream, piece), *more = dims[one]
+            if more or len(piece.cuts) > 1:
+                continue
+            factors = sorted(dims[other], key=lambda found: found[1].cuts[0].before)
+            first = factors[0][1].cuts[0]
+            heads = [group for group, p in factors if len(p.cuts) == 1 and p.cuts[0].after > 1]
+            if heads and first.before * first.middle * first.after == stream.size:
+                yield stream, heads, [group for group, p in factors if group not in heads]
+
+
 def _starred(model: nn.Module) -> Callable[[str], str]:
     """A function that takes the index of a repeated block out of the names of parameters."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -81,11 +127,12 @@ def _starred(model: nn.Module) -> Callable[[str], str]:
 def settled(groups: Iterable[NodeGroup]) -> tuple[NodeGroup, ...]:
     """Make ties hold: where one group of a tie stays whole all do, and all keep what one has to keep at least."""
     groups = tuple(groups)
+    per = dict(zip((group.name for group in groups), atoms_per_step(groups).tolist(), strict=True))
     whole: dict[str, NodeGroup] = {}
     least: dict[str, int] = {}
     for group in groups:
         if group.tie is not None:
-            least[group.tie] = max(least.get(group.tie, 0), group.min_kept)
+            least[group.tie] = max(least.get(group.tie, 0), -(-group.min_kept // per[group.name]))
             if not group.prunable:
                 whole.setdefault(group.tie, group)
 
@@ -94,9 +141,18 @@ def settled(groups: Iterable[NodeGroup]) -> tuple[NodeGroup, ...]:
             return group
         if group.prunable and group.tie in whole:
             return replace(group, reason=f"layout: {whole[group.tie].name}, which is to have equally many, stays whole")
-        return replace(group, min_kept=least[group.tie])
+        return replace(group, min_kept=least[group.tie] * per[group.name])
 
     return tuple(map(held, groups))
+
+
+def atoms_per_step(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
+    """How many atoms each group keeps for each that its tie counts, shape ``(groups,)``; 1 where sizes are equal."""
+    common: dict[str, int] = {}
+    for group in groups:
+        if group.tie is not None:
+            common[group.tie] = gcd(common.get(group.tie, 0), group.size)
+    return np.array([1 if g.tie is None else g.size // max(common[g.tie], 1) for g in groups], dtype=np.int64)
 
 
 def shared_out(groups: Sequence[NodeGroup], devices: int) -> tuple[NodeGroup, ...]:
@@ -128,30 +184,38 @@ def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
-def evened(groups: Sequence[NodeGroup], kept: Kept) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+def evened(
+    groups: Sequence[NodeGroup], kept: Kept, by: str = "the layout"
+) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     """Keep so many atoms in every group of a tie as the fullest one has, in multiples of the divisor.
 
     Atoms that come back are zero, so nothing that the network computes changes.
+
+    Args:
+        by: What asks for it.
 
     Returns:
         What is kept, and for each tie that was uneven a sentence.
     """
     most: dict[str, int] = {}
     prunable = [group for group in groups if group.prunable]
-    for group in prunable:
+    steps = atoms_per_step(prunable).tolist()
+    for group, per in zip(prunable, steps, strict=True):
         n = min(-(-len(kept[group.name]) // group.divisor) * group.divisor, group.size)
         key = group.tie or group.name
-        most[key] = max(most.get(key, 0), n)
+        most[key] = max(most.get(key, 0), -(-n // per))
+    shared = {group.tie for group, per in zip(prunable, steps, strict=True) if per > 1}
     result, uneven = dict(kept), dict[str, int]()
-    for group in prunable:
+    for group, per in zip(prunable, steps, strict=True):
         own = kept[group.name]
-        missing = most[group.tie or group.name] - len(own)
+        missing = most[group.tie or group.name] * per - len(own)
         if missing:
             zero = np.setdiff1d(np.arange(group.size), own)
             result[group.name] = np.sort(np.concatenate([own, zero[:missing]]))
             uneven[group.tie or group.name] = uneven.get(group.tie or group.name, 0) + missing
     return result, [
-        f"{count} zero atoms of {name} were kept, because its groups are to have {most[name]} each by the layout"
+        f"{count} zero atoms of {name} were kept, because its groups are to "
+        + (f"have {most[name]} each by {by}" if name not in shared else f"keep the same share by {by}")
         for name, count in uneven.items()
     ]
 
@@ -167,16 +231,17 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
     wanted = int(total * share)
     generator = np.random.default_rng(seed)
     ties = ties_of(prunable)
-    members: dict[int, list[NodeGroup]] = {}
-    for tie, group in zip(ties.tolist(), prunable, strict=True):
-        members.setdefault(tie, []).append(group)
+    members: dict[int, list[tuple[NodeGroup, int]]] = {}
+    for tie, group, per in zip(ties.tolist(), prunable, atoms_per_step(prunable).tolist(), strict=True):
+        members.setdefault(tie, []).append((group, per))
     order = {group.name: generator.permutation(group.size) for group in prunable}
     # an atom goes with one of each group that it is tied to, and with others of its group as the divisor has it
     steps: list[tuple[int, int]] = []
+    by = {tie: max(-(-group.divisor // per) for group, per in same) for tie, same in members.items()}
     for tie, same in members.items():
-        spare = same[0].size - max(group.min_kept for group in same)
-        steps += [(tie, begin) for begin in range(0, spare - same[0].divisor + 1, same[0].divisor)]
-    costs = {tie: len(same) * same[0].divisor for tie, same in members.items()}
+        spare = min((group.size - group.min_kept) // per for group, per in same)
+        steps += [(tie, begin) for begin in range(0, spare - by[tie] + 1, by[tie])]
+    costs = {tie: sum(per for _, per in same) * by[tie] for tie, same in members.items()}
     room = sum(costs[tie] for tie, _ in steps)
     if not 0 <= share < 1 or wanted > room:
         raise TargetError(
@@ -187,6 +252,6 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
     for tie, begin in (steps[i] for i in generator.permutation(len(steps))):
         if costs[tie] <= wanted:
             wanted -= costs[tie]
-            for group in members[tie]:
-                chosen.setdefault(group.name, []).extend(order[group.name][begin : begin + group.divisor].tolist())
+            for group, per in members[tie]:
+                chosen.setdefault(group.name, []).extend(order[group.name][begin * per :][: by[tie] * per].tolist())
     return chosen

@@ -36,11 +36,14 @@ BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """What lies beside weights and says how inputs are made: tokenizers and processors."""
 
 CONFIG = "config.json"
+CARD = "README.md"
 UNFINISHED = ".oto-pretrained.json"
 WRITTEN_ANEW = ("config.json", "generation_config.json", ".index.json")
 
 
-def save_pretrained(slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
+def save_pretrained(
+    slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer: Any = None, card: str = ""
+) -> list[Path]:
     """Write config and weights by the class's own ``save_pretrained``, read them back and compare.
 
     Args:
@@ -49,6 +52,7 @@ def save_pretrained(slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer:
             holds the same in every byte is left as it is.
         tokenizer: What is to be saved beside it (a tokenizer, a processor, or several): anything that has a
             ``save_pretrained``. By default the files of the folder that the model was loaded from are copied.
+        card: The text of ``README.md``, if there is to be one.
 
     Returns:
         The files.
@@ -67,7 +71,7 @@ def save_pretrained(slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer:
         if there and not (folder / CONFIG).is_file():  # the same model is whole
             raise _holds(folder, there)
         try:
-            _write(slim, draft, tokenizer)
+            _write(slim, draft, tokenizer, card)
         except safetensors.SafetensorError as failure:  # its own name for an OSError
             raise unwritable(folder, failure, NOT_SAVED) from failure
         written = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
@@ -75,13 +79,15 @@ def save_pretrained(slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer:
     return [folder / path for path in written]
 
 
-def _write(slim: nn.Module, folder: Path, tokenizer: Any) -> None:
+def _write(slim: nn.Module, folder: Path, tokenizer: Any, card: str) -> None:
     slim.save_pretrained(folder)  # type: ignore[operator]
     extras = tokenizer if isinstance(tokenizer, list | tuple) else [] if tokenizer is None else [tokenizer]
     for extra in extras:
         extra.save_pretrained(folder)
     if tokenizer is None:
         _copy_beside(Path(str(getattr(slim.config, "_name_or_path", "") or "")), folder)
+    if card and not (folder / CARD).exists():  # a mixin of the hub writes its own
+        (folder / CARD).write_text(card, encoding="utf-8")
     _require_same(slim, folder)
 
 

@@ -537,6 +537,7 @@ class SparseOptimizer(Optimizer):
         self.atoms = torch.where(alive, torch.where(chosen, REDUNDANT, FREE), PRUNED).to(torch.uint8)
         self._forget_averages()
         if share >= 1:
+            self.choice.warn_of_miss(self.atoms == FREE)
             self.choice.warn_of_collapse(self.atoms == FREE)
 
     def _forget_averages(self) -> None:

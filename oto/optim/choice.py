@@ -27,8 +27,9 @@ from oto.errors import (
     some,
     users_level,
 )
+from oto.groups.align import Align, multiples
 from oto.groups.cost import Costs
-from oto.groups.layout import settled, ties_of
+from oto.groups.layout import atoms_per_step, settled, ties_of
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, atoms_of, called, frozen_part, keep_at_least
 from oto.optim.saliency import (
@@ -48,6 +49,7 @@ from oto.optim.saliency import (
     shared_out,
 )
 from oto.optim.select import least_kept, select
+from oto.optim.steps import Steps, missed
 from oto.optim.target import Counts, Measure, Target
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class Choice:
         by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
         scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
         divisible: A node group that loses atoms keeps a multiple of this many.
+        align: What the sizes of tensor dimensions are multiples of, as it was asked.
+        multiples: What the kept count of each node group that loses atoms is a multiple of, for all these reasons.
         average_steps: Criteria that look at gradients are averaged over this many steps before a choice.
         least: Atoms that each node group keeps in any case.
         floor: Atoms that each keeps unless the target asks for more.
@@ -86,6 +90,8 @@ class Choice:
     by_cost: float
     scope: str
     divisible: int
+    align: Align
+    multiples: Counts
     average_steps: int
     least: Counts
     floor: Counts
@@ -102,6 +108,7 @@ class Choice:
         scope: str = "global",
         min_kept: MinKept | None = None,
         group_divisible: int = 1,
+        align: Align | None = None,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
         within: str | Saliency | None = None,
@@ -118,7 +125,13 @@ class Choice:
             min_kept: Atoms that every node group keeps, an int; or the share of its atoms that it keeps, a float; or a
                 mapping from names or globs of parameters to either. By default, and where a mapping says nothing, a
                 fifth as far as the target allows.
-            group_divisible: A node group that loses atoms keeps a multiple of this many.
+            group_divisible: A node group that loses atoms keeps a multiple of this many *atoms*, be they channels or
+                heads.
+            align: A dimension of a weight that gets smaller keeps a *size* (heads times their width) that is a multiple
+                of this: a number for all; a mapping from names or globs of parameters to numbers; or ``"gguf"`` (rows
+                of 32), ``"gguf-k"`` (rows of 256), ``"marlin"`` (rows of 128, other dimensions of 64), ``"cuda"`` (8).
+                Heads are free where their width is such a multiple already. By default 1; ``OTO`` takes 8 where the
+                parameters are on a CUDA device.
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
                 each divided by its norm over all groups, blind to cost and to the width of a layer.
@@ -131,7 +144,10 @@ class Choice:
             average_steps: See the attributes; 1 for ``saliency="hesso"``.
 
         Raises:
-            TargetError: An option means nothing, or the target cannot be reached.
+            TargetError: An option means nothing, or the target cannot be reached; or it is missed by more than 1 %
+                of the full cost, because widths keep to multiples.
+            OptionError: ``align`` is no positive number and no preset.
+            UnknownParameterError: A glob of ``align`` or ``min_kept`` matches nothing.
             NothingPrunableError: There is a target, but no node group may lose an atom.
         """
         published, node_groups = isinstance(saliency, str) and saliency == "hesso", tuple(node_groups)
@@ -143,7 +159,12 @@ class Choice:
         criteria = tuple(resolve(DEFAULT if saliency is None else saliency))
         comparable = all(criterion in OF_THE_LOSS for criterion, _ in criteria)
         _check(scope, group_divisible, normalise, within, by_cost, average_steps)
-        divisors = [int(np.lcm(g.divisor, group_divisible)) for g in groups]
+        align = 1 if align is None else align
+        weights = None if costs is None else costs.weights
+        by_name = dict(
+            zip((g.name for g in node_groups), multiples(node_groups, align, weights, group_divisible), strict=True)
+        )
+        divisors = [by_name[group.name] for group in groups]
         named, whole = target.get("target_kept"), [group for group in node_groups if not group.prunable]
         wanted = as_named(named, groups, divisors, whole) if isinstance(named, Mapping) else None
         asked = Target.of(target, sizes, costs, latency, wanted)
@@ -166,17 +187,27 @@ class Choice:
             (BY_COST if comparable else 0.0) if by_cost is None else by_cost,
             scope,
             group_divisible,
+            align,
+            np.array(divisors, dtype=np.int64),
             (1 if published else AVERAGE_STEPS) if average_steps is None else average_steps,
             np.array(least, dtype=np.int64),
             np.array(floor, dtype=np.int64),
             sizes,
         )
         if asked.wants_less:
+            coarse = any(divisor > group.divisor for divisor, group in zip(divisors, groups, strict=True))
             frozen = frozen_part(whole)
             if not groups or (self.least >= sizes).all():
-                more = f"\n{frozen}" if frozen else ""
-                raise NothingPrunableError(f"{asked}, but no node group may lose an atom; oto.explain() says why{more}")
+                raise NothingPrunableError(
+                    f"{asked}, but no node group may lose an atom\n"
+                    "  to fix  oto.explain() says why"
+                    + (f"; or smaller multiples than align={align!r}, {group_divisible=}" if coarse else "")
+                    + (f"\n{frozen}" if frozen else "")
+                )
             asked.require_reachable(self.least, sizes, frozen)
+            if coarse:
+                alive = torch.ones(int(sizes.sum()), dtype=torch.bool)  # what can be reached is no matter of scores
+                self.require_near(~self.select(alive.float(), alive), alive.float())
         return self
 
     @property
@@ -191,8 +222,13 @@ class Choice:
         return ties if len(set(ties.tolist())) < len(ties) else None
 
     @cached_property
+    def _per(self) -> Counts:
+        """How many atoms each node group keeps for each that its tie counts."""
+        return atoms_per_step(self.groups)
+
+    @cached_property
     def _tied_measure(self) -> Measure:
-        return self.target.measure if self._ties is None else self.target.measure.tied(self._ties)
+        return self.target.measure if self._ties is None else self.target.measure.tied(self._ties, self._per)
 
     @property
     def averaged(self) -> list[Saliency]:
@@ -273,10 +309,9 @@ class Choice:
         worth = None
         if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
-        divisors = np.array([np.lcm(group.divisor, self.divisible) for group in self.groups], dtype=np.int64)
         chosen = select(
-            values, left, sizes, least, self._tied_measure, goal, divisors, by_cost, worth, self.scope != "local",
-            self._ties,
+            values, left, sizes, least, self._tied_measure, goal, self.multiples, by_cost, worth, self.scope != "local",
+            self._ties, self._per,
         )  # fmt: skip
         return torch.from_numpy(chosen)
 
@@ -319,9 +354,9 @@ class Choice:
             self.require_gradients(entries(), alive, averages, remedy)
             scores = self.scores(entries(), alive, averages)
         left = ~self.select(scores, alive)
+        self.require_near(left, scores)
         self.warn_of_collapse(left)
-        counts = [int(own.sum()) for own in left.split_with_sizes(self.sizes)]
-        return dict(zip((group.name for group in self.groups), counts, strict=True))
+        return dict(zip((group.name for group in self.groups), self._counts(left).tolist(), strict=True))
 
     def _floor(self, goal: float) -> Counts:
         """The highest floor, on the way from ``floor`` to ``least``, that allows for the goal."""
@@ -331,9 +366,47 @@ class Choice:
                 return floor
         return self.least
 
+    def require_near(self, left: Tensor, scores: Tensor) -> None:
+        """Refuse a target that widths cannot come near to, because they change in large steps.
+
+        Args:
+            left: What a choice of now leaves, bool, shape ``(N,)``.
+            scores: What it was made from, shape ``(N,)``.
+
+        Raises:
+            TargetError: It is missed by more than 1 % of the full cost, because widths keep to multiples.
+        """
+        if text := self._missed(left, scores):
+            raise TargetError(text)
+
+    def warn_of_miss(self, left: Tensor) -> None:
+        """Tell of it where training has made the choice."""
+        if text := self._missed(left, torch.ones(len(left))):
+            warnings.warn(text, CollapseWarning, stacklevel=users_level())
+
+    def _missed(self, left: Tensor, scores: Tensor) -> str | None:
+        ties = np.arange(len(self.groups)) if self._ties is None else self._ties
+        own = np.lcm([group.divisor for group in self.groups], self._per)
+
+        def choose(goal: float) -> float:
+            other = replace(self, target=replace(self.target, goal=goal))
+            return self.target.measure(self._counts(~other.select(scores, torch.ones(len(left), dtype=torch.bool))))
+
+        found = missed(self.target, Steps(self._counts(left), self.multiples, own, self.full, ties), choose)
+        if found is None:
+            return None
+        coarse, text = found
+        return text.format(
+            f"{self.groups[coarse].name} keeps multiples of {self.multiples[coarse]} of its {self.full[coarse]} atoms"
+            f" (align={self.align!r}, group_divisible={self.divisible})"
+        )
+
+    def _counts(self, left: Tensor) -> Counts:
+        return np.array([int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)], dtype=np.int64)
+
     def warn_of_collapse(self, left: Tensor) -> None:
         """Name the node groups that fell below the floor because the target could not be met otherwise."""
-        counts = [int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)]
+        counts = self._counts(left).tolist()
         thin = [
             f"{group.name} ({count} of {full})"
             for group, count, floor, full in zip(self.groups, counts, self.floor, self.full, strict=True)
@@ -355,16 +428,20 @@ class Choice:
             if group.tie is not None or group.divisor > 1:
                 many, _ = layout.get(group.tie or group.name, (0, 0))
                 layout[group.tie or group.name] = [many + 1, group.divisor]
-        return {
-            self.target.name: self.target.asked,
-            "scope": self.scope,
-            "group_divisible": self.divisible,
-            "min_kept": [group.min_kept for group in self.groups],
-            "saliency": {_name(c): weight for c, weight in self.criteria},
-            "normalise": self.normalise,
-            "within": None if self.within is None else [_name(self.within), self.everywhere],
-            "by_cost": self.by_cost,
-        } | ({"layout": layout} if layout else {})
+        return (
+            {
+                self.target.name: self.target.asked,
+                "scope": self.scope,
+                "group_divisible": self.divisible,
+                "min_kept": [group.min_kept for group in self.groups],
+                "saliency": {_name(c): weight for c, weight in self.criteria},
+                "normalise": self.normalise,
+                "within": None if self.within is None else [_name(self.within), self.everywhere],
+                "by_cost": self.by_cost,
+            }
+            | ({"layout": layout} if layout else {})
+            | ({} if self.align == 1 else {"align": self.multiples.tolist()})
+        )
 
 
 def as_named(

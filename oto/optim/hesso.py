@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oto.groups.align import Align
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept
@@ -58,7 +59,7 @@ class HESSO(SparseOptimizer):
         target_group_sparsity: Share of the prunable ZIGs to bring to zero, in [0, 1).
         target_kept: What each node group keeps of its atoms, by names or globs of parameters: a share, or a number.
             What none of them names stays whole. Exactly one target is given.
-        scope, min_kept, group_divisible, saliency, normalise, within, by_cost, average_steps: Which ZIGs go, see
+        scope, min_kept, group_divisible, align, saliency, normalise, within, by_cost, average_steps: Which ZIGs go, see
             :meth:`oto.optim.Choice.of`. ``saliency="hesso"`` chooses as published.
         start_pruning_step: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
         pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``, or a share likewise.
@@ -115,6 +116,7 @@ class HESSO(SparseOptimizer):
         scope: str = "global",
         min_kept: MinKept | None = None,
         group_divisible: int = 1,
+        align: Align | None = None,
         saliency: Weights | str | Saliency | None = None,
         normalise: str | None = None,
         within: str | Saliency | None = None,
@@ -155,6 +157,7 @@ class HESSO(SparseOptimizer):
             scope=scope,
             min_kept=min_kept,
             group_divisible=group_divisible,
+            align=align,
             saliency=saliency,
             normalise=normalise,
             within=within,

@@ -20,7 +20,9 @@ With ``divisible = d > 1`` atoms leave a node group in *units*: the first unit b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,11 @@ from oto.optim.target import Counts, Measure
 
 NEAR, REFINEMENTS = 0.005, 8
 """A choice that is this near to its goal, as a share of it, is not refined; how often it is, for how many groups."""
+
+TOLERANCE, COMBINATIONS, TRIED = 0.01, 4096, 12
+"""A choice of coarse units that misses its goal by more than this share of the full cost is brought nearer to it: all
+combinations of widths are looked at, if they are so many at most; else moves between groups, as many of the largest and
+of the smallest steps as ``TRIED`` says."""
 
 ROUNDS = 16
 """How often prices are set anew on the way from one cost to another."""
@@ -81,15 +88,16 @@ class Units:
         score = scores[order][last].astype(np.float64)
         return cls(group[last], sized, score, score * worth[group[last]], order)
 
-    def tied(self, ties: Counts) -> Units:
-        """The units of ties, whose groups have the same units."""
+    def tied(self, ties: Counts, per: Counts) -> Units:
+        """The units of ties, whose groups have the same units, of ``per`` atoms for each that the tie counts."""
         first = np.searchsorted(self.group, np.arange(len(ties)))
         place = np.stack([ties[self.group], np.arange(len(self.group)) - first[self.group]])  # so many go before it
         (group, _), one, number = np.unique(place, axis=1, return_index=True, return_inverse=True)
         number = number.reshape(-1)
         many = np.bincount(number, minlength=len(one))
-        score, price = (np.bincount(number, x, minlength=len(one)) / many for x in (self.score, self.price))
-        return Units(group, self.size[one], score, price, self.order)
+        own = per[self.group]
+        score, price = (np.bincount(number, x * own, minlength=len(one)) / many for x in (self.score, self.price))
+        return Units(group, (self.size // own)[one], score, price, self.order)
 
 
 def select(
@@ -104,6 +112,7 @@ def select(
     worth: NDArray[np.float64] | None = None,
     fill: bool = True,
     ties: Counts | None = None,
+    per: Counts | None = None,
 ) -> NDArray[np.bool_]:
     """Choose the atoms to go, so that what is left costs at most ``goal`` and as little importance as possible is lost.
 
@@ -121,6 +130,8 @@ def select(
             important first, and swap a coarse unit for finer ones.
         ties: For each node group the number of its tie, shape ``(groups,)``. Those of one tie have the same sizes and
             divisors, and the same count left; they keep the same count.
+        per: How many atoms each keeps for each that its tie counts, if not one: of what was said of ties all is so
+            many times as large in it.
 
     Returns:
         Boolean array, shape ``(N,)``: the atoms that go.
@@ -138,7 +149,9 @@ def select(
     order, counts = units.order, np.bincount(np.repeat(np.arange(groups), sizes)[left], minlength=groups)
     many: Counts = np.ones(groups, dtype=np.int64)
     if ties is not None:
-        units, one, many = units.tied(ties), np.unique(ties, return_index=True)[1], np.bincount(ties)
+        per = np.ones_like(each_size) if per is None else per
+        units, one, many = units.tied(ties, per), np.unique(ties, return_index=True)[1], np.bincount(ties)
+        counts, sizes, least = counts // per, sizes // per, -(-least // per)
         if (counts != counts[one][ties]).any():
             raise ValueError("groups of one tie have another number of atoms left")
         counts, sizes = counts[one], sizes[one]
@@ -188,8 +201,10 @@ def select(
         _, group, going, counts = best
         taken[last[group]], taken[going] = False, True
         _give_back(taken, units, counts, measure, goal)
+    if fill and ((units.size > 1).any() or (per is not None and (per > 1).any())):
+        _bring_nearer(taken, units, counts, may_go, lost, measure, goal, TOLERANCE * measure(sizes))
     gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
-    gone = gone if ties is None else gone[ties]
+    gone = gone if ties is None or per is None else gone[ties] * per
     group = np.repeat(np.arange(groups), each_size)[order]
     first = np.searchsorted(group, np.arange(groups))
     chosen = np.zeros(len(scores), dtype=bool)
@@ -241,3 +256,58 @@ def _give_back(taken: NDArray[np.bool_], units: Units, counts: Counts, measure: 
         best = np.flatnonzero(fits)[np.argmax(units.score[last[fits]])]
         taken[last[best]] = False
         counts[best] += size[best]
+
+
+def _bring_nearer(taken: NDArray[np.bool_], units: Units, counts: Counts, may_go: NDArray[np.bool_],
+                  lost: NDArray[np.float64], measure: Measure, goal: float, near: float) -> None:  # fmt: skip
+    """Where units are so coarse that the goal is missed: one group gets units back, and others give some instead.
+
+    Of the choices that end near enough the one is taken that loses least importance; of others the one that ends
+    nearest.
+    """
+    many = np.bincount(units.group[may_go], minlength=len(counts)) + 1
+    few = float(np.prod(many.astype(np.float64))) <= COMBINATIONS
+    for _ in range(1 if few else REFINEMENTS):
+        slack, best = goal - measure(counts), None
+        if slack <= near:
+            return
+        tries = _combinations(units, may_go, many) if few else _moves(taken, units, counts, may_go, measure, goal)
+        for going in tries:
+            after = counts + _sum(np.flatnonzero(taken), units, len(counts)) - _sum(going, units, len(counts))
+            left = goal - measure(after)
+            if 0 <= left < slack:
+                rank = (max(left - near, 0.0), float(lost[going].sum()))
+                best = min(best or (rank, going, after), (rank, going, after), key=lambda tried: tried[0])
+        if best is None:
+            return
+        taken[:] = False
+        taken[best[1]] = True
+        counts[:] = best[2]
+
+
+def _combinations(units: Units, may_go: NDArray[np.bool_], many: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """All sets of units that may go together."""
+    own = [np.flatnonzero((units.group == i) & may_go) for i in range(len(many))]
+    for numbers in product(*map(range, many.tolist())):
+        yield np.concatenate([queue[:n] for queue, n in zip(own, numbers, strict=True)])
+
+
+def _moves(taken: NDArray[np.bool_], units: Units, counts: Counts, may_go: NDArray[np.bool_], measure: Measure,
+           goal: float) -> Iterator[NDArray[np.int64]]:  # fmt: skip
+    """What goes if one group gets its last units back, and another, or all others, give the fewest that it takes."""
+    groups = np.unique(units.group[may_go])
+    largest = np.zeros_like(counts)
+    np.maximum.at(largest, units.group, units.size)
+    steps = measure.marginal(counts, np.minimum(counts, largest))
+    by_step = groups[np.argsort(steps[groups], kind="stable")]
+    some = dict.fromkeys([*by_step[: TRIED // 2].tolist(), *by_step[-TRIED // 2 :].tolist()])
+    rest = np.flatnonzero(may_go & ~taken)
+    rest = rest[np.argsort(units.price[rest], kind="stable")]
+    for i in some:
+        own, others = np.flatnonzero((units.group == i) & taken), rest[units.group[rest] != i]
+        queues = [others, *(others[units.group[others] == j] for j in some if j != i)]
+        for n in range(1, min(len(own), TRIED) + 1):
+            more = counts + _sum(own[-n:], units, len(counts))
+            without = np.setdiff1d(np.flatnonzero(taken), own[-n:])
+            for queue in queues:
+                yield np.concatenate([without, _fewest(queue, units, more, measure, goal)])

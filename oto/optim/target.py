@@ -32,8 +32,9 @@ class Measure(Protocol):
         """What each group saves when it alone keeps ``fewer`` atoms less; shapes ``(groups,)``."""
         ...
 
-    def tied(self, ties: Counts) -> Measure:
-        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each group."""
+    def tied(self, ties: Counts, per: Counts | None = None) -> Measure:
+        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each group, ``per`` how many
+        atoms it keeps for each that the tie counts."""
         ...
 
 
@@ -160,8 +161,8 @@ class Target:
             raise TargetError(
                 f"{self.name}={self.asked} asks for {self.full - self.goal:,.0f} of {self.full:,.0f} groups, but only "
                 f"{most:,.0f} may go: every node group keeps its least number of atoms\n"
-                f"  to fix  ask for {np.floor(most / self.full * 1e4) / 1e4:.4f} or less, or lower min_kept or"
-                f" group_divisible{more}"
+                f"  to fix  ask for {np.floor(most / self.full * 1e4) / 1e4:.4f} or less, or lower min_kept,"
+                f" group_divisible or align{more}"
             )
         share = bottom / self.full
         hint = f"; {self.asked} is a number of {unit}, {self._share} would be a share" if self._share else ""
@@ -171,7 +172,7 @@ class Target:
         raise TargetError(
             f"{self.name}={self.asked} allows {shown(self.goal)} of {shown(self.full)} {unit}, but {shown(bottom)} "
             f"({share:.1%}) are left when every node group is at its least{hint}\n"
-            f"  to fix  ask for {least_asked} or more, lower min_kept or group_divisible, or see"
+            f"  to fix  ask for {least_asked} or more, lower min_kept, group_divisible or align, or see"
             f" oto.explain() for what stays whole{more}"
         )
 
@@ -181,6 +182,14 @@ class Target:
         if not isinstance(self.asked, int) or self.asked > 100 or self.name == "target_latency_ms":
             return None
         return 1.0 if self.asked == 1 else self.asked / 100
+
+    def asking(self, cost: float) -> str:
+        """How to ask for a cost that can be reached, in the form in which the target was asked for."""
+        if self.name == "target_group_sparsity":
+            return f"{self.name}={np.floor((self.full - cost) / self.full * 1e4) / 1e4:.4f}"
+        if isinstance(self.asked, int):
+            return f"{self.name}={int(np.ceil(cost))}"
+        return f"{self.name}={np.ceil(cost / self.full * 1e4) / 1e4:.4f}"
 
     def __str__(self) -> str:
         asked: object = self.asked

@@ -8,7 +8,7 @@ unset and the class asks for it. Which of them do is settled by trial: the class
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import log2
 from typing import Any
 
@@ -47,30 +47,40 @@ def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
     became = _became(thin)
     implied = recipe.implied(became)
     numbers = recipe.fields() | implied
-    edits: dict[str, Any] = {}
 
     def off(edits: Fields) -> float:
         found = recipe.shapes({**implied, **edits})
         return MISFIT if found is None else _distance(found, wanted)
 
     tries = [(path, n) for path, value in numbers.items() for n in _candidates(value, became) if n != value]
-    for some_of in ([(path, n) for path, n in tries if path in recipe.stating], tries):
-        while (left := off(edits)) > 0:  # the largest step first, and what still is one after it
-            rated = sorted((off(edits | {path: n}), i) for i, (path, n) in enumerate(some_of))
-            for better, i in rated:
-                path, n = some_of[i]
-                if better < left and off(edits | {path: n}) < off(edits):
-                    edits[path] = n
-            if off(edits) == left:
-                break
+
+    def nearest(tries: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        edits: dict[str, Any] = {}
+        for some_of in ([(path, n) for path, n in tries if path in recipe.stating], tries):
+            while (left := off(edits)) > 0:  # the largest step first, and what still is one after it
+                rated = sorted((off(edits | {path: n}), i) for i, (path, n) in enumerate(some_of))
+                for better, i in rated:
+                    path, n = some_of[i]
+                    if better < left and off(edits | {path: n}) < off(edits):
+                        edits[path] = n
+                if off(edits) == left:
+                    break
+        return edits
+
+    edits = nearest(tries)
+    for wrong in edits.items() if off(edits) > 0 else ():  # two fields of one value: the other may be meant
+        if off(other := nearest([one for one in tries if one != wrong])) < off(edits):
+            edits = other
+        if off(edits) == 0:
+            break
     if off(edits) > 0:
         found = recipe.shapes({**implied, **edits}) or {}
-        wrong = [
+        differ = [
             f"{name} is to be {list(shape)}, the class makes it {list(found.get(name, ()))}"
             for name, shape in wanted.items()
             if found.get(name) != shape
         ]
-        raise EmitterError(f"no fields of the config give the class its sizes: {some(wrong, 3)}")
+        raise EmitterError(f"no fields of the config give the class its sizes: {some(differ, 3)}")
     recipe.stating.update(edits)
     for path, value in implied.items():  # stated only where it has to be
         if path not in edits:
@@ -145,9 +155,7 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
         if hasattr(model, name):
             setattr(slim, name, copy.deepcopy(getattr(model, name)))
     if hasattr(model, MADE_WITH):
-        now = {path.split(".")[0] for path in edits}
-        keywords = {name: value for name, value in vars(recipe.edited(edits)).items() if name in now}
-        setattr(slim, MADE_WITH, {**getattr(model, MADE_WITH), **keywords})
+        setattr(slim, MADE_WITH, {**getattr(model, MADE_WITH), **recipe.as_given(edits)})
     return slim.eval()
 
 

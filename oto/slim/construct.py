@@ -35,6 +35,7 @@ from oto.slim.origin import Round, descend
 from oto.slim.own_class import at_counts, plan_edits
 from oto.slim.plan import Thinning, thinning
 from oto.slim.proof import Emitted, Zeroed, prove
+from oto.slim.readers import needed, said
 from oto.slim.recording import RECORDED, check_recording, emit_recording
 from oto.slim.reference import Reference, check
 from oto.slim.training import heads_in_training
@@ -107,17 +108,19 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
-            said = f"{name} cannot be made from another config: {_first_lines(failure)}"
+            told = f"{name} cannot be made from another config: {_first_lines(failure)}"
+            if isinstance(failure, VerificationError):
+                told += f": {str(failure).splitlines()[1].strip()}"
             if emitter == "config":
                 raise EmitterError(
-                    f"{said}\n  effect  no slim model was made, and nothing was written\n"
+                    f"{told}\n  effect  no slim model was made, and nothing was written\n"
                     '  to fix  prune what a config can state: OTO(..., layout="uniform")'
                 ) from failure
-            notes.append(said)
+            notes.append(told)
     made = _in_other_ways(source, emitter, name, why)
     made.notes.extend(notes)
-    if emitter == "auto" and made.emitter != "module" and source.own is not None:
-        _warn_of_a_graph(source, name, why[0])
+    if emitter == "auto" and made.emitter != "module" and (source.own is not None or source.recipe is not None):
+        _warn_of_a_graph(source, name, notes[0] if notes else why[0])
     return made
 
 
@@ -174,6 +177,9 @@ def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> M
 def _of_its_config(source: Zeroed) -> Made:
     emitted = emit_config(source)
     checks = prove(source, emitted)
+    assert source.recipe is not None and emitted.edits is not None
+    if fields := needed(source.recipe, emitted.edits.config, source.partition):
+        emitted.notes.append(said(fields))
     return _made_of_class(source, emitted, checks)
 
 

@@ -77,9 +77,9 @@ class Latency:
         tiny = np.finfo(float).tiny  # the logarithm of zero would be a warning
         return np.exp(np.interp(np.log(np.maximum(said, tiny)), np.log(self.said), np.log(self.measured)))
 
-    def tied(self, ties: Counts) -> Latency:
-        """The same as a function of the count of each tie; ``ties`` holds the tie of each group."""
-        return replace(self, table=self.table.tied(ties))
+    def tied(self, ties: Counts, per: Counts | None = None) -> Latency:
+        """The same as a function of the count of each tie; see :meth:`oto.groups.cost.Polynomial.tied`."""
+        return replace(self, table=self.table.tied(ties, per))
 
     def __call__(self, counts: Counts) -> float:
         """Milliseconds at some counts, shape ``(groups,)``."""

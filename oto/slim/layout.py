@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from oto.axes.call import Size
 from oto.errors import EmitterError, VerificationError, out_of_memory
 from oto.groups import Kept, NodeGroup, Partition
-from oto.groups.layout import settled
+from oto.groups.align import KERNEL_ROW, multiples
+from oto.groups.cost import weights
+from oto.groups.layout import as_wide_as_heads, atoms_per_step, settled
 from oto.groups.policy import keep_whole
 from oto.nn import functional as counted
 from oto.slim.config import solve, stock
@@ -52,19 +54,26 @@ UNSTATED = "layout: no field of the config states its size"
 
 
 def stated(
-    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe | None
-) -> tuple[NodeGroup, ...] | None:
+    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe | None,
+    stock: bool = False,
+) -> tuple[NodeGroup, ...] | None:  # fmt: skip
     """Keep whole what no field of the model's config can state; tie further what one field states for several ties.
 
     Found by trial, tie by tie: half of it is removed, and the class built from edited configs on ``meta``. In the end
     everything is removed at once, and the class compared with the zeroed model.
+
+    Args:
+        stock: A stream that is as wide as its heads stays so.
 
     Returns:
         ``None`` if the model has no config, or was made by a function whose keywords state nothing.
     """
     if recipe is None:
         return None
-    trial = _Trial(model, partition, recipe, dummy_input, tuple(groups))
+    groups = _in_whole_rows(partition, groups)
+    if stock:
+        groups = as_wide_as_heads(groups, weights(partition))
+    trial = _Trial(model, partition, recipe, dummy_input, groups)
     steps = {key: step for key in trial.members() if (step := trial.step(key)) is not None}
     for path, value in recipe.fields().items():
         open_ = [key for key, same in trial.members().items() if key not in steps and same[0].size == value]
@@ -81,7 +90,21 @@ def stated(
         return None
     whole = [g.name for key, same in trial.members().items() if key not in steps for g in same]
     found = keep_whole(trial.groups, whole, UNSTATED)
-    return settled(replace(g, divisor=steps[_key(g)]) if g.prunable else g for g in found)
+    per = atoms_per_step(found).tolist()
+    return settled(replace(g, divisor=steps[_key(g)] * n) if g.prunable else g for g, n in zip(found, per, strict=True))
+
+
+def _in_whole_rows(partition: Partition, groups: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
+    """Experts as ``torch._grouped_mm`` takes them in any dtype that the class may be read in, not only in this one."""
+    experts = dict.fromkeys(weights(partition, "grouped_mm"), KERNEL_ROW)
+
+    def whole(group: NodeGroup, by: int) -> NodeGroup:
+        if not group.prunable or group.size % by == 0:
+            return replace(group, divisor=by)
+        return replace(group, reason=f"layout: its kernel reads rows of {by} entries, which do not divide {group.size}")
+
+    own = multiples(groups, experts)
+    return settled(whole(g, by) if by > g.divisor else g for g, by in zip(groups, own, strict=True))
 
 
 def _key(group: NodeGroup) -> str:
@@ -106,6 +129,10 @@ class _Trial:
                 found.setdefault(_key(group), []).append(group)
         return found
 
+    def size(self, key: str) -> int:
+        """How many steps there are in a tie; of groups of the same size each atom is one."""
+        return math.gcd(*(group.size for group in self.members()[key]))
+
     def tie(self, keys: Sequence[str], name: str) -> None:
         self.groups = settled(replace(g, tie=name) if g.prunable and _key(g) in keys else g for g in self.groups)
 
@@ -120,8 +147,8 @@ class _Trial:
 
     def step(self, key: str) -> int | None:
         """What the kept count of a tie is to be a multiple of; ``None`` if no count but the full one can be stated."""
-        same = self.members()[key]
-        size, by = same[0].size, math.lcm(*(group.divisor for group in same))
+        same, size = self.members()[key], self.size(key)
+        by = math.lcm(*(-(-group.divisor * size // group.size) for group in same))
         steps = [n for n in range(by, size // 2 + 1, by) if size % n == 0]
         halves = dict.fromkeys([size // 2 // by * by, *steps[-1:]])
         if not any(n and self.solves({key: n}) for n in halves):
@@ -137,7 +164,12 @@ class _Trial:
         return True
 
     def _first(self, counts: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
-        return {g.name: np.arange(counts[key]) for key, same in self.members().items() if key in counts for g in same}
+        return {
+            g.name: np.arange(counts[key] * g.size // self.size(key))
+            for key, same in self.members().items()
+            if key in counts
+            for g in same
+        }
 
     def fitting(self, steps: Mapping[str, int]) -> dict[str, int]:
         """The ties that the class can lose at once and still compute the same, and what their counts are multiples of.
@@ -148,7 +180,7 @@ class _Trial:
             return dict(steps)
         good: dict[str, int] = {}
         for key, step in steps.items():
-            size = self.members()[key][0].size
+            size = self.size(key)
             for n in [n for n in range(step, size, step) if size % n == 0][:COARSER]:
                 failure = self._failure(good | {key: n})
                 if failure is None:
@@ -162,10 +194,9 @@ class _Trial:
         draw = np.random.default_rng(0)
         kept: dict[str, NDArray[np.int64]] = {}
         for key, step in steps.items():
-            same = self.members()[key]
-            size = same[0].size
+            same, size = self.members()[key], self.size(key)
             count = step * (1 + 2 * int(draw.integers(size // step // 2)))  # odd, so no multiple of a coarser step
-            kept |= {g.name: np.sort(draw.permutation(size)[:count]) for g in same}
+            kept |= {g.name: np.sort(draw.permutation(g.size)[: count * g.size // size]) for g in same}
         try:
             if on_meta(self.model):  # there is nothing to run
                 solved(self.model, self.partition, kept, self.recipe)

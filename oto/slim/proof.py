@@ -69,6 +69,11 @@ class Zeroed:
         """What to do where the original class cannot express what was removed."""
         if self.own is not None:
             return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
+        if self.recipe is not None:
+            return (
+                "where a narrow dtype alone differs, rounding decides what is routed or compared: model.float(), then"
+                " construct_subnet(), then cast the slim model; emitter='config' raises instead"
+            )
         return "prune only what the class can do without: OTO(...) without everything=True"
 
 

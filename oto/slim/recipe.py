@@ -87,6 +87,16 @@ class Recipe:
                 setattr(held, str(last), value)
         return config
 
+    def as_given(self, edits: Fields) -> dict[str, Any]:
+        """The edits as who made the model would give them: of a function's keywords, whole values.
+
+        Fields of a config object are named by their dotted paths.
+        """
+        if not isinstance(self.config, Keywords):
+            return dict(edits)
+        names = dict.fromkeys(path.partition(".")[0] for path in edits)
+        return {name: vars(self.edited(edits))[name] for name in names}
+
     def _may_be(self, held: Any, last: str | int, value: Any) -> bool:
         """Whether a field may have a value: a size as it is or smaller, another number near the one that it has."""
         if isinstance(held, list | dict):
@@ -112,7 +122,7 @@ class Recipe:
     def make(self, edits: Fields, device: str | torch.device) -> nn.Module:
         """The class, made from the edited config. Nothing of the random state is used up."""
         config = self.edited(edits)
-        with _apart(device):
+        with apart(device):
             return self.kind(config)
 
     def shapes(self, edits: Fields) -> Shapes | None:
@@ -169,13 +179,13 @@ class Recipe:
                 path = paths[id(held)]
                 names[f"{path}.{name}" if path else name] = None
 
-        with _watched({type(held) for held in nested.values()}, seen), _apart(self.device):
+        with _watched({type(held) for held in nested.values()}, seen), apart(self.device):
             self.kind(config)
         return list(names)
 
 
 @contextmanager
-def _apart(device: str | torch.device) -> Iterator[None]:
+def apart(device: str | torch.device) -> Iterator[None]:
     """While inside, tensors are made on a device, no warning is given, and the random state is as it was afterwards."""
     place = torch.device(device)
     with ExitStack() as stack:
@@ -244,7 +254,7 @@ def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
 
     kind.__init__ = init
     try:
-        with _apart("meta"):
+        with apart("meta"):
             make()
     except Exception as failure:  # anything that a constructor may raise
         if out_of_memory(failure):

@@ -79,6 +79,23 @@ def refuse_saving(slim: nn.Module, model: nn.Module) -> None:
             vars(module)["save_pretrained"] = Unstated(module)
 
 
+def nothing_states(model: nn.Module, layout: str | None, made: bool) -> str:
+    """What to say where a layout was asked for, and no config or keyword can state a width.
+
+    Args:
+        made: Whether the model's class can be made again from what it holds.
+    """
+    kind = type(model).__name__
+    why = "the numbers that it is made from are not widths" if made else "nothing that it holds makes its class again"
+    return (
+        f"layout={layout!r}: no config states the widths of {kind}: {why}\n"
+        "  effect  repeated blocks keep equally many of everything, and the slim model is of the class, but no config"
+        " and no keywords make one of its sizes\n"
+        "  to fix  leave layout out, which is freer; save with construct_subnet(out_dir) and read with"
+        " load_subnet(out_dir, make_model), or export (docs/deploy.md)"
+    )
+
+
 def unlike(slim: Any) -> str:
     """In what a model differs from the one that its config makes."""
     kind, config = type(slim).__name__, getattr(slim, "config", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import TargetError
-from oto.groups.layout import drawn, evened, settled, shared_out, ties_of
+from oto.groups.layout import as_wide_as_heads, atoms_per_step, drawn, evened, settled, shared_out, ties_of
 from oto.groups.node_group import Cut, NodeGroup, Slice
 
 
@@ -39,6 +41,7 @@ class Tower(nn.Module):
 
 
 X = torch.randn(2, 8)
+pytestmark = pytest.mark.filterwarnings("ignore::oto.errors.UnstatedWarning")  # a tower has no config
 
 
 def ties(oto):
@@ -169,6 +172,98 @@ def test_a_random_choice_of_a_model_is_even():
     oto.random_set_zero_groups(0.5)
     zero = [int((block.up.weight == 0).all(1).sum()) for block in model.blocks]
     assert zero[0] == zero[1] == zero[2] > 0 and not any(n % 2 for n in zero)
+
+
+# Shares ---------------------------------------------------------------------------------------------------------------
+
+
+def sizes(*numbers, **options):
+    return [NodeGroup(f"g{n}", n, (), tie="t", **options) for n in numbers]
+
+
+def test_groups_of_other_sizes_keep_the_same_share():
+    assert atoms_per_step([*sizes(128, 8, 64), NodeGroup("alone", 7, ())]).tolist() == [16, 1, 8, 1]
+    assert atoms_per_step(sizes(6, 6)).tolist() == [1, 1] and atoms_per_step(sizes(12, 8)).tolist() == [3, 2]
+    held = settled([replace(group, min_kept=n) for group, n in zip(sizes(128, 8), (20, 1), strict=True)])
+    assert [group.min_kept for group in held] == [32, 2]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.75])
+def test_a_random_choice_keeps_shares(share):
+    groups = [*sizes(32, 8, divisor=1), NodeGroup("alone", 20, ())]
+    chosen = drawn(groups, share, seed=1)
+    assert len(chosen.get("g32", ())) == 4 * len(chosen.get("g8", ()))
+    assert all(len(set(own)) == len(own) for own in chosen.values())
+    assert int(60 * share) - 5 < sum(map(len, chosen.values())) <= int(60 * share)
+
+
+def test_uneven_shares_are_brought_to_the_largest():
+    kept = {"g32": np.arange(9), "g8": np.array([1, 2])}
+    result, told = evened(sizes(32, 8), kept)
+    assert [len(result[name]) for name in ("g32", "g8")] == [12, 3]
+    assert told == ["4 zero atoms of t were kept, because its groups are to keep the same share by the layout"]
+
+
+class Heads(nn.Module):
+    """A stream of 24, 6 heads of 4 for 2 keys each; and one that is no stream of theirs."""
+
+    def __init__(self, fused=False, keys=3):
+        super().__init__()
+        self.keys, self.words = keys, nn.Linear(5, 24)
+        self.q, self.k, self.v = nn.Linear(24, 24), nn.Linear(24, 4 * keys), nn.Linear(24, 4 * keys)
+        self.o, self.up, self.down, self.head = (
+            nn.Linear(24, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 2),
+        )
+
+    def forward(self, x):
+        x = self.words(x)
+        q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(6 // self.keys, 1) for t in (k, v))
+        x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+@pytest.mark.parametrize("keys, per", [(6, 4), (3, 8)])
+def test_a_stream_is_tied_to_its_heads_and_their_width_stays(keys, per):
+    oto = OTO(Heads(keys=keys), torch.randn(2, 3, 5))
+    found = {g.name: g for g in as_wide_as_heads(oto.node_groups, oto.costs.weights) if g.prunable}
+    (tie,) = {g.tie for g in found.values()} - {None}
+    assert {name: g.size for name, g in found.items() if g.tie == tie} == {"words.weight": 24, "q.weight": keys}
+    assert [name for name, g in found.items() if g.tie is None] == ["up.weight"]  # as wide, and of no heads
+    assert atoms_per_step([found["words.weight"], found["q.weight"]]).tolist() == [per, 1]
+
+
+def test_where_the_stream_is_whole_so_are_the_heads():
+    oto = OTO(Heads(), torch.randn(2, 3, 5), skip_patterns=["o"])
+    found = [g.name for g in as_wide_as_heads(oto.node_groups, oto.costs.weights) if g.prunable]
+    assert found == ["up.weight"]
+    reasons = {g.reason for g in as_wide_as_heads(oto.node_groups, oto.costs.weights) if g.name == "q.weight"}
+    assert reasons == {"layout: readers of a config divide its width by its heads"}
+
+
+@pytest.mark.parametrize("target", [{"target_params": 0.5}, {"target_macs": 0.6}, {"target_group_sparsity": 0.4}])
+@pytest.mark.parametrize("options", [{}, {"saliency": "magnitude"}, {"align": 8}])
+def test_a_choice_keeps_shares(target, options):
+    torch.manual_seed(0)
+    model = Heads(keys=6)
+    oto = OTO(model, torch.randn(2, 3, 5), layout="stock")
+    oto._groups = as_wide_as_heads(oto.node_groups, oto.costs.weights)  # nothing states its widths
+    try:
+        optimizer = oto.hesso(lr=0.01, start_pruning_step=1, pruning_steps=4, pruning_periods=2, **target, **options)
+    except TargetError as coarse:
+        assert "steps are coarse" in str(coarse) and options.get("align") == 8
+        return
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 5)).square().sum().backward()
+        optimizer.step()
+    left = {g.name: g.size - len(optimizer.pruned_groups.get(g.name, ())) for g in optimizer.node_groups}
+    assert left["words.weight"] == 4 * left["q.weight"] <= 24
+    assert optimizer.progress.over and optimizer.progress.cost <= optimizer.choice.target.goal
+    assert oto.construct_subnet().model.o.weight.shape == (left["words.weight"],) * 2
 
 
 # Uneven zeros --------------------------------------------------------------------------------------------------------

@@ -297,6 +297,7 @@ def test_a_class_that_a_hub_reads_by_its_keywords(tmp_path):
         gone(tmp_path / "x")
 
 
+@pytest.mark.filterwarnings("ignore::oto.errors.UnstatedWarning")
 def test_a_class_that_writes_no_folder(tmp_path):
     oto = OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(1, 3), layout="uniform")
     oto.random_set_zero_groups(0.5)
@@ -395,3 +396,47 @@ def test_a_model_of_timm_is_made_again_by_its_keywords(tmp_path):
     assert done.returncode == 0, done.stderr
     error, parameters = map(float, done.stdout.split())
     assert error < 1e-5 and parameters < 0.75 * sum(p.numel() for p in model.parameters())
+
+
+# What a reader needs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_a_stock_folder_is_read_by_who_divides_the_width_by_the_heads(family, tmp_path):
+    heads = TINY | {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model, given = zoo.from_config(f"{family}ForCausalLM", f"{family}Config", tokens, **heads)()
+    subnets = {}
+    for layout in ("uniform", "stock"):
+        oto = OTO(lively(copy.deepcopy(model), given), given, layout=layout)
+        stream = {"model.embed_tokens.weight": 48}
+        kept = oto.preview(target_params=0.35).kept if layout == "stock" else stream
+        with torch.no_grad():
+            for group in oto.node_groups:
+                for piece in group.zeros if group.prunable else ():
+                    piece.of(oto.model.get_parameter(piece.parameter))[kept.get(group.name, group.size) :] = 0
+        subnets[layout] = oto.construct_subnet()
+        subnets[layout].save_pretrained(tmp_path / layout)
+    stock, uniform = (json.loads((tmp_path / layout / "config.json").read_text()) for layout in ("stock", "uniform"))
+    assert stock["hidden_size"] == stock["num_attention_heads"] * 8 < 64
+    assert uniform["hidden_size"] == 48 and uniform["num_attention_heads"] == 8
+    note = "readers have to take head_dim = 8 from its config"
+    assert note in str(subnets["uniform"]) and note in (tmp_path / "uniform" / "README.md").read_text()
+    card = (tmp_path / "stock" / "README.md").read_text()
+    assert note not in str(subnets["stock"]) and note not in card
+    assert card.startswith("---\nlibrary_name: transformers") and f"transformers {transformers.__version__}" in card
+    assert "| parameters |" in card and "verified" in card
+    slim = subnets["stock"].model
+    plain = {key: value for key, value in stock.items() if key != "head_dim"}  # as a reader that divides has it
+    again = type(slim)(type(slim.config).from_dict(plain)).eval()
+    again.load_state_dict(slim.state_dict())
+    torch.testing.assert_close(again(given).logits, slim(given).logits)
+
+
+def test_experts_are_as_their_kernel_takes_them_in_any_dtype():
+    model, given = zoo.DECODERS["mixtral"]()
+    oto = OTO(lively(model, given).float(), given, layout="uniform")
+    experts = [g for g in oto.node_groups if g.prunable and any("experts" in piece.parameter for piece in g.slices)]
+    assert experts and all(g.divisor % 8 == 0 for g in experts)
+    oto.random_set_zero_groups(0.4)
+    slim = oto.construct_subnet().model.bfloat16()
+    assert slim(given).logits.isfinite().all()

@@ -271,3 +271,18 @@ def test_a_tied_cost_is_the_cost(ties, counts):
     assert together(each) == cost(each[ties])
     saved = [together(each) - together(each - (np.arange(len(each)) == i)) for i in range(len(each))]
     assert together.marginal(each, np.ones_like(each)).tolist() == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(
+    "groups, dear", [(2, 43.0), (14, 10.75)]
+)  # all combinations are looked at, or moves between groups
+def test_a_goal_that_a_coarse_unit_overshoots_is_met_by_others(groups, dear):
+    sizes = np.array([512, *[4] * groups, *[2] * 6])
+    cost = np.array([1.0, *[dear] * groups, *[0.5] * 6])  # an atom of the coarse group is not among the dearest
+    measure = Polynomial({(i,): c for i, c in enumerate(cost)}, len(sizes))
+    full, by = measure(sizes), np.array([256, *[1] * (len(sizes) - 1)])
+    scores = np.repeat([0.0, *[1.0] * (len(sizes) - 1)], sizes)
+    least = np.minimum(by, sizes)
+    gone = select(scores, np.ones(len(scores), bool), sizes, least, measure, full - 172, by, by_cost=0)
+    counts = np.array([part.sum() for part in np.split(~gone, np.cumsum(sizes)[:-1])])
+    assert counts[0] == 512 and full - 172 - 0.01 * full <= measure(counts) <= full - 172

@@ -75,6 +75,26 @@ def test_a_field_of_a_list():
     assert model.config.widths == [8, 6]
 
 
+def test_of_two_fields_of_one_value_the_other_may_be_meant():
+    class Heads(nn.Module):
+        """A product of two fields that are equal; a norm shows which of them is smaller."""
+
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.up, self.down = nn.Linear(3, config.each * config.heads), nn.Linear(config.each * config.heads, 2)
+            self.scale = nn.Parameter(torch.rand(config.each))
+
+        def forward(self, x):
+            y = self.up(x).unflatten(-1, (self.config.heads, -1))
+            return self.down((y.relu() * (1 + y.mean(-1, keepdim=True).abs()) * self.scale).flatten(-2))
+
+    partition = OTO(Heads(Config(each=8, heads=8)), torch.randn(1, 3)).partition
+    heads = next(g for g in partition.groups if g.prunable and all(p.parameter != "scale" for p in g.slices))
+    thin = thinning(partition, {heads.name: np.arange(4)})
+    assert solve(Recipe.of(Heads(Config(each=8, heads=8))), thin) == {"heads": 4}
+
+
 def test_nothing_of_another_size_is_made():
     model, tensors = Net(config()), {name: t.detach() for name, t in Net(config()).named_parameters()}
     for edits in ({"inner": 10**13}, {"width": 10**9}):  # as a manifest may claim

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from oto import OTO
-from oto.errors import EmitterError, NothingPrunableError, OptionError
+from oto.errors import EmitterError, NothingPrunableError, OptionError, UnstatedWarning
 from oto.slim import layout
 from oto.slim.layout import UNSTATED
 
@@ -179,6 +179,28 @@ def test_every_optimizer_leaves_equal_counts():
         assert subnet.cost_after.macs <= 0.5 * subnet.cost_before.macs
 
 
+def test_a_stream_that_is_as_wide_as_its_heads_stays_so():
+    net = model(width=24)  # 4 heads of 6
+    for name, free in (("uniform", [1, 4, 4]), ("stock", [4, 5])):  # groups of the stream, heads and inner widths
+        assert sorted(stated(OTO(net, IDS, layout=name)).values()) == free
+    oto = OTO(net, IDS, layout="stock")
+    kept = oto.preview(target_params=0.5).kept
+    (heads,) = {n for name, n in kept.items() if ".q." in name}
+    assert kept["words.weight"] == 6 * heads < 24
+    with torch.no_grad():
+        for group in oto.node_groups:
+            for piece in group.zeros if group.prunable else ():
+                piece.of(net.get_parameter(piece.parameter))[kept[group.name] :] = 0
+    subnet = oto.construct_subnet()
+    slim = subnet.model.config
+    assert subnet.emitter == "config" and subnet.max_error < 1e-12 and not subnet.notes
+    assert slim.width == 6 * slim.heads < 24 and slim.head_width == 6
+
+
+def test_a_stream_of_another_width_than_its_heads_is_free():
+    assert stated(OTO(model(), IDS, layout="stock")) == stated(OTO(model(), IDS, layout="uniform"))
+
+
 def test_a_preview_is_even():
     oto = OTO(model(), IDS, layout="uniform")
     kept = oto.preview(target_macs=0.5).kept
@@ -203,7 +225,8 @@ def test_without_a_config_repeated_blocks_are_tied_all_the_same():
     torch.manual_seed(0)
     config = model().config
     net = nn.Sequential(nn.Embedding(50, 16), Stack(Block(config), Block(config)), nn.Linear(16, 3))
-    oto = OTO(net, IDS, layout="uniform")
+    with pytest.warns(UnstatedWarning, match=r"no config states the widths of Sequential(.|\n)*leave layout out"):
+        oto = OTO(net, IDS, layout="uniform")
     assert {"1.*.q.weight", "1.*.up.weight"} <= stated(oto).keys()
     oto.random_set_zero_groups(0.5)
     kept = {name: len(atoms) for name, atoms in oto.construct_subnet().kept.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from oto import OTO
+from oto.errors import UnstatedWarning
 from oto.slim.recipe import Recipe, fields
 
 from .toy import FFN, Config, Net, config
@@ -86,6 +87,35 @@ def test_keywords_of_the_function_that_a_model_says_it_was_made_by(options):
     assert Mixer.__init__ is made  # it was looked at, and left as it was
 
 
+class Stages(nn.Module):
+    """Inner widths come in a list, as stages of large networks have them."""
+
+    def __init__(self, inner=(8, 12), width=7):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, width), nn.Linear(width, 2)
+        self.one = nn.Sequential(FFN(width, inner[0]), FFN(width, inner[0]))
+        self.two = nn.Sequential(FFN(width, inner[1]), FFN(width, inner[1]))
+
+    def forward(self, x):
+        return self.head(self.two(self.one(self.stem(x))))
+
+
+def stages_small(**options: Any) -> nn.Module:
+    model = Stages(**options)
+    model.pretrained_cfg, model._model_args = {"architecture": "stages_small"}, options
+    return model
+
+
+def test_keywords_that_are_lists_are_given_whole():
+    oto = OTO(stages_small(), torch.randn(2, 3), layout="uniform", skip_patterns=["one", "stem"])
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "config" and subnet.config == {"inner": [8, subnet.model.two[0].up.out_features]}
+    again = stages_small(**subnet.config)
+    again.load_state_dict(subnet.model.state_dict())
+    assert again.two[0].up.out_features < 12 and subnet.model._model_args == subnet.config
+
+
 def test_a_function_that_says_nothing_leaves_ties_alone():
     class Odd(Mixer):
         def __init__(self, **options):
@@ -98,7 +128,10 @@ def test_a_function_that_says_nothing_leaves_ties_alone():
     try:
         model = odd()
         model.pretrained_cfg = {"architecture": "odd"}
-        oto = OTO(model, torch.randn(2, 3), layout="uniform")
+        with pytest.warns(
+            UnstatedWarning, match="no config states the widths of Odd: the numbers that it is made from"
+        ):
+            oto = OTO(model, torch.randn(2, 3), layout="uniform")
         assert Recipe.of(model) is not None
         assert {g.tie for g in oto.node_groups if g.prunable} == {None, "blocks.*.up.weight"}
         oto.random_set_zero_groups(0.5)
