@@ -468,10 +468,10 @@ def as_named(
         asked[pattern] = {g.name: least_kept(g.size, n, by[g.name]) for g, n in atoms.items() if g.name in by}
         _require_free(pattern, [g for g, n in atoms.items() if g.name not in by and n < g.size], asked[pattern])
     own = {g.name: max((some_[g.name] for some_ in asked.values() if g.name in some_), default=g.size) for g in groups}
-    ties: dict[str | None, int] = {}
+    shares: dict[str | None, float] = {}  # by tie
     for group in groups:
-        ties[group.tie] = max(ties.get(group.tie, 0), own[group.name])
-    counts = {g.name: own[g.name] if g.tie is None else ties[g.tie] for g in groups}
+        shares[group.tie] = max(shares.get(group.tie, 0), own[group.name] / group.size)
+    counts = {g.name: own[g.name] if g.tie is None else round(shares[g.tie] * g.size) for g in groups}
     _require_followed(asked, counts, groups)
     return np.array(list(counts.values()), dtype=np.int64)
 
