@@ -88,6 +88,7 @@ def test_the_name_of_a_group_means_that_group_alone():
     assert left({"q.*": 0.5}) == [4, 8]
 
 
+@pytest.mark.filterwarnings("ignore:layout=")  # that no config states it
 def test_groups_of_a_tie_are_named_together():
     blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 4)) for _ in range(3)))
     oto = OTO(blocks, torch.randn(2, 4), layout="uniform")
