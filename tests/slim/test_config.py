@@ -77,22 +77,24 @@ def test_a_field_of_a_list():
 
 def test_of_two_fields_of_one_value_the_other_may_be_meant():
     class Heads(nn.Module):
-        """A product of two fields that are equal; a norm shows which of them is smaller."""
+        """8 heads and 4 keys of 8. A smaller width of all would do for both, but for the scale that is as wide."""
 
         def __init__(self, config):
             super().__init__()
             self.config = config
-            self.up, self.down = nn.Linear(3, config.each * config.heads), nn.Linear(config.each * config.heads, 2)
+            self.ups = nn.ModuleList([nn.Linear(3, n * config.each) for n in (config.heads, config.keys)])
+            self.downs = nn.ModuleList([nn.Linear(n * config.each, 2) for n in (config.heads, config.keys)])
             self.scale = nn.Parameter(torch.rand(config.each))
 
         def forward(self, x):
-            y = self.up(x).unflatten(-1, (self.config.heads, -1))
-            return self.down((y.relu() * (1 + y.mean(-1, keepdim=True).abs()) * self.scale).flatten(-2))
+            each = zip(self.ups, self.downs, (self.config.heads, self.config.keys), strict=True)
+            return sum(down((up(x).unflatten(-1, (n, -1)) * self.scale).flatten(-2)) for up, down, n in each)
 
-    partition = OTO(Heads(Config(each=8, heads=8)), torch.randn(1, 3)).partition
-    heads = next(g for g in partition.groups if g.prunable and all(p.parameter != "scale" for p in g.slices))
-    thin = thinning(partition, {heads.name: np.arange(4)})
-    assert solve(Recipe.of(Heads(Config(each=8, heads=8))), thin) == {"heads": 4}
+    model = Heads(Config(each=8, heads=8, keys=4))
+    partition = OTO(model, torch.randn(1, 3)).partition
+    free = [g for g in partition.groups if g.prunable and all(p.parameter != "scale" for p in g.slices)]
+    thin = thinning(partition, {g.name: np.arange(g.size // 2) for g in free})
+    assert solve(Recipe.of(model), thin) == {"heads": 4, "keys": 2}
 
 
 def test_nothing_of_another_size_is_made():
