@@ -139,7 +139,7 @@ Skip = Annotated[
 Everything = Annotated[
     bool, typer.Option("--everything", help="also what the model's own class cannot express; slim is a graph then")
 ]
-Layout = Annotated[str | None, typer.Option(help="uniform: repeated blocks keep equally many of everything")]
+Layout = Annotated[str | None, typer.Option(help="uniform: repeated blocks keep equally many; stock: and width = heads x their width")]
 Align = Annotated[
     list[str] | None,
     typer.Option(
