@@ -139,7 +139,9 @@ Skip = Annotated[
 Everything = Annotated[
     bool, typer.Option("--everything", help="also what the model's own class cannot express; slim is a graph then")
 ]
-Layout = Annotated[str | None, typer.Option(help="uniform: repeated blocks keep equally many; stock: and width = heads x their width")]
+Layout = Annotated[
+    str | None, typer.Option(help="uniform: repeated blocks keep equally many; stock: and as wide as its heads")
+]
 Align = Annotated[
     list[str] | None,
     typer.Option(
