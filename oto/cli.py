@@ -144,7 +144,9 @@ Only = Annotated[
 Everything = Annotated[
     bool, typer.Option("--everything", help="also what the model's own class cannot express; slim is a graph then")
 ]
-Layout = Annotated[str | None, typer.Option(help="uniform: repeated blocks keep equally many of everything")]
+Layout = Annotated[
+    str | None, typer.Option(help="uniform: repeated blocks keep equally many; stock: and as wide as its heads")
+]
 Align = Annotated[
     list[str] | None,
     typer.Option(

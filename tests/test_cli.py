@@ -101,7 +101,7 @@ def test_preview_takes_every_target(here):
     assert [w["after"] for w in named["widths"]] == [4, 5]
     aligned = as_json("preview", *given, "--target-group-sparsity", "0.25", "--align", "4")
     assert aligned["widths"] == groups["widths"] and "align=4" in aligned["how"]
-    named = as_json("preview", *given, "--target-params", "0.8", "--align", "0.*=4", "--align", "3.weight=1")
+    named = as_json("preview", *given, "--target-params", "0.8", "--align", "0.*=4", "--align", "5.weight=1")
     assert named["widths"][0]["after"] % 4 == 0
     assert call("preview", *given, "--target-params", "0.8", "--align", "4", "--align", "8").exit_code == 2
     assert "'gguf-k'" in call("preview", *given, "--target-params", "0.8", "--align", "nf4").output
