@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import os
 import warnings
 import weakref
@@ -30,11 +31,13 @@ from oto.errors import (
     OptionError,
     ShrinkError,
     StaleWrapperError,
+    TargetError,
     TooLateError,
     TraceError,
     UnknownOpWarning,
     UnknownParameterError,
     UnstatedWarning,
+    first_line,
     some,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
@@ -85,6 +88,8 @@ from oto.subnet import Subnet
 from oto.trace.found import as_found
 from oto.trace.record import record, told
 from oto.trace.state import State, undone
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
@@ -444,7 +449,8 @@ class OTO:
         refuse_unknown(options, Choice.of, "preview")
         target = {name: options.pop(name) for name in UNITS if name in options}
         batches = list(batches)
-        options = ({} if batches else FROM_MAGNITUDE) | self._aligned(options)
+        options["align"] = self._align(target | options)
+        options = ({} if batches else FROM_MAGNITUDE) | options
         latency = self._latency(target | options)
         choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)
         modes = [(module, module.training) for module in self.model.modules()]
@@ -491,10 +497,20 @@ class OTO:
 
         return measured_latency(self._timer, float(goal), least, choose, options.get("group_divisible", 1))
 
-    def _aligned(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a choice, with the multiple that suits where the parameters are, if none is asked for."""
-        on_cuda = any(p.is_cuda for p in self.model.parameters())
-        return {**options, "align": ON_CUDA if on_cuda else 1} if options.get("align") is None else dict(options)
+    def _align(self, options: Mapping[str, Any]) -> Align:
+        """What sizes are multiples of: as asked, else what suits where the parameters are and can meet the target."""
+        asked: Align | None = options.get("align")
+        if asked is not None or not any(p.is_cuda for p in self.model.parameters()):
+            return 1 if asked is None else asked
+        target = {name: options.get(name) for name in UNITS if name != "target_latency_ms"}
+        limits = {name: options[name] for name in ("scope", "min_kept", "group_divisible") if name in options}
+        try:
+            if any(value is not None for value in target.values()):
+                Choice.of(self.node_groups, target, costs=self.costs, align=ON_CUDA, **limits)
+        except (TargetError, NothingPrunableError) as refused:
+            log.warning("align=%d, the default on CUDA, is left out: %s", ON_CUDA, first_line(refused))
+            return 1
+        return ON_CUDA
 
     @property
     def _timer(self) -> Timer:
@@ -528,7 +544,7 @@ class OTO:
                 NotPrunedWarning,
                 stacklevel=3,
             )
-        options = self._aligned(options)
+        options = {**options, "align": self._align(options)}
         given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
         latency = self._latency(options)
         optimizer = kind(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)
