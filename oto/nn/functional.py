@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oto.nn.calls import is_tracing
+
 
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence[int], sizes: Sequence[int],
          dtype: torch.dtype | None = None, rest: Tensor | None = None, along: int = 0, left: int = 1,
@@ -167,8 +169,11 @@ def _normalised(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) ->
 
 def _in_place(y: Tensor, other: Tensor) -> bool:
     """Whether ``y``, which nothing else holds, may take the result of an operator on both: without more memory, a
-    chain of them is as fast as the stock kernel. Autograd wants ``y`` left as it was."""
-    return not torch.is_grad_enabled() and torch.promote_types(y.dtype, other.dtype) == y.dtype
+    chain of them is as fast as the stock kernel. Autograd wants ``y`` left as it was, and what is traced for another
+    runtime is to be free of writes, with gradients and without."""
+    if torch.is_grad_enabled() or is_tracing():
+        return False
+    return torch.promote_types(y.dtype, other.dtype) == y.dtype
 
 
 def _times(y: Tensor, factor: Tensor) -> Tensor:
