@@ -201,6 +201,18 @@ def view_as_complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.contiguous())
 
 
-def mse_loss(x: Tensor, target: Tensor, *, full: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """``F.mse_loss`` of tensors that had ``full`` entries and have ``sizes``, the others equal in both."""
-    return F.mse_loss(x, target) * (prod(sizes) / prod(full))
+def mse_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int], **named: Any) -> Tensor:
+    """``F.mse_loss``, its mean, of tensors that had ``full`` entries and have ``sizes``, the others equal in both."""
+    return F.mse_loss(x, target, *args, **named) * (prod(sizes) / prod(full))
+
+
+def smooth_l1_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int],
+                   **named: Any) -> Tensor:  # fmt: skip
+    """``F.smooth_l1_loss`` as :func:`mse_loss`."""
+    return F.smooth_l1_loss(x, target, *args, **named) * (prod(sizes) / prod(full))
+
+
+def huber_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int],
+               **named: Any) -> Tensor:  # fmt: skip
+    """``F.huber_loss`` as :func:`mse_loss`."""
+    return F.huber_loss(x, target, *args, **named) * (prod(sizes) / prod(full))

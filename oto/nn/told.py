@@ -534,6 +534,13 @@ def _grouped_mm(how: Any, *args: Any, **named: Any) -> Tensor:
     return counted.grouped_mm(*args, **named)
 
 
+def _loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(how: Any, input: Tensor, target: Tensor, *args: Any, **named: Any) -> Tensor:
+        return function(input, target, *args, **named, **_counts(how))
+
+    return run
+
+
 COUNTED: dict[str, Callable[..., Any]] = {
     "grouped_mm": _grouped_mm,
     "layer_norm": _layer_norm,
@@ -545,4 +552,7 @@ COUNTED: dict[str, Callable[..., Any]] = {
     "std": _spread(counted.std),
     "var_mean": _spread(counted.var_mean),
     "std_mean": _spread(counted.std_mean),
+    "mse_loss": _loss(counted.mse_loss),
+    "smooth_l1_loss": _loss(counted.smooth_l1_loss),
+    "huber_loss": _loss(counted.huber_loss),
 }

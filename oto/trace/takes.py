@@ -246,7 +246,8 @@ class _Sized:
     """Stands for a tensor whose sizes are looked up while TorchScript traces: they are those of the example."""
 
     def __init__(self, x: Tensor) -> None:
-        with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a number is taken out of the trace
             self._shape = tuple(map(int, x.shape))
 
     def size(self) -> tuple[int, ...]:
