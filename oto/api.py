@@ -751,8 +751,8 @@ class OTO:
             remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
             if masked := masks(self.model):
                 remedy = (
-                    f"what torch.nn.utils.prune masks counts as zero ({some(masked)}), but no whole group is: mask whole"
-                    " rows, and each bias with its row"
+                    f"what torch.nn.utils.prune masks counts as zero ({some(masked)}), but no whole group is: mask"
+                    " whole rows, and each bias with its row"
                 )
         else:
             return None
