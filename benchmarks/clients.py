@@ -12,14 +12,15 @@ environment, into the same `docs/benchmarks/clients.jsonl`. Every client and arc
 Models are small and their weights random; nothing is downloaded. A slim one is what `oto.hesso(target_params=.6)`
 arrives at in one step without gradients, by the magnitude of the weights. *takes it* says that the client reads the
 model without `oto`; *differs by* is the largest difference of what it gives from what the same model gives in PyTorch,
-relative to the largest entry: of quantised models that is what quantisation costs, for full and slim alike. MB are those
-of what the client holds or writes. The milliseconds are of one forward pass, in turns, on one thread, the median of
-fifteen.
+relative to the largest entry: of quantised models that is what quantisation costs, for full and slim alike. MB are
+those of what the client holds or writes. The milliseconds are of one forward pass, in turns, on one thread, the median
+of fifteen.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import json
 import os
@@ -342,15 +343,19 @@ def onnxruntime_genai(subject: Subject, folder: Path, args: argparse.Namespace) 
 
 
 def openvino(subject: Subject, folder: Path, args: argparse.Namespace) -> Taken:
-    """What it makes of the module itself."""
+    """What it makes of the module itself; where that has operators that it does not know, of the ONNX file."""
     import openvino as ov
 
     example = subject.example if subject.by_name else next(iter(subject.example.values()))
-    program = ov.convert_model(subject.model, example_input=example)
+    try:
+        program = ov.convert_model(subject.model, example_input=example)
+    except ov.frontend.OpConversionFailure:
+        subject.export(folder / "model.onnx")
+        program = ov.convert_model(folder / "model.onnx")
     ov.save_model(program, folder / "model.xml", compress_to_fp16=False)
     compiled = ov.compile_model(program, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
     given = [x.numpy() for x in subject.example.values()]
-    return Taken(lambda: torch.from_numpy(compiled(given)[0]), weight(folder, "model.*"))
+    return Taken(lambda: torch.from_numpy(compiled(given)[0]), weight(folder, "model.xml", "model.bin"))
 
 
 def ctranslate2(subject: Subject, folder: Path, args: argparse.Namespace) -> Taken:
@@ -404,13 +409,13 @@ def peft(subject: Subject, folder: Path, args: argparse.Namespace) -> Taken:
     """Adapters on all linear layers (on convolutions), trained for a step, saved, read, and merged."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    import copy
-
     linear = [n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and "head" not in n]
     config = LoraConfig(r=4, target_modules=linear)
     adapted: Any = get_peft_model(copy.deepcopy(subject.model), config)
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 0.1)
-    first(adapted(**subject.example) if subject.by_name else adapted(*subject.example.values())).square().mean().backward()
+    given = subject.example
+    outputs = adapted(**given) if subject.by_name else adapted(*given.values())
+    first(outputs).square().mean().backward()
     optimizer.step()
     expected = subject.run(adapted.eval())
     adapted.save_pretrained(folder / "adapter")
@@ -423,8 +428,6 @@ def peft(subject: Subject, folder: Path, args: argparse.Namespace) -> Taken:
 
 def torchao(subject: Subject, folder: Path, args: argparse.Namespace, how: str = "int8") -> Taken:
     """Int8 weights; or int4 weights in groups of 32 with int8 activations (8da4w)."""
-    import copy
-
     from torchao import quantization as q
 
     model = copy.deepcopy(subject.model)

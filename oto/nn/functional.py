@@ -153,9 +153,10 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
 def _normalised(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) -> Tensor:
     """``x`` less the mean over ``d`` entries, of which ``k`` are present, over the root of their variance."""
     work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or is_tracing():
         # Σ(x − m)² / D + (D − k)/D · m² with the mean of those present, k/D · m being that of all: one pass, as the
         # stock norm is compiled. Not compiled, var_mean is many times slower on a CPU than all of what follows.
+        # Of what follows, OpenVINO 2026.4 makes a kernel that is wrong in all but the first rows.
         share = k / d
         var, mean = torch.var_mean(work, dims, correction=0, keepdim=True)
         scale = torch.rsqrt(share * var + share * (1 - share) * mean.square() + eps)

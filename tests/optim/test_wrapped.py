@@ -51,7 +51,7 @@ def test_what_cannot_prune_is_refused_as_base_too(how):
     model = net()
     base = {"an optimizer": torch.optim.LBFGS(model.parameters()), "a class": torch.optim.LBFGS}.get(how, Own)
     with pytest.raises(OptionError, match=r"base is a (LBFGS|Own): it evaluates the loss several times in a step"):
-        hesso(model, base=base)
+        OTO(model, X).hesso(base=base, target_group_sparsity=0.5, total_steps=9)
 
 
 @pytest.mark.parametrize("name, reason", [("LBFGS", "several times in a step"), ("SparseAdam", "sparse gradients")])

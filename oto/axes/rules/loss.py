@@ -83,4 +83,4 @@ fixed(
     aten.multi_margin_loss, aten.multilabel_margin_loss, aten.multilabel_margin_loss_forward,
     why="targets name classes by their places",
 )  # fmt: skip
-fixed(aten.ctc_loss, aten._ctc_loss, aten._cudnn_ctc_loss, why="labels name classes by their places, and time runs")
+fixed(aten.ctc_loss, aten._ctc_loss, why="labels name classes by their places, and time runs")
