@@ -27,7 +27,6 @@ from oto.axes.call import Size
 from oto.errors import EmitterError, VerificationError, out_of_memory
 from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import settled
-from oto.groups.node_group import clear_
 from oto.groups.policy import keep_whole
 from oto.nn import functional as counted
 from oto.slim.config import solve, stock
@@ -193,8 +192,9 @@ class _Trial:
                     p.add_(torch.rand(p.shape, generator=generator).to(p), alpha=0.1)
             for group in self.groups:
                 for piece in group.zeros if group.name in kept else ():
+                    entries = piece.of(parameters[piece.parameter])
                     gone = np.setdiff1d(np.arange(group.size), kept[group.name])
-                    clear_(piece.of(parameters[piece.parameter]), torch.from_numpy(gone))
+                    entries.index_fill_(0, torch.from_numpy(gone).to(entries.device), 0)
         return full
 
 
