@@ -326,10 +326,12 @@ def onnxruntime(subject: Subject, folder: Path, args: argparse.Namespace) -> Tak
 def onnxruntime_genai(subject: Subject, folder: Path, args: argparse.Namespace) -> Taken:
     """The program that its own builder makes of the folder; what it gives are the logits of the last token."""
     import onnxruntime_genai as og
-    from onnxruntime_genai.models.builder import create_model
 
-    source = folder_of(subject, folder / "hf", "words")
-    create_model(None, str(source), str(folder / "genai"), "fp32", "cpu", str(folder / "cache"))
+    source, builder = folder_of(subject, folder / "hf", "words"), "onnxruntime_genai.models.builder"
+    command = [sys.executable, "-m", builder, "-i", str(source), "-o", str(folder / "genai"), "-p", "fp32", "-e", "cpu"]
+    done = subprocess.run([*command, "-c", str(folder / "cache")], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
     model = og.Model(str(folder / "genai"))
 
     def call() -> Tensor:
