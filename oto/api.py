@@ -43,6 +43,7 @@ from oto.errors import (
 from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
 from oto.groups.align import ON_CUDA, Align, multiples
 from oto.groups.layout import LAYOUTS, drawn, evened, settled, shared_out, tied
+from oto.groups.node_group import clear_
 from oto.groups.policy import (
     MinKept,
     Pattern,
@@ -75,7 +76,7 @@ from oto.slim.construct import construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.layout import stated
 from oto.slim.own_class import OwnClass, limited, own_class
-from oto.slim.plan import read_zeros
+from oto.slim.plan import masks, read_zeros
 from oto.slim.proof import Zeroed
 from oto.slim.recipe import Recipe
 from oto.slim.reference import FLOAT64
@@ -675,8 +676,7 @@ class OTO:
         with torch.no_grad():
             for group in self.node_groups:
                 for piece in group.zeros if group.name in chosen else ():
-                    entries = piece.of(parameters[piece.parameter])
-                    entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
+                    clear_(piece.of(parameters[piece.parameter]), torch.tensor(chosen[group.name]))
 
     def _cost(self, kept: Mapping[str, int] | None = None) -> Cost:
         return cost(self.partition, kept)
@@ -842,12 +842,10 @@ class OTO:
             )
         elif not zero and (optimizer is None or not optimizer.num_removed):
             remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
-            names = {name for name, _ in self.model.named_parameters()}
-            masked = [n for n, _ in self.model.named_buffers() if f"{n.removesuffix('_mask')}_orig" in names]
-            if masked:
+            if masked := masks(self.model):
                 remedy = (
-                    f"the zeros are in masks ({some(masked)}): torch.nn.utils.prune.remove writes them into the"
-                    " parameters; a bias has to be zero with its row"
+                    f"what torch.nn.utils.prune masks counts as zero ({some(masked)}), but no whole group is: mask"
+                    " whole rows, and each bias with its row"
                 )
         else:
             return None

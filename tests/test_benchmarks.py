@@ -211,3 +211,60 @@ def test_a_model_that_another_process_has_in_hand_is_left_to_it(latency: Any, tm
         latency.main([*flags, "--modes", "eager"])
     assert not results.exists() and latency.left(args, "small") == [(t, "eager") for t in latency.TARGETS]
     assert latency.parsed([*flags, "--device", "cuda"]).modes == ["eager", "compiled"]
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script with a small network, and clients that take no time: one of each kind."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import clients
+
+    def takes(subject: Any, folder: Path, args: Any) -> Any:
+        return clients.Taken(lambda: subject.run(subject.model), clients.held(subject.model))
+
+    def fails(subject: Any, folder: Path, args: Any) -> Any:
+        raise ValueError("heads | width\nmore")
+
+    small = clients.Architecture(Small, lambda: {"x": torch.randn(2, 3, 12, 12)}, layout=None)
+    monkeypatch.setattr(clients, "ARCHITECTURES", {"small": small})
+    made = {
+        "takes": clients.Client(takes, ["torch"], ["small"]),
+        "fails": clients.Client(fails, ["torch"], ["small"]),
+        "absent": clients.Client(takes, ["no_such_package"], ["small"]),
+    }
+    monkeypatch.setattr(clients, "CLIENTS", made)
+    return clients
+
+
+@pytest.mark.filterwarnings("ignore")  # nothing is trained
+def test_what_clients_make_of_a_model(clients: Any) -> None:
+    args = clients.parsed([])
+    common = {"versions": {"torch": "2"}, "machine": "here"}
+    lines = [line | common for name in clients.CLIENTS for line in clients.measure(name, "small", args)]
+    full, slim, *others = lines
+    assert (full["model"], slim["model"]) == ("full", "slim") and full["differs"] == slim["differs"] == 0
+    assert slim["params"] <= 0.6 * full["params"] and slim["bytes"] == 4 * slim["params"] and slim["ms"] > 0
+    assert {line["refused"] for line in others[:2]} == {"ValueError: heads | width"}
+    assert {line["skipped"] for line in others[2:]} == {"no_such_package cannot be imported: ModuleNotFoundError"}
+    page = clients.table(lines)
+    assert "| takes | small | full |" in page and "**no**: ValueError: heads / width" in page
+    assert "| absent | small | full | – | not measured: no_such_package" in page
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_only_what_was_skipped_is_measured_again(clients: Any, tmp_path: Path) -> None:
+    results = tmp_path / "clients.jsonl"
+    args = clients.parsed([f"--results={results}"])
+    pairs = [(name, "small") for name in clients.CLIENTS]
+    assert clients.left(args) == pairs
+    for name, architecture in pairs:
+        for line in clients.measure(name, architecture, args):
+            clients.append(results, line)
+    assert clients.left(args) == [("absent", "small")]
+    assert clients.left(clients.parsed([f"--results={results}", "--again"])) == pairs
+
+
+def test_a_form_that_this_version_does_not_know_is_skipped(clients: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(clients.FORMS, "new", ({}, {"no_such_option": 8}))
+    with pytest.raises(clients.Skipped, match="no_such_option"):
+        clients.slim("small", "new")

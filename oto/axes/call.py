@@ -476,7 +476,9 @@ class Call:
         """Name the arguments that state sizes; each is a term, or a list with terms in it."""
         schema = self.node.op._schema.arguments  # type: ignore[attr-defined]
         positions = {argument.name: i for i, argument in enumerate(schema)}
-        args, kwargs = list(self.node.args), dict(self.node.kwargs)
+        found = self.tape.rewrites.get(self.node.index)  # others may have been named before
+        known = found if found is not None and found.op is self.node.op else self.node
+        args, kwargs = list(known.args), dict(known.kwargs)
         for name, value in sizes.items():
             if positions[name] < len(args):
                 args[positions[name]] = value

@@ -111,8 +111,21 @@ def _more(rest: Sequence[Slice]) -> str:
     return f" and {len(rest)} more" if rest else ""
 
 
+def computable(tensor: Tensor) -> Tensor:
+    """A tensor of 8-bit floats in float32, for torch computes next to nothing with them; any other one as it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
+def clear_(entries: Tensor, rows: Tensor) -> None:
+    """Bring rows to zero, whatever they are."""
+    if computable(entries) is not entries:
+        entries = entries.view(torch.uint8)  # zero is eight bits that are not set
+    entries.index_fill_(0, rows.to(entries.device), 0)
+
+
 def is_finite(tensor: Tensor) -> Tensor:
     """Whether all entries are finite, as a bool tensor of no dimension: nothing is read back from a device."""
+    tensor = computable(tensor)
     if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.numel():
         return torch.stack(torch.aminmax(tensor.detach())).isfinite().all()  # one pass, 50 times as fast
     return tensor.detach().isfinite().all()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oto._torch import constant, followed_lines
+from oto._torch import constant, followed_lines, tree_leaves
 
 # --- what it states ---------------------------------------------------------------------------------------------------
 
@@ -44,14 +44,14 @@ def first_tensor(arguments: Any) -> Tensor | None:
 is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]  # without a type in some releases
 
 
-def numbers_of(arguments: Any) -> list[int | float]:
-    """The numbers among arguments, in their order."""
+def numbers_of(arguments: Any, traced: TracedSizes | None = None) -> list[int | float]:
+    """The numbers among arguments, in their order; tensors that stand for sizes, too, where these are known."""
     found: list[int | float] = []
-    _walk(arguments, lambda number: found.append(number) or number)  # type: ignore[func-returns-value]
+    _walk(arguments, lambda number: found.append(number) or number, traced)  # type: ignore[func-returns-value]
     return found
 
 
-def replaced(arguments: Any, new: Mapping[int, int | float]) -> Any:
+def replaced(arguments: Any, new: Mapping[int, int | float], traced: TracedSizes | None = None) -> Any:
     """Arguments with other numbers in some places."""
     place = -1
 
@@ -60,24 +60,47 @@ def replaced(arguments: Any, new: Mapping[int, int | float]) -> Any:
         place += 1
         return new.get(place, number)
 
-    return _walk(arguments, put)
+    return _walk(arguments, put, traced)
 
 
-def _walk(x: Any, put: Callable[[Any], Any]) -> Any:
-    if isinstance(x, Tensor):  # while TorchScript traces, sizes are tensors
-        traced = is_tracing()
-        return put(x) if traced and x.ndim == 0 and x.dtype == torch.int64 else x
+def _walk(x: Any, put: Callable[[Any], Any], traced: TracedSizes | None) -> Any:
+    if isinstance(x, Tensor):
+        return x if traced is None or x not in traced else put(x)
     if isinstance(x, bool):
         return x
     if isinstance(x, (int, float, torch.SymInt)):
         return put(x)
     if isinstance(x, torch.Size):
-        return tuple(_walk(item, put) for item in x)
+        return tuple(_walk(item, put, traced) for item in x)
     if isinstance(x, (tuple, list)):
-        return type(x)(_walk(item, put) for item in x)
+        return type(x)(_walk(item, put, traced) for item in x)
     if isinstance(x, slice):
-        return slice(_walk(x.start, put), _walk(x.stop, put), _walk(x.step, put))
-    return {name: _walk(item, put) for name, item in x.items()} if isinstance(x, dict) else x
+        return slice(*(_walk(part, put, traced) for part in (x.start, x.stop, x.step)))
+    return {name: _walk(item, put, traced) for name, item in x.items()} if isinstance(x, dict) else x
+
+
+class TracedSizes:
+    """While TorchScript traces, sizes are tensors without dimensions, and so is what is computed of them.
+
+    ``64 ** -0.5`` is a number in the code that runs; where 64 is a size, it is a tensor of ``float32`` there, and
+    the power a call of a torch function.
+    """
+
+    def __init__(self) -> None:
+        self._computed: dict[int, Tensor] = {}  # held, so that no other tensor gets the id of one
+
+    def __contains__(self, x: Tensor) -> bool:
+        return x.ndim == 0 and (x.dtype == torch.int64 or id(x) in self._computed)
+
+    def are_all(self, arguments: Any) -> bool:
+        """Whether there are tensors among arguments, and all of them are sizes: a call of arithmetic."""
+        tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+        return bool(tensors) and all(x in self for x in tensors)
+
+    def add(self, result: Any) -> None:
+        """The result of such a call."""
+        if isinstance(result, Tensor) and not result.ndim:
+            self._computed[id(result)] = result
 
 
 # --- where it is made -------------------------------------------------------------------------------------------------

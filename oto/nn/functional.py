@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oto.nn.calls import is_tracing
+
 
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence[int], sizes: Sequence[int],
          dtype: torch.dtype | None = None, rest: Tensor | None = None, along: int = 0, left: int = 1,
@@ -151,9 +153,10 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
 def _normalised(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) -> Tensor:
     """``x`` less the mean over ``d`` entries, of which ``k`` are present, over the root of their variance."""
     work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or is_tracing():
         # Σ(x − m)² / D + (D − k)/D · m² with the mean of those present, k/D · m being that of all: one pass, as the
         # stock norm is compiled. Not compiled, var_mean is many times slower on a CPU than all of what follows.
+        # Of what follows, OpenVINO 2026.4 makes a kernel that is wrong in all but the first rows.
         share = k / d
         var, mean = torch.var_mean(work, dims, correction=0, keepdim=True)
         scale = torch.rsqrt(share * var + share * (1 - share) * mean.square() + eps)
@@ -167,8 +170,11 @@ def _normalised(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) ->
 
 def _in_place(y: Tensor, other: Tensor) -> bool:
     """Whether ``y``, which nothing else holds, may take the result of an operator on both: without more memory, a
-    chain of them is as fast as the stock kernel. Autograd wants ``y`` left as it was."""
-    return not torch.is_grad_enabled() and torch.promote_types(y.dtype, other.dtype) == y.dtype
+    chain of them is as fast as the stock kernel. Autograd wants ``y`` left as it was, and what is traced for another
+    runtime is to be free of writes, with gradients and without."""
+    if torch.is_grad_enabled() or is_tracing():
+        return False
+    return torch.promote_types(y.dtype, other.dtype) == y.dtype
 
 
 def _times(y: Tensor, factor: Tensor) -> Tensor:
@@ -196,6 +202,18 @@ def view_as_complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.contiguous())
 
 
-def mse_loss(x: Tensor, target: Tensor, *, full: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """``F.mse_loss`` of tensors that had ``full`` entries and have ``sizes``, the others equal in both."""
-    return F.mse_loss(x, target) * (prod(sizes) / prod(full))
+def mse_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int], **named: Any) -> Tensor:
+    """``F.mse_loss``, its mean, of tensors that had ``full`` entries and have ``sizes``, the others equal in both."""
+    return F.mse_loss(x, target, *args, **named) * (prod(sizes) / prod(full))
+
+
+def smooth_l1_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int],
+                   **named: Any) -> Tensor:  # fmt: skip
+    """``F.smooth_l1_loss`` as :func:`mse_loss`."""
+    return F.smooth_l1_loss(x, target, *args, **named) * (prod(sizes) / prod(full))
+
+
+def huber_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int],
+               **named: Any) -> Tensor:  # fmt: skip
+    """``F.huber_loss`` as :func:`mse_loss`."""
+    return F.huber_loss(x, target, *args, **named) * (prod(sizes) / prod(full))

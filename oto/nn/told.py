@@ -29,7 +29,17 @@ from torch.overrides import TorchFunctionMode
 from oto._torch import constant
 from oto.errors import ClassChangedError, UnseenPathError
 from oto.nn import functional as counted
-from oto.nn.calls import first_tensor, is_tracing, name_of, nesting, numbers_of, replaced, site_of_call, user_module
+from oto.nn.calls import (
+    TracedSizes,
+    first_tensor,
+    is_tracing,
+    name_of,
+    nesting,
+    numbers_of,
+    replaced,
+    site_of_call,
+    user_module,
+)  # fmt: skip
 from oto.nn.overrides import FullCount, Given, Json, Override, Overrides, Pieces, Sizes, from_json, to_json
 
 Time = tuple[str, str, int]
@@ -242,12 +252,17 @@ class _Telling(TorchFunctionMode):
         self.names = {name for _, name in self.ends}
         self.seen: dict[tuple[str, str], int] = {}
         self.kept: dict[tuple[str, str, int], Any] = {}
+        self.traced = TracedSizes() if is_tracing() else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
+        if self.traced is not None and self.traced.are_all((args, kwargs)):  # no call where sizes are numbers
+            result = func(*args, **kwargs)
+            self.traced.add(result)
+            return result
         if name not in self.names:
             return func(*args, **kwargs)
         site = site_of_call(self.depth)
@@ -280,8 +295,9 @@ class _Telling(TorchFunctionMode):
             return args[0].split(list(how.sizes), how.dim)
         sizes = how.stated
         if sizes is not None and not (self.analysed and isinstance(how, FullCount)):
-            new = _numbers(sizes, name_of(func), numbers_of((args, kwargs)), self.learned is not None)
-            args, kwargs = replaced((args, kwargs), new)
+            stated = numbers_of((args, kwargs), self.traced)
+            new = _numbers(sizes, name_of(func), stated, self.learned is not None)
+            args, kwargs = replaced((args, kwargs), new, self.traced)
         if isinstance(how, FullCount):
             return _of_what_is_left(how, func, args, kwargs) if self.analysed else self.count(how, args, kwargs)
         return func(*args, **kwargs)
@@ -518,6 +534,13 @@ def _grouped_mm(how: Any, *args: Any, **named: Any) -> Tensor:
     return counted.grouped_mm(*args, **named)
 
 
+def _loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(how: Any, input: Tensor, target: Tensor, *args: Any, **named: Any) -> Tensor:
+        return function(input, target, *args, **named, **_counts(how))
+
+    return run
+
+
 COUNTED: dict[str, Callable[..., Any]] = {
     "grouped_mm": _grouped_mm,
     "layer_norm": _layer_norm,
@@ -529,4 +552,7 @@ COUNTED: dict[str, Callable[..., Any]] = {
     "std": _spread(counted.std),
     "var_mean": _spread(counted.var_mean),
     "std_mean": _spread(counted.std_mean),
+    "mse_loss": _loss(counted.mse_loss),
+    "smooth_l1_loss": _loss(counted.smooth_l1_loss),
+    "huber_loss": _loss(counted.huber_loss),
 }

@@ -48,7 +48,7 @@ from oto.errors import (
     some,
     users_level,
 )
-from oto.groups.node_group import NodeGroup, is_finite
+from oto.groups.node_group import NodeGroup, clear_, is_finite
 from oto.optim.choice import Choice
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
@@ -452,8 +452,7 @@ class SparseOptimizer(Optimizer):
         for group in self.node_groups:
             rows = torch.from_numpy(np.flatnonzero(~left[group.name]))
             for piece in group.zeros if len(rows) else ():
-                entries = piece.of(parameters[piece.parameter].detach())
-                entries.index_fill_(0, rows.to(entries.device), 0)
+                clear_(piece.of(parameters[piece.parameter].detach()), rows)
 
     def shrink_(
         self, moved: Sequence[Moved], groups: Sequence[NodeGroup], left: Mapping[str, NDArray[np.bool_]]
@@ -716,8 +715,7 @@ class SparseOptimizer(Optimizer):
         for group, own in zip(self.node_groups, self._codes(), strict=True):
             rows = rows_of(own, PRUNED)
             for piece in group.zeros if len(rows) else ():
-                entries = piece.of(tensors[piece.parameter].detach())
-                entries.index_fill_(0, rows.to(entries.device), 0)
+                clear_(piece.of(tensors[piece.parameter].detach()), rows)
 
     def commit(self) -> None:
         """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""

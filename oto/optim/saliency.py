@@ -265,7 +265,13 @@ def _over_group(values: Tensor, sizes: Sequence[int], how: str) -> Tensor:
     return values.new_zeros(len(sizes)).scatter_reduce_(0, group, values, how, include_self=False)[group]
 
 
+def _real(rows: Tensor) -> Tensor:
+    """A complex entry as its two parts, which descend and vanish together."""
+    return torch.view_as_real(rows) if rows.is_complex() else rows
+
+
 def _sq_norms(rows: Tensor) -> Tensor:
+    rows = _real(rows)
     if not rows.is_contiguous():  # torch's norm is several times slower along strided rows
         return _dots(rows, rows)
     dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -274,6 +280,7 @@ def _sq_norms(rows: Tensor) -> Tensor:
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:
+    left, right = _real(left), _real(right)
     dtype = torch.promote_types(left.dtype, torch.float32)
     product = left.to(dtype) * right.to(dtype)
     return product.sum(tuple(range(1, product.dim()))) if product.dim() > 1 else product

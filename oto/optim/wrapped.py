@@ -126,9 +126,16 @@ def _sound(base: Optimizer) -> Optimizer:
     """Refuse what only looks like an optimizer, and tell of state that no checkpoint would hold.
 
     Raises:
-        OptionError: It lacks what every torch optimizer has.
+        OptionError: It lacks what every torch optimizer has, or it cannot prune.
     """
     kind = type(base).__name__
+    why = next((REFUSED[name] for k in type(base).__mro__ if (name := k.__name__.lower()) in REFUSED), None)
+    if why is not None:
+        raise OptionError(
+            f"base is a {kind}: {why}\n"
+            "  effect  what was brought to zero would not stay zero\n"
+            "  to fix  use another optimizer, such as torch.optim.AdamW, or variant="
+        )
     missing = [name for name in ("param_groups", "state", "defaults") if not hasattr(base, name)]
     if missing:
         raise OptionError(

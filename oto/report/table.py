@@ -7,7 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
+from oto.errors import some
 from oto.groups import Cost
+from oto.slim.pickled import needs_oto
 from oto.slim.verify import Check
 
 OF_THE_CLASS = ("module", "config")
@@ -17,6 +21,8 @@ OF_THE_CLASS = ("module", "config")
 class Shrunk(Protocol):
     """What a table says of a slim model."""
 
+    @property
+    def model(self) -> nn.Module: ...
     @property
     def path(self) -> Path | None: ...
     @property
@@ -112,6 +118,8 @@ def subnet_lines(subnet: Shrunk) -> list[str]:
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")
     lines += [f"note: {note}" for note in subnet.notes]
+    if ours := needs_oto(subnet.model):
+        lines.append(f"torch.save(model) is read only where oto is installed: {some(ours, 3)}")
     if subnet.path is not None:
         lines.append(f"saved in {subnet.path}")
     return lines

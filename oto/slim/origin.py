@@ -1,7 +1,8 @@
 """Where a slim model comes from, so that one that was made slim again still loads from the first class.
 
-It is kept in the slim module itself, as the plain attribute ``_oto_origin``: copies and pickles of the module have it.
-What was done in each round is kept as it was done, and done again in the same order.
+It is kept in the slim module itself, as the plain attribute ``_oto_origin``: copies and pickles of the module have it,
+pickles as plain data, which is read where there is no ``oto``. What was done in each round is kept as it was done, and
+done again in the same order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from oto.groups import Kept
 from oto.slim.module import Edits, attribute, module_at, thin_copy
 from oto.slim.unstated import refuse_saving
 from oto.trace.found import state_of
+
+REMEMBERED = "_oto_origin"
+"""The attribute of a slim module that holds its origin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +68,15 @@ class Origin:
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self  # never written to
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ([("first", self.first), ("rounds", [done.plain() for done in self.rounds])],)
+
 
 def origin_of(model: nn.Module) -> Origin | None:
     """Where a model comes from; ``None`` if it was not made slim."""
-    found: Origin | None = vars(model).get("_oto_origin")
+    found = vars(model).get(REMEMBERED)
+    if isinstance(found, dict):  # of a pickle
+        found = vars(model)[REMEMBERED] = Origin(found["first"], tuple(map(Round.read, found["rounds"])))
     return found
 
 
@@ -75,9 +84,9 @@ def descend(slim: nn.Module, model: nn.Module, *rounds: Round) -> None:
     """Remember in ``slim`` that it was made of ``model``, which may have been made slim itself."""
     before = origin_of(model)
     if before is None:
-        vars(slim)["_oto_origin"] = Origin(skeleton(model), rounds)
+        vars(slim)[REMEMBERED] = Origin(skeleton(model), rounds)
     else:
-        vars(slim)["_oto_origin"] = Origin(before.first, (*before.rounds, *rounds))
+        vars(slim)[REMEMBERED] = Origin(before.first, (*before.rounds, *rounds))
     if not rounds[-1].edits.config:
         refuse_saving(slim, model)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from oto._torch import tree_map_only
 from oto.axes.call import Rewrite, Size
@@ -19,33 +20,38 @@ from oto.axes.terms import Axis, Term, count, resolve, survivors
 from oto.axes.terms import size as size_of
 from oto.errors import NonFiniteParameterError, some
 from oto.groups import Kept, NodeGroup, Partition
-from oto.groups.node_group import is_finite
+from oto.groups.node_group import computable, is_finite
 from oto.trace.graph import Leaf, Node
 
 
 def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArray[np.int64]]:
     """For each prunable group, the atoms to keep: those with a nonzero entry in their ZIG.
 
-    At least ``min_kept`` atoms are kept, zero or not, because a layer without channels is no layer.
+    What ``torch.nn.utils.prune`` masks is zero: the layer uses ``weight_orig`` times ``weight_mask``. At least
+    ``min_kept`` atoms are kept, zero or not, because a layer without channels is no layer.
 
     Raises:
         NonFiniteParameterError: A parameter holds NaN or infinity.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    broken = [name for name, p in parameters.items() if p.is_floating_point() and not is_finite(p)]
+    numbers = {name: p for name, p in parameters.items() if p.is_floating_point() or p.is_complex()}
+    broken = [name for name, p in numbers.items() if not is_finite(p)]
     if broken:
         raise NonFiniteParameterError(
             f"parameters hold NaN or infinity: {some(broken)}\n"
             "  effect  what such a model computes cannot be compared, so no subnet is built\n"
             "  to fix  restore a checkpoint from before the divergence; a lower learning rate or clipping avoids it"
         )
+    used = {name: p.detach() for name, p in parameters.items()}
+    for name, mask in masks(model).items():
+        used[name] = used[name] * mask.to(used[name].dtype)
     kept: dict[str, NDArray[np.int64]] = {}
     for group in groups:
         if not group.prunable:
             continue
         alive = np.zeros(group.size, dtype=bool)
         for piece in group.zeros:
-            alive |= _nonzero(piece.of(parameters[piece.parameter].detach())).cpu().numpy()
+            alive |= _nonzero(piece.of(used[piece.parameter])).cpu().numpy()
         missing = min(group.min_kept, group.size) - int(alive.sum())
         if missing > 0:
             alive[np.flatnonzero(~alive)[:missing]] = True
@@ -53,8 +59,21 @@ def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArr
     return kept
 
 
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of ``torch.nn.utils.prune``, by the names of the parameters that they mask."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        held = dict(module.named_buffers(recurse=False)) if prune.is_pruned(module) else {}
+        for name, _ in module.named_parameters(recurse=False) if held else ():
+            mask = held.get(f"{name.removesuffix('_orig')}_mask")
+            if mask is not None and name.endswith("_orig"):
+                found[f"{path}.{name}".removeprefix(".")] = mask
+    return found
+
+
 def _nonzero(entries: Tensor) -> Tensor:
     """Which rows of finite entries have one that is not zero."""
+    entries = computable(entries)
     if entries.ndim == 2 and entries.is_floating_point() and entries.numel():
         return (entries.amax(1) != 0) | (entries.amin(1) != 0)  # a third of the time
     return (entries != 0).flatten(1).any(1) if entries.ndim > 1 else entries != 0

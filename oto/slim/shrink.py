@@ -18,7 +18,7 @@ from oto.errors import EmitterError, ShrinkError, VerificationError, first_line,
 from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
 from oto.slim.config import solve
 from oto.slim.module import Edits, attribute, thin_copy, thin_tensors
-from oto.slim.origin import Round, descend, origin_of
+from oto.slim.origin import REMEMBERED, Round, descend, origin_of
 from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
 from oto.slim.plan import Thinning, thinning
 from oto.slim.proof import Zeroed
@@ -111,7 +111,7 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
     for wrapper in averages:
         inner = _average_in(wrapper, model)
         average = thin_copy(inner, thin_tensors(inner, thin), edits)
-        vars(average)["_oto_origin"] = origin_of(slim)
+        vars(average)[REMEMBERED] = origin_of(slim)
         made.append((inner, average))
     return Shrunk(slim, parameters, made)
 

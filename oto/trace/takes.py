@@ -7,6 +7,7 @@ import enum
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from oto._torch import SIZE_FUNCTIONS, substituted, tree_leaves, tree_map_only
 from oto.errors import GraphInputError, some
+from oto.nn.calls import is_tracing
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
@@ -145,6 +147,8 @@ class Takes:
             GraphInputError: A condition fails.
         """
         seen = self._sources(named)
+        if is_tracing():  # sizes are tensors there, and conditions on them would be traced too
+            seen = tree_map_only(Tensor, _Sized, seen)
         for text, holds in conditions:
             if not holds(seen):
                 raise self._unfit(text, named)
@@ -236,6 +240,18 @@ class Takes:
             GraphInputError,
         ):  # negative sizes, functions of no name here
             return False
+
+
+class _Sized:
+    """Stands for a tensor whose sizes are looked up while TorchScript traces: they are those of the example."""
+
+    def __init__(self, x: Tensor) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a number is taken out of the trace
+            self._shape = tuple(map(int, x.shape))
+
+    def size(self) -> tuple[int, ...]:
+        return self._shape
 
 
 def compiled(text: str) -> Callable[..., Any]:

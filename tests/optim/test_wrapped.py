@@ -44,6 +44,17 @@ def test_muon_takes_matrices_alone():
     assert int((model[0].weight == 0).all(1).sum()) == 4
 
 
+@pytest.mark.parametrize("how", ["an optimizer", "a class", "a class of one's own"])
+def test_what_cannot_prune_is_refused_as_base_too(how):
+    class Own(torch.optim.LBFGS):
+        pass
+
+    model = net()
+    base = {"an optimizer": torch.optim.LBFGS(model.parameters()), "a class": torch.optim.LBFGS}.get(how, Own)
+    with pytest.raises(OptionError, match=r"base is a (LBFGS|Own): it evaluates the loss several times in a step"):
+        OTO(model, X).hesso(base=base, target_group_sparsity=0.5, total_steps=9)
+
+
 @pytest.mark.parametrize("name, reason", [("LBFGS", "several times in a step"), ("SparseAdam", "sparse gradients")])
 def test_optimizers_that_cannot_prune_are_refused(name, reason):
     with pytest.raises(OptionError, match=rf"variant is '{name}': [^$]*{reason}[^$]*to fix  use one of [^$]*AdamW"):

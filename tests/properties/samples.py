@@ -342,6 +342,10 @@ def _written() -> Iterator[Sample]:
             yield s(aten.convolution.default, data, back, None, one, one, one, True, [0] * n, groups)
             yield s(conv.default, x(groups * inner, *size), weight, bias, one, one, one, groups)
         yield s(conv.default, x(2, 3, *size), x(4, 3, *kernel))
+        for groups in (1, 2):  # nothing slides, or along some dimensions only
+            for strides, padding in (([1] * n, [0] * n), ([2, 1, 1][:n], [0] * n), ([1] * n, [0, 1, 0][:n])):
+                yield s(conv.default, x(2, 4, *size), x(6, 4 // groups, *one), x(6), strides, padding, one, groups)
+        yield s(conv.padding, x(2, 3, *size), x(4, 3, *one), x(4), one, "same", one, 1)
         yield s(conv.default, x(2, 1, *size), x(1, 1, *kernel), x(1))
         yield s(transposed, x(3, *size), x(3, 4, *kernel), x(4))
     one = [1, 1]
@@ -561,7 +565,7 @@ def _written() -> Iterator[Sample]:
         vision = torch.ops.torchvision
         yield s(vision.roi_align.default, x(2, 3, 5, 5), regions, 1.0, 2, 2, 2, False)
         yield s(vision.roi_pool.default, x(2, 3, 5, 5), regions, 1.0, 2, 2)
-        for groups, shifts in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1)):
+        for groups, shifts in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (2, 4), (4, 4)):
             for use in (False, True):
                 yield s(
                     vision.deform_conv2d.default,
@@ -624,6 +628,8 @@ def _written() -> Iterator[Sample]:
         yield s(op.default, x(2, 3))
     yield s(aten.any.default, mask(2, 3))
     yield s(aten.all.default, mask(2, 3))
+    yield s(aten._is_all_true.default, mask(2, 3))
+    yield s(aten._is_any_true.default, mask(2, 3))
     yield s(aten.mean.default, x(2, 3), dtype=torch.float64)
     yield s(aten.norm.Scalar, x(2, 3), 2)
     yield s(aten.norm.ScalarOpt_dtype, x(2, 3), 2, dtype=torch.float64)
@@ -815,6 +821,18 @@ def _fixed() -> Iterator[Sample]:
     yield s(aten.index_fill.int_Tensor, data, 0, index, x())
     yield s(aten.index_fill_.int_Tensor, data, 0, index, x())
     yield s(aten.index_fill.int_Scalar, data, 0, index, 0.0)
+    classes = whole(4, 3)
+    for loss in (aten.nll_loss, aten.nll_loss_forward, aten.nll_loss_nd):
+        yield s(loss.default, data, classes, None, 1, -100)
+    for loss in (aten.nll_loss2d, aten.nll_loss2d_forward):
+        yield s(loss.default, x(2, 4, 3, 2), whole(4, 2, 3, 2), None, 1, -100)
+    yield s(aten.multi_margin_loss.default, data, classes)
+    yield s(aten.multilabel_margin_loss.default, data, whole(4, 3, 4))
+    yield s(aten.multilabel_margin_loss_forward.default, data, whole(4, 3, 4), 1)
+    labels, lengths = torch.tensor([[1, 2], [2, 1]]), torch.tensor([5, 5])
+    for loss in (aten.ctc_loss, aten._ctc_loss):
+        yield s(loss.IntList if loss is aten.ctc_loss else loss.default, x(5, 2, 4), labels, [5, 5], [2, 2])
+        yield s(loss.Tensor, x(5, 2, 4), labels, lengths, torch.tensor([2, 2]))
     places = whole(3, 2, 4)
     yield s(aten.scatter.src, data, 0, places, source)
     yield s(aten.scatter.value, data, 0, places, 0.5)
@@ -925,6 +943,13 @@ def _indexed() -> Iterator[Sample]:
         yield s(aten._cdist_forward.default, x(2, 3, 4), x(2, 2, 4), p, None)
     for reduction in (0, 1, 2):
         yield s(aten.mse_loss.default, x(3, 4), x(3, 4), reduction)
+        yield s(aten.smooth_l1_loss.default, x(3, 4), x(3, 4), reduction, 0.5)
+        yield s(aten.huber_loss.default, x(3, 4), x(3, 4), reduction, 0.5)
+        yield s(aten.soft_margin_loss.default, x(3, 4), x(3, 4), reduction)
+        for weight in (None, x(3, 4), x(4)):
+            yield s(aten.binary_cross_entropy.default, unit(3, 4), unit(3, 4), weight, reduction)
+            yield s(aten.binary_cross_entropy_with_logits.default, x(3, 4), unit(3, 4), weight, None, reduction)
+        yield s(aten.binary_cross_entropy_with_logits.default, x(3, 4), unit(3, 4), None, x(4), reduction)
     for dim in (0, 1, -1):
         yield s(aten._weight_norm.default, x(3, 4), x(*[1 if d != dim else n for d, n in enumerate((3, 4))]), dim)
     for dim in (0, 2):  # the kernel knows the first and the last dimension

@@ -8,6 +8,7 @@ from oto.axes.rules import (
     distance,
     index,
     linear,
+    loss,
     norm,
     pointwise,
     pool,
@@ -20,6 +21,6 @@ from oto.axes.rules import (
 )
 
 __all__ = [
-    "attention", "control", "conv", "creation", "distance", "index", "linear", "norm", "pointwise", "pool", "quantize",
-    "recurrent", "reduce", "routing", "shape", "vision",
+    "attention", "control", "conv", "creation", "distance", "index", "linear", "loss", "norm", "pointwise", "pool",
+    "quantize", "recurrent", "reduce", "routing", "shape", "vision",
 ]  # fmt: skip

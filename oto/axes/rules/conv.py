@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from oto.axes.call import Call, Operand, Size, zero
@@ -16,10 +19,23 @@ def conv(call: Call, x: Operand, weight: Operand, bias: Operand | None = None, s
          dilation: object = 1, groups: int = 1) -> Operand:  # fmt: skip
     """x (N, G·I, *size), weight (G·O, I, *kernel), bias (G·O,) -> (N, G·O, *size').
 
-    Whole groups may go, and the same entry of every group: the groups stay equally wide.
+    Whole groups may go, and the same entry of every group: the groups stay equally wide. Along a dimension whose
+    kernel is one entry that moves by one, nothing slides: places go to places, and some may go.
     """
+    n = weight.ndim - 2
+    still = [
+        k == 1 and by == 1 and (pad == 0 or isinstance(pad, str))  # "same" and "valid" are none then
+        for k, by, pad in zip(weight.shape[2:], _each(stride, n), _each(padding, n), strict=True)
+    ]
     # the kernel is met once for every position of the output
-    return convolve(call, x, weight, bias, groups, "oi", uncounted=SPACE)
+    met = "".join(letter for letter, stays in zip(SPACE, still, strict=False) if not stays)
+    return convolve(call, x, weight, bias, groups, "oi", uncounted=met, still=still)
+
+
+def _each(given: Any, n: int) -> list[Any]:
+    """An argument for each of ``n`` dimensions; it may be one for all of them."""
+    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return each * n if len(each) == 1 else each
 
 
 @rule(aten.conv_transpose1d, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -55,17 +71,24 @@ def cudnn_convolution(call: Call, x: Operand, weight: Operand, padding: object, 
 
 
 def convolve(call: Call, x: Operand, weight: Operand, bias: Operand | None, groups: int, channels: str,
-             uncounted: str) -> Operand:  # fmt: skip
-    """All convolutions, once their arguments are sorted; ``channels`` spells the first two dimensions of the weight."""
+             uncounted: str, still: Sequence[bool] = ()) -> Operand:  # fmt: skip
+    """All convolutions, once their arguments are sorted.
+
+    Args:
+        channels: Spells the first two dimensions of the weight.
+        still: Whether the kernel stays where it is, for each dimension that it might slide along.
+    """
     batched = x.ndim == weight.ndim
     x = x if batched else call.view(x, (1, *x.shape))
     n = x.ndim - 2
     size = call.shape[-n:]
-    space, kernel, out = SPACE[:n], KERNEL[:n], OUT[:n]
+    slides = [not (still and still[i]) for i in range(n)]
+    space, kernel = SPACE[:n], KERNEL[:n]
+    out = "".join(OUT[i] if slides[i] else SPACE[i] for i in range(n))
     sliding = "a convolution slides along it"
-    call.fix(x, range(2, x.ndim), sliding)
+    call.fix(x, [2 + i for i in range(n) if slides[i]], sliding)
     call.fix(weight, range(2, weight.ndim), "it is the kernel of a convolution")
-    new = {letter: call.fixed(k, sliding) for letter, k in zip(out, size, strict=True)}
+    new = {OUT[i]: call.fixed(size[i], sliding) for i in range(n) if slides[i]}
     if groups == 1:
         y = call.contract(f"ni{space},{channels}{kernel}->no{out}", x, weight, new=new, uncounted=uncounted)
     else:

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from oto.axes.call import NOT_FINITE, Call, Fact, Operand, Size, anything, product, same
+from oto.axes.call import NOT_FINITE, Call, Fact, Operand, anything, product, same
 from oto.axes.registry import rule
-from oto.nn import functional as counted
 
 aten = torch.ops.aten
 
@@ -25,20 +24,6 @@ def cdist(call: Call, a: Operand, b: Operand, p: float = 2.0, *rest: Any) -> Ope
     row = call.view(b, (*b.shape[:-2], 1, *b.shape[-2:]))
     difference = call.map(apart, column, row)
     return call.reduce(difference, [difference.ndim - 1])
-
-
-@rule(aten.mse_loss)
-def mse_loss(call: Call, x: Operand, target: Operand, reduction: int = 1) -> Operand:
-    """Squares of differences, as they are, their mean, or their sum."""
-    squares = call.map(apart, x, target)
-    if reduction == 0:
-        return squares
-    if reduction == 1:
-        call.counted("a mean divides by the number of entries")
-        call.rewrite(
-            counted.mse_loss, *call.node.args[:2], full=list(squares.shape), sizes=[Size(t) for t in squares.terms]
-        )  # fmt: skip
-    return call.reduce(squares, range(squares.ndim))
 
 
 def _quotient(*facts: Fact) -> Fact:

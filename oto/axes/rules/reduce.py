@@ -92,8 +92,8 @@ def mode(call: Call, x: Operand, dim: int = -1, keepdim: bool = False) -> Any:
     return extreme(call, x, dim, keepdim)
 
 
-@rule(aten.argmax, aten.argmin, aten.prod, aten.any, aten.all, aten.logsumexp, aten.count_nonzero, aten.nansum,
-      aten.nanmean)  # fmt: skip
+@rule(aten.argmax, aten.argmin, aten.prod, aten.any, aten.all, aten._is_all_true, aten._is_any_true, aten.logsumexp,
+      aten.count_nonzero, aten.nansum, aten.nanmean)  # fmt: skip
 def selective(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
     """What they give depends on entries that are zero too."""
     return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", anything)

@@ -105,11 +105,19 @@ def deform_conv(call: Call, x: Operand, weight: Operand, offset: Operand, mask: 
     groups, shifts = rest[6:8]
     call.unify(x.terms[0], offset.terms[0])
     call.unify(x.terms[0], mask.terms[0])
-    call.fix(offset, range(1, offset.ndim), "it names places")
-    call.fix(mask, range(1, mask.ndim), "it weighs places")
-    if shifts > 1:  # each shift serves as many channels as the next
+    if shifts == 1 or mask.shape[1] == 1:
+        call.fix(mask, range(1, mask.ndim), "it weighs places")
+    if shifts == 1:
+        call.fix(offset, range(1, offset.ndim), "it names places")
+    else:  # a whole shift may go with its channels, and the same channel of every one: they stay equally wide
         parts = call.view(x, (x.shape[0], shifts, x.shape[1] // shifts, *x.shape[2:]))
-        call.fix(parts, [1] if groups == 1 else [1, 2], "every shift serves as many channels as the next")
+        for places in (offset, mask) if mask.shape[1] > 1 else (offset,):
+            own = call.view(places, (places.shape[0], shifts, places.shape[1] // shifts, *places.shape[2:]))
+            call.unify(parts.terms[1], own.terms[1])
+            call.fix(own, range(2, own.ndim), "it names places")
+        if max(groups, shifts) % min(groups, shifts):
+            call.fix(parts, [1, 2], "shifts and groups cut the channels differently")
+        call.resize(offset_groups=Size(parts.terms[1]))
     return convolve(call, x, weight, bias, groups, "oi", uncounted=SPACE)
 
 

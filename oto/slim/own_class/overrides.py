@@ -43,8 +43,14 @@ class FunctionCalls:
 
     @cached_property
     def by_node(self) -> dict[int, int]:
-        """For each call of an operator, the place of the torch function that makes it, if that makes no other."""
-        return {call.nodes[0]: place for place, call in enumerate(self.recorded) if len(call.nodes) == 1}
+        """For each call of an operator, the place of the torch function that makes it, if that makes no other.
+
+        Losses bring their arguments to one shape first, which does nothing where they have it.
+        """
+        nodes = self.partition.found.graph.nodes
+        made = {place: [i for i in call.nodes if not _does_nothing(nodes[i])] for place, call in
+                enumerate(self.recorded)}  # fmt: skip
+        return {own[0]: place for place, own in made.items() if len(own) == 1}
 
     def stating(self, index: int) -> dict[int, frozenset[Place]]:
         """For each number among the arguments of a call that is known to come from attributes, where they are."""
@@ -181,6 +187,13 @@ class FunctionCalls:
             args = [self.spelled(x, kept) for x in rest.args]
             return {"op": [op.overloadpacket.__name__, op._overloadname], "args": args}
         return {"kept": list(kept[self.by_node[self._makers[rest]]])} if isinstance(rest, Value) else rest
+
+
+def _does_nothing(node: Node) -> bool:
+    """Whether tensors are brought to the shape that they have."""
+    if getattr(node.op, "overloadpacket", None) is not aten.broadcast_tensors:
+        return False
+    return [value.shape for value in node.inputs()] == [None if v is None else v.shape for v in node.outputs]
 
 
 class _Mark(float):

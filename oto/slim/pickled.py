@@ -1,0 +1,33 @@
+"""What the pickle of a slim model asks of those who read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from oto.slim.origin import REMEMBERED
+
+
+def needs_oto(model: nn.Module) -> list[str]:
+    """Why ``torch.load`` of a model that ``torch.save`` wrote imports ``oto``: modules, each with what it takes.
+
+    Empty for a slim model whose classes are all torch's or the user's own, as most convolutional ones are: it is read
+    wherever the full model is.
+    """
+    return [f"{path or 'the model'} ({', '.join(names)})" for path, module in model.named_modules()
+            if (names := list(_ours(module)))]  # fmt: skip
+
+
+def _ours(module: nn.Module) -> Iterator[str]:
+    kind = next((kind for kind in type(module).__mro__ if _is_ours(kind)), None)
+    if kind is not None:
+        yield kind.__name__
+    for name, held in vars(module).items():
+        if name != REMEMBERED and _is_ours(type(held)):
+            yield f"{name}: {type(held).__name__}"
+
+
+def _is_ours(kind: type[Any]) -> bool:
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
