@@ -770,16 +770,18 @@ class OTO:
         kept, uneven = evened(self.node_groups, read_zeros(self.node_groups, self.model))
         recipe = self._recipe if self._stock or emitter == "config" else None
         source = Zeroed(
-            self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64, verify
+            self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64,
+            verify, self.node_groups,
         )  # fmt: skip
         names = [name for leaf in self.partition.found.graph.leaves for name in leaf.names]
         gone = within(names, unreached(self.model, self.partition)) if self._drop_unreached else ()
         before = self._cost()
-        after = cost(self.partition, {name: len(atoms) for name, atoms in kept.items()}, gone)
         built = told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
         later = left_since(self._state, self.model, self.dummy_input, names)
         with built, undone(later), as_found(self.model):
             made = construct(source, emitter)
+        kept, source = made.kept, replace(source, kept=made.kept)  # a class may want zero ones, too
+        after = cost(self.partition, {name: len(atoms) for name, atoms in kept.items()}, gone)
         path, checks = None, made.checks
         if out_dir is not None:
             path = Path(out_dir)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from oto import OTO, load_subnet
 from oto.errors import NotItsClassWarning
 from oto.nn import Told
-from oto.slim.attributes import Place
 from oto.slim.own_class import search, traced, workbench
 from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.attributes import Place
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -73,6 +73,37 @@ def test_attributes_that_state_sizes_are_found_in_every_block():
     x = torch.randn(3, 2, 5, dtype=torch.float64)  # another batch, another length
     assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
     assert not any(isinstance(vars(m).get("forward"), Told) for m in subnet.model.modules())
+
+
+class Wider(nn.Module):
+    """A projection where the width changes, which two attributes say (Hiera's first layer of a stage)."""
+
+    def __init__(self, width=8, wider=16):
+        super().__init__()
+        self.width, self.wider = width, wider
+        self.norm, self.f, self.project = nn.LayerNorm(width), nn.Linear(width, wider), nn.Linear(width, wider)
+
+    def forward(self, x):
+        h = self.norm(x)
+        if self.width != self.wider:
+            x = self.project(h)
+        return x.view(len(x), -1, 2, self.wider).amax(2) + self.f(h).view(len(x), -1, 2, self.wider).amax(2)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_class_that_takes_another_way_where_widths_are_equal_keeps_a_zero_atom_more(verify):
+    model = nn.Sequential(nn.Linear(5, 8), Wider(), nn.Linear(16, 3)).double().eval()
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    oto = OTO(model, x)
+    wide = next(g for g in oto.node_groups if g.size == 16)
+    with torch.no_grad():
+        for piece in wide.zeros:
+            piece.of(model.get_parameter(piece.parameter))[8:] = 0
+    subnet = oto.construct_subnet(emitter="module", verify=verify)
+    assert len(subnet.kept[wide.name]) == 9  # of eight that are left the class would make no projection
+    assert any(wide.name in note and "zero atom" in note for note in subnet.notes)
+    assert subnet.cost_after.params == sum(p.numel() for p in subnet.model.parameters())
+    assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
 
 
 def test_an_attribute_in_a_configuration_that_all_share_becomes_each_blocks_own():
