@@ -77,6 +77,7 @@ class Result:
         states: What is decided otherwise once the model was used, or is in train mode; nothing should.
         changed: What ``OTO`` or ``construct_subnet`` left otherwise than it was; nothing should.
         failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
+        class_commit, graph_commit: The commit at which the class and other counts were asked, and the graph exported.
     """
 
     name: str
@@ -103,6 +104,8 @@ class Result:
     states: str = ""
     failure: str | None = None
     changed: str = ""
+    class_commit: str = ""
+    graph_commit: str = ""
 
     TOLERANCE: ClassVar = 1e-9  # float64; verification has its own for the dtype of a model that does not run in that
     SENSITIVE: ClassVar = 1e-6

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from . import part
 from .matrix import ZOOS, examine, zoo
 from .packages_zoo import NEEDS
 from .table import DOCUMENT
@@ -41,7 +42,10 @@ CASES = [
 
 
 def written(kind, result):
-    """Leave a result for the table."""
+    """Leave a result for the table, with the commit that it is of."""
+    commit = part.commit()
+    result.class_commit = commit if result.choices else ""  # which are left in the zoo's long run
+    result.graph_commit = commit if result.graph is not None or result.graph_reason else ""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{kind}-{result.name}.json").write_text(json.dumps(asdict(result), indent=1))
 
@@ -73,7 +77,8 @@ def test_other_counts_of_those_of_every_run(kind, name):
     result = examine(name, zoo(kind)[name], kind=kind, emitters=("module",))
     path = RESULTS / f"{kind}-{name}.json"
     if path.exists():
-        new = {key: getattr(result, key) for key in ("choices", "in_class", "lost", "choice_error")}
+        new = {key: getattr(result, key) for key in ("choices", "in_class", "lost", "choice_error", "states")}
+        new["class_commit"] = part.commit()
         path.write_text(json.dumps(json.loads(path.read_text()) | new, indent=1))
     assert result.failure is None and not result.states, str(result)
     assert not result.lost or f"{kind}-{name}" in LOSES, str(result)
