@@ -780,8 +780,9 @@ class OTO:
         later = left_since(self._state, self.model, self.dummy_input, names)
         with built, undone(later), as_found(self.model):
             made = construct(source, emitter)
-        kept, source = made.kept, replace(source, kept=made.kept)  # a class may want zero ones, too
-        after = cost(self.partition, {name: len(atoms) for name, atoms in kept.items()}, gone)
+        if made.kept is not kept:  # a class may want some that are zero
+            source = replace(source, kept=made.kept)
+        after = cost(self.partition, {name: len(atoms) for name, atoms in made.kept.items()}, gone)
         path, checks = None, made.checks
         if out_dir is not None:
             path = Path(out_dir)
@@ -791,10 +792,10 @@ class OTO:
             with saved, undone(later), as_found(self.model):
                 checks = checks + save(path, source, made, costs, save_full, program)
             self._saved = path
-        short = self._short_of(kept)
+        short = self._short_of(made.kept)
         notes = (*([short] if short else []), *uneven, *made.notes)
         return Subnet(
-            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes,
+            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, made.kept, notes,
             example=self.dummy_input,
             config=dict(made.edits.config) if made.edits is not None else {},
         )  # fmt: skip
