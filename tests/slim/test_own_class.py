@@ -589,14 +589,14 @@ def test_any_one_group_alone_and_all_but_one_may_have_been_thinned():
 class Lucky(nn.Module):
     """For one width in a hundred its code goes a way of its own, which states the size by an attribute."""
 
-    def __init__(self, width=100, special=37, states=True):
+    def __init__(self, width=100, special=37, ways=1, states=True):
         super().__init__()
-        self.widths, self.special, self.states = [6, width, 3], special, states
+        self.widths, self.special, self.states = [6, width, 3], range(special, special + ways), states
         self.up, self.down = nn.Linear(6, width), nn.Linear(width, 3)
 
     def forward(self, x):
         h = torch.relu(self.up(x))
-        if h.shape[-1] == self.special:
+        if h.shape[-1] in self.special:
             h = h.unflatten(-1, (self.widths[1], 1)).flatten(-2) if self.states else torch.sort(h).values
         return self.down(h)
 
@@ -615,13 +615,13 @@ def test_the_class_is_asked_again_at_the_counts_that_come(caplog):
 
 def test_a_graph_in_place_of_the_class_warns_with_the_way_out(recwarn):
     x = torch.randn(2, 6, dtype=torch.float64)
-    model = Lucky(states=False).double().eval()
+    model = Lucky(states=False, ways=2).double().eval()  # so that one more does not do either
     oto = OTO(model, x)
     zeroed(oto, {"up.weight": 37})
     with pytest.warns(NotItsClassWarning, match=r"(?s)no Lucky: .*test_own_class.py:\d+.*to fix .*skip_patterns"):
         subnet = oto.construct_subnet()
     assert subnet.emitter == "graph" and relative_error(run(model, x), run(subnet.model, x)) <= EXACT
-    everything = OTO(Lucky(states=False).double().eval(), x, everything=True)
+    everything = OTO(Lucky(states=False, ways=2).double().eval(), x, everything=True)
     zeroed(everything, {"up.weight": 37})
     recwarn.clear()
     everything.construct_subnet()
