@@ -30,7 +30,9 @@ EVERY_RUN = {
     "packages": [],  # they are installed for `make zoo`
     "papers": ["nano_gpt", "fourier_operator", "message_passing", "vq_vae", "dlrm", "perceiver"],
 }  # fmt: skip
-LOSES: dict[str, str] = {}
+LOSES = {
+    "transformers-vits": "how long its speech is follows from values: the calls are others than those of the example",
+}
 """Models, with their zoo, that lose their class at some counts, and why."""
 RESULTS = Path(os.environ.get("OTO_ZOO_RESULTS") or Path(__file__).resolve().parents[2] / "out" / "zoo")
 
