@@ -98,7 +98,7 @@ def both(found: dict[str, list[Result]]) -> tuple[str, list[str]]:
     sources = [
         f"* {title}: {', '.join(f'{n} at `{commit}`' if commit else f'{n} before that' for commit, n in count.items())}"
         for title, count in (
-            ("Other counts, and states of the model", Counter(r.class_commit for r in asked)),
+            ("The class, other counts, and states of the model", Counter(r.class_commit for r in everything)),
             ("Graphs", Counter(r.graph_commit for r in everything)),
         )
     ]
