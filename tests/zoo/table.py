@@ -96,7 +96,7 @@ def both(found: dict[str, list[Result]]) -> tuple[str, list[str]]:
     asked = [r for r in everything if r.choices]
     other = sorted(r.name for r in asked if r.states)
     sources = [
-        f"* {title}: {', '.join(f'{n} at `{commit}`' if commit else f'{n} before that' for commit, n in count.items())}"
+        f"* {title}: {', '.join(f'{n} at `{commit}`' if commit else f'{n} before that' for commit, n in sorted(count.items(), reverse=True))}"
         for title, count in (
             ("The class, other counts, and states of the model", Counter(r.class_commit for r in everything)),
             ("Graphs", Counter(r.graph_commit for r in everything)),
