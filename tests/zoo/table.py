@@ -95,12 +95,14 @@ def both(found: dict[str, list[Result]]) -> tuple[str, list[str]]:
     everything = [result for those in found.values() for result in those]
     asked = [r for r in everything if r.choices]
     other = sorted(r.name for r in asked if r.states)
+    counted = {
+        "The class, other counts, and states of the model": Counter(r.class_commit for r in everything),
+        "Graphs": Counter(r.graph_commit for r in everything),
+    }
     sources = [
-        f"* {title}: {', '.join(f'{n} at `{commit}`' if commit else f'{n} before that' for commit, n in sorted(count.items(), reverse=True))}"
-        for title, count in (
-            ("The class, other counts, and states of the model", Counter(r.class_commit for r in everything)),
-            ("Graphs", Counter(r.graph_commit for r in everything)),
-        )
+        f"* {title}: "
+        + ", ".join(f"{n} at `{commit}`" if commit else f"{n} before that" for commit, n in sorted(count.items())[::-1])
+        for title, count in counted.items()
     ]
     said = f"of {len(asked)} models {len(other)} differ" + (f" ({', '.join(other)})" if other else "")
     return said, ["Results are kept from run to run, each with the commit that it is of:", "", *sources]
