@@ -866,16 +866,19 @@ class OTO:
         kept, uneven = evened(groups, zeros, asking)
         recipe = self._recipe if self._stock or emitter == "config" else None
         source = Zeroed(
-            self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64, verify
+            self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64,
+            verify, self.node_groups,
         )  # fmt: skip
         names = [name for leaf in self.partition.found.graph.leaves for name in leaf.names]
         gone = within(names, unreached(self.model, self.partition)) if self._drop_unreached else ()
         before = self._cost()
-        after = cost(self.partition, {name: len(atoms) for name, atoms in kept.items()}, gone)
         built = told(self.model, EmitterError, "its slim model was built and verified", "the analysis is done")
         later = left_since(self._state, self.model, self.dummy_input, names)
         with built, undone(later), as_found(self.model):
             made = construct(source, emitter)
+        if made.kept is not kept:  # a class may want some that are zero
+            source = replace(source, kept=made.kept)
+        after = cost(self.partition, {name: len(atoms) for name, atoms in made.kept.items()}, gone)
         path, checks = None, made.checks
         if out_dir is not None:
             path = Path(out_dir)
@@ -885,10 +888,10 @@ class OTO:
             with saved, undone(later), as_found(self.model):
                 checks = checks + save(path, source, made, costs, save_full, program)
             self._saved = path
-        short = self._short_of(kept)
+        short = self._short_of(made.kept)
         notes = (*([short] if short else []), *uneven, *made.notes)
         return Subnet(
-            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, kept, notes,
+            made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, made.kept, notes,
             example=self.dummy_input,
             config={} if recipe is None or made.edits is None else recipe.as_given(made.edits.config),
         )  # fmt: skip

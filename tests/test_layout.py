@@ -30,26 +30,28 @@ READS = {
 
 # and inside of the search of a class: values first, then what is known of a place, then what repairs it, then the loop
 SEARCH = {
-    "adaptation": set(),
+    "attributes": set(),
+    "adaptation": {"attributes"},
     "blocks": set(),
-    "traced": set(),
+    "traced": {"attributes"},
     "detours": set(),
-    "rescale": {"adaptation"},
-    "overrides": {"traced"},
+    "rescale": {"adaptation", "attributes"},
+    "overrides": {"attributes", "traced"},
     "placed": {"adaptation", "blocks", "overrides"},
     "result": {"adaptation", "overrides"},
     "layers": {"placed", "result"},
     "compare": {"adaptation", "blocks", "detours"},
     "trials": {"adaptation", "blocks"},
     "workbench": {"adaptation", "blocks", "compare", "layers", "overrides", "rescale", "result", "traced"},
-    "situation": {"adaptation", "compare", "trials", "workbench"},
-    "candidates": {"blocks", "layers", "rescale", "situation"},
+    "situation": {"adaptation", "attributes", "compare", "trials", "workbench"},
+    "candidates": {"attributes", "blocks", "layers", "rescale", "situation"},
     "repairs": {
-        "adaptation", "blocks", "candidates", "compare", "layers", "overrides", "repairs", "rescale", "situation",
-        "traced", "trials",
+        "adaptation", "attributes", "blocks", "candidates", "compare", "layers", "overrides", "repairs", "rescale",
+        "situation", "traced", "trials",
     },
     "search": {
-        "adaptation", "blocks", "compare", "layers", "repairs", "result", "situation", "trials", "workbench",
+        "adaptation", "attributes", "blocks", "compare", "layers", "repairs", "result", "situation", "trials",
+        "workbench",
     },
     "__init__": {"layers", "result", "search"},
 }  # fmt: skip

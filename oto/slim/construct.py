@@ -27,6 +27,7 @@ from oto.errors import (
     out_of_memory,
     users_level,
 )
+from oto.groups import Kept
 from oto.progress import stage
 from oto.slim.graph import emit_graph
 from oto.slim.layout import emit_stock
@@ -59,6 +60,8 @@ class Made:
         tensors: What it holds, by the names of the full model for the original class.
         why: Why it is not of the original class, and what a recording is.
         notes: What falls short of what one might expect.
+        kept: For each prunable group, the atoms that it holds: all that are left, and zero ones where the class wants
+            more.
     """
 
     emitter: str
@@ -68,6 +71,7 @@ class Made:
     checks: list[Check]
     why: str | None = None
     notes: list[str] = field(default_factory=list)
+    kept: Kept = field(default_factory=dict)
 
 
 def require_values(model: nn.Module) -> None:
@@ -184,27 +188,60 @@ def _of_its_config(source: Zeroed) -> Made:
 
 
 def _of_its_class_at_any_rate(source: Zeroed) -> Made:
-    """The slim model of its class; where that fails with what was found for any counts, the class is asked at these."""
+    """The slim model of its class; where that fails with what was found for any counts, the class is asked at these.
+
+    So it is where nothing is to be compared: a class may take another way at some counts, and nothing else would tell.
+    """
+    if source.own is not None and not source.verify:
+        try:
+            return _at_these_counts(source)
+        except EmitterError as refused:  # its calls are other ones: what they give tells
+            log.info("compared on the example: %s", _first_lines(refused))
+            return _of_its_class(source, compared=True)
     try:
         return _of_its_class(source)
     except Exception as failure:  # anything that the user's own forward may raise at other sizes
         if out_of_memory(failure) or source.own is None:
             raise
         log.info("the class is asked again at the counts that are left: %s", _first_lines(failure))
-        stage("asking the class again, at these counts")
         try:
-            own = at_counts(source.model, source.partition, source.dummy_input, source.own, source.kept)
+            return _at_these_counts(source)
         except EmitterError as refused:
             raise refused from failure
-    return _of_its_class(replace(source, own=own))
 
 
-def _of_its_class(source: Zeroed) -> Made:
+def _at_these_counts(source: Zeroed) -> Made:
+    """The slim model of its class, with what that needs at the very counts that are left.
+
+    Raises:
+        EmitterError: Nothing lets the class do with these.
+    """
+    assert source.own is not None
+    stage("asking the class again, at these counts")
+    groups = source.groups or source.partition.groups
+    own, kept = at_counts(source.model, source.partition, groups, source.dummy_input, source.own, source.kept)
+    made = _of_its_class(replace(source, own=own, kept=kept))
+    more = {name: len(atoms) - len(source.kept[name]) for name, atoms in kept.items()}
+    made.notes.extend(
+        f"{count} zero atom{'s' * (count > 1)} of {name} {'were' if count > 1 else 'was'} kept, because the class takes"
+        " another way where it is of the size that is left"
+        for name, count in more.items()
+        if count
+    )
+    return made
+
+
+def _of_its_class(source: Zeroed, compared: bool = False) -> Made:
+    """The slim model of its class.
+
+    Args:
+        compared: Compare on the example even where nothing is to be proved.
+    """
     stage("thinning the class")
     emitted = emit_class(source)
     slim, edits = emitted.model, emitted.edits
     assert edits is not None
-    if not source.verify and source.own is None:  # nothing else tells whether the class can do it
+    if compared or (not source.verify and source.own is None):  # nothing else tells whether the class can do it
         require(source.reference.check(slim, random=False, exact=False))
     checks = prove(source, emitted)
     if source.verify and not edits.dropped:
@@ -223,7 +260,7 @@ def _made_of_class(source: Zeroed, emitted: Emitted, checks: list[Check]) -> Mad
     edits, tensors = emitted.edits, emitted.tensors
     assert edits is not None
     descend(emitted.model, source.model, Round.of(edits, tensors, source.kept))
-    return Made(emitted.emitter, emitted.model, edits, tensors, checks, notes=emitted.notes)
+    return Made(emitted.emitter, emitted.model, edits, tensors, checks, notes=emitted.notes, kept=source.kept)
 
 
 def _exported(source: Zeroed, why: list[str]) -> Made:
@@ -252,14 +289,14 @@ def _exported(source: Zeroed, why: list[str]) -> Made:
         _require_faithful_export(source, failure)
         raise
     why_graph = "; ".join(why) or None
-    return Made("graph", emitted.model, None, emitted.tensors, checks, why_graph, [*notes, *emitted.notes])
+    return Made("graph", emitted.model, None, emitted.tensors, checks, why_graph, [*notes, *emitted.notes], source.kept)
 
 
 def _recorded(source: Zeroed, why: list[str]) -> Made:
     stage("recording the example")
     emitted = emit_recorded(source)
     checks = prove(source, emitted)
-    return Made("recording", emitted.model, None, emitted.tensors, checks, "; ".join(why), emitted.notes)
+    return Made("recording", emitted.model, None, emitted.tensors, checks, "; ".join(why), emitted.notes, source.kept)
 
 
 # --- the slim model in each way, not proved yet -----------------------------------------------------------------------

@@ -17,9 +17,9 @@ from oto.groups import Partition
 from oto.nn import SWAPS, Told, Untrained
 from oto.nn import modules as thinner
 from oto.nn.told import both_told
-from oto.slim.attributes import state_
 from oto.slim.config import stock as stock_class
 from oto.slim.copying import copied
+from oto.slim.numbers import state_
 from oto.slim.plan import Thinning
 from oto.trace.graph import Leaf
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.errors import VerificationError, first_line, out_of_memory, some
-from oto.groups import Kept, Partition
+from oto.groups import Kept, NodeGroup, Partition
 from oto.progress import stage
 from oto.slim.module import Edits, Scale, attribute, thin_copy, thin_tensor
 from oto.slim.own_class import OwnClass
@@ -39,6 +39,8 @@ class Zeroed:
         drop_unreached: Leave out what the forward never uses in eval mode.
         float64: Whether to compare in float64, as :class:`oto.slim.reference.Reference` takes it.
         verify: Whether to compare at all.
+        groups: The node groups that ``kept`` is of, with what they are tied to and divided by; those of the partition
+            by default.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Zeroed:
     drop_unreached: bool = False
     float64: bool | str = "auto"
     verify: bool = True
+    groups: Sequence[NodeGroup] = ()
 
     @cached_property
     def reference(self) -> Reference:

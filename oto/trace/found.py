@@ -46,6 +46,9 @@ _HOLDERS: weakref.WeakKeyDictionary[type[Any], dict[int, list[Any]]] = weakref.W
 # classes whose forward was seen to write to parameters
 _WRITERS: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
+# how often a cache of results was emptied here: then its counts start anew, and may come to the same
+_FORGOT: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
 _LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
 _LARGE = 10_000  # a container of more entries is data
 _DEEP = 5  # how many steps away a thing may be from a module or a namespace
@@ -72,6 +75,7 @@ def as_found(model: nn.Module, given: Any = None, found: Found | None = None) ->
             for module in model.modules():
                 module.training = False
             _see_through(model)
+            found.forget_results()
             yield found
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -136,6 +140,9 @@ class Found:
         code = {base for kind in kinds for base in kind.__mro__} | {x for x in held if isinstance(x, _CODE)}
         for x in filter(is_of_the_user, code):
             self._remember(self._code, reached([x], nn.Module, x.__module__))
+        for space in {kind.__module__ for kind in kinds if is_of_the_user(kind)} & sys.modules.keys():
+            caches = [x for x in vars(sys.modules[space]).values() if isinstance(x, _lru_cache_wrapper)]
+            self._remember(self._code, caches)
 
     def _remember(self, where: dict[int, tuple[Any, dict[Any, Any]]], things: Iterable[Any]) -> None:
         for x in things:
@@ -143,6 +150,12 @@ class Found:
                 self._empty.append(x)  # most are: the hooks of a module
             elif isinstance(x, _HOLDS) and id(x) not in self._own and id(x) not in where:
                 where[id(x)] = x, content_of(x)
+
+    def forget_results(self) -> None:
+        """Empty the caches of functions that keep tensors: the calls that make such a table are to be seen."""
+        for holder, _ in self._code.values():
+            if isinstance(holder, _lru_cache_wrapper) and holder.cache_info().currsize and _keeps_tensors(holder):
+                _forget(holder)
 
     def look(self, frame: FrameType | None) -> None:
         """Remember what the namespaces of running code hold, from a frame outwards to the one that runs the model."""
@@ -407,7 +420,18 @@ def content_of(holder: Any) -> dict[Any, Any]:
             return {"": holder.cell_contents}
         except ValueError:  # it is empty
             return {}
-    return {"misses": holder.cache_info().misses}
+    return {"misses": holder.cache_info().misses, "forgot": _FORGOT.get(holder, 0)}
+
+
+def _keeps_tensors(cache: Any) -> bool:
+    """Whether a cache of results keeps tensors, by what the garbage collector sees in it."""
+    return any(isinstance(x, Tensor) for x in reached(gc.get_referents(cache), nn.Module))
+
+
+def _forget(cache: Any) -> None:
+    """Empty a cache of results."""
+    cache.cache_clear()
+    _FORGOT[cache] = _FORGOT.get(cache, 0) + 1
 
 
 def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool]) -> None:
@@ -421,7 +445,7 @@ def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool])
     changed = [key for key in now | before if now.get(key, gone) is not before.get(key, gone)]
     unwanted = {key for key in changed if key in now and not wanted(now[key])}
     if isinstance(holder, _lru_cache_wrapper):
-        holder.cache_clear()  # what it keeps cannot be seen
+        _forget(holder)  # what it keeps cannot be put back one by one
     elif not unwanted and wanted(gone):
         return
     elif isinstance(holder, list | deque | set):

@@ -30,7 +30,7 @@ from torch import nn
 from oto import load_subnet
 from oto.errors import OTOError
 from oto.io import artefact
-from oto.slim.attributes import numbers
+from oto.slim.own_class.attributes import numbers
 
 HONEST = ("torch", "sympy", "mpmath", "encodings", "transformers", "timm")  # what a load may import
 MEMORY = 3 * 2**30  # bytes of addresses that a load may ask for, beside those that there are

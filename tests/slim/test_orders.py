@@ -70,3 +70,36 @@ def test_the_class_multiplies_in_its_own_order(how, opt_einsum):
         oto.random_set_zero_groups(0.7, seed)
         slim = oto.construct_subnet(emitter="module").model
         assert relative_error(run(other, X), run(slim, X)) < 1e-12
+
+
+class Contracted(Chain):
+    """As ``opt_einsum.contract`` has it: matrices are laid out and multiplied two at a time, the smallest first."""
+
+    def __init__(self):
+        super().__init__("contract")
+        self.w = nn.Parameter(torch.randn(20, 20) / 5)
+
+    def forward(self, x):
+        left = [F.relu(self.a(x)), self.u, self.v, self.w]
+        while len(left) > 1:
+            i = min(range(len(left) - 1), key=lambda i: left[i].shape[0] * left[i + 1].shape[1])
+            inner = left[i].shape[1]
+            a, b = left[i].reshape(-1, inner), left[i + 1].reshape(inner, -1)
+            left[i : i + 2] = [torch.mm(a, b).reshape(len(a), b.shape[1])]
+        return self.b(left[0])
+
+
+def test_a_class_may_choose_the_order_of_many_calls():
+    model = Contracted().double()
+    oto = OTO(model, X)
+    widths = {g.name: g.size for g in oto.node_groups if g.prunable}
+    assert {"a.weight": 24, "u": 22, "v": 20}.items() <= widths.items()
+    orders = set()
+    for seed in range(3):
+        other = Contracted().double()
+        oto = OTO(other, X)
+        oto.random_set_zero_groups(0.6, seed)
+        slim = oto.construct_subnet(emitter="module").model
+        orders.add(tuple(slim.u.shape))
+        assert relative_error(run(other, X), run(slim, X)) < 1e-12
+    assert len(orders) > 1

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from oto import OTO, load_subnet
 from oto.errors import NotItsClassWarning
 from oto.nn import Told
-from oto.slim.attributes import Place
 from oto.slim.own_class import search, traced, workbench
 from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.attributes import Place
 from oto.slim.verify import relative_error, run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
@@ -73,6 +73,49 @@ def test_attributes_that_state_sizes_are_found_in_every_block():
     x = torch.randn(3, 2, 5, dtype=torch.float64)  # another batch, another length
     assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
     assert not any(isinstance(vars(m).get("forward"), Told) for m in subnet.model.modules())
+
+
+def test_a_guess_that_no_call_reads_is_taken_back():
+    model = Blocks(Attention(), Attention())
+    model.blocks[0].spare = 4
+    oto = OTO(model, torch.randn(2, 7, 5))
+    known = oto._own.adaptation
+    heads = known.sizes[Place("blocks.0", ("heads",))]
+    bench = workbench.Workbench(model, oto.partition, oto.dummy_input)
+    guessed = known.with_sizes({Place("blocks.0", ("spare",)): heads})
+    found = search.Search(bench, search.Trials(oto.partition, oto.node_groups), guessed).result()
+    assert found.adaptation.sizes == known.sizes
+
+
+class Wider(nn.Module):
+    """A projection where the width changes, which two attributes say (Hiera's first layer of a stage)."""
+
+    def __init__(self, width=8, wider=16):
+        super().__init__()
+        self.width, self.wider = width, wider
+        self.norm, self.f, self.project = nn.LayerNorm(width), nn.Linear(width, wider), nn.Linear(width, wider)
+
+    def forward(self, x):
+        h = self.norm(x)
+        if self.width != self.wider:
+            x = self.project(h)
+        return x.view(len(x), -1, 2, self.wider).amax(2) + self.f(h).view(len(x), -1, 2, self.wider).amax(2)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_class_that_takes_another_way_where_widths_are_equal_keeps_a_zero_atom_more(verify):
+    model = nn.Sequential(nn.Linear(5, 8), Wider(), nn.Linear(16, 3)).double().eval()
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    oto = OTO(model, x)
+    wide = next(g for g in oto.node_groups if g.size == 16)
+    with torch.no_grad():
+        for piece in wide.zeros:
+            piece.of(model.get_parameter(piece.parameter))[8:] = 0
+    subnet = oto.construct_subnet(emitter="module", verify=verify)
+    assert len(subnet.kept[wide.name]) == 9  # of eight that are left the class would make no projection
+    assert any(wide.name in note and "zero atom" in note for note in subnet.notes)
+    assert subnet.cost_after.params == sum(p.numel() for p in subnet.model.parameters())
+    assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
 
 
 def test_an_attribute_in_a_configuration_that_all_share_becomes_each_blocks_own():
@@ -546,14 +589,14 @@ def test_any_one_group_alone_and_all_but_one_may_have_been_thinned():
 class Lucky(nn.Module):
     """For one width in a hundred its code goes a way of its own, which states the size by an attribute."""
 
-    def __init__(self, width=100, special=37, states=True):
+    def __init__(self, width=100, special=37, ways=1, states=True):
         super().__init__()
-        self.widths, self.special, self.states = [6, width, 3], special, states
+        self.widths, self.special, self.states = [6, width, 3], range(special, special + ways), states
         self.up, self.down = nn.Linear(6, width), nn.Linear(width, 3)
 
     def forward(self, x):
         h = torch.relu(self.up(x))
-        if h.shape[-1] == self.special:
+        if h.shape[-1] in self.special:
             h = h.unflatten(-1, (self.widths[1], 1)).flatten(-2) if self.states else torch.sort(h).values
         return self.down(h)
 
@@ -572,13 +615,13 @@ def test_the_class_is_asked_again_at_the_counts_that_come(caplog):
 
 def test_a_graph_in_place_of_the_class_warns_with_the_way_out(recwarn):
     x = torch.randn(2, 6, dtype=torch.float64)
-    model = Lucky(states=False).double().eval()
+    model = Lucky(states=False, ways=2).double().eval()  # so that one more does not do either
     oto = OTO(model, x)
     zeroed(oto, {"up.weight": 37})
     with pytest.warns(NotItsClassWarning, match=r"(?s)no Lucky: .*test_own_class.py:\d+.*to fix .*skip_patterns"):
         subnet = oto.construct_subnet()
     assert subnet.emitter == "graph" and relative_error(run(model, x), run(subnet.model, x)) <= EXACT
-    everything = OTO(Lucky(states=False).double().eval(), x, everything=True)
+    everything = OTO(Lucky(states=False, ways=2).double().eval(), x, everything=True)
     zeroed(everything, {"up.weight": 37})
     recwarn.clear()
     everything.construct_subnet()

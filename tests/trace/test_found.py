@@ -19,6 +19,7 @@ from torch import nn
 from oto import OTO
 from oto.errors import LeftBehindWarning, NotPrunedWarning, OTOError
 from oto.slim.verify import run
+from oto.trace.found import Found, as_found
 from oto.trace.record import record
 from tests.zoo.unchanged import Seen
 
@@ -379,6 +380,24 @@ def test_a_slim_model_is_made_and_the_full_one_left_as_it_was(kind, emitter, tmp
             oto.construct_subnet(tmp_path / "out", emitter=emitter)
 
     one_step_is_the_same(kind, use)
+
+
+CACHES = {Cached: cached_for_any_device, CachedByDevice: cached_table, CachedMethod: CachedMethod.make}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_of_results_that_was_filled_before_is_no_constant(kind):
+    forget()
+    cold = [node.op for node in record(kind(), X).nodes]
+    model = kind()
+    model(X)
+    assert [node.op for node in record(model, X).nodes] == cold
+    model(X)
+    found = Found(model, X)
+    for _ in range(2):  # where one was emptied and filled again, the count of its misses is what it was
+        with as_found(model, X, found):
+            model(X)
+        assert not CACHES[kind].cache_info().currsize
 
 
 # --- anywhere -------------------------------------------------------------------------------------------------------

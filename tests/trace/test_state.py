@@ -184,8 +184,6 @@ def used(model):
 @pytest.mark.parametrize(("when", "training"), [("never", False), ("between", True), ("both", False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_whenever_it_was_used_the_class_is_the_same(kind, when, training):
-    if when in ("before", "both") and kind is OfAMethod:
-        pytest.skip("what a function has cached before OTO is a constant")
     model = kind().double().train(training)
     if when in ("before", "both"):
         used(model)

@@ -27,14 +27,15 @@ from torch import nn
 
 from oto import OTO
 from oto.axes import terms as T
-from oto.errors import EmitterError, NothingPrunableError, UnknownOpWarning, VerificationError
+from oto.errors import EmitterError, NothingPrunableError, OTOError, UnknownOpWarning, VerificationError
+from oto.slim.copying import copied
 from oto.slim.reference import FAST
 from oto.slim.verify import random_like, relative_error, run
 from oto.slim.wide import double_input, in_double
 from oto.trace.found import as_found
 from oto.trace.record import arguments
 
-from .choices import outcomes
+from .choices import EVERY_GROUP, outcomes, trained
 from .models import lively, settled
 from .replay import replay
 from .unchanged import Seen, trains_alike
@@ -73,8 +74,10 @@ class Result:
         choices, in_class: How many other counts were left (:mod:`.choices`), and for how many of them the slim model
             was of the model's own class; ``lost`` says of which it was not, and why.
         choice_error: The largest relative error of these.
+        states: What is decided otherwise once the model was used, or is in train mode; nothing should.
         changed: What ``OTO`` or ``construct_subnet`` left otherwise than it was; nothing should.
         failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
+        class_commit, graph_commit: The commit at which the class and other counts were asked, and the graph exported.
     """
 
     name: str
@@ -98,8 +101,11 @@ class Result:
     in_class: int = 0
     lost: tuple[str, ...] = ()
     choice_error: float = 0.0
+    states: str = ""
     failure: str | None = None
     changed: str = ""
+    class_commit: str = ""
+    graph_commit: str = ""
 
     TOLERANCE: ClassVar = 1e-9  # float64; verification has its own for the dtype of a model that does not run in that
     SENSITIVE: ClassVar = 1e-6
@@ -134,8 +140,8 @@ class Result:
             + f" class {self.class_share:.0%} in {self.asked:.1f} s, {self.in_class} of {self.choices} other counts"
         )
         more = [("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)), ("module", self.module_reason),
-                ("graph", self.graph_reason), ("counts", "; ".join(self.lost)), ("CHANGED", self.changed),
-                ("FAILED", self.failure)]  # fmt: skip
+                ("graph", self.graph_reason), ("counts", "; ".join(self.lost)), ("STATES", self.states),
+                ("CHANGED", self.changed), ("FAILED", self.failure)]  # fmt: skip
         return "\n".join([line, *(f"    {what}: {text}" for what, text in more if text)])
 
 
@@ -153,7 +159,7 @@ def examine(
 
     Args:
         kind: The zoo that the model is of.
-        counts: Leave other counts, too.
+        counts: Leave other counts, and ask in other states of the model, too.
 
     A verification failure is told apart from an emitter that cannot express the model: the error is then the one found.
     """
@@ -179,10 +185,11 @@ def prepared(factory: Factory) -> tuple[nn.Module, Any]:
         wide = double_input(inputs)
         args, kwargs = arguments(wide)
         try:
-            run(in_double(model), wide)  # first, so that what the model caches is as wide
-            with as_found(model), torch.no_grad():
-                in_double(model)(*args, **kwargs)
-            return in_double(model), wide
+            other = in_double(model)
+            run(other, wide)  # first, so that what a process caches is as wide
+            with as_found(other), torch.no_grad():
+                other(*args, **kwargs)
+            return in_double(model), wide  # as cold as the library made it
         except Exception:  # it is replayed in float64 all the same, with its own casts made to follow
             return model, inputs
 
@@ -277,11 +284,45 @@ def _of_its_class(result: Result, model: nn.Module, inputs: Any) -> OTO | None:
 
 
 def _other_counts(result: Result, kind: str, bound: OTO, inputs: Any) -> None:
-    """What comes of other counts than half of everything."""
-    found = list(outcomes(f"{kind}-{result.name}", bound, inputs))
+    """What comes of other counts than half of everything, and of other states of the model."""
+    name = f"{kind}-{result.name}"
+    found = list(outcomes(name, bound, inputs))
+    warm, training = _used(bound.model, inputs)
+    result.states, used = _decided_otherwise(bound, warm, inputs, "used, in train mode")
+    if name in EVERY_GROUP:  # which of the two it was
+        for model, said in ((copied(bound.model, {}).train(), "in train mode"), (copied(warm, {}).eval(), "used")):
+            result.states += _decided_otherwise(bound, model, inputs, said)[0]
+    last = trained(used, inputs, training) if used is not None else None
+    found += [last] if last is not None else []
     result.choices, result.in_class = len(found), sum(one.error is not None for one in found)
     result.lost = tuple(f"{one.choice}: {one.reason}" for one in found if one.error is None)
     result.choice_error = max((one.error for one in found if one.error is not None), default=0.0)
+
+
+def _used(model: nn.Module, inputs: Any) -> tuple[nn.Module, bool]:
+    """A copy in train mode, after a forward whose traces stay; and whether that was in train mode, too."""
+    args, kwargs = arguments(inputs)
+    for training in (True, False):  # detectors want targets to train
+        used = copied(model, {}).train(training)
+        try:
+            used(*args, **kwargs)
+            break
+        except Exception:
+            logging.getLogger(__name__).info("not used with training=%s", training, exc_info=True)
+    return used.train(), training
+
+
+def _decided_otherwise(bound: OTO, model: nn.Module, inputs: Any, said: str) -> tuple[str, OTO | None]:
+    """What is decided of a model in another state than before."""
+    try:
+        oto = OTO(model, inputs)
+    except OTOError as failure:
+        return f"{said}: {type(failure).__name__}: {str(failure).splitlines()[0]}; ", None
+    before, after = (
+        {(g.name, g.size, g.prunable, g.min_kept, g.tie) for g in one.node_groups} for one in (bound, oto)
+    )  # fmt: skip
+    differ = sorted({name for name, *_ in before ^ after})
+    return (f"{said}: {len(differ)} groups such as {differ[0]}; " if differ else ""), oto
 
 
 def _unknown(oto: OTO) -> tuple[tuple[str, int], ...]:

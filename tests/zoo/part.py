@@ -42,6 +42,11 @@ def seen_before() -> set[str] | None:
     return set(re.findall(r"^\| (\S+) \|", written, re.MULTILINE)) or None
 
 
+def commit() -> str:
+    """The commit that is checked out, in short; empty without git."""
+    return _git("rev-parse", "--short", "HEAD").strip()
+
+
 def _git(*words: str) -> str:
     try:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout

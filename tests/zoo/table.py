@@ -20,6 +20,9 @@ TITLES = {
     "models": "torchvision and transformers, other sizes", "handmade": "Written for the tests",
 }  # fmt: skip
 
+COUNTS = {"choices", "in_class", "lost", "choice_error", "states", "class_commit"}
+"""What is known of other counts, which are not left in every run."""
+
 HEAD = """\
 # Which models were tried, and what came of them
 
@@ -39,7 +42,8 @@ computes in float64 is compared with the zeroed full model: on the example, on r
   is prunable, the recorded calls were replayed on thinner tensors to prove the analysis on the example.
 * **own class**: of so many models, whose class was asked since it is the default, so many have a slim model of it.
 * **other counts**: of so many choices (one group alone thinner, all but one, what an optimizer leaves at 70 % of the
-  MACs) so many slim models are of the own class; each was compared like the others.
+  MACs) so many slim models are of the own class; each was compared on the example. What the class can do without was
+  asked of the model as its library makes it, and once more after a forward, in train mode: {states}.
 * **error**: the largest difference of any comparison, relative to the largest entry of the output.
 """
 
@@ -59,6 +63,7 @@ def results() -> Iterator[tuple[str, str, Result]]:
             if path.exists():
                 new = {k: v for k, v in json.loads(path.read_text()).items() if v not in (None, "", [], ())}
                 tried = {k for e in ("module", "graph") if e in new or f"{e}_reason" in new for k in (e, f"{e}_reason")}
+                tried |= {"changed", "failure"} | (COUNTS if "choices" in new else set())
                 old = {k: v for k, v in record.get((kind, name), {}).items() if k not in tried}
                 record[kind, name] = old | new | {"kind": kind, "name": name}
     there = [(kind, name) for kind in TITLES for name in zoo(kind)]
@@ -79,8 +84,28 @@ def document() -> str:
     for kind, _, result in results():
         found.setdefault(kind, []).append(result)
     libraries = ("torch", "torchvision", "timm", "transformers", "diffusers")
-    head = HEAD.format(versions=", ".join(f"{name} {version(name)}" for name in libraries))
-    return "\n".join([head, *summary(found), *(line for kind in TITLES for line in section(kind, found[kind]))]) + "\n"
+    states, sources = both(found)
+    head = HEAD.format(versions=", ".join(f"{name} {version(name)}" for name in libraries), states=states)
+    sections = [line for kind in TITLES for line in section(kind, found[kind])]
+    return "\n".join([head, *summary(found), "", *sources, *sections]) + "\n"
+
+
+def both(found: dict[str, list[Result]]) -> tuple[str, list[str]]:
+    """How often the state of a model made a difference; and which results are of which commit."""
+    everything = [result for those in found.values() for result in those]
+    asked = [r for r in everything if r.choices]
+    other = sorted(r.name for r in asked if r.states)
+    counted = {
+        "The class, other counts, and states of the model": Counter(r.class_commit for r in everything),
+        "Graphs": Counter(r.graph_commit for r in everything),
+    }
+    sources = [
+        f"* {title}: "
+        + ", ".join(f"{n} at `{commit}`" if commit else f"{n} before that" for commit, n in sorted(count.items())[::-1])
+        for title, count in counted.items()
+    ]
+    said = f"of {len(asked)} models {len(other)} differ" + (f" ({', '.join(other)})" if other else "")
+    return said, ["Results are kept from run to run, each with the commit that it is of:", "", *sources]
 
 
 def summary(found: dict[str, list[Result]]) -> Iterator[str]:

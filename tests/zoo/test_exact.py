@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from . import part
 from .matrix import ZOOS, examine, zoo
 from .packages_zoo import NEEDS
 from .table import DOCUMENT
@@ -29,7 +30,10 @@ EVERY_RUN = {
     "packages": [],  # they are installed for `make zoo`
     "papers": ["nano_gpt", "fourier_operator", "message_passing", "vq_vae", "dlrm", "perceiver"],
 }  # fmt: skip
-LOST = 0.2  # of the counts of one model
+LOSES = {
+    "transformers-vits": "how long its speech is follows from values: the calls are others than those of the example",
+}
+"""Models, with their zoo, that lose their class at some counts, and why."""
 RESULTS = Path(os.environ.get("OTO_ZOO_RESULTS") or Path(__file__).resolve().parents[2] / "out" / "zoo")
 
 CASES = [
@@ -40,7 +44,10 @@ CASES = [
 
 
 def written(kind, result):
-    """Leave a result for the table."""
+    """Leave a result for the table, with the commit that it is of."""
+    commit = part.commit()
+    result.class_commit = commit if result.choices else ""  # which are left in the zoo's long run
+    result.graph_commit = commit if result.graph is not None or result.graph_reason else ""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{kind}-{result.name}.json").write_text(json.dumps(asdict(result), indent=1))
 
@@ -56,8 +63,10 @@ def test_half_of_all_groups_removed(kind, name):
     assert not result.changed, result.changed
     assert not result.costly, "operators without a rule keep axes of parameters"
     assert result.exact, str(result)
-    # the class is asked with tries, not with all counts; the table sums up how often it is had (the goal is 99 %)
-    assert len(result.lost) <= LOST * result.choices, "its class was promised, and not had: " + "; ".join(result.lost)
+    assert not result.lost or f"{kind}-{name}" in LOSES, "its class was promised, and not had: " + "; ".join(
+        result.lost
+    )
+    assert not result.states, result.states
     if result.axes:
         # a model whose output hardly depends on its input would hide a mistake; nan: it takes no other input
         assert not result.sensitivity < result.SENSITIVE
@@ -70,9 +79,11 @@ def test_other_counts_of_those_of_every_run(kind, name):
     result = examine(name, zoo(kind)[name], kind=kind, emitters=("module",))
     path = RESULTS / f"{kind}-{name}.json"
     if path.exists():
-        new = {key: getattr(result, key) for key in ("choices", "in_class", "lost", "choice_error")}
+        new = {key: getattr(result, key) for key in ("choices", "in_class", "lost", "choice_error", "states")}
+        new["class_commit"] = part.commit()
         path.write_text(json.dumps(json.loads(path.read_text()) | new, indent=1))
-    assert result.failure is None and len(result.lost) <= LOST * result.choices, str(result)
+    assert result.failure is None and not result.states, str(result)
+    assert not result.lost or f"{kind}-{name}" in LOSES, str(result)
     # what does not run in float64 is compared in float32, sums of some hundred terms
     assert result.choice_error <= (1e-5 if result.replay is not None else result.TOLERANCE), str(result)
 

@@ -17,10 +17,16 @@ from oto.trace.record import arguments, tensors_in
 class Seen:
     """All that a user may see of a model: tensors by identity and value, everything else by identity and order."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keeps: bool = True) -> None:
         held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self.tensors = {
-            name: (t, t.data_ptr() if t.layout == torch.strided else 0, t.detach().clone(), t.requires_grad, t.grad)
+            name: (
+                t,
+                t.data_ptr() if t.layout == torch.strided else 0,
+                t.detach().clone() if keeps else t.detach(),
+                t.requires_grad,
+                t.grad,
+            )
             for name, t in held
         }
         self.things = {name: list(_things(vars(module))) for name, module in model.named_modules()}
@@ -31,7 +37,7 @@ class Seen:
 
     def difference(self, model: nn.Module) -> str:
         """The first thing that is not as it was; nothing if all is."""
-        now = Seen(model)
+        now = Seen(model, keeps=False)
         if now.tensors.keys() != self.tensors.keys() or now.things.keys() != self.things.keys():
             return f"other tensors or modules: {now.tensors.keys() ^ self.tensors.keys()}"
         for name, (t, pointer, value, wanted, grad) in self.tensors.items():

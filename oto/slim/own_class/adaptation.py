@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from oto.axes.terms import Term
-from oto.slim.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.plan import Thinning
 
 Tie = tuple[str, ...]
@@ -70,6 +70,9 @@ class Adaptation:
 
     def with_sizes(self, sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
         return replace(self, sizes={**self.sizes, **sizes})
+
+    def without_sizes(self, places: Iterable[Place]) -> Adaptation:
+        return replace(self, sizes={place: self.sizes[place] for place in self.sizes.keys() - set(places)})
 
     def with_folded(self, folded: Mapping[int, Folded], sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
         return replace(self.with_sizes(sizes), folded={**self.folded, **folded})

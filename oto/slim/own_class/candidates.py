@@ -13,7 +13,7 @@ from torch import nn
 
 from oto.axes.terms import Term, resolve
 from oto.axes.terms import size as size_of
-from oto.slim.attributes import Place, SizeAttribute, changed, numbers
+from oto.slim.own_class.attributes import Place, SizeAttribute, changed, numbers
 from oto.slim.own_class.blocks import ancestors, moved
 from oto.slim.own_class.layers import stock
 from oto.slim.own_class.rescale import sizes_in

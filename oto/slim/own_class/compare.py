@@ -204,11 +204,11 @@ class Comparison:
 
     def _detour(self, i: int, j: int) -> tuple[int, int] | None:
         """The calls after some that are made otherwise and give the same: a class may branch on sizes."""
+        ahead = enumerate(self.nodes[i : i + _DETOUR])
+        free = next((n for n, node in ahead if self._is_held(node)), _DETOUR)  # what it keeps is compared with nothing
         for steps in range(1, _DETOUR):
-            for back in range(steps + 1):
+            for back in range(min(steps, free) + 1):
                 after, other = i + back, j + steps - back
-                if any(self._is_held(node) for node in self.nodes[i:after]):
-                    break  # what the model keeps is compared with nothing
                 if after > len(self.nodes) or other > len(self.calls) or not self._meet(after, other):
                     continue
                 pairs = self._given(i, after, j, other)
@@ -431,8 +431,9 @@ _ELSEWHERE = (torch.device, torch.layout, torch.Generator)
 
 _IDLE = 6
 """How many calls in a row are looked at for coming to nothing: repeating heads takes four."""
-_DETOUR = 16
-"""How many calls both sides of a branch on sizes may have together: repeating keys and values takes nine."""
+_DETOUR = 48
+"""How many calls both sides of a branch on sizes may have together: repeating keys and values takes nine, a product of
+four tensors in the cheapest order eighteen on each side."""
 
 # calls that give the entries that they are given, in other shapes or more than once
 _LAYS = {

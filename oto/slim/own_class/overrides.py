@@ -17,7 +17,7 @@ from oto.nn import functional as full_count
 from oto.nn.calls import numbers_of
 from oto.nn.overrides import FullCount, Given, Override, Pieces, Sizes
 from oto.nn.told import COUNTED, UNIFORM
-from oto.slim.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.traced import TracedInt, places_of
 from oto.slim.plan import Thinning
 from oto.trace.graph import Node, Value
@@ -51,6 +51,11 @@ class FunctionCalls:
         made = {place: [i for i in call.nodes if not _does_nothing(nodes[i])] for place, call in
                 enumerate(self.recorded)}  # fmt: skip
         return {own[0]: place for place, own in made.items() if len(own) == 1}
+
+    @cached_property
+    def places(self) -> set[Place]:
+        """The attributes that any number among the arguments of a call is known to come from."""
+        return {place for call in self.recorded for number in call.numbers for place in places_of(number)}
 
     def stating(self, index: int) -> dict[int, frozenset[Place]]:
         """For each number among the arguments of a call that is known to come from attributes, where they are."""

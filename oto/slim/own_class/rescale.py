@@ -24,8 +24,8 @@ from oto.axes.call import Size
 from oto.axes.terms import Term, resolve
 from oto.groups import Partition
 from oto.nn import functional as full_count
-from oto.slim.attributes import SizeAttribute
 from oto.slim.own_class.adaptation import Folded, Rescale
+from oto.slim.own_class.attributes import SizeAttribute
 from oto.trace.graph import Graph, Leaf, Node, Value
 
 aten = torch.ops.aten

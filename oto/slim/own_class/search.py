@@ -22,8 +22,9 @@ from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import joined
 from oto.groups.policy import keep_whole
 from oto.progress import stage
-from oto.slim.attributes import Place, SizeAttribute, numbers
+from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.attributes import Place, SizeAttribute, numbers
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.compare import Divergence
 from oto.slim.own_class.layers import stock
@@ -68,9 +69,14 @@ OVERRIDE_FIRST: Sequence[Repair] = (
     ties.same_widths,
 )
 LIMITS: Sequence[Repair] = (minimum_widths.proposals, whole.proposals)
-AT_COUNTS: Sequence[Repair] = (size_attributes.named, size_attributes.proposals, call_overrides.proposals)
+AT_COUNTS: Sequence[Repair] = (
+    size_attributes.named,
+    size_attributes.proposals,
+    call_overrides.proposals,
+    minimum_widths.another_size,
+)
 """What may repair a divergence: of a call that divides by a count, of any other, and of one whose sizes no attribute is
-seen to state; what then limits the groups; and what is left at given counts, which nothing may limit any more."""
+seen to state; what then limits the groups; and what is left at given counts, which may only grow by zero atoms."""
 
 
 def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any) -> OwnClass:
@@ -87,8 +93,11 @@ def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup
     return Search(bench, trials, adaptation.with_sizes(stated_by_code(bench, trials))).result()
 
 
-def at_counts(model: nn.Module, partition: Partition, dummy_input: Any, own: OwnClass, kept: Kept) -> OwnClass:
-    """What the class needs for the very counts that are left.
+def at_counts(
+    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, own: OwnClass, kept: Kept
+) -> tuple[OwnClass, Kept]:
+    """What the class needs for the very counts that are left, and what is to be kept for it: some zero atoms more,
+    where it branches on sizes.
 
     Args:
         own: What was found for any counts.
@@ -101,12 +110,13 @@ def at_counts(model: nn.Module, partition: Partition, dummy_input: Any, own: Own
     bench = Workbench(model, partition, dummy_input)
     if not bench.is_reproducible:
         raise EmitterError(f"{name} makes other calls than those that were recorded")
-    search = Search(bench, Trials(partition, partition.groups, kept), replace(own.adaptation, whole={}))
+    trials = Trials(partition, groups, kept)
+    search = Search(bench, trials, replace(own.adaptation, whole={}, minimum={}))
     found = search.result(describes=False)
     if search.failed:
         last = found.steps[-1]
         raise EmitterError(f"{last.source or 'a line'}, in {last.module or name}: {last.operator}: {last.saw}")
-    return found
+    return found, trials.at_least(found.adaptation.minimum)
 
 
 def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]:
@@ -151,6 +161,7 @@ class Search:
             right.clear()
             self._repair(Situation(self.bench, self.trials, self.adaptation, trial, divergence))
         if describes:
+            self._forget_unread()
             self._describe()
         return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
 
@@ -218,6 +229,17 @@ class Search:
         tries = self.trials.of(proposal.adaptation)
         before = tries[: tries.index(at.trial)] if proposal.restates and at.trial in tries else []
         return all(self._divergence(proposal.adaptation, trial) is None for trial in before)
+
+    def _forget_unread(self) -> None:
+        """Take guesses back that no call reads, where every try is right without: they came with others that are."""
+        unread: dict[Key, list[Place]] = {}
+        for place, size in self.adaptation.sizes.items() if self.bench.is_traced else ():
+            if isinstance(size.value, int) and place not in self.bench.calls.places:  # floats are not traced
+                unread.setdefault(place.key, []).append(place)
+        for places in unread.values():
+            fewer = self.adaptation.without_sizes(places)
+            if all(self._divergence(fewer, trial) is None for trial in self.trials.of(fewer)):
+                self.adaptation = fewer
 
     # --- what no call needs -------------------------------------------------------------------------------------------
 

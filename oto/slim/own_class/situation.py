@@ -8,8 +8,9 @@ from functools import cached_property
 
 from oto.axes.call import Rewrite
 from oto.axes.terms import Term, axes_of, resolve
-from oto.slim.attributes import Key, numbers
+from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.attributes import numbers
 from oto.slim.own_class.compare import Divergence
 from oto.slim.own_class.trials import Trial, Trials
 from oto.slim.own_class.workbench import Workbench

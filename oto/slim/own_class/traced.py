@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from oto.slim.attributes import Place, numbers, state_
+from oto.slim.numbers import state_
+from oto.slim.own_class.attributes import Place, numbers
 
 
 class TracedInt(int):

@@ -90,7 +90,7 @@ class Trials:
             counts: So many atoms of some groups are left instead.
         """
         if self.given is not None:
-            return self._given
+            return thinning(self.partition, self.at_least(adaptation.minimum))
         stays = frozenset(self.staying(adaptation, trial))
         limits = tuple(sorted(adaptation.whole)), tuple(sorted(adaptation.minimum.items()))
         key = trial, stays, adaptation.ties, limits, tuple(sorted((counts or {}).items()))
@@ -100,9 +100,13 @@ class Trials:
             self._made[key] = thinning(self.partition, self._kept(adaptation, trial, stays, counts or {}))
         return self._made[key]
 
-    @cached_property
-    def _given(self) -> Thinning:
-        return thinning(self.partition, self.given or {})
+    def at_least(self, minimum: Mapping[str, int]) -> Kept:
+        """The counts that are asked for, with zero atoms for so many of some groups."""
+        kept = dict(self.given or {})
+        for name, least in minimum.items():
+            zero = np.setdiff1d(np.arange(self.free[name].size), kept[name])
+            kept[name] = np.sort(np.concatenate([kept[name], zero[: max(least - len(kept[name]), 0)]]))
+        return kept
 
     def _kept(
         self, adaptation: Adaptation, trial: Trial, stays: Iterable[str], counts: Mapping[str, int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from oto.slim.attributes import changed
+from oto.slim.own_class.attributes import changed
 from oto.slim.own_class.compare import differing
 from oto.slim.own_class.layers import stock
 from oto.slim.own_class.overrides import sizes_at

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from oto.slim.attributes import Place, SizeAttribute
 from oto.slim.own_class.adaptation import Folded
+from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.rescale import folded
 from oto.slim.own_class.situation import Proposal, Situation

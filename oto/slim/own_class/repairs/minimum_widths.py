@@ -1,13 +1,14 @@
-"""A width that is too small for the class to run at all: the groups in it keep a part of their atoms in any case.
+"""A width with which the class does not run, or does something else: groups keep more of their atoms.
 
-It may divide by a width over a number of heads, which is nothing once there are fewer entries than heads.
+It may divide by a width over a number of heads, which is nothing once there are fewer entries than heads. Or it
+compares two widths, and takes another way where they happen to be equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from oto.slim.own_class.repairs.whole import met
+from oto.slim.own_class.repairs.whole import met, met_by
 from oto.slim.own_class.situation import Proposal, Situation
 from oto.slim.own_class.trials import THIN
 
@@ -30,3 +31,14 @@ def proposals(at: Situation) -> Iterator[Proposal]:
             first = next(iter(least))
             reason = f"{first} keeps {least[first]} of {groups[first].size} in any case"
             yield Proposal(at.adaptation.with_minimum(new), reason, must_pass=True, counts=(least, more))
+
+
+def another_size(at: Situation) -> Iterator[Proposal]:
+    """At given counts, a group that the call meets keeps one step more than is left, of atoms that are zero."""
+    left = at.trials.at_least(at.adaptation.minimum)
+    for met_here in dict.fromkeys(met_by(at, at.index)):
+        together = at.adaptation.tied_to([met_here]) & left.keys()
+        more = {name: len(left[name]) + at.trials.free[name].divisor for name in together}
+        if all(n < at.trials.free[name].size for name, n in more.items()):
+            reason = f"{met_here} keeps {more[met_here]} of {at.trials.free[met_here].size}, some of them zero"
+            yield Proposal(at.adaptation.with_minimum(more), reason, must_pass=True)

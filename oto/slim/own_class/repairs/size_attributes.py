@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from oto.slim.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.candidates import Candidates
 from oto.slim.own_class.situation import Proposal, Situation
 

@@ -8,8 +8,8 @@ import torch
 
 from oto.axes.terms import Term, axes_of, resolve
 from oto.axes.terms import size as size_of
-from oto.slim.attributes import Place, SizeAttribute
 from oto.slim.own_class.adaptation import Adaptation, Tie
+from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.blocks import ancestors, moved
 from oto.slim.own_class.candidates import StatedSize, term_of
 from oto.slim.own_class.rescale import sizes_in

@@ -30,7 +30,7 @@ def proposals(at: Situation) -> Iterator[Proposal]:
 def met(at: Situation) -> dict[str, int]:
     """The groups that the call meets in every repeated block, each with the call that is the reason."""
     whole = at.adaptation.whole
-    for meets in (_stated_by, _met_by, _met_around):
+    for meets in (_stated_by, met_by, _met_around):
         for siblings in reversed(at.spreads):
             new = {name: index for index in siblings for name in meets(at, index) if name in at.trials.free}
             new = {name: index for name, index in new.items() if name not in whole}
@@ -48,7 +48,7 @@ def _stated_by(at: Situation, index: int) -> Iterator[str]:
     return at.trials.changing(rewrite.terms if rewrite is not None else (), at.thin)
 
 
-def _met_by(at: Situation, index: int) -> Iterator[str]:
+def met_by(at: Situation, index: int) -> Iterator[str]:
     """The groups that a call meets."""
     node, operands = at.bench.graph.nodes[index], at.bench.partition.found.operands
     values = [*node.inputs(), *(v for v in node.outputs if v is not None)]
@@ -60,4 +60,4 @@ def _met_around(at: Situation, index: int) -> Iterator[str]:
     path = at.bench.graph.nodes[index].module
     for node in at.bench.graph.nodes:
         if node.module == path:
-            yield from _met_by(at, node.index)
+            yield from met_by(at, node.index)

@@ -1,0 +1,86 @@
+"""Numbers that modules hold, as attributes or inside of what is one, and how one of them is made another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from enum import Enum
+from types import ModuleType
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from oto.errors import EmitterError
+
+Key: TypeAlias = tuple[str | int, ...]
+"""The way from a module to a number: names of attributes, keys of mappings, places in sequences."""
+
+EVERY = {*vars(nn.Module()), "_oto_origin"}  # what every module holds
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_data(value: Any) -> bool:
+    """Whether a value belongs to who holds it: members of enums, functions, classes and modules are the process's."""
+    return not (isinstance(value, nn.Module | Tensor | str | bytes | type | Enum | ModuleType) or callable(value))
+
+
+LARGEST = 2**24
+"""What a number may become in any case, and if it is larger, as much as it is."""
+
+
+def state_(module: nn.Module, key: Key, value: int | float) -> None:
+    """Make a number that a module holds another one; what lies on the way to it becomes the module's own copy.
+
+    Raises:
+        EmitterError: It holds no number there, or one of another kind; a file may say so.
+    """
+    try:
+        if key[0] in EVERY:
+            raise KeyError(key[0])
+        made = _with(vars(module)[key[0]], key[1:], value)  # type: ignore[index]
+    except (KeyError, IndexError, TypeError, ValueError) as failure:
+        way = ".".join(map(str, key))
+        raise EmitterError(f"{type(module).__name__} holds no number {way!r} that may be {value!r}") from failure
+    setattr(module, str(key[0]), made)
+
+
+def _with(held: Any, key: Key, value: int | float) -> Any:
+    """``held`` with another number at the end of the way, which leads through data and no attribute of a class.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError: The way ends before, or leads to something else.
+    """
+    if not key:
+        if held is not None and not (is_number(held) and isinstance(value, float) == isinstance(held, float)):
+            raise TypeError(f"{held!r} is no such number")
+        if isinstance(value, int) and abs(value) > max(abs(held or 0), LARGEST):
+            raise ValueError(f"{value} is too large")
+        return value
+    first, rest = key[0], key[1:]
+    if not is_data(held):
+        raise TypeError(f"{type(held).__name__} is shared")
+    if isinstance(held, tuple):
+        items = list(held)
+        items[_place(first)] = _with(items[_place(first)], rest, value)
+        return type(held)(*items) if hasattr(held, "_fields") else tuple(items)
+    made = copy.copy(held)
+    own: Any = made if isinstance(held, Mapping | list) else vars(made)
+    there: Any = held if isinstance(held, Mapping | list) else vars(held)
+    if own is there:
+        raise TypeError(f"{type(held).__name__} is shared")
+    if isinstance(held, list):
+        first = _place(first)
+    elif first not in there:
+        raise KeyError(first)
+    own[first] = _with(there[first], rest, value)
+    return made
+
+
+def _place(key: str | int) -> int:
+    if not isinstance(key, int):
+        raise TypeError(f"{key!r} is no place")
+    return key
