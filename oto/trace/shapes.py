@@ -24,10 +24,10 @@ def result_of(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tens
     ``None`` if the call is none of the plain ones.
     """
     of = _SHAPES.get(op)
-    if of is None or not isinstance(args[0], Tensor):
+    if of is None:
         return None
-    first = args[0]
-    if not first.is_floating_point():
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    if not isinstance(first, Tensor) or not first.is_floating_point():
         return None
     shape = of(*args, **kwargs)
     return None if shape is None else torch.empty(shape, dtype=first.dtype, device=first.device)
@@ -60,6 +60,46 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Shape | No
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     return (*x.shape[:-1], weight.shape[0])
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = (1,), padding: Any = (0,),
+    dilation: Any = (1,), groups: int = 1,
+) -> Shape | None:  # fmt: skip
+    alike = x.ndim == weight.ndim and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
+    if not alike or groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    size, kernel = x.shape[2:], weight.shape[2:]
+    steps, pads, gaps = (tuple(a) * (len(size) if len(a) == 1 else 1) for a in (stride, padding, dilation))
+    if not len(steps) == len(pads) == len(gaps) == len(size) or min(*steps, *gaps) < 1 or min(pads) < 0:
+        return None
+    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel, steps, pads, gaps, strict=True)]
+    return (x.shape[0], weight.shape[0], *out) if min(x.shape) > 0 and min(out) > 0 else None
+
+
+def _pooled(x: Tensor, size: Any) -> Shape | None:
+    plain = x.ndim == 4 and x.is_contiguous() and len(size) == 2 and min(size) > 0 and min(x.shape) > 0
+    return (*x.shape[:2], *size) if plain else None
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Shape | None:
+    first = tensors[0]
+    rest, own = [t.shape for t in tensors], list(first.shape)
+    if not all(t.is_contiguous() and t.dtype is first.dtype for t in tensors) or not -len(own) <= dim < len(own):
+        return None
+    dim %= len(own)
+    whole = sum(shape[dim] if len(shape) == len(own) else 0 for shape in rest)
+    if any([*shape[:dim], *shape[dim + 1 :]] != [*own[:dim], *own[dim + 1 :]] for shape in rest):
+        return None
+    return [*own[:dim], whole, *own[dim + 1 :]]
+
+
+def _matmul(x: Tensor, y: Tensor) -> Shape | None:
+    if x.ndim < 2 or x.ndim != y.ndim or x.dtype != y.dtype or x.shape[-1] != y.shape[-2]:
+        return None
+    return (*x.shape[:-1], y.shape[-1]) if x.shape[:-2] == y.shape[:-2] else None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Shape | None:
@@ -99,6 +139,11 @@ _SHAPES: dict[Any, Callable[..., Shape | None]] = {
     ),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _binary),
     aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _convolution),
+    aten.adaptive_avg_pool2d.default: _pooled,
+    aten.cat.default: _cat,
+    aten.concat.default: _cat,
     aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _reduced,
     aten.sum.dim_IntList: _reduced,
