@@ -53,7 +53,7 @@ from oto.trace.found import (
     tensors_by_path,
 )
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
-from oto.trace.shapes import result_of
+from oto.trace.shapes import Remembered, result_of
 
 log = logging.getLogger(__name__)
 
@@ -609,7 +609,9 @@ class _Recorder(TorchDispatchMode):
                 result = result_of(op, args, kwargs)
         if self.builder.how == "real" and (whole or writes):
             self.found.spare((args, kwargs))
-        if result is None:
+        if result is None and self.builder.how == "meta" and not whole:
+            result = _REMEMBERED.call(op, args, kwargs)
+        elif result is None:
             result = op(*args, **kwargs)
         if self.script is not None:
             result = self.script.take(op, result)
@@ -659,6 +661,7 @@ def _runs_without_data(code: Callable[..., Any], args: Any, kwargs: Any) -> bool
     return True
 
 
+_REMEMBERED = Remembered()
 LITERALS = ("tensor", "as_tensor", "scalar_tensor")
 
 
