@@ -8,7 +8,7 @@ there is, wrong arguments included, is torch's own to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -157,10 +157,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Shape | No
 
 
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = (1,), padding: Any = (0,),
+    rank: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = (1,), padding: Any = (0,),
     dilation: Any = (1,), groups: int = 1,
 ) -> Shape | None:  # fmt: skip
-    alike = x.ndim == weight.ndim and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
+    alike = (
+        x.ndim == weight.ndim == rank + 2 and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
+    )
     if not alike or groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -186,7 +188,9 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Shape | None:
     if not all(t.is_contiguous() and t.dtype is first.dtype for t in tensors) or not -len(own) <= dim < len(own):
         return None
     dim %= len(own)
-    whole = sum(shape[dim] if len(shape) == len(own) else 0 for shape in rest)
+    if any(len(shape) != len(own) for shape in rest):
+        return None
+    whole = sum(shape[dim] for shape in rest)
     if any([*shape[:dim], *shape[dim + 1 :]] != [*own[:dim], *own[dim + 1 :]] for shape in rest):
         return None
     return [*own[:dim], whole, *own[dim + 1 :]]
@@ -238,7 +242,9 @@ _SHAPES: dict[Any, Callable[..., Shape | None]] = {
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _binary),
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
-    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _convolution),
+    aten.conv1d.default: partial(_convolution, 1),
+    aten.conv2d.default: partial(_convolution, 2),
+    aten.conv3d.default: partial(_convolution, 3),
     aten.adaptive_avg_pool2d.default: _pooled,
     aten.cat.default: _cat,
     aten.concat.default: _cat,
