@@ -92,7 +92,8 @@ REMEMBERED = [
     (aten.native_layer_norm.default, (x(2, 5), [5], x(5), x(5), 1e-5)), (aten.add.Tensor, (WHOLE, 1)),
     (aten.add.Tensor, (WHOLE, 1.0)), (aten.permute.default, (x(2, 3), [1, 0])), (aten.relu_.default, (x(2),)),
     (aten.contiguous.default, (x(2, 3),)), (aten.contiguous.default, (x(2, 3).T,)),
-    (aten.reshape.default, (x(2, 3), [6])), (aten.reshape.default, (x(2, 3).T, [6])), (aten.chunk.default, (x(4, 3), 2)),
+    (aten.reshape.default, (x(2, 3), [6])), (aten.reshape.default, (x(2, 3).T, [6])),
+    (aten.chunk.default, (x(4, 3), 2)),
 ]  # fmt: skip
 
 
