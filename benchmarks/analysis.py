@@ -6,9 +6,9 @@
     python benchmarks/analysis.py --large               # 8, 47 and 70 thousand million parameters, on the meta device
     python benchmarks/analysis.py --depth               # Llama with 2 to 200 layers; --plot FILE draws the curve
 
-Each tool runs in a fresh process on one thread, in turns, on the same random weights. Times are medians of CPU
-seconds over `--repeats` runs after one that is not counted; memory is the growth of the peak resident size in MiB, from
-before the tool is imported to after its first run. For oto the trace (recording) and the analysis (everything after it: terms,
+Each tool runs in a fresh process on one thread, in turns, on the same random weights. Times are medians of CPU seconds
+over `--repeats` runs after one that is not counted; memory is the growth of the peak resident size in MiB, from before
+the tool is imported to after its first run. For oto the trace (recording) and the analysis (everything after it: terms,
 proofs, node groups, costs) are shown apart, and `total` is `OTO(model, x)`. Models on meta have the sizes of the
 published ones and no data; building them is not counted. torch-pruning needs the data, so it has no part in these.
 """
