@@ -2,12 +2,13 @@
 
     python benchmarks/analysis.py                       # the models of the zoo at their usual input sizes
     python benchmarks/analysis.py resnet50 swin_t --repeats 9
+    python benchmarks/analysis.py resnet50 --before ../before   # another checkout of oto in the same run, too
     python benchmarks/analysis.py --large               # 8, 47 and 70 thousand million parameters, on the meta device
     python benchmarks/analysis.py --depth               # Llama with 2 to 200 layers; --plot FILE draws the curve
 
-Each tool runs in a fresh process on one thread, in turns, on the same random weights. Times are medians in seconds over
-`--repeats` runs after one that is not counted; memory is the growth of the peak resident size in MiB, from before the
-tool is imported to after its first run. For oto the trace (recording) and the analysis (everything after it: terms,
+Each tool runs in a fresh process on one thread, in turns, on the same random weights. Times are medians of CPU seconds
+over `--repeats` runs after one that is not counted; memory is the growth of the peak resident size in MiB, from before
+the tool is imported to after its first run. For oto the trace (recording) and the analysis (everything after it: terms,
 proofs, node groups, costs) are shown apart, and `total` is `OTO(model, x)`. Models on meta have the sizes of the
 published ones and no data; building them is not counted. torch-pruning needs the data, so it has no part in these.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -52,7 +54,7 @@ LARGE |= {f"llama-{n}-layers": ("Llama", LLAMA_8B | {"num_hidden_layers": n}) fo
 def make(name: str) -> tuple[nn.Module, Any]:
     """A model at full size (vision) or with the tiny configuration of the zoo (transformers)."""
     if name in TEXT:
-        sys.path.insert(0, str(ROOT))
+        sys.path.append(str(ROOT))  # behind the checkout that is measured
         from tests.zoo.models import TRANSFORMERS
 
         return TRANSFORMERS[name]()
@@ -77,9 +79,9 @@ def peak() -> float:
 def median(run: Callable[[], Any], repeats: int) -> float:
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return statistics.median(seconds)
 
 
@@ -133,9 +135,10 @@ def child(tool: str, name: str, repeats: int) -> None:
     print(json.dumps(result))
 
 
-def spawn(tool: str, name: str, repeats: int) -> dict[str, Any]:
+def spawn(tool: str, name: str, repeats: int, checkout: Path = ROOT) -> dict[str, Any]:
     command = [sys.executable, __file__, name, "--child", tool, "--repeats", str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    where = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=where)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -144,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=[*VISION, *TEXT])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="another checkout, whose OTO(model, x) is shown as well")
     parser.add_argument("--child", choices=["oto", "torch-pruning"], help=argparse.SUPPRESS)
     parser.add_argument("--large", action="store_true", help="the largest models, on meta")
     parser.add_argument("--depth", action="store_true", help="one model at several depths, on meta")
@@ -154,7 +158,7 @@ def main() -> None:
     if args.large or args.depth:
         return on_meta(args)
     print(f"{platform.machine()}, torch {torch.__version__}, one thread, float32, batch 1 (text: 2×8 tokens)")
-    row("", "axes", "atoms", "trace", "analysis", "OTO(m, x)", "MiB", "torch-pruning", "MiB", "ratio")
+    row("", "axes", "atoms", "trace", "analysis", "OTO(m, x)", "MiB", "torch-pruning", "MiB", "ratio", "before")
     for name in args.models:
         ours, theirs = spawn("oto", name, args.repeats), spawn("torch-pruning", name, args.repeats)
         if "failed" in ours:
@@ -166,6 +170,9 @@ def main() -> None:
             cells.append(theirs["failed"])
         else:
             cells += [f"{theirs['total']:.3f}", f"{theirs['memory']:.0f}", f"{ours['total'] / theirs['total']:.2f}"]
+        if args.before:
+            before = spawn("oto", name, args.repeats, args.before)
+            cells += [""] * (9 - len(cells)) + [before["failed"] if "failed" in before else f"{before['total']:.3f}"]
         row(name, *cells)
 
 
@@ -203,7 +210,7 @@ TIMES = ("trace", "analysis", "total")
 
 
 def row(name: str, *cells: object) -> None:
-    widths = (6, 8, 8, 10, 11, 7, 15, 9, 8)
+    widths = (6, 8, 8, 10, 11, 7, 15, 9, 8, 9)
     print(
         f"{name:20}" + "".join(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=False)), flush=True
     )

@@ -3,11 +3,12 @@
     python benchmarks/class_search.py                                   # fourteen models of all kinds
     python benchmarks/class_search.py timm/mixnet_s full/resnet50       # some
     python benchmarks/class_search.py --zoo --part 0/8                  # an eighth of the zoo, class side only
+    python benchmarks/class_search.py --before ../before                # another checkout beside this one, in turns
     python benchmarks/class_search.py --json after.json --beside before.json
 
 A model is ``kind/name``: one of the zoo (``tests/zoo``, small inputs), or ``full/name``: torchvision at its usual size,
-YOLO of ultralytics. Each runs in a fresh process on one thread, with random weights. Two checkouts are compared with
-``--json`` and ``--beside``, each run with its own ``PYTHONPATH``.
+YOLO of ultralytics. Each runs in a fresh process on one thread, with random weights. Another checkout is compared in
+the same run with ``--before``, or with figures that ``--json`` wrote and ``--beside`` reads.
 
 runs
     how often a model, full or thinner, was followed after it had been recorded;
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -43,7 +45,7 @@ DEFAULT = [
 
 def make(name: str) -> tuple[nn.Module, Any]:
     """A model and an input for it, with random weights."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))  # behind the checkout that is measured
     kind, _, which = name.partition("/")
     torch.manual_seed(0)
     if kind == "full" and which.startswith("yolo"):
@@ -112,10 +114,11 @@ def child(name: str) -> None:
     print(json.dumps(found))
 
 
-def spawn(name: str, limit: float) -> dict[str, Any]:
+def spawn(name: str, limit: float, checkout: Path = ROOT) -> dict[str, Any]:
     command = [sys.executable, __file__, name, "--child"]
+    where = os.environ | {"PYTHONPATH": str(checkout.resolve())}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=where)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {limit:.0f} s"}
     if done.returncode:
@@ -129,6 +132,8 @@ def shown(name: str, now: dict[str, Any], before: dict[str, Any] | None) -> str:
         return f"{name:34} {now['failed']}"
     old = before if before is not None and "failed" not in before else {}
 
+    failed = f"\n    before: {before['failed']}" if before is not None and "failed" in before else ""
+
     def pair(key: str, form: str, width: int) -> str:
         was = f"{format(old[key], form)} > " if key in old else ""
         return f"{was}{format(now[key], form)}".rjust(width if not old else 2 * width)
@@ -138,6 +143,7 @@ def shown(name: str, now: dict[str, Any], before: dict[str, Any] | None) -> str:
         f"{name:34} {now['nodes']:6} nodes {pair('seconds', '.2f', 8)} s {pair('runs', '', 6)} runs"
         f" {pair('calls', '', 9)} calls  class {pair('class', '.4f', 7)} ({now['share']:.4f})"
         f" atoms {pair('atoms', '', 7)} ({now['all_atoms']}) ties {pair('ties', '', 3)}"
+        + failed
         + (f"\n    whole now: {', '.join(lost)}" if lost else "")
     )
 
@@ -149,6 +155,7 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="every n-th model from the i-th on, as i/n")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--beside", type=Path, help="figures of another checkout, to show before these")
+    parser.add_argument("--before", type=Path, help="another checkout, to run before this one, model by model")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -164,6 +171,8 @@ def main() -> None:
     before = json.loads(given.beside.read_text()) if given.beside else {}
     found: dict[str, Any] = {}
     for name in names[first::step]:
+        if given.before:
+            before[name] = spawn(name, given.limit, given.before)
         found[name] = spawn(name, given.limit)
         print(shown(name, found[name], before.get(name)), flush=True)
         if given.json:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch._C import DisableTorchFunction
 from torch._guards import TracingContext
 from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 
 __all__ = [
     "SIZE_FUNCTIONS",
+    "DisableTorchFunction",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",

@@ -1,5 +1,6 @@
 """A line for long work: which stage it is in, and for how long. It appears after two seconds, on a terminal or in a
-notebook. ``OTO_DISABLE_TQDM=1`` keeps it away.
+notebook. ``OTO_DISABLE_TQDM=1`` keeps it away. Elsewhere it is logged every ten seconds, at level INFO of
+``oto.progress``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 2.0
 """Seconds before anything is shown."""
+BETWEEN = 10.0
+"""Seconds between lines in a log."""
 
 
 class _Stages:
     """The stages of one piece of work. A stage may take minutes in one call, so a thread keeps the line alive."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, is_bar: bool) -> None:
+        self.is_bar = is_bar
         self.title, self.text, self.start = title, title, time.time()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.show, daemon=True)
@@ -31,12 +35,20 @@ class _Stages:
     def show(self) -> None:
         if self.over.wait(PATIENCE):
             return
+        if not self.is_bar:
+            self.write()
+            return
         from tqdm.auto import tqdm
 
         with tqdm(desc=self.text, bar_format="{desc} [{elapsed}]", leave=False, file=sys.stderr) as bar:
             bar.start_t = self.start
             while not self.over.wait(0.5):
                 bar.set_description_str(self.text)
+
+    def write(self) -> None:
+        log.info("%s [%.0f s]", self.text, time.time() - self.start)
+        while not self.over.wait(BETWEEN):
+            log.info("%s [%.0f s]", self.text, time.time() - self.start)
 
     def close(self) -> None:
         self.over.set()
@@ -49,10 +61,11 @@ _running: ContextVar[_Stages | None] = ContextVar("running", default=None)
 @contextmanager
 def stages(title: str) -> Iterator[None]:
     """While inside, what :func:`stage` names is shown. One within another shows in the outer one."""
-    if _running.get() is not None or not _wanted():
+    is_bar = _wanted()
+    if _running.get() is not None or not (is_bar or log.isEnabledFor(logging.INFO)):
         yield
         return
-    running = _Stages(title)
+    running = _Stages(title, is_bar)
     token = _running.set(running)
     try:
         yield

@@ -25,6 +25,23 @@ def test_a_dispatch_mode_sees_composite_operators_whole_in_inference_mode():
     assert seen == [torch.ops.aten.linear.default]
 
 
+def test_function_modes_see_nothing_where_they_are_disabled():
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2)
+    with Watch():
+        with _torch.DisableTorchFunction():
+            assert x.shape == (2,)
+        assert not seen
+        assert x.shape == (2,)
+    assert seen
+
+
 def test_fake_tensors_know_shape_and_device_and_take_real_ones_along():
     with _torch.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(torch.randn(2, 3))

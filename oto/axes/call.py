@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -80,7 +81,7 @@ class Size:
     term: Term
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Rewrite:
     """How to call a node once its tensors are thinner: operator and arguments, with :class:`Size` for each size.
 
@@ -97,7 +98,7 @@ class Rewrite:
     watched: tuple[Term, ...] = ()
     always: bool = False
 
-    @property
+    @cached_property
     def terms(self) -> list[Term]:
         """The terms of which one must be thinner before the call needs to be rewritten."""
         sizes = [x.term for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Size)]

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from oto._torch import tree_map_only
 from oto.axes.call import Rewrite, Size
 from oto.axes.propagate import Propagation
 from oto.axes.terms import Axis, Term, count, resolve, survivors
@@ -21,7 +20,7 @@ from oto.axes.terms import size as size_of
 from oto.errors import NonFiniteParameterError, some
 from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.node_group import computable, is_finite
-from oto.trace.graph import Leaf, Node
+from oto.trace.graph import Leaf, Node, Value
 
 
 def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArray[np.int64]]:
@@ -90,6 +89,9 @@ class Thinning:
     found: Propagation
     masks: Mapping[Axis, NDArray[np.bool_]]
     _entries: dict[Leaf, list[NDArray[np.bool_]]] = field(default_factory=dict)
+    _counted: dict[Term, int] = field(default_factory=dict)  # many tries ask for the same
+    _sizes: dict[Value, tuple[int, ...]] = field(default_factory=dict)
+    _changing: dict[Rewrite, bool] = field(default_factory=dict)
 
     @cached_property
     def counts(self) -> dict[Axis, int]:
@@ -97,7 +99,15 @@ class Thinning:
 
     def count(self, term: Term) -> int:
         """How many entries of a dimension survive."""
-        return count(resolve(term), self.counts)
+        if term not in self._counted:
+            self._counted[term] = count(resolve(term), self.counts)
+        return self._counted[term]
+
+    def sizes(self, value: Value) -> tuple[int, ...]:
+        """The shape that a tensor of the graph gets."""
+        if value not in self._sizes:
+            self._sizes[value] = tuple(map(self.count, self.found.operands[value].terms))
+        return self._sizes[value]
 
     def size(self, asked: Size) -> int:
         """What an integer argument becomes."""
@@ -105,11 +115,21 @@ class Thinning:
 
     def changes(self, rewrite: Rewrite) -> bool:
         """Whether any size that the call stands on becomes smaller."""
-        return rewrite.always or any(self.size(Size(term)) != size_of(term) for term in rewrite.terms)
+        if rewrite not in self._changing:
+            thinner = any(self.count(term) != size_of(term) for term in rewrite.terms)
+            self._changing[rewrite] = rewrite.always or thinner
+        return self._changing[rewrite]
 
     def filled(self, template: Any) -> Any:
         """A rewrite's arguments with every size in its place."""
-        return tree_map_only(Size, self.size, template)
+        if isinstance(template, Size):
+            return self.size(template)
+        if isinstance(template, (tuple, list)):
+            items = map(self.filled, template)
+            return type(template)(*items) if hasattr(template, "_fields") else type(template)(items)
+        if isinstance(template, dict):
+            return {name: self.filled(value) for name, value in template.items()}
+        return template
 
     def call(self, node: Node, rewrite: Rewrite | None) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """How a call is made on thinner tensors: operator, arguments and keywords."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from oto._torch import (
+    DisableTorchFunction,
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
@@ -41,9 +42,18 @@ from oto._torch import (
 from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
 from oto.nn.calls import first_tensor, name_of, numbers_of, running
 from oto.nn.told import Told
-from oto.trace.found import Found, as_found, is_foreign, standing_in, state_of
+from oto.trace.found import (
+    Found,
+    as_found,
+    is_foreign,
+    modules_by_path,
+    modules_of,
+    standing_in,
+    state_of,
+    tensors_by_path,
+)
 from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
-from oto.trace.shapes import result_of
+from oto.trace.shapes import Remembered, result_of
 
 log = logging.getLogger(__name__)
 
@@ -353,7 +363,7 @@ def _doubled(given: Arguments) -> Arguments:
 def _in_analysed_form(model: nn.Module) -> None:
     """Let modules that have another form for the analysis (those of ``oto.nn``, and those of the user's own that are
     told sizes) run in it, until all is put back."""
-    for module in model.modules():
+    for module in modules_of(model):
         forward = vars(module).get("forward")
         if hasattr(type(module), "_oto_analysed"):
             vars(module)["forward"] = module._oto_analysed
@@ -366,11 +376,16 @@ def on_meta(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
+def _empty(t: Tensor) -> Tensor:
+    with DisableTorchFunction():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
 def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitStack) -> Callable[[Tensor], Tensor]:
     """Set the way up; what stands for a real tensor in it."""
     if way == "meta":
         stack.enter_context(torch.device("meta"))
-        return lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        return _empty
     if way == "grad":
         return lambda t: t.detach().clone().requires_grad_(t.requires_grad)
     if way == "real":
@@ -392,41 +407,40 @@ def _run(
     builder: GraphBuilder | None = None, functions: list[FunctionCall] | None = None,
     script: Script | None = None, literals: list[FunctionCall] | None = None,
 ) -> Recording:  # fmt: skip
-    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    modules = modules_by_path(model)
+    named = tensors_by_path(modules)
     names: dict[int, list[str]] = {}
     for name, tensor in named.items():
         names.setdefault(id(tensor), []).append(name)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if way == "grad" else torch.inference_mode())
         stand_in = _stand_ins(way, named, (args, kwargs), stack)
-        made: dict[int, Tensor] = {}
-        for tensor in named.values():
-            if id(tensor) not in made:
-                made[id(tensor)] = stand_in(tensor)
-        run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         builder = GraphBuilder("real" if way == "grad" else way) if builder is None else builder
-        recorder = _Recorder(builder, known, model, found)
+        recorder = _Recorder(builder, known, modules, found)
         recorder.script = script
-        for tensor_id, tensor in made.items():
-            first = named[names[tensor_id][0]]
-            parameter = isinstance(first, nn.Parameter)
-            recorder.hold(tensor)
-            recorder.builder.leaf(
-                id(tensor), tensor.shape, tensor.dtype, names[tensor_id], "parameter" if parameter else "buffer",
-                parameter and first.requires_grad,
-            )  # fmt: skip
-        for leaf in tree_leaves((run_args, run_kwargs)):
-            if isinstance(leaf, Tensor):
-                recorder.hold(leaf)
-                recorder.builder.input(id(leaf), leaf.shape, leaf.dtype)
+        made = {tensor_id: stand_in(named[own[0]]) for tensor_id, own in names.items()}
+        run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
+        with DisableTorchFunction():
+            for tensor_id, tensor in made.items():
+                first = named[names[tensor_id][0]]
+                parameter = isinstance(first, nn.Parameter)
+                recorder.hold(tensor)
+                builder.leaf(
+                    id(tensor), tensor.shape, tensor.dtype, names[tensor_id], "parameter" if parameter else "buffer",
+                    parameter and first.requires_grad,
+                )  # fmt: skip
+            for leaf in tree_leaves((run_args, run_kwargs)):
+                if isinstance(leaf, Tensor):
+                    recorder.hold(leaf)
+                    builder.input(id(leaf), leaf.shape, leaf.dtype)
         # a module that the model holds twice is swapped once, or its own tensors would not come back
         places: dict[tuple[int, str], str] = {}
         for name in named:
             holder, _, last = name.rpartition(".")
-            places.setdefault((id(model.get_submodule(holder)), last), name)
+            places.setdefault((id(modules[holder]), last), name)
         swapped = {name: made[id(named[name])] for name in places.values()}
         stack.enter_context(standing_in(model, made))
-        stack.enter_context(recorder.following(model))
+        stack.enter_context(recorder.following(modules))
         stack.enter_context(recorder)
         if functions is not None:
             stack.enter_context(_Functions(recorder, functions))
@@ -504,7 +518,9 @@ def _place(tensor: Tensor) -> _Place | None:
 class _Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
-    def __init__(self, builder: GraphBuilder, known: Callable[[Any], bool], model: nn.Module, found: Found) -> None:
+    def __init__(
+        self, builder: GraphBuilder, known: Callable[[Any], bool], modules: Mapping[str, nn.Module], found: Found
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.builder = builder
         self.found = found
@@ -521,7 +537,7 @@ class _Recorder(TorchDispatchMode):
         self.runs = 0
         self.attributes = {
             id(value): f"{name}.{attribute}" if name else attribute
-            for name, module in model.named_modules()
+            for name, module in _once(modules)
             for attribute, value in vars(module).items()
             if isinstance(value, Tensor)
         }
@@ -563,9 +579,9 @@ class _Recorder(TorchDispatchMode):
         return {name: self.keyed(value) for name, value in x.items()} if isinstance(x, dict) else x
 
     @contextmanager
-    def following(self, model: nn.Module) -> Iterator[None]:
+    def following(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         """Keep ``self.path`` at the module that is running."""
-        paths = {id(module): name for name, module in model.named_modules()}
+        paths = {id(module): name for name, module in _once(modules)}
 
         def enter(module: nn.Module, _args: Any) -> None:
             self.path.append(paths.get(id(module), self.path[-1]))
@@ -600,17 +616,27 @@ class _Recorder(TorchDispatchMode):
         named = kwargs
         if op is aten.einsum.default:  # in which order it multiplies is chosen by sizes, and no part of what it gives
             named = {name: value for name, value in kwargs.items() if name != "path"}
-        keyed = self.keyed(args), self.keyed(named)
-        self.found.look(sys._getframe(1))
-        if self.builder.how == "real" and (whole or op._schema.is_mutable):
+        writes = not whole and op._schema.is_mutable
+        with DisableTorchFunction():  # that we look at a tensor is no call of the model's, which costs as much as one
+            keyed = self.keyed(args), self.keyed(named)
+            self.found.look(sys._getframe(1))
+            result = args[0] if self.shapes_only and op in _WRITES_FIRST else None
+            if result is None and self.shapes_only:
+                result = result_of(op, args, kwargs)
+        if self.builder.how == "real" and (whole or writes):
             self.found.spare((args, kwargs))
-        result = args[0] if self.shapes_only and op in _WRITES_FIRST else None
-        if result is None and self.shapes_only:
-            result = result_of(op, args, kwargs)
-        if result is None:
+        if result is None and self.builder.how == "meta" and not whole:
+            result = _REMEMBERED.call(op, args, kwargs)
+        elif result is None:
             result = op(*args, **kwargs)
         if self.script is not None:
             result = self.script.take(op, result)
+        with DisableTorchFunction():
+            self._write_down(op, keyed, result, writes)
+        return result
+
+    def _write_down(self, op: Any, keyed: tuple[Any, Any], result: Any, writes: bool) -> None:
+        """Add a call, or a number that leaves torch, on which code may branch."""
         results: list[Any] = []
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -620,13 +646,21 @@ class _Recorder(TorchDispatchMode):
                 results.append((id(leaf), leaf.shape, leaf.dtype))
             else:
                 results.append(None)
-        if any(results) or (not whole and op._schema.is_mutable):
+        if any(results) or writes:
             self.builder.call(op, *keyed, results, self.path[-1], _user_line())
-        else:  # a number that leaves torch, on which code may branch
+        else:
             for leaf in tree_leaves(keyed):
                 if isinstance(leaf, Key):
                     self.builder.end(leaf.key)
-        return result
+
+
+def _once(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Each module by the first of its paths."""
+    seen: set[int] = set()
+    for path, module in modules.items():
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
 
 
 def _runs_without_data(code: Callable[..., Any], args: Any, kwargs: Any) -> bool:
@@ -643,6 +677,7 @@ def _runs_without_data(code: Callable[..., Any], args: Any, kwargs: Any) -> bool
     return True
 
 
+_REMEMBERED = Remembered()
 LITERALS = ("tensor", "as_tensor", "scalar_tensor")
 
 

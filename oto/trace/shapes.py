@@ -7,11 +7,14 @@ there is, wrong arguments included, is torch's own to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from oto._torch import DisableTorchFunction, OpOverload
 
 aten = torch.ops.aten
 
@@ -24,13 +27,104 @@ def result_of(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tens
     ``None`` if the call is none of the plain ones.
     """
     of = _SHAPES.get(op)
-    if of is None or not isinstance(args[0], Tensor):
+    if of is None or not args:
         return None
-    first = args[0]
-    if not first.is_floating_point():
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    if not isinstance(first, Tensor) or not first.is_floating_point():
         return None
     shape = of(*args, **kwargs)
     return None if shape is None else torch.empty(shape, dtype=first.dtype, device=first.device)
+
+
+class Remembered:
+    """What calls on ``meta`` gave, so that an equal one need not be made again: blocks repeat, and so do runs.
+
+    Only of torch's own operators that write to nothing and give tensors of their own, which follow from the arguments.
+    """
+
+    def __init__(self) -> None:
+        self._given: dict[Hashable, Any] = {}
+
+    def call(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the call gives, made or remembered."""
+        if not _is_pure(op):
+            return op(*args, **kwargs)
+        key: Hashable = None
+        made = None
+        with DisableTorchFunction():
+            try:
+                key = op, torch.get_default_dtype(), _signature(args), _signature(kwargs)
+                made = self._given.get(key)
+            except TypeError:  # something that is no plain argument
+                pass
+            if made is not None:
+                kind, of = made
+                given = [torch.empty_strided(size, step, dtype=dtype, device="meta") for size, step, dtype in of]
+                return given[0] if kind is None else kind(given)
+        result = op(*args, **kwargs)
+        if key is not None:
+            with DisableTorchFunction():
+                self._remember(key, result, [*_tensors_in(args), *_tensors_in(kwargs)])
+        return result
+
+    def _remember(self, key: Hashable, result: Any, given: list[Tensor]) -> None:
+        tensors = list(result) if isinstance(result, (list, tuple)) else [result]
+        plain = all(type(t) is Tensor and t.is_meta and not t.is_complex() for t in tensors)
+        if plain and _are_apart([*tensors, *given], len(tensors)):
+            if len(self._given) >= _MANY:
+                self._given.clear()
+            kind = None if isinstance(result, Tensor) else type(result)
+            self._given[key] = kind, [(t.shape, t.stride(), t.dtype) for t in tensors]
+
+
+_MANY = 10_000
+"""Calls that are remembered: several times the different ones of the largest models."""
+
+
+@cache
+def _is_pure(op: Any) -> bool:
+    """Whether an operator may give tensors that are new, and nothing else; composite ones do not always say."""
+    if not isinstance(op, OpOverload) or op.namespace != "aten":
+        return False
+    schema = op._schema
+    if any(x.alias_info is not None for x in (*schema.arguments, *schema.returns)) or not schema.arguments:
+        return False
+    return torch.Tag.dynamic_output_shape not in op.tags
+
+
+def _tensors_in(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    items = x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ()
+    return [t for item in items for t in _tensors_in(item)]
+
+
+def _are_apart(tensors: list[Tensor], first: int) -> bool:
+    """Whether the first tensors share memory with no other one."""
+    storages = [t.untyped_storage() for t in tensors]  # held, or an id may stand for two
+    places = [*map(id, storages)]
+    return len({*places[:first]}) == first and not {*places[:first]} & {*places[first:]}
+
+
+def _signature(x: Any) -> Hashable:
+    """By what arguments are known as far as the shapes of results follow from them.
+
+    Raises:
+        TypeError: It is nothing that operators take, or a tensor that has data or is none of the plain ones.
+    """
+    if isinstance(x, Tensor):
+        if type(x) not in (Tensor, nn.Parameter) or not x.is_meta or x.is_complex():
+            raise TypeError(x)
+        return x.shape, x.stride(), x.dtype
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_signature, x))
+    if isinstance(x, dict):
+        return tuple((name, _signature(value)) for name, value in x.items())
+    if type(x) in _PLAIN:
+        return type(x), x
+    if isinstance(x, int):
+        return int, int(x)
+    raise TypeError(x)
 
 
 def _first(x: Tensor, *args: Any, **kwargs: Any) -> Shape | None:
@@ -62,6 +156,52 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Shape | No
     return (*x.shape[:-1], weight.shape[0])
 
 
+def _convolution(
+    rank: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = (1,), padding: Any = (0,),
+    dilation: Any = (1,), groups: int = 1,
+) -> Shape | None:  # fmt: skip
+    alike = (
+        x.ndim == weight.ndim == rank + 2 and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
+    )
+    if not alike or groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    size, kernel = x.shape[2:], weight.shape[2:]
+    steps, pads, gaps = (tuple(a) * (len(size) if len(a) == 1 else 1) for a in (stride, padding, dilation))
+    if not len(steps) == len(pads) == len(gaps) == len(size) or min(*steps, *gaps) < 1 or min(pads) < 0:
+        return None
+    out = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel, steps, pads, gaps, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *out) if min(x.shape) > 0 and min(out) > 0 else None
+
+
+def _pooled(x: Tensor, size: Any) -> Shape | None:
+    plain = x.ndim == 4 and x.is_contiguous() and len(size) == 2 and min(size) > 0 and min(x.shape) > 0
+    return (*x.shape[:2], *size) if plain else None
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Shape | None:
+    first = tensors[0]
+    rest, own = [t.shape for t in tensors], list(first.shape)
+    if not all(t.is_contiguous() and t.dtype is first.dtype for t in tensors) or not -len(own) <= dim < len(own):
+        return None
+    dim %= len(own)
+    if any(len(shape) != len(own) for shape in rest):
+        return None
+    whole = sum(shape[dim] for shape in rest)
+    if any([*shape[:dim], *shape[dim + 1 :]] != [*own[:dim], *own[dim + 1 :]] for shape in rest):
+        return None
+    return [*own[:dim], whole, *own[dim + 1 :]]
+
+
+def _matmul(x: Tensor, y: Tensor) -> Shape | None:
+    if x.ndim < 2 or x.ndim != y.ndim or x.dtype != y.dtype or x.shape[-1] != y.shape[-2]:
+        return None
+    return (*x.shape[:-1], y.shape[-1]) if x.shape[:-2] == y.shape[:-2] else None
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Shape | None:
     alike = q.ndim == k.ndim == v.ndim == 4 and q.dtype == k.dtype == v.dtype and attn_mask is None
     if not alike or kwargs.get("enable_gqa") or q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
@@ -79,6 +219,8 @@ def _reduced(x: Tensor, dim: Any, keepdim: bool = False, **kwargs: Any) -> Shape
 def _norm(x: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Shape | None:
     return _reduced(x, dim, keepdim, **kwargs) if order == 2 else None
 
+
+_PLAIN = {bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 _KEEP = (
     aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.dropout.default, aten.relu.default,
@@ -99,6 +241,13 @@ _SHAPES: dict[Any, Callable[..., Shape | None]] = {
     ),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _binary),
     aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    aten.conv1d.default: partial(_convolution, 1),
+    aten.conv2d.default: partial(_convolution, 2),
+    aten.conv3d.default: partial(_convolution, 3),
+    aten.adaptive_avg_pool2d.default: _pooled,
+    aten.cat.default: _cat,
+    aten.concat.default: _cat,
     aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _reduced,
     aten.sum.dim_IntList: _reduced,

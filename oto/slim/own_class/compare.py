@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import isclose, prod
 from typing import Any
 
@@ -273,8 +273,7 @@ class Comparison:
 
     def _fits(self, old: Value, new: Value, ask: bool = False) -> bool:
         """Whether a tensor has the thinner shape; from then on it stands for the full one, unless one only asks."""
-        terms = self.full.found.operands[old].terms
-        if tuple(map(self.thin.count, terms)) != new.shape or old.dtype != new.dtype:
+        if self.thin.sizes(old) != new.shape or old.dtype != new.dtype:
             return False
         held = self.stands.get(old) if ask else self.stands.setdefault(old, self._real(new))
         return held is None or held is self._real(new)
@@ -401,9 +400,19 @@ def _output(node: Node) -> Value:
 
 def _with_defaults(op: Any, args: Sequence[Any]) -> list[Any]:
     """The arguments of a call, and the defaults of those that it leaves out at the end; it may, by what they are."""
+    left = _defaults(op)[len(args) :]
+    return [*args, *itertools.takewhile(lambda default: default is not _NONE, left)]
+
+
+_NONE = object()
+
+
+@cache
+def _defaults(op: Any) -> list[Any]:
+    """The defaults of the arguments of an operator; asking its schema takes longer than comparing a call."""
     schema = getattr(op, "_schema", None)
-    left = [] if schema is None else [x for x in schema.arguments[len(args) :] if not x.kwarg_only]
-    return [*args, *(x.default_value for x in itertools.takewhile(lambda x: x.has_default_value(), left))]
+    named = [] if schema is None else [x for x in schema.arguments if not x.kwarg_only]
+    return [x.default_value if x.has_default_value() else _NONE for x in named]
 
 
 def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:
@@ -416,9 +425,7 @@ def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:
 
 def differing(full: Node, slim: Node) -> tuple[int, ...]:
     """The places of numbers that two calls of one operator do not share."""
-    a, b = (
-        numbers_of(tree_map_only(Value, lambda _: None, (node.args, dict(node.kwargs)))) for node in (full, slim)
-    )  # fmt: skip
+    a, b = (numbers_of((node.args, dict(node.kwargs))) for node in (full, slim))
     return tuple(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y) if len(a) == len(b) else ()
 
 

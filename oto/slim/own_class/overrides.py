@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,28 @@ class FunctionCalls:
 
     partition: Partition
     recorded: Sequence[FunctionCall]
+    _sizes: dict[Rewrite, list[Size | None]] = field(default_factory=dict)
+    _stated: dict[int, list[int | float]] = field(default_factory=dict)
+
+    def sizes_at(self, rewrite: Rewrite) -> list[Size | None]:
+        """For each number among the arguments of a rewrite, the size that it is; ``None`` for plain numbers."""
+        if rewrite not in self._sizes:
+            self._sizes[rewrite] = _sizes_at(rewrite)
+        return self._sizes[rewrite]
+
+    def _numbers_of(self, node: Node) -> list[int | float]:
+        """The numbers among the arguments of a recorded call."""
+        if node.index not in self._stated:
+            self._stated[node.index] = _numbers(node.args, node.kwargs)
+        return self._stated[node.index]
+
+    @cached_property
+    def alike(self) -> dict[tuple[str, str], list[int]]:
+        """The places of calls of one function in one line of code."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for at, call in enumerate(self.recorded):
+            found.setdefault((call.lines[-1] if call.lines else "", call.name), []).append(at)
+        return found
 
     @cached_property
     def by_node(self) -> dict[int, int]:
@@ -85,7 +107,7 @@ class FunctionCalls:
         at = self.by_node.get(node.index)
         if at is None:
             return None
-        call, own = self.recorded[at], _numbers(node.args, node.kwargs)
+        call, own = self.recorded[at], self._numbers_of(node)
         aligned = list(call.numbers) == own
         if rewrite is None:
             return Sizes(numbers=tuple((i, own[i]) for i in places), of=len(own)) if aligned and places else None
@@ -120,11 +142,11 @@ class FunctionCalls:
 
     def _free(self, rewrite: Rewrite) -> list[bool]:
         """For each number among the arguments, whether it is a size that holds a batch or another length, too."""
-        return [size is not None and not self._is_width(size) for size in sizes_at(rewrite)]
+        return [size is not None and not self._is_width(size) for size in self.sizes_at(rewrite)]
 
     def widths(self, rewrite: Rewrite) -> list[int]:
         """The places of the numbers that are sizes which parameters have."""
-        sizes = enumerate(sizes_at(rewrite))
+        sizes = enumerate(self.sizes_at(rewrite))
         return [
             i for i, size in sizes if size is not None and any(axes_of(resolve(size.term))) and self._is_width(size)
         ]
@@ -134,8 +156,8 @@ class FunctionCalls:
         at = self.by_node.get(node.index)
         if at is None or rewrite is None or not (rewrite.op is node.op or rewrite.op is aten.reshape.default):
             return {}
-        sizes, stated = sizes_at(rewrite), self.recorded[at].numbers
-        if len(sizes) != len(stated) or list(stated) != _numbers(node.args, node.kwargs):
+        sizes, stated = self.sizes_at(rewrite), self.recorded[at].numbers
+        if len(sizes) != len(stated) or list(stated) != self._numbers_of(node):
             return {}
         return {
             place: SizeAttribute(size.term, int(number))
@@ -207,20 +229,19 @@ class _Mark(float):
     size: Size
 
 
-def sizes_at(rewrite: Rewrite) -> list[Size | None]:
-    """For each number among the arguments of a rewrite, the size that it is; ``None`` for plain numbers."""
+def _sizes_at(rewrite: Rewrite) -> list[Size | None]:
 
     def mark(size: Size) -> _Mark:
         made = _Mark(0.5)
         made.size = size
         return made
 
-    plain = tree_map_only(Value, lambda _: None, (rewrite.args, dict(rewrite.kwargs)))
+    plain = rewrite.args, dict(rewrite.kwargs)
     return [x.size if isinstance(x, _Mark) else None for x in numbers_of(tree_map_only(Size, mark, plain))]
 
 
 def _numbers(args: Any, kwargs: Mapping[str, Any]) -> list[int | float]:
-    return numbers_of(tree_map_only(Value, lambda _: None, (args, dict(kwargs))))
+    return numbers_of((args, dict(kwargs)))
 
 
 def _listed(x: Any) -> list[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TypeGuard
 
 import torch
@@ -122,14 +121,6 @@ class _Placement:
                     made[i] = shared[-1][0]
         return made
 
-    @cached_property
-    def _alike(self) -> dict[tuple[str, str], list[int]]:
-        """The places of calls of one function in one line of code."""
-        found: dict[tuple[str, str], list[int]] = {}
-        for at, call in enumerate(self.recorded):
-            found.setdefault((call.lines[-1] if call.lines else "", call.name), []).append(at)
-        return found
-
     def _tables(self, homes: Mapping[int, str]) -> tuple[dict[str, Table], set[str]]:
         """What each module is told in its runs; and those of which that cannot be said, as the runs differ."""
         made: dict[str, Table] = {}
@@ -159,7 +150,7 @@ class _Placement:
         ends = {(self.recorded[at].lines[-1], self.recorded[at].name) for at in self.hows}
         runs: dict[tuple[str, int], dict[tuple[str, str], list[int]]] = {}
         told = set(homes.values())
-        for at in sorted(itertools.chain.from_iterable(self._alike[end] for end in ends)):
+        for at in sorted(itertools.chain.from_iterable(self.calls.alike[end] for end in ends)):
             call, done = self.recorded[at], set[str]()
             for level, run in enumerate(call.within):
                 if run[0] in told and run[0] not in done:

@@ -15,7 +15,7 @@ from oto.axes.registry import known
 from oto.errors import out_of_memory
 from oto.groups import Partition
 from oto.slim.copying import closed_over
-from oto.slim.module import Edits, attribute, edited, tensors_of, thin_copy, thin_tensors
+from oto.slim.module import Edits, attribute, edited, tensors_of, thin_copy, thin_tensor
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import Blocks, ancestors
 from oto.slim.own_class.compare import Comparison, Divergence, Full, Run
@@ -80,7 +80,8 @@ class Workbench:
         """A copy whose integers remember where they came from; ``None`` if the model cannot be copied."""
         data = self.graph.how == "real"
         try:
-            copy = thin_copy(self.model, tensors_of(self.model, self.partition) if data else self._empty(), Edits())
+            own = tensors_of(self.model, self.partition) if data else self._empty()
+            copy = thin_copy(self.model, own, Edits())
             trace_(copy, lambda module: stock(module) is not None)
         except Exception as failure:  # a class that minds what is set
             if out_of_memory(failure):
@@ -124,25 +125,24 @@ class Workbench:
     def _run(self, edits: Edits, adaptation: Adaptation, thin: Thinning, limit: int | None) -> Run:
         literals: list[FunctionCall] = []
         if self.script is not None:
-            tensors, self.script.read = thin_tensors(self.model, thin, adaptation.scales), 0
-            slim, found = thin_copy(self.model, tensors, edits), self._held_by_model
-        elif self._is_swappable:
-            slim, found = self._edited(edits, thin)
+            self.script.read = 0
+        if self._is_swappable:
+            slim, found = self._edited(edits, self._thin(thin, adaptation, changed=True))
         else:
-            slim, found = thin_copy(self.model, self._thin(thin), edits), self._held_by_model
+            slim, found = thin_copy(self.model, self._thin(thin, adaptation), edits), self._held_by_model
         calls, failure = follow(
             slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found
         )  # fmt: skip
         return Run(calls, failure, literals)
 
-    def _edited(self, edits: Edits, thin: Thinning) -> tuple[nn.Module, Found]:
-        """The copy with thinner tensors and its modules changed; and what it held, by which it is put back."""
+    def _edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, Found]:
+        """The copy with other tensors and its modules changed; and what it held, by which it is put back."""
         assert self._copy is not None
         for module, kind in self._kinds:  # an encoder of which a layer was swapped is one of another class
             if type(module) is not kind:
                 module.__class__ = kind
         try:
-            for name, new in self._thin(thin, changed=True).items():
+            for name, new in tensors.items():
                 old = attribute(self._copy, name)
                 kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 for holder, key in self._holders[id(old)]:
@@ -155,29 +155,35 @@ class Workbench:
     @cached_property
     def _is_swappable(self) -> bool:
         """Whether the tensors of one copy can be swapped for others; else each try has a copy of its own."""
-        self._copy = thin_copy(self.model, self._empty(), Edits())
+        self._copy = thin_copy(self.model, self._whole(), Edits())
         self._holders = _holders(self._copy)
         self._pristine = Found(self._copy, self.dummy_input)
         self._kinds = [(module, type(module)) for module in self._copy.modules()]
         return not _holds_elsewhere(self._copy, self._holders)
 
-    def _thin(self, thin: Thinning, changed: bool = False) -> dict[str, Tensor]:
-        """For each tensor of the model a thinner one without data, but for constants.
+    def _thin(self, thin: Thinning, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
+        """For each tensor of the model a thinner one; without data, but for constants, where none is needed.
 
         Args:
-            changed: Only those that get thinner, by their first name.
+            own: What the class is given; parameters take counts in.
+            changed: Only those that become others, by their first name.
         """
         made: dict[str, Tensor] = {}
+        taking = own.scales if self.script is not None else {}
         for leaf in self.graph.leaves:
-            shape = tuple(thin.count(term) for term in self.partition.found.terms(leaf.value))
-            if not leaf.names or (changed and shape == tuple(leaf.value.shape)):
+            shape, scales = thin.sizes(leaf.value), taking.get(leaf.name, ())
+            if not leaf.names or (changed and shape == tuple(leaf.value.shape) and not scales):
                 continue
-            if leaf.kind == "constant":
-                new = thin.thin(leaf, attribute(self.model, leaf.names[0]))
+            if self.script is not None or leaf.kind == "constant":
+                new = thin_tensor(self.model, thin, leaf, scales)
             else:
                 new = torch.empty(shape, dtype=leaf.value.dtype, device="meta")
             made.update(dict.fromkeys(leaf.names[:1] if changed else leaf.names, new))
         return made
+
+    def _whole(self) -> dict[str, Tensor]:
+        """What a copy holds that is not thinner: of a model that is run on data, its own tensors."""
+        return self._empty() if self.script is None else tensors_of(self.model, self.partition)
 
     def _empty(self) -> dict[str, Tensor]:
         """For each tensor of the model one without data, but for constants: a forward may read their numbers."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from oto.slim.own_class.attributes import changed
 from oto.slim.own_class.compare import differing
 from oto.slim.own_class.layers import stock
-from oto.slim.own_class.overrides import sizes_at
 from oto.slim.own_class.situation import Proposal, Situation
 from oto.slim.own_class.traced import places_of
 
@@ -34,7 +33,7 @@ def is_stated_by_none(at: Situation) -> bool:
     at_call, rewrite = at.bench.calls.by_node.get(at.index), at.rewrite
     if at_call is None or rewrite is None or not at.bench.is_traced:
         return False
-    sizes, stated = sizes_at(rewrite), at.bench.calls.recorded[at_call].numbers
+    sizes, stated = at.bench.calls.sizes_at(rewrite), at.bench.calls.recorded[at_call].numbers
     if len(sizes) != len(stated):
         return False
     changing = [places_of(n) for n, size in zip(stated, sizes, strict=True) if size and changed(size.term, at.thin)]
