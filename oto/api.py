@@ -597,11 +597,8 @@ class OTO:
         """
         chosen = drawn(self.node_groups, target_group_sparsity, seed)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for group in self.node_groups:
-                for piece in group.zeros if group.name in chosen else ():
-                    entries = piece.of(parameters[piece.parameter])
-                    entries.index_fill_(0, torch.tensor(chosen[group.name], device=entries.device), 0)
+        for group in self.node_groups:
+            group.zero_(parameters, torch.tensor(chosen.get(group.name, ()), dtype=torch.int64))
 
     def _cost(self, kept: Mapping[str, int] | None = None) -> Cost:
         return cost(self.partition, kept)

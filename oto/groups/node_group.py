@@ -7,7 +7,7 @@ OTOv2, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,17 @@ class NodeGroup:
     @property
     def prunable(self) -> bool:
         return self.reason is None
+
+    def zero_(self, tensors: Mapping[str, Tensor], atoms: Tensor) -> None:
+        """Set the ``zeros`` of some atoms to zero, in place, past autograd.
+
+        Args:
+            tensors: By the names of parameters; the model's own, or those of a copy.
+            atoms: Which ones, int64, on any device.
+        """
+        for piece in self.zeros if len(atoms) else ():
+            entries = piece.of(tensors[piece.parameter].detach())
+            entries.index_fill_(0, atoms.to(entries.device, non_blocking=True), 0)
 
     def __str__(self) -> str:
         atoms = f"{self.size:,} atom{'s' * (self.size != 1)}"

@@ -28,7 +28,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ long for an exact zero, which would make the loops of Adam and AdamW half as slo
 class SparseOptimizer(Optimizer):
     """A torch optimizer that wraps another one and acts on node groups.
 
-    Subclasses define :meth:`step`. What goes is decided by ``choice``, when by ``schedule``.
+    Subclasses define :meth:`sparse_step`. What goes is decided by ``choice``, when by ``schedule``.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups (dicts) whose ``params`` are named pairs or come with
@@ -134,8 +134,39 @@ class SparseOptimizer(Optimizer):
         self._check_parameters()
         self._plan()
 
+    @final
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; ``closure``, if given, is run once with gradients enabled, and its loss returned."""
+        """Take one step: what the paper says, between what every step of a sparse optimizer needs.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; run once, with gradients enabled.
+
+        Returns:
+            The loss, if there is a closure.
+
+        Raises:
+            NonFiniteParameterError: A period begins, and a parameter or gradient holds NaN or infinity.
+            NoGradientError: A period begins, its criterion needs gradients, and there are none.
+            ModelChangedError: A parameter of the model was replaced since the optimizer was made.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.is_probe():
+            self.descend()
+            return loss
+        t = self.clock
+        if t == 0 and self.choice.target.wants_less:
+            self.refuse_sparse_gradients()  # rather than when the first period begins
+        self.look_at_model(t)
+        self.sparse_step(t)
+        self.clock = t + 1
+        return loss
+
+    def sparse_step(self, t: int) -> None:
+        """Step ``t`` of the paper, from the gradients that are there to the parameters after it; autograd is off."""
         raise NotImplementedError
 
     # The wrapped optimizer -------------------------------------------------------------------------------------------
@@ -450,10 +481,7 @@ class SparseOptimizer(Optimizer):
         """Bring all other atoms to zero at once, whatever they are."""
         parameters = self.parameters()
         for group in self.node_groups:
-            rows = torch.from_numpy(np.flatnonzero(~left[group.name]))
-            for piece in group.zeros if len(rows) else ():
-                entries = piece.of(parameters[piece.parameter].detach())
-                entries.index_fill_(0, rows.to(entries.device), 0)
+            group.zero_(parameters, torch.from_numpy(np.flatnonzero(~left[group.name])))
 
     def shrink_(
         self, moved: Sequence[Moved], groups: Sequence[NodeGroup], left: Mapping[str, NDArray[np.bool_]]
@@ -713,10 +741,7 @@ class SparseOptimizer(Optimizer):
                 + (": of the model as it was shrunk, not before" if self.num_removed else "")
             )
         for group, own in zip(self.node_groups, self._codes(), strict=True):
-            rows = rows_of(own, PRUNED)
-            for piece in group.zeros if len(rows) else ():
-                entries = piece.of(tensors[piece.parameter].detach())
-                entries.index_fill_(0, rows.to(entries.device), 0)
+            group.zero_(tensors, rows_of(own, PRUNED))
 
     def commit(self) -> None:
         """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""
