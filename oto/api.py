@@ -43,7 +43,6 @@ from oto.errors import (
 from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
 from oto.groups.align import ON_CUDA, Align, multiples
 from oto.groups.layout import LAYOUTS, drawn, evened, settled, shared_out, tied
-from oto.groups.node_group import clear_
 from oto.groups.policy import (
     MinKept,
     Pattern,
@@ -673,10 +672,8 @@ class OTO:
         """
         chosen = drawn(self.node_groups, target_group_sparsity, seed)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for group in self.node_groups:
-                for piece in group.zeros if group.name in chosen else ():
-                    clear_(piece.of(parameters[piece.parameter]), torch.tensor(chosen[group.name]))
+        for group in self.node_groups:
+            group.zero_(parameters, torch.tensor(chosen.get(group.name, ()), dtype=torch.int64))
 
     def _cost(self, kept: Mapping[str, int] | None = None) -> Cost:
         return cost(self.partition, kept)

@@ -26,7 +26,7 @@ class Subnet:
 
     Attributes:
         model: The slim module, in eval mode; it owns its memory. One of the original class trains on as the full one
-            would (``docs/training_on.md``), and may be made slim again: what is saved loads from the first class.
+            would (``docs/after_pruning.md``), and may be made slim again: what is saved loads from the first class.
         path: The folder of the artefact, ``None`` if it was not saved.
         emitter: ``"config"`` (the original class, made from an edited config), ``"module"`` (the original class with
             other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``

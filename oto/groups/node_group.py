@@ -7,7 +7,7 @@ OTOv2, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,16 @@ class NodeGroup:
             return None
         before, after = (f"{n}" if n > 1 else "" for n in (cuts[-1].before, cuts[-1].after))
         return "×".join(filter(None, (before, f"[{self.size}]", after)))
+
+    def zero_(self, tensors: Mapping[str, Tensor], atoms: Tensor) -> None:
+        """Set the ``zeros`` of some atoms to zero, in place, past autograd.
+
+        Args:
+            tensors: By the names of parameters; the model's own, or those of a copy.
+            atoms: Which ones, int64, on any device.
+        """
+        for piece in self.zeros if len(atoms) else ():
+            clear_(piece.of(tensors[piece.parameter].detach()), atoms)
 
     def __str__(self) -> str:
         atoms = f"{self.size:,} atom{'s' * (self.size != 1)}"

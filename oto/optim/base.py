@@ -4,19 +4,9 @@ A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, its
 ``param_groups``, ``state`` and ``defaults``: learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like
 work as they do without it. The update itself is always ``base.step()``.
 
-A few entries of the first parameter group hold all that must survive a checkpoint (further top-level keys of a state
-dict would be dropped by torch, tensors in ``state`` would be cast to the dtype of the parameter):
-
-* ``oto_step``: how many steps were taken, an int;
-* ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group;
-* ``oto_sums``, ``oto_seen``: saliency criteria of every atom, float of shape ``(criteria, N)``, summed over so many
-  steps;
-* ``oto_setup``: schedule and target as JSON, so that a checkpoint of another setup is noticed;
-* ``oto_history``: :attr:`history` as JSON, as of the last ``state_dict()``;
-* ``oto_kept``: once the model was shrunk, which atoms of the full network it still has, bool of shape ``(full N,)``.
-
-Everything else is derived from them, and rebuilt when they or the storage of a parameter change, so no parameter is
-held outside ``param_groups``. Parameters are found by ``param_names`` and position.
+What must survive a checkpoint lies in the first parameter group (:mod:`oto.optim.state`). All else is derived from it,
+and rebuilt when it or the storage of a parameter changes, so no parameter is held outside ``param_groups``. Parameters
+are found by ``param_names`` and position.
 
 Writing zeros is the only cost of a step after pruning. It is one pass over the pruned entries, no matter what the
 wrapped optimizer does. Where node groups are proven *quiet*, even that can rest (see :meth:`zero_pruned_`).
@@ -26,9 +16,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -39,22 +29,20 @@ from torch.optim import Optimizer
 from oto._torch import holder
 from oto.errors import (
     NoGradientWarning,
-    NonFiniteParameterError,
-    OTOError,
-    SetupError,
-    SetupWarning,
     ShrinkError,
     UnknownParameterError,
     some,
     users_level,
 )
-from oto.groups.node_group import NodeGroup, clear_, is_finite
+from oto.groups.node_group import NodeGroup
 from oto.optim.choice import Choice
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
+from oto.optim.refusals import refuse_sparse_gradients, require_finite, require_parameters
 from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
+from oto.optim.state import left_like, ours, require_same_atoms, require_same_setup, with_ours
 from oto.optim.wrapped import Base, Named, Params, build, inside, keeps_own_state
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -69,7 +57,7 @@ long for an exact zero, which would make the loops of Adam and AdamW half as slo
 class SparseOptimizer(Optimizer):
     """A torch optimizer that wraps another one and acts on node groups.
 
-    Subclasses define :meth:`step`. What goes is decided by ``choice``, when by ``schedule``.
+    Subclasses define :meth:`sparse_step`. What goes is decided by ``choice``, when by ``schedule``.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups (dicts) whose ``params`` are named pairs or come with
@@ -131,11 +119,42 @@ class SparseOptimizer(Optimizer):
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_base()
         self._fill_state()
-        self._check_parameters()
+        require_parameters(self.node_groups, self.parameters())
         self._plan()
 
+    @final
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; ``closure``, if given, is run once with gradients enabled, and its loss returned."""
+        """Take one step: what the paper says, between what every step of a sparse optimizer needs.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; run once, with gradients enabled.
+
+        Returns:
+            The loss, if there is a closure.
+
+        Raises:
+            NonFiniteParameterError: A period begins, and a parameter or gradient holds NaN or infinity.
+            NoGradientError: A period begins, its criterion needs gradients, and there are none.
+            ModelChangedError: A parameter of the model was replaced since the optimizer was made.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.is_probe():
+            self.descend()
+            return loss
+        t = self.clock
+        if t == 0 and self.choice.target.wants_less:
+            self.refuse_sparse_gradients()  # rather than when the first period begins
+        self.look_at_model(t)
+        self.sparse_step(t)
+        self.clock = t + 1
+        return loss
+
+    def sparse_step(self, t: int) -> None:
+        """Step ``t`` of the paper, from the gradients that are there to the parameters after it; autograd is off."""
         raise NotImplementedError
 
     # The wrapped optimizer -------------------------------------------------------------------------------------------
@@ -297,15 +316,7 @@ class SparseOptimizer(Optimizer):
             return super().state_dict()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        saved = dict(self.base.state_dict())
-        if not saved.get("param_groups"):
-            raise OTOError(
-                f"the state dict of {type(self.base).__name__} has no param_groups: {some(map(str, saved))}\n"
-                "  effect  what pruning has to know cannot be saved with it\n"
-                "  to fix  let its state_dict() hold param_groups as those of torch do"
-            )
-        first, *others = saved["param_groups"]
-        saved["param_groups"] = [{**first, **_ours(self.param_groups[0])}, *others]
+        saved = with_ours(self.base.state_dict(), self.param_groups[0], self.base)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
         return saved
@@ -326,23 +337,17 @@ class SparseOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        atoms = state_dict["param_groups"][0].get("oto_atoms") if state_dict["param_groups"] else None
+        saved = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
         kept = self.param_groups[0].get("oto_kept")
-        if atoms is not None:
-            self._compare_kept(state_dict["param_groups"][0].get("oto_kept"), kept)
-        if atoms is not None and len(atoms) != self.num_atoms:
-            raise OTOError(
-                f"the state dict is for {len(atoms)} prunable atoms, this optimizer has {self.num_atoms}\n"
-                "  to fix  load it into an optimizer made for the same model with the same groups left whole"
-            )
-        if atoms is not None:
-            self._compare_setup(state_dict["param_groups"][0])
+        if saved.get("oto_atoms") is not None:
+            require_same_atoms(saved, self.param_groups[0], self.num_atoms, self.num_removed)
+            require_same_setup(saved, self.param_groups[0])
         if isinstance(state := state_dict.get("state"), Mapping):
             state_dict["state"] = dict(state)  # a sharded optimizer takes out what it does not own
         self.base.load_state_dict(state_dict)
         self._share_base()
         if keeps_own_state(self.base):
-            self.param_groups[0] |= _ours(state_dict["param_groups"][0])
+            self.param_groups[0] |= ours(saved)
         if kept is not None:
             self.param_groups[0].setdefault("oto_kept", kept)
         self._fill_state()
@@ -366,46 +371,6 @@ class SparseOptimizer(Optimizer):
             self._forget_averages()
         first["oto_setup"] = json.dumps(self.describe_setup(), default=float)
 
-    def _compare_kept(self, theirs: Tensor | None, ours: Tensor | None) -> None:
-        """Refuse a checkpoint of a model with other atoms."""
-        if theirs is None and ours is None:
-            return
-        here = f"{self.num_atoms} of {self.num_atoms + self.num_removed} groups"
-        if theirs is None:
-            raise OTOError(
-                f"the state dict was saved before the model was shrunk, to {here}\n"
-                "  effect  nothing was loaded\n"
-                "  to fix  load it into the optimizer of the full model, and shrink then"
-            )
-        if ours is None or not torch.equal(theirs.cpu(), ours.cpu()):
-            raise OTOError(
-                f"the state dict was saved after the model was shrunk, to {int(theirs.sum())} of {len(theirs)} groups; "
-                f"here are {here}, and not the same\n"
-                "  effect  nothing was loaded\n"
-                "  to fix  oto.shrink(optimizer, like=state_dict) on the full model first, then load"
-            )
-
-    def _compare_setup(self, saved: Mapping[str, Any]) -> None:
-        """Tell a checkpoint of another schedule or target."""
-        ours: dict[str, Any] = json.loads(self.param_groups[0]["oto_setup"])
-        theirs: dict[str, Any] = json.loads(saved.get("oto_setup", "null")) or ours
-        differ = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        if not differ:
-            return
-        step = saved["oto_step"]
-        rows = [f"  {key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} here" for key in differ]
-        text = "\n".join([f"the state dict was saved after {step} steps under another setup", *rows])
-        begun = any(step > setup.get("start_pruning_step", step) for setup in (theirs, ours))
-        if not begun and not saved["oto_atoms"].any():
-            text += "\n  effect  pruning had not begun, so what is asked for here counts"
-            warnings.warn(text, SetupWarning, stacklevel=users_level())
-            return
-        raise SetupError(
-            f"{text}\n  effect  pruning has begun there, or should have here: periods would be missed or cut short\n"
-            "  to fix  make the optimizer as it was made then; to go on all the same, take 'oto_setup' out of"
-            " state_dict['param_groups'][0]"
-        )
-
     # A smaller model -------------------------------------------------------------------------------------------------
 
     @property
@@ -427,32 +392,14 @@ class SparseOptimizer(Optimizer):
         """
         if state_dict is None:
             return {g.name: (own != PRUNED).numpy() for g, own in zip(self.node_groups, self._codes(), strict=True)}
-        full, have = self.choice.full.tolist(), self.kept
-        theirs = state_dict["param_groups"][0].get("oto_kept") if state_dict.get("param_groups") else None
-        if theirs is None or len(theirs) != sum(full):
-            raise ShrinkError(
-                "the state dict says nothing of what was left of this model: "
-                + ("its optimizer was not shrunk" if theirs is None else f"it is of one of {len(theirs)} groups")
-                + "\n  effect  nothing was changed\n"
-                "  to fix  pass the state_dict() of the optimizer after oto.shrink(); one of before is only loaded"
-            )
-        masks = zip(have.items(), theirs.cpu().split_with_sizes(full), strict=True)
-        left = {name: (own, mask.numpy()) for (name, own), mask in masks}
-        if any((mask & ~own).any() for own, mask in left.values()):
-            raise ShrinkError(
-                "the state dict is of a model that has more left than this one\n  effect  nothing was changed\n"
-                "  to fix  shrink the full model like it"
-            )
-        return {name: mask[own] for name, (own, mask) in left.items()}
+        return left_like(state_dict, self.kept)
 
     @torch.no_grad()
     def zero_(self, left: Mapping[str, NDArray[np.bool_]]) -> None:
         """Bring all other atoms to zero at once, whatever they are."""
         parameters = self.parameters()
         for group in self.node_groups:
-            rows = torch.from_numpy(np.flatnonzero(~left[group.name]))
-            for piece in group.zeros if len(rows) else ():
-                clear_(piece.of(parameters[piece.parameter].detach()), rows)
+            group.zero_(parameters, torch.from_numpy(np.flatnonzero(~left[group.name])))
 
     def shrink_(
         self, moved: Sequence[Moved], groups: Sequence[NodeGroup], left: Mapping[str, NDArray[np.bool_]]
@@ -522,8 +469,7 @@ class SparseOptimizer(Optimizer):
         else:
             averages = {c: raw_scores(entries, c, alive.device) for c in averaged}
         scores = self.choice.scores(entries, alive, averages)
-        self.check_finite(entries, scores)
-        self.check_gradients(entries, averages)
+        self.check_scores(entries, averages, scores)
         return scores
 
     def choose_redundant(self, share: float) -> None:
@@ -590,31 +536,11 @@ class SparseOptimizer(Optimizer):
 
     def refuse_sparse_gradients(self) -> None:
         """Raise if a parameter of a node group has a sparse gradient."""
-        parameters = self.parameters()
-        for name in {piece.parameter for group in self.node_groups for piece in group.zeros}:
-            gradient = parameters[name].grad
-            if gradient is not None and gradient.layout != torch.strided:
-                raise OTOError(
-                    f"the gradient of {name} is sparse\n"
-                    "  effect  saliency and zeroing need every entry of it\n"
-                    "  to fix  make the layer with sparse=False, or mark its node group unprunable"
-                )
+        refuse_sparse_gradients(self.node_groups, self.parameters())
 
-    def check_finite(self, entries: Iterable[Entries], scores: Tensor) -> None:
-        """Raise if a score is NaN or infinite. Synchronises."""
-        if bool(torch.isfinite(scores).all()):
-            return
-        sums = [own.weight_sq + own.gradient_sq for own in entries]
-        bad = [g.name for g, own in zip(self.node_groups, sums, strict=True) if not own.isfinite().all()]
-        raise NonFiniteParameterError(
-            f"NaN or infinity in {f'the parameters or gradients of {some(bad)}' if bad else 'a saliency'}, "
-            f"at step {self.clock}\n"
-            "  effect  redundant groups cannot be chosen\n"
-            "  to fix  lower the learning rate, clip gradients, or use a GradScaler, which skips such steps"
-        )
-
-    def check_gradients(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor]) -> None:
-        """Raise if the criterion needs gradients and there are none; warn where it does not. Synchronises."""
+    def check_scores(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor], scores: Tensor) -> None:
+        """Raise if nothing can be chosen by these: one is no number, or there are no gradients. Synchronises."""
+        require_finite(scores, self.node_groups, entries, self.clock)
         remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
         trained = [p.grad for p in self.parameters().values() if p.grad is not None]
         if any(bool(grad.any()) for grad in trained):  # what comes after the groups has one, and gives none on
@@ -627,26 +553,6 @@ class SparseOptimizer(Optimizer):
                 f"  to fix  {remedy}",
                 NoGradientWarning,
                 stacklevel=users_level(),
-            )
-
-    def _check_parameters(self) -> None:
-        parameters = self.parameters()
-        for group in self.node_groups:
-            missing = [piece.parameter for piece in group.zeros if piece.parameter not in parameters]
-            if missing:
-                raise UnknownParameterError(
-                    f"node group {group.name} needs {some(missing)}, which the optimizer was not given\n"
-                    "  effect  its entries cannot be brought to zero\n"
-                    "  to fix  pass every parameter, frozen ones too, or mark the group unprunable"
-                )
-        real = [name for name, p in parameters.items() if not p.is_meta]
-        finite = [is_finite(parameters[name]) for name in real]
-        bad = [name for name, ok in zip(real, finite, strict=True) if not ok]
-        if bad:
-            raise NonFiniteParameterError(
-                f"NaN or infinity in {some(bad)}\n"
-                "  effect  no zero of the model could be trusted\n"
-                "  to fix  load sound weights before making the optimizer"
             )
 
     # Writing ---------------------------------------------------------------------------------------------------------
@@ -697,25 +603,11 @@ class SparseOptimizer(Optimizer):
         Raises:
             UnknownParameterError: It lacks a parameter that may be zeroed, or has it in another shape.
         """
-        ours = self.parameters()
         names = {piece.parameter for group in self.node_groups for piece in group.zeros}
-        if isinstance(model, Mapping):
-            tensors = {name.removeprefix("module."): tensor for name, tensor in model.items()} | dict(model)
-        else:
-            module = holder(model, names)
-            tensors = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
-        bad = sorted(name for name in names if name not in tensors or tensors[name].shape != ours[name].shape)
-        if bad:
-            raise UnknownParameterError(
-                f"{type(model).__name__} has no {some(bad)} of the shape in the model\n"
-                "  effect  nothing was zeroed in it\n"
-                "  to fix  pass a copy of the model that is trained, what wraps the copy, or its state_dict()"
-                + (": of the model as it was shrunk, not before" if self.num_removed else "")
-            )
+        shapes = {name: p.shape for name, p in self.parameters().items() if name in names}
+        tensors = tensors_like(model, shapes, self.num_removed > 0)
         for group, own in zip(self.node_groups, self._codes(), strict=True):
-            rows = rows_of(own, PRUNED)
-            for piece in group.zeros if len(rows) else ():
-                clear_(piece.of(tensors[piece.parameter].detach()), rows)
+            group.zero_(tensors, rows_of(own, PRUNED))
 
     def commit(self) -> None:
         """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""
@@ -746,9 +638,31 @@ class SparseOptimizer(Optimizer):
         return self._planned[2]
 
 
-def _ours(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a parameter group is about pruning."""
-    return {key: value for key, value in group.items() if key.startswith("oto_")}
+def tensors_like(model: Any, shapes: Mapping[str, torch.Size], shrunk: bool) -> dict[str, Tensor]:
+    """The tensors of a copy of a model, by the names of its parameters.
+
+    Args:
+        model: A module, what wraps one, or a mapping from names to tensors.
+        shapes: What it must have.
+        shrunk: Whether the model was, which a copy of before was not.
+
+    Raises:
+        UnknownParameterError: It lacks one, or has it in another shape.
+    """
+    if isinstance(model, Mapping):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in model.items()} | dict(model)
+    else:
+        module = holder(model, shapes)
+        tensors = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
+    bad = sorted(name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape)
+    if bad:
+        raise UnknownParameterError(
+            f"{type(model).__name__} has no {some(bad)} of the shape in the model\n"
+            "  effect  nothing was zeroed in it\n"
+            "  to fix  pass a copy of the model that is trained, what wraps the copy, or its state_dict()"
+            + (": of the model as it was shrunk, not before" if shrunk else "")
+        )
+    return tensors
 
 
 def moments_of(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:

@@ -135,19 +135,19 @@ class HESSOCRIC(HESSO):
         cycle: int = self.walk["cycle"]
         return cycle
 
-    def advance(self, n: int) -> None:
-        """Step ``n``: ordinary, a probe, a step of a walk, or one of HESSO's."""
+    def sparse_step(self, t: int) -> None:
+        """Ordinary, a probe, a step of a walk, or a step of HESSO."""
         if not self.choice.target.wants_less or self.walk["over"]:
-            super().advance(n)
+            super().sparse_step(t)
             return
-        at = n - self.first_step
+        at = t - self.first_step
         if at < 0:
             self.observe(-at)
             self.descend()
         elif at < self._probes:
             self._probe(at)
         else:
-            self._walk((at - self._probes) % self.sampling_steps, n)
+            self._walk((at - self._probes) % self.sampling_steps, t)
 
     def _fill_state(self) -> None:
         super()._fill_state()
@@ -269,8 +269,7 @@ class HESSOCRIC(HESSO):
         entries = self.entries()
         averages = dict(zip(choice.averaged, now, strict=True))
         scores = choice.scores(entries, alive, averages)
-        self.check_finite(entries, scores)
-        self.check_gradients(entries, averages)
+        self.check_scores(entries, averages, scores)
         weights = torch.tensor([weight for c, weight in choice.criteria if c in choice.averaged]).to(still)
         total = sum(weight for _, weight in choice.criteria)
         beyond = (weights / total) @ (walk["walked"] / self.sampling_steps - still)

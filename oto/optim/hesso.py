@@ -26,10 +26,9 @@ Where we differ from the released code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from oto.groups.align import Align
@@ -179,45 +178,14 @@ class HESSO(SparseOptimizer):
             **keywords,
         )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Descend on every parameter, then shrink the redundant groups and keep the pruned ones at zero.
-
-        Args:
-            closure: Evaluates the model again and returns the loss; run once, with gradients enabled.
-
-        Returns:
-            The loss, if there is a closure.
-
-        Raises:
-            NonFiniteParameterError: A period begins, and a parameter or gradient holds NaN or infinity.
-            NoGradientError: A period begins, its criterion needs gradients, and there are none.
-            ModelChangedError: A parameter of the model was replaced since ``oto.hesso()``.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self.is_probe():
-            self.descend()
-            return loss
-
-        n = self.clock
-        if n == 0 and self.choice.target.wants_less:
-            self.refuse_sparse_gradients()  # rather than when the first period begins
-        self.look_at_model(n)
-        self.advance(n)
-        self.clock = n + 1
-        return loss
-
-    def advance(self, n: int) -> None:
-        """Step ``n``: choose if a period begins, descend, shrink."""
-        self.observe(self.schedule.until_choice(n))
-        if self.schedule.starts_period(n):
-            self.choose_redundant(self.schedule.share(n))
+    def sparse_step(self, t: int) -> None:
+        """Choose if a period begins, descend, shrink the redundant groups, keep the pruned ones at zero."""
+        self.observe(self.schedule.until_choice(t))
+        if self.schedule.starts_period(t):
+            self.choose_redundant(self.schedule.share(t))
         self.descend()  # x <- x - lr * d, redundant groups included
-        if self.schedule.ends_period(n):
+        if self.schedule.ends_period(t):
             self.commit()
         else:
-            self.scale_redundant_(self.schedule.factor(n))
+            self.scale_redundant_(self.schedule.factor(t))
         self.zero_pruned_()

@@ -449,7 +449,7 @@ def test_dropout_on_what_kept_its_shape_stays_on_the_trajectory():
 
 
 def test_the_page_about_it_runs(tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).resolve().parents[2] / "docs" / "training_on.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "after_pruning.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     held = {"nn": nn, "torch": torch, "OTO": OTO}

@@ -1,0 +1,72 @@
+"""What a sparse optimizer refuses to go on with: each says where, the effect and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from oto.errors import NonFiniteParameterError, OTOError, UnknownParameterError, some
+from oto.groups.node_group import NodeGroup, is_finite
+from oto.optim.saliency import Entries
+
+
+def require_parameters(groups: Iterable[NodeGroup], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse an optimizer that lacks a parameter, or has an unsound one.
+
+    Raises:
+        UnknownParameterError: A prunable node group names one that is not there.
+        NonFiniteParameterError: One holds NaN or infinity.
+    """
+    for group in groups:
+        missing = [piece.parameter for piece in group.zeros if piece.parameter not in parameters]
+        if missing:
+            raise UnknownParameterError(
+                f"node group {group.name} needs {some(missing)}, which the optimizer was not given\n"
+                "  effect  its entries cannot be brought to zero\n"
+                "  to fix  pass every parameter, frozen ones too, or mark the group unprunable"
+            )
+    real = [name for name, p in parameters.items() if not p.is_meta]
+    finite = [is_finite(parameters[name]) for name in real]
+    bad = [name for name, ok in zip(real, finite, strict=True) if not ok]
+    if bad:
+        raise NonFiniteParameterError(
+            f"NaN or infinity in {some(bad)}\n"
+            "  effect  no zero of the model could be trusted\n"
+            "  to fix  load sound weights before making the optimizer"
+        )
+
+
+def refuse_sparse_gradients(groups: Iterable[NodeGroup], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse gradients of which saliency would not see every entry.
+
+    Raises:
+        OTOError: A parameter of a node group has a sparse one.
+    """
+    for name in {piece.parameter for group in groups for piece in group.zeros}:
+        gradient = parameters[name].grad
+        if gradient is not None and gradient.layout != torch.strided:
+            raise OTOError(
+                f"the gradient of {name} is sparse\n"
+                "  effect  saliency and zeroing need every entry of it\n"
+                "  to fix  make the layer with sparse=False, or mark its node group unprunable"
+            )
+
+
+def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequence[Entries], step: int) -> None:
+    """Refuse to choose by scores that are no numbers. Synchronises.
+
+    Raises:
+        NonFiniteParameterError: A score is NaN or infinite.
+    """
+    if bool(torch.isfinite(scores).all()):
+        return
+    sums = [own.weight_sq + own.gradient_sq for own in entries]
+    bad = [g.name for g, own in zip(groups, sums, strict=True) if not own.isfinite().all()]
+    raise NonFiniteParameterError(
+        f"NaN or infinity in {f'the parameters or gradients of {some(bad)}' if bad else 'a saliency'}, "
+        f"at step {step}\n"
+        "  effect  redundant groups cannot be chosen\n"
+        "  to fix  lower the learning rate, clip gradients, or use a GradScaler, which skips such steps"
+    )

@@ -1,0 +1,145 @@
+"""What of a sparse optimizer a checkpoint holds, and whether one fits.
+
+A few entries of the first parameter group hold all that must survive (further top-level keys of a state dict would be
+dropped by torch, tensors in ``state`` would be cast to the dtype of the parameter):
+
+* ``oto_step``: how many steps were taken, an int;
+* ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group;
+* ``oto_sums``, ``oto_seen``: saliency criteria of every atom, float of shape ``(criteria, N)``, summed over so many
+  steps;
+* ``oto_setup``: schedule and target as JSON, so that a checkpoint of another setup is noticed;
+* ``oto_history``: ``history`` as JSON, as of the last ``state_dict()``;
+* ``oto_kept``: once the model was shrunk, which atoms of the full network it still has, bool of shape ``(full N,)``.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from oto.errors import OTOError, SetupError, SetupWarning, ShrinkError, some, users_level
+
+
+def ours(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group is about pruning."""
+    return {key: value for key, value in group.items() if key.startswith("oto_")}
+
+
+def with_ours(saved: Mapping[str, Any], first: Mapping[str, Any], base: Optimizer) -> dict[str, Any]:
+    """The state dict that a wrapped optimizer wrote itself, with what pruning must know in its first group.
+
+    Args:
+        first: The first parameter group of the sparse optimizer.
+
+    Raises:
+        OTOError: It has no parameter groups.
+    """
+    if not saved.get("param_groups"):
+        raise OTOError(
+            f"the state dict of {type(base).__name__} has no param_groups: {some(map(str, saved))}\n"
+            "  effect  what pruning has to know cannot be saved with it\n"
+            "  to fix  let its state_dict() hold param_groups as those of torch do"
+        )
+    own, *others = saved["param_groups"]
+    return {**saved, "param_groups": [{**own, **ours(first)}, *others]}
+
+
+def require_same_atoms(saved: Mapping[str, Any], here: Mapping[str, Any], atoms: int, removed: int) -> None:
+    """Refuse a checkpoint of a model with other atoms.
+
+    Args:
+        saved, here: The first parameter groups.
+        atoms: How many the model has; ``removed``: how many it had before it was shrunk.
+
+    Raises:
+        OTOError: It was saved before or after shrinking and this is not, or is of another model.
+    """
+    theirs, mine = saved.get("oto_kept"), here.get("oto_kept")
+    left = f"{atoms} of {atoms + removed} groups"
+    if theirs is None and mine is not None:
+        raise OTOError(
+            f"the state dict was saved before the model was shrunk, to {left}\n"
+            "  effect  nothing was loaded\n"
+            "  to fix  load it into the optimizer of the full model, and shrink then"
+        )
+    if theirs is not None and (mine is None or not same_mask(theirs, mine)):
+        raise OTOError(
+            f"the state dict was saved after the model was shrunk, to {int(theirs.sum())} of {len(theirs)} groups; "
+            f"here are {left}, and not the same\n"
+            "  effect  nothing was loaded\n"
+            "  to fix  oto.shrink(optimizer, like=state_dict) on the full model first, then load"
+        )
+    if len(saved["oto_atoms"]) != atoms:
+        raise OTOError(
+            f"the state dict is for {len(saved['oto_atoms'])} prunable atoms, this optimizer has {atoms}\n"
+            "  to fix  load it into an optimizer made for the same model with the same groups left whole"
+        )
+
+
+def same_mask(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and bool((left.cpu() == right.cpu()).all())
+
+
+def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Tell a checkpoint of another schedule or target.
+
+    Args:
+        saved, here: The first parameter groups.
+
+    Raises:
+        SetupError: By one of the two pruning has begun. Before that it is a ``SetupWarning``.
+    """
+    mine: dict[str, Any] = json.loads(here["oto_setup"])
+    theirs: dict[str, Any] = json.loads(saved.get("oto_setup", "null")) or mine
+    differ = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+    if not differ:
+        return
+    step = saved["oto_step"]
+    rows = [f"  {key}: {theirs.get(key)} in the checkpoint, {mine.get(key)} here" for key in differ]
+    text = "\n".join([f"the state dict was saved after {step} steps under another setup", *rows])
+    begun = any(step > setup.get("start_pruning_step", step) for setup in (theirs, mine))
+    if not begun and not saved["oto_atoms"].any():
+        text += "\n  effect  pruning had not begun, so what is asked for here counts"
+        warnings.warn(text, SetupWarning, stacklevel=users_level())
+        return
+    raise SetupError(
+        f"{text}\n  effect  pruning has begun there, or should have here: periods would be missed or cut short\n"
+        "  to fix  make the optimizer as it was made then; to go on all the same, take 'oto_setup' out of"
+        " state_dict['param_groups'][0]"
+    )
+
+
+def left_like(state_dict: Mapping[str, Any], have: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.bool_]]:
+    """For each node group, which atoms of the model an optimizer that was shrunk has left.
+
+    Args:
+        state_dict: Of that optimizer.
+        have: For each node group, which atoms of the full network the model has, bool.
+
+    Raises:
+        ShrinkError: It is of none that was shrunk, or has what this model lacks.
+    """
+    sizes = [len(own) for own in have.values()]
+    theirs = state_dict["param_groups"][0].get("oto_kept") if state_dict.get("param_groups") else None
+    if theirs is None or len(theirs) != sum(sizes):
+        raise ShrinkError(
+            "the state dict says nothing of what was left of this model: "
+            + ("its optimizer was not shrunk" if theirs is None else f"it is of one of {len(theirs)} groups")
+            + "\n  effect  nothing was changed\n"
+            "  to fix  pass the state_dict() of the optimizer after oto.shrink(); one of before is only loaded"
+        )
+    masks = zip(have.items(), theirs.cpu().split_with_sizes(sizes), strict=True)
+    left = {name: (own, mask.numpy()) for (name, own), mask in masks}
+    if any((mask & ~own).any() for own, mask in left.values()):
+        raise ShrinkError(
+            "the state dict is of a model that has more left than this one\n  effect  nothing was changed\n"
+            "  to fix  shrink the full model like it"
+        )
+    return {name: mask[own] for name, (own, mask) in left.items()}
