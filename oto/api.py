@@ -39,6 +39,7 @@ from oto.errors import (
     UnstatedWarning,
     first_line,
     some,
+    users_level,
 )
 from oto.groups import Cost, Costs, Kept, NodeGroup, Partition, cost, thinner, trainable
 from oto.groups.align import ON_CUDA, Align, multiples
@@ -359,6 +360,16 @@ class OTO:
         first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
         return {first.get(name, name) for name in names}
 
+    def _by_first_names(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options, with the names that groups have for parameters where one is a mapping from names."""
+        first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
+        by_name = {key: options[key] for key in ("align", "min_kept", "target_kept") if key in options}
+        return dict(options) | {
+            key: {first.get(name, name): number for name, number in value.items()}
+            for key, value in by_name.items()
+            if isinstance(value, Mapping)
+        }
+
     def explain(self, *, search: bool = False) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``.
 
@@ -447,6 +458,7 @@ class OTO:
             TargetError: The target cannot be reached.
         """
         refuse_unknown(options, Choice.of, "preview")
+        options = self._by_first_names(options)
         target = {name: options.pop(name) for name in UNITS if name in options}
         batches = list(batches)
         options["align"] = self._align(target | options)
@@ -529,6 +541,7 @@ class OTO:
     def _make(self, kind: type[Sparse], options: dict[str, Any]) -> Sparse:
         """An optimizer with what the options leave out: the parameters, their names, the node groups."""
         refuse_unknown(options, kind, kind.__name__)
+        options = self._by_first_names(options)
         frozen, unfrozen = frozen_since(self.node_groups, self.partition.found.graph, self.model)
         if frozen and not self._prune_frozen:
             raise TooLateError(
@@ -770,8 +783,6 @@ class OTO:
         if gone := before - _files_in(out_dir):
             note = f"{some(sorted(gone))} of the artefact that was there before, and not asked for now, was removed"
             subnet = replace(subnet, notes=(*subnet.notes, note))
-        if short := source._short_of(subnet.kept):
-            warnings.warn(short, NotPrunedWarning, stacklevel=2)
         return subnet
 
     @property
@@ -859,7 +870,7 @@ class OTO:
         if align != 1:
             by = multiples(groups, align, self.costs.weights)
             groups = tuple(replace(group, divisor=own) for group, own in zip(groups, by, strict=True))
-            asking = f"the layout and align={align!r}"
+            asking = f"the layout and align={align!r}" if self._stock else f"align={align!r}"
         kept, uneven = evened(groups, zeros, asking)
         recipe = self._recipe if self._stock or emitter == "config" else None
         source = Zeroed(
@@ -885,7 +896,8 @@ class OTO:
             with saved, undone(later), as_found(self.model):
                 checks = checks + save(path, source, made, costs, save_full, program)
             self._saved = path
-        short = self._short_of(made.kept)
+        if short := self._short_of(zeros):  # what the layout or align= brings back is told beside it
+            warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
         notes = (*([short] if short else []), *uneven, *made.notes)
         return Subnet(
             made.model, path, made.emitter, made.why, require(checks), tuple(checks), before, after, made.kept, notes,

@@ -121,10 +121,17 @@ def early_stopping(
     )
 
 
-def _pruning(optimizer: Any) -> bool:
-    """Whether groups still go to zero."""
-    sparse = _unwrapped(optimizer)
-    return sparse.choice.target.wants_less and not sparse.progress.over
+def _pruning(*optimizers: Any) -> bool:
+    """Whether groups still go to zero; other optimizers may be beside the sparse one."""
+    sparse = [found for one in optimizers if (found := _sparse_in(one)) is not None] or [_unwrapped(optimizers[0])]
+    return any(one.choice.target.wants_less and not one.progress.over for one in sparse)
+
+
+def _sparse_in(optimizer: Any) -> SparseOptimizer | None:
+    try:
+        return _unwrapped(optimizer)
+    except OptionError:
+        return None
 
 
 def _refuse_another(callbacks: Any, remedy: str) -> None:
@@ -189,14 +196,14 @@ def _stop_lightning(trainer: Any, package: str, patience: int, threshold: float,
             self.best, self.waited = state_dict["best"], state_dict["waited"]
 
         def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
-            if _pruning(trainer.optimizers[0]):
+            if _pruning(*trainer.optimizers):
                 for checkpoint in trainer.checkpoint_callbacks:
                     if hasattr(checkpoint, "best_k_models"):
                         checkpoint.best_k_models.clear()
                         checkpoint.best_model_score, checkpoint.best_model_path = None, ""
 
         def on_validation_end(self, trainer: Any, *rest: Any) -> None:
-            if trainer.sanity_checking or _pruning(trainer.optimizers[0]):
+            if trainer.sanity_checking or _pruning(*trainer.optimizers):
                 return
             metrics = trainer.callback_metrics
             if monitor not in metrics:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -56,6 +56,10 @@ log = logging.getLogger(__name__)
 
 FLOOR = 0.2
 """No node group falls below this share of its atoms, unless the target cannot be met otherwise."""
+
+FAR = 0.1
+"""A goal that steps would miss by more than this share of the full cost is no goal met: then groups of finer steps may
+fall below the floor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,18 +306,22 @@ class Choice:
         values, left = scores.double().cpu().numpy(), alive.cpu().numpy()
         sizes = np.array(self.sizes, dtype=np.int64)
         goal = self.target.after(share)
-        least = self._floor(goal)
         by_cost = self.by_cost
         if self.scope == "local":
             values, by_cost = _rank(values, left, sizes, self.full), 0.0
         worth = None
         if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
-        chosen = select(
-            values, left, sizes, least, self._tied_measure, goal, self.multiples, by_cost, worth, self.scope != "local",
-            self._ties, self._per,
-        )  # fmt: skip
-        return torch.from_numpy(chosen)
+        found: list[tuple[float, Tensor]] = []
+        for least in self._floors(goal):  # a lower one only where steps are too coarse to come near the goal above it
+            chosen = torch.from_numpy(select(
+                values, left, sizes, least, self._tied_measure, goal, self.multiples, by_cost, worth,
+                self.scope != "local", self._ties, self._per,
+            ))  # fmt: skip
+            found.append((goal - self.target.measure(self._counts(alive.cpu() & ~chosen)), chosen))
+            if found[-1][0] <= FAR * self.target.full or self.scope == "local":
+                break
+        return min(found, key=lambda tried: tried[0])[1]
 
     def kept_of(
         self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None
@@ -358,13 +366,15 @@ class Choice:
         self.warn_of_collapse(left)
         return dict(zip((group.name for group in self.groups), self._counts(left).tolist(), strict=True))
 
-    def _floor(self, goal: float) -> Counts:
-        """The highest floor, on the way from ``floor`` to ``least``, that allows for the goal."""
+    def _floors(self, goal: float) -> Iterator[Counts]:
+        """Floors on the way from ``floor`` to ``least``, as far as they allow for the goal, the highest first."""
         for halvings in range(8):
             floor: Counts = self.least + (self.floor - self.least) // 2**halvings
+            if (floor == self.least).all():
+                break
             if self.target.measure(floor) <= goal:
-                return floor
-        return self.least
+                yield floor
+        yield self.least
 
     def require_near(self, left: Tensor, scores: Tensor) -> None:
         """Refuse a target that widths cannot come near to, because they change in large steps.
@@ -462,9 +472,10 @@ def as_named(
     by = {group.name: divisor for group, divisor in zip(groups, divisors, strict=True)}
     asked: dict[str, dict[str, int]] = {}  # by pattern, what each of its groups would keep
     for pattern, number in kept.items():
-        if not number > 0:
+        if isinstance(number, int | float) and not number > 0:
             raise TargetError(f"target_kept is {number!r} for {pattern!r}; something of every group is kept")
         atoms = {g: atoms_of(number, g.size, "target_kept") for g in called(pattern, [*groups, *whole])}
+        _require_so_many(pattern, number, atoms)
         asked[pattern] = {g.name: least_kept(g.size, n, by[g.name]) for g, n in atoms.items() if g.name in by}
         _require_free(pattern, [g for g, n in atoms.items() if g.name not in by and n < g.size], asked[pattern])
     own = {g.name: max((some_[g.name] for some_ in asked.values() if g.name in some_), default=g.size) for g in groups}
@@ -474,6 +485,18 @@ def as_named(
     counts = {g.name: own[g.name] if g.tie is None else round(shares[g.tie] * g.size) for g in groups}
     _require_followed(asked, counts, groups)
     return np.array(list(counts.values()), dtype=np.int64)
+
+
+def _require_so_many(pattern: str, number: float, named: Collection[NodeGroup]) -> None:
+    """Refuse a number of channels for what has fewer heads, or groups of channels."""
+    if isinstance(number, int) and all(group.size < number for group in named):
+        group = max(named, key=lambda group: group.size)
+        raise TargetError(
+            f"target_kept asks {pattern!r} to keep {number}, but {group.name} has {group.size} atoms"
+            + (f" ({group.factor})" if group.factor else "")
+            + "\n  effect  nothing of it would go\n"
+            f"  to fix  ask for a share, such as 0.5, or a number below {group.size}"
+        )
 
 
 def _require_free(pattern: str, held: Sequence[NodeGroup], free: Mapping[str, int]) -> None:
@@ -493,11 +516,16 @@ def _require_followed(
     for pattern, wanted in asked.items():
         if wanted and all(counts[name] > n for name, n in wanted.items()):
             name, n = next(iter(wanted.items()))
+            tie = next(group.tie for group in groups if group.name == name)
+            others = [
+                g.name for g in groups if tie is not None and g.tie == tie and counts[g.name] > n and g.name != name
+            ]
             raise TargetError(
                 f"target_kept asks {name} to keep {n} by {pattern!r}, but it would keep {counts[name]}: by another name"
                 " or glob, or since it is to have as many as groups that keep more (layout)\n"
                 f"  effect  {pattern!r} decides nothing\n"
-                "  to fix  name what keeps less apart from what keeps more, and all groups of a tie alike"
+                "  to fix  name what keeps less apart from what keeps more"
+                + (f"; and alike all that is tied to it: {some(others)}" if others else "")
             )
     for group in groups:
         if counts[group.name] < group.min_kept:

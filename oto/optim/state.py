@@ -94,7 +94,8 @@ def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
         saved, here: The first parameter groups.
 
     Raises:
-        SetupError: By one of the two pruning has begun. Before that it is a ``SetupWarning``.
+        SetupError: By one of the two pruning has begun. Before that it is a ``SetupWarning``, and so it is where they
+            differ in ``align`` alone.
     """
     mine: dict[str, Any] = json.loads(here["oto_setup"])
     theirs: dict[str, Any] = json.loads(saved.get("oto_setup", "null")) or mine
@@ -107,6 +108,10 @@ def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
     begun = any(step > setup.get("start_pruning_step", step) for setup in (theirs, mine))
     if not begun and not saved["oto_atoms"].any():
         text += "\n  effect  pruning had not begun, so what is asked for here counts"
+        warnings.warn(text, SetupWarning, stacklevel=users_level())
+        return
+    if differ == ["align"]:  # by default it goes by the device
+        text += "\n  effect  what has gone stays gone; sizes are multiples of what is asked for here from now on"
         warnings.warn(text, SetupWarning, stacklevel=users_level())
         return
     raise SetupError(

@@ -62,7 +62,8 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks of ``torch.nn.utils.prune``, by the names of the parameters that they mask."""
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        held = dict(module.named_buffers(recurse=False)) if prune.is_pruned(module) else {}
+        masked = any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values())
+        held = dict(module.named_buffers(recurse=False)) if masked else {}
         for name, _ in module.named_parameters(recurse=False) if held else ():
             mask = held.get(f"{name.removesuffix('_orig')}_mask")
             if mask is not None and name.endswith("_orig"):

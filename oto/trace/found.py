@@ -108,7 +108,6 @@ def as_found(model: nn.Module, given: Any = None, found: Found | None = None) ->
                     module.training = False
             if len(places) <= 1:
                 _see_through(modules)
-            found.forget_results()
             yield found
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -184,11 +183,21 @@ class Found:
             elif isinstance(x, _HOLDS) and id(x) not in self._own and id(x) not in where:
                 where[id(x)] = x, content_of(x)
 
-    def forget_results(self) -> None:
-        """Empty the caches of functions that keep tensors: the calls that make such a table are to be seen."""
+    @contextmanager
+    def making_anew(self) -> Iterator[None]:
+        """Functions that keep tensors run as if they kept none: the calls that make such a table are to be seen. What
+        they keep stays, for it may be drawn, or learnt, and no second call would give it."""
+        put: list[tuple[Any, str, Any]] = []
         for holder, _ in self._code.values():
-            if isinstance(holder, _lru_cache_wrapper) and holder.cache_info().currsize and _keeps_tensors(holder):
-                _forget(holder)
+            full = isinstance(holder, _lru_cache_wrapper) and holder.cache_info().currsize and _keeps_tensors(holder)
+            if full and (home := _home(holder)) is not None:
+                put.append((*home, vars(home[0])[home[1]]))
+                setattr(*home, holder.__wrapped__)
+        try:
+            yield
+        finally:
+            for place, name, held in put:
+                setattr(place, name, held)
 
     def look(self, frame: FrameType | None) -> None:
         """Remember what the namespaces of running code hold, from a frame outwards to the one that runs the model."""
@@ -459,6 +468,15 @@ def content_of(holder: Any) -> dict[Any, Any]:
 def _keeps_tensors(cache: Any) -> bool:
     """Whether a cache of results keeps tensors, by what the garbage collector sees in it."""
     return any(isinstance(x, Tensor) for x in reached(gc.get_referents(cache), nn.Module))
+
+
+def _home(cache: Any) -> tuple[Any, str] | None:
+    """The module or class that holds a function by the name that it has; ``None``: it is elsewhere."""
+    *way, name = cache.__qualname__.split(".")
+    place: Any = sys.modules.get(cache.__module__)
+    for step in way:
+        place = getattr(place, step, None)
+    return (place, name) if place is not None and vars(place).get(name) is cache else None
 
 
 def _forget(cache: Any) -> None:

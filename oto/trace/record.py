@@ -415,6 +415,7 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if way == "grad" else torch.inference_mode())
         stand_in = _stand_ins(way, named, (args, kwargs), stack)
+        stack.enter_context(found.making_anew())
         builder = GraphBuilder("real" if way == "grad" else way) if builder is None else builder
         recorder = _Recorder(builder, known, modules, found)
         recorder.script = script

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from oto._torch import TorchDispatchMode
 from oto.trace.shapes import _SHAPES, Remembered, result_of
 
 aten = torch.ops.aten
@@ -113,8 +114,18 @@ def test_a_call_that_is_remembered_gives_what_it_gave(call):
 
 def test_an_equal_call_is_made_once_and_gives_a_tensor_of_its_own():
     remembered, op = Remembered(), aten.clamp.default
-    first, second = (remembered.call(op, (x(2, 3), 0.0), {}) for _ in range(2))
-    assert first is not second and len(remembered._given) == 1
+    made = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, called, types, args=(), kwargs=None):
+            made.append(called)
+            return called(*args, **(kwargs or {}))
+
+    arguments = [x(2, 3), x(2, 3)]
+    with Counting():
+        first, second = (remembered.call(op, (argument, 0.0), {}) for argument in arguments)
+    assert made.count(op) == 1 and first.shape == second.shape
+    assert first.untyped_storage() is not second.untyped_storage()
 
 
 def test_what_depends_on_the_default_dtype_is_told_apart():
