@@ -130,10 +130,12 @@ FORMS: dict[str, tuple[Line, Line]] = {
     "slim, stock": ({"layout": "stock"}, {}),
     "slim, divisible by 32": ({}, {"group_divisible": 32}),
     "slim, aligned": ({"layout": "stock"}, {"align": "gguf"}),
+    "slim, aligned to 128": ({"layout": "stock"}, {"align": 128}),
 }
 """How slim models are made: further arguments of `OTO`, and of the optimizer."""
 
 FOR_KERNELS = ("slim", "slim, divisible by 32", "slim, aligned")
+FOR_BLOCKS = (*FOR_KERNELS, "slim, aligned to 128")
 FOR_SHAPES = ("slim", "slim, stock")
 PLAIN = ("slim",)
 
@@ -429,12 +431,14 @@ def peft(subject: Subject, folder: Path, args: argparse.Namespace) -> Taken:
 
 
 def torchao(subject: Subject, folder: Path, args: argparse.Namespace, how: str = "int8") -> Taken:
-    """Int8 weights; or int4 weights in groups of 32 with int8 activations (8da4w)."""
+    """Int8 weights; int4 weights in groups of 32 with int8 activations (8da4w); or nf4."""
     from torchao import quantization as q
 
     model = copy.deepcopy(subject.model)
     if how == "int8":
         q.quantize_(model, q.Int8WeightOnlyConfig())
+    elif how == "nf4":
+        q.quantize_(model, import_module("torchao.prototype._nf4tensor_api").NF4WeightOnlyConfig())
     else:
         config: Any = q.Int8DynamicActivationIntxWeightConfig(
             weight_dtype=torch.int4, weight_granularity=import_module("torchao.quantization.granularity").PerGroup(32)
@@ -501,7 +505,8 @@ CLIENTS = {
     "optimum-onnx": Client(optimum_onnx, ["optimum.onnxruntime"], OF_TRANSFORMERS, FOR_SHAPES),
     "peft": Client(peft, ["peft"], [*OF_TRANSFORMERS, "resnet"]),
     "torchao int8": Client(torchao, ["torchao"], [*OF_TRANSFORMERS, "resnet"]),
-    "torchao 8da4w": Client(partial(torchao, how="8da4w"), ["torchao"], ["llama", "bert", "vit"], FOR_KERNELS),
+    "torchao 8da4w": Client(partial(torchao, how="8da4w"), ["torchao"], OF_TRANSFORMERS, FOR_KERNELS),
+    "torchao nf4": Client(partial(torchao, how="nf4"), ["torchao"], OF_TRANSFORMERS, FOR_BLOCKS),
     "bitsandbytes int8": Client(bitsandbytes, ["bitsandbytes", "accelerate"], OF_TRANSFORMERS),
     "bitsandbytes nf4": Client(
         partial(bitsandbytes, how="nf4"), ["bitsandbytes", "accelerate"], OF_TRANSFORMERS, FOR_KERNELS

@@ -129,6 +129,11 @@ def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None =
     ratio = prod(full) / prod(normalized_shape)
     if eps is None:
         eps = torch.finfo(x.dtype).eps
+    if is_tracing():  # the older ONNX exporter has no aten::rms_norm
+        work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        over = tuple(range(-len(normalized_shape), 0))
+        traced = (work * torch.rsqrt(work.square().mean(over, keepdim=True) / ratio + eps)).to(x.dtype)
+        return traced if weight is None else traced * weight
     if weight is not None:  # a factor of the weight costs nothing beside one of all entries
         weight = weight * sqrt(ratio)
     y: Tensor = F.rms_norm(x, list(normalized_shape), weight, eps * ratio)

@@ -28,6 +28,7 @@ def data(*shape: int) -> Tensor:
 NORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "layer norm": (lambda: LayerNorm((5,), (8,)), lambda n: data(n, 4, 5)),
     "rms norm": (lambda: RMSNorm((5,), (8,)), lambda n: data(n, 4, 5)),
+    "rms norm without weight": (lambda: RMSNorm((4, 5), (4, 8), weight=False), lambda n: data(n, 4, 5)),
     "group norm": (lambda: GroupNorm(2, 5, 8), lambda n: data(n, 10, 6)),
     "attention": (lambda: Attends(), lambda n: data(n, 4, 6)),
 }
@@ -99,6 +100,19 @@ def test_a_class_that_is_told_sizes_is_traced(windows: Any, gradients: bool) -> 
         for batch in (2, 7):
             x = data(batch, 4, 5)
             assert relative_error([full(x)], [traced(x)]) <= EXACT
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_older_exporter_takes_a_thin_layer(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    make, given = NORMS[name]
+    layer, path = make().double().eval(), tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (given(2),), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "n"}})
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (2, 5):
+        x = given(batch)
+        (y,) = session.run(None, {"x": x.numpy()})
+        assert relative_error([layer(x)], [torch.from_numpy(y)]) <= 1e-9  # its kernels sum in another order
 
 
 def test_the_older_exporter_takes_a_class_that_is_told_sizes(windows: Any, tmp_path: Path) -> None:
