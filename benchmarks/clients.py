@@ -396,7 +396,7 @@ def optimum_onnx(subject: Subject, folder: Path, args: argparse.Namespace) -> Ta
     }  # fmt: skip
     kind, more = getattr(ort, kinds[type(subject.model).__name__]), dict[str, Any]()
     if type(subject.model).__name__ == "LlamaForCausalLM":
-        more = {"use_cache": False, "use_io_binding": False}
+        more = {"use_io_binding": False}
     model = kind.from_pretrained(source, export=True, **more)
     model.save_pretrained(folder / "onnx")
     given = dict(subject.example)
