@@ -7,7 +7,8 @@
 
 Nothing is installed: a client that cannot be imported is skipped, and the line says so. A line that is there is not
 measured again, unless it was skipped; so clients that ask for other versions of transformers are measured from another
-environment, into the same `docs/benchmarks/clients.jsonl`. Every client and architecture has a process of its own.
+environment, into the same `docs/benchmarks/clients.jsonl`. Every architecture has a process of its own; a client that
+ends it is passed over.
 
 Models are small and their weights random; nothing is downloaded. A slim one is what `oto.hesso(target_params=.6)`
 arrives at in one step without gradients, by the magnitude of the weights. *takes it* says that the client reads the
@@ -33,7 +34,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -184,8 +185,9 @@ def full(name: str) -> Subject:
     return Subject(model, example, how.given_by_name, save, partial(export_model, model, given, "onnx"))
 
 
+@cache
 def slim(name: str, form: str) -> Subject:
-    """A slim model.
+    """A slim model, made once: clients leave it as it is.
 
     Raises:
         Skipped: This version of `oto` has no such option, or the target cannot be met so.
@@ -554,7 +556,7 @@ def measure(name: str, architecture: str, args: argparse.Namespace) -> Iterator[
                 continue
             (folder := Path(place) / str(i)).mkdir()
             try:
-                subject = full(architecture) if form == "full" else slim(architecture, form)
+                subject = full(architecture) if form == "full" else copy.copy(slim(architecture, form))
                 line["params"] = sum(p.numel() for p in subject.model.parameters())
                 taken = client.take(subject, folder, args)
                 given, expected = taken.call(), subject()
@@ -654,30 +656,51 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="measure what has been measured")
     parser.add_argument("--table", action="store_true", help="write the page, measure nothing")
-    parser.add_argument("--row", nargs=2, metavar=("CLIENT", "ARCHITECTURE"), help="measure one pair and print it")
+    parser.add_argument("--rows", action="store_true", help="measure here, and print the lines")
     return parser.parse_args(argv)
+
+
+def print_rows(args: argparse.Namespace) -> None:
+    """Print the lines of all clients and architectures that are asked for."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for architecture in args.architectures:
+        for client in args.clients:
+            if architecture in CLIENTS[client].architectures:
+                for line in measure(client, architecture, args):
+                    more = {"versions": versions(CLIENTS[client]), "machine": machine()}
+                    print("\n" + json.dumps(line | more), flush=True)
+
+
+def rows(architecture: str, clients: Sequence[str], args: argparse.Namespace) -> Iterator[Line]:
+    """The lines of some clients and an architecture, as another process comes to them; fewer where it crashes."""
+    more = [] if args.llama_cpp is None else ["--llama-cpp", str(args.llama_cpp)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    command = [sys.executable, __file__, "--rows", "--architectures", architecture, "--clients", *clients, *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.startswith('{"client"'):
+                yield json.loads(text)
+    if process.returncode:
+        print(f"{architecture}: ended with {process.returncode}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
-    if args.row:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        for line in measure(*args.row, args):
-            print("\n" + json.dumps(line | {"versions": versions(CLIENTS[args.row[0]]), "machine": machine()}))
+    if args.rows:
+        print_rows(args)
         return
-    for client, architecture in left(args) if not args.table else ():
-        more = [] if args.llama_cpp is None else ["--llama-cpp", str(args.llama_cpp)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-        command = [sys.executable, __file__, "--row", client, architecture, *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        found = [json.loads(text) for text in done.stdout.splitlines() if text.startswith('{"client"')]
-        if done.returncode:  # a crash takes the process with it
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            print(f"{client}, {architecture}: ended with {done.returncode}: {said}", file=sys.stderr)
-        for line in found:
-            append(args.results, line)
-            print(client, architecture, line["model"], *cells(line, line), flush=True)
+    pairs = left(args) if not args.table else []
+    for architecture in args.architectures:
+        wanted = [client for client, a in pairs if a == architecture]
+        while wanted:
+            reached = 0
+            for line in rows(architecture, wanted, args):
+                append(args.results, line)
+                print(line["client"], architecture, line["model"], *cells(line, line), flush=True)
+                reached = wanted.index(line["client"]) + 1
+            wanted = wanted[reached + 1 :]  # the next one has ended it, unless there is none
     args.results.with_suffix(".md").write_text(table(read(args.results)))
     print(f"wrote {args.results.with_suffix('.md')}")
 
