@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from oto.errors import ScriptError
 from oto.nn import functional as counted
+from oto.nn.calls import is_scripting
 
 
 class LayerNorm(nn.Module):
@@ -30,7 +31,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.normalized_shape)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if is_scripting():
             y = counted.plain_normalised(input, [-1], self.normalized_shape[0] / self.full[0], self.eps)
             if self.weight is not None:
                 y = y * self.weight
@@ -57,7 +58,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(self.normalized_shape)) if weight else None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if is_scripting():
             dims = [-1 - i for i in range(len(self.full))]
             ratio = 1.0
             for full, left in zip(self.full, self.normalized_shape):  # noqa: B905 - TorchScript knows no `strict`
@@ -88,7 +89,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.num_channels)) if affine else None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if is_scripting():
             grouped = input.reshape(input.shape[0], self.num_groups, self.width, -1)
             y = counted.plain_normalised(grouped, [2, 3], self.width / self.full, self.eps).flatten(1, 2)
             y = y.reshape(input.shape)
