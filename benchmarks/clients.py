@@ -7,7 +7,8 @@
 
 Nothing is installed: a client that cannot be imported is skipped, and the line says so. A line that is there is not
 measured again, unless it was skipped; so clients that ask for other versions of transformers are measured from another
-environment, into the same `docs/benchmarks/clients.jsonl`. Every client and architecture has a process of its own.
+environment, into the same `docs/benchmarks/clients.jsonl`. Every architecture has a process of its own; a client that
+ends it is passed over.
 
 Models are small and their weights random; nothing is downloaded. A slim one is what `oto.hesso(target_params=.6)`
 arrives at in one step without gradients, by the magnitude of the weights. *takes it* says that the client reads the
@@ -33,7 +34,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -130,10 +131,12 @@ FORMS: dict[str, tuple[Line, Line]] = {
     "slim, stock": ({"layout": "stock"}, {}),
     "slim, divisible by 32": ({}, {"group_divisible": 32}),
     "slim, aligned": ({"layout": "stock"}, {"align": "gguf"}),
+    "slim, aligned to 128": ({"layout": "stock"}, {"align": 128}),
 }
 """How slim models are made: further arguments of `OTO`, and of the optimizer."""
 
 FOR_KERNELS = ("slim", "slim, divisible by 32", "slim, aligned")
+FOR_BLOCKS = (*FOR_KERNELS, "slim, aligned to 128")
 FOR_SHAPES = ("slim", "slim, stock")
 PLAIN = ("slim",)
 
@@ -182,8 +185,9 @@ def full(name: str) -> Subject:
     return Subject(model, example, how.given_by_name, save, partial(export_model, model, given, "onnx"))
 
 
+@cache
 def slim(name: str, form: str) -> Subject:
-    """A slim model.
+    """A slim model, made once: clients leave it as it is.
 
     Raises:
         Skipped: This version of `oto` has no such option, or the target cannot be met so.
@@ -394,7 +398,7 @@ def optimum_onnx(subject: Subject, folder: Path, args: argparse.Namespace) -> Ta
     }  # fmt: skip
     kind, more = getattr(ort, kinds[type(subject.model).__name__]), dict[str, Any]()
     if type(subject.model).__name__ == "LlamaForCausalLM":
-        more = {"use_cache": False, "use_io_binding": False}
+        more = {"use_io_binding": False}
     model = kind.from_pretrained(source, export=True, **more)
     model.save_pretrained(folder / "onnx")
     given = dict(subject.example)
@@ -429,12 +433,14 @@ def peft(subject: Subject, folder: Path, args: argparse.Namespace) -> Taken:
 
 
 def torchao(subject: Subject, folder: Path, args: argparse.Namespace, how: str = "int8") -> Taken:
-    """Int8 weights; or int4 weights in groups of 32 with int8 activations (8da4w)."""
+    """Int8 weights; int4 weights in groups of 32 with int8 activations (8da4w); or nf4."""
     from torchao import quantization as q
 
     model = copy.deepcopy(subject.model)
     if how == "int8":
         q.quantize_(model, q.Int8WeightOnlyConfig())
+    elif how == "nf4":
+        q.quantize_(model, import_module("torchao.prototype._nf4tensor_api").NF4WeightOnlyConfig())
     else:
         config: Any = q.Int8DynamicActivationIntxWeightConfig(
             weight_dtype=torch.int4, weight_granularity=import_module("torchao.quantization.granularity").PerGroup(32)
@@ -501,7 +507,8 @@ CLIENTS = {
     "optimum-onnx": Client(optimum_onnx, ["optimum.onnxruntime"], OF_TRANSFORMERS, FOR_SHAPES),
     "peft": Client(peft, ["peft"], [*OF_TRANSFORMERS, "resnet"]),
     "torchao int8": Client(torchao, ["torchao"], [*OF_TRANSFORMERS, "resnet"]),
-    "torchao 8da4w": Client(partial(torchao, how="8da4w"), ["torchao"], ["llama", "bert", "vit"], FOR_KERNELS),
+    "torchao 8da4w": Client(partial(torchao, how="8da4w"), ["torchao"], OF_TRANSFORMERS, FOR_KERNELS),
+    "torchao nf4": Client(partial(torchao, how="nf4"), ["torchao"], OF_TRANSFORMERS, FOR_BLOCKS),
     "bitsandbytes int8": Client(bitsandbytes, ["bitsandbytes", "accelerate"], OF_TRANSFORMERS),
     "bitsandbytes nf4": Client(
         partial(bitsandbytes, how="nf4"), ["bitsandbytes", "accelerate"], OF_TRANSFORMERS, FOR_KERNELS
@@ -549,7 +556,7 @@ def measure(name: str, architecture: str, args: argparse.Namespace) -> Iterator[
                 continue
             (folder := Path(place) / str(i)).mkdir()
             try:
-                subject = full(architecture) if form == "full" else slim(architecture, form)
+                subject = full(architecture) if form == "full" else copy.copy(slim(architecture, form))
                 line["params"] = sum(p.numel() for p in subject.model.parameters())
                 taken = client.take(subject, folder, args)
                 given, expected = taken.call(), subject()
@@ -601,7 +608,10 @@ def table(lines: Sequence[Line]) -> str:
         [
             "# Clients: full against slim\n",
             "Generated by `python benchmarks/clients.py --table` from `clients.jsonl`; its docstring says how models",
-            "are made and compared. Weights are random, slim models have at most 60 % of the parameters.\n",
+            "are made and compared. Weights are random, slim models were asked for 60 % of the parameters. *Slim* is made",
+            'with `layout="uniform"` (the ResNet without), *stock* with `layout="stock"`, *divisible by 32* with',
+            '`group_divisible=32` beside the former, *aligned* with `align="gguf"` and *aligned to 128* with `align=128`',
+            "beside the latter.\n",
             "| client | architecture | model | parameters | takes it | differs by | MB | ms |",
             "|---|---|---|--:|---|--:|--:|--:|",
             *rows,
@@ -649,30 +659,51 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="measure what has been measured")
     parser.add_argument("--table", action="store_true", help="write the page, measure nothing")
-    parser.add_argument("--row", nargs=2, metavar=("CLIENT", "ARCHITECTURE"), help="measure one pair and print it")
+    parser.add_argument("--rows", action="store_true", help="measure here, and print the lines")
     return parser.parse_args(argv)
+
+
+def print_rows(args: argparse.Namespace) -> None:
+    """Print the lines of all clients and architectures that are asked for."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for architecture in args.architectures:
+        for client in args.clients:
+            if architecture in CLIENTS[client].architectures:
+                for line in measure(client, architecture, args):
+                    more = {"versions": versions(CLIENTS[client]), "machine": machine()}
+                    print("\n" + json.dumps(line | more), flush=True)
+
+
+def rows(architecture: str, clients: Sequence[str], args: argparse.Namespace) -> Iterator[Line]:
+    """The lines of some clients and an architecture, as another process comes to them; fewer where it crashes."""
+    more = [] if args.llama_cpp is None else ["--llama-cpp", str(args.llama_cpp)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    command = [sys.executable, __file__, "--rows", "--architectures", architecture, "--clients", *clients, *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.startswith('{"client"'):
+                yield json.loads(text)
+    if process.returncode:
+        print(f"{architecture}: ended with {process.returncode}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
-    if args.row:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        for line in measure(*args.row, args):
-            print("\n" + json.dumps(line | {"versions": versions(CLIENTS[args.row[0]]), "machine": machine()}))
+    if args.rows:
+        print_rows(args)
         return
-    for client, architecture in left(args) if not args.table else ():
-        more = [] if args.llama_cpp is None else ["--llama-cpp", str(args.llama_cpp)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-        command = [sys.executable, __file__, "--row", client, architecture, *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        found = [json.loads(text) for text in done.stdout.splitlines() if text.startswith('{"client"')]
-        if done.returncode:  # a crash takes the process with it
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            print(f"{client}, {architecture}: ended with {done.returncode}: {said}", file=sys.stderr)
-        for line in found:
-            append(args.results, line)
-            print(client, architecture, line["model"], *cells(line, line), flush=True)
+    pairs = left(args) if not args.table else []
+    for architecture in args.architectures:
+        wanted = [client for client, a in pairs if a == architecture]
+        while wanted:
+            reached = 0
+            for line in rows(architecture, wanted, args):
+                append(args.results, line)
+                print(line["client"], architecture, line["model"], *cells(line, line), flush=True)
+                reached = wanted.index(line["client"]) + 1
+            wanted = wanted[reached + 1 :]  # the next one has ended it, unless there is none
     args.results.with_suffix(".md").write_text(table(read(args.results)))
     print(f"wrote {args.results.with_suffix('.md')}")
 

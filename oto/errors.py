@@ -110,6 +110,21 @@ class GraphModeError(TrainModeError):
     """A slim model that is a graph of the eval forward was put into train mode."""
 
 
+class ScriptError(OTOError, AttributeError):
+    """``torch.jit.script`` was asked for what it cannot compile; ``torch.jit.trace`` takes it.
+
+    An ``AttributeError``, for it asks a forward for what functions have, and whoever else does may go on without.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"torch.jit.script cannot compile {what}\n"
+            "  effect  nothing was compiled\n"
+            "  to fix  torch.jit.trace(model, example), which holds at the sizes of its example as any trace does; or"
+            " torch.export.export, or subnet.export('onnx')"
+        )
+
+
 class VerificationError(OTOError):
     """The slim model does not compute what the zeroed model computes, or nothing shows that. Nothing was written."""
 

@@ -42,6 +42,7 @@ def first_tensor(arguments: Any) -> Tensor | None:
 
 
 is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]  # without a type in some releases
+is_scripting: Callable[[], bool] = vars(torch.jit)["is_scripting"]
 
 
 def numbers_of(arguments: Any, traced: TracedSizes | None = None) -> list[int | float]:

@@ -127,11 +127,13 @@ def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None =
     Σx²/D = (k/D)·Σx²/k, so x / √(Σx²/D + eps) = √(D/k) · x / √(Σx²/k + eps·D/k).
     """
     ratio = prod(full) / prod(normalized_shape)
-    if eps is None:
-        eps = torch.finfo(x.dtype).eps
+    if is_tracing():  # the older ONNX exporter has no aten::rms_norm
+        y = plain_rms(x, list(range(-len(normalized_shape), 0)), ratio, eps)
+        return y if weight is None else y * weight
+    eps = eps_of(x) if eps is None else eps
     if weight is not None:  # a factor of the weight costs nothing beside one of all entries
         weight = weight * sqrt(ratio)
-    y: Tensor = F.rms_norm(x, list(normalized_shape), weight, eps * ratio)
+    y = F.rms_norm(x, list(normalized_shape), weight, eps * ratio)
     return y if weight is not None else y * sqrt(ratio)
 
 
@@ -152,20 +154,43 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
 
 def _normalised(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) -> Tensor:
     """``x`` less the mean over ``d`` entries, of which ``k`` are present, over the root of their variance."""
-    work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     if torch.compiler.is_dynamo_compiling() or is_tracing():
-        # Σ(x − m)² / D + (D − k)/D · m² with the mean of those present, k/D · m being that of all: one pass, as the
-        # stock norm is compiled. Not compiled, var_mean is many times slower on a CPU than all of what follows.
-        # Of what follows, OpenVINO 2026.4 makes a kernel that is wrong in all but the first rows.
-        share = k / d
-        var, mean = torch.var_mean(work, dims, correction=0, keepdim=True)
-        scale = torch.rsqrt(share * var + share * (1 - share) * mean.square() + eps)
-        return ((work - share * mean) * scale).to(x.dtype)
+        # Not compiled, var_mean is many times slower on a CPU than all of what follows. Of what follows, OpenVINO
+        # 2026.4 makes a kernel that is wrong in all but the first rows.
+        return plain_normalised(x, list(dims), k / d, eps)
+    work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     centre = work.sum(dims, keepdim=True) / d
     centred = work - centre
     norm = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
     var = (norm.square() + (d - k) * centre.square()) / d
     return _times(centred, torch.rsqrt(var + eps)).to(x.dtype)
+
+
+def plain_normalised(x: Tensor, dims: list[int], share: float, eps: float) -> Tensor:
+    """``x`` normalised in one pass, as the stock norm is compiled; torch.jit.script takes it.
+
+    Σ(x − m)² / D + (D − k)/D · m² with the mean of those present, the ``share`` k/D of all; k/D · m is that of all.
+    """
+    work = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+    var, mean = torch.var_mean(work, dims, correction=0, keepdim=True)
+    scale = torch.rsqrt(share * var + share * (1 - share) * mean.square() + eps)
+    return ((work - share * mean) * scale).to(x.dtype)
+
+
+def plain_rms(x: Tensor, dims: list[int], ratio: float, eps: float | None) -> Tensor:
+    """``x`` over the root of the mean of its squares, of 1/``ratio`` of the entries; torch.jit.script takes it."""
+    eps = eps_of(x) if eps is None else eps
+    work = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+    return (work * torch.rsqrt(work.square().mean(dims, keepdim=True) / ratio + eps)).to(x.dtype)
+
+
+def eps_of(x: Tensor) -> float:
+    """``torch.finfo(x.dtype).eps``, which torch.jit.script does not take."""
+    if x.dtype == torch.float64:
+        return 2.0**-52
+    if x.dtype == torch.float16:
+        return 2.0**-10
+    return 2.0**-7 if x.dtype == torch.bfloat16 else 2.0**-23
 
 
 def _in_place(y: Tensor, other: Tensor) -> bool:

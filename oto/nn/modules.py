@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oto.errors import ScriptError
 from oto.nn import functional as counted
+from oto.nn.calls import is_scripting
 
 
 class LayerNorm(nn.Module):
@@ -29,6 +31,11 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.normalized_shape)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            y = counted.plain_normalised(input, [-1], self.normalized_shape[0] / self.full[0], self.eps)
+            if self.weight is not None:
+                y = y * self.weight
+            return y if self.bias is None else y + self.bias
         return counted.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, full=self.full)
 
     def _oto_analysed(self, input: Tensor) -> Tensor:
@@ -51,6 +58,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(self.normalized_shape)) if weight else None
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            dims = [-1 - i for i in range(len(self.full))]
+            ratio = 1.0
+            for full, left in zip(self.full, self.normalized_shape):  # noqa: B905 - TorchScript knows no `strict`
+                ratio *= full / left
+            y = counted.plain_rms(input, dims, ratio, self.eps)
+            return y if self.weight is None else y * self.weight
         return counted.rms_norm(input, self.normalized_shape, self.weight, self.eps, full=self.full)
 
     def _oto_analysed(self, input: Tensor) -> Tensor:
@@ -75,6 +89,14 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.num_channels)) if affine else None
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            grouped = input.reshape(input.shape[0], self.num_groups, self.width, -1)
+            y = counted.plain_normalised(grouped, [2, 3], self.width / self.full, self.eps).flatten(1, 2)
+            y = y.reshape(input.shape)
+            if self.weight is not None and self.bias is not None:
+                column = [-1] + [1] * (input.dim() - 2)
+                y = y * self.weight.reshape(column) + self.bias.reshape(column)
+            return y
         return counted.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps, full=self.full, width=self.width
         )
@@ -127,6 +149,10 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(rows[2], out_dim, out_bias)
         self.bias_k = self.bias_v = None
         self.add_zero_attn = False
+
+    def __prepare_scriptable__(self) -> MultiheadAttention:
+        """What ``torch.jit.script`` asks first."""
+        raise ScriptError("an attention whose heads are stated one by one")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         if self.in_proj_weight is not None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from oto._torch import constant
-from oto.errors import ClassChangedError, UnseenPathError
+from oto.errors import ClassChangedError, ScriptError, UnseenPathError
 from oto.nn import functional as counted
 from oto.nn.calls import (
     TracedSizes,
@@ -104,6 +104,11 @@ class Told:
     @property
     def __code__(self) -> CodeType:
         return self._own.__code__
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """Asked for by ``torch.jit.script``, which compiles code as it stands."""
+        raise ScriptError(f"the forward of {type(self.module).__name__}: some of its calls are told other sizes")
 
     @property
     def _own(self) -> MethodType:

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from oto._torch import HigherOrderOperator, OpOverload, codegen_state, nested_codegen
-from oto.errors import GraphModeError
+from oto.errors import GraphModeError, ScriptError
 from oto.trace.takes import Takes
 
 
@@ -70,6 +70,10 @@ class SlimGraph(fx.GraphModule):
         """Allow ``train()``: gradients flow, dropout stays off and batch norms keep their statistics."""
         self._trains_as_eval = True
         return self.train()
+
+    def __prepare_scriptable__(self) -> SlimGraph:
+        """What ``torch.jit.script`` asks first."""
+        raise ScriptError("a slim model that is a graph: its arguments are checked in Python")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimGraph:
         state = copy.deepcopy(self._state(), memo)

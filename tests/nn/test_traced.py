@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from oto import OTO
+from oto.errors import ScriptError
 from oto.nn import GroupNorm, LayerNorm, MultiheadAttention, RMSNorm, Told
+from oto.nn.functional import eps_of
 from oto.slim.verify import relative_error
 
 # torch calls tracing deprecated; the sizes that code compares are those of the example, as in the full model
@@ -28,6 +30,7 @@ def data(*shape: int) -> Tensor:
 NORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "layer norm": (lambda: LayerNorm((5,), (8,)), lambda n: data(n, 4, 5)),
     "rms norm": (lambda: RMSNorm((5,), (8,)), lambda n: data(n, 4, 5)),
+    "rms norm without weight": (lambda: RMSNorm((4, 5), (4, 8), weight=False), lambda n: data(n, 4, 5)),
     "group norm": (lambda: GroupNorm(2, 5, 8), lambda n: data(n, 10, 6)),
     "attention": (lambda: Attends(), lambda n: data(n, 4, 6)),
 }
@@ -56,6 +59,33 @@ def test_a_thin_layer_is_traced(name: str, gradients: bool) -> None:
             x = given(batch)
             assert relative_error([layer(x)], [traced(x)]) <= EXACT
     assert not any(node.kind().endswith("_") for node in traced.inlined_graph.nodes()), "nothing is written to"
+
+
+SCRIPTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "layer norm": (lambda: LayerNorm((5,), (8,)), (2, 4, 5)),
+    "layer norm without weight": (lambda: LayerNorm((5,), (8,), weight=False, bias=False), (2, 4, 5)),
+    "rms norm": (lambda: RMSNorm((4, 5), (4, 8)), (2, 4, 5)),
+    "rms norm without weight": (lambda: RMSNorm((5,), (8,), eps=1e-3, weight=False), (2, 4, 5)),
+    "group norm": (lambda: GroupNorm(2, 5, 8), (2, 10, 6)),
+    "group norm without weight": (lambda: GroupNorm(2, 5, 8, affine=False), (2, 10, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_a_thin_norm_is_scripted(name: str) -> None:
+    make, (_, *shape) = SCRIPTED[name]
+    layer = make().double().eval()
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    scripted = torch.jit.script(nn.Sequential(layer))
+    for batch in (2, 5):
+        x = data(batch, *shape)
+        assert relative_error([layer(x)], [scripted(x)]) <= EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_smallest_number_of_a_dtype_is_that_of_torch(dtype: torch.dtype) -> None:
+    assert eps_of(torch.ones(1, dtype=dtype)) == torch.finfo(dtype).eps
 
 
 class Windows(nn.Module):
@@ -101,6 +131,19 @@ def test_a_class_that_is_told_sizes_is_traced(windows: Any, gradients: bool) -> 
             assert relative_error([full(x)], [traced(x)]) <= EXACT
 
 
+@pytest.mark.parametrize("name", NORMS)
+def test_the_older_exporter_takes_a_thin_layer(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    make, given = NORMS[name]
+    layer, path = make().double().eval(), tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (given(2),), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "n"}})
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (2, 5):
+        x = given(batch)
+        (y,) = session.run(None, {"x": x.numpy()})
+        assert relative_error([layer(x)], [torch.from_numpy(y)]) <= 1e-9  # its kernels sum in another order
+
+
 def test_the_older_exporter_takes_a_class_that_is_told_sizes(windows: Any, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     full, slim = windows
@@ -120,3 +163,12 @@ def test_a_graph_is_traced_at_the_sizes_of_its_example(windows: Any) -> None:
     assert graph.takes.conditions
     x = data(2, 4, 5)
     assert relative_error([full(x)], [torch.jit.trace(graph, x)(x)]) <= EXACT
+
+
+def test_what_is_not_scripted_says_what_to_do_instead(windows: Any) -> None:
+    full, slim = windows
+    graph = OTO(full, data(2, 4, 5)).construct_subnet(emitter="graph").model
+    for model, what in ((graph, "is a graph"), (slim, "forward of Windows"), (Attends(), "heads are stated")):
+        with pytest.raises(ScriptError, match=rf"(?s){what}.*to fix  torch\.jit\.trace"):
+            torch.jit.script(model)
+    assert not hasattr(slim.forward, "__globals__")
