@@ -245,7 +245,7 @@ class OTO:
         if layout in ("uniform", "stock"):
             self._groups = tied(self._groups, model)
             tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
-            with tried, as_found(model):
+            with tried, as_found(model), stages(f"OTO({type(model).__name__})"):
                 found = stated(model, self.partition, self._groups, dummy_input, self._recipe, layout == "stock")
             if found is None:
                 warnings.warn(nothing_states(model, layout, self._recipe is not None), UnstatedWarning, stacklevel=3)

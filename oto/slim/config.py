@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from math import log2
 from typing import Any
 
@@ -19,7 +20,7 @@ from oto.axes.terms import Sum, Term, count, resolve
 from oto.axes.terms import size as size_of
 from oto.errors import EmitterError, out_of_memory, some
 from oto.slim.plan import Thinning
-from oto.slim.recipe import MADE_WITH, Fields, Recipe, Shapes
+from oto.slim.recipe import MADE_WITH, Fields, Recipe, Shapes, Unfilled
 
 MISFIT = float("inf")
 
@@ -145,7 +146,8 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
     if wrong or not made:  # before anything of such a size is made
         raise EmitterError(f"{type(model).__name__} made from {dict(edits)} does not hold what is there: {some(wrong)}")
     try:
-        slim = recipe.make(edits, device)
+        with nullcontext() if recipe.device == "cpu" else Unfilled():  # one that computes with its weights needs them
+            slim = recipe.make(edits, device)
     except Exception as failure:
         if out_of_memory(failure):
             raise

@@ -11,11 +11,11 @@ The thinner model is the class itself, made from an edited config (:mod:`oto.sli
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,28 +25,34 @@ from torch import Tensor, nn
 
 from oto.axes.call import Size
 from oto.errors import EmitterError, VerificationError, out_of_memory
-from oto.groups import Kept, NodeGroup, Partition
+from oto.groups import Kept, NodeGroup, Partition, Slice
 from oto.groups.align import KERNEL_ROW, multiples
 from oto.groups.cost import weights
 from oto.groups.layout import as_wide_as_heads, atoms_per_step, settled
 from oto.groups.policy import keep_whole
 from oto.nn import functional as counted
+from oto.progress import stage
 from oto.slim.config import solve, stock
 from oto.slim.module import Edits, attribute, thin_tensors
 from oto.slim.plan import Thinning, thinning
 from oto.slim.recipe import Keywords, Recipe
 from oto.slim.reference import Exact, check
 from oto.slim.verify import require
+from oto.slim.zeroed import Zeroed
 from oto.trace.graph import Leaf, Node, Value
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
 
 SMALL = 2**28
-"""A model of so many parameters is compared in float64 too, when ties are tried."""
+"""A model of so many parameters is compared in float64 too, when ties are tried; one of more than a sixteenth only if
+its own dtype, in which it takes a third of the time, does not show it equal."""
 
 COARSER = 6
 """How many steps are tried."""
+
+MANY = 16
+"""Of so many steps some between an eighth and a quarter are kept where ties are tried, else any number."""
 
 UNSTATED = "layout: no field of the config states its size"
 
@@ -76,6 +82,7 @@ def stated(
     trial = _Trial(model, partition, recipe, dummy_input, groups)
     steps = {key: step for key in trial.members() if (step := trial.step(key)) is not None}
     for path, value in recipe.fields().items():
+        stage(f"layout: what {path} states")
         open_ = [key for key, same in trial.members().items() if key not in steps and same[0].size == value]
         touched = [key for key in open_ if any(trial.touches(path, group) for group in trial.members()[key])]
         if len(touched) > 1:
@@ -85,6 +92,7 @@ def stated(
                 trial.groups = alone
             else:
                 steps[path] = step
+    stage("layout: the class of fewer")
     steps = trial.fitting(steps)
     if not steps and isinstance(recipe.config, Keywords):
         return None
@@ -191,20 +199,12 @@ class _Trial:
 
     def _failure(self, steps: Mapping[str, int]) -> Exception | None:
         """What happens to the class when some ties keep some multiple of their steps."""
-        draw = np.random.default_rng(0)
-        kept: dict[str, NDArray[np.int64]] = {}
-        for key, step in steps.items():
-            same, size = self.members()[key], self.size(key)
-            count = step * (1 + 2 * int(draw.integers(size // step // 2)))  # odd, so no multiple of a coarser step
-            kept |= {g.name: np.sort(draw.permutation(g.size)[: count * g.size // size]) for g in same}
+        kept = self._drawn(steps)
         try:
             if on_meta(self.model):  # there is nothing to run
                 solved(self.model, self.partition, kept, self.recipe)
             else:
-                full = self._zeroed(kept)
-                made = emit_stock(full, self.partition, kept, self.recipe)
-                small = sum(p.numel() for p in full.parameters()) <= SMALL
-                require(check(full, made.model, self.dummy_input, random=False, exact=small, rounded=made.rounded))
+                self._compare(kept)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             if out_of_memory(failure):
                 raise
@@ -212,21 +212,72 @@ class _Trial:
             return failure
         return None
 
-    def _zeroed(self, kept: Kept) -> nn.Module:
-        """A copy of the model without what is not kept, and with weights that show a mistake."""
-        full = copy.deepcopy(self.model)
-        parameters = dict(full.named_parameters(remove_duplicate=False))
-        generator = torch.Generator().manual_seed(0)
+    def _drawn(self, steps: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
+        """For some multiple of the steps of each tie, atoms that are kept; of many a few, for the class is made."""
+        draw = np.random.default_rng(0)
+        kept: dict[str, NDArray[np.int64]] = {}
+        for key, step in steps.items():
+            same, size = self.members()[key], self.size(key)
+            n = size // step
+            least, most = (n // 16, n // 8) if n >= MANY else (0, n // 2)
+            count = step * (1 + 2 * int(draw.integers(least, most)))  # odd, so no multiple of a coarser step
+            kept |= {g.name: np.sort(draw.permutation(g.size)[: count * g.size // size]) for g in same}
+        return kept
+
+    def _compare(self, kept: Kept) -> None:
+        """Compare the class with the model without what is not kept.
+
+        Raises:
+            EmitterError: No config states what is kept.
+            VerificationError: They differ.
+        """
+        gone: dict[str, list[tuple[Slice, NDArray[np.int64]]]] = {}
+        for group in self.groups:
+            for piece in group.zeros if group.name in kept else ():
+                entries = np.setdiff1d(np.arange(group.size), kept[group.name])
+                gone.setdefault(piece.parameter, []).append((piece, entries))
+        full = Zeroed(self.model, gone, self._uneven)
+        with full.reading():
+            made = emit_stock(self.model, self.partition, kept, self.recipe, self._whole(full, kept))
+        full.read.clear()  # what the model itself reads counts
+        try:
+            self._check(full, made)
+        except VerificationError:
+            if not full.missed():
+                raise
+            self._check(full.written(), made)
+
+    def _check(self, full: Zeroed, made: Restated) -> None:
+        def rounded(other: nn.Module) -> Mapping[str, Tensor]:
+            assert isinstance(other, Zeroed) and made.rounded is not None
+            with other.reading():
+                return made.rounded(other.model)
+
+        entries = sum(p.numel() for p in self.model.parameters())
+        how = None if made.rounded is None else rounded
+        for exact in [True] if entries <= SMALL // 16 else [False, True] if entries <= SMALL else [False]:
+            checks = check(full, made.model, self.dummy_input, random=False, exact=exact, rounded=how)
+            if all(one.passed for one in checks):
+                return
+        require(checks)
+
+    def _whole(self, full: Zeroed, kept: Kept) -> dict[str, Tensor]:
+        """Parameters that stay as they are. The class shares them with the model for the comparison."""
+        thin, names = thinning(self.partition, kept), {*full.gone, *full.instead}
+        leaves = [leaf for leaf in self.partition.found.graph.leaves if leaf.kind == "parameter"]
+        same = [leaf for leaf in leaves if not names & set(leaf.names) and all(m.all() for m in thin.entries(leaf))]
+        return {name: attribute(self.model, leaf.name).detach() for leaf in same for name in leaf.names}
+
+    @cached_property
+    def _uneven(self) -> dict[str, Tensor]:
+        """For parameters whose entries are all equal, as biases are before any training, others: they would not show a
+        mistake."""
+        generator, found = torch.Generator().manual_seed(0), {}
         with torch.no_grad():
-            for p in parameters.values():
+            for name, p in self.model.named_parameters():
                 if p.is_floating_point() and p.numel() and p.min() == p.max():
-                    p.add_(torch.rand(p.shape, generator=generator).to(p), alpha=0.1)
-            for group in self.groups:
-                for piece in group.zeros if group.name in kept else ():
-                    entries = piece.of(parameters[piece.parameter])
-                    gone = np.setdiff1d(np.arange(group.size), kept[group.name])
-                    entries.index_fill_(0, torch.from_numpy(gone).to(entries.device), 0)
-        return full
+                    found[name] = p.detach().add(torch.rand(p.shape, generator=generator).to(p), alpha=0.1)
+        return found
 
 
 # --- the class of that size -------------------------------------------------------------------------------------------
@@ -286,13 +337,18 @@ class Restated:
     rounded: Exact | None
 
 
-def emit_stock(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None) -> Restated:
+def emit_stock(
+    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None, held: Mapping[str, Tensor] | None = None
+) -> Restated:
     """The slim model as the stock class, made from a config that states its sizes.
+
+    Args:
+        held: Tensors that are there already, by the names of the model. None is written to.
 
     Raises:
         EmitterError: No config states what is kept.
     """
-    slim, edits, changed = restated(model, partition, kept, recipe)
+    slim, edits, changed = restated(model, partition, kept, recipe, held)
     held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
 
     saved = slim.state_dict().keys() if edits else held.keys()  # what no file holds, the constructor makes
@@ -434,7 +490,7 @@ def _times(model: nn.Module, names: Iterable[str], factor: float) -> None:
     for name in names:
         tensor = attribute(model, name)
         if id(tensor) not in done:
-            tensor.mul_(factor)
+            tensor.data = tensor * factor  # in memory of its own: it may be shared with the full model
             done.add(id(tensor))
 
 

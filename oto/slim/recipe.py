@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from oto.errors import EmitterError, out_of_memory, some
 
@@ -363,3 +364,23 @@ def _watched(kinds: Iterable[type[Any]], seen: Callable[[object, str], None]) ->
                 del kind.__getattribute__
             else:
                 kind.__getattribute__ = before
+
+
+_FILLS = {
+    "normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "trunc_normal_",
+    "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_",
+}  # fmt: skip
+"""What constructors fill parameters with; those of a truncated normal distribution in four steps."""
+
+
+class Unfilled(TorchFunctionMode):
+    """While inside, parameters are not filled as they are made: for a constructor whose parameters are all replaced.
+
+    It is the most that a constructor does, and memory that is not written to takes none.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else (kwargs or {}).get("tensor")
+        if func.__name__ in _FILLS and isinstance(first, nn.Parameter):
+            return first
+        return func(*args, **(kwargs or {}))

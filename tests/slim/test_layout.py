@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from oto import OTO
+from oto._torch import DisableTorchFunction
 from oto.errors import EmitterError, NothingPrunableError, OptionError, UnstatedWarning
 from oto.slim import layout
 from oto.slim.layout import UNSTATED
+from oto.slim.zeroed import Zeroed
 
 from .toy import Config
 
@@ -143,6 +146,38 @@ def test_a_large_model_is_compared_in_its_own_dtype(monkeypatch):
     monkeypatch.setattr(layout, "check", check)
     assert stated(OTO(model(), IDS, layout="uniform")) == {"words.weight": 1, "heads": 4, "inner": 4}
     assert stated(OTO(model(norm=layer_norm), IDS, layout="uniform")) == {"heads": 4, "inner": 4}
+
+
+def test_no_copy_is_made_to_see_what_a_config_states(monkeypatch):
+    full, alive, most, other = model(), weakref.WeakSet(), [], Zeroed.other
+    before = copy.deepcopy(full.state_dict())
+
+    def read(self, parameter, names):
+        made = other(self, parameter, names)
+        if parameter.ndim == 2:
+            alive.add(made)
+            most.append(len(alive))
+        return made
+
+    monkeypatch.setattr(Zeroed, "other", read)
+    monkeypatch.setattr(Zeroed, "written", None)
+    assert stated(OTO(full, IDS, layout="uniform")) == {"words.weight": 1, "heads": 4, "inner": 4}
+    assert max(most) <= 2  # matrices at a time
+    assert all(torch.equal(t, before[name]) for name, t in full.state_dict().items())
+
+
+class Apart(nn.Linear):
+    """Computes where no mode is told of it, as scripted functions do."""
+
+    def forward(self, x):
+        with DisableTorchFunction():
+            return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_what_torch_does_not_tell_of_is_compared_with_a_copy():
+    full = model()
+    full.encoder[0].v.__class__ = Apart
+    assert stated(OTO(full, IDS, layout="uniform")) == {"words.weight": 1, "heads": 4, "inner": 4}
 
 
 def test_an_eps_that_no_field_states_keeps_the_stream_whole():
