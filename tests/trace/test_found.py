@@ -409,17 +409,22 @@ def drawn(width):
 class Drawing(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(X.shape[-1], 8)
+        self.up, self.down = nn.Linear(X.shape[-1], 16), nn.Linear(16, 8)
 
     def forward(self, x):
-        return self.up(x) * drawn(8)
+        return self.down(self.up(x).relu()) * drawn(8)
 
 
 def test_what_a_function_drew_before_is_what_it_keeps():
     model = Drawing()
+    model(X)
+    kept = drawn(8)
+    oto = OTO(model, X)
+    oto.random_set_zero_groups()
     before = model(X)
-    OTO(model, X).construct_subnet()
-    assert torch.equal(model(X), before)
+    subnet = oto.construct_subnet()
+    assert drawn(8) is kept and torch.equal(model(X), before)
+    assert torch.allclose(subnet.model(X), before)
 
 
 # --- anywhere -------------------------------------------------------------------------------------------------------
