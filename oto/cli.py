@@ -398,7 +398,8 @@ def verify(
     input_fn: InputFn = None,
     as_json: Json = False,
 ) -> None:
-    """Check an artefact: its hashes, that it loads and runs; with --model, that it computes what the full one does.
+    """Check an artefact: its hashes, that it loads and runs; with --model, that its program computes what its class
+    does, and, where full weights were saved (save_full=True), that it computes what the zeroed full model does.
 
     Exit code 3 if anything is wrong with it.
     """
@@ -448,6 +449,8 @@ def _verified(folder: Path, model: str | None, inputs: list[str] | None,
         checks.append(checked(f"{PROGRAM} against the class", dtype_of(slim), own, other, 1e-3))
         error = require(checks[-1:])
         lines.append(f"{PROGRAM} computes what the class does: largest relative error {error:.1e}")
+    if checks and not any(c.what != f"{PROGRAM} against the class" for c in checks):
+        lines.append(f"the full model was not compared: the folder has no {FULL}")
     if not checks:
         holds = f"the folder holds no full weights (construct_subnet(out_dir, save_full=True) writes {FULL})"
         lines.append(

@@ -205,7 +205,9 @@ class Choice:
                 raise NothingPrunableError(
                     f"{asked}, but no node group may lose an atom\n"
                     "  to fix  oto.explain() says why"
-                    + (f"; or smaller multiples than align={align!r}, {group_divisible=}" if coarse else "")
+                    + (f"; or lower min_kept={min_kept!r}" if min_kept is not None else "")
+                    + (f"; or a smaller align={align!r}" if align != 1 else "")
+                    + (f"; or a smaller {group_divisible=}" if group_divisible != 1 else "")
                     + (f"\n{frozen}" if frozen else "")
                 )
             asked.require_reachable(self.least, sizes, frozen)
@@ -426,7 +428,7 @@ class Choice:
             warnings.warn(
                 f"{self.target} leaves less than {FLOOR:.0%} of {some(thin)}\n"
                 "  effect  so thin a layer may cost more accuracy than the target suggests\n"
-                "  to fix  ask for less, or keep more of these with min_kept={'name or glob': share}",
+                "  to fix  prune less, or keep more of these with min_kept={'name or glob': share}",
                 CollapseWarning,
                 stacklevel=users_level(),
             )
