@@ -321,9 +321,9 @@ class Choice:
                 self.scope != "local", self._ties, self._per,
             ))  # fmt: skip
             found.append((goal - self.target.measure(self._counts(alive.cpu() & ~chosen)), chosen))
-            if found[-1][0] <= FAR * self.target.full or self.scope == "local":
+            if 0 <= found[-1][0] <= FAR * self.target.full or self.scope == "local":
                 break
-        return min(found, key=lambda tried: tried[0])[1]
+        return min(found, key=lambda tried: (tried[0] < 0, abs(tried[0])))[1]
 
     def kept_of(
         self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None
@@ -371,8 +371,9 @@ class Choice:
     def _floors(self, goal: float) -> Iterator[Counts]:
         """Floors on the way from ``floor`` to ``least``, as far as they allow for the goal, the highest first."""
         for halvings in range(8):
-            floor: Counts = self.least + (self.floor - self.least) // 2**halvings
-            if (floor == self.least).all():
+            between = self.least + (self.floor - self.least) // 2**halvings
+            floor: Counts = np.minimum(-(-between // self.multiples) * self.multiples, self.full)
+            if (between == self.least).all():
                 break
             if self.target.measure(floor) <= goal:
                 yield floor

@@ -369,3 +369,12 @@ def test_equal_scores_fall_to_the_first(oto):
     gone = choice.select(torch.ones(total), torch.ones(total, dtype=torch.bool))
     for own in gone.split_with_sizes(choice.sizes):
         assert own.tolist() == sorted(own.tolist(), reverse=True)
+
+
+@pytest.mark.filterwarnings("ignore::oto.errors.CollapseWarning")
+@pytest.mark.parametrize("goal", [820, 1000, 1200, 1347])
+def test_a_floor_between_two_multiples_keeps_no_choice_above_its_target(goal):
+    # a fifth of 96 is 32 in multiples of 16, which are 1,348 parameters; half of the way down to 16 there is no width
+    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 4))
+    seen = OTO(model, torch.randn(2, 4)).preview(target_params=goal, group_divisible=16)
+    assert seen.after.params <= goal
