@@ -140,7 +140,7 @@ def test_a_failure_says_where_and_what_was_proved():
     model = Moody("never", 0, RAISES["ValueError"])
     oto = OTO(model, X, everything=True)
     oto.random_set_zero_groups(0.5)
-    model.where = "buffers"
+    model.where = "call"
     with pytest.raises(OTOError) as caught:
         oto.construct_subnet(emitter="graph")
     assert "\n  proved  the analysis is done" in str(caught.value)

@@ -398,6 +398,8 @@ class Choice:
             warnings.warn(text, CollapseWarning, stacklevel=users_level())
 
     def _missed(self, left: Tensor, scores: Tensor) -> str | None:
+        if self.scope == "local":  # all groups lose the same share, so none may take the odd step alone
+            return None
         ties = np.arange(len(self.groups)) if self._ties is None else self._ties
         own = np.lcm([group.divisor for group in self.groups], self._per)
 

@@ -85,6 +85,8 @@ class HESSO(SparseOptimizer):
         NonFiniteParameterError: A parameter holds NaN or infinity.
 
     Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> from oto.groups.node_group import NodeGroup, Slice
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> rows = (Slice("0.weight", 0, ()), Slice("0.bias", 0, ()))

@@ -477,7 +477,11 @@ def _run(
 def _whole_inside(model: nn.Module) -> str:
     """What to do where a module is a wrapper around another that has all of its parameters."""
     count = len(list(model.parameters()))
-    held = [n for n, child in model.named_children() if count and len(list(child.parameters())) == count]
+    held = [
+        name
+        for name, child in model.named_children()
+        if count and len(list(child.parameters())) == count and type(child).forward is not nn.Module.forward
+    ]
     return f"  to fix   OTO(model.{held[0]}, ...): that module has all the parameters; or\n" if held else ""
 
 
