@@ -75,18 +75,6 @@ def test_attributes_that_state_sizes_are_found_in_every_block():
     assert not any(isinstance(vars(m).get("forward"), Told) for m in subnet.model.modules())
 
 
-def test_a_guess_that_no_call_reads_is_taken_back():
-    model = Blocks(Attention(), Attention())
-    model.blocks[0].spare = 4
-    oto = OTO(model, torch.randn(2, 7, 5))
-    known = oto._own.adaptation
-    heads = known.sizes[Place("blocks.0", ("heads",))]
-    bench = workbench.Workbench(model, oto.partition, oto.dummy_input)
-    guessed = known.with_sizes({Place("blocks.0", ("spare",)): heads})
-    found = search.Search(bench, search.Trials(oto.partition, oto.node_groups), guessed).result()
-    assert found.adaptation.sizes == known.sizes
-
-
 class Wider(nn.Module):
     """A projection where the width changes, which two attributes say (Hiera's first layer of a stage)."""
 

@@ -22,7 +22,6 @@ from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import joined
 from oto.groups.policy import keep_whole
 from oto.progress import stage
-from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import Place, SizeAttribute, numbers
 from oto.slim.own_class.blocks import ancestors
@@ -161,7 +160,6 @@ class Search:
             right.clear()
             self._repair(Situation(self.bench, self.trials, self.adaptation, trial, divergence))
         if describes:
-            self._forget_unread()
             self._describe()
         return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
 
@@ -229,17 +227,6 @@ class Search:
         tries = self.trials.of(proposal.adaptation)
         before = tries[: tries.index(at.trial)] if proposal.restates and at.trial in tries else []
         return all(self._divergence(proposal.adaptation, trial) is None for trial in before)
-
-    def _forget_unread(self) -> None:
-        """Take guesses back that no call reads, where every try is right without: they came with others that are."""
-        unread: dict[Key, list[Place]] = {}
-        for place, size in self.adaptation.sizes.items() if self.bench.is_traced else ():
-            if isinstance(size.value, int) and place not in self.bench.calls.places:  # floats are not traced
-                unread.setdefault(place.key, []).append(place)
-        for places in unread.values():
-            fewer = self.adaptation.without_sizes(places)
-            if all(self._divergence(fewer, trial) is None for trial in self.trials.of(fewer)):
-                self.adaptation = fewer
 
     # --- what no call needs -------------------------------------------------------------------------------------------
 
