@@ -71,9 +71,6 @@ class Adaptation:
     def with_sizes(self, sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
         return replace(self, sizes={**self.sizes, **sizes})
 
-    def without_sizes(self, places: Iterable[Place]) -> Adaptation:
-        return replace(self, sizes={place: self.sizes[place] for place in self.sizes.keys() - set(places)})
-
     def with_folded(self, folded: Mapping[int, Folded], sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
         return replace(self.with_sizes(sizes), folded={**self.folded, **folded})
 
