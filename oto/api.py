@@ -357,17 +357,21 @@ class OTO:
 
     def _first_names(self, names: Iterable[str]) -> set[str]:
         """The names that groups have for parameters; one that is tied has several."""
-        first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
+        first = self._first_name
         return {first.get(name, name) for name in names}
+
+    @property
+    def _first_name(self) -> dict[str, str]:
+        return {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
 
     def _by_first_names(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options, with the names that groups have for parameters where one is a mapping from names."""
-        first = {alias: leaf.names[0] for leaf in self.partition.found.graph.leaves for alias in leaf.names}
-        by_name = {key: options[key] for key in ("align", "min_kept", "target_kept") if key in options}
-        return dict(options) | {
+        first = self._first_name
+        return {
             key: {first.get(name, name): number for name, number in value.items()}
-            for key, value in by_name.items()
-            if isinstance(value, Mapping)
+            if key in ("align", "min_kept", "target_kept") and isinstance(value, Mapping)
+            else value
+            for key, value in options.items()
         }
 
     def explain(self, *, search: bool = False) -> Explanation:
