@@ -63,10 +63,11 @@ from oto.groups.policy import (
 from oto.io.artefact import adding, check_out_dir
 from oto.io.subnet import FULL, WEIGHTS, files, save
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
-from oto.optim.choice import FROM_MAGNITUDE
+from oto.optim.criteria import FROM_MAGNITUDE
+from oto.optim.options import PreviewOptions, keywords_of, names_of, refuse_unknown
+from oto.optim.preview import kept_now
 from oto.optim.shrink import Moved
 from oto.optim.target import UNITS, Target
-from oto.optim.wrapped import refuse_unknown
 from oto.progress import stage, stages
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
@@ -461,7 +462,7 @@ class OTO:
         Raises:
             TargetError: The target cannot be reached.
         """
-        refuse_unknown(options, Choice.of, "preview")
+        refuse_unknown(options, names_of(PreviewOptions), "preview")
         options = self._by_first_names(options)
         target = {name: options.pop(name) for name in UNITS if name in options}
         batches = list(batches)
@@ -473,7 +474,7 @@ class OTO:
         with as_found(self.model) if batches else nullcontext():  # the weights alone are only read
             for module, training in modes:
                 module.training = training
-            kept = choice.kept_of(self.model, batches, loss)
+            kept = kept_now(choice, self.model, batches, loss)
         how = f"gradients of {len(batches)} batches" if batches else "the weights alone"
         if choice.align != 1:
             how += f"; sizes of dimensions in multiples (align={choice.align!r})"
@@ -509,7 +510,7 @@ class OTO:
 
         def choose(latency: Latency) -> NDArray[np.int64]:
             choice = Choice.of(self.node_groups, {"target_latency_ms": goal}, latency=latency, **limits)
-            return np.array(list(choice.kept_of(self.model, (), None).values()), dtype=np.int64)
+            return np.array(list(kept_now(choice, self.model, (), None).values()), dtype=np.int64)
 
         return measured_latency(self._timer, float(goal), least, choose, options.get("group_divisible", 1))
 
@@ -544,7 +545,7 @@ class OTO:
 
     def _make(self, kind: type[Sparse], options: dict[str, Any]) -> Sparse:
         """An optimizer with what the options leave out: the parameters, their names, the node groups."""
-        refuse_unknown(options, kind, kind.__name__)
+        refuse_unknown(options, keywords_of(kind), kind.__name__)
         options = self._by_first_names(options)
         frozen, unfrozen = frozen_since(self.node_groups, self.partition.found.graph, self.model)
         if frozen and not self._prune_frozen:
@@ -564,7 +565,8 @@ class OTO:
         options = {**options, "align": self._align(options)}
         given = {"params": self.model.named_parameters(), "names": self.model.named_parameters()} | options
         latency = self._latency(options)
-        optimizer = kind(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)
+        made: Callable[..., Sparse] = kind
+        optimizer = made(node_groups=self.node_groups, costs=self.costs, latency=latency, **given)
         optimizer.follow(self.model)
         self._optimizer, self._made_for = weakref.ref(optimizer), self.partition
         return optimizer

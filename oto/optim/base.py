@@ -18,7 +18,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import numpy as np
 import torch
@@ -37,13 +37,14 @@ from oto.errors import (
 from oto.groups.node_group import NodeGroup
 from oto.optim.choice import Choice
 from oto.optim.followed import CHECK_STEPS, Followed
+from oto.optim.options import BaseOptions
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
-from oto.optim.refusals import refuse_sparse_gradients, require_finite, require_parameters
+from oto.optim.refusals import refuse_sparse_gradients, require_finite, require_gradients, require_parameters
 from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
 from oto.optim.state import left_like, ours, require_same_atoms, require_same_setup, with_ours
-from oto.optim.wrapped import Base, Named, Params, build, inside, keeps_own_state
+from oto.optim.wrapped import Params, build, inside, keeps_own_state
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
@@ -67,11 +68,11 @@ class SparseOptimizer(Optimizer):
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
         variant: The name of an optimizer of ``torch.optim``, in any case. ``"sgd"`` needs ``lr``.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function that takes parameter groups.
+        base_options: Keywords of ``base`` that no optimizer of torch has; they may stand beside the others too.
         first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
         second_momentum: The second of Adam's ``betas``.
         dampening: As in SGD.
-        **keywords: For the wrapped optimizer (``lr``, ``weight_decay``, ``foreach``, ``fused``…); ``None`` is its
-            default.
+        lr, weight_decay, foreach, fused, ...: For the wrapped optimizer; ``None`` is its default.
 
     Attributes:
         history: Numbers by step, oldest first, such as ``{"step": 30, "MACs": 2e7, "loss": 0.4}``: what the network
@@ -95,25 +96,9 @@ class SparseOptimizer(Optimizer):
         params: Params,
         choice: Choice,
         schedule: Schedule,
-        *,
-        names: Named | None = None,
-        variant: str = "sgd",
-        base: Base | None = None,
-        first_momentum: float | None = None,
-        second_momentum: float | None = None,
-        dampening: float | None = None,
-        **keywords: Any,
+        **options: Unpack[BaseOptions],
     ) -> None:
-        self.base = build(
-            params,
-            names,
-            variant=variant,
-            base=base,
-            first_momentum=first_momentum,
-            second_momentum=second_momentum,
-            dampening=dampening,
-            keywords=keywords,
-        )
+        self.base = build(params, options)
         self.choice, self.schedule, self.node_groups = choice, schedule, choice.groups
         self.history: list[dict[str, float]] = []
         super().__init__(self.base.param_groups, self.base.defaults)
@@ -545,7 +530,7 @@ class SparseOptimizer(Optimizer):
         trained = [p.grad for p in self.parameters().values() if p.grad is not None]
         if any(bool(grad.any()) for grad in trained):  # what comes after the groups has one, and gives none on
             remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
-        self.choice.require_gradients(entries, self.atoms != PRUNED, averages, remedy)
+        require_gradients(self.node_groups, entries, self.atoms != PRUNED, averages, remedy)
         if not averages and not any_gradient(entries):
             warnings.warn(
                 "every gradient of the prunable groups is zero or missing\n"
