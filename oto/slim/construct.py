@@ -1,10 +1,10 @@
 """From zeros to a slim model: the ways in their order, and the proof without which none is handed out.
 
-1. ``"config"``: the model's own class, made anew from a config that states the sizes (:mod:`oto.slim.layout`); only
-   where repeated blocks are alike.
-2. ``"module"``: the model's own class, with thinner tensors and what the class has to be told (:mod:`oto.slim.module`).
-3. ``"graph"``: what ``torch.export`` follows (:mod:`oto.slim.graph`).
-4. ``"recording"``: the calls that were made on the example, at its shapes and values (:mod:`oto.slim.recording`).
+1. ``"config"``: the model's own class, made anew from a config that states the sizes (:mod:`oto.slim.config.emit`);
+   only where repeated blocks are alike.
+2. ``"module"``: the model's own class, with thinner tensors and what the class has to be told (:mod:`oto.slim.edits`).
+3. ``"graph"``: what ``torch.export`` follows (:mod:`oto.slim.graph.emit`).
+4. ``"recording"``: the calls that were made on the example, at its shapes and values (:mod:`oto.slim.graph.replay`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -29,20 +29,18 @@ from oto.errors import (
 )
 from oto.groups import Kept
 from oto.progress import stage
-from oto.slim.graph import emit_graph
-from oto.slim.layout import emit_stock
-from oto.slim.module import Edits, forget_idle, refuse_training, thin_copy, thin_tensor, thin_tensors
-from oto.slim.origin import Round, descend
-from oto.slim.own_class import at_counts, plan_edits
-from oto.slim.plan import Thinning, thinning
-from oto.slim.proof import Emitted, Zeroed, prove
-from oto.slim.readers import needed, said
-from oto.slim.recording import RECORDED, check_recording, emit_recording
-from oto.slim.reference import Reference, check
-from oto.slim.training import heads_in_training
-from oto.slim.unreached import left_out, within
-from oto.slim.verify import Check, learn, require
-from oto.trace.export import LEVELS, Exported, export
+from oto.slim.config.readers import needed, said
+from oto.slim.edits import Edits, refuse_training
+from oto.slim.emitters import emit_class, emit_config, emit_exported, emit_recorded
+from oto.slim.graph.replay import RECORDED
+from oto.slim.own_class import at_counts
+from oto.slim.proof.compare import Check, require
+from oto.slim.proof.reference import check
+from oto.slim.proof.train_mode import heads_in_training
+from oto.slim.prove import prove
+from oto.slim.provenance import Round, descend
+from oto.slim.source import Emitted, Source
+from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ def require_values(model: nn.Module) -> None:
         )
 
 
-def construct(source: Zeroed, emitter: str = "auto") -> Made:
+def construct(source: Source, emitter: str = "auto") -> Made:
     """Build the slim model in the first way that can express it, and prove it equal.
 
     Args:
@@ -128,7 +126,7 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
     return made
 
 
-def _warn_of_a_graph(source: Zeroed, name: str, why: str) -> None:
+def _warn_of_a_graph(source: Source, name: str, why: str) -> None:
     """Say that the promised class was not had, and the way out."""
     warnings.warn(
         f"the slim model is a graph, and no {name}: {why}\n"
@@ -139,7 +137,7 @@ def _warn_of_a_graph(source: Zeroed, name: str, why: str) -> None:
     )
 
 
-def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> Made:
+def _in_other_ways(source: Source, emitter: str, name: str, why: list[str]) -> Made:
     if emitter in ("auto", "module"):
         try:
             return _of_its_class_at_any_rate(source)
@@ -178,7 +176,7 @@ def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> M
         ) from refused
 
 
-def _of_its_config(source: Zeroed) -> Made:
+def _of_its_config(source: Source) -> Made:
     emitted = emit_config(source)
     checks = prove(source, emitted)
     assert source.recipe is not None and emitted.edits is not None
@@ -187,7 +185,7 @@ def _of_its_config(source: Zeroed) -> Made:
     return _made_of_class(source, emitted, checks)
 
 
-def _of_its_class_at_any_rate(source: Zeroed) -> Made:
+def _of_its_class_at_any_rate(source: Source) -> Made:
     """The slim model of its class; where that fails with what was found for any counts, the class is asked at these.
 
     So it is where nothing is to be compared: a class may take another way at some counts, and nothing else would tell.
@@ -210,7 +208,7 @@ def _of_its_class_at_any_rate(source: Zeroed) -> Made:
             raise refused from failure
 
 
-def _at_these_counts(source: Zeroed) -> Made:
+def _at_these_counts(source: Source) -> Made:
     """The slim model of its class, with what that needs at the very counts that are left.
 
     Raises:
@@ -231,7 +229,7 @@ def _at_these_counts(source: Zeroed) -> Made:
     return made
 
 
-def _of_its_class(source: Zeroed, compared: bool = False) -> Made:
+def _of_its_class(source: Source, compared: bool = False) -> Made:
     """The slim model of its class.
 
     Args:
@@ -256,14 +254,14 @@ def _of_its_class(source: Zeroed, compared: bool = False) -> Made:
     return _made_of_class(source, emitted, checks)
 
 
-def _made_of_class(source: Zeroed, emitted: Emitted, checks: list[Check]) -> Made:
+def _made_of_class(source: Source, emitted: Emitted, checks: list[Check]) -> Made:
     edits, tensors = emitted.edits, emitted.tensors
     assert edits is not None
     descend(emitted.model, source.model, Round.of(edits, tensors, source.kept))
     return Made(emitted.emitter, emitted.model, edits, tensors, checks, notes=emitted.notes, kept=source.kept)
 
 
-def _exported(source: Zeroed, why: list[str]) -> Made:
+def _exported(source: Source, why: list[str]) -> Made:
     """The slim form of what torch.export follows, with as much free as can be proved."""
     notes: list[str] = []
     level: str | None = LEVELS[0]
@@ -292,109 +290,14 @@ def _exported(source: Zeroed, why: list[str]) -> Made:
     return Made("graph", emitted.model, None, emitted.tensors, checks, why_graph, [*notes, *emitted.notes], source.kept)
 
 
-def _recorded(source: Zeroed, why: list[str]) -> Made:
+def _recorded(source: Source, why: list[str]) -> Made:
     stage("recording the example")
     emitted = emit_recorded(source)
     checks = prove(source, emitted)
     return Made("recording", emitted.model, None, emitted.tensors, checks, "; ".join(why), emitted.notes, source.kept)
 
 
-# --- the slim model in each way, not proved yet -----------------------------------------------------------------------
-
-
-def emit_config(source: Zeroed) -> Emitted:
-    """The model's class, made from a config that states the sizes.
-
-    Raises:
-        EmitterError: No config states what is kept.
-    """
-    made = emit_stock(source.model, source.partition, source.kept, source.recipe)
-
-    def compare(reference: Reference) -> list[Check]:
-        return reference.check(made.model, batch=True, rounded=made.rounded)
-
-    return Emitted("config", made.model, made.edits, made.tensors, compare, emit_config, changed=made.changed)
-
-
-def emit_class(source: Zeroed) -> Emitted:
-    """A copy of the model with thinner tensors.
-
-    Raises:
-        EmitterError: The class cannot express it.
-    """
-    thin = thinning(source.partition, source.kept)
-    edits = plan_edits(source.model, thin, source.own)
-    gone: set[str] = set()
-    if source.drop_unreached:
-        tensors = thin_tensors(source.model, thin)
-        edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
-        gone = set(within(tensors, edits.dropped))
-    slim = _emit_class(source, thin, edits, gone)
-    learn(slim.model, edits, source.dummy_input)
-    forget_idle(slim.model, edits)
-    return slim
-
-
-def _emit_class(source: Zeroed, thin: Thinning, edits: Edits, gone: Collection[str]) -> Emitted:
-    """A copy of the model with thinner tensors, by edits that are known, without those that are ``gone``."""
-    scales = source.own.scales if source.own is not None else {}
-    tensors = {n: t for n, t in thin_tensors(source.model, thin, scales).items() if n not in gone}
-    # a class may drop what it keeps for inference when it is trained
-    slim = thin_copy(source.model, tensors, edits).train().eval()
-
-    def rounded(full: nn.Module) -> dict[str, Tensor]:  # what weights take in
-        leaves = [leaf for leaf in thin.found.graph.leaves if leaf.names and leaf.name in scales]
-        made = [(leaf, thin_tensor(full, thin, leaf, scales[leaf.name])) for leaf in leaves]
-        return {name: tensor for leaf, tensor in made for name in leaf.names if name not in gone}
-
-    def compare(reference: Reference) -> list[Check]:
-        return reference.check(slim, batch=True, rounded=rounded if scales else None)
-
-    def again(full: Zeroed) -> Emitted:
-        return _emit_class(full, thin, edits, gone)
-
-    return Emitted("module", slim, edits, tensors, compare, again, scales)
-
-
-def emit_exported(source: Zeroed, exported: Exported) -> Emitted:
-    """The exported graph with thinner tensors.
-
-    Raises:
-        EmitterError: It ties parameter dimensions together in another way than the recorded one.
-    """
-    slim = emit_graph(exported, source.partition, source.kept)
-    notes: list[str] = []
-
-    def compare(reference: Reference) -> list[Check]:
-        shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
-        return reference.check(slim, batch=exported.dynamic and not shapes, shapes=shapes, notes=notes)
-
-    def again(full: Zeroed) -> Emitted:
-        return emit_exported(full, export(full.model, full.dummy_input, known, exported.level))
-
-    return Emitted("graph", slim, None, _held(slim), compare, again, notes=notes)
-
-
-def emit_recorded(source: Zeroed) -> Emitted:
-    """The calls that are made on the example, with thinner tensors.
-
-    Raises:
-        EmitterError: A call is nothing that a graph can hold.
-    """
-    slim = emit_recording(source.model, source.dummy_input, source.partition, source.kept)
-    notes: list[str] = []
-
-    def compare(reference: Reference) -> list[Check]:
-        return check_recording(reference, slim, source.partition, source.kept, notes)
-
-    return Emitted("recording", slim, None, _held(slim), compare, emit_recorded, notes=notes)
-
-
-def _held(graph: nn.Module) -> dict[str, Tensor]:
-    return dict([*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)])
-
-
-def _require_faithful_export(source: Zeroed, failure: Exception) -> None:
+def _require_faithful_export(source: Source, failure: Exception) -> None:
     """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
     dense = export(source.model, source.dummy_input, known)
     try:
