@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from oto.axes.registry import known
 from oto.errors import (
     EmitterError,
     NotItsClassWarning,
-    TraceError,
     VerificationError,
     first_line,
     out_of_memory,
@@ -46,6 +45,9 @@ from oto.trace.record import on_meta
 log = logging.getLogger(__name__)
 
 EMITTERS = ("auto", "config", "module", "graph", "recording")
+
+Refused = Mapping[str, Exception]
+"""For each way that was tried, why it would not do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,84 +98,76 @@ def construct(source: Source, emitter: str = "auto") -> Made:
         EmitterError: The asked way cannot express the slim model, or none can.
         VerificationError: What the graph computes differs; or the model does not run in float64, which was asked for.
     """
-    name = type(source.model).__name__
     if emitter not in EMITTERS:
         raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
     if source.verify:
         source.reference.insist()
         source.reference.require_numbers()
-    why: list[str] = []
-    notes: list[str] = []
-    if emitter == "config" or (emitter == "auto" and source.recipe is not None):
+    ways = [emitter] if emitter != "auto" else [w for w in WAYS if w != "config" or source.recipe is not None]
+    refused: dict[str, Exception] = {}
+    for way in ways:
         try:
-            return _of_its_config(source)
+            made = WAYS[way](source, refused)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
-            if out_of_memory(failure):
+            if out_of_memory(failure) or _is_final(failure, way, emitter):
                 raise
-            told = f"{name} cannot be made from another config: {_first_lines(failure)}"
-            if isinstance(failure, VerificationError):
-                told += f": {str(failure).splitlines()[1].strip()}"
-            if emitter == "config":
-                raise EmitterError(
-                    f"{told}\n  effect  no slim model was made, and nothing was written\n"
-                    '  to fix  prune what a config can state: OTO(..., layout="uniform")'
-                ) from failure
-            notes.append(told)
-    made = _in_other_ways(source, emitter, name, why)
-    made.notes.extend(notes)
-    if emitter == "auto" and made.emitter != "module" and (source.own is not None or source.recipe is not None):
-        _warn_of_a_graph(source, name, notes[0] if notes else why[0])
-    return made
+            refused[way] = failure
+            log.info("the emitter %s does not do: %s", way, _first_lines(failure))
+        else:
+            if "config" in refused:
+                made.notes.append(_unstated(source, refused["config"]))
+            if emitter == "auto" and made.emitter not in ("config", "module") and source.promises_its_class:
+                _warn_of_a_graph(source, refused)
+            return made
+    raise _refusal(source, ways, refused) from refused["graph" if emitter == "auto" else emitter]
 
 
-def _warn_of_a_graph(source: Source, name: str, why: str) -> None:
+def _is_final(failure: Exception, way: str, emitter: str) -> bool:
+    """Whether nothing is tried after it: calls that compute something else, or the very way that was asked for."""
+    return way in ("graph", "recording") and (way == emitter or isinstance(failure, VerificationError))
+
+
+def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exception]) -> EmitterError:
+    """No way that was asked for can express the slim model."""
+    name, why = type(source.model).__name__, {way: _first_lines(failure) for way, failure in refused.items()}
+    nothing = "  effect  no slim model was made, and nothing was written\n"
+    if ways == ["config"]:
+        unstated = _unstated(source, refused["config"])
+        return EmitterError(f'{unstated}\n{nothing}  to fix  prune what a config can state: OTO(..., layout="uniform")')
+    if ways == ["module"]:
+        return EmitterError(
+            f"{name} cannot be thinned as its own class: {why['module']}\n{nothing}"
+            f"  to fix  use emitter='graph', or {source.way_out}"
+        )
+    exported = refused["graph"]
+    said = (
+        str(exported) if isinstance(exported, EmitterError) else f"the exported graph of {name} fails: {why['graph']}"
+    )
+    return EmitterError(
+        f"{said.splitlines()[0]}\n"
+        f"  class   the original class does not do either: {why['module']}\n"
+        f"  replay  nor does a recording of the example: {str(refused['recording']).splitlines()[0]}\n"
+        f"{nothing}  to fix  {source.way_out}"
+    )
+
+
+def _unstated(source: Source, failure: Exception) -> str:
+    """Why the model's class was not made from a config."""
+    said = f"{type(source.model).__name__} cannot be made from another config: {_first_lines(failure)}"
+    differs = isinstance(failure, VerificationError)
+    return f"{said}: {str(failure).splitlines()[1].strip()}" if differs else said
+
+
+def _warn_of_a_graph(source: Source, refused: Mapping[str, Exception]) -> None:
     """Say that the promised class was not had, and the way out."""
+    why = _unstated(source, refused["config"]) if "config" in refused else _first_lines(refused["module"])
     warnings.warn(
-        f"the slim model is a graph, and no {name}: {why}\n"
+        f"the slim model is a graph, and no {type(source.model).__name__}: {why}\n"
         "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
         f"  to fix  {source.way_out}; the zeros of the model may stay, so no training is lost",
         NotItsClassWarning,
         stacklevel=users_level(),
     )
-
-
-def _in_other_ways(source: Source, emitter: str, name: str, why: list[str]) -> Made:
-    if emitter in ("auto", "module"):
-        try:
-            return _of_its_class_at_any_rate(source)
-        except Exception as failure:  # anything that the user's own forward may raise at other sizes
-            if out_of_memory(failure):
-                raise
-            why.append(_first_lines(failure))
-            if emitter == "module":
-                raise EmitterError(
-                    f"{name} cannot be thinned as its own class: {why[0]}\n"
-                    "  effect  no slim model was made, and nothing was written\n"
-                    f"  to fix  use emitter='graph', or {source.way_out}"
-                ) from failure
-            log.info("the original class does not fit, using the graph: %s", why[0])
-    if emitter == "recording":
-        return _recorded(source, [f"it was asked for: {RECORDED}"])
-    try:
-        return _exported(source, why)
-    except VerificationError:
-        raise
-    except Exception as failure:
-        if emitter == "graph":
-            raise
-        refused = failure
-        log.info("torch.export does not do, using the recording: %s", _first_lines(failure))
-    try:
-        return _recorded(source, [*why, _first_lines(refused), RECORDED])
-    except (EmitterError, TraceError) as failure:
-        said = f"the exported graph of {name} fails: {_first_lines(refused)}"
-        raise EmitterError(
-            f"{str(refused).splitlines()[0] if isinstance(refused, EmitterError) else said}\n"
-            f"  class   the original class does not do either: {why[0]}\n"
-            f"  replay  nor does a recording of the example: {str(failure).splitlines()[0]}\n"
-            "  effect  no slim model was made, and nothing was written\n"
-            f"  to fix  {source.way_out}"
-        ) from refused
 
 
 def _of_its_config(source: Source) -> Made:
@@ -261,7 +255,7 @@ def _made_of_class(source: Source, emitted: Emitted, checks: list[Check]) -> Mad
     return Made(emitted.emitter, emitted.model, edits, tensors, checks, notes=emitted.notes, kept=source.kept)
 
 
-def _exported(source: Source, why: list[str]) -> Made:
+def _exported(source: Source, refused: Refused) -> Made:
     """The slim form of what torch.export follows, with as much free as can be proved."""
     notes: list[str] = []
     level: str | None = LEVELS[0]
@@ -286,15 +280,26 @@ def _exported(source: Source, why: list[str]) -> Made:
     except VerificationError as failure:
         _require_faithful_export(source, failure)
         raise
-    why_graph = "; ".join(why) or None
-    return Made("graph", emitted.model, None, emitted.tensors, checks, why_graph, [*notes, *emitted.notes], source.kept)
+    why = _first_lines(refused["module"]) if "module" in refused else None
+    return Made("graph", emitted.model, None, emitted.tensors, checks, why, [*notes, *emitted.notes], source.kept)
 
 
-def _recorded(source: Source, why: list[str]) -> Made:
+def _recorded(source: Source, refused: Refused) -> Made:
     stage("recording the example")
+    why = [_first_lines(refused[way]) for way in ("module", "graph") if way in refused]
+    why = [*why, RECORDED] if why else [f"it was asked for: {RECORDED}"]
     emitted = emit_recorded(source)
     checks = prove(source, emitted)
     return Made("recording", emitted.model, None, emitted.tensors, checks, "; ".join(why), emitted.notes, source.kept)
+
+
+WAYS: dict[str, Callable[[Source, Refused], Made]] = {
+    "config": lambda source, refused: _of_its_config(source),
+    "module": lambda source, refused: _of_its_class_at_any_rate(source),
+    "graph": _exported,
+    "recording": _recorded,
+}
+"""The ways in their order; each is told why those before it would not do."""
 
 
 def _require_faithful_export(source: Source, failure: Exception) -> None:

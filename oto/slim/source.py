@@ -61,6 +61,11 @@ class Source:
         return [self.partition.entries(value, self.kept) for value in self.partition.found.graph.outputs]
 
     @property
+    def promises_its_class(self) -> bool:
+        """Whether nothing was made prunable that the class, or its config, cannot do without."""
+        return self.own is not None or self.recipe is not None
+
+    @property
     def way_out(self) -> str:
         """What to do where the original class cannot express what was removed."""
         if self.own is not None:
