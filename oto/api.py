@@ -73,19 +73,19 @@ from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.html import Origin
 from oto.report.preview import Preview, preview
+from oto.slim.config.recipe import Recipe
+from oto.slim.config.trial import stated
+from oto.slim.config.unstated import nothing_states
 from oto.slim.construct import construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
-from oto.slim.layout import stated
 from oto.slim.own_class import OwnClass, limited, own_class
-from oto.slim.plan import masks, read_zeros
-from oto.slim.proof import Zeroed
-from oto.slim.recipe import Recipe
-from oto.slim.reference import FLOAT64
+from oto.slim.proof.compare import device_of, follow_model, require
+from oto.slim.proof.reference import FLOAT64
+from oto.slim.pruned_shapes import masks, read_zeros
+from oto.slim.removed import unreached, within
 from oto.slim.shrink import analysed_again, become, parts, require_there, shrunk
+from oto.slim.source import Source
 from oto.slim.state import left_before, left_since
-from oto.slim.unreached import unreached, within
-from oto.slim.unstated import nothing_states
-from oto.slim.verify import device_of, follow_model, require
 from oto.subnet import Subnet
 from oto.trace.found import as_found
 from oto.trace.record import record, told
@@ -646,7 +646,7 @@ class OTO:
         with built, undone(later):
             own = self._ask_the_class() if self._stock else self._own
             recipe = self._recipe if self._stock else None
-            source = Zeroed(self.model, self.dummy_input, self.partition, own, kept, recipe)
+            source = Source(self.model, self.dummy_input, self.partition, own, kept, recipe)
             slim = shrunk(source, averages)
             asked = self._own is not None
             found, groups, own = analysed_again(slim.model, source, self._groups, self._everything, asked)
@@ -879,7 +879,7 @@ class OTO:
             asking = f"the layout and align={align!r}" if self._stock else f"align={align!r}"
         kept, uneven = evened(groups, zeros, asking)
         recipe = self._recipe if self._stock or emitter == "config" else None
-        source = Zeroed(
+        source = Source(
             self.model, self.dummy_input, self.partition, self._own, kept, recipe, self._drop_unreached, float64,
             verify, self.node_groups,
         )  # fmt: skip

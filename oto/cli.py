@@ -50,11 +50,11 @@ from oto.io.program import load_program
 from oto.io.subnet import FULL, PROGRAM, load_subnet
 from oto.report.explain import Explanation
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
+from oto.slim.graph.program import example_of, runnable
 from oto.slim.latency import rounds
-from oto.slim.program import example_of, runnable
-from oto.slim.reference import check
-from oto.slim.verify import Check, checked, random_like, require, run
-from oto.slim.wide import dtype_of
+from oto.slim.proof.compare import Check, checked, random_like, require, run
+from oto.slim.proof.float64 import dtype_of
+from oto.slim.proof.reference import check
 from oto.trace.record import tensors_in
 
 app = typer.Typer(

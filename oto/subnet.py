@@ -17,7 +17,7 @@ from oto.report.card import card
 from oto.report.html import Origin, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
 from oto.slim.latency import rounds
-from oto.slim.verify import Check
+from oto.slim.proof.compare import Check
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 OTO = Path(__file__).resolve().parent.parent / "oto"
@@ -27,6 +28,29 @@ READS = {
     "report": {"trace", "axes", "groups", "slim"},
 }
 
+
+# Inside of `slim`: what is kept, then edits as data, then ways and proofs, then what puts them together.
+SLIM = {
+    "copying": set(),
+    "numbers": set(),
+    "pruned_shapes": set(),
+    "edits": {"copying", "numbers", "pruned_shapes"},
+    "own_class": {"copying", "edits", "numbers", "pruned_shapes"},  # it compares calls, never numbers
+    "proof": {"copying", "edits", "pruned_shapes"},
+    "config": {"edits", "proof", "pruned_shapes"},  # what a field states is tried, and a trial is compared
+    "graph": {"edits", "proof", "pruned_shapes"},
+    "removed": {"edits", "proof"},
+    "provenance": {"config", "edits"},
+    "pickled": {"provenance"},
+    "state": {"proof"},
+    "source": {"config", "edits", "own_class", "proof"},
+    "emitters": {"config", "edits", "graph", "own_class", "proof", "pruned_shapes", "removed", "source"},
+    "prove": {"edits", "proof", "pruned_shapes", "source"},
+    "latency": {"edits", "graph", "own_class", "proof", "pruned_shapes"},
+    "shrink": {"config", "edits", "own_class", "proof", "provenance", "pruned_shapes", "source"},
+    "construct": {"config", "edits", "emitters", "graph", "own_class", "proof", "prove", "provenance", "source"},
+    "__init__": set(),
+}
 
 # and inside of the search of a class: values first, then what is known of a place, then what repairs it, then the loop
 SEARCH = {
@@ -83,12 +107,21 @@ def test_data_flows_one_way() -> None:
             assert not extra, f"{path} reads from {extra}; {stage} may read {allowed}"
 
 
-def test_the_search_of_a_class_is_read_from_the_bottom_up() -> None:
-    folder = OTO / "slim" / "own_class"
-    for path in folder.rglob("*.py"):
-        imports = re.findall(r"^from oto\.slim\.own_class\.(\w+)", path.read_text(), re.MULTILINE)
-        room = path.relative_to(folder).parts[0].removesuffix(".py")
-        assert set(imports) <= SEARCH[room], f"{path} reads {set(imports) - SEARCH[room]}"
+@pytest.mark.parametrize(("folder", "reads"), [("slim", SLIM), ("slim/own_class", SEARCH)])
+def test_a_folder_is_read_from_the_bottom_up(folder: str, reads: dict[str, set[str]]) -> None:
+    package = re.escape(f"oto.{folder.replace('/', '.')}")
+    arrows: dict[str, set[str]] = {}
+    for path in (OTO / folder).rglob("*.py"):
+        room = path.relative_to(OTO / folder).parts[0].removesuffix(".py")
+        imports = re.findall(rf"^\s*from {package}\.(\w+)", path.read_text(), re.MULTILINE)
+        arrows.setdefault(room, set()).update(set(imports) - {room})
+    assert arrows.keys() == reads.keys()
+    extra = {room: read - reads[room] for room, read in arrows.items() if read - reads[room]}
+    assert not extra, f"{extra} are read in {folder}, and may not be"
+    assert nx.is_directed_acyclic_graph(nx.DiGraph({room: sorted(read) for room, read in arrows.items()}))
+
+
+def test_what_the_search_of_a_class_gives_slim_takes_from_its_front() -> None:
     others = [p for p in (OTO / "slim").glob("*.py") if "slim.own_class." in p.read_text()]
     assert not others, "what it gives, slim takes from slim.own_class itself"
 
@@ -135,10 +168,10 @@ def test_the_import_reader_sees_every_spelling(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "optim").mkdir()
     path = tmp_path / "optim" / "x.py"
     for line, stage in {
-        "import oto.slim.plan": "slim",
-        "from oto.slim import plan": "slim",
+        "import oto.slim.pruned_shapes": "slim",
+        "from oto.slim import numbers": "slim",
         "from oto import slim": "slim",
-        "from ..slim.plan import f": "slim",
+        "from ..slim.numbers import f": "slim",
         "from .. import slim": "slim",
         "def f():\n    from oto.trace.graph import Graph": "trace",
     }.items():

@@ -24,8 +24,8 @@ from oto.atomic import concerns, locked, scratch, sync, told
 from oto.errors import ArtefactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
 from oto.io.artefact import check_out_dir
 from oto.io.program import load_program, save_program
-from oto.slim.program import export_program, other_examples, runnable
-from oto.slim.verify import TOLERANCE, Check, checked, require, run
+from oto.slim.graph.program import export_program, other_examples, runnable
+from oto.slim.proof.compare import TOLERANCE, Check, checked, require, run
 
 Runtime = Callable[[Any], Sequence[Tensor]]
 _ONE_FILE = 2**31 - 2**20  # bytes; what protobuf takes

@@ -34,13 +34,13 @@ from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made
 from oto.slim.copying import copied
-from oto.slim.module import Edits, attribute, tensors_of
-from oto.slim.origin import Round, after_rounds, copy_with, descend, held, is_part, lacks_values, origin_of
-from oto.slim.program import export_program, other_examples, runnable
-from oto.slim.proof import Zeroed
-from oto.slim.reference import Reference
-from oto.slim.verify import Check, checked, require, run
-from oto.slim.wide import dtype_of
+from oto.slim.edits import Edits, attribute, tensors_of
+from oto.slim.graph.program import export_program, other_examples, runnable
+from oto.slim.proof.compare import Check, checked, require, run
+from oto.slim.proof.float64 import dtype_of
+from oto.slim.proof.reference import Reference
+from oto.slim.provenance import Round, after_rounds, copy_with, descend, held, is_part, lacks_values, origin_of
+from oto.slim.source import Source
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
@@ -86,7 +86,7 @@ def files(emitter: str, everything: bool, program: bool | None, save_full: bool)
 
 def save(
     out_dir: Path,
-    source: Zeroed,
+    source: Source,
     made: Made,
     cost: Mapping[str, Any],
     save_full: bool = False,
@@ -160,7 +160,7 @@ def save(
     return again
 
 
-def _state(source: Zeroed) -> set[str]:
+def _state(source: Source) -> set[str]:
     """Names of tensors that a forward may put others in the place of, or make anew: they may have any shape."""
     graph, found = source.partition.found.graph, set[str]()
     for leaf in graph.leaves:
@@ -174,7 +174,7 @@ def _state(source: Zeroed) -> set[str]:
 
 
 def _write_program(
-    draft: Draft, source: Zeroed, made: Made, left_out: Collection[str]
+    draft: Draft, source: Source, made: Made, left_out: Collection[str]
 ) -> tuple[str | None, list[Check]]:
     """The program of a slim model, on the CPU; why there is none, and its proof."""
     slim, full = made.model, source

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves
 from oto.errors import first_line, out_of_memory
-from oto.slim.verify import TOLERANCE, relative_error, run
-from oto.slim.wide import dtype_of
+from oto.slim.proof.compare import TOLERANCE, relative_error, run
+from oto.slim.proof.float64 import dtype_of
 from oto.trace.record import on_meta
 from oto.trace.state import Change, State, tables, undone
 

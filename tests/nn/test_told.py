@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from oto import OTO, load_subnet
 from oto.errors import ClassChangedError, UnseenPathError
 from oto.nn import Told, told
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error, run
 
 EXACT = 1e-12  # float64, sums of a few dozen terms
 

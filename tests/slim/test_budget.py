@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from oto import OTO, load_subnet, progress
 from oto.errors import ArtefactError, EmitterError, OptionError, UnknownParameterError, VerificationError
-from oto.slim import reference, verify, wide
 from oto.slim.own_class import search
-from oto.slim.reference import Reference
-from oto.slim.verify import relative_error, run
-from oto.slim.wide import in_double
+from oto.slim.proof import compare as verify
+from oto.slim.proof import float64 as wide
+from oto.slim.proof import reference
+from oto.slim.proof.compare import relative_error, run
+from oto.slim.proof.float64 import in_double
+from oto.slim.proof.reference import Reference
 
 X = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import EmitterError
-from oto.slim.config import _candidates, solve, stock
-from oto.slim.plan import thinning
-from oto.slim.recipe import Recipe
+from oto.slim.config.recipe import Recipe
+from oto.slim.config.solve import _candidates, solve, stock
+from oto.slim.pruned_shapes import thinning
 
 from .toy import FFN, Config, Net, config
 

@@ -18,7 +18,7 @@ from oto import OTO
 from oto import nn as oto_nn
 from oto.axes.registry import known
 from oto.errors import EmitterError, GraphInputError, GraphModeError
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error, run
 from oto.trace.export import export
 
 
@@ -144,7 +144,7 @@ def test_pieces_of_a_dimension_that_holds_the_batch(batch: int, cut: Callable[[T
 
 
 def test_a_batch_that_only_the_extra_check_tries_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oto.slim.graph._cut_by_share", lambda *given: False)  # sizes as the example has them
+    monkeypatch.setattr("oto.slim.graph.emit._cut_by_share", lambda *given: False)  # sizes as the example has them
     oto = OTO(Folded(lambda h: h.chunk(2)).double(), torch.randn(2, 6, 8, dtype=torch.float64))
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet(emitter="graph")

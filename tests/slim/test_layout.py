@@ -14,9 +14,9 @@ from torch import nn
 from oto import OTO
 from oto._torch import DisableTorchFunction
 from oto.errors import EmitterError, NothingPrunableError, OptionError, UnstatedWarning
-from oto.slim import layout
-from oto.slim.layout import UNSTATED
-from oto.slim.zeroed import Zeroed
+from oto.slim.config import trial as layout
+from oto.slim.config.trial import UNSTATED
+from oto.slim.proof.zeroed import Zeroed
 
 from .toy import Config
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import VerificationError
-from oto.slim.reference import check
-from oto.slim.training import check_training
-from oto.slim.verify import relative_error, require, run
-from oto.slim.wide import double_input, in_double
+from oto.slim.proof.compare import relative_error, require, run
+from oto.slim.proof.float64 import double_input, in_double
+from oto.slim.proof.reference import check
+from oto.slim.proof.train_mode import check_training
 
 X = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
 

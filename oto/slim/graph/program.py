@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from oto._torch import example_size, tree_unflatten
 from oto.errors import ArtefactError
-from oto.slim.graph_module import SlimGraph
-from oto.slim.leaves import follow_device, name_leaves
-from oto.slim.verify import random_like
+from oto.slim.graph.layers import follow_device, name_leaves
+from oto.slim.graph.module import SlimGraph
+from oto.slim.proof.compare import random_like
 from oto.trace import export as trace_export
 from oto.trace.record import arguments
 from oto.trace.takes import parameters_of

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from oto.errors import EmitterError, UnstatedWarning, some, users_level
-from oto.slim.recipe import Recipe, shapes_of
+from oto.slim.config.recipe import Recipe, shapes_of
 
 REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
 

@@ -16,7 +16,7 @@ from oto.errors import out_of_memory
 from oto.groups import Partition
 from oto.groups.cost import weights
 from oto.groups.layout import streams
-from oto.slim.recipe import Fields, Recipe, Shapes, apart, fields, shapes_of
+from oto.slim.config.recipe import Fields, Recipe, Shapes, apart, fields, shapes_of
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from oto.axes.terms import size as size_of
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
 from oto.groups.partition import occurrences
-from oto.slim.graph_module import SlimGraph
-from oto.slim.leaves import follow_device, name_leaves
-from oto.slim.plan import Thinning
+from oto.slim.graph.layers import follow_device, name_leaves
+from oto.slim.graph.module import SlimGraph
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.export import Exported
 from oto.trace.graph import Leaf, Node, Value
 

@@ -3,111 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.errors import VerificationError, first_line, out_of_memory, some
-from oto.groups import Kept, NodeGroup, Partition
+from oto.groups import Kept, Partition
 from oto.progress import stage
-from oto.slim.module import Edits, Scale, attribute, thin_copy, thin_tensor
-from oto.slim.own_class import OwnClass
-from oto.slim.plan import Thinning, thinning
-from oto.slim.recipe import Recipe
-from oto.slim.reference import Reference
-from oto.slim.verify import Check, require
+from oto.slim.edits import Edits, attribute, thin_copy, thin_tensor
+from oto.slim.proof.compare import Check, require
+from oto.slim.pruned_shapes import Thinning, thinning
+from oto.slim.source import Emitted, Source
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Zeroed:
-    """What a slim model is made of.
-
-    Attributes:
-        model: The full model, of which everything that goes is zero.
-        dummy_input: The example input.
-        own: What was found out about the class of the model; ``None`` if nothing was asked.
-        kept: For each prunable group, the atoms that are left.
-        recipe: How the class is made from its config, if that is to be tried.
-        drop_unreached: Leave out what the forward never uses in eval mode.
-        float64: Whether to compare in float64, as :class:`oto.slim.reference.Reference` takes it.
-        verify: Whether to compare at all.
-        groups: The node groups that ``kept`` is of, with what they are tied to and divided by; those of the partition
-            by default.
-    """
-
-    model: nn.Module
-    dummy_input: Any
-    partition: Partition
-    own: OwnClass | None
-    kept: Kept
-    recipe: Recipe | None = None
-    drop_unreached: bool = False
-    float64: bool | str = "auto"
-    verify: bool = True
-    groups: Sequence[NodeGroup] = ()
-
-    @cached_property
-    def reference(self) -> Reference:
-        """The full model, with which whatever is made of it is compared."""
-        decides = self.partition.found.graph.how == "real"
-        return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides)
-
-    @property
-    def left(self) -> list[list[NDArray[np.bool_]]] | None:
-        """For each output and each of its dimensions, what the slim model still has; ``None`` if that is all."""
-        if not self.partition.found.strict_out_nodes:
-            return None
-        return [self.partition.entries(value, self.kept) for value in self.partition.found.graph.outputs]
-
-    @property
-    def way_out(self) -> str:
-        """What to do where the original class cannot express what was removed."""
-        if self.own is not None:
-            return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
-        if self.recipe is not None:
-            return (
-                "where a narrow dtype alone differs, rounding decides what is routed or compared: model.float(), then"
-                " construct_subnet(), then cast the slim model; emitter='config' raises instead"
-            )
-        return "prune only what the class can do without: OTO(...) without everything=True"
-
-
-@dataclass(frozen=True, eq=False)
-class Emitted:
-    """A slim model that nobody has proved yet.
-
-    Attributes:
-        emitter: The way that was taken.
-        model: The slim model.
-        edits: What made it of the original class, if it is of that.
-        tensors: What it holds, by the names of the full model for the original class.
-        compare: Compares the slim model with the full one.
-        again: Makes another slim model in the same way, of a full one with other numbers.
-        scales: By what tensors are multiplied that take a count in, by name.
-        changed: Names of tensors that are more than what is left of those of the full model.
-        notes: What falls short of what one might expect.
-    """
-
-    emitter: str
-    model: nn.Module
-    edits: Edits | None
-    tensors: Mapping[str, Tensor]
-    compare: Callable[[Reference], list[Check]]
-    again: Callable[[Zeroed], Emitted]
-    scales: Mapping[str, Sequence[Scale]] = field(default_factory=dict)
-    changed: Collection[str] = ()
-    notes: list[str] = field(default_factory=list)
-
-
-def prove(source: Zeroed, emitted: Emitted, checks: list[Check] | None = None) -> list[Check]:
+def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -> list[Check]:
     """The proof of a slim model, if one is wanted: it holds what the full one holds, and computes what that computes.
 
     What a comparison would not show is written to the notes: entries that are no numbers, outputs that are constant,
@@ -188,7 +100,7 @@ def _thinned(slim: nn.Module, thin: Thinning) -> dict[str, nn.Parameter]:
     return {name: own[name] for leaf in smaller for name in leaf.names[:1] if name in own}
 
 
-def _lively(source: Zeroed, emitted: Emitted, idle: list[int], notes: list[str]) -> list[Check]:
+def _lively(source: Source, emitted: Emitted, idle: list[int], notes: list[str]) -> list[Check]:
     """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
     stage("an output is constant: comparing with random numbers in constant parameters")
     said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"

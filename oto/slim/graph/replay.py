@@ -11,11 +11,11 @@ from oto._torch import tree_flatten
 from oto.axes.registry import known
 from oto.errors import VerificationError
 from oto.groups import Kept, Partition
-from oto.slim.graph import emit_graph
-from oto.slim.module import attribute
-from oto.slim.reference import Reference
-from oto.slim.verify import TOLERANCE, Check, relative_error
-from oto.slim.wide import double_input, throughout, widened
+from oto.slim.edits import attribute
+from oto.slim.graph.emit import emit_graph
+from oto.slim.proof.compare import TOLERANCE, Check, relative_error
+from oto.slim.proof.float64 import double_input, throughout, widened
+from oto.slim.proof.reference import Reference
 from oto.trace.record import Recording, record_data
 from oto.trace.replay import difference, replayed
 

@@ -14,8 +14,8 @@ from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
 from oto.errors import VerificationError
 from oto.nn import Told
 from oto.nn.told import learning
-from oto.slim.module import Edits
-from oto.slim.wide import WIDER, throughout, unrounded, widened, widening
+from oto.slim.edits import Edits
+from oto.slim.proof.float64 import WIDER, throughout, unrounded, widened, widening
 from oto.trace.found import Found, as_found
 from oto.trace.record import Script, arguments, tensors_in
 

@@ -18,11 +18,11 @@ from oto._torch import tree_leaves
 from oto.errors import EmitterError, VerificationError, first_line, out_of_memory, some
 from oto.nn import Told
 from oto.progress import stage
-from oto.slim.memory import available, size_of
-from oto.slim.module import attribute
-from oto.slim.reach import equal, reached_by
-from oto.slim.verify import TOLERANCE, Check, checked, random_like, relative_error, run
-from oto.slim.wide import double_input, dtype_of, in_double, widened, widening
+from oto.slim.edits import attribute
+from oto.slim.proof.compare import TOLERANCE, Check, checked, random_like, relative_error, run
+from oto.slim.proof.float64 import double_input, dtype_of, in_double, widened, widening
+from oto.slim.proof.memory import available, size_of
+from oto.slim.proof.reach import equal, reached_by
 from oto.trace.found import Found
 from oto.trace.record import Script, around_modules
 

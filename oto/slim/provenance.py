@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from oto.errors import EmitterError
 from oto.groups import Kept
-from oto.slim.module import Edits, attribute, module_at, thin_copy
-from oto.slim.unstated import refuse_saving
+from oto.slim.config.solve import apply
+from oto.slim.config.unstated import refuse_saving
+from oto.slim.edits import Edits, attribute, module_at, thin_copy
 from oto.trace.found import state_of
 
 REMEMBERED = "_oto_origin"
@@ -138,7 +139,7 @@ def lacks_values(model: nn.Module, names: Collection[str]) -> bool:
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
-    """As :func:`oto.slim.module.thin_copy`; tensors that the model does not hold yet are put there.
+    """As :func:`oto.slim.config.solve.apply`; tensors that the model does not hold yet are put there.
 
     Nor can it be told what a cache says of its size before there is one.
     """
@@ -149,7 +150,7 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     stated = {path: [one for one in numbers if filled(path, one[0])] for path, numbers in edits.stated.items()}
     edits = replace(edits, stated=stated)
     late = {name: tensor for name, tensor in tensors.items() if held(model, name) is None}
-    slim = thin_copy(model, {name: tensor for name, tensor in tensors.items() if name not in late}, edits)
+    slim = apply(model, {name: tensor for name, tensor in tensors.items() if name not in late}, edits)
     for name, tensor in late.items():
         holder, _, last = name.rpartition(".")
         module = module_at(slim, holder)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from oto.axes.terms import Sum, Term, count, resolve
 from oto.axes.terms import size as size_of
 from oto.errors import EmitterError, out_of_memory, some
-from oto.slim.plan import Thinning
-from oto.slim.recipe import MADE_WITH, Fields, Recipe, Shapes, Unfilled
+from oto.slim.config.recipe import MADE_WITH, Fields, Recipe, Shapes, Unfilled
+from oto.slim.edits import Edits, thin_copy
+from oto.slim.pruned_shapes import Thinning
 
 MISFIT = float("inf")
 
@@ -159,6 +160,15 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
     if hasattr(model, MADE_WITH):
         setattr(slim, MADE_WITH, {**getattr(model, MADE_WITH), **recipe.as_given(edits)})
     return slim.eval()
+
+
+def apply(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
+    """The slim model that edits make of ``model``: of its class made anew, or a copy.
+
+    Raises:
+        EmitterError: The class cannot be made, or the model not copied.
+    """
+    return stock(model, tensors, edits.config) if edits.config else thin_copy(model, tensors, edits)
 
 
 def fill(slim: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -17,10 +17,9 @@ from oto.groups import Partition
 from oto.nn import SWAPS, Told, Untrained
 from oto.nn import modules as thinner
 from oto.nn.told import both_told
-from oto.slim.config import stock as stock_class
 from oto.slim.copying import copied
 from oto.slim.numbers import state_
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.graph import Leaf
 
 
@@ -55,15 +54,13 @@ class Scale(Protocol):
 
 
 def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
-    """A copy of ``model`` that holds ``tensors`` in place of those of the same names.
+    """A copy of ``model`` that holds ``tensors`` in place of those of the same names; of the same config.
 
     The tensors of ``model`` are not copied, so it may be on ``meta`` or much larger than the result. Ties hold.
 
     Raises:
         EmitterError: The model cannot be copied.
     """
-    if edits.config:
-        return stock_class(model, tensors, edits.config)
     memo: dict[int, Any] = {}
     for name, tensor in tensors.items():
         old = attribute(model, name)

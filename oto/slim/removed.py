@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from oto.errors import EmitterError, first_line, out_of_memory, some
 from oto.groups import Partition
-from oto.slim.module import Edits, thin_copy
-from oto.slim.training import trained
-from oto.slim.verify import run
+from oto.slim.edits import Edits, thin_copy
+from oto.slim.proof.compare import run
+from oto.slim.proof.train_mode import trained
 
 
 def unreached(model: nn.Module, partition: Partition) -> list[str]:
