@@ -192,9 +192,12 @@ def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: l
     given = named_input(inputs or (), input_fn, model)
     least = _number("--min-kept", min_kept)
     assert least is not None
-    return OTO(
-        model, given, skip_patterns=skip or (), only=only or None, everything=everything, min_kept=least, layout=layout
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "only": only or None,
+        "min_kept": least,
+        "layout": layout,
+    }  # OTO refuses what means nothing
+    return OTO(model, given, skip_patterns=skip or (), everything=everything, **options)
 
 
 def _shares(given: list[str] | None) -> dict[str, int | float] | None:
@@ -276,7 +279,8 @@ def preview(
         options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
         raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
     analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, pretrained, min_kept, layout, only)
-    found = analysed.preview(**asked, scope=scope, group_divisible=group_divisible, align=_align(align))
+    asked |= {"scope": scope, "group_divisible": group_divisible, "align": _align(align)}
+    found = analysed.preview(**asked)
     _result(found, found.to_dict(), as_json)
 
 
@@ -329,9 +333,8 @@ def slim(
     oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
     """
     analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, layout=layout)
-    subnet = analysed.construct_subnet(
-        out, emitter=emitter, program=program, save_full=save_full, report=report, align=_align(align) or 1
-    )
+    options: dict[str, Any] = {"emitter": emitter, "align": _align(align) or 1}
+    subnet = analysed.construct_subnet(out, program=program, save_full=save_full, report=report, **options)
     if save_pretrained is not None:
         subnet.save_pretrained(save_pretrained)
     _result(subnet, subnet.to_dict(), as_json)

@@ -29,7 +29,8 @@ from oto.slim.proof.compare import run
 from oto.slim.pruned_shapes import thinning
 from oto.trace.export import export
 from oto.trace.found import as_found
-from oto.trace.record import arguments, on_meta
+from oto.trace.inputs import arguments
+from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
 

@@ -327,7 +327,7 @@ def test_a_file_of_the_users_is_never_replaced(tmp_path, monkeypatch, name):
     oto = zeroed()
     (tmp_path / name).write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr("oto.api.read_zeros", None)  # before any work
+        patch.setattr("oto.subnet.read_zeros", None)  # before any work
         with pytest.raises(ArtefactError, match=rf"holds {name}, which no artefact has written[^$]*to fix"):
             oto.construct_subnet(tmp_path, program=True, save_full=True)
     assert files(tmp_path) == {name} and (tmp_path / name).read_text() == "mine"

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from oto import OTO
 from oto.errors import EmitterError, OTOError
 from oto.slim.proof.compare import relative_error, run
-from oto.trace.record import arguments, tensors_in
+from oto.trace.inputs import arguments
+from oto.trace.record import tensors_in
 
 ALONE = 3
 """Of so many groups one alone is thinner; of the models below, of all."""

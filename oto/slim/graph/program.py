@@ -16,7 +16,7 @@ from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
 from oto.slim.proof.compare import random_like
 from oto.trace import export as trace_export
-from oto.trace.record import arguments
+from oto.trace.inputs import arguments
 from oto.trace.takes import parameters_of
 
 MOST_ENTRIES = 2**30  # of an input that is drawn

@@ -17,7 +17,8 @@ from oto.nn.told import learning
 from oto.slim.edits import Edits
 from oto.slim.proof.float64 import WIDER, throughout, unrounded, widened, widening
 from oto.trace.found import Found, as_found
-from oto.trace.record import Script, arguments, tensors_in
+from oto.trace.inputs import arguments
+from oto.trace.record import Script, tensors_in
 
 # Relative to the largest entry of the full model's output. float64 leaves room for sums in another order and nothing
 # else; the others are what a deep network makes of one rounding per sum.

@@ -19,7 +19,8 @@ from oto._torch import tree_map_only
 from oto.errors import first_line, some
 from oto.slim.proof.compare import run
 from oto.trace.found import as_found
-from oto.trace.record import arguments, tensors_in
+from oto.trace.inputs import arguments
+from oto.trace.record import tensors_in
 
 log = logging.getLogger(__name__)
 

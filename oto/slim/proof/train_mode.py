@@ -15,7 +15,8 @@ from oto.slim.proof.compare import Check, checked, random_like
 from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout, unrounded
 from oto.slim.pruned_shapes import Thinning, thinning
 from oto.trace.found import as_found
-from oto.trace.record import arguments, tensors_in
+from oto.trace.inputs import arguments
+from oto.trace.record import tensors_in
 
 log = logging.getLogger(__name__)
 
