@@ -31,32 +31,28 @@ class OTO:
     It can be copied and pickled where the model can; a copy does not know the optimizers that the first one made.
 
     Args:
-        model: Any module. It is not copied: the optimizer trains it, ``construct_subnet`` reads its zeros. One inside
-            ``torch.compile``, ``DistributedDataParallel`` or ``DataParallel`` is taken out; go on training with the
-            wrapper, whose parameters are the same.
+        model: Any module. It is not copied: the optimizer trains it, ``construct_subnet`` reads its zeros. Inside
+            ``torch.compile`` or ``(Distributed)DataParallel`` it is taken out; train with the wrapper, which shares it.
         dummy_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments of ``model.forward``.
         skip_patterns: What must not be zeroed: names or globs of parameters or modules, classes of modules, modules.
         only: The reverse, in the same words: no weights but these are zeroed, with the biases and norms beside them. A
             group that would zero others too stays whole, as a residual stream does if one kind of layer is named.
-        strict_out_nodes: Only outputs that nothing else in the model reads keep their size; by default all do. One that
-            is returned on the way, such as a hidden state, gets as thin as the network there. Or names or globs of
-            outputs that need not keep it: keys, fields or places in what ``forward`` returns (``["hidden.0"]``).
+        strict_out_nodes: Only outputs that nothing else in the model reads keep their size, where by default all do; a
+            hidden state that is returned gets as thin as the network there. Or names or globs of outputs that need not
+            keep it: keys, fields or places in what ``forward`` returns (``["state", "hidden.0"]``).
         min_kept: Atoms that every group keeps, an int; or the share of its atoms, a float; or a mapping from names or
             globs of parameters to either. Optimizers take it too, and keep the greater of both.
-        everything: Prune whatever can be removed exactly, even if the class cannot express the result: the slim model
-            is a ``torch.fx.GraphModule`` then. By default it is of the class, and what that can neither be told nor do
-            without stays whole.
+        everything: Prune whatever can be removed exactly. The slim model is a ``torch.fx.GraphModule`` where the class
+            cannot express that; by default what the class can neither be told nor do without stays whole.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
         drop_unreached: Leave out of the slim model what its forward never uses in eval mode, such as heads for training
             only. By default they stay, thinner by what they read, and the slim model can be trained with them.
         layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
-            states it for all. Where the model was made from a config (``model.config``), what no field of that can
-            state stays whole, and the slim model is of the stock class: see :meth:`Subnet.save_pretrained`. The same
-            goes for a function that the model says it was made by (``model.pretrained_cfg``) and its keywords. Where
-            neither can state anything there is an ``UnstatedWarning``. ``"stock"``: likewise, and a width that is heads
-            times the width of a head stays so, for readers of a config that divide the one by the other. By default
-            (``None`` or ``"free"``) every block has counts of its own.
+            states it for all; and what ``model.config``, or the keywords of the function that ``model.pretrained_cfg``
+            names, cannot state stays whole (an ``UnstatedWarning``, if they state nothing). The slim model is of the
+            stock class, see :meth:`Subnet.save_pretrained`. ``"stock"``: and a width that is heads times the width of a
+            head stays so. By default (``None`` or ``"free"``) every block has counts of its own.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
 
     Raises:
@@ -74,20 +70,11 @@ class OTO:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        dummy_input: Any,
-        *,
-        skip_patterns: Iterable[Pattern] = (),
-        only: Iterable[Pattern] | None = None,
-        strict_out_nodes: bool | Iterable[str] = False,
-        min_kept: MinKept = 1,
-        everything: bool = False,
-        prune_frozen: bool = False,
-        drop_unreached: bool = False,
-        layout: Layout | None = None,
-        tensor_parallel: int = 1,
-    ) -> None:
+        self, model: nn.Module, dummy_input: Any, *, skip_patterns: Iterable[Pattern] = (),
+        only: Iterable[Pattern] | None = None, strict_out_nodes: bool | Iterable[str] = False, min_kept: MinKept = 1,
+        everything: bool = False, prune_frozen: bool = False, drop_unreached: bool = False,
+        layout: Layout | None = None, tensor_parallel: int = 1,
+    ) -> None:  # fmt: skip
         policies = skip_patterns, only, strict_out_nodes, min_kept, everything, prune_frozen, drop_unreached
         self._analysis = analyze(model, dummy_input, Options(*policies, layout, tensor_parallel))
         self._training: Training = Training()  # of the optimizer that was made last
@@ -150,9 +137,8 @@ class OTO:
     def explain(self, *, search: bool = False) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``.
 
-        Args:
-            search: Tell how it was found out what the model's class needs, too: for each decision the line of its code,
-                what was seen there, what was tried, and what was settled.
+        With ``search=True`` it tells, too, how it was found out what the model's class needs: for each decision the
+        line of its code, what was seen there, what was tried, and what was settled.
         """
         return self._analysis.explain(search=search)
 
@@ -161,25 +147,19 @@ class OTO:
         return self._analysis.coverage()
 
     def visualize(
-        self,
-        out_dir: str | os.PathLike[str],
-        view: bool = False,
-        vertical: bool = True,
-        by_node_groups: bool = True,
-        display_params: bool = False,
-        display_flops: bool = False,
-    ) -> list[Path]:
+        self, out_dir: str | os.PathLike[str], view: bool = False, vertical: bool = True, by_node_groups: bool = True,
+        display_params: bool = False, display_flops: bool = False,
+    ) -> list[Path]:  # fmt: skip
         """Draw the graph: one color per prunable node group, gray for what stays whole, repeated blocks once.
 
         Args:
-            out_dir: Folder for ``<class of the model>.dot``; with graphviz, ``.svg``, ``.pdf`` and ``.png`` too. The
-                files that were written are returned.
+            out_dir: Folder for ``<class of the model>.dot``; with graphviz, ``.svg``, ``.pdf`` and ``.png`` too.
             view, vertical: Open the SVG; draw from top to bottom, else from left to right.
             by_node_groups: Color the node groups apart; else prunable calls are white.
             display_params, display_flops: Show at each call the shapes of the parameters it reads; its FLOPs.
 
-        Raises:
-            MissingExtraError: pydot is not installed (``pip install 'oto[viz]'``).
+        Returns:
+            The files. Without pydot (``pip install 'oto[viz]'``) there is a ``MissingExtraError``.
         """
         shown = {"display_params": display_params, "display_flops": display_flops, "by_node_groups": by_node_groups}
         return self._analysis.draw(out_dir, view=view, vertical=vertical, **shown)
@@ -207,24 +187,19 @@ class OTO:
         return optimizer
 
     def preview(
-        self,
-        *,
-        batches: Iterable[Any] = (),
-        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        self, *, batches: Iterable[Any] = (), loss: Callable[[nn.Module, Any], Tensor] | None = None,
         **options: Unpack[PreviewOptions],
-    ) -> Preview:
+    ) -> Preview:  # fmt: skip
         """What a target would leave of each layer, before any training: print it.
 
-        The choice is the one that an optimizer with the same options would make now, in one go. Without ``batches`` it
-        goes by the weights alone (their magnitude); with them, by gradients averaged over these. Training changes it.
+        The choice is the one that an optimizer with the same options would make now, in one go: by the weights alone
+        (their magnitude), or by gradients averaged over ``batches``. Training changes it.
 
         Args:
-            batches: Batches to take gradients of. The model's gradients, mode, buffers and the random state are left.
+            batches: Batches to take gradients of. Gradients, mode, buffers and the random state are left as they were.
             loss: Takes the model and a batch, and returns the loss.
-            **options: Of :meth:`hesso` those that say what is to be left (``target_macs=0.5``), and what goes.
-
-        Raises:
-            TargetError: The target cannot be reached.
+            **options: Of :meth:`hesso` those that say what is to be left, and what goes. A target that cannot be
+                reached is a ``TargetError``.
         """
         return preview(self._analysis, batches, loss, options)
 
@@ -234,11 +209,10 @@ class OTO:
         """Make the model slim in the middle of training: all that is at zero for good goes.
 
         Call it between two steps, as often as you like. The rest of training is what it would have been, only cheaper,
-        if the optimizer treats entries one by one (SGD, Adam, AdamW, RMSprop...) and nothing is clipped by a norm over
-        all gradients; dropout draws other numbers. Model and optimizer stay the same objects, and so a learning-rate
-        scheduler, a ``GradScaler``, accelerate and a trainer go on. What holds single parameters does not: wrap in
-        ``DistributedDataParallel`` again (else ``StaleWrapperError``), list parameters anew, and copy the model before
-        if the full one is needed. ``docs/after_pruning.md`` says all of it, and how such a run is resumed.
+        if the optimizer treats entries one by one and nothing is clipped by a norm over all gradients; dropout draws
+        other numbers. Model and optimizer stay the same objects, so schedulers, a ``GradScaler``, accelerate and a
+        trainer go on. What holds single parameters does not: wrap in ``DistributedDataParallel`` again (else
+        ``StaleWrapperError``), list parameters anew. ``docs/after_pruning.md`` says all, and how to resume such a run.
 
         Args:
             optimizer: One that this ``OTO`` made, or what wraps it as ``.optimizer``; by default the last that it made.
@@ -249,18 +223,16 @@ class OTO:
             The model; as before, with a ``NotPrunedWarning``, if there never was anything to remove.
 
         Raises:
-            ShrinkError: The class cannot be made thinner, or its config cannot state it (``layout="uniform"``); the
-                optimizer has state that cannot be sliced, or it or an average is of another model. Nothing is changed.
+            ShrinkError: The class, or its config (``layout="uniform"``), cannot express it; the optimizer has state
+                that cannot be sliced, or it or an average is of another model. Nothing is changed.
             VerificationError: The slim model computes something else, in eval or train mode. Nothing is changed.
         """
         self._analysis, self._training = shrink(self._analysis, self._training, optimizer, like, averages)
         return self.model
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
-        """Zero a random choice of ZIGs in place, for checks; within the layout, as far as whole steps of it allow.
-
-        ``TargetError``: the groups would have to give up their last atoms.
-        """
+        """Zero a random choice of ZIGs in place, for checks; within the layout, as far as whole steps of it allow, or
+        there is a ``TargetError``."""
         self._analysis.zero_random_(target_group_sparsity, seed)
 
     def compute_num_params(self) -> int:
@@ -276,35 +248,26 @@ class OTO:
         return self._analysis.cost().flops
 
     def construct_subnet(
-        self,
-        out_dir: str | os.PathLike[str] | None = None,
-        *,
-        model: Any = None,
-        emitter: Emitter = "auto",
-        program: bool | None = None,
-        save_full: bool = False,
-        float64: bool | Literal["auto"] = "auto",
-        verify: bool = True,
-        report: bool = False,
-        align: Align = 1,
-    ) -> Subnet:
+        self, out_dir: str | os.PathLike[str] | None = None, *, model: Any = None, emitter: Emitter = "auto",
+        program: bool | None = None, save_full: bool = False, float64: bool | Literal["auto"] = "auto",
+        verify: bool = True, report: bool = False, align: Align = 1,
+    ) -> Subnet:  # fmt: skip
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
         The original class is used where its code states no size that changed; else the graph that ``torch.export``
         follows; else the calls that were recorded on the example, which hold at its shapes and values only. It is
         compared with the zeroed full model on the example and on a random input, of another batch size where that is
-        free, in the model's dtype and in float64; on the example both run in inference mode, with torch's fast paths.
-        What was saved is read back and compared. Where pruning has not finished, nothing is zero, something could not
-        be compared, or no input reaches it, ``print(subnet)`` says so; of the first two there is a warning. The model
-        may have been cast or moved since ``OTO(...)``: the example follows. Wrappers of a ``forward`` are seen through.
+        free, in the model's dtype and in float64; on the example in inference mode, with torch's fast paths. What was
+        saved is read back and compared. What falls short, ``print(subnet)`` says; if pruning has not finished, or
+        nothing is zero, there is a warning too. The model may have been cast or moved since ``OTO(...)``: the example
+        follows it. What trainers wrapped around a ``forward``, such as autocast, is seen through.
 
         Args:
             out_dir: Folder for the artefact; nothing is saved if it is ``None``.
             model: Made slim instead: a copy of the model with other weights, such as their moving average, or what
                 wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
-            emitter: ``"auto"``, or one way alone: ``"config"`` (the original class, made from an edited
-                ``model.config``; tried first with ``layout="uniform"``), ``"module"`` (the original class), ``"graph"``
-                or ``"recording"``.
+            emitter: ``"auto"``, or one way alone: ``"config"`` (the class, made from an edited ``model.config``; tried
+                first with ``layout="uniform"``), ``"module"`` (the class), ``"graph"`` or ``"recording"``.
             program: Save the slim model as an exported program too (``model.pt2``), which loads without the class. By
                 default only where nothing else could be loaded: where the slim model is a graph.
             save_full, report: Save the zeroed full weights beside it; a ``report.html``, see :meth:`Subnet.report`.
@@ -317,8 +280,8 @@ class OTO:
         Raises:
             VerificationError: The slim model differs, or the full one gives no finite number. Nothing is written.
             EmitterError: What was asked for, or any way, cannot express the slim model; or no program can be written.
-            NonFiniteParameterError: A parameter holds NaN or infinity.
-            UnknownParameterError: ``model`` is no copy of the model; or ``align`` names a parameter that is not there.
+            NonFiniteParameterError, UnknownParameterError: A parameter holds NaN or infinity; ``model`` is no copy of
+                the model, or ``align`` names what is not there.
             ArtefactError: ``out_dir`` cannot be written, or holds a file of such a name that no artefact has written.
         """
         wanted = Build.of(out_dir, emitter, program, save_full, float64, verify, report, align)

@@ -19,7 +19,7 @@ from oto.previewing import align_for, by_first_names, latency_for
 
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
-SUPPLIED = {"self", "params", "node_groups", "costs", "latency"}
+SUPPLIED = {"node_groups", "costs", "latency"}
 """What an analysis gives to an optimizer."""
 
 

@@ -142,7 +142,7 @@ def names_of(options: type) -> frozenset[str]:
     >>> sorted(names_of(HESSOCRICOptions) - names_of(HESSOOptions))
     ['max_cycles', 'sampling_steps', 'sensitivity', 'tolerance']
     """
-    found: frozenset[str] = getattr(options, "__optional_keys__")  # noqa: B009  # known for each TypedDict of its own
+    found: frozenset[str] = vars(options)["__optional_keys__"]
     return found
 
 
@@ -176,29 +176,38 @@ def refuse_unknown(options: Mapping[str, Any], known: Collection[str], name: str
 
     Args:
         known: What the taker takes, which is called ``name``. Where it wraps an optimizer, keywords of that are known
-            too.
+            too, and those of torch's others are not.
 
     Raises:
         OptionError: It names them, and the nearest option that there is.
     """
-    takers = f"{name} has"
+    inner = _takes(options) if "variant" in known else {}
+    if inner is None:
+        return
+    takers, rest = f"{name} has", dict[str, Any]()
     if "variant" in known:
-        base = options.get("base")
-        inner = VARIANTS.get(str(options.get("variant", "sgd")).lower()) if base is None else base
-        if inner is None or isinstance(inner, Optimizer):
-            return  # `build` tells what is wrong
-        takes = inspect.signature(inner).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            return
-        known, takers = (
-            {*known, *takes} - (names_of(TorchOptions) - takes.keys()),
-            (f"{name} and {getattr(inner, '__name__', 'its base')} have"),
-        )
-        options = {**options, **(options.get("base_options") or {})}
-    if unknown := [option for option in options if option not in known]:
+        known, rest = (set(known) - names_of(TorchOptions)) | inner.keys(), dict(options.get("base_options") or {})
+        takers = f"{name} and {getattr(_inner(options), '__name__', 'its base')} have"
+    unknown = [option for option in options if option not in known] + [key for key in rest if key not in inner]
+    if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         raise OptionError(
             f"{takers} no option {some(unknown)}\n"
             "  effect  nothing was made\n"
-            f"  to fix  {f'perhaps {near[0]}= is meant' if near else 'leave it out'}"
+            f"  to fix  {f'perhaps {near[0]}= is meant' if near and near[0] != unknown[0] else 'leave it out'}"
         )
+
+
+def _inner(options: Mapping[str, Any]) -> Any:
+    """What makes the wrapped optimizer, if there is such a one."""
+    base = options.get("base")
+    return VARIANTS.get(str(options.get("variant", "sgd")).lower()) if base is None else base
+
+
+def _takes(options: Mapping[str, Any]) -> Mapping[str, inspect.Parameter] | None:
+    """The keywords of the wrapped optimizer; ``None`` if it takes any, or ``build`` has to tell what is wrong."""
+    inner = _inner(options)
+    if inner is None or isinstance(inner, Optimizer):
+        return None
+    takes = inspect.signature(inner).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else takes

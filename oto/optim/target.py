@@ -89,7 +89,7 @@ class Target:
         Raises:
             TargetError: None or several are given, or a number means nothing.
         """
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = {name: asked[name] for name in (*UNITS, *asked) if asked.get(name) is not None}
         if len(given) != 1:
             raise TargetError(
                 f"{' and '.join(given) or 'no target'} {'are' if given else 'is'} given; exactly one is needed\n"
