@@ -270,14 +270,14 @@ def test_an_output_that_is_constant_is_told_and_compared_once_more(emitter):
 
 
 def test_a_mistake_behind_a_constant_output_is_found(monkeypatch):
-    from oto.slim import construct
+    from oto.slim import emitters
 
-    thin = construct.thin_tensors
+    thin = emitters.thin_tensors
 
     def shuffled(*given: object) -> dict[str, Tensor]:
         return {name: t.flip(0) if name == "up.weight" else t for name, t in thin(*given).items()}
 
-    monkeypatch.setattr(construct, "thin_tensors", shuffled)
+    monkeypatch.setattr(emitters, "thin_tensors", shuffled)
     with pytest.raises(EmitterError, match="cannot be thinned as its own class: VerificationError"):
         zeroed(Headed()).construct_subnet(emitter="module")
 
