@@ -78,7 +78,8 @@ from oto.slim.config.unstated import nothing_states
 from oto.slim.construct import construct, require_values
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.slim.own_class import OwnClass, limited, own_class
-from oto.slim.proof.compare import device_of, follow_model, require
+from oto.slim.proof.compare import require
+from oto.slim.proof.inputs import device_of, follow_model
 from oto.slim.proof.reference import FLOAT64
 from oto.slim.pruned_shapes import masks, read_zeros
 from oto.slim.removed import unreached, within

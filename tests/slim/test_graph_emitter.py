@@ -18,7 +18,8 @@ from oto import OTO
 from oto import nn as oto_nn
 from oto.axes.registry import known
 from oto.errors import EmitterError, GraphInputError, GraphModeError
-from oto.slim.proof.compare import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 from oto.trace.export import export
 
 
