@@ -56,7 +56,7 @@ from oto.slim.config.recipe import Recipe
 from oto.slim.config.trial import stated
 from oto.slim.config.unstated import nothing_states
 from oto.slim.own_class import OwnClass, limited, own_class
-from oto.slim.proof.compare import device_of, follow_model
+from oto.slim.proof.inputs import device_of, follow_model
 from oto.slim.state import left_before
 from oto.trace.found import as_found
 from oto.trace.graph import Graph

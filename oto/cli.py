@@ -52,9 +52,11 @@ from oto.report.explain import Explanation
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
 from oto.slim.graph.program import example_of, runnable
 from oto.slim.latency import rounds
-from oto.slim.proof.compare import Check, checked, random_like, require, run
+from oto.slim.proof.compare import Check, checked, require
 from oto.slim.proof.float64 import dtype_of
-from oto.slim.proof.reference import check
+from oto.slim.proof.inputs import random_like
+from oto.slim.proof.reference import CheckOptions, check
+from oto.slim.proof.run import run
 from oto.trace.record import tensors_in
 
 app = typer.Typer(
@@ -438,7 +440,7 @@ def _verified(folder: Path, model: str | None, inputs: list[str] | None,
     if full is not None and FULL in files:
         _load_full(full, found)
         recorded = found.manifest["emitter"] == "recording"
-        checks = check(full, slim, given, batch=not recorded, notes=[])
+        checks = check(full, slim, given, CheckOptions(batch=not recorded, notes=[]))
         require(checks)
         if not checks:
             raise VerificationError(

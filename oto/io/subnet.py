@@ -36,9 +36,10 @@ from oto.slim.construct import Made
 from oto.slim.copying import copied
 from oto.slim.edits import Edits, attribute, tensors_of
 from oto.slim.graph.program import export_program, other_examples, runnable
-from oto.slim.proof.compare import Check, checked, require, run
+from oto.slim.proof.compare import Check, checked, require
 from oto.slim.proof.float64 import dtype_of
-from oto.slim.proof.reference import Reference
+from oto.slim.proof.reference import CheckOptions, Reference
+from oto.slim.proof.run import run
 from oto.slim.provenance import Round, after_rounds, copy_with, descend, held, is_part, lacks_values, origin_of
 from oto.slim.source import Source
 
@@ -125,7 +126,7 @@ def save(
             start = after_rounds(first, earlier) if earlier else source.model
             tensors = {name: t.to(device) for name, t in draft.load(WEIGHTS).items()}
             loaded = rebuild(start, tensors, json.loads(json.dumps(plain_edits(edits))))
-            again += source.reference.check(loaded, "reloaded", random=False, exact=False)
+            again += source.reference.check(loaded, CheckOptions("reloaded", random=False, exact=False))
             require(again)
             del loaded, tensors
         no_program: str | None = NOT_ASKED
@@ -190,7 +191,7 @@ def _write_program(
     against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
 
     def prove(read: nn.Module) -> list[Check]:
-        return against.check(read, "reloaded program", batch=True, notes=[]) if source.verify else []
+        return against.check(read, CheckOptions("reloaded program", batch=True, notes=[])) if source.verify else []
 
     return write_program(draft, slim, full.dummy_input, prove, left_out if made.edits is not None else ())
 

@@ -34,7 +34,8 @@ from oto.slim.emitters import emit_class, emit_config, emit_exported, emit_recor
 from oto.slim.graph.replay import RECORDED
 from oto.slim.own_class import at_counts
 from oto.slim.proof.compare import Check, require
-from oto.slim.proof.reference import check
+from oto.slim.proof.limits import require_numbers
+from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.train_mode import heads_in_training
 from oto.slim.prove import prove
 from oto.slim.provenance import Round, descend
@@ -101,8 +102,8 @@ def construct(source: Source, emitter: str = "auto") -> Made:
     if emitter not in EMITTERS:
         raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
     if source.verify:
-        source.reference.insist()
-        source.reference.require_numbers()
+        source.reference.full.insist()
+        require_numbers(source.reference.full)
     ways = [emitter] if emitter != "auto" else [w for w in WAYS if w != "config" or source.recipe is not None]
     refused: dict[str, Exception] = {}
     for way in ways:
@@ -234,7 +235,7 @@ def _of_its_class(source: Source, compared: bool = False) -> Made:
     slim, edits = emitted.model, emitted.edits
     assert edits is not None
     if compared or (not source.verify and source.own is None):  # nothing else tells whether the class can do it
-        require(source.reference.check(slim, random=False, exact=False))
+        require(source.reference.check(slim, CheckOptions(random=False, exact=False)))
     checks = prove(source, emitted)
     if source.verify and not edits.dropped:
         proofs, untrained = heads_in_training(
@@ -306,7 +307,7 @@ def _require_faithful_export(source: Source, failure: Exception) -> None:
     """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
     dense = export(source.model, source.dummy_input, known)
     try:
-        require(check(source.model, dense.module, source.dummy_input, batch=dense.dynamic, notes=[]))
+        require(check(source.model, dense.module, source.dummy_input, CheckOptions(batch=dense.dynamic, notes=[])))
     except VerificationError as unfaithful:
         raise EmitterError(
             f"torch.export's graph of {type(source.model).__name__} does not compute what the model does\n"

@@ -12,8 +12,9 @@ from oto.slim.edits import Edits, forget_idle, thin_copy, thin_tensor, thin_tens
 from oto.slim.graph.emit import emit_graph
 from oto.slim.graph.replay import check_recording, emit_recording
 from oto.slim.own_class import plan_edits
-from oto.slim.proof.compare import Check, learn
-from oto.slim.proof.reference import Reference
+from oto.slim.proof.compare import Check
+from oto.slim.proof.reference import CheckOptions, Reference
+from oto.slim.proof.run import learn
 from oto.slim.pruned_shapes import Thinning, thinning
 from oto.slim.removed import left_out, within
 from oto.slim.source import Emitted, Source
@@ -29,7 +30,7 @@ def emit_config(source: Source) -> Emitted:
     made = emit_stock(source.model, source.partition, source.kept, source.recipe)
 
     def compare(reference: Reference) -> list[Check]:
-        return reference.check(made.model, batch=True, rounded=made.rounded)
+        return reference.check(made.model, CheckOptions(batch=True, rounded=made.rounded))
 
     return Emitted("config", made.model, made.edits, made.tensors, compare, emit_config, changed=made.changed)
 
@@ -66,7 +67,7 @@ def _emit_class(source: Source, thin: Thinning, edits: Edits, gone: Collection[s
         return {name: tensor for leaf, tensor in made for name in leaf.names if name not in gone}
 
     def compare(reference: Reference) -> list[Check]:
-        return reference.check(slim, batch=True, rounded=rounded if scales else None)
+        return reference.check(slim, CheckOptions(batch=True, rounded=rounded if scales else None))
 
     def again(full: Source) -> Emitted:
         return _emit_class(full, thin, edits, gone)
@@ -85,7 +86,7 @@ def emit_exported(source: Source, exported: Exported) -> Emitted:
 
     def compare(reference: Reference) -> list[Check]:
         shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
-        return reference.check(slim, batch=exported.dynamic and not shapes, shapes=shapes, notes=notes)
+        return reference.check(slim, CheckOptions(batch=exported.dynamic and not shapes, shapes=shapes, notes=notes))
 
     def again(full: Source) -> Emitted:
         return emit_exported(full, export(full.model, full.dummy_input, known, exported.level))

@@ -25,7 +25,7 @@ from oto.groups.latency import latency_table
 from oto.slim.edits import thin_copy, thin_tensors
 from oto.slim.graph.emit import emit_graph
 from oto.slim.own_class import plan_edits
-from oto.slim.proof.compare import run
+from oto.slim.proof.run import run
 from oto.slim.pruned_shapes import thinning
 from oto.trace.export import export
 from oto.trace.found import as_found

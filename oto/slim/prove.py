@@ -12,6 +12,7 @@ from oto.errors import VerificationError, first_line, out_of_memory, some
 from oto.groups import Kept, Partition
 from oto.progress import stage
 from oto.slim.edits import Edits, attribute, thin_copy, thin_tensor
+from oto.slim.proof import limits
 from oto.slim.proof.compare import Check, require
 from oto.slim.pruned_shapes import Thinning, thinning
 from oto.slim.source import Emitted, Source
@@ -38,12 +39,12 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     require_held(source.model, emitted, thin)
     checks = emitted.compare(reference) if checks is None else checks
     require(checks)
-    notes.extend(reference.notes)
-    notes.extend(reference.numbers())
-    idle = reference.idle()
+    notes.extend(reference.full.notes)
+    notes.extend(limits.how_many_are_numbers(reference.partial))
+    idle = limits.constant(reference.full)
     if idle:
         checks = checks + _lively(source, emitted, idle, notes)
-    if checks and len(idle) < len(reference.floating):
+    if checks and len(idle) < len(limits.floating(reference.full)):
         notes.extend(reference.unreached(emitted.model, _thinned(emitted.model, thin)))
     return checks
 
@@ -117,7 +118,7 @@ def _lively(source: Source, emitted: Emitted, idle: list[int], notes: list[str])
             raise
         notes.append(f"{said}, so comparing them shows nothing ({first_line(failure)} with other numbers)")
         return []
-    by_design = other.reference.idle()
+    by_design = limits.constant(other.reference.full)
     moved = [i for i in idle if i not in by_design]
     if moved:
         notes.append(
@@ -125,7 +126,7 @@ def _lively(source: Source, emitted: Emitted, idle: list[int], notes: list[str])
             " Compared once more, with random numbers in constant parameters; load trained weights to compare these"
         )
         return [replace(c, what=f"{c.what}, with other numbers in constant parameters") for c in checks]
-    if len(idle) == len(source.reference.floating):
+    if len(idle) == len(limits.floating(source.reference.full)):
         notes.append(f"{said}, whatever the parameters are: comparing it shows nothing")
     return []
 

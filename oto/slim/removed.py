@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oto.errors import EmitterError, first_line, out_of_memory, some
 from oto.groups import Partition
 from oto.slim.edits import Edits, thin_copy
-from oto.slim.proof.compare import run
+from oto.slim.proof.run import run
 from oto.slim.proof.train_mode import trained
 
 

@@ -21,8 +21,9 @@ from oto.slim.config.solve import apply, solve
 from oto.slim.config.unstated import Unstated
 from oto.slim.edits import Edits, attribute, thin_tensors
 from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
-from oto.slim.proof.compare import learn, require
-from oto.slim.proof.reference import check
+from oto.slim.proof.compare import require
+from oto.slim.proof.reference import CheckOptions, check
+from oto.slim.proof.run import learn
 from oto.slim.proof.train_mode import check_training
 from oto.slim.provenance import REMEMBERED, Round, descend, origin_of
 from oto.slim.pruned_shapes import Thinning, thinning
@@ -79,7 +80,7 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
             _state_in_config(edits, model, source.recipe, thin)
         slim = apply(model, thin_tensors(model, thin), edits)
         learn(slim, edits, source.dummy_input)
-        require(check(model, slim, source.dummy_input, batch=True, left=source.left))
+        require(check(model, slim, source.dummy_input, CheckOptions(batch=True), left=source.left))
         if source.recipe is not None and Recipe.of(slim) is None:
             raise EmitterError("what its config makes is not of these sizes")
     except (VerificationError, ShrinkError):

@@ -139,9 +139,9 @@ def test_a_large_model_is_compared_in_its_own_dtype(monkeypatch):
     monkeypatch.setattr(layout, "SMALL", 0)
     real = layout.check
 
-    def check(*args, exact, **named):
-        assert not exact
-        return real(*args, exact=exact, **named)
+    def check(full, slim, example, options):
+        assert not options.exact
+        return real(full, slim, example, options)
 
     monkeypatch.setattr(layout, "check", check)
     assert stated(OTO(model(), IDS, layout="uniform")) == {"words.weight": 1, "heads": 4, "inner": 4}

@@ -16,7 +16,8 @@ from oto.nn import Told
 from oto.slim.own_class import search, traced, workbench
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import Place
-from oto.slim.proof.compare import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
 

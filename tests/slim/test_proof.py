@@ -13,7 +13,8 @@ from oto.errors import VerificationError
 from oto.slim import prove as proof
 from oto.slim.graph.replay import alike
 from oto.slim.proof import reach
-from oto.slim.proof.compare import checked, compared, random_like, require
+from oto.slim.proof.compare import checked, compared, require
+from oto.slim.proof.inputs import random_like
 from oto.slim.proof.reference import check
 
 NAN, INF = float("nan"), float("inf")

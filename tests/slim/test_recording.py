@@ -11,7 +11,8 @@ from torch import nn
 
 from oto import OTO, load_subnet
 from oto.errors import EmitterError, VerificationError
-from oto.slim.proof.compare import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 EXACT = 1e-12  # float64, sums of at most 16 terms

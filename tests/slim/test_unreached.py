@@ -10,7 +10,8 @@ from torch import nn
 
 from oto import OTO, load_subnet
 from oto.errors import TrainModeError
-from oto.slim.proof.compare import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 from oto.slim.proof.train_mode import check_training
 from oto.slim.removed import unreached
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import LeftBehindWarning, NotPrunedWarning, OTOError
-from oto.slim.proof.compare import run
+from oto.slim.proof.run import run
 from oto.trace.found import as_found
 from oto.trace.record import record
 from tests.zoo.unchanged import Seen

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from oto import OTO
 from oto.errors import EmitterError, OTOError
-from oto.slim.proof.compare import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 from oto.trace.inputs import arguments
 from oto.trace.record import tensors_in
 

@@ -30,9 +30,11 @@ from oto.axes import terms as T
 from oto.errors import EmitterError, NothingPrunableError, OTOError, UnknownOpWarning, VerificationError
 from oto.groups import cost
 from oto.slim.copying import copied
-from oto.slim.proof.compare import random_like, relative_error, run
+from oto.slim.proof.compare import relative_error
 from oto.slim.proof.float64 import double_input, in_double
+from oto.slim.proof.inputs import random_like
 from oto.slim.proof.reference import FAST
+from oto.slim.proof.run import run
 from oto.trace.found import as_found
 from oto.trace.inputs import arguments
 

@@ -25,7 +25,7 @@ from oto.slim.config.emit import Restated, emit_stock, solved
 from oto.slim.config.recipe import Keywords, Recipe
 from oto.slim.edits import attribute
 from oto.slim.proof.compare import require
-from oto.slim.proof.reference import check
+from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.zeroed import Zeroed
 from oto.slim.pruned_shapes import thinning
 from oto.trace.record import on_meta
@@ -242,7 +242,7 @@ class _Trial:
         entries = sum(p.numel() for p in self.model.parameters())
         how = None if made.rounded is None else rounded
         for exact in [True] if entries <= SMALL // 16 else [False, True] if entries <= SMALL else [False]:
-            checks = check(full, made.model, self.dummy_input, random=False, exact=exact, rounded=how)
+            checks = check(full, made.model, self.dummy_input, CheckOptions(random=False, exact=exact, rounded=how))
             if all(one.passed for one in checks):
                 return
         require(checks)

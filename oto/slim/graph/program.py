@@ -14,7 +14,7 @@ from oto._torch import example_size, tree_unflatten
 from oto.errors import ArtefactError
 from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
-from oto.slim.proof.compare import random_like
+from oto.slim.proof.inputs import random_like
 from oto.trace import export as trace_export
 from oto.trace.inputs import arguments
 from oto.trace.takes import parameters_of

@@ -13,9 +13,9 @@ from oto.errors import VerificationError
 from oto.groups import Kept, Partition
 from oto.slim.edits import attribute
 from oto.slim.graph.emit import emit_graph
-from oto.slim.proof.compare import TOLERANCE, Check, relative_error
+from oto.slim.proof.compare import Check, relative_error, tolerance
 from oto.slim.proof.float64 import double_input, throughout, widened
-from oto.slim.proof.reference import Reference
+from oto.slim.proof.reference import CheckOptions, Reference
 from oto.trace.record import Recording, record_data
 from oto.trace.replay import difference, replayed
 
@@ -44,7 +44,7 @@ def check_recording(
     Numbers that left torch were read in the model's dtype. Where float64 shows that, another recording is compared in
     float64, which is made in it.
     """
-    full, dummy_input = reference.model, reference.dummy_input
+    full, dummy_input = reference.model, reference.example.value
 
     def path(given: Any) -> Recording:
         with throughout(full):
@@ -60,7 +60,7 @@ def check_recording(
 
     def recorded() -> nn.Module:
         another = emit_recording(full, double_input(dummy_input), partition, kept)
-        few = TOLERANCE.get(reference.dtype, 1e-3) / 10
+        few = tolerance(reference.dtype) / 10
         if not alike(slim, another, few):
             raise VerificationError(
                 f"the recording of {type(full).__name__} in float64 makes other calls than the one to be proved\n"
@@ -69,7 +69,7 @@ def check_recording(
             )
         return another
 
-    return reference.check(slim, notes=notes, lacks=lacks, in_float64=recorded)
+    return reference.check(slim, CheckOptions(notes=notes, lacks=lacks, in_float64=recorded))
 
 
 def alike(one: fx.GraphModule, other: fx.GraphModule, few: float) -> bool:

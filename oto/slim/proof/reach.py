@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from oto._torch import tree_map_only
 from oto.errors import first_line, some
-from oto.slim.proof.compare import run
+from oto.slim.proof.run import run
 from oto.trace.found import as_found
 from oto.trace.inputs import arguments
 from oto.trace.record import tensors_in

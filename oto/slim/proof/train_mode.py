@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
 from oto.errors import ShrinkError, first_line, out_of_memory
 from oto.groups import Kept, Partition
-from oto.slim.proof.compare import Check, checked, random_like
+from oto.slim.proof.compare import Check, checked
 from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout, unrounded
+from oto.slim.proof.inputs import random_like
 from oto.slim.pruned_shapes import Thinning, thinning
 from oto.trace.found import as_found
 from oto.trace.inputs import arguments
