@@ -68,8 +68,7 @@ class HESSOCRIC(HESSO):
     """HESSO that walks groups to zero before it gives them up; see the module docstring for the algorithm.
 
     Args:
-        params: As in :class:`HESSO`, and so are all options that are not named here. Only ``within`` is ``"none"`` by
-            default: what a walk shows is about each ZIG of its own.
+        params: As in :class:`HESSO`, and so are all options that are not named here.
         node_groups: Node groups of the model.
         sampling_steps: Number of steps of each walk; a float in [0, 1] is a share of ``total_steps``.
         max_cycles: Greatest number of walks.

@@ -147,17 +147,27 @@ def names_of(options: type) -> frozenset[str]:
 
 
 def keywords_of(taker: Callable[..., Any]) -> set[str]:
-    """The names of what a function takes, those behind ``**options: Unpack[...]`` too.
+    """The names of what a function, or a class, takes: those behind ``**options: Unpack[...]`` too, and of a class that
+    passes others on those of its bases.
 
-    >>> "target_macs" in keywords_of(lambda model, **options: None)
-    False
+    >>> sorted(keywords_of(lambda model, scope="global": None))
+    ['model', 'scope']
     """
+    makers = (
+        [vars(k)["__init__"] for k in taker.__mro__ if "__init__" in vars(k)] if isinstance(taker, type) else [taker]
+    )
     found: set[str] = set()
-    for parameter in inspect.signature(taker, eval_str=True).parameters.values():
-        if get_origin(parameter.annotation) is Unpack:
-            found |= names_of(*get_args(parameter.annotation))
-        else:
-            found.add(parameter.name)
+    for maker in makers:
+        passed_on = False
+        for parameter in inspect.signature(maker, eval_str=True).parameters.values():
+            if get_origin(parameter.annotation) is Unpack:
+                found |= names_of(*get_args(parameter.annotation))
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                passed_on = True
+            else:
+                found.add(parameter.name)
+        if not passed_on:
+            break
     return found
 
 

@@ -13,16 +13,22 @@ from oto.optim.choice import Choice
 from oto.optim.refusals import require_gradients
 from oto.optim.saliency import Entries, raw_scores
 
+Loss = Callable[[nn.Module, Any], Tensor]
+"""Takes the model and a batch, and returns the loss."""
 
-def kept_now(
-    choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None
-) -> dict[str, int]:
-    """How many atoms of each node group a choice would leave now, if it were made in one go.
+
+def kept_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> dict[str, int]:
+    """How many atoms of each node group a choice would leave now; see :func:`left_now`."""
+    return choice.counts(left_now(choice, model, batches, loss))
+
+
+def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> Tensor:
+    """Which atoms a choice would leave now, if it were made in one go: bool, shape ``(N,)``.
 
     Args:
         model: Its gradients and buffers are written to.
         batches: Batches over which criteria that look at gradients are averaged.
-        loss: Takes the model and a batch, and returns the loss.
+        loss: Needed for batches.
 
     Raises:
         NoGradientError: It has no gradient, and the choice goes by gradients.
@@ -55,4 +61,4 @@ def kept_now(
     left = ~choice.select(scores, alive)
     choice.require_near(left, scores)
     choice.warn_of_collapse(left)
-    return choice.counts(left)
+    return left
