@@ -171,6 +171,20 @@ def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
+def test_the_front_decides_nothing() -> None:
+    """A method of ``OTO`` is a docstring and a call, with what it takes and gives around it."""
+    (kind,) = [node for node in ast.parse((OTO / "api.py").read_text()).body if isinstance(node, ast.ClassDef)]
+    for method in [node for node in kind.body if isinstance(node, ast.FunctionDef)]:
+        body = [
+            node for node in method.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        ]
+        assert len(body) <= 4, f"{method.name} does more than it says"
+        for node in ast.walk(method):
+            assert not isinstance(node, ast.If | ast.For | ast.While | ast.Try | ast.With | ast.comprehension), (
+                method.name
+            )
+
+
 def test_the_import_reader_sees_every_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "OTO", tmp_path)
     (tmp_path / "optim").mkdir()
