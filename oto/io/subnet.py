@@ -108,57 +108,71 @@ def save(
         EmitterError: The program was asked for, and cannot be written.
         VerificationError: What was read back differs. Nothing is put in place.
     """
-    edits, notes = made.edits, made.notes
     graph = source.partition.found.graph
     with writing(out_dir) as draft:
         stage("writing the weights")
         left_out = draft.tensors(WEIGHTS, made.tensors, graph.unread)
         if save_full:
             draft.tensors(FULL, tensors_of(source.model, source.partition), graph.unread)
-        again: list[Check] = []
-        first, earlier = source.model, tuple[Round, ...]()
-        if edits is not None:
-            origin = origin_of(made.model)
-            assert origin is not None
-            first, earlier = origin.first, origin.rounds[:-1]
-        if edits is not None and source.verify:  # the tensors are equal to the bit; do they go back into the class?
-            device = next(source.model.parameters()).device
-            start = after_rounds(first, earlier) if earlier else source.model
-            tensors = {name: t.to(device) for name, t in draft.load(WEIGHTS).items()}
-            loaded = rebuild(start, tensors, json.loads(json.dumps(plain_edits(edits))))
-            again += source.reference.check(loaded, CheckOptions("reloaded", random=False, exact=False))
-            require(again)
-            del loaded, tensors
+        checks = _read_back(draft, source, made) if made.edits is not None and source.verify else []
         no_program: str | None = NOT_ASKED
-        if program or (program is None and edits is None):
+        if program or (program is None and made.edits is None):
             no_program, proof = _write_program(draft, source, made, left_out)
-            again += proof
+            checks += proof
             if no_program is not None and program:
                 raise EmitterError(
                     f"{PROGRAM} was asked for, and cannot be written: {no_program}\n"
                     "  effect  nothing was saved\n  to fix  leave program=True out, and load with the class:"
                     " load_subnet(path, make_model)"
                 )
-        if no_program is not None and edits is None:
-            notes.append(f"no {PROGRAM} in the folder, so nothing in it can be loaded: {no_program}")
+        if no_program is not None and made.edits is None:
+            made.notes.append(f"no {PROGRAM} in the folder, so nothing in it can be loaded: {no_program}")
         stage("sealing the folder")
-        state = _state(source)
-        draft.commit(
-            {
-                "model": describe(first, [] if edits is None else [n for n in made.tensors if n not in state]),
-                "earlier": [done.plain() for done in earlier],  # what was done before, if it was made slim before
-                "edits": plain_edits(edits or Edits()),
-                "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
-                "checks": [vars(c) for c in (*made.checks, *again)],
-                "no_program": no_program,
-                "left_out": left_out,
-                "notes": notes,
-                "emitter": made.emitter,
-                "why_graph": made.why,
-                "cost": cost,
-            }
-        )
-    return again
+        said = {"checks": [vars(c) for c in (*made.checks, *checks)], "no_program": no_program, "left_out": left_out}
+        draft.commit({**_manifest(source, made), **said, "cost": cost})
+    return checks
+
+
+def _before(source: Source, made: Made) -> tuple[nn.Module, tuple[Round, ...]]:
+    """The first class, and what was done to it before, if it was made slim before."""
+    if made.edits is None:
+        return source.model, ()
+    origin = origin_of(made.model)
+    assert origin is not None
+    return origin.first, origin.rounds[:-1]
+
+
+def _read_back(draft: Draft, source: Source, made: Made) -> list[Check]:
+    """The weights are equal to the last bit; that they go back into the class, and compute the same, is compared.
+
+    Raises:
+        VerificationError: They do not.
+    """
+    assert made.edits is not None
+    first, earlier = _before(source, made)
+    device = next(source.model.parameters()).device
+    tensors = {name: t.to(device) for name, t in draft.load(WEIGHTS).items()}
+    edits = json.loads(json.dumps(plain_edits(made.edits)))
+    loaded = rebuild(after_rounds(first, earlier) if earlier else source.model, tensors, edits)
+    checks = source.reference.check(loaded, CheckOptions("reloaded", random=False, exact=False))
+    require(checks)
+    return checks
+
+
+def _manifest(source: Source, made: Made) -> dict[str, Any]:
+    """What the manifest says of a slim model, but for its files and its proof."""
+    first, earlier = _before(source, made)
+    state = _state(source)
+    names = [] if made.edits is None else [name for name in made.tensors if name not in state]
+    return {
+        "model": describe(first, names),
+        "earlier": [done.plain() for done in earlier],
+        "edits": plain_edits(made.edits or Edits()),
+        "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
+        "notes": made.notes,
+        "emitter": made.emitter,
+        "why_graph": made.why,
+    }
 
 
 def _state(source: Source) -> set[str]:

@@ -54,7 +54,7 @@ def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
         found = recipe.shapes({**implied, **edits})
         return MISFIT if found is None else _distance(found, wanted)
 
-    tries = [(path, n) for path, value in numbers.items() for n in _candidates(value, became) if n != value]
+    tries = [(path, n) for path, value in numbers.items() for n in candidates(value, became) if n != value]
 
     def nearest(tries: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         edits: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
     return edits
 
 
-def _candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int | float]:
+def candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int | float]:
     """What a number may be now: a size, or how many times another size a size is."""
     if isinstance(value, int):
         return sorted(became.get(value, ()))
