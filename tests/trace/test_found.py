@@ -371,7 +371,8 @@ def test_running_leaves_everything_as_it_was(kind):
     one_step_is_the_same(kind, use)
 
 
-REFUSED = {Renormalised: VerificationError, OtherData: EmitterError, OnlyReal: EmitterError}  # what torch.export makes of them, or does not
+# what torch.export makes of them, or does not
+REFUSED = {Renormalised: VerificationError, OtherData: EmitterError, OnlyReal: EmitterError}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
