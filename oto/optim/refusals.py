@@ -123,3 +123,14 @@ def require_gradients(
         NoGradientWarning,
         stacklevel=users_level(),
     )
+
+
+def tell_of_no_gradient(remedy: str) -> None:
+    """Tell that groups are chosen by weights that nothing trains."""
+    warnings.warn(
+        "every gradient of the prunable groups is zero or missing\n"
+        "  effect  groups are chosen by weights that no step trains\n"
+        f"  to fix  {remedy}",
+        NoGradientWarning,
+        stacklevel=users_level(),
+    )
