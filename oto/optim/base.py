@@ -36,6 +36,7 @@ from oto.errors import (
 )
 from oto.groups.node_group import NodeGroup
 from oto.optim.choice import Choice
+from oto.optim.entries import Place, Rows, zero_
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
 from oto.optim.refusals import refuse_sparse_gradients, require_finite, require_parameters
@@ -397,9 +398,8 @@ class SparseOptimizer(Optimizer):
     @torch.no_grad()
     def zero_(self, left: Mapping[str, NDArray[np.bool_]]) -> None:
         """Bring all other atoms to zero at once, whatever they are."""
-        parameters = self.parameters()
-        for group in self.node_groups:
-            group.zero_(parameters, torch.from_numpy(np.flatnonzero(~left[group.name])))
+        gone = [torch.from_numpy(np.flatnonzero(~left[group.name])) for group in self.node_groups]
+        Rows.of(self.node_groups, gone, self.parameters()).zero_()
 
     def shrink_(
         self, moved: Sequence[Moved], groups: Sequence[NodeGroup], left: Mapping[str, NDArray[np.bool_]]
@@ -578,15 +578,12 @@ class SparseOptimizer(Optimizer):
 
     def zero_moments_(self) -> None:
         """Set what the wrapped optimizer would still move pruned entries by (momentum, first moments) to zero."""
-        parameters = self.parameters()
-        for group, own in zip(self.node_groups, self._codes(), strict=True):
-            rows = rows_of(own, PRUNED)
+        parameters, pruned = self.parameters(), [rows_of(own, PRUNED) for own in self._codes()]
+        for group, rows in zip(self.node_groups, pruned, strict=True):
             for piece in (group.slices if self._is_quiet(group) else group.zeros) if len(rows) else ():
-                if piece.parameter not in parameters:
-                    continue
-                p = parameters[piece.parameter]
-                for moment in moments_of(p, self.state.get(p) or {}):
-                    piece.of(moment).index_fill_(0, rows.to(moment.device, non_blocking=True), 0)
+                p = parameters.get(piece.parameter)
+                for moment in () if p is None else moments_of(p, self.state.get(p) or {}):
+                    zero_([Place(piece.of(moment), rows.to(moment.device, non_blocking=True))])
 
     @torch.no_grad()
     def zero_pruned_in(self, model: Any) -> None:
@@ -606,8 +603,7 @@ class SparseOptimizer(Optimizer):
         names = {piece.parameter for group in self.node_groups for piece in group.zeros}
         shapes = {name: p.shape for name, p in self.parameters().items() if name in names}
         tensors = tensors_like(model, shapes, self.num_removed > 0)
-        for group, own in zip(self.node_groups, self._codes(), strict=True):
-            group.zero_(tensors, rows_of(own, PRUNED))
+        Rows.of(self.node_groups, [rows_of(own, PRUNED) for own in self._codes()], tensors).zero_()
 
     def commit(self) -> None:
         """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""
