@@ -62,7 +62,7 @@ from oto.groups.policy import (
 )
 from oto.io.artefact import adding, check_out_dir
 from oto.io.subnet import FULL, WEIGHTS, files, save
-from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
+from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.shrink import Moved
 from oto.optim.target import UNITS, Target
@@ -438,6 +438,16 @@ class OTO:
     def hesso_cric(self, **options: Any) -> HESSOCRIC:
         """HESSO that walks groups to zero first; options as in :class:`oto.optim.HESSOCRIC`."""
         return self._make(HESSOCRIC, options)
+
+    @_takes_options_of(HSPG)
+    def hspg(self, **options: Any) -> HSPG:
+        """HSPG of the first paper, with a target; options as in :class:`oto.optim.HSPG`."""
+        return self._make(HSPG, options)
+
+    @_takes_options_of(DHSPG)
+    def dhspg(self, **options: Any) -> DHSPG:
+        """DHSPG of the second paper, with a target; options as in :class:`oto.optim.DHSPG`."""
+        return self._make(DHSPG, options)
 
     @_takes_options_of(Choice.of)
     def preview(

@@ -49,6 +49,13 @@ from oto.optim.wrapped import Base, Named, Params, build, inside, keeps_own_stat
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
 
+ENTRY_BY_ENTRY = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.Adamax, torch.optim.Adadelta, torch.optim.AdamW,
+)  # fmt: skip
+"""Optimizers that move an entry by its own gradient and state alone, so that those of pruned entries may be forgotten
+at any time."""
+
 
 DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """State that an update is divided by. It moves nothing, so it is left alone: the square root of MKL takes ten times as
@@ -85,7 +92,7 @@ class SparseOptimizer(Optimizer):
         NonFiniteParameterError: A parameter of a prunable node group holds NaN or infinity.
     """
 
-    _split: tuple[Tensor, list[Tensor]] | None = None
+    _split: tuple[tuple[Tensor, list[Tensor]], ...] = ()
     _planned: tuple[Tensor, list[int], Plan] | None = None
     _loud = False
     _followed: Followed | None = None
@@ -234,6 +241,12 @@ class SparseOptimizer(Optimizer):
         self.param_groups[0]["oto_atoms"] = atoms
 
     @property
+    def settled(self) -> Tensor:
+        """The atoms that the plan of a step is made for. Where a paper lets some go at any step without reading back
+        which, those that were known last."""
+        return self.atoms
+
+    @property
     def num_atoms(self) -> int:
         """Number of zero-invariant groups (ZIGs) of the model that may be pruned."""
         return sum(group.size for group in self.node_groups)
@@ -303,7 +316,7 @@ class SparseOptimizer(Optimizer):
         } | self.choice.describe()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; momentum and first moments of pruned entries are zero in it.
+        """As in torch; momentum and first moments of pruned entries are zero in it, if each moves its own entry alone.
 
         Where the wrapped optimizer writes a state dict of its own (one that shards its state, or wraps another), it is
         that one, with what pruning must know in its first parameter group.
@@ -311,7 +324,8 @@ class SparseOptimizer(Optimizer):
         Raises:
             OTOError: It has no parameter groups.
         """
-        self.zero_moments_()
+        if isinstance(self.base, ENTRY_BY_ENTRY):  # to others, rows that are gone are a part of what moves the rest
+            self.zero_moments_()
         self.param_groups[0]["oto_history"] = json.dumps(self.history)
         if not keeps_own_state(self.base):
             return super().state_dict()
@@ -477,11 +491,18 @@ class SparseOptimizer(Optimizer):
         if not self.choice.target.wants_less:
             return
         self._record_cost()
+        self.mark_redundant(self.choice.select(self.scores(), self.atoms != PRUNED, share), final=share >= 1)
+
+    def mark_redundant(self, chosen: Tensor, final: bool = True) -> None:
+        """These atoms are to be at zero, bool, shape ``(N,)``; all others that are left are free.
+
+        Args:
+            final: Nothing is chosen after them.
+        """
         alive = self.atoms != PRUNED
-        chosen = self.choice.select(self.scores(), alive, share).to(alive.device)
-        self.atoms = torch.where(alive, torch.where(chosen, REDUNDANT, FREE), PRUNED).to(torch.uint8)
+        self.atoms = torch.where(alive, torch.where(chosen.to(alive.device), REDUNDANT, FREE), PRUNED).to(torch.uint8)
         self._forget_averages()
-        if share >= 1:
+        if final:
             self.choice.warn_of_miss(self.atoms == FREE)
             self.choice.warn_of_collapse(self.atoms == FREE)
 
@@ -609,7 +630,7 @@ class SparseOptimizer(Optimizer):
         """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""
         codes = [own.masked_fill(own == REDUNDANT, PRUNED) for own in self._codes()]
         self.atoms = self.atoms.masked_fill(self.atoms == REDUNDANT, PRUNED)
-        self._split = (self.atoms, codes)  # known without reading them back
+        self._split = ((self.atoms, codes),)  # known without reading them back
         self.zero_moments_()
         self._record_cost()
 
@@ -617,19 +638,22 @@ class SparseOptimizer(Optimizer):
         # an attribute that the analysis may set; without it a group is loud, which is always right
         return not self._loud and group.quiet and type(self.base) in ELEMENTWISE
 
-    def _codes(self) -> list[Tensor]:
+    def _codes(self, atoms: Tensor | None = None) -> list[Tensor]:
         """``atoms`` on the CPU, one tensor per node group. Synchronises when they are new."""
-        if self._split is None or self._split[0] is not self.atoms:
-            sizes = [group.size for group in self.node_groups]
-            self._split = (self.atoms, list(self.atoms.cpu().split_with_sizes(sizes)))
-        return self._split[1]
+        atoms = self.atoms if atoms is None else atoms
+        for known, codes in self._split:
+            if known is atoms:
+                return codes
+        codes = list(atoms.cpu().split_with_sizes([group.size for group in self.node_groups]))
+        self._split = ((atoms, codes), *self._split[:1])
+        return codes
 
     def _plan(self) -> Plan:
         """What a step writes. Made anew when atoms change or a parameter has moved."""
-        atoms, pointers = self.atoms, [p.data_ptr() for group in self.param_groups for p in group["params"]]
+        atoms, pointers = self.settled, [p.data_ptr() for group in self.param_groups for p in group["params"]]
         if self._planned is None or self._planned[0] is not atoms or self._planned[1] != pointers:
             quiet = [self._is_quiet(group) for group in self.node_groups]
-            plan = Plan.of(self.node_groups, self._codes(), self.parameters(), quiet)
+            plan = Plan.of(self.node_groups, self._codes(atoms), self.parameters(), quiet)
             self._planned = (atoms, pointers, plan)
         return self._planned[2]
 

@@ -33,6 +33,7 @@ from oto.groups.layout import atoms_per_step, settled, ties_of
 from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, atoms_of, called, frozen_part, keep_at_least
 from oto.optim.saliency import (
+    AS_PUBLISHED,
     CRITERIA,
     FROM_WEIGHTS,
     NORMALISE,
@@ -138,14 +139,15 @@ class Choice:
                 parameters are on a CUDA device.
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
-                each divided by its norm over all groups, blind to cost and to the width of a layer.
+                each divided by its norm over all groups, blind to cost and to the width of a layer; ``"dhspg"`` for
+                the two of DHSPG, likewise.
             normalise, by_cost: See the attributes. By default 1 for the cost, and no normalisation, if ``saliency`` is
                 in the unit of the loss as the two Taylor terms are; else scores are divided by their means over each
                 node group, and costs do not count: a magnitude per MAC empties layers that stand beside each other.
             within: Where it is given, importance is shared out in all node groups; ``"none"``: each atom has the score
                 that was measured for it. By default ``"path_norm"`` in those that a convolution over images reads,
                 if nothing is said about ``saliency``, and else ``"none"``.
-            average_steps: See the attributes; 1 for ``saliency="hesso"``.
+            average_steps: See the attributes; 1 for ``saliency="hesso"`` and ``"dhspg"``.
 
         Raises:
             TargetError: An option means nothing, or the target cannot be reached; or it is missed by more than 1 %
@@ -154,7 +156,7 @@ class Choice:
             UnknownParameterError: A glob of ``align`` or ``min_kept`` matches nothing.
             NothingPrunableError: There is a target, but no node group may lose an atom.
         """
-        published, node_groups = isinstance(saliency, str) and saliency == "hesso", tuple(node_groups)
+        published, node_groups = isinstance(saliency, str) and saliency in AS_PUBLISHED, tuple(node_groups)
         groups = [group for group in node_groups if group.prunable and group.size]
         if min_kept is not None:  # a group that may lose nothing stays in the list, which costs are counted over
             asked_for = keep_at_least(groups, min_kept)
@@ -235,6 +237,27 @@ class Choice:
     @cached_property
     def _tied_measure(self) -> Measure:
         return self.target.measure if self._ties is None else self.target.measure.tied(self._ties, self._per)
+
+    @property
+    def tied(self) -> tuple[Counts, Counts]:
+        """For each node group the number of its tie, its own where it is not tied; and how many atoms it keeps for each
+        that the tie counts."""
+        return (np.arange(len(self.groups)), np.ones(len(self.groups), dtype=np.int64)) if self._ties is None else (
+            self._ties, self._per
+        )  # fmt: skip
+
+    @property
+    def tied_measure(self) -> Measure:
+        """The cost as a function of the counts of ties."""
+        return self._tied_measure
+
+    def lowest(self, counts: Counts) -> Counts:
+        """How many atoms each node group keeps in any case on the way from some counts to the goal."""
+        if self.scope == "local":  # all lose the same share, so the numbers are settled
+            alive = torch.ones(sum(self.sizes), dtype=torch.bool)
+            kept: Counts = np.minimum(self._counts(~self.select(alive.float(), alive)), counts)
+            return kept
+        return next(self._floors(self.target.goal))
 
     @property
     def averaged(self) -> list[Saliency]:
@@ -578,7 +601,7 @@ def _check(
         raise TargetError(f"group_divisible is {group_divisible}; it is at least 1")
     if normalise is not None and normalise not in NORMALISE:
         raise TargetError(f"normalise is {normalise!r}; it is one of {', '.join(NORMALISE)}")
-    shares = ["none", *(_name(criterion) for criterion in FROM_WEIGHTS)]
+    shares = ["none", *(name for name in map(_name, FROM_WEIGHTS) if name in CRITERIA)]
     if isinstance(within, str) and within not in shares:
         raise TargetError(f"within is {within!r}; it is one of {', '.join(shares)}, or a function of weights")
     if by_cost is not None and not by_cost >= 0:

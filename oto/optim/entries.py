@@ -44,6 +44,7 @@ class Place(NamedTuple):
         return self.view if self.rows is None else self.view.index_select(0, self.rows)
 
     def write_(self, rows: Tensor) -> None:
+        """Put numbers in their place."""
         if self.rows is None:
             self.view.copy_(rows)
         else:
@@ -124,12 +125,22 @@ class Rows:
         """Multiply them."""
         scale_(self.places, factor)
 
+    def moved(self, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``<x_g - y_g, y_g>`` and ``||x_g - y_g||^2`` of every atom, shape ``(N,)``; exact where both are close."""
+        along, sq = list[Tensor](), list[Tensor]()
+        for place, other in zip(self.places, others, strict=True):
+            change = place.read() - other
+            along.append(dot(change, other))
+            sq.append(sq_norm(change))
+        return self._summed(along), self._summed(sq)
+
     def subtract_(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> None:
         """``x_g -= rate * factor_g * y_g``, with a factor of every atom, shape ``(N,)``, and a rate of every place."""
         for place, other, rate in zip(self.places, others, rates, strict=True):
             if isinstance(rate, Tensor) or rate:
-                real = place.view.real.dtype if place.view.is_complex() else place.view.dtype
-                place.write_(place.read().sub_(other * (place.of(factors) * rate).to(real)))
+                own = place.read().addcmul_(other, (place.of(factors) * rate).to(place.view.dtype), value=-1)
+                if place.rows is not None:
+                    place.write_(own)
 
     def zero_(self, which: Tensor | None = None) -> None:
         """Bring them to zero, whatever they are; only those of some atoms, bool, shape ``(N,)``, if that is given."""
@@ -140,7 +151,9 @@ class Rows:
                 own = which.narrow(0, place.first, place.view.shape[0]).cpu().nonzero()[:, 0]
                 zero_([place._replace(rows=own)] if len(own) else [])
             else:  # which ones they are is not to be waited for
-                place.write_(place.read().masked_fill(place.of(which), 0))
+                own = place.read().masked_fill_(place.of(which), 0)
+                if place.rows is not None:
+                    place.write_(own)
 
     def copies(self, into: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The rows of each place in memory of their own, which may be that of earlier copies."""
@@ -198,7 +211,7 @@ def any_entry(places: Iterable[Place]) -> bool:
 
 
 def taken(tensor: Tensor, entries: Sequence[NDArray[np.int64] | None]) -> Tensor:
-    """Some entries of every dimension, sorted int64 indices; ``None``: all. Memory of its own, if any dimension shrinks."""
+    """Some entries of every dimension, sorted int64 indices; ``None``: all. A copy, if any dimension shrinks."""
     for dim, own in enumerate(entries):
         if own is not None:
             tensor = tensor.index_select(dim, torch.from_numpy(own).to(tensor.device))

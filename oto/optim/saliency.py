@@ -151,7 +151,21 @@ Weights = Mapping[str | Saliency, float]
 PUBLISHED: Weights = {name: 0.2 for name in CRITERIA if name != "path_norm"}
 """The five criteria of HESSO count alike."""
 
-FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude, path_norm)
+
+def angle(entries: Entries) -> Tensor:
+    """``-cos(x_g, g_g)``, in [-1, 1]: low where descent shrinks the group already (DHSPG)."""
+    return cosine_similarity(entries) - 1
+
+
+def inverse_magnitude(entries: Entries) -> Tensor:
+    """``-1 / (||x_g|| / |g| + 1e-6)``: low where entries are small on average (DHSPG)."""
+    return -1 / (avg_magnitude(entries) + 1e-6)
+
+
+AS_PUBLISHED: dict[str, Weights] = {"hesso": PUBLISHED, "dhspg": {angle: 0.5, inverse_magnitude: 0.5}}
+"""The scores of a paper: criteria of one batch, each divided by its norm over all groups."""
+
+FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude, path_norm, inverse_magnitude)
 """Criteria that look at no gradient, so there is nothing to average."""
 
 OF_THE_LOSS: tuple[Saliency, ...] = (taylor_first_order, taylor_second_order)
@@ -172,17 +186,17 @@ WITHIN_GROUPS = ("mean", "max", "norm")
 
 
 def resolve(weights: Weights | str | Saliency) -> list[tuple[Saliency, float]]:
-    """The criteria as functions, in the given order; ``"hesso"`` stands for :data:`PUBLISHED`.
+    """The criteria as functions, in the given order; the name of a paper stands for its scores.
 
     Raises:
         TargetError: A name is unknown, or no criterion counts.
     """
     if not isinstance(weights, Mapping):
-        weights = PUBLISHED if weights == "hesso" else {weights: 1.0}
+        weights = AS_PUBLISHED[weights] if isinstance(weights, str) and weights in AS_PUBLISHED else {weights: 1.0}
     for name in weights:
         if isinstance(name, str) and name not in CRITERIA:
             raise TargetError(
-                f"no saliency is called {name!r}; there are hesso, {', '.join(CRITERIA)}, or pass a function"
+                f"no saliency is called {name!r}; there are {', '.join([*AS_PUBLISHED, *CRITERIA])}, or pass a function"
             )
     if not any(weights.values()):
         raise TargetError("every saliency has the weight 0, so no group can be told from another")
