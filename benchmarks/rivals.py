@@ -43,6 +43,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "rivals.jsonl"
 OURS = ("oto", "oto-cric", "oto-published", "random")
+SERIES = ("hspg", "dhspg", "dhspg-published")  # the other papers; λ has to suit the number of steps, see the docstring
 # What carries all methods; the others the two best rivals and the dense one.
 ALL = ["dense", "dense-small", *OURS] + [
     f"tp-{criterion}-{scope}-{when}"
@@ -275,8 +276,10 @@ def table(here: list[Line], dense: list[Line], target: float, times: dict[Any, L
         timed = next((times[identity(r)] for r in own if identity(r) in times), None)
         cells = [speed(timed, mode) if timed else "" for mode in ("eager", "compiled")]
         bold = "**" if method == "oto" else ""
+        ways = [r["ways"]["by half-space"] / max(sum(r["ways"].values()), 1) for r in own if "ways" in r]
+        left = f", {statistics.mean(ways):.0%} by half-space" if ways else ""
         rows.append(
-            f"| {bold}{method}{bold} | {len(own)} | {mean(own, 'macs_kept'):.3f} | {mean(own, 'params_kept'):.3f} | "
+            f"| {bold}{method}{bold}{left} | {len(own)} | {mean(own, 'macs_kept'):.3f} | {mean(own, 'params_kept'):.3f} | "
             f"{bold}{spread(own, 'accuracy')}{bold} | {spread(own, 'accuracy_holdout')} | {' | '.join(cells)} | "
             f"{mean(own, 'cpu_minutes'):.1f} |"
         )
@@ -308,7 +311,7 @@ def verdict(here: list[Line]) -> str:
     for r in here:
         methods.setdefault(r["method"], []).append(r)
     own = methods.get("oto")
-    rivals = {m: rs for m, rs in methods.items() if m.partition("[")[0] not in OURS}
+    rivals = {m: rs for m, rs in methods.items() if m.partition("[")[0] not in (*OURS, *SERIES)}
     if not own or not rivals:
         return "not measured yet"
     best = max(rivals, key=lambda m: mean(rivals[m], "accuracy"))

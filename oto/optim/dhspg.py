@@ -158,10 +158,10 @@ class DHSPG(HalfSpace):
             rate = x.rate()
             self.descend()  # x̂_g = x_g - α G_g
             along, moved_sq = x.moved()  # -α <x_g, G_g> and α² ||G_g||²
-            lmbda = self.open() * self.lmbdas(along, moved_sq, x.norm, rate, t)
-            x.shrink_(lmbda)  # x̂_g -= α λ_g x_g / ||x_g||
+            lmbda, which = self.lmbdas(along, moved_sq, x.norm, rate, t), self.open()
+            x.shrink_(lmbda, which)  # x̂_g -= α λ_g x_g / ||x_g||
             if t >= self.half_space_step:
-                inner = x.sq + along - rate * lmbda * x.norm  # <x̂_g, x_g>
+                inner = x.sq + along - rate * lmbda * which * x.norm  # <x̂_g, x_g>
                 self.project_(inner / x.sq - x.epsilon)
         self.end_step(t)
 

@@ -147,7 +147,7 @@ class Rows:
         for place in self.places:
             if which is None:
                 zero_([place])
-            elif place.view.device.type == "cpu":
+            elif is_here(place.view):
                 own = which.narrow(0, place.first, place.view.shape[0]).cpu().nonzero()[:, 0]
                 zero_([place._replace(rows=own)] if len(own) else [])
             else:  # which ones they are is not to be waited for
@@ -184,6 +184,11 @@ class Rows:
             else:
                 own.index_add_(0, place.rows.to(self.device, non_blocking=True), part.to(total.dtype))
         return torch.zeros(self.atoms, device=self.device) if total is None else total
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether a number of it can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def scale_(places: Iterable[Place], factor: float) -> None:
@@ -244,7 +249,7 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
 def _blocks(rows: Tensor) -> Iterator[Tensor]:
     """Some rows at a time, where there is a cache that they fit into."""
     entries = rows.numel()
-    if rows.device.type != "cpu" or entries <= BLOCK:
+    if not is_here(rows) or entries <= BLOCK:
         yield rows
         return
     yield from rows.split(max(BLOCK * rows.shape[0] // entries, 1))

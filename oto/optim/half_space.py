@@ -35,7 +35,7 @@ from torch import Tensor
 from oto.errors import OptionError, TargetError
 from oto.groups.node_group import NodeGroup
 from oto.optim.budget import Budget, rest
-from oto.optim.entries import Rate, Rows
+from oto.optim.entries import Rate, Rows, is_here
 from oto.optim.hesso import HESSO
 from oto.optim.plan import PRUNED, REDUNDANT, Plan
 from oto.optim.schedule import Progress, Schedule, Steps, count_steps
@@ -74,11 +74,12 @@ class Penalised:
         self.before = self.rows.copies(self.before)
         self.sq = self.rows.sq_norm()
         self.norm = self.sq.sqrt()
+        self.epsilon = self.epsilon.to(self.sq)
 
-    def shrink_(self, lmbda: Tensor) -> None:
-        """``x̂_g -= α λ_g x_g / ||x_g||``, with a λ of every atom, shape ``(N,)``."""
+    def shrink_(self, lmbda: float | Tensor, which: Tensor) -> None:
+        """``x̂_g -= α λ_g x_g / ||x_g||`` of some atoms, bool, shape ``(N,)``; λ is one number, or one of every atom."""
         assert self.before is not None
-        self.rows.subtract_(self.before, per_norm(lmbda, self.norm), self.rates)
+        self.rows.subtract_(self.before, torch.where(which & (self.norm > 0), lmbda / self.norm, 0), self.rates)
 
     def inner(self) -> Tensor:
         """``<x̂_g, x_g>``, shape ``(N,)``."""
@@ -99,11 +100,6 @@ class Penalised:
         if not isinstance(first, Tensor) and all(rate is first or rate == first for rate in others):
             return torch.full_like(self.norm, first)
         return self.rows.sq_norm(self.rates) / self.sq.clamp_min(torch.finfo(self.sq.dtype).tiny)
-
-
-def per_norm(numbers: Tensor, norm: Tensor) -> Tensor:
-    """Divided by the norm; 0 where that is 0."""
-    return torch.where(norm > 0, numbers / norm, 0)
 
 
 class HalfSpace(HESSO):
@@ -207,7 +203,7 @@ class HalfSpace(HESSO):
             further_out: ``<x̂_g, x_g> / ||x_g||² - ε``, shape ``(N,)``: below 0 a group has left its half-space.
         """
         going = (further_out < 0) & self._may_go()
-        if going.device.type == "cpu" and not going.any():
+        if is_here(going) and not going.any():
             return
         budget = self.budget()
         if budget is not None:
@@ -333,8 +329,8 @@ class HalfSpace(HESSO):
         whole = [None if len(own) == group.size else own for group, own in zip(self.node_groups, rows, strict=True)]
         entries = Rows.of(self.node_groups, whole, self.parameters(), device=device)
         sizes = torch.tensor(self.choice.sizes)
-        epsilon = torch.tensor([self.epsilon[kind] for kind in self._kinds()]).repeat_interleave(sizes)
-        return Penalised(entries, (), epsilon.to(device))
+        epsilon = torch.tensor([self.epsilon[kind] for kind in self._kinds()], dtype=torch.float64)
+        return Penalised(entries, (), epsilon.repeat_interleave(sizes))
 
     def _penalised_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """For each node group the atoms that are penalised, as they were read back."""
