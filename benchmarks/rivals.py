@@ -279,7 +279,8 @@ def table(here: list[Line], dense: list[Line], target: float, times: dict[Any, L
         ways = [r["ways"]["by half-space"] / max(sum(r["ways"].values()), 1) for r in own if "ways" in r]
         left = f", {statistics.mean(ways):.0%} by half-space" if ways else ""
         rows.append(
-            f"| {bold}{method}{bold}{left} | {len(own)} | {mean(own, 'macs_kept'):.3f} | {mean(own, 'params_kept'):.3f} | "
+            f"| {bold}{method}{bold}{left} | {len(own)} | "
+            f"{mean(own, 'macs_kept'):.3f} | {mean(own, 'params_kept'):.3f} | "
             f"{bold}{spread(own, 'accuracy')}{bold} | {spread(own, 'accuracy_holdout')} | {' | '.join(cells)} | "
             f"{mean(own, 'cpu_minutes'):.1f} |"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -62,9 +64,9 @@ def test_step_by_step(seed, penalty, warm_up):
     to_go = x.norm(dim=1).argsort()[:6].tolist()  # by magnitude, at the first step
     lmbda, amplify, coeff = penalty
     optimizer, ours = descend(
-        DHSPG, x, noisy(h, a), 180, target_group_sparsity=0.5, saliency="magnitude", partition_step=0, half_space_step=10,
-        warm_up_steps=warm_up, pruning_steps=200, lmbda=lmbda, lmbda_amplify=amplify, hat_lmbda_coeff=coeff, epsilon=0.9,
-        **PLAIN,
+        DHSPG, x, noisy(h, a), 180, target_group_sparsity=0.5, saliency="magnitude", partition_step=0,
+        half_space_step=10, warm_up_steps=warm_up, pruning_steps=200, lmbda=lmbda, lmbda_amplify=amplify,
+        hat_lmbda_coeff=coeff, epsilon=0.9, **PLAIN,
     )  # fmt: skip
     theirs, gone, used = as_published(x, noisy(h, a), 180, 0.1, to_go, 0.9, 10, warm_up, penalty)
     for mine, published in zip(ours, theirs, strict=True):
@@ -81,7 +83,8 @@ def test_as_published_the_first_to_leave_go(seed):
     penalty = (0.1, 2.0, 10.0)
     optimizer, ours = descend(
         DHSPG, x, noisy(h, a), 190, target_group_sparsity=4.5 / 12, tolerance_group_sparsity=0.25, saliency="dhspg",
-        partition_step=0, half_space_step=10, pruning_steps=200, pruning_periods=20, lmbda=penalty[0], epsilon=0.9, **PLAIN,
+        partition_step=0, half_space_step=10, pruning_steps=200, pruning_periods=20, lmbda=penalty[0],
+        epsilon=0.9, **PLAIN,
     )  # fmt: skip
     g = noisy(h, a)(x, 0)
     cosine = torch.nn.functional.cosine_similarity(-x, -g, dim=1)
@@ -137,7 +140,7 @@ def test_what_is_to_go_shrinks_at_every_step_and_the_loss_descends(base):
 
     now = [norms()]
     train(model, optimizer, range(3, 12), then=step)
-    assert all((after <= before).all() for before, after in zip(now, now[1:], strict=False))
+    assert all((after <= before).all() for before, after in pairwise(now))
     assert (now[-1] < now[0]).all()
 
 

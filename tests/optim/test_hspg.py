@@ -14,7 +14,7 @@ PLAIN = {"variant": "sgd", "lr": 0.1, "saliency": "magnitude"}
 
 
 def as_published(x, gradient, steps, lr, lmbda, epsilon, stage_2, most=None):
-    """Algorithm 2, a group at a time. ``most`` groups go at most, those that are furthest out of their half-space first."""
+    """Algorithm 2, a group at a time. At most ``most`` groups go, those furthest out of their half-space first."""
     x, seen, gone = x.clone(), [], set()
     for t in range(steps):
         g = gradient(x, t)
@@ -92,8 +92,8 @@ def test_known_minimisers_are_recovered(seed):
     zero = int((expected == 0).all(1).sum())
     assert 6 <= zero < 12
     optimizer, seen = descend(
-        HSPG, x, lambda x, t: x - a, 600, lmbda=lmbda, epsilon=0.0, upper_group_sparsity=11.5 / 12, start_pruning_step=0,
-        pruning_steps=1200, half_space_step=100, pruning_periods=2, **PLAIN,
+        HSPG, x, lambda x, t: x - a, 600, lmbda=lmbda, epsilon=0.0, upper_group_sparsity=11.5 / 12,
+        start_pruning_step=0, pruning_steps=1200, half_space_step=100, pruning_periods=2, **PLAIN,
     )  # fmt: skip
     torch.testing.assert_close(seen[-1], expected, rtol=0, atol=1e-9)
     assert optimizer.ways["by half-space"] == zero
@@ -109,7 +109,7 @@ def test_known_minimisers_are_recovered(seed):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("epsilon", [0.0, 0.4])
 def test_a_step_never_increases_the_regularised_model(seed, epsilon):
-    """The paper's lemma: with α <= 2 (1 - ε) / L it falls, by (1 - ε) / α - L / 2 times the squares of what is projected."""
+    """The paper's lemma: with α <= 2 (1 - ε) / L it falls, by (1 - ε) / α - L / 2 times the squares of what goes."""
     h, a = quadratic(seed)
     lr, lmbda, bound = 0.8, 0.2, 1.0  # curvatures are at most 1
     x = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
