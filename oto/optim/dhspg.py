@@ -162,7 +162,7 @@ class DHSPG(HalfSpace):
             x.shrink_(lmbda, which)  # x̂_g -= α λ_g x_g / ||x_g||
             if t >= self.half_space_step:
                 inner = x.sq + along - rate * lmbda * which * x.norm  # <x̂_g, x_g>
-                self.project_(inner / x.sq - x.epsilon)
+                self.project_(inner / x.sq - x.epsilon)  # x̂_g = 0 if <x̂_g, x_g> < ε ||x_g||²
         self.end_step(t)
 
     def lmbdas(self, along: Tensor, moved_sq: Tensor, norm: Tensor, rate: Tensor, t: int) -> Tensor:

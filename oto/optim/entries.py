@@ -50,11 +50,40 @@ class Place(NamedTuple):
         else:
             self.view.index_copy_(0, self.rows, rows.to(self.view.dtype))
 
+    def copy(self, into: Tensor | None = None) -> Tensor:
+        """The rows in memory of their own, which may be that of an earlier copy."""
+        if into is None:
+            return self.view.clone() if self.rows is None else self.read()
+        if self.rows is None:
+            return into.copy_(self.view)
+        return torch.index_select(self.view, 0, self.rows, out=into)
+
+    def subtract_(self, other: Tensor, factors: Tensor, rate: Rate) -> Tensor:
+        """``rows -= rate * factor * other``, with a factor of every atom, shape ``(N,)``; what the rows are then."""
+        own = self.read()
+        if isinstance(rate, Tensor) or rate:
+            own.addcmul_(other, (self.of(factors) * rate).to(own.dtype), value=-1)
+            if self.rows is not None:
+                self.write_(own)
+        return own
+
     def of(self, vector: Tensor) -> Tensor:
         """The numbers of these rows out of one number per atom, beside the view, in a shape that broadcasts over it."""
         own = vector.narrow(0, self.first, self.view.shape[0]).to(self.view.device, non_blocking=True)
         own = own if self.rows is None else own.index_select(0, self.rows)
         return own.reshape(-1, *[1] * (self.view.dim() - 1))
+
+    def blocks(self) -> Iterator[Place]:
+        """A few rows at a time, as many as a cache holds; all at once where there is none to mind."""
+        view = _flat(self.view)
+        view = self.view if view is None or self.view.is_complex() else view
+        count = len(view if self.rows is None else self.rows)
+        size = max(BLOCK * len(view) // max(view.numel(), 1), 1) if is_here(view) else count
+        for at in range(0, count, max(size, 1)):
+            if self.rows is None:
+                yield Place(view[at : at + size], None, self.first + at)
+            else:
+                yield Place(view, self.rows[at : at + size], self.first)
 
     def first_entries(self) -> Place:
         """One entry of each of these atoms."""
@@ -88,6 +117,7 @@ class Rows:
         tensors: Mapping[str, Tensor],
         *,
         slices: Sequence[Slice] | None = None,
+        in_blocks: bool = False,
         device: torch.device | str = "cpu",
     ) -> Rows:
         """Look them up.
@@ -97,16 +127,19 @@ class Rows:
             chosen: For each of them the atoms, sorted int64 indices on any device; ``None``: all.
             tensors: By the names of parameters; what is not among them is left out.
             slices: Which slices of them; by default those that are zeroed.
+            in_blocks: Each place holds no more than fits into a cache, so that one call finds there what another left.
             device: Where vectors of one number per atom lie.
         """
-        places, names, first = [], [], 0
+        places, names, first = list[Place](), list[str](), 0
         for group, rows in zip(groups, chosen, strict=True):
             for piece in (group.zeros if slices is None else slices) if rows is None or len(rows) else ():
                 if piece.parameter in tensors:
                     tensor = tensors[piece.parameter].detach()
                     own = None if rows is None else rows.to(tensor.device, non_blocking=True)
-                    places.append(Place(piece.of(tensor), own, first))
-                    names.append(piece.parameter)
+                    place = Place(piece.of(tensor), own, first)
+                    found = list(place.blocks()) if in_blocks else [place]
+                    places += found
+                    names += [piece.parameter] * len(found)
             first += group.size
         return cls(places, names, first, torch.device(device))
 
@@ -121,6 +154,17 @@ class Rows:
         """``<x_g, y_g>`` of every atom, shape ``(N,)``; the others are as :meth:`copies` gives them."""
         return self._summed(dot(p.read(), other) for p, other in zip(self.places, others, strict=True))
 
+    def remembered(self, into: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+        """:meth:`copies` and :meth:`sq_norm`, in one go."""
+        made: list[Tensor] = []
+
+        def copied() -> Iterator[Tensor]:
+            for i, place in enumerate(self.places):
+                made.append(place.copy(None if into is None else into[i]))
+                yield sq_norm(made[-1])
+
+        return made, self._summed(copied())
+
     def scale_(self, factor: float) -> None:
         """Multiply them."""
         scale_(self.places, factor)
@@ -129,7 +173,7 @@ class Rows:
         """``<x_g - y_g, y_g>`` and ``||x_g - y_g||^2`` of every atom, shape ``(N,)``; exact where both are close."""
         along, sq = list[Tensor](), list[Tensor]()
         for place, other in zip(self.places, others, strict=True):
-            change = place.read() - other
+            change = place.view - other if place.rows is None else place.read().sub_(other)
             along.append(dot(change, other))
             sq.append(sq_norm(change))
         return self._summed(along), self._summed(sq)
@@ -137,10 +181,12 @@ class Rows:
     def subtract_(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> None:
         """``x_g -= rate * factor_g * y_g``, with a factor of every atom, shape ``(N,)``, and a rate of every place."""
         for place, other, rate in zip(self.places, others, rates, strict=True):
-            if isinstance(rate, Tensor) or rate:
-                own = place.read().addcmul_(other, (place.of(factors) * rate).to(place.view.dtype), value=-1)
-                if place.rows is not None:
-                    place.write_(own)
+            place.subtract_(other, factors, rate)
+
+    def subtracted_dot(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> Tensor:
+        """:meth:`subtract_`, and then :meth:`dot`, in one go."""
+        triples = zip(self.places, others, rates, strict=True)
+        return self._summed(dot(place.subtract_(other, factors, rate), other) for place, other, rate in triples)
 
     def zero_(self, which: Tensor | None = None) -> None:
         """Bring them to zero, whatever they are; only those of some atoms, bool, shape ``(N,)``, if that is given."""
@@ -157,14 +203,7 @@ class Rows:
 
     def copies(self, into: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The rows of each place in memory of their own, which may be that of earlier copies."""
-        if into is None:
-            return [p.view.clone() if p.rows is None else p.read() for p in self.places]
-        for place, own in zip(self.places, into, strict=True):
-            if place.rows is None:
-                own.copy_(place.view)
-            else:
-                torch.index_select(place.view, 0, place.rows, out=own)
-        return list(into)
+        return [place.copy(None if into is None else into[i]) for i, place in enumerate(self.places)]
 
     def copy_(self, others: Iterable[Tensor]) -> None:
         """Put back what :meth:`copies` gave."""
@@ -240,10 +279,24 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     if left.dim() == 1:
         return left.to(dtype) * right.to(dtype)
     both = _flat(left), _flat(right, left)
-    if both[0] is not None and both[1] is not None:
-        left, right = both[0], both[1]
-    sums = [(x.to(dtype) * y.to(dtype)).flatten(1).sum(1) for x, y in zip(_blocks(left), _blocks(right), strict=True)]
+    if both[0] is None or both[1] is None:
+        return _strided_dot(left, right)
+    sums = [(x.to(dtype) * y.to(dtype)).sum(1) for x, y in zip(_blocks(both[0]), _blocks(both[1]), strict=True)]
     return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
+    """The same where a row does not lie in one piece: entries are read as they lie in memory, whosever they are."""
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    order = sorted(range(left.dim()), key=left.stride().__getitem__, reverse=True)
+    left, right, own = left.permute(order), right.permute(order), order.index(0)
+    products = (x.to(dtype) * y.to(dtype) for x, y in zip(_blocks(left), _blocks(right), strict=True))
+    if own == 0:
+        return torch.cat([product.flatten(1).sum(1) for product in products])
+    total = next(products).sum(0)
+    for product in products:
+        total += product.sum(0)
+    return total.movedim(own - 1, 0).reshape(left.shape[own], -1).sum(1)
 
 
 def _blocks(rows: Tensor) -> Iterator[Tensor]:
@@ -262,7 +315,8 @@ def _flat(rows: Tensor, like: Tensor | None = None) -> Tensor | None:
         like: The order of this one instead.
     """
     if rows.dim() <= 2:
-        return rows
+        own = rows if like is None else like
+        return None if own.dim() == 2 and own.stride(0) < own.stride(1) else rows
     strides = (rows if like is None else like).stride()
     order = sorted(range(1, rows.dim()), key=lambda dim: -strides[dim])
     rows = rows.permute(0, *order)

@@ -71,20 +71,22 @@ class Penalised:
 
     def remember_(self) -> None:
         """What the groups are before the step."""
-        self.before = self.rows.copies(self.before)
-        self.sq = self.rows.sq_norm()
+        self.before, self.sq = self.rows.remembered(self.before)
         self.norm = self.sq.sqrt()
         self.epsilon = self.epsilon.to(self.sq)
 
     def shrink_(self, lmbda: float | Tensor, which: Tensor) -> None:
         """``x̂_g -= α λ_g x_g / ||x_g||`` of some atoms, bool, shape ``(N,)``; λ is one number, or one of every atom."""
         assert self.before is not None
-        self.rows.subtract_(self.before, torch.where(which & (self.norm > 0), lmbda / self.norm, 0), self.rates)
+        self.rows.subtract_(self.before, self._per_norm(lmbda, which), self.rates)
 
-    def inner(self) -> Tensor:
-        """``<x̂_g, x_g>``, shape ``(N,)``."""
+    def shrink_dot_(self, lmbda: float | Tensor, which: Tensor) -> Tensor:
+        """:meth:`shrink_`, and ``<x̂_g, x_g>`` thereafter, shape ``(N,)``: while the entries are at hand."""
         assert self.before is not None
-        return self.rows.dot(self.before)
+        return self.rows.subtracted_dot(self.before, self._per_norm(lmbda, which), self.rates)
+
+    def _per_norm(self, lmbda: float | Tensor, which: Tensor) -> Tensor:
+        return torch.where(which & (self.norm > 0), lmbda / self.norm, 0)
 
     def moved(self) -> tuple[Tensor, Tensor]:
         """``<x̂_g - x_g, x_g>`` and ``||x̂_g - x_g||²``, shape ``(N,)``."""
@@ -327,7 +329,7 @@ class HalfSpace(HESSO):
         if not any(map(len, rows)) or not (budget is None or budget.open(none).any()):
             return None
         whole = [None if len(own) == group.size else own for group, own in zip(self.node_groups, rows, strict=True)]
-        entries = Rows.of(self.node_groups, whole, self.parameters(), device=device)
+        entries = Rows.of(self.node_groups, whole, self.parameters(), in_blocks=True, device=device)
         sizes = torch.tensor(self.choice.sizes)
         epsilon = torch.tensor([self.epsilon[kind] for kind in self._kinds()], dtype=torch.float64)
         return Penalised(entries, (), epsilon.repeat_interleave(sizes))
