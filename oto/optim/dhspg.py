@@ -135,6 +135,13 @@ class DHSPG(HalfSpace):
                 f"tolerance_group_sparsity is {tolerance}; it is a share of groups, in [0, 1)\n  to fix  such as 0.05"
             )
 
+    WHO = "the groups to go are chosen at the first of them, and penalised from then on"
+
+    @property
+    def least_lmbda(self) -> float:
+        """The least λ."""
+        return self.penalty[0]
+
     @property
     def penalty(self) -> tuple[float, float, float]:
         """λ, what it is amplified by, and its greatest multiple."""

@@ -122,6 +122,7 @@ class HalfSpace(HESSO):
     """
 
     EPSILON: float = 0.95
+    WHO: str = "all groups that may go are penalised"
 
     _penalised: tuple[Plan, Penalised | None] | None = None
     _budget: tuple[Tensor, Budget | None] | None = None
@@ -236,6 +237,34 @@ class HalfSpace(HESSO):
         if self.atoms is not self.settled and self._penalised is not None and self._penalised[1] is not None:
             self._penalised[1].rows.zero_(self._gone())
 
+    def plan(self) -> str:
+        """What happens at which step, and how much of a norm a penalty takes by then; print it."""
+        schedule, last = self.schedule, self.last_period
+        if not self.choice.target.wants_less:
+            return super().plan()
+        rows = [
+            (0, schedule.start, "ordinary steps"),
+            (schedule.start, last, self.WHO),
+            (self.half_space_step, last, "those that leave their half-spaces go to zero, as many as the target allows"),
+            (last, schedule.end, "what is missing by then is chosen, and shrinks to zero"),
+        ]
+        parts = [(f"steps {first}–{end - 1}", what) for first, end, what in rows if first < end]
+        width = max(len(when) for when, _ in parts)
+        end = super().plan().splitlines()[-1]
+        steps = [f"{when.ljust(width)}  {what}" for when, what in parts]
+        return "\n".join([str(self.choice.target), *steps, self._reach(), end])
+
+    def _reach(self) -> str:
+        """Whether λ suits the number of steps. Synchronises."""
+        rate, steps = float(self.param_groups[0]["lr"]), self.last_period - self.schedule.start
+        entries = Rows.of(self.node_groups, [None] * len(self.node_groups), self.parameters(), device=self.atoms.device)
+        norm = float(entries.sq_norm().sqrt().median())
+        taken = rate * self.least_lmbda * steps
+        return (
+            f"penalty: at this learning rate ({rate:.3g}) λ = {self.least_lmbda:.3g} takes {taken:.3g} of a norm in"
+            f" {steps} steps, if no gradient holds it; the median norm is {norm:.3g}"
+        )
+
     # The choice ------------------------------------------------------------------------------------------------------
 
     @property
@@ -272,6 +301,11 @@ class HalfSpace(HESSO):
     def _record_cost(self) -> None:
         super()._record_cost()
         self.record(**self.ways)
+
+    @property
+    def least_lmbda(self) -> float:
+        """The λ that penalised groups have at least, as their penalty begins."""
+        raise NotImplementedError
 
     # State -----------------------------------------------------------------------------------------------------------
 

@@ -105,6 +105,11 @@ class HSPG(HalfSpace):
             return 1e-2 if isinstance(self.base, torch.optim.Adam | torch.optim.AdamW) else 1e-3
         return asked(t) if callable(asked) else asked
 
+    @property
+    def least_lmbda(self) -> float:
+        """λ as the penalty begins."""
+        return self.lmbda(self.schedule.start)
+
     def sparse_step(self, t: int) -> None:
         """Descend, penalise all groups that may still go, project those that left their half-spaces."""
         self.observe(self.last_period - t if t <= self.last_period else None)

@@ -281,6 +281,22 @@ def test_quiet_groups_rest(name):
     assert [own.tolist() for own in zero_atoms(quiet)] == [own.tolist() for own in zero_atoms(loud)]
 
 
+def test_the_plan_says_what_happens_and_whether_the_penalty_reaches_that_far():
+    model = net()
+    plan = make("hspg", model, half_space_step=5).plan().splitlines()
+    assert plan[:5] == [
+        "target_group_sparsity=0.5: at most 7 of 14 groups",
+        "steps 0–1    ordinary steps",
+        "steps 2–16   all groups that may go are penalised",
+        "steps 5–16   those that leave their half-spaces go to zero, as many as the target allows",
+        "steps 17–21  what is missing by then is chosen, and shrinks to zero",
+    ]
+    # 15 steps of .1 · 1
+    assert "takes 1.5 of a norm in 15 steps, if no gradient holds it; the median norm is 1." in plan[5]
+    assert "the groups to go are chosen at the first of them" in make("dhspg", model).plan()
+    assert "every step is one of SGD" in make("hspg", model, target_group_sparsity=0.0).plan()
+
+
 class Calls(TorchDispatchMode):
     """Writes down which operators ran."""
 
