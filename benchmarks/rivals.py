@@ -3,13 +3,16 @@
     python benchmarks/rivals.py --tasks resnet20                # every method, target and seed of one task
     python benchmarks/rivals.py --tasks resnet20 --methods oto tp-taylor-global-portions --targets .4 --seeds 0
     python benchmarks/rivals.py --methods oto --options 'oto:{"start_pruning_step": 0.1}'
+    python benchmarks/rivals.py --tasks resnet20 --targets .6 --seeds 0 --methods hspg --options 'hspg:{"lmbda": 1.0}'
     python benchmarks/rivals.py --latency                       # of the slim networks, on a machine that is idle
     python benchmarks/rivals.py --table                         # docs/benchmarks/rivals.md from what is there
 
 Every cell (task, method, target, seed) is a line of `docs/benchmarks/rivals.jsonl`, written when it is done. A cell
 that is there, or that another process has in hand, is not run; so a run that was cut off resumes, and two processes
 share the work. All methods of a seed see the same initial weights, batches and learning rates. `rivals_tasks.py` says
-what is trained and how, `rivals_methods.py` how it gets smaller.
+what is trained and how, `rivals_methods.py` how it gets smaller. `hspg` and `dhspg` are run by name only, with a λ for
+the number of steps: the table says which share of the groups that went left by half-space; where that is small, it is
+the choice that was measured.
 
 Choices (a default, an option) are made on `accuracy_holdout`: images that no training here sees. `accuracy` is that on
 the test set, and nothing is chosen by it.

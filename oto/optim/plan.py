@@ -53,7 +53,8 @@ class Plan:
             quiet: For each group, whether its pruned entries stay at zero by themselves.
         """
         plan = cls()
-        plan.redundant += Rows.of(groups, [rows_of(own, REDUNDANT) for own in codes], parameters).places
+        redundant = [rows_of(own, REDUNDANT) for own in codes]
+        plan.redundant += Rows.of(groups, redundant, parameters, in_blocks=True).places
         for group, own, rests in zip(groups, codes, quiet, strict=True):
             pieces = group.slices if rests else group.zeros
             places = list(Rows.of([group], [rows_of(own, PRUNED)], parameters, slices=pieces).places)
