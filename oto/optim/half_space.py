@@ -332,6 +332,8 @@ class HalfSpace(HESSO):
         first.setdefault("oto_by_choice", 0)
         if "oto_settled" not in first or "oto_counts" not in first:
             self._settle()
+        elif torch.equal(first["oto_settled"], first["oto_atoms"]):  # as it was when it was saved, most likely
+            first["oto_settled"] = first["oto_atoms"]
 
     def _settle(self) -> None:
         """What is known of the atoms now is what the next steps go by."""

@@ -131,7 +131,7 @@ def test_the_target_is_met_and_a_resumed_run_is_the_same_to_the_last_bit(name, b
     states = {}
 
     def save(n):
-        if n + 1 in ((START + 1, START + 7, START + 13, END - 2, END + 1) if base == "sgd" else (START + 7, END - 2)):
+        if n + 1 in ((START + 1, START + 7, START + 13, END - 2, END + 1) if base == "sgd" else (START + 7, END + 1)):
             buffer = io.BytesIO()
             torch.save({"model": through.state_dict(), "optimizer": reference.state_dict()}, buffer)
             states[n + 1] = buffer
