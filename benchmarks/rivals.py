@@ -3,13 +3,16 @@
     python benchmarks/rivals.py --tasks resnet20                # every method, target and seed of one task
     python benchmarks/rivals.py --tasks resnet20 --methods oto tp-taylor-global-portions --targets .4 --seeds 0
     python benchmarks/rivals.py --methods oto --options 'oto:{"start_pruning_step": 0.1}'
+    python benchmarks/rivals.py --tasks resnet20 --targets .6 --seeds 0 --methods hspg --options 'hspg:{"lmbda": 1.0}'
     python benchmarks/rivals.py --latency                       # of the slim networks, on a machine that is idle
     python benchmarks/rivals.py --table                         # docs/benchmarks/rivals.md from what is there
 
 Every cell (task, method, target, seed) is a line of `docs/benchmarks/rivals.jsonl`, written when it is done. A cell
 that is there, or that another process has in hand, is not run; so a run that was cut off resumes, and two processes
 share the work. All methods of a seed see the same initial weights, batches and learning rates. `rivals_tasks.py` says
-what is trained and how, `rivals_methods.py` how it gets smaller.
+what is trained and how, `rivals_methods.py` how it gets smaller. `hspg` and `dhspg` are run by name only, with a λ for
+the number of steps: the table says which share of the groups that went left by half-space; where that is small, it is
+the choice that was measured.
 
 Choices (a default, an option) are made on `accuracy_holdout`: images that no training here sees. `accuracy` is that on
 the test set, and nothing is chosen by it.
@@ -43,6 +46,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "rivals.jsonl"
 OURS = ("oto", "oto-cric", "oto-published", "random")
+SERIES = ("hspg", "dhspg", "dhspg-published")  # the other papers; λ has to suit the number of steps, see the docstring
 # What carries all methods; the others the two best rivals and the dense one.
 ALL = ["dense", "dense-small", *OURS] + [
     f"tp-{criterion}-{scope}-{when}"
@@ -275,8 +279,11 @@ def table(here: list[Line], dense: list[Line], target: float, times: dict[Any, L
         timed = next((times[identity(r)] for r in own if identity(r) in times), None)
         cells = [speed(timed, mode) if timed else "" for mode in ("eager", "compiled")]
         bold = "**" if method == "oto" else ""
+        ways = [r["ways"]["by half-space"] / max(sum(r["ways"].values()), 1) for r in own if "ways" in r]
+        left = f", {statistics.mean(ways):.0%} by half-space" if ways else ""
         rows.append(
-            f"| {bold}{method}{bold} | {len(own)} | {mean(own, 'macs_kept'):.3f} | {mean(own, 'params_kept'):.3f} | "
+            f"| {bold}{method}{bold}{left} | {len(own)} | "
+            f"{mean(own, 'macs_kept'):.3f} | {mean(own, 'params_kept'):.3f} | "
             f"{bold}{spread(own, 'accuracy')}{bold} | {spread(own, 'accuracy_holdout')} | {' | '.join(cells)} | "
             f"{mean(own, 'cpu_minutes'):.1f} |"
         )
@@ -308,7 +315,7 @@ def verdict(here: list[Line]) -> str:
     for r in here:
         methods.setdefault(r["method"], []).append(r)
     own = methods.get("oto")
-    rivals = {m: rs for m, rs in methods.items() if m.partition("[")[0] not in OURS}
+    rivals = {m: rs for m, rs in methods.items() if m.partition("[")[0] not in (*OURS, *SERIES)}
     if not own or not rivals:
         return "not measured yet"
     best = max(rivals, key=lambda m: mean(rivals[m], "accuracy"))

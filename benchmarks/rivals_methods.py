@@ -124,7 +124,7 @@ def scale_for(task: Task, target: float) -> float:
 
 
 def ours(make: str, **fixed: Any) -> Callable[..., Slim]:
-    """``OTO.hesso`` or ``OTO.hesso_cric`` with its defaults, but for ``fixed`` and what ``--options`` says.
+    """An optimizer of ``OTO`` with its defaults, but for ``fixed`` and what ``--options`` says.
 
     An option that is null is not passed on.
     """
@@ -142,7 +142,10 @@ def ours(make: str, **fixed: Any) -> Callable[..., Slim]:
         if counted != said:
             raise AssertionError(f"torch counts {counted:,} MACs in the slim model, oto says {said:,}")
         kept = {name: _packed(atoms, _size(oto, name)) for name, atoms in subnet.kept.items()}
-        return Slim(subnet.model, {"kept": kept}, {"emitter": subnet.emitter})
+        notes = {"emitter": subnet.emitter}
+        if ways := getattr(optimizer, "ways", None):  # how many groups left their half-spaces, how many were chosen
+            notes["ways"] = ways
+        return Slim(subnet.model, {"kept": kept}, notes)
 
     return run
 
@@ -405,6 +408,9 @@ METHODS: dict[str, Method] = {
     "oto": ours("hesso"),
     "oto-cric": ours("hesso_cric"),
     "oto-published": ours("hesso", saliency="hesso", normalise="all"),
+    "hspg": ours("hspg"),
+    "dhspg": ours("dhspg"),
+    "dhspg-published": ours("dhspg", saliency="dhspg"),
     "random": ours("hesso", saliency=random_saliency),
 } | {
     f"tp-{criterion}-{scope}-{when}": torch_pruning(criterion, scope, when)

@@ -1,17 +1,22 @@
-"""What a step of HESSO costs beside a step of the optimizer that it wraps.
+"""What a step of every sparse optimizer costs beside a step of the optimizer that it wraps.
 
     python benchmarks/step.py --threads 1
     python benchmarks/step.py --device cuda
     python benchmarks/step.py --threads 1 --training 8
+    python benchmarks/step.py --memory
 
 Both optimizers run in one process on two copies of the same parameters, step by step in turns; the table shows medians
 in milliseconds and their ratio. Gradients are made once; for pruned entries they are what back-propagation gives there
 (zero where the node group is quiet). The phases are: before pruning; the steps before a choice whose gradients are
-averaged, with the criterion ``--saliency``; the first step of a period, which scores every group; the other steps of a
-period, which shrink redundant groups and keep pruned ones at zero; and after pruning.
+averaged, with the criterion ``--saliency``; the steps of a walk (CRIC); the first step of a period; the other steps of
+a period, which shrink redundant groups (HESSO, CRIC) or penalise and test those that may go (HSPG all of them, DHSPG
+half), and keep pruned ones at zero; and after pruning. λ is 0 here, so that no group leaves and what is measured is the
+most that a step costs.
 
-With ``--training N`` the table is another one: what observing a step costs beside a whole training step (forward,
-backward, SGD) on a batch of N. On one CPU thread seconds are those of the process, so that other programs do not count.
+With ``--training N`` the table is another one: what the sparse optimizer adds to a whole training step (forward,
+backward, SGD) on a batch of N, where it observes gradients, and where it penalises. On one CPU thread seconds are those
+of the process, so that other programs do not count. ``--memory`` counts the bytes of tensors that an optimizer holds
+beside the state of the wrapped one: in a checkpoint, and while it penalises.
 """
 
 from __future__ import annotations
@@ -25,9 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from oto.groups.node_group import NodeGroup
-from oto.optim import HESSO
+from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, SparseOptimizer
+from oto.optim.half_space import HalfSpace
 
-PHASES = ("before", "observed", "period start", "during", "after")
+PHASES = ("before", "observed", "walk", "period start", "during", "after")
+METHODS: dict[str, tuple[type[SparseOptimizer], dict[str, object]]] = {
+    "hesso": (HESSO, {}),
+    "hesso_cric": (HESSOCRIC, {"max_cycles": 1}),
+    "hspg": (HSPG, {"lmbda": 0.0, "saliency": "magnitude"}),
+    "dhspg": (DHSPG, {"lmbda": 0.0}),
+}
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}),
     "adamw": (torch.optim.AdamW, {"lr": 1e-5, "weight_decay": 1e-2}),
@@ -68,7 +80,7 @@ def gradients(model: nn.Module) -> None:
         p.grad = (torch.randn(p.shape, generator=source) * 1e-3).to(p.device)
 
 
-def silence(model: nn.Module, optimizer: HESSO) -> None:
+def silence(model: nn.Module, optimizer: SparseOptimizer) -> None:
     """Give pruned entries of quiet groups the gradient that they have: none."""
     parameters = dict(model.named_parameters())
     for group in optimizer.node_groups:
@@ -80,7 +92,43 @@ def silence(model: nn.Module, optimizer: HESSO) -> None:
                     piece.of(gradient).index_fill_(0, rows.to(gradient.device), 0)
 
 
+def phase_of(optimizer: SparseOptimizer, n: int, window: int) -> str:
+    schedule = optimizer.schedule
+    if isinstance(optimizer, HESSOCRIC) and n >= optimizer.first_step and not optimizer.walk["over"]:
+        return "walk"
+    if n >= schedule.end:
+        return "after"
+    if schedule.starts_period(n):
+        return "period start"
+    if isinstance(optimizer, HalfSpace):
+        ahead = schedule.start - n if n <= schedule.start and isinstance(optimizer, DHSPG) else None
+    else:
+        ahead = schedule.until_choice(n)
+    if ahead is not None and ahead < window:
+        return "observed"
+    return "before" if n < schedule.start else "during" if not isinstance(optimizer, HalfSpace) or (
+        n < optimizer.last_period
+    ) else "last period"  # fmt: skip
+
+
+def made(
+    method: str, model: nn.Module, node_groups: Sequence[NodeGroup], window: int, saliency: str | None,
+    **keywords: object,
+) -> SparseOptimizer:  # fmt: skip
+    """One whose periods are as long as the window of its averages, so that only the last one is not observed."""
+    kind, options = METHODS[method]
+    if method == "hesso_cric":
+        options = options | {"sampling_steps": window}
+    if saliency is not None:
+        options = {"saliency": saliency} | options
+    return kind(  # type: ignore[call-arg]
+        model.named_parameters(), node_groups, pruning_steps=5 * window, pruning_periods=5, target_group_sparsity=0.5,
+        average_steps=window, **options, **keywords,
+    )  # fmt: skip
+
+
 def measure(
+    method: str,
     build: Callable[[], tuple[nn.Module, Tensor]],
     analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]],
     optimizer: str,
@@ -89,7 +137,7 @@ def measure(
     rounds: int,
     saliency: str | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds of a step in every phase: of the wrapped optimizer, and of HESSO."""
+    """Median seconds of a step in every phase that there is: of the wrapped optimizer, and of the sparse one."""
     ours, x = build()
     theirs, _ = build()
     node_groups = analyse(ours, x)
@@ -98,58 +146,77 @@ def measure(
         gradients(model)
     cls, options = OPTIMIZERS[optimizer]
     wrapped = cls(theirs.parameters(), **options, **MODES[mode])
-    window = max(rounds // 2, 2)  # as long as a period, so that only the last one is not observed
-    hesso = HESSO(
-        ours.named_parameters(), node_groups, base=cls, start_pruning_step=rounds + window + 2,
-        pruning_steps=5 * window, pruning_periods=5, target_group_sparsity=0.5, average_steps=window,
-        saliency=saliency, **options, **MODES[mode],
+    window = max(rounds // 2, 2)
+    sparse = made(
+        method, ours, node_groups, window, saliency, base=cls, start_pruning_step=rounds + window + 2, **options,
+        **MODES[mode],
     )  # fmt: skip
-    times: dict[str, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
-    for n in range(hesso.schedule.end + rounds + 2):
-        if n < 2 or n == hesso.schedule.end or n == hesso.schedule.end + 1:
-            phase = None  # the first steps make the state
-        elif hesso.schedule.starts_period(n):
-            phase = "period start"
-        elif (ahead := hesso.schedule.until_choice(n)) is not None and ahead < window:
-            phase = "observed"
-        elif n < hesso.schedule.start:
-            phase = "before"
-        else:
-            phase = "after" if n >= hesso.schedule.end else "during"
-        pair = timed(wrapped.step, device), timed(hesso.step, device)
-        if hesso.schedule.ends_period(n):
-            silence(ours, hesso)
-        if phase is not None:
-            times[phase].append(pair)
-    return {phase: tuple(map(statistics.median, zip(*pairs, strict=True))) for phase, pairs in times.items()}  # type: ignore[misc]
+    times: dict[str, list[tuple[float, float]]] = {}
+    n, ended = 0, 0
+    while n < sparse.schedule.end + rounds + 2:
+        phase = phase_of(sparse, n, window)
+        pair = timed(wrapped.step, device), timed(sparse.step, device)
+        if sparse.schedule.ends_period(n):
+            silence(ours, sparse)
+        ended += phase == "after"
+        if n >= 2 and not 0 < ended < 3:  # the first steps make the state, the first after pruning what it writes
+            times.setdefault(phase, []).append(pair)
+        n += 1
+    medians = {phase: tuple(map(statistics.median, zip(*pairs, strict=True))) for phase, pairs in times.items()}
+    return medians  # type: ignore[return-value]
 
 
 def training(
-    name: str, analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]], device: torch.device, batch: int,
-    saliency: str | None, rounds: int = 3,
-) -> tuple[float, float]:  # fmt: skip
-    """Median seconds of a training step, and of observing one."""
+    method: str, name: str, analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]], device: torch.device,
+    batch: int, saliency: str | None, rounds: int = 3,
+) -> dict[str, float]:  # fmt: skip
+    """Median seconds of a training step (forward, backward, fused SGD), and what the sparse optimizer adds to it."""
     model, x = MODELS[name]()
     node_groups = analyse(model, x)
     model.to(device)
     x = torch.randn(batch, 3, 224, 224) if name == "resnet50" else torch.randint(1000, (batch, 128))
     x = x.to(device)
-    optimizer = HESSO(
-        model.named_parameters(), node_groups, lr=1e-4, first_momentum=0.9, target_group_sparsity=0.5,
-        start_pruning_step=1000, pruning_steps=10, average_steps=1000, saliency=saliency,
-    )  # fmt: skip
+    cls, options = OPTIMIZERS["sgd"]
+    optimizer = made(method, model, node_groups, 1000, saliency, base=cls, start_pruning_step=1, fused=True, **options)
+    penalises = isinstance(optimizer, HalfSpace)
 
-    def step() -> None:
+    def backward() -> None:
         optimizer.zero_grad()
         output = model(x)
         (output if isinstance(output, Tensor) else output.last_hidden_state).square().mean().backward()
-        optimizer.descend()
 
-    timed(step, device)
-    optimizer.observe(1)
-    pairs = [(timed(step, device), timed(lambda: optimizer.observe(1), device)) for _ in range(rounds)]
-    whole, observed = map(statistics.median, zip(*pairs, strict=True))
-    return whole, observed
+    def added() -> object:
+        return optimizer.step() if penalises else optimizer.observe(1)
+
+    for _ in range(3 if penalises else 1):
+        backward()
+        optimizer.step()
+    times: dict[str, list[float]] = {"backward": [], "step": [], "added": []}
+    for _ in range(rounds):
+        times["backward"].append(timed(backward, device))
+        times["step"].append(timed(optimizer.descend, device))
+        times["added"].append(timed(added, device))
+    whole = {key: statistics.median(seconds) for key, seconds in times.items()}
+    more = whole["added"] - (whole["step"] if penalises else 0)
+    return {"whole": whole["backward"] + whole["step"], "step": whole["step"], "added": more}
+
+
+def memory(method: str, name: str, analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]]) -> tuple[int, int, int]:
+    """Bytes of all parameters, of what a checkpoint holds of pruning, and of the copy that is held while penalising."""
+    model, x = MODELS[name]()
+    gradients(model)
+    optimizer = made(method, model, analyse(model, x), 8, None, start_pruning_step=1, lr=1e-3)
+    held = 0
+    for n in range(12):
+        optimizer.step()
+        if isinstance(optimizer, HalfSpace) and (x_ := optimizer.penalised(n)) is not None:
+            held = max(held, sum(own.nbytes for own in x_.before or ()))
+        if isinstance(optimizer, HESSOCRIC):
+            held = max(held, sum(own.nbytes for own in optimizer.walk["saved"]))
+    first = optimizer.param_groups[0]
+    kept = sum(own.nbytes for key, own in first.items() if key.startswith("oto_") and isinstance(own, Tensor))
+    kept += sum(own.nbytes for own in first.get("oto_walk", {}).values() if isinstance(own, Tensor))
+    return sum(p.nbytes for p in model.parameters()), kept, held
 
 
 def analysis(model: nn.Module, x: Tensor) -> Sequence[NodeGroup]:
@@ -167,31 +234,50 @@ def main(analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]] = analysis)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--saliency", help="the criterion that is averaged; by default that of HESSO")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--training", type=int, metavar="N", help="beside whole training steps on batches of N")
+    parser.add_argument("--memory", action="store_true", help="bytes beside the state of the wrapped optimizer")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{args.threads} CPU thread(s)"
     print(
-        f"torch {torch.__version__}, {device}, float32, sparsity 0.5, {args.rounds} rounds, ms: wrapped → HESSO (ratio)"
+        f"torch {torch.__version__}, {device}, float32, sparsity 0.5, {args.rounds} rounds, ms: wrapped → ours (ratio)"
     )
-    if args.training:
-        print("| model | batch | training step | observing | share |\n|---|--:|--:|--:|--:|")
+    if args.memory:
+        print("| model | optimizer | parameters, MB | in a checkpoint, MB | copy, MB |\n|---|---|--:|--:|--:|")
         for name in args.models:
-            torch.manual_seed(0)
-            whole, seen = training(name, analyse, args.device, args.training, args.saliency)
-            print(
-                f"| {name} | {args.training} | {1e3 * whole:.1f} | {1e3 * seen:.1f} | {seen / whole:.1%} |", flush=True
-            )
-        return
-    print("| model | optimizer | " + " | ".join(PHASES) + " |\n|---|---|" + "---|" * len(PHASES))
-    for name in args.models:
-        for optimizer in args.optimizers:
-            for mode in args.modes:
+            for method in args.methods:
                 torch.manual_seed(0)
-                found = measure(MODELS[name], analyse, optimizer, mode, args.device, args.rounds, args.saliency)
-                cells = [f"{1e3 * a:.2f} → {1e3 * b:.2f} ({b / a:.2f}×)" for a, b in found.values()]
-                print(f"| {name} | {optimizer} {mode} | " + " | ".join(cells) + " |", flush=True)
+                cells = " | ".join(f"{number / 1e6:.2f}" for number in memory(method, name, analyse))
+                print(f"| {name} | {method} | {cells} |", flush=True)
+        return
+    if args.training:
+        print(
+            "| model | batch | optimizer | training step | fused SGD | added | share |\n|---|--:|---|--:|--:|--:|--:|"
+        )
+        for name in args.models:
+            for method in args.methods:
+                torch.manual_seed(0)
+                found = training(method, name, analyse, args.device, args.training, args.saliency)
+                cells = " | ".join(f"{1e3 * seconds:.1f}" for seconds in found.values())
+                share = found["added"] / found["whole"]
+                print(f"| {name} | {args.training} | {method} | {cells} | {share:.1%} |", flush=True)
+        return
+    print("| model | optimizer | over | " + " | ".join(PHASES) + " |\n|---|---|---|" + "---|" * len(PHASES))
+    for name in args.models:
+        for method in args.methods:
+            for optimizer in args.optimizers:
+                for mode in args.modes:
+                    torch.manual_seed(0)
+                    rows = measure(
+                        method, MODELS[name], analyse, optimizer, mode, args.device, args.rounds, args.saliency
+                    )
+                    cells = " | ".join(
+                        f"{1e3 * a:.2f} → {1e3 * b:.2f} ({b / a:.2f}×)" if (a := pair[0]) and (b := pair[1]) else "–"
+                        for pair in (rows.get(phase, (0.0, 0.0)) for phase in PHASES)
+                    )
+                    print(f"| {name} | {method} | {optimizer} {mode} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

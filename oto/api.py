@@ -14,8 +14,8 @@ from oto.groups import Costs, NodeGroup, Partition
 from oto.groups.align import Align
 from oto.groups.policy import MinKept, Pattern
 from oto.io.subnet import FULL, WEIGHTS
-from oto.optim import HESSO, HESSOCRIC
-from oto.optim.options import HESSOCRICOptions, HESSOOptions, PreviewOptions
+from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG
+from oto.optim.options import DHSPGOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, PreviewOptions
 from oto.optim.wrapped import Params
 from oto.previewing import preview
 from oto.report.explain import Explanation
@@ -184,6 +184,21 @@ class OTO:
         ``tolerance`` and ``sensitivity``, which are explained at :class:`oto.optim.HESSOCRIC`.
         """
         self._training, optimizer = make(self._analysis, HESSOCRIC, params, options)
+        return optimizer
+
+    def hspg(self, *, params: Params | None = None, **options: Unpack[HSPGOptions]) -> HSPG:
+        """HSPG of the first paper, with a target. Options of :meth:`hesso`, and ``lmbda``, ``epsilon``,
+        ``half_space_step`` and ``upper_group_sparsity``, which are explained at :class:`oto.optim.HSPG`.
+        """
+        self._training, optimizer = make(self._analysis, HSPG, params, options)
+        return optimizer
+
+    def dhspg(self, *, params: Params | None = None, **options: Unpack[DHSPGOptions]) -> DHSPG:
+        """DHSPG of the second paper, with a target. Options of :meth:`hesso`, and ``lmbda``, ``lmbda_amplify``,
+        ``hat_lmbda_coeff``, ``epsilon``, ``partition_step``, ``half_space_step``, ``warm_up_steps`` and
+        ``tolerance_group_sparsity``, which are explained at :class:`oto.optim.DHSPG`.
+        """
+        self._training, optimizer = make(self._analysis, DHSPG, params, options)
         return optimizer
 
     def preview(

@@ -55,10 +55,11 @@ SLIM = {
 
 # Inside of `optim`: values and single subjects, then the choice, then what all optimizers share; a paper is a file.
 OPTIM = {
+    "entries": set(),  # the one door to tensors by group
     "followed": set(),
-    "plan": set(),
-    "saliency": set(),
-    "shrink": set(),
+    "plan": {"entries"},
+    "saliency": {"entries"},
+    "shrink": {"entries"},
     "state": set(),
     "target": set(),
     "wrapped": set(),
@@ -76,12 +77,16 @@ OPTIM = {
     "wrapper": {"wrapped"},
     "checkpointed": {"choice", "plan", "schedule", "state", "wrapped", "wrapper"},
     "base": {
-        "checkpointed", "choice", "followed", "options", "plan", "refusals", "saliency", "schedule", "shrink", "state",
-        "wrapped",
+        "checkpointed", "choice", "entries", "followed", "options", "plan", "refusals", "saliency", "schedule",
+        "shrink", "state", "wrapped",
     },
+    "budget": {"choice", "target"},
     "hesso": {"base", "options", "setup", "target", "wrapped"},
-    "cric": {"hesso", "options", "plan", "saliency", "schedule", "setup", "target", "wrapped"},
-    "__init__": {"base", "choice", "cric", "hesso", "saliency", "schedule", "target"},
+    "cric": {"entries", "hesso", "options", "plan", "saliency", "schedule", "setup", "target", "wrapped"},
+    "half_space": {"budget", "entries", "hesso", "plan", "schedule", "wrapped"},
+    "hspg": {"half_space", "schedule", "wrapped"},
+    "dhspg": {"budget", "choice", "half_space", "plan", "schedule", "wrapped"},
+    "__init__": {"base", "choice", "cric", "dhspg", "hesso", "hspg", "saliency", "schedule", "target"},
 }  # fmt: skip
 
 # and inside of the search of a class: values first, then what is known of a place, then what repairs it, then the loop

@@ -13,8 +13,17 @@ import torch
 
 from oto import HESSO, OTO
 from oto.errors import OptionError
-from oto.optim import HESSOCRIC
-from oto.optim.options import HESSOCRICOptions, HESSOOptions, PreviewOptions, SparseOptions, keywords_of, names_of
+from oto.optim import DHSPG, HESSOCRIC, HSPG
+from oto.optim.options import (
+    DHSPGOptions,
+    HESSOCRICOptions,
+    HESSOOptions,
+    HSPGOptions,
+    PreviewOptions,
+    SparseOptions,
+    keywords_of,
+    names_of,
+)
 from oto.optim.wrapped import REFUSED, VARIANTS
 
 SCRIPT = """
@@ -100,6 +109,16 @@ def test_the_signature_says_what_there_is(method, options) -> None:
     (more,) = [p for p in inspect.signature(method, eval_str=True).parameters.values() if p.kind is p.VAR_KEYWORD]
     assert more.annotation == Unpack[options] and get_args(more.annotation) == (options,)
     assert names_of(options) <= keywords_of(method)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "options"), [(HSPG, OTO.hspg, HSPGOptions), (DHSPG, OTO.dhspg, DHSPGOptions)]
+)
+def test_an_optimizer_with_keywords_of_its_own_takes_what_its_options_say(kind, method, options) -> None:
+    taken = keywords_of(kind) - {"self", "params", "node_groups", "costs", "latency"}
+    assert names_of(options) == taken and names_of(options) <= keywords_of(method)
+    own = names_of(options) - names_of(SparseOptions)
+    assert own and all(name in (method.__doc__ or "") and name in (kind.__doc__ or "") for name in own)
 
 
 def test_the_help_names_all_options_but_those_of_torch_alone() -> None:

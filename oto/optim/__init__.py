@@ -5,12 +5,14 @@ from __future__ import annotations
 from oto.optim.base import SparseOptimizer
 from oto.optim.choice import Choice
 from oto.optim.cric import HESSOCRIC
+from oto.optim.dhspg import DHSPG
 from oto.optim.hesso import HESSO
+from oto.optim.hspg import HSPG
 from oto.optim.saliency import CRITERIA, Entries, Saliency
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.target import Measure, Target
 
 __all__ = [
-    "CRITERIA", "HESSO", "HESSOCRIC", "Choice", "Entries", "Measure", "Progress", "Saliency", "Schedule",
-    "SparseOptimizer", "Target",
+    "CRITERIA", "DHSPG", "HESSO", "HESSOCRIC", "HSPG", "Choice", "Entries", "Measure", "Progress", "Saliency",
+    "Schedule", "SparseOptimizer", "Target",
 ]  # fmt: skip

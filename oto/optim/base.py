@@ -29,6 +29,7 @@ from oto.errors import (
 from oto.groups.node_group import NodeGroup
 from oto.optim.checkpointed import Checkpointed
 from oto.optim.choice import Choice
+from oto.optim.entries import Place, Rows, zero_
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.options import BaseOptions
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
@@ -47,7 +48,6 @@ from oto.optim.wrapped import Params, inside, keeps_own_state
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
-
 
 DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """State that an update is divided by. It moves nothing, so it is left alone: the square root of MKL takes ten times as
@@ -146,9 +146,8 @@ class SparseOptimizer(Checkpointed):
     @torch.no_grad()
     def zero_(self, left: Mapping[str, NDArray[np.bool_]]) -> None:
         """Bring all other atoms to zero at once, whatever they are."""
-        parameters = self.parameters()
-        for group in self.node_groups:
-            group.zero_(parameters, torch.from_numpy(np.flatnonzero(~left[group.name])))
+        gone = [torch.from_numpy(np.flatnonzero(~left[group.name])) for group in self.node_groups]
+        Rows.of(self.node_groups, gone, self.parameters()).zero_()
 
     def shrink_(
         self, moved: Sequence[Moved], groups: Sequence[NodeGroup], left: Mapping[str, NDArray[np.bool_]]
@@ -227,11 +226,18 @@ class SparseOptimizer(Checkpointed):
         if not self.choice.target.wants_less:
             return
         self._record_cost()
+        self.mark_redundant(self.choice.select(self.scores(), self.atoms != PRUNED, share), final=share >= 1)
+
+    def mark_redundant(self, chosen: Tensor, final: bool = True) -> None:
+        """These atoms are to be at zero, bool, shape ``(N,)``; all others that are left are free.
+
+        Args:
+            final: Nothing is chosen after them.
+        """
         alive = self.atoms != PRUNED
-        chosen = self.choice.select(self.scores(), alive, share).to(alive.device)
-        self.atoms = torch.where(alive, torch.where(chosen, REDUNDANT, FREE), PRUNED).to(torch.uint8)
+        self.atoms = torch.where(alive, torch.where(chosen.to(alive.device), REDUNDANT, FREE), PRUNED).to(torch.uint8)
         self._forget_averages()
-        if share >= 1:
+        if final:
             self.choice.warn_of_miss(self.atoms == FREE)
             self.choice.warn_of_collapse(self.atoms == FREE)
 
@@ -298,15 +304,12 @@ class SparseOptimizer(Checkpointed):
 
     def zero_moments_(self) -> None:
         """Set what the wrapped optimizer would still move pruned entries by (momentum, first moments) to zero."""
-        parameters = self.parameters()
-        for group, own in zip(self.node_groups, self._codes(), strict=True):
-            rows = rows_of(own, PRUNED)
+        parameters, pruned = self.parameters(), [rows_of(own, PRUNED) for own in self._codes()]
+        for group, rows in zip(self.node_groups, pruned, strict=True):
             for piece in (group.slices if self._is_quiet(group) else group.zeros) if len(rows) else ():
-                if piece.parameter not in parameters:
-                    continue
-                p = parameters[piece.parameter]
-                for moment in moments_of(p, self.state.get(p) or {}):
-                    piece.of(moment).index_fill_(0, rows.to(moment.device, non_blocking=True), 0)
+                p = parameters.get(piece.parameter)
+                for moment in () if p is None else moments_of(p, self.state.get(p) or {}):
+                    zero_([Place(piece.of(moment), rows.to(moment.device, non_blocking=True))])
 
     @torch.no_grad()
     def zero_pruned_in(self, model: Any) -> None:
@@ -326,14 +329,13 @@ class SparseOptimizer(Checkpointed):
         names = {piece.parameter for group in self.node_groups for piece in group.zeros}
         shapes = {name: p.shape for name, p in self.parameters().items() if name in names}
         tensors = tensors_like(model, shapes, self.num_removed > 0)
-        for group, own in zip(self.node_groups, self._codes(), strict=True):
-            group.zero_(tensors, rows_of(own, PRUNED))
+        Rows.of(self.node_groups, [rows_of(own, PRUNED) for own in self._codes()], tensors).zero_()
 
     def commit(self) -> None:
         """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""
         codes = [own.masked_fill(own == REDUNDANT, PRUNED) for own in self._codes()]
         self.atoms = self.atoms.masked_fill(self.atoms == REDUNDANT, PRUNED)
-        self._split = (self.atoms, codes)  # known without reading them back
+        self._split = ((self.atoms, codes),)  # known without reading them back
         self.zero_moments_()
         self._record_cost()
 
@@ -346,10 +348,10 @@ class SparseOptimizer(Checkpointed):
 
     def _plan(self) -> Plan:
         """What a step writes. Made anew when atoms change or a parameter has moved."""
-        atoms, pointers = self.atoms, [p.data_ptr() for group in self.param_groups for p in group["params"]]
+        atoms, pointers = self.settled, [p.data_ptr() for group in self.param_groups for p in group["params"]]
         if self._planned is None or self._planned[0] is not atoms or self._planned[1] != pointers:
             quiet = [self._is_quiet(group) for group in self.node_groups]
-            plan = Plan.of(self.node_groups, self._codes(), self.parameters(), quiet)
+            plan = Plan.of(self.node_groups, self._codes(atoms), self.parameters(), quiet)
             self._planned = (atoms, pointers, plan)
         return self._planned[2]
 

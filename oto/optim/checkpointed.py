@@ -18,6 +18,13 @@ from oto.optim.state import ours, require_same_atoms, require_same_setup, with_o
 from oto.optim.wrapped import Params, keeps_own_state
 from oto.optim.wrapper import Wrapper
 
+ENTRY_BY_ENTRY = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.Adamax, torch.optim.Adadelta, torch.optim.AdamW,
+)  # fmt: skip
+"""Optimizers that move an entry by its own gradient and state alone, so that those of pruned entries may be forgotten
+at any time."""
+
 
 class Checkpointed(Wrapper):
     """A wrapping optimizer that knows what became of every atom of its node groups, and whose state dict holds it.
@@ -27,7 +34,7 @@ class Checkpointed(Wrapper):
         options: What makes the wrapped optimizer.
     """
 
-    _split: tuple[Tensor, list[Tensor]] | None = None
+    _split: tuple[tuple[Tensor, list[Tensor]], ...] = ()
     _unseen = True  # the model may have changed, as it may while a checkpoint is loaded
 
     def __init__(self, params: Params, choice: Choice, schedule: Schedule, options: Mapping[str, Any]) -> None:
@@ -57,6 +64,12 @@ class Checkpointed(Wrapper):
     @atoms.setter
     def atoms(self, atoms: Tensor) -> None:
         self.param_groups[0]["oto_atoms"] = atoms
+
+    @property
+    def settled(self) -> Tensor:
+        """The atoms that the plan of a step is made for. Where a paper lets some go at any step without reading back
+        which, those that were known last."""
+        return self.atoms
 
     @property
     def num_atoms(self) -> int:
@@ -116,12 +129,15 @@ class Checkpointed(Wrapper):
         rows = {g.name: rows_of(own, code) for g, own in zip(self.node_groups, self._codes(), strict=True)}
         return {name: atoms for name, atoms in rows.items() if len(atoms)}
 
-    def _codes(self) -> list[Tensor]:
+    def _codes(self, atoms: Tensor | None = None) -> list[Tensor]:
         """``atoms`` on the CPU, one tensor per node group. Synchronises when they are new."""
-        if self._split is None or self._split[0] is not self.atoms:
-            sizes = [group.size for group in self.node_groups]
-            self._split = (self.atoms, list(self.atoms.cpu().split_with_sizes(sizes)))
-        return self._split[1]
+        atoms = self.atoms if atoms is None else atoms
+        for known, codes in self._split:
+            if known is atoms:
+                return codes
+        codes = list(atoms.cpu().split_with_sizes([group.size for group in self.node_groups]))
+        self._split = ((atoms, codes), *self._split[:1])
+        return codes
 
     @property
     def kept(self) -> dict[str, NDArray[np.bool_]]:
@@ -161,7 +177,7 @@ class Checkpointed(Wrapper):
         return "\n".join([str(target), *self.schedule.lines(), rate])
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; momentum and first moments of pruned entries are zero in it.
+        """As in torch; momentum and first moments of pruned entries are zero in it, if each moves its own entry alone.
 
         Where the wrapped optimizer writes a state dict of its own (one that shards its state, or wraps another), it is
         that one, with what pruning must know in its first parameter group.
@@ -169,7 +185,8 @@ class Checkpointed(Wrapper):
         Raises:
             OTOError: It has no parameter groups.
         """
-        self.zero_moments_()
+        if isinstance(self.base, ENTRY_BY_ENTRY):  # to others, rows that are gone are a part of what moves the rest
+            self.zero_moments_()
         self.param_groups[0]["oto_history"] = json.dumps(self.history)
         if not keeps_own_state(self.base):
             return super().state_dict()

@@ -92,14 +92,15 @@ class Choice(Criteria):
                 parameters are on a CUDA device.
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
-                each divided by its norm over all groups, blind to cost and to the width of a layer.
+                each divided by its norm over all groups, blind to cost and to the width of a layer; ``"dhspg"`` for
+                the two of DHSPG, likewise.
             normalise, by_cost: See the attributes. By default 1 for the cost, and no normalisation, if ``saliency`` is
                 in the unit of the loss as the two Taylor terms are; else scores are divided by their means over each
                 node group, and costs do not count: a magnitude per MAC empties layers that stand beside each other.
             within: Where it is given, importance is shared out in all node groups; ``"none"``: each atom has the score
                 that was measured for it. By default ``"path_norm"`` in those that a convolution over images reads,
                 if nothing is said about ``saliency``, and else ``"none"``.
-            average_steps: See the attributes; 32 by default, and 1 for ``saliency="hesso"``.
+            average_steps: See the attributes; 32 by default, and 1 for ``saliency="hesso"`` and ``"dhspg"``.
 
         Raises:
             TargetError: An option means nothing, or the target cannot be reached; or it is missed by more than 1 %
@@ -171,8 +172,24 @@ class Choice(Criteria):
         return atoms_per_step(self.groups)
 
     @cached_property
-    def _tied_measure(self) -> Measure:
+    def tied_measure(self) -> Measure:
+        """The cost as a function of the counts of ties."""
         return self.target.measure if self._ties is None else self.target.measure.tied(self._ties, self._per)
+
+    @property
+    def tied(self) -> tuple[Counts, Counts]:
+        """For each node group the number of its tie, its own where it is not tied; and how many atoms it keeps for each
+        that the tie counts."""
+        own = np.arange(len(self.groups)), np.ones(len(self.groups), dtype=np.int64)
+        return own if self._ties is None else (self._ties, self._per)
+
+    def lowest(self, counts: Counts) -> Counts:
+        """How many atoms each node group keeps in any case on the way from some counts to the goal."""
+        if self.scope == "local":  # all lose the same share, so the numbers are settled
+            alive = torch.ones(sum(self.sizes), dtype=torch.bool)
+            kept: Counts = np.minimum(self._counts(~self.select(alive.float(), alive)), counts)
+            return kept
+        return next(self._floors(self.target.goal))
 
     def select(self, scores: Tensor, alive: Tensor, share: float = 1.0) -> Tensor:
         """The atoms that go, bool, shape ``(N,)``, on the CPU.
@@ -194,7 +211,7 @@ class Choice(Criteria):
         found: list[tuple[float, Tensor]] = []
         for least in self._floors(goal):  # a lower one only where steps are too coarse to come near the goal above it
             chosen = torch.from_numpy(select(
-                values, left, sizes, least, self._tied_measure, goal, self.multiples, by_cost, worth,
+                values, left, sizes, least, self.tied_measure, goal, self.multiples, by_cost, worth,
                 self.scope != "local", self._ties, self._per,
             ))  # fmt: skip
             found.append((goal - self.target.measure(self._counts(alive.cpu() & ~chosen)), chosen))

@@ -49,6 +49,7 @@ from torch import Tensor
 from oto.errors import TargetError
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
+from oto.optim.entries import Rows
 from oto.optim.hesso import HESSO
 from oto.optim.options import CycleOptions, HESSOCRICOptions, besides
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, rows_of
@@ -278,11 +279,10 @@ class HESSOCRIC(HESSO):
     def _put_aside(self, chosen: Tensor) -> None:
         """Keep the entries of some atoms, which may then be scaled."""
         self._redundant(chosen)
-        self._now(saved=[view.index_select(0, rows) for view, rows in self._redundant_views()])
+        self._now(saved=self._redundant_rows().copies())
 
     def _put_back(self) -> None:
-        for (view, rows), saved in zip(self._redundant_views(), self.walk["saved"], strict=True):
-            view.index_copy_(0, rows, saved.to(view.dtype))
+        self._redundant_rows().copy_(self.walk["saved"])
         self._redundant(None)
         self._now(saved=[])
 
@@ -291,14 +291,9 @@ class HESSOCRIC(HESSO):
         none = torch.full_like(self.atoms, FREE)
         self.atoms = none if chosen is None else torch.where(chosen.to(none.device), REDUNDANT, none)
 
-    def _redundant_views(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The entries of each node group that hold redundant atoms, and which rows of them do."""
-        parameters = self.parameters()
-        for group, own in zip(self.node_groups, self._codes(), strict=True):
-            rows = rows_of(own, REDUNDANT)
-            for piece in group.zeros if len(rows) else ():
-                view = piece.of(parameters[piece.parameter].data)
-                yield view, rows.to(view.device, non_blocking=True)
+    def _redundant_rows(self) -> Rows:
+        """The entries of redundant atoms."""
+        return Rows.of(self.node_groups, [rows_of(own, REDUNDANT) for own in self._codes()], self.parameters())
 
     def _entries_before(self) -> Iterator[Entries]:
         """The entries as they were put aside, with the gradients at what they are now."""

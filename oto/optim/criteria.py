@@ -12,6 +12,7 @@ from torch import Tensor
 from oto.errors import TargetError
 from oto.optim.options import ChoiceOptions
 from oto.optim.saliency import (
+    AS_PUBLISHED,
     CRITERIA,
     FROM_WEIGHTS,
     NORMALISE,
@@ -54,7 +55,7 @@ DEFAULTS = {
     "as published": Defaults("all", by_cost=0.0, average_steps=1),
 }
 """By the criteria: all in the unit of the loss; others too, where costs do not count, as a magnitude per MAC empties
-layers that stand beside each other; ``saliency="hesso"``."""
+layers that stand beside each other; ``saliency="hesso"`` and ``"dhspg"``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +127,9 @@ def read_criteria(options: ChoiceOptions) -> dict[str, Any]:
 
 
 def published(options: ChoiceOptions) -> bool:
-    """Whether all is to be as in the papers of HESSO."""
+    """Whether all is to be as in a paper."""
     saliency = options.get("saliency")
-    return isinstance(saliency, str) and saliency == "hesso"
+    return isinstance(saliency, str) and saliency in AS_PUBLISHED
 
 
 def _within(criterion: str | Saliency) -> Saliency | None:
@@ -150,7 +151,7 @@ def _check(options: ChoiceOptions) -> None:
         raise TargetError(f"group_divisible is {divisible}; it is at least 1")
     if normalise is not None and normalise not in NORMALISE:
         raise TargetError(f"normalise is {normalise!r}; it is one of {', '.join(NORMALISE)}")
-    shares = ["none", *(name_of(criterion) for criterion in FROM_WEIGHTS)]
+    shares = ["none", *(name for name in map(name_of, FROM_WEIGHTS) if name in CRITERIA)]
     if isinstance(within, str) and within not in shares:
         raise TargetError(f"within is {within!r}; it is one of {', '.join(shares)}, or a function of weights")
     if by_cost is not None and not by_cost >= 0:

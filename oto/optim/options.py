@@ -3,7 +3,7 @@
 A paper's optimizer takes them as ``**options: Unpack[HESSOOptions]``; one with options of its own extends
 :class:`SparseOptions`::
 
-    class HSPGOptions(SparseOptions, total=False):
+    class MyOptions(SparseOptions, total=False):
         epsilon: float
 
 What each of them means, stands at :class:`oto.optim.HESSO`; :mod:`oto.optim.setup` reads them.
@@ -134,6 +134,28 @@ class CycleOptions(TypedDict, total=False):
 
 class HESSOCRICOptions(HESSOOptions, CycleOptions, total=False):
     """Options of :class:`oto.optim.HESSOCRIC`."""
+
+
+class HSPGOptions(SparseOptions, total=False):
+    """Options of :class:`oto.optim.HSPG`."""
+
+    lmbda: float | Callable[[int], float] | None
+    epsilon: float | Mapping[str, float] | None
+    half_space_step: Steps | None
+    upper_group_sparsity: float | None
+
+
+class DHSPGOptions(SparseOptions, total=False):
+    """Options of :class:`oto.optim.DHSPG`."""
+
+    lmbda: float | None
+    lmbda_amplify: float | None
+    hat_lmbda_coeff: float | None
+    epsilon: float | Mapping[str, float] | None
+    partition_step: Steps | None
+    half_space_step: Steps | None
+    warm_up_steps: Steps | None
+    tolerance_group_sparsity: float | None
 
 
 def names_of(options: type) -> frozenset[str]:

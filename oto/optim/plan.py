@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from oto.groups.node_group import NodeGroup, Slice
+from oto.groups.node_group import NodeGroup
+from oto.optim.entries import Place, Rows, any_entry, scale_, zero_
 
 FREE, REDUNDANT, PRUNED = 0, 1, 2
 """What became of an atom: not chosen; chosen, on its way to zero; at zero for good."""
 
 HEAL_STEPS = 64
 """Resting entries are written again every so many steps, a few tensors at a time."""
-
-
-class Target(NamedTuple):
-    """Rows of a view into a parameter; one row per atom."""
-
-    view: Tensor
-    rows: Tensor
 
 
 @dataclass
@@ -38,10 +30,10 @@ class Plan:
         fresh: Nothing was written yet.
     """
 
-    redundant: list[Target] = field(default_factory=list)
-    pruned: list[Target] = field(default_factory=list)
-    resting: list[Target] = field(default_factory=list)
-    watched: list[Target] = field(default_factory=list)
+    redundant: list[Place] = field(default_factory=list)
+    pruned: list[Place] = field(default_factory=list)
+    resting: list[Place] = field(default_factory=list)
+    watched: list[Place] = field(default_factory=list)
     fresh: bool = True
 
     @classmethod
@@ -61,30 +53,27 @@ class Plan:
             quiet: For each group, whether its pruned entries stay at zero by themselves.
         """
         plan = cls()
+        redundant = [rows_of(own, REDUNDANT) for own in codes]
+        plan.redundant += Rows.of(groups, redundant, parameters, in_blocks=True).places
         for group, own, rests in zip(groups, codes, quiet, strict=True):
-            redundant, pruned = rows_of(own, REDUNDANT), rows_of(own, PRUNED)
-            if len(redundant):
-                plan.redundant += _targets(group.zeros, redundant, parameters)
-            if not len(pruned):
-                continue
-            targets = _targets(group.slices if rests else group.zeros, pruned, parameters)
-            if rests and all(target.view.device.type == "cpu" for target in targets):
-                flat = [target for target in targets if target.view.dim() == 1]
-                plan.resting += [target for target in targets if target.view.dim() > 1]
-                plan.watched += flat[:1] or [Target(_first(view), rows) for view, rows in targets]
-                targets = flat
-            plan.pruned += targets
+            pieces = group.slices if rests else group.zeros
+            places = list(Rows.of([group], [rows_of(own, PRUNED)], parameters, slices=pieces).places)
+            if rests and all(place.view.device.type == "cpu" for place in places):
+                flat = [place for place in places if place.view.dim() == 1]
+                plan.resting += [place for place in places if place.view.dim() > 1]
+                plan.watched += flat[:1] or [place.first_entries() for place in places]
+                places = flat
+            plan.pruned += places
         return plan
 
     def moved(self) -> bool:
         """Whether an entry that should rest has moved, as far as the watched ones tell. CPU only."""
         if self.fresh or not self.watched:
             return False
-        return bool(torch.cat([view.index_select(0, rows) for view, rows in self.watched]).any())
+        return any_entry(self.watched)
 
     def scale_redundant_(self, factor: float) -> None:
-        for view, rows in self.redundant:
-            view.index_copy_(0, rows, view.index_select(0, rows).mul_(factor))
+        scale_(self.redundant, factor)
 
     def zero_pruned_(self, step: int) -> None:
         zero_(self.pruned)
@@ -92,24 +81,6 @@ class Plan:
         self.fresh = False
 
 
-def _targets(pieces: Iterable[Slice], rows: Tensor, parameters: Mapping[str, Tensor]) -> list[Target]:
-    found = [(piece, parameters[piece.parameter]) for piece in pieces if piece.parameter in parameters]
-    return [Target(piece.of(p.data), rows.to(p.device, non_blocking=True)) for piece, p in found]
-
-
-def _first(view: Tensor) -> Tensor:
-    """One entry of each atom, as a view."""
-    while view.dim() > 1:
-        view = view.select(1, 0)
-    return view
-
-
 def rows_of(codes: Tensor, code: int) -> Tensor:
     """Atoms with this code, sorted int64 indices."""
     return (codes == code).nonzero()[:, 0]
-
-
-def zero_(targets: Iterable[Target]) -> None:
-    """Write zeros; unlike multiplying by 0, this also clears NaN and infinity."""
-    for view, rows in targets:
-        view.index_fill_(0, rows, 0)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from oto.errors import TargetError
 from oto.groups.node_group import NodeGroup
+from oto.optim.entries import dot, sq_norm
 
 
 @dataclass(frozen=True)
@@ -76,25 +77,25 @@ class Entries:
     @cached_property
     def weight_sq(self) -> Tensor:
         """``||x_g||^2`` of every atom, shape ``(size,)``."""
-        return torch.stack([_sq_norms(weight) for weight in self.weights]).sum(0)
+        return torch.stack([sq_norm(weight) for weight in self.weights]).sum(0)
 
     @cached_property
     def reader_sq(self) -> Tensor:
         """Squared norm of what reads each atom, shape ``(size,)``; 1 where nothing with weights does."""
-        parts = [_sq_norms(reader) for reader in self.readers]
+        parts = [sq_norm(reader) for reader in self.readers]
         return torch.stack(parts).sum(0) if parts else torch.ones_like(self.weight_sq)
 
     @cached_property
     def gradient_sq(self) -> Tensor:
         """``||g_g||^2`` of every atom, shape ``(size,)``."""
-        parts = [_sq_norms(gradient) for gradient in self.gradients if gradient is not None]
+        parts = [sq_norm(gradient) for gradient in self.gradients if gradient is not None]
         return torch.stack(parts).sum(0) if parts else torch.zeros_like(self.weight_sq)
 
     @cached_property
     def dot(self) -> Tensor:
         """``<x_g, g_g>`` of every atom, shape ``(size,)``."""
         pairs = zip(self.weights, self.gradients, strict=True)
-        parts = [_dots(weight, gradient) for weight, gradient in pairs if gradient is not None]
+        parts = [dot(weight, gradient) for weight, gradient in pairs if gradient is not None]
         return torch.stack(parts).sum(0) if parts else torch.zeros_like(self.weight_sq)
 
 
@@ -155,7 +156,21 @@ Weights = Mapping[str | Saliency, float]
 PUBLISHED: Weights = {name: 0.2 for name in CRITERIA if name != "path_norm"}
 """The five criteria of HESSO count alike."""
 
-FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude, path_norm)
+
+def angle(entries: Entries) -> Tensor:
+    """``-cos(x_g, g_g)``, in [-1, 1]: low where descent shrinks the group already (DHSPG)."""
+    return cosine_similarity(entries) - 1
+
+
+def inverse_magnitude(entries: Entries) -> Tensor:
+    """``-1 / (||x_g|| / |g| + 1e-6)``: low where entries are small on average (DHSPG)."""
+    return -1 / (avg_magnitude(entries) + 1e-6)
+
+
+AS_PUBLISHED: dict[str, Weights] = {"hesso": PUBLISHED, "dhspg": {angle: 0.5, inverse_magnitude: 0.5}}
+"""The scores of a paper: criteria of one batch, each divided by its norm over all groups."""
+
+FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude, path_norm, inverse_magnitude)
 """Criteria that look at no gradient, so there is nothing to average."""
 
 OF_THE_LOSS: tuple[Saliency, ...] = (taylor_first_order, taylor_second_order)
@@ -176,17 +191,17 @@ WITHIN_GROUPS = ("mean", "max", "norm")
 
 
 def resolve(weights: Weights | str | Saliency) -> list[tuple[Saliency, float]]:
-    """The criteria as functions, in the given order; ``"hesso"`` stands for :data:`PUBLISHED`.
+    """The criteria as functions, in the given order; the name of a paper stands for its scores.
 
     Raises:
         TargetError: A name is unknown, or no criterion counts.
     """
     if not isinstance(weights, Mapping):
-        weights = PUBLISHED if weights == "hesso" else {weights: 1.0}
+        weights = AS_PUBLISHED[weights] if isinstance(weights, str) and weights in AS_PUBLISHED else {weights: 1.0}
     for name in weights:
         if isinstance(name, str) and name not in CRITERIA:
             raise TargetError(
-                f"no saliency is called {name!r}; there are hesso, {', '.join(CRITERIA)}, or pass a function"
+                f"no saliency is called {name!r}; there are {', '.join([*AS_PUBLISHED, *CRITERIA])}, or pass a function"
             )
     if not any(weights.values()):
         raise TargetError("every saliency has the weight 0, so no group can be told from another")
@@ -273,24 +288,3 @@ def _over_group(values: Tensor, sizes: Sequence[int], how: str) -> Tensor:
     size = torch.tensor(sizes, device=values.device)
     group = torch.arange(len(sizes), device=values.device).repeat_interleave(size, output_size=len(values))
     return values.new_zeros(len(sizes)).scatter_reduce_(0, group, values, how, include_self=False)[group]
-
-
-def _real(rows: Tensor) -> Tensor:
-    """A complex entry as its two parts, which descend and vanish together."""
-    return torch.view_as_real(rows) if rows.is_complex() else rows
-
-
-def _sq_norms(rows: Tensor) -> Tensor:
-    rows = _real(rows)
-    if not rows.is_contiguous():  # torch's norm is several times slower along strided rows
-        return _dots(rows, rows)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(rows.reshape(rows.shape[0], -1), dim=1, dtype=dtype)
-    return norms.square()
-
-
-def _dots(left: Tensor, right: Tensor) -> Tensor:
-    left, right = _real(left), _real(right)
-    dtype = torch.promote_types(left.dtype, torch.float32)
-    product = left.to(dtype) * right.to(dtype)
-    return product.sum(tuple(range(1, product.dim()))) if product.dim() > 1 else product

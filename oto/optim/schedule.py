@@ -7,6 +7,7 @@ per micro-batch, and a call that a ``GradScaler`` skips does not count.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -15,6 +16,11 @@ from oto.optim.target import shown
 
 START, LENGTH, PERIODS, EXPONENT = 0.01, 0.4, 5, 3.0
 """When to prune by default: shares of all steps, how many times groups are chosen, and how much of it early."""
+
+SHARES = (
+    "start_pruning_step", "pruning_steps", "sampling_steps", "half_space_step", "partition_step", "warm_up_steps"
+)  # fmt: skip
+"""Numbers of steps that may be shares of all."""
 
 Steps = SupportsFloat | SupportsIndex
 """A number of steps: an int, one of numpy or torch too, or a float."""
@@ -219,6 +225,7 @@ class Progress:
         cost: What the network costs without them, in ``unit``.
         goal: What it is to cost at most in the end.
         unit: Such as ``"MACs"``.
+        ways: How many of the pruned went which way, where there are several.
 
     Example:
         >>> print(Progress(130, Schedule(100, 200, 5), 1216, redundant=122, pruned=0, cost=8e6, goal=4e6, unit="MACs"))
@@ -233,6 +240,7 @@ class Progress:
     cost: float
     goal: float
     unit: str
+    ways: Mapping[str, int] | None = None
 
     @property
     def period(self) -> int | None:
@@ -256,6 +264,8 @@ class Progress:
 
     def __str__(self) -> str:
         zero = f"{self.pruned:,} of {self.groups:,} groups are zero"
+        if self.ways and self.pruned:
+            zero += f" ({', '.join(f'{number:,} {way}' for way, number in self.ways.items())})"
         cost = f"; {shown(self.cost)} {self.unit}, goal {shown(self.goal)}"
         if self.over:
             return f"step {self.step}, pruning ended after {self.schedule.end} steps: {zero}{cost}"
@@ -304,7 +314,7 @@ def _whole(name: str, number: Steps) -> int:
         return whole
     if value.is_integer():
         return int(value)
-    if 0 < value < 1 and name in ("start_pruning_step", "pruning_steps", "sampling_steps"):
+    if 0 < value < 1 and name in SHARES:
         raise TargetError(
             f"{name} is {value:g}, a share of all steps (as it is by default), and their number is not known\n"
             "  effect  no step would be the one at which pruning begins or ends\n"

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from oto.errors import ShrinkError
+from oto.optim.entries import taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +37,7 @@ class Moved:
 
     def thin(self, tensor: Tensor) -> Tensor:
         """The entries that are left of a tensor of the old shape, in memory of their own."""
-        made = tensor.detach()
-        for dim, entries in enumerate(self.entries):
-            if entries is not None:
-                made = made.index_select(dim, torch.from_numpy(entries).to(made.device))
+        made = taken(tensor.detach(), self.entries)
         return made.clone() if made is tensor or made.data_ptr() == tensor.data_ptr() else made
 
     @property

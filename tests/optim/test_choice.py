@@ -258,7 +258,7 @@ def test_as_published_nothing_holds_a_layer(oto):
         ({"by_cost": -1.0}, "by_cost is -1.0"),
         ({"average_steps": 0}, "average_steps is 0; it is at least 1"),
         ({"within": "taylor_first_order"}, "within is 'taylor_first_order'; it is one of none, magnitude"),
-        ({"saliency": "size"}, "no saliency is called 'size'; there are hesso, magnitude"),
+        ({"saliency": "size"}, "no saliency is called 'size'; there are hesso, dhspg, magnitude"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(oto, options, message):

@@ -111,7 +111,7 @@ def test_the_violating_set_walks_to_zero_and_comes_back():
             break
     first = next(i for i, left in enumerate(walked) if left is not None)
     assert walked[first : first + 3] == [round(2 / 3, 9), round(1 / 3, 9), None]
-    assert optimizer.walk["saved"] == [] and at_rest > 2
+    assert optimizer.walk["saved"] == [] and at_rest
 
 
 @pytest.mark.parametrize("sensitivity", [0.0, 1.0])

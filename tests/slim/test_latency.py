@@ -118,7 +118,7 @@ class Formula(Timer):
         return 1 + 1e-3 * self.costs.macs(counts)
 
 
-@pytest.mark.parametrize("kind", ["hesso", "hesso_cric"])
+@pytest.mark.parametrize("kind", ["hesso", "hesso_cric", "hspg", "dhspg"])
 def test_what_is_trained_is_as_fast_as_was_asked(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     def timed(op, args, kwargs, device):
         y = op(*args, **kwargs)
@@ -129,7 +129,8 @@ def test_what_is_trained_is_as_fast_as_was_asked(monkeypatch: pytest.MonkeyPatch
     model, x = mlp(), torch.randn(16, 8)
     oto = OTO(model, x[:1])
     timer = timer_of(oto._analysis)
-    options = {"pruning_periods": 2} if kind == "hesso" else {"total_steps": 40}
+    options = {"total_steps": 40} if kind == "hesso_cric" else {"pruning_periods": 2}
+    options |= {"lmbda": 2.0} if kind.endswith("spg") else {}
     optimizer = getattr(oto, kind)(
         lr=0.05, target_latency_ms=3, start_pruning_step=2, pruning_steps=8, min_kept=2, group_divisible=4, **options
     )

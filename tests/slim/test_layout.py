@@ -188,13 +188,19 @@ def test_an_eps_that_no_field_states_keeps_the_stream_whole():
 
 
 def test_every_optimizer_leaves_equal_counts():
-    for make, options in (("hesso", {}), ("hesso_cric", {"sampling_steps": 2, "max_cycles": 2})):
+    for make, options in (
+        ("hesso", {}), ("hesso_cric", {"sampling_steps": 2, "max_cycles": 2}),
+        ("hspg", {"pruning_steps": 24, "lmbda": 100}), ("dhspg", {"pruning_steps": 12, "lmbda": 100}),
+    ):  # fmt: skip
         net = model()
         oto = OTO(net, IDS, layout="uniform", tensor_parallel=2)
         if make == "hesso":
             options = options | {"pruning_periods": 2}
         optimizer = getattr(oto, make)(
-            variant="adamw", lr=1e-3, target_macs=0.5, start_pruning_step=2, pruning_steps=4, **options
+            **(
+                {"variant": "adamw", "lr": 1e-3, "target_macs": 0.5, "start_pruning_step": 2, "pruning_steps": 4}
+                | options
+            )
         )
         for _ in range(40):
             optimizer.zero_grad()
@@ -209,6 +215,7 @@ def test_every_optimizer_leaves_equal_counts():
         assert all(n % 2 == 0 for each in counts.values() for n in each)
         each = {name: tuple(atoms.tolist()) for name, atoms in optimizer.pruned_groups.items() if ".up" in name}
         assert len(set(each.values())) > 1  # each block its own
+        assert getattr(optimizer, "ways", {"by half-space": 1})["by half-space"]
         subnet = oto.construct_subnet()
         assert subnet.emitter == "config" and not subnet.notes
         assert subnet.cost_after.macs <= 0.5 * subnet.cost_before.macs

@@ -1,0 +1,242 @@
+"""DHSPG: dual half-space projected gradient (OTOv2, ICLR 2023, arXiv 2303.06862, section 4, algorithm 2).
+
+Once, at ``partition_step``, the zero-invariant groups (ZIGs) that are to go are separated from those that stay; only
+the former are penalised, each with a λ of its own, and projected when they leave their half-spaces::
+
+    at partition_step:   G_p <- the groups to go, G_np <- the others
+    every step:          x̂ = x - α G                           for all groups; G is what the wrapped optimizer does
+    for g in G_p, from partition_step until the target is met:
+        λ_g = λ
+        if <x_g, G_g> < 0 and t >= warm_up_steps:              the step makes ||x_g|| grow
+            lo = -<x_g, G_g> / ||x_g||                         the least λ at which it shrinks, to first order
+            hi = -||G_g||² ||x_g|| / <x_g, G_g>                the greatest at which f still descends, to first order
+            λ_g = min(max(amplify · lo, λ), coeff · λ),        or (lo + hi) / 2 where that is hi or more
+        x̂_g -= α λ_g x_g / ||x_g||
+        x̂_g <- 0   if t >= half_space_step and <x̂_g, x_g> < ε ||x_g||²
+    groups at zero stay there
+
+``lo <= hi`` is the inequality of Cauchy and Schwarz, ``<x, G>² <= ||x||² ||G||²``.
+
+Where we differ from the released code, and why:
+
+* G_p is what :mod:`oto.optim.choice` chooses for the target, in any unit, from averages over many batches. Published is
+  a score of one batch, the cosine of ``x`` and the gradient and the inverse of the mean magnitude:
+  ``dhspg(saliency="dhspg", target_group_sparsity=...)`` is that. There G_p holds ``tolerance_group_sparsity`` more than
+  has to go, and those that leave first go; where the choice says exactly what goes, there is nothing to tolerate.
+* The target is met exactly; :mod:`oto.optim.half_space` says how. Released code stops once it is passed.
+* G is what the wrapped optimizer did: ``(x - x̂) / α``. With AdamW that includes its decay, which released code leaves
+  out of the angle. The angle of ``saliency="dhspg"`` is that of the plain gradient.
+* Where slices of a group have several learning rates, α is their mean weighted by ``||x||²``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oto.errors import OptionError
+from oto.groups.node_group import NodeGroup
+from oto.optim.budget import Budget, rest
+from oto.optim.choice import Choice
+from oto.optim.half_space import Epsilon, HalfSpace
+from oto.optim.plan import PRUNED, REDUNDANT, rows_of
+from oto.optim.schedule import LENGTH, START, Steps, count_steps
+from oto.optim.wrapped import Params
+
+TOLERANCE = 0.05
+"""How much more G_p holds than has to go, as a share of all, where it is chosen as published."""
+
+
+class DHSPG(HalfSpace):
+    """Penalise the groups that are to go, and project those that leave their half-spaces; the module has the algorithm.
+
+    With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
+
+    Args:
+        params: As in :class:`HESSO`, and so are all options that are not named here. ``saliency="dhspg"`` chooses as
+            published.
+        node_groups: Node groups of the model.
+        lmbda: The least λ. By default 1e-3, and 1e-2 over Adam and AdamW; the next two 2 and 10, and 20 and 1000.
+        lmbda_amplify: By how much λ exceeds what is needed for a group to shrink.
+        hat_lmbda_coeff: The greatest λ, in multiples of ``lmbda``.
+        epsilon: ε of the half-spaces, in [0, 1); 0.95 by default. A number, or one for each kind of group.
+        partition_step: When the groups are separated; the original's name for ``start_pruning_step``.
+        half_space_step: When projection begins; by default with the partition.
+        warm_up_steps: Until this step every λ is the least one; by default until the partition.
+        tolerance_group_sparsity: With ``saliency="dhspg"`` alone: the share of all by which G_p exceeds the target.
+        start_pruning_step: When the groups are separated, and penalty begins.
+        pruning_steps: Number of steps over which groups go.
+        pruning_periods: How often it is read back what has gone, by default 10; the last one belongs to the choice.
+        total_steps: As in :class:`HESSO`. Each number of steps that is a float in [0, 1] is a share of them.
+
+    Raises:
+        OptionError: An option means nothing or has no effect, or the wrapped optimizer has no learning rate.
+        TargetError: ``half_space_step`` lies outside of pruning, or as in :class:`HESSO`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        node_groups: Iterable[NodeGroup],
+        *,
+        lmbda: float | None = None,
+        lmbda_amplify: float | None = None,
+        hat_lmbda_coeff: float | None = None,
+        epsilon: Epsilon | None = None,
+        partition_step: Steps | None = None,
+        half_space_step: Steps | None = None,
+        warm_up_steps: Steps | None = None,
+        tolerance_group_sparsity: float | None = None,
+        start_pruning_step: Steps | None = None,
+        pruning_steps: Steps = LENGTH,
+        pruning_periods: int | None = None,
+        total_steps: Steps | None = None,
+        **options: Any,
+    ) -> None:
+        if partition_step is not None and start_pruning_step is not None:
+            raise OptionError(
+                "partition_step and start_pruning_step are the same\n"
+                "  effect  nothing was made\n  to fix  give one of them"
+            )
+        start = next((step for step in (partition_step, start_pruning_step) if step is not None), START)
+        self.published = options.get("saliency") == "dhspg"
+        self._check(lmbda, lmbda_amplify, hat_lmbda_coeff, tolerance_group_sparsity)
+        self.tolerance = (TOLERANCE if self.published else 0.0) if tolerance_group_sparsity is None else (
+            tolerance_group_sparsity
+        )  # fmt: skip
+        self.asked_penalty = lmbda, lmbda_amplify, hat_lmbda_coeff
+        self.warm_up_steps = 0 if warm_up_steps is None else count_steps("warm_up_steps", warm_up_steps, total_steps)
+        super().__init__(
+            params, node_groups, epsilon=epsilon, half_space_step=start if half_space_step is None else half_space_step,
+            start_pruning_step=start, pruning_steps=pruning_steps, pruning_periods=pruning_periods,
+            total_steps=total_steps, **options,
+        )  # fmt: skip
+
+    def _check(
+        self, lmbda: float | None, amplify: float | None, coeff: float | None, tolerance: float | None
+    ) -> None:  # fmt: skip
+        low = lmbda is not None and not lmbda >= 0
+        if low or any(number is not None and not number >= 1 for number in (amplify, coeff)):
+            raise OptionError(
+                f"lmbda={lmbda}, lmbda_amplify={amplify}, hat_lmbda_coeff={coeff}: a penalty is not negative, and the"
+                " others are at least 1\n  effect  nothing was made\n  to fix  leave them out"
+            )
+        if tolerance is not None and not self.published:
+            raise OptionError(
+                f"tolerance_group_sparsity={tolerance} has no effect: the choice says exactly what goes\n"
+                "  effect  nothing was made\n  to fix  leave it out, or choose as published: saliency='dhspg'"
+            )
+        if tolerance is not None and not 0 <= tolerance < 1:
+            raise OptionError(
+                f"tolerance_group_sparsity is {tolerance}; it is a share of groups, in [0, 1)\n  to fix  such as 0.05"
+            )
+
+    WHO = "the groups to go are chosen at the first of them, and penalised from then on"
+
+    @property
+    def least_lmbda(self) -> float:
+        """The least λ."""
+        return self.penalty[0]
+
+    @property
+    def penalty(self) -> tuple[float, float, float]:
+        """λ, what it is amplified by, and its greatest multiple."""
+        adam = isinstance(self.base, torch.optim.Adam | torch.optim.AdamW)
+        defaults = (1e-2, 20.0, 1e3) if adam else (1e-3, 2.0, 10.0)
+        lmbda, amplify, coeff = (d if own is None else own for own, d in zip(self.asked_penalty, defaults, strict=True))
+        return lmbda, amplify, coeff
+
+    def sparse_step(self, t: int) -> None:
+        """Partition once; descend, penalise the groups to go, project those that left their half-spaces."""
+        self.observe(self.schedule.start - t if t <= self.schedule.start else None)
+        if self.schedule.starts_period(t):
+            if t == self.schedule.start:
+                self.partition()
+            self.begin_period(t)
+        x = self.penalised(t)
+        if x is None:
+            self.descend()
+        else:
+            x.remember_()
+            rate = x.rate()
+            self.descend()  # x̂_g = x_g - α G_g
+            along, moved_sq = x.moved()  # -α <x_g, G_g> and α² ||G_g||²
+            lmbda, which = self.lmbdas(along, moved_sq, x.norm, rate, t), self.open()
+            x.shrink_(lmbda, which)  # x̂_g -= α λ_g x_g / ||x_g||
+            if t >= self.half_space_step:
+                inner = x.sq + along - rate * lmbda * which * x.norm  # <x̂_g, x_g>
+                self.project_(inner / x.sq - x.epsilon)  # x̂_g = 0 if <x̂_g, x_g> < ε ||x_g||²
+        self.end_step(t)
+
+    def lmbdas(self, along: Tensor, moved_sq: Tensor, norm: Tensor, rate: Tensor, t: int) -> Tensor:
+        """λ of every group, shape ``(N,)``, from the interval in which the group shrinks and the loss descends.
+
+        Args:
+            along: ``-α <x_g, G_g>``; above 0 the wrapped optimizer's step makes the group grow.
+            moved_sq: ``α² ||G_g||²``.
+            norm: ``||x_g||``.
+            rate: α of every group.
+        """
+        lmbda, amplify, coeff = self.penalty
+        if t < self.warm_up_steps:
+            return torch.full_like(norm, lmbda)
+        tiny = torch.finfo(norm.dtype).tiny
+        low = along / (rate * norm).clamp_min(tiny)
+        high = moved_sq * norm / (rate * along.clamp_min(tiny)).clamp_min(tiny)
+        own = (amplify * low).clamp(lmbda, lmbda * coeff)
+        own = torch.where(own >= high, (low + high) / 2, own)
+        return torch.where((along > 0) & (rate > 0), own, lmbda)
+
+    def partition(self) -> None:
+        """G_p is redundant from now on: what the choice gives up, and as published some more."""
+        if not self.choice.target.wants_less:
+            return
+        if not self.tolerance:
+            self.choose_redundant(1.0)
+            return
+        self._record_cost()
+        self.mark_redundant(self.wider.select(self.scores(), self.atoms != PRUNED), final=False)
+
+    @property
+    def wider(self) -> Choice:
+        """The choice with a goal that is lower by the tolerance."""
+        target = self.choice.target
+        goal = max(target.goal - self.tolerance * target.full, 0.001 * target.full)
+        if target.name == "target_group_sparsity" and not isinstance(target.asked, Mapping):
+            atoms = int(target.full)
+            goal = atoms - int(atoms * min(target.asked + self.tolerance, 0.999))
+        return replace(self.choice, target=replace(target, goal=goal))
+
+    def choose_rest(self) -> None:
+        """What of G_p is not at zero yet; as published, the least important as far as the target asks for it."""
+        if not self.tolerance:
+            return
+        alive, ones = self.atoms != PRUNED, torch.ones(self.num_atoms)
+        chosen = torch.zeros(self.num_atoms, dtype=torch.bool)
+        if rest(self.choice, ones, alive).any():
+            scores = self.scores()
+            others = scores - scores.amin() + scores.amax() - scores.amin() + 1  # above all of G_p
+            chosen = rest(self.choice, torch.where(self.atoms == REDUNDANT, scores - scores.amin(), others), alive)
+        self.mark_redundant(chosen)
+
+    def budget(self) -> Budget | None:
+        """As in HSPG where G_p holds more than has to go; else all of it goes."""
+        return super().budget() if self.tolerance else None
+
+    def _may_go(self) -> Tensor:
+        return self.atoms == REDUNDANT
+
+    def _penalised_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        return [rows_of(own, REDUNDANT) for own in codes]
+
+    def describe_setup(self) -> dict[str, Any]:
+        """As in :class:`HESSO`, with λ, the half-spaces and the tolerance."""
+        return super().describe_setup() | {
+            "lmbda": list(self.penalty),
+            "warm_up_steps": self.warm_up_steps,
+            "tolerance_group_sparsity": self.tolerance,
+        }

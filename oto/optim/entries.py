@@ -1,0 +1,335 @@
+"""The one door to tensors by group: what papers and the choice see of entries are vectors of one number per atom.
+
+Here alone a slice becomes a view, rows of it are read and written, and sums over the entries of an atom are taken. All
+of it is a few calls per slice, never one per atom, and nothing is read back from a device. Sums are accumulated in
+float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oto.groups.node_group import NodeGroup, Slice, clear_
+
+BLOCK = 1 << 17
+"""Entries that are multiplied at a time on a CPU: a product of half a megabyte stays in its cache. A product of a whole
+tensor costs five times as much where the allocator asks the system for its memory, and gives it back, at every step."""
+
+Rate = float | Tensor
+"""What the entries of one parameter are multiplied with: a number, or a tensor of a single one."""
+
+
+class Place(NamedTuple):
+    """Rows of a view into a tensor; one row per atom.
+
+    Attributes:
+        view: Shape ``(size, *rest)``; row ``a`` is atom ``a`` of the node group.
+        rows: Which ones, sorted int64 indices; ``None``: all.
+        first: How many atoms the node groups before it have.
+    """
+
+    view: Tensor
+    rows: Tensor | None
+    first: int = 0
+
+    def read(self) -> Tensor:
+        """The rows; a view where they are all."""
+        return self.view if self.rows is None else self.view.index_select(0, self.rows)
+
+    def write_(self, rows: Tensor) -> None:
+        """Put numbers in their place."""
+        if self.rows is None:
+            self.view.copy_(rows)
+        else:
+            self.view.index_copy_(0, self.rows, rows.to(self.view.dtype))
+
+    def copy(self, into: Tensor | None = None) -> Tensor:
+        """The rows in memory of their own, which may be that of an earlier copy."""
+        if into is None:
+            return self.view.clone() if self.rows is None else self.read()
+        if self.rows is None:
+            return into.copy_(self.view)
+        return torch.index_select(self.view, 0, self.rows, out=into)
+
+    def subtract_(self, other: Tensor, factors: Tensor, rate: Rate) -> Tensor:
+        """``rows -= rate * factor * other``, with a factor of every atom, shape ``(N,)``; what the rows are then."""
+        own = self.read()
+        if isinstance(rate, Tensor) or rate:
+            own.addcmul_(other, (self.of(factors) * rate).to(own.dtype), value=-1)
+            if self.rows is not None:
+                self.write_(own)
+        return own
+
+    def of(self, vector: Tensor) -> Tensor:
+        """The numbers of these rows out of one number per atom, beside the view, in a shape that broadcasts over it."""
+        own = vector.narrow(0, self.first, self.view.shape[0]).to(self.view.device, non_blocking=True)
+        own = own if self.rows is None else own.index_select(0, self.rows)
+        return own.reshape(-1, *[1] * (self.view.dim() - 1))
+
+    def blocks(self) -> Iterator[Place]:
+        """A few rows at a time, as many as a cache holds; all at once where there is none to mind."""
+        view = _flat(self.view)
+        view = self.view if view is None or self.view.is_complex() else view
+        count = len(view if self.rows is None else self.rows)
+        size = max(BLOCK * len(view) // max(view.numel(), 1), 1) if is_here(view) else count
+        for at in range(0, count, max(size, 1)):
+            if self.rows is None:
+                yield Place(view[at : at + size], None, self.first + at)
+            else:
+                yield Place(view, self.rows[at : at + size], self.first)
+
+    def first_entries(self) -> Place:
+        """One entry of each of these atoms."""
+        view = self.view
+        while view.dim() > 1:
+            view = view.select(1, 0)
+        return self._replace(view=view)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The entries of some atoms of every node group, in some tensors.
+
+    Attributes:
+        places: Where they lie, slice after slice.
+        names: The name of each place's tensor.
+        atoms: How many atoms all node groups have, N.
+        device: Where vectors of one number per atom lie.
+    """
+
+    places: Sequence[Place]
+    names: Sequence[str]
+    atoms: int
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[NodeGroup],
+        chosen: Sequence[Tensor | None],
+        tensors: Mapping[str, Tensor],
+        *,
+        slices: Sequence[Slice] | None = None,
+        in_blocks: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Rows:
+        """Look them up.
+
+        Args:
+            groups: Node groups.
+            chosen: For each of them the atoms, sorted int64 indices on any device; ``None``: all.
+            tensors: By the names of parameters; what is not among them is left out.
+            slices: Which slices of them; by default those that are zeroed.
+            in_blocks: Each place holds no more than fits into a cache, so that one call finds there what another left.
+            device: Where vectors of one number per atom lie.
+        """
+        places, names, first = list[Place](), list[str](), 0
+        for group, rows in zip(groups, chosen, strict=True):
+            for piece in (group.zeros if slices is None else slices) if rows is None or len(rows) else ():
+                if piece.parameter in tensors:
+                    tensor = tensors[piece.parameter].detach()
+                    own = None if rows is None else rows.to(tensor.device, non_blocking=True)
+                    place = Place(piece.of(tensor), own, first)
+                    found = list(place.blocks()) if in_blocks else [place]
+                    places += found
+                    names += [piece.parameter] * len(found)
+            first += group.size
+        return cls(places, names, first, torch.device(device))
+
+    def __bool__(self) -> bool:
+        return bool(self.places)
+
+    def sq_norm(self, rates: Sequence[Rate] | None = None) -> Tensor:
+        """``||x_g||^2`` of every atom, or the sum over its slices of each one's times its rate; shape ``(N,)``."""
+        return self._summed((sq_norm(place.read()) for place in self.places), rates)
+
+    def dot(self, others: Sequence[Tensor]) -> Tensor:
+        """``<x_g, y_g>`` of every atom, shape ``(N,)``; the others are as :meth:`copies` gives them."""
+        return self._summed(dot(p.read(), other) for p, other in zip(self.places, others, strict=True))
+
+    def remembered(self, into: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+        """:meth:`copies` and :meth:`sq_norm`, in one go."""
+        made: list[Tensor] = []
+
+        def copied() -> Iterator[Tensor]:
+            for i, place in enumerate(self.places):
+                made.append(place.copy(None if into is None else into[i]))
+                yield sq_norm(made[-1])
+
+        return made, self._summed(copied())
+
+    def scale_(self, factor: float) -> None:
+        """Multiply them."""
+        scale_(self.places, factor)
+
+    def moved(self, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``<x_g - y_g, y_g>`` and ``||x_g - y_g||^2`` of every atom, shape ``(N,)``; exact where both are close."""
+        along, sq = list[Tensor](), list[Tensor]()
+        for place, other in zip(self.places, others, strict=True):
+            change = place.view - other if place.rows is None else place.read().sub_(other)
+            along.append(dot(change, other))
+            sq.append(sq_norm(change))
+        return self._summed(along), self._summed(sq)
+
+    def subtract_(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> None:
+        """``x_g -= rate * factor_g * y_g``, with a factor of every atom, shape ``(N,)``, and a rate of every place."""
+        for place, other, rate in zip(self.places, others, rates, strict=True):
+            place.subtract_(other, factors, rate)
+
+    def subtracted_dot(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> Tensor:
+        """:meth:`subtract_`, and then :meth:`dot`, in one go."""
+        triples = zip(self.places, others, rates, strict=True)
+        return self._summed(dot(place.subtract_(other, factors, rate), other) for place, other, rate in triples)
+
+    def zero_(self, which: Tensor | None = None) -> None:
+        """Bring them to zero, whatever they are; only those of some atoms, bool, shape ``(N,)``, if that is given."""
+        for place in self.places:
+            if which is None:
+                zero_([place])
+            elif is_here(place.view):
+                own = which.narrow(0, place.first, place.view.shape[0]).cpu().nonzero()[:, 0]
+                zero_([place._replace(rows=own)] if len(own) else [])
+            else:  # which ones they are is not to be waited for
+                own = place.read().masked_fill_(place.of(which), 0)
+                if place.rows is not None:
+                    place.write_(own)
+
+    def copies(self, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The rows of each place in memory of their own, which may be that of earlier copies."""
+        return [place.copy(None if into is None else into[i]) for i, place in enumerate(self.places)]
+
+    def copy_(self, others: Iterable[Tensor]) -> None:
+        """Put back what :meth:`copies` gave."""
+        for place, other in zip(self.places, others, strict=True):
+            place.write_(other)
+
+    def _summed(self, parts: Iterable[Tensor], rates: Sequence[Rate] | None = None) -> Tensor:
+        """What the places of each atom come to, shape ``(N,)``."""
+        total: Tensor | None = None
+        for i, (place, part) in enumerate(zip(self.places, parts, strict=True)):
+            part = (part if rates is None else part * rates[i]).to(self.device, non_blocking=True)
+            total = torch.zeros(self.atoms, dtype=part.dtype, device=self.device) if total is None else total
+            total = total.to(torch.promote_types(total.dtype, part.dtype))
+            own = total.narrow(0, place.first, place.view.shape[0])
+            if place.rows is None:
+                own.add_(part)
+            else:
+                own.index_add_(0, place.rows.to(self.device, non_blocking=True), part.to(total.dtype))
+        return torch.zeros(self.atoms, device=self.device) if total is None else total
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether a number of it can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def scale_(places: Iterable[Place], factor: float) -> None:
+    """Multiply the rows."""
+    for place in places:
+        if place.rows is None:
+            place.view.mul_(factor)
+        else:
+            place.write_(place.read().mul_(factor))
+
+
+def zero_(places: Iterable[Place]) -> None:
+    """Write zeros; unlike multiplying by 0, this also clears NaN and infinity."""
+    for view, rows, _ in places:
+        if rows is None:
+            view.zero_()
+        else:
+            clear_(view, rows)
+
+
+def any_entry(places: Iterable[Place]) -> bool:
+    """Whether any of the rows has an entry that is not zero. Synchronises."""
+    read = [place.read() for place in places]
+    return bool(torch.cat(read).any()) if read else False
+
+
+def taken(tensor: Tensor, entries: Sequence[NDArray[np.int64] | None]) -> Tensor:
+    """Some entries of every dimension, sorted int64 indices; ``None``: all. A copy, if any dimension shrinks."""
+    for dim, own in enumerate(entries):
+        if own is not None:
+            tensor = tensor.index_select(dim, torch.from_numpy(own).to(tensor.device))
+    return tensor
+
+
+def sq_norm(rows: Tensor) -> Tensor:
+    """Squared L2 norm of every row, shape ``(size,)``."""
+    flat = _flat(_real(rows))
+    if flat is None or not flat.is_contiguous():  # torch's norm is several times slower along strided rows
+        return dot(rows, rows)
+    dtype = torch.promote_types(rows.real.dtype if rows.is_complex() else rows.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(flat.reshape(flat.shape[0], -1), dim=1, dtype=dtype)
+    return norms.square()
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of every row with the other's, shape ``(size,)``."""
+    left, right = _real(left), _real(right)
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    if left.dim() == 1:
+        return left.to(dtype) * right.to(dtype)
+    both = _flat(left), _flat(right, left)
+    if both[0] is None or both[1] is None:
+        return _strided_dot(left, right)
+    sums = [(x.to(dtype) * y.to(dtype)).sum(1) for x, y in zip(_blocks(both[0]), _blocks(both[1]), strict=True)]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
+    """The same where a row does not lie in one piece: entries are read as they lie in memory, whosever they are."""
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    order = sorted(range(left.dim()), key=left.stride().__getitem__, reverse=True)
+    left, right, own = left.permute(order), right.permute(order), order.index(0)
+    products = (x.to(dtype) * y.to(dtype) for x, y in zip(_blocks(left), _blocks(right), strict=True))
+    if own == 0:
+        return torch.cat([product.flatten(1).sum(1) for product in products])
+    total = next(products).sum(0)
+    for product in products:
+        total += product.sum(0)
+    return total.movedim(own - 1, 0).reshape(left.shape[own], -1).sum(1)
+
+
+def _blocks(rows: Tensor) -> Iterator[Tensor]:
+    """Some rows at a time, where there is a cache that they fit into."""
+    entries = rows.numel()
+    if not is_here(rows) or entries <= BLOCK:
+        yield rows
+        return
+    yield from rows.split(max(BLOCK * rows.shape[0] // entries, 1))
+
+
+def _flat(rows: Tensor, like: Tensor | None = None) -> Tensor | None:
+    """The rows as a matrix, in the order in which their entries lie in memory; ``None`` where strides forbid.
+
+    Args:
+        like: The order of this one instead.
+    """
+    if rows.dim() <= 2:
+        own = rows if like is None else like
+        return None if own.dim() == 2 and own.stride(0) < own.stride(1) else rows
+    strides = (rows if like is None else like).stride()
+    order = sorted(range(1, rows.dim()), key=lambda dim: -strides[dim])
+    rows = rows.permute(0, *order)
+    stride = 1 if rows.numel() == 0 else rows.stride(-1)
+    for dim in range(rows.dim() - 1, 1, -1):
+        if rows.shape[dim] != 1 and rows.stride(dim) != stride:
+            return None
+        stride *= rows.shape[dim]
+    if rows.shape[1] != 1 and rows.stride(1) != stride:
+        return None
+    return rows.flatten(1)
+
+
+def _real(rows: Tensor) -> Tensor:
+    """A complex entry as its two parts, which descend and vanish together."""
+    return torch.view_as_real(rows) if rows.is_complex() else rows

@@ -1,0 +1,405 @@
+"""What HSPG and DHSPG share: a penalty on the norms of groups, half-spaces, and a target that is met exactly.
+
+With ``x`` the entries of a group before a step and ``x̂`` those after it, the half-space of the group is
+``{z : <z, x> >= ε ||x||²}``. A group that a step takes out of it is brought to zero, for good.
+
+Neither paper counts: what goes is what leaves its half-space. Here a target is met, so
+
+* penalty and projection end at the target, and are never applied where nothing is to go. A node group that may lose no
+  more (a floor, a multiple, the target) is penalised no more. How much may still go is known at every step without
+  reading back which groups went (:mod:`oto.optim.budget`): that is done as a period begins.
+* of several groups that leave their half-spaces in one step those go first that are furthest out,
+  ``<x̂, x> / ||x||² - ε``, as many as may. Released HSPG draws lots, and counts the wrong number
+  (``n * (trial - upper)``, the excess, rather than the room that is left).
+* the last period belongs to the choice: what is then missing for the target is shrunk to exactly zero as in HESSO. How
+  many groups went which way, ``progress`` and ``history`` say.
+
+The step itself is that of the wrapped optimizer, whatever it is, from ``x`` to ``x̂``. The penalty follows it,
+``x̂ -= α λ x / ||x||`` with its learning rate α, so it passes through no momentum and no preconditioner. A group at zero
+that was not projected has no penalty, and no half-space to leave. Parameters that are frozen are not penalised, but go
+to zero with their group.
+
+Memory: one copy of the penalised entries, in their own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oto.errors import OptionError, TargetError
+from oto.groups.node_group import NodeGroup
+from oto.optim.budget import Budget, rest
+from oto.optim.entries import Rate, Rows, is_here
+from oto.optim.hesso import HESSO
+from oto.optim.plan import PRUNED, REDUNDANT, Plan
+from oto.optim.schedule import Progress, Schedule, Steps, count_steps
+from oto.optim.wrapped import Params
+
+PERIODS = 10
+"""How many times it is read back what has gone; the last period belongs to the choice."""
+
+KINDS = ("conv", "linear", "norm")
+"""Of node groups: what they zero has three dimensions and more, two, or one."""
+
+Epsilon = float | Mapping[str, float]
+
+
+@dataclass(eq=False)
+class Penalised:
+    """The groups that may still go, in one step after another.
+
+    Attributes:
+        rows: Their entries.
+        rates: The learning rate of each slice, of this step; 0 where it is frozen.
+        epsilon: Of every atom, shape ``(N,)``.
+        before: The entries before the wrapped optimizer's step: the one copy.
+        sq, norm: ``||x_g||²`` and ``||x_g||`` of then, shape ``(N,)``.
+    """
+
+    rows: Rows
+    rates: Sequence[Rate]
+    epsilon: Tensor
+    before: list[Tensor] | None = None
+    sq: Tensor = field(default_factory=lambda: torch.empty(0))
+    norm: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def remember_(self) -> None:
+        """What the groups are before the step."""
+        self.before, self.sq = self.rows.remembered(self.before)
+        self.norm = self.sq.sqrt()
+        self.epsilon = self.epsilon.to(self.sq)
+
+    def shrink_(self, lmbda: float | Tensor, which: Tensor) -> None:
+        """``x̂_g -= α λ_g x_g / ||x_g||`` of some atoms, bool, shape ``(N,)``; λ is one number, or one of every atom."""
+        assert self.before is not None
+        self.rows.subtract_(self.before, self._per_norm(lmbda, which), self.rates)
+
+    def shrink_dot_(self, lmbda: float | Tensor, which: Tensor) -> Tensor:
+        """:meth:`shrink_`, and ``<x̂_g, x_g>`` thereafter, shape ``(N,)``: while the entries are at hand."""
+        assert self.before is not None
+        return self.rows.subtracted_dot(self.before, self._per_norm(lmbda, which), self.rates)
+
+    def _per_norm(self, lmbda: float | Tensor, which: Tensor) -> Tensor:
+        return torch.where(which & (self.norm > 0), lmbda / self.norm, 0)
+
+    def moved(self) -> tuple[Tensor, Tensor]:
+        """``<x̂_g - x_g, x_g>`` and ``||x̂_g - x_g||²``, shape ``(N,)``."""
+        assert self.before is not None
+        return self.rows.moved(self.before)
+
+    def rate(self) -> Tensor:
+        """The learning rate of every group, shape ``(N,)``: the mean over its slices, weighted by ``||x||²``.
+
+        To be asked before the wrapped optimizer's step.
+        """
+        first, *others = self.rates
+        if not isinstance(first, Tensor) and all(rate is first or rate == first for rate in others):
+            return torch.full_like(self.norm, first)
+        return self.rows.sq_norm(self.rates) / self.sq.clamp_min(torch.finfo(self.sq.dtype).tiny)
+
+
+class HalfSpace(HESSO):
+    """A sparse optimizer whose groups leave by half-spaces; see the module docstring.
+
+    Args:
+        params, node_groups: As in :class:`HESSO`, and so are all options that are not named here.
+        epsilon: ε of the half-spaces, in [0, 1): 0 is the weakest test. A number, or one for each kind of group
+            (``{"conv": 0.9, "linear": 0.0, "norm": 0.0}``, by what it zeroes); kinds left out keep the default.
+        half_space_step: The first step that projects; a float in [0, 1] is a share of ``total_steps``.
+        start_pruning_step, pruning_steps, total_steps: As in :class:`HESSO`.
+        pruning_periods: How many times it is read back what has gone, at least 2: the last period belongs to the
+            choice. By default 10, or as many as there are pruning steps.
+
+    Raises:
+        OptionError: An option means nothing, or the wrapped optimizer has no learning rate.
+        TargetError: ``half_space_step`` lies outside of pruning, or as in :class:`HESSO`.
+    """
+
+    EPSILON: float = 0.95
+    WHO: str = "all groups that may go are penalised"
+
+    _penalised: tuple[Plan, Penalised | None] | None = None
+    _budget: tuple[Tensor, Budget | None] | None = None
+
+    def __init__(
+        self,
+        params: Params,
+        node_groups: Iterable[NodeGroup],
+        *,
+        epsilon: Epsilon | None,
+        half_space_step: Steps | None,
+        start_pruning_step: Steps,
+        pruning_steps: Steps,
+        pruning_periods: int | None,
+        total_steps: Steps | None,
+        **options: Any,
+    ) -> None:
+        if "pruning_exponent" in options:
+            raise OptionError(
+                f"pruning_exponent has no effect on {type(self).__name__}: groups go as they leave half-spaces\n"
+                "  effect  nothing was made\n  to fix  leave it out"
+            )
+        asked = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
+        if pruning_periods is None:
+            asked = replace(asked, periods=max(min(PERIODS, asked.steps), 1))
+        self.epsilon = epsilons(epsilon, self.EPSILON)
+        self.half_space_step = asked.start + asked.steps // 4
+        if half_space_step is not None:
+            self.half_space_step = count_steps("half_space_step", half_space_step, total_steps)
+        super().__init__(
+            params, node_groups, start_pruning_step=asked.start, pruning_steps=asked.steps,
+            pruning_periods=asked.periods, total_steps=total_steps, **options,
+        )  # fmt: skip
+        self._require_sound()
+
+    def _require_sound(self) -> None:
+        if any("lr" not in group for group in self.param_groups):
+            raise OptionError(
+                f"{type(self.base).__name__} has no learning rate (lr) in its parameter groups\n"
+                "  effect  a penalty could not be counted beside its steps\n"
+                "  to fix  wrap an optimizer that has one, or take oto.hesso(...)"
+            )
+        if not self.choice.target.wants_less:
+            return
+        if self.schedule.periods < 2:
+            raise TargetError(
+                f"pruning_periods is {self.schedule.periods}; {type(self).__name__} needs 2, for the last one belongs"
+                " to the choice\n  to fix  at least 2 periods and 2 pruning_steps"
+            )
+        if not self.schedule.start <= self.half_space_step < self.last_period:
+            raise TargetError(
+                f"half_space_step is {self.half_space_step}, and groups leave by half-spaces in steps"
+                f" {self.schedule.start}–{self.last_period - 1}\n"
+                "  effect  none would, and all would go by the choice, as in HESSO\n"
+                "  to fix  a step among these, or longer pruning (pruning_steps)"
+            )
+
+    # What the papers say ---------------------------------------------------------------------------------------------
+
+    def penalised(self, t: int) -> Penalised | None:
+        """The groups that may still go by themselves; ``None`` where there are none, or it is not the time."""
+        if not self.choice.target.wants_less or not self.schedule.start <= t < self.last_period:
+            return None
+        plan = self._plan()
+        if self._penalised is None or self._penalised[0] is not plan:
+            self._penalised = (plan, self._find_penalised())
+        found = self._penalised[1]
+        if found is not None:
+            found.rates = self._rates(found.rows.names)
+        return found
+
+    def open(self) -> Tensor:
+        """Which atoms may still go, bool, shape ``(N,)``."""
+        alive, budget = self._may_go(), self.budget()
+        return alive if budget is None else alive & budget.open(self._gone())
+
+    def project_(self, further_out: Tensor) -> None:
+        """Bring groups to zero for good, the lowest first, as many as the target allows.
+
+        Args:
+            further_out: ``<x̂_g, x_g> / ||x_g||² - ε``, shape ``(N,)``: below 0 a group has left its half-space.
+        """
+        going = (further_out < 0) & self._may_go()
+        if is_here(going) and not going.any():
+            return
+        budget = self.budget()
+        if budget is not None:
+            going = budget.allowed(going, further_out, self._gone())
+        self.atoms = torch.where(going, PRUNED, self.atoms).to(torch.uint8)
+
+    def begin_period(self, t: int) -> None:
+        """Read back what has gone; in the last period, choose what is still missing."""
+        if not self.choice.target.wants_less:
+            return
+        self.zero_moments_()
+        self._settle()
+        if t == self.last_period:
+            self._record_cost()
+            self.choose_rest()
+            self._settle()
+        elif t > self.schedule.start:
+            self._record_cost()
+
+    def end_step(self, t: int) -> None:
+        """Shrink what the choice gave up, as HESSO does, and keep at zero what is."""
+        if t >= self.last_period:
+            if self.schedule.ends_period(t):
+                self.commit()
+            else:
+                self.scale_redundant_(self.schedule.factor(t))
+        self.zero_pruned_()
+        if self.atoms is not self.settled and self._penalised is not None and self._penalised[1] is not None:
+            self._penalised[1].rows.zero_(self._gone())
+
+    def plan(self) -> str:
+        """What happens at which step, and how much of a norm a penalty takes by then; print it."""
+        schedule, last = self.schedule, self.last_period
+        if not self.choice.target.wants_less:
+            return super().plan()
+        rows = [
+            (0, schedule.start, "ordinary steps"),
+            (schedule.start, last, self.WHO),
+            (self.half_space_step, last, "those that leave their half-spaces go to zero, as many as the target allows"),
+            (last, schedule.end, "what is missing by then is chosen, and shrinks to zero"),
+        ]
+        parts = [(f"steps {first}–{end - 1}", what) for first, end, what in rows if first < end]
+        width = max(len(when) for when, _ in parts)
+        end = super().plan().splitlines()[-1]
+        steps = [f"{when.ljust(width)}  {what}" for when, what in parts]
+        return "\n".join([str(self.choice.target), *steps, self._reach(), end])
+
+    def _reach(self) -> str:
+        """Whether λ suits the number of steps. Synchronises."""
+        rate, steps = float(self.param_groups[0]["lr"]), self.last_period - self.schedule.start
+        entries = Rows.of(self.node_groups, [None] * len(self.node_groups), self.parameters(), device=self.atoms.device)
+        norm = float(entries.sq_norm().sqrt().median())
+        taken = rate * self.least_lmbda * steps
+        return (
+            f"penalty: at this learning rate ({rate:.3g}) λ = {self.least_lmbda:.3g} takes {taken:.3g} of a norm in"
+            f" {steps} steps, if no gradient holds it; the median norm is {norm:.3g}"
+        )
+
+    # The choice ------------------------------------------------------------------------------------------------------
+
+    @property
+    def last_period(self) -> int:
+        """The first step of the last period."""
+        return self.schedule.bounds(self.schedule.periods - 1)[0]
+
+    def choose_rest(self) -> None:
+        """What is missing for the target is redundant, by the library's choice."""
+        alive = self.atoms != PRUNED
+        if rest(self.choice, torch.ones(self.num_atoms), alive).any():
+            chosen = rest(self.choice, self.scores(), alive)
+        else:
+            chosen = torch.zeros(self.num_atoms, dtype=torch.bool)
+        self.mark_redundant(chosen)
+
+    def commit(self) -> None:
+        """As in HESSO; these groups went by the choice."""
+        self.param_groups[0]["oto_by_choice"] += sum(int((own == REDUNDANT).sum()) for own in self._codes())
+        super().commit()
+        self._settle()
+
+    @property
+    def ways(self) -> dict[str, int]:
+        """How many groups are at zero by their half-spaces, and how many by the choice."""
+        chosen: int = self.param_groups[0]["oto_by_choice"]
+        return {"by half-space": self.num_pruned - chosen, "by choice": chosen}
+
+    @property
+    def progress(self) -> Progress:
+        """As in :class:`HESSO`, with how many groups went which way."""
+        return replace(super().progress, ways=self.ways)
+
+    def _record_cost(self) -> None:
+        super()._record_cost()
+        self.record(**self.ways)
+
+    @property
+    def least_lmbda(self) -> float:
+        """The λ that penalised groups have at least, as their penalty begins."""
+        raise NotImplementedError
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> Tensor:
+        """The atoms as they were read back last."""
+        atoms: Tensor = self.param_groups[0]["oto_settled"]
+        return atoms
+
+    def describe_setup(self) -> dict[str, Any]:
+        """As in :class:`HESSO`, with the half-spaces."""
+        return super().describe_setup() | {"epsilon": self.epsilon, "half_space_step": self.half_space_step}
+
+    def budget(self) -> Budget | None:
+        """What may go from the counts that were read back last; ``None`` where every atom that is chosen may."""
+        counts: Tensor = self.param_groups[0]["oto_counts"]
+        if self._budget is None or self._budget[0] is not counts:
+            self._budget = counts, Budget.of(self.choice, *np.array(counts.tolist())).to(self.atoms.device)
+        return self._budget[1]
+
+    def _fill_state(self) -> None:
+        super()._fill_state()
+        first = self.param_groups[0]
+        first.setdefault("oto_by_choice", 0)
+        if "oto_settled" not in first or "oto_counts" not in first:
+            self._settle()
+        elif torch.equal(first["oto_settled"], first["oto_atoms"]):  # as it was when it was saved, most likely
+            first["oto_settled"] = first["oto_atoms"]
+
+    def _settle(self) -> None:
+        """What is known of the atoms now is what the next steps go by."""
+        counts = [int((own != PRUNED).sum()) for own in self._codes()]
+        # of each node group, how many there were, and how many of those the model lost since (it was shrunk)
+        number = torch.tensor([counts, [0] * len(counts)], dtype=torch.int64)
+        self.param_groups[0] |= {"oto_settled": self.atoms, "oto_counts": number}
+
+    def _keep_atoms(self, left: Tensor) -> None:
+        settled = self.settled[left]
+        lost = [int(own.sum()) for own in (self._gone() & ~left).split_with_sizes(self.choice.sizes)]
+        super()._keep_atoms(left)
+        counts, before = self.param_groups[0]["oto_counts"]
+        number = torch.stack([counts, before + torch.tensor(lost, device=before.device)])
+        self.param_groups[0] |= {"oto_settled": settled, "oto_counts": number}
+
+    def _may_go(self) -> Tensor:
+        """Which atoms are penalised, if the target allows; bool, shape ``(N,)``."""
+        return self.atoms != PRUNED
+
+    def _gone(self) -> Tensor:
+        """Which atoms went since they were read back, bool, shape ``(N,)``."""
+        return (self.atoms == PRUNED) & (self.settled != PRUNED)
+
+    def _find_penalised(self) -> Penalised | None:
+        """Their entries, if the target allows for any as it was read back."""
+        rows, budget, device = self._penalised_rows(self._codes(self.settled)), self.budget(), self.atoms.device
+        none = torch.zeros(self.num_atoms, dtype=torch.bool, device=device)
+        if not any(map(len, rows)) or not (budget is None or budget.open(none).any()):
+            return None
+        whole = [None if len(own) == group.size else own for group, own in zip(self.node_groups, rows, strict=True)]
+        entries = Rows.of(self.node_groups, whole, self.parameters(), in_blocks=True, device=device)
+        sizes = torch.tensor(self.choice.sizes)
+        epsilon = torch.tensor([self.epsilon[kind] for kind in self._kinds()], dtype=torch.float64)
+        return Penalised(entries, (), epsilon.repeat_interleave(sizes))
+
+    def _penalised_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """For each node group the atoms that are penalised, as they were read back."""
+        return [(own != PRUNED).nonzero()[:, 0] for own in codes]
+
+    def _kinds(self) -> list[str]:
+        """The kind of each node group."""
+        parameters = self.parameters()
+        most = [max(parameters[piece.parameter].dim() for piece in group.zeros) for group in self.node_groups]
+        return [KINDS[0] if dims > 2 else KINDS[1] if dims == 2 else KINDS[2] for dims in most]
+
+    def _rates(self, names: Sequence[str]) -> list[Rate]:
+        """The learning rate of each of these parameters, as it is now; 0 where one is frozen."""
+        rates: dict[str, Rate] = {}
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                rates[name] = group["lr"] if p.requires_grad else 0.0
+        return [rates[name] for name in names]
+
+
+def epsilons(asked: Epsilon | None, default: float) -> dict[str, float]:
+    """ε by kind of group.
+
+    Raises:
+        OptionError: A number lies outside of [0, 1), or there is no such kind.
+    """
+    own = dict(asked) if isinstance(asked, Mapping) else {} if asked is None else dict.fromkeys(KINDS, asked)
+    unknown = [kind for kind in own if kind not in KINDS]
+    if unknown or not all(0 <= number < 1 for number in own.values()):
+        raise OptionError(
+            f"epsilon is {asked!r}; it is a number in [0, 1), or one for some of {', '.join(KINDS)}\n"
+            "  effect  nothing was made\n  to fix  such as epsilon=0.95, or epsilon={'linear': 0.0}"
+        )
+    return {kind: float(own.get(kind, default)) for kind in KINDS}
