@@ -481,6 +481,14 @@ def test_those_that_go_first_are_the_first_in_order():
     assert not budget.open(going).any() and not budget.allowed(~going, order, going).any()
 
 
+def test_the_rest_begins_with_what_keeps_counts_from_being_multiples():
+    choice = Choice.of(groups(), {"target_group_sparsity": 4.5 / 14}, group_divisible=2)
+    alive = torch.ones(14, dtype=torch.bool)
+    alive[:3] = False  # 5 of 8 are left, which count as 4: the target is met as soon as they are
+    more = rest(choice, torch.arange(14.0), alive)
+    assert more.nonzero()[:, 0].tolist() == [3]
+
+
 def test_polynomials_promise_too_much_never():
     """What several save together is at most what each would save alone: the reason why prices may be added up."""
     source = np.random.default_rng(0)
