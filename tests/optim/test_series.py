@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from oto import OTO
 from oto.errors import NothingPrunableError, OptionError
 from oto.groups.cost import Polynomial
+from oto.groups.node_group import NodeGroup
 from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, Choice
 from oto.optim.budget import Budget, rest, whole_counts
 from oto.optim.plan import PRUNED, REDUNDANT
@@ -481,12 +482,12 @@ def test_those_that_go_first_are_the_first_in_order():
     assert not budget.open(going).any() and not budget.allowed(~going, order, going).any()
 
 
-def test_the_rest_begins_with_what_keeps_counts_from_being_multiples():
-    choice = Choice.of(groups(), {"target_group_sparsity": 4.5 / 14}, group_divisible=2)
-    alive = torch.ones(14, dtype=torch.bool)
-    alive[:3] = False  # 5 of 8 are left, which count as 4: the target is met as soon as they are
-    more = rest(choice, torch.arange(14.0), alive)
-    assert more.nonzero()[:, 0].tolist() == [3]
+def test_the_rest_begins_with_what_makes_ties_even():
+    tied = [NodeGroup(name, 6, slices=(), tie="inner") for name in ("a", "b")]
+    choice = Choice.of(tied, {"target_group_sparsity": 4.5 / 12})
+    alive = torch.ones(12, dtype=torch.bool)
+    alive[:2] = False  # a has 4 left, so the target counts 4 of b too, and is met once they are
+    assert rest(choice, torch.arange(12.0), alive).nonzero()[:, 0].tolist() == [6, 7]
 
 
 def test_polynomials_promise_too_much_never():
