@@ -33,14 +33,14 @@ def rivals(monkeypatch: pytest.MonkeyPatch) -> Any:
     return rivals
 
 
-METHODS = ["dense", "dense-small", "oto", "random", "tp-taylor-global-portions", "tp-l2-local-oneshot"]
+METHODS = ["dense", "dense-small", "oto", "random", "tp-taylor-global-portions", "tp-l2-local-oneshot", "hspg"]
 
 
 @pytest.mark.filterwarnings("ignore")  # those of torch-pruning are not ours
 def test_a_cell_of_every_kind_is_run_once(rivals: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "rivals.jsonl"
     flags = ["--tasks", "resnet20", "--targets", ".5", "--seeds", "0", f"--results={results}"]
-    flags += ["--options", 'random:{"pruning_periods": 2}', "--methods", *METHODS]
+    flags += ["--options", 'random:{"pruning_periods": 2}', 'hspg:{"pruning_periods": 2}', "--methods", *METHODS]
     rivals.main(flags)
     lines = rivals.read(results)
     by_method = {line["method"].partition("[")[0]: line for line in lines}
@@ -67,6 +67,7 @@ def test_a_cell_of_every_kind_is_run_once(rivals: Any, tmp_path: Path, capsys: p
     rivals.main([*flags[:6], "--methods", "dense-small", "--seeds", "1", flags[6]])
     assert len(rivals.read(results)) == len(METHODS) + 1, "a line of its own after the broken one"
     text = results.with_suffix(".md").read_text()
+    assert sum(by_method["hspg"]["ways"].values()) and "| hspg[pruning_periods=2], 0% by half-space | 1 |" in text
     assert "| dense-small | 2 |" in text and "| **oto** | 1 |" in text and "points over `" in text
 
 

@@ -99,8 +99,9 @@ class Penalised:
         To be asked before the wrapped optimizer's step.
         """
         first, *others = self.rates
-        if not isinstance(first, Tensor) and all(rate is first or rate == first for rate in others):
-            return torch.full_like(self.norm, first)
+        numbers = not any(isinstance(rate, Tensor) for rate in self.rates)
+        if all(rate is first or (numbers and rate == first) for rate in others):
+            return torch.ones_like(self.norm) * first
         return self.rows.sq_norm(self.rates) / self.sq.clamp_min(torch.finfo(self.sq.dtype).tiny)
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from oto import OTO
 from oto.errors import NothingPrunableError, OptionError
 from oto.groups.cost import Polynomial
+from oto.groups.node_group import NodeGroup
 from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, Choice
 from oto.optim.budget import Budget, rest, whole_counts
 from oto.optim.plan import PRUNED, REDUNDANT
@@ -479,6 +480,14 @@ def test_those_that_go_first_are_the_first_in_order():
     # a fifth of each stays, so at most 4 of the second group go: atoms 13 to 10, and then 7
     assert going.nonzero()[:, 0].tolist() == [7, 10, 11, 12, 13]
     assert not budget.open(going).any() and not budget.allowed(~going, order, going).any()
+
+
+def test_the_rest_begins_with_what_makes_ties_even():
+    tied = [NodeGroup(name, 6, slices=(), tie="inner") for name in ("a", "b")]
+    choice = Choice.of(tied, {"target_group_sparsity": 4.5 / 12})
+    alive = torch.ones(12, dtype=torch.bool)
+    alive[:2] = False  # a has 4 left, so the target counts 4 of b too, and is met once they are
+    assert rest(choice, torch.arange(12.0), alive).nonzero()[:, 0].tolist() == [6, 7]
 
 
 def test_polynomials_promise_too_much_never():
