@@ -23,7 +23,7 @@ from oto.slim.own_class.layers import DeclinedError, Layers, edits_of, stock
 from oto.slim.own_class.overrides import FunctionCalls
 from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
-from oto.slim.own_class.traced import trace_
+from oto.slim.own_class.traced import traced
 from oto.slim.plan import Thinning
 from oto.trace.found import Found, content_of, surroundings
 from oto.trace.graph import Graph
@@ -58,7 +58,6 @@ class Workbench:
         self.is_reproducible = self._follow_full()
         self.blocks = Blocks(self.graph, self.modules, self.calls.recorded)
         self.layers = Layers.of(model, self.graph)
-        self._copy: nn.Module | None = None
 
     # --- the full model -----------------------------------------------------------------------------------------------
 
@@ -69,32 +68,32 @@ class Workbench:
         """
         data = self.graph.how == "real"
         for mode in ("real", "grad") if data else (self.graph.how,):
-            for traced in (True, False):
-                model = self._traced() if traced else self.model
-                if model is not None and self._follow(model, mode, data):
-                    self.is_traced = traced
-                    return True
+            if self._follow_traced(mode, data):
+                self.is_traced = True
+                return True
+            if self._follow(self.model, mode, data, None):
+                return True
         return False
 
-    def _traced(self) -> nn.Module | None:
-        """A copy whose integers remember where they came from; ``None`` if the model cannot be copied."""
-        data = self.graph.how == "real"
+    def _follow_traced(self, mode: str, data: bool) -> bool:
+        """The same for a copy whose integers remember where they came from."""
         try:
-            own = tensors_of(self.model, self.partition) if data else self._empty()
-            copy = thin_copy(self.model, own, Edits())
-            trace_(copy, lambda module: stock(module) is not None)
-        except Exception as failure:  # a class that minds what is set
+            copy, found = self._whole_copy
+            with traced(copy, lambda module: stock(module) is not None):
+                return self._follow(copy, mode, data, found)
+        except Exception as failure:  # a class that cannot be copied, or minds what is set
             if out_of_memory(failure):
                 raise
-            return None
-        return copy
+            vars(self).pop("_whole_copy", None)
+            return False
 
-    def _follow(self, model: nn.Module, mode: str, data: bool) -> bool:
+    def _follow(self, model: nn.Module, mode: str, data: bool, found: Found | None) -> bool:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
         script = Script() if data else None
         calls, failure = follow(
-            model, self.dummy_input, known, mode, functions, script=script, literals=literals
+            model, self.dummy_input, known, mode, functions, script=script, literals=literals, found=found,
+            bare=model is not self.model,
         )  # fmt: skip
         if failure is not None or [call.op for call in calls] != [node.op for node in self.graph.nodes]:
             return False
@@ -131,35 +130,45 @@ class Workbench:
         else:
             slim, found = thin_copy(self.model, self._thin(thin, adaptation), edits), self._held_by_model
         calls, failure = follow(
-            slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found
+            slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found,
+            bare=True,
         )  # fmt: skip
         return Run(calls, failure, literals)
 
     def _edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, Found]:
         """The copy with other tensors and its modules changed; and what it held, by which it is put back."""
-        assert self._copy is not None
+        copy, found = self._whole_copy
         for module, kind in self._kinds:  # an encoder of which a layer was swapped is one of another class
             if type(module) is not kind:
                 module.__class__ = kind
         try:
             for name, new in tensors.items():
-                old = attribute(self._copy, name)
+                old = attribute(copy, name)
                 kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 for holder, key in self._holders[id(old)]:
                     holder[key] = kept
-            return edited(self._copy, edits), self._pristine
+            return edited(copy, edits), found
         except BaseException:
-            self._pristine.put_back()
+            found.put_back()
             raise
+
+    @cached_property
+    def _whole_copy(self) -> tuple[nn.Module, Found]:
+        """A copy that holds no data where none is needed, and what it holds, by which it is put back.
+
+        Raises:
+            EmitterError: The model cannot be copied.
+        """
+        copy = thin_copy(self.model, self._whole(), Edits())
+        return copy, Found(copy, self.dummy_input)
 
     @cached_property
     def _is_swappable(self) -> bool:
         """Whether the tensors of one copy can be swapped for others; else each try has a copy of its own."""
-        self._copy = thin_copy(self.model, self._whole(), Edits())
-        self._holders = _holders(self._copy)
-        self._pristine = Found(self._copy, self.dummy_input)
-        self._kinds = [(module, type(module)) for module in self._copy.modules()]
-        return not _holds_elsewhere(self._copy, self._holders)
+        copy, _ = self._whole_copy
+        self._holders = _holders(copy)
+        self._kinds = [(module, type(module)) for module in copy.modules()]
+        return not _holds_elsewhere(copy, self._holders)
 
     def _thin(self, thin: Thinning, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
         """For each tensor of the model a thinner one; without data, but for constants, where none is needed.
