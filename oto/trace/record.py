@@ -383,15 +383,15 @@ def _empty(t: Tensor) -> Tensor:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def _stand_ins(way: str, inputs: Any, stack: ExitStack) -> Callable[[Tensor], Tensor]:
-    """Set the way up; what stands for a real tensor in it."""
+def _stand_ins(way: str, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tensor], Tensor], FakeTensorMode | None]:
+    """Set the way up; what stands for a real tensor in it, and the mode of those that are fake."""
     if way == "meta":
         stack.enter_context(torch.device("meta"))
-        return _empty
+        return _empty, None
     if way == "grad":
-        return lambda t: t.detach().clone().requires_grad_(t.requires_grad)
+        return lambda t: t.detach().clone().requires_grad_(t.requires_grad), None
     if way == "real":
-        return lambda t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone()
+        return lambda t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone(), None
     stack.enter_context(quiet())
     mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     device = next((t.device for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_meta), None)
@@ -401,7 +401,7 @@ def _stand_ins(way: str, inputs: Any, stack: ExitStack) -> Callable[[Tensor], Te
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
         return mode.from_tensor(t)
 
-    return fake
+    return fake, mode
 
 
 class _Held:
@@ -497,11 +497,11 @@ def _run(
     held = _Held(modules, bare and way == "meta")
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if way == "grad" else torch.inference_mode())
-        stand_in = _stand_ins(way, (args, kwargs), stack)
+        stand_in, fake = _stand_ins(way, (args, kwargs), stack)
         stack.enter_context(found.making_anew())
         builder = GraphBuilder("real" if way == "grad" else way) if builder is None else builder
         recorder = _Recorder(builder, known, modules, found)
-        recorder.script = script
+        recorder.script, recorder.fake = script, fake
         held.make(stand_in)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         with DisableTorchFunction():
@@ -599,6 +599,7 @@ class _Recorder(TorchDispatchMode):
         self.shapes_only = builder.how in ("meta", "fake")
         self.constants: dict[Value, Tensor] = {}
         self.script: Script | None = None
+        self.fake: FakeTensorMode | None = None
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
         self.places: dict[int, _Place] = {}
         self.latest: dict[_Place, int] = {}
@@ -704,11 +705,11 @@ class _Recorder(TorchDispatchMode):
             self.found.look(sys._getframe(1))
             result = args[0] if self.shapes_only and op in _WRITES_FIRST else None
             if result is None and self.shapes_only:
-                result = result_of(op, args, kwargs)
+                result = result_of(op, args, kwargs, self.fake)
         if self.builder.how == "real" and (whole or writes):
             self.found.spare((args, kwargs))
-        if result is None and self.builder.how == "meta" and not whole:
-            result = _REMEMBERED.call(op, args, kwargs)
+        if result is None and self.shapes_only and not whole:
+            result = _REMEMBERED.call(op, args, kwargs, self.fake)
         elif result is None:
             result = op(*args, **kwargs)
         if self.script is not None:

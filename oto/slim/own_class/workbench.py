@@ -192,7 +192,7 @@ class Workbench:
 
     def _whole(self) -> dict[str, Tensor]:
         """What a copy holds that is not thinner: of a model that is run on data, its own tensors."""
-        return self._empty() if self.script is None else tensors_of(self.model, self.partition)
+        return tensors_of(self.model, self.partition) if self.graph.how == "real" else self._empty()
 
     def _empty(self) -> dict[str, Tensor]:
         """For each tensor of the model one without data, but for constants: a forward may read their numbers."""
