@@ -389,16 +389,17 @@ def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
 
 
 @contextmanager
-def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
+def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor], deep: bool = True) -> Iterator[None]:
     """While inside, containers, objects and closures of a model hold other tensors in place of some of its own.
 
     A forward may read a parameter from a plain list or dict, such as the one it is tied to.
 
     Args:
         stand_ins: What stands for a tensor, by the id of that.
+        deep: Look into what modules lead to, and not only into their own lists and dicts.
     """
     places: list[tuple[Any, Any, Any]] = list(_attributes(model))
-    for holder in surroundings(model):
+    for holder in surroundings(model) if deep else [value for *_, value in places]:
         if isinstance(holder, dict | list | deque | CellType):
             places += [(holder, key, value) for key, value in content_of(holder).items()]
     changed = []

@@ -34,6 +34,7 @@ from oto._torch import (
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
+    fake_empty,
     python_code,
     quiet,
     tree_leaves,
@@ -285,7 +286,8 @@ def follow(
         limit: How many calls to follow, if not all.
         literals: Where to write down the functions that make a tensor of numbers, which are no calls of operators.
         found: What is put back afterwards, where that is known: for a copy that is thrown away, what the model holds.
-        bare: Whether the tensors of the model hold no data, so that it may be run with them as they are.
+        bare: Whether ``model`` is a copy that is put back by ``found`` and holds its tensors nowhere but in its modules
+            and in lists and dicts of these, so that they may be swapped there.
     """
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way, limit=limit)
@@ -398,7 +400,7 @@ def _stand_ins(way: str, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tenso
 
     def fake(t: Tensor) -> Tensor:
         if t.is_meta and device is not None:  # parameters on meta meet real inputs: let both be on one device
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+            return fake_empty(mode, t.shape, t.stride(), t.dtype, device)
         return mode.from_tensor(t)
 
     return fake, mode
@@ -414,9 +416,8 @@ class _Held:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], bare: bool) -> None:
-        self.modules = modules
+        self.modules, self.bare = modules, bare
         self.named = tensors_by_path(modules)
-        self.bare = bare and all(t.is_meta for t in self.named.values())
         self.names: dict[int, list[str]] = {}
         for name, tensor in self.named.items():
             self.names.setdefault(id(tensor), []).append(name)
@@ -424,8 +425,7 @@ class _Held:
 
     def make(self, stand_in: Callable[[Tensor], Tensor]) -> None:
         with DisableTorchFunction():
-            of = Tensor.detach if self.bare else stand_in
-            self.made = {key: of(self.named[own[0]]) for key, own in self.names.items()}
+            self.made = {key: stand_in(self.named[own[0]]) for key, own in self.names.items()}
 
     def write_down(self, recorder: _Recorder, inputs: Any) -> None:
         """Let the tensors and the inputs be known."""
@@ -494,7 +494,7 @@ def _run(
     script: Script | None = None, literals: list[FunctionCall] | None = None, bare: bool = False,
 ) -> _Ran:  # fmt: skip
     modules = modules_by_path(model)
-    held = _Held(modules, bare and way == "meta")
+    held = _Held(modules, bare)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if way == "grad" else torch.inference_mode())
         stand_in, fake = _stand_ins(way, (args, kwargs), stack)
@@ -506,8 +506,7 @@ def _run(
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         with DisableTorchFunction():
             held.write_down(recorder, (run_args, run_kwargs))
-        if not held.bare:
-            stack.enter_context(standing_in(model, held.made))
+        stack.enter_context(standing_in(model, held.made, deep=not bare))
         stack.enter_context(recorder.following(modules, sys._getframe()))
         stack.enter_context(recorder)
         if functions is not None:

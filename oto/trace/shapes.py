@@ -49,6 +49,8 @@ class Remembered:
     """What calls without data gave, so that an equal one need not be made again: blocks repeat, and so do runs.
 
     Only of torch's own operators that write to nothing and give tensors of their own, which follow from the arguments.
+    Fake tensors that are views come with memory of their own, too: torch takes half a millisecond for a view of those,
+    and no call tells the difference.
     """
 
     def __init__(self) -> None:
@@ -62,7 +64,7 @@ class Remembered:
         Args:
             fake: The mode that is on, if fake tensors are given, and none on ``meta``.
         """
-        if not _is_pure(op):
+        if not _is_pure(op, fake is not None):
             return op(*args, **kwargs)
         key: Hashable = None
         made = None
@@ -86,7 +88,7 @@ class Remembered:
     def _remember(self, key: Hashable, result: Any, given: list[Tensor], fake: FakeTensorMode | None) -> None:
         tensors = list(result) if isinstance(result, (list, tuple)) else [result]
         plain = all(isinstance(t, Tensor) and _is_plain(t, fake) and type(t) is not nn.Parameter for t in tensors)
-        if plain and _are_apart([*tensors, *given], len(tensors)):
+        if plain and (_are_views(tensors, given) if fake is not None else _are_apart([*tensors, *given], len(tensors))):
             if len(self._given) >= _MANY:
                 self._given.clear()
             kind = None if isinstance(result, Tensor) else type(result)
@@ -115,12 +117,17 @@ _MANY = 10_000
 
 
 @cache
-def _is_pure(op: Any) -> bool:
-    """Whether an operator may give tensors that are new, and nothing else; composite ones do not always say."""
+def _is_pure(op: Any, views: bool) -> bool:
+    """Whether an operator may give tensors that are new, and nothing else; composite ones do not always say.
+
+    Args:
+        views: Or that are views of what it is given.
+    """
     if not isinstance(op, OpOverload) or op.namespace != "aten":
         return False
     schema = op._schema
-    if any(x.alias_info is not None for x in (*schema.arguments, *schema.returns)) or not schema.arguments:
+    shared = [x.alias_info for x in (*schema.arguments, *schema.returns) if x.alias_info is not None]
+    if not schema.arguments or (shared and not views) or any(info.is_write for info in shared):
         return False
     return torch.Tag.dynamic_output_shape not in op.tags
 
@@ -139,6 +146,17 @@ def _are_apart(tensors: list[Tensor], first: int) -> bool:
     return len({*places[:first]}) == first and not {*places[:first]} & {*places[first:]}
 
 
+def _are_views(tensors: list[Tensor], given: list[Tensor]) -> bool:
+    """Whether tensors lie at the beginning of their memory, and none of them is what was given itself.
+
+    A view of what is no inference tensor is none either, and torch minds.
+    """
+    known = set(map(id, given))
+    return all(t.is_inference() for t in given) and all(
+        t.is_inference() and not t.storage_offset() and id(t) not in known for t in tensors
+    )
+
+
 def _signature(x: Any, fake: FakeTensorMode | None) -> Hashable:
     """By what arguments are known as far as the shapes of results follow from them.
 
@@ -148,7 +166,8 @@ def _signature(x: Any, fake: FakeTensorMode | None) -> Hashable:
     if isinstance(x, Tensor):
         if not _is_plain(x, fake):
             raise TypeError(x)
-        return x.shape, x.stride(), x.dtype, None if fake is None else x.device
+        place = None if fake is None else (x.device, x.storage_offset(), x.is_inference())
+        return x.shape, x.stride(), x.dtype, place
     if isinstance(x, (tuple, list)):
         return tuple([_signature(item, fake) for item in x])
     if isinstance(x, dict):

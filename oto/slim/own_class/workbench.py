@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from types import CellType, FunctionType
 from typing import Any
@@ -25,7 +26,7 @@ from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
 from oto.slim.own_class.traced import traced
 from oto.slim.plan import Thinning
-from oto.trace.found import Found, content_of, surroundings
+from oto.trace.found import Found, content_of, modules_of, surroundings
 from oto.trace.graph import Graph
 from oto.trace.record import FunctionCall, Script, follow
 
@@ -71,29 +72,29 @@ class Workbench:
             if self._follow_traced(mode, data):
                 self.is_traced = True
                 return True
-            if self._follow(self.model, mode, data, None):
+            if self._follow(self.model, mode, data):
                 return True
         return False
 
     def _follow_traced(self, mode: str, data: bool) -> bool:
         """The same for a copy whose integers remember where they came from."""
         try:
-            copy, found = self._whole_copy
-            with traced(copy, lambda module: stock(module) is not None):
-                return self._follow(copy, mode, data, found)
+            copy = self._copy
+            with traced(copy.model, lambda module: stock(module) is not None):
+                return self._follow(copy.model, mode, data, copy)
         except Exception as failure:  # a class that cannot be copied, or minds what is set
             if out_of_memory(failure):
                 raise
-            vars(self).pop("_whole_copy", None)
+            vars(self).pop("_copy", None)
             return False
 
-    def _follow(self, model: nn.Module, mode: str, data: bool, found: Found | None) -> bool:
+    def _follow(self, model: nn.Module, mode: str, data: bool, copy: _Copy | None = None) -> bool:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
         script = Script() if data else None
         calls, failure = follow(
-            model, self.dummy_input, known, mode, functions, script=script, literals=literals, found=found,
-            bare=model is not self.model,
+            model, self.dummy_input, known, mode, functions, script=script, literals=literals,
+            found=None if copy is None else copy.found, bare=copy is not None and copy.is_swappable,
         )  # fmt: skip
         if failure is not None or [call.op for call in calls] != [node.op for node in self.graph.nodes]:
             return False
@@ -125,50 +126,24 @@ class Workbench:
         literals: list[FunctionCall] = []
         if self.script is not None:
             self.script.read = 0
-        if self._is_swappable:
-            slim, found = self._edited(edits, self._thin(thin, adaptation, changed=True))
+        if self._copy.is_swappable:
+            slim, found = self._copy.edited(edits, self._thin(thin, adaptation, changed=True)), self._copy.found
         else:
             slim, found = thin_copy(self.model, self._thin(thin, adaptation), edits), self._held_by_model
         calls, failure = follow(
             slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found,
-            bare=True,
+            bare=self._copy.is_swappable,
         )  # fmt: skip
         return Run(calls, failure, literals)
 
-    def _edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, Found]:
-        """The copy with other tensors and its modules changed; and what it held, by which it is put back."""
-        copy, found = self._whole_copy
-        for module, kind in self._kinds:  # an encoder of which a layer was swapped is one of another class
-            if type(module) is not kind:
-                module.__class__ = kind
-        try:
-            for name, new in tensors.items():
-                old = attribute(copy, name)
-                kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                for holder, key in self._holders[id(old)]:
-                    holder[key] = kept
-            return edited(copy, edits), found
-        except BaseException:
-            found.put_back()
-            raise
-
     @cached_property
-    def _whole_copy(self) -> tuple[nn.Module, Found]:
-        """A copy that holds no data where none is needed, and what it holds, by which it is put back.
+    def _copy(self) -> _Copy:
+        """The copy that is run, traced and thinner.
 
         Raises:
             EmitterError: The model cannot be copied.
         """
-        copy = thin_copy(self.model, self._whole(), Edits())
-        return copy, Found(copy, self.dummy_input)
-
-    @cached_property
-    def _is_swappable(self) -> bool:
-        """Whether the tensors of one copy can be swapped for others; else each try has a copy of its own."""
-        copy, _ = self._whole_copy
-        self._holders = _holders(copy)
-        self._kinds = [(module, type(module)) for module in copy.modules()]
-        return not _holds_elsewhere(copy, self._holders)
+        return _Copy.of(thin_copy(self.model, self._whole(), Edits()), self.dummy_input)
 
     def _thin(self, thin: Thinning, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
         """For each tensor of the model a thinner one; without data, but for constants, where none is needed.
@@ -219,10 +194,49 @@ class Workbench:
         return next((n.index for n in self.graph.nodes if path in ancestors(n.module)), 0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """A copy of the model that is changed in place, and put back.
+
+    Attributes:
+        found: What it holds.
+        holders: As of :func:`_holders`.
+        kinds: The class of each module.
+        is_swappable: Whether its tensors can be swapped for others; else each try has a copy of its own.
+    """
+
+    model: nn.Module
+    found: Found
+    holders: Mapping[int, list[tuple[Any, Any]]]
+    kinds: list[tuple[nn.Module, type[nn.Module]]]
+    is_swappable: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, dummy_input: Any) -> _Copy:
+        holders, kinds = _holders(model), [(module, type(module)) for module in modules_of(model)]
+        return cls(model, Found(model, dummy_input), holders, kinds, not _holds_elsewhere(model, holders))
+
+    def edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The copy with other tensors and its modules changed, until it is put back."""
+        for module, kind in self.kinds:  # an encoder of which a layer was swapped is one of another class
+            if type(module) is not kind:
+                module.__class__ = kind
+        try:
+            for name, new in tensors.items():
+                old = attribute(self.model, name)
+                kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                for holder, key in self.holders[id(old)]:
+                    holder[key] = kept
+            return edited(self.model, edits)
+        except BaseException:
+            self.found.put_back()
+            raise
+
+
 def _holders(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
     """For each tensor, by its id, the tables and lists of modules that hold it, and where in them."""
     found: dict[int, list[tuple[Any, Any]]] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         held = vars(module)
         lists = [value for value in held.values() if type(value) in (list, dict)]
         for holder in (held, *lists):
