@@ -69,11 +69,13 @@ class Run:
         calls: Operators, in their order.
         failure: What was raised in the end.
         literals: The functions that made a tensor of numbers, which are no calls of operators.
+        is_cut: Whether it was followed no further.
     """
 
     calls: Sequence[Node]
     failure: Exception | None
     literals: Sequence[FunctionCall]
+    is_cut: bool = False
 
 
 @dataclass(eq=False)

@@ -17,7 +17,9 @@ from oto.errors import out_of_memory
 from oto.groups import Partition
 from oto.slim.copying import closed_over
 from oto.slim.module import Edits, attribute, edited, tensors_of, thin_copy, thin_tensor
+from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.attributes import numbers
 from oto.slim.own_class.blocks import Blocks, ancestors
 from oto.slim.own_class.compare import Comparison, Divergence, Full, Run
 from oto.slim.own_class.layers import DeclinedError, Layers, edits_of, stock
@@ -32,6 +34,10 @@ from oto.trace.record import FunctionCall, Script, follow
 
 AHEAD = 64
 """How many calls beyond a divergence a try is followed: enough to see that it is gone, few of those of most models."""
+
+
+_KNOWN = 32
+"""Tries that are remembered: as many proposals as one divergence gets; what they raised holds their calls."""
 
 
 class Workbench:
@@ -51,6 +57,8 @@ class Workbench:
         self.graph: Graph = partition.found.graph
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.runs = 0
+        self._known: dict[tuple[int, int], tuple[Adaptation, Thinning, Divergence | None]] = {}
+        self._numbers: dict[str, list[tuple[Key, int | float]]] = {}
         self.is_traced = False
         self.mode = self.graph.how
         self.script: Script | None = None
@@ -110,6 +118,9 @@ class Workbench:
         Args:
             beyond: A call that it diverged at before; it is followed only so far that one sees whether it does still.
         """
+        known_here = self._known.get((id(adaptation), id(thin)))
+        if known_here is not None:
+            return known_here[2]
         self.runs += 1
         try:
             edits = edits_of(self.layers, thin, OwnClass(adaptation, self.calls), sizes_only=True)
@@ -120,7 +131,12 @@ class Workbench:
             if out_of_memory(refused):
                 raise
             return Divergence(0, refused)
-        return Comparison(self.full, run, adaptation, thin, edits).divergence()
+        found = Comparison(self.full, run, adaptation, thin, edits).divergence()
+        if not run.is_cut:  # the search goes on from a repair with the very try that showed that it does
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[id(adaptation), id(thin)] = adaptation, thin, found
+        return found
 
     def _run(self, edits: Edits, adaptation: Adaptation, thin: Thinning, limit: int | None) -> Run:
         literals: list[FunctionCall] = []
@@ -134,7 +150,7 @@ class Workbench:
             slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found,
             bare=self._copy.is_swappable,
         )  # fmt: skip
-        return Run(calls, failure, literals)
+        return Run(calls, failure, literals, is_cut=failure is None and len(calls) == limit)
 
     @cached_property
     def _copy(self) -> _Copy:
@@ -188,6 +204,12 @@ class Workbench:
     def _held_by_model(self) -> Found:
         """What the model holds; a copy that is thrown away shares some of it."""
         return Found(self.model, self.dummy_input)
+
+    def numbers(self, path: str) -> list[tuple[Key, int | float]]:
+        """The numbers that a module holds."""
+        if path not in self._numbers:
+            self._numbers[path] = list(numbers(self.modules[path]))
+        return self._numbers[path]
 
     def first_in(self, path: str) -> int:
         """The first call that a module makes."""
