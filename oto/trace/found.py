@@ -348,6 +348,8 @@ def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | Non
             elsewhere = sort == "code" and getattr(x, "__module__", None) != home
             if kind is dict or kind is OrderedDict:
                 further += [value for value in x.values() if type(value) not in _NOTHING]
+            elif kind is tuple or kind is list:
+                further += [value for value in x if type(value) not in _NOTHING]
             elif sort != "tensor" and not (depth and (elsewhere or isinstance(x, stop))):
                 further += _inside(x)
         level = further
@@ -360,7 +362,9 @@ def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
         (own, name, value)
         for own in map(vars, modules_of(model))
         for name, value in own.items()
-        if (kind := type(value)) not in _ATOMS and not (kind in _TABLES and (not value or name in _REGISTERED))
+        if (kind := type(value)) not in _ATOMS
+        and not (kind in _TABLES and (not value or name in _REGISTERED))
+        and not (kind is tuple and _NOTHING.issuperset(map(type, value)))
     ]
 
 
