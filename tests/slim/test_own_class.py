@@ -726,6 +726,29 @@ def test_integers_remember_the_attributes_that_they_were_made_of():
     assert type(holder.width) is int and holder.sizes is sizes and list(map(type, sizes)) == [int, int]
 
 
+def test_a_try_that_showed_a_repair_is_not_made_again(monkeypatch):
+    class Literals(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 12), nn.Linear(12, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            h = self.a(x).view(len(x), 3, 4).transpose(1, 2).reshape(len(x), 12)
+            return self.c(self.b(h).view(len(x), 4, 4).transpose(1, 2).reshape(len(x), 16))
+
+    run, ran = workbench.Workbench._run, []
+
+    def kept(self, edits, adaptation, thin, limit):
+        result = run(self, edits, adaptation, thin, limit)
+        ran.append((adaptation, thin, result.is_cut))
+        return result
+
+    monkeypatch.setattr(workbench.Workbench, "_run", kept)
+    slimmed(Literals(), torch.randn(2, 5))
+    whole = [(id(adaptation), id(thin)) for adaptation, thin, is_cut in ran if not is_cut]
+    assert len(whole) == len(set(whole)) > 3
+
+
 def test_an_adaptation_is_a_value():
     one = Adaptation(ties=(("a", "b"),))
     more = one.with_ties([("b", "c")]).with_minimum({"a": 2}).with_whole({"c": 7})
