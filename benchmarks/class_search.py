@@ -67,6 +67,7 @@ def make(name: str) -> tuple[nn.Module, Any]:
 def measure(name: str) -> dict[str, Any]:
     """Figures of one model, in this process."""
     from oto import OTO
+    from oto.groups import cost
     from oto.trace import record
     from oto.trace.graph import GraphBuilder
 
@@ -94,7 +95,7 @@ def measure(name: str) -> dict[str, Any]:
 
     def share(of: Any) -> tuple[float, float]:
         free = {g.name: 0 for g in of.node_groups if g.prunable}
-        params = 1 - of._cost(free).params / of.compute_num_params()
+        params = 1 - cost(of.partition, free).params / of.compute_num_params()
         return params, sum(g.size for g in of.node_groups if g.prunable)
 
     (params, atoms), (most, all_atoms) = share(oto), share(everything)

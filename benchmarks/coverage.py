@@ -98,7 +98,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def hints_for(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    from oto.slim.verify import run
+    from oto.slim.proof.run import run
     from oto.trace.record import tensors_in
 
     widths = {n for t in run(model, inputs) if t.ndim > 1 for n in (t.shape[1], t.shape[-1])}
@@ -126,8 +126,9 @@ TOOLS: dict[str, Callable[[nn.Module, Any], tuple[nn.Module, nn.Module, float]]]
 
 
 def measure(tool: str, name: str) -> dict[str, Any]:
-    from oto.slim.verify import relative_error, run
-    from oto.slim.wide import double_input
+    from oto.slim.proof.compare import relative_error
+    from oto.slim.proof.float64 import double_input
+    from oto.slim.proof.run import run
     from tests.zoo.matrix import prepared, zoo
 
     kind, _, which = name.partition("/")

@@ -50,11 +50,13 @@ from oto.io.program import load_program
 from oto.io.subnet import FULL, PROGRAM, load_subnet
 from oto.report.explain import Explanation
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
+from oto.slim.graph.program import example_of, runnable
 from oto.slim.latency import rounds
-from oto.slim.program import example_of, runnable
-from oto.slim.reference import check
-from oto.slim.verify import Check, checked, random_like, require, run
-from oto.slim.wide import dtype_of
+from oto.slim.proof.compare import Check, checked, require
+from oto.slim.proof.float64 import dtype_of
+from oto.slim.proof.inputs import random_like
+from oto.slim.proof.reference import CheckOptions, check
+from oto.slim.proof.run import run
 from oto.trace.record import tensors_in
 
 app = typer.Typer(
@@ -192,9 +194,12 @@ def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: l
     given = named_input(inputs or (), input_fn, model)
     least = _number("--min-kept", min_kept)
     assert least is not None
-    return OTO(
-        model, given, skip_patterns=skip or (), only=only or None, everything=everything, min_kept=least, layout=layout
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "only": only or None,
+        "min_kept": least,
+        "layout": layout,
+    }  # OTO refuses what means nothing
+    return OTO(model, given, skip_patterns=skip or (), everything=everything, **options)
 
 
 def _shares(given: list[str] | None) -> dict[str, int | float] | None:
@@ -276,7 +281,8 @@ def preview(
         options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
         raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
     analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, pretrained, min_kept, layout, only)
-    found = analysed.preview(**asked, scope=scope, group_divisible=group_divisible, align=_align(align))
+    asked |= {"scope": scope, "group_divisible": group_divisible, "align": _align(align)}
+    found = analysed.preview(**asked)
     _result(found, found.to_dict(), as_json)
 
 
@@ -329,9 +335,8 @@ def slim(
     oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
     """
     analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, layout=layout)
-    subnet = analysed.construct_subnet(
-        out, emitter=emitter, program=program, save_full=save_full, report=report, align=_align(align) or 1
-    )
+    options: dict[str, Any] = {"emitter": emitter, "align": _align(align) or 1}
+    subnet = analysed.construct_subnet(out, program=program, save_full=save_full, report=report, **options)
     if save_pretrained is not None:
         subnet.save_pretrained(save_pretrained)
     _result(subnet, subnet.to_dict(), as_json)
@@ -435,7 +440,7 @@ def _verified(folder: Path, model: str | None, inputs: list[str] | None,
     if full is not None and FULL in files:
         _load_full(full, found)
         recorded = found.manifest["emitter"] == "recording"
-        checks = check(full, slim, given, batch=not recorded, notes=[])
+        checks = check(full, slim, given, CheckOptions(batch=not recorded, notes=[]))
         require(checks)
         if not checks:
             raise VerificationError(

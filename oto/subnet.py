@@ -1,23 +1,47 @@
-"""What comes out: a slim model, how it was proved, and what can be written of it."""
+"""What comes out: a slim model, how it is built and proved, and what can be written of it."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from oto.groups import Cost, Kept
+from oto.analysis import Analysis
+from oto.errors import ArtefactError, EmitterError, NotPrunedWarning, OptionError, some, users_level
+from oto.groups import Cost, Kept, cost
+from oto.groups.align import Align, multiples
+from oto.groups.layout import evened
+from oto.io.artefact import adding, check_out_dir
 from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
+from oto.io.subnet import files, save
+from oto.optim import SparseOptimizer
+from oto.progress import stage, stages
 from oto.report.card import card
 from oto.report.html import Origin, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
+from oto.slim.config.recipe import Recipe
+from oto.slim.construct import Made, construct, require_values
 from oto.slim.latency import rounds
-from oto.slim.verify import Check
+from oto.slim.proof.compare import Check, require
+from oto.slim.proof.reference import FLOAT64
+from oto.slim.pruned_shapes import masks, read_zeros
+from oto.slim.removed import unreached, within
+from oto.slim.source import Source
+from oto.slim.state import left_since
+from oto.trace.found import as_found
+from oto.trace.record import told
+from oto.trace.state import undone
+
+REPORT = "report.html"
+
+Emitter: TypeAlias = Literal["auto", "config", "module", "graph", "recording"]
+"""A way to the slim model, see :meth:`oto.OTO.construct_subnet`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,3 +187,162 @@ class Subnet:
             MissingExtraError: ONNX is asked for and not installed (``pip install 'oto[onnx]'``).
         """
         return export_model(self.model, self.example, how, Path(path).expanduser())
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a slim model is wanted; each as in :meth:`oto.OTO.construct_subnet`."""
+
+    out_dir: Path | None = None
+    emitter: Emitter = "auto"
+    program: bool | None = None
+    save_full: bool = False
+    float64: bool | Literal["auto"] = "auto"
+    verify: bool = True
+    report: bool = False
+    align: Align = 1
+
+    @classmethod
+    def of(cls, out_dir: str | os.PathLike[str] | None, *options: Any) -> Build:
+        """With a folder as users name it.
+
+        Raises:
+            OptionError: An option means nothing.
+            ArtefactError: The folder has no name.
+        """
+        if out_dir is not None and not os.fspath(out_dir):
+            check_out_dir(out_dir)
+        build = cls(None if out_dir is None else Path(out_dir).expanduser(), *options)
+        if build.float64 not in FLOAT64:
+            raise OptionError(f"float64 is {build.float64!r}; it is one of {', '.join(map(repr, FLOAT64))}")
+        return build
+
+
+def build_subnet(analysis: Analysis, model: Any, build: Build, optimizer: SparseOptimizer | None) -> Subnet:
+    """Make the slim model, prove it, and save it; see :meth:`oto.OTO.construct_subnet`.
+
+    Args:
+        analysis: Of the model that the optimizer trained, if one was made.
+        model: That one or a copy of it.
+    """
+    if build.out_dir is not None:
+        names = files(build.emitter, analysis.everything, build.program, build.save_full)
+        check_out_dir(build.out_dir, [*names, *([REPORT] if build.report else [])])
+    before = _files_in(build.out_dir)
+    with stages("construct_subnet"):
+        subnet = replace(_built(analysis.of(model), build, optimizer), origin=_origin(analysis, optimizer))
+    if build.report and subnet.path is not None:
+        with adding(subnet.path, REPORT) as file:
+            subnet.report(file)
+    if gone := before - _files_in(build.out_dir):
+        note = f"{some(sorted(gone))} of the artefact that was there before, and not asked for now, was removed"
+        subnet = replace(subnet, notes=(*subnet.notes, note))
+    return subnet
+
+
+def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) -> Subnet:
+    """The slim model of the very model that was analysed, without what only reports show."""
+    require_values(analysis.model)
+    stage("reading the zeros")
+    zeros = read_zeros(analysis.groups, analysis.model)
+    kept, uneven = _even(analysis, zeros, build.align)
+    recipe = _recipe(analysis, build.emitter)
+    source = Source(
+        analysis.model, analysis.example, analysis.partition, analysis.form.own, kept, recipe,
+        analysis.drop_unreached, build.float64, build.verify, analysis.groups,
+    )  # fmt: skip
+    gone = within(analysis.names, unreached(source.model, source.partition)) if analysis.drop_unreached else ()
+    before = analysis.cost()
+    later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
+    built = told(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
+    with built, undone(later), as_found(analysis.model):
+        made = construct(source, build.emitter)
+    source = source if made.kept is kept else replace(source, kept=made.kept)  # a class may want some that are zero
+    after = cost(analysis.partition, {name: len(atoms) for name, atoms in made.kept.items()}, gone)
+    checks = made.checks
+    if build.out_dir is not None:
+        with undone(later):
+            checks = checks + _saved(source, made, build, before, after)
+    if short := _short_of(analysis, optimizer, zeros):  # what the layout or align= brings back is told beside it
+        warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
+    notes = (*([short] if short else []), *uneven, *made.notes)
+    return Subnet(
+        made.model, build.out_dir, made.emitter, made.why, require(checks), tuple(checks), before, after, made.kept,
+        notes, example=analysis.example.given,
+        config={} if recipe is None or made.edits is None else recipe.as_given(made.edits.config),
+    )  # fmt: skip
+
+
+def _recipe(analysis: Analysis, emitter: str) -> Recipe | None:
+    """How the class is made from its config, if that is to be tried."""
+    return Recipe.of(analysis.model) if analysis.form.recipe is None and emitter == "config" else analysis.form.recipe
+
+
+def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str]]:
+    """What is kept by what asks for equal or for round numbers, and what that keeps of zero atoms."""
+    groups, asking = analysis.groups, "the layout"
+    if align != 1:
+        by = multiples(groups, align, analysis.costs.weights)
+        groups = tuple(replace(group, divisor=own) for group, own in zip(groups, by, strict=True))
+        asking = f"the layout and align={align!r}" if analysis.form.kind == "config" else f"align={align!r}"
+    return evened(groups, zeros, asking)
+
+
+def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) -> list[Check]:
+    """Save the slim model; the comparisons of what is read back."""
+    assert build.out_dir is not None
+    proved = f"the slim model was built, and right in {len(made.checks)} comparisons"
+    costs = {"before": vars(before), "after": vars(after)}
+    with told(source.model, ArtefactError, "its slim model was saved and loaded again", proved), as_found(source.model):
+        return save(build.out_dir, source, made, costs, build.save_full, build.program)
+
+
+def _origin(analysis: Analysis, optimizer: SparseOptimizer | None) -> Origin:
+    """What a report says of a model and its training."""
+    name = type(analysis.model).__name__
+    if optimizer is None:
+        return Origin(name, analysis.partition, analysis.groups)
+    history, schedule = tuple(optimizer.history), optimizer.schedule  # training may go on
+    periods = [schedule.bounds(period) for period in range(schedule.periods)]
+    target = str(optimizer.choice.target)
+    return Origin(name, analysis.partition, analysis.groups, target, history, periods)
+
+
+def _files_in(folder: Path | None) -> set[str]:
+    return (
+        {path.name for path in folder.iterdir() if path.is_file()} if folder is not None and folder.is_dir() else set()
+    )
+
+
+def _short_of(analysis: Analysis, optimizer: SparseOptimizer | None, kept: Kept) -> str | None:
+    """Why less is zero than could be, as far as that is known."""
+    total = sum(group.size for group in analysis.groups if group.prunable)
+    zero = total - sum(map(len, kept.values()))
+    what = f"{zero:,} of {total:,} groups are zero"
+    if optimizer is not None and not optimizer.progress.over:
+        end = optimizer.schedule.end
+        what, remedy = (
+            f"step {optimizer.clock:,} of {end:,}: {what} yet",
+            (
+                f"construct_subnet after {end:,} steps; what stops training early counts from there with"
+                " oto.integrations.early_stopping(trainer), or prune sooner (pruning_steps=)"
+            ),
+        )
+    elif optimizer is not None and zero < (pruned := optimizer.num_pruned - optimizer.num_removed):
+        what += f", the optimizer has pruned {pruned:,}: these are other weights than it trains"
+        remedy = (
+            "optimizer.zero_pruned_in(model) for a moving average; where a trainer brought back a model of before"
+            " (load_best_model_at_end), train with oto.integrations.early_stopping(trainer); else load the weights"
+            " that were trained"
+        )
+    elif not zero and (optimizer is None or not optimizer.num_removed):
+        remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
+        if masked := masks(analysis.model):
+            remedy = (
+                f"what torch.nn.utils.prune masks counts as zero ({some(masked)}), but no whole group is: mask"
+                " whole rows, and each bias with its row"
+            )
+    else:
+        return None
+    effect = "only what is zero was removed" if zero else "nothing was removed, slim is as large as full"
+    return f"{what}\n  effect  {effect}\n  to fix  {remedy}"

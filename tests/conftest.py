@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Models marked ``zoo`` that lie in another part are left out."""
+    """Tests marked ``zoo`` that lie in another part are left out."""
     asked = config.getoption("--zoo-part")
     if asked is None:
         return
@@ -36,8 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seen = part.seen_before()
 
     def taken(item: Any) -> bool:
-        if not item.get_closest_marker("zoo") or item.originalname != "test_half_of_all_groups_removed":
+        if not item.get_closest_marker("zoo"):
             return True
+        if item.originalname != "test_half_of_all_groups_removed":
+            return part.takes(k, of, item.nodeid.partition("-")[0])  # what shares a fixture stays together
         model = item.callspec.id
         return part.home(model, of) == k or (seen is not None and model.partition("-")[2] not in seen)
 

@@ -91,15 +91,14 @@ def test_the_page_of_a_lesson_has_all_of_its_code_and_what_it_printed() -> None:
 
 def test_pages_name_options_that_there_are() -> None:
     """An option in a page that no function takes would be a promise."""
-    import inspect
-
     from oto import OTO
     from oto.integrations import early_stopping, progress_dict
+    from oto.optim.options import keywords_of
 
     known = set()
     makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.preview, OTO.construct_subnet, OTO.visualize
     for f in (*makers, progress_dict, early_stopping):
-        known |= set(inspect.signature(f).parameters)
+        known |= keywords_of(f)
     ours = "coming_from"
     for page in PAGES:
         if page.stem == ours:

@@ -24,8 +24,9 @@ from oto.atomic import concerns, locked, scratch, sync, told
 from oto.errors import ArtefactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
 from oto.io.artefact import check_out_dir
 from oto.io.program import load_program, save_program
-from oto.slim.program import export_program, other_examples, runnable
-from oto.slim.verify import TOLERANCE, Check, checked, require, run
+from oto.slim.graph.program import export_program, other_examples, runnable
+from oto.slim.proof.compare import Check, checked, require, tolerance
+from oto.slim.proof.run import run
 
 Runtime = Callable[[Any], Sequence[Tensor]]
 _ONE_FILE = 2**31 - 2**20  # bytes; what protobuf takes
@@ -115,8 +116,8 @@ def _compared(model: nn.Module, runtime: Runtime, given: Any, how: str) -> Check
     expected = run(model, given)
     shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(given))
     narrowest = [t.dtype for t in expected if t.is_floating_point()] or [torch.float32]
-    tolerance = max(TOLERANCE.get(dtype, 1e-3) for dtype in narrowest)
-    return checked(f"{how} on {shapes}", narrowest[0], expected, runtime(given), max(tolerance, 1e-8))
+    allowed = max(map(tolerance, narrowest))
+    return checked(f"{how} on {shapes}", narrowest[0], expected, runtime(given), max(allowed, 1e-8))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

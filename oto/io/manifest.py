@@ -3,7 +3,7 @@
 The hashes of an artefact tell what was damaged, not who made it: whoever can write the folder can write any manifest
 and seal it. So the list is as closed on the way in as on the way out. Every entry has a type and a bound; names of
 classes, arguments and operators are those that the writer knows; and where a name leads is judged again where it is
-followed, by what is found there (:mod:`oto.slim.recipe`, :mod:`oto.slim.numbers`, :mod:`oto.slim.module`).
+followed, by what is found there (:mod:`oto.slim.config.recipe`, :mod:`oto.slim.numbers`, :mod:`oto.slim.edits`).
 
 Entries that this version does not know are not read. In what is edited, there are none.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from oto.nn.told import COUNTED, UNIFORM
-from oto.slim.module import SIZES
+from oto.slim.edits import SIZES
 
 LARGEST = 2**31 - 1  # a size, a count, a place
 LONGEST = 2**20  # characters of a text; a site holds the lines of code that were running

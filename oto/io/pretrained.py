@@ -29,8 +29,8 @@ from oto.atomic import is_scratch, locked, scratch, stamp, sync, told, unwritabl
 from oto.errors import ArtefactError, EmitterError, some
 from oto.io.artefact import NOT_SAVED, check_out_dir
 from oto.io.manifest import parse
-from oto.slim.recipe import Recipe
-from oto.slim.unstated import REMEDY, unlike
+from oto.slim.config.recipe import Recipe
+from oto.slim.config.unstated import REMEDY, unlike
 
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """What lies beside weights and says how inputs are made: tokenizers and processors."""

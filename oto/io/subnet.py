@@ -34,13 +34,14 @@ from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made
 from oto.slim.copying import copied
-from oto.slim.module import Edits, attribute, tensors_of
-from oto.slim.origin import Round, after_rounds, copy_with, descend, held, is_part, lacks_values, origin_of
-from oto.slim.program import export_program, other_examples, runnable
-from oto.slim.proof import Zeroed
-from oto.slim.reference import Reference
-from oto.slim.verify import Check, checked, require, run
-from oto.slim.wide import dtype_of
+from oto.slim.edits import Edits, attribute, tensors_of
+from oto.slim.graph.program import export_program, other_examples, runnable
+from oto.slim.proof.compare import Check, checked, require
+from oto.slim.proof.float64 import dtype_of
+from oto.slim.proof.reference import CheckOptions, Reference
+from oto.slim.proof.run import run
+from oto.slim.provenance import Round, after_rounds, copy_with, descend, held, is_part, lacks_values, origin_of
+from oto.slim.source import Source
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
 
@@ -86,7 +87,7 @@ def files(emitter: str, everything: bool, program: bool | None, save_full: bool)
 
 def save(
     out_dir: Path,
-    source: Zeroed,
+    source: Source,
     made: Made,
     cost: Mapping[str, Any],
     save_full: bool = False,
@@ -107,60 +108,74 @@ def save(
         EmitterError: The program was asked for, and cannot be written.
         VerificationError: What was read back differs. Nothing is put in place.
     """
-    edits, notes = made.edits, made.notes
     graph = source.partition.found.graph
     with writing(out_dir) as draft:
         stage("writing the weights")
         left_out = draft.tensors(WEIGHTS, made.tensors, graph.unread)
         if save_full:
             draft.tensors(FULL, tensors_of(source.model, source.partition), graph.unread)
-        again: list[Check] = []
-        first, earlier = source.model, tuple[Round, ...]()
-        if edits is not None:
-            origin = origin_of(made.model)
-            assert origin is not None
-            first, earlier = origin.first, origin.rounds[:-1]
-        if edits is not None and source.verify:  # the tensors are equal to the bit; do they go back into the class?
-            device = next(source.model.parameters()).device
-            start = after_rounds(first, earlier) if earlier else source.model
-            tensors = {name: t.to(device) for name, t in draft.load(WEIGHTS).items()}
-            loaded = rebuild(start, tensors, json.loads(json.dumps(plain_edits(edits))))
-            again += source.reference.check(loaded, "reloaded", random=False, exact=False)
-            require(again)
-            del loaded, tensors
+        checks = _read_back(draft, source, made) if made.edits is not None and source.verify else []
         no_program: str | None = NOT_ASKED
-        if program or (program is None and edits is None):
+        if program or (program is None and made.edits is None):
             no_program, proof = _write_program(draft, source, made, left_out)
-            again += proof
+            checks += proof
             if no_program is not None and program:
                 raise EmitterError(
                     f"{PROGRAM} was asked for, and cannot be written: {no_program}\n"
                     "  effect  nothing was saved\n  to fix  leave program=True out, and load with the class:"
                     " load_subnet(path, make_model)"
                 )
-        if no_program is not None and edits is None:
-            notes.append(f"no {PROGRAM} in the folder, so nothing in it can be loaded: {no_program}")
+        if no_program is not None and made.edits is None:
+            made.notes.append(f"no {PROGRAM} in the folder, so nothing in it can be loaded: {no_program}")
         stage("sealing the folder")
-        state = _state(source)
-        draft.commit(
-            {
-                "model": describe(first, [] if edits is None else [n for n in made.tensors if n not in state]),
-                "earlier": [done.plain() for done in earlier],  # what was done before, if it was made slim before
-                "edits": plain_edits(edits or Edits()),
-                "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
-                "checks": [vars(c) for c in (*made.checks, *again)],
-                "no_program": no_program,
-                "left_out": left_out,
-                "notes": notes,
-                "emitter": made.emitter,
-                "why_graph": made.why,
-                "cost": cost,
-            }
-        )
-    return again
+        said = {"checks": [vars(c) for c in (*made.checks, *checks)], "no_program": no_program, "left_out": left_out}
+        draft.commit({**_manifest(source, made), **said, "cost": cost})
+    return checks
 
 
-def _state(source: Zeroed) -> set[str]:
+def _before(source: Source, made: Made) -> tuple[nn.Module, tuple[Round, ...]]:
+    """The first class, and what was done to it before, if it was made slim before."""
+    if made.edits is None:
+        return source.model, ()
+    origin = origin_of(made.model)
+    assert origin is not None
+    return origin.first, origin.rounds[:-1]
+
+
+def _read_back(draft: Draft, source: Source, made: Made) -> list[Check]:
+    """The weights are equal to the last bit; that they go back into the class, and compute the same, is compared.
+
+    Raises:
+        VerificationError: They do not.
+    """
+    assert made.edits is not None
+    first, earlier = _before(source, made)
+    device = next(source.model.parameters()).device
+    tensors = {name: t.to(device) for name, t in draft.load(WEIGHTS).items()}
+    edits = json.loads(json.dumps(plain_edits(made.edits)))
+    loaded = rebuild(after_rounds(first, earlier) if earlier else source.model, tensors, edits)
+    checks = source.reference.check(loaded, CheckOptions("reloaded", random=False, exact=False))
+    require(checks)
+    return checks
+
+
+def _manifest(source: Source, made: Made) -> dict[str, Any]:
+    """What the manifest says of a slim model, but for its files and its proof."""
+    first, earlier = _before(source, made)
+    state = _state(source)
+    names = [] if made.edits is None else [name for name in made.tensors if name not in state]
+    return {
+        "model": describe(first, names),
+        "earlier": [done.plain() for done in earlier],
+        "edits": plain_edits(made.edits or Edits()),
+        "kept": {name: atoms.tolist() for name, atoms in source.kept.items()},
+        "notes": made.notes,
+        "emitter": made.emitter,
+        "why_graph": made.why,
+    }
+
+
+def _state(source: Source) -> set[str]:
     """Names of tensors that a forward may put others in the place of, or make anew: they may have any shape."""
     graph, found = source.partition.found.graph, set[str]()
     for leaf in graph.leaves:
@@ -174,7 +189,7 @@ def _state(source: Zeroed) -> set[str]:
 
 
 def _write_program(
-    draft: Draft, source: Zeroed, made: Made, left_out: Collection[str]
+    draft: Draft, source: Source, made: Made, left_out: Collection[str]
 ) -> tuple[str | None, list[Check]]:
     """The program of a slim model, on the CPU; why there is none, and its proof."""
     slim, full = made.model, source
@@ -190,7 +205,7 @@ def _write_program(
     against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
 
     def prove(read: nn.Module) -> list[Check]:
-        return against.check(read, "reloaded program", batch=True, notes=[]) if source.verify else []
+        return against.check(read, CheckOptions("reloaded program", batch=True, notes=[])) if source.verify else []
 
     return write_program(draft, slim, full.dummy_input, prove, left_out if made.edits is not None else ())
 

@@ -1,12 +1,9 @@
-"""What every sparse optimizer shares: the wrapped torch optimizer, resumable state, and writing zeros.
+"""What every sparse optimizer shares: choosing, and writing zeros.
 
-A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, its ``base``. Both have the same
-``param_groups``, ``state`` and ``defaults``: learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like
-work as they do without it. The update itself is always ``base.step()``.
-
-What must survive a checkpoint lies in the first parameter group (:mod:`oto.optim.state`). All else is derived from it,
-and rebuilt when it or the storage of a parameter changes, so no parameter is held outside ``param_groups``. Parameters
-are found by ``param_names`` and position.
+A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, which always makes the update
+(:mod:`oto.optim.wrapper`). What must survive a checkpoint lies in its first parameter group
+(:mod:`oto.optim.checkpointed`). All else is derived from it, and rebuilt when it or the storage of a parameter changes,
+so no parameter is held outside of ``param_groups``. Parameters are found by ``param_names`` and position.
 
 Writing zeros is the only cost of a step after pruning. It is one pass over the pruned entries, no matter what the
 wrapped optimizer does. Where node groups are proven *quiet*, even that can rest (see :meth:`zero_pruned_`).
@@ -14,36 +11,39 @@ wrapped optimizer does. Where node groups are proven *quiet*, even that can rest
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from oto._torch import holder
 from oto.errors import (
-    NoGradientWarning,
     ShrinkError,
     UnknownParameterError,
     some,
-    users_level,
 )
 from oto.groups.node_group import NodeGroup
+from oto.optim.checkpointed import Checkpointed
 from oto.optim.choice import Choice
 from oto.optim.followed import CHECK_STEPS, Followed
+from oto.optim.options import BaseOptions
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
-from oto.optim.refusals import refuse_sparse_gradients, require_finite, require_parameters
+from oto.optim.refusals import (
+    refuse_sparse_gradients,
+    require_finite,
+    require_gradients,
+    require_parameters,
+    tell_of_no_gradient,
+)
 from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
-from oto.optim.schedule import Progress, Schedule
+from oto.optim.schedule import Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
-from oto.optim.state import left_like, ours, require_same_atoms, require_same_setup, with_ours
-from oto.optim.wrapped import Base, Named, Params, build, inside, keeps_own_state
+from oto.optim.state import left_like
+from oto.optim.wrapped import Params, inside, keeps_own_state
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
@@ -54,7 +54,7 @@ DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 long for an exact zero, which would make the loops of Adam and AdamW half as slow again."""
 
 
-class SparseOptimizer(Optimizer):
+class SparseOptimizer(Checkpointed):
     """A torch optimizer that wraps another one and acts on node groups.
 
     Subclasses define :meth:`sparse_step`. What goes is decided by ``choice``, when by ``schedule``.
@@ -67,11 +67,11 @@ class SparseOptimizer(Optimizer):
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
         variant: The name of an optimizer of ``torch.optim``, in any case. ``"sgd"`` needs ``lr``.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function that takes parameter groups.
+        base_options: Keywords of ``base`` that no optimizer of torch has; they may stand beside the others too.
         first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
         second_momentum: The second of Adam's ``betas``.
         dampening: As in SGD.
-        **keywords: For the wrapped optimizer (``lr``, ``weight_decay``, ``foreach``, ``fused``…); ``None`` is its
-            default.
+        lr, weight_decay, foreach, fused, ...: For the wrapped optimizer; ``None`` is its default.
 
     Attributes:
         history: Numbers by step, oldest first, such as ``{"step": 30, "MACs": 2e7, "loss": 0.4}``: what the network
@@ -84,41 +84,12 @@ class SparseOptimizer(Optimizer):
         NonFiniteParameterError: A parameter of a prunable node group holds NaN or infinity.
     """
 
-    _split: tuple[Tensor, list[Tensor]] | None = None
     _planned: tuple[Tensor, list[int], Plan] | None = None
     _loud = False
     _followed: Followed | None = None
-    _unseen = True  # the model may have changed, as it may while a checkpoint is loaded
 
-    def __init__(
-        self,
-        params: Params,
-        choice: Choice,
-        schedule: Schedule,
-        *,
-        names: Named | None = None,
-        variant: str = "sgd",
-        base: Base | None = None,
-        first_momentum: float | None = None,
-        second_momentum: float | None = None,
-        dampening: float | None = None,
-        **keywords: Any,
-    ) -> None:
-        self.base = build(
-            params,
-            names,
-            variant=variant,
-            base=base,
-            first_momentum=first_momentum,
-            second_momentum=second_momentum,
-            dampening=dampening,
-            keywords=keywords,
-        )
-        self.choice, self.schedule, self.node_groups = choice, schedule, choice.groups
-        self.history: list[dict[str, float]] = []
-        super().__init__(self.base.param_groups, self.base.defaults)
-        self._share_base()
-        self._fill_state()
+    def __init__(self, params: Params, choice: Choice, schedule: Schedule, **options: Unpack[BaseOptions]) -> None:
+        super().__init__(params, choice, schedule, options)
         require_parameters(self.node_groups, self.parameters())
         self._plan()
 
@@ -157,229 +128,7 @@ class SparseOptimizer(Optimizer):
         """Step ``t`` of the paper, from the gradients that are there to the parameters after it; autograd is off."""
         raise NotImplementedError
 
-    # The wrapped optimizer -------------------------------------------------------------------------------------------
-
-    def descend(self) -> None:
-        """Let the wrapped optimizer take its step."""
-        if self.base.param_groups is not self.param_groups:
-            self.base.param_groups = self.param_groups
-        if self.base.state is not self.state:
-            self.base.state = self.state
-        self.base.step()
-
-    def is_probe(self) -> bool:
-        """Whether this step only fills empty state: zero gradients, zero learning rate, as torch's checkpointing does.
-
-        ``torch.distributed.checkpoint`` takes such a step when it saves or loads an optimizer without state. It must
-        leave no trace.
-        """
-        if self.state:
-            return False
-        for group in self.param_groups:
-            lr = group.get("lr", 1.0)
-            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:  # reading lr must not synchronise
-                return False
-        return not any(bool(p.grad.any()) for group in self.param_groups for p in group["params"] if p.grad is not None)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters that belong to no node group, such as adapters or layers that were frozen; names may lack."""
-        if any(param_group is group for group in self.base.param_groups):  # from Optimizer.__init__
-            self.param_groups.append(param_group)
-            return
-        members = param_group["params"]
-        members = [members] if isinstance(members, Tensor) else list(members)
-        named = "param_names" in param_group or any(isinstance(member, tuple) for member in members)
-        if not named:
-            count = sum(len(group["params"]) for group in self.param_groups)
-            param_group["param_names"] = [f"added.{count + i}" for i in range(len(members))]
-        param_group["params"] = members
-        self.base.add_param_group(param_group)
-        self._share_base()
-        self._planned = None
-
-    def train(self, mode: bool = True) -> None:
-        """Passed on to optimizers that have two modes, such as schedule-free ones."""
-        switch = getattr(self.base, "train" if mode else "eval", None)
-        if switch is not None:
-            switch()
-
-    def eval(self) -> None:
-        """Passed on to optimizers that have two modes, such as schedule-free ones."""
-        self.train(False)
-
-    def _share_base(self) -> None:
-        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
-
-    # State -----------------------------------------------------------------------------------------------------------
-
-    @property
-    def clock(self) -> int:
-        """How many steps were taken."""
-        step: int = self.param_groups[0]["oto_step"]
-        return step
-
-    @clock.setter
-    def clock(self, step: int) -> None:
-        self.param_groups[0]["oto_step"] = step
-
-    @property
-    def atoms(self) -> Tensor:
-        """What became of every atom: FREE, REDUNDANT or PRUNED, uint8, shape ``(N,)``. Replaced, never written into."""
-        atoms: Tensor = self.param_groups[0]["oto_atoms"]
-        return atoms
-
-    @atoms.setter
-    def atoms(self, atoms: Tensor) -> None:
-        self.param_groups[0]["oto_atoms"] = atoms
-
-    @property
-    def num_atoms(self) -> int:
-        """Number of zero-invariant groups (ZIGs) of the model that may be pruned."""
-        return sum(group.size for group in self.node_groups)
-
-    @property
-    def num_removed(self) -> int:
-        """Number of ZIGs that the model had before it was shrunk."""
-        return int(self.choice.full.sum()) - self.num_atoms
-
-    @property
-    def num_pruned(self) -> int:
-        """Number of ZIGs that are at zero for good, or removed already."""
-        return self.num_removed + sum(int((own == PRUNED).sum()) for own in self._codes())
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the full network's ZIGs that are at zero for good, in [0, 1]."""
-        return self.num_pruned / max(self.num_atoms + self.num_removed, 1)
-
-    @property
-    def progress(self) -> Progress:
-        """How far pruning has come: print it, or read its fields. Where the optimizer is wrapped, ask the inner one."""
-        redundant, target = sum(int((own == REDUNDANT).sum()) for own in self._codes()), self.choice.target
-        counts = np.array([int((own != PRUNED).sum()) for own in self._codes()], dtype=np.int64)
-        return Progress(
-            self.clock, self.schedule, self.num_atoms + self.num_removed, redundant, self.num_pruned,
-            target.measure(counts), target.goal, target.unit,
-        )  # fmt: skip
-
-    def record(self, **numbers: float | Tensor) -> None:
-        """Note numbers of the step that comes next (a loss, an accuracy) in :attr:`history`.
-
-        Args:
-            **numbers: By name; tensors of one element are read, which waits for their device.
-        """
-        if not self.history or self.history[-1]["step"] != self.clock:
-            self.history.append({"step": self.clock})
-        for name, number in numbers.items():
-            self.history[-1][name] = float(number.detach() if isinstance(number, Tensor) else number)
-
-    def _record_cost(self) -> None:
-        self.record(**{self.choice.target.unit: self.progress.cost})
-
-    @property
-    def redundant_groups(self) -> dict[str, Tensor]:
-        """Atoms on their way to zero: node group name to sorted int64 indices, on the CPU."""
-        return self._having(REDUNDANT)
-
-    @property
-    def pruned_groups(self) -> dict[str, Tensor]:
-        """Atoms of the model at zero for good: node group name to sorted int64 indices, on the CPU."""
-        return self._having(PRUNED)
-
-    def _having(self, code: int) -> dict[str, Tensor]:
-        rows = {g.name: rows_of(own, code) for g, own in zip(self.node_groups, self._codes(), strict=True)}
-        return {name: atoms for name, atoms in rows.items() if len(atoms)}
-
-    def describe_setup(self) -> dict[str, Any]:
-        """What a checkpoint must agree in for its pruning to go on: plain values by option."""
-        schedule = self.schedule
-        return {
-            "optimizer": type(self).__name__,
-            "start_pruning_step": schedule.start,
-            "pruning_steps": schedule.steps,
-            "pruning_periods": schedule.periods,
-            "pruning_exponent": schedule.exponent,
-        } | self.choice.describe()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch; momentum and first moments of pruned entries are zero in it.
-
-        Where the wrapped optimizer writes a state dict of its own (one that shards its state, or wraps another), it is
-        that one, with what pruning must know in its first parameter group.
-
-        Raises:
-            OTOError: It has no parameter groups.
-        """
-        self.zero_moments_()
-        self.param_groups[0]["oto_history"] = json.dumps(self.history)
-        if not keeps_own_state(self.base):
-            return super().state_dict()
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        saved = with_ours(self.base.state_dict(), self.param_groups[0], self.base)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            saved = post_hook(self, saved) or saved
-        return saved
-
-    def consolidate_state_dict(self, *args: Any, **keywords: Any) -> None:
-        """Passed on to optimizers that shard their state (``ZeroRedundancyOptimizer``); before ``state_dict()``."""
-        gather = getattr(self.base, "consolidate_state_dict", None)
-        if gather is not None:
-            gather(*args, **keywords)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh.
-
-        Raises:
-            SetupError: It was saved under another schedule or target, and by one of the two pruning has begun. Before
-                that it is a ``SetupWarning``, and the setup of this optimizer counts.
-        """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        saved = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
-        kept = self.param_groups[0].get("oto_kept")
-        if saved.get("oto_atoms") is not None:
-            require_same_atoms(saved, self.param_groups[0], self.num_atoms, self.num_removed)
-            require_same_setup(saved, self.param_groups[0])
-        if isinstance(state := state_dict.get("state"), Mapping):
-            state_dict["state"] = dict(state)  # a sharded optimizer takes out what it does not own
-        self.base.load_state_dict(state_dict)
-        self._share_base()
-        if keeps_own_state(self.base):
-            self.param_groups[0] |= ours(saved)
-        if kept is not None:
-            self.param_groups[0].setdefault("oto_kept", kept)
-        self._fill_state()
-        self.history = json.loads(self.param_groups[0]["oto_history"])
-        self._planned, self._unseen = None, True
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # all but what is derived, the hooks, and the `step` that a learning-rate scheduler puts on the instance
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
-
-    def _fill_state(self) -> None:
-        first = self.param_groups[0]
-        first.setdefault("oto_step", 0)
-        first.setdefault("oto_history", "[]")
-        if "oto_atoms" not in first:
-            device = first["params"][0].device if first["params"] else "cpu"
-            first["oto_atoms"] = torch.zeros(self.num_atoms, dtype=torch.uint8, device=device)
-        if "oto_sums" not in first:
-            self._forget_averages()
-        first["oto_setup"] = json.dumps(self.describe_setup(), default=float)
-
     # A smaller model -------------------------------------------------------------------------------------------------
-
-    @property
-    def kept(self) -> dict[str, NDArray[np.bool_]]:
-        """For each node group, which atoms of the full network the model still has, bool."""
-        full = self.choice.full.tolist()
-        mask: Tensor | None = self.param_groups[0].get("oto_kept")
-        own = torch.ones(sum(full), dtype=torch.bool) if mask is None else mask.cpu()
-        return {g.name: m.numpy() for g, m in zip(self.node_groups, own.split_with_sizes(full), strict=True)}
 
     def left_like(self, state_dict: Mapping[str, Any] | None) -> dict[str, NDArray[np.bool_]]:
         """For each node group, which atoms of the model shrinking leaves: those that are not at zero for good.
@@ -427,7 +176,8 @@ class SparseOptimizer(Optimizer):
         self._keep_atoms(mask.to(self.atoms.device))
         self.node_groups = tuple(groups)
         self.choice = replace(self.choice, groups=self.node_groups)
-        self._planned, self._unseen = None, True  # it holds the old parameters
+        self._renew()
+        self._unseen = True  # it holds the old parameters
 
     def _keep_atoms(self, left: Tensor) -> None:
         """Forget all about the others."""
@@ -485,31 +235,7 @@ class SparseOptimizer(Optimizer):
             self.choice.warn_of_miss(self.atoms == FREE)
             self.choice.warn_of_collapse(self.atoms == FREE)
 
-    def _forget_averages(self) -> None:
-        shape = len(self.choice.averaged), self.num_atoms
-        self.param_groups[0] |= {"oto_sums": torch.zeros(shape, device=self.atoms.device), "oto_seen": 0}
-
-    def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} over {type(self.base).__name__}: {self.choice.target}", str(self.progress)]
-        for number, group in enumerate(self.param_groups):
-            shown = {k: v for k, v in group.items() if k not in ("params", "param_names") and not k.startswith("oto_")}
-            options = ", ".join(f"{name}={value}" for name, value in sorted(shown.items()))
-            lines.append(f"parameter group {number}: {len(group['params'])} parameters, {options}")
-        return "\n".join(lines)
-
-    def plan(self) -> str:
-        """What happens at which step, and what the learning rate should do; print it."""
-        target, end = self.choice.target, self.schedule.end
-        if not target.wants_less:
-            return f"{target}\nnothing has to go: every step is one of {type(self.base).__name__}"
-        rate = f"learning rate: as without pruning; high up to step {end}, so that what is left can adapt, then falling"
-        return "\n".join([str(target), *self.schedule.lines(), rate])
-
-    # Parameters and their entries ------------------------------------------------------------------------------------
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Every parameter by name, as ``param_groups`` has it now."""
-        return {n: p for group in self.param_groups for n, p in zip(group["param_names"], group["params"], strict=True)}
+    # What is looked at, and refused ----------------------------------------------------------------------------------
 
     def entries(self) -> list[Entries]:
         """The ``zeros`` slices of every node group, with the direction of steepest ascent of the objective."""
@@ -545,15 +271,9 @@ class SparseOptimizer(Optimizer):
         trained = [p.grad for p in self.parameters().values() if p.grad is not None]
         if any(bool(grad.any()) for grad in trained):  # what comes after the groups has one, and gives none on
             remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
-        self.choice.require_gradients(entries, self.atoms != PRUNED, averages, remedy)
+        require_gradients(self.node_groups, entries, self.atoms != PRUNED, averages, remedy)
         if not averages and not any_gradient(entries):
-            warnings.warn(
-                "every gradient of the prunable groups is zero or missing\n"
-                "  effect  groups are chosen by weights that no step trains\n"
-                f"  to fix  {remedy}",
-                NoGradientWarning,
-                stacklevel=users_level(),
-            )
+            tell_of_no_gradient(remedy)
 
     # Writing ---------------------------------------------------------------------------------------------------------
 
@@ -617,16 +337,12 @@ class SparseOptimizer(Optimizer):
         self.zero_moments_()
         self._record_cost()
 
+    def _renew(self) -> None:
+        self._planned = None
+
     def _is_quiet(self, group: NodeGroup) -> bool:
         # an attribute that the analysis may set; without it a group is loud, which is always right
         return not self._loud and group.quiet and type(self.base) in ELEMENTWISE
-
-    def _codes(self) -> list[Tensor]:
-        """``atoms`` on the CPU, one tensor per node group. Synchronises when they are new."""
-        if self._split is None or self._split[0] is not self.atoms:
-            sizes = [group.size for group in self.node_groups]
-            self._split = (self.atoms, list(self.atoms.cpu().split_with_sizes(sizes)))
-        return self._split[1]
 
     def _plan(self) -> Plan:
         """What a step writes. Made anew when atoms change or a parameter has moved."""

@@ -41,29 +41,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from oto.errors import TargetError
+from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.hesso import HESSO
+from oto.optim.options import CycleOptions, HESSOCRICOptions, besides
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, rows_of
 from oto.optim.saliency import Entries, importance, raw_scores
-from oto.optim.schedule import LENGTH, START, Schedule, Steps, count_steps
+from oto.optim.schedule import count_steps
+from oto.optim.setup import schedule_of
+from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 PROBES = (0.25, 0.5, 0.75)
 """Shares of a node group whose loss is probed."""
+
+SAMPLING_STEPS, MAX_CYCLES = 0.02, 10
 
 
 class HESSOCRIC(HESSO):
     """HESSO that walks groups to zero before it gives them up; see the module docstring for the algorithm.
 
     Args:
-        params: As in :class:`HESSO`, and so are all options that are not named here. Only ``within`` is ``"none"`` by
-            default: what a walk shows is about each ZIG of its own.
+        params: As in :class:`HESSO`, and so are all options that are not named here.
         node_groups: Node groups of the model.
         sampling_steps: Number of steps of each walk; a float in [0, 1] is a share of ``total_steps``.
         max_cycles: Greatest number of walks.
@@ -81,35 +86,23 @@ class HESSOCRIC(HESSO):
         params: Params,
         node_groups: Iterable[NodeGroup],
         *,
-        sampling_steps: Steps = 0.02,
-        max_cycles: int = 10,
-        tolerance: int = 0,
-        sensitivity: float = 1.0,
-        start_pruning_step: Steps = START,
-        pruning_steps: Steps = LENGTH,
-        pruning_periods: int | None = None,
-        total_steps: Steps | None = None,
-        **options: Any,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
+        **options: Unpack[HESSOCRICOptions],
     ) -> None:
-        asked = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
-        self.sampling_steps = count_steps("sampling_steps", sampling_steps, total_steps)
-        self.max_cycles, self.tolerance, self.sensitivity, self.first_step = (
-            max_cycles,
-            tolerance,
-            sensitivity,
-            asked.start,
-        )
+        steps = options.get("sampling_steps", SAMPLING_STEPS)
+        self.first_step = schedule_of(options).start
+        self.sampling_steps = count_steps("sampling_steps", steps, options.get("total_steps"))
+        self.max_cycles, self.tolerance = options.get("max_cycles", MAX_CYCLES), options.get("tolerance", 0)
+        self.sensitivity = options.get("sensitivity", 1.0)
         if self.sampling_steps < 1:
-            raise TargetError(f"sampling_steps is {sampling_steps}, which is less than one step; a walk needs some")
-        if max_cycles < 1 or tolerance < 0 or sensitivity < 0:
+            raise TargetError(f"sampling_steps is {steps}, which is less than one step; a walk needs some")
+        if self.max_cycles < 1 or self.tolerance < 0 or self.sensitivity < 0:
             raise TargetError(
-                f"max_cycles={max_cycles}, tolerance={tolerance}, sensitivity={sensitivity}: at least one cycle is"
-                " walked, and the others are not negative"
+                f"max_cycles={self.max_cycles}, tolerance={self.tolerance}, sensitivity={self.sensitivity}: at least"
+                " one cycle is walked, and the others are not negative"
             )
-        super().__init__(
-            params, node_groups, start_pruning_step=asked.start, pruning_steps=asked.steps,
-            pruning_periods=asked.periods, total_steps=total_steps, **options,
-        )  # fmt: skip
+        super().__init__(params, node_groups, costs=costs, latency=latency, **besides(options, CycleOptions))
         if not self.choice.averaged:
             raise TargetError(
                 "no criterion of saliency looks at gradients, so a walk to zero would show nothing\n"

@@ -26,21 +26,16 @@ Where we differ from the released code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Unpack
 
-from torch import Tensor
-
-from oto.groups.align import Align
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
-from oto.groups.policy import MinKept
 from oto.optim.base import SparseOptimizer
-from oto.optim.choice import Choice
-from oto.optim.saliency import Saliency, Weights
-from oto.optim.schedule import EXPONENT, LENGTH, START, Schedule, Steps
+from oto.optim.options import HESSOOptions
+from oto.optim.setup import read
 from oto.optim.target import Measure
-from oto.optim.wrapped import Base, Named, Params
+from oto.optim.wrapped import Params
 
 
 class HESSO(SparseOptimizer):
@@ -70,12 +65,14 @@ class HESSO(SparseOptimizer):
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
         variant: The name of an optimizer of ``torch.optim``, in any case.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function of parameter groups.
-        lr: Learning rate; SGD needs one. This and the next four are left to torch's defaults if ``None``.
+        base_options: Keywords of ``base`` that no optimizer of torch has, as a mapping. They may stand beside the other
+            options too, where no type checker knows them.
+        lr: Learning rate; SGD needs one. What is ``None``, here and below, is left to the defaults of the optimizer.
         first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
         second_momentum: The second of Adam's ``betas``.
         dampening: As in SGD.
         weight_decay: As in the wrapped optimizer.
-        **keywords: Further keywords of the wrapped optimizer, such as ``foreach``, ``fused`` or ``nesterov``.
+        momentum, betas, eps, nesterov, foreach, fused, ...: Further keywords of the wrapped optimizer.
 
     Raises:
         TargetError: The target or the schedule cannot be reached; the message says what can.
@@ -108,77 +105,12 @@ class HESSO(SparseOptimizer):
         params: Params,
         node_groups: Iterable[NodeGroup],
         *,
-        target_macs: int | float | None = None,
-        target_params: int | float | None = None,
-        target_bytes: int | float | None = None,
-        target_latency_ms: float | None = None,
-        target_group_sparsity: float | None = None,
-        target_kept: Mapping[str, int | float] | None = None,
-        scope: str = "global",
-        min_kept: MinKept | None = None,
-        group_divisible: int = 1,
-        align: Align | None = None,
-        saliency: Weights | str | Saliency | None = None,
-        normalise: str | None = None,
-        within: str | Saliency | None = None,
-        by_cost: float | None = None,
-        average_steps: int | None = None,
-        start_pruning_step: Steps = START,
-        pruning_steps: Steps = LENGTH,
-        pruning_periods: int | None = None,
-        pruning_exponent: float | None = None,
-        total_steps: Steps | None = None,
         costs: Costs | None = None,
         latency: Measure | None = None,
-        names: Named | None = None,
-        variant: str = "sgd",
-        base: Base | None = None,
-        lr: float | Tensor | None = None,
-        first_momentum: float | None = None,
-        second_momentum: float | None = None,
-        dampening: float | None = None,
-        weight_decay: float | None = None,
-        **keywords: Any,
+        **options: Unpack[HESSOOptions],
     ) -> None:
-        if pruning_exponent is None:
-            pruning_exponent = 1.0 if saliency == "hesso" else EXPONENT
-        schedule = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps, pruning_exponent)
-        choice = Choice.of(
-            node_groups,
-            {
-                "target_macs": target_macs,
-                "target_params": target_params,
-                "target_bytes": target_bytes,
-                "target_latency_ms": target_latency_ms,
-                "target_group_sparsity": target_group_sparsity,
-                "target_kept": target_kept,
-            },
-            costs=costs,
-            latency=latency,
-            scope=scope,
-            min_kept=min_kept,
-            group_divisible=group_divisible,
-            align=align,
-            saliency=saliency,
-            normalise=normalise,
-            within=within,
-            by_cost=by_cost,
-            average_steps=average_steps,
-        )
-        super().__init__(
-            params,
-            choice,
-            schedule,
-            names=names,
-            variant=variant,
-            base=base,
-            first_momentum=first_momentum,
-            second_momentum=second_momentum,
-            dampening=dampening,
-            lr=lr,
-            weight_decay=weight_decay,
-            **keywords,
-        )
+        choice, schedule, wrapped = read(options, node_groups, costs, latency)
+        super().__init__(params, choice, schedule, **wrapped)
 
     def sparse_step(self, t: int) -> None:
         """Choose if a period begins, descend, shrink the redundant groups, keep the pruned ones at zero."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from oto.errors import NonFiniteParameterError, OTOError, UnknownParameterError, some
+from oto.errors import (
+    NoGradientError,
+    NoGradientWarning,
+    NonFiniteParameterError,
+    OTOError,
+    UnknownParameterError,
+    some,
+    users_level,
+)
 from oto.groups.node_group import NodeGroup, is_finite
-from oto.optim.saliency import Entries
+from oto.optim.saliency import Entries, Saliency, any_gradient, indistinct, name_of
 
 
 def require_parameters(groups: Iterable[NodeGroup], parameters: Mapping[str, Tensor]) -> None:
@@ -69,4 +78,59 @@ def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequenc
         f"at step {step}\n"
         "  effect  redundant groups cannot be chosen\n"
         "  to fix  lower the learning rate, clip gradients, or use a GradScaler, which skips such steps"
+    )
+
+
+def require_gradients(
+    groups: Sequence[NodeGroup],
+    entries: Sequence[Entries],
+    alive: Tensor,
+    averages: Mapping[Saliency, Tensor],
+    remedy: str,
+) -> None:
+    """Refuse to choose by gradients where there are none; tell of node groups that none reaches.
+
+    Synchronises, so it belongs to steps that choose.
+
+    Args:
+        entries: The entries of every node group, with the gradients of now.
+        alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
+        averages: All criteria that look at gradients, shape ``(N,)`` each.
+        remedy: What to do where there are none at all.
+
+    Raises:
+        NoGradientError: No such criterion tells any two atoms of a node group apart, and every gradient is zero.
+    """
+    if not averages:
+        return
+    sizes = [group.size for group in groups]
+    blind = indistinct(list(averages.values()), alive, sizes).tolist()
+    if not any(blind):
+        return
+    several = [int(own.sum()) > 1 for own in alive.cpu().split_with_sizes(sizes)]
+    if blind == several and not any_gradient(entries):
+        raise NoGradientError(
+            "every gradient of the prunable groups is zero or missing\n"
+            f"  effect  {some(map(name_of, averages))} cannot tell what matters, so nothing was chosen\n"
+            f"  to fix  {remedy}"
+        )
+    names = [group.name for group, none in zip(groups, blind, strict=True) if none]
+    warnings.warn(
+        f"no gradient tells the atoms of {some(names)} apart\n"
+        "  effect  all their scores are alike, so they go first, in the order of their indices\n"
+        "  to fix  keep what is not trained whole (skip_patterns), freeze it before OTO(...), or choose by weights:"
+        " saliency='magnitude'",
+        NoGradientWarning,
+        stacklevel=users_level(),
+    )
+
+
+def tell_of_no_gradient(remedy: str) -> None:
+    """Tell that groups are chosen by weights that nothing trains."""
+    warnings.warn(
+        "every gradient of the prunable groups is zero or missing\n"
+        "  effect  groups are chosen by weights that no step trains\n"
+        f"  to fix  {remedy}",
+        NoGradientWarning,
+        stacklevel=users_level(),
     )

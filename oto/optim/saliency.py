@@ -64,6 +64,11 @@ class Entries:
         return cls(weights, gradients, readers, any(parameters[piece.parameter].dim() > 3 for piece in reading))
 
     @property
+    def size(self) -> int:
+        """Atoms of the node group."""
+        return len(self.weights[0])
+
+    @property
     def count(self) -> int:
         """Entries of one atom."""
         return sum(weight[0].numel() for weight in self.weights)
@@ -186,6 +191,11 @@ def resolve(weights: Weights | str | Saliency) -> list[tuple[Saliency, float]]:
     if not any(weights.values()):
         raise TargetError("every saliency has the weight 0, so no group can be told from another")
     return [(CRITERIA[name] if isinstance(name, str) else name, weight) for name, weight in weights.items()]
+
+
+def name_of(criterion: Saliency) -> str:
+    """What a criterion is called in messages and checkpoints."""
+    return getattr(criterion, "__name__", type(criterion).__name__)
 
 
 def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.device) -> Tensor:

@@ -100,6 +100,58 @@ class Units:
         return Units(group, (self.size // own)[one], score, price, self.order)
 
 
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """What may go of each node group; or of each tie, which counts for ``many`` node groups. Shapes ``(groups,)``."""
+
+    counts: Counts
+    sizes: Counts
+    least: Counts
+    many: Counts
+
+    def tied(self, ties: Counts, per: Counts) -> Limits:
+        """Those of ties, whose groups keep ``per`` atoms for each that the tie counts."""
+        one, numbers = np.unique(ties, return_index=True)[1], np.bincount(ties)
+        counts, sizes, least = self.counts // per, self.sizes // per, -(-self.least // per)
+        if (counts != counts[one][ties]).any():
+            raise ValueError("groups of one tie have another number of atoms left")
+        most = np.array([least[ties == tie].max() for tie in range(len(one))], dtype=np.int64)
+        return Limits(counts[one], sizes[one], most, numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is chosen from, by what, and down to where.
+
+    Attributes:
+        may_go: Whether a unit may go at all: its group keeps its least, and the network gets cheaper.
+        lost: The importance that goes with a unit.
+    """
+
+    units: Units
+    limits: Limits
+    measure: Measure
+    goal: float
+    by_cost: float
+    may_go: NDArray[np.bool_]
+    lost: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, units: Units, limits: Limits, measure: Measure, goal: float, by_cost: float) -> Task:
+        saves = measure.marginal(limits.sizes, np.ones_like(limits.sizes)) > 0
+        left = limits.counts[units.group] - _running(units.size, units.group)
+        may_go = (left >= limits.least[units.group]) & saves[units.group]
+        return cls(units, limits, measure, goal, by_cost, may_go, units.score * limits.many[units.group])
+
+
+@dataclass(eq=False)
+class State:
+    """What is chosen so far: which units go, and how many atoms each node group (or tie) keeps."""
+
+    taken: NDArray[np.bool_]
+    counts: Counts
+
+
 def select(
     scores: NDArray[np.float64],
     left: NDArray[np.bool_],
@@ -143,73 +195,92 @@ def select(
         >>> select(scores, np.ones(5, bool), sizes, np.array([1, 1]), macs, 40)
         array([False,  True, False, False, False])
     """
-    groups, each_size = len(sizes), sizes
+    groups = len(sizes)
     by = np.broadcast_to(np.asarray(divisible, dtype=np.int64), groups)
     units = Units.of(scores, left, sizes, by, np.ones(groups) if worth is None else worth)
-    order, counts = units.order, np.bincount(np.repeat(np.arange(groups), sizes)[left], minlength=groups)
-    many: Counts = np.ones(groups, dtype=np.int64)
+    counts = np.bincount(np.repeat(np.arange(groups), sizes)[left], minlength=groups)
+    limits = Limits(counts, sizes, least, np.ones(groups, dtype=np.int64))
     if ties is not None:
-        per = np.ones_like(each_size) if per is None else per
-        units, one, many = units.tied(ties, per), np.unique(ties, return_index=True)[1], np.bincount(ties)
-        counts, sizes, least = counts // per, sizes // per, -(-least // per)
-        if (counts != counts[one][ties]).any():
-            raise ValueError("groups of one tie have another number of atoms left")
-        counts, sizes = counts[one], sizes[one]
-        least = np.array([least[ties == tie].max() for tie in range(len(one))], dtype=np.int64)
-    # a unit may go if its group keeps its least, and if that saves anything
-    saves = measure.marginal(sizes, np.ones_like(sizes)) > 0
-    may_go = (counts[units.group] - _running(units.size, units.group) >= least[units.group]) & saves[units.group]
-    taken = np.zeros(len(units.group), dtype=bool)
-
-    def queue(without: int | None = None) -> NDArray[np.int64]:
-        """What may go next, the lowest price first."""
-        rest = np.flatnonzero(may_go & ~taken & (units.group != (-1 if without is None else without)))
-        price = units.price[rest]
-        if by_cost:
-            now = np.maximum(measure.marginal(counts, np.minimum(counts, 1)) / many, np.finfo(float).tiny)
-            price = price / (now**by_cost)[units.group[rest]]
-        return rest[np.argsort(price, kind="stable")]
-
-    start, lost = measure(counts), units.score * many[units.group]
-    for way in range(1, ROUNDS + 1) if by_cost else [ROUNDS]:
-        now = goal if way == ROUNDS else start - (start - goal) * way / ROUNDS
-        going = _fewest(queue(), units, counts, measure, now)
-        taken[going] = True
-        counts = counts - _sum(going, units, len(sizes))
+        per = np.ones_like(sizes) if per is None else per
+        units, limits = units.tied(ties, per), limits.tied(ties, per)
+    task = Task.of(units, limits, measure, goal, by_cost)
+    state = State(np.zeros(len(units.group), dtype=bool), limits.counts)
+    descend(task, state)
     if fill:
-        _give_back(taken, units, counts, measure, goal)
-    for _ in range(REFINEMENTS if fill and by_cost else 0):
-        # where units are coarse: one of the dearest that went last comes back, and cheaper ones go in its place
-        slack = goal - measure(counts)
-        last = _last(taken, units, len(sizes))
-        if slack <= NEAR * goal or (last < 0).all():
-            break
-        back = np.where(last >= 0, units.size[last], 0)
-        dearest = np.argsort(measure.marginal(counts, -back), kind="stable")[:REFINEMENTS]
-        tries = []
-        for group in dearest[last[dearest] >= 0]:
-            more = counts + np.where(np.arange(len(sizes)) == group, back, 0)
-            going = _fewest(queue(int(group)), units, more, measure, goal)
-            after = more - _sum(going, units, len(sizes))
-            more_lost = float(lost[going].sum() - lost[last[group]])
-            # no dearer than the average of what went
-            if measure(after) <= goal and more_lost <= lost[taken].sum() * slack / (start - goal):
-                tries.append((goal - measure(after), int(group), going, after))
-        best = min(tries, key=lambda tried: tried[:2], default=None)
-        if best is None or best[0] >= slack:
-            break
-        _, group, going, counts = best
-        taken[last[group]], taken[going] = False, True
-        _give_back(taken, units, counts, measure, goal)
-    if fill and ((units.size > 1).any() or (per is not None and (per > 1).any())):
-        _bring_nearer(taken, units, counts, may_go, lost, measure, goal, TOLERANCE * measure(sizes))
-    gone = np.bincount(units.group[taken], units.size[taken], minlength=len(sizes)).astype(np.int64)
-    gone = gone if ties is None or per is None else gone[ties] * per
-    group = np.repeat(np.arange(groups), each_size)[order]
-    first = np.searchsorted(group, np.arange(groups))
-    chosen = np.zeros(len(scores), dtype=bool)
+        give_back(task, state)
+        refine(task, state)
+        if (units.size > 1).any() or (per is not None and (per > 1).any()):
+            bring_nearer(task, state, TOLERANCE * measure(limits.sizes))
+    gone = _sum(np.flatnonzero(state.taken), units, len(limits.sizes))
+    return _lowest(units.order, sizes, gone if ties is None or per is None else gone[ties] * per)
+
+
+def _lowest(order: NDArray[np.int64], sizes: Counts, gone: Counts) -> NDArray[np.bool_]:
+    """The first atoms of each node group in an order, as many as go; bool, shape ``(N,)``."""
+    group = np.repeat(np.arange(len(sizes)), sizes)[order]
+    first = np.searchsorted(group, np.arange(len(sizes)))
+    chosen = np.zeros(int(sizes.sum()), dtype=bool)
     chosen[order[np.arange(len(order)) - first[group] < gone[group]]] = True
     return chosen
+
+
+def descend(task: Task, state: State) -> None:
+    """Take units, the lowest price first, until the goal is met. Prices are set anew on the way."""
+    start = task.measure(state.counts)
+    for way in range(1, ROUNDS + 1) if task.by_cost else [ROUNDS]:
+        goal = task.goal if way == ROUNDS else start - (start - task.goal) * way / ROUNDS
+        going = _fewest(_queue(task, state), task.units, state.counts, task.measure, goal)
+        state.taken[going] = True
+        state.counts = state.counts - _sum(going, task.units, len(state.counts))
+
+
+def _queue(task: Task, state: State, without: int = -1) -> NDArray[np.int64]:
+    """What may go next, the lowest price first; nothing of one node group, if that is named."""
+    units, counts = task.units, state.counts
+    rest = np.flatnonzero(task.may_go & ~state.taken & (units.group != without))
+    price = units.price[rest]
+    if task.by_cost:
+        each = task.measure.marginal(counts, np.minimum(counts, 1)) / task.limits.many
+        price = price / (np.maximum(each, np.finfo(float).tiny) ** task.by_cost)[units.group[rest]]
+    return rest[np.argsort(price, kind="stable")]
+
+
+def refine(task: Task, state: State) -> None:
+    """Where units are coarse: one of the dearest that went last comes back, and cheaper ones go in its place."""
+    start = task.measure(task.limits.counts)
+    for _ in range(REFINEMENTS if task.by_cost else 0):
+        slack = task.goal - task.measure(state.counts)
+        last = _last(state.taken, task.units, len(state.counts))
+        if slack <= NEAR * task.goal or (last < 0).all():
+            return
+        most = task.lost[state.taken].sum() * slack / (start - task.goal)  # no dearer than the average of what went
+        best = min(_swaps(task, state, last, most), key=lambda tried: tried[:2], default=None)
+        if best is None or best[0] >= slack:
+            return
+        _, group, going, state.counts = best
+        state.taken[last[group]], state.taken[going] = False, True
+        give_back(task, state)
+
+
+def _swaps(
+    task: Task, state: State, last: NDArray[np.int64], most: float
+) -> Iterator[tuple[float, int, NDArray[np.int64], Counts]]:
+    """What is left to the goal, the group whose last unit comes back, what goes instead, and what is kept then.
+
+    Args:
+        last: The unit of each group that went last.
+        most: How much more importance may be lost.
+    """
+    units, counts = task.units, state.counts
+    back = np.where(last >= 0, units.size[last], 0)
+    dearest = np.argsort(task.measure.marginal(counts, -back), kind="stable")[:REFINEMENTS]
+    for group in dearest[last[dearest] >= 0]:
+        more = counts + np.where(np.arange(len(counts)) == group, back, 0)
+        going = _fewest(_queue(task, state, int(group)), units, more, task.measure, task.goal)
+        after = more - _sum(going, units, len(counts))
+        more_lost = float(task.lost[going].sum() - task.lost[last[group]])
+        if task.measure(after) <= task.goal and more_lost <= most:
+            yield task.goal - task.measure(after), int(group), going, after
 
 
 def _running(sizes: NDArray[np.int64], group: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -243,46 +314,46 @@ def _last(taken: NDArray[np.bool_], units: Units, groups: int) -> NDArray[np.int
     return last
 
 
-def _give_back(taken: NDArray[np.bool_], units: Units, counts: Counts, measure: Measure, goal: float) -> None:
+def give_back(task: Task, state: State) -> None:
     """Take units back, the most important first, as long as the cost stays under the goal."""
-    groups = len(counts)
-    while taken.any():
-        last = _last(taken, units, groups)
+    units, measure = task.units, task.measure
+    while state.taken.any():
+        last = _last(state.taken, units, len(state.counts))
         size = np.where(last >= 0, units.size[last], 0)
-        adds = -measure.marginal(counts, -size)
-        fits = (last >= 0) & (adds <= goal - measure(counts))
+        adds = -measure.marginal(state.counts, -size)
+        fits = (last >= 0) & (adds <= task.goal - measure(state.counts))
         if not fits.any():
             return
         best = np.flatnonzero(fits)[np.argmax(units.score[last[fits]])]
-        taken[last[best]] = False
-        counts[best] += size[best]
+        state.taken[last[best]] = False
+        state.counts = state.counts + np.where(np.arange(len(size)) == best, size, 0)
 
 
-def _bring_nearer(taken: NDArray[np.bool_], units: Units, counts: Counts, may_go: NDArray[np.bool_],
-                  lost: NDArray[np.float64], measure: Measure, goal: float, near: float) -> None:  # fmt: skip
+def bring_nearer(task: Task, state: State, near: float) -> None:
     """Where units are so coarse that the goal is missed: one group gets units back, and others give some instead.
 
-    Of the choices that end near enough the one is taken that loses least importance; of others the one that ends
-    nearest.
+    Of the choices that end nearer than ``near`` the one is taken that loses least importance; of others the one that
+    ends nearest.
     """
-    many = np.bincount(units.group[may_go], minlength=len(counts)) + 1
+    units, groups = task.units, len(state.counts)
+    many = np.bincount(units.group[task.may_go], minlength=groups) + 1
     few = float(np.prod(many.astype(np.float64))) <= COMBINATIONS
     for _ in range(1 if few else REFINEMENTS):
-        slack, best = goal - measure(counts), None
+        slack, best = task.goal - task.measure(state.counts), None
         if slack <= near:
             return
-        tries = _combinations(units, may_go, many) if few else _moves(taken, units, counts, may_go, measure, goal)
-        for going in tries:
-            after = counts + _sum(np.flatnonzero(taken), units, len(counts)) - _sum(going, units, len(counts))
-            left = goal - measure(after)
+        full = state.counts + _sum(np.flatnonzero(state.taken), units, groups)
+        for going in _combinations(units, task.may_go, many) if few else _moves(task, state):
+            after = full - _sum(going, units, groups)
+            left = task.goal - task.measure(after)
             if 0 <= left < slack:
-                rank = (max(left - near, 0.0), float(lost[going].sum()))
+                rank = (max(left - near, 0.0), float(task.lost[going].sum()))
                 best = min(best or (rank, going, after), (rank, going, after), key=lambda tried: tried[0])
         if best is None:
             return
-        taken[:] = False
-        taken[best[1]] = True
-        counts[:] = best[2]
+        state.taken[:] = False
+        state.taken[best[1]] = True
+        state.counts = best[2]
 
 
 def _combinations(units: Units, may_go: NDArray[np.bool_], many: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -292,9 +363,9 @@ def _combinations(units: Units, may_go: NDArray[np.bool_], many: NDArray[np.int6
         yield np.concatenate([queue[:n] for queue, n in zip(own, numbers, strict=True)])
 
 
-def _moves(taken: NDArray[np.bool_], units: Units, counts: Counts, may_go: NDArray[np.bool_], measure: Measure,
-           goal: float) -> Iterator[NDArray[np.int64]]:  # fmt: skip
+def _moves(task: Task, state: State) -> Iterator[NDArray[np.int64]]:
     """What goes if one group gets its last units back, and another, or all others, give the fewest that it takes."""
+    units, counts, measure, taken, may_go = task.units, state.counts, task.measure, state.taken, task.may_go
     groups = np.unique(units.group[may_go])
     largest = np.zeros_like(counts)
     np.maximum.at(largest, units.group, units.size)
@@ -310,4 +381,4 @@ def _moves(taken: NDArray[np.bool_], units: Units, counts: Counts, may_go: NDArr
             more = counts + _sum(own[-n:], units, len(counts))
             without = np.setdiff1d(np.flatnonzero(taken), own[-n:])
             for queue in queues:
-                yield np.concatenate([without, _fewest(queue, units, more, measure, goal)])
+                yield np.concatenate([without, _fewest(queue, units, more, measure, task.goal)])

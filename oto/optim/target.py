@@ -89,7 +89,7 @@ class Target:
         Raises:
             TargetError: None or several are given, or a number means nothing.
         """
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = {name: asked[name] for name in (*UNITS, *asked) if asked.get(name) is not None}
         if len(given) != 1:
             raise TargetError(
                 f"{' and '.join(given) or 'no target'} {'are' if given else 'is'} given; exactly one is needed\n"
@@ -109,15 +109,7 @@ class Target:
             if not 0 <= number < 1:
                 raise TargetError(f"{name} is {value}; it is the share of groups to remove, in [0, 1)")
             return cls(name, number, atoms - int(atoms * number), atoms, count)
-        if name == "target_latency_ms":
-            measure = latency
-        else:
-            measure = None if costs is None else getattr(costs, name.removeprefix("target_"))
-        if measure is None:
-            raise TargetError(
-                f"{name} needs the costs of the network, which this optimizer was not given\n"
-                "  to fix  make it through oto.OTO(model, dummy_input), or ask for target_group_sparsity="
-            )
+        measure = _measure(name, costs, latency)
         full = measure(sizes)
         if isinstance(number, int) or name == "target_latency_ms":
             if number <= 0:
@@ -196,6 +188,18 @@ class Target:
         if isinstance(self.asked, Mapping):
             asked = f"{{{some([f'{name!r}: {number}' for name, number in self.asked.items()])}}}"
         return f"{self.name}={asked}: at most {shown(self.goal)} of {shown(self.full)} {self.unit}"
+
+
+def _measure(name: str, costs: Costs | None, latency: Measure | None) -> Measure:
+    """What a target counts, by its keyword."""
+    of_costs: Measure | None = None if costs is None else getattr(costs, name.removeprefix("target_"), None)
+    measure = latency if name == "target_latency_ms" else of_costs
+    if measure is None:
+        raise TargetError(
+            f"{name} needs the costs of the network, which this optimizer was not given\n"
+            "  to fix  make it through oto.OTO(model, dummy_input), or ask for target_group_sparsity="
+        )
+    return measure
 
 
 def shown(number: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from oto.errors import OptionError, UnknownParameterError, UntrainedWarning, some, users_level
-from oto.optim.target import UNITS
 
 Named = Iterable[tuple[str, Tensor]]
 Params = Named | Iterable[dict[str, Any]]
@@ -35,32 +33,28 @@ REFUSED = {
 }
 
 
-def build(
-    params: Params,
-    names: Named | None,
-    *,
-    variant: str,
-    base: Base | None,
-    first_momentum: float | None,
-    second_momentum: float | None,
-    dampening: float | None,
-    keywords: dict[str, Any],
-) -> Optimizer:
-    """The optimizer to wrap. Keywords that are ``None`` are left to the defaults of torch."""
-    keywords = {key: value for key, value in keywords.items() if value is not None}
-    moments = {"first_momentum": first_momentum, "second_momentum": second_momentum, "dampening": dampening}
-    given = {key: value for key, value in moments.items() if value is not None}
+def build(params: Params, options: Mapping[str, Any]) -> Optimizer:
+    """The optimizer to wrap. Keywords that are ``None`` are left to its defaults.
 
+    Args:
+        options: ``names``, ``variant``, ``base``, ``base_options``, and keywords of the optimizer.
+
+    Raises:
+        OptionError: An option is missing, is given twice, or the optimizer has none of that name.
+        UnknownParameterError: A parameter has no name.
+    """
+    keywords = {key: value for key, value in options.items() if value is not None}
+    names, variant, base, own = (keywords.pop(key, None) for key in ("names", "variant", "base", "base_options"))
+    given = {key: keywords.pop(key) for key in MOMENTS if key in keywords}
+    if twice := keywords.keys() & (own or {}).keys():
+        raise OptionError(
+            f"{some(sorted(twice))} {'is' if len(twice) == 1 else 'are'} given twice: in base_options, and beside it\n"
+            "  effect  nothing was made\n  to fix  leave one of them out"
+        )
+    keywords |= own or {}
     if base is not None:
-        if given:
-            raise OptionError(f"{', '.join(given)} belong to variant=; with base= use the keywords of that optimizer")
-        if isinstance(base, Optimizer):
-            if keywords:
-                raise OptionError(f"base is an optimizer already; {', '.join(keywords)} cannot be set any more")
-            _name(base.param_groups, _names_of(names if names is not None else params))
-            return _sound(base)
-        return _sound(base(_groups(params, names), **keywords))
-
+        return _sound(_of_base(base, params, names, given, keywords))
+    variant = "sgd" if variant is None else variant
     kind = _variant(variant)
     takes = inspect.signature(kind).parameters
     keywords |= _translated(given, takes)
@@ -79,37 +73,22 @@ def build(
     return kind(groups, **keywords)
 
 
-def refuse_unknown(options: Mapping[str, Any], taker: Callable[..., Any], name: str) -> None:
-    """Refuse options that nobody takes, before anything else is said about the others.
+MOMENTS = ("first_momentum", "second_momentum", "dampening")
+"""What has other names in other optimizers."""
 
-    Args:
-        taker: A function that chooses; or a sparse optimizer, which passes keywords on to its bases and to the
-            optimizer that it wraps. It is called ``name``.
 
-    Raises:
-        OptionError: It names them, and the nearest option that there is.
-    """
-    kinds = (
-        [vars(k)["__init__"] for k in taker.__mro__ if "__init__" in vars(k)] if isinstance(taker, type) else [taker]
-    )
-    known = {parameter for f in kinds for parameter in inspect.signature(f).parameters} | UNITS.keys()
-    takers = f"{name} has"
-    if isinstance(taker, type):
-        variant, base = options.get("variant", "sgd"), options.get("base")
-        inner = VARIANTS.get(str(variant).lower()) if base is None else base
-        if inner is None or isinstance(inner, Optimizer):
-            return  # `build` tells what is wrong
-        takes = inspect.signature(inner).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            return
-        known, takers = known | takes.keys(), f"{name} and {getattr(inner, '__name__', 'its base')} have"
-    if unknown := [option for option in options if option not in known]:
-        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        raise OptionError(
-            f"{takers} no option {some(unknown)}\n"
-            "  effect  nothing was made\n"
-            f"  to fix  {f'perhaps {near[0]}= is meant' if near else 'leave it out'}"
-        )
+def _of_base(
+    base: Base, params: Params, names: Named | None, moments: Mapping[str, Any], keywords: Mapping[str, Any]
+) -> Optimizer:
+    """The optimizer that ``base`` is, or makes."""
+    if moments:
+        raise OptionError(f"{', '.join(moments)} belong to variant=; with base= use the keywords of that optimizer")
+    if not isinstance(base, Optimizer):
+        return base(_groups(params, names), **keywords)
+    if keywords:
+        raise OptionError(f"base is an optimizer already; {', '.join(keywords)} cannot be set any more")
+    _name(base.param_groups, _names_of(names if names is not None else params))
+    return base
 
 
 def keeps_own_state(base: Optimizer) -> bool:

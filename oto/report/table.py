@@ -12,7 +12,7 @@ from torch import nn
 from oto.errors import some
 from oto.groups import Cost
 from oto.slim.pickled import needs_oto
-from oto.slim.verify import Check
+from oto.slim.proof.compare import Check
 
 OF_THE_CLASS = ("module", "config")
 """Emitters whose slim model is of the original class."""

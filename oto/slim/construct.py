@@ -1,10 +1,10 @@
 """From zeros to a slim model: the ways in their order, and the proof without which none is handed out.
 
-1. ``"config"``: the model's own class, made anew from a config that states the sizes (:mod:`oto.slim.layout`); only
-   where repeated blocks are alike.
-2. ``"module"``: the model's own class, with thinner tensors and what the class has to be told (:mod:`oto.slim.module`).
-3. ``"graph"``: what ``torch.export`` follows (:mod:`oto.slim.graph`).
-4. ``"recording"``: the calls that were made on the example, at its shapes and values (:mod:`oto.slim.recording`).
+1. ``"config"``: the model's own class, made anew from a config that states the sizes (:mod:`oto.slim.config.emit`);
+   only where repeated blocks are alike.
+2. ``"module"``: the model's own class, with thinner tensors and what the class has to be told (:mod:`oto.slim.edits`).
+3. ``"graph"``: what ``torch.export`` follows (:mod:`oto.slim.graph.emit`).
+4. ``"recording"``: the calls that were made on the example, at its shapes and values (:mod:`oto.slim.graph.replay`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from oto.axes.registry import known
 from oto.errors import (
     EmitterError,
     NotItsClassWarning,
-    TraceError,
     VerificationError,
     first_line,
     out_of_memory,
@@ -29,25 +28,27 @@ from oto.errors import (
 )
 from oto.groups import Kept
 from oto.progress import stage
-from oto.slim.graph import emit_graph
-from oto.slim.layout import emit_stock
-from oto.slim.module import Edits, forget_idle, refuse_training, thin_copy, thin_tensor, thin_tensors
-from oto.slim.origin import Round, descend
-from oto.slim.own_class import at_counts, plan_edits
-from oto.slim.plan import Thinning, thinning
-from oto.slim.proof import Emitted, Zeroed, prove
-from oto.slim.readers import needed, said
-from oto.slim.recording import RECORDED, check_recording, emit_recording
-from oto.slim.reference import Reference, check
-from oto.slim.training import heads_in_training
-from oto.slim.unreached import left_out, within
-from oto.slim.verify import Check, learn, require
-from oto.trace.export import LEVELS, Exported, export
+from oto.slim.config.readers import needed, said
+from oto.slim.edits import Edits, refuse_training
+from oto.slim.emitters import emit_class, emit_config, emit_exported, emit_recorded
+from oto.slim.graph.replay import RECORDED
+from oto.slim.own_class import at_counts
+from oto.slim.proof.compare import Check, require
+from oto.slim.proof.limits import require_numbers
+from oto.slim.proof.reference import CheckOptions, check
+from oto.slim.proof.train_mode import heads_in_training
+from oto.slim.prove import prove
+from oto.slim.provenance import Round, descend
+from oto.slim.source import Emitted, Source
+from oto.trace.export import LEVELS, export
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
 
 EMITTERS = ("auto", "config", "module", "graph", "recording")
+
+Refused = Mapping[str, Exception]
+"""For each way that was tried, why it would not do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def require_values(model: nn.Module) -> None:
         )
 
 
-def construct(source: Zeroed, emitter: str = "auto") -> Made:
+def construct(source: Source, emitter: str = "auto") -> Made:
     """Build the slim model in the first way that can express it, and prove it equal.
 
     Args:
@@ -98,40 +99,71 @@ def construct(source: Zeroed, emitter: str = "auto") -> Made:
         EmitterError: The asked way cannot express the slim model, or none can.
         VerificationError: What the graph computes differs; or the model does not run in float64, which was asked for.
     """
-    name = type(source.model).__name__
     if emitter not in EMITTERS:
         raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
     if source.verify:
-        source.reference.insist()
-        source.reference.require_numbers()
-    why: list[str] = []
-    notes: list[str] = []
-    if emitter == "config" or (emitter == "auto" and source.recipe is not None):
+        source.reference.full.insist()
+        require_numbers(source.reference.full)
+    ways = [emitter] if emitter != "auto" else [w for w in WAYS if w != "config" or source.recipe is not None]
+    refused: dict[str, Exception] = {}
+    for way in ways:
         try:
-            return _of_its_config(source)
+            made = WAYS[way](source, refused)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
-            if out_of_memory(failure):
+            if out_of_memory(failure) or _is_final(failure, way, emitter):
                 raise
-            told = f"{name} cannot be made from another config: {_first_lines(failure)}"
-            if isinstance(failure, VerificationError):
-                told += f": {str(failure).splitlines()[1].strip()}"
-            if emitter == "config":
-                raise EmitterError(
-                    f"{told}\n  effect  no slim model was made, and nothing was written\n"
-                    '  to fix  prune what a config can state: OTO(..., layout="uniform")'
-                ) from failure
-            notes.append(told)
-    made = _in_other_ways(source, emitter, name, why)
-    made.notes.extend(notes)
-    if emitter == "auto" and made.emitter != "module" and (source.own is not None or source.recipe is not None):
-        _warn_of_a_graph(source, name, notes[0] if notes else why[0])
-    return made
+            refused[way] = failure
+            log.info("the emitter %s does not do: %s", way, _first_lines(failure))
+        else:
+            if "config" in refused:
+                made.notes.append(_unstated(source, refused["config"]))
+            if emitter == "auto" and made.emitter not in ("config", "module") and source.promises_its_class:
+                _warn_of_a_graph(source, refused)
+            return made
+    raise _refusal(source, ways, refused) from refused["graph" if emitter == "auto" else emitter]
 
 
-def _warn_of_a_graph(source: Zeroed, name: str, why: str) -> None:
+def _is_final(failure: Exception, way: str, emitter: str) -> bool:
+    """Whether nothing is tried after it: calls that compute something else, or the very way that was asked for."""
+    return way in ("graph", "recording") and (way == emitter or isinstance(failure, VerificationError))
+
+
+def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exception]) -> EmitterError:
+    """No way that was asked for can express the slim model."""
+    name, why = type(source.model).__name__, {way: _first_lines(failure) for way, failure in refused.items()}
+    nothing = "  effect  no slim model was made, and nothing was written\n"
+    if ways == ["config"]:
+        unstated = _unstated(source, refused["config"])
+        return EmitterError(f'{unstated}\n{nothing}  to fix  prune what a config can state: OTO(..., layout="uniform")')
+    if ways == ["module"]:
+        return EmitterError(
+            f"{name} cannot be thinned as its own class: {why['module']}\n{nothing}"
+            f"  to fix  use emitter='graph', or {source.way_out}"
+        )
+    exported = refused["graph"]
+    said = (
+        str(exported) if isinstance(exported, EmitterError) else f"the exported graph of {name} fails: {why['graph']}"
+    )
+    return EmitterError(
+        f"{said.splitlines()[0]}\n"
+        f"  class   the original class does not do either: {why['module']}\n"
+        f"  replay  nor does a recording of the example: {str(refused['recording']).splitlines()[0]}\n"
+        f"{nothing}  to fix  {source.way_out}"
+    )
+
+
+def _unstated(source: Source, failure: Exception) -> str:
+    """Why the model's class was not made from a config."""
+    said = f"{type(source.model).__name__} cannot be made from another config: {_first_lines(failure)}"
+    differs = isinstance(failure, VerificationError)
+    return f"{said}: {str(failure).splitlines()[1].strip()}" if differs else said
+
+
+def _warn_of_a_graph(source: Source, refused: Mapping[str, Exception]) -> None:
     """Say that the promised class was not had, and the way out."""
+    why = _unstated(source, refused["config"]) if "config" in refused else _first_lines(refused["module"])
     warnings.warn(
-        f"the slim model is a graph, and no {name}: {why}\n"
+        f"the slim model is a graph, and no {type(source.model).__name__}: {why}\n"
         "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
         f"  to fix  {source.way_out}; the zeros of the model may stay, so no training is lost",
         NotItsClassWarning,
@@ -139,46 +171,7 @@ def _warn_of_a_graph(source: Zeroed, name: str, why: str) -> None:
     )
 
 
-def _in_other_ways(source: Zeroed, emitter: str, name: str, why: list[str]) -> Made:
-    if emitter in ("auto", "module"):
-        try:
-            return _of_its_class_at_any_rate(source)
-        except Exception as failure:  # anything that the user's own forward may raise at other sizes
-            if out_of_memory(failure):
-                raise
-            why.append(_first_lines(failure))
-            if emitter == "module":
-                raise EmitterError(
-                    f"{name} cannot be thinned as its own class: {why[0]}\n"
-                    "  effect  no slim model was made, and nothing was written\n"
-                    f"  to fix  use emitter='graph', or {source.way_out}"
-                ) from failure
-            log.info("the original class does not fit, using the graph: %s", why[0])
-    if emitter == "recording":
-        return _recorded(source, [f"it was asked for: {RECORDED}"])
-    try:
-        return _exported(source, why)
-    except VerificationError:
-        raise
-    except Exception as failure:
-        if emitter == "graph":
-            raise
-        refused = failure
-        log.info("torch.export does not do, using the recording: %s", _first_lines(failure))
-    try:
-        return _recorded(source, [*why, _first_lines(refused), RECORDED])
-    except (EmitterError, TraceError) as failure:
-        said = f"the exported graph of {name} fails: {_first_lines(refused)}"
-        raise EmitterError(
-            f"{str(refused).splitlines()[0] if isinstance(refused, EmitterError) else said}\n"
-            f"  class   the original class does not do either: {why[0]}\n"
-            f"  replay  nor does a recording of the example: {str(failure).splitlines()[0]}\n"
-            "  effect  no slim model was made, and nothing was written\n"
-            f"  to fix  {source.way_out}"
-        ) from refused
-
-
-def _of_its_config(source: Zeroed) -> Made:
+def _of_its_config(source: Source) -> Made:
     emitted = emit_config(source)
     checks = prove(source, emitted)
     assert source.recipe is not None and emitted.edits is not None
@@ -187,7 +180,7 @@ def _of_its_config(source: Zeroed) -> Made:
     return _made_of_class(source, emitted, checks)
 
 
-def _of_its_class_at_any_rate(source: Zeroed) -> Made:
+def _of_its_class_at_any_rate(source: Source) -> Made:
     """The slim model of its class; where that fails with what was found for any counts, the class is asked at these.
 
     So it is where nothing is to be compared: a class may take another way at some counts, and nothing else would tell.
@@ -210,7 +203,7 @@ def _of_its_class_at_any_rate(source: Zeroed) -> Made:
             raise refused from failure
 
 
-def _at_these_counts(source: Zeroed) -> Made:
+def _at_these_counts(source: Source) -> Made:
     """The slim model of its class, with what that needs at the very counts that are left.
 
     Raises:
@@ -231,7 +224,7 @@ def _at_these_counts(source: Zeroed) -> Made:
     return made
 
 
-def _of_its_class(source: Zeroed, compared: bool = False) -> Made:
+def _of_its_class(source: Source, compared: bool = False) -> Made:
     """The slim model of its class.
 
     Args:
@@ -242,7 +235,7 @@ def _of_its_class(source: Zeroed, compared: bool = False) -> Made:
     slim, edits = emitted.model, emitted.edits
     assert edits is not None
     if compared or (not source.verify and source.own is None):  # nothing else tells whether the class can do it
-        require(source.reference.check(slim, random=False, exact=False))
+        require(source.reference.check(slim, CheckOptions(random=False, exact=False)))
     checks = prove(source, emitted)
     if source.verify and not edits.dropped:
         proofs, untrained = heads_in_training(
@@ -256,14 +249,14 @@ def _of_its_class(source: Zeroed, compared: bool = False) -> Made:
     return _made_of_class(source, emitted, checks)
 
 
-def _made_of_class(source: Zeroed, emitted: Emitted, checks: list[Check]) -> Made:
+def _made_of_class(source: Source, emitted: Emitted, checks: list[Check]) -> Made:
     edits, tensors = emitted.edits, emitted.tensors
     assert edits is not None
     descend(emitted.model, source.model, Round.of(edits, tensors, source.kept))
     return Made(emitted.emitter, emitted.model, edits, tensors, checks, notes=emitted.notes, kept=source.kept)
 
 
-def _exported(source: Zeroed, why: list[str]) -> Made:
+def _exported(source: Source, refused: Refused) -> Made:
     """The slim form of what torch.export follows, with as much free as can be proved."""
     notes: list[str] = []
     level: str | None = LEVELS[0]
@@ -288,117 +281,33 @@ def _exported(source: Zeroed, why: list[str]) -> Made:
     except VerificationError as failure:
         _require_faithful_export(source, failure)
         raise
-    why_graph = "; ".join(why) or None
-    return Made("graph", emitted.model, None, emitted.tensors, checks, why_graph, [*notes, *emitted.notes], source.kept)
+    why = _first_lines(refused["module"]) if "module" in refused else None
+    return Made("graph", emitted.model, None, emitted.tensors, checks, why, [*notes, *emitted.notes], source.kept)
 
 
-def _recorded(source: Zeroed, why: list[str]) -> Made:
+def _recorded(source: Source, refused: Refused) -> Made:
     stage("recording the example")
+    why = [_first_lines(refused[way]) for way in ("module", "graph") if way in refused]
+    why = [*why, RECORDED] if why else [f"it was asked for: {RECORDED}"]
     emitted = emit_recorded(source)
     checks = prove(source, emitted)
     return Made("recording", emitted.model, None, emitted.tensors, checks, "; ".join(why), emitted.notes, source.kept)
 
 
-# --- the slim model in each way, not proved yet -----------------------------------------------------------------------
+WAYS: dict[str, Callable[[Source, Refused], Made]] = {
+    "config": lambda source, refused: _of_its_config(source),
+    "module": lambda source, refused: _of_its_class_at_any_rate(source),
+    "graph": _exported,
+    "recording": _recorded,
+}
+"""The ways in their order; each is told why those before it would not do."""
 
 
-def emit_config(source: Zeroed) -> Emitted:
-    """The model's class, made from a config that states the sizes.
-
-    Raises:
-        EmitterError: No config states what is kept.
-    """
-    made = emit_stock(source.model, source.partition, source.kept, source.recipe)
-
-    def compare(reference: Reference) -> list[Check]:
-        return reference.check(made.model, batch=True, rounded=made.rounded)
-
-    return Emitted("config", made.model, made.edits, made.tensors, compare, emit_config, changed=made.changed)
-
-
-def emit_class(source: Zeroed) -> Emitted:
-    """A copy of the model with thinner tensors.
-
-    Raises:
-        EmitterError: The class cannot express it.
-    """
-    thin = thinning(source.partition, source.kept)
-    edits = plan_edits(source.model, thin, source.own)
-    gone: set[str] = set()
-    if source.drop_unreached:
-        tensors = thin_tensors(source.model, thin)
-        edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
-        gone = set(within(tensors, edits.dropped))
-    slim = _emit_class(source, thin, edits, gone)
-    learn(slim.model, edits, source.dummy_input)
-    forget_idle(slim.model, edits)
-    return slim
-
-
-def _emit_class(source: Zeroed, thin: Thinning, edits: Edits, gone: Collection[str]) -> Emitted:
-    """A copy of the model with thinner tensors, by edits that are known, without those that are ``gone``."""
-    scales = source.own.scales if source.own is not None else {}
-    tensors = {n: t for n, t in thin_tensors(source.model, thin, scales).items() if n not in gone}
-    # a class may drop what it keeps for inference when it is trained
-    slim = thin_copy(source.model, tensors, edits).train().eval()
-
-    def rounded(full: nn.Module) -> dict[str, Tensor]:  # what weights take in
-        leaves = [leaf for leaf in thin.found.graph.leaves if leaf.names and leaf.name in scales]
-        made = [(leaf, thin_tensor(full, thin, leaf, scales[leaf.name])) for leaf in leaves]
-        return {name: tensor for leaf, tensor in made for name in leaf.names if name not in gone}
-
-    def compare(reference: Reference) -> list[Check]:
-        return reference.check(slim, batch=True, rounded=rounded if scales else None)
-
-    def again(full: Zeroed) -> Emitted:
-        return _emit_class(full, thin, edits, gone)
-
-    return Emitted("module", slim, edits, tensors, compare, again, scales)
-
-
-def emit_exported(source: Zeroed, exported: Exported) -> Emitted:
-    """The exported graph with thinner tensors.
-
-    Raises:
-        EmitterError: It ties parameter dimensions together in another way than the recorded one.
-    """
-    slim = emit_graph(exported, source.partition, source.kept)
-    notes: list[str] = []
-
-    def compare(reference: Reference) -> list[Check]:
-        shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
-        return reference.check(slim, batch=exported.dynamic and not shapes, shapes=shapes, notes=notes)
-
-    def again(full: Zeroed) -> Emitted:
-        return emit_exported(full, export(full.model, full.dummy_input, known, exported.level))
-
-    return Emitted("graph", slim, None, _held(slim), compare, again, notes=notes)
-
-
-def emit_recorded(source: Zeroed) -> Emitted:
-    """The calls that are made on the example, with thinner tensors.
-
-    Raises:
-        EmitterError: A call is nothing that a graph can hold.
-    """
-    slim = emit_recording(source.model, source.dummy_input, source.partition, source.kept)
-    notes: list[str] = []
-
-    def compare(reference: Reference) -> list[Check]:
-        return check_recording(reference, slim, source.partition, source.kept, notes)
-
-    return Emitted("recording", slim, None, _held(slim), compare, emit_recorded, notes=notes)
-
-
-def _held(graph: nn.Module) -> dict[str, Tensor]:
-    return dict([*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)])
-
-
-def _require_faithful_export(source: Zeroed, failure: Exception) -> None:
+def _require_faithful_export(source: Source, failure: Exception) -> None:
     """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
     dense = export(source.model, source.dummy_input, known)
     try:
-        require(check(source.model, dense.module, source.dummy_input, batch=dense.dynamic, notes=[]))
+        require(check(source.model, dense.module, source.dummy_input, CheckOptions(batch=dense.dynamic, notes=[])))
     except VerificationError as unfaithful:
         raise EmitterError(
             f"torch.export's graph of {type(source.model).__name__} does not compute what the model does\n"

@@ -22,14 +22,15 @@ from oto.errors import NotPrunedWarning, TargetError, users_level
 from oto.groups import Costs, Partition
 from oto.groups.cost import Polynomial
 from oto.groups.latency import latency_table
-from oto.slim.graph import emit_graph
-from oto.slim.module import thin_copy, thin_tensors
+from oto.slim.edits import thin_copy, thin_tensors
+from oto.slim.graph.emit import emit_graph
 from oto.slim.own_class import plan_edits
-from oto.slim.plan import thinning
-from oto.slim.verify import run
+from oto.slim.proof.run import run
+from oto.slim.pruned_shapes import thinning
 from oto.trace.export import export
 from oto.trace.found import as_found
-from oto.trace.record import arguments, on_meta
+from oto.trace.inputs import arguments
+from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
 

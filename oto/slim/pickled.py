@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from oto.slim.origin import REMEMBERED
+from oto.slim.provenance import REMEMBERED
 
 
 def needs_oto(model: nn.Module) -> list[str]:

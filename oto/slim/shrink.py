@@ -16,17 +16,18 @@ from oto._torch import holder
 from oto.axes.registry import known
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
 from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
-from oto.slim.config import solve
-from oto.slim.module import Edits, attribute, thin_copy, thin_tensors
-from oto.slim.origin import REMEMBERED, Round, descend, origin_of
+from oto.slim.config.recipe import Recipe, configs, fields
+from oto.slim.config.solve import apply, solve
+from oto.slim.config.unstated import Unstated
+from oto.slim.edits import Edits, attribute, thin_tensors
 from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
-from oto.slim.plan import Thinning, thinning
-from oto.slim.proof import Zeroed
-from oto.slim.recipe import Recipe, configs, fields
-from oto.slim.reference import check
-from oto.slim.training import check_training
-from oto.slim.unstated import Unstated
-from oto.slim.verify import learn, require
+from oto.slim.proof.compare import require
+from oto.slim.proof.reference import CheckOptions, check
+from oto.slim.proof.run import learn
+from oto.slim.proof.train_mode import check_training
+from oto.slim.provenance import REMEMBERED, Round, descend, origin_of
+from oto.slim.pruned_shapes import Thinning, thinning
+from oto.slim.source import Source
 from oto.trace.record import record
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def become(model: nn.Module, slim: nn.Module) -> None:
         vars(model)["save_pretrained"] = Unstated(model)
 
 
-def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
+def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     """Make the slim model of the model's own class, with the parameters of the full one, and prove it in both modes.
 
     Args:
@@ -77,9 +78,9 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
         edits = plan_edits(model, thin, source.own.unfolded if source.own is not None else None)
         if source.recipe is not None:
             _state_in_config(edits, model, source.recipe, thin)
-        slim = thin_copy(model, thin_tensors(model, thin), edits)
+        slim = apply(model, thin_tensors(model, thin), edits)
         learn(slim, edits, source.dummy_input)
-        require(check(model, slim, source.dummy_input, batch=True, left=source.left))
+        require(check(model, slim, source.dummy_input, CheckOptions(batch=True), left=source.left))
         if source.recipe is not None and Recipe.of(slim) is None:
             raise EmitterError("what its config makes is not of these sizes")
     except (VerificationError, ShrinkError):
@@ -110,14 +111,14 @@ def shrunk(source: Zeroed, averages: Iterable[Any] = ()) -> Shrunk:
     made: list[tuple[nn.Module, nn.Module]] = []
     for wrapper in averages:
         inner = _average_in(wrapper, model)
-        average = thin_copy(inner, thin_tensors(inner, thin), edits)
+        average = apply(inner, thin_tensors(inner, thin), edits)
         vars(average)[REMEMBERED] = origin_of(slim)
         made.append((inner, average))
     return Shrunk(slim, parameters, made)
 
 
 def analysed_again(
-    slim: nn.Module, source: Zeroed, groups: Sequence[NodeGroup], everything: bool, asked: bool
+    slim: nn.Module, source: Source, groups: Sequence[NodeGroup], everything: bool, asked: bool
 ) -> tuple[Partition, tuple[NodeGroup, ...], OwnClass | None]:
     """The analysis of a slim model, in which only those groups may lose atoms that could before.
 

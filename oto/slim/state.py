@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves
 from oto.errors import first_line, out_of_memory
-from oto.slim.verify import TOLERANCE, relative_error, run
-from oto.slim.wide import dtype_of
+from oto.slim.proof.compare import relative_error, tolerance
+from oto.slim.proof.float64 import dtype_of
+from oto.slim.proof.run import run
 from oto.trace.record import on_meta
 from oto.trace.state import Change, State, tables, undone
 
@@ -87,4 +88,4 @@ def _computes_the_same(model: nn.Module, dummy_input: Any, changes: list[Change]
             raise
         log.info("what a forward left cannot be undone: %s", first_line(failure))
         return False
-    return relative_error(now, then) <= TOLERANCE.get(dtype_of(model), 1e-3)
+    return relative_error(now, then) <= tolerance(dtype_of(model))

@@ -35,7 +35,8 @@ from oto._torch import (
 from oto.errors import EmitterError, first_line, out_of_memory
 from oto.trace.found import as_found, is_foreign
 from oto.trace.graph import Graph, GraphBuilder, Key
-from oto.trace.record import arguments, around_modules, line_of
+from oto.trace.inputs import arguments
+from oto.trace.record import around_modules, line_of
 from oto.trace.takes import Parameter, Takes, parameters_of, traced
 
 log = logging.getLogger(__name__)

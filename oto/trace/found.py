@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from oto._torch import FakeTensor, tree_leaves
 from oto.errors import LeftBehindWarning, some
+from oto.trace.inputs import Example
 
 _TORCH = f"{Path(torch.__file__).parent}{sep}"
 _HERE = f"{Path(__file__).parent.parent}{sep}"
@@ -170,7 +171,7 @@ class Found:
         ]
         self._spared: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages = {_storage(t): t for t, *_ in self._tensors if not t.is_meta}
-        held = reached([*modules_of(model), given], _CODE)
+        held = reached([*modules_of(model), given.given if isinstance(given, Example) else given], _CODE)
         self._remember(self._own, [x for x in held if not isinstance(x, _CODE)])
         for kind in kinds:
             for index, holders in _HOLDERS.get(kind, {}).items():

@@ -40,7 +40,7 @@ from oto._torch import (
     tree_leaves,
     tree_map_only,
 )
-from oto.errors import DummyInputError, OTOError, TraceError, first_line, out_of_memory, some
+from oto.errors import OTOError, TraceError, first_line, out_of_memory, some
 from oto.nn.calls import first_tensor, name_of, numbers_of, running
 from oto.nn.told import Told
 from oto.trace.found import (
@@ -54,11 +54,10 @@ from oto.trace.found import (
     tensors_by_path,
 )
 from oto.trace.graph import Graph, GraphBuilder, Node, Value, effects
+from oto.trace.inputs import Arguments, arguments
 from oto.trace.shapes import Remembered, result_of
 
 log = logging.getLogger(__name__)
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
@@ -75,36 +74,6 @@ def around_modules(enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def arguments(dummy_input: Any) -> Arguments:
-    """Positional and keyword arguments of an example input: a tensor, a tuple or a dict with string keys.
-
-    Raises:
-        DummyInputError: It is something else, or holds no tensor.
-    """
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}
-    if isinstance(dummy_input, Tensor):
-        args = (dummy_input,)
-    elif isinstance(dummy_input, tuple | list):
-        args = tuple(dummy_input)
-    elif isinstance(dummy_input, Mapping) and all(isinstance(key, str) for key in dummy_input):
-        args, kwargs = (), dict(dummy_input)
-    else:
-        raise DummyInputError(
-            f"dummy_input is a {type(dummy_input).__name__}\n"
-            "  expected  a tensor, a tuple of positional arguments, or a dict of keyword arguments of model.forward\n"
-            "  to fix    pass for example torch.randn(1, 3, 224, 224), (x, mask) or {'input_ids': ids}"
-        )
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-        raise DummyInputError(
-            "dummy_input holds no tensor, so the model cannot be followed from its inputs\n"
-            "  to fix    pass the tensors that model.forward takes"
-        )
-    # one tensor given twice is two inputs
-    separate: Arguments = tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs))
-    return separate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

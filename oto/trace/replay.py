@@ -19,7 +19,8 @@ from oto._torch import tree_leaves, tree_map_only
 from oto.errors import EmitterError
 from oto.trace.export import Exported, builtin
 from oto.trace.graph import Graph, Node, Value, write_through
-from oto.trace.record import Recording, arguments, record_data
+from oto.trace.inputs import arguments
+from oto.trace.record import Recording, record_data
 
 
 def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], how: str) -> Exported:

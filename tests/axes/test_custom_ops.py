@@ -11,7 +11,8 @@ import oto
 from oto import OTO
 from oto.axes.registry import RULES
 from oto.errors import UnknownOpWarning
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 
 @torch.library.custom_op("oto_tests::soft_clip", mutates_args=())

@@ -9,7 +9,8 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import UnknownOpWarning
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -250,7 +250,8 @@ def test_a_choice_keeps_shares(target, options):
     torch.manual_seed(0)
     model = Heads(keys=6)
     oto = OTO(model, torch.randn(2, 3, 5), layout="stock")
-    oto._groups = as_wide_as_heads(oto.node_groups, oto.costs.weights)  # nothing states its widths
+    wide = as_wide_as_heads(oto.node_groups, oto.costs.weights)  # nothing states its widths
+    oto._analysis = replace(oto._analysis, groups=wide)
     try:
         optimizer = oto.hesso(lr=0.01, start_pruning_step=1, pruning_steps=4, pruning_periods=2, **target, **options)
     except TargetError as coarse:

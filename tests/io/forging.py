@@ -90,7 +90,7 @@ def process(kind: Kind) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(), "seed": torch.initial_seed(),
         "anomaly": torch.is_anomaly_enabled(), "device": torch.get_default_device(), "filters": list(warnings.filters),
         "levels": {name: logging.getLogger(name).level for name in ("", "torch", "torch.export", "oto")},
-        "files": sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else [],
+        "files": _open_files(),
         "folder": {p.name: p.lstat().st_size for p in kind.folder.iterdir()},
     }  # fmt: skip
     state["torch's numbers"] = bytes(torch.get_rng_state().numpy())
@@ -102,6 +102,15 @@ def process(kind: Kind) -> dict[str, Any]:
     for path, module in kind.model.named_modules() if kind.model is not None else ():
         state[f"numbers of {path}"] = dict(numbers(module))
     return state
+
+
+def _open_files() -> list[str]:
+    """The files on a disk that are open: pipes and devices come and go with threads of torch."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir() if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):  # the folder itself, while it is read
+            found.append(os.readlink(link))
+    return sorted(name for name in found if name.startswith("/") and not name.startswith(("/dev/", "/proc/", "/memfd")))
 
 
 WATCHED = (builtins, os, sys, copy, functools, Enum, nn.Module, nn.Linear, nn.LayerNorm, nn.MultiheadAttention, nn.GRU)

@@ -14,7 +14,8 @@ from oto import OTO
 from oto.errors import ArtefactError, EmitterError, MissingExtraError, VerificationError
 from oto.io import export
 from oto.io.export import export_model
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 
 class Tags(nn.Module):

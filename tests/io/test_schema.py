@@ -13,9 +13,9 @@ import torch
 
 from oto import OTO
 from oto.groups import Cost
-from oto.slim.module import Edits
-from oto.slim.origin import Round
-from oto.slim.verify import Check
+from oto.slim.edits import Edits
+from oto.slim.proof.compare import Check
+from oto.slim.provenance import Round
 from tests.io.nets import Net
 
 jsonschema = pytest.importorskip("jsonschema")

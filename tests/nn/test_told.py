@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from oto import OTO, load_subnet
 from oto.errors import ClassChangedError, UnseenPathError
 from oto.nn import Told, told
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 EXACT = 1e-12  # float64, sums of a few dozen terms
 

@@ -14,7 +14,7 @@ from oto import OTO
 from oto.errors import ScriptError
 from oto.nn import GroupNorm, LayerNorm, MultiheadAttention, RMSNorm, Told
 from oto.nn.functional import eps_of
-from oto.slim.verify import relative_error
+from oto.slim.proof.compare import relative_error
 
 # torch calls tracing deprecated; the sizes that code compares are those of the example, as in the full model
 pytestmark = pytest.mark.filterwarnings(

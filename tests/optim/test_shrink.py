@@ -16,9 +16,10 @@ from oto import OTO, load_subnet
 from oto.errors import NotPrunedWarning, OTOError, ShrinkError, UnknownParameterError
 from oto.groups import thinner
 from oto.optim import Choice
-from oto.slim.plan import read_zeros
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
+from oto.slim.pruned_shapes import read_zeros
 from oto.slim.shrink import parts
-from oto.slim.verify import relative_error, run
 from tests.slim.test_construct import EXACT, Residual
 from tests.slim.test_train import IMAGES, MODELS, Transformer, data, resnet
 

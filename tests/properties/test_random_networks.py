@@ -14,7 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from oto import OTO
 from oto.errors import NothingPrunableError
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 STEPS = [
     "conv", "conv", "grouped", "depthwise", "transposed", "batch_norm", "group_norm", "instance_norm", "layer_norm",

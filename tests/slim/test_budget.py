@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from oto import OTO, load_subnet, progress
 from oto.errors import ArtefactError, EmitterError, OptionError, UnknownParameterError, VerificationError
-from oto.slim import reference, verify, wide
 from oto.slim.own_class import search
-from oto.slim.reference import Reference
-from oto.slim.verify import relative_error, run
-from oto.slim.wide import in_double
+from oto.slim.proof import compare as verify
+from oto.slim.proof import float64 as wide
+from oto.slim.proof import full, inputs, reference
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.float64 import in_double
+from oto.slim.proof.reference import Reference
+from oto.slim.proof.run import run
 
 X = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
 
@@ -69,7 +72,7 @@ def test_the_full_model_runs_once_for_each_input_and_dtype(tmp_path, program):
 
 
 def test_float64_takes_no_copy(monkeypatch):
-    monkeypatch.setattr(reference, "in_double", None)  # cannot be called
+    monkeypatch.setattr(full, "in_double", None)  # cannot be called
     subnet = zeroed().construct_subnet()
     assert {c.dtype for c in subnet.checks} == {"float32", "float64"} and subnet.max_error < 1e-12
 
@@ -135,13 +138,13 @@ def test_what_weights_take_in_is_all_that_is_in_float64(monkeypatch):
             return self.down(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight)
 
     seen: list[dict[str, torch.dtype]] = []
-    compared = Reference._run_wide
+    compared = Reference._run64
 
     def watched(self: Reference, slim: nn.Module, given: object) -> list[Tensor]:
         seen.append({name: p.dtype for name, p in slim.named_parameters()})
         return compared(self, slim, given)
 
-    monkeypatch.setattr(Reference, "_run_wide", watched)
+    monkeypatch.setattr(Reference, "_run64", watched)
     subnet = zeroed(RMS()).construct_subnet()
     assert subnet.emitter == "module" and subnet.max_error < 1e-14 and len(subnet.model.weight) < 16
     assert {name for name, dtype in seen[0].items() if dtype == torch.float64} == {"weight"}
@@ -171,7 +174,7 @@ def test_what_a_forward_writes_to_a_buffer_is_not_rounded():
     model = Cached()
     wide = Reference(model, X)
     wide.check(copy.deepcopy(model))
-    assert relative_error(run(in_double(model), X.double()), wide._wide["the example"]) < 1e-15
+    assert relative_error(run(in_double(model), X.double()), wide.full.wide[wide.example]) < 1e-15
     assert model.cache.dtype == torch.float32 and not model.cache.any()
 
 
@@ -202,7 +205,8 @@ def test_a_copy_in_float64_is_the_module_in_float64():
 
 
 def test_float64_where_it_fits(monkeypatch):
-    monkeypatch.setattr(reference, "available", lambda model: 100)
+    for module in (full, reference):
+        monkeypatch.setattr(module, "available", lambda model: 100)
     subnet = zeroed().construct_subnet()
     note, reach = subnet.notes
     assert "MemoryError" in reach  # a backward pass does not fit either
@@ -268,14 +272,14 @@ def test_an_output_that_is_constant_is_told_and_compared_once_more(emitter):
 
 
 def test_a_mistake_behind_a_constant_output_is_found(monkeypatch):
-    from oto.slim import construct
+    from oto.slim import emitters
 
-    thin = construct.thin_tensors
+    thin = emitters.thin_tensors
 
     def shuffled(*given: object) -> dict[str, Tensor]:
         return {name: t.flip(0) if name == "up.weight" else t for name, t in thin(*given).items()}
 
-    monkeypatch.setattr(construct, "thin_tensors", shuffled)
+    monkeypatch.setattr(emitters, "thin_tensors", shuffled)
     with pytest.raises(EmitterError, match="cannot be thinned as its own class: VerificationError"):
         zeroed(Headed()).construct_subnet(emitter="module")
 
@@ -325,7 +329,7 @@ def test_a_file_of_the_users_is_never_replaced(tmp_path, monkeypatch, name):
     oto = zeroed()
     (tmp_path / name).write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr("oto.api.read_zeros", None)  # before any work
+        patch.setattr("oto.subnet.read_zeros", None)  # before any work
         with pytest.raises(ArtefactError, match=rf"holds {name}, which no artefact has written[^$]*to fix"):
             oto.construct_subnet(tmp_path, program=True, save_full=True)
     assert files(tmp_path) == {name} and (tmp_path / name).read_text() == "mine"
@@ -506,10 +510,10 @@ def test_an_example_follows_the_model_and_nothing_else():
     meta, cpu = torch.device("meta"), torch.device("cpu")  # the only two places that every machine has
     x, lengths = torch.randn(2, 3), torch.tensor([3, 1])
     given, then = {"x": x, "lengths": lengths, "half": x.half()}, {"w": torch.float32}
-    followed = verify.follow_model(given, then, cpu, {"w": torch.zeros(1).bfloat16()})
+    followed = inputs.follow_model(given, then, cpu, {"w": torch.zeros(1).bfloat16()})
     assert [t.dtype for t in followed.values()] == [torch.bfloat16, torch.int64, torch.float16]
     there = {"w": torch.zeros(1, device=meta)}
-    assert {t.device for t in verify.follow_model(given, then, cpu, there).values()} == {cpu}  # it has no values there
+    assert {t.device for t in inputs.follow_model(given, then, cpu, there).values()} == {cpu}  # it has no values there
     mixed = {"w": torch.float32, "v": torch.float32}
     parts = {"w": torch.zeros(1).half(), "v": torch.zeros(1)}
-    assert verify.follow_model(given, mixed, cpu, parts)["x"].dtype == torch.float32
+    assert inputs.follow_model(given, mixed, cpu, parts)["x"].dtype == torch.float32

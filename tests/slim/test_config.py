@@ -12,9 +12,9 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import EmitterError
-from oto.slim.config import _candidates, solve, stock
-from oto.slim.plan import thinning
-from oto.slim.recipe import Recipe
+from oto.slim.config.recipe import Recipe
+from oto.slim.config.solve import candidates, solve, stock
+from oto.slim.pruned_shapes import thinning
 
 from .toy import FFN, Config, Net, config
 
@@ -126,5 +126,5 @@ def test_a_value_that_does_not_survive_being_written():
 
 @pytest.mark.parametrize("width, inner", [(7, 14), (3, 29), (192, 100), (49, 27)])
 def test_how_many_times_another_size_survives_being_cut(width, inner):
-    found = _candidates(2.0, {width: {width}, 2 * width: {inner}})
+    found = candidates(2.0, {width: {width}, 2 * width: {inner}})
     assert inner in {int(width * ratio) for ratio in found}

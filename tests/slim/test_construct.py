@@ -14,7 +14,8 @@ from oto import OTO, load_subnet
 from oto.errors import ArtefactError, EmitterError, NonFiniteParameterError
 from oto.io import subnet as saving
 from oto.slim.copying import copied
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
 

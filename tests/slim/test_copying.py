@@ -14,7 +14,8 @@ from torch import nn
 
 from oto import OTO, load_subnet
 from oto.slim.copying import copied
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

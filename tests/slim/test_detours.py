@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oto.slim.own_class.detours import Detour
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.record import record
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oto import OTO
-from oto.slim.verify import relative_error
+from oto.slim.proof.compare import relative_error
 
 WIDTH, HEADS, LENGTH = 16, 4, 6
 FEW = 1e-5  # float32, on kernels that round otherwise

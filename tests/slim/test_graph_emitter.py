@@ -18,7 +18,8 @@ from oto import OTO
 from oto import nn as oto_nn
 from oto.axes.registry import known
 from oto.errors import EmitterError, GraphInputError, GraphModeError
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 from oto.trace.export import export
 
 
@@ -144,7 +145,7 @@ def test_pieces_of_a_dimension_that_holds_the_batch(batch: int, cut: Callable[[T
 
 
 def test_a_batch_that_only_the_extra_check_tries_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oto.slim.graph._cut_by_share", lambda *given: False)  # sizes as the example has them
+    monkeypatch.setattr("oto.slim.graph.emit._cut_by_share", lambda *given: False)  # sizes as the example has them
     oto = OTO(Folded(lambda h: h.chunk(2)).double(), torch.randn(2, 6, 8, dtype=torch.float64))
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet(emitter="graph")
@@ -342,9 +343,9 @@ def test_where_the_code_asks_too_much_about_sizes_the_batch_alone_is_free(monkey
 
 
 def test_a_graph_that_is_wrong_at_other_sizes_leaves_fewer_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    from oto.slim import construct
+    from oto.slim import emitters
 
-    made = construct.emit_graph
+    made = emitters.emit_graph
 
     def wrong_elsewhere(exported: Any, *rest: Any) -> Any:
         slim = made(exported, *rest)
@@ -352,7 +353,7 @@ def test_a_graph_that_is_wrong_at_other_sizes_leaves_fewer_free(monkeypatch: pyt
             slim.register_forward_hook(lambda m, args, y: y * (1 if args[0].shape[2:] == (32, 32) else 2))
         return slim
 
-    monkeypatch.setattr(construct, "emit_graph", wrong_elsewhere)
+    monkeypatch.setattr(emitters, "emit_graph", wrong_elsewhere)
     _, subnet = graph_of(fcn(), torch.randn(2, 3, 32, 32))
     assert subnet.model.free_dims == {"input": (0,)} and "slim on batch of 4" in {c.what for c in subnet.checks}
 

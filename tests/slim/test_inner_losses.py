@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 from oto import OTO
 from oto.errors import NothingPrunableError
 from oto.optim.saliency import Entries
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 EXACT = 1e-12  # float64, sums of a few dozen terms
 

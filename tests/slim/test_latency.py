@@ -12,7 +12,8 @@ from torch import distributed as dist
 
 from oto import OTO
 from oto.errors import NotPrunedWarning, TargetError
-from oto.groups.cost import Polynomial
+from oto.groups.cost import Polynomial, cost
+from oto.previewing import latency_for, timer_of
 from oto.slim import latency
 from oto.slim.latency import Latency, Timer, built, confirmed, rounds
 
@@ -123,11 +124,11 @@ def test_what_is_trained_is_as_fast_as_was_asked(monkeypatch: pytest.MonkeyPatch
         y = op(*args, **kwargs)
         return 0.1 + (4e-3 * args[0].numel() * y.shape[-1] if op is torch.ops.aten.linear.default else 0), [y]
 
-    monkeypatch.setattr("oto.api.Timer", Formula)
+    monkeypatch.setattr("oto.previewing.Timer", Formula)
     monkeypatch.setattr("oto.groups.latency.timed", timed)
     model, x = mlp(), torch.randn(16, 8)
     oto = OTO(model, x[:1])
-    timer = oto._timer
+    timer = timer_of(oto._analysis)
     options = {"pruning_periods": 2} if kind == "hesso" else {"total_steps": 40}
     optimizer = getattr(oto, kind)(
         lr=0.05, target_latency_ms=3, start_pruning_step=2, pruning_steps=8, min_kept=2, group_divisible=4, **options
@@ -144,7 +145,7 @@ def test_what_is_trained_is_as_fast_as_was_asked(monkeypatch: pytest.MonkeyPatch
 
 
 def test_preview_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oto.api.Timer", Formula)
+    monkeypatch.setattr("oto.previewing.Timer", Formula)
     model = mlp()
     before = torch.get_rng_state(), [p.clone() for p in model.parameters()]
     shown = OTO(model, torch.randn(1, 8)).preview(target_latency_ms=3)
@@ -156,7 +157,7 @@ def test_preview_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_nonsense_is_refused_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oto.api.Timer", None)
+    monkeypatch.setattr("oto.previewing.Timer", None)
     oto = OTO(mlp(), torch.randn(1, 8))
     for milliseconds, macs in ((-1, None), ("fast", None), (1, 0.5)):
         with pytest.raises(TargetError):
@@ -188,7 +189,7 @@ def test_the_slim_model_is_built_in_the_form_it_would_have() -> None:
         kept = {name: np.arange(5) for name in oto.costs.names}
         slim = built(model, oto.partition, kept, x)
         assert isinstance(slim, form)
-        assert sum(p.numel() for p in slim.parameters()) == oto._cost(dict.fromkeys(kept, 5)).params
+        assert sum(p.numel() for p in slim.parameters()) == cost(oto.partition, dict.fromkeys(kept, 5)).params
 
 
 def test_models_take_turns_and_are_left_in_their_mode() -> None:
@@ -207,8 +208,8 @@ def test_processes_of_a_distributed_run_share_what_the_first_measured() -> None:
     oto = OTO(model, x)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        target = oto._timer(oto.costs.sizes) * 10
-        shared = oto._latency({"target_latency_ms": target})
+        target = timer_of(oto._analysis)(oto.costs.sizes) * 10
+        shared = latency_for(oto._analysis, {"target_latency_ms": target})
     finally:
         dist.destroy_process_group()
     assert shared(oto.costs.sizes) > 0
@@ -221,7 +222,7 @@ def test_whatever_is_measured_arrives() -> None:
     model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 512))
     x = torch.randn(64, 512)
     oto = OTO(model, x)
-    full = oto._timer(oto.costs.sizes)
+    full = timer_of(oto._analysis)(oto.costs.sizes)
     assert full == pytest.approx(1e-6 * 2 * oto.costs.macs(oto.costs.sizes), rel=0.01)
     shown = oto.preview(target_latency_ms=0.5 * full)
     slim = built(model, oto.partition, {name: np.arange(n) for name, n in shown.kept.items()}, x)

@@ -14,9 +14,9 @@ from torch import nn
 from oto import OTO
 from oto._torch import DisableTorchFunction
 from oto.errors import EmitterError, NothingPrunableError, OptionError, UnstatedWarning
-from oto.slim import layout
-from oto.slim.layout import UNSTATED
-from oto.slim.zeroed import Zeroed
+from oto.slim.config import trial as layout
+from oto.slim.config.trial import UNSTATED
+from oto.slim.proof.zeroed import Zeroed
 
 from .toy import Config
 
@@ -139,9 +139,9 @@ def test_a_large_model_is_compared_in_its_own_dtype(monkeypatch):
     monkeypatch.setattr(layout, "SMALL", 0)
     real = layout.check
 
-    def check(*args, exact, **named):
-        assert not exact
-        return real(*args, exact=exact, **named)
+    def check(full, slim, example, options):
+        assert not options.exact
+        return real(full, slim, example, options)
 
     monkeypatch.setattr(layout, "check", check)
     assert stated(OTO(model(), IDS, layout="uniform")) == {"words.weight": 1, "heads": 4, "inner": 4}

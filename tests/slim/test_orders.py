@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from oto import OTO
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

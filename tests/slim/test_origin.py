@@ -14,8 +14,9 @@ from torch import nn
 
 import oto.nn
 from oto import OTO, load_subnet
-from oto.slim.origin import origin_of
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
+from oto.slim.provenance import origin_of
 from tests.optim.test_shrink import OwnCode
 from tests.slim.test_construct import EXACT, Residual
 

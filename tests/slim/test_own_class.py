@@ -16,7 +16,8 @@ from oto.nn import Told
 from oto.slim.own_class import search, traced, workbench
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import Place
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
 
@@ -594,7 +595,7 @@ def test_the_class_is_asked_again_at_the_counts_that_come(caplog):
     for left in (50, 37):
         model = Lucky().double().eval()
         oto = OTO(model, x)
-        assert sizes(oto) == {"up.weight": 100} and not oto._own.adaptation.sizes
+        assert sizes(oto) == {"up.weight": 100} and not oto._analysis.form.own.adaptation.sizes
         zeroed(oto, {"up.weight": left})
         subnet = oto.construct_subnet()
         assert subnet.emitter == "module" and subnet.model.widths[1] == (37 if left == 37 else 100)
@@ -704,7 +705,7 @@ def test_attributes_that_the_code_names_are_set_without_a_try(monkeypatch):
     repair = search.Search._repair
     monkeypatch.setattr(search.Search, "_repair", lambda self, at: (seen.append(at), repair(self, at)))
     oto = OTO(Blocks(Attention(), Attention()), torch.randn(2, 7, 5))
-    assert not seen and {p.key for p in oto._own.adaptation.sizes} == {("heads",), ("head_dim",)}
+    assert not seen and {p.key for p in oto._analysis.form.own.adaptation.sizes} == {("heads",), ("head_dim",)}
 
 
 def test_integers_remember_the_attributes_that_they_were_made_of():

@@ -13,8 +13,8 @@ from torch import nn
 
 from oto import OTO
 from oto.nn import LayerNorm
-from oto.slim.origin import REMEMBERED, origin_of
 from oto.slim.pickled import needs_oto
+from oto.slim.provenance import REMEMBERED, origin_of
 from tests.slim.test_construct import Residual
 
 READER = """

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from oto import OTO
 from oto.errors import VerificationError
-from oto.slim import proof, reach
-from oto.slim.recording import alike
-from oto.slim.reference import check
-from oto.slim.verify import checked, compared, random_like, require
+from oto.slim import prove as proof
+from oto.slim.graph.replay import alike
+from oto.slim.proof import reach
+from oto.slim.proof.compare import checked, compared, require
+from oto.slim.proof.inputs import random_like
+from oto.slim.proof.reference import check
 
 NAN, INF = float("nan"), float("inf")
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))

@@ -10,7 +10,7 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import UnstatedWarning
-from oto.slim.recipe import Recipe, fields
+from oto.slim.config.recipe import Recipe, fields
 
 from .toy import FFN, Config, Net, config
 

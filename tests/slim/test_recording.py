@@ -11,7 +11,8 @@ from torch import nn
 
 from oto import OTO, load_subnet
 from oto.errors import EmitterError, VerificationError
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 EXACT = 1e-12  # float64, sums of at most 16 terms
@@ -149,7 +150,7 @@ def test_numbers_and_tables_that_come_of_the_data_are_built_in_and_it_says_so():
 
 
 def test_a_recording_that_is_wrong_is_not_handed_out(monkeypatch):
-    from oto.slim import graph
+    from oto.slim.graph import emit as graph
 
     apply = graph.carry_over
 

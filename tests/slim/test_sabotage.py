@@ -17,7 +17,8 @@ from oto import OTO
 from oto.errors import OTOError, VerificationError
 from oto.nn import Told
 from oto.nn.overrides import FullCount
-from oto.slim import construct, proof
+from oto.slim import construct
+from oto.slim import prove as proof
 from tests.slim import test_layout
 
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ from torch import nn
 
 import oto.nn
 from oto import OTO
-from oto.slim.plan import thinning
-from oto.slim.verify import relative_error
+from oto.slim.proof.compare import relative_error
+from oto.slim.pruned_shapes import thinning
 from tests.slim.test_construct import Residual
 
 EXACT = 1e-12  # float64, sums of at most a few thousand terms

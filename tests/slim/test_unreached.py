@@ -10,9 +10,10 @@ from torch import nn
 
 from oto import OTO, load_subnet
 from oto.errors import TrainModeError
-from oto.slim.training import check_training
-from oto.slim.unreached import unreached
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
+from oto.slim.proof.train_mode import check_training
+from oto.slim.removed import unreached
 
 EXACT = 1e-12  # float64, sums of at most a few hundred terms
 

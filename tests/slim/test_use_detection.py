@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oto import OTO, load_subnet
-from oto.slim.verify import relative_error
+from oto.slim.proof.compare import relative_error
 from tests.zoo.models import lively
 
 detection = pytest.importorskip("torchvision").models.detection

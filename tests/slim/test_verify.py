@@ -11,10 +11,11 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import VerificationError
-from oto.slim.reference import check
-from oto.slim.training import check_training
-from oto.slim.verify import relative_error, require, run
-from oto.slim.wide import double_input, in_double
+from oto.slim.proof.compare import relative_error, require
+from oto.slim.proof.float64 import double_input, in_double
+from oto.slim.proof.reference import CheckOptions, check
+from oto.slim.proof.run import run
+from oto.slim.proof.train_mode import check_training
 
 X = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
 
@@ -66,7 +67,7 @@ def test_a_model_that_is_wrong_by_less_than_float32_shows_is_refused(table):
     model = Tabled(table)
     wrong = copy.deepcopy(model)
     wrong.out.weight.data[0] *= 1 + 1e-6
-    checks = check(model, wrong, X, batch=True)
+    checks = check(model, wrong, X, CheckOptions(batch=True))
     assert {c.dtype for c in checks if not c.passed} == {"float64"}
     with pytest.raises(VerificationError, match="float64: relative error"):
         require(checks)

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from oto import OTO
 from oto.errors import EmitterError, TraceError
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 

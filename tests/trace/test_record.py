@@ -15,7 +15,8 @@ from oto import OTO
 from oto.axes.registry import known
 from oto.errors import DummyInputError, TraceError
 from oto.groups import partition
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 from oto.trace.graph import write_through
 from oto.trace.record import record
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from oto import OTO, load_subnet
 from oto.errors import NotItsClassWarning
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
 from oto.trace.state import State, undone
 
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

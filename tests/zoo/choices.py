@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from oto import OTO
 from oto.errors import EmitterError, OTOError
-from oto.slim.verify import relative_error, run
-from oto.trace.record import arguments, tensors_in
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
+from oto.trace.inputs import arguments
+from oto.trace.record import tensors_in
 
 ALONE = 3
 """Of so many groups one alone is thinner; of the models below, of all."""

@@ -28,12 +28,15 @@ from torch import nn
 from oto import OTO
 from oto.axes import terms as T
 from oto.errors import EmitterError, NothingPrunableError, OTOError, UnknownOpWarning, VerificationError
+from oto.groups import cost
 from oto.slim.copying import copied
-from oto.slim.reference import FAST
-from oto.slim.verify import random_like, relative_error, run
-from oto.slim.wide import double_input, in_double
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.float64 import double_input, in_double
+from oto.slim.proof.inputs import random_like
+from oto.slim.proof.reference import FAST
+from oto.slim.proof.run import run
 from oto.trace.found import as_found
-from oto.trace.record import arguments
+from oto.trace.inputs import arguments
 
 from .choices import EVERY_GROUP, outcomes, trained
 from .models import lively, settled
@@ -216,7 +219,7 @@ def _examine(
     prunable = [g for g in oto.node_groups if g.prunable]
     result.axes, result.atoms = len(prunable), sum(g.size for g in prunable)
     dense = oto.compute_num_params()
-    result.share = 1 - oto._cost({g.name: 0 for g in prunable}).params / dense
+    result.share = 1 - cost(oto.partition, {g.name: 0 for g in prunable}).params / dense
     result.unknown = _unknown(oto)
     bound = _of_its_class(result, model, inputs)
     if bound is not None and kind is not None:
@@ -279,7 +282,7 @@ def _of_its_class(result: Result, model: nn.Module, inputs: Any) -> OTO | None:
     finally:
         result.asked = time.perf_counter() - begin
     free = {g.name: 0 for g in oto.node_groups if g.prunable}
-    result.class_share = 1 - oto._cost(free).params / oto.compute_num_params()
+    result.class_share = 1 - cost(oto.partition, free).params / oto.compute_num_params()
     return oto
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from oto.slim.copying import copied
-from oto.trace.record import arguments
+from oto.trace.inputs import arguments
 
 
 def image(size: int, batch: int = 2) -> torch.Tensor:

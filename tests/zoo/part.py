@@ -1,8 +1,9 @@
-"""Which models of the zoo a run takes: all, or one part in rotation.
+"""Which of the long tests a run takes: all, or one part in rotation.
 
-``--zoo-part 3/4`` takes the third of four parts, and always the models that are new. The parts are told apart by a hash
-of the name, so a model stays in its part whatever else is added. ``--zoo-part auto/4`` takes the part by the commit's
-hash, so that runs on consecutive commits take turns by chance, and the same commit always takes the same part.
+``--zoo-part 3/4`` takes the third of four parts of the zoo's models, and always the models that are new. Of the other
+long tests it takes a part too, of at most :data:`OTHERS`. The parts are told apart by a hash of the name, so a test
+stays in its part whatever else is added. ``--zoo-part auto/4`` takes the part by the commit's hash, so that runs on
+consecutive commits take turns by chance, and the same commit always takes the same part.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = 10  # a model is new for so many commits
+OTHERS = 4  # long tests that are no models of the zoo are divided into so many parts at most
 
 
 def parse(text: str) -> tuple[int, int]:
@@ -34,6 +36,11 @@ def parse(text: str) -> tuple[int, int]:
 def home(name: str, of: int) -> int:
     """The part, of so many, that a model lies in."""
     return zlib.crc32(name.encode()) % of + 1
+
+
+def takes(k: int, of: int, test: str) -> bool:
+    """Whether part ``k`` takes a long test that is no model."""
+    return home(test, min(of, OTHERS)) == (k - 1) % min(of, OTHERS) + 1
 
 
 def seen_before() -> set[str] | None:

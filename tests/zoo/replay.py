@@ -12,10 +12,10 @@ from torch import nn
 
 from oto.axes.registry import known
 from oto.groups import partition
-from oto.slim.plan import read_zeros
-from oto.slim.recording import emit_recording
-from oto.slim.verify import run
-from oto.slim.wide import throughout
+from oto.slim.graph.replay import emit_recording
+from oto.slim.proof.float64 import throughout
+from oto.slim.proof.run import run
+from oto.slim.pruned_shapes import read_zeros
 from oto.trace.record import record_data
 
 

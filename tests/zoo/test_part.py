@@ -16,22 +16,34 @@ from .matrix import ZOOS, zoo
 NAMES = [f"{kind}-{name}" for kind in ZOOS for name in zoo(kind)]
 
 
+OTHERS = [f"tests/io/test_long.py::test_{i}" for i in range(40)]
+
+
+def items_of(names: list[str]) -> list[SimpleNamespace]:
+    models = [
+        SimpleNamespace(callspec=SimpleNamespace(id=n), originalname="test_half_of_all_groups_removed", nodeid=n)
+        for n in names
+    ]
+    return models + [SimpleNamespace(originalname="test_another", nodeid=n) for n in OTHERS]
+
+
 def taken(text, monkeypatch, seen, names=NAMES):
-    """The models that a run would keep of all that it collected."""
+    """The long tests that a run would keep of all that it collected: the models, and the others."""
     monkeypatch.setattr(part, "seen_before", lambda: seen)
-    items = [SimpleNamespace(callspec=SimpleNamespace(id=n), originalname="test_half_of_all_groups_removed",
-                             get_closest_marker=lambda mark: True) for n in names]  # fmt: skip
-    items.append(SimpleNamespace(originalname="test_another", get_closest_marker=lambda mark: True))
-    config = SimpleNamespace(
-        getoption=lambda name: text, hook=SimpleNamespace(pytest_deselected=lambda items: None)
-    )  # fmt: skip
-    conftest.pytest_collection_modifyitems(config, items)
-    assert items[-1].originalname == "test_another"
-    return [item.callspec.id for item in items[:-1]]
+    items = items_of(names)
+    for item in items:
+        item.get_closest_marker = lambda mark: True
+    quick = SimpleNamespace(originalname="test_quick", nodeid="quick", get_closest_marker=lambda mark: None)
+    items.append(quick)
+    hook = SimpleNamespace(pytest_deselected=lambda items: None)
+    conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: text, hook=hook), items)
+    assert items.pop() is quick
+    models = [item.callspec.id for item in items if hasattr(item, "callspec")]
+    return models, [item.nodeid for item in items if not hasattr(item, "callspec")]
 
 
 def test_every_model_lies_in_one_part_and_parts_are_alike(monkeypatch):
-    parts = [taken(f"{k}/4", monkeypatch, None) for k in range(1, 5)]
+    parts = [taken(f"{k}/4", monkeypatch, None)[0] for k in range(1, 5)]
     assert Counter(name for some in parts for name in some) == Counter(NAMES)
     assert all(len(some) > 0.8 * len(NAMES) / 4 for some in parts)
 
@@ -39,11 +51,18 @@ def test_every_model_lies_in_one_part_and_parts_are_alike(monkeypatch):
 def test_new_models_are_always_taken(monkeypatch):
     seen = {name.partition("-")[2] for name in NAMES} - {"resnet18", "bert"}
     for k in range(1, 5):
-        assert {"models-resnet18", "models-bert"} <= set(taken(f"{k}/4", monkeypatch, seen))
+        assert {"models-resnet18", "models-bert"} <= set(taken(f"{k}/4", monkeypatch, seen)[0])
 
 
 def test_without_a_part_the_whole_is_taken(monkeypatch):
-    assert taken(None, monkeypatch, set()) == NAMES
+    assert taken(None, monkeypatch, set()) == (NAMES, OTHERS)
+
+
+@pytest.mark.parametrize("of", [2, 4, 48])
+def test_every_other_long_test_lies_in_some_part_and_in_one_of_four_at_most(of, monkeypatch):
+    parts = [taken(f"{k}/{of}", monkeypatch, None)[1] for k in range(1, of + 1)]
+    assert Counter(name for some in parts for name in some) == dict.fromkeys(OTHERS, max(of // part.OTHERS, 1))
+    assert all(0 < len(some) < len(OTHERS) for some in parts)
 
 
 def test_the_commit_chooses(monkeypatch):

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from oto import OTO
-from oto.slim.plan import read_zeros
-from oto.slim.verify import relative_error, run
+from oto.slim.proof.compare import relative_error
+from oto.slim.proof.run import run
+from oto.slim.pruned_shapes import read_zeros
 
 from . import replay as module
 from .replay import replay

@@ -36,7 +36,7 @@ def made(request: pytest.FixtureRequest, yolo: Any) -> tuple[str, torch.nn.Modul
     torch.set_num_threads(1)
     model, x = yolo(f"{request.param}.yaml").model, image(64)
     oto = OTO(lively(model, x), x)
-    assert not oto._own.whole, "of these nothing has to stay whole"
+    assert not oto._analysis.form.own.whole, "of these nothing has to stay whole"
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
     assert subnet.emitter == "module" and type(subnet.model) is type(model)

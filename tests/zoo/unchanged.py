@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oto.trace.record import arguments, tensors_in
+from oto.trace.inputs import arguments
+from oto.trace.record import tensors_in
 
 
 class Seen:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oto.axes.terms import Term
 from oto.slim.own_class.attributes import Place, SizeAttribute
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 
 Tie = tuple[str, ...]
 """Names of groups that have to keep the same number of atoms."""

@@ -16,7 +16,7 @@ from oto.axes.terms import Term, resolve
 from oto.axes.terms import size as size_of
 from oto.errors import EmitterError
 from oto.slim.numbers import EVERY, Key, is_data, is_number
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 
 
 @dataclass(frozen=True)

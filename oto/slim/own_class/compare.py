@@ -22,11 +22,11 @@ from oto.axes.call import Rewrite
 from oto.axes.propagate import Propagation
 from oto.nn import functional as thinner
 from oto.nn.calls import numbers_of
-from oto.slim.module import Edits
+from oto.slim.edits import Edits
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.detours import Detour
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.graph import Node, Value
 from oto.trace.record import FunctionCall
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from oto._torch import tree_map_only
 from oto.axes.call import Rewrite
 from oto.errors import out_of_memory
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.graph import Node, Value
 
 _TOLERANCE = 1e-9

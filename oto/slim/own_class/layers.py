@@ -14,10 +14,10 @@ from oto.errors import EmitterError
 from oto.nn import functional as full_count
 from oto.nn import modules as thinner
 from oto.nn.overrides import to_json
-from oto.slim.module import Edits
+from oto.slim.edits import Edits
 from oto.slim.own_class.placed import overrides_of
 from oto.slim.own_class.result import OwnClass
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.graph import Graph, Leaf, Node
 
 

@@ -19,7 +19,7 @@ from oto.nn.overrides import FullCount, Given, Override, Pieces, Sizes
 from oto.nn.told import COUNTED, UNIFORM
 from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.traced import TracedInt, places_of
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.graph import Node, Value
 from oto.trace.record import FunctionCall
 

@@ -19,7 +19,7 @@ from oto.nn.overrides import FullCount, Override, Overrides, Sizes
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.overrides import FunctionCalls
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.graph import Node
 from oto.trace.record import FunctionCall
 

@@ -13,7 +13,7 @@ from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.compare import Divergence
 from oto.slim.own_class.trials import Trial, Trials
 from oto.slim.own_class.workbench import Workbench
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.graph import Node
 
 

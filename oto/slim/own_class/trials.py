@@ -15,7 +15,7 @@ from oto.groups import Kept, NodeGroup, Partition
 from oto.nn import functional as full_count
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import family
-from oto.slim.plan import Thinning, thinning
+from oto.slim.pruned_shapes import Thinning, thinning
 
 _PART = 16
 """In :attr:`Kind.THINNEST` as little as a sixteenth of each group is left; below that a model does not learn."""

@@ -16,7 +16,7 @@ from oto.axes.registry import known
 from oto.errors import out_of_memory
 from oto.groups import Partition
 from oto.slim.copying import closed_over
-from oto.slim.module import Edits, attribute, edited, tensors_of, thin_copy, thin_tensor
+from oto.slim.edits import Edits, attribute, edited, tensors_of, thin_copy, thin_tensor
 from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import numbers
@@ -27,7 +27,7 @@ from oto.slim.own_class.overrides import FunctionCalls
 from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
 from oto.slim.own_class.traced import traced
-from oto.slim.plan import Thinning
+from oto.slim.pruned_shapes import Thinning
 from oto.trace.found import Found, content_of, modules_of, surroundings
 from oto.trace.graph import Graph
 from oto.trace.record import FunctionCall, Script, follow

@@ -1,0 +1,234 @@
+"""What became of every atom, how far pruning has come, and all of that in checkpoints; see :mod:`oto.optim.state`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oto.optim.choice import Choice
+from oto.optim.plan import PRUNED, REDUNDANT, rows_of
+from oto.optim.schedule import Progress, Schedule
+from oto.optim.state import ours, require_same_atoms, require_same_setup, with_ours
+from oto.optim.wrapped import Params, keeps_own_state
+from oto.optim.wrapper import Wrapper
+
+
+class Checkpointed(Wrapper):
+    """A wrapping optimizer that knows what became of every atom of its node groups, and whose state dict holds it.
+
+    Args:
+        params, choice, schedule: As in :class:`oto.optim.SparseOptimizer`, and so is the attribute ``history``.
+        options: What makes the wrapped optimizer.
+    """
+
+    _split: tuple[Tensor, list[Tensor]] | None = None
+    _unseen = True  # the model may have changed, as it may while a checkpoint is loaded
+
+    def __init__(self, params: Params, choice: Choice, schedule: Schedule, options: Mapping[str, Any]) -> None:
+        self.choice, self.schedule, self.node_groups = choice, schedule, choice.groups
+        self.history: list[dict[str, float]] = []
+        super().__init__(params, options)
+        self._fill_state()
+
+    # What became of the atoms ----------------------------------------------------------------------------------------
+
+    @property
+    def clock(self) -> int:
+        """How many steps were taken."""
+        step: int = self.param_groups[0]["oto_step"]
+        return step
+
+    @clock.setter
+    def clock(self, step: int) -> None:
+        self.param_groups[0]["oto_step"] = step
+
+    @property
+    def atoms(self) -> Tensor:
+        """What became of every atom: FREE, REDUNDANT or PRUNED, uint8, shape ``(N,)``. Replaced, never written into."""
+        atoms: Tensor = self.param_groups[0]["oto_atoms"]
+        return atoms
+
+    @atoms.setter
+    def atoms(self, atoms: Tensor) -> None:
+        self.param_groups[0]["oto_atoms"] = atoms
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of zero-invariant groups (ZIGs) of the model that may be pruned."""
+        return sum(group.size for group in self.node_groups)
+
+    @property
+    def num_removed(self) -> int:
+        """Number of ZIGs that the model had before it was shrunk."""
+        return int(self.choice.full.sum()) - self.num_atoms
+
+    @property
+    def num_pruned(self) -> int:
+        """Number of ZIGs that are at zero for good, or removed already."""
+        return self.num_removed + sum(int((own == PRUNED).sum()) for own in self._codes())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the full network's ZIGs that are at zero for good, in [0, 1]."""
+        return self.num_pruned / max(self.num_atoms + self.num_removed, 1)
+
+    @property
+    def progress(self) -> Progress:
+        """How far pruning has come: print it, or read its fields. Where the optimizer is wrapped, ask the inner one."""
+        redundant, target = sum(int((own == REDUNDANT).sum()) for own in self._codes()), self.choice.target
+        counts = np.array([int((own != PRUNED).sum()) for own in self._codes()], dtype=np.int64)
+        return Progress(
+            self.clock, self.schedule, self.num_atoms + self.num_removed, redundant, self.num_pruned,
+            target.measure(counts), target.goal, target.unit,
+        )  # fmt: skip
+
+    def record(self, **numbers: float | Tensor) -> None:
+        """Note numbers of the step that comes next (a loss, an accuracy) in :attr:`history`.
+
+        Args:
+            **numbers: By name; tensors of one element are read, which waits for their device.
+        """
+        if not self.history or self.history[-1]["step"] != self.clock:
+            self.history.append({"step": self.clock})
+        for name, number in numbers.items():
+            self.history[-1][name] = float(number.detach() if isinstance(number, Tensor) else number)
+
+    def _record_cost(self) -> None:
+        self.record(**{self.choice.target.unit: self.progress.cost})
+
+    @property
+    def redundant_groups(self) -> dict[str, Tensor]:
+        """Atoms on their way to zero: node group name to sorted int64 indices, on the CPU."""
+        return self._having(REDUNDANT)
+
+    @property
+    def pruned_groups(self) -> dict[str, Tensor]:
+        """Atoms of the model at zero for good: node group name to sorted int64 indices, on the CPU."""
+        return self._having(PRUNED)
+
+    def _having(self, code: int) -> dict[str, Tensor]:
+        rows = {g.name: rows_of(own, code) for g, own in zip(self.node_groups, self._codes(), strict=True)}
+        return {name: atoms for name, atoms in rows.items() if len(atoms)}
+
+    def _codes(self) -> list[Tensor]:
+        """``atoms`` on the CPU, one tensor per node group. Synchronises when they are new."""
+        if self._split is None or self._split[0] is not self.atoms:
+            sizes = [group.size for group in self.node_groups]
+            self._split = (self.atoms, list(self.atoms.cpu().split_with_sizes(sizes)))
+        return self._split[1]
+
+    @property
+    def kept(self) -> dict[str, NDArray[np.bool_]]:
+        """For each node group, which atoms of the full network the model still has, bool."""
+        full = self.choice.full.tolist()
+        mask: Tensor | None = self.param_groups[0].get("oto_kept")
+        own = torch.ones(sum(full), dtype=torch.bool) if mask is None else mask.cpu()
+        return {g.name: m.numpy() for g, m in zip(self.node_groups, own.split_with_sizes(full), strict=True)}
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def describe_setup(self) -> dict[str, Any]:
+        """What a checkpoint must agree in for its pruning to go on: plain values by option."""
+        schedule = self.schedule
+        return {
+            "optimizer": type(self).__name__,
+            "start_pruning_step": schedule.start,
+            "pruning_steps": schedule.steps,
+            "pruning_periods": schedule.periods,
+            "pruning_exponent": schedule.exponent,
+        } | self.choice.describe()
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} over {type(self.base).__name__}: {self.choice.target}", str(self.progress)]
+        for number, group in enumerate(self.param_groups):
+            shown = {k: v for k, v in group.items() if k not in ("params", "param_names") and not k.startswith("oto_")}
+            options = ", ".join(f"{name}={value}" for name, value in sorted(shown.items()))
+            lines.append(f"parameter group {number}: {len(group['params'])} parameters, {options}")
+        return "\n".join(lines)
+
+    def plan(self) -> str:
+        """What happens at which step, and what the learning rate should do; print it."""
+        target, end = self.choice.target, self.schedule.end
+        if not target.wants_less:
+            return f"{target}\nnothing has to go: every step is one of {type(self.base).__name__}"
+        rate = f"learning rate: as without pruning; high up to step {end}, so that what is left can adapt, then falling"
+        return "\n".join([str(target), *self.schedule.lines(), rate])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; momentum and first moments of pruned entries are zero in it.
+
+        Where the wrapped optimizer writes a state dict of its own (one that shards its state, or wraps another), it is
+        that one, with what pruning must know in its first parameter group.
+
+        Raises:
+            OTOError: It has no parameter groups.
+        """
+        self.zero_moments_()
+        self.param_groups[0]["oto_history"] = json.dumps(self.history)
+        if not keeps_own_state(self.base):
+            return super().state_dict()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        saved = with_ours(self.base.state_dict(), self.param_groups[0], self.base)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            saved = post_hook(self, saved) or saved
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh.
+
+        Raises:
+            SetupError: It was saved under another schedule or target, and by one of the two pruning has begun. Before
+                that it is a ``SetupWarning``, and the setup of this optimizer counts.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        saved = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
+        kept = self.param_groups[0].get("oto_kept")
+        if saved.get("oto_atoms") is not None:
+            require_same_atoms(saved, self.param_groups[0], self.num_atoms, self.num_removed)
+            require_same_setup(saved, self.param_groups[0])
+        if isinstance(state := state_dict.get("state"), Mapping):
+            state_dict["state"] = dict(state)  # a sharded optimizer takes out what it does not own
+        self.base.load_state_dict(state_dict)
+        self._share_base()
+        if keeps_own_state(self.base):
+            self.param_groups[0] |= ours(saved)
+        if kept is not None:
+            self.param_groups[0].setdefault("oto_kept", kept)
+        self._fill_state()
+        self.history = json.loads(self.param_groups[0]["oto_history"])
+        self._renew()
+        self._unseen = True
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # all but what is derived, the hooks, and the `step` that a learning-rate scheduler puts on the instance
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
+
+    def _fill_state(self) -> None:
+        first = self.param_groups[0]
+        first.setdefault("oto_step", 0)
+        first.setdefault("oto_history", "[]")
+        if "oto_atoms" not in first:
+            device = first["params"][0].device if first["params"] else "cpu"
+            first["oto_atoms"] = torch.zeros(self.num_atoms, dtype=torch.uint8, device=device)
+        if "oto_sums" not in first:
+            self._forget_averages()
+        first["oto_setup"] = json.dumps(self.describe_setup(), default=float)
+
+    def _forget_averages(self) -> None:
+        shape = len(self.choice.averaged), self.num_atoms
+        self.param_groups[0] |= {"oto_sums": torch.zeros(shape, device=self.atoms.device), "oto_seen": 0}
+
+    def zero_moments_(self) -> None:
+        """What the wrapped optimizer would still move pruned entries by is set to zero, before it is saved."""
+        raise NotImplementedError

@@ -1,0 +1,159 @@
+"""What importance is measured by, and what goes with that where nothing is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from oto.errors import TargetError
+from oto.optim.options import ChoiceOptions
+from oto.optim.saliency import (
+    CRITERIA,
+    FROM_WEIGHTS,
+    NORMALISE,
+    OF_THE_LOSS,
+    Entries,
+    Saliency,
+    Weights,
+    importance,
+    name_of,
+    raw_scores,
+    resolve,
+    shared_out,
+)
+
+DEFAULT: Weights = {"taylor_second_order": 1.0}
+"""Half the mean of ``<x, g>^2`` over many batches: how much the loss rises without the group, with the empirical
+Fisher matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in
+one layer can be compared with that in another, and divided by a cost."""
+
+WITHIN = "path_norm"
+"""How the importance of a node group is shared out among its atoms. The sum over a group is measured well by a dozen
+batches; that of a single atom is not, and weights say more about it. That was measured on convolutional networks; in an
+encoder of sentences it is the other way round (`docs/benchmarks/rivals.md`)."""
+
+FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
+"""The choice where there are no gradients."""
+
+
+class Defaults(NamedTuple):
+    """What holds where nothing is said."""
+
+    normalise: str
+    by_cost: float
+    average_steps: int
+
+
+DEFAULTS = {
+    "of the loss": Defaults("none", by_cost=1.0, average_steps=32),
+    "of any unit": Defaults("mean", by_cost=0.0, average_steps=32),
+    "as published": Defaults("all", by_cost=0.0, average_steps=1),
+}
+"""By the criteria: all in the unit of the loss; others too, where costs do not count, as a magnitude per MAC empties
+layers that stand beside each other; ``saliency="hesso"``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Criteria:
+    """How the importance of atoms is measured, and how much costs count beside it.
+
+    Attributes:
+        criteria: Saliency criteria and how much each counts.
+        normalise: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALISE`.
+        within: The criterion of weights by which the importance of a node group is shared out among its atoms, or
+            ``None`` where each has its own.
+        everywhere: Whether that is so in all node groups, or only in those that a convolution reads.
+        by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
+        average_steps: Criteria that look at gradients are averaged over this many steps before a choice.
+    """
+
+    criteria: tuple[tuple[Saliency, float], ...]
+    normalise: str
+    within: Saliency | None
+    everywhere: bool
+    by_cost: float
+    average_steps: int
+
+    @property
+    def averaged(self) -> list[Saliency]:
+        """The criteria that look at gradients."""
+        return [criterion for criterion, _ in self.criteria if criterion not in FROM_WEIGHTS]
+
+    def scores(self, entries: Sequence[Entries], alive: Tensor, averages: Mapping[Saliency, Tensor]) -> Tensor:
+        """Importance of every atom, shape ``(N,)``.
+
+        Args:
+            entries: The entries of every node group.
+            alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
+            averages: Criteria that need not be computed, shape ``(N,)`` each.
+        """
+        sizes = [own.size for own in entries]
+        raw = [averages[c] if c in averages else raw_scores(entries, c, alive.device) for c, _ in self.criteria]
+        scores = importance(raw, [weight for _, weight in self.criteria], alive, sizes, self.normalise)
+        if self.within is None:
+            return scores
+        by = raw_scores(entries, self.within, alive.device)
+        shares = torch.cat([torch.full((own.size,), self.everywhere or own.convolved) for own in entries])
+        return torch.where(shares.to(alive.device), shared_out(scores, by, alive, sizes), scores)
+
+
+def read_criteria(options: ChoiceOptions) -> dict[str, Any]:
+    """The fields of :class:`Criteria`, and ``soft``: the share of its atoms that a node group keeps if the target can
+    be met otherwise.
+
+    Raises:
+        TargetError: An option means nothing.
+    """
+    saliency, within, by_cost = options.get("saliency"), options.get("within"), options.get("by_cost")
+    criteria, steps = tuple(resolve(DEFAULT if saliency is None else saliency)), options.get("average_steps")
+    _check(options)
+    if published(options):
+        default = DEFAULTS["as published"]
+    else:
+        default = DEFAULTS["of the loss" if all(c in OF_THE_LOSS for c, _ in criteria) else "of any unit"]
+    return {
+        "criteria": criteria,
+        "normalise": options.get("normalise") or default.normalise,
+        "within": _within(within or (WITHIN if saliency is None else "none")),
+        "everywhere": within is not None,
+        "by_cost": default.by_cost if by_cost is None else by_cost,
+        "average_steps": default.average_steps if steps is None else steps,
+    }
+
+
+def published(options: ChoiceOptions) -> bool:
+    """Whether all is to be as in the papers of HESSO."""
+    saliency = options.get("saliency")
+    return isinstance(saliency, str) and saliency == "hesso"
+
+
+def _within(criterion: str | Saliency) -> Saliency | None:
+    if isinstance(criterion, str):
+        return None if criterion == "none" else CRITERIA[criterion]
+    return criterion
+
+
+def _check(options: ChoiceOptions) -> None:
+    scope, divisible, normalise = (
+        options.get("scope", "global"),
+        options.get("group_divisible", 1),
+        options.get("normalise"),
+    )
+    within, by_cost, average_steps = (options.get("within"), options.get("by_cost"), options.get("average_steps"))
+    if scope not in ("global", "local"):
+        raise TargetError(f"scope is {scope!r}; it is 'global' or 'local'")
+    if divisible < 1:
+        raise TargetError(f"group_divisible is {divisible}; it is at least 1")
+    if normalise is not None and normalise not in NORMALISE:
+        raise TargetError(f"normalise is {normalise!r}; it is one of {', '.join(NORMALISE)}")
+    shares = ["none", *(name_of(criterion) for criterion in FROM_WEIGHTS)]
+    if isinstance(within, str) and within not in shares:
+        raise TargetError(f"within is {within!r}; it is one of {', '.join(shares)}, or a function of weights")
+    if by_cost is not None and not by_cost >= 0:
+        raise TargetError(f"by_cost is {by_cost}; it is an exponent, at least 0")
+    if average_steps is not None and average_steps < 1:
+        raise TargetError(f"average_steps is {average_steps}; it is at least 1, the step of the choice")

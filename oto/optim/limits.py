@@ -1,0 +1,65 @@
+"""What node groups keep in any case: their least, and what a kept count is a multiple of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from oto.groups.align import Align, multiples
+from oto.groups.cost import Costs
+from oto.groups.layout import settled
+from oto.groups.node_group import NodeGroup
+from oto.groups.policy import MinKept, keep_at_least
+from oto.optim.options import ChoiceOptions
+from oto.optim.select import least_kept
+from oto.optim.target import Counts
+
+FLOOR = 0.2
+"""No node group falls below this share of its atoms, unless the target cannot be met otherwise."""
+
+
+def prunable(node_groups: Sequence[NodeGroup], min_kept: MinKept | None) -> tuple[NodeGroup, ...]:
+    """The node groups that may lose atoms, with what they keep.
+
+    One that may lose none only because of ``min_kept`` stays among them, as costs are counted over these.
+
+    Raises:
+        TargetError, UnknownParameterError: ``min_kept`` means nothing, or names nothing.
+    """
+    groups = tuple(group for group in node_groups if group.prunable and group.size)
+    if min_kept is None:
+        return groups
+    asked = keep_at_least(groups, min_kept)
+    return tuple(settled(g if g.prunable else replace(g, min_kept=g.size, reason=None) for g in asked))
+
+
+def align_of(options: ChoiceOptions) -> Align:
+    """What sizes of dimensions are multiples of, as it was asked."""
+    align = options.get("align")
+    return 1 if align is None else align
+
+
+def divisors_of(
+    node_groups: Sequence[NodeGroup], groups: Sequence[NodeGroup], options: ChoiceOptions, costs: Costs | None
+) -> list[int]:
+    """What the kept count of each of ``groups`` is a multiple of, if it loses atoms.
+
+    Args:
+        node_groups: All of the model.
+
+    Raises:
+        OptionError, UnknownParameterError: ``align`` means nothing, or names nothing.
+    """
+    weights = None if costs is None else costs.weights
+    every = multiples(node_groups, align_of(options), weights, options.get("group_divisible", 1))
+    by = {group.name: own for group, own in zip(node_groups, every, strict=True)}
+    return [by[group.name] for group in groups]
+
+
+def least_of(groups: Sequence[NodeGroup], divisors: Sequence[int], share: float = 0.0) -> Counts:
+    """Atoms that each node group keeps, shape ``(groups,)``: its least, and ``share`` of its atoms at least."""
+    least = [max(group.min_kept, int(np.ceil(share * group.size))) for group in groups]
+    sized = zip(groups, least, divisors, strict=True)
+    return np.array([least_kept(group.size, own, by) for group, own, by in sized], dtype=np.int64)

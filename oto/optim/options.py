@@ -1,0 +1,223 @@
+"""The options of sparse optimizers, each spelled once: for a reader, the completion of an IDE, and type checkers.
+
+A paper's optimizer takes them as ``**options: Unpack[HESSOOptions]``; one with options of its own extends
+:class:`SparseOptions`::
+
+    class HSPGOptions(SparseOptions, total=False):
+        epsilon: float
+
+What each of them means, stands at :class:`oto.optim.HESSO`; :mod:`oto.optim.setup` reads them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, TypedDict, Unpack, get_args, get_origin
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from oto.errors import OptionError, some
+from oto.groups.align import Align
+from oto.groups.policy import MinKept
+from oto.optim.saliency import Saliency, Weights
+from oto.optim.schedule import Steps
+from oto.optim.wrapped import VARIANTS, Base, Named
+
+
+class TargetOptions(TypedDict, total=False):
+    """How much is to be left; exactly one is given."""
+
+    target_macs: int | float | None
+    target_params: int | float | None
+    target_bytes: int | float | None
+    target_latency_ms: float | None
+    target_group_sparsity: float | None
+    target_kept: Mapping[str, int | float] | None
+
+
+class ChoiceOptions(TypedDict, total=False):
+    """Which atoms go."""
+
+    scope: Literal["global", "local"]
+    min_kept: MinKept | None
+    group_divisible: int
+    align: Align | None
+    saliency: Weights | str | Saliency | None
+    normalise: str | None
+    within: str | Saliency | None
+    by_cost: float | None
+    average_steps: int | None
+
+
+class ScheduleOptions(TypedDict, total=False):
+    """When they go."""
+
+    start_pruning_step: Steps
+    pruning_steps: Steps
+    pruning_periods: int | None
+    pruning_exponent: float | None
+    total_steps: Steps | None
+
+
+class WrappedOptions(TypedDict, total=False):
+    """Which optimizer is wrapped, and what all of them have or are given."""
+
+    names: Named | None
+    variant: str
+    base: Base | None
+    base_options: Mapping[str, Any] | None
+    lr: float | Tensor | None
+    first_momentum: float | None
+    second_momentum: float | None
+    dampening: float | None
+    weight_decay: float | None
+
+
+class TorchOptions(TypedDict, total=False):
+    """Further keywords of the optimizers of ``torch.optim``; each has some of them."""
+
+    adjust_lr_fn: str | None
+    alpha: float
+    amsgrad: bool
+    beta2_decay: float
+    betas: tuple[float | Tensor, float | Tensor]
+    capturable: bool
+    centered: bool
+    d: float
+    decoupled_weight_decay: bool
+    differentiable: bool
+    eps: float | tuple[float | None, float]
+    etas: tuple[float, float]
+    foreach: bool | None
+    fused: bool | None
+    initial_accumulator_value: float
+    lambd: float
+    lr_decay: float
+    maximize: bool
+    momentum: float
+    momentum_decay: float
+    nesterov: bool
+    ns_coefficients: tuple[float, float, float]
+    ns_steps: int
+    rho: float
+    step_sizes: tuple[float, float]
+    t0: float
+
+
+class BaseOptions(WrappedOptions, TorchOptions, total=False):
+    """What makes the wrapped optimizer."""
+
+
+class PreviewOptions(TargetOptions, ChoiceOptions, total=False):
+    """What is chosen by, without a training."""
+
+
+class SparseOptions(TargetOptions, ChoiceOptions, ScheduleOptions, BaseOptions, total=False):
+    """What every sparse optimizer takes."""
+
+
+class HESSOOptions(SparseOptions, total=False):
+    """Options of :class:`oto.optim.HESSO`."""
+
+
+class CycleOptions(TypedDict, total=False):
+    """How groups are walked to zero before any is given up."""
+
+    sampling_steps: Steps
+    max_cycles: int
+    tolerance: int
+    sensitivity: float
+
+
+class HESSOCRICOptions(HESSOOptions, CycleOptions, total=False):
+    """Options of :class:`oto.optim.HESSOCRIC`."""
+
+
+def names_of(options: type) -> frozenset[str]:
+    """The options in a ``TypedDict``.
+
+    >>> sorted(names_of(HESSOCRICOptions) - names_of(HESSOOptions))
+    ['max_cycles', 'sampling_steps', 'sensitivity', 'tolerance']
+    """
+    found: frozenset[str] = vars(options)["__optional_keys__"]
+    return found
+
+
+def keywords_of(taker: Callable[..., Any]) -> set[str]:
+    """The names of what a function, or a class, takes: those behind ``**options: Unpack[...]`` too, and of a class that
+    passes others on those of its bases.
+
+    >>> sorted(keywords_of(lambda model, scope="global": None))
+    ['model', 'scope']
+    """
+    makers = (
+        [vars(k)["__init__"] for k in taker.__mro__ if "__init__" in vars(k)] if isinstance(taker, type) else [taker]
+    )
+    found: set[str] = set()
+    for maker in makers:
+        passed_on = False
+        for parameter in inspect.signature(maker, eval_str=True).parameters.values():
+            if get_origin(parameter.annotation) is Unpack:
+                found |= names_of(*get_args(parameter.annotation))
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                passed_on = True
+            else:
+                found.add(parameter.name)
+        if not passed_on:
+            break
+    return found
+
+
+def picked(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Those that are in a ``TypedDict``."""
+    return {name: value for name, value in options.items() if name in names_of(kind)}
+
+
+def besides(options: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
+    """Those that are in none of some."""
+    return {name: value for name, value in options.items() if not any(name in names_of(kind) for kind in kinds)}
+
+
+def refuse_unknown(options: Mapping[str, Any], known: Collection[str], name: str) -> None:
+    """Refuse options that nobody takes, before anything else is said about the others.
+
+    Args:
+        known: What the taker takes, which is called ``name``. Where it wraps an optimizer, keywords of that are known
+            too, and those of torch's others are not.
+
+    Raises:
+        OptionError: It names them, and the nearest option that there is.
+    """
+    inner = _takes(options) if "variant" in known else {}
+    if inner is None:
+        return
+    takers, rest = f"{name} has", dict[str, Any]()
+    if "variant" in known:
+        known, rest = (set(known) - names_of(TorchOptions)) | inner.keys(), dict(options.get("base_options") or {})
+        takers = f"{name} and {getattr(_inner(options), '__name__', 'its base')} have"
+    unknown = [option for option in options if option not in known] + [key for key in rest if key not in inner]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        raise OptionError(
+            f"{takers} no option {some(unknown)}\n"
+            "  effect  nothing was made\n"
+            f"  to fix  {f'perhaps {near[0]}= is meant' if near and near[0] != unknown[0] else 'leave it out'}"
+        )
+
+
+def _inner(options: Mapping[str, Any]) -> Any:
+    """What makes the wrapped optimizer, if there is such a one."""
+    base = options.get("base")
+    return VARIANTS.get(str(options.get("variant", "sgd")).lower()) if base is None else base
+
+
+def _takes(options: Mapping[str, Any]) -> Mapping[str, inspect.Parameter] | None:
+    """The keywords of the wrapped optimizer; ``None`` if it takes any, or ``build`` has to tell what is wrong."""
+    inner = _inner(options)
+    if inner is None or isinstance(inner, Optimizer):
+        return None
+    takes = inspect.signature(inner).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else takes

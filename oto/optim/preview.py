@@ -1,0 +1,64 @@
+"""The choice that would be made now, without a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto.errors import OptionError
+from oto.optim.choice import Choice
+from oto.optim.refusals import require_gradients
+from oto.optim.saliency import Entries, raw_scores
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""Takes the model and a batch, and returns the loss."""
+
+
+def kept_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> dict[str, int]:
+    """How many atoms of each node group a choice would leave now; see :func:`left_now`."""
+    return choice.counts(left_now(choice, model, batches, loss))
+
+
+def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> Tensor:
+    """Which atoms a choice would leave now, if it were made in one go: bool, shape ``(N,)``.
+
+    Args:
+        model: Its gradients and buffers are written to.
+        batches: Batches over which criteria that look at gradients are averaged.
+        loss: Needed for batches.
+
+    Raises:
+        NoGradientError: It has no gradient, and the choice goes by gradients.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def entries() -> list[Entries]:
+        return [Entries.of(group, parameters) for group in choice.groups]
+
+    alive = torch.ones(sum(choice.sizes), dtype=torch.bool)
+    sums = [torch.zeros(len(alive)) for _ in choice.averaged]
+    with torch.random.fork_rng():
+        for batch in batches:
+            if loss is None:
+                raise OptionError(
+                    "batches are given without a loss\n  to fix  pass loss=, a function of the model and a batch,"
+                    " such as lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+                )
+            model.zero_grad()
+            loss(model, batch).backward()
+            with torch.no_grad():
+                own = entries()
+                seen = [raw_scores(own, criterion, alive.device) for criterion in choice.averaged]
+            sums = [s + now for s, now in zip(sums, seen, strict=True)]
+    with torch.no_grad():
+        averages, own = dict(zip(choice.averaged, sums, strict=True)), entries()
+        remedy = "pass batches= and a loss= that has a gradient (a model is no teacher of itself)"
+        require_gradients(choice.groups, own, alive, averages, remedy)
+        scores = choice.scores(own, alive, averages)
+    left = ~choice.select(scores, alive)
+    choice.require_near(left, scores)
+    choice.warn_of_collapse(left)
+    return left

@@ -1,0 +1,48 @@
+"""Options of a sparse optimizer -> what it chooses by, when it does, and what makes the optimizer that it wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from oto.groups.cost import Costs
+from oto.groups.node_group import NodeGroup
+from oto.optim.choice import Choice
+from oto.optim.options import ChoiceOptions, ScheduleOptions, SparseOptions, TargetOptions, besides, picked
+from oto.optim.schedule import EXPONENT, LENGTH, START, Schedule
+from oto.optim.target import Measure
+
+
+def read(
+    options: SparseOptions, node_groups: Iterable[NodeGroup], costs: Costs | None, latency: Measure | None
+) -> tuple[Choice, Schedule, dict[str, Any]]:
+    """Read what every sparse optimizer takes.
+
+    Args:
+        options: Those that a paper adds are taken out before.
+        node_groups, costs, latency: As in :meth:`Choice.of`.
+
+    Returns:
+        The choice, the schedule, and all other options, which are the wrapped optimizer's.
+
+    Raises:
+        TargetError, OptionError, NothingPrunableError, UnknownParameterError: As in :meth:`Choice.of`.
+    """
+    schedule = schedule_of(options)
+    asked, how = picked(options, TargetOptions), picked(options, ChoiceOptions)
+    choice = Choice.of(node_groups, asked, costs=costs, latency=latency, **how)
+    return choice, schedule, besides(options, TargetOptions, ChoiceOptions, ScheduleOptions)
+
+
+def schedule_of(options: SparseOptions) -> Schedule:
+    """When groups go. What is published goes evenly."""
+    exponent = options.get("pruning_exponent")
+    if exponent is None:
+        exponent = 1.0 if options.get("saliency") == "hesso" else EXPONENT
+    return Schedule.of(
+        options.get("start_pruning_step", START),
+        options.get("pruning_steps", LENGTH),
+        options.get("pruning_periods"),
+        options.get("total_steps"),
+        exponent,
+    )

@@ -1,0 +1,92 @@
+"""A torch optimizer around another one, which takes the steps: both have the same parameter groups, state and defaults.
+
+Learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like work as they do without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from oto.optim.wrapped import Params, build
+
+
+class Wrapper(Optimizer):
+    """An optimizer whose update is that of another one, its ``base``.
+
+    Args:
+        params: As in :class:`oto.optim.SparseOptimizer`; every parameter gets a name.
+        options: What makes the other one, see :class:`oto.optim.options.BaseOptions`.
+    """
+
+    def __init__(self, params: Params, options: Mapping[str, Any]) -> None:
+        self.base = build(params, options)
+        super().__init__(self.base.param_groups, self.base.defaults)
+        self._share_base()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name, as ``param_groups`` has it now."""
+        return {n: p for group in self.param_groups for n, p in zip(group["param_names"], group["params"], strict=True)}
+
+    def descend(self) -> None:
+        """Let the wrapped optimizer take its step."""
+        if self.base.param_groups is not self.param_groups:
+            self.base.param_groups = self.param_groups
+        if self.base.state is not self.state:
+            self.base.state = self.state
+        self.base.step()
+
+    def is_probe(self) -> bool:
+        """Whether this step only fills empty state: zero gradients, zero learning rate, as torch's checkpointing does.
+
+        ``torch.distributed.checkpoint`` takes such a step when it saves or loads an optimizer without state. It must
+        leave no trace.
+        """
+        if self.state:
+            return False
+        for group in self.param_groups:
+            lr = group.get("lr", 1.0)
+            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:  # reading lr must not synchronise
+                return False
+        return not any(bool(p.grad.any()) for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters that belong to no node group, such as adapters or layers that were frozen; names may lack."""
+        if any(param_group is group for group in self.base.param_groups):  # from Optimizer.__init__
+            self.param_groups.append(param_group)
+            return
+        members = param_group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        named = "param_names" in param_group or any(isinstance(member, tuple) for member in members)
+        if not named:
+            count = sum(len(group["params"]) for group in self.param_groups)
+            param_group["param_names"] = [f"added.{count + i}" for i in range(len(members))]
+        param_group["params"] = members
+        self.base.add_param_group(param_group)
+        self._share_base()
+        self._renew()
+
+    def train(self, mode: bool = True) -> None:
+        """Passed on to optimizers that have two modes, such as schedule-free ones."""
+        switch = getattr(self.base, "train" if mode else "eval", None)
+        if switch is not None:
+            switch()
+
+    def eval(self) -> None:
+        """Passed on to optimizers that have two modes, such as schedule-free ones."""
+        self.train(False)
+
+    def consolidate_state_dict(self, *args: Any, **keywords: Any) -> None:
+        """Passed on to optimizers that shard their state (``ZeroRedundancyOptimizer``); before ``state_dict()``."""
+        gather = getattr(self.base, "consolidate_state_dict", None)
+        if gather is not None:
+            gather(*args, **keywords)
+
+    def _share_base(self) -> None:
+        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
+
+    def _renew(self) -> None:
+        """Parameters or atoms are other ones: forget what was derived from them."""

@@ -1,0 +1,120 @@
+"""What a target means before any training: what it would leave, what takes how long, which multiples suit a device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto.analysis import Analysis
+from oto.errors import NothingPrunableError, TargetError, first_line
+from oto.groups.align import ON_CUDA, Align
+from oto.optim import Choice
+from oto.optim.criteria import FROM_MAGNITUDE
+from oto.optim.options import ChoiceOptions, PreviewOptions, TargetOptions, names_of, picked, refuse_unknown
+from oto.optim.preview import kept_now
+from oto.optim.target import Target
+from oto.report.preview import Preview
+from oto.report.preview import preview as table_of
+from oto.slim.latency import Latency, Timer, measured_latency
+from oto.trace.found import as_found
+
+log = logging.getLogger(__name__)
+
+LIMITS = ("scope", "min_kept", "group_divisible")
+"""Options that say what may go, whatever it is scored by."""
+
+
+def preview(
+    analysis: Analysis, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None,
+    options: Mapping[str, Any],
+) -> Preview:  # fmt: skip
+    """What a target would leave of each layer; see :meth:`oto.OTO.preview`."""
+    refuse_unknown(options, names_of(PreviewOptions), "preview")
+    options, batches = by_first_names(analysis, options), list(batches)
+    target, how = picked(options, TargetOptions), picked(options, ChoiceOptions)
+    align, latency = align_for(analysis, options), None
+    how = ({} if batches else FROM_MAGNITUDE) | how | {"align": align}
+    latency = latency_for(analysis, {**target, **how})
+    choice = Choice.of(analysis.groups, target, costs=analysis.costs, latency=latency, **how)
+    kept = _kept(analysis.model, choice, batches, loss)
+    chosen = f"gradients of {len(batches)} batches" if batches else "the weights alone"
+    if align != 1:
+        chosen += f"; sizes of dimensions in multiples (align={align!r})"
+    times = None
+    if choice.target.name == "target_latency_ms":
+        timer, counts = timer_of(analysis), np.array(list(kept.values()), dtype=np.int64)
+        times = timer(analysis.costs.sizes), timer(counts)
+    said, costs = (str(choice.target), f"chosen by {chosen}"), (analysis.cost(), analysis.cost(kept))
+    return table_of(*said, analysis.groups, analysis.costs, kept, *costs, times)
+
+
+def _kept(
+    model: nn.Module, choice: Choice, batches: list[Any], loss: Callable[[nn.Module, Any], Tensor] | None
+) -> dict[str, int]:
+    """What a choice would leave, with the model in the modes that it is in, and as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    with as_found(model) if batches else nullcontext():  # the weights alone are only read
+        for module, training in modes:
+            module.training = training
+        return kept_now(choice, model, batches, loss)
+
+
+def timer_of(analysis: Analysis) -> Timer:
+    """Times the model, and slim ones of its groups."""
+    return Timer(analysis.model, analysis.partition, analysis.costs, analysis.example)
+
+
+def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | None:
+    """Milliseconds as a function of what the prunable groups keep, if that is what a target is in.
+
+    It is put right where a choice by the weights alone would arrive.
+
+    Raises:
+        TargetError: It cannot be measured, or not even the thinnest model is as fast.
+    """
+    goal, costs = options.get("target_latency_ms"), analysis.costs
+    if goal is None:
+        return None
+    # refuses nonsense before anything is timed
+    Target.of(picked(options, TargetOptions), costs.sizes, costs, costs.macs)
+    limits = FROM_MAGNITUDE | {name: options[name] for name in (*LIMITS, "align") if name in options}
+    least = Choice.of(analysis.groups, {"target_group_sparsity": 0.0}, **limits).least
+
+    def choose(latency: Latency) -> NDArray[np.int64]:
+        choice = Choice.of(analysis.groups, {"target_latency_ms": goal}, latency=latency, **limits)
+        return np.array(list(kept_now(choice, analysis.model, (), None).values()), dtype=np.int64)
+
+    return measured_latency(timer_of(analysis), float(goal), least, choose, options.get("group_divisible", 1))
+
+
+def align_for(analysis: Analysis, options: Mapping[str, Any]) -> Align:
+    """What sizes are multiples of: as asked, else what suits where the parameters are and can meet the target."""
+    asked: Align | None = options.get("align")
+    if asked is not None or not any(p.is_cuda for p in analysis.model.parameters()):
+        return 1 if asked is None else asked
+    target = {name: options.get(name) for name in names_of(TargetOptions) if name != "target_latency_ms"}
+    limits = {name: options[name] for name in LIMITS if name in options}
+    try:
+        if any(value is not None for value in target.values()):
+            Choice.of(analysis.groups, target, costs=analysis.costs, align=ON_CUDA, **limits)
+    except (TargetError, NothingPrunableError) as refused:
+        log.warning("align=%d, the default on CUDA, is left out: %s", ON_CUDA, first_line(refused))
+        return 1
+    return ON_CUDA
+
+
+def by_first_names(analysis: Analysis, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with the names that groups have for parameters where one is a mapping from names."""
+    first = analysis.first_name
+    return {
+        key: {first.get(name, name): number for name, number in value.items()}
+        if key in ("align", "min_kept", "target_kept") and isinstance(value, Mapping)
+        else value
+        for key, value in options.items()
+    }

@@ -1,0 +1,138 @@
+"""The model gets smaller while it trains: what is at zero for good is taken out of it, and of its optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto._torch import data_parallel_around
+from oto.analysis import Analysis, Form, ask_the_class
+from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, users_level
+from oto.groups import Kept, Partition, thinner
+from oto.groups.layout import evened
+from oto.optim import SparseOptimizer
+from oto.optim.shrink import Moved
+from oto.slim.config.recipe import Recipe
+from oto.slim.shrink import Shrunk, analysed_again, become, parts, require_there, shrunk
+from oto.slim.source import Source
+from oto.slim.state import left_since
+from oto.trace.record import told
+from oto.trace.state import State, undone
+from oto.training import Training
+
+Left = Mapping[str, NDArray[np.bool_]]
+"""For each node group, which of the atoms of the model are left."""
+
+
+def shrink(
+    analysis: Analysis, training: Training, wrapper: Any, like: Mapping[str, Any] | None, averages: Iterable[Any]
+) -> tuple[Analysis, Training]:  # fmt: skip
+    """Take out of a model, in place, what is at zero for good; see :meth:`oto.OTO.shrink`.
+
+    Args:
+        analysis: Of the model as it is.
+        training: The optimizer that was made last, and the analysis that it was made for.
+        wrapper: The optimizer, or what wraps it; ``None`` is the one that was made last.
+        like: The state dict of an optimizer that was shrunk.
+
+    Returns:
+        The analysis of the model as it is then, and its training; the same ones, if there is nothing to remove.
+    """
+    optimizer = training.inside(wrapper)
+    full = analysis.partition if training.partition is None else training.partition
+    there = {name: np.flatnonzero(mask) for name, mask in optimizer.kept.items()}
+    _require_of(analysis, optimizer, full, there)
+    left = _left(optimizer, like)
+    if all(own.all() for own in left.values()):
+        if like is None and not optimizer.num_removed:
+            warnings.warn(
+                f"{optimizer.progress}\n  effect  nothing was removed\n"
+                "  to fix  shrink after a period of pruning has ended",
+                NotPrunedWarning,
+                stacklevel=users_level(),
+            )
+        return analysis, training
+    if like is not None:
+        optimizer.zero_(left)
+    slim, after = _slim(analysis, _kept(analysis, optimizer, left), averages)
+    thin = thinner(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
+    if not optimizer.progress.over:
+        require_there(thin, after.groups)
+    model = analysis.model
+    moved = [Moved(n, p, slim.model.get_parameter(n), slim.parameters[n]) for n, p in model.named_parameters()]
+    wrappers = data_parallel_around(model)
+    optimizer.shrink_(moved, thin, left)
+    for wrapper in wrappers:
+        wrapper.register_forward_pre_hook(_refuse_stale)
+    for before, now in [(model, slim.model), *slim.averages]:
+        become(before, now)
+    recipe = Recipe.of(model) if after.form.kind == "config" else None
+    after = replace(after, model=model, form=replace(after.form, recipe=recipe), state=State(model))
+    return after, replace(training, partition=full)
+
+
+def _require_of(analysis: Analysis, optimizer: SparseOptimizer, full: Partition, there: Kept) -> None:
+    """Refuse an optimizer over other parameters.
+
+    Args:
+        there: For each of its node groups, the atoms of the full network that the model has.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in analysis.model.named_parameters()}
+    known, own = set(names.values()), optimizer.parameters().items()
+    foreign = [name for name, p in own if name in known and names.get(p) != name]
+    expected = [group.slices for group in thinner(full, optimizer.node_groups, there)]
+    if foreign or expected != [group.slices for group in optimizer.node_groups]:
+        raise ShrinkError(
+            f"the {type(optimizer).__name__} is not over the parameters of this {type(analysis.model).__name__}\n"
+            "  effect  nothing was changed\n"
+            "  to fix  use the optimizer that this OTO made: optimizer = oto.hesso(...)"
+        )
+
+
+def _left(optimizer: SparseOptimizer, like: Mapping[str, Any] | None) -> Left:
+    """What is left when all goes that is at zero for good, or that a state dict has not."""
+    left = optimizer.left_like(like)
+    if like is not None:
+        return left
+    # groups of a tie keep equally many
+    even, _ = evened(optimizer.node_groups, {name: np.flatnonzero(own) for name, own in left.items()})
+    return {name: np.isin(np.arange(len(own)), even[name]) for name, own in left.items()}
+
+
+def _kept(analysis: Analysis, optimizer: SparseOptimizer, left: Left) -> Kept:
+    """The same by the groups of the model, of which one of the optimizer's may be made."""
+    made = parts(optimizer.node_groups, analysis.groups)
+    losing = [group.name for group in optimizer.node_groups if not left[group.name].all()]
+    return {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
+
+
+def _slim(analysis: Analysis, kept: Kept, averages: Iterable[Any]) -> tuple[Shrunk, Analysis]:
+    """The slim model, which is another module yet, and its analysis."""
+    model, form = analysis.model, analysis.form
+    later = left_since(analysis.state, model, analysis.example, analysis.names)
+    built = told(model, ShrinkError, "its slim form was built and verified", "the analysis is done")
+    with built, undone(later):
+        own = ask_the_class(analysis) if form.kind == "config" else form.own
+        source = Source(model, analysis.example, analysis.partition, own, kept, form.recipe)
+        slim = shrunk(source, averages)
+        again = analysed_again(slim.model, source, analysis.groups, analysis.everything, form.kind == "class")
+    partition, groups, own = again
+    return slim, replace(analysis, partition=partition, groups=groups, form=Form(form.kind, form.recipe, own))
+
+
+def _refuse_stale(wrapper: nn.Module, _: Any) -> None:
+    """A hook on what holds the parameters of before ``shrink``; evaluation through it is as good as ever."""
+    if torch.is_grad_enabled():
+        raise StaleWrapperError(
+            f"this {type(wrapper).__name__} was made before oto.shrink(), and reduces the gradients of parameters that "
+            "are gone\n"
+            "  effect  every process would train on its own batches alone, and the processes would drift apart\n"
+            f"  to fix  wrap the model again after shrink: model = {type(wrapper).__name__}(oto.model, ...)"
+        )

@@ -1,0 +1,99 @@
+"""The slim model as its stock class, made from an edited config (:mod:`oto.slim.config.solve`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto.errors import EmitterError
+from oto.groups import Kept, Partition
+from oto.slim.config.norms import Norm, absorb, eps_fields, norms_that_count
+from oto.slim.config.recipe import Recipe
+from oto.slim.config.solve import solve, stock
+from oto.slim.edits import Edits, attribute, thin_tensors
+from oto.slim.proof.reference import Exact
+from oto.slim.pruned_shapes import thinning
+
+
+def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -> tuple[dict[str, Any], list[Norm]]:
+    """The fields that state what is kept, and the norms that count what is gone.
+
+    Raises:
+        EmitterError: There are none.
+    """
+    thin = thinning(partition, kept)
+    norms = norms_that_count(model, partition, thin)
+    edits = solve(recipe, thin)
+    return edits | eps_fields(recipe, edits, norms), norms
+
+
+def restated(
+    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None, held: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, dict[str, Any], set[str]]:
+    """The model's class made from an edited config, with what is kept of its tensors.
+
+    Args:
+        held: Tensors that are there already, by the names of the model.
+
+    Returns:
+        It, the edits, and the names of the tensors that have taken something in.
+
+    Raises:
+        EmitterError: No config states what is kept.
+    """
+    if recipe is None:
+        raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
+    edits, norms = solved(model, partition, kept, recipe)
+    thin = thinning(partition, kept)
+    slim = stock(model, thin_tensors(model, thin, held=held), edits, recipe)
+    with torch.no_grad():
+        changed = absorb(model, slim, partition, thin, norms)
+    return slim, edits, changed
+
+
+@dataclass(frozen=True, eq=False)
+class Restated:
+    """The slim model as the stock class.
+
+    Attributes:
+        edits: What makes it.
+        tensors: What it holds in a file.
+        changed: Names of those that have taken something in.
+        rounded: Makes these, and buffers that no file holds, for the proof in float64; ``None`` if there are none.
+    """
+
+    model: nn.Module
+    edits: Edits
+    tensors: dict[str, Tensor]
+    changed: Collection[str]
+    rounded: Exact | None
+
+
+def emit_stock(
+    model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None, held: Mapping[str, Tensor] | None = None
+) -> Restated:
+    """The slim model as the stock class, made from a config that states its sizes.
+
+    Args:
+        held: Tensors that are there already, by the names of the model. None is written to.
+
+    Raises:
+        EmitterError: No config states what is kept.
+    """
+    slim, edits, changed = restated(model, partition, kept, recipe, held)
+    held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
+
+    saved = slim.state_dict().keys() if edits else held.keys()  # what no file holds, the constructor makes
+    made = {name for name, t in held.items() if name not in saved and t.is_floating_point()}
+
+    def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # what norms absorb, and what a constructor computes
+        narrow = {name: t for name, t in held.items() if name not in changed} if full is model else None
+        exact = restated(full, partition, kept, recipe, narrow)[0]
+        return {name: attribute(exact, name) for name in changed | made}
+
+    tensors = {name: t for name, t in held.items() if name in saved}
+    return Restated(slim, Edits(config=edits), tensors, changed, rounded if changed | made else None)

@@ -1,0 +1,72 @@
+"""What a reader of a slim model's config has to take from it, though it may not have had to for the full one.
+
+A config often leaves out what follows from other fields: the width of a head is the width of the stream, divided by the
+number of heads. Pruning ends with widths of which that is not true, so the config states it. A reader that divides all
+the same makes other shapes, or none; one that reshapes by the quotient computes something else without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from oto.errors import out_of_memory
+from oto.groups import Partition
+from oto.groups.cost import weights
+from oto.groups.layout import streams
+from oto.slim.config.recipe import Fields, Recipe, Shapes, apart, fields, shapes_of
+
+log = logging.getLogger(__name__)
+
+
+def needed(recipe: Recipe, edits: Fields, partition: Partition) -> dict[str, Any]:
+    """The fields that the full model's config could leave out and the slim one's cannot, with their values.
+
+    Looked for among fields that the full config does not state, and among those that hold the width of a head.
+    """
+    config = recipe.edited(edits)
+    read = getattr(type(config), "from_dict", None)
+    if read is None:
+        return {}
+    found = list(streams(partition.groups, weights(partition)))
+    wide = {stream.size // prod(group.size for group in heads) for stream, heads, _ in found}
+    before = recipe.fields()
+    stated = {path: value for path, value in fields(config) if isinstance(value, int)}
+    tried = {path: value for path, value in stated.items() if path not in before or value in wide}
+
+    def without(held: Any, path: str) -> Shapes | None:
+        plain = _without(held.to_dict(), path)
+        try:
+            with apart(recipe.device):
+                return shapes_of(recipe.kind(read(plain)))
+        except Exception as failure:  # anything that a constructor or a validator may raise
+            if out_of_memory(failure):
+                raise
+            log.debug("without %s: %s", path, failure)
+            return None
+
+    full, slim = recipe.shapes({}), recipe.shapes(edits)
+    return {
+        path: value
+        for path, value in tried.items()
+        if without(recipe.config, path) == full and without(config, path) != slim
+    }
+
+
+def _without(plain: Mapping[str, Any], path: str) -> dict[str, Any]:
+    name, _, rest = path.partition(".")
+    left = {key: value for key, value in plain.items() if key != name or rest}
+    if rest and isinstance(left.get(name), Mapping):
+        left[name] = _without(left[name], rest)
+    return left
+
+
+def said(found: Mapping[str, Any]) -> str:
+    """What to tell of fields that are needed."""
+    named = ", ".join(f"{path} = {value}" for path, value in found.items())
+    return (
+        f"readers have to take {named} from its config: a program that divides the width by the heads instead takes"
+        ' other sizes, or fails; OTO(..., layout="stock") keeps to that division'
+    )

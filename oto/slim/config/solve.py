@@ -1,0 +1,202 @@
+"""The config that makes a class in other sizes. Its fields are found, not listed.
+
+A field may state a size that changed if its value is such a size, or says how many times another it is, or if it is
+unset and the class asks for it. Which of them do is settled by trial: the class is built from the edited config on
+``meta``, and every shape is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from math import log2
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto.axes.terms import Sum, Term, count, resolve
+from oto.axes.terms import size as size_of
+from oto.errors import EmitterError, out_of_memory, some
+from oto.slim.config.recipe import MADE_WITH, Fields, Recipe, Shapes, Unfilled
+from oto.slim.edits import Edits, thin_copy
+from oto.slim.pruned_shapes import Thinning
+
+MISFIT = float("inf")
+
+
+def _parts(term: Term) -> Iterator[Term]:
+    """Every run of factors of a resolved term, and of what its sums hold."""
+    for i in range(len(term)):
+        for j in range(i + 1, len(term) + 1):
+            yield term[i:j]
+        factor = term[i]
+        if isinstance(factor, Sum):
+            for segment in factor.segments:
+                yield from _parts(resolve(segment))
+
+
+def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
+    """The fields that give every parameter and buffer its thinner shape, and their values.
+
+    Raises:
+        EmitterError: There are none; the message names the tensors that would differ.
+    """
+    base = recipe.shapes({}) or {}
+    leaves = [leaf for leaf in thin.found.graph.leaves if leaf.names]
+    wanted = dict(base) | {name: thin.shape(leaf) for leaf in leaves for name in leaf.names if name in base}
+    became = _became(thin)
+    implied = recipe.implied(became)
+    numbers = recipe.fields() | implied
+
+    def off(edits: Fields) -> float:
+        found = recipe.shapes({**implied, **edits})
+        return MISFIT if found is None else _distance(found, wanted)
+
+    tries = [(path, n) for path, value in numbers.items() for n in candidates(value, became) if n != value]
+
+    def nearest(tries: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        edits: dict[str, Any] = {}
+        for some_of in ([(path, n) for path, n in tries if path in recipe.stating], tries):
+            while (left := off(edits)) > 0:  # the largest step first, and what still is one after it
+                rated = sorted((off(edits | {path: n}), i) for i, (path, n) in enumerate(some_of))
+                for better, i in rated:
+                    path, n = some_of[i]
+                    if better < left and off(edits | {path: n}) < off(edits):
+                        edits[path] = n
+                if off(edits) == left:
+                    break
+        return edits
+
+    edits = nearest(tries)
+    for wrong in edits.items() if off(edits) > 0 else ():  # two fields of one value: the other may be meant
+        if off(other := nearest([one for one in tries if one != wrong])) < off(edits):
+            edits = other
+        if off(edits) == 0:
+            break
+    if off(edits) > 0:
+        found = recipe.shapes({**implied, **edits}) or {}
+        differ = [
+            f"{name} is to be {list(shape)}, the class makes it {list(found.get(name, ()))}"
+            for name, shape in wanted.items()
+            if found.get(name) != shape
+        ]
+        raise EmitterError(f"no fields of the config give the class its sizes: {some(differ, 3)}")
+    recipe.stating.update(edits)
+    for path, value in implied.items():  # stated only where it has to be
+        if path not in edits:
+            edits[path] = value
+    for path in implied:
+        without = {name: value for name, value in edits.items() if name != path}
+        if recipe.shapes(without) == wanted:
+            edits = without
+    return edits
+
+
+def candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int | float]:
+    """What a number may be now: a size, or how many times another size a size is."""
+    if isinstance(value, int):
+        return sorted(became.get(value, ()))
+    found: dict[float, None] = {}
+    for base in became:
+        for new in sorted(became.get(round(value * base), ())) if value > 0 and (value * base).is_integer() else ():
+            found[new / base if int(new / base * base) == new else (new + 0.25) / base] = None
+    return list(found)
+
+
+def _became(thin: Thinning) -> dict[int, set[int]]:
+    """For every size in the network, what the terms of that size became; the sizes that did not change among them."""
+    terms = [term for leaf in thin.found.graph.leaves for term in thin.found.terms(leaf.value)]
+    for rewrite in thin.found.tape.rewrites.values():
+        terms += rewrite.terms
+    became: dict[int, set[int]] = {}
+    for term in dict.fromkeys(resolve(term) for term in terms):
+        for part in _parts(term):
+            became.setdefault(size_of(part), set()).add(count(part, thin.counts))
+    became.pop(0, None)  # what is empty
+    return became
+
+
+def _distance(found: Shapes, wanted: Shapes) -> float:
+    """How far shapes are off, in factors of two over all dimensions; infinite if they differ in kind."""
+    if found.keys() != wanted.keys():
+        return MISFIT
+    total = 0.0
+    for name, shape in wanted.items():
+        other = found[name]
+        if other != shape:
+            if len(other) != len(shape) or 0 in shape or 0 in other:
+                return MISFIT
+            total += sum(abs(log2(a / b)) for a, b in zip(other, shape, strict=True))
+    return total
+
+
+def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe: Recipe | None = None) -> nn.Module:
+    """The class of ``model``, which may be on ``meta``, made from its config with other values, and its tensors.
+
+    Raises:
+        EmitterError: The class cannot be made, or has other tensors.
+    """
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    recipe = recipe or Recipe.of(model)
+    if recipe is None:
+        raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
+    made = {name: shape for name, shape in (recipe.shapes(edits) or {}).items() if name in tensors}
+    wrong = [name for name, shape in made.items() if tuple(tensors[name].shape) != shape]
+    if wrong or not made:  # before anything of such a size is made
+        raise EmitterError(f"{type(model).__name__} made from {dict(edits)} does not hold what is there: {some(wrong)}")
+    try:
+        with nullcontext() if recipe.device == "cpu" else Unfilled():  # one that computes with its weights needs them
+            slim = recipe.make(edits, device)
+    except Exception as failure:
+        if out_of_memory(failure):
+            raise
+        raise EmitterError(f"{type(model).__name__} cannot be made from {dict(edits)}: {failure}") from failure
+    fill(slim, model, tensors)
+    for name in ("generation_config", "pretrained_cfg", "default_cfg"):  # how it is used, and no module
+        if hasattr(model, name):
+            setattr(slim, name, copy.deepcopy(getattr(model, name)))
+    if hasattr(model, MADE_WITH):
+        setattr(slim, MADE_WITH, {**getattr(model, MADE_WITH), **recipe.as_given(edits)})
+    return slim.eval()
+
+
+def apply(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
+    """The slim model that edits make of ``model``: of its class made anew, or a copy.
+
+    Raises:
+        EmitterError: The class cannot be made, or the model not copied.
+    """
+    return stock(model, tensors, edits.config) if edits.config else thin_copy(model, tensors, edits)
+
+
+def fill(slim: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the place of a module's own; ties hold. What no file holds stays as the constructor made it."""
+    like = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    saved = slim.state_dict().keys()
+    made: dict[int, nn.Parameter] = {}
+    for name, old in list(slim.named_parameters(remove_duplicate=False)):
+        if name not in tensors or tensors[name].shape != old.shape:
+            raise EmitterError(f"{name} is {list(old.shape)}, and nothing of that shape is there for it")
+        if id(old) not in made:
+            made[id(old)] = nn.Parameter(tensors[name], like[name].requires_grad)
+        _put(slim, name, made[id(old)])
+    for name, buffer in list(slim.named_buffers(remove_duplicate=False)):
+        if name in saved and name in tensors:
+            _put(slim, name, tensors[name])
+        elif name in like:
+            _put(slim, name, like[name].detach().clone() if _near(buffer, like[name]) else buffer.to(like[name].dtype))
+
+
+def _near(made: Tensor, held: Tensor) -> bool:
+    """Whether a buffer that a constructor makes is the one that the model holds, as casts may have rounded it."""
+    if held.is_meta or made.shape != held.shape:
+        return False
+    wide = torch.complex128 if held.is_complex() else torch.float64
+    return torch.allclose(made.to(held.device, wide), held.to(wide), rtol=1e-2, atol=1e-6)
+
+
+def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, tensor)

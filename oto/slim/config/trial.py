@@ -1,0 +1,266 @@
+"""What the fields of a config can state, found by trial: half of a tie is removed, and the class made anew."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto.errors import EmitterError, VerificationError, out_of_memory
+from oto.groups import Kept, NodeGroup, Partition, Slice
+from oto.groups.align import KERNEL_ROW, multiples
+from oto.groups.cost import weights
+from oto.groups.layout import as_wide_as_heads, atoms_per_step, settled
+from oto.groups.policy import keep_whole
+from oto.progress import stage
+from oto.slim.config.emit import Restated, emit_stock, solved
+from oto.slim.config.recipe import Keywords, Recipe
+from oto.slim.edits import attribute
+from oto.slim.proof.compare import require
+from oto.slim.proof.reference import CheckOptions, check
+from oto.slim.proof.zeroed import Zeroed
+from oto.slim.pruned_shapes import thinning
+from oto.trace.record import on_meta
+
+log = logging.getLogger(__name__)
+
+SMALL = 2**28
+"""A model of so many parameters is compared in float64 too, when ties are tried; one of more than a sixteenth only if
+its own dtype, in which it takes a third of the time, does not show it equal."""
+
+COARSER = 6
+"""How many steps are tried."""
+
+MANY = 16
+"""Of so many steps some between an eighth and a quarter are kept where ties are tried, else any number."""
+
+UNSTATED = "layout: no field of the config states its size"
+
+
+def stated(
+    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe | None,
+    stock: bool = False,
+) -> tuple[NodeGroup, ...] | None:  # fmt: skip
+    """Keep whole what no field of the model's config can state; tie further what one field states for several ties.
+
+    Found by trial, tie by tie: half of it is removed, and the class built from edited configs on ``meta``. In the end
+    everything is removed at once, and the class compared with the zeroed model.
+
+    Args:
+        stock: A stream that is as wide as its heads stays so.
+
+    Returns:
+        ``None`` if the model has no config, or was made by a function whose keywords state nothing.
+    """
+    if recipe is None:
+        return None
+    groups = _in_whole_rows(partition, groups)
+    if stock:
+        groups = as_wide_as_heads(groups, weights(partition))
+    trial = _Trial(model, partition, recipe, dummy_input, groups)
+    steps = {key: step for key in trial.members() if (step := trial.step(key)) is not None}
+    for path, value in recipe.fields().items():
+        stage(f"layout: what {path} states")
+        open_ = [key for key, same in trial.members().items() if key not in steps and same[0].size == value]
+        touched = [key for key in open_ if any(trial.touches(path, group) for group in trial.members()[key])]
+        if len(touched) > 1:
+            alone = trial.groups
+            trial.tie(touched, path)
+            if (step := trial.step(path)) is None:
+                trial.groups = alone
+            else:
+                steps[path] = step
+    stage("layout: the class of fewer")
+    steps = trial.fitting(steps)
+    if not steps and isinstance(recipe.config, Keywords):
+        return None
+    whole = [g.name for key, same in trial.members().items() if key not in steps for g in same]
+    found = keep_whole(trial.groups, whole, UNSTATED)
+    per = atoms_per_step(found).tolist()
+    return settled(replace(g, divisor=steps[_key(g)] * n) if g.prunable else g for g, n in zip(found, per, strict=True))
+
+
+def _in_whole_rows(partition: Partition, groups: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
+    """Experts as ``torch._grouped_mm`` takes them in any dtype that the class may be read in, not only in this one."""
+    experts = dict.fromkeys(weights(partition, "grouped_mm"), KERNEL_ROW)
+
+    def whole(group: NodeGroup, by: int) -> NodeGroup:
+        if not group.prunable or group.size % by == 0:
+            return replace(group, divisor=by)
+        return replace(group, reason=f"layout: its kernel reads rows of {by} entries, which do not divide {group.size}")
+
+    own = multiples(groups, experts)
+    return settled(whole(g, by) if by > g.divisor else g for g, by in zip(groups, own, strict=True))
+
+
+def _key(group: NodeGroup) -> str:
+    return group.tie or group.name
+
+
+@dataclass(eq=False)
+class _Trial:
+    """Classes of fewer atoms, and what is wrong with them."""
+
+    model: nn.Module
+    partition: Partition
+    recipe: Recipe
+    dummy_input: Any
+    groups: tuple[NodeGroup, ...]
+
+    def members(self) -> dict[str, list[NodeGroup]]:
+        """The prunable groups of each tie; one that is not tied is alone."""
+        found: dict[str, list[NodeGroup]] = {}
+        for group in self.groups:
+            if group.prunable and group.size:
+                found.setdefault(_key(group), []).append(group)
+        return found
+
+    def size(self, key: str) -> int:
+        """How many steps there are in a tie; of groups of the same size each atom is one."""
+        return math.gcd(*(group.size for group in self.members()[key]))
+
+    def tie(self, keys: Sequence[str], name: str) -> None:
+        self.groups = settled(replace(g, tie=name) if g.prunable and _key(g) in keys else g for g in self.groups)
+
+    def touches(self, path: str, group: NodeGroup) -> bool:
+        """Whether a field changes a dimension that a group lies in."""
+        full, half = self.recipe.shapes({}) or {}, self.recipe.shapes({path: max(group.size // 2, 1)}) or {}
+        return any(
+            half[piece.parameter][piece.dim] != full[piece.parameter][piece.dim]
+            for piece in group.slices
+            if len(half.get(piece.parameter, ())) == len(full.get(piece.parameter, ()))
+        )
+
+    def step(self, key: str) -> int | None:
+        """What the kept count of a tie is to be a multiple of; ``None`` if no count but the full one can be stated."""
+        same, size = self.members()[key], self.size(key)
+        by = math.lcm(*(-(-group.divisor * size // group.size) for group in same))
+        steps = [n for n in range(by, size // 2 + 1, by) if size % n == 0]
+        halves = dict.fromkeys([size // 2 // by * by, *steps[-1:]])
+        if not any(n and self.solves({key: n}) for n in halves):
+            return None
+        return next((n for n in steps if self.solves({key: size - n})), None)
+
+    def solves(self, counts: Mapping[str, int]) -> bool:
+        try:
+            solved(self.model, self.partition, self._first(counts), self.recipe)
+        except EmitterError as failure:
+            log.debug("%s: %s", dict(counts), failure)
+            return False
+        return True
+
+    def _first(self, counts: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
+        return {
+            g.name: np.arange(counts[key] * g.size // self.size(key))
+            for key, same in self.members().items()
+            if key in counts
+            for g in same
+        }
+
+    def fitting(self, steps: Mapping[str, int]) -> dict[str, int]:
+        """The ties that the class can lose at once and still compute the same, and what their counts are multiples of.
+
+        A kernel may take some sizes only; then steps get larger.
+        """
+        if not steps or self._failure(steps) is None:
+            return dict(steps)
+        good: dict[str, int] = {}
+        for key, step in steps.items():
+            size = self.size(key)
+            for n in [n for n in range(step, size, step) if size % n == 0][:COARSER]:
+                failure = self._failure(good | {key: n})
+                if failure is None:
+                    good[key] = n
+                if failure is None or isinstance(failure, EmitterError | VerificationError):
+                    break
+        return good
+
+    def _failure(self, steps: Mapping[str, int]) -> Exception | None:
+        """What happens to the class when some ties keep some multiple of their steps."""
+        kept = self._drawn(steps)
+        try:
+            if on_meta(self.model):  # there is nothing to run
+                solved(self.model, self.partition, kept, self.recipe)
+            else:
+                self._compare(kept)
+        except Exception as failure:  # anything that the user's own forward may raise at other sizes
+            if out_of_memory(failure):
+                raise
+            log.info("the class cannot lose %s: %s", dict(steps), failure)
+            return failure
+        return None
+
+    def _drawn(self, steps: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
+        """For some multiple of the steps of each tie, atoms that are kept; of many a few, for the class is made."""
+        draw = np.random.default_rng(0)
+        kept: dict[str, NDArray[np.int64]] = {}
+        for key, step in steps.items():
+            same, size = self.members()[key], self.size(key)
+            n = size // step
+            least, most = (n // 16, n // 8) if n >= MANY else (0, n // 2)
+            count = step * (1 + 2 * int(draw.integers(least, most)))  # odd, so no multiple of a coarser step
+            kept |= {g.name: np.sort(draw.permutation(g.size)[: count * g.size // size]) for g in same}
+        return kept
+
+    def _compare(self, kept: Kept) -> None:
+        """Compare the class with the model without what is not kept.
+
+        Raises:
+            EmitterError: No config states what is kept.
+            VerificationError: They differ.
+        """
+        gone: dict[str, list[tuple[Slice, NDArray[np.int64]]]] = {}
+        for group in self.groups:
+            for piece in group.zeros if group.name in kept else ():
+                entries = np.setdiff1d(np.arange(group.size), kept[group.name])
+                gone.setdefault(piece.parameter, []).append((piece, entries))
+        full = Zeroed(self.model, gone, self._uneven)
+        with full.reading():
+            made = emit_stock(self.model, self.partition, kept, self.recipe, self._whole(full, kept))
+        full.read.clear()  # what the model itself reads counts
+        try:
+            self._check(full, made)
+        except VerificationError:
+            if not full.missed():
+                raise
+            self._check(full.written(), made)
+
+    def _check(self, full: Zeroed, made: Restated) -> None:
+        def rounded(other: nn.Module) -> Mapping[str, Tensor]:
+            assert isinstance(other, Zeroed) and made.rounded is not None
+            with other.reading():
+                return made.rounded(other.model)
+
+        entries = sum(p.numel() for p in self.model.parameters())
+        how = None if made.rounded is None else rounded
+        for exact in [True] if entries <= SMALL // 16 else [False, True] if entries <= SMALL else [False]:
+            checks = check(full, made.model, self.dummy_input, CheckOptions(random=False, exact=exact, rounded=how))
+            if all(one.passed for one in checks):
+                return
+        require(checks)
+
+    def _whole(self, full: Zeroed, kept: Kept) -> dict[str, Tensor]:
+        """Parameters that stay as they are. The class shares them with the model for the comparison."""
+        thin, names = thinning(self.partition, kept), {*full.gone, *full.instead}
+        leaves = [leaf for leaf in self.partition.found.graph.leaves if leaf.kind == "parameter"]
+        same = [leaf for leaf in leaves if not names & set(leaf.names) and all(m.all() for m in thin.entries(leaf))]
+        return {name: attribute(self.model, leaf.name).detach() for leaf in same for name in leaf.names}
+
+    @cached_property
+    def _uneven(self) -> dict[str, Tensor]:
+        """For parameters whose entries are all equal, as biases are before any training, others: they would not show a
+        mistake."""
+        generator, found = torch.Generator().manual_seed(0), {}
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if p.is_floating_point() and p.numel() and p.min() == p.max():
+                    found[name] = p.detach().add(torch.rand(p.shape, generator=generator).to(p), alpha=0.1)
+        return found

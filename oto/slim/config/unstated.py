@@ -1,0 +1,110 @@
+"""A slim model whose config states other sizes than it has: its class must not write a folder that it cannot read.
+
+``save_pretrained`` of transformers, of diffusers and of the hub writes the config and the weights, and
+``from_pretrained`` makes the class from the config. Where a slim model got its sizes otherwise, the two do not fit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from oto.errors import EmitterError, UnstatedWarning, some, users_level
+from oto.slim.config.recipe import Recipe, shapes_of
+
+REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+"""The name of the folder of a checkpoint of transformers' ``Trainer``: it is read into a model that is there."""
+
+
+class Unstated:
+    """It takes the place of ``module.save_pretrained``; ``del module.save_pretrained`` takes it out.
+
+    Args:
+        module: Not kept alive, as its memory would be until the next collection of garbage.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._kind = weakref.ref(module), type(module).__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the module has one of its own
+        return Unstated, (self._module(),)
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **keywords: Any) -> Any:
+        """As the class does it, where its config states the sizes.
+
+        A checkpoint of a ``Trainer`` is written all the same, with an ``UnstatedWarning``.
+
+        Raises:
+            EmitterError: It does not; the message names tensors. Nothing is written.
+        """
+        module: Any = self._module()
+        if module is None:
+            raise EmitterError(
+                f"the slim {self._kind} is not there any more\n  effect  nothing was written\n"
+                "  to fix  hold it while it is saved: model = subnet.model"
+            )
+        if Recipe.of(module) is None:
+            if CHECKPOINT.fullmatch(Path(save_directory).name) is None:
+                raise EmitterError(
+                    f"{unlike(module)}\n  effect  nothing was written: from_pretrained would refuse it\n{REMEDY}"
+                )
+            warnings.warn(
+                f"{unlike(module)}\n  effect  {save_directory} can be resumed from, and from_pretrained refuses it\n"
+                f"{REMEDY}",
+                UnstatedWarning,
+                stacklevel=users_level(),
+            )
+        return type(module).save_pretrained(module, save_directory, *args, **keywords)
+
+
+def refuse_saving(slim: nn.Module, model: nn.Module) -> None:
+    """Let no module of a slim model write a folder that its class cannot read.
+
+    Args:
+        model: What it was made of; modules that have its sizes still write as ever.
+    """
+    full = dict(model.named_modules())
+    for path, module in slim.named_modules():
+        if not callable(getattr(type(module), "save_pretrained", None)) or path not in full:
+            continue
+        if shapes_of(module) != shapes_of(full[path]) or "save_pretrained" in vars(full[path]):
+            vars(module)["save_pretrained"] = Unstated(module)
+
+
+def nothing_states(model: nn.Module, layout: str | None, made: bool) -> str:
+    """What to say where a layout was asked for, and no config or keyword can state a width.
+
+    Args:
+        made: Whether the model's class can be made again from what it holds.
+    """
+    kind = type(model).__name__
+    why = "the numbers that it is made from are not widths" if made else "nothing that it holds makes its class again"
+    return (
+        f"layout={layout!r}: no config states the widths of {kind}: {why}\n"
+        "  effect  repeated blocks keep equally many of everything, and the slim model is of the class, but no config"
+        " and no keywords make one of its sizes\n"
+        "  to fix  leave layout out, which is freer; save with construct_subnet(out_dir) and read with"
+        " load_subnet(out_dir, make_model), or export (docs/deploy.md)"
+    )
+
+
+def unlike(slim: Any) -> str:
+    """In what a model differs from the one that its config makes."""
+    kind, config = type(slim).__name__, getattr(slim, "config", None)
+    if not callable(getattr(config, "to_dict", None)):
+        return f"{kind} has sizes that nothing it is made from states"
+    plain, own = Recipe(type(slim), config).shapes({}) or {}, shapes_of(slim)
+    wrong = [
+        f"{name}: {list(own.get(name, ()))}, its config makes it {list(plain.get(name, ()))}"
+        for name in {**own, **plain}
+        if own.get(name) != plain.get(name)
+    ]
+    return f"no field of the config of {kind} states its sizes: {some(wrong, 3)}"

@@ -1,0 +1,242 @@
+"""The original-class emitter: a copy of the user's module with thinner tensors and the sizes to match.
+
+What is copied and what is changed is stated as plain data (:class:`Edits`), so the artefact can replay it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from oto.errors import EmitterError, out_of_memory
+from oto.groups import Partition
+from oto.nn import SWAPS, Told, Untrained
+from oto.nn import modules as thinner
+from oto.nn.told import both_told
+from oto.slim.copying import copied
+from oto.slim.numbers import state_
+from oto.slim.pruned_shapes import Thinning
+from oto.trace.graph import Leaf
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What changes in a copy of the user's module besides its tensors; plain data, for JSON.
+
+    Attributes:
+        attributes: For each module path, integer attributes and their new values.
+        swaps: For each module path, the class of ``oto.nn`` that takes its place, and how to make it.
+        stated: For each path of a module of the user's own, numbers that it holds: the way to each, and its new value.
+        told: For each path of a module of the user's own, calls that it makes otherwise, as :class:`oto.nn.Told` has
+            them.
+        config: Where the class is made anew from ``model.config`` instead, the fields of it that change.
+        dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
+        untrained: Why train mode is refused; empty if it is not.
+    """
+
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    swaps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stated: dict[str, list[list[Any]]] = field(default_factory=dict)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    untrained: str = ""
+
+
+class Scale(Protocol):
+    """What happens to a parameter besides that it gets thinner."""
+
+    def of(self, tensor: Tensor, thin: Thinning) -> Tensor: ...
+
+
+def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
+    """A copy of ``model`` that holds ``tensors`` in place of those of the same names; of the same config.
+
+    The tensors of ``model`` are not copied, so it may be on ``meta`` or much larger than the result. Ties hold.
+
+    Raises:
+        EmitterError: The model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors.items():
+        old = attribute(model, name)
+        if id(old) not in memo:
+            memo[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    try:
+        slim = copied(model, memo)
+    except Exception as failure:
+        if out_of_memory(failure):
+            raise
+        raise EmitterError(
+            f"{type(model).__name__} cannot be copied: {type(failure).__name__}: {failure}\n"
+            "  effect  the original class cannot be used for the slim model"
+        ) from failure
+    if isinstance(slim.train, Untrained):  # in an earlier round
+        del slim.train
+    return edited(slim, edits)
+
+
+def edited(slim: nn.Module, edits: Edits) -> nn.Module:
+    """A copy with its modules changed in place; another module only where the model itself is a layer of torch."""
+    for path, numbers in edits.stated.items():
+        for key, number in numbers:
+            state_(module_at(slim, path), tuple(key), number)
+    for path, values in edits.attributes.items():
+        _set_sizes(path, module_at(slim, path), values)
+    for path, how in edits.swaps.items():
+        new = _swapped(path, module_at(slim, path), how)
+        if not path:
+            return new
+        _put(slim, path, new)
+    thinner.leave_nested_tensors(slim)
+    before = {path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, Told)}  # in earlier rounds
+    for path in {**before, **edits.told} if edits != Edits() else ():
+        module, calls = module_at(slim, path), edits.told.get(path, {})
+        Told(module, both_told(before[path].calls, calls) if path in before else calls).install()
+    for path, instead in edits.dropped.items():
+        module_at(slim, path)
+        _put(slim, path, nn.Identity() if instead == "identity" else None)
+    if edits.untrained:
+        refuse_training(slim, edits.untrained)
+    return slim
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """A module by its path, of those that are registered: a file that names something else does not get there.
+
+    Raises:
+        AttributeError: There is none.
+    """
+    found: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        found = None if found is None else found._modules.get(name)
+    if found is None:
+        raise AttributeError(f"{type(model).__name__} has no module {path!r}")
+    return found
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_OF_CHANNELS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+SIZES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features"),
+    **dict.fromkeys(_CONVOLUTIONS, ("in_channels", "out_channels", "groups")),
+    **dict.fromkeys(_OF_CHANNELS, ("num_features",)),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.PReLU: ("num_parameters",),
+    **dict.fromkeys((nn.GroupNorm, thinner.GroupNorm), ("num_groups", "num_channels")),
+    **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), ("input_size", "hidden_size", "proj_size")),
+    **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), ("input_size", "hidden_size")),
+}
+"""The attributes by which layers of torch state sizes; a file may set no others."""
+
+SWAPPED: dict[str, tuple[type[nn.Module], ...]] = {
+    "LayerNorm": (nn.LayerNorm, thinner.LayerNorm),
+    "RMSNorm": (nn.RMSNorm, thinner.RMSNorm),
+    "GroupNorm": (nn.GroupNorm, thinner.GroupNorm),
+    "MultiheadAttention": (nn.MultiheadAttention, thinner.MultiheadAttention),
+}
+"""What each class of ``oto.nn`` takes the place of."""
+
+
+def _set_sizes(path: str, module: nn.Module, values: Mapping[str, int]) -> None:
+    """Set the attributes by which a module of torch states its sizes; none of them exceeds what its tensors hold.
+
+    Raises:
+        EmitterError: It has no such attributes.
+    """
+    known = next((SIZES[kind] for kind in type(module).__mro__ if kind in SIZES), ())
+    for name, value in values.items():
+        held = (*module._parameters.values(), *module._buffers.values())
+        most = max([t.numel() for t in held if t is not None], default=0)
+        if name not in known or value > max(most, getattr(module, name)):
+            raise EmitterError(f"{path}, a {type(module).__name__}, states no {name} of {value}")
+        setattr(module, name, value)
+
+
+def _swapped(path: str, module: nn.Module, how: Mapping[str, Any]) -> nn.Module:
+    """The module of ``oto.nn`` that takes the place of one of torch, with its tensors.
+
+    Raises:
+        EmitterError: It is none of which there is a thinner form, or the tensors are not those of that.
+    """
+    if not isinstance(module, SWAPPED[how["class"]]):
+        raise EmitterError(f"{path} is a {type(module).__name__}, in the place of which no {how['class']} can be")
+    with torch.device("meta"):
+        new = SWAPS[how["class"]](**how["arguments"])
+    shapes = {name: t.shape for name, t in new.named_parameters()}
+    for name, held in (dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())).items():
+        if name in shapes and shapes[name] != held.shape:
+            raise EmitterError(f"{path}.{name} is {list(held.shape)}, which the thinner {how['class']} cannot hold")
+        _put(new, name, held)
+    return new.train(module.training)
+
+
+def _put(model: nn.Module, path: str, new: Any) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(module_at(model, parent), last, new)
+
+
+def refuse_training(slim: nn.Module, why: str) -> None:
+    """Let a slim model stay in eval mode, and say why."""
+    vars(slim)["train"] = Untrained(slim, why)
+
+
+def forget_idle(slim: nn.Module, edits: Edits) -> None:
+    """Leave modules alone that turned out to state by themselves what they were to be told."""
+    for path in list(edits.told):
+        forward = slim.get_submodule(path).forward
+        if isinstance(forward, Told) and forward.is_idle:
+            forward.remove()
+            del edits.told[path]
+
+
+def attribute(model: nn.Module, path: str) -> Tensor:
+    """A parameter, buffer or plain tensor attribute by its dotted path."""
+    parent, _, name = path.rpartition(".")
+    found = None if name.startswith("__") else getattr(module_at(model, parent), name)
+    if not isinstance(found, Tensor):  # a file may name anything
+        raise AttributeError(f"{path} is no tensor of {type(model).__name__}")
+    return found
+
+
+def thin_tensors(
+    model: nn.Module,
+    thin: Thinning,
+    scales: Mapping[str, Sequence[Scale]] | None = None,
+    held: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Every parameter, buffer and named constant of ``model``, thinned; tied names share one tensor.
+
+    Args:
+        scales: What happens to parameters that take a count in, by their names.
+        held: Those that are there already.
+    """
+    tensors: dict[str, Tensor] = {}
+    scales, held = scales or {}, held or {}
+    for leaf in thin.found.graph.leaves:
+        if leaf.names:
+            made = held.get(leaf.names[0])
+            made = thin_tensor(model, thin, leaf, scales.get(leaf.name, ())) if made is None else made
+            tensors.update(dict.fromkeys(leaf.names, made))
+    return tensors
+
+
+def thin_tensor(model: nn.Module, thin: Thinning, leaf: Leaf, scales: Iterable[Scale] = ()) -> Tensor:
+    """One tensor of ``model``, thinned, and scaled where it takes a count in."""
+    made = thin.thin(leaf, attribute(model, leaf.names[0]))
+    for scale in scales:
+        made = scale.of(made, thin)
+    return made
+
+
+def tensors_of(model: nn.Module, partition: Partition) -> dict[str, Tensor]:
+    """Every parameter, buffer and named constant of ``model`` as it is."""
+    return {name: attribute(model, leaf.names[0]) for leaf in partition.found.graph.leaves for name in leaf.names}

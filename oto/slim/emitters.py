@@ -1,0 +1,113 @@
+"""The slim model in each way, not proved yet."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+
+from oto.axes.registry import known
+from oto.slim.config.emit import emit_stock
+from oto.slim.edits import Edits, forget_idle, thin_copy, thin_tensor, thin_tensors
+from oto.slim.graph.emit import emit_graph
+from oto.slim.graph.replay import check_recording, emit_recording
+from oto.slim.own_class import plan_edits
+from oto.slim.proof.compare import Check
+from oto.slim.proof.reference import CheckOptions, Reference
+from oto.slim.proof.run import learn
+from oto.slim.pruned_shapes import Thinning, thinning
+from oto.slim.removed import left_out, within
+from oto.slim.source import Emitted, Source
+from oto.trace.export import LEVELS, Exported, export
+
+
+def emit_config(source: Source) -> Emitted:
+    """The model's class, made from a config that states the sizes.
+
+    Raises:
+        EmitterError: No config states what is kept.
+    """
+    made = emit_stock(source.model, source.partition, source.kept, source.recipe)
+
+    def compare(reference: Reference) -> list[Check]:
+        return reference.check(made.model, CheckOptions(batch=True, rounded=made.rounded))
+
+    return Emitted("config", made.model, made.edits, made.tensors, compare, emit_config, changed=made.changed)
+
+
+def emit_class(source: Source) -> Emitted:
+    """A copy of the model with thinner tensors.
+
+    Raises:
+        EmitterError: The class cannot express it.
+    """
+    thin = thinning(source.partition, source.kept)
+    edits = plan_edits(source.model, thin, source.own)
+    gone: set[str] = set()
+    if source.drop_unreached:
+        tensors = thin_tensors(source.model, thin)
+        edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
+        gone = set(within(tensors, edits.dropped))
+    slim = _emit_class(source, thin, edits, gone)
+    learn(slim.model, edits, source.dummy_input)
+    forget_idle(slim.model, edits)
+    return slim
+
+
+def _emit_class(source: Source, thin: Thinning, edits: Edits, gone: Collection[str]) -> Emitted:
+    """A copy of the model with thinner tensors, by edits that are known, without those that are ``gone``."""
+    scales = source.own.scales if source.own is not None else {}
+    tensors = {n: t for n, t in thin_tensors(source.model, thin, scales).items() if n not in gone}
+    # a class may drop what it keeps for inference when it is trained
+    slim = thin_copy(source.model, tensors, edits).train().eval()
+
+    def rounded(full: nn.Module) -> dict[str, Tensor]:  # what weights take in
+        leaves = [leaf for leaf in thin.found.graph.leaves if leaf.names and leaf.name in scales]
+        made = [(leaf, thin_tensor(full, thin, leaf, scales[leaf.name])) for leaf in leaves]
+        return {name: tensor for leaf, tensor in made for name in leaf.names if name not in gone}
+
+    def compare(reference: Reference) -> list[Check]:
+        return reference.check(slim, CheckOptions(batch=True, rounded=rounded if scales else None))
+
+    def again(full: Source) -> Emitted:
+        return _emit_class(full, thin, edits, gone)
+
+    return Emitted("module", slim, edits, tensors, compare, again, scales)
+
+
+def emit_exported(source: Source, exported: Exported) -> Emitted:
+    """The exported graph with thinner tensors.
+
+    Raises:
+        EmitterError: It ties parameter dimensions together in another way than the recorded one.
+    """
+    slim = emit_graph(exported, source.partition, source.kept)
+    notes: list[str] = []
+
+    def compare(reference: Reference) -> list[Check]:
+        shapes = exported.other_sizes(source.dummy_input) if exported.level == LEVELS[0] else []
+        return reference.check(slim, CheckOptions(batch=exported.dynamic and not shapes, shapes=shapes, notes=notes))
+
+    def again(full: Source) -> Emitted:
+        return emit_exported(full, export(full.model, full.dummy_input, known, exported.level))
+
+    return Emitted("graph", slim, None, _held(slim), compare, again, notes=notes)
+
+
+def emit_recorded(source: Source) -> Emitted:
+    """The calls that are made on the example, with thinner tensors.
+
+    Raises:
+        EmitterError: A call is nothing that a graph can hold.
+    """
+    slim = emit_recording(source.model, source.dummy_input, source.partition, source.kept)
+    notes: list[str] = []
+
+    def compare(reference: Reference) -> list[Check]:
+        return check_recording(reference, slim, source.partition, source.kept, notes)
+
+    return Emitted("recording", slim, None, _held(slim), compare, emit_recorded, notes=notes)
+
+
+def _held(graph: nn.Module) -> dict[str, Tensor]:
+    return dict([*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)])

@@ -1,0 +1,210 @@
+"""The graph emitter: the exported graph with thinner tensors and the sizes to match."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from oto._torch import is_free, tree_leaves, tree_map_only
+from oto.axes.call import Size, Uniform
+from oto.axes.propagate import propagate
+from oto.axes.terms import Axis, survivors
+from oto.axes.terms import size as size_of
+from oto.errors import EmitterError
+from oto.groups import Kept, Partition, Slice
+from oto.groups.partition import occurrences
+from oto.slim.graph.layers import follow_device, name_leaves
+from oto.slim.graph.module import SlimGraph
+from oto.slim.pruned_shapes import Thinning
+from oto.trace.export import Exported
+from oto.trace.graph import Leaf, Node, Value
+
+aten = torch.ops.aten
+
+_BY_COUNT = {aten.chunk.default, aten.unsafe_chunk.default, aten.tensor_split.sections}
+
+
+def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGraph:
+    """Build the slim model as a ``torch.fx.GraphModule`` that goes by the names of ``forward``.
+
+    What to keep was decided on the recorded graph and is stated per parameter entry, so it carries over.
+
+    Raises:
+        EmitterError: The exported graph ties parameter dimensions together in another way than the recorded one.
+    """
+    graph = replace(exported.graph, output_names=partition.found.graph.output_names)
+    thin = Thinning(propagate(graph, partition.found.strict_out_nodes), {})
+    entries = entries_of(partition, kept)
+    carry_over(
+        thin, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
+    )
+    ranks = ranks_of(exported)
+    slim = SlimGraph(thinned(exported, thin), exported.module.graph, exported.takes)
+    name_leaves(slim, exported.module, ranks)
+    slim.graph.lint()
+    slim.recompile()
+    return slim
+
+
+def entries_of(partition: Partition, kept: Kept) -> dict[str, list[NDArray[np.bool_]]]:
+    """For each name of a parameter and each of its dimensions, which entries survive."""
+    return {
+        name: partition.entries(leaf.value, kept)
+        for leaf in partition.found.graph.leaves
+        if leaf.kind == "parameter"
+        for name in leaf.names
+    }
+
+
+def ranks_of(exported: Exported) -> dict[fx.Node, int]:
+    """How many dimensions the tensor of each node has."""
+    return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
+
+
+def thinned(exported: Exported, thin: Thinning) -> fx.GraphModule:
+    """The exported module with the sizes and the tensors that are left; its graph is rewritten in place."""
+    source = exported.module
+    slim = fx.GraphModule(source, source.graph)
+    inputs = _tensors_of(exported)
+    for node in exported.graph.nodes:
+        rewrite = thin.found.tape.rewrites.get(node.index)
+        if rewrite is not None and thin.changes(rewrite):
+            _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), thin, inputs)
+    follow_device(slim.graph)
+    for node in slim.graph.nodes:  # shapes seen at export no longer hold
+        node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        if node.target is torch.ops.aten.view.default:  # thinner tensors may lie in memory in another way
+            node.target = torch.ops.aten.reshape.default
+    leaves, made = _leaves(exported), dict[int, Tensor]()
+    # tensors are known by identity, so every old one is held until all are replaced
+    held = {n.target: _attribute(slim, n.target) for n in slim.graph.nodes if n.op == "get_attr"}
+    for target, old in held.items():
+        parent, _, name = target.rpartition(".")
+        holder = slim.get_submodule(parent)
+        if id(old) in leaves and id(old) not in made:
+            new = thin.thin(leaves[id(old)], old)
+            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        if id(old) in made:
+            setattr(holder, name, made[id(old)])
+    return slim
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    parent, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(parent), name)
+
+
+def _leaves(exported: Exported) -> dict[int, Leaf]:
+    """The leaf of each tensor that the module holds, by identity."""
+    found: dict[int, Leaf] = {}
+    for leaf in exported.graph.leaves:
+        parent, _, name = leaf.name.rpartition(".")
+        found[id(getattr(exported.module.get_submodule(parent), name))] = leaf
+    return found
+
+
+def carry_over(thin: Thinning, wanted: Mapping[Value, tuple[str, Sequence[NDArray[np.bool_]]]]) -> None:
+    """Choose the atoms that survive by what is stated of some tensors, each with its name.
+
+    Raises:
+        EmitterError: The graph cannot lose them, or loses others with them.
+    """
+    masks: dict[Axis, NDArray[np.bool_]] = {}
+    for value, (name, entries) in wanted.items():
+        for term, mask in zip(thin.found.terms(value), entries, strict=True):
+            for axis, cuts in occurrences(term):
+                own = Slice("", 0, cuts).of(torch.from_numpy(mask)).reshape(axis.size, -1).any(1).numpy()
+                masks[axis] = masks[axis] & own if axis in masks else own
+                if axis.fixed is not None and not own.all():
+                    raise EmitterError(
+                        f"the exported graph cannot thin {name}: {axis.fixed.text}\n"
+                        "  effect  no graph can be emitted for this choice of entries\n"
+                        "  to fix  mark the parameter unprunable, and report the model"
+                    )
+    for value, (name, entries) in wanted.items():
+        for dim, (term, mask) in enumerate(zip(thin.found.terms(value), entries, strict=True)):
+            if not np.array_equal(survivors(term, masks), mask):
+                raise EmitterError(
+                    f"the exported graph ties dimension {dim} of {name} to others, the recorded one does not\n"
+                    "  effect  no graph can be emitted for this choice of entries\n"
+                    "  to fix  mark the parameter unprunable, and report the model"
+                )
+    thin.masks = masks
+
+
+def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
+    """The fx node behind each value, as the node that reads it names it."""
+    found: dict[Value, fx.Node] = {}
+    for node in exported.graph.nodes:
+        if node.origin is not None:
+            ours = tree_leaves((list(node.args), dict(node.kwargs)))
+            theirs = tree_leaves((list(node.origin.args), dict(node.origin.kwargs)))
+            found.update((a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Value))
+    return found
+
+
+def _apply(node: Node, op: Any, args: Any, kwargs: Any, thin: Thinning, inputs: dict[Value, fx.Node]) -> None:
+    origin: fx.Node = node.origin
+
+    def call(op: Any, args: Any, kwargs: Any) -> fx.Node:
+        return origin.graph.call_function(op, *tree_map_only(Value, inputs.__getitem__, (args, kwargs)))
+
+    def build(template: Any, old: Any) -> Any:
+        if isinstance(template, Value):
+            return inputs[template]
+        if isinstance(template, Uniform):
+            return template.computed(call, {})
+        if isinstance(template, list | tuple):
+            olds = old if isinstance(old, list | tuple) and len(old) == len(template) else [None] * len(template)
+            return [build(t, o) for t, o in zip(template, olds, strict=True)]
+        if not isinstance(template, Size):
+            return template
+        return _scaled(origin.graph, old, thin.size(template), size_of(template.term))
+
+    with origin.graph.inserting_before(origin):
+        if op is aten.split_with_sizes.default and _cut_by_share(origin, args[2], thin.filled(args[1])):
+            return
+        old_args = list(origin.args) + [None] * len(args)
+        new_args = tuple(build(t, o) for t, o in zip(args, old_args, strict=False))
+        new_kwargs = {name: build(t, origin.kwargs.get(name)) for name, t in kwargs.items()}
+    origin.target = op
+    origin.args = new_args
+    origin.kwargs = new_kwargs
+
+
+def _scaled(graph: fx.Graph, old: Any, new: int, before: int) -> Any:
+    """A size that was ``before`` and becomes ``new``; of a symbolic one, such as batch · heads, the same share."""
+    if not isinstance(old, fx.Node):
+        return new
+    if new == before:
+        return old
+    return graph.call_function(operator.floordiv, (graph.call_function(operator.mul, (old, new)), before))
+
+
+def _cut_by_share(origin: fx.Node, dim: int, new: list[int]) -> bool:
+    """Cut a dimension that holds the batch into thinner pieces, whose sizes no number states; whether it does."""
+    pieces: Any = origin.meta.get("val", ())
+    free = [is_free(piece.shape[dim]) for piece in pieces]
+    if origin.target is aten.split_with_sizes.default or not any(free):  # the sizes are arguments, or numbers
+        return False
+    if origin.target in _BY_COUNT and len(set(new)) == 1:
+        return True
+    graph, x = origin.graph, origin.args[0]
+    *others, last = [i for i, symbolic in enumerate(free) if symbolic]
+    sizes: list[Any] = list(new)
+    rest: Any = graph.call_function(aten.sym_size.int, (x, dim))
+    for n, symbolic in zip(new, free, strict=True):
+        rest = rest if symbolic else graph.call_function(operator.sub, (rest, n))
+    sizes[last] = rest  # less the others: where heads do not divide, the pieces still make up the whole
+    for i in others:
+        sizes[i] = _scaled(graph, rest, new[i], sum(new[k] for k in (*others, last)))
+        sizes[last] = graph.call_function(operator.sub, (sizes[last], sizes[i]))
+    origin.target, origin.args, origin.kwargs = aten.split_with_sizes.default, (x, sizes, dim), {}
+    return True

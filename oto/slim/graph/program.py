@@ -1,0 +1,100 @@
+"""The slim model as an exported program: a file that needs no class to load."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto._torch import example_size, tree_unflatten
+from oto.errors import ArtefactError
+from oto.slim.graph.layers import follow_device, name_leaves
+from oto.slim.graph.module import SlimGraph
+from oto.slim.proof.inputs import random_like
+from oto.trace import export as trace_export
+from oto.trace.inputs import arguments
+from oto.trace.takes import parameters_of
+
+MOST_ENTRIES = 2**30  # of an input that is drawn
+
+
+class _Inside(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+        @functools.wraps(model.forward)  # by whose names the program goes
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]  # without self
+        vars(self)["forward"] = forward
+
+
+def export_program(slim: nn.Module, dummy_input: Any) -> torch.export.ExportedProgram:
+    """Export a slim model, with every dimension of its inputs free that it leaves free.
+
+    Raises:
+        EmitterError: ``torch.export`` cannot follow it.
+    """
+    # a graph module states its output types itself; inside another module it is asked for plain ones
+    return trace_export.export_program(_Inside(slim), dummy_input, portable=True).program
+
+
+def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy_input: Any) -> list[Any]:
+    """Random inputs of other sizes, smaller and larger, that a program of ``slim`` takes."""
+    takes = trace_export.takes_of(program, trace_export.module_of(program), parameters_of(slim.forward))
+    return [
+        random_like(dummy_input, seed, shapes=shapes)
+        for seed, shapes in enumerate(takes.other_sizes(*arguments(dummy_input)))
+    ]
+
+
+def example_of(program: torch.export.ExportedProgram) -> Any:
+    """An input that a program takes: random floats, and zeros of all other kinds.
+
+    Returns:
+        A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Raises:
+        ArtefactError: An input would take gigabytes.
+    """
+    made = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(name: str) -> Any:
+        fake = made[name]
+        if not isinstance(fake, Tensor):
+            return fake
+        shape = [example_size(n) for n in fake.shape]
+        if prod(shape) > MOST_ENTRIES:
+            raise ArtefactError(
+                f"the program was made on an input of {' x '.join(map(str, shape))}, too large to be drawn\n"
+                "  to fix  give an input: --input, --input-fn"
+            )
+        if fake.is_floating_point() or fake.is_complex():
+            return torch.randn(shape, generator=generator).to(fake.dtype)
+        return torch.zeros(shape, dtype=fake.dtype)
+
+    drawn = [draw(name) if isinstance(name, str) else name for name in program.graph_signature.user_inputs]
+    args, kwargs = tree_unflatten(drawn, program.call_spec.in_spec)
+    if kwargs and not args:
+        return kwargs
+    return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
+
+
+def runnable(program: torch.export.ExportedProgram) -> SlimGraph:
+    """An exported program as a module that refuses what it was not made for."""
+    module = trace_export.module_of(program)
+    slim = SlimGraph(module, module.graph, trace_export.takes_of(program, module))
+    follow_device(slim.graph)
+    ranks = {node: val.ndim for node in slim.graph.nodes if isinstance(val := node.meta.get("val"), torch.Tensor)}
+    name_leaves(slim, module, ranks)
+    for node in slim.graph.nodes:
+        node.meta = {}
+    slim.recompile()
+    return slim

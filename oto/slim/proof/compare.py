@@ -1,0 +1,134 @@
+"""How far what two models give is apart, and what counts as equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oto.errors import VerificationError
+
+# Relative to the largest entry of the full model's output. float64 leaves room for sums in another order and nothing
+# else; the others are what a deep network makes of one rounding per sum.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest difference at which two models in a dtype count as equal; see :data:`TOLERANCE`."""
+    return TOLERANCE.get(dtype, 1e-3)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        what: Which models, on which input.
+        dtype: In which dtype.
+        error: Largest difference, relative to the largest entry of the full model's output.
+        finite: How many entries of the outputs are finite, so that a difference could be seen.
+        entries: How many entries the outputs have. Those that are not finite are NaN, or the same infinity, in both
+            models; otherwise the error is infinite. ``None`` in artefacts of earlier versions.
+    """
+
+    what: str
+    dtype: str
+    error: float
+    tolerance: float
+    finite: int | None = None
+    entries: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+_PIECE = 1 << 20
+"""So many entries of an output are compared at a time, for logits over a vocabulary are large in float64."""
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x.reshape(-1), _PIECE)
+
+
+def _apart(x: Tensor, y: Tensor) -> Tensor:
+    """The largest difference, the largest finite entry of ``x``, and how many are finite; shape ``(3,)``."""
+    finite = torch.isfinite(x) & torch.isfinite(y)
+    alike = (x == y) | (torch.isnan(x) & torch.isnan(y))  # infinities of masked scores, too
+    difference = (x - y).abs().masked_fill(alike, 0).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    size = x.abs().masked_fill(~torch.isfinite(x), 0)
+    return torch.stack([difference.max(), size.max(), finite.sum().to(size.dtype)])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs differ in, as :class:`Check` states it."""
+
+    error: float
+    finite: int
+    entries: int
+
+
+def compared(full: Sequence[Tensor], slim: Sequence[Tensor]) -> Comparison:
+    """Compare what two models give. The error is inf if the outputs differ in kind.
+
+    NaN equals NaN, and an infinity itself: but such entries do not count as finite.
+    """
+    entries = sum(x.numel() for x in full)
+    different = Comparison(float("inf"), 0, entries)
+    if len(full) != len(slim):
+        return different
+    worst, count = 0.0, 0
+    for a, b in zip(full, slim, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return different
+        if not a.numel():
+            continue
+        if not (a.is_floating_point() or a.is_complex()):
+            worst, count = max(worst, 0.0 if torch.equal(a, b) else float("inf")), count + a.numel()
+            continue
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        parts = torch.stack([_apart(x.to(wide), y.to(wide)) for x, y in zip(_pieces(a), _pieces(b), strict=True)])
+        error, scale = parts[:, :2].amax(0).tolist()
+        worst = max(worst, error / scale if scale > 0 else error)
+        count += int(parts[:, 2].sum())
+    return Comparison(worst, count, entries)
+
+
+def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
+    """Largest difference, relative to the largest entry of each full output; inf if the outputs differ in kind."""
+    return compared(full, slim).error
+
+
+def checked(
+    what: str, dtype: torch.dtype, full: Sequence[Tensor], slim: Sequence[Tensor], allowed: float | None = None
+) -> Check:
+    """One comparison, with the tolerance of its dtype by default."""
+    found = compared(full, slim)
+    allowed = tolerance(dtype) if allowed is None else allowed
+    return Check(what, str(dtype).removeprefix("torch."), found.error, allowed, found.finite, found.entries)
+
+
+def require(checks: Sequence[Check]) -> float:
+    """The largest float64 error (or the largest of all, without float64); NaN if nothing was compared.
+
+    Raises:
+        VerificationError: A comparison failed.
+    """
+    failed = [c for c in checks if not c.passed]
+    if failed:
+        lines = [f"  {c.what}, {c.dtype}: relative error {c.error:.2e}, tolerance {c.tolerance:.0e}" for c in failed]
+        raise VerificationError(
+            "\n".join(
+                [
+                    "the slim model does not compute what the zeroed model computes",
+                    *lines,
+                    "  effect  nothing was written",
+                    "  to fix  report the model; until then mark the groups concerned unprunable",
+                ]
+            )
+        )
+    exact = [c.error for c in checks if c.dtype == "float64"]
+    return max(exact or [c.error for c in checks], default=float("nan"))

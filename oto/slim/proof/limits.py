@@ -1,0 +1,87 @@
+"""What a comparison with the full model would not show: NaN equals NaN, and a constant itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from oto._torch import tree_leaves
+from oto.errors import VerificationError, some
+from oto.slim.proof.compare import Check
+from oto.slim.proof.full import FullModel
+from oto.slim.proof.inputs import differs
+from oto.slim.proof.reach import equal
+
+
+def require_numbers(full: FullModel) -> None:
+    """Make sure that the full model gives numbers on the example, for NaN is equal to NaN.
+
+    Raises:
+        VerificationError: Not one entry of its outputs is finite, in float64 either.
+    """
+    own = full.outputs(full.example) or []
+    if any(_is_number(x).any() for x in own) or not any(x.numel() for x in own):
+        return
+    wide = full.dtype != torch.float64 and full.runs_in_float64()  # in fewer digits, there may be an overflow
+    if wide and any(_is_number(x).any() for x in full.wide[full.example] or []):
+        return
+    broken = [name for name, held in full.model.named_buffers() if not _is_number(held).all()]
+    given = [t for t in tree_leaves(full.example.value) if isinstance(t, Tensor) and not _is_number(t).all()]
+    causes = [f"NaN or infinity in the example ({some(str(tuple(t.shape)) for t in given)})"] if given else []
+    causes += [f"NaN or infinity in buffers: {some(broken)}"] if broken else []
+    raise VerificationError(
+        f"{type(full.model).__name__} gives no number on the example that could be compared, all is NaN or inf\n"
+        f"  found   {'; '.join(causes or ['an overflow, it seems: all that goes in is finite'])}\n"
+        "  effect  a wrong slim model would give the same, so no subnet is built\n"
+        "  to fix  an example of finite numbers, on which the model gives finite numbers"
+    )
+
+
+def how_many_are_numbers(partial: Sequence[Check]) -> list[str]:
+    """Of how many entries of the outputs a comparison says nothing, if of any."""
+    if not partial:
+        return []
+    least = min(partial, key=lambda check: (check.finite or 0) / (check.entries or 1))
+    return [
+        f"of the outputs {least.finite:,} of {least.entries:,} entries are finite ({least.what}, {least.dtype}): of"
+        " the others it is known only that they are NaN, or the same infinity, in both models"
+    ]
+
+
+def floating(full: FullModel) -> list[int]:
+    """Outputs that hold numbers with a fraction."""
+    outputs = full.own.get(full.example) or full.wide.get(full.example) or ()
+    return [i for i, x in enumerate(outputs) if x.is_floating_point() and x.numel()]
+
+
+def constant(full: FullModel) -> list[int]:
+    """Outputs that are the same for every input, or zero: a slim model cannot differ in them."""
+    runs = [x for table in (full.own, full.wide) for x in table.values() if x is not None]
+    return [i for i in floating(full) if not any(t[i].any() for t in runs) or _is_constant(full, i)]
+
+
+def _is_constant(full: FullModel, i: int) -> bool:
+    """Whether an output is the same for the example and for the random inputs, which differ."""
+    others = [
+        (table[full.example], outputs, given)
+        for table in (full.own, full.wide)
+        for given, outputs in table.items()
+        if given != full.example and outputs is not None and table.get(full.example) is not None
+    ]
+    shown = False
+    for first, other, given in others:
+        assert first is not None
+        a, b = first[i], other[i]
+        if a.ndim != b.ndim or a.shape[1:] != b.shape[1:] or not differs(given.value, full.example.value):
+            continue
+        n = min(len(a), len(b)) if a.ndim else None
+        if not equal(*((a, b) if n is None else (a[:n], b[:n]))):
+            return False
+        shown = True
+    return shown
+
+
+def _is_number(x: Tensor) -> Tensor:
+    return torch.isfinite(x) if x.is_floating_point() or x.is_complex() else torch.ones_like(x, dtype=torch.bool)

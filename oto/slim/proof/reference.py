@@ -1,0 +1,405 @@
+"""The comparison of slim models with the zeroed full one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto.errors import EmitterError, VerificationError, out_of_memory, some
+from oto.nn import Told
+from oto.progress import stage
+from oto.slim.edits import attribute
+from oto.slim.proof import limits
+from oto.slim.proof.compare import Check, checked, relative_error, tolerance
+from oto.slim.proof.float64 import double_input, in_double, widened, widening
+from oto.slim.proof.full import FullModel
+from oto.slim.proof.inputs import Input, batch_size, random_like
+from oto.slim.proof.memory import available
+from oto.slim.proof.reach import reached_by
+from oto.slim.proof.run import run
+from oto.trace.record import Script, around_modules
+
+log = logging.getLogger(__name__)
+
+FLOAT64 = ("auto", True, False)
+HALF = (torch.float16, torch.bfloat16)
+Exact = Callable[[nn.Module], Mapping[str, Tensor]]
+"""Makes, of a full model, the tensors of the slim one that its dtype rounds, such as those that take a count in."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How a slim model is compared.
+
+    Attributes:
+        what: What it is called in a check.
+        batch: Try another batch size, where the full model takes it.
+        shapes: Other shapes of the tensors of the example to try, in the model's own dtype, where the full model takes
+            them; a slim model that does not is a note.
+        random: Compare on a random input too, besides the example.
+        exact: Compare in float64 too.
+        notes: Where to write down what was not compared: a batch size that the slim model does not take, which is an
+            error by default, and what ``lacks`` leaves out.
+        lacks: Why the slim model is not meant for a random input; ``None`` if it is.
+        rounded: Makes the tensors of the slim model that are rounded, of the full one. In float64 they take the place
+            of its own. It is called while everything is computed in float64.
+        in_float64: Makes another slim model, to compare in float64 if this one is not equal there, as it holds numbers
+            that were computed in its own dtype. It is called while everything is computed in float64.
+    """
+
+    what: str = "slim"
+    batch: bool = False
+    shapes: Sequence[Sequence[tuple[int, ...]]] = ()
+    random: bool = True
+    exact: bool = True
+    notes: list[str] | None = None
+    lacks: Callable[[Any], str | None] | None = None
+    rounded: Exact | None = None
+    in_float64: Callable[[], nn.Module] | None = None
+
+
+class Reference:
+    """The zeroed full model, with which slim ones are compared.
+
+    They are compared on the example and on a random input, in the model's dtype; where the batch is free, the random
+    input is of another batch size. On the example they run as users run them: in inference mode, with torch's fast
+    paths; where there may be such, they are compared without, too. And in float64, where it shows whether they are
+    equal or only alike (for models in half precision on the example alone).
+
+    Args:
+        left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
+        float64: Compare in float64: ``"auto"``, where it fits in memory; ``True`` or ``False``.
+        decides: The model decides by its values, such as which boxes are the best. Between two that are equal but for
+            rounding a slim model may decide otherwise; then it is compared under the decisions of the full one.
+        brief: Compare in float64 alone, where that can be done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dummy_input: Any,
+        left: Sequence[Sequence[NDArray[np.bool_]]] | None = None,
+        float64: bool | str = "auto",
+        decides: bool = False,
+        brief: bool = False,
+    ) -> None:
+        self.example = Input("the example", dummy_input)
+        self.as_users_do = Input("the example, as users run it", dummy_input, as_users_do=True)
+        self.full = FullModel(model, self.example, left, float64)
+        self.decides, self.brief = decides, brief
+        self.partial: list[Check] = []  # comparisons in which only some entries were finite
+
+    @property
+    def model(self) -> nn.Module:
+        return self.full.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.full.dtype
+
+    @cached_property
+    def random(self) -> list[Input]:
+        """Two random inputs of the shapes of the example."""
+        names = ("random input", "another random input")
+        return [Input(name, random_like(self.example.value, seed)) for seed, name in enumerate(names)]
+
+    @cached_property
+    def larger_batch(self) -> Input | None:
+        """A random input of another batch size; ``None`` if the example has no batch."""
+        size = batch_size(self.example.value)
+        if size is None:
+            return None
+        return Input(f"batch of {size + 2}", random_like(self.example.value, 0, size + 2), optional=True)
+
+    def check(self, slim: nn.Module, options: CheckOptions = CheckOptions()) -> list[Check]:
+        """Compare a slim model with the full one."""
+        try:
+            return [check for check in self._checks(slim, options) if self._shows(check)]
+        finally:
+            self.full.forget(slim)
+
+    def _checks(self, slim: nn.Module, options: CheckOptions) -> list[Check]:
+        self._require_own(slim)
+        exact = options.exact and self.dtype != torch.float64
+        brief = self.brief and exact and self.full.runs_in_float64()
+        drawn = self._drawn(options, not brief) if options.random else []
+        checks: list[Check] = []
+        if not brief:
+            stage(f"{options.what}: comparing in {self.full.dtype_name}")
+            fast = [self.as_users_do] if self.full.has_fast_paths and options.random else []
+            checks = self._compare(slim, [self.example, *fast, *drawn, *self._of_other_sizes(options)], options)
+        if exact and self.full.runs_in_float64():
+            stage(f"{options.what}: comparing in float64")
+            wide = [given for given in drawn if not given.optional] or (self.random[:1] if drawn else [])
+            if self.dtype in HALF and not brief:  # for which a pass in float64 takes as long as ten
+                wide = []
+            proofs = self._prove(slim, [self.example, *wide], options)
+            if all(proof.passed for proof in proofs):
+                checks = [self._but_for_rounding(check) for check in checks]
+            checks += proofs
+        return checks
+
+    def _shows(self, check: Check) -> bool:
+        """Whether a comparison shows anything; that it does not, or not of all entries, is noted."""
+        if check.passed and not check.finite:
+            why = "no entry of the outputs is finite" if check.entries else "the outputs are empty"
+            self.full.note(f"{check.what}, {check.dtype}: {why}, so nothing was compared")
+        elif check.passed and check.finite != check.entries:
+            self.partial.append(check)
+        return bool(check.finite) or not check.passed
+
+    def _drawn(self, options: CheckOptions, free: bool) -> list[Input]:
+        """The random inputs to compare on."""
+        larger = self.larger_batch if options.batch and free else None
+        if larger is not None and self.full.outputs(larger) is not None:
+            return [larger]
+        if options.lacks is None:
+            return self.random[:1]
+        fitting = []
+        for given in self.random:  # one may be of another kind than the example
+            missing = options.lacks(given.value)
+            if missing is None:
+                fitting.append(given)
+            elif options.notes is not None:
+                options.notes.append(f"{options.what} was not compared on {given.name}: {missing}")
+        return fitting
+
+    def _of_other_sizes(self, options: CheckOptions) -> list[Input]:
+        return [
+            Input(
+                f"sizes {', '.join(map(str, sizes))}", random_like(self.example.value, 1, shapes=sizes), optional=True
+            )
+            for sizes in options.shapes
+        ]
+
+    # --- in the model's own dtype -------------------------------------------------------------------------------------
+
+    def _compare(self, slim: nn.Module, inputs: Sequence[Input], options: CheckOptions) -> list[Check]:
+        checks = []
+        for given in inputs:
+            expected = self.full.outputs(given)
+            if expected is None:
+                continue
+            try:
+                found = self.full.run(slim, given.value, fast=self.full.is_fast(given))
+            except Exception as failure:
+                if options.notes is None or not given.optional:
+                    raise
+                larger = given == self.larger_batch
+                only = "takes the batch size of the example only" if larger else f"does not take {given.name}"
+                note = f"{options.what} {only}: {str(failure).splitlines()[0]}"
+                options.notes.extend([] if note in options.notes else [note])
+                checks += self._compare(slim, self.random[:1], options) if larger else []
+                continue
+            checks.append(self._compared(slim, given, expected, found, options))
+        return checks
+
+    def _compared(
+        self, slim: nn.Module, given: Input, expected: Sequence[Tensor], found: Sequence[Tensor], options: CheckOptions
+    ) -> Check:
+        # a model in float64 may state another dtype, which only as users run it is not made wider
+        allowed = max(tolerance(self.dtype), 1e-3) if given.as_users_do else None
+        made = checked(f"{options.what} on {given.name}", self.dtype, expected, found, allowed)
+        made = self._as_the_full_decides(made, slim, given)
+        return self._without_fast_paths(made, found) if given.as_users_do else made
+
+    def _as_the_full_decides(self, check: Check, slim: nn.Module, given: Input, wide: bool = False) -> Check:
+        """A comparison that failed, once more under the decisions of the full model, if that decides by values."""
+        if check.passed or not self.decides:
+            return check
+        script = Script()
+        try:
+            expected = self.full.under_decisions(given, wide, script)
+            script.read = 0
+            found = self.full.run(slim, double_input(given.value) if wide else given.value, wide, script)
+        except Exception as failure:  # it decides something that the full one does not
+            if out_of_memory(failure):
+                raise
+            log.info("under the decisions of the full model: %s", failure)
+            return check
+        if expected is None or script.read != len(script.written) or not any(x.is_floating_point() for x in expected):
+            return check
+        dtype = torch.float64 if wide else self.dtype
+        again = checked(f"{check.what}, as the full model decides", dtype, expected, found)
+        if not again.passed:
+            return check
+        self.full.note(
+            "left alone, the slim model decides otherwise between what is equal but for rounding, on some inputs"
+        )
+        return again
+
+    def _without_fast_paths(self, check: Check, found: Sequence[Tensor]) -> Check:
+        """A comparison on fast paths that failed, with what the full model gives without, if that is something else."""
+        plain, fast = self.full.outputs(self.example), self.full.outputs(self.as_users_do)
+        assert plain is not None and fast is not None
+        if check.passed or relative_error(plain, fast) <= tolerance(self.dtype):
+            return check
+        again = checked(f"{check.what}, beside the full model without torch's fast paths", self.dtype, plain, found)
+        if not again.passed:
+            return check
+        self.full.note(
+            "in inference mode, torch's fast paths let the full model give something else than without them, as zeros"
+            " for padding; the slim one gives what the full one gives without them"
+        )
+        return again
+
+    def _but_for_rounding(self, check: Check) -> Check:
+        """Where two models are equal in float64, one may be as far from the other as rounding takes it from itself."""
+        if check.passed:
+            return check
+        own, exact = self.full.outputs(self.example) or [], self.full.wide.get(self.example) or []
+        rounding = relative_error(exact, [widened(x) for x in own])
+        # where rounding is all there is to see, no distance would show a mistake
+        return replace(check, tolerance=max(check.tolerance, 4 * rounding)) if 4 * rounding < 0.5 else check
+
+    # --- in float64 ---------------------------------------------------------------------------------------------------
+
+    def _prove(self, slim: nn.Module, inputs: Sequence[Input], options: CheckOptions) -> list[Check]:
+        proofs = self._compare64(slim, inputs, options)
+        if options.in_float64 is None or all(proof.passed for proof in proofs):
+            return proofs
+        with torch.no_grad(), widening():
+            another = options.in_float64()
+        proofs = self._compare64(another, inputs, CheckOptions(f"{options.what}, made in float64,"))
+        name, least = self.full.dtype_name, tolerance(self.dtype)
+        self.full.note(
+            f"{options.what} holds numbers that were computed in {name}, so another one, made in float64, was"
+            f" compared there; of this one {name} shows no less than {least:.0e}"
+        )
+        return proofs
+
+    def _compare64(self, slim: nn.Module, inputs: Sequence[Input], options: CheckOptions) -> list[Check]:
+        checks = self._compared64(slim, inputs, options)
+        if all(c.passed for c in checks) or self.full.copy64 is not None or not self.full.fits_twice(slim):
+            return checks
+        # what a forward writes to its parameters is rounded unless they are wide themselves
+        log.info("compared once more, with copies in float64")
+        self.full.copy_in_float64()
+        return self._compared64(in_double(slim), inputs, options)
+
+    def _compared64(self, slim: nn.Module, inputs: Sequence[Input], options: CheckOptions) -> list[Check]:
+        checks = []
+        with self._unrounded(slim, options.rounded):
+            for given in inputs:
+                expected = self.full.outputs64(given)
+                if expected is not None:
+                    found = self._run64(slim, double_input(given.value))
+                    made = checked(f"{options.what} on {given.name}", torch.float64, expected, found)
+                    checks.append(self._as_the_full_decides(made, slim, given, wide=True))
+        return checks
+
+    def _run64(self, slim: nn.Module, value: Any) -> list[Tensor]:
+        try:
+            return self.full.run(slim, value, wide=True)
+        except Exception as failure:  # code that compares dtypes of its own
+            if out_of_memory(failure):
+                raise
+            return run(in_double(slim), value)
+
+    @contextmanager
+    def _unrounded(self, slim: nn.Module, rounded: Exact | None) -> Iterator[None]:
+        """While inside, tensors of a slim model that had to be rounded are as they were before.
+
+        Raises:
+            VerificationError: They are not what comes of rounding these.
+        """
+        if rounded is None:
+            yield
+            return
+        with torch.no_grad(), widening():
+            exact = rounded(self.model if self.full.copy64 is None else self.full.copy64)
+        own = {name: attribute(slim, name) for name in exact}
+        wrong = [name for name, tensor in own.items() if not _rounds_to(exact[name], tensor)]
+        if wrong:
+            raise VerificationError(
+                f"the slim model holds other numbers than those that it was to hold: {some(wrong)}\n"
+                "  effect  nothing was written\n"
+                "  to fix  report the model; until then keep it whole: OTO(..., skip_patterns=[...])"
+            )
+        before = {name: tensor.data for name, tensor in own.items()}
+        self.full.forget(slim)  # what it holds is something else now
+        try:
+            for name, tensor in own.items():
+                tensor.data = exact[name]
+            yield
+        finally:
+            for name, tensor in own.items():
+                tensor.data = before[name]
+            self.full.forget(slim)
+
+    # --- what a comparison would not show -----------------------------------------------------------------------------
+
+    def unreached(self, slim: nn.Module, wanted: Mapping[str, nn.Parameter]) -> list[str]:
+        """Which parameters of a slim model no output depends on, on the inputs that were compared; as notes."""
+        stage("what the inputs reach")
+        own = self.full.own
+        others = [g for g in own if g not in (self.as_users_do, self.example) and own[g] is not None]
+        inputs = [
+            given.value for given in (self.example, *others[:1])
+        ]  # a batch of one is enough, where all is reached
+        return reached_by(slim, wanted, inputs, available(self.model))
+
+    def _require_own(self, slim: nn.Module) -> None:
+        """Refuse a slim model whose forward runs the full one: a function that was put there may hold on to that.
+
+        Raises:
+            EmitterError: It does.
+        """
+        patched = [m for m in slim.modules() if "forward" in vars(m) and not isinstance(vars(m)["forward"], Told)]
+        if not patched or slim is self.model:
+            return
+        own = {id(m) for m in slim.modules()}
+        full = {
+            id(m): name
+            for name, m in self.model.named_modules()
+            if id(m) not in own and any(True for _ in m.parameters())
+        }
+        met: list[str] = []
+        with around_modules(lambda module, _: met.extend([full[id(module)]] if id(module) in full else [])):
+            run(slim, self.example.value)
+        if met:
+            raise EmitterError(
+                f"a forward that was put into the model (model.forward = ...) runs {met[0] or 'the full model'} itself,"
+                " in the slim copy too\n"
+                "  effect  the slim model would compute with the full weights, so it is not handed out\n"
+                "  to fix  take it out before (del model.forward), or put a method there: types.MethodType(f, model)"
+            )
+
+
+def _rounds_to(exact: Tensor, own: Tensor) -> bool:
+    """Whether a tensor is another one in a narrower dtype, to a few of its last digits."""
+    if exact.shape != own.shape or not own.is_floating_point():
+        return False
+    if own.dtype == exact.dtype:  # a copy, of one that was compared
+        return True
+    few = 8 * torch.finfo(own.dtype).eps
+    return torch.allclose(own.detach().double(), exact.double(), few, few)
+
+
+def check(
+    full: nn.Module,
+    slim: nn.Module,
+    dummy_input: Any,
+    options: CheckOptions = CheckOptions(),
+    *,
+    left: Sequence[Sequence[NDArray[np.bool_]]] | None = None,
+    float64: bool | str = "auto",
+    decides: bool = False,
+) -> list[Check]:
+    """Compare a slim model with the zeroed full one, once.
+
+    Raises:
+        VerificationError: The full model gives no number that could be compared.
+    """
+    reference = Reference(full, dummy_input, left, float64, decides)
+    limits.require_numbers(reference.full)
+    return reference.check(slim, options)

@@ -1,0 +1,147 @@
+"""The slim model in train mode, beside the full one: the same tensors, the same statistics."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
+from oto.errors import ShrinkError, first_line, out_of_memory
+from oto.groups import Kept, Partition
+from oto.slim.proof.compare import Check, checked
+from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout, unrounded
+from oto.slim.proof.inputs import random_like
+from oto.slim.pruned_shapes import Thinning, thinning
+from oto.trace.found import as_found
+from oto.trace.inputs import arguments
+from oto.trace.record import tensors_in
+
+log = logging.getLogger(__name__)
+
+
+def check_training(
+    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
+) -> Check | None:
+    """Compare the two in train mode, randomness held still: tensors that are given, and buffers after the step.
+
+    Both are left as they were. ``None`` if the full model does not train on such an input, as one that takes targets,
+    or gives no finite number.
+
+    Raises:
+        ShrinkError: The slim model fails where the full one runs.
+    """
+    first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
+    tries = [dummy_input]
+    if first.ndim:  # batch norm wants more than one value per channel
+        tries.append(random_like(dummy_input, 0, max(2, first.shape[0])))
+    for given in tries:
+        try:
+            expected = trained(full, given)
+        except Exception as failure:  # whatever a forward may want for training
+            if out_of_memory(failure):
+                raise
+            log.info("%s does not run in train mode on the example: %s", type(full).__name__, first_line(failure))
+            continue
+        try:
+            found = trained(slim, given)
+        except Exception as failure:
+            if out_of_memory(failure):
+                raise
+            raise ShrinkError(
+                f"the slim {type(full).__name__} fails in train mode, where the full one runs: {first_line(failure)}\n"
+                "  effect  nothing was changed\n"
+                "  to fix  if that is in a part that only training uses, keep what it reads: skip_patterns=[...]"
+            ) from failure
+        thin = thinning(partition, kept)
+        made = _compared(dtype_of(full), thin, expected, found)
+        if not made.finite:
+            log.info("%s gives no finite number in train mode on the example", type(full).__name__)
+            return None
+        if made.passed or dtype_of(full) == torch.float64:
+            return made
+        try:  # batch norm over a handful of values makes much of a rounding; float64 knows
+            expected, found = (trained(in_double(module), double_input(given)) for module in (full, slim))
+        except Exception as failure:
+            if out_of_memory(failure):
+                raise
+            log.info("%s does not train in float64: %s", type(full).__name__, first_line(failure))
+            return made
+        return _compared(torch.float64, thin, expected, found)
+    return None
+
+
+def _compared(dtype: torch.dtype, thin: Thinning, full: Trained, slim: Trained) -> Check:
+    leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}
+    held = full[1].keys() & slim[1].keys() & leaves.keys()  # a forward may register others
+    both = {name: (thin.thin(leaves[name], full[1][name]), slim[1][name]) for name in held}
+    given = [*full[0], *(a for a, _ in both.values())], [*slim[0], *(b for _, b in both.values())]
+    return checked("slim in train mode", dtype, *given)
+
+
+def heads_in_training(
+    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept, told: bool = False
+) -> tuple[list[Check], str]:
+    """Where parts of a model are used in training only: the proof that the slim one trains, or why it must not.
+
+    Args:
+        told: Whether some of its calls are told sizes; in training it may take a path on which these are not known.
+    """
+    graph = partition.found.graph
+    if graph.untrained is not None:
+        return [], f"parts that only training may use could not be followed ({graph.untrained})"
+    if graph.trained is None and not told:
+        return [], ""
+    try:
+        made = check_training(full, slim, dummy_input, partition, kept)
+    except ShrinkError as failure:
+        return [], str(failure).splitlines()[0]
+    if made is not None and not made.passed:
+        return [], f"there it differs from the full one by {made.error:.1e}"
+    return [] if made is None else [made], ""
+
+
+Trained = tuple[list[Tensor], dict[str, Tensor]]
+"""Outputs, and buffers after the step."""
+
+
+def trained(module: nn.Module, given: Any) -> Trained:
+    """What a module gives in train mode, and its buffers after that."""
+    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(given))
+    modes = [(m, m.training) for m in module.modules()]
+    all_eval = not any(training for _, training in modes)
+    with as_found(module, given), unrounded(), torch.inference_mode(), _Still(), throughout(module):  # type: ignore[no-untyped-call]
+        torch.manual_seed(0)
+        for m, training in modes:
+            m.training = training or all_eval
+        outputs = [t.clone() for t in tensors_in(module(*args, **kwargs))]
+        buffers = {name: t.detach().clone() for name, t in module.named_buffers()}
+    return outputs, buffers
+
+
+class _Still(TorchDispatchMode):
+    """Nothing is dropped and every number that is drawn is one, as tensors of another size draw other numbers."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        schema = getattr(op, "_schema", None)
+        if schema is None or torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
+            return op(*args, **kwargs)
+        names = [argument.name for argument in schema.arguments]
+        if "train" in names and names[1:2] == ["p"]:  # dropout, also of features and for self-normalising networks
+            return args[0] if schema.is_mutable else args[0].clone()
+        for name in ("dropout_p", "dropout"):  # in attention and in recurrent layers
+            if name in names:
+                place = names.index(name)
+                if place < len(args):
+                    args = (*args[:place], 0.0, *args[place + 1 :])
+                return op(*args, **kwargs | ({name: 0.0} if name in kwargs else {}))
+        result = op(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                leaf.fill_(1)
+        return result

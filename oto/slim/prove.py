@@ -1,0 +1,154 @@
+"""The proof without which no slim model is handed out: it holds what is left of the full one, and computes the same."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from oto.errors import VerificationError, first_line, out_of_memory, some
+from oto.groups import Kept, Partition
+from oto.progress import stage
+from oto.slim.edits import Edits, attribute, thin_copy, thin_tensor
+from oto.slim.proof import limits
+from oto.slim.proof.compare import Check, require
+from oto.slim.pruned_shapes import Thinning, thinning
+from oto.slim.source import Emitted, Source
+
+log = logging.getLogger(__name__)
+
+
+def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -> list[Check]:
+    """The proof of a slim model, if one is wanted: it holds what the full one holds, and computes what that computes.
+
+    What a comparison would not show is written to the notes: entries that are no numbers, outputs that are constant,
+    and parameters that no output depends on.
+
+    Args:
+        checks: The comparisons, if they have been made.
+
+    Raises:
+        VerificationError: The slim model differs, or nothing could be compared.
+    """
+    if not source.verify:
+        return []
+    notes, reference = emitted.notes, source.reference
+    thin = thinning(source.partition, source.kept)
+    require_held(source.model, emitted, thin)
+    checks = emitted.compare(reference) if checks is None else checks
+    require(checks)
+    notes.extend(reference.full.notes)
+    notes.extend(limits.how_many_are_numbers(reference.partial))
+    idle = limits.constant(reference.full)
+    if idle:
+        checks = checks + _lively(source, emitted, idle, notes)
+    if checks and len(idle) < len(limits.floating(reference.full)):
+        notes.extend(reference.unreached(emitted.model, _thinned(emitted.model, thin)))
+    return checks
+
+
+def require_held(model: nn.Module, emitted: Emitted, thin: Thinning) -> None:
+    """Make sure that a slim model holds what is left of the tensors of the full one, to the last bit.
+
+    No input shows all of them: rows of a table that it does not look up, units that it does not activate.
+
+    Raises:
+        VerificationError: It holds something else.
+    """
+    slim: dict[str, Tensor] = dict(emitted.model.named_parameters(remove_duplicate=False))
+    slim.update(emitted.model.named_buffers(remove_duplicate=False))
+    wrong: list[str] = []
+    unknown: list[str] = []
+    for leaf in thin.found.graph.leaves:
+        names = [name for name in leaf.names if name in emitted.tensors and name not in emitted.changed]
+        own = {id(slim[name]): name for name in names if name in slim}
+        if own:
+            wanted = thin_tensor(model, thin, leaf, emitted.scales.get(leaf.name, ()))
+            for name in own.values():
+                same = _same(wanted, slim[name].detach())
+                (unknown if same is None else wrong).extend([] if same else [name])
+    if unknown:
+        emitted.notes.append(
+            f"that {some(unknown)} hold what is left was not looked at, entry by entry: torch compares no tensors of"
+            " their layout"
+        )
+    if wrong:
+        raise VerificationError(
+            f"the slim model does not hold what is left of the zeroed model: {some(wrong)}\n"
+            "  effect  nothing was written\n"
+            "  to fix  report the model; until then mark the groups concerned unprunable"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool | None:
+    """Whether two tensors are equal in dtype, shape and every entry, NaN being equal to itself; ``None``: unknown."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    try:
+        return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True))
+    except (RuntimeError, NotImplementedError) as failure:  # of a layout that has no such operator
+        log.info("not compared: %s", first_line(failure))
+        return None
+
+
+def _thinned(slim: nn.Module, thin: Thinning) -> dict[str, nn.Parameter]:
+    """The parameters of a slim model that have lost entries, and that its forward reads in eval mode."""
+    read, own = thin.found.graph.read, dict(slim.named_parameters(remove_duplicate=False))
+    leaves = [leaf for leaf in thin.found.graph.leaves if leaf.kind == "parameter" and leaf.value in read]
+    smaller = [leaf for leaf in leaves if thin.shape(leaf) != tuple(leaf.value.shape)]
+    return {name: own[name] for leaf in smaller for name in leaf.names[:1] if name in own}
+
+
+def _lively(source: Source, emitted: Emitted, idle: list[int], notes: list[str]) -> list[Check]:
+    """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
+    stage("an output is constant: comparing with random numbers in constant parameters")
+    said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
+    lively = enlivened(source.model, source.partition, source.kept)
+    other = replace(source, model=lively)
+    other.reference.brief = True
+    try:
+        checks = emitted.again(other).compare(other.reference)
+        require(checks)
+    except VerificationError:
+        raise
+    except Exception as failure:  # code that minds other numbers
+        if out_of_memory(failure):
+            raise
+        notes.append(f"{said}, so comparing them shows nothing ({first_line(failure)} with other numbers)")
+        return []
+    by_design = limits.constant(other.reference.full)
+    moved = [i for i in idle if i not in by_design]
+    if moved:
+        notes.append(
+            f"{said}: a layer before starts at zero, it seems, so comparing shows nothing of what is before it."
+            " Compared once more, with random numbers in constant parameters; load trained weights to compare these"
+        )
+        return [replace(c, what=f"{c.what}, with other numbers in constant parameters") for c in checks]
+    if len(idle) == len(limits.floating(source.reference.full)):
+        notes.append(f"{said}, whatever the parameters are: comparing it shows nothing")
+    return []
+
+
+def _outputs(indices: list[int]) -> str:
+    return f"output{'s' * (len(indices) > 1)} {some(map(str, indices))}"
+
+
+def enlivened(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
+    """A copy that shares the parameters of a model; those that are all one number hold random ones where they stay."""
+    thin = thinning(partition, kept)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for leaf in partition.found.graph.leaves:
+        if not leaf.names:
+            continue
+        tensor = attribute(model, leaf.names[0]).detach()
+        if leaf.kind == "parameter" and tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
+            stays = torch.ones(tensor.shape, dtype=torch.bool)
+            for dim, mask in enumerate(thin.entries(leaf)):
+                stays &= torch.from_numpy(mask).view(-1, *[1] * (tensor.ndim - dim - 1))
+            drawn = torch.rand(tensor.shape, generator=generator) * 0.1 * stays
+            tensor = tensor + drawn.to(tensor)
+        tensors.update(dict.fromkeys(leaf.names, tensor))
+    return thin_copy(model, tensors, Edits())

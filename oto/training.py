@@ -1,0 +1,116 @@
+"""The optimizer that trains an analyzed model: how it is made, and how it is found again."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from oto.analysis import Analysis
+from oto.errors import NotPrunedWarning, ShrinkError, TooLateError, some, users_level
+from oto.groups import Partition
+from oto.groups.policy import frozen_since
+from oto.optim import SparseOptimizer
+from oto.optim.options import keywords_of, refuse_unknown
+from oto.optim.wrapped import Params
+from oto.previewing import align_for, by_first_names, latency_for
+
+Sparse = TypeVar("Sparse", bound=SparseOptimizer)
+
+SUPPLIED = {"node_groups", "costs", "latency"}
+"""What an analysis gives to an optimizer."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The optimizer that was made last, which is not kept alive.
+
+    Attributes:
+        partition: The analysis that it was made for, before any shrinking.
+    """
+
+    ref: weakref.ref[SparseOptimizer] | None = None
+    partition: Partition | None = None
+
+    @property
+    def optimizer(self) -> SparseOptimizer | None:
+        """It, if it is still there."""
+        return None if self.ref is None else self.ref()
+
+    def inside(self, wrapper: Any) -> SparseOptimizer:
+        """The sparse optimizer that ``wrapper`` is, or has as ``.optimizer``; by default the one that was made last.
+
+        Raises:
+            ShrinkError: There is none.
+        """
+        inner = self.optimizer if wrapper is None else wrapper
+        while inner is not None and not isinstance(inner, SparseOptimizer):
+            inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise ShrinkError(
+                "there is no optimizer that knows what is at zero for good"
+                + ("" if wrapper is None else f": {type(wrapper).__name__} is none, and wraps none")
+                + "\n  effect  nothing was changed\n"
+                "  to fix  pass the one that this OTO made: optimizer = oto.hesso(...)"
+            )
+        return inner
+
+    def markable(self, analysis: Analysis) -> Analysis:
+        """The analysis, as long as more may be kept whole in it.
+
+        Raises:
+            TooLateError: An optimizer was made already.
+        """
+        if (optimizer := self.optimizer) is not None:
+            raise TooLateError(
+                f"groups cannot be marked any more: {type(optimizer).__name__} chooses among those that it was given\n"
+                "  effect  nothing was marked\n"
+                "  to fix  mark first, then make the optimizer; here: a new OTO(...), its marks, a new optimizer"
+            )
+        return analysis
+
+
+def make(
+    analysis: Analysis, kind: type[Sparse], params: Params | None, options: Mapping[str, Any]
+) -> tuple[Training, Sparse]:
+    """A sparse optimizer for an analyzed model.
+
+    Args:
+        params: By default all of the model. They need no names.
+        options: As ``kind`` takes them.
+
+    Raises:
+        OptionError: It takes no such option.
+        TooLateError: Parameters that would be zeroed were frozen since the analysis.
+    """
+    refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
+    options = by_first_names(analysis, options)
+    _compare_frozen(analysis)
+    options = {"names": analysis.model.named_parameters(), **options, "align": align_for(analysis, options)}
+    latency = latency_for(analysis, options)
+    params = analysis.model.named_parameters() if params is None else params
+    made: Callable[..., Sparse] = kind
+    optimizer = made(params, analysis.groups, costs=analysis.costs, latency=latency, **options)
+    optimizer.follow(analysis.model)
+    return Training(weakref.ref(optimizer), analysis.partition), optimizer
+
+
+def _compare_frozen(analysis: Analysis) -> None:
+    """Refuse parameters that were frozen since the analysis; tell of those that are trained now."""
+    frozen, unfrozen = frozen_since(analysis.groups, analysis.graph, analysis.model)
+    if frozen and not analysis.prune_frozen:
+        raise TooLateError(
+            f"{some(frozen)} {'was' if len(frozen) == 1 else 'were'} frozen after OTO(...) was made\n"
+            "  effect  an optimizer would still bring entries of it to zero\n"
+            "  to fix  freeze before OTO(...); where that may be zeroed all the same, OTO(..., prune_frozen=True)"
+        )
+    if unfrozen:
+        warnings.warn(
+            f"{some(unfrozen)} {'was' if len(unfrozen) == 1 else 'were'} frozen when OTO(...) was made\n"
+            "  effect  the groups that would zero entries of it stay whole\n"
+            "  to fix  a new OTO(...), now that they are trained",
+            NotPrunedWarning,
+            stacklevel=users_level(),
+        )
