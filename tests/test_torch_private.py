@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import OrderedDict, deque, namedtuple
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from oto import _torch
 
@@ -56,6 +58,23 @@ def test_pytrees_go_through_containers_and_keep_their_kind():
     assert _torch.tree_unflatten(leaves, spec)["a"] == [1, (2.0, None)]
     assert _torch.tree_map_only(int, lambda n: n + 1, tree)["a"][0] == 2
     assert _torch.tree_map(lambda x: x, tree)["a"] == tree["a"]
+
+
+def test_containers_of_all_kinds_are_gone_through_as_torch_does():
+    point = namedtuple("point", "x y")
+    tree = [OrderedDict(b=1, a=point(2, [3])), deque([4]), {"k": (5, {6}), "n": None}, torch.Size([7]), slice(8, 9)]
+    assert _torch.tree_leaves(tree) == pytree.tree_leaves(tree)
+    found = _torch.tree_map_only(int, lambda n: -n, tree)
+    assert found == pytree.tree_map_only(int, lambda n: -n, tree) and type(found[0]["a"]) is point
+
+
+def test_a_fake_tensor_is_what_the_mode_would_make():
+    with torch.inference_mode(), _torch.FakeTensorMode() as mode:
+        made = _torch.fake_empty(mode, (2, 3), (1, 2), torch.float16, torch.device("cpu"))
+        other = torch.empty_strided((2, 3), (1, 2), dtype=torch.float16)
+        for t in (made, _torch.fake_empty(mode, (2, 3), None, torch.float16, torch.device("cpu"))):
+            assert type(t) is type(other) and (t.shape, t.dtype, t.device) == (other.shape, other.dtype, other.device)
+        assert made.stride() == (1, 2) and (made + other).shape == (2, 3) and made.is_inference()
 
 
 def test_the_example_behind_a_symbolic_size():

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -184,11 +184,14 @@ _evaluated: dict[Any, Fact] = {}
 def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[torch.dtype]) -> Callable[..., Fact]:
     """The fact of a pointwise operator, found by running it on the facts of its operands, in their own dtypes."""
 
+    @cache
+    def shown() -> str:
+        return repr(tree_map_only(Operand, lambda x: x.ndim, (args, dict(kwargs))))
+
     def fact(*facts: Fact) -> Fact:
         if any(f is None or isinstance(f, Uniform) for f in facts):
             return None
-        shown = repr(tree_map_only(Operand, lambda x: x.ndim, (args, dict(kwargs))))
-        key = (op, facts, tuple(map(type, facts)), tuple(dtypes), shown)
+        key = (op, facts, tuple(map(type, facts)), tuple(dtypes), shown())
         if key not in _evaluated:
             given = iter(zip(facts, dtypes, strict=True))
 

@@ -11,8 +11,10 @@ works the axis is fixed, with the step that stood in the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from oto.axes import terms as T
 from oto.axes.call import NOT_FINITE, Fact, Step, Uniform
@@ -72,7 +74,8 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
         obstacle: Step | None = None
         tries = [("producers", producers), ("readers", readers), ("both", producers + readers)]
         # a filter that is divided by its own length must not be zero; what scales it may
-        brittle = [own for own in producers if _breaks(steps, own[2])]
+        breaking = _breaking(steps, [place for _, _, place in producers])
+        brittle = [own for own in producers if own[2] in breaking]
         if brittle:
             tries.append(("producers", [own for own in producers if own not in brittle]))
         for by, zeros in tries:
@@ -190,31 +193,64 @@ def _follow(
             if broken or not any(zero) or (backwards and not (all(zero) and len(group) > 1)):
                 return step
         for dim, places in visit.outputs:
-            given: list[Fact] = []
-            for group in places:
-                if len(group) == 1:
-                    given.append(facts.get(group[0]))
-                elif group:
-                    values = [facts.get(place) for place in group]
-                    given.append(values[0] if all(v is not None and v == values[0] for v in values) else None)
-                elif not step.skip_absent:
-                    given.append(None)
-            fact = NOT_FINITE if any(map(_is_broken, given)) else step.fact(*map(_number, given))
-            if fact is None and dim in step.uniform:
-                held, expected = step.uniform[dim]
-                if all(not group if e is None else g is e or g == e
-                       for group, g, e in zip(places, given, expected, strict=True)):  # fmt: skip
-                    fact = held
+            fact = _fact(step, dim, places, facts)
             if fact is not None:
                 facts[(step.output, dim)] = fact
     return None
 
 
-def _breaks(visits: Iterable[_Visit], place: Place) -> bool:
-    """Whether a zero there, and nothing else, gives something that is not finite."""
-    facts: dict[Place, Fact] = {place: 0.0}
-    _follow(visits, facts, onwards=True)
-    return any(map(_is_broken, facts.values()))
+def _fact(step: Step, dim: int, places: list[list[Place]], facts: Mapping[Place, Fact]) -> Fact:
+    """What a step makes of what is known, in one dimension of its output."""
+    given: list[Fact] = []
+    for group in places:
+        if len(group) == 1:
+            given.append(facts.get(group[0]))
+        elif group:
+            values = [facts.get(place) for place in group]
+            given.append(values[0] if all(v is not None and v == values[0] for v in values) else None)
+        elif not step.skip_absent:
+            given.append(None)
+    fact = NOT_FINITE if any(map(_is_broken, given)) else step.fact(*map(_number, given))
+    if fact is None and dim in step.uniform:
+        held, expected = step.uniform[dim]
+        if all(not group if e is None else g is e or g == e
+               for group, g, e in zip(places, given, expected, strict=True)):  # fmt: skip
+            fact = held
+    return fact
+
+
+def _breaking(visits: list[_Visit], places: list[Place]) -> set[Place]:
+    """The places where a zero, and nothing else, gives something that is not finite.
+
+    What follows from nothing is found once; of each zero only what it changes is followed, which is little: where each
+    was followed through all steps, a residual stream cost the square of its layers.
+    """
+    nothing: dict[Place, Fact] = {}
+    _follow(visits, nothing, onwards=True)
+    readers: dict[Place, list[int]] = {}
+    for i, visit in enumerate(visits):
+        for _, groups in visit.outputs:
+            for place in (p for group in groups for p in group):
+                readers.setdefault(place, []).append(i)
+    found: set[Place] = set()
+    for place in places:
+        new: dict[Place, Fact] = {place: 0.0}
+        facts = ChainMap(new, nothing)
+        ahead = list(dict.fromkeys(readers.get(place, ())))
+        while ahead:
+            i = heappop(ahead)
+            step = visits[i].step
+            for dim, groups in visits[i].outputs:
+                fact, made = _fact(step, dim, groups, facts), (step.output, dim)
+                before = facts.get(made)
+                if fact is not before and (type(fact) is not type(before) or fact != before):
+                    new[made] = fact
+                    for reader in readers.get(made, ()):
+                        if reader not in ahead:
+                            heappush(ahead, reader)
+        if any(map(_is_broken, facts.values())):
+            found.add(place)
+    return found
 
 
 def _number(fact: Fact) -> Fact:

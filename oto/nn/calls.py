@@ -137,9 +137,15 @@ def lines_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
     return found[::-1]
 
 
-def running(frame: FrameType | None) -> list[str]:
-    """The lines of code that run, the outermost first."""
-    return [line for place in lines_of(frame) if (line := line_of_site(*place))]
+def running(frame: FrameType | None, outside: FrameType | None = None) -> list[str]:
+    """The lines of code that run, the outermost first; none outside of a frame, if one is given."""
+    found = []
+    while frame is not None and frame is not outside:
+        code = frame.f_code
+        if line := line_of_site(code.co_filename, frame.f_lineno, code.co_name):
+            found.append(line)
+        frame = frame.f_back
+    return found[::-1]
 
 
 def nesting() -> int:

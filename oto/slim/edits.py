@@ -154,7 +154,8 @@ def _set_sizes(path: str, module: nn.Module, values: Mapping[str, int]) -> None:
     """
     known = next((SIZES[kind] for kind in type(module).__mro__ if kind in SIZES), ())
     for name, value in values.items():
-        most = max([t.numel() for t in (*module.parameters(False), *module.buffers(False))], default=0)
+        held = (*module._parameters.values(), *module._buffers.values())
+        most = max([t.numel() for t in held if t is not None], default=0)
         if name not in known or value > max(most, getattr(module, name)):
             raise EmitterError(f"{path}, a {type(module).__name__}, states no {name} of {value}")
         setattr(module, name, value)

@@ -146,7 +146,7 @@ class Thinning:
         return self._entries[leaf]
 
     def shape(self, leaf: Leaf) -> tuple[int, ...]:
-        return tuple(int(mask.sum()) for mask in self.entries(leaf))
+        return self.sizes(leaf.value)
 
     def thin(self, leaf: Leaf, tensor: Tensor) -> Tensor:
         """The surviving entries of a leaf's tensor, in memory of their own."""

@@ -72,7 +72,14 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """The modules of a model, each once, in their order."""
-    return list({id(module): module for module in modules_by_path(model).values()}.values())
+    found: dict[int, nn.Module] = {}
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            stack += [inner for inner in reversed(module._modules.values()) if inner is not None]
+    return list(found.values())
 
 
 def tensors_by_path(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -331,7 +338,8 @@ def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | Non
     for depth in range(_DEEP):
         further: list[Any] = []
         for x in level:
-            sort = sorts.get(type(x)) or sorts.setdefault(type(x), _sort(type(x)))
+            kind = type(x)
+            sort = sorts.get(kind) or sorts.setdefault(kind, _sort(kind))
             if sort == "end" or id(x) in seen or (sort == "sized" and len(x) > _LARGE):
                 continue
             if sort == "code" and depth and not is_of_the_user(x):
@@ -339,8 +347,10 @@ def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | Non
             seen.add(id(x))
             found.append(x)
             elsewhere = sort == "code" and getattr(x, "__module__", None) != home
-            if type(x) is dict or type(x) is OrderedDict:
-                further += x.values()
+            if kind is dict or kind is OrderedDict:
+                further += [value for value in x.values() if type(value) not in _NOTHING]
+            elif kind is tuple or kind is list:
+                further += [value for value in x if type(value) not in _NOTHING]
             elif sort != "tensor" and not (depth and (elsewhere or isinstance(x, stop))):
                 further += _inside(x)
         level = further
@@ -353,11 +363,14 @@ def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
         (own, name, value)
         for own in map(vars, modules_of(model))
         for name, value in own.items()
-        if type(value) not in _ATOMS and not (type(value) in _TABLES and (not value or name in _REGISTERED))
+        if (kind := type(value)) not in _ATOMS
+        and not (kind in _TABLES and (not value or name in _REGISTERED))
+        and not (kind is tuple and _NOTHING.issuperset(map(type, value)))
     ]
 
 
-_ATOMS = frozenset({type(None), bool, int, float, str, type})
+_NOTHING = frozenset({type(None), bool, int, float, str})  # what leads nowhere: most of what modules hold
+_ATOMS = _NOTHING | {type}
 _TABLES = frozenset({dict, OrderedDict})  # most are empty: the hooks of a module
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -381,16 +394,17 @@ def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
 
 
 @contextmanager
-def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
+def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor], deep: bool = True) -> Iterator[None]:
     """While inside, containers, objects and closures of a model hold other tensors in place of some of its own.
 
     A forward may read a parameter from a plain list or dict, such as the one it is tied to.
 
     Args:
         stand_ins: What stands for a tensor, by the id of that.
+        deep: Look into what modules lead to, and not only into their own lists and dicts.
     """
     places: list[tuple[Any, Any, Any]] = list(_attributes(model))
-    for holder in surroundings(model):
+    for holder in surroundings(model) if deep else [value for *_, value in places]:
         if isinstance(holder, dict | list | deque | CellType):
             places += [(holder, key, value) for key, value in content_of(holder).items()]
     changed = []
@@ -429,6 +443,8 @@ def _put(holder: Any, key: Any, value: Any) -> None:
 
 def _inside(x: Any) -> Iterable[Any]:
     """What a thing leads to in one step; what a class of the user's own makes of it is not asked."""
+    if isinstance(x, nn.Module):
+        return (object.__getattribute__(x, "__dict__"),)
     if isinstance(x, CellType):
         return content_of(x).values()
     if isinstance(x, FunctionType):
@@ -450,6 +466,8 @@ def _inside(x: Any) -> Iterable[Any]:
 
 def content_of(holder: Any) -> dict[Any, Any]:
     """What a holder holds, by key, position or name."""
+    if type(holder) is dict:
+        return holder.copy()
     if isinstance(holder, dict):
         return dict(dict.items(holder))
     if isinstance(holder, list | deque):

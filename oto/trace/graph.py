@@ -202,7 +202,7 @@ def write_through(alias: Value, written: Value) -> Value:
 
 
 @cache
-def _effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
+def effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
     """Arguments that ``op`` writes to, and arguments that its results may share memory with (position and name)."""
     schema = getattr(op, "_schema", None)
     if schema is None:
@@ -265,14 +265,33 @@ class GraphBuilder:
         origin: Any = None,
     ) -> None:
         """Add a call. In its arguments :class:`Key` stands for a tensor; ``results`` are the keys returned."""
-        writes, shares = _effects(op)
+        writes, shares = effects(op)
 
         def keys_at(places: tuple[tuple[int, str], ...]) -> list[Hashable]:
             found = [args[position] if position < len(args) else kwargs.get(name) for position, name in places]
             return [leaf.key for leaf in tree_leaves(found) if isinstance(leaf, Key)]
 
         new_args, new_kwargs = _valued(args, self.current), _valued(dict(kwargs), self.current)
-        written_keys = keys_at(writes) if writes else []
+        self.add(op, new_args, new_kwargs, results, module, source, keys_at(writes), keys_at(shares), origin)
+
+    def add(
+        self,
+        op: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        results: Sequence[tuple[Hashable, Sequence[int], torch.dtype] | None],
+        module: str,
+        source: str,
+        written_keys: Sequence[Hashable] = (),
+        shared_keys: Sequence[Hashable] = (),
+        origin: Any = None,
+    ) -> None:
+        """The same with values in the arguments.
+
+        Args:
+            written_keys: Of the tensors that the call writes to.
+            shared_keys: Of those that its results may share memory with.
+        """
         before = {key: self.current[key] for key in written_keys}
         returned = {result[0] for result in results if result is not None}
         outputs = tuple(None if result is None else self.value(*result) for result in results)
@@ -281,9 +300,9 @@ class GraphBuilder:
             for key in dict.fromkeys(written_keys)
             if key not in returned
         )
-        self._add(op, new_args, new_kwargs, outputs, written, module, source, origin)
-        if shares:
-            self._join([*keys_at(shares), *returned])
+        self._add(op, args, kwargs, outputs, written, module, source, origin)
+        if shared_keys:
+            self._join([*shared_keys, *returned])
         for key in dict.fromkeys(written_keys):
             for other in self.families.get(key, ()):
                 if other != key:

@@ -34,6 +34,7 @@ from oto._torch import (
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
+    fake_empty,
     python_code,
     quiet,
     tree_leaves,
@@ -52,7 +53,7 @@ from oto.trace.found import (
     state_of,
     tensors_by_path,
 )
-from oto.trace.graph import Graph, GraphBuilder, Key, Node, Value
+from oto.trace.graph import Graph, GraphBuilder, Node, Value, effects
 from oto.trace.inputs import Arguments, arguments
 from oto.trace.shapes import Remembered, result_of
 
@@ -131,7 +132,7 @@ def record(
         try:
             with as_found(model, dummy_input) as found:
                 _in_analysed_form(model)
-                graph = _run(model, args, kwargs, known, way, dead, found).graph
+                graph = _run(model, args, kwargs, known, way, found).recording(dead).graph
         except Exception as failure:
             if out_of_memory(failure):
                 raise
@@ -159,7 +160,7 @@ def record_data(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool]
     for way in ("real", "grad"):
         try:
             with as_found(model, dummy_input) as found:
-                return _run(model, args, kwargs, known, way, False, found)
+                return _run(model, args, kwargs, known, way, found).recording(False)
         except Exception as failure:
             if out_of_memory(failure):
                 raise
@@ -243,6 +244,7 @@ def follow(
     limit: int | None = None,
     literals: list[FunctionCall] | None = None,
     found: Found | None = None,
+    bare: bool = False,
 ) -> tuple[tuple[Node, ...], Exception | None]:
     """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
 
@@ -253,13 +255,15 @@ def follow(
         limit: How many calls to follow, if not all.
         literals: Where to write down the functions that make a tensor of numbers, which are no calls of operators.
         found: What is put back afterwards, where that is known: for a copy that is thrown away, what the model holds.
+        bare: Whether ``model`` is a copy that is put back by ``found`` and holds its tensors nowhere but in its modules
+            and in lists and dicts of these, so that they may be swapped there.
     """
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way, limit=limit)
     try:
         with as_found(model, dummy_input, found) as found:
             _in_analysed_form(model)
-            _run(model, args, kwargs, known, way, True, found, builder, functions, script, literals)
+            _run(model, args, kwargs, known, way, found, builder, functions, script, literals, bare)
     except Exception as failure:  # anything that the user's own forward may raise
         if out_of_memory(failure):
             raise
@@ -296,7 +300,7 @@ def _with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any,
                 _in_analysed_form(model)
                 for module in model.modules():
                     module.training = True
-                trained = _run(model, args, kwargs, known, way, False, found).graph
+                trained = _run(model, args, kwargs, known, way, found).recording(False).graph
         except Exception as problem:  # it may want targets, or a batch of another kind
             if out_of_memory(problem):
                 raise
@@ -350,97 +354,158 @@ def _empty(t: Tensor) -> Tensor:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def _stand_ins(way: str, named: Mapping[str, Tensor], inputs: Any, stack: ExitStack) -> Callable[[Tensor], Tensor]:
-    """Set the way up; what stands for a real tensor in it."""
+def _stand_ins(way: str, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tensor], Tensor], FakeTensorMode | None]:
+    """Set the way up; what stands for a real tensor in it, and the mode of those that are fake."""
     if way == "meta":
         stack.enter_context(torch.device("meta"))
-        return _empty
+        return _empty, None
     if way == "grad":
-        return lambda t: t.detach().clone().requires_grad_(t.requires_grad)
+        return lambda t: t.detach().clone().requires_grad_(t.requires_grad), None
     if way == "real":
-        return lambda t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone()
+        return lambda t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone(), None
     stack.enter_context(quiet())
     mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     device = next((t.device for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_meta), None)
 
     def fake(t: Tensor) -> Tensor:
         if t.is_meta and device is not None:  # parameters on meta meet real inputs: let both be on one device
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+            return fake_empty(mode, t.shape, t.stride(), t.dtype, device)
         return mode.from_tensor(t)
 
-    return fake
+    return fake, mode
+
+
+class _Held:
+    """The parameters and buffers of a model, and what stands for each of them in a run.
+
+    Attributes:
+        named: The tensors by every name that they have.
+        names: The names of each, by its id.
+        made: What stands for each, by its id.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], bare: bool) -> None:
+        self.modules, self.bare = modules, bare
+        self.named = tensors_by_path(modules)
+        self.names: dict[int, list[str]] = {}
+        for name, tensor in self.named.items():
+            self.names.setdefault(id(tensor), []).append(name)
+        self.made: dict[int, Tensor] = {}
+
+    def make(self, stand_in: Callable[[Tensor], Tensor]) -> None:
+        with DisableTorchFunction():
+            self.made = {key: stand_in(self.named[own[0]]) for key, own in self.names.items()}
+
+    def write_down(self, recorder: _Recorder, inputs: Any) -> None:
+        """Let the tensors and the inputs be known."""
+        builder = recorder.builder
+        for key, tensor in self.made.items():
+            first = self.named[self.names[key][0]]
+            parameter = isinstance(first, nn.Parameter)
+            recorder.hold(tensor)
+            builder.leaf(
+                id(tensor), tensor.shape, tensor.dtype, self.names[key], "parameter" if parameter else "buffer",
+                parameter and first.requires_grad,
+            )  # fmt: skip
+        for leaf in tree_leaves(inputs):
+            if isinstance(leaf, Tensor):
+                recorder.hold(leaf)
+                builder.input(id(leaf), leaf.shape, leaf.dtype)
+
+    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        """The result of a model that holds what stands for its tensors; and what its forward puts in their place."""
+        # a module that the model holds twice is swapped once, or its own tensors would not come back
+        places: dict[tuple[int, str], str] = {}
+        for name in self.named:
+            path, _, last = name.rpartition(".")
+            places.setdefault((id(self.modules[path]), last), name)
+        swapped = {name: self.made[id(self.named[name])] for name in places.values()}
+        if self.bare:
+            for module in self.modules.values():
+                tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+                for table in tables:
+                    table.update({key: self.made[id(t)] for key, t in table.items() if id(t) in self.made})
+            result = model(*args, **kwargs)
+            now = tensors_by_path(self.modules)
+            after = {name: now[name] for name in swapped if name in now}
+        else:
+            after = swapped
+            result = torch.func.functional_call(model, swapped, args, kwargs, tie_weights=False)
+        return result, {name: t for name, t in after.items() if t is not self.made[id(self.named[name])]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ran:
+    """What a run came to.
+
+    Attributes:
+        result: What ``forward`` returned.
+        outputs: The tensors in it, by where they are.
+        replaced: Names of tensors of the model in whose place the forward put others.
+    """
+
+    recorder: _Recorder
+    result: Any
+    outputs: Sequence[tuple[str, Tensor]]
+    replaced: frozenset[str]
+
+    def recording(self, dead: bool) -> Recording:
+        builder = self.recorder.builder
+        graph = builder.build([id(tensor) for _, tensor in self.outputs], dead)
+        names = tuple(name or "output" for name, _ in self.outputs)
+        graph = dataclasses.replace(graph, replaced=self.replaced, output_names=names)
+        return Recording(graph, self.recorder.constants, self.result)
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, dead: bool, found: Found,
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, found: Found,
     builder: GraphBuilder | None = None, functions: list[FunctionCall] | None = None,
-    script: Script | None = None, literals: list[FunctionCall] | None = None,
-) -> Recording:  # fmt: skip
+    script: Script | None = None, literals: list[FunctionCall] | None = None, bare: bool = False,
+) -> _Ran:  # fmt: skip
     modules = modules_by_path(model)
-    named = tensors_by_path(modules)
-    names: dict[int, list[str]] = {}
-    for name, tensor in named.items():
-        names.setdefault(id(tensor), []).append(name)
+    held = _Held(modules, bare)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad() if way == "grad" else torch.inference_mode())
-        stand_in = _stand_ins(way, named, (args, kwargs), stack)
+        stand_in, fake = _stand_ins(way, (args, kwargs), stack)
         stack.enter_context(found.making_anew())
         builder = GraphBuilder("real" if way == "grad" else way) if builder is None else builder
         recorder = _Recorder(builder, known, modules, found)
-        recorder.script = script
-        made = {tensor_id: stand_in(named[own[0]]) for tensor_id, own in names.items()}
+        recorder.script, recorder.fake = script, fake
+        held.make(stand_in)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         with DisableTorchFunction():
-            for tensor_id, tensor in made.items():
-                first = named[names[tensor_id][0]]
-                parameter = isinstance(first, nn.Parameter)
-                recorder.hold(tensor)
-                builder.leaf(
-                    id(tensor), tensor.shape, tensor.dtype, names[tensor_id], "parameter" if parameter else "buffer",
-                    parameter and first.requires_grad,
-                )  # fmt: skip
-            for leaf in tree_leaves((run_args, run_kwargs)):
-                if isinstance(leaf, Tensor):
-                    recorder.hold(leaf)
-                    builder.input(id(leaf), leaf.shape, leaf.dtype)
-        # a module that the model holds twice is swapped once, or its own tensors would not come back
-        places: dict[tuple[int, str], str] = {}
-        for name in named:
-            holder, _, last = name.rpartition(".")
-            places.setdefault((id(modules[holder]), last), name)
-        swapped = {name: made[id(named[name])] for name in places.values()}
-        stack.enter_context(standing_in(model, made))
-        stack.enter_context(recorder.following(modules))
+            held.write_down(recorder, (run_args, run_kwargs))
+        stack.enter_context(standing_in(model, held.made, deep=not bare))
+        stack.enter_context(recorder.following(modules, sys._getframe()))
         stack.enter_context(recorder)
         if functions is not None:
             stack.enter_context(_Functions(recorder, functions))
         if literals is not None:
             stack.enter_context(_Functions(recorder, literals, LITERALS))
-        result = torch.func.functional_call(model, swapped, run_args, run_kwargs, tie_weights=False)
-        named_outputs = list(named_tensors_in(result))
-        outputs = [tensor for _, tensor in named_outputs]
+        result, replaced = held.call(model, run_args, run_kwargs)
+        outputs = list(named_tensors_in(result))
         if not outputs:
-            kinds = some(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(result)) or [type(result).__name__])
-            raise TraceError(
-                f"{type(model).__name__}.forward gives no tensor: what it returned is made of {kinds}\n"
-                "  effect   nothing leads from the inputs to an output, so there is nothing to analyse\n"
-                f"{_whole_inside(model)}"
-                "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
-                " objects of its own in a module that takes the tensors out"
-            )
-        kept = [t for t in state_of(model, result, run_args, run_kwargs) if id(t) in recorder.builder.current]
-        replaced = {name: t for name, t in swapped.items() if t is not made[id(named[name])]}
+            raise TraceError(_gives_no_tensor(model, result))
+        kept = [t for t in state_of(model, result, run_args, run_kwargs) if id(t) in builder.current]
         kept += replaced.values()
-    for tensor in (*outputs, *kept):
+    for tensor in (*(tensor for _, tensor in outputs), *kept):
         recorder.see(tensor)
     for tensor in kept:
-        recorder.builder.end(id(tensor))
-    if recorder.builder.writes("parameter"):
+        builder.end(id(tensor))
+    if builder.writes("parameter"):
         found.writes_parameters()
-    graph = recorder.builder.build([id(tensor) for tensor in outputs], dead)
-    output_names = tuple(name or "output" for name, _ in named_outputs)
-    graph = dataclasses.replace(graph, replaced=frozenset(replaced), output_names=output_names)
-    return Recording(graph, recorder.constants, result)
+    return _Ran(recorder, result, outputs, frozenset(replaced))
+
+
+def _gives_no_tensor(model: nn.Module, result: Any) -> str:
+    kinds = some(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(result)) or [type(result).__name__])
+    return (
+        f"{type(model).__name__}.forward gives no tensor: what it returned is made of {kinds}\n"
+        "  effect   nothing leads from the inputs to an output, so there is nothing to analyse\n"
+        f"{_whole_inside(model)}"
+        "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
+        " objects of its own in a module that takes the tensors out"
+    )
 
 
 def _whole_inside(model: nn.Module) -> str:
@@ -484,7 +549,7 @@ _Place: TypeAlias = tuple[Any, ...]
 def _place(tensor: Tensor) -> _Place | None:
     """Where the entries of a tensor lie; ``None`` if it has no memory of the plain kind."""
     try:
-        return tensor.untyped_storage(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+        return tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -502,6 +567,7 @@ class _Recorder(TorchDispatchMode):
         self.shapes_only = builder.how in ("meta", "fake")
         self.constants: dict[Value, Tensor] = {}
         self.script: Script | None = None
+        self.fake: FakeTensorMode | None = None
         self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
         self.places: dict[int, _Place] = {}
         self.latest: dict[_Place, int] = {}
@@ -509,6 +575,7 @@ class _Recorder(TorchDispatchMode):
         self.running: list[tuple[str, int]] = []
         self.begins: list[int] | None = None
         self.runs = 0
+        self.outside: FrameType | None = None
         self.attributes = {
             id(value): f"{name}.{attribute}" if name else attribute
             for name, module in _once(modules)
@@ -523,8 +590,8 @@ class _Recorder(TorchDispatchMode):
             self.places[id(tensor)] = place
             self.latest[place] = id(tensor)
 
-    def see(self, tensor: Tensor) -> Key:
-        """The key of a tensor; one that was never seen is a constant of the model.
+    def see(self, tensor: Tensor) -> Value:
+        """What stands for a tensor; one that was never seen is a constant of the model.
 
         Reading and setting ``.data`` are no calls: a tensor that is new, or lies elsewhere than before, is the one that
         was seen in the same place.
@@ -539,22 +606,29 @@ class _Recorder(TorchDispatchMode):
                 if self.builder.how == "real":
                     self.constants[self.builder.current[id(tensor)]] = tensor.clone()  # before anything writes to it
             else:
-                result = (id(tensor), tensor.shape, tensor.dtype)
-                self.builder.call(aten.alias.default, (Key(source),), {}, [result], self.path[-1], _user_line())
-        return Key(id(tensor))
+                args, result = (self.builder.current[source],), (id(tensor), tensor.shape, tensor.dtype)
+                self.builder.add(
+                    aten.alias.default, args, {}, [result], self.path[-1], _user_line(), shared_keys=[source]
+                )  # fmt: skip
+        return self.builder.current[id(tensor)]
 
-    def keyed(self, x: Any) -> Any:
-        """Arguments with a key in place of each tensor."""
+    def valued(self, x: Any) -> Any:
+        """Arguments with a value in place of each tensor."""
         if isinstance(x, Tensor):
             return self.see(x)
-        if isinstance(x, tuple | list):
-            items = map(self.keyed, x)
+        if isinstance(x, (tuple, list)):
+            items = [self.valued(item) for item in x]
             return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
-        return {name: self.keyed(value) for name, value in x.items()} if isinstance(x, dict) else x
+        return {name: self.valued(value) for name, value in x.items()} if isinstance(x, dict) else x
 
     @contextmanager
-    def following(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Keep ``self.path`` at the module that is running."""
+    def following(self, modules: Mapping[str, nn.Module], outside: FrameType) -> Iterator[None]:
+        """Keep ``self.path`` at the module that is running.
+
+        Args:
+            outside: What runs the model.
+        """
+        self.outside = outside
         paths = {id(module): name for name, module in _once(modules)}
 
         def enter(module: nn.Module, _args: Any) -> None:
@@ -562,7 +636,7 @@ class _Recorder(TorchDispatchMode):
             self.runs += 1
             self.running.append((self.path[-1], self.runs))
             if self.begins is not None:
-                self.begins.append(len(running(sys._getframe(1))))
+                self.begins.append(len(running(sys._getframe(1), self.outside)))
 
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
             self.path.pop()
@@ -570,8 +644,11 @@ class _Recorder(TorchDispatchMode):
             if self.begins is not None:
                 self.begins.pop()
 
-        with around_modules(enter, leave):
-            yield
+        try:
+            with around_modules(enter, leave):
+                yield
+        finally:
+            self.outside = None  # it holds tensors
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -592,24 +669,24 @@ class _Recorder(TorchDispatchMode):
             named = {name: value for name, value in kwargs.items() if name != "path"}
         writes = not whole and op._schema.is_mutable
         with DisableTorchFunction():  # that we look at a tensor is no call of the model's, which costs as much as one
-            keyed = self.keyed(args), self.keyed(named)
+            values = self.valued(args), self.valued(named)
             self.found.look(sys._getframe(1))
             result = args[0] if self.shapes_only and op in _WRITES_FIRST else None
             if result is None and self.shapes_only:
-                result = result_of(op, args, kwargs)
+                result = result_of(op, args, kwargs, self.fake)
         if self.builder.how == "real" and (whole or writes):
             self.found.spare((args, kwargs))
-        if result is None and self.builder.how == "meta" and not whole:
-            result = _REMEMBERED.call(op, args, kwargs)
+        if result is None and self.shapes_only and not whole:
+            result = _REMEMBERED.call(op, args, kwargs, self.fake)
         elif result is None:
             result = op(*args, **kwargs)
         if self.script is not None:
             result = self.script.take(op, result)
         with DisableTorchFunction():
-            self._write_down(op, keyed, result, writes)
+            self._write_down(op, values, (args, named), result, writes)
         return result
 
-    def _write_down(self, op: Any, keyed: tuple[Any, Any], result: Any, writes: bool) -> None:
+    def _write_down(self, op: Any, values: tuple[Any, Any], given: tuple[Any, Any], result: Any, writes: bool) -> None:
         """Add a call, or a number that leaves torch, on which code may branch."""
         results: list[Any] = []
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
@@ -621,11 +698,16 @@ class _Recorder(TorchDispatchMode):
             else:
                 results.append(None)
         if any(results) or writes:
-            self.builder.call(op, *keyed, results, self.path[-1], _user_line())
+            written, shared = (_keys_at(places, *given) if places else [] for places in effects(op))
+            self.builder.add(op, *values, results, self.path[-1], _user_line(), written, shared)
         else:
-            for leaf in tree_leaves(keyed):
-                if isinstance(leaf, Key):
-                    self.builder.end(leaf.key)
+            self.builder.ends.update(x for x in tree_leaves(values) if isinstance(x, Value))
+
+
+def _keys_at(places: Sequence[tuple[int, str]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
+    """The keys of the tensors among some arguments, by position and name."""
+    found = [args[position] if position < len(args) else kwargs.get(name) for position, name in places]
+    return [id(leaf) for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
 def _once(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -666,13 +748,14 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.named is not None and name_of(func) not in self.named:
+            return func(*args, **kwargs)
         nodes = self.recorder.builder.nodes
         begin, within = len(nodes), tuple(self.recorder.running)
         result = func(*args, **kwargs)
-        if self.named is not None and name_of(func) not in self.named:
-            return result
         numbers, first = tuple(numbers_of((args, kwargs))), first_tensor((args, kwargs))
-        lines = tuple(running(sys._getframe(1))) if self.recorder.begins is not None else ()
+        outside = self.recorder.outside
+        lines = tuple(running(sys._getframe(1), outside)) if self.recorder.begins is not None else ()
         begins, takes = tuple(self.recorder.begins or ()), None if first is None else tuple(first.shape)
         self.calls.append(FunctionCall(name_of(func), numbers, within, range(begin, len(nodes)), lines, begins, takes))
         return result

@@ -14,17 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oto._torch import DisableTorchFunction, OpOverload
+from oto._torch import DisableTorchFunction, FakeTensor, FakeTensorMode, OpOverload, fake_empty
 
 aten = torch.ops.aten
 
 Shape = Sequence[int]
 
 
-def result_of(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def result_of(
+    op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], fake: FakeTensorMode | None = None
+) -> Tensor | None:
     """An empty tensor of the right shape and dtype, contiguous, because that can be viewed under every shape.
 
     ``None`` if the call is none of the plain ones.
+
+    Args:
+        fake: Of which mode it is to be, if of any.
     """
     of = _SHAPES.get(op)
     if of is None or not args:
@@ -33,48 +38,78 @@ def result_of(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tens
     if not isinstance(first, Tensor) or not first.is_floating_point():
         return None
     shape = of(*args, **kwargs)
-    return None if shape is None else torch.empty(shape, dtype=first.dtype, device=first.device)
+    if shape is None:
+        return None
+    if fake is not None:
+        return fake_empty(fake, shape, None, first.dtype, first.device)
+    return torch.empty(shape, dtype=first.dtype, device=first.device)
 
 
 class Remembered:
-    """What calls on ``meta`` gave, so that an equal one need not be made again: blocks repeat, and so do runs.
+    """What calls without data gave, so that an equal one need not be made again: blocks repeat, and so do runs.
 
     Only of torch's own operators that write to nothing and give tensors of their own, which follow from the arguments.
+    Fake tensors that are views come with memory of their own, too: torch takes half a millisecond for a view of those,
+    and no call tells the difference.
     """
 
     def __init__(self) -> None:
         self._given: dict[Hashable, Any] = {}
 
-    def call(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the call gives, made or remembered."""
-        if not _is_pure(op):
+    def call(
+        self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], fake: FakeTensorMode | None = None
+    ) -> Any:
+        """What the call gives, made or remembered.
+
+        Args:
+            fake: The mode that is on, if fake tensors are given, and none on ``meta``.
+        """
+        if not _is_pure(op, fake is not None):
             return op(*args, **kwargs)
         key: Hashable = None
         made = None
         with DisableTorchFunction():
             try:
-                key = op, torch.get_default_dtype(), _signature(args), _signature(kwargs)
+                of = fake is not None
+                key = op, of, torch.get_default_dtype(), _signature(args, fake), _signature(kwargs, fake)
                 made = self._given.get(key)
             except TypeError:  # something that is no plain argument
                 pass
             if made is not None:
-                kind, of = made
-                given = [torch.empty_strided(size, step, dtype=dtype, device="meta") for size, step, dtype in of]
+                kind, of_each = made
+                given = [_empty(fake, *one) for one in of_each]
                 return given[0] if kind is None else kind(given)
         result = op(*args, **kwargs)
         if key is not None:
             with DisableTorchFunction():
-                self._remember(key, result, [*_tensors_in(args), *_tensors_in(kwargs)])
+                self._remember(key, result, [*_tensors_in(args), *_tensors_in(kwargs)], fake)
         return result
 
-    def _remember(self, key: Hashable, result: Any, given: list[Tensor]) -> None:
+    def _remember(self, key: Hashable, result: Any, given: list[Tensor], fake: FakeTensorMode | None) -> None:
         tensors = list(result) if isinstance(result, (list, tuple)) else [result]
-        plain = all(type(t) is Tensor and t.is_meta and not t.is_complex() for t in tensors)
-        if plain and _are_apart([*tensors, *given], len(tensors)):
+        plain = all(isinstance(t, Tensor) and _is_plain(t, fake) and type(t) is not nn.Parameter for t in tensors)
+        if plain and (_are_views(tensors, given) if fake is not None else _are_apart([*tensors, *given], len(tensors))):
             if len(self._given) >= _MANY:
                 self._given.clear()
             kind = None if isinstance(result, Tensor) else type(result)
-            self._given[key] = kind, [(t.shape, t.stride(), t.dtype) for t in tensors]
+            self._given[key] = kind, [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+
+def _empty(
+    fake: FakeTensorMode | None, shape: Shape, stride: Shape, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if fake is not None:
+        return fake_empty(fake, shape, stride, dtype, device)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _is_plain(t: Tensor, fake: FakeTensorMode | None) -> bool:
+    """Whether a tensor is known by its shape: it has no data, none that a mode knows either, and real numbers."""
+    if t.is_complex():
+        return False
+    if fake is None:
+        return type(t) in (Tensor, nn.Parameter) and t.is_meta
+    return isinstance(t, FakeTensor) and t.fake_mode is fake and t.constant is None
 
 
 _MANY = 10_000
@@ -82,12 +117,17 @@ _MANY = 10_000
 
 
 @cache
-def _is_pure(op: Any) -> bool:
-    """Whether an operator may give tensors that are new, and nothing else; composite ones do not always say."""
+def _is_pure(op: Any, views: bool) -> bool:
+    """Whether an operator may give tensors that are new, and nothing else; composite ones do not always say.
+
+    Args:
+        views: Or that are views of what it is given.
+    """
     if not isinstance(op, OpOverload) or op.namespace != "aten":
         return False
     schema = op._schema
-    if any(x.alias_info is not None for x in (*schema.arguments, *schema.returns)) or not schema.arguments:
+    shared = [x.alias_info for x in (*schema.arguments, *schema.returns) if x.alias_info is not None]
+    if not schema.arguments or (shared and not views) or any(info.is_write for info in shared):
         return False
     return torch.Tag.dynamic_output_shape not in op.tags
 
@@ -106,20 +146,32 @@ def _are_apart(tensors: list[Tensor], first: int) -> bool:
     return len({*places[:first]}) == first and not {*places[:first]} & {*places[first:]}
 
 
-def _signature(x: Any) -> Hashable:
+def _are_views(tensors: list[Tensor], given: list[Tensor]) -> bool:
+    """Whether tensors lie at the beginning of their memory, and none of them is what was given itself.
+
+    A view of what is no inference tensor is none either, and torch minds.
+    """
+    known = set(map(id, given))
+    return all(t.is_inference() for t in given) and all(
+        t.is_inference() and not t.storage_offset() and id(t) not in known for t in tensors
+    )
+
+
+def _signature(x: Any, fake: FakeTensorMode | None) -> Hashable:
     """By what arguments are known as far as the shapes of results follow from them.
 
     Raises:
         TypeError: It is nothing that operators take, or a tensor that has data or is none of the plain ones.
     """
     if isinstance(x, Tensor):
-        if type(x) not in (Tensor, nn.Parameter) or not x.is_meta or x.is_complex():
+        if not _is_plain(x, fake):
             raise TypeError(x)
-        return x.shape, x.stride(), x.dtype
+        place = None if fake is None else (x.device, x.storage_offset(), x.is_inference())
+        return x.shape, x.stride(), x.dtype, place
     if isinstance(x, (tuple, list)):
-        return tuple(map(_signature, x))
+        return tuple([_signature(item, fake) for item in x])
     if isinstance(x, dict):
-        return tuple((name, _signature(value)) for name, value in x.items())
+        return tuple([(name, _signature(value, fake)) for name, value in x.items()])
     if type(x) in _PLAIN:
         return type(x), x
     if isinstance(x, int):

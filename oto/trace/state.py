@@ -21,7 +21,7 @@ from oto.trace.found import content_of, is_of_the_user
 _DEEP = 5  # how far from its module a piece of state may be
 _LARGE = 1_000  # a container of more entries is data
 _APART = ("_parameters", "_modules", "training")  # of a module; no state of its own
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 _GONE = object()
 """Nothing is held there."""
 
@@ -32,6 +32,9 @@ class _Then:
 
     content: dict[Any, Any]
     inside: dict[Any, _Then]
+
+
+_EMPTY = _Then({}, {})  # the hooks of a module, most of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +115,7 @@ def tables(model: nn.Module) -> list[Change]:
             found[id(own)] = Change(own, dict(own), own | tuples)
     level = [v for m in model.modules() for k, v in vars(m).items() if k not in (*_APART, "_buffers")]
     for _ in range(_DEEP):
-        holders = [(x, inner) for x in level if (inner := _holder(x)) is not None and id(inner) not in found]
+        holders = [(x, inner) for x in level if (inner := _holder(x)) and id(inner) not in found]
         level = []
         for x, holder in holders:
             now = content_of(holder)
@@ -128,6 +131,8 @@ def tables(model: nn.Module) -> list[Change]:
 
 def _holder(x: Any) -> Any:
     """The container that ``x`` is, or that holds the attributes of an object of the user's; ``None`` if it is none."""
+    if type(x) in _ATOMS:  # most of what modules hold
+        return None
     if isinstance(x, dict | list | deque):
         return x if len(x) <= _LARGE else None
     if isinstance(x, Tensor | nn.Module | type) or not is_of_the_user(type(x)) or not type(x).__dictoffset__:
@@ -136,6 +141,8 @@ def _holder(x: Any) -> Any:
 
 
 def _snapshot(holder: Any, deep: int = 0) -> _Then:
+    if not holder:
+        return _EMPTY
     content = content_of(holder)
     inside = {
         key: _snapshot(inner, deep + 1)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from oto import OTO
+from oto.axes import invariance
 from oto.errors import NothingPrunableError
 
 EPS = 1e-5
@@ -251,3 +252,55 @@ def test_a_square_layer_whose_rows_have_length_one_may_lose_channels(norm):
     subnet = oto.construct_subnet(emitter="module")
     assert subnet.model.last.in_features == 8
     assert (subnet.model(x) - expected).abs().max() < 1e-12
+
+
+class Residual(nn.Module):
+    def __init__(self, depth, norm):
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.blocks = nn.ModuleList(norm(nn.Linear(16, 16)) for _ in range(depth))
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + torch.relu(block(x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("model", [Square(by_hand), Residual(3, by_hand), Residual(3, weight_norm)],
+                         ids=["square", "by hand", "new"])  # fmt: skip
+def test_what_a_zero_breaks_is_found_as_if_it_were_followed_alone(model, monkeypatch):
+    breaking, broken = invariance._breaking, []
+
+    def alone(steps, place):
+        facts = {place: 0.0}
+        invariance._follow(steps, facts, onwards=True)
+        return any(fact is not None and fact != fact for fact in facts.values())
+
+    def compared(steps, places):
+        found = breaking(steps, places)
+        assert found == {place for place in places if alone(steps, place)}
+        broken.extend(found)
+        return found
+
+    monkeypatch.setattr(invariance, "_breaking", compared)
+    OTO(model, torch.randn(4, 8))
+    assert broken
+
+
+def test_a_proof_costs_as_much_for_each_layer_however_many_there_are(monkeypatch):
+    fact, count = invariance._fact, 0
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        return fact(*args)
+
+    monkeypatch.setattr(invariance, "_fact", counted)
+    costs = []
+    for depth in (8, 16, 32):
+        count = 0
+        OTO(Residual(depth, lambda layer: layer), torch.randn(4, 8), everything=True)
+        costs.append(count)
+    assert costs[2] - costs[1] <= 2.1 * (costs[1] - costs[0])

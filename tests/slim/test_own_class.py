@@ -715,15 +715,39 @@ def test_integers_remember_the_attributes_that_they_were_made_of():
             self.width, self.heads, self.sizes = 12, 4, [3, 9]
 
     holder = Holder()
-    traced.trace_(holder, lambda module: False)
-    width, heads = Place("", ("width",)), Place("", ("heads",))
-    each = holder.width // holder.heads
-    assert (each, traced.places_of(each)) == (3, {width, heads}) and holder.width.direct and not each.direct
-    assert traced.places_of(24 * holder.heads) == {heads} == traced.places_of(-holder.heads)
-    assert traced.places_of(holder.sizes[1] - 1) == {Place("", ("sizes", 1))}
-    assert not traced.places_of(int(holder.width)) and not traced.places_of(holder.width / 2)
-    assert type(copy.deepcopy(holder).width) is traced.TracedInt and type(pickle.loads(pickle.dumps(each))) is int
-    assert torch.empty(2, 12).view(holder.heads, -1).shape == (4, 6)
+    width, heads, sizes = Place("", ("width",)), Place("", ("heads",)), holder.sizes
+    with traced.traced(holder, lambda module: False):
+        each = holder.width // holder.heads
+        assert (each, traced.places_of(each)) == (3, {width, heads}) and holder.width.direct and not each.direct
+        assert traced.places_of(24 * holder.heads) == {heads} == traced.places_of(-holder.heads)
+        assert traced.places_of(holder.sizes[1] - 1) == {Place("", ("sizes", 1))}
+        assert not traced.places_of(int(holder.width)) and not traced.places_of(holder.width / 2)
+        assert type(copy.deepcopy(holder).width) is traced.TracedInt and type(pickle.loads(pickle.dumps(each))) is int
+        assert torch.empty(2, 12).view(holder.heads, -1).shape == (4, 6)
+    assert type(holder.width) is int and holder.sizes is sizes and list(map(type, sizes)) == [int, int]
+
+
+def test_a_try_that_showed_a_repair_is_not_made_again(monkeypatch):
+    class Literals(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 12), nn.Linear(12, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            h = self.a(x).view(len(x), 3, 4).transpose(1, 2).reshape(len(x), 12)
+            return self.c(self.b(h).view(len(x), 4, 4).transpose(1, 2).reshape(len(x), 16))
+
+    run, ran = workbench.Workbench._run, []
+
+    def kept(self, edits, adaptation, thin, limit):
+        result = run(self, edits, adaptation, thin, limit)
+        ran.append((adaptation, thin, result.is_cut))
+        return result
+
+    monkeypatch.setattr(workbench.Workbench, "_run", kept)
+    slimmed(Literals(), torch.randn(2, 5))
+    whole = [(id(adaptation), id(thin)) for adaptation, thin, is_cut in ran if not is_cut]
+    assert len(whole) == len(set(whole)) > 3
 
 
 def test_an_adaptation_is_a_value():

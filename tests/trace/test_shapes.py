@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from oto._torch import TorchDispatchMode
+from oto._torch import FakeTensor, FakeTensorMode, TorchDispatchMode
+from oto.trace.record import record
 from oto.trace.shapes import _SHAPES, Remembered, result_of
 
 aten = torch.ops.aten
@@ -137,3 +138,40 @@ def test_what_depends_on_the_default_dtype_is_told_apart():
     finally:
         torch.set_default_dtype(torch.float32)
     assert (first.dtype, second.dtype) == (torch.float32, torch.float64)
+
+
+VIEWS = [
+    (aten.reshape.default, ([3, 4],)), (aten.transpose.int, (0, 1)), (aten.unsqueeze.default, (1,)),
+    (aten.add.Tensor, (1,)), (aten.to.dtype, (torch.float64,)), (aten.chunk.default, (2,)),
+    (aten.to.dtype, (torch.float32,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "rest"), VIEWS, ids=str)
+def test_fake_tensors_are_remembered_as_they_are(op, rest):
+    remembered, mode = Remembered(), FakeTensorMode()
+    with torch.inference_mode(), mode:
+        for _ in range(2):
+            given = mode.from_tensor(torch.randn(2, 6)) + 0
+            wanted, found = op(given, *rest), remembered.call(op, (given, *rest), {}, mode)
+            pairs = zip(*([r] if isinstance(r, torch.Tensor) else list(r) for r in (wanted, found)), strict=True)
+            for a, b in pairs:
+                assert type(b) is FakeTensor and b.fake_mode is mode and (a is given) == (b is given)
+                assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+                assert a.is_inference() == b.is_inference() and a.storage_offset() == b.storage_offset()
+
+
+def test_numbers_that_fake_tensors_know_are_not_forgotten():
+    remembered, mode = Remembered(), FakeTensorMode()
+    with torch.inference_mode(), mode:
+        for number in (2, 3):
+            assert remembered.call(aten.add.Tensor, (torch.tensor(number), 1), {}, mode).item() == number + 1
+
+
+def test_a_model_that_views_its_parameters_is_carried_by_fake_tensors_again_and_again():
+    class Net(torch.nn.Linear):
+        def forward(self, given):
+            assert not given.is_meta
+            return given @ self.weight.unsqueeze(0).repeat(1, 1, 1).squeeze(0).transpose(0, 1)
+
+    assert [record(Net(3, 4), torch.randn(2, 3)).how for _ in range(2)] == ["fake", "fake"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from oto.axes.terms import Term, resolve
 from oto.axes.terms import size as size_of
-from oto.slim.own_class.attributes import Place, SizeAttribute, changed, numbers
+from oto.slim.own_class.attributes import Place, SizeAttribute, changed
 from oto.slim.own_class.blocks import ancestors, moved
 from oto.slim.own_class.layers import stock
 from oto.slim.own_class.rescale import sizes_in
@@ -154,7 +154,7 @@ class Candidates:
             (Place(holder, key), value)
             for path in self.paths
             for holder in (ancestors(path) if far else [path])
-            for key, value in numbers(self.at.bench.modules[holder])
+            for key, value in self.at.bench.numbers(holder)
             if isinstance(value, int) and value > 1
         ]
         fits = [

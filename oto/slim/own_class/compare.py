@@ -25,7 +25,7 @@ from oto.nn.calls import numbers_of
 from oto.slim.edits import Edits
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
-from oto.slim.own_class.detours import Detour, agree
+from oto.slim.own_class.detours import Detour
 from oto.slim.pruned_shapes import Thinning
 from oto.trace.graph import Node, Value
 from oto.trace.record import FunctionCall
@@ -69,11 +69,13 @@ class Run:
         calls: Operators, in their order.
         failure: What was raised in the end.
         literals: The functions that made a tensor of numbers, which are no calls of operators.
+        is_cut: Whether it was followed no further.
     """
 
     calls: Sequence[Node]
     failure: Exception | None
     literals: Sequence[FunctionCall]
+    is_cut: bool = False
 
 
 @dataclass(eq=False)
@@ -206,6 +208,8 @@ class Comparison:
         """The calls after some that are made otherwise and give the same: a class may branch on sizes."""
         ahead = enumerate(self.nodes[i : i + _DETOUR])
         free = next((n for n, node in ahead if self._is_held(node)), _DETOUR)  # what it keeps is compared with nothing
+        full, slim = self.nodes[i : i + _DETOUR], self.calls[j : j + _DETOUR]
+        detour = Detour(full, slim, self.stands, self.itself, self.thin, self.rewrites)
         for steps in range(1, _DETOUR):
             for back in range(min(steps, free) + 1):
                 after, other = i + back, j + steps - back
@@ -213,9 +217,8 @@ class Comparison:
                     continue
                 pairs = self._given(i, after, j, other)
                 if pairs and all(self._fits(old, new, True) for old, new in pairs):
-                    self._meet_leaves(self.nodes[i:after], self.calls[j:other])
-                    detour = Detour(self.nodes[i:after], self.calls[j:other], pairs, self.stands, self.itself)
-                    if agree(detour, self.thin, self.rewrites):
+                    self._meet_leaves(full[:back], slim[: steps - back])
+                    if detour.agrees(back, steps - back, pairs):
                         for old, new in pairs:
                             self.stands[old] = self._real(new)
                         return after, other

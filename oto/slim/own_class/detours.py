@@ -26,67 +26,90 @@ _LARGE = 1 << 24
 """Entries of a tensor from which on a comparison costs too much; such a branch is a divergence."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Detour:
-    """Two ways from the same tensors to the same.
+    """Two ways from the same tensors, made as far as they are asked for; each call is made once.
 
     Attributes:
-        full, slim: The calls of the full and of the slim model.
-        results: What they give that later calls read, of each.
-        stands: For tensors of the full model, those of the slim one.
+        full, slim: The calls of the full and of the slim model, from where they part.
+        stands: For tensors of the full model, those of the slim one; it may grow meanwhile.
         itself: For tensors of the slim model that are another one laid out anew, that one.
+        thin: What is left.
+        rewrites: How the calls of the full model are made on thinner tensors.
     """
 
     full: Sequence[Node]
     slim: Sequence[Node]
-    results: Sequence[tuple[Value, Value]]
     stands: Mapping[Value, Value]
     itself: Mapping[Value, Value]
+    thin: Thinning
+    rewrites: Mapping[int, Rewrite]
+
+    def __post_init__(self) -> None:
+        self._given: dict[Value, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(0)
+        self._wanted = _Way(lambda value: self._slim_value(self.stands[value]))
+        self._found = _Way(self._slim_value)
+
+    def agrees(self, full: int, slim: int, results: Sequence[tuple[Value, Value]]) -> bool:
+        """Whether so many calls of each side give the same for random numbers, in float64.
+
+        Args:
+            results: What they give that later calls read, of each.
+
+        Returns:
+            ``False`` where that cannot be run.
+        """
+        try:
+            with torch.inference_mode():
+                for node in self.full[self._wanted.calls : full]:
+                    self._wanted.make(self.thin.call(node, self.rewrites.get(node.index)), node)
+                for node in self.slim[self._found.calls : slim]:
+                    self._found.make((node.op, node.args, dict(node.kwargs)), node)
+                return all(_same(self._wanted.value(old), self._found.value(new)) for old, new in results)
+        except Exception as failure:  # what only the user's own code could run, or an input that no number stands for
+            if out_of_memory(failure):
+                raise
+            return False
+
+    def _slim_value(self, value: Value) -> Tensor:
+        value = self.itself.get(value, value)
+        if value not in self._given:
+            self._given[value] = _random(value, self._generator)
+        return self._given[value]
 
 
-def agree(detour: Detour, thin: Thinning, rewrites: Mapping[int, Rewrite]) -> bool:
-    """Whether both ways give the same for random numbers, in float64; ``False`` where that cannot be run."""
-    given: dict[Value, Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
+class _Way:
+    """The calls of one side.
 
-    def slim_value(value: Value) -> Tensor:
-        value = detour.itself.get(value, value)
-        if value not in given:
-            given[value] = _random(value, generator)
-        return given[value]
+    Attributes:
+        calls: How many were made.
+    """
 
-    def full_value(value: Value) -> Tensor:
-        return slim_value(detour.stands[value])
+    def __init__(self, given: Callable[[Value], Tensor]) -> None:
+        self.calls = 0
+        self._given, self._made = given, dict[Value, Tensor]()
 
-    try:
-        with torch.inference_mode():
-            wanted = _run([thin.call(node, rewrites.get(node.index)) for node in detour.full], detour.full, full_value)
-            found = _run([(n.op, n.args, dict(n.kwargs)) for n in detour.slim], detour.slim, slim_value)
-            return all(_same(wanted(old), found(new)) for old, new in detour.results)
-    except Exception as failure:  # what only the user's own code could run, or an input that no number stands for
-        if out_of_memory(failure):
-            raise
-        return False
+    def value(self, v: Value) -> Tensor:
+        return self._made[v] if v in self._made else self._given(v)
 
+    def make(self, call: tuple[Any, Any, dict[str, Any]], node: Node) -> None:
+        """Make the next call.
 
-def _run(
-    calls: Sequence[tuple[Any, Any, dict[str, Any]]], nodes: Sequence[Node], given: Callable[[Value], Tensor]
-) -> Callable[[Value], Tensor]:
-    """Make some calls; what each tensor is then."""
-    made: dict[Value, Tensor] = {}
-
-    def value(v: Value) -> Tensor:
-        return made[v] if v in made else given(v)
-
-    for (op, args, kwargs), node in zip(calls, nodes, strict=True):
+        Raises:
+            NotImplementedError: It writes to a tensor that it does not return.
+        """
         if node.written:
-            raise NotImplementedError("a call that writes to what it is given")
-        args, kwargs = tree_map_only(Value, value, (args, kwargs))
+            raise NotImplementedError(node)
+        op, args, kwargs = call
+        args, kwargs = tree_map_only(Value, self.value, (args, kwargs))
         kwargs = {k: _in_double(v) for k, v in kwargs.items() if not isinstance(v, torch.device)}
+        if getattr(getattr(op, "_schema", None), "is_mutable", False):  # both sides are given the same tensors
+            args = tree_map_only(Tensor, Tensor.clone, args)
         results = op(*[_in_double(a) for a in args], **kwargs)
         results = [results] if isinstance(results, Tensor) else list(results)
-        made.update((v, r) for v, r in zip(node.outputs, results, strict=False) if v is not None)
-    return value
+        self._made.update((v, r) for v, r in zip(node.outputs, results, strict=False) if v is not None)
+        self.calls += 1
 
 
 def _in_double(x: Any) -> Any:

@@ -23,7 +23,7 @@ from oto.groups.layout import joined
 from oto.groups.policy import keep_whole
 from oto.progress import stage
 from oto.slim.own_class.adaptation import Adaptation
-from oto.slim.own_class.attributes import Place, SizeAttribute, numbers
+from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.compare import Divergence
 from oto.slim.own_class.layers import stock
@@ -247,7 +247,7 @@ class Search:
             if not any(axis.fixed is not None and axis.fixed.text == _LAST_SAYS for axis in axes_of(out)):
                 continue
             for holder in ancestors(path)[1:]:
-                for key, value in numbers(self.bench.modules[holder]):
+                for key, value in self.bench.numbers(holder):
                     if len(key) == 1 and value == size_of(into) and isinstance(value, int):
                         made.setdefault(Place(holder, key), SizeAttribute(into, value))
         new = adaptation.with_sizes({place: size for place, size in made.items() if place not in adaptation.sizes})

@@ -10,7 +10,6 @@ from oto.axes.call import Rewrite
 from oto.axes.terms import Term, axes_of, resolve
 from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
-from oto.slim.own_class.attributes import numbers
 from oto.slim.own_class.compare import Divergence
 from oto.slim.own_class.trials import Trial, Trials
 from oto.slim.own_class.workbench import Workbench
@@ -85,7 +84,7 @@ class Situation:
 
     def held(self, path: str) -> dict[Key, int | float]:
         """The numbers that a module holds."""
-        return dict(numbers(self.bench.modules[path]))
+        return dict(self.bench.numbers(path))
 
     def is_width(self, term: Term) -> bool:
         """Whether a dimension is made of such that parameters have, and is no batch or other length."""

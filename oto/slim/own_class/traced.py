@@ -9,7 +9,8 @@ try what it may have been.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -60,16 +61,23 @@ def places_of(number: Any) -> frozenset[Place]:
     return number.places if isinstance(number, TracedInt) else frozenset()
 
 
-def trace_(model: nn.Module, skip: Callable[[nn.Module], bool]) -> None:
-    """Let every integer of more than one that a module holds say where it came from.
+@contextmanager
+def traced(model: nn.Module, skip: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """While inside, every integer of more than one that a module holds says where it came from.
 
     Args:
-        model: A copy that is thrown away, or put back.
         skip: Modules that are left alone.
     """
-    for path, module in model.named_modules():
-        if skip(module):
-            continue
-        for key, value in list(numbers(module)):
-            if type(value) is int and value > 1:
-                state_(module, key, TracedInt.of(value, frozenset([Place(path, key)]), direct=True))
+    held: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for path, module in model.named_modules():
+            if skip(module):
+                continue
+            for key, value in list(numbers(module)):
+                if type(value) is int and value > 1:
+                    held.append((module, str(key[0]), vars(module)[str(key[0])]))  # what leads to it is made anew
+                    state_(module, key, TracedInt.of(value, frozenset([Place(path, key)]), direct=True))
+        yield
+    finally:
+        for module, name, before in reversed(held):
+            setattr(module, name, before)

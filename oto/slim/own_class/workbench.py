@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from types import CellType, FunctionType
 from typing import Any
@@ -16,21 +17,27 @@ from oto.errors import out_of_memory
 from oto.groups import Partition
 from oto.slim.copying import closed_over
 from oto.slim.edits import Edits, attribute, edited, tensors_of, thin_copy, thin_tensor
+from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
+from oto.slim.own_class.attributes import numbers
 from oto.slim.own_class.blocks import Blocks, ancestors
 from oto.slim.own_class.compare import Comparison, Divergence, Full, Run
 from oto.slim.own_class.layers import DeclinedError, Layers, edits_of, stock
 from oto.slim.own_class.overrides import FunctionCalls
 from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
-from oto.slim.own_class.traced import trace_
+from oto.slim.own_class.traced import traced
 from oto.slim.pruned_shapes import Thinning
-from oto.trace.found import Found, content_of, surroundings
+from oto.trace.found import Found, content_of, modules_of, surroundings
 from oto.trace.graph import Graph
 from oto.trace.record import FunctionCall, Script, follow
 
 AHEAD = 64
 """How many calls beyond a divergence a try is followed: enough to see that it is gone, few of those of most models."""
+
+
+_KNOWN = 32
+"""Tries that are remembered: as many proposals as one divergence gets; what they raised holds their calls."""
 
 
 class Workbench:
@@ -50,6 +57,8 @@ class Workbench:
         self.graph: Graph = partition.found.graph
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.runs = 0
+        self._known: dict[tuple[int, int], tuple[Adaptation, Thinning, Divergence | None]] = {}
+        self._numbers: dict[str, list[tuple[Key, int | float]]] = {}
         self.is_traced = False
         self.mode = self.graph.how
         self.script: Script | None = None
@@ -58,7 +67,6 @@ class Workbench:
         self.is_reproducible = self._follow_full()
         self.blocks = Blocks(self.graph, self.modules, self.calls.recorded)
         self.layers = Layers.of(model, self.graph)
-        self._copy: nn.Module | None = None
 
     # --- the full model -----------------------------------------------------------------------------------------------
 
@@ -69,32 +77,32 @@ class Workbench:
         """
         data = self.graph.how == "real"
         for mode in ("real", "grad") if data else (self.graph.how,):
-            for traced in (True, False):
-                model = self._traced() if traced else self.model
-                if model is not None and self._follow(model, mode, data):
-                    self.is_traced = traced
-                    return True
+            if self._follow_traced(mode, data):
+                self.is_traced = True
+                return True
+            if self._follow(self.model, mode, data):
+                return True
         return False
 
-    def _traced(self) -> nn.Module | None:
-        """A copy whose integers remember where they came from; ``None`` if the model cannot be copied."""
-        data = self.graph.how == "real"
+    def _follow_traced(self, mode: str, data: bool) -> bool:
+        """The same for a copy whose integers remember where they came from."""
         try:
-            own = tensors_of(self.model, self.partition) if data else self._empty()
-            copy = thin_copy(self.model, own, Edits())
-            trace_(copy, lambda module: stock(module) is not None)
-        except Exception as failure:  # a class that minds what is set
+            copy = self._copy
+            with traced(copy.model, lambda module: stock(module) is not None):
+                return self._follow(copy.model, mode, data, copy)
+        except Exception as failure:  # a class that cannot be copied, or minds what is set
             if out_of_memory(failure):
                 raise
-            return None
-        return copy
+            vars(self).pop("_copy", None)
+            return False
 
-    def _follow(self, model: nn.Module, mode: str, data: bool) -> bool:
+    def _follow(self, model: nn.Module, mode: str, data: bool, copy: _Copy | None = None) -> bool:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
         script = Script() if data else None
         calls, failure = follow(
-            model, self.dummy_input, known, mode, functions, script=script, literals=literals
+            model, self.dummy_input, known, mode, functions, script=script, literals=literals,
+            found=None if copy is None else copy.found, bare=copy is not None and copy.is_swappable,
         )  # fmt: skip
         if failure is not None or [call.op for call in calls] != [node.op for node in self.graph.nodes]:
             return False
@@ -110,6 +118,9 @@ class Workbench:
         Args:
             beyond: A call that it diverged at before; it is followed only so far that one sees whether it does still.
         """
+        known_here = self._known.get((id(adaptation), id(thin)))
+        if known_here is not None:
+            return known_here[2]
         self.runs += 1
         try:
             edits = edits_of(self.layers, thin, OwnClass(adaptation, self.calls), sizes_only=True)
@@ -120,46 +131,35 @@ class Workbench:
             if out_of_memory(refused):
                 raise
             return Divergence(0, refused)
-        return Comparison(self.full, run, adaptation, thin, edits).divergence()
+        found = Comparison(self.full, run, adaptation, thin, edits).divergence()
+        if not run.is_cut:  # the search goes on from a repair with the very try that showed that it does
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[id(adaptation), id(thin)] = adaptation, thin, found
+        return found
 
     def _run(self, edits: Edits, adaptation: Adaptation, thin: Thinning, limit: int | None) -> Run:
         literals: list[FunctionCall] = []
         if self.script is not None:
             self.script.read = 0
-        if self._is_swappable:
-            slim, found = self._edited(edits, self._thin(thin, adaptation, changed=True))
+        if self._copy.is_swappable:
+            slim, found = self._copy.edited(edits, self._thin(thin, adaptation, changed=True)), self._copy.found
         else:
             slim, found = thin_copy(self.model, self._thin(thin, adaptation), edits), self._held_by_model
         calls, failure = follow(
-            slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found
+            slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found,
+            bare=self._copy.is_swappable,
         )  # fmt: skip
-        return Run(calls, failure, literals)
-
-    def _edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, Found]:
-        """The copy with other tensors and its modules changed; and what it held, by which it is put back."""
-        assert self._copy is not None
-        for module, kind in self._kinds:  # an encoder of which a layer was swapped is one of another class
-            if type(module) is not kind:
-                module.__class__ = kind
-        try:
-            for name, new in tensors.items():
-                old = attribute(self._copy, name)
-                kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                for holder, key in self._holders[id(old)]:
-                    holder[key] = kept
-            return edited(self._copy, edits), self._pristine
-        except BaseException:
-            self._pristine.put_back()
-            raise
+        return Run(calls, failure, literals, is_cut=failure is None and len(calls) == limit)
 
     @cached_property
-    def _is_swappable(self) -> bool:
-        """Whether the tensors of one copy can be swapped for others; else each try has a copy of its own."""
-        self._copy = thin_copy(self.model, self._whole(), Edits())
-        self._holders = _holders(self._copy)
-        self._pristine = Found(self._copy, self.dummy_input)
-        self._kinds = [(module, type(module)) for module in self._copy.modules()]
-        return not _holds_elsewhere(self._copy, self._holders)
+    def _copy(self) -> _Copy:
+        """The copy that is run, traced and thinner.
+
+        Raises:
+            EmitterError: The model cannot be copied.
+        """
+        return _Copy.of(thin_copy(self.model, self._whole(), Edits()), self.dummy_input)
 
     def _thin(self, thin: Thinning, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
         """For each tensor of the model a thinner one; without data, but for constants, where none is needed.
@@ -183,7 +183,7 @@ class Workbench:
 
     def _whole(self) -> dict[str, Tensor]:
         """What a copy holds that is not thinner: of a model that is run on data, its own tensors."""
-        return self._empty() if self.script is None else tensors_of(self.model, self.partition)
+        return tensors_of(self.model, self.partition) if self.graph.how == "real" else self._empty()
 
     def _empty(self) -> dict[str, Tensor]:
         """For each tensor of the model one without data, but for constants: a forward may read their numbers."""
@@ -205,15 +205,60 @@ class Workbench:
         """What the model holds; a copy that is thrown away shares some of it."""
         return Found(self.model, self.dummy_input)
 
+    def numbers(self, path: str) -> list[tuple[Key, int | float]]:
+        """The numbers that a module holds."""
+        if path not in self._numbers:
+            self._numbers[path] = list(numbers(self.modules[path]))
+        return self._numbers[path]
+
     def first_in(self, path: str) -> int:
         """The first call that a module makes."""
         return next((n.index for n in self.graph.nodes if path in ancestors(n.module)), 0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """A copy of the model that is changed in place, and put back.
+
+    Attributes:
+        found: What it holds.
+        holders: As of :func:`_holders`.
+        kinds: The class of each module.
+        is_swappable: Whether its tensors can be swapped for others; else each try has a copy of its own.
+    """
+
+    model: nn.Module
+    found: Found
+    holders: Mapping[int, list[tuple[Any, Any]]]
+    kinds: list[tuple[nn.Module, type[nn.Module]]]
+    is_swappable: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, dummy_input: Any) -> _Copy:
+        holders, kinds = _holders(model), [(module, type(module)) for module in modules_of(model)]
+        return cls(model, Found(model, dummy_input), holders, kinds, not _holds_elsewhere(model, holders))
+
+    def edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The copy with other tensors and its modules changed, until it is put back."""
+        for module, kind in self.kinds:  # an encoder of which a layer was swapped is one of another class
+            if type(module) is not kind:
+                module.__class__ = kind
+        try:
+            for name, new in tensors.items():
+                old = attribute(self.model, name)
+                kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                for holder, key in self.holders[id(old)]:
+                    holder[key] = kept
+            return edited(self.model, edits)
+        except BaseException:
+            self.found.put_back()
+            raise
+
+
 def _holders(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
     """For each tensor, by its id, the tables and lists of modules that hold it, and where in them."""
     found: dict[int, list[tuple[Any, Any]]] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         held = vars(module)
         lists = [value for value in held.values() if type(value) in (list, dict)]
         for holder in (held, *lists):
