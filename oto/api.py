@@ -62,8 +62,10 @@ from oto.groups.policy import (
 )
 from oto.io.artefact import adding, check_out_dir
 from oto.io.subnet import FULL, WEIGHTS, files, save
+from oto.oneshot import MEASURED, Data, Settings, compress
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
+from oto.optim.compensate import RIDGE
 from oto.optim.shrink import Moved
 from oto.optim.target import UNITS, Target
 from oto.optim.wrapped import refuse_unknown
@@ -71,6 +73,7 @@ from oto.progress import stage, stages
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
 from oto.report.html import Origin
+from oto.report.one_shot import OneShot
 from oto.report.preview import Preview, preview
 from oto.slim.config.recipe import Recipe
 from oto.slim.config.trial import stated
@@ -483,6 +486,61 @@ class OTO:
             times = timer(self.costs.sizes), timer(counts)
         said, costs = (str(choice.target), f"chosen by {how}"), (self._cost(), self._cost(kept))
         return preview(*said, self.node_groups, self.costs, kept, *costs, times)
+
+    @_takes_options_of(Choice.of)
+    def one_shot(
+        self,
+        *,
+        batches: Iterable[Any],
+        loss: Callable[[nn.Module, Any], Tensor],
+        holdout: float = 0.25,
+        compensate: str | None = "affine",
+        ridge: float = RIDGE,
+        portions: int = 16,
+        norms: bool = True,
+        **options: Any,
+    ) -> OneShot:
+        """Compress the model without training, in place: print what it cost, then ``construct_subnet`` as ever.
+
+        What is to go is chosen at once, on the full model. Then the network is gone through in portions, from its input
+        to its output: the weights that read what goes take over what it carried, by a least-squares fit over the
+        batches (:mod:`oto.optim.compensate`), batch norms are estimated anew, and the atoms are set to zero. A fold
+        that does not lower the loss on the held-out batches is undone, and so are batch norms.
+
+        The loss is called in eval mode; one that needs train mode sets it. It takes a few forward passes over all
+        batches for each portion, and memory for one copy of the model beside the second moments of a portion (n²
+        numbers for n entries of a layer's input). Give data of the kind that the model is for, a few hundred to a
+        thousand samples, in several batches.
+
+        Args:
+            batches: Batches to calibrate with, and to check with.
+            loss: Takes the model and a batch, and returns the loss.
+            holdout: Share of the batches that is used for nothing but to check, the last ones; 0: nothing is checked.
+            compensate: ``"affine"``; ``"ridge"``, without a constant; ``"bias"``, the constant alone; or ``None``.
+            ridge: Damping of the fit, as a share of the mean of the diagonal of the moments.
+            portions: In how many portions at most. Statistics of each are taken behind the ones before.
+            norms: Estimate batch norms anew.
+            **options: A target (``target_macs=0.7``) and how to choose, as in :meth:`oto.optim.Choice.of`. ``saliency``
+                may be ``"obs"`` (what the fit loses, atom after atom) or ``"fluctuation"`` (how much what is read
+                varies), too; by default it goes by gradients of the batches, and ``"magnitude"`` needs none.
+
+        Raises:
+            OptionError: There are too few batches, or an option means nothing; or there are several processes.
+            TargetError: The target cannot be reached.
+        """
+        refuse_unknown(options, Choice.of, "one_shot")
+        options = self._by_first_names(options)
+        target = {name: options.pop(name) for name in UNITS if name in options}
+        options["align"] = self._align(target | options)
+        if isinstance(options.get("saliency"), str):
+            options["saliency"] = MEASURED.get(options["saliency"], options["saliency"])
+        data, settings = Data.of(batches, loss, holdout), Settings(compensate, ridge, portions, norms)
+        latency = self._latency(target | options)
+        choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)
+        with stages("one_shot"):
+            return compress(
+                self.model, self.partition, self.node_groups, choice, data, settings, self._prune_frozen
+            )  # fmt: skip
 
     @property
     def costs(self) -> Costs:

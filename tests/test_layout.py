@@ -138,6 +138,7 @@ TOP = {
     "given",
     "integrations",
     "__main__",
+    "oneshot",
 }  # strings the stages together, and what stands on that
 
 
@@ -152,13 +153,14 @@ def test_no_stage_knows_what_stands_on_it(monkeypatch: pytest.MonkeyPatch) -> No
         "__main__": {"cli"},
         "_torch": set(),
         "atomic": set(),
-        "api": {"subnet"},
+        "api": {"oneshot", "subnet"},
         "clock": set(),
         "subnet": set(),
         "cli": {"api", "given"},
         "errors": set(),
         "integrations": set(),
         "given": set(),
+        "oneshot": set(),  # choice, compensation and report meet here only
         "progress": set(),
     }
 

@@ -338,6 +338,13 @@ class Choice:
         Raises:
             NoGradientError: It has no gradient, and the choice goes by gradients.
         """
+        left = self._counts(self.left_of(model, batches, loss))
+        return dict(zip((group.name for group in self.groups), left.tolist(), strict=True))
+
+    def left_of(
+        self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None
+    ) -> Tensor:
+        """Which atoms that is, bool, shape ``(N,)``; the same otherwise."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
 
         def entries() -> list[Entries]:
@@ -366,7 +373,7 @@ class Choice:
         left = ~self.select(scores, alive)
         self.require_near(left, scores)
         self.warn_of_collapse(left)
-        return dict(zip((group.name for group in self.groups), self._counts(left).tolist(), strict=True))
+        return left
 
     def _floors(self, goal: float) -> Iterator[Counts]:
         """Floors on the way from ``floor`` to ``least``, as far as they allow for the goal, the highest first."""
