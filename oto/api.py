@@ -62,7 +62,7 @@ from oto.groups.policy import (
 )
 from oto.io.artefact import adding, check_out_dir
 from oto.io.subnet import FULL, WEIGHTS, files, save
-from oto.oneshot import MEASURED, Data, Settings, compress
+from oto.oneshot import COMPARABLE, MEASURED, Data, Settings, compress
 from oto.optim import HESSO, HESSOCRIC, Choice, SparseOptimizer
 from oto.optim.choice import FROM_MAGNITUDE
 from oto.optim.compensate import RIDGE
@@ -521,8 +521,9 @@ class OTO:
             portions: In how many portions at most. Statistics of each are taken behind the ones before.
             norms: Estimate batch norms anew.
             **options: A target (``target_macs=0.7``) and how to choose, as in :meth:`oto.optim.Choice.of`. ``saliency``
-                may be ``"obs"`` (what the fit loses, atom after atom) or ``"fluctuation"`` (how much what is read
-                varies), too; by default it goes by gradients of the batches, and ``"magnitude"`` needs none.
+                may also be ``"obs"`` (what the fit loses, atom after atom), ``"sensitivity"`` (how much the loss rises
+                when a group alone gets thinner) or ``"fluctuation"`` (how much what is read varies). By default it goes
+                by gradients of the batches; ``"magnitude"`` and ``"obs"`` need none.
 
         Raises:
             OptionError: There are too few batches, or an option means nothing; or there are several processes.
@@ -532,8 +533,10 @@ class OTO:
         options = self._by_first_names(options)
         target = {name: options.pop(name) for name in UNITS if name in options}
         options["align"] = self._align(target | options)
-        if isinstance(options.get("saliency"), str):
-            options["saliency"] = MEASURED.get(options["saliency"], options["saliency"])
+        if isinstance(asked := options.get("saliency"), str):
+            options = (
+                (COMPARABLE if asked == "sensitivity" else {}) | options | {"saliency": MEASURED.get(asked, asked)}
+            )
         data, settings = Data.of(batches, loss, holdout), Settings(compensate, ridge, portions, norms)
         latency = self._latency(target | options)
         choice = Choice.of(self.node_groups, target, costs=self.costs, latency=latency, **options)

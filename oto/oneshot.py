@@ -69,8 +69,22 @@ def fluctuating(entries: Weights) -> Tensor:
     raise AssertionError("it is measured")
 
 
-MEASURED = {"obs": obs, "fluctuation": fluctuating}
+def sensitivity(entries: Weights) -> Tensor:
+    """How much the loss rises with each atom that its group alone loses; measured on batches."""
+    raise AssertionError("it is measured")
+
+
+MEASURED = {"obs": obs, "fluctuation": fluctuating, "sensitivity": sensitivity}
 """Ways to choose that look at what readers read."""
+
+COMPARABLE: dict[str, Any] = {"normalise": "none", "by_cost": 1.0}
+"""How a choice goes by ``"sensitivity"``, which is in the unit of the loss."""
+
+LEVELS = (0.25, 0.5, 0.75)
+"""Shares of its atoms that each group loses alone, to see what the loss makes of it."""
+
+TINY = 1e-9
+"""The least that an atom costs; a fit may even help."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +206,9 @@ class Compression:
     def _portion(self, pack: Sequence[NodeGroup], going: dict[str, NDArray[np.int64]], before: float | None) -> Portion:
         names = [group.name for group in pack]
         readers = self.readers.of(names) if self.settings.compensate else []
-        measured = self._moments(self.readers.of(names) if self._measured is obs else readers)
-        if self._measured is obs:
+        by_fit = self._measured in (obs, sensitivity)
+        measured = self._moments(self.readers.of(names) if by_fit else readers)
+        if by_fit:
             going |= {group.name: self._surgery(group, measured, len(going[group.name])) for group in pack}
         after = self.left | {name: self._without(name, going[name]) for name in names}
         old, new = self.partition.masks(_kept(self.left)), self.partition.masks(_kept(after))
@@ -277,7 +292,10 @@ class Compression:
         found: dict[str, Tensor] = {}
         for pack in _packed(self.choice.groups, self._room_of):
             measured = self._moments(self.readers.of([group.name for group in pack]))
-            for group in pack:
+            for group in pack if self._measured is sensitivity else ():
+                stage(f"what it costs to thin {group.name}")
+                found[group.name] = self._loss_per_atom(group, measured)
+            for group in pack if self._measured is not sensitivity else ():
                 own = [self._score(reader, group, measured) for reader in self._reached(group, measured)]
                 if own:
                     found[group.name] = torch.stack(own).sum(0).float()
@@ -291,19 +309,73 @@ class Compression:
             return fluctuation(reader, own, parameter, self._blocks(reader, group))
         return Surgeon.of(reader, own, parameter, self._blocks(reader, group), self.settings.ridge).scores()
 
+    def _loss_per_atom(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
+        """What the loss rises by with each atom, when this group alone gives them up in their order and is folded.
+
+        It is measured at a few levels. Between them it is interpolated, and it never rises more slowly later on.
+        """
+        readers = [r for r in self.readers.of([group.name]) if self.settings.compensate]
+        order = self._order(group, measured)
+        before, done = self._calibration_loss, 0
+        middles, slopes = list[float](), list[float]()
+        for level in LEVELS:
+            go = min(int(level * group.size), group.size - group.min_kept)
+            if go > done:
+                rise = self._loss_without(group, np.sort(order[:go]), readers, measured) - before
+                slopes.append(max([*slopes, rise / (go - done), TINY]))
+                middles.append((done + go) / 2)
+                before, done = before + rise, go
+        if not slopes:
+            return torch.full((group.size,), 1.0)  # it can spare none
+        middles, slopes = [0.0, *middles, float(group.size)], [0.5 * slopes[0], *slopes, 2 * slopes[-1]]
+        scores = np.empty(group.size)
+        scores[order] = np.interp(np.arange(group.size) + 0.5, middles, slopes)
+        return torch.from_numpy(scores).float()
+
+    def _order(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> NDArray[np.int64]:
+        """All atoms of a group, the first to go first: the surgeon's order, else by magnitude."""
+        surgeons = self._surgeons(group, measured)
+        if not surgeons:
+            return self._by_magnitude(group)
+        return greedy(surgeons, np.ones(group.size, dtype=bool), group.size)
+
+    def _loss_without(self, group: NodeGroup, atoms: NDArray[np.int64], readers: Sequence[Reader],
+                      measured: Mapping[Key, Moments]) -> float:  # fmt: skip
+        saved = self._saved([group], readers)
+        masks = self.partition.masks({group.name: np.setdiff1d(np.arange(group.size), atoms)})
+        try:
+            kind = str(self.settings.compensate)
+            fold_(
+                readers, measured, lambda r: Entries.of(r.survivors({}), r.survivors(masks)), self.tensors, kind,
+                self.settings.ridge,
+            )  # fmt: skip
+            self._zero([group], {group.name: atoms})
+            loss = self._loss_over(self.data.calibration)
+        finally:
+            self._put_back(saved)
+        return loss if math.isfinite(loss) else 1e9
+
+    @cached_property
+    def _calibration_loss(self) -> float:
+        return self._loss_over(self.data.calibration)
+
     def _surgery(self, group: NodeGroup, measured: Mapping[Key, Moments], go: int) -> NDArray[np.int64]:
         """Which atoms of a group go, one after the other."""
-        surgeons = [
+        surgeons = self._surgeons(group, measured)
+        if not surgeons:
+            return np.sort(self._by_magnitude(group)[:go])
+        return np.sort(greedy(surgeons, self.left[group.name], go))
+
+    def _surgeons(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> list[Surgeon]:
+        return [
             Surgeon.of(reader, measured[key_of(reader)], self.tensors[reader.parameter], self._blocks(reader, group),
                        self.settings.ridge)
             for reader in self._reached(group, measured)
         ]  # fmt: skip
-        if not surgeons:
-            parameters = dict(self.model.named_parameters(remove_duplicate=False))
-            with torch.no_grad():
-                order = torch.argsort(magnitude(Weights.of(group, parameters)).cpu(), stable=True)
-            return np.sort(order[:go].numpy())
-        return greedy(surgeons, self.left[group.name], go)
+
+    def _by_magnitude(self, group: NodeGroup) -> NDArray[np.int64]:
+        with torch.no_grad():
+            return torch.argsort(magnitude(Weights.of(group, self.tensors)).cpu(), stable=True).numpy()
 
     def _reached(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> list[Reader]:
         return [reader for reader in self.readers.of([group.name]) if key_of(reader) in measured]
@@ -356,10 +428,11 @@ class Compression:
         return found
 
     def _held_loss(self) -> float | None:
-        if not self.data.held:
-            return None
+        return self._loss_over(self.data.held) if self.data.held else None
+
+    def _loss_over(self, batches: Sequence[Any]) -> float:
         with as_found(self.model), torch.no_grad():
-            losses = [float(self.data.loss(self.model, batch)) for batch in self.data.held]
+            losses = [float(self.data.loss(self.model, batch)) for batch in batches]
         return sum(losses) / len(losses)
 
     @cached_property

@@ -97,7 +97,7 @@ def test_pages_name_options_that_there_are() -> None:
     from oto.integrations import early_stopping, progress_dict
 
     known = set()
-    makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.preview, OTO.construct_subnet, OTO.visualize
+    makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.preview, OTO.one_shot, OTO.construct_subnet, OTO.visualize
     for f in (*makers, progress_dict, early_stopping):
         known |= set(inspect.signature(f).parameters)
     ours = "coming_from"

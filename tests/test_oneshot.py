@@ -137,7 +137,7 @@ def test_what_stays_takes_over(kind, layers):
     assert any(p.kept == "folded" and p.folded < p.zeroed for p in folded.portions)
 
 
-@pytest.mark.parametrize("saliency", ["obs", "fluctuation", "magnitude", None])
+@pytest.mark.parametrize("saliency", ["obs", "fluctuation", "sensitivity", "magnitude", None])
 @pytest.mark.parametrize("target", [{"target_macs": 0.6}, {"target_params": 0.7}, {"target_kept": {"*conv*": 0.5}}])
 def test_every_way_to_choose_and_every_unit(saliency, target):
     model, example, batches, loss = made("cnn")
@@ -225,6 +225,7 @@ def test_statistics_come_from_the_pruned_prefix(monkeypatch):
     done = OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss, saliency="magnitude")
     assert len(seen) == len(done.portions) > 1
     assert seen[0] == 0 and seen == sorted(seen) and seen[-1] > 0
+    assert [p.groups[0] for p in done.portions] == ["stem.weight", "blocks.0.0.weight", "blocks.1.0.weight"]
 
 
 def test_refusals_change_nothing():

@@ -300,7 +300,7 @@ class Surgeon:
 
 
 def greedy(surgeons: Sequence[Surgeon], alive: NDArray[np.bool_], go: int, steps: int = 64) -> NDArray[np.int64]:
-    """The atoms that go one after the other, each the cheapest to all readers once those before it have gone.
+    """The atoms that go, in their order: each is the cheapest to all readers once those before it have gone.
 
     Args:
         surgeons: One for each reader of the atoms; they are worked with.
@@ -318,7 +318,7 @@ def greedy(surgeons: Sequence[Surgeon], alive: NDArray[np.bool_], go: int, steps
             surgeon.remove(lowest)
         left[lowest] = False
         gone += lowest.tolist()
-    return np.array(sorted(gone), dtype=np.int64)
+    return np.array(gone, dtype=np.int64)
 
 
 def fluctuation(reader: Reader, moments: Moments, parameter: Tensor, blocks: Tensor) -> Tensor:
