@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,7 @@ from oto.optim.compensate import (
     Key,
     Moments,
     Surgeon,
+    fitted,
     fluctuation,
     fold_,
     greedy,
@@ -483,7 +484,9 @@ def compress(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup]
         OptionError: Parameters are sharded, or there are several processes.
     """
     _require_one_process(model)
-    job = Compression(model, partition, choice, readers(partition, groups, frozen), data, settings)
+    found = readers(partition, groups, frozen)
+    found = replace(found, found=tuple(map(fitted, found.found)))
+    job = Compression(model, partition, choice, found, data, settings)
     with restored(model):
         portions = job.run()
     losses = [x for portion in portions for x in (portion.before, portion.after)]

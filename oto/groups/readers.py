@@ -17,7 +17,7 @@ What cannot be taken over is told, each with its reason:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -68,6 +68,33 @@ class Layout:
         return view.reshape(prod(view.shape[:batch]), prod(view.shape[batch:last]), prod(view.shape[last:]))
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a convolution slides, for each dimension of its kernel, and its groups."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def size(self) -> int:
+        """Entries of the kernel."""
+        return prod(self.kernel)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What each place of the output meets of ``x (N, C, *size)``: ``(groups, places, C / groups · kernel)``."""
+        n = len(self.kernel)
+        x = x if x.ndim == n + 2 else x.unsqueeze(0)
+        x = torch.nn.functional.pad(x, [pad for by in reversed(self.padding) for pad in (by, by)])
+        for dim, (k, by, apart) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
+            x = x.unfold(dim, (k - 1) * apart + 1, by)[..., ::apart]
+        x = x.unflatten(1, (self.groups, x.shape[1] // self.groups))
+        x = x.permute(1, 0, *range(3, 3 + n), 2, *range(3 + n, 3 + 2 * n))  # (groups, N, *places, channels, *kernel)
+        return x.reshape(self.groups, prod(x.shape[1 : 2 + n]), prod(x.shape[2 + n :]))
+
+
 @dataclass(frozen=True, eq=False)
 class Use:
     """A call that contracts a weight with a computed tensor.
@@ -77,12 +104,22 @@ class Use:
         source: The tensor that it reads.
         place: Which of the tensors among its arguments that is, and which is the weight.
         layout: How the tensor is seen.
+        window: How the weight slides along it, if it is the kernel of a convolution.
+        unrolled: Whether a row is all that the kernel meets at a place, and not a pixel.
     """
 
     node: Node
     source: Value
     place: tuple[int, int]
     layout: Layout
+    window: Window | None = None
+    unrolled: bool = False
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """What it reads of its tensor, ``(batch, rows, n)``."""
+        if self.unrolled and self.window is not None:
+            return self.window.rows(tensor)
+        return self.layout.rows(tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +133,7 @@ class Reader:
         term: What the entries that it reads are made of.
         groups: The prunable node groups in that.
         uses: The calls that read with it. All that they read counts.
+        each: How many entries of each row there are for one of the term: those of an unrolled kernel.
         shift: Where a constant may be added to what it gives: the name of a bias and 1, or of the running mean of the
             norm behind it and -1.
     """
@@ -107,26 +145,42 @@ class Reader:
     groups: tuple[str, ...]
     uses: tuple[Use, ...]
     shift: tuple[str, int] | None = None
+    each: int = 1
 
     @property
-    def sources(self) -> tuple[tuple[Value, Layout], ...]:
+    def sources(self) -> tuple[tuple[Value, Layout, Window | None], ...]:
         """What it reads: readers that read the same share their statistics."""
-        return tuple((use.source, use.layout) for use in self.uses)
+        return tuple((use.source, use.layout, use.window if use.unrolled else None) for use in self.uses)
 
     @property
     def width(self) -> int:
         """Entries that each row of it reads."""
-        return size(self.term)
+        return size(self.term) * self.each
+
+    @property
+    def unrolled(self) -> Reader:
+        """The same, with the kernel of a convolution as entries: what it gives is then linear in a row, border and all.
+
+        It is itself where it slides along nothing.
+        """
+        kernels = {use.window.size if use.window is not None else 1 for use in self.uses}
+        if kernels == {1} or len(kernels) > 1 or self.each > 1:
+            return self
+        layout = replace(self.layout, kernel=(), contracted=(*self.layout.contracted, *self.layout.kernel))
+        uses = tuple(replace(use, unrolled=True) for use in self.uses)
+        return replace(self, layout=layout, uses=uses, each=kernels.pop())
 
     def survivors(self, kept: Mapping[Axis, NDArray[np.bool_]]) -> NDArray[np.bool_]:
         """Which of the entries that it reads survive, as :func:`oto.axes.terms.survivors` has it."""
-        return survivors(self.term, kept)
+        return np.repeat(survivors(self.term, kept), self.each)
 
     def entries(self, axis: Axis) -> NDArray[np.int64]:
         """The entries that each atom of an axis in its term has, shape ``(atoms, entries of each)``."""
         atoms = _atoms(self.term, axis)
         order = np.argsort(atoms, kind="stable")
-        return order[np.count_nonzero(atoms < 0) :].reshape(axis.size, -1)
+        entries = order[np.count_nonzero(atoms < 0) :].reshape(axis.size, -1, 1)
+        unrolled: NDArray[np.int64] = entries * self.each + np.arange(self.each)
+        return unrolled.reshape(axis.size, -1)
 
     def weight(self, parameter: Tensor) -> Tensor:
         """The weight, as the calls get it; a view of the parameter."""
@@ -271,7 +325,7 @@ class _Search:
         leaf, path = found
         term = tuple(f for d, _ in pairs for f in resolve(tape.tensors[step.inputs[x]][d]))
         key = leaf.name, _lies(leaf, path)
-        use = Use(node, values[operands[0]], (operands[0], operands[1]), layouts[0])
+        use = Use(node, values[operands[0]], (operands[0], operands[1]), layouts[0], _window(node))
         shift = self._shift(step, w, node, values[operands[1]])
         own = self.weights.setdefault(key, _Found(leaf, path, layouts[1], term, shift))
         if (own.layout, own.term) != (layouts[1], term):
@@ -453,6 +507,19 @@ def _arguments(node: Node) -> dict[str, Any]:
     schema = getattr(node.op, "_schema", None)
     names = [] if schema is None else [argument.name for argument in schema.arguments]
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _window(node: Node) -> Window | None:
+    """How a convolution slides; ``None`` where a call is none, or a transposed one, or says its padding in a word."""
+    aten, given = torch.ops.aten, _arguments(node)
+    if node.op not in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+        return None
+    kernel = given["weight"].shape[2:]
+    stride, padding, dilation = (
+        (tuple(by) * len(kernel))[: len(kernel)] if len(by) == 1 else tuple(by)
+        for by in (given.get("stride", [1]), given.get("padding", [0]), given.get("dilation", [1]))
+    )
+    return Window(kernel, stride, padding, dilation, given.get("groups", 1))
 
 
 def _layout(shape: tuple[int, ...], moves: list[Callable[[Tensor], Tensor]], batch: list[int], kernel: list[int],

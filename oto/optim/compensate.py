@@ -18,8 +18,10 @@ behind it whose running mean could take the constant, there is no ``c``: an affi
 does nothing.
 
 The fit minimises ``E||x_P - B x_S - c||²``, and with it ``E||y - y'||²`` of every linear reader at once, so readers of
-one tensor share it. A convolution is fitted per pixel, the same ``B`` for every entry of its kernel: O(n²) numbers for
-n channels, not O(n² k⁴). Its constant is exact but for the border, where some of the kernel meets padding.
+one tensor share it. A convolution of n channels is unrolled where its kernel is small: the fit is of all that the
+kernel meets at a place, which is the least-squares fit of its output. Where that would be too many numbers, O(n² k⁴),
+it is fitted per pixel, the same ``B`` for every entry of the kernel; its constant is then exact but for the border,
+where some of the kernel meets padding.
 
 Entries that the removal silences hold zero or meet zeros, so nothing they carried is left over, and the zeroed and
 folded model is what the slim model is proved against.
@@ -39,7 +41,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oto._torch import TorchDispatchMode, tree_leaves
-from oto.groups.readers import Layout, Reader
+from oto.groups.readers import Reader, Use
 
 KINDS = ("affine", "ridge", "bias")
 
@@ -48,6 +50,9 @@ RIDGE = 0.01
 
 WIDE = 4096
 """Moments of more entries than this are held in float32."""
+
+UNROLLED = 1024
+"""Convolutions are unrolled up to so many entries, channels times kernel."""
 
 Key = tuple[Any, ...]
 
@@ -129,9 +134,15 @@ def _solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
     return solved
 
 
+def fitted(reader: Reader) -> Reader:
+    """As it is fitted: unrolled, if it is a convolution that is not too wide."""
+    unrolled = reader.unrolled
+    return unrolled if unrolled.width <= UNROLLED else reader
+
+
 def key_of(reader: Reader) -> Key:
     """Readers of the same tensors share their moments."""
-    return tuple((value.index, layout) for value, layout in reader.sources)
+    return tuple((value.index, *how) for value, *how in reader.sources)
 
 
 @contextmanager
@@ -156,13 +167,13 @@ class _Listener(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.found = found
         self.ops: dict[Any, set[int]] = {}
-        self.weights: dict[object, tuple[Key, int, Layout]] = {}
+        self.weights: dict[object, tuple[Key, Use]] = {}
 
     def hear(self, key: Key, reader: Reader, weight: Tensor) -> None:
         for use in reader.uses:
-            x, w = use.place
+            _, w = use.place
             self.ops.setdefault(use.node.op, set()).add(w)
-            self.weights[use.node.op, w, _lies(weight)] = key, x, use.layout
+            self.weights[use.node.op, w, _lies(weight)] = key, use
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.ops:
@@ -170,7 +181,8 @@ class _Listener(TorchDispatchMode):
             for w in self.ops[func]:
                 heard = self.weights.get((func, w, _lies(tensors[w]))) if w < len(tensors) else None
                 if heard is not None:
-                    self._add(heard[0], heard[2].rows(tensors[heard[1]]))
+                    key, use = heard
+                    self._add(key, use.rows(tensors[use.place[0]]))
         return func(*args, **(kwargs or {}))
 
     def _add(self, key: Key, rows: Tensor) -> None:

@@ -266,6 +266,36 @@ def test_what_is_left_of_the_error_is_orthogonal_to_what_stays(net):
             assert across.abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("geometry", [{"padding": 1}, {"stride": 2, "padding": (2, 0)}, {"dilation": 2}, {"groups": 3}])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_an_unrolled_convolution_gives_the_least_squares_fit_of_its_output(dims, geometry):
+    if isinstance(geometry.get("padding"), tuple):
+        geometry = geometry | {"padding": (2, 0, 1)[:dims]}
+    first, second_ = ((nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](*c, **k) for c, k in
+                      (((2, 6, 1), {}), ((6, 3, 3), geometry)))  # fmt: skip
+    model, x = Net(first, nn.ReLU(), second_).eval(), torch.randn(30, 2, *[6] * dims)
+    oto = OTO(model, x[:1])
+    (reader,) = (r.unrolled for r in readers(oto.partition, oto.node_groups).found)
+    kept = {name: np.arange(0, oto.partition.axes[name].size, 2) for name in reader.groups}
+    masks = oto.partition.masks(kept)
+    tensors, read = dict(model.named_parameters()), second(model, x).detach()
+    target, before = model.second(read).detach(), model.second.weight.detach().clone()
+    with listening([reader], tensors) as moments:
+        model(x)
+    own = Entries.of(reader.survivors({}), reader.survivors(masks))
+    fold_([reader], moments, lambda _: own, tensors, "affine", ridge=0.0)
+    each = 6 // geometry.get("groups", 1)
+    gone = [c for c in range(each) if not reader.survivors(masks).reshape(each, -1)[c].all()]
+    assert gone and torch.equal(model.second.weight[:, gone], before[:, gone])
+    with torch.no_grad():
+        model.second.weight[:, gone] = 0
+    # the gradient of the error by every weight that stays, and by the bias, is zero: no others come nearer
+    (model.second(read) - target).square().mean().backward()
+    stays = [c for c in range(each) if c not in gone]
+    assert model.second.weight.grad[:, stays].abs().max() < 1e-10 and model.second.bias.grad.abs().max() < 1e-10
+    assert (model.second(read) - target).square().mean() > 1e-6
+
+
 def test_a_shift_is_where_a_constant_can_go():
     shifts = {net: next(iter(Folded(net, "affine", 0.01).readers.values())).shift for net in NETS}
     assert shifts["linear"] == shifts["conv2d"] == shifts["grouped"] == ("second.bias", 1)
