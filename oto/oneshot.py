@@ -217,7 +217,7 @@ class Compression:
         def entries(reader: Reader) -> Entries:
             return Entries.of(reader.survivors(old), reader.survivors(new))
 
-        saved = self._saved(pack, readers)
+        saved = self._saved(readers)
         unreached: list[str] = []
         folded = zeroed = None
         if readers:
@@ -342,7 +342,9 @@ class Compression:
 
     def _loss_without(self, group: NodeGroup, atoms: NDArray[np.int64], readers: Sequence[Reader],
                       measured: Mapping[Key, Moments]) -> float:  # fmt: skip
-        saved = self._saved([group], readers)
+        saved, index = self._saved(readers), torch.from_numpy(atoms)
+        zeroed = [piece.of(self.tensors[piece.parameter].data) for piece in group.zeros]
+        entries = [view.index_select(0, index.to(view.device)) for view in zeroed]
         masks = self.partition.masks({group.name: np.setdiff1d(np.arange(group.size), atoms)})
         try:
             kind = str(self.settings.compensate)
@@ -353,6 +355,8 @@ class Compression:
             self._zero([group], {group.name: atoms})
             loss = self._loss_over(self.data.calibration)
         finally:
+            for view, old in zip(zeroed, entries, strict=True):
+                view.index_copy_(0, index.to(view.device), old)
             self._put_back(saved)
         return loss if math.isfinite(loss) else 1e9
 
@@ -461,10 +465,9 @@ class Compression:
         for group in pack:
             group.zero_(self.tensors, torch.from_numpy(going[group.name]))
 
-    def _saved(self, pack: Sequence[NodeGroup], readers: Sequence[Reader]) -> dict[str, Tensor]:
-        """A copy of all that a portion may write to."""
-        names = touched(readers) | {piece.parameter for group in pack for piece in group.zeros} | {*self._norm_buffers}
-        return {name: self.tensors[name].detach().clone() for name in names}
+    def _saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
+        """A copy of all that a fold may write to, and of batch norms; what is zeroed is so with and without a fold."""
+        return {name: self.tensors[name].detach().clone() for name in touched(readers) | {*self._norm_buffers}}
 
     def _put_back(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -248,3 +248,16 @@ def test_refusals_change_nothing():
         with pytest.raises(TargetError):
             made_of.one_shot(**good | wrong)
     assert same(state(model), before)
+
+
+def test_looking_what_it_would_cost_changes_nothing(monkeypatch):
+    model, example, batches, loss = made("cnn")
+    before = state(model)
+
+    def seen(self, *_):
+        assert same(state(model), before)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(oto.oneshot.Compression, "_portion", seen)
+    with pytest.raises(RuntimeError, match="seen"):
+        OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss, saliency="sensitivity")

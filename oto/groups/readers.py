@@ -11,7 +11,7 @@ What cannot be taken over is told, each with its reason:
 * A norm or a mean over the axis: without the atom it gives other numbers for all that stay.
 * A weight that is computed (a low-rank product, a dequantised or normalised one), or read in another role too, as a
   table of embeddings that is tied to the output layer: to change it would change something else.
-* A weight that is frozen, or that only training uses.
+* A weight that is frozen.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class _Search:
         self.made = {v: (node, i) for node in self.graph.calls for i, v in enumerate(node.outputs) if v is not None}
         self.leaves = {leaf.value: leaf for leaf in self.graph.leaves}
         self.users: dict[Value, list[Node]] = {}
-        for node in self.graph.calls:
+        for node in self.graph.nodes:  # what only training does besides is no part of what is to stay
             for value in node.inputs():
                 self.users.setdefault(value, []).append(node)
         self.dynamic = self._dynamic()
@@ -250,9 +250,9 @@ class _Search:
         nodes = len(self.graph.nodes)
         for step in self.found.tape.steps:
             read = [self._free(step, group) for group in step.summed]
-            if any(read):
+            if any(read) and step.node < nodes:
                 axes = dict.fromkeys(axis for some in read for axis in some)
-                why = self._add(step) if step.node < nodes else "only training uses it"
+                why = self._add(step)
                 for axis in axes if why else ():
                     self._tell(axis, f"{self.graph.calls[step.node]}: {why}")
         made = [reader for found in self.weights.values() if (reader := self._reader(found)) is not None]
@@ -423,7 +423,7 @@ class _Search:
         )  # fmt: skip
 
     def _alone(self, leaf: Leaf) -> bool:
-        return len([node for node in self.users.get(leaf.value, []) if node.index < len(self.graph.nodes)]) == 1
+        return len(self.users.get(leaf.value, [])) == 1
 
     def _reader(self, own: _Found) -> Reader | None:
         """What was found as a reader, unless something stands against it."""

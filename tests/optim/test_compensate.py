@@ -339,6 +339,23 @@ def test_what_cannot_take_over_is_told_with_its_reason():
     assert "frozen.weight" in {r.parameter for r in allowed.found}
 
 
+def test_a_head_for_training_alone_stands_in_nobodys_way():
+    class Helped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.help = nn.Linear(3, 8), nn.Linear(8, 2), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.up(x))
+            return (self.down(x), self.help(x)) if self.training else self.down(x)
+
+    model, x = Helped().eval(), torch.randn(9, 3)
+    oto = OTO(model, x)
+    assert oto.partition.found.graph.trained is not None
+    found = readers(oto.partition, oto.node_groups)
+    assert [r.parameter for r in found.found] == ["down.weight"]
+
+
 def test_parts_of_a_weight_that_read_different_tensors_are_told_apart():
     class Fused(nn.Module):
         def __init__(self):
