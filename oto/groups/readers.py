@@ -34,6 +34,9 @@ from oto.groups.node_group import NodeGroup
 from oto.groups.partition import Partition
 from oto.trace.graph import Leaf, Node, Value
 
+PART = 2**23
+"""Entries of an unrolled convolution's input that are held at one time, where one image has no more."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -86,7 +89,6 @@ class Window:
     def rows(self, x: Tensor) -> Tensor:
         """What each place of the output meets of ``x (N, C, *size)``: ``(groups, places, C / groups · kernel)``."""
         n = len(self.kernel)
-        x = x if x.ndim == n + 2 else x.unsqueeze(0)
         x = torch.nn.functional.pad(x, [pad for by in reversed(self.padding) for pad in (by, by)])
         for dim, (k, by, apart) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
             x = x.unfold(dim, (k - 1) * apart + 1, by)[..., ::apart]
@@ -115,11 +117,14 @@ class Use:
     window: Window | None = None
     unrolled: bool = False
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """What it reads of its tensor, ``(batch, rows, n)``."""
-        if self.unrolled and self.window is not None:
-            return self.window.rows(tensor)
-        return self.layout.rows(tensor)
+    def rows(self, tensor: Tensor) -> Iterator[Tensor]:
+        """What it reads of its tensor, ``(batch, rows, n)``; unrolled, in parts of a size that memory can bear."""
+        if not self.unrolled or self.window is None:
+            yield self.layout.rows(tensor)
+        else:
+            images = tensor if tensor.ndim == len(self.window.kernel) + 2 else tensor.unsqueeze(0)
+            for part in images.split(max(1, PART // max(1, images[:1].numel() * self.window.size))):
+                yield self.window.rows(part)
 
 
 @dataclass(frozen=True, eq=False)

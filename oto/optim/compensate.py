@@ -182,7 +182,8 @@ class _Listener(TorchDispatchMode):
                 heard = self.weights.get((func, w, _lies(tensors[w]))) if w < len(tensors) else None
                 if heard is not None:
                     key, use = heard
-                    self._add(key, use.rows(tensors[use.place[0]]))
+                    for rows in use.rows(tensors[use.place[0]]):
+                        self._add(key, rows)
         return func(*args, **(kwargs or {}))
 
     def _add(self, key: Key, rows: Tensor) -> None:

@@ -296,6 +296,21 @@ def test_an_unrolled_convolution_gives_the_least_squares_fit_of_its_output(dims,
     assert (model.second(read) - target).square().mean() > 1e-6
 
 
+def test_what_is_unrolled_in_parts_is_the_same(monkeypatch):
+    model, x, _ = NETS["conv2d"]()
+    oto = OTO(model.eval(), x[:1])
+    (reader,) = (r.unrolled for r in readers(oto.partition, oto.node_groups).found)
+    found = []
+    for part in (2**23, 3 * 8 * 16 * 9):  # all images; three at a time
+        monkeypatch.setattr("oto.groups.readers.PART", part)
+        with listening([reader], dict(model.named_parameters())) as moments:
+            model(x)
+        found.append(moments[key_of(reader)])
+        assert len(list(reader.uses[0].rows(torch.zeros(8, 8, 4, 4)))) == (1 if part > 2**20 else 3)
+    assert found[0].count == found[1].count == 8 * 16
+    torch.testing.assert_close(found[0].second, found[1].second, rtol=1e-12, atol=1e-12)
+
+
 def test_a_shift_is_where_a_constant_can_go():
     shifts = {net: next(iter(Folded(net, "affine", 0.01).readers.values())).shift for net in NETS}
     assert shifts["linear"] == shifts["conv2d"] == shifts["grouped"] == ("second.bias", 1)
