@@ -217,37 +217,35 @@ class Compression:
         def entries(reader: Reader) -> Entries:
             return Entries.of(reader.survivors(old), reader.survivors(new))
 
-        saved = self._saved(readers)
-        unreached: list[str] = []
-        folded = zeroed = None
-        if readers:
-            unreached = fold_(
-                readers, measured, entries, self.tensors, str(self.settings.compensate), self.settings.ridge
-            )
+        tried = self._fold_and_zero(pack, going, readers, measured, entries)
+        self.left = after
+        atoms, size = sum(len(going[name]) for name in names), sum(group.size for group in pack)
+        return Portion(tuple(names), atoms, size, before=before, **tried)
+
+    def _fold_and_zero(
+        self, pack: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]], readers: Sequence[Reader],
+        measured: Mapping[Key, Moments], entries: Callable[[Reader], Entries],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Fold and zero, or zero alone if that leaves a lower loss: what a :class:`Portion` says of it."""
+        saved, kind = self._saved(readers), str(self.settings.compensate)
+        unreached = fold_(readers, measured, entries, self.tensors, kind, self.settings.ridge) if readers else []
         many = len(readers) - len(unreached)
         self._zero(pack, going)
         norms, loss = self._settle()
-        if not many:
-            zeroed = loss
-        elif not self.data.held:
-            folded = math.nan
-        else:
-            folded, kept = loss, {name: self.tensors[name].detach().clone() for name in saved}
+        zeroed, folded, kept = (None, loss, "folded") if many else (loss, None, "zeroed")
+        if many and self.data.held:
+            with_fold = {name: self.tensors[name].detach().clone() for name in saved}
             self._put_back(saved)
             self._zero(pack, going)
             norms_of_zeroed, zeroed = self._settle()
             if _worse(folded, zeroed):
-                norms = norms_of_zeroed
+                norms, kept = norms_of_zeroed, "zeroed"
             else:
-                self._put_back(kept)
-        stays = "folded" if many and not _worse(folded, zeroed) else "zeroed"
-        self.left = after
-        atoms = sum(len(going[name]) for name in names)
-        folded = None if folded is None or math.isnan(folded) else folded
-        return Portion(
-            tuple(names), atoms, sum(group.size for group in pack), many, before, zeroed, folded, stays, norms,
-            tuple(unreached),
-        )  # fmt: skip
+                self._put_back(with_fold)
+        return {
+            "readers": many, "zeroed": zeroed, "folded": folded, "kept": kept, "norms": norms,
+            "unreached": tuple(unreached),
+        }  # fmt: skip
 
     def _settle(self) -> tuple[bool, float | None]:
         """Estimate batch norms anew, unless that makes it worse: whether they were, and the loss."""
