@@ -198,11 +198,15 @@ class Compression:
     def how(self) -> str:
         """What is told of the choice and the fit."""
         many = len(self.data.calibration)
-        by = "gradients" if self._measured is None and self.choice.averaged else "weights"
-        if self._measured is not None:
-            by = next(name for name, criterion in MEASURED.items() if criterion is self._measured)
         fit = f"{self.settings.compensate} fit, ridge={self.settings.ridge:g}" if self.settings.compensate else "no fit"
-        return f"chosen by {by}, {fit}; {many} batches to calibrate with, {len(self.data.held)} held out"
+        return f"chosen by {self._by}, {fit}; {many} batches to calibrate with, {len(self.data.held)} held out"
+
+    @property
+    def _by(self) -> str:
+        """What the choice goes by, in a word."""
+        if self._measured is not None:
+            return next(name for name, criterion in MEASURED.items() if criterion is self._measured)
+        return "gradients" if self.choice.averaged else "weights"
 
     def _portion(self, pack: Sequence[NodeGroup], going: dict[str, NDArray[np.int64]], before: float | None) -> Portion:
         names = [group.name for group in pack]
@@ -298,6 +302,13 @@ class Compression:
                 own = [self._score(reader, group, measured) for reader in self._reached(group, measured)]
                 if own:
                     found[group.name] = torch.stack(own).sum(0).float()
+        if not found:
+            raise OptionError(
+                f"no batch reached a weight that reads what may go, and saliency={self._by!r} looks at what it reads\n"
+                "  effect  nothing was changed\n"
+                "  to fix  a loss that calls the model, and no autocast in it, which multiplies copies of the weights:"
+                " cast the model instead"
+            )
         return torch.cat(
             [found.get(g.name, magnitude(w).float().cpu()) for g, w in zip(self.choice.groups, weights, strict=True)]
         )

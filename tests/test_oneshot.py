@@ -261,3 +261,27 @@ def test_looking_what_it_would_cost_changes_nothing(monkeypatch):
     monkeypatch.setattr(oto.oneshot.Compression, "_portion", seen)
     with pytest.raises(RuntimeError, match="seen"):
         OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss, saliency="sensitivity")
+
+
+@pytest.mark.parametrize("saliency", ["obs", "fluctuation"])
+def test_a_choice_by_what_is_read_needs_something_to_be_read(saliency):
+    model, example, batches, loss = made("cnn")
+
+    def cast(m, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # copies of the weights are multiplied
+            return loss(m, batch)
+
+    before = state(model)
+    with pytest.raises(OptionError, match="no autocast"):
+        OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=cast, saliency=saliency)
+    assert same(state(model), before)
+    done = OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=cast, saliency="magnitude")
+    assert "no batch reached blocks.0.3.weight" in str(done)
+
+
+def test_half_precision_is_fitted_in_float64():
+    model, example, batches, loss = made("cnn")
+    half = [(x.bfloat16(), y) for x, y in batches]
+    of = OTO(model.bfloat16(), example.bfloat16())
+    done = of.one_shot(target_macs=0.7, batches=half, loss=loss, saliency="obs")
+    assert any(p.kept == "folded" for p in done.portions) and done.loss[1] < 1
