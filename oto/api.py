@@ -14,11 +14,14 @@ from oto.groups import Costs, NodeGroup, Partition
 from oto.groups.align import Align
 from oto.groups.policy import MinKept, Pattern
 from oto.io.subnet import FULL, WEIGHTS
+from oto.oneshot import Settings, one_shot
 from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG
+from oto.optim.compensate import RIDGE
 from oto.optim.options import DHSPGOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, PreviewOptions
 from oto.optim.wrapped import Params
 from oto.previewing import preview
 from oto.report.explain import Explanation
+from oto.report.one_shot import OneShot
 from oto.report.preview import Preview
 from oto.shrinking import shrink
 from oto.subnet import Build, Emitter, Subnet, build_subnet
@@ -217,6 +220,37 @@ class OTO:
                 reached is a ``TargetError``.
         """
         return preview(self._analysis, batches, loss, options)
+
+    def one_shot(
+        self, *, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor], holdout: float = 0.25,
+        compensate: Literal["affine", "ridge", "bias"] | None = "affine", ridge: float = RIDGE, portions: int = 16,
+        norms: bool = True, **options: Unpack[PreviewOptions],
+    ) -> OneShot:  # fmt: skip
+        """Compress the model without training, in place: print what it cost, then :meth:`construct_subnet` as ever.
+
+        What is to go is chosen at once, on the full model. Then, in portions from input to output, the weights that
+        read what goes take over what it carried, by a least-squares fit over the batches, batch norms are estimated
+        anew, and the atoms are set to zero. A fold that does not lower the loss on the held-out batches is undone.
+        It takes a few forward passes over all batches for each portion, and memory for a copy of the model beside n²
+        numbers for n entries of a layer's input. Give a few hundred samples of the kind that the model is for.
+
+        Args:
+            batches, loss: Batches to calibrate and to check with. ``loss`` takes the model, in eval mode, and a batch.
+            holdout: Share of the batches that is used for nothing but to check, the last ones; 0: nothing is checked.
+            compensate: ``"affine"``; ``"ridge"``, without a constant; ``"bias"``, the constant alone; or ``None``.
+            ridge: Damping of the fit, as a share of the mean of the diagonal of the moments.
+            portions: In how many portions at most. Statistics of each are taken behind the ones before.
+            norms: Estimate batch norms anew.
+            **options: A target and how to choose, as in :meth:`preview`. ``saliency`` may also be ``"obs"`` (what the
+                fit loses, atom after atom), ``"sensitivity"`` (how much the loss rises when a group alone gets thinner)
+                or ``"fluctuation"`` (how much what is read varies). By default it goes by gradients of the batches.
+
+        Raises:
+            OptionError, TargetError: There are too few batches, an option means nothing, or there are several
+                processes; the target cannot be reached. Nothing is changed.
+        """
+        settings = Settings(compensate, ridge, portions, norms)
+        return one_shot(self._analysis, batches, loss, holdout, settings, options)
 
     def shrink(
         self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None, averages: Iterable[Any] = ()

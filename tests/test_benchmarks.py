@@ -269,3 +269,23 @@ def test_a_form_that_this_version_does_not_know_is_skipped(clients: Any, monkeyp
     monkeypatch.setitem(clients.FORMS, "new", ({}, {"no_such_option": 8}))
     with pytest.raises(clients.Skipped, match="no_such_option"):
         clients.slim("small", "new")
+
+
+def test_one_shot_writes_a_line_for_each_cell_and_a_table(
+    rivals: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import one_shot
+    import rivals_tasks
+
+    small = replace(rivals.TASKS["resnet20"], build=lambda scale, pretrained: rivals_tasks.ResNet(8, scale))
+    monkeypatch.setitem(one_shot.TASKS, "resnet20", small)
+    monkeypatch.setattr(one_shot, "RESULTS", tmp_path / "one_shot.jsonl")
+    flags = ["--images", "16", "--batch", "4", "--targets", ".8", "--seeds", "0", "--methods", "flap", "oto, obs"]
+    one_shot.main(flags)
+    lines = one_shot.read()
+    assert [line["method"] for line in lines] == ["flap", "oto, obs"]
+    assert all(0.7 < line["macs_kept"] <= 0.8 and 0 <= line["test"] <= 100 for line in lines)
+    one_shot.main(flags)
+    assert one_shot.read() == lines, "what is there is not run again"
+    text = (tmp_path / "one_shot.md").read_text()
+    assert f"| flap | {lines[0]['test']:.1f} |" in text and "| method | 80% |" in text

@@ -81,6 +81,7 @@ OPTIM = {
         "shrink", "state", "wrapped",
     },
     "budget": {"choice", "target"},
+    "compensate": set(),
     "hesso": {"base", "options", "setup", "target", "wrapped"},
     "cric": {"entries", "hesso", "options", "plan", "saliency", "schedule", "setup", "target", "wrapped"},
     "half_space": {"budget", "entries", "hesso", "plan", "schedule", "wrapped"},
@@ -181,6 +182,7 @@ TOP = {
     "given",
     "integrations",
     "__main__",
+    "oneshot",
 }  # strings the stages together, and what stands on that
 
 
@@ -194,7 +196,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "__main__": {"cli"},
         "_torch": set(),
         "atomic": set(),
-        "api": {"analysis", "previewing", "shrinking", "subnet", "training"},
+        "api": {"analysis", "oneshot", "previewing", "shrinking", "subnet", "training"},
         "analysis": set(),
         "clock": set(),
         "previewing": {"analysis"},
@@ -205,6 +207,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "errors": set(),
         "integrations": set(),
         "given": set(),
+        "oneshot": {"analysis", "previewing"},  # choice, compensation and report meet here only
         "progress": set(),
     }
 

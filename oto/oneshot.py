@@ -1,0 +1,570 @@
+"""A smaller model without training: choose, let what stays take over, estimate batch norms anew, zero.
+
+1. **Choose** all that goes, on the full model: by gradients, by the loss of the least-squares fit (``"obs"``), by how
+   much the inputs of the readers vary (``"fluctuation"``), or by weights.
+2. Go through the node groups that lose atoms, portion by portion along the depth of the network. Each portion sees
+   what the pruned and folded layers before it give: without that, errors pile up. With ``"obs"`` the atoms of a portion
+   are chosen here, one after the other; how many each group loses is settled before.
+3. In each portion: collect the second moments of what its readers read, **fold** (:mod:`oto.optim.compensate`), zero,
+   and estimate batch norms anew. Whether that helped is measured on batches that were used for nothing else; a fold
+   that did not, and norms that did not, are undone. A fit that nobody checks may destroy a model: what a token carries
+   on average is not what the one that is read carries.
+
+Nothing is a matter of a gradient step, so the result is the same for the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto.analysis import Analysis
+from oto.errors import OptionError, some
+from oto.groups import NodeGroup, Partition, cost
+from oto.groups.readers import Reader, Readers, readers
+from oto.optim import Choice
+from oto.optim.compensate import (
+    KINDS,
+    WIDE,
+    Entries,
+    Key,
+    Moments,
+    Surgeon,
+    fitted,
+    fluctuation,
+    fold_,
+    greedy,
+    key_of,
+    listening,
+    touched,
+)
+from oto.optim.options import ChoiceOptions, PreviewOptions, TargetOptions, names_of, picked, refuse_unknown
+from oto.optim.preview import left_now
+from oto.optim.saliency import Entries as Weights
+from oto.optim.saliency import magnitude
+from oto.previewing import align_for, by_first_names, latency_for
+from oto.progress import stage, stages
+from oto.report.one_shot import OneShot, Portion
+from oto.trace.found import as_found
+
+ROOM = 2**30
+"""Bytes of second moments that are held at one time, where a single reader does not need more."""
+
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+LossOf = Callable[[nn.Module, Any], Tensor]
+
+
+def obs(entries: Weights) -> Tensor:
+    """What the readers' outputs lose when an atom goes and the others take over; measured on batches."""
+    raise AssertionError("it is measured")
+
+
+def fluctuating(entries: Weights) -> Tensor:
+    """How much of the readers' outputs an atom moves; measured on batches."""
+    raise AssertionError("it is measured")
+
+
+def sensitivity(entries: Weights) -> Tensor:
+    """How much the loss rises with each atom that its group alone loses; measured on batches."""
+    raise AssertionError("it is measured")
+
+
+MEASURED = {"obs": obs, "fluctuation": fluctuating, "sensitivity": sensitivity}
+"""Ways to choose that look at what readers read."""
+
+COMPARABLE: dict[str, Any] = {"normalise": "none", "by_cost": 1.0}
+"""How a choice goes by ``"sensitivity"``, which is in the unit of the loss."""
+
+LEVELS = (0.25, 0.5, 0.75)
+"""Shares of its atoms that each group loses alone, to see what the loss makes of it."""
+
+TINY = 1e-9
+"""The least that an atom costs; a fit may even help."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress.
+
+    Attributes:
+        compensate: A kind of :mod:`oto.optim.compensate`, or ``None``.
+        ridge: Damping of the fit, as a share of the mean of the diagonal.
+        portions: In how many portions the network is gone through, at most.
+        norms: Whether batch norms are estimated anew.
+    """
+
+    compensate: str | None
+    ridge: float
+    portions: int
+    norms: bool
+
+    def __post_init__(self) -> None:
+        if self.compensate not in (None, *KINDS):
+            raise OptionError(f"compensate is {self.compensate!r}; it is None or one of {', '.join(map(repr, KINDS))}")
+        if not (isinstance(self.ridge, int | float) and 0 <= self.ridge < math.inf):
+            raise OptionError(f"ridge is {self.ridge!r}; it is a share of the mean of a diagonal, at least 0")
+        if not isinstance(self.portions, int) or self.portions < 1:
+            raise OptionError(f"portions is {self.portions!r}; it is a whole number, at least 1")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches to calibrate with, batches to check with, and the loss."""
+
+    calibration: Sequence[Any]
+    held: Sequence[Any]
+    loss: LossOf
+
+    @classmethod
+    def of(cls, batches: Iterable[Any], loss: LossOf | None, holdout: float) -> Data:
+        """Hold some out: the last ones.
+
+        Raises:
+            OptionError: There are too few, or no loss.
+        """
+        listed = list(batches)
+        if not callable(loss):
+            raise OptionError(
+                "one_shot needs a loss\n  to fix  pass loss=, a function of the model and a batch, such as"
+                " lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+            )
+        if not (isinstance(holdout, int | float) and 0 <= holdout < 1):
+            raise OptionError(f"holdout is {holdout!r}; it is the share of the batches that is held out, in [0, 1)")
+        many = math.ceil(len(listed) * holdout)
+        if not listed or many == len(listed):
+            raise OptionError(
+                f"{len(listed)} batches are given, of which {many} would be held out\n"
+                "  effect  nothing was changed\n"
+                "  to fix  give at least two batches, smaller ones if there is no more data; or holdout=0"
+            )
+        return cls(listed[: len(listed) - many], listed[len(listed) - many :], loss)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """If anything is raised inside, parameters and buffers are as they were."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [t.detach().clone() for t in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.data.copy_(old)
+        raise
+
+
+@dataclass(eq=False)
+class Compression:
+    """A model on the way.
+
+    Attributes:
+        choice: What goes, and by what it is chosen.
+        readers: Of all prunable groups.
+        left: Which atoms of each axis are left, by the name of the group.
+    """
+
+    model: nn.Module
+    partition: Partition
+    choice: Choice
+    readers: Readers
+    data: Data
+    settings: Settings
+    left: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> list[Portion]:
+        """Choose, fold, zero."""
+        stage("choosing")
+        going = self._choose()
+        self.left = {group.name: np.ones(group.size, dtype=bool) for group in self.choice.groups}
+        losing = [group for group in self.choice.groups if len(going[group.name])]
+        before, done = self._held_loss(), []
+        packs = self._packs(losing)
+        for i, pack in enumerate(packs):
+            stage(f"portion {i + 1} of {len(packs)}")
+            done.append(self._portion(pack, going, before))
+            before = done[-1].after
+        return done
+
+    @property
+    def how(self) -> str:
+        """What is told of the choice and the fit."""
+        many = len(self.data.calibration)
+        fit = f"{self.settings.compensate} fit, ridge={self.settings.ridge:g}" if self.settings.compensate else "no fit"
+        return f"chosen by {self._by}, {fit}; {many} batches to calibrate with, {len(self.data.held)} held out"
+
+    @property
+    def _by(self) -> str:
+        """What the choice goes by, in a word."""
+        if self._measured is not None:
+            return next(name for name, criterion in MEASURED.items() if criterion is self._measured)
+        return "gradients" if self.choice.averaged else "weights"
+
+    def _portion(self, pack: Sequence[NodeGroup], going: dict[str, NDArray[np.int64]], before: float | None) -> Portion:
+        names = [group.name for group in pack]
+        readers = self.readers.of(names) if self.settings.compensate else []
+        by_fit = self._measured in (obs, sensitivity)
+        measured = self._moments(self.readers.of(names) if by_fit else readers)
+        if by_fit:
+            going |= {group.name: self._surgery(group, measured, len(going[group.name])) for group in pack}
+        after = self.left | {name: self._without(name, going[name]) for name in names}
+        old, new = self.partition.masks(_kept(self.left)), self.partition.masks(_kept(after))
+
+        def entries(reader: Reader) -> Entries:
+            return Entries.of(reader.survivors(old), reader.survivors(new))
+
+        tried = self._fold_and_zero(pack, going, readers, measured, entries)
+        self.left = after
+        atoms, size = sum(len(going[name]) for name in names), sum(group.size for group in pack)
+        return Portion(tuple(names), atoms, size, before=before, **tried)
+
+    def _fold_and_zero(
+        self, pack: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]], readers: Sequence[Reader],
+        measured: Mapping[Key, Moments], entries: Callable[[Reader], Entries],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Fold and zero, or zero alone if that leaves a lower loss: what a :class:`Portion` says of it."""
+        saved, kind = self._saved(readers), str(self.settings.compensate)
+        unreached = fold_(readers, measured, entries, self.tensors, kind, self.settings.ridge) if readers else []
+        many = len(readers) - len(unreached)
+        self._zero(pack, going)
+        norms, loss = self._settle()
+        zeroed, folded, kept = (None, loss, "folded") if many else (loss, None, "zeroed")
+        if many and self.data.held:
+            with_fold = {name: self.tensors[name].detach().clone() for name in saved}
+            self._put_back(saved)
+            self._zero(pack, going)
+            norms_of_zeroed, zeroed = self._settle()
+            if _worse(folded, zeroed):
+                norms, kept = norms_of_zeroed, "zeroed"
+            else:
+                self._put_back(with_fold)
+        return {
+            "readers": many, "zeroed": zeroed, "folded": folded, "kept": kept, "norms": norms,
+            "unreached": tuple(unreached),
+        }  # fmt: skip
+
+    def _settle(self) -> tuple[bool, float | None]:
+        """Estimate batch norms anew, unless that makes it worse: whether they were, and the loss."""
+        loss = self._held_loss()
+        if not self.settings.norms or not self._norms:
+            return False, loss
+        old = {name: self.tensors[name].detach().clone() for name in self._norm_buffers}
+        self._put_back(self._norms_anew())
+        now = self._held_loss()
+        if _worse(now, loss):
+            self._put_back(old)
+            return False, loss
+        return True, now
+
+    # --- what goes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _measured(self) -> Any:
+        """The criterion that is measured at readers, if the choice goes by one."""
+        return next((c for c, _ in self.choice.criteria if c in MEASURED.values()), None)
+
+    def _choose(self) -> dict[str, NDArray[np.int64]]:
+        """The atoms of each group that go; with ``"obs"`` their number counts."""
+        if self._measured is None:
+            with as_found(self.model):
+                batches = self.data.calibration if self.choice.averaged else ()
+                left = left_now(self.choice, self.model, batches, self.data.loss)
+        else:
+            alive = torch.ones(sum(self.choice.sizes), dtype=torch.bool)
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            with torch.no_grad():
+                weights = [Weights.of(group, parameters) for group in self.choice.groups]
+                scores = self.choice.scores(weights, alive, {self._measured: self._scores(weights)})
+            left = ~self.choice.select(scores, alive)
+            self.choice.require_near(left, scores)
+            self.choice.warn_of_collapse(left)
+        parts = left.cpu().split_with_sizes(self.choice.sizes)
+        return {g.name: np.flatnonzero(~own.numpy()) for g, own in zip(self.choice.groups, parts, strict=True)}
+
+    def _scores(self, weights: Sequence[Weights]) -> Tensor:
+        """The measured criterion of every atom; where no reader tells, the magnitude."""
+        found: dict[str, Tensor] = {}
+        for pack in _packed(self.choice.groups, self._room_of):
+            measured = self._moments(self.readers.of([group.name for group in pack]))
+            for group in pack if self._measured is sensitivity else ():
+                stage(f"what it costs to thin {group.name}")
+                found[group.name] = self._loss_per_atom(group, measured)
+            for group in pack if self._measured is not sensitivity else ():
+                own = [self._score(reader, group, measured) for reader in self._reached(group, measured)]
+                if own:
+                    found[group.name] = torch.stack(own).sum(0).float()
+        if not found:
+            raise OptionError(
+                f"no batch reached a weight that reads what may go, and saliency={self._by!r} looks at what it reads\n"
+                "  effect  nothing was changed\n"
+                "  to fix  a loss that calls the model, and no autocast in it, which multiplies copies of the weights:"
+                " cast the model instead"
+            )
+        return torch.cat(
+            [found.get(g.name, magnitude(w).float().cpu()) for g, w in zip(self.choice.groups, weights, strict=True)]
+        )
+
+    def _score(self, reader: Reader, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
+        parameter, own = self.tensors[reader.parameter], measured[key_of(reader)]
+        if self._measured is fluctuating:
+            return fluctuation(reader, own, parameter, self._blocks(reader, group))
+        return Surgeon.of(reader, own, parameter, self._blocks(reader, group), self.settings.ridge).scores()
+
+    def _loss_per_atom(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
+        """What the loss rises by with each atom, when this group alone gives them up in their order and is folded.
+
+        It is measured at a few levels. Between them it is interpolated, and it never rises more slowly later on.
+        """
+        readers = [r for r in self.readers.of([group.name]) if self.settings.compensate]
+        order = self._order(group, measured)
+        before, done = self._calibration_loss, 0
+        middles, slopes = list[float](), list[float]()
+        for level in LEVELS:
+            go = min(int(level * group.size), group.size - group.min_kept)
+            if go > done:
+                rise = self._loss_without(group, np.sort(order[:go]), readers, measured) - before
+                slopes.append(max([*slopes, rise / (go - done), TINY]))
+                middles.append((done + go) / 2)
+                before, done = before + rise, go
+        if not slopes:
+            return torch.full((group.size,), 1.0)  # it can spare none
+        middles, slopes = [0.0, *middles, float(group.size)], [0.5 * slopes[0], *slopes, 2 * slopes[-1]]
+        scores = np.empty(group.size)
+        scores[order] = np.interp(np.arange(group.size) + 0.5, middles, slopes)
+        return torch.from_numpy(scores).float()
+
+    def _order(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> NDArray[np.int64]:
+        """All atoms of a group, the first to go first: the surgeon's order, else by magnitude."""
+        surgeons = self._surgeons(group, measured)
+        if not surgeons:
+            return self._by_magnitude(group)
+        return greedy(surgeons, np.ones(group.size, dtype=bool), group.size)
+
+    def _loss_without(self, group: NodeGroup, atoms: NDArray[np.int64], readers: Sequence[Reader],
+                      measured: Mapping[Key, Moments]) -> float:  # fmt: skip
+        saved, index = self._saved(readers), torch.from_numpy(atoms)
+        zeroed = [piece.of(self.tensors[piece.parameter].data) for piece in group.zeros]
+        entries = [view.index_select(0, index.to(view.device)) for view in zeroed]
+        masks = self.partition.masks({group.name: np.setdiff1d(np.arange(group.size), atoms)})
+        try:
+            kind = str(self.settings.compensate)
+            fold_(
+                readers, measured, lambda r: Entries.of(r.survivors({}), r.survivors(masks)), self.tensors, kind,
+                self.settings.ridge,
+            )  # fmt: skip
+            self._zero([group], {group.name: atoms})
+            loss = self._loss_over(self.data.calibration)
+        finally:
+            for view, old in zip(zeroed, entries, strict=True):
+                view.index_copy_(0, index.to(view.device), old)
+            self._put_back(saved)
+        return loss if math.isfinite(loss) else 1e9
+
+    @cached_property
+    def _calibration_loss(self) -> float:
+        return self._loss_over(self.data.calibration)
+
+    def _surgery(self, group: NodeGroup, measured: Mapping[Key, Moments], go: int) -> NDArray[np.int64]:
+        """Which atoms of a group go, one after the other."""
+        surgeons = self._surgeons(group, measured)
+        if not surgeons:
+            return np.sort(self._by_magnitude(group)[:go])
+        return np.sort(greedy(surgeons, self.left[group.name], go))
+
+    def _surgeons(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> list[Surgeon]:
+        return [
+            Surgeon.of(reader, measured[key_of(reader)], self.tensors[reader.parameter], self._blocks(reader, group),
+                       self.settings.ridge)
+            for reader in self._reached(group, measured)
+        ]  # fmt: skip
+
+    def _by_magnitude(self, group: NodeGroup) -> NDArray[np.int64]:
+        with torch.no_grad():
+            return torch.argsort(magnitude(Weights.of(group, self.tensors)).cpu(), stable=True).numpy()
+
+    def _reached(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> list[Reader]:
+        return [reader for reader in self.readers.of([group.name]) if key_of(reader) in measured]
+
+    def _blocks(self, reader: Reader, group: NodeGroup) -> Tensor:
+        return torch.from_numpy(reader.entries(self.partition.axes[group.name]))
+
+    def _without(self, name: str, atoms: NDArray[np.int64]) -> NDArray[np.bool_]:
+        left = self.left[name].copy()
+        left[atoms] = False
+        return left
+
+    # --- portions -----------------------------------------------------------------------------------------------------
+
+    def _packs(self, groups: Sequence[NodeGroup]) -> list[list[NodeGroup]]:
+        """Portions along the depth, each of about as many groups, whose moments fit in memory."""
+        ordered = sorted(groups, key=self._depth)
+        parts = np.array_split(np.arange(len(ordered)), min(self.settings.portions, max(len(ordered), 1)))
+        return [pack for part in parts for pack in _packed([ordered[i] for i in part], self._room_of)]
+
+    def _depth(self, group: NodeGroup) -> int:
+        """The first call that reads it; else the first that uses what writes it."""
+        found = [use.node.index for reader in self.readers.of([group.name]) for use in reader.uses]
+        return min(found) if found else self._first_use.get((group.zeros or group.slices)[0].parameter, 0)
+
+    @cached_property
+    def _first_use(self) -> dict[str, int]:
+        graph = self.partition.found.graph
+        names = {leaf.value: leaf.name for leaf in graph.leaves}
+        return {names[v]: n.index for n in reversed(graph.calls) for v in n.inputs() if v in names}
+
+    def _room_of(self, group: NodeGroup) -> dict[Key, int]:
+        """Bytes of the moments that it needs, by what they are of."""
+        return {key_of(r): r.width**2 * (4 if r.width > WIDE else 8) for r in self.readers.of([group.name])}
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers, by every name."""
+        parameters = dict[str, Tensor](self.model.named_parameters(remove_duplicate=False))
+        return parameters | dict(self.model.named_buffers(remove_duplicate=False))
+
+    def _moments(self, readers: Sequence[Reader]) -> dict[Key, Moments]:
+        if not readers:
+            return {}
+        with as_found(self.model), listening(readers, self.tensors) as found:
+            for batch in self.data.calibration:
+                self.data.loss(self.model, batch)
+        return found
+
+    def _held_loss(self) -> float | None:
+        return self._loss_over(self.data.held) if self.data.held else None
+
+    def _loss_over(self, batches: Sequence[Any]) -> float:
+        with as_found(self.model), torch.no_grad():
+            losses = [float(self.data.loss(self.model, batch)) for batch in batches]
+        return sum(losses) / len(losses)
+
+    @cached_property
+    def _norms(self) -> dict[str, Norm]:
+        """Batch norms that keep statistics."""
+        modules = self.model.named_modules()
+        return {name: m for name, m in modules if isinstance(m, Norm) and m.running_mean is not None}
+
+    @property
+    def _norm_buffers(self) -> list[str]:
+        return [f"{path}.{name}" if path else name for path in self._norms for name in ("running_mean", "running_var")]
+
+    def _norms_anew(self) -> dict[str, Tensor]:
+        """Statistics of batch norms, averaged over the batches."""
+        with as_found(self.model), torch.no_grad():
+            for norm in self._norms.values():
+                norm.train()
+                norm.momentum = None  # the mean over all batches
+                norm.reset_running_stats()
+            for batch in self.data.calibration:
+                self.data.loss(self.model, batch)
+            return {name: self.tensors[name].detach().clone() for name in self._norm_buffers}
+
+    def _zero(self, pack: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]]) -> None:
+        for group in pack:
+            group.zero_(self.tensors, torch.from_numpy(going[group.name]))
+
+    def _saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
+        """A copy of all that a fold may write to, and of batch norms; what is zeroed is so with and without a fold."""
+        return {name: self.tensors[name].detach().clone() for name in touched(readers) | {*self._norm_buffers}}
+
+    def _put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, old in tensors.items():
+                self.tensors[name].data.copy_(old)
+
+
+def one_shot(
+    analysis: Analysis, batches: Iterable[Any], loss: LossOf | None, holdout: float, settings: Settings,
+    options: Mapping[str, Any],
+) -> OneShot:  # fmt: skip
+    """Compress a model in place; see :meth:`oto.OTO.one_shot`."""
+    refuse_unknown(options, names_of(PreviewOptions), "one_shot")
+    options = by_first_names(analysis, options)
+    target, how = picked(options, TargetOptions), picked(options, ChoiceOptions)
+    if isinstance(asked := how.get("saliency"), str):
+        how = (COMPARABLE if asked == "sensitivity" else {}) | how | {"saliency": MEASURED.get(asked, asked)}
+    how |= {"align": align_for(analysis, options)}
+    data, latency = Data.of(batches, loss, holdout), latency_for(analysis, {**target, **how})
+    choice = Choice.of(analysis.groups, target, costs=analysis.costs, latency=latency, **how)
+    with stages("one_shot"):
+        return compress(analysis, choice, data, settings)
+
+
+def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings) -> OneShot:
+    """Compress a model in place; it is as it was if anything is raised.
+
+    Raises:
+        OptionError: Parameters are sharded, or there are several processes.
+    """
+    model, partition = analysis.model, analysis.partition
+    _require_one_process(model)
+    found = readers(partition, analysis.groups, analysis.prune_frozen)
+    found = replace(found, found=tuple(map(fitted, found.found)))
+    job = Compression(model, partition, choice, found, data, settings)
+    with restored(model):
+        portions = job.run()
+    losses = [x for portion in portions for x in (portion.before, portion.after)]
+    loss = None if not losses or losses[0] is None or losses[-1] is None else (losses[0], losses[-1])
+    kept = {name: int(own.sum()) for name, own in job.left.items()}
+    lost = {name for portion in portions for name in portion.groups}
+    told = {name: why for name, why in job.readers.told.items() if name in lost and settings.compensate}
+    return OneShot(
+        str(choice.target), job.how, tuple(portions), loss, cost(partition), cost(partition, kept), kept, told
+    )
+
+
+def _require_one_process(model: nn.Module) -> None:
+    """Refuse what would have to be summed over ranks."""
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if sharded or (several and torch.distributed.get_world_size() > 1):
+        what = (
+            f"{some(sharded)} {'is' if len(sharded) == 1 else 'are'} sharded"
+            if sharded
+            else "there are several processes"
+        )
+        raise OptionError(
+            f"one_shot runs in one process, on whole parameters, and {what}\n"
+            "  effect  nothing was changed\n"
+            "  to fix  compress before the process group is made, or before the model is sharded; then distribute it"
+        )
+
+
+def _kept(left: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.int64]]:
+    return {name: np.flatnonzero(own) for name, own in left.items()}
+
+
+def _worse(loss: float | None, than: float | None) -> bool:
+    """Whether a loss is no better than another; one that is not finite is none."""
+    if loss is None or than is None:
+        return False
+    return not loss < than
+
+
+def _packed(groups: Sequence[NodeGroup], room: Callable[[NodeGroup], Mapping[Key, int]]) -> list[list[NodeGroup]]:
+    """Groups one after the other, as many together as there is room for what they need."""
+    packs: list[list[NodeGroup]] = []
+    needed: dict[Key, int] = {}
+    for group in groups:
+        both = needed | dict(room(group))
+        if packs and sum(both.values()) <= ROOM:
+            packs[-1].append(group)
+            needed = both
+        else:
+            packs.append([group])
+            needed = dict(room(group))
+    return packs

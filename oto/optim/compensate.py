@@ -1,0 +1,341 @@
+"""What stays takes over what goes: closed-form compensation of the weights that read an axis.
+
+A reader computes ``y = W x + b``. When the entries P of ``x`` go and S stay, the least-squares fit of what went by
+what stays, ``x_P ≈ B x_S + c``, is folded into it: ``W_S += W_P B`` and ``b += W_P c``. With the second moments of the
+input, ``M = E[x xᵀ]``, its mean ``μ`` and its covariance ``C = M - μ μᵀ``, the kinds are
+
+========  ===========================  =============  ==========================================================
+kind      B                            c              as in
+========  ===========================  =============  ==========================================================
+affine    ``C_PS (C_SS + λI)⁻¹``       ``μ_P - Bμ_S``  the affine fit, whose constant is not penalised
+ridge     ``M_PS (M_SS + λI)⁻¹``       0              OBS (arXiv 2302.04089, 2403.12983, 2412.18110), which writes
+                                                      the same minimiser ``M_SS⁻¹ (M Wᵀ)_S``
+bias      0                            ``μ_P``        FLAP (arXiv 2312.11983, equation 6)
+========  ===========================  =============  ==========================================================
+
+where λ is ``ridge`` times the mean of the diagonal that it is added to. Where a reader has no bias, and no batch norm
+behind it whose running mean could take the constant, there is no ``c``: an affine fit is a ridge fit then, and ``bias``
+does nothing.
+
+The fit minimises ``E||x_P - B x_S - c||²``, and with it ``E||y - y'||²`` of every linear reader at once, so readers of
+one tensor share it. A convolution of n channels is unrolled where its kernel is small: the fit is of all that the
+kernel meets at a place, which is the least-squares fit of its output. Where that would be too many numbers, O(n² k⁴),
+it is fitted per pixel, the same ``B`` for every entry of the kernel; its constant is then exact but for the border,
+where some of the kernel meets padding.
+
+Entries that the removal silences hold zero or meet zeros, so nothing they carried is left over, and the zeroed and
+folded model is what the slim model is proved against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oto._torch import TorchDispatchMode, tree_leaves
+from oto.groups.readers import Reader, Use
+
+KINDS = ("affine", "ridge", "bias")
+
+RIDGE = 0.01
+"""Damping, as a share of the mean of the diagonal."""
+
+WIDE = 4096
+"""Moments of more entries than this are held in float32."""
+
+UNROLLED = 1024
+"""Convolutions are unrolled up to so many entries, channels times kernel."""
+
+Key = tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over all rows that a reader has read.
+
+    Attributes:
+        count: Rows.
+        first: Their sum, shape ``(batch, n)``.
+        second: The sum of their outer products, shape ``(batch, n, n)``.
+    """
+
+    count: int
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Moments:
+        """Of rows of shape ``(batch, rows, n)``."""
+        dtype = torch.float32 if rows.shape[-1] > WIDE or rows.device.type == "mps" else torch.float64
+        rows = rows.to(dtype)
+        return cls(rows.shape[1], rows.sum(1), rows.mT @ rows)
+
+    def add(self, other: Moments) -> None:
+        self.count += other.count
+        self.first += other.first
+        self.second += other.second
+
+    @property
+    def mean(self) -> Tensor:
+        return self.first / self.count
+
+    @cached_property
+    def raw(self) -> Tensor:
+        """``E[x xᵀ]``."""
+        return self.second / self.count
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """The covariance."""
+        mean = self.mean
+        return self.raw - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+    def fit(self, stay: Tensor, go: Tensor, kind: str, ridge: float) -> tuple[Tensor, Tensor]:
+        """``B``, shape ``(batch, go, stay)``, and ``c``, shape ``(batch, go)``, of some entries by those that stay."""
+        if kind == "bias":
+            return self.raw.new_zeros(len(self.raw), len(go), len(stay)), self.mean[:, go]
+        matrix = self.centred if kind == "affine" else self.raw
+        among, across = matrix[:, stay][:, :, stay], matrix[:, stay][:, :, go]
+        B = _solved(among, across, ridge).mT
+        if kind == "ridge":
+            return B, self.mean.new_zeros(len(B), len(go))
+        return B, self.mean[:, go] - (B @ self.mean[:, stay].unsqueeze(-1)).squeeze(-1)
+
+
+def _damped(matrix: Tensor, ridge: float) -> Tensor:
+    """With a share of the mean of its diagonal added to that; 1 where all of it is zero."""
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    by = torch.where(mean > 0, ridge * mean, torch.ones_like(mean))
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return matrix + by[:, None, None] * eye
+
+
+def _factor(matrix: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor; with more damping where rounding leaves no positive matrix."""
+    least = 10 * torch.finfo(matrix.dtype).eps
+    for by in (ridge, *(max(ridge, least) * 10.0**power for power in range(1, 16))):
+        factor: Tensor
+        factor, wrong = torch.linalg.cholesky_ex(_damped(matrix, by))
+        if not bool(wrong.any()):
+            break
+    return factor
+
+
+def _solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
+    solved: Tensor = torch.cholesky_solve(across, _factor(among, ridge))
+    return solved
+
+
+def fitted(reader: Reader) -> Reader:
+    """As it is fitted: unrolled, if it is a convolution that is not too wide."""
+    unrolled = reader.unrolled
+    return unrolled if unrolled.width <= UNROLLED else reader
+
+
+def key_of(reader: Reader) -> Key:
+    """Readers of the same tensors share their moments."""
+    return tuple((value.index, *how) for value, *how in reader.sources)
+
+
+@contextmanager
+def listening(readers: Iterable[Reader], parameters: Mapping[str, Tensor]) -> Iterator[dict[Key, Moments]]:
+    """While inside, the moments of what readers read are summed up. Nothing but forwards may happen, without gradients.
+
+    Yields:
+        By :func:`key_of`; one is missing as long as its readers have not been called.
+    """
+    found: dict[Key, Moments] = {}
+    listener = _Listener(found)
+    for key, reader in {key_of(reader): reader for reader in readers}.items():
+        listener.hear(key, reader, reader.weight(parameters[reader.parameter]))
+    with torch.inference_mode(), listener:  # operators arrive whole, as they were when the model was followed
+        yield found
+
+
+class _Listener(TorchDispatchMode):
+    """Sees every call, and what is multiplied with the weights that it was told of."""
+
+    def __init__(self, found: dict[Key, Moments]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+        self.ops: dict[Any, set[int]] = {}
+        self.weights: dict[object, tuple[Key, Use]] = {}
+
+    def hear(self, key: Key, reader: Reader, weight: Tensor) -> None:
+        for use in reader.uses:
+            _, w = use.place
+            self.ops.setdefault(use.node.op, set()).add(w)
+            self.weights[use.node.op, w, _lies(weight)] = key, use
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.ops:
+            tensors = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+            for w in self.ops[func]:
+                heard = self.weights.get((func, w, _lies(tensors[w]))) if w < len(tensors) else None
+                if heard is not None:
+                    key, use = heard
+                    for rows in use.rows(tensors[use.place[0]]):
+                        self._add(key, rows)
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, key: Key, rows: Tensor) -> None:
+        if rows.shape[1]:
+            own = Moments.of(rows)
+            self.found[key].add(own) if key in self.found else self.found.__setitem__(key, own)
+
+
+def _lies(tensor: Tensor) -> object:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Which entries of a reader's input stay, and which go now; those that went before are neither."""
+
+    stay: Tensor
+    go: Tensor
+
+    @classmethod
+    def of(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Entries:
+        return cls(torch.from_numpy(np.flatnonzero(after)), torch.from_numpy(np.flatnonzero(before & ~after)))
+
+
+def fold_(
+    readers: Sequence[Reader],
+    moments: Mapping[Key, Moments],
+    entries: Callable[[Reader], Entries],
+    tensors: Mapping[str, Tensor],
+    kind: str = "affine",
+    ridge: float = RIDGE,
+) -> list[str]:
+    """Let readers take over what the entries that go have carried, in place.
+
+    Args:
+        moments: What :func:`listening` has found.
+        entries: Which entries of each reader's input stay and go.
+        tensors: Parameters and buffers, by name.
+        kind: One of :data:`KINDS`.
+        ridge: Damping.
+
+    Returns:
+        The readers that no batch has reached, by the names of their parameters: they are as they were.
+    """
+    unreached, fits = [], dict[Any, tuple[Tensor, Tensor]]()
+    for reader in readers:
+        own, key = entries(reader), key_of(reader)
+        if not len(own.go) or not len(own.stay):
+            continue
+        if key not in moments:
+            unreached.append(reader.parameter)
+            continue
+        how = "ridge" if kind == "affine" and reader.shift is None else kind
+        stay, go = (index.to(moments[key].second.device) for index in (own.stay, own.go))
+        fit = fits.get((key, how))
+        if fit is None:
+            fit = fits[key, how] = moments[key].fit(stay, go, how, ridge)
+        _fold_one(reader, tensors, stay, go, *fit)
+    return unreached
+
+
+@torch.no_grad()
+def _fold_one(reader: Reader, tensors: Mapping[str, Tensor], stay: Tensor, go: Tensor, B: Tensor, c: Tensor) -> None:
+    view = reader.layout.of(reader.weight(tensors[reader.parameter]))
+    rows = reader.layout.rows(reader.weight(tensors[reader.parameter])).to(B, copy=True)
+    gone = rows[:, :, go]
+    if B.any():
+        rows[:, :, stay] += gone @ B
+        view.copy_(rows.reshape(view.shape))
+    if reader.shift is not None and c.any():
+        name, sign = reader.shift
+        batch, kernel = len(reader.layout.batch), len(reader.layout.kernel) + len(reader.layout.contracted)
+        by_row = (gone @ c.unsqueeze(-1)).reshape(view.shape[: view.ndim - len(reader.layout.contracted)])
+        added = by_row.reshape(*by_row.shape[: view.ndim - kernel], -1).sum(-1)
+        assert added.ndim >= batch
+        target = tensors[name].detach()
+        target += sign * added.reshape(target.shape).to(target)
+
+
+def touched(readers: Iterable[Reader]) -> set[str]:
+    """The names of all that :func:`fold_` may write to."""
+    return {name for r in readers for name in (r.parameter, *([r.shift[0]] if r.shift else []))}
+
+
+# --- what it costs to lose an atom ------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Surgeon:
+    """The optimal brain surgeon of one reader, for atoms of several entries (ZipLM, arXiv 2302.04089, equation 2).
+
+    An atom costs ``tr(W_a [H⁻¹]_aa⁻¹ W_aᵀ)``, what the reader's output loses when the other atoms take over, with
+    ``H = M + λI``. Once it has gone, ``W -= W_a [H⁻¹]_aa⁻¹ [H⁻¹]_a`` and ``H⁻¹ -= [H⁻¹]ᵀ_a [H⁻¹]_aa⁻¹ [H⁻¹]_a``.
+
+    Attributes:
+        rows: The weight, shape ``(batch, rows, n)``.
+        inverse: ``H⁻¹``, shape ``(batch, n, n)``; identity where entries have gone before.
+        blocks: The entries of each atom, shape ``(atoms, entries)``.
+    """
+
+    rows: Tensor
+    inverse: Tensor
+    blocks: Tensor
+
+    @classmethod
+    def of(cls, reader: Reader, moments: Moments, parameter: Tensor, blocks: Tensor, ridge: float = RIDGE) -> Surgeon:
+        rows = reader.layout.rows(reader.weight(parameter)).to(moments.raw, copy=True)
+        return cls(rows, torch.cholesky_inverse(_factor(moments.raw, ridge)), blocks.to(rows.device))
+
+    def scores(self) -> Tensor:
+        """What each atom costs, float64, shape ``(atoms,)``."""
+        at = self.blocks
+        own = self.inverse[:, at[:, :, None], at[:, None, :]]  # (batch, atoms, entries, entries)
+        w = self.rows[:, :, at].permute(0, 2, 3, 1)  # (batch, atoms, entries, rows)
+        scores: Tensor = (torch.linalg.solve(own, w) * w).sum((0, 2, 3)).double()
+        return scores.cpu()
+
+    def remove(self, atoms: Tensor) -> None:
+        """Let some atoms go, and the others take over."""
+        at = self.blocks[atoms.to(self.blocks.device)].reshape(-1)
+        own = torch.linalg.solve(self.inverse[:, at][:, :, at], self.inverse[:, at])
+        self.rows -= self.rows[:, :, at] @ own
+        self.inverse -= self.inverse[:, :, at] @ own
+        self.rows[:, :, at] = 0
+        self.inverse[:, at] = self.inverse[:, :, at] = 0
+        self.inverse[:, at, at] = 1
+
+
+def greedy(surgeons: Sequence[Surgeon], alive: NDArray[np.bool_], go: int, steps: int = 64) -> NDArray[np.int64]:
+    """The atoms that go, in their order: each is the cheapest to all readers once those before it have gone.
+
+    Args:
+        surgeons: One for each reader of the atoms; they are worked with.
+        alive: Which atoms are left, shape ``(atoms,)``.
+        go: How many are to go.
+        steps: If they are more than this, several go at once.
+    """
+    gone: list[int] = []
+    left = torch.from_numpy(alive.copy())
+    while len(gone) < go:
+        total = torch.stack([surgeon.scores() for surgeon in surgeons]).sum(0)
+        many = min(-(-go // steps), go - len(gone))
+        lowest = torch.argsort(torch.where(left, total, torch.inf), stable=True)[:many]
+        for surgeon in surgeons:
+            surgeon.remove(lowest)
+        left[lowest] = False
+        gone += lowest.tolist()
+    return np.array(gone, dtype=np.int64)
+
+
+def fluctuation(reader: Reader, moments: Moments, parameter: Tensor, blocks: Tensor) -> Tensor:
+    """``Σ Var(x_e) ||W_e||²`` over the entries of each atom (FLAP, arXiv 2312.11983), float64, shape ``(atoms,)``."""
+    rows = reader.layout.rows(reader.weight(parameter)).to(moments.raw)
+    of_entry = (moments.centred.diagonal(dim1=-2, dim2=-1) * rows.square().sum(1)).sum(0)
+    return of_entry[blocks.to(of_entry.device)].sum(-1).double().cpu()

@@ -1,0 +1,104 @@
+"""What compression without training has cost and won."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from oto.groups import Cost
+from oto.report.table import columns, cost_rows, html
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Node groups that lost their atoms together.
+
+    Attributes:
+        groups: Their names.
+        atoms, size: How many atoms went, and how many there were.
+        readers: How many weights could take over.
+        before: The loss on the held-out batches before.
+        zeroed, folded: What it was after the atoms went, and when readers took over as well; ``None``: not measured.
+        kept: Which of the two it stayed at: ``"folded"`` or ``"zeroed"``.
+        norms: Whether batch norms were estimated anew.
+        unreached: Weights that no batch reached, so that they took nothing over.
+    """
+
+    groups: tuple[str, ...]
+    atoms: int
+    size: int
+    readers: int
+    before: float | None
+    zeroed: float | None
+    folded: float | None
+    kept: str
+    norms: bool
+    unreached: tuple[str, ...] = ()
+
+    @property
+    def after(self) -> float | None:
+        """The loss that it stayed at."""
+        return self.folded if self.kept == "folded" else self.zeroed
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """A model that was compressed without training: print it, or take ``to_dict()``.
+
+    Attributes:
+        target: What was asked for.
+        how: What the choice went by, and how the weights took over.
+        portions: The steps, along the depth of the network.
+        loss: On the held-out batches before and after; ``None`` where none were held out.
+        before, after: Costs of the full network and of what is left.
+        kept: How many atoms of each node group are left.
+        told: For groups that lost atoms, why nothing, or not all, could take over.
+    """
+
+    target: str
+    how: str
+    portions: tuple[Portion, ...]
+    loss: tuple[float, float] | None
+    before: Cost
+    after: Cost
+    kept: dict[str, int]
+    told: dict[str, tuple[str, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"{self.target}\n{self.how}", columns(self._cells()), "\n".join(self._said()), columns(self._costs())]
+        return "\n\n".join(part for part in parts if part)
+
+    def _repr_html_(self) -> str:
+        above, below = f"{self.target}\n{self.how}", "\n".join(self._said())
+        return html(self._cells(), above=above, below=below) + html(self._costs())
+
+    def _cells(self) -> list[list[str]]:
+        cells = [["portion", "atoms gone", "readers", "held-out loss", "zeroed", "folded", "stays"]]
+        for portion in self.portions:
+            more = f" and {len(portion.groups) - 1} more" if len(portion.groups) > 1 else ""
+            losses = ("–" if x is None else f"{x:.4g}" for x in (portion.before, portion.zeroed, portion.folded))
+            cells.append(
+                [f"{portion.groups[0]}{more}", f"{portion.atoms:,} of {portion.size:,}", str(portion.readers), *losses,
+                 portion.kept + (", norms anew" if portion.norms else "")]
+            )  # fmt: skip
+        return cells
+
+    def _said(self) -> list[str]:
+        lines = [] if self.loss is None else [f"held-out loss: {self.loss[0]:.4g} before, {self.loss[1]:.4g} after"]
+        why: dict[tuple[str, ...], list[str]] = {}
+        for name, reasons in self.told.items():
+            why.setdefault(reasons, []).append(name)
+        lines += [
+            f"not taken over: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, {reasons[0]}"
+            + (f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else "")
+            for reasons, names in why.items()
+        ]
+        lines += [f"no batch reached {name}" for portion in self.portions for name in portion.unreached]
+        return lines
+
+    def _costs(self) -> list[list[str]]:
+        return cost_rows(self.before, self.after)

@@ -1,0 +1,287 @@
+"""A smaller model without training."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import oto.oneshot
+from oto import OTO
+from oto.errors import OptionError, TargetError
+from oto.groups import cost
+
+
+class Cnn(nn.Module):
+    """Residual blocks with norms that count."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(12, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
+                nn.Conv2d(24, 12, 1, bias=False), nn.BatchNorm2d(12),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """Patches, attention, and a head, as in a ViT."""
+
+    def __init__(self, dim=16):
+        super().__init__()
+        self.embed = nn.Conv2d(3, dim, 4, stride=4)
+        layer = nn.TransformerEncoderLayer(dim, 4, 48, dropout=0.1, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(dim, 5)
+
+    def forward(self, x):
+        return self.head(self.layers(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def of_classes(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def of_tokens(model, batch):
+    return model(input_ids=batch, labels=batch).loss
+
+
+def learned(model, batches, loss, steps=40):
+    """A little, so that there is something to lose."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(model, batches[step % len(batches)]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def images(n=8, size=16):
+    centres = torch.randn(5, 3, 8, 8)
+    labels = [torch.randint(5, (size,)) for _ in range(n)]
+    return [(centres[y] + 0.5 * torch.randn(size, 3, 8, 8), y) for y in labels]
+
+
+def tokens(n=8):
+    return [(torch.randint(50, (6, 1)) + torch.arange(12) * torch.randint(1, 4, (6, 1))) % 50 for _ in range(n)]
+
+
+def made(kind):
+    if kind == "llama":
+        batches = tokens()
+        return learned(llama(), batches, of_tokens), {"input_ids": batches[0][:1]}, batches, of_tokens
+    batches = images()
+    return learned(Cnn() if kind == "cnn" else Encoder(), batches, of_classes), batches[0][0][:1], batches, of_classes
+
+
+def state(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+@pytest.mark.parametrize("kind", ["cnn", "encoder", "llama"])
+def test_it_meets_its_target_and_the_slim_model_is_of_its_class(kind):
+    model, example, batches, loss = made(kind)
+    oto = OTO(model, example)
+    done = oto.one_shot(target_macs=0.7, batches=batches, loss=loss)
+    assert done.before == cost(oto.partition) and done.after == cost(oto.partition, done.kept)
+    assert done.after.macs <= 0.7 * done.before.macs
+    with torch.no_grad():
+        seen = sum(float(loss(model, batch)) for batch in batches[-2:]) / 2
+    assert done.loss is not None and done.loss[1] == pytest.approx(seen, rel=1e-4)
+    subnet = oto.construct_subnet()
+    assert type(subnet.model) is type(model) and subnet.cost_after == done.after
+    assert {n: len(k) for n, k in subnet.kept.items() if n in done.kept} == done.kept
+    assert json.loads(json.dumps(done.to_dict()))["kept"] == done.kept
+    assert "held-out loss" in str(done) and "<table>" in done._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("cnn", "blocks.*.0.weight"), ("encoder", "*linear1.weight"), ("llama", "*gate_proj.weight")]
+)
+def test_what_stays_takes_over(kind, layers):
+    model, example, batches, loss = made(kind)
+    other = copy.deepcopy(model)
+    asked = {"target_kept": {layers: 0.5}, "batches": batches, "loss": loss, "saliency": "magnitude"}
+    folded, zeroed = (
+        OTO(m, example).one_shot(**asked, compensate=how) for m, how in ((model, "affine"), (other, None))
+    )
+    assert folded.kept == zeroed.kept
+    assert folded.loss[0] == zeroed.loss[0] and folded.loss[1] < zeroed.loss[1]
+    assert any(p.kept == "folded" and p.folded < p.zeroed for p in folded.portions)
+
+
+@pytest.mark.parametrize("saliency", ["obs", "fluctuation", "sensitivity", "magnitude", None])
+@pytest.mark.parametrize("target", [{"target_macs": 0.6}, {"target_params": 0.7}, {"target_kept": {"*conv*": 0.5}}])
+def test_every_way_to_choose_and_every_unit(saliency, target):
+    model, example, batches, loss = made("cnn")
+    if "target_kept" in target:
+        target = {"target_kept": {"blocks.*.0.weight": 0.5}}
+    done = OTO(model, example).one_shot(**target, batches=batches, loss=loss, saliency=saliency, portions=2)
+    if "target_kept" in target:
+        assert [n for g, n in done.kept.items() if g.startswith("blocks")] == [12, 12]
+    else:
+        unit = next(iter(target)).removeprefix("target_")
+        assert getattr(done.after, unit) <= target[f"target_{unit}"] * getattr(done.before, unit)
+    assert (saliency or "gradients") in done.how or saliency == "magnitude"
+
+
+def test_uniform_blocks_stay_uniform():
+    model, example, batches, loss = made("llama")
+    oto = OTO(model, example, layout="uniform")
+    oto.one_shot(target_macs=0.8, batches=batches, loss=loss, saliency="obs")
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "config" and subnet.config["intermediate_size"] < 64
+
+
+def test_gradients_mode_and_numbers_drawn_are_left_as_they_were():
+    model, example, batches, loss = made("encoder")
+    oto = OTO(model, example)
+    model.train()
+    loss(model, batches[0]).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    drawn = torch.get_rng_state()
+    oto.one_shot(target_macs=0.8, batches=batches[:4], loss=loss)
+    assert model.training and all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("after", [3, 12, 40])
+def test_all_is_undone_if_anything_is_raised(after):
+    model, example, batches, loss = made("cnn")
+    before, calls = state(model), []
+
+    def fails(m, batch):
+        calls.append(batch)
+        if len(calls) > after:
+            raise RuntimeError("no more")
+        return loss(m, batch)
+
+    with pytest.raises(RuntimeError, match="no more"):
+        OTO(model, example).one_shot(target_macs=0.6, batches=batches, loss=fails)
+    assert same(state(model), before)
+    assert not any(hasattr(p, "grad") and p.grad is not None and not p.requires_grad for p in model.parameters())
+
+
+def test_a_fold_that_does_not_help_is_undone(monkeypatch):
+    """Calibrated on inputs of another kind, the fit is worse than none."""
+    model, example, batches, loss = made("encoder")
+    wrong = [(torch.full_like(x, 3.0), y) for x, y in batches[:6]]
+    asked = {"target_macs": 0.7, "batches": wrong + batches[6:], "loss": loss, "saliency": "magnitude", "ridge": 0.0}
+    other, third = copy.deepcopy(model), copy.deepcopy(model)
+    checked = OTO(model, example).one_shot(**asked)
+    zeroed = OTO(other, example).one_shot(**asked, compensate=None)
+    monkeypatch.setattr(oto.oneshot, "_worse", lambda loss, than: False)
+    unchecked = OTO(third, example).one_shot(**asked)
+    undone = [p for p in checked.portions if p.kept == "zeroed" and p.readers]
+    assert undone and all(p.folded >= p.zeroed for p in undone)
+    assert checked.loss[1] <= zeroed.loss[1] < unchecked.loss[1]
+
+
+def test_without_a_holdout_nothing_is_checked():
+    model, example, batches, loss = made("cnn")
+    done = OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss, holdout=0)
+    assert done.loss is None and all(p.kept == "folded" and p.folded is None for p in done.portions)
+    json.dumps(done.to_dict())
+    str(done)
+
+
+def test_statistics_come_from_the_pruned_prefix(monkeypatch):
+    model, example, batches, loss = made("cnn")
+    seen, real = [], oto.oneshot.listening
+
+    def listens(readers, tensors):
+        rows = [t.flatten(1).detach() for t in tensors.values() if t.ndim > 1]
+        seen.append(sum(int((own == 0).all(1).sum()) for own in rows))
+        return real(readers, tensors)
+
+    monkeypatch.setattr(oto.oneshot, "listening", listens)
+    done = OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss, saliency="magnitude")
+    assert len(seen) == len(done.portions) > 1
+    assert seen[0] == 0 and seen == sorted(seen) and seen[-1] > 0
+    assert [p.groups[0] for p in done.portions] == ["stem.weight", "blocks.0.0.weight", "blocks.1.0.weight"]
+
+
+def test_refusals_change_nothing():
+    model, example, batches, loss = made("cnn")
+    made_of, before = OTO(model, example), state(model)
+    good = {"target_macs": 0.7, "batches": batches, "loss": loss}
+    for wrong, match in [
+        ({"loss": None}, "needs a loss"),
+        ({"batches": []}, "0 batches"),
+        ({"batches": batches[:1]}, "at least two batches"),
+        ({"holdout": 1.0}, "share of the batches"),
+        ({"compensate": "mean"}, "compensate is 'mean'"),
+        ({"ridge": -1.0}, "ridge is"),
+        ({"portions": 0}, "portions is"),
+        ({"lr": 0.1}, "lr"),
+    ]:
+        with pytest.raises(OptionError, match=match):
+            made_of.one_shot(**good | wrong)
+    for wrong in ({"target_params": 0.5}, {"target_macs": None}, {"target_macs": 1e-9}):
+        with pytest.raises(TargetError):
+            made_of.one_shot(**good | wrong)
+    assert same(state(model), before)
+
+
+def test_looking_what_it_would_cost_changes_nothing(monkeypatch):
+    model, example, batches, loss = made("cnn")
+    before = state(model)
+
+    def seen(self, *_):
+        assert same(state(model), before)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(oto.oneshot.Compression, "_portion", seen)
+    with pytest.raises(RuntimeError, match="seen"):
+        OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss, saliency="sensitivity")
+
+
+@pytest.mark.parametrize("saliency", ["obs", "fluctuation"])
+def test_a_choice_by_what_is_read_needs_something_to_be_read(saliency):
+    model, example, batches, loss = made("cnn")
+
+    def cast(m, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # copies of the weights are multiplied
+            return loss(m, batch)
+
+    before = state(model)
+    with pytest.raises(OptionError, match="no autocast"):
+        OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=cast, saliency=saliency)
+    assert same(state(model), before)
+    done = OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=cast, saliency="magnitude")
+    assert "no batch reached blocks.0.3.weight" in str(done)
+
+
+def test_half_precision_is_fitted_in_float64():
+    model, example, batches, loss = made("cnn")
+    half = [(x.bfloat16(), y) for x, y in batches]
+    of = OTO(model.bfloat16(), example.bfloat16())
+    done = of.one_shot(target_macs=0.7, batches=half, loss=loss, saliency="obs")
+    assert any(p.kept == "folded" for p in done.portions) and done.loss[1] < 1
