@@ -96,13 +96,13 @@ def measure_oto(model: nn.Module, x: Any, repeats: int) -> dict[str, Any]:
     memory = peak() - before
     graph = record(model, x, known)
 
-    def analyse() -> None:
+    def analyze() -> None:
         cost(partition(graph))
 
     prunable = [group for group in found.node_groups if group.prunable]
     return {
         "trace": median(lambda: record(model, x, known), repeats),
-        "analysis": median(analyse, repeats),
+        "analysis": median(analyze, repeats),
         "total": median(lambda: OTO(model, x), repeats),
         "memory": memory,
         "params": found.compute_num_params(),

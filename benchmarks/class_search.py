@@ -87,7 +87,7 @@ def measure(name: str) -> dict[str, Any]:
     model, x = make(name)
     record._run, GraphBuilder._add = counted_run, counted_add  # type: ignore[assignment, method-assign]
     begin = time.process_time()
-    everything = OTO(model, x, everything=True)
+    everything = OTO(model, x, allow_graph=True)
     alone, runs, calls = time.process_time() - begin, 0, 0
     begin = time.process_time()
     oto = OTO(model, x)

@@ -13,7 +13,7 @@ ends it is passed over.
 Models are small and their weights random; nothing is downloaded. A slim one is what `oto.hesso(target_params=.6)`
 arrives at in one step without gradients, by the magnitude of the weights. *takes it* says that the client reads the
 model without `oto`; *differs by* is the largest difference of what it gives from what the same model gives in PyTorch,
-relative to the largest entry: of quantised models that is what quantisation costs, for full and slim alike. MB are
+relative to the largest entry: of quantized models that is what quantization costs, for full and slim alike. MB are
 those of what the client holds or writes. The milliseconds are of one forward pass, in turns, on one thread, the median
 of fifteen.
 """
@@ -257,7 +257,7 @@ def weight(folder: Path, *patterns: str) -> int:
 
 
 def held(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, as they are in memory: those inside of quantised tensors too."""
+    """Bytes of parameters and buffers, as they are in memory: those inside of quantized tensors too."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     return sum(_bytes(t) for t in tensors)
 

@@ -407,7 +407,7 @@ METHODS: dict[str, Method] = {
     "dense-small": dense_small,
     "oto": ours("hesso"),
     "oto-cric": ours("hesso_cric"),
-    "oto-published": ours("hesso", saliency="hesso", normalise="all"),
+    "oto-published": ours("hesso", saliency="hesso", normalize="all"),
     "hspg": ours("hspg"),
     "dhspg": ours("dhspg"),
     "dhspg-published": ours("dhspg", saliency="dhspg"),

@@ -9,14 +9,14 @@ Both optimizers run in one process on two copies of the same parameters, step by
 in milliseconds and their ratio. Gradients are made once; for pruned entries they are what back-propagation gives there
 (zero where the node group is quiet). The phases are: before pruning; the steps before a choice whose gradients are
 averaged, with the criterion ``--saliency``; the steps of a walk (CRIC); the first step of a period; the other steps of
-a period, which shrink redundant groups (HESSO, CRIC) or penalise and test those that may go (HSPG all of them, DHSPG
+a period, which shrink redundant groups (HESSO, CRIC) or penalize and test those that may go (HSPG all of them, DHSPG
 half), and keep pruned ones at zero; and after pruning. λ is 0 here, so that no group leaves and what is measured is the
 most that a step costs.
 
 With ``--training N`` the table is another one: what the sparse optimizer adds to a whole training step (forward,
-backward, SGD) on a batch of N, where it observes gradients, and where it penalises. On one CPU thread seconds are those
+backward, SGD) on a batch of N, where it observes gradients, and where it penalizes. On one CPU thread seconds are those
 of the process, so that other programs do not count. ``--memory`` counts the bytes of tensors that an optimizer holds
-beside the state of the wrapped one: in a checkpoint, and while it penalises.
+beside the state of the wrapped one: in a checkpoint, and while it penalizes.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def made(
 def measure(
     method: str,
     build: Callable[[], tuple[nn.Module, Tensor]],
-    analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]],
+    analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]],
     optimizer: str,
     mode: str,
     device: torch.device,
@@ -140,7 +140,7 @@ def measure(
     """Median seconds of a step in every phase that there is: of the wrapped optimizer, and of the sparse one."""
     ours, x = build()
     theirs, _ = build()
-    node_groups = analyse(ours, x)
+    node_groups = analyze(ours, x)
     for model in (ours, theirs):
         model.to(device)
         gradients(model)
@@ -167,18 +167,18 @@ def measure(
 
 
 def training(
-    method: str, name: str, analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]], device: torch.device,
+    method: str, name: str, analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]], device: torch.device,
     batch: int, saliency: str | None, rounds: int = 3,
 ) -> dict[str, float]:  # fmt: skip
     """Median seconds of a training step (forward, backward, fused SGD), and what the sparse optimizer adds to it."""
     model, x = MODELS[name]()
-    node_groups = analyse(model, x)
+    node_groups = analyze(model, x)
     model.to(device)
     x = torch.randn(batch, 3, 224, 224) if name == "resnet50" else torch.randint(1000, (batch, 128))
     x = x.to(device)
     cls, options = OPTIMIZERS["sgd"]
     optimizer = made(method, model, node_groups, 1000, saliency, base=cls, start_pruning_step=1, fused=True, **options)
-    penalises = isinstance(optimizer, HalfSpace)
+    penalizes = isinstance(optimizer, HalfSpace)
 
     def backward() -> None:
         optimizer.zero_grad()
@@ -186,9 +186,9 @@ def training(
         (output if isinstance(output, Tensor) else output.last_hidden_state).square().mean().backward()
 
     def added() -> object:
-        return optimizer.step() if penalises else optimizer.observe(1)
+        return optimizer.step() if penalizes else optimizer.observe(1)
 
-    for _ in range(3 if penalises else 1):
+    for _ in range(3 if penalizes else 1):
         backward()
         optimizer.step()
     times: dict[str, list[float]] = {"backward": [], "step": [], "added": []}
@@ -197,19 +197,19 @@ def training(
         times["step"].append(timed(optimizer.descend, device))
         times["added"].append(timed(added, device))
     whole = {key: statistics.median(seconds) for key, seconds in times.items()}
-    more = whole["added"] - (whole["step"] if penalises else 0)
+    more = whole["added"] - (whole["step"] if penalizes else 0)
     return {"whole": whole["backward"] + whole["step"], "step": whole["step"], "added": more}
 
 
-def memory(method: str, name: str, analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]]) -> tuple[int, int, int]:
-    """Bytes of all parameters, of what a checkpoint holds of pruning, and of the copy that is held while penalising."""
+def memory(method: str, name: str, analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]]) -> tuple[int, int, int]:
+    """Bytes of all parameters, of what a checkpoint holds of pruning, and of the copy that is held while penalizing."""
     model, x = MODELS[name]()
     gradients(model)
-    optimizer = made(method, model, analyse(model, x), 8, None, start_pruning_step=1, lr=1e-3)
+    optimizer = made(method, model, analyze(model, x), 8, None, start_pruning_step=1, lr=1e-3)
     held = 0
     for n in range(12):
         optimizer.step()
-        if isinstance(optimizer, HalfSpace) and (x_ := optimizer.penalised(n)) is not None:
+        if isinstance(optimizer, HalfSpace) and (x_ := optimizer.penalized(n)) is not None:
             held = max(held, sum(own.nbytes for own in x_.before or ()))
         if isinstance(optimizer, HESSOCRIC):
             held = max(held, sum(own.nbytes for own in optimizer.walk["saved"]))
@@ -225,7 +225,7 @@ def analysis(model: nn.Module, x: Tensor) -> Sequence[NodeGroup]:
     return OTO(model, x).node_groups  # type: ignore[no-any-return]
 
 
-def main(analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]] = analysis) -> None:
+def main(analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]] = analysis) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", default=1, type=int)
@@ -249,7 +249,7 @@ def main(analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]] = analysis)
         for name in args.models:
             for method in args.methods:
                 torch.manual_seed(0)
-                cells = " | ".join(f"{number / 1e6:.2f}" for number in memory(method, name, analyse))
+                cells = " | ".join(f"{number / 1e6:.2f}" for number in memory(method, name, analyze))
                 print(f"| {name} | {method} | {cells} |", flush=True)
         return
     if args.training:
@@ -259,7 +259,7 @@ def main(analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]] = analysis)
         for name in args.models:
             for method in args.methods:
                 torch.manual_seed(0)
-                found = training(method, name, analyse, args.device, args.training, args.saliency)
+                found = training(method, name, analyze, args.device, args.training, args.saliency)
                 cells = " | ".join(f"{1e3 * seconds:.1f}" for seconds in found.values())
                 share = found["added"] / found["whole"]
                 print(f"| {name} | {args.training} | {method} | {cells} | {share:.1%} |", flush=True)
@@ -271,7 +271,7 @@ def main(analyse: Callable[[nn.Module, Tensor], Sequence[NodeGroup]] = analysis)
                 for mode in args.modes:
                     torch.manual_seed(0)
                     rows = measure(
-                        method, MODELS[name], analyse, optimizer, mode, args.device, args.rounds, args.saliency
+                        method, MODELS[name], analyze, optimizer, mode, args.device, args.rounds, args.saliency
                     )
                     cells = " | ".join(
                         f"{1e3 * a:.2f} → {1e3 * b:.2f} ({b / a:.2f}×)" if (a := pair[0]) and (b := pair[1]) else "–"

@@ -49,8 +49,8 @@ MESSAGES = {
         model[0].weight.data[0, 0] = float("nan")
         OTO(model, x).hesso(lr=0.1, target_macs=0.5, total_steps=100)
     """,
-    "ArtefactError": 'load_subnet("nowhere")',
-    "DamagedArtefactError": """
+    "ArtifactError": 'load_subnet("nowhere")',
+    "DamagedArtifactError": """
         oto = OTO(mlp(), x)
         oto.random_set_zero_groups(0.5)
         oto.construct_subnet("damaged")
@@ -239,8 +239,8 @@ def pictures(made: Path) -> None:
     full = copy.deepcopy(model)
     images = torch.randn(256, 3, 16, 16)
     labels = images.mean((2, 3)).argmax(1)
-    analysed = OTO(model, images[:1])
-    optimizer = analysed.hesso(lr=0.05, first_momentum=0.9, target_macs=0.5, total_steps=150)
+    analyzed = OTO(model, images[:1])
+    optimizer = analyzed.hesso(lr=0.05, first_momentum=0.9, target_macs=0.5, total_steps=150)
     for _ in range(150):
         batch = torch.randint(256, (32,))
         optimizer.zero_grad()
@@ -248,14 +248,14 @@ def pictures(made: Path) -> None:
         loss.backward()
         optimizer.record(loss=loss)
         optimizer.step()
-    subnet = analysed.construct_subnet()
+    subnet = analyzed.construct_subnet()
     page = made / "extra" / "report.html"
     subnet.report(page, title="A small residual network", full=full, dummy_input=images[:8])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oto.errors.NoGraphvizWarning)
-        analysed.visualize(made / "drawing")
+        analyzed.visualize(made / "drawing")
     (made / "figure.inc").write_text(
-        "```{image} _made/drawing/Small.svg\n:alt: a small residual network, one colour for each node group\n```\n"
+        "```{image} _made/drawing/Small.svg\n:alt: a small residual network, one color for each node group\n```\n"
         if (made / "drawing" / "Small.svg").is_file()
         else "(Graphviz was not installed where this was built, so the drawing is missing.)\n"
     )

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Images:
-    """Normalised float32 images ``(n, c, h, w)`` with int64 labels ``(n,)``, and how to augment a training batch.
+    """Normalized float32 images ``(n, c, h, w)`` with int64 labels ``(n,)``, and how to augment a training batch.
 
     ``shift`` is how many pixels an image may move in each direction, ``flip`` whether left and right may be swapped.
     """

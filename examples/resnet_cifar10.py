@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"latency: median of {REPEATS} forward passes, float32, CPU threads: {torch.get_num_threads()}\n")
     print(subnet)
 
-    # The artefact needs the class and nothing of this run.
+    # The artifact needs the class and nothing of this run.
     loaded = load_subnet(args.out, lambda: ResNet(args.depth, args.width, images.shape[0], images.classes))
     slim = copy.deepcopy(subnet.model).cpu()
     with torch.no_grad():
@@ -251,7 +251,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no-augment", action="store_true", help="train on the images as they are, neither moved nor mirrored")
     add("--no-dense", action="store_true", help="skip the dense network that is trained for comparison")
     add("--latency-batch", type=int, default=64, help="images per forward pass when latency is measured")
-    add("--out", type=Path, default=Path("out/resnet"), help="where the artefact goes")
+    add("--out", type=Path, default=Path("out/resnet"), help="where the artifact goes")
     return parser.parse_args(argv)
 
 

@@ -76,7 +76,7 @@ class Options:
     only: Iterable[Pattern] | None = None
     strict_out_nodes: bool | Iterable[str] = False
     min_kept: MinKept = 1
-    everything: bool = False
+    allow_graph: bool = False
     prune_frozen: bool = False
     drop_unreached: bool = False
     layout: Layout | None = None
@@ -108,7 +108,9 @@ class Form:
         if self.own is not None:
             return self.own.steps or ["search: the class was asked, and can do without anything as it is"]
         instead = (
-            "its config states the sizes (layout)" if self.kind == "config" else "everything=True takes a graph instead"
+            "its config states the sizes (layout)"
+            if self.kind == "config"
+            else "allow_graph=True takes a graph instead"
         )
         return [f"search: the class was not asked, since {instead}"]
 
@@ -126,7 +128,7 @@ class Analysis:
         state: What the model held when it was followed.
         device: Where its parameters were then, if in one place.
         strict_out_nodes: Which outputs need not keep their size.
-        everything, prune_frozen, drop_unreached: As in :class:`oto.OTO`.
+        allow_graph, prune_frozen, drop_unreached: As in :class:`oto.OTO`.
     """
 
     model: nn.Module
@@ -137,7 +139,7 @@ class Analysis:
     state: State
     device: torch.device | None
     strict_out_nodes: bool | frozenset[str]
-    everything: bool
+    allow_graph: bool
     prune_frozen: bool
     drop_unreached: bool
 
@@ -250,7 +252,7 @@ class Analysis:
         vars(self).update(state)
         with undone(left_before(self.model, self.example)):
             vars(self)["state"] = State(self.model)
-            graph = record(self.model, self.example, known, dead=not self.everything, training=True)
+            graph = record(self.model, self.example, known, dead=not self.allow_graph, training=True)
             vars(self)["partition"] = trainable(graph, self.strict_out_nodes)
             kind: Any = self.form
             own = ask_the_class(self) if kind == "class" else None
@@ -271,10 +273,10 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
         skipped = parameters_of(_listed(options.skip_patterns), model)
         only = None if options.only is None else parameters_of(_listed(options.only), model)
         with told(model, TraceError, "being followed on the dummy input"):
-            graph = record(model, example, known, dead=not options.everything, training=True)
+            graph = record(model, example, known, dead=not options.allow_graph, training=True)
         state, strict = State(model), options.strict_out_nodes
         strict = strict if isinstance(strict, bool) else outputs_called(_listed(strict), graph)
-        with told(model, TraceError, "being analysed", "it was followed on the dummy input"):
+        with told(model, TraceError, "being analyzed", "it was followed on the dummy input"):
             partition = trainable(graph, strict)
         # what may go: first what each group says, then what groups say of each other, then what form they leave
         groups = keep_at_least(partition.groups, options.min_kept)
@@ -286,7 +288,7 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
         groups = tied(groups, model) if options.layout in ("uniform", "stock") else groups
         found = _in_form(options.layout, Analysis(
             model, example, partition, groups, Form("graph"), state, device_of(model.parameters()), strict,
-            options.everything, options.prune_frozen, options.drop_unreached,
+            options.allow_graph, options.prune_frozen, options.drop_unreached,
         ))  # fmt: skip
         try:
             require_prunable(found.groups, graph)
@@ -305,7 +307,7 @@ def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
             return replace(analysis, groups=groups, form=Form("config", recipe=recipe))
         text = nothing_states(analysis.model, layout, recipe is not None)
         warnings.warn(text, UnstatedWarning, stacklevel=users_level())
-    if analysis.everything:
+    if analysis.allow_graph:
         return analysis
     own = ask_the_class(analysis)
     return replace(analysis, groups=limited(analysis.groups, own), form=Form("class", own=own))
@@ -384,7 +386,7 @@ def _module(model: Any) -> nn.Module:
     held = [name for name, part in getattr(model, "__dict__", {}).items() if isinstance(part, nn.Module)]
     raise OptionError(
         f"the model is a {'class' if isinstance(model, type) else type(model).__name__}, no torch.nn.Module\n"
-        "  effect  there is nothing to analyse\n"
+        "  effect  there is nothing to analyze\n"
         f"  to fix  give the module {f'that it holds: OTO(model.{held[0]}, ...)' if held else 'itself'}"
     )
 

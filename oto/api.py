@@ -20,6 +20,7 @@ from oto.optim.compensate import RIDGE
 from oto.optim.options import DHSPGOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, PreviewOptions
 from oto.optim.wrapped import Params
 from oto.previewing import preview
+from oto.renamed import former
 from oto.report.explain import Explanation
 from oto.report.one_shot import OneShot
 from oto.report.preview import Preview
@@ -45,7 +46,7 @@ class OTO:
             keep it: keys, fields or places in what ``forward`` returns (``["state", "hidden.0"]``).
         min_kept: Atoms that every group keeps, an int; or the share of its atoms, a float; or a mapping from names or
             globs of parameters to either. Optimizers take it too, and keep the greater of both.
-        everything: Prune whatever can be removed exactly. The slim model is a ``torch.fx.GraphModule`` where the class
+        allow_graph: Prune whatever can be removed exactly. The slim model is a ``torch.fx.GraphModule`` where the class
             cannot express that; by default what the class can neither be told nor do without stays whole.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
@@ -57,6 +58,7 @@ class OTO:
             stock class, see :meth:`Subnet.save_pretrained`. ``"stock"``: and a width that is heads times the width of a
             head stays so. By default (``None`` or ``"free"``) every block has counts of its own.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
+        everything: The former name of ``allow_graph``.
 
     Raises:
         OptionError, DummyInputError: ``model`` is no module, ``dummy_input`` no input, or an option means nothing.
@@ -75,13 +77,14 @@ class OTO:
     def __init__(
         self, model: nn.Module, dummy_input: Any, *, skip_patterns: Iterable[Pattern] = (),
         only: Iterable[Pattern] | None = None, strict_out_nodes: bool | Iterable[str] = False, min_kept: MinKept = 1,
-        everything: bool = False, prune_frozen: bool = False, drop_unreached: bool = False,
-        layout: Layout | None = None, tensor_parallel: int = 1,
+        allow_graph: bool = False, prune_frozen: bool = False, drop_unreached: bool = False,
+        layout: Layout | None = None, tensor_parallel: int = 1, everything: bool | None = None,
     ) -> None:  # fmt: skip
-        policies = skip_patterns, only, strict_out_nodes, min_kept, everything, prune_frozen, drop_unreached
+        allow_graph = allow_graph or former("everything", everything, "allow_graph") or False
+        policies = skip_patterns, only, strict_out_nodes, min_kept, allow_graph, prune_frozen, drop_unreached
         self._analysis = analyze(model, dummy_input, Options(*policies, layout, tensor_parallel))
         self._training: Training = Training()  # of the optimizer that was made last
-        self._saved: Path | None = None  # the folder of the last artefact
+        self._saved: Path | None = None  # the folder of the last artifact
 
     def __repr__(self) -> str:
         return f"OTO({type(self.model).__name__}): {self._analysis.summary}"
@@ -174,7 +177,7 @@ class OTO:
             params: By default all parameters of the model. Parameter groups need no names.
             target_macs, target_params, target_bytes, target_latency_ms, target_group_sparsity, target_kept: What is to
                 be left; exactly one.
-            scope, min_kept, group_divisible, align, saliency, normalise, within, by_cost, average_steps: What goes.
+            scope, min_kept, group_divisible, align, saliency, normalize, within, by_cost, average_steps: What goes.
             start_pruning_step, pruning_steps, pruning_periods, pruning_exponent, total_steps: When.
             variant, base, base_options, names, lr, weight_decay, first_momentum, second_momentum, dampening: What is
                 wrapped, and how; further keywords of torch's (``betas``, ``foreach``...) may stand beside these.
@@ -312,7 +315,7 @@ class OTO:
         follows it. What trainers wrapped around a ``forward``, such as autocast, is seen through.
 
         Args:
-            out_dir: Folder for the artefact; nothing is saved if it is ``None``.
+            out_dir: Folder for the artifact; nothing is saved if it is ``None``.
             model: Made slim instead: a copy of the model with other weights, such as their moving average, or what
                 wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
             emitter: ``"auto"``, or one way alone: ``"config"`` (the class, made from an edited ``model.config``; tried
@@ -331,7 +334,7 @@ class OTO:
             EmitterError: What was asked for, or any way, cannot express the slim model; or no program can be written.
             NonFiniteParameterError, UnknownParameterError: A parameter holds NaN or infinity; ``model`` is no copy of
                 the model, or ``align`` names what is not there.
-            ArtefactError: ``out_dir`` cannot be written, or holds a file of such a name that no artefact has written.
+            ArtifactError: ``out_dir`` cannot be written, or holds a file of such a name that no artifact has written.
         """
         wanted = Build.of(out_dir, emitter, program, save_full, float64, verify, report, align)
         subnet = build_subnet(self._analysis, self.model if model is None else model, wanted, self._training.optimizer)

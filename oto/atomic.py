@@ -33,7 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from oto.errors import ArtefactError
+from oto.errors import ArtifactError
 
 try:
     import fcntl
@@ -225,7 +225,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that is to be at ``path``, in place of one that may be there; it gets there at the end.
 
     Raises:
-        ArtefactError: It cannot be written.
+        ArtifactError: It cannot be written.
     """
     with told(path.parent, f"{path.name} was not written"), scratch(path.parent) as folder:
         draft = folder / path.name
@@ -257,7 +257,7 @@ def stamp(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def told(place: Path, effect: str) -> Iterator[None]:
-    """What the file system refuses about ``place`` is raised as an :class:`ArtefactError`; other failures pass."""
+    """What the file system refuses about ``place`` is raised as an :class:`ArtifactError`; other failures pass."""
     try:
         yield
     except OSError as failure:
@@ -274,7 +274,7 @@ def concerns(failure: OSError, place: Path) -> bool:
     return any(Path(n).absolute().is_relative_to(place.absolute()) for n in names)
 
 
-def unwritable(place: Path, why: object, effect: str) -> ArtefactError:
-    return ArtefactError(
+def unwritable(place: Path, why: object, effect: str) -> ArtifactError:
+    return ArtifactError(
         f"{place} cannot be written: {why}\n  effect  {effect}\n  to fix  free some space, or choose another folder"
     )

@@ -5,7 +5,7 @@ Exit codes:
 * 0: done.
 * 1: refused or impossible; the message says why and what to do.
 * 2: the command line is wrong: an option, or a model, an input or a checkpoint that cannot be had.
-* 3: ``oto verify`` found an artefact damaged, or computing something else.
+* 3: ``oto verify`` found an artifact damaged, or computing something else.
 
 A mistake of the user is told without a traceback. Results go to standard output, warnings and errors to standard error;
 with ``--json`` each of them is one JSON object on a line.
@@ -33,7 +33,7 @@ import oto
 from oto._torch import tree_map_only
 from oto.api import OTO
 from oto.errors import (
-    DamagedArtefactError,
+    DamagedArtifactError,
     GivenError,
     NothingPrunableError,
     OTOError,
@@ -44,7 +44,7 @@ from oto.errors import (
 )
 from oto.given import HOW_TO_NAME, load_weights, named_input, named_model
 from oto.groups import Cost
-from oto.io.artefact import Artefact, reading
+from oto.io.artifact import Artifact, reading
 from oto.io.export import export_model
 from oto.io.program import load_program
 from oto.io.subnet import FULL, PROGRAM, load_subnet
@@ -128,7 +128,7 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help
 MaybeModel = Annotated[
     str | None, typer.Option("--model", "-m", metavar="MODEL", help=f"the full model: {HOW_TO_NAME}")
 ]
-ArtefactFolder = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="folder that construct_subnet or slim wrote")]
+ArtifactFolder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that construct_subnet or slim wrote")]
 Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", "-i", metavar="SHAPE", help="1x3x224x224, 1x128:int64:30522, mask=1x128:bool; repeatable"),
@@ -143,8 +143,11 @@ Skip = Annotated[
 Only = Annotated[
     list[str] | None, typer.Option("--only", metavar="NAME", help="prune nothing else: a name or glob; repeatable")
 ]
-Everything = Annotated[
-    bool, typer.Option("--everything", help="also what the model's own class cannot express; slim is a graph then")
+AllowGraph = Annotated[
+    bool,
+    typer.Option(
+        "--allow-graph", "--everything", help="also what the model's own class cannot express; slim is a graph then"
+    ),
 ]
 Layout = Annotated[
     str | None, typer.Option(help="uniform: repeated blocks keep equally many; stock: and as wide as its heads")
@@ -184,7 +187,7 @@ def _align(given: list[str] | None) -> int | str | dict[str, int] | None:
     return {glob: int(number) for glob, _, number in named}
 
 
-def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: list[str] | None, everything: bool,
+def _analyzed(name: str, inputs: list[str] | None, input_fn: str | None, skip: list[str] | None, allow_graph: bool,
               checkpoint: Path | None = None, key: str | None = None, pretrained: bool = False,
               min_kept: str = "1", layout: str | None = None, only: list[str] | None = None) -> OTO:  # fmt: skip
     torch.manual_seed(0)  # so that two calls say the same of a model without weights
@@ -199,7 +202,7 @@ def _analysed(name: str, inputs: list[str] | None, input_fn: str | None, skip: l
         "min_kept": least,
         "layout": layout,
     }  # OTO refuses what means nothing
-    return OTO(model, given, skip_patterns=skip or (), everything=everything, **options)
+    return OTO(model, given, skip_patterns=skip or (), allow_graph=allow_graph, **options)
 
 
 def _shares(given: list[str] | None) -> dict[str, int | float] | None:
@@ -221,13 +224,13 @@ def _shares(given: list[str] | None) -> dict[str, int | float] | None:
 
 @command
 def explain(model: Model, input: Inputs = None, input_fn: InputFn = None, skip: Skip = None, only: Only = None,
-            everything: Everything = False, layout: Layout = None, as_json: Json = False) -> None:  # fmt: skip
+            allow_graph: AllowGraph = False, layout: Layout = None, as_json: Json = False) -> None:  # fmt: skip
     """What can be removed from a model, and why the rest stays whole.
 
     oto explain torchvision:resnet50 --input 1x3x224x224
     """
     try:
-        found = _analysed(model, input, input_fn, skip, everything, layout=layout, only=only).explain()
+        found = _analyzed(model, input, input_fn, skip, allow_graph, layout=layout, only=only).explain()
     except NothingPrunableError as failure:
         if isinstance(failure.explanation, Explanation):
             _result(failure.explanation, failure.explanation.to_dict(), as_json)
@@ -260,7 +263,7 @@ def preview(
     pretrained: Pretrained = False,
     skip: Skip = None,
     only: Only = None,
-    everything: Everything = False,
+    allow_graph: AllowGraph = False,
     layout: Layout = None,
     as_json: Json = False,
 ) -> None:
@@ -280,9 +283,9 @@ def preview(
     if len(asked) != 1:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
         raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
-    analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, pretrained, min_kept, layout, only)
+    analyzed = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, pretrained, min_kept, layout, only)
     asked |= {"scope": scope, "group_divisible": group_divisible, "align": _align(align)}
-    found = analysed.preview(**asked)
+    found = analyzed.preview(**asked)
     _result(found, found.to_dict(), as_json)
 
 
@@ -296,16 +299,16 @@ def visualize(
     params: Annotated[bool, typer.Option("--params", help="show the shape of each parameter")] = False,
     flops: Annotated[bool, typer.Option("--flops", help="show the FLOPs of each call")] = False,
     skip: Skip = None,
-    everything: Everything = False,
+    allow_graph: AllowGraph = False,
     layout: Layout = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the graph: one colour per node group, grey for what stays whole.
+    """Draw the graph: one color per node group, gray for what stays whole.
 
     oto visualize torchvision:resnet50 --input 1x3x224x224 --out drawing
     """
-    analysed = _analysed(model, input, input_fn, skip, everything, layout=layout)
-    files = analysed.visualize(out, vertical=not horizontal, display_params=params, display_flops=flops)
+    analyzed = _analyzed(model, input, input_fn, skip, allow_graph, layout=layout)
+    files = analyzed.visualize(out, vertical=not horizontal, display_params=params, display_flops=flops)
     _result("\n".join(map(str, files)), {"files": [str(file) for file in files]}, as_json)
 
 
@@ -313,18 +316,18 @@ def visualize(
 def slim(
     checkpoint: Annotated[Path, typer.Argument(help="weights with zeros: safetensors, or what torch.save wrote")],
     model: ModelOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the artefact")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the artifact")],
     input: Inputs = None,
     input_fn: InputFn = None,
     key: Key = None,
     skip: Skip = None,
-    everything: Everything = False,
+    allow_graph: AllowGraph = False,
     layout: Layout = None,
     align: Align = None,
     emitter: Annotated[str, typer.Option(help="auto, config, module, graph or recording")] = "auto",
     program: Annotated[bool, typer.Option(help="write model.pt2, which loads without the class")] = True,
     save_full: Annotated[bool, typer.Option("--save-full", help="write the zeroed full weights too")] = False,
-    report: Annotated[bool, typer.Option("--report", help="write report.html into the artefact")] = False,
+    report: Annotated[bool, typer.Option("--report", help="write report.html into the artifact")] = False,
     save_pretrained: Annotated[
         Path | None, typer.Option(help="a new folder that from_pretrained loads; with --layout uniform")
     ] = None,
@@ -334,26 +337,26 @@ def slim(
 
     oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
     """
-    analysed = _analysed(model, input, input_fn, skip, everything, checkpoint, key, layout=layout)
+    analyzed = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, layout=layout)
     options: dict[str, Any] = {"emitter": emitter, "align": _align(align) or 1}
-    subnet = analysed.construct_subnet(out, program=program, save_full=save_full, report=report, **options)
+    subnet = analyzed.construct_subnet(out, program=program, save_full=save_full, report=report, **options)
     if save_pretrained is not None:
         subnet.save_pretrained(save_pretrained)
     _result(subnet, subnet.to_dict(), as_json)
 
 
 @command
-def info(artefact: ArtefactFolder, as_json: Json = False) -> None:
-    """What an artefact is: costs, proof, files, versions. Every file is checked against its hash."""
-    found = _opened(artefact)
+def info(artifact: ArtifactFolder, as_json: Json = False) -> None:
+    """What an artifact is: costs, proof, files, versions. Every file is checked against its hash."""
+    found = _opened(artifact)
     _result(_about(found), {"folder": str(found.folder), **found.manifest}, as_json)
 
 
-def _opened(folder: Path) -> Artefact:
-    """An artefact of a slim model, whose files are whole."""
+def _opened(folder: Path) -> Artifact:
+    """An artifact of a slim model, whose files are whole."""
     found = reading(folder)
     if missing := [name for name in SAID if name not in found.manifest]:
-        raise DamagedArtefactError(
+        raise DamagedArtifactError(
             f"{found.folder}: its manifest says nothing of {', '.join(missing)}\n"
             "  effect  it is not known to hold a slim model\n  to fix  pass the folder given to construct_subnet"
         )
@@ -363,7 +366,7 @@ def _opened(folder: Path) -> Artefact:
 SAID = ("model", "emitter", "why_graph", "cost", "checks", "notes", "versions")
 
 
-def _about(found: Artefact) -> str:
+def _about(found: Artifact) -> str:
     manifest = found.manifest
     before, after = (Cost(**_fields(Cost, manifest["cost"][key])) for key in ("before", "after"))
     checks = [Check(**_fields(Check, c)) for c in manifest["checks"]]
@@ -397,20 +400,20 @@ def _fields(kind: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
 
 @command
 def verify(
-    artefact: ArtefactFolder,
+    artifact: ArtifactFolder,
     model: MaybeModel = None,
     input: Inputs = None,
     input_fn: InputFn = None,
     as_json: Json = False,
 ) -> None:
-    """Check an artefact: its hashes, that it loads and runs; with --model, that its program computes what its class
+    """Check an artifact: its hashes, that it loads and runs; with --model, that its program computes what its class
     does, and, where full weights were saved (save_full=True), that it computes what the zeroed full model does.
 
     Exit code 3 if anything is wrong with it.
     """
     try:
-        lines, data = _verified(artefact, model, input, input_fn)
-    except (DamagedArtefactError, VerificationError) as failure:
+        lines, data = _verified(artifact, model, input, input_fn)
+    except (DamagedArtifactError, VerificationError) as failure:
         _message("error", failure, as_json)
         raise typer.Exit(FOUND) from failure
     _result("\n".join([*lines, "all is well" if data["checks"] else "the files are well"]), data, as_json)
@@ -470,8 +473,8 @@ def _worst(checks: Sequence[Check]) -> str:
     return "; ".join(f"{max(c.error for c in checks if c.dtype == d):.1e} relative in {d}" for d in dtypes)
 
 
-def _load_full(full: nn.Module, found: Artefact) -> None:
-    """The zeroed full weights of an artefact, into the full model."""
+def _load_full(full: nn.Module, found: Artifact) -> None:
+    """The zeroed full weights of an artifact, into the full model."""
     held = dict(full.named_parameters(remove_duplicate=False)) | dict(full.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, tensor in found.tensors(FULL).items():
@@ -483,7 +486,7 @@ def _load_full(full: nn.Module, found: Artefact) -> None:
             held[name].copy_(tensor)
 
 
-def _loaded(found: Artefact, model: str | None, inputs: list[str] | None,
+def _loaded(found: Artifact, model: str | None, inputs: list[str] | None,
             input_fn: str | None) -> tuple[nn.Module | None, nn.Module, Any]:  # fmt: skip
     """The full model, if it is named; the slim one; and an input for them."""
     full = None if model is None else named_model(model)
@@ -503,7 +506,7 @@ def _loaded(found: Artefact, model: str | None, inputs: list[str] | None,
 
 @command
 def bench(
-    artefact: ArtefactFolder,
+    artifact: ArtifactFolder,
     model: MaybeModel = None,
     input: Inputs = None,
     input_fn: InputFn = None,
@@ -518,7 +521,7 @@ def bench(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    full, slim, given = _loaded(_opened(artefact), model, input, input_fn)
+    full, slim, given = _loaded(_opened(artifact), model, input, input_fn)
     try:
         models = {name: m.to(device).eval() for name, m in (("full", full), ("slim", slim)) if m is not None}
         given = tree_map_only(Tensor, lambda t: t.to(device), given)
@@ -543,7 +546,7 @@ def bench(
 
 @command
 def export(
-    artefact: ArtefactFolder,
+    artifact: ArtifactFolder,
     to: Annotated[str, typer.Option(help="onnx, pt2 (torch.export), or aoti (compiled for this machine)")] = "onnx",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="a new file; default: model.onnx, ... in the working folder")
@@ -559,7 +562,7 @@ def export(
     """
     if to not in FORMATS:
         raise GivenError(f"--to {to} is no format\n  to fix  --to {', --to '.join(FORMATS)}")
-    _, slim, given = _loaded(_opened(artefact), model, input, input_fn)
+    _, slim, given = _loaded(_opened(artifact), model, input, input_fn)
     target = out or Path(FORMATS[to])
     checks = export_model(slim, given, to, target)
     size, error = target.stat().st_size, max(c.error for c in checks)

@@ -6,9 +6,26 @@ Each class has one cause. Internal mistakes stay ``AssertionError``.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+
+FORMER = {
+    "ArtefactError": "ArtifactError",
+    "ArtefactVersionError": "ArtifactVersionError",
+    "DamagedArtefactError": "DamagedArtifactError",
+}
+"""Names that were changed (:mod:`oto.renamed`)."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in FORMER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    text = f"{name} is called {FORMER[name]} now\n  effect  none; 0.3 removes the former name"
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return globals()[FORMER[name]]
 
 
 class OTOError(Exception):
@@ -19,7 +36,7 @@ class OTOError(Exception):
 
 
 class TraceError(OTOError):
-    """The model could not be run on the example input, so there is no graph to analyse."""
+    """The model could not be run on the example input, so there is no graph to analyze."""
 
 
 class DummyInputError(TraceError, TypeError):
@@ -129,19 +146,19 @@ class VerificationError(OTOError):
     """The slim model does not compute what the zeroed model computes, or nothing shows that. Nothing was written."""
 
 
-class ArtefactError(OTOError):
-    """The saved artefact cannot be written or read."""
+class ArtifactError(OTOError):
+    """The saved artifact cannot be written or read."""
 
 
-class DamagedArtefactError(ArtefactError):
-    """A file of the artefact is missing, cut short or does not match its hash."""
+class DamagedArtifactError(ArtifactError):
+    """A file of the artifact is missing, cut short or does not match its hash."""
 
 
-class ArtefactVersionError(ArtefactError):
-    """The artefact was written by an unknown version of the format."""
+class ArtifactVersionError(ArtifactError):
+    """The artifact was written by an unknown version of the format."""
 
 
-class ClassChangedError(ArtefactError):
+class ClassChangedError(ArtifactError):
     """The class given to ``load_subnet`` is not the one that was saved."""
 
 
@@ -186,7 +203,7 @@ class NotItsClassWarning(UserWarning):
 
 
 class LeftBehindWarning(UserWarning):
-    """Tensors that were made to analyse a model are still somewhere where the next forward may meet them."""
+    """Tensors that were made to analyze a model are still somewhere where the next forward may meet them."""
 
 
 class UnknownOpWarning(UserWarning):

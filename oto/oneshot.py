@@ -82,7 +82,7 @@ def sensitivity(entries: Weights) -> Tensor:
 MEASURED = {"obs": obs, "fluctuation": fluctuating, "sensitivity": sensitivity}
 """Ways to choose that look at what readers read."""
 
-COMPARABLE: dict[str, Any] = {"normalise": "none", "by_cost": 1.0}
+COMPARABLE: dict[str, Any] = {"normalize": "none", "by_cost": 1.0}
 """How a choice goes by ``"sensitivity"``, which is in the unit of the loss."""
 
 LEVELS = (0.25, 0.5, 0.75)

@@ -20,7 +20,7 @@ from oto.groups.layout import evened
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
 from oto.slim.config.recipe import Recipe
-from oto.slim.shrink import Shrunk, analysed_again, become, parts, require_there, shrunk
+from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
 from oto.slim.source import Source
 from oto.slim.state import left_since
 from oto.trace.record import told
@@ -122,7 +122,7 @@ def _slim(analysis: Analysis, kept: Kept, averages: Iterable[Any]) -> tuple[Shru
         own = ask_the_class(analysis) if form.kind == "config" else form.own
         source = Source(model, analysis.example, analysis.partition, own, kept, form.recipe)
         slim = shrunk(source, averages)
-        again = analysed_again(slim.model, source, analysis.groups, analysis.everything, form.kind == "class")
+        again = analyzed_again(slim.model, source, analysis.groups, analysis.allow_graph, form.kind == "class")
     partition, groups, own = again
     return slim, replace(analysis, partition=partition, groups=groups, form=Form(form.kind, form.recipe, own))
 

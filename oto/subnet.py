@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from oto.analysis import Analysis
-from oto.errors import ArtefactError, EmitterError, NotPrunedWarning, OptionError, some, users_level
+from oto.errors import ArtifactError, EmitterError, NotPrunedWarning, OptionError, some, users_level
 from oto.groups import Cost, Kept, cost
 from oto.groups.align import Align, multiples
 from oto.groups.layout import evened
-from oto.io.artefact import adding, check_out_dir
+from oto.io.artifact import adding, check_out_dir
 from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
 from oto.io.subnet import files, save
@@ -51,7 +51,7 @@ class Subnet:
     Attributes:
         model: The slim module, in eval mode; it owns its memory. One of the original class trains on as the full one
             would (``docs/after_pruning.md``), and may be made slim again: what is saved loads from the first class.
-        path: The folder of the artefact, ``None`` if it was not saved.
+        path: The folder of the artifact, ``None`` if it was not saved.
         emitter: ``"config"`` (the original class, made from an edited config), ``"module"`` (the original class with
             other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
             followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
@@ -125,7 +125,7 @@ class Subnet:
 
         Raises:
             MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
-            ArtefactError: The file cannot be written; what was there is as it was.
+            ArtifactError: The file cannot be written; what was there is as it was.
         """
         assert self.origin is not None
         times = None
@@ -166,7 +166,7 @@ class Subnet:
 
         Raises:
             EmitterError: The config cannot state the sizes of the slim model; the message names them.
-            ArtefactError: The folder cannot be written or holds files, or what was written reads otherwise.
+            ArtifactError: The folder cannot be written or holds files, or what was written reads otherwise.
         """
         return save_pretrained(self.model, Path(out_dir).expanduser(), tokenizer, card(self))
 
@@ -183,7 +183,7 @@ class Subnet:
         Raises:
             EmitterError: The model cannot be expressed in it, or there is no compiler.
             VerificationError: What was read back computes something else. Nothing was written.
-            ArtefactError: There is a file already, or it cannot be written.
+            ArtifactError: There is a file already, or it cannot be written.
             MissingExtraError: ONNX is asked for and not installed (``pip install 'oto[onnx]'``).
         """
         return export_model(self.model, self.example, how, Path(path).expanduser())
@@ -208,7 +208,7 @@ class Build:
 
         Raises:
             OptionError: An option means nothing.
-            ArtefactError: The folder has no name.
+            ArtifactError: The folder has no name.
         """
         if out_dir is not None and not os.fspath(out_dir):
             check_out_dir(out_dir)
@@ -226,7 +226,7 @@ def build_subnet(analysis: Analysis, model: Any, build: Build, optimizer: Sparse
         model: That one or a copy of it.
     """
     if build.out_dir is not None:
-        names = files(build.emitter, analysis.everything, build.program, build.save_full)
+        names = files(build.emitter, analysis.allow_graph, build.program, build.save_full)
         check_out_dir(build.out_dir, [*names, *([REPORT] if build.report else [])])
     before = _files_in(build.out_dir)
     with stages("construct_subnet"):
@@ -235,13 +235,13 @@ def build_subnet(analysis: Analysis, model: Any, build: Build, optimizer: Sparse
         with adding(subnet.path, REPORT) as file:
             subnet.report(file)
     if gone := before - _files_in(build.out_dir):
-        note = f"{some(sorted(gone))} of the artefact that was there before, and not asked for now, was removed"
+        note = f"{some(sorted(gone))} of the artifact that was there before, and not asked for now, was removed"
         subnet = replace(subnet, notes=(*subnet.notes, note))
     return subnet
 
 
 def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) -> Subnet:
-    """The slim model of the very model that was analysed, without what only reports show."""
+    """The slim model of the very model that was analyzed, without what only reports show."""
     require_values(analysis.model)
     stage("reading the zeros")
     zeros = read_zeros(analysis.groups, analysis.model)
@@ -293,7 +293,7 @@ def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) 
     assert build.out_dir is not None
     proved = f"the slim model was built, and right in {len(made.checks)} comparisons"
     costs = {"before": vars(before), "after": vars(after)}
-    with told(source.model, ArtefactError, "its slim model was saved and loaded again", proved), as_found(source.model):
+    with told(source.model, ArtifactError, "its slim model was saved and loaded again", proved), as_found(source.model):
         return save(build.out_dir, source, made, costs, build.save_full, build.program)
 
 

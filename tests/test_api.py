@@ -315,7 +315,7 @@ def test_adapters_on_a_frozen_model():
 
 
 def test_codes_of_numbers_are_never_zeroed():
-    class Quantised(nn.Module):
+    class Quantized(nn.Module):
         def __init__(self):
             super().__init__()
             self.codes = nn.Parameter(torch.randint(-8, 8, (8, 3), dtype=torch.int8), requires_grad=False)
@@ -326,7 +326,7 @@ def test_codes_of_numbers_are_never_zeroed():
 
     for prune_frozen in (False, True):
         try:
-            groups = OTO(Quantised(), torch.randn(2, 3), prune_frozen=prune_frozen).node_groups
+            groups = OTO(Quantized(), torch.randn(2, 3), prune_frozen=prune_frozen).node_groups
         except NothingPrunableError:
             continue
         assert all(piece.parameter != "codes" for g in groups if g.prunable for piece in g.zeros)
@@ -431,7 +431,7 @@ def test_what_a_second_save_takes_away_is_a_note(tmp_path):
     again = oto.construct_subnet(tmp_path / "out", program=True, save_full=True)
     assert first.notes == again.notes == ()
     last = oto.construct_subnet(tmp_path / "out", save_full=True)
-    assert last.notes == ("model.pt2 of the artefact that was there before, and not asked for now, was removed",)
+    assert last.notes == ("model.pt2 of the artifact that was there before, and not asked for now, was removed",)
     assert not (tmp_path / "out" / "model.pt2").exists() and oto.full_group_sparse_model_path is not None
 
 
@@ -497,8 +497,8 @@ def test_a_search_that_settled_nothing_says_so():
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     assert "search" not in str(OTO(model, torch.randn(2, 3)).explain())
     assert "search: the class was asked, and" in str(OTO(model, torch.randn(2, 3)).explain(search=True))
-    graph = OTO(model, torch.randn(2, 3), everything=True)
-    assert "the class was not asked, since everything=True" in str(graph.explain(search=True))
+    graph = OTO(model, torch.randn(2, 3), allow_graph=True)
+    assert "the class was not asked, since allow_graph=True" in str(graph.explain(search=True))
 
 
 def test_a_subnet_in_a_console_is_one_line(tmp_path):

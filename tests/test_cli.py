@@ -53,7 +53,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def artefact(here):
+def artifact(here):
     """What ``oto slim`` makes of a checkpoint that was trained."""
     from oto.given import named_model
 
@@ -132,15 +132,15 @@ def test_the_drawing_is_written(here):
     assert "rankdir=LR" in next(Path(file) for file in files if file.endswith(".dot")).read_text()
 
 
-def test_slim_keeps_zeros_that_make_sizes_multiples(artefact):
+def test_slim_keeps_zeros_that_make_sizes_multiples(artifact):
     given = ("slim", "trained.pt", "-m", "cli_net:make", "-i", "1x3x8x8", "--out")
     plain, aligned = as_json(*given, "plain"), as_json(*given, "aligned", "--align", "4")
     assert any(n % 4 for n in plain["kept"].values()) and not any(n % 4 for n in aligned["kept"].values())
     assert any("align=4" in note for note in aligned["notes"])
 
 
-def test_slim_info_verify(artefact):
-    loaded = load_subnet(artefact)
+def test_slim_info_verify(artifact):
+    loaded = load_subnet(artifact)
     assert loaded(torch.randn(2, 3, 8, 8)).shape == (2, 5)
     told = call("info", "slim").stdout
     assert "parameters" in told and "verified in float64" in told and "model.safetensors" in told
@@ -154,46 +154,46 @@ def test_slim_info_verify(artefact):
     assert alone.endswith("the files are well\n") and "nothing was compared: no model is named (--model)" in alone
 
 
-def test_slim_writes_a_report(artefact, here):
+def test_slim_writes_a_report(artifact, here):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     given = ("trained.pt", "-m", "cli_net:make", "-i", "1x3x8x8", "--out", "told", "--report")
     assert as_json("slim", *given)["path"] == "told"
     assert "made slim" in (here / "told" / "report.html").read_text()
-    assert "report.html" in as_json("info", "told")["files"] and not (artefact / "report.html").exists()
+    assert "report.html" in as_json("info", "told")["files"] and not (artifact / "report.html").exists()
 
 
-def test_verify_finds_what_is_damaged(artefact):
-    file = artefact / "model.safetensors"
+def test_verify_finds_what_is_damaged(artifact):
+    file = artifact / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     done = call("verify", "slim")
     assert done.exit_code == 3 and "its content changed" in done.stderr and "Traceback" not in done.output
     done = call("verify", "slim", "--json")
-    assert done.exit_code == 3 and json.loads(done.stderr)["error"] == "DamagedArtefactError"
+    assert done.exit_code == 3 and json.loads(done.stderr)["error"] == "DamagedArtifactError"
 
 
-def test_verify_finds_what_computes_something_else(artefact):
+def test_verify_finds_what_computes_something_else(artifact):
     """Whole files whose weights do not belong together."""
     from safetensors.torch import load_file, save_file
 
-    from oto.io.artefact import MANIFEST, _digest, _stamp
+    from oto.io.artifact import MANIFEST, _digest, _stamp
 
-    file = artefact / "model.safetensors"
+    file = artifact / "model.safetensors"
     tensors = load_file(file)
     tensors["0.weight"] = tensors["0.weight"] + 1
     save_file(tensors, file)
-    manifest = json.loads((artefact / MANIFEST).read_text())
+    manifest = json.loads((artifact / MANIFEST).read_text())
     manifest["files"]["model.safetensors"] = _stamp(file)
     manifest["digest"] = _digest({k: v for k, v in manifest.items() if k != "digest"})
-    (artefact / MANIFEST).write_text(json.dumps(manifest))
+    (artifact / MANIFEST).write_text(json.dumps(manifest))
     assert call("verify", "slim").exit_code == 0  # nothing to compare with
     done = call("verify", "slim", "--model", "cli_net:make")
     assert done.exit_code == 3 and "does not compute" in done.stderr
 
 
-def test_bench_times_both(artefact):
+def test_bench_times_both(artifact):
     both = as_json("bench", "slim", "--model", "cli_net:make", "--input", "4x3x8x8", "--seconds", "0")
     assert both["ms"].keys() == {"full", "slim"} and both["speedup"] > 0
     assert all(0 < ms["q1"] <= ms["median"] <= ms["q3"] for ms in both["ms"].values())
@@ -202,7 +202,7 @@ def test_bench_times_both(artefact):
     assert call("bench", "slim", "--input", "4x3x9x9", "--seconds", "0").exit_code == 2
 
 
-def test_export_writes_onnx_that_was_run(artefact):
+def test_export_writes_onnx_that_was_run(artifact):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     told = as_json("export", "slim", "--to", "onnx", "--out", "slim.onnx")
@@ -210,7 +210,7 @@ def test_export_writes_onnx_that_was_run(artefact):
     session = onnxruntime.InferenceSession("slim.onnx", providers=["CPUExecutionProvider"])
     x = torch.randn(5, 3, 8, 8)  # any batch
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert torch.allclose(load_subnet(artefact)(x), torch.from_numpy(found), atol=1e-5)
+    assert torch.allclose(load_subnet(artifact)(x), torch.from_numpy(found), atol=1e-5)
     assert call("export", "slim", "--to", "tar").exit_code == 2
     again = call("export", "slim", "--out", "slim.onnx")  # a file is never replaced
     assert again.exit_code == 1 and "is there already" in again.stderr
@@ -221,7 +221,7 @@ def test_export_writes_onnx_that_was_run(artefact):
     "words, code, said",
     [
         ("explain", 2, "Missing argument"),
-        ("explain cli_net:make --colour", 2, "No such option"),
+        ("explain cli_net:make --color", 2, "No such option"),
         ("explain cli_net", 2, "no model is called 'cli_net'"),
         ("explain cli_nett:make -i 1x3", 2, "no module is called cli_nett"),
         ("explain cli_net:maek -i 1x3", 2, "cli_net has no maek"),
@@ -244,7 +244,7 @@ def test_export_writes_onnx_that_was_run(artefact):
         ("preview cli_net:make -i 1x3x8x8 --target-kept 0.5", 2, "name what keeps how much"),
         ("preview cli_net:make -i 1x3x8x8 --target-kept 0.weight=0.5 --target-macs .5", 2, "2 targets are given"),
         ("explain cli_net:make -i 1x3x8x8 --only nothing.*", 1, "nothing.*"),
-        ("info cli_net.py", 1, "cli_net.py is a file of no artefact"),
+        ("info cli_net.py", 1, "cli_net.py is a file of no artifact"),
         ("slim nowhere.pt -m cli_net:make -i 1x3x8x8 -o out", 2, "there is no file nowhere.pt"),
         ("slim cli_net.py -m cli_net:make -i 1x3x8x8 -o out", 2, "cannot be read as plain tensors"),
         ("info nowhere", 1, "there is no folder nowhere"),
@@ -268,9 +268,9 @@ def test_a_model_without_zeros_is_warned_about(here):
     assert json.loads(done.stderr)["warning"] == "NotPrunedWarning"
 
 
-def test_the_artefact_of_another_model_is_refused(artefact):
+def test_the_artifact_of_another_model_is_refused(artifact):
     done = call("verify", "slim", "--model", "cli_net:other", "--input", "1x3")
-    assert done.exit_code == 1 and "does not fit the artefact" in done.stderr
+    assert done.exit_code == 1 and "does not fit the artifact" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])

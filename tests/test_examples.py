@@ -33,7 +33,7 @@ def numbers(line: str) -> list[float]:
 
 def test_the_example_trains_thins_saves_and_reloads(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    out = tmp_path / "artefact"
+    out = tmp_path / "artifact"
     printed = run("examples/resnet_cifar10.py", "--width=16", "--epochs=5", "--target-macs=0.5", f"--out={out}")
     rows = {line.split("  ")[0]: numbers(line) for line in printed.splitlines()}
     accuracy, params, macs = range(3)

@@ -88,8 +88,8 @@ class Moody(nn.Module):
         return super().named_buffers(*args, **kwargs)
 
 
-def use(model, folder, emitter="auto", everything=False):
-    oto = OTO(model, X, everything=everything)
+def use(model, folder, emitter="auto", allow_graph=False):
+    oto = OTO(model, X, allow_graph=allow_graph)
     oto.random_set_zero_groups(0.5)
     return oto.construct_subnet(folder, emitter=emitter)
 
@@ -97,7 +97,7 @@ def use(model, folder, emitter="auto", everything=False):
 @settings(max_examples=20)
 @given(
     where=st.sampled_from(WHERE), nth=st.integers(0, 12), raises=st.sampled_from(sorted(RAISES)),
-    emitter=st.sampled_from(["auto", "module", "graph"]), everything=st.booleans(), graph=st.booleans(),
+    emitter=st.sampled_from(["auto", "module", "graph"]), allow_graph=st.booleans(), graph=st.booleans(),
 )  # fmt: skip
 def test_only_errors_of_ours_come_out(tmp_path_factory, where, nth, raises, emitter, everything, graph):
     model = Moody(where, nth, RAISES[raises], graph)
@@ -138,7 +138,7 @@ def test_no_memory_and_no_patience_pass_through(memory, nth, where, tmp_path):
 
 def test_a_failure_says_where_and_what_was_proved():
     model = Moody("never", 0, RAISES["ValueError"])
-    oto = OTO(model, X, everything=True)
+    oto = OTO(model, X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     model.where = "call"
     with pytest.raises(OTOError) as caught:

@@ -205,6 +205,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "subnet": {"analysis"},
         "cli": {"api", "given"},
         "errors": set(),
+        "renamed": set(),
         "integrations": set(),
         "given": set(),
         "oneshot": {"analysis", "previewing"},  # choice, compensation and report meet here only

@@ -12,10 +12,10 @@ from torch.nn.utils import prune
 
 from oto import OTO, load_subnet, register_rule
 from oto.errors import (
-    ArtefactError,
-    ArtefactVersionError,
+    ArtifactError,
+    ArtifactVersionError,
     ClassChangedError,
-    DamagedArtefactError,
+    DamagedArtifactError,
     DummyInputError,
     DuplicateRuleError,
     EmitterError,
@@ -99,7 +99,7 @@ def test_nan_in_a_parameter():
 
 def test_an_out_dir_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("mine")
-    with message(ArtefactError, "is a file"):
+    with message(ArtifactError, "is a file"):
         OTO(mlp(), X).construct_subnet(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -127,7 +127,7 @@ def test_a_graph_given_what_it_was_not_made_for():
             y = self.layers(x.view(-1, 3) if x.shape[1] == 3 else x[:, :3])
             return y if mask is None else y * mask
 
-    oto = OTO(Either(), X, everything=True)
+    oto = OTO(Either(), X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     slim = oto.construct_subnet(emitter="graph").model
     with message(GraphInputError, "mask was passed, and the graph was made without it") as caught:
@@ -139,7 +139,7 @@ def test_a_graph_given_what_it_was_not_made_for():
 
 
 def test_a_graph_put_into_train_mode():
-    oto = OTO(mlp(), X, everything=True)
+    oto = OTO(mlp(), X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     with message(GraphModeError, "a graph of the eval forward: it has no dropout") as caught:
         oto.construct_subnet(emitter="graph").model.train()
@@ -190,7 +190,7 @@ def test_a_class_that_cannot_be_thinned():
         def forward(self, x):
             return self.b(self.a(x).reshape(-1, 8))
 
-    oto = OTO(Sized(), X, everything=True)
+    oto = OTO(Sized(), X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     with message(EmitterError, "Sized cannot be thinned as its own class"):
         oto.construct_subnet(emitter="module")
@@ -205,19 +205,19 @@ def saved(tmp_path):
     return oto.construct_subnet(tmp_path / "out").path
 
 
-def test_a_damaged_artefact(saved):
+def test_a_damaged_artifact(saved):
     weights = saved / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with message(DamagedArtefactError, "its content changed"):
+    with message(DamagedArtifactError, "its content changed"):
         load_subnet(saved, mlp)
 
 
-def test_an_artefact_of_an_unknown_version(saved):
+def test_an_artifact_of_an_unknown_version(saved):
     manifest = json.loads((saved / "oto.json").read_text())
     (saved / "oto.json").write_text(json.dumps({**manifest, "format": 7}))
-    with message(ArtefactVersionError, "format 7"):
+    with message(ArtifactVersionError, "format 7"):
         load_subnet(saved)
 
 
@@ -250,8 +250,8 @@ def test_the_code_of_a_class_that_changed_since(tmp_path, monkeypatch):
     assert load_subnet(path, Net, strict=False).a.out_features == 4
 
 
-def test_a_folder_that_is_no_artefact(tmp_path):
-    with message(ArtefactError, r"holds no oto\.json"):
+def test_a_folder_that_is_no_artifact(tmp_path):
+    with message(ArtifactError, r"holds no oto\.json"):
         load_subnet(tmp_path)
 
 

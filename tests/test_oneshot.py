@@ -80,9 +80,9 @@ def learned(model, batches, loss, steps=40):
 
 
 def images(n=8, size=16):
-    centres = torch.randn(5, 3, 8, 8)
+    centers = torch.randn(5, 3, 8, 8)
     labels = [torch.randint(5, (size,)) for _ in range(n)]
-    return [(centres[y] + 0.5 * torch.randn(size, 3, 8, 8), y) for y in labels]
+    return [(centers[y] + 0.5 * torch.randn(size, 3, 8, 8), y) for y in labels]
 
 
 def tokens(n=8):

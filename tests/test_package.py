@@ -24,9 +24,9 @@ import oto
 place = pathlib.Path(oto.__file__).resolve()
 assert place.is_relative_to(pathlib.Path(sys.prefix).resolve()), place
 model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-analysed = oto.OTO(model, torch.randn(2, 3))
-analysed.random_set_zero_groups(0.5)
-subnet = analysed.construct_subnet("slim", program=True, report=True)
+analyzed = oto.OTO(model, torch.randn(2, 3))
+analyzed.random_set_zero_groups(0.5)
+subnet = analyzed.construct_subnet("slim", program=True, report=True)
 assert oto.load_subnet("slim")(torch.randn(2, 3)).shape == (2, 2)
 assert "made slim" in pathlib.Path("slim/report.html").read_text()
 assert (importlib.resources.files("oto") / "py.typed").is_file()

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from oto import load_subnet
-from oto.io.artefact import reading
+from oto.io.artifact import reading
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "tutorials"

@@ -3,7 +3,7 @@
     python tutorials/01_resnet_cifar10.py                     # ResNet-20, 20,000 images twice, about two minutes
     python tutorials/01_resnet_cifar10.py --model resnet18 --images 50000 --epochs 100 --lr 0.1 --device cuda
 
-You will see the whole of the method: analyse the network, train it with a sparse optimizer, take the slim network out.
+You will see the whole of the method: analyze the network, train it with a sparse optimizer, take the slim network out.
 There is no list of layers and no second training.
 """
 
@@ -98,7 +98,7 @@ def pretrained(name: str) -> nn.Module:
 
 
 def load(images: int, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalised as the weights want it."""
+    """Normalized as the weights want it."""
     train_x, train_y, test_x, test_y = cifar10_arrays()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 

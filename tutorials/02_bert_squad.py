@@ -88,7 +88,7 @@ def windows(tokenizer: Any, asked: list[dict[str, Any]], args: Any) -> dict[str,
 # ---------------------------------------------------------------------------------------------- 2. the metric
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces: as the official script does."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
@@ -98,11 +98,11 @@ def score(said: str, answers: list[str]) -> tuple[float, float]:
     """Exact match and F1 over words, of the answer that fits best."""
 
     def f1(a: str, b: str) -> float:
-        a_words, b_words = normalise(a).split(), normalise(b).split()
+        a_words, b_words = normalize(a).split(), normalize(b).split()
         common = sum((Counter(a_words) & Counter(b_words)).values())
         return 2 * common / (len(a_words) + len(b_words)) if common else 0.0
 
-    return max(float(normalise(said) == normalise(a)) for a in answers), max(f1(said, a) for a in answers)
+    return max(float(normalize(said) == normalize(a)) for a in answers), max(f1(said, a) for a in answers)
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def main() -> None:
     flags.add_argument("--layers", type=int, help="the encoder's first so many; by default all")
     flags.add_argument("--test-questions", type=int, default=80)
     flags.add_argument("--max-length", type=int, default=128, help="tokens of a window")
-    flags.add_argument("--stride", type=int, default=32, help="tokens that neighbouring windows share")
+    flags.add_argument("--stride", type=int, default=32, help="tokens that neighboring windows share")
     flags.add_argument("--epochs", type=int, default=2)
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--lr", type=float, default=2e-4)

@@ -34,7 +34,7 @@ from oto import OTO, load_subnet
 
 
 class Shift(nn.Module):
-    """Add or subtract the mean colour."""
+    """Add or subtract the mean color."""
 
     def __init__(self, sign: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def main() -> None:
     model = pretrained().to(args.device)
     before = psnr(model, test, args.device)
 
-    # The first and last convolution see colours, which are an input and an output, so these dimensions stay whole.
+    # The first and last convolution see colors, which are an input and an output, so these dimensions stay whole.
     oto = OTO(model, torch.rand(1, 3, args.patch, args.patch, device=args.device))
     print(oto.explain(), "\n")
     # Convolutions in groups are slow at odd widths: at multiples of eight, fewer operations are less time too.

@@ -156,8 +156,8 @@ def main() -> None:
 
     # A detector takes a list of images. Its positional arguments are a tuple with one list in it. By default OTO tries
     # the class with other widths and keeps whole what gives something else; with other widths other boxes are found, so
-    # that says nothing here. `everything=True` tries nothing, and the slim model is of the class all the same.
-    oto = OTO(model, ([test[0][0].to(args.device)],), everything=True)
+    # that says nothing here. `allow_graph=True` tries nothing, and the slim model is of the class all the same.
+    oto = OTO(model, ([test[0][0].to(args.device)],), allow_graph=True)
     print(oto.explain(), "\n")
     steps = args.epochs * (len(train) // args.batch_size)
     optimizer = oto.hesso(

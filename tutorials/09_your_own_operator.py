@@ -103,8 +103,8 @@ def main() -> None:
         scale = call.view(scale, (*scale.shape, 1, 1))
         return call.map(lambda held, factor: 0.0 if 0.0 in (held, factor) else None, x, scale)
 
-    analysed = OTO(model, images.test_x[:1])
-    print(f"with the rule {analysed.explain().atoms} groups can go\n")
+    analyzed = OTO(model, images.test_x[:1])
+    print(f"with the rule {analyzed.explain().atoms} groups can go\n")
 
     # ------------------------------------------------------------------------------------------ 4. is it right?
     # Remove half of all groups at random and compare: the constructor does, in float64. Try it with a rule that lies,
@@ -115,7 +115,7 @@ def main() -> None:
 
     # ------------------------------------------------------------------------------------------ 5. as ever
     steps = args.epochs * (len(images.train_y) // 64)
-    optimizer = analysed.hesso(lr=args.lr, first_momentum=0.9, target_macs=args.target_macs, total_steps=steps)
+    optimizer = analyzed.hesso(lr=args.lr, first_momentum=0.9, target_macs=args.target_macs, total_steps=steps)
     schedule = CosineAnnealingLR(optimizer, steps)
     shuffle = torch.Generator().manual_seed(args.seed)
     for _ in range(args.epochs):
@@ -127,7 +127,7 @@ def main() -> None:
             optimizer.step()
             schedule.step()
     print(optimizer.progress)
-    subnet = analysed.construct_subnet(out_dir=args.out)
+    subnet = analyzed.construct_subnet(out_dir=args.out)
     x, y = images.test_x, images.test_y
     rows = {
         "before": (network(), subnet.cost_before, [accuracy(network().to(args.device), x, y)]),

@@ -1,4 +1,4 @@
-"""Lesson 10: deploy. One slim network as ONNX, compiled by AOTInductor, and quantised, with sizes and times.
+"""Lesson 10: deploy. One slim network as ONNX, compiled by AOTInductor, and quantized, with sizes and times.
 
     python tutorials/10_deploy.py                             # digits, about two minutes; AOTInductor needs g++
     python tutorials/10_deploy.py --dataset cifar10 --depth 20 --width 32 --epochs 30

@@ -31,7 +31,7 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=2, help="CPU threads")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--passes", type=int, default=31, help="forward passes when latency is measured")
-    found.add_argument("--out", type=Path, default=Path("out") / name, help="where the artefact goes")
+    found.add_argument("--out", type=Path, default=Path("out") / name, help="where the artifact goes")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Sizes that kernels and quantisers take: a dimension of a weight is to be a multiple of some number.
+"""Sizes that kernels and quantizers take: a dimension of a weight is to be a multiple of some number.
 
 What counts is the size of the dimension, not the number of its atoms. A dimension may be a product: 8 heads of 16
 entries are 128, a multiple of 32, and so are any 2, 4 or 6 of them. So the multiple is shared out among the factors.

@@ -100,7 +100,7 @@ def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
             raise UnknownNodeError(
                 f"no output of the model is called, or matches, {pattern!r}\n"
                 f"  it has   {some(graph.output_names, 12)}\n"
-                "  effect   nothing was analysed\n  to fix   name some of these in strict_out_nodes"
+                "  effect   nothing was analyzed\n  to fix   name some of these in strict_out_nodes"
             )
         found.update(hits)
     return frozenset(found)
@@ -315,7 +315,7 @@ REMEDIES = (  # what a user may do about a reason, the most promising first
         "marked|^skip_|^only|^layout|no more than",
         "take back what was asked: skip_patterns, only, marks, layout, tensor_parallel, min_kept",
     ),
-    ("^its class", "OTO(..., everything=True) prunes this too, and may end in a graph instead of the class"),
+    ("^its class", "OTO(..., allow_graph=True) prunes this too, and may end in a graph instead of the class"),
     ("never uses it", "give an example input that reaches these layers; those of training only stay whole"),
     (
         "of an output",

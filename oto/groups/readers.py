@@ -9,7 +9,7 @@ at.
 What cannot be taken over is told, each with its reason:
 
 * A norm or a mean over the axis: without the atom it gives other numbers for all that stay.
-* A weight that is computed (a low-rank product, a dequantised or normalised one), or read in another role too, as a
+* A weight that is computed (a low-rank product, a dequantized or normalized one), or read in another role too, as a
   table of embeddings that is tied to the output layer: to change it would change something else.
 * A weight that is frozen.
 """

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from oto._torch import compile_package, load_package, tree_leaves
 from oto.atomic import concerns, locked, scratch, sync, told
-from oto.errors import ArtefactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
-from oto.io.artefact import check_out_dir
+from oto.errors import ArtifactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
+from oto.io.artifact import check_out_dir
 from oto.io.program import load_program, save_program
 from oto.slim.graph.program import export_program, other_examples, runnable
 from oto.slim.proof.compare import Check, checked, require, tolerance
@@ -46,7 +46,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
     Raises:
         EmitterError: The model cannot be expressed in it, or there is no compiler.
         VerificationError: What was read back computes something else. Nothing was written.
-        ArtefactError: There is a file already, or it cannot be written.
+        ArtifactError: There is a file already, or it cannot be written.
         MissingExtraError: ONNX is asked for and not installed.
     """
     if how not in _WAYS:
@@ -105,8 +105,8 @@ def _put(draft: Path, place: Path) -> None:
         sync(place.parent)
 
 
-def _is_there(place: Path) -> ArtefactError:
-    return ArtefactError(
+def _is_there(place: Path) -> ArtifactError:
+    return ArtifactError(
         f"{place} is there already\n  effect  nothing was exported; the file is as it was\n"
         "  to fix  choose another name, or remove it"
     )

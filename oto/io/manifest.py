@@ -1,6 +1,6 @@
 """What a manifest may say: a closed list, gone through before anything is done with what it says.
 
-The hashes of an artefact tell what was damaged, not who made it: whoever can write the folder can write any manifest
+The hashes of an artifact tell what was damaged, not who made it: whoever can write the folder can write any manifest
 and seal it. So the list is as closed on the way in as on the way out. Every entry has a type and a bound; names of
 classes, arguments and operators are those that the writer knows; and where a name leads is judged again where it is
 followed, by what is found there (:mod:`oto.slim.config.recipe`, :mod:`oto.slim.numbers`, :mod:`oto.slim.edits`).

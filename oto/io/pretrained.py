@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 from oto.atomic import is_scratch, locked, scratch, stamp, sync, told, unwritable
-from oto.errors import ArtefactError, EmitterError, some
-from oto.io.artefact import NOT_SAVED, check_out_dir
+from oto.errors import ArtifactError, EmitterError, some
+from oto.io.artifact import NOT_SAVED, check_out_dir
 from oto.io.manifest import parse
 from oto.slim.config.recipe import Recipe
 from oto.slim.config.unstated import REMEDY, unlike
@@ -59,7 +59,7 @@ def save_pretrained(
 
     Raises:
         EmitterError: The class cannot be made from the config in these sizes; the message names them.
-        ArtefactError: The folder cannot be written or holds files, or what was written reads otherwise.
+        ArtifactError: The folder cannot be written or holds files, or what was written reads otherwise.
     """
     folder = Path(out_dir)
     _require_stated(slim)
@@ -155,8 +155,8 @@ def _stamps(folder: Path) -> dict[str, Any]:
     }
 
 
-def _holds(folder: Path, names: list[str]) -> ArtefactError:
-    return ArtefactError(
+def _holds(folder: Path, names: list[str]) -> ArtifactError:
+    return ArtifactError(
         f"{folder} holds {some(names)}\n"
         "  effect  nothing was written, and nothing there was touched\n  to fix  choose a new folder"
     )
@@ -201,7 +201,7 @@ def _require_same(slim: nn.Module, folder: Path) -> None:
     near = (name for name in made.keys() & remade.keys() if made[name].is_floating_point())
     wrong += [name for name in near if not torch.allclose(made[name].cpu().float(), remade[name].cpu().float(), 1e-2)]
     if wrong:
-        raise ArtefactError(
+        raise ArtifactError(
             f"what {type(slim).__name__} wrote reads otherwise: {some(sorted(wrong))}\n"
             "  effect  nothing was written\n"
             "  to fix  report the model; construct_subnet(out_dir) and load_subnet(out_dir, make_model) do not go by it"

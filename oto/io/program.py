@@ -10,7 +10,7 @@ that ``weights_only=True`` refused, and the ``.pt`` files of older layouts; it o
 ``data/aotinductor``; it hands the symbolic sizes to ``sympy.sympify``, which evaluates them; it resolves any attribute
 of ``torch`` as an operator; it pastes names and guards into code that it executes; and the description of the inputs
 can name modules to import. There is no switch for any of it. The hashes of the manifest do not help: whoever made the
-artefact made them too.
+artifact made them too.
 
 So :func:`load_program` lists what may be there, and refuses the rest before torch sees a byte: known members, raw
 weights, sizes and guards made of arithmetic whose results stay small, names that are names, operators that take tensors
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from oto._torch import OpOverload
-from oto.errors import ArtefactError, out_of_memory, some
+from oto.errors import ArtifactError, out_of_memory, some
 from oto.io.manifest import parse
 
 _MEMBERS = re.compile(
@@ -113,7 +113,7 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     writes the end of a zip in a destructor, and where the disk is full by then, that ends the process.
 
     Raises:
-        ArtefactError: It cannot be written down, or something in it could only be pickled.
+        ArtifactError: It cannot be written down, or something in it could only be pickled.
         OSError: The file cannot be written.
     """
     given = program.example_inputs
@@ -125,7 +125,7 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     except Exception as failure:
         if out_of_memory(failure):
             raise
-        raise ArtefactError(
+        raise ArtifactError(
             f"torch.export cannot save the program: {type(failure).__name__}: {_line(failure)}\n"
             "  effect  there is no model.pt2\n  to fix  load with your class: load_subnet(path, make_model)"
         ) from failure
@@ -140,7 +140,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     """Load a program.
 
     Raises:
-        ArtefactError: The file is no program, or holds something that could run code while it is loaded.
+        ArtifactError: The file is no program, or holds something that could run code while it is loaded.
     """
     members = _checked(path)
     graph = members["models/model.json"]
@@ -203,7 +203,7 @@ def _checked(path: Path) -> dict[str, bytes]:
     """The members of an archive by name, if there is nothing but what a plain program needs.
 
     Raises:
-        ArtefactError: There is.
+        ArtifactError: There is.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -213,7 +213,7 @@ def _checked(path: Path) -> dict[str, bytes]:
             check(where, content)
             members[where] = json.dumps(content).encode()  # as it was understood here
     except _Refusal as refusal:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: {refusal}\n"
             "  effect  loading it could run code that came with the file, so the program is not used\n"
             "  to fix  use model.safetensors with your class: load_subnet(path, make_model)"
@@ -584,11 +584,11 @@ _TEXT: dict[str, Callable[[str, str], None]] = {
 }
 
 
-def _no_program(path: Path, why: str) -> ArtefactError:
-    return ArtefactError(
+def _no_program(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(
         f"{path} is no exported program that this version reads: {why}\n"
         "  effect  it is not loaded\n"
-        "  to fix  write the artefact again, or load with your class: load_subnet(path, make_model)"
+        "  to fix  write the artifact again, or load with your class: load_subnet(path, make_model)"
     )
 
 

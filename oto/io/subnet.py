@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from oto._torch import tree_leaves, tree_map_only
 from oto.errors import (
-    ArtefactError,
+    ArtifactError,
     ClassChangedError,
-    DamagedArtefactError,
+    DamagedArtifactError,
     EmitterError,
     VerificationError,
     first_line,
     out_of_memory,
     some,
 )
-from oto.io.artefact import Artefact, Draft, reading, writing
+from oto.io.artifact import Artifact, Draft, reading, writing
 from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made
@@ -78,9 +78,9 @@ def _code(kind: type[Any]) -> str | None:
 NOT_ASKED = "it was not asked for (construct_subnet(out_dir, program=True) writes one)"
 
 
-def files(emitter: str, everything: bool, program: bool | None, save_full: bool) -> list[str]:
+def files(emitter: str, allow_graph: bool, program: bool | None, save_full: bool) -> list[str]:
     """The files that :func:`save` is going to write, as far as is known before."""
-    graph = emitter in ("graph", "recording") or (emitter == "auto" and everything)
+    graph = emitter in ("graph", "recording") or (emitter == "auto" and allow_graph)
     wanted = graph if program is None else program
     return [WEIGHTS, *([PROGRAM] if wanted else []), *([FULL] if save_full else [])]
 
@@ -93,7 +93,7 @@ def save(
     save_full: bool = False,
     program: bool | None = None,
 ) -> list[Check]:
-    """Write the artefact, and prove what it gives back before it is put in place. Artefacts live on the CPU.
+    """Write the artifact, and prove what it gives back before it is put in place. Artifacts live on the CPU.
 
     Args:
         cost: Costs of the full and of the slim model, for the manifest.
@@ -104,7 +104,7 @@ def save(
         The comparisons that were made.
 
     Raises:
-        ArtefactError: It cannot be written.
+        ArtifactError: It cannot be written.
         EmitterError: The program was asked for, and cannot be written.
         VerificationError: What was read back differs. Nothing is put in place.
     """
@@ -242,7 +242,7 @@ def write_program(
         raise
     except VerificationError as failure:
         why = f"as it was read back, it does not compute what the model does ({str(failure).splitlines()[1].strip()})"
-    except (EmitterError, ArtefactError) as failure:
+    except (EmitterError, ArtifactError) as failure:
         why = str(failure).splitlines()[0]
     except Exception as failure:  # anything that a call may raise
         why = f"as it was read back, it fails: {(str(failure).splitlines() or [type(failure).__name__])[0]}"
@@ -288,9 +288,9 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str,
     left = [n for n, t in [*slim.named_parameters(), *slim.named_buffers()] if t.is_meta]
     if left:
         raise ClassChangedError(
-            f"the artefact has no values for {some(left)}\n"
+            f"the artifact has no values for {some(left)}\n"
             "  effect  the slim model would be incomplete, so it is not handed out\n"
-            "  to fix  pass the class, in the version, that the artefact was made from"
+            "  to fix  pass the class, in the version, that the artifact was made from"
         )
     return slim
 
@@ -316,24 +316,24 @@ def load_subnet(
         strict: Refuse a class whose code differs from the one that was saved.
 
     Returns:
-        The slim model in eval mode, on the CPU: of the original class if the artefact was emitted that way, else a
+        The slim model in eval mode, on the CPU: of the original class if the artifact was emitted that way, else a
         ``torch.fx.GraphModule``.
 
     Raises:
-        ArtefactError: The artefact is not there, damaged, of an unknown version, or cannot be loaded this way.
-        ClassChangedError: ``model`` is not what the artefact was made from.
+        ArtifactError: The artifact is not there, damaged, of an unknown version, or cannot be loaded this way.
+        ClassChangedError: ``model`` is not what the artifact was made from.
     """
-    artefact = reading(path)
-    manifest = artefact.manifest
+    artifact = reading(path)
+    manifest = artifact.manifest
     if not {"emitter", "model", "edits", "kept"} <= manifest.keys():
-        raise DamagedArtefactError(
-            f"{artefact.folder}: its manifest does not say what model it is of\n"
-            "  effect  the artefact is not loaded\n  to fix  pass the folder given to construct_subnet"
+        raise DamagedArtifactError(
+            f"{artifact.folder}: its manifest does not say what model it is of\n"
+            "  effect  the artifact is not loaded\n  to fix  pass the folder given to construct_subnet"
         )
     if model is None or manifest["emitter"] not in ("module", "config"):
-        return _load_program(artefact)
+        return _load_program(artifact)
     # what the file does not hold is as the constructor makes it
-    tensors = artefact.tensors(WEIGHTS)
+    tensors = artifact.tensors(WEIGHTS)
     make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
     given = model if isinstance(model, nn.Module) else make(model, tensors)
     try:
@@ -349,19 +349,19 @@ def load_subnet(
     ) as failure:
         if out_of_memory(failure):
             raise
-        raise DamagedArtefactError(
-            f"{artefact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}\n"
-            "  effect  the artefact is not loaded\n"
+        raise DamagedArtifactError(
+            f"{artifact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}\n"
+            "  effect  the artifact is not loaded\n"
             "  to fix  write it again, with the version of oto that reads it"
         ) from failure
     return slim
 
 
 def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Module:
-    """A full-size model without values, but for tensors of which the artefact knows nothing.
+    """A full-size model without values, but for tensors of which the artifact knows nothing.
 
     Args:
-        names: Of the tensors in the artefact.
+        names: Of the tensors in the artifact.
     """
     try:
         with torch.device("meta"):
@@ -371,21 +371,21 @@ def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Mod
     return factory() if lacks_values(model, names) else model
 
 
-def _load_program(artefact: Artefact) -> nn.Module:
-    reason = artefact.manifest.get("no_program")
-    if reason and artefact.manifest["emitter"] in ("module", "config"):
-        raise ArtefactError(
-            f"{artefact.folder} holds no {PROGRAM}: {reason}\n"
+def _load_program(artifact: Artifact) -> nn.Module:
+    reason = artifact.manifest.get("no_program")
+    if reason and artifact.manifest["emitter"] in ("module", "config"):
+        raise ArtifactError(
+            f"{artifact.folder} holds no {PROGRAM}: {reason}\n"
             "  effect  the slim model cannot be loaded without its class\n"
             "  to fix  pass the model, or a function that makes it: load_subnet(path, make_model)"
         )
     if reason:
-        raise ArtefactError(
-            f"{artefact.folder} holds no {PROGRAM}: {reason}\n"
+        raise ArtifactError(
+            f"{artifact.folder} holds no {PROGRAM}: {reason}\n"
             "  effect  the slim model is not of its class, so nothing in the folder can be loaded\n"
-            "  to fix  prune what the class can do without, and save that: OTO(...) without everything=True"
+            "  to fix  prune what the class can do without, and save that: OTO(...) without allow_graph=True"
         )
-    return read_program(artefact.path(PROGRAM))
+    return read_program(artifact.path(PROGRAM))
 
 
 def _require_thinner(given: nn.Module, tensors: Mapping[str, Tensor], full: Mapping[str, Sequence[int]]) -> None:
@@ -400,9 +400,9 @@ def _require_thinner(given: nn.Module, tensors: Mapping[str, Tensor], full: Mapp
 def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> None:
     def fail(what: str) -> None:
         raise ClassChangedError(
-            f"the model does not fit the artefact: {what}\n"
+            f"the model does not fit the artifact: {what}\n"
             "  effect  the slim weights cannot be put into it\n"
-            "  to fix  pass the class and arguments that the artefact was made from; or load without a class, where"
+            "  to fix  pass the class and arguments that the artifact was made from; or load without a class, where"
             f" a {PROGRAM} was saved: load_subnet(path)"
         )
 

@@ -123,7 +123,7 @@ def line_of_site(file: str, number: int, name: str) -> str:
     resumed = _RESUMED.match(name)
     name = resumed[1] if resumed else name
     if file.startswith((_TORCH, _HERE)):
-        return "forward" if name in ("forward", "_oto_analysed") else ""
+        return "forward" if name in ("forward", "_oto_analyzed") else ""
     return f"{name}: {linecache.getline(file, number).strip() or number}"
 
 

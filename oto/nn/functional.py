@@ -114,7 +114,7 @@ def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None
     With k of D entries present, mean = Σx / D and var = (Σ(x − mean)² + (D − k)·mean²) / D.
     """
     (k,), (d,) = normalized_shape, full
-    y = _normalised(x, (-1,), k, d, eps)
+    y = _normalized(x, (-1,), k, d, eps)
     if weight is not None:
         y = _times(y, weight)
     return y if bias is None else _plus(y, bias)
@@ -145,29 +145,29 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
         return y
     grouped = x.reshape(x.shape[0], num_groups, width, -1)
     positions = grouped.shape[-1]
-    y = _normalised(grouped, (2, 3), width * positions, full * positions, eps).reshape(x.shape)
+    y = _normalized(grouped, (2, 3), width * positions, full * positions, eps).reshape(x.shape)
     column = (-1, *[1] * (x.ndim - 2))
     if weight is not None:
         y = _times(y, weight.reshape(column))
     return y if bias is None else _plus(y, bias.reshape(column))
 
 
-def _normalised(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) -> Tensor:
+def _normalized(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) -> Tensor:
     """``x`` less the mean over ``d`` entries, of which ``k`` are present, over the root of their variance."""
     if torch.compiler.is_dynamo_compiling() or is_tracing():
         # Not compiled, var_mean is many times slower on a CPU than all of what follows. Of what follows, OpenVINO
         # 2026.4 makes a kernel that is wrong in all but the first rows.
-        return plain_normalised(x, list(dims), k / d, eps)
+        return plain_normalized(x, list(dims), k / d, eps)
     work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    centre = work.sum(dims, keepdim=True) / d
-    centred = work - centre
-    norm = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
-    var = (norm.square() + (d - k) * centre.square()) / d
-    return _times(centred, torch.rsqrt(var + eps)).to(x.dtype)
+    center = work.sum(dims, keepdim=True) / d
+    centered = work - center
+    norm = torch.linalg.vector_norm(centered, dim=dims, keepdim=True)
+    var = (norm.square() + (d - k) * center.square()) / d
+    return _times(centered, torch.rsqrt(var + eps)).to(x.dtype)
 
 
-def plain_normalised(x: Tensor, dims: list[int], share: float, eps: float) -> Tensor:
-    """``x`` normalised in one pass, as the stock norm is compiled; torch.jit.script takes it.
+def plain_normalized(x: Tensor, dims: list[int], share: float, eps: float) -> Tensor:
+    """``x`` normalized in one pass, as the stock norm is compiled; torch.jit.script takes it.
 
     Σ(x − m)² / D + (D − k)/D · m² with the mean of those present, the ``share`` k/D of all; k/D · m is that of all.
     """

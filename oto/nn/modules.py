@@ -32,13 +32,13 @@ class LayerNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
-            y = counted.plain_normalised(input, [-1], self.normalized_shape[0] / self.full[0], self.eps)
+            y = counted.plain_normalized(input, [-1], self.normalized_shape[0] / self.full[0], self.eps)
             if self.weight is not None:
                 y = y * self.weight
             return y if self.bias is None else y + self.bias
         return counted.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, full=self.full)
 
-    def _oto_analysed(self, input: Tensor) -> Tensor:
+    def _oto_analyzed(self, input: Tensor) -> Tensor:
         """What ``OTO`` follows in the place of ``forward``: of the entries that are left, the same ones matter."""
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
             return y if self.weight is None else y * self.weight
         return counted.rms_norm(input, self.normalized_shape, self.weight, self.eps, full=self.full)
 
-    def _oto_analysed(self, input: Tensor) -> Tensor:
+    def _oto_analyzed(self, input: Tensor) -> Tensor:
         """As in :class:`LayerNorm`."""
         return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
 
@@ -91,7 +91,7 @@ class GroupNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
             grouped = input.reshape(input.shape[0], self.num_groups, self.width, -1)
-            y = counted.plain_normalised(grouped, [2, 3], self.width / self.full, self.eps).flatten(1, 2)
+            y = counted.plain_normalized(grouped, [2, 3], self.width / self.full, self.eps).flatten(1, 2)
             y = y.reshape(input.shape)
             if self.weight is not None and self.bias is not None:
                 column = [-1] + [1] * (input.dim() - 2)
@@ -101,7 +101,7 @@ class GroupNorm(nn.Module):
             input, self.num_groups, self.weight, self.bias, self.eps, full=self.full, width=self.width
         )
 
-    def _oto_analysed(self, input: Tensor) -> Tensor:
+    def _oto_analyzed(self, input: Tensor) -> Tensor:
         """As in :class:`LayerNorm`."""
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 

@@ -1,4 +1,4 @@
-"""How a call in the user's own code is made otherwise: plain values, and the JSON that artefacts hold of them."""
+"""How a call in the user's own code is made otherwise: plain values, and the JSON that artifacts hold of them."""
 
 from __future__ import annotations
 
@@ -100,18 +100,18 @@ Overrides = Mapping[str, Mapping[str, Sequence[Override]]]
 run of the module, in their order; or one alone, which holds for all of them."""
 
 Json = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
-"""The same as artefacts hold it."""
+"""The same as artifacts hold it."""
 
 _COMMON, _SIZES = {"keep", "takes", "in"}, {"numbers", "grows", "was"}
 
 
 def from_json(calls: Json) -> dict[str, dict[str, list[Override]]]:
-    """What an artefact says."""
+    """What an artifact says."""
     return {site: {name: list(map(_one, hows)) for name, hows in named.items()} for site, named in calls.items()}
 
 
 def to_json(calls: Overrides) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """What an artefact is to say."""
+    """What an artifact is to say."""
     return {site: {name: list(map(_plain, hows)) for name, hows in named.items()} for site, named in calls.items()}
 
 

@@ -53,31 +53,31 @@ class Told:
 
     Args:
         module: Of any class.
-        calls: Which calls to change, and how, as artefacts hold it; see :mod:`oto.nn.overrides`.
+        calls: Which calls to change, and how, as artifacts hold it; see :mod:`oto.nn.overrides`.
 
     Raises:
         ClassChangedError: The code is not there any more.
         UnseenPathError: While it runs: what it calls is not what it was told of.
     """
 
-    def __init__(self, module: nn.Module, calls: Json, analysed: bool = False) -> None:
+    def __init__(self, module: nn.Module, calls: Json, analyzed: bool = False) -> None:
         self.module = module
         self.overrides: Overrides = from_json(calls)
         for site, named in self.overrides.items():
             for how in itertools.chain.from_iterable(named.values()):
                 _require_line(_last(site), how.home, module)
         self.methods = _by_method(type(module), self.overrides)
-        self.analysed = analysed
+        self.analyzed = analyzed
         self.running = 0
 
-    def as_analysed(self) -> Told:
+    def as_analyzed(self) -> Told:
         """The form that ``OTO`` follows in the place of this one: norms and means of the entries that are left, as in
         :class:`oto.nn.LayerNorm`. The same ones may go, and what goes is still counted."""
-        return Told(self.module, self.calls, analysed=True)
+        return Told(self.module, self.calls, analyzed=True)
 
     @property
     def calls(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
-        """Which calls are changed, as artefacts hold it."""
+        """Which calls are changed, as artifacts hold it."""
         return to_json(self.overrides)
 
     def install(self) -> None:
@@ -120,7 +120,7 @@ class Told:
     def tell(self, name: str, calls: Overrides, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a method of the class with some of its calls changed."""
         learned = None if _LEARNED is None else _LEARNED.setdefault(id(self), {})
-        telling = _Telling(calls, learned, self.analysed)
+        telling = _Telling(calls, learned, self.analyzed)
         self.running += 1
         try:
             with telling:
@@ -247,9 +247,9 @@ def _code(method: FunctionType) -> frozenset[str]:
 
 
 class _Telling(TorchFunctionMode):
-    def __init__(self, calls: Overrides, learned: dict[Time, Override] | None, analysed: bool = False) -> None:
+    def __init__(self, calls: Overrides, learned: dict[Time, Override] | None, analyzed: bool = False) -> None:
         super().__init__()
-        self.analysed = analysed
+        self.analyzed = analyzed
         self.calls = calls
         self.learned = learned
         self.depth = nesting()
@@ -299,12 +299,12 @@ class _Telling(TorchFunctionMode):
         if isinstance(how, Pieces):
             return args[0].split(list(how.sizes), how.dim)
         sizes = how.stated
-        if sizes is not None and not (self.analysed and isinstance(how, FullCount)):
+        if sizes is not None and not (self.analyzed and isinstance(how, FullCount)):
             stated = numbers_of((args, kwargs), self.traced)
             new = _numbers(sizes, name_of(func), stated, self.learned is not None)
             args, kwargs = replaced((args, kwargs), new, self.traced)
         if isinstance(how, FullCount):
-            return _of_what_is_left(how, func, args, kwargs) if self.analysed else self.count(how, args, kwargs)
+            return _of_what_is_left(how, func, args, kwargs) if self.analyzed else self.count(how, args, kwargs)
         return func(*args, **kwargs)
 
     def count(self, how: FullCount, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -329,7 +329,7 @@ def _last(site: str) -> str:
 def _refused(what: str) -> UnseenPathError:
     return UnseenPathError(
         f"{what}\n"
-        "  effect  the forward takes another path than the one that was analysed, and which sizes to state here is not"
+        "  effect  the forward takes another path than the one that was analyzed, and which sizes to state here is not"
         " known; nothing was computed\n"
         "  to fix  give OTO(...) an example that takes this path, or keep the widths that this module states:"
         " OTO(..., skip_patterns=[...])"

@@ -271,7 +271,7 @@ class SparseOptimizer(Checkpointed):
         refuse_sparse_gradients(self.node_groups, self.parameters())
 
     def check_scores(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor], scores: Tensor) -> None:
-        """Raise if nothing can be chosen by these: one is no number, or there are no gradients. Synchronises."""
+        """Raise if nothing can be chosen by these: one is no number, or there are no gradients. Synchronizes."""
         require_finite(scores, self.node_groups, entries, self.clock)
         remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
         trained = [p.grad for p in self.parameters().values() if p.grad is not None]
@@ -386,7 +386,7 @@ def tensors_like(model: Any, shapes: Mapping[str, torch.Size], shrunk: bool) -> 
 def moments_of(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of ``state`` that drive ``p``, entry by entry.
 
-    Quantised ones (8-bit optimizers) are left out: they are not floating point, and their zero is not a zero.
+    Quantized ones (8-bit optimizers) are left out: they are not floating point, and their zero is not a zero.
     """
     held = [value for key, value in state.items() if isinstance(value, Tensor) and key not in DIVISORS]
     return [moment for moment in held if moment.is_floating_point() and moment.shape == p.shape]

@@ -130,7 +130,7 @@ class Checkpointed(Wrapper):
         return {name: atoms for name, atoms in rows.items() if len(atoms)}
 
     def _codes(self, atoms: Tensor | None = None) -> list[Tensor]:
-        """``atoms`` on the CPU, one tensor per node group. Synchronises when they are new."""
+        """``atoms`` on the CPU, one tensor per node group. Synchronizes when they are new."""
         atoms = self.atoms if atoms is None else atoms
         for known, codes in self._split:
             if known is atoms:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from oto.optim.saliency import WITHIN_GROUPS, name_of
 from oto.optim.select import select
 from oto.optim.steps import Steps, missed
 from oto.optim.target import Counts, Measure, Target
+from oto.renamed import up_to_date
 
 FAR = 0.1
 """A goal that steps would miss by more than this share of the full cost is no goal met: then groups of finer steps may
@@ -50,7 +51,7 @@ class Choice(Criteria):
         least: Atoms that each node group keeps in any case.
         floor: Atoms that each keeps unless the target asks for more.
         full: Atoms that each had in the full network; ``groups`` has fewer once the model was shrunk.
-        criteria, normalise, within, everywhere, by_cost, average_steps: As in :class:`oto.optim.criteria.Criteria`.
+        criteria, normalize, within, everywhere, by_cost, average_steps: As in :class:`oto.optim.criteria.Criteria`.
     """
 
     groups: tuple[NodeGroup, ...]
@@ -94,7 +95,7 @@ class Choice(Criteria):
                 weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
                 each divided by its norm over all groups, blind to cost and to the width of a layer; ``"dhspg"`` for
                 the two of DHSPG, likewise.
-            normalise, by_cost: See the attributes. By default 1 for the cost, and no normalisation, if ``saliency`` is
+            normalize, by_cost: See the attributes. By default 1 for the cost, and no normalization, if ``saliency`` is
                 in the unit of the loss as the two Taylor terms are; else scores are divided by their means over each
                 node group, and costs do not count: a magnitude per MAC empties layers that stand beside each other.
             within: Where it is given, importance is shared out in all node groups; ``"none"``: each atom has the score
@@ -110,6 +111,7 @@ class Choice(Criteria):
             NothingPrunableError: There is a target, but no node group may lose an atom.
         """
         refuse_unknown(options, names_of(ChoiceOptions), "Choice")
+        options = cast(ChoiceOptions, up_to_date(options))
         node_groups, min_kept = tuple(node_groups), options.get("min_kept")
         groups = prunable(node_groups, min_kept)
         sizes, criteria = np.array([group.size for group in groups], dtype=np.int64), read_criteria(options)
@@ -206,7 +208,7 @@ class Choice(Criteria):
         if self.scope == "local":
             values, by_cost = _rank(values, left, sizes, self.full), 0.0
         worth = None
-        if self.normalise in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
+        if self.normalize in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
         found: list[tuple[float, Tensor]] = []
         for least in self._floors(goal):  # a lower one only where steps are too coarse to come near the goal above it
@@ -309,7 +311,7 @@ class Choice(Criteria):
                 "group_divisible": self.divisible,
                 "min_kept": [group.min_kept for group in self.groups],
                 "saliency": {name_of(c): weight for c, weight in self.criteria},
-                "normalise": self.normalise,
+                "normalize": self.normalize,
                 "within": None if self.within is None else [name_of(self.within), self.everywhere],
                 "by_cost": self.by_cost,
             }

@@ -7,9 +7,9 @@ input, ``M = E[x xᵀ]``, its mean ``μ`` and its covariance ``C = M - μ μᵀ`
 ========  ===========================  =============  ==========================================================
 kind      B                            c              as in
 ========  ===========================  =============  ==========================================================
-affine    ``C_PS (C_SS + λI)⁻¹``       ``μ_P - Bμ_S``  the affine fit, whose constant is not penalised
+affine    ``C_PS (C_SS + λI)⁻¹``       ``μ_P - Bμ_S``  the affine fit, whose constant is not penalized
 ridge     ``M_PS (M_SS + λI)⁻¹``       0              OBS (arXiv 2302.04089, 2403.12983, 2412.18110), which writes
-                                                      the same minimiser ``M_SS⁻¹ (M Wᵀ)_S``
+                                                      the same minimizer ``M_SS⁻¹ (M Wᵀ)_S``
 bias      0                            ``μ_P``        FLAP (arXiv 2312.11983, equation 6)
 ========  ===========================  =============  ==========================================================
 
@@ -17,7 +17,7 @@ where λ is ``ridge`` times the mean of the diagonal that it is added to. Where 
 behind it whose running mean could take the constant, there is no ``c``: an affine fit is a ridge fit then, and ``bias``
 does nothing.
 
-The fit minimises ``E||x_P - B x_S - c||²``, and with it ``E||y - y'||²`` of every linear reader at once, so readers of
+The fit minimizes ``E||x_P - B x_S - c||²``, and with it ``E||y - y'||²`` of every linear reader at once, so readers of
 one tensor share it. A convolution of n channels is unrolled where its kernel is small: the fit is of all that the
 kernel meets at a place, which is the least-squares fit of its output. Where that would be too many numbers, O(n² k⁴),
 it is fitted per pixel, the same ``B`` for every entry of the kernel; its constant is then exact but for the border,
@@ -93,7 +93,7 @@ class Moments:
         return self.second / self.count
 
     @cached_property
-    def centred(self) -> Tensor:
+    def centered(self) -> Tensor:
         """The covariance."""
         mean = self.mean
         return self.raw - mean.unsqueeze(-1) * mean.unsqueeze(-2)
@@ -102,7 +102,7 @@ class Moments:
         """``B``, shape ``(batch, go, stay)``, and ``c``, shape ``(batch, go)``, of some entries by those that stay."""
         if kind == "bias":
             return self.raw.new_zeros(len(self.raw), len(go), len(stay)), self.mean[:, go]
-        matrix = self.centred if kind == "affine" else self.raw
+        matrix = self.centered if kind == "affine" else self.raw
         among, across = matrix[:, stay][:, :, stay], matrix[:, stay][:, :, go]
         B = _solved(among, across, ridge).mT
         if kind == "ridge":
@@ -337,5 +337,5 @@ def greedy(surgeons: Sequence[Surgeon], alive: NDArray[np.bool_], go: int, steps
 def fluctuation(reader: Reader, moments: Moments, parameter: Tensor, blocks: Tensor) -> Tensor:
     """``Σ Var(x_e) ||W_e||²`` over the entries of each atom (FLAP, arXiv 2312.11983), float64, shape ``(atoms,)``."""
     rows = reader.layout.rows(reader.weight(parameter)).to(moments.raw)
-    of_entry = (moments.centred.diagonal(dim1=-2, dim2=-1) * rows.square().sum(1)).sum(0)
+    of_entry = (moments.centered.diagonal(dim1=-2, dim2=-1) * rows.square().sum(1)).sum(0)
     return of_entry[blocks.to(of_entry.device)].sum(-1).double().cpu()

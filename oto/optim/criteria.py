@@ -15,7 +15,7 @@ from oto.optim.saliency import (
     AS_PUBLISHED,
     CRITERIA,
     FROM_WEIGHTS,
-    NORMALISE,
+    NORMALIZE,
     OF_THE_LOSS,
     Entries,
     Saliency,
@@ -44,7 +44,7 @@ FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
 class Defaults(NamedTuple):
     """What holds where nothing is said."""
 
-    normalise: str
+    normalize: str
     by_cost: float
     average_steps: int
 
@@ -64,7 +64,7 @@ class Criteria:
 
     Attributes:
         criteria: Saliency criteria and how much each counts.
-        normalise: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALISE`.
+        normalize: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALIZE`.
         within: The criterion of weights by which the importance of a node group is shared out among its atoms, or
             ``None`` where each has its own.
         everywhere: Whether that is so in all node groups, or only in those that a convolution reads.
@@ -73,7 +73,7 @@ class Criteria:
     """
 
     criteria: tuple[tuple[Saliency, float], ...]
-    normalise: str
+    normalize: str
     within: Saliency | None
     everywhere: bool
     by_cost: float
@@ -94,7 +94,7 @@ class Criteria:
         """
         sizes = [own.size for own in entries]
         raw = [averages[c] if c in averages else raw_scores(entries, c, alive.device) for c, _ in self.criteria]
-        scores = importance(raw, [weight for _, weight in self.criteria], alive, sizes, self.normalise)
+        scores = importance(raw, [weight for _, weight in self.criteria], alive, sizes, self.normalize)
         if self.within is None:
             return scores
         by = raw_scores(entries, self.within, alive.device)
@@ -118,7 +118,7 @@ def read_criteria(options: ChoiceOptions) -> dict[str, Any]:
         default = DEFAULTS["of the loss" if all(c in OF_THE_LOSS for c, _ in criteria) else "of any unit"]
     return {
         "criteria": criteria,
-        "normalise": options.get("normalise") or default.normalise,
+        "normalize": options.get("normalize") or default.normalize,
         "within": _within(within or (WITHIN if saliency is None else "none")),
         "everywhere": within is not None,
         "by_cost": default.by_cost if by_cost is None else by_cost,
@@ -139,18 +139,18 @@ def _within(criterion: str | Saliency) -> Saliency | None:
 
 
 def _check(options: ChoiceOptions) -> None:
-    scope, divisible, normalise = (
+    scope, divisible, normalize = (
         options.get("scope", "global"),
         options.get("group_divisible", 1),
-        options.get("normalise"),
+        options.get("normalize"),
     )
     within, by_cost, average_steps = (options.get("within"), options.get("by_cost"), options.get("average_steps"))
     if scope not in ("global", "local"):
         raise TargetError(f"scope is {scope!r}; it is 'global' or 'local'")
     if divisible < 1:
         raise TargetError(f"group_divisible is {divisible}; it is at least 1")
-    if normalise is not None and normalise not in NORMALISE:
-        raise TargetError(f"normalise is {normalise!r}; it is one of {', '.join(NORMALISE)}")
+    if normalize is not None and normalize not in NORMALIZE:
+        raise TargetError(f"normalize is {normalize!r}; it is one of {', '.join(NORMALIZE)}")
     shares = ["none", *(name for name in map(name_of, FROM_WEIGHTS) if name in CRITERIA)]
     if isinstance(within, str) and within not in shares:
         raise TargetError(f"within is {within!r}; it is one of {', '.join(shares)}, or a function of weights")

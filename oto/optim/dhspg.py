@@ -1,7 +1,7 @@
 """DHSPG: dual half-space projected gradient (OTOv2, ICLR 2023, arXiv 2303.06862, section 4, algorithm 2).
 
 Once, at ``partition_step``, the zero-invariant groups (ZIGs) that are to go are separated from those that stay; only
-the former are penalised, each with a λ of its own, and projected when they leave their half-spaces::
+the former are penalized, each with a λ of its own, and projected when they leave their half-spaces::
 
     at partition_step:   G_p <- the groups to go, G_np <- the others
     every step:          x̂ = x - α G                           for all groups; G is what the wrapped optimizer does
@@ -52,7 +52,7 @@ TOLERANCE = 0.05
 
 
 class DHSPG(HalfSpace):
-    """Penalise the groups that are to go, and project those that leave their half-spaces; the module has the algorithm.
+    """Penalize the groups that are to go, and project those that leave their half-spaces; the module has the algorithm.
 
     With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
 
@@ -135,7 +135,7 @@ class DHSPG(HalfSpace):
                 f"tolerance_group_sparsity is {tolerance}; it is a share of groups, in [0, 1)\n  to fix  such as 0.05"
             )
 
-    WHO = "the groups to go are chosen at the first of them, and penalised from then on"
+    WHO = "the groups to go are chosen at the first of them, and penalized from then on"
 
     @property
     def least_lmbda(self) -> float:
@@ -151,13 +151,13 @@ class DHSPG(HalfSpace):
         return lmbda, amplify, coeff
 
     def sparse_step(self, t: int) -> None:
-        """Partition once; descend, penalise the groups to go, project those that left their half-spaces."""
+        """Partition once; descend, penalize the groups to go, project those that left their half-spaces."""
         self.observe(self.schedule.start - t if t <= self.schedule.start else None)
         if self.schedule.starts_period(t):
             if t == self.schedule.start:
                 self.partition()
             self.begin_period(t)
-        x = self.penalised(t)
+        x = self.penalized(t)
         if x is None:
             self.descend()
         else:

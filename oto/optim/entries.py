@@ -249,7 +249,7 @@ def zero_(places: Iterable[Place]) -> None:
 
 
 def any_entry(places: Iterable[Place]) -> bool:
-    """Whether any of the rows has an entry that is not zero. Synchronises."""
+    """Whether any of the rows has an entry that is not zero. Synchronizes."""
     read = [place.read() for place in places]
     return bool(torch.cat(read).any()) if read else False
 

@@ -6,7 +6,7 @@ With ``x`` the entries of a group before a step and ``x̂`` those after it, the 
 Neither paper counts: what goes is what leaves its half-space. Here a target is met, so
 
 * penalty and projection end at the target, and are never applied where nothing is to go. A node group that may lose no
-  more (a floor, a multiple, the target) is penalised no more. How much may still go is known at every step without
+  more (a floor, a multiple, the target) is penalized no more. How much may still go is known at every step without
   reading back which groups went (:mod:`oto.optim.budget`): that is done as a period begins.
 * of several groups that leave their half-spaces in one step those go first that are furthest out,
   ``<x̂, x> / ||x||² - ε``, as many as may. Released HSPG draws lots, and counts the wrong number
@@ -16,10 +16,10 @@ Neither paper counts: what goes is what leaves its half-space. Here a target is 
 
 The step itself is that of the wrapped optimizer, whatever it is, from ``x`` to ``x̂``. The penalty follows it,
 ``x̂ -= α λ x / ||x||`` with its learning rate α, so it passes through no momentum and no preconditioner. A group at zero
-that was not projected has no penalty, and no half-space to leave. Parameters that are frozen are not penalised, but go
+that was not projected has no penalty, and no half-space to leave. Parameters that are frozen are not penalized, but go
 to zero with their group.
 
-Memory: one copy of the penalised entries, in their own dtype.
+Memory: one copy of the penalized entries, in their own dtype.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Epsilon = float | Mapping[str, float]
 
 
 @dataclass(eq=False)
-class Penalised:
+class Penalized:
     """The groups that may still go, in one step after another.
 
     Attributes:
@@ -123,9 +123,9 @@ class HalfSpace(HESSO):
     """
 
     EPSILON: float = 0.95
-    WHO: str = "all groups that may go are penalised"
+    WHO: str = "all groups that may go are penalized"
 
-    _penalised: tuple[Plan, Penalised | None] | None = None
+    _penalized: tuple[Plan, Penalized | None] | None = None
     _budget: tuple[Tensor, Budget | None] | None = None
 
     def __init__(
@@ -183,14 +183,14 @@ class HalfSpace(HESSO):
 
     # What the papers say ---------------------------------------------------------------------------------------------
 
-    def penalised(self, t: int) -> Penalised | None:
+    def penalized(self, t: int) -> Penalized | None:
         """The groups that may still go by themselves; ``None`` where there are none, or it is not the time."""
         if not self.choice.target.wants_less or not self.schedule.start <= t < self.last_period:
             return None
         plan = self._plan()
-        if self._penalised is None or self._penalised[0] is not plan:
-            self._penalised = (plan, self._find_penalised())
-        found = self._penalised[1]
+        if self._penalized is None or self._penalized[0] is not plan:
+            self._penalized = (plan, self._find_penalized())
+        found = self._penalized[1]
         if found is not None:
             found.rates = self._rates(found.rows.names)
         return found
@@ -235,8 +235,8 @@ class HalfSpace(HESSO):
             else:
                 self.scale_redundant_(self.schedule.factor(t))
         self.zero_pruned_()
-        if self.atoms is not self.settled and self._penalised is not None and self._penalised[1] is not None:
-            self._penalised[1].rows.zero_(self._gone())
+        if self.atoms is not self.settled and self._penalized is not None and self._penalized[1] is not None:
+            self._penalized[1].rows.zero_(self._gone())
 
     def plan(self) -> str:
         """What happens at which step, and how much of a norm a penalty takes by then; print it."""
@@ -256,7 +256,7 @@ class HalfSpace(HESSO):
         return "\n".join([str(self.choice.target), *steps, self._reach(), end])
 
     def _reach(self) -> str:
-        """Whether λ suits the number of steps. Synchronises."""
+        """Whether λ suits the number of steps. Synchronizes."""
         rate, steps = float(self.param_groups[0]["lr"]), self.last_period - self.schedule.start
         entries = Rows.of(self.node_groups, [None] * len(self.node_groups), self.parameters(), device=self.atoms.device)
         norm = float(entries.sq_norm().sqrt().median())
@@ -305,7 +305,7 @@ class HalfSpace(HESSO):
 
     @property
     def least_lmbda(self) -> float:
-        """The λ that penalised groups have at least, as their penalty begins."""
+        """The λ that penalized groups have at least, as their penalty begins."""
         raise NotImplementedError
 
     # State -----------------------------------------------------------------------------------------------------------
@@ -352,14 +352,14 @@ class HalfSpace(HESSO):
         self.param_groups[0] |= {"oto_settled": settled, "oto_counts": number}
 
     def _may_go(self) -> Tensor:
-        """Which atoms are penalised, if the target allows; bool, shape ``(N,)``."""
+        """Which atoms are penalized, if the target allows; bool, shape ``(N,)``."""
         return self.atoms != PRUNED
 
     def _gone(self) -> Tensor:
         """Which atoms went since they were read back, bool, shape ``(N,)``."""
         return (self.atoms == PRUNED) & (self.settled != PRUNED)
 
-    def _find_penalised(self) -> Penalised | None:
+    def _find_penalized(self) -> Penalized | None:
         """Their entries, if the target allows for any as it was read back."""
         rows, budget, device = self._penalised_rows(self._codes(self.settled)), self.budget(), self.atoms.device
         none = torch.zeros(self.num_atoms, dtype=torch.bool, device=device)
@@ -369,10 +369,10 @@ class HalfSpace(HESSO):
         entries = Rows.of(self.node_groups, whole, self.parameters(), in_blocks=True, device=device)
         sizes = torch.tensor(self.choice.sizes)
         epsilon = torch.tensor([self.epsilon[kind] for kind in self._kinds()], dtype=torch.float64)
-        return Penalised(entries, (), epsilon.repeat_interleave(sizes))
+        return Penalized(entries, (), epsilon.repeat_interleave(sizes))
 
     def _penalised_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
-        """For each node group the atoms that are penalised, as they were read back."""
+        """For each node group the atoms that are penalized, as they were read back."""
         return [(own != PRUNED).nonzero()[:, 0] for own in codes]
 
     def _kinds(self) -> list[str]:

@@ -53,7 +53,7 @@ class HESSO(SparseOptimizer):
         target_group_sparsity: Share of the prunable ZIGs to bring to zero, in [0, 1).
         target_kept: What each node group keeps of its atoms, by names or globs of parameters: a share, or a number.
             What none of them names stays whole. Exactly one target is given.
-        scope, min_kept, group_divisible, align, saliency, normalise, within, by_cost, average_steps: Which ZIGs go, see
+        scope, min_kept, group_divisible, align, saliency, normalize, within, by_cost, average_steps: Which ZIGs go, see
             :meth:`oto.optim.Choice.of`. ``saliency="hesso"`` chooses as published.
         start_pruning_step: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
         pruning_steps: Number of steps over which pruning is spread; at least ``pruning_periods``, or a share likewise.

@@ -1,6 +1,6 @@
 """HSPG: half-space stochastic projected gradient (Only Train Once, NeurIPS 2021, arXiv 2107.07467, algorithm 2).
 
-It minimises ``Ψ(x) = f(x) + λ Σ_g ||x_g||``, the sum over zero-invariant groups (ZIGs), in two stages::
+It minimizes ``Ψ(x) = f(x) + λ Σ_g ||x_g||``, the sum over zero-invariant groups (ZIGs), in two stages::
 
     stage 1, from start_pruning_step on:    x_g <- x_g - α (∇f_g + λ x_g / ||x_g||)      for every group
     stage 2, from half_space_step on:       x̂_g  = x_g - α (∇f_g + λ x_g / ||x_g||)      for every group not at zero
@@ -19,7 +19,7 @@ Where we differ from the paper and its released code, and why:
   decide how many groups go, and only ``upper_group_sparsity`` limits them.
 * ``∇f`` is the direction of any torch optimizer, momentum and preconditioner included; the penalty is applied beside
   it. The paper's is plain SGD, for which both are the same.
-* Before ``start_pruning_step`` steps are ordinary; the paper penalises from the first one, which is
+* Before ``start_pruning_step`` steps are ordinary; the paper penalizes from the first one, which is
   ``start_pruning_step=0``.
 * ``x_g / ||x_g||`` is 0 for a group at zero; released code divides by ``||x_g|| + 1e-6`` in stage 1.
 * ε does not grow by itself. Released code for BERT raises that of linear layers where sparsity stands still.
@@ -40,7 +40,7 @@ from oto.optim.wrapped import Params
 
 
 class HSPG(HalfSpace):
-    """Penalise the norms of all groups, and project those that leave their half-spaces; the module has the algorithm.
+    """Penalize the norms of all groups, and project those that leave their half-spaces; the module has the algorithm.
 
     With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
 
@@ -111,11 +111,11 @@ class HSPG(HalfSpace):
         return self.lmbda(self.schedule.start)
 
     def sparse_step(self, t: int) -> None:
-        """Descend, penalise all groups that may still go, project those that left their half-spaces."""
+        """Descend, penalize all groups that may still go, project those that left their half-spaces."""
         self.observe(self.last_period - t if t <= self.last_period else None)
         if self.schedule.starts_period(t):
             self.begin_period(t)
-        x = self.penalised(t)
+        x = self.penalized(t)
         if x is None:
             self.descend()
         else:

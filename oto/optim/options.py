@@ -38,7 +38,13 @@ class TargetOptions(TypedDict, total=False):
     target_kept: Mapping[str, int | float] | None
 
 
-class ChoiceOptions(TypedDict, total=False):
+class RenamedOptions(TypedDict, total=False):
+    """Former names, which still work."""
+
+    normalise: str | None
+
+
+class ChoiceOptions(RenamedOptions, total=False):
     """Which atoms go."""
 
     scope: Literal["global", "local"]
@@ -46,7 +52,7 @@ class ChoiceOptions(TypedDict, total=False):
     group_divisible: int
     align: Align | None
     saliency: Weights | str | Saliency | None
-    normalise: str | None
+    normalize: str | None
     within: str | Saliency | None
     by_cost: float | None
     average_steps: int | None

@@ -64,7 +64,7 @@ def refuse_sparse_gradients(groups: Iterable[NodeGroup], parameters: Mapping[str
 
 
 def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequence[Entries], step: int) -> None:
-    """Refuse to choose by scores that are no numbers. Synchronises.
+    """Refuse to choose by scores that are no numbers. Synchronizes.
 
     Raises:
         NonFiniteParameterError: A score is NaN or infinite.
@@ -90,7 +90,7 @@ def require_gradients(
 ) -> None:
     """Refuse to choose by gradients where there are none; tell of node groups that none reaches.
 
-    Synchronises, so it belongs to steps that choose.
+    Synchronizes, so it belongs to steps that choose.
 
     Args:
         entries: The entries of every node group, with the gradients of now.

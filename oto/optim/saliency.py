@@ -11,8 +11,8 @@ Where we differ from the released code:
   that descent already shrinks (``<x, g> > 0``). OTOv2's optimizer has it the other way; so have we: ``1 - cos(x, g)``.
 * **Gradient.** Released code uses the direction of its own Adam, which the wrapped optimizer does not show; the plain
   gradient works with any.
-* **Norms.** What a criterion is divided by is an option (:data:`NORMALISE`), and counts only atoms that are alive.
-  Released code divides by the L2 norm over all there ever were; ``normalise="all"`` is that over all that are alive.
+* **Norms.** What a criterion is divided by is an option (:data:`NORMALIZE`), and counts only atoms that are alive.
+  Released code divides by the L2 norm over all there ever were; ``normalize="all"`` is that over all that are alive.
 * **Averages.** Criteria that look at gradients are averaged over the steps before a choice: one batch is noise.
 * Sums are accumulated in float32 at least, also for half precision parameters.
 """
@@ -100,7 +100,7 @@ class Entries:
 
 
 def any_gradient(groups: Iterable[Entries]) -> bool:
-    """Whether a gradient of any node group has an entry that is not zero. Synchronises."""
+    """Whether a gradient of any node group has an entry that is not zero. Synchronizes."""
     return any(bool(own.any()) for entries in groups for own in entries.gradients if own is not None)
 
 
@@ -176,7 +176,7 @@ FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude, path_norm, inver
 OF_THE_LOSS: tuple[Saliency, ...] = (taylor_first_order, taylor_second_order)
 """Criteria in the unit of the loss, which can be compared between layers and divided by a cost."""
 
-NORMALISE = {
+NORMALIZE = {
     "mean": "its mean over the atoms of the node group",
     "max": "its greatest value in the node group",
     "norm": "its L2 norm over the atoms of the node group",
@@ -219,7 +219,7 @@ def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.dev
     return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 
-def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, sizes: Sequence[int], normalise: str
+def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, sizes: Sequence[int], normalize: str
                ) -> Tensor:  # fmt: skip
     """Weighted sum of criteria that were made comparable.
 
@@ -228,7 +228,7 @@ def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, s
         weights: How much each counts.
         alive: Whether an atom is still unpruned, bool, shape ``(N,)``: node group after node group.
         sizes: Atoms of each node group.
-        normalise: A key of :data:`NORMALISE`.
+        normalize: A key of :data:`NORMALIZE`.
 
     Returns:
         Shape ``(N,)``; without meaning where an atom is not alive.
@@ -236,14 +236,14 @@ def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, s
     total = torch.zeros_like(raw[0])
     for values, weight in zip(raw, weights, strict=True):
         own = torch.where(alive, values, 0).abs()
-        if normalise == "mean":
+        if normalize == "mean":
             alike = _over_group(alive.to(own.dtype), sizes, "sum").clamp_min(1)
             scale = _over_group(own, sizes, "sum") / alike
-        elif normalise == "max":
+        elif normalize == "max":
             scale = _over_group(own, sizes, "amax")
-        elif normalise == "norm":
+        elif normalize == "norm":
             scale = _over_group(own.square(), sizes, "sum").sqrt()
-        elif normalise == "all":
+        elif normalize == "all":
             scale = torch.linalg.vector_norm(own)
         else:
             scale = torch.ones_like(own)

@@ -87,6 +87,10 @@ def same_mask(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and bool((left.cpu() == right.cpu()).all())
 
 
+RENAMED = {"normalise": "normalize"}
+"""What state dicts of before 0.2 call otherwise."""
+
+
 def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Tell a checkpoint of another schedule or target.
 
@@ -99,6 +103,7 @@ def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
     """
     mine: dict[str, Any] = json.loads(here["oto_setup"])
     theirs: dict[str, Any] = json.loads(saved.get("oto_setup", "null")) or mine
+    theirs = {RENAMED.get(key, key): value for key, value in theirs.items()}
     differ = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
     if not differ:
         return

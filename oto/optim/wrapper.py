@@ -49,7 +49,7 @@ class Wrapper(Optimizer):
             return False
         for group in self.param_groups:
             lr = group.get("lr", 1.0)
-            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:  # reading lr must not synchronise
+            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:  # reading lr must not synchronize
                 return False
         return not any(bool(p.grad.any()) for group in self.param_groups for p in group["params"] if p.grad is not None)
 

@@ -1,6 +1,6 @@
 """Charts as inline SVG, drawn by matplotlib.
 
-Text stays text, and colours are the variables of the page around them, so a chart follows its dark mode and its font.
+Text stays text, and colors are the variables of the page around them, so a chart follows its dark mode and its font.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from oto.errors import MissingExtraError
 
-# Colours that matplotlib writes down, and the variables of the page that take their place.
+# Colors that matplotlib writes down, and the variables of the page that take their place.
 INK, MUTED, SOFT, ACCENT, BAND = (f"#0a0b{n:02x}" for n in range(0x10, 0x15))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", SOFT: "--soft", ACCENT: "--accent", BAND: "--band"}
 WIDTH, NARROW = 3.2, 2.4
@@ -62,8 +62,8 @@ def embedded(svg: str, name: str, says: str) -> str:
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
     label = says.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
@@ -114,8 +114,8 @@ def spread(name: str, milliseconds: Mapping[str, Sequence[float]], says: str) ->
     )  # fmt: skip
     for line in (*boxes["whiskers"], *boxes["caps"], *boxes["medians"]):
         line.set_color(INK)
-    for box, colour in zip(boxes["boxes"], [SOFT, ACCENT], strict=False):
-        box.set(facecolor=colour, edgecolor=INK)
+    for box, color in zip(boxes["boxes"], [SOFT, ACCENT], strict=False):
+        box.set(facecolor=color, edgecolor=INK)
     ax.set_yticks(range(1, len(milliseconds) + 1), list(milliseconds))
     ax.invert_yaxis()
     ax.set_xlim(left=0)

@@ -1,7 +1,7 @@
-"""A drawing of the graph: one colour per node group, grey for what stays whole, repeated blocks drawn once.
+"""A drawing of the graph: one color per node group, gray for what stays whole, repeated blocks drawn once.
 
 Three things keep a deep network readable. Calls that only move entries about (views, transposes, casts) are drawn as
-the edge they stand for; of neighbouring blocks with the same calls in the same order (``layer.0`` … ``layer.11``) the
+the edge they stand for; of neighboring blocks with the same calls in the same order (``layer.0`` … ``layer.11``) the
 first is drawn and the others share one box; and calls are framed by the block that they belong to.
 """
 
@@ -82,7 +82,7 @@ def to_dot(partition: Partition, groups: Sequence[NodeGroup], title: str, *, ver
             "drawing needs pydot, which is not installed\n  to fix  pip install 'oto[viz]'"
         ) from failure
     flow = partition.graph
-    colours = palette([g.name for g in groups if g.prunable]) if by_node_groups else {}
+    colors = palette([g.name for g in groups if g.prunable]) if by_node_groups else {}
     prunable = {g.name for g in groups if g.prunable}
     macs = macs_by_node(partition) if display_flops else {}
     repeats = repeated_blocks(flow)
@@ -103,7 +103,7 @@ def to_dot(partition: Partition, groups: Sequence[NodeGroup], title: str, *, ver
             label = _label(node, data, flow, display_params, macs, data["module"].removeprefix(block).lstrip("."))
             frame = _frame(block, frames, pydot)
             frame.add_node(pydot.Node(_quoted(name), label=label, tooltip=_tooltip(data, prunable),
-                                      **_style(data, prunable, colours, by_node_groups)))  # fmt: skip
+                                      **_style(data, prunable, colors, by_node_groups)))  # fmt: skip
     for name in dict.fromkeys(name for node, name in box.items() if node != name):
         block, others = repeats[name]
         inside = {g for n, of in box.items() if of == name for g in flow.nodes[n]["groups"]}
@@ -118,21 +118,21 @@ def to_dot(partition: Partition, groups: Sequence[NodeGroup], title: str, *, ver
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """A light colour per name; neighbours are far apart on the wheel.
+    """A light color per name; neighbors are far apart on the wheel.
 
     >>> palette(["a", "b"])
     {'a': '#f5b8b8', 'b': '#b8c9f5'}
     """
-    colours = {}
+    colors = {}
     for i, name in enumerate(names):
         hue = i * 0.6180339887 % 1  # the golden ratio spreads any number of them
         rgb = colorsys.hls_to_rgb(hue, (0.84, 0.76, 0.9)[i // 12 % 3], 0.75)
-        colours[name] = "#" + "".join(f"{round(255 * c):02x}" for c in rgb)
-    return colours
+        colors[name] = "#" + "".join(f"{round(255 * c):02x}" for c in rgb)
+    return colors
 
 
 def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Runs of neighbouring numbered blocks that make the same calls: by the name of the box that stands for the later
+    """Runs of neighboring numbered blocks that make the same calls: by the name of the box that stands for the later
     ones, the first of them and all the later."""
     calls: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
     for _, data in flow.nodes(data=True):
@@ -226,15 +226,15 @@ def _frame(path: str, frames: dict[str, Any], pydot: Any) -> Any:
     return frames[path]
 
 
-def _style(data: Mapping[str, Any], prunable: set[str], colours: Mapping[str, str], coloured: bool) -> dict[str, Any]:
+def _style(data: Mapping[str, Any], prunable: set[str], colors: Mapping[str, str], colored: bool) -> dict[str, Any]:
     own = [g for g in data["groups"] if g in prunable]
     if data["kind"] in ("input", "output"):
         return {"shape": "ellipse", "fillcolor": WHITE}
     if not own:
         return {"fillcolor": GREY}
-    if not coloured:
+    if not colored:
         return {"fillcolor": WHITE}
-    shades = [colours[g] for g in own[:8]]
+    shades = [colors[g] for g in own[:8]]
     return {"fillcolor": f'"{":".join(shades)}"', "style": "striped" if len(shades) > 1 else "filled"}
 
 
@@ -259,12 +259,12 @@ def _tooltip(data: Mapping[str, Any], prunable: set[str]) -> str:
     return _escaped("\n".join(filter(None, [data.get("module"), data.get("source"), groups])) or " ")
 
 
-def _title(title: str, groups: Sequence[NodeGroup], coloured: bool) -> str:
+def _title(title: str, groups: Sequence[NodeGroup], colored: bool) -> str:
     free = [g for g in groups if g.prunable]
-    key = "one colour each, stripes where a call carries several" if coloured else "white"
+    key = "one color each, stripes where a call carries several" if colored else "white"
     return (
         f"{title}: {len(free)} of {len(groups)} node groups prunable,"
-        f" {sum(g.size for g in free):,} zero-invariant groups\n{key}; grey stays whole"
+        f" {sum(g.size for g in free):,} zero-invariant groups\n{key}; gray stays whole"
     )
 
 

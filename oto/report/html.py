@@ -67,7 +67,7 @@ def report(
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
-        ArtefactError: The file cannot be written; what was there is as it was.
+        ArtifactError: The file cannot be written; what was there is as it was.
     """
     try:
         import jinja2

@@ -1,6 +1,6 @@
 """The original-class emitter: a copy of the user's module with thinner tensors and the sizes to match.
 
-What is copied and what is changed is stated as plain data (:class:`Edits`), so the artefact can replay it.
+What is copied and what is changed is stated as plain data (:class:`Edits`), so the artifact can replay it.
 """
 
 from __future__ import annotations

@@ -117,19 +117,19 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     return Shrunk(slim, parameters, made)
 
 
-def analysed_again(
-    slim: nn.Module, source: Source, groups: Sequence[NodeGroup], everything: bool, asked: bool
+def analyzed_again(
+    slim: nn.Module, source: Source, groups: Sequence[NodeGroup], allow_graph: bool, asked: bool
 ) -> tuple[Partition, tuple[NodeGroup, ...], OwnClass | None]:
     """The analysis of a slim model, in which only those groups may lose atoms that could before.
 
     Args:
         source: What it was made of.
         groups: Node groups of the full model.
-        everything: Prune what the class could not express, too.
+        allow_graph: Prune what the class could not express, too.
         asked: Ask the class what it can do without.
     """
     before = source.partition
-    graph = record(slim, source.dummy_input, known, dead=not everything, training=True)
+    graph = record(slim, source.dummy_input, known, dead=not allow_graph, training=True)
     found = trainable(graph, before.found.strict_out_nodes)
     left = same_groups(thinner(before, groups, source.kept), found.groups)
     if not asked:
@@ -203,7 +203,7 @@ def labels_of(group: NodeGroup) -> Labels:
 def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, list[NodeGroup]]:
     """For each node group of one analysis, those of another analysis of the same model that it is made of.
 
-    A slim model may be analysed more finely, as the widths of query and value are one where a single weight holds both
+    A slim model may be analyzed more finely, as the widths of query and value are one where a single weight holds both
     in equal parts, and two where they are stated apart. A group that is not made of others is left out.
     """
     labels = {group.name: labels_of(group) for group in whole}

@@ -75,7 +75,7 @@ class Source:
                 "where a narrow dtype alone differs, rounding decides what is routed or compared: model.float(), then"
                 " construct_subnet(), then cast the slim model; emitter='config' raises instead"
             )
-        return "prune only what the class can do without: OTO(...) without everything=True"
+        return "prune only what the class can do without: OTO(...) without allow_graph=True"
 
 
 @dataclass(frozen=True, eq=False)

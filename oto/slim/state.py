@@ -1,4 +1,4 @@
-"""What forwards have left in a model, and it is analysed and made slim without."""
+"""What forwards have left in a model, and it is analyzed and made slim without."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def left_since(state: State, model: nn.Module, dummy_input: Any, known: Collection[str]) -> list[Change]:
-    """Caches and the like that a forward left in a model after it was analysed; none if it computes otherwise without.
+    """Caches and the like that a forward left in a model after it was analyzed; none if it computes otherwise without.
 
     Args:
-        state: What the model held when it was analysed.
+        state: What the model held when it was analyzed.
         model: That one, or a copy of it.
         known: Names of tensors that the analysis knows; they count as they are now.
     """

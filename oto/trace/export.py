@@ -173,7 +173,7 @@ def _cause(failure: BaseException | None) -> str:
 
 @contextmanager
 def _plain_outputs(model: nn.Module, plainly: Callable[[Any], Any]) -> Iterator[None]:
-    """While inside, ``forward`` gives plain data: torch.export takes no objects with a behaviour, such as caches."""
+    """While inside, ``forward`` gives plain data: torch.export takes no objects with a behavior, such as caches."""
     forward = model.forward
     own = vars(model).get("forward")
 

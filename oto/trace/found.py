@@ -2,7 +2,7 @@
 
 Two kinds of things are told apart. What belongs to the model (attributes of its modules, the objects and containers
 that they hold, tensors, the example input) is put back in full. What its code keeps elsewhere (globals, classes,
-closures, caches of functions) is put back where it holds a tensor by then: while a model is analysed, tensors may have
+closures, caches of functions) is put back where it holds a tensor by then: while a model is analyzed, tensors may have
 no data, another dtype, or no place in a training step. Where such things are is learned from the frames of a recorded
 run, and remembered for runs that nobody watches, such as those of ``torch.export``.
 """
@@ -268,7 +268,7 @@ class Found:
             warnings.warn(
                 f"the forward of {self._kind.__name__} keeps tensors outside the model, held by objects of {places}\n"
                 f"  shapes  {some(str(tuple(t.shape)) for t in left)}\n"
-                "  effect  they were made without data to analyse the model, and the next forward may meet them\n"
+                "  effect  they were made without data to analyze the model, and the next forward may meet them\n"
                 "  to fix  keep such a table in a buffer or an attribute of a module, or call the model once before",
                 LeftBehindWarning,
                 stacklevel=4,

@@ -116,14 +116,14 @@ def record(
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"the model is TorchScript ({type(model).__name__}), whose parameters cannot be told apart while it runs\n"
-            "  effect   there is nothing to analyse; the model is as it was\n"
+            "  effect   there is nothing to analyze; the model is as it was\n"
             "  to fix   give the Python module that it was made of"
         )
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         raise TraceError(
             f"parameters of {type(model).__name__} have no shape yet: {some(lazy)}\n"
-            "  effect   there is nothing to analyse; the model is as it was\n"
+            "  effect   there is nothing to analyze; the model is as it was\n"
             "  to fix   call model(dummy_input) once, so that its lazy modules learn their sizes"
         )
     ways = ["meta", "fake"] if on_meta(model) else ["meta", "fake", "real", "grad"]
@@ -131,7 +131,7 @@ def record(
     for way in ways:
         try:
             with as_found(model, dummy_input) as found:
-                _in_analysed_form(model)
+                _in_analyzed_form(model)
                 graph = _run(model, args, kwargs, known, way, found).recording(dead).graph
         except Exception as failure:
             if out_of_memory(failure):
@@ -262,7 +262,7 @@ def follow(
     builder = GraphBuilder(way, limit=limit)
     try:
         with as_found(model, dummy_input, found) as found:
-            _in_analysed_form(model)
+            _in_analyzed_form(model)
             _run(model, args, kwargs, known, way, found, builder, functions, script, literals, bare)
     except Exception as failure:  # anything that the user's own forward may raise
         if out_of_memory(failure):
@@ -281,7 +281,7 @@ def _message(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fa
             *([f"  at       {line}"] if (line := line_of(failure)) else []),
             *positional,
             *named,
-            "  effect   there is no graph to analyse; the model is as it was",
+            "  effect   there is no graph to analyze; the model is as it was",
             "  to fix   check that model(dummy_input) (model(*tuple), model(**dict)) runs by itself in eval mode",
         ]
     )
@@ -297,7 +297,7 @@ def _with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any,
     for way in ways:
         try:
             with as_found(model, dummy_input) as found:
-                _in_analysed_form(model)
+                _in_analyzed_form(model)
                 for module in model.modules():
                     module.training = True
                 trained = _run(model, args, kwargs, known, way, found).recording(False).graph
@@ -333,15 +333,15 @@ def _doubled(given: Arguments) -> Arguments:
     return twice
 
 
-def _in_analysed_form(model: nn.Module) -> None:
+def _in_analyzed_form(model: nn.Module) -> None:
     """Let modules that have another form for the analysis (those of ``oto.nn``, and those of the user's own that are
     told sizes) run in it, until all is put back."""
     for module in modules_of(model):
         forward = vars(module).get("forward")
-        if hasattr(type(module), "_oto_analysed"):
-            vars(module)["forward"] = module._oto_analysed
+        if hasattr(type(module), "_oto_analyzed"):
+            vars(module)["forward"] = module._oto_analyzed
         elif isinstance(forward, Told):
-            forward.as_analysed().install()
+            forward.as_analyzed().install()
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -501,7 +501,7 @@ def _gives_no_tensor(model: nn.Module, result: Any) -> str:
     kinds = some(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(result)) or [type(result).__name__])
     return (
         f"{type(model).__name__}.forward gives no tensor: what it returned is made of {kinds}\n"
-        "  effect   nothing leads from the inputs to an output, so there is nothing to analyse\n"
+        "  effect   nothing leads from the inputs to an output, so there is nothing to analyze\n"
         f"{_whole_inside(model)}"
         "  to fix   return tensors, alone or in tuples, lists, dicts or dataclasses; wrap a model that returns"
         " objects of its own in a module that takes the tensors out"
@@ -522,7 +522,7 @@ def _whole_inside(model: nn.Module) -> str:
 def tensors_in(result: Any) -> Iterator[Tensor]:
     """The tensors of an output: of tuples, lists, mappings and dataclasses, however nested.
 
-    Objects with a behaviour of their own, such as key-value caches, are state that the model hands to itself; they are
+    Objects with a behavior of their own, such as key-value caches, are state that the model hands to itself; they are
     not looked into.
     """
     return (tensor for _, tensor in named_tensors_in(result))

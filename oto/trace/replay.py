@@ -28,7 +28,7 @@ def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], h
 
     Args:
         known: As for ``record``.
-        how: How the graph that was analysed was recorded: what could be known without data holds here as well.
+        how: How the graph that was analyzed was recorded: what could be known without data holds here as well.
 
     Raises:
         TraceError: ``forward`` fails on the example.

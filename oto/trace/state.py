@@ -1,8 +1,8 @@
 """What a model keeps between forwards besides the tensors that are known by name: caches, and what hooks collect.
 
-A model is analysed as it is then. What a later forward leaves in it (a table for the last size, activations with their
+A model is analyzed as it is then. What a later forward leaves in it (a table for the last size, activations with their
 history, a buffer that the first call registers) has the full size, and no slim model is to begin with it: while one is
-made, the model holds what it held when it was analysed. A forward that fills a cache fills that of the slim model.
+made, the model holds what it held when it was analyzed. A forward that fills a cache fills that of the slim model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _EMPTY = _Then({}, {})  # the hooks of a module, most of them
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What a container holds now, and held when the model was analysed as far as that is state."""
+    """What a container holds now, and held when the model was analyzed as far as that is state."""
 
     holder: Any
     now: dict[Any, Any]

@@ -119,7 +119,7 @@ def test_with_a_rule_it_does_not(with_rule):
 )
 def test_code_in_python_is_followed(kind, emitter):
     model, x = kind().double(), torch.randn(2, 4, dtype=torch.float64)
-    found = OTO(model, x, everything=emitter != "module")
+    found = OTO(model, x, allow_graph=emitter != "module")
     assert [g.size for g in found.node_groups if g.prunable] == [8, 8] and not found.coverage()["unknown"]
     assert not any("oto_tests" in node.name for node in found.partition.found.graph.nodes)
     found.random_set_zero_groups(0.5)

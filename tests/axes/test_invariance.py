@@ -23,8 +23,8 @@ def mean_of_squares(x):
 
 
 def sum_of_products(x):
-    centred = x - x.mean(1, keepdim=True)
-    return centred * torch.rsqrt((centred * centred).sum(1, keepdim=True) / 16 + EPS)
+    centered = x - x.mean(1, keepdim=True)
+    return centered * torch.rsqrt((centered * centered).sum(1, keepdim=True) / 16 + EPS)
 
 
 def without_keepdim(x):
@@ -33,18 +33,18 @@ def without_keepdim(x):
 
 
 def cast(x):
-    centred = x.to(torch.float64) - x.double().mean(1, keepdim=True)
-    return (centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + EPS)).type_as(x)
+    centered = x.to(torch.float64) - x.double().mean(1, keepdim=True)
+    return (centered * torch.rsqrt(centered.square().mean(1, keepdim=True) + EPS)).type_as(x)
 
 
 def whole_tensor(x):
-    centred = x - x.mean()
-    return centred / (centred.pow(2).mean() + EPS).sqrt()
+    centered = x - x.mean()
+    return centered / (centered.pow(2).mean() + EPS).sqrt()
 
 
 def absolute(x):
-    centred = x - x.mean(1, keepdim=True)
-    return centred / (centred.abs().mean(1, keepdim=True) + EPS)
+    centered = x - x.mean(1, keepdim=True)
+    return centered / (centered.abs().mean(1, keepdim=True) + EPS)
 
 
 def twice(x):
@@ -68,23 +68,23 @@ def deviation(x):
 
 
 def in_place(x):
-    centred = x.clone()
-    centred -= centred.mean(1, keepdim=True)
-    return centred / (centred.pow(2).mean(1, keepdim=True) + EPS).sqrt()
+    centered = x.clone()
+    centered -= centered.mean(1, keepdim=True)
+    return centered / (centered.pow(2).mean(1, keepdim=True) + EPS).sqrt()
 
 
-def deviation_of_centred(x):
-    centred = x - x.mean()
-    return centred / (centred.std(unbiased=False) + EPS)
+def deviation_of_centered(x):
+    centered = x - x.mean()
+    return centered / (centered.std(unbiased=False) + EPS)
 
 
-def centred_direction(x):
+def centered_direction(x):
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
 SPELLINGS = [
     in_place, mean_of_squares, sum_of_products, without_keepdim, cast, whole_tensor, absolute, twice,
-    difference_of_means, root_mean_square, vector_norm, deviation, deviation_of_centred, centred_direction,
+    difference_of_means, root_mean_square, vector_norm, deviation, deviation_of_centered, centered_direction,
 ]  # fmt: skip
 
 
@@ -102,7 +102,7 @@ class Normed(nn.Module):
 
 
 def error_with_half_removed(model, x):
-    oto = OTO(model.double(), x.double(), everything=True)
+    oto = OTO(model.double(), x.double(), allow_graph=True)
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
     assert all(len(subnet.kept[g.name]) < g.size for g in oto.node_groups if g.prunable)
@@ -144,7 +144,7 @@ def test_where_they_do_not_hold_the_same_all_stay():
 
     torch.manual_seed(0)
     model = Two()
-    oto = OTO(model.double(), torch.randn(4, 6).double(), everything=True)
+    oto = OTO(model.double(), torch.randn(4, 6).double(), allow_graph=True)
     assert [g.name for g in oto.node_groups if g.prunable] == ["b.weight"]  # whose removed entries are zero
     oto.random_set_zero_groups(0.5)
     assert oto.construct_subnet().max_error < 1e-14
@@ -161,8 +161,8 @@ def test_statistics_within_groups_of_channels():
         def forward(self, x):
             y = self.into(x)
             groups = y.reshape(y.shape[0], 4, 6, *y.shape[2:])
-            centred = groups - groups.mean((2, 3, 4), keepdim=True)
-            y = (centred / (centred.square().mean((2, 3, 4), keepdim=True) + EPS).sqrt()).reshape(y.shape)
+            centered = groups - groups.mean((2, 3, 4), keepdim=True)
+            y = (centered / (centered.square().mean((2, 3, 4), keepdim=True) + EPS).sqrt()).reshape(y.shape)
             return self.out(y)
 
     torch.manual_seed(0)
@@ -173,7 +173,7 @@ def test_a_maximum_of_what_is_known_is_not():
     model = Normed(lambda x: x / (x - x.mean(1, keepdim=True)).amax(1, keepdim=True), nn.Linear(6, 16),
                    nn.Linear(16, 3), None)  # fmt: skip
     with pytest.raises(NothingPrunableError):
-        OTO(model, torch.randn(4, 6), everything=True)
+        OTO(model, torch.randn(4, 6), allow_graph=True)
 
 
 POINTWISE = [
@@ -301,6 +301,6 @@ def test_a_proof_costs_as_much_for_each_layer_however_many_there_are(monkeypatch
     costs = []
     for depth in (8, 16, 32):
         count = 0
-        OTO(Residual(depth, lambda layer: layer), torch.randn(4, 8), everything=True)
+        OTO(Residual(depth, lambda layer: layer), torch.randn(4, 8), allow_graph=True)
         costs.append(count)
     assert costs[2] - costs[1] <= 2.1 * (costs[1] - costs[0])

@@ -14,7 +14,7 @@ from oto.groups.policy import keep_at_least, keep_whole, zeroing
 from oto.trace.record import record
 
 
-def analyse(model, x):
+def analyze(model, x):
     return partition(record(model, x, known))
 
 
@@ -40,14 +40,14 @@ class Attention(nn.Module):
 def test_halving_the_hidden_layer():
     # dense 3*8 + 8 + 8*2 + 2 = 50 parameters and 3*8 + 8*2 = 40 MACs a row;
     # four hidden units: 3*4 + 4 + 4*2 + 2 = 26 and 3*4 + 4*2 = 20
-    found = analyse(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3))
+    found = analyze(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3))
     assert cost(found).params == 50 and cost(found).macs == 5 * 40 and cost(found).flops == 2 * 5 * 40
     half = cost(found, {"0.weight": 4})
     assert half.params == 26 and half.macs == 5 * 20
 
 
 def test_a_hidden_layer_is_one_group():
-    found = analyse(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3))
+    found = analyze(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3))
     (group,) = prunable(found).values()
     assert (group.name, group.size) == ("0.weight", 8)
     assert {(s.parameter, s.dim) for s in group.zeros} == {("0.weight", 0), ("0.bias", 0)}
@@ -57,7 +57,7 @@ def test_a_hidden_layer_is_one_group():
 
 
 def test_grouped_query_attention_is_found_from_its_shapes():
-    found = prunable(analyse(Attention(), torch.randn(2, 5, 8)))
+    found = prunable(analyze(Attention(), torch.randn(2, 5, 8)))
     by_size = {(g.size, *sorted({s.parameter for s in g.zeros})) for g in found.values()}
     # two key-value heads with all that they serve; the two queries of each head, silenced where they are read, because
     # a zero query still attends; the value width. The key width is fixed by the scale.
@@ -72,7 +72,7 @@ def test_grouped_query_attention_is_found_from_its_shapes():
 
 
 def test_a_slice_is_a_view_of_the_parameter():
-    found = prunable(analyse(Attention(), torch.randn(2, 5, 8)))
+    found = prunable(analyze(Attention(), torch.randn(2, 5, 8)))
     value_width = next(g for g in found.values() if g.size == 6)
     weight = torch.zeros(24, 8)
     for piece in value_width.zeros:
@@ -88,7 +88,7 @@ def test_costs_agree_with_torch_on_a_network_with_every_kind_of_product():
         nn.Flatten(2), nn.Linear(81, 16), nn.TransformerEncoderLayer(16, 2, 24, batch_first=True),
     ).eval()  # fmt: skip
     x = torch.randn(2, 3, 8, 8)
-    found = analyse(model, x)
+    found = analyze(model, x)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # not every release counts the fused kernels of the CPU
@@ -101,7 +101,7 @@ def test_costs_agree_with_torch_on_a_network_with_every_kind_of_product():
 
 
 def test_the_flow_is_a_networkx_graph():
-    found = analyse(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3))
+    found = analyze(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3))
     assert nx.is_directed_acyclic_graph(found.graph)
     assert nx.has_path(found.graph, "input 0", "output 0")
     assert found.graph.nodes["parameter 0.weight"]["groups"][0] == "0.weight"
@@ -110,7 +110,7 @@ def test_the_flow_is_a_networkx_graph():
 
 
 def test_policy():
-    groups = analyse(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3)).groups
+    groups = analyze(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 3)).groups
     assert not any(g.prunable for g in keep_whole(groups, zeroing(groups, ["0.weight"]), "kept"))
     assert any(g.prunable for g in keep_whole(groups, zeroing(groups, ["2.weight"]), "kept"))  # it only reads
     assert {g.min_kept for g in keep_at_least(groups, 3) if g.prunable} == {3}

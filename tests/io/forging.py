@@ -1,4 +1,4 @@
-"""Artefacts that somebody made up, and a sandbox that notices what loading one does to the process."""
+"""Artifacts that somebody made up, and a sandbox that notices what loading one does to the process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch import nn
 
 from oto import load_subnet
 from oto.errors import OTOError
-from oto.io import artefact
+from oto.io import artifact
 from oto.slim.own_class.attributes import numbers
 
 HONEST = ("torch", "sympy", "mpmath", "encodings", "transformers", "timm")  # what a load may import
@@ -38,7 +38,7 @@ MEMORY = 3 * 2**30  # bytes of addresses that a load may ask for, beside those t
 
 @dataclass
 class Kind:
-    """An artefact, and what it is loaded with.
+    """An artifact, and what it is loaded with.
 
     Attributes:
         model: The full model; none where the program is loaded.
@@ -159,7 +159,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
 
 
 def accepted(kind: Kind) -> bool:
-    """Whether an artefact loads, after which it runs.
+    """Whether an artifact loads, after which it runs.
 
     Another error than those of ``oto`` comes out of a load, or it changes anything of the process: the test fails. What
     the forward says of other weights and widths is between the model and whoever made them; but nothing changes there
@@ -198,9 +198,9 @@ def sealed(saved: Path, folder: Path, change: Callable[[Path, dict[str, Any]], A
         held = manifest["files"][name]
         there = name in {path.name for path in folder.iterdir() if path.is_file()}
         if there and isinstance(held, dict) and "sha256" in held:
-            manifest["files"][name] = artefact._stamp(folder / name)
+            manifest["files"][name] = artifact._stamp(folder / name)
     manifest.pop("digest", None)
-    (folder / "oto.json").write_text(json.dumps({**manifest, "digest": artefact._digest(manifest)}))
+    (folder / "oto.json").write_text(json.dumps({**manifest, "digest": artifact._digest(manifest)}))
     return folder
 
 
@@ -373,7 +373,7 @@ def meddle_with_bytes(draw: random.Random, file: Path) -> str:
 
 
 def forged(kind: Kind, folder: Path, seed: int) -> tuple[Kind, str]:
-    """A copy of an artefact with something changed, and what kind of a change it is."""
+    """A copy of an artifact with something changed, and what kind of a change it is."""
     draw = random.Random(seed)
     said = []
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oto import OTO
-from oto.errors import ArtefactError, EmitterError, MissingExtraError, VerificationError
+from oto.errors import ArtifactError, EmitterError, MissingExtraError, VerificationError
 from oto.io import export
 from oto.io.export import export_model
 from oto.slim.proof.compare import relative_error
@@ -52,7 +52,7 @@ def slim() -> Any:
     """Slim models of the own class and as a graph, each with what makes inputs of it."""
     made = {}
     for name, model, given in (("module", images(), pictures), ("graph", Tags(), tagged)):
-        oto = OTO(model, given(2, 8), everything=True)
+        oto = OTO(model, given(2, 8), allow_graph=True)
         oto.random_set_zero_groups(0.5)
         made[name] = oto.construct_subnet(emitter=name).model, given
     return made
@@ -99,7 +99,7 @@ def test_what_is_exported_runs_elsewhere_at_other_sizes(
 
 def test_a_file_that_is_there_is_never_replaced(slim: Any, tmp_path: Path) -> None:
     (tmp_path / "slim.pt2").write_text("mine")
-    with pytest.raises(ArtefactError, match=r"slim\.pt2 is there already"):
+    with pytest.raises(ArtifactError, match=r"slim\.pt2 is there already"):
         export_model(*_given(slim), "pt2", tmp_path / "slim.pt2")
     assert (tmp_path / "slim.pt2").read_text() == "mine"
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oto import OTO, load_subnet
-from oto.errors import DamagedArtefactError, printable
+from oto.errors import DamagedArtifactError, printable
 from oto.io import manifest as listed
 from oto.io import program
 
@@ -86,7 +86,7 @@ def _own(out: Path) -> Kind:
 def _rounds(out: Path) -> Kind:
     model = given = Plain()
     for share in (0.3, 0.3):
-        oto = OTO(given, X, everything=True)
+        oto = OTO(given, X, allow_graph=True)
         oto.random_set_zero_groups(share)
         given = oto.construct_subnet(out, emitter="module").model
     return Kind(out, model, X, (Plain,))
@@ -103,7 +103,7 @@ def _config(out: Path) -> Kind:
 
 def _program(emitter: str) -> Callable[[Path], Kind]:
     def make(out: Path) -> Kind:
-        oto = OTO(Plain(), X, everything=True)
+        oto = OTO(Plain(), X, allow_graph=True)
         oto.random_set_zero_groups(0.5)
         oto.construct_subnet(out, emitter=emitter, program=True)
         return Kind(out, None, X)
@@ -154,7 +154,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
     shutil.rmtree(folder)
 
 
-def test_the_artefacts_have_every_kind_of_edit(kinds: Any) -> None:
+def test_the_artifacts_have_every_kind_of_edit(kinds: Any) -> None:
     """Else what is forged of them says little."""
     made = [json.loads((kinds(name).folder / "oto.json").read_text()) for name in MAKERS]
     assert [m["emitter"] for m in made] == ["module", "module", "config", "graph", "recording"]
@@ -178,13 +178,13 @@ def of(counts: collections.Counter[Any], fine: bool) -> int:
     return sum(n for (_, _, loaded), n in counts.items() if loaded is fine)
 
 
-def test_fifty_forged_artefacts_change_nothing(kinds: Any, tmp_path: Path) -> None:
+def test_fifty_forged_artifacts_change_nothing(kinds: Any, tmp_path: Path) -> None:
     counts = fuzz(kinds, list(MAKERS), tmp_path, range(50))
     assert of(counts, True) >= 5 and of(counts, False) >= 5, counts
 
 
 @pytest.mark.zoo
-def test_a_thousand_forged_artefacts_change_nothing(kinds: Any, tmp_path: Path) -> None:
+def test_a_thousand_forged_artifacts_change_nothing(kinds: Any, tmp_path: Path) -> None:
     counts = fuzz(kinds, [*MAKERS, *OTHERS], tmp_path, range(1000, 2000))
     assert of(counts, True) >= 100 and of(counts, False) >= 100, counts
 
@@ -433,7 +433,7 @@ ON_THE_WAY_IN = {
 
 
 PARTLY = {
-    "io/artefact.py": {"reading", "_require_whole", "_start", "_read_tensors"},
+    "io/artifact.py": {"reading", "_require_whole", "_start", "_read_tensors"},
     "io/subnet.py": {"load_subnet", "rebuild", "_require_same", "_require_thinner"},
     "slim/edits.py": {"thin_copy", "edited", "attribute", "module_at", "_swapped", "_set_sizes"},
 }
@@ -589,7 +589,7 @@ FILES = {
 def test_what_is_no_file_is_not_opened(kinds: Any, tmp_path: Path, change: Change) -> None:
     own: Kind = kinds("own")
     folder = sealed(own.folder, tmp_path / "out", change, stamp=False)
-    with pytest.raises(DamagedArtefactError, match=r"no plain file|bytes, and had|content changed"):
+    with pytest.raises(DamagedArtifactError, match=r"no plain file|bytes, and had|content changed"):
         load_subnet(folder, own.model)
 
 
@@ -628,7 +628,7 @@ def test_json_that_is_made_to_be_hard_to_read(kinds: Any, tmp_path: Path, change
     own: Kind = kinds("own")
     folder = sealed(own.folder, tmp_path / "out", lambda at, m: None)
     (folder / "oto.json").write_text(change((folder / "oto.json").read_text()), encoding="utf-8")
-    with pytest.raises(DamagedArtefactError):
+    with pytest.raises(DamagedArtifactError):
         load_subnet(folder, own.model)
 
 
@@ -639,7 +639,7 @@ TERMINAL = "\x1b]0;owned\x07\x1b[2J\u202e\ud800\x9b31m"
 
 def test_a_text_obeys_no_terminal() -> None:
     assert printable(TERMINAL).isprintable() and printable("a\nb×") == "a\nb×"
-    assert str(DamagedArtefactError(f"{TERMINAL}\n  to fix  {TERMINAL}")).replace("\n", "").isprintable()
+    assert str(DamagedArtifactError(f"{TERMINAL}\n  to fix  {TERMINAL}")).replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("place", ["class", "file", "swap", "path", "untrained"])

@@ -1,4 +1,4 @@
-"""An artefact that somebody made to do harm, hashes and all: it is refused, takes no memory and runs nothing."""
+"""An artifact that somebody made to do harm, hashes and all: it is refused, takes no memory and runs nothing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oto import OTO, load_subnet
-from oto.errors import ArtefactError
-from oto.io import artefact
+from oto.errors import ArtifactError
+from oto.io import artifact
 from oto.io.program import load_program
 from tests.io.nets import Net
 
@@ -32,7 +32,7 @@ MEMORY = 300 * 2**20  # bytes that a refusal may take at most; loading the real 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    oto = OTO(Net(), torch.randn(2, 3), everything=True)
+    oto = OTO(Net(), torch.randn(2, 3), allow_graph=True)
     oto.random_set_zero_groups(0.5)
     out = tmp_path_factory.mktemp("hostile") / "out"
     oto.construct_subnet(out, emitter="module", program=True, save_full=True)
@@ -48,10 +48,10 @@ def little_memory() -> Iterator[None]:
 
 
 def loads(folder: Path, *model: Any) -> bool:
-    """Whether an artefact is read; it is refused otherwise, and nothing else."""
+    """Whether an artifact is read; it is refused otherwise, and nothing else."""
     try:
         load_subnet(folder, *model)
-    except ArtefactError:
+    except ArtifactError:
         return False
     return True
 
@@ -77,7 +77,7 @@ HEADERS = {
 @pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS)
 def test_weights_that_claim_what_is_not_there(saved: Path, tmp_path: Path, content: bytes) -> None:
     folder = sealed(saved, tmp_path / "out", lambda at, m: (at / "model.safetensors").write_bytes(content))
-    with little_memory(), pytest.raises(ArtefactError):
+    with little_memory(), pytest.raises(ArtifactError):
         load_subnet(folder, Net)
 
 
@@ -117,14 +117,14 @@ def test_what_is_read_all_the_same_takes_no_memory(saved: Path, tmp_path: Path, 
 @pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS)
 def test_a_manifest_that_says_what_is_not_so(saved: Path, tmp_path: Path, change: Any) -> None:
     folder = sealed(saved, tmp_path / "out", change)
-    with little_memory(), pytest.raises(ArtefactError):
+    with little_memory(), pytest.raises(ArtifactError):
         load_subnet(folder, Net)
 
 
 def test_a_manifest_too_large_to_be_one(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sealed(saved, tmp_path / "out", lambda at, m: None)
-    monkeypatch.setattr(artefact, "LARGEST_MANIFEST", (folder / "oto.json").stat().st_size - 1)
-    with pytest.raises(ArtefactError, match="bytes, which no manifest has"):
+    monkeypatch.setattr(artifact, "LARGEST_MANIFEST", (folder / "oto.json").stat().st_size - 1)
+    with pytest.raises(ArtifactError, match="bytes, which no manifest has"):
         load_subnet(folder, Net)
 
 
@@ -159,7 +159,7 @@ def _huge(tree: Any) -> Any:
 @pytest.mark.parametrize("end", ["model_weights_config.json", "models/model.json"])
 def test_a_program_that_claims_terabytes(saved: Path, tmp_path: Path, end: str) -> None:
     path = program(saved, tmp_path, lambda members: _edited(members, end, _huge))
-    with little_memory(), pytest.raises(ArtefactError):
+    with little_memory(), pytest.raises(ArtifactError):
         load_program(path)
 
 
@@ -177,7 +177,7 @@ def test_members_of_a_program_that_share_their_bytes(saved: Path, tmp_path: Path
     count = struct.unpack("<H", content[start + 10 : start + 12])[0] + 3
     tail = content[start : start + 8] + struct.pack("<HHII", count, count, len(more), offset) + content[start + 20 :]
     (tmp_path / "model.pt2").write_bytes(content[:offset] + more + tail)
-    with pytest.raises(ArtefactError, match=r"there twice|hold more than the file"):
+    with pytest.raises(ArtifactError, match=r"there twice|hold more than the file"):
         load_program(tmp_path / "model.pt2")
 
 
@@ -249,7 +249,7 @@ def _damage(folder: Path, manifest: dict[str, Any], data: Any) -> str:
     return file.name
 
 
-def test_the_artefact_that_all_this_was_made_of_loads(saved: Path, tmp_path: Path) -> None:
+def test_the_artifact_that_all_this_was_made_of_loads(saved: Path, tmp_path: Path) -> None:
     folder = sealed(saved, tmp_path / "out", lambda at, m: None)
     x = torch.randn(4, 3)
     assert torch.allclose(load_subnet(folder, Net)(x), load_subnet(folder)(x), atol=1e-6)

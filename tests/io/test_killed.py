@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from oto import OTO, atomic, load_subnet
-from oto.errors import ArtefactError
+from oto.errors import ArtifactError
 from oto.io import export, pretrained
-from oto.io.artefact import COMMIT, MANIFEST, adding, reading, writing
+from oto.io.artifact import COMMIT, MANIFEST, adding, reading, writing
 from oto.io.program import save_program
 from tests.io.nets import Net
 
@@ -110,7 +110,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-# Artefacts --------------------------------------------------------------------------------------------------------
+# Artifacts --------------------------------------------------------------------------------------------------------
 
 
 def save(out: Path, value: float, *others: str) -> None:
@@ -122,10 +122,10 @@ def save(out: Path, value: float, *others: str) -> None:
 
 
 def held(out: Path) -> tuple[float, frozenset[str]] | None:
-    """What loads: the value that it was saved with, and the files; ``None`` if there is no artefact."""
+    """What loads: the value that it was saved with, and the files; ``None`` if there is no artifact."""
     try:
         found = reading(out)
-    except ArtefactError as failure:
+    except ArtifactError as failure:
         assert f"holds no {MANIFEST}" in str(failure) or "there is no folder" in str(failure)
         return None
     value = found.manifest["value"]
@@ -134,7 +134,7 @@ def held(out: Path) -> tuple[float, frozenset[str]] | None:
 
 
 def litter(out: Path, *foreign: str) -> set[str]:
-    """What is there and belongs neither to the artefact nor to the user."""
+    """What is there and belongs neither to the artifact nor to the user."""
     return {p.name for p in out.iterdir()} ^ {*json.loads((out / MANIFEST).read_text())["files"], MANIFEST, *foreign}
 
 
@@ -244,7 +244,7 @@ def test_what_came_in_between_is_not_replaced(tmp_path: Path) -> None:
     broken_off(out, 2.0, 1, "model.pt2", "note")
     (out / "note").write_text("mine")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(ArtefactError, match=r"holds note, which no artefact has written[^$]*nothing was saved"):
+    with pytest.raises(ArtifactError, match=r"holds note, which no artifact has written[^$]*nothing was saved"):
         save(out, 3.0)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert held(out) == (2.0, {"model.safetensors", "model.pt2", "note"})
@@ -266,7 +266,7 @@ def test_a_commit_that_is_none(tmp_path: Path, make: Callable[[Path], Any]) -> N
     save(out, 1.0)
     make(out / COMMIT)
     before = sorted(out.rglob("*"))
-    with pytest.raises(ArtefactError, match=r"holds \.oto-commit, which no save[^$]*nothing was saved"):
+    with pytest.raises(ArtifactError, match=r"holds \.oto-commit, which no save[^$]*nothing was saved"):
         save(out, 2.0)
     assert sorted(out.rglob("*")) == before and held(out) == (1.0, {"model.safetensors"})
 
@@ -283,9 +283,9 @@ def full(n: int, top: Path, out: Path) -> None:
     saved = False
     try:
         save(out, 2.0, "model.pt2")
-    except ArtefactError as failure:
+    except ArtifactError as failure:
         assert "No space left" in str(failure) and "effect" in str(failure) and "to fix" in str(failure)
-        new = "the new artefact is there" in str(failure)
+        new = "the new artifact is there" in str(failure)
         assert held(out) == ((2.0, {"model.safetensors", "model.pt2"}) if new else (1.0, {"model.safetensors"}))
     saved = True
     save(out, 3.0)
@@ -419,12 +419,12 @@ def test_what_an_earlier_version_left_does_not_stop_a_save(tmp_path: Path, moved
 def test_weights_that_an_earlier_version_was_about_to_replace_are_not_touched(tmp_path: Path) -> None:
     out = tmp_path / "out"
     of_an_earlier_version(out, 0)
-    (out / "model.safetensors").write_text("of the artefact before it, or the user's")
+    (out / "model.safetensors").write_text("of the artifact before it, or the user's")
     with pytest.raises(
-        ArtefactError, match=r"no artefact has written[^$]*likely  [^$]*broke off, and left \.oto-abcd_123"
+        ArtifactError, match=r"no artifact has written[^$]*likely  [^$]*broke off, and left \.oto-abcd_123"
     ):
         save(out, 3.0)
-    assert (out / "model.safetensors").read_text() == "of the artefact before it, or the user's"
+    assert (out / "model.safetensors").read_text() == "of the artifact before it, or the user's"
 
 
 # Folders of from_pretrained ---------------------------------------------------------------------------------------
@@ -516,7 +516,7 @@ def test_a_pretrained_folder_that_holds_another_model_stays(tmp_path: Path, own:
     files = pretrained.save_pretrained(own, tmp_path)
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
     assert pretrained.save_pretrained(own, tmp_path) == files
-    with pytest.raises(ArtefactError, match=r"holds config\.json, parts\n  effect  nothing was written"):
+    with pytest.raises(ArtifactError, match=r"holds config\.json, parts\n  effect  nothing was written"):
         pretrained.save_pretrained(Own(3.0), tmp_path)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files} == before
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(files)
@@ -537,7 +537,7 @@ def test_files_changed_since_a_pretrained_save_broke_off_stay(
         pretrained.save_pretrained(own, out, Words())
     assert (out / "parts").is_dir() and (out / "words.txt").is_file()
     (out / "words.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match=r"holds words\.txt\n"):
+    with pytest.raises(ArtifactError, match=r"holds words\.txt\n"):
         pretrained.save_pretrained(own, out)
     assert [p.name for p in out.iterdir()] == ["words.txt"] and (out / "words.txt").read_text() == "mine"
 
@@ -601,7 +601,7 @@ def test_what_an_export_puts_beside_it_comes_first_and_replaces_nothing(tmp_path
         alive = not killed(n, tmp_path, write)
         if (tmp_path / "slim.onnx").exists():
             assert (tmp_path / "slim.onnx.data").read_text() == "weights"
-            with pytest.raises(ArtefactError, match=r"slim\.onnx is there already"):
+            with pytest.raises(ArtifactError, match=r"slim\.onnx is there already"):
                 write()
         else:
             write()  # a retry
@@ -614,7 +614,7 @@ def test_what_an_export_puts_beside_it_comes_first_and_replaces_nothing(tmp_path
         if alive:
             break
     (tmp_path / "slim.onnx.data").write_text("mine")
-    with pytest.raises(ArtefactError, match=r"slim\.onnx\.data is there already"):
+    with pytest.raises(ArtifactError, match=r"slim\.onnx\.data is there already"):
         write()
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"slim.onnx.data": "mine"}
 
@@ -671,7 +671,7 @@ def on_a_small_disk(folder: Path, oto: OTO, wanted: list[str], free: int) -> Non
     room.write_bytes(bytes(disk.f_bavail * disk.f_frsize - free))
     for how in wanted:
         with pytest.raises(
-            ArtefactError, match=r"cannot be written: [^$]*No space left[^$]*\n  effect  [^$]*\n  to fix"
+            ArtifactError, match=r"cannot be written: [^$]*No space left[^$]*\n  effect  [^$]*\n  to fix"
         ):
             WRITERS[how](oto, folder)
         assert {p.name for p in folder.iterdir()} == {"out", "room"}, how
@@ -684,7 +684,7 @@ def on_a_small_disk(folder: Path, oto: OTO, wanted: list[str], free: int) -> Non
 
 
 WRITERS: dict[str, Callable[[OTO, Path], Any]] = {
-    "the artefact": lambda oto, to: oto.construct_subnet(to / "out", program=True, save_full=True),
+    "the artifact": lambda oto, to: oto.construct_subnet(to / "out", program=True, save_full=True),
     "pt2": lambda oto, to: oto.construct_subnet().export("pt2", to / "slim.pt2"),
     "report": lambda oto, to: oto.construct_subnet().report(to / "r.html"),
     "onnx": lambda oto, to: oto.construct_subnet().export("onnx", to / "slim.onnx"),
@@ -700,7 +700,7 @@ def test_a_full_disk_takes_nothing_and_ends_nothing(tmp_path: Path, free: int) -
     if not may_mount(tmp_path):
         pytest.skip("this user may not mount a disk")
     oto = pruned(2)
-    wanted = ["the artefact", "pt2"]
+    wanted = ["the artifact", "pt2"]
     assert child(lambda: on_a_small_disk(tmp_path, oto, wanted, free)) == 0
 
 
@@ -712,7 +712,7 @@ def test_a_full_disk_takes_nothing_of_other_files(tmp_path: Path, how: str) -> N
         pytest.skip("this user may not mount a disk")
     pytest.importorskip({"onnx": "onnxruntime", "report": "jinja2"}[how])
     oto = pruned(2)
-    assert child(lambda: on_a_small_disk(tmp_path, oto, ["the artefact", how], 0)) == 0
+    assert child(lambda: on_a_small_disk(tmp_path, oto, ["the artifact", how], 0)) == 0
 
 
 # All of it --------------------------------------------------------------------------------------------------------
@@ -748,6 +748,6 @@ def test_a_list_of_what_broke_off_reaches_nothing_outside(name: str, tmp_path: P
     (tmp_path / "victim").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / pretrained.UNFINISHED).write_text(json.dumps({name: {"size": 1, "sha256": "0"}}))
-    with pytest.raises(ArtefactError, match="to fix"):
+    with pytest.raises(ArtifactError, match="to fix"):
         pretrained._end_what_broke_off(tmp_path / "out")
     assert (tmp_path / "victim").is_dir()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from oto import OTO, load_subnet
-from oto.errors import ArtefactError, EmitterError, UnstatedWarning
+from oto.errors import ArtifactError, EmitterError, UnstatedWarning
 from tests.zoo import transformers_zoo as zoo
 from tests.zoo.models import TINY, image, lively, tokens
 
@@ -188,7 +188,7 @@ def test_what_no_config_states_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def free(tmp_path_factory):
-    """A slim model whose blocks differ, so that no config states it, and its artefact."""
+    """A slim model whose blocks differ, so that no config states it, and its artifact."""
     torch.manual_seed(0)
     oto = OTO(llama(), tokens())
     oto.random_set_zero_groups(0.5)
@@ -307,7 +307,7 @@ def test_a_class_that_writes_no_folder(tmp_path):
 
 def test_nothing_is_overwritten(subnet, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match=r"holds mine\.txt"):
+    with pytest.raises(ArtifactError, match=r"holds mine\.txt"):
         subnet.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -341,11 +341,11 @@ def test_what_reads_otherwise_is_refused(subnet, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(kind, "from_pretrained", otherwise)
-    with pytest.raises(ArtefactError, match=r"reads otherwise: model\.norm\.weight"):
+    with pytest.raises(ArtifactError, match=r"reads otherwise: model\.norm\.weight"):
         subnet.save_pretrained(tmp_path / "x")
 
 
-def test_the_artefact_of_a_stock_class_loads_too(tmp_path):
+def test_the_artifact_of_a_stock_class_loads_too(tmp_path):
     oto = OTO(llama(), tokens(), layout="uniform")
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet(tmp_path / "out", program=True)

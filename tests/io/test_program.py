@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from oto.errors import ArtefactError
+from oto.errors import ArtifactError
 from oto.io.program import load_program, save_program
 
 
@@ -256,7 +256,7 @@ def test_a_hostile_program_is_refused_unread(saved, tmp_path, monkeypatch, attac
     attack(content, _Payload(mark), f"__import__('os').mkdir('{mark}')")
     assert content != before
     monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("torch was asked to load it"))
-    with pytest.raises(ArtefactError, match="could run code"):
+    with pytest.raises(ArtifactError, match="could run code"):
         load_program(pack(tmp_path / "evil.pt2", content))
     assert not mark.exists()
 
@@ -275,12 +275,12 @@ def test_torch_itself_would_run_it(saved, tmp_path, attack):
 
 
 def test_a_name_twice_and_compression_are_refused(saved, tmp_path):
-    with pytest.raises(ArtefactError, match="compressed"):
+    with pytest.raises(ArtifactError, match="compressed"):
         load_program(pack(tmp_path / "a.pt2", members(saved), zipfile.ZIP_DEFLATED))
     path = pack(tmp_path / "b.pt2", members(saved))
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"model/{GRAPH}", b"{}")
-    with pytest.raises(ArtefactError, match="twice"):
+    with pytest.raises(ArtifactError, match="twice"):
         load_program(path)
 
 
@@ -302,7 +302,7 @@ def test_a_program_that_can_only_be_pickled_is_not_saved(tmp_path):
     program = torch.export.export(nn.Linear(3, 2), (torch.ones(4, 3),), strict=False)
     save_program(program, tmp_path / "model.pt2")
     torch.export.save(program, tmp_path / "plain.pt2")  # with its example inputs
-    with pytest.raises(ArtefactError, match=r"sample_inputs/model\.pt is pickled"):
+    with pytest.raises(ArtifactError, match=r"sample_inputs/model\.pt is pickled"):
         load_program(tmp_path / "plain.pt2")
 
 
@@ -311,7 +311,7 @@ def test_what_torch_cannot_save(program, tmp_path, monkeypatch):
         raise ValueError("an object of a kind")
 
     monkeypatch.setattr(torch.export, "save", save)
-    with pytest.raises(ArtefactError, match="cannot save the program: ValueError: an object of a kind"):
+    with pytest.raises(ArtifactError, match="cannot save the program: ValueError: an object of a kind"):
         save_program(program, tmp_path / "model.pt2")
     assert program.example_inputs is not None
 
@@ -326,7 +326,7 @@ def test_a_type_that_is_not_known_here(saved, tmp_path):
         signature["out_spec"] = json.dumps([version, {**spec, "type": "their_package.Output"}])
 
     edit(content, GRAPH, change)
-    with pytest.raises(ArtefactError, match=r"nothing imported so far defines their_package\.Output"):
+    with pytest.raises(ArtifactError, match=r"nothing imported so far defines their_package\.Output"):
         load_program(pack(tmp_path / "model.pt2", content))
 
 
@@ -334,7 +334,7 @@ def test_an_operator_that_is_not_known_here(saved, tmp_path):
     content = members(saved)
     target = "torch.ops.their_package.twist.default"
     edit(content, GRAPH, lambda t: t["graph_module"]["graph"]["nodes"][0].update(target=target))
-    with pytest.raises(ArtefactError, match="nobody registered the operator"):
+    with pytest.raises(ArtifactError, match="nobody registered the operator"):
         load_program(pack(tmp_path / "model.pt2", content))
 
 
@@ -342,20 +342,20 @@ def test_an_operator_that_is_not_known_here(saved, tmp_path):
 def test_a_part_that_is_missing(saved, tmp_path, missing):
     content = members(saved)
     del content[missing]
-    with pytest.raises(ArtefactError, match="no exported program that this version reads"):
+    with pytest.raises(ArtifactError, match="no exported program that this version reads"):
         load_program(pack(tmp_path / "model.pt2", content))
 
 
 @pytest.mark.parametrize("text", [b"{}", b"[]", b"3", b'{"graph_module": null}', b"{", b"[" * 100_000, b"\xff"])
 @pytest.mark.parametrize("name", [GRAPH, WEIGHTS, CONSTANTS])
 def test_json_that_says_nothing(saved, tmp_path, name, text):
-    with pytest.raises(ArtefactError, match="no exported program"):
+    with pytest.raises(ArtifactError, match="no exported program"):
         load_program(pack(tmp_path / "model.pt2", members(saved) | {name: text}))
 
 
 def test_no_zip(tmp_path):
     (tmp_path / "other.pt2").write_bytes(b"no zip")
-    with pytest.raises(ArtefactError, match="no exported program"):
+    with pytest.raises(ArtifactError, match="no exported program"):
         load_program(tmp_path / "other.pt2")
 
 
@@ -370,7 +370,7 @@ def test_a_damaged_archive_never_ends_in_another_error(saved, tmp_path, data):
         del content[at:]
     path = tmp_path / "damaged.pt2"
     path.write_bytes(bytes(content))
-    with contextlib.suppress(ArtefactError):
+    with contextlib.suppress(ArtifactError):
         load_program(path)
 
 
@@ -386,7 +386,7 @@ def test_saving_and_loading_are_silent(program, tmp_path, capfd, recwarn):
         load_program(tmp_path / "a.pt2")
         content = members(tmp_path / "a.pt2")
         del content["data/weights/weight_0"]
-        with pytest.raises(ArtefactError):
+        with pytest.raises(ArtifactError):
             load_program(pack(tmp_path / "b.pt2", content))
     finally:
         log.removeHandler(handler)

@@ -25,7 +25,7 @@ SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "oto.schema.
 
 @pytest.fixture(scope="module", params=["module", "graph", "recording"])
 def manifest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    oto = OTO(Net(), torch.randn(2, 3), everything=True)
+    oto = OTO(Net(), torch.randn(2, 3), allow_graph=True)
     oto.random_set_zero_groups(0.5)
     out = tmp_path_factory.mktemp("out") / request.param
     oto.construct_subnet(out, emitter=request.param, program=True, save_full=True)

@@ -26,7 +26,7 @@ def rows(size: int) -> list[NodeGroup]:
 
 
 def quadratic(seed: int, groups: int = 12, entries: int = 5) -> tuple[Tensor, Tensor]:
-    """Curvatures in (0, 1] and minimisers of ``f(x) = Σ h (x - a)² / 2``; half of the groups are near zero."""
+    """Curvatures in (0, 1] and minimizers of ``f(x) = Σ h (x - a)² / 2``; half of the groups are near zero."""
     source = torch.Generator().manual_seed(seed)
     h = torch.rand(groups, entries, generator=source, dtype=torch.float64) * 0.9 + 0.1
     a = torch.randn(groups, entries, generator=source, dtype=torch.float64)

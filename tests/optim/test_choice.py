@@ -195,7 +195,7 @@ def test_the_warning_of_a_collapse_points_at_the_line_that_took_the_step(oto, sc
 
 
 @pytest.mark.parametrize(
-    "saliency, normalise, by_cost, within",
+    "saliency, normalize, by_cost, within",
     [
         (None, "none", 1, "path_norm"),
         ("taylor_first_order", "none", 1, None),
@@ -204,14 +204,14 @@ def test_the_warning_of_a_collapse_points_at_the_line_that_took_the_step(oto, sc
         (lambda entries: entries.weight_sq, "mean", 0, None),
     ],
 )
-def test_only_what_is_in_the_unit_of_the_loss_is_divided_by_a_cost(oto, saliency, normalise, by_cost, within):
+def test_only_what_is_in_the_unit_of_the_loss_is_divided_by_a_cost(oto, saliency, normalize, by_cost, within):
     choice = Choice.of(oto.node_groups, {"target_macs": 0.5}, costs=oto.costs, saliency=saliency)
-    assert (choice.normalise, choice.by_cost) == (normalise, by_cost)
+    assert (choice.normalize, choice.by_cost) == (normalize, by_cost)
     assert getattr(choice.within, "__name__", None) == within
 
 
 def test_a_magnitude_empties_no_layer(oto):
-    """Per MAC it does: the layers beside the one that is thinned get cheaper, and so do their neighbours."""
+    """Per MAC it does: the layers beside the one that is thinned get cheaper, and so do their neighbors."""
     copied = copy.deepcopy(oto)
     kept = copied.preview(target_macs=0.3, saliency="magnitude").kept
     assert min(kept[name] / size for name, size in SIZES.items()) > 0.3
@@ -246,7 +246,7 @@ def test_as_published_nothing_holds_a_layer(oto):
     scores = torch.cat([torch.full((size,), 0.0 if name.startswith("head") else 1.0) for name, size in SIZES.items()])
     left, choice = widths(oto, scores, target_group_sparsity=0.45, saliency="hesso")
     assert left["head.0.weight"] == 1  # one ranking of all, blind to costs and widths
-    assert (choice.normalise, choice.by_cost, choice.average_steps, len(choice.criteria)) == ("all", 0, 1, 5)
+    assert (choice.normalize, choice.by_cost, choice.average_steps, len(choice.criteria)) == ("all", 0, 1, 5)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_as_published_nothing_holds_a_layer(oto):
     [
         ({"scope": "layer"}, "scope is 'layer'; it is 'global' or 'local'"),
         ({"group_divisible": 0}, "group_divisible is 0; it is at least 1"),
-        ({"normalise": "median"}, "normalise is 'median'; it is one of mean, max"),
+        ({"normalize": "median"}, "normalize is 'median'; it is one of mean, max"),
         ({"by_cost": -1.0}, "by_cost is -1.0"),
         ({"average_steps": 0}, "average_steps is 0; it is at least 1"),
         ({"within": "taylor_first_order"}, "within is 'taylor_first_order'; it is one of none, magnitude"),
@@ -306,7 +306,7 @@ def test_only_the_steps_before_a_choice_are_looked_at():
 
 def test_a_choice_from_weights_alone_looks_at_no_step():
     model = net()
-    optimizer = hesso(model, average_steps=3, saliency="magnitude", normalise="max")
+    optimizer = hesso(model, average_steps=3, saliency="magnitude", normalize="max")
     train(model, optimizer, range(2))
     assert optimizer.param_groups[0]["oto_sums"].shape == (0, 14)
     assert optimizer.param_groups[0]["oto_seen"] == 0

@@ -125,12 +125,12 @@ def test_known_minimisers_are_recovered(seed):
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 def test_what_is_to_go_shrinks_at_every_step_and_the_loss_descends(base):
-    """The interval, to first order: the norm of a penalised group falls, and the direction is one of descent."""
+    """The interval, to first order: the norm of a penalized group falls, and the direction is one of descent."""
     model = net().double()
     optimizer = DHSPG(model.named_parameters(), groups(), **(TOY | {"base": base, "lr": 1e-6, "lmbda": 1e-9}),
                       lmbda_amplify=1.5, hat_lmbda_coeff=1e12, epsilon=0.0)  # fmt: skip
     train(model, optimizer, range(3))
-    x = optimizer.penalised(3)
+    x = optimizer.penalized(3)
 
     def norms():
         return x.rows.sq_norm().sqrt()[optimizer.atoms == 1]
@@ -144,7 +144,7 @@ def test_what_is_to_go_shrinks_at_every_step_and_the_loss_descends(base):
     assert (now[-1] < now[0]).all()
 
 
-def test_zeros_stay_zero_and_only_what_is_to_go_is_penalised():
+def test_zeros_stay_zero_and_only_what_is_to_go_is_penalized():
     model = net()
     optimizer = DHSPG(model.named_parameters(), groups(), **TOY, lmbda=0.5)
     seen, chosen = [torch.zeros(14, dtype=torch.bool)], []

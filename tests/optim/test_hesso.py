@@ -257,7 +257,7 @@ def test_the_least_salient_groups_go():
         model[3].weight.fill_(1.0)
         model[1].weight.copy_(torch.arange(8) + 10.0)
         model[4].weight.copy_(torch.arange(6) + 100.0)
-    optimizer = hesso(model, saliency="magnitude", normalise="none", pruning_periods=1, start_pruning_step=0,
+    optimizer = hesso(model, saliency="magnitude", normalize="none", pruning_periods=1, start_pruning_step=0,
                       target_group_sparsity=0.36)  # fmt: skip
     backward(model, 0)
     optimizer.step()
@@ -803,9 +803,9 @@ def test_a_step_does_not_wait_for_the_device():
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CPU tensors never synchronise")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CPU tensors never synchronize")
 @pytest.mark.parametrize("name, mode", [c for c in CASES if c[0] in ("momentum", "adamw")])
-def test_a_cuda_step_does_not_synchronise(name, mode):
+def test_a_cuda_step_does_not_synchronize(name, mode):
     model = net().cuda()
     optimizer = hesso(model, start_pruning_step=3, **WRAPPED[name][0], **MODES[mode])
     for n in range(END + 5):

@@ -1,4 +1,4 @@
-"""HSPG: the paper's formulas step by step, what it proves, known minimisers, and a target that is met exactly."""
+"""HSPG: the paper's formulas step by step, what it proves, known minimizers, and a target that is met exactly."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_the_kinds_of_groups_have_a_half_space_each():
     common = {"lr": 0.1, "target_group_sparsity": 0.5, "start_pruning_step": 0, "pruning_steps": 40}
     optimizer = HSPG(model.named_parameters(), groups(), epsilon={"linear": 0.5}, **common)
     assert optimizer.epsilon == {"conv": 0.95, "linear": 0.5, "norm": 0.95}
-    assert optimizer.penalised(0).epsilon.tolist() == pytest.approx([0.95] * 14)
+    assert optimizer.penalized(0).epsilon.tolist() == pytest.approx([0.95] * 14)
     # a half-space that nothing leaves: all goes by the choice
     optimizer = HSPG(model.named_parameters(), groups(), epsilon={"conv": 0.0}, lmbda=0.001, **common)
     train(model, optimizer, range(40))

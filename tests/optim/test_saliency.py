@@ -8,7 +8,7 @@ import torch
 from oto.errors import TargetError
 from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.optim import CRITERIA, Entries
-from oto.optim.saliency import NORMALISE, importance, indistinct, raw_scores, resolve, shared_out
+from oto.optim.saliency import NORMALIZE, importance, indistinct, raw_scores, resolve, shared_out
 
 BY_HAND = {
     "magnitude": lambda x, g: x.norm(),
@@ -101,10 +101,10 @@ def test_cosine_of_nothing_is_no_opinion():
     assert CRITERIA["cosine_similarity"](Entries([torch.zeros(2, 3)], [torch.zeros(2, 3)])).tolist() == [1.0, 1.0]
 
 
-def score(groups, alive, criteria, normalise="mean"):
+def score(groups, alive, criteria, normalize="mean"):
     raw = [raw_scores(groups, criterion, alive.device) for criterion, _ in criteria]
     sizes = [len(own.weights[0]) for own in groups]
-    return importance(raw, [weight for _, weight in criteria], alive, sizes, normalise)
+    return importance(raw, [weight for _, weight in criteria], alive, sizes, normalize)
 
 
 BY_GROUP = {
@@ -117,22 +117,22 @@ BY_GROUP = {
 
 
 def test_every_way_to_make_criteria_comparable_is_written_out_here():
-    assert BY_GROUP.keys() == NORMALISE.keys()
+    assert BY_GROUP.keys() == NORMALIZE.keys()
 
 
-@pytest.mark.parametrize("normalise", NORMALISE)
-def test_criteria_are_made_comparable_over_what_is_alive(normalise):
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_criteria_are_made_comparable_over_what_is_alive(normalize):
     first = Entries([torch.tensor([3.0, 4.0, 1e6])], [None])  # the third atom is pruned
     second = Entries([torch.tensor([12.0])], [None])
     alive = torch.tensor([True, True, False, True])
-    scores = score([first, second], alive, resolve("magnitude"), normalise)
-    torch.testing.assert_close(scores[alive], torch.tensor(BY_GROUP[normalise]))
+    scores = score([first, second], alive, resolve("magnitude"), normalize)
+    torch.testing.assert_close(scores[alive], torch.tensor(BY_GROUP[normalize]))
 
 
 def test_a_group_without_any_magnitude_goes_first_and_nothing_is_divided_by_zero():
     groups = [Entries([torch.zeros(2)], [None]), Entries([torch.ones(2)], [None])]
-    for normalise in NORMALISE:
-        scores = score(groups, torch.ones(4, dtype=torch.bool), resolve("magnitude"), normalise)
+    for normalize in NORMALIZE:
+        scores = score(groups, torch.ones(4, dtype=torch.bool), resolve("magnitude"), normalize)
         assert scores.isfinite().all() and scores.argsort().tolist()[:2] == [0, 1]
 
 

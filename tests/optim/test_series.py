@@ -288,7 +288,7 @@ def test_the_plan_says_what_happens_and_whether_the_penalty_reaches_that_far():
     assert plan[:5] == [
         "target_group_sparsity=0.5: at most 7 of 14 groups",
         "steps 0–1    ordinary steps",
-        "steps 2–16   all groups that may go are penalised",
+        "steps 2–16   all groups that may go are penalized",
         "steps 5–16   those that leave their half-spaces go to zero, as many as the target allows",
         "steps 17–21  what is missing by then is chosen, and shrinks to zero",
     ]
@@ -341,7 +341,7 @@ def test_memory_is_one_copy_of_the_penalised_entries(name):
     model = net(torch.bfloat16)
     optimizer = make(name, model)
     train(model, optimizer, range(START + 1))
-    held = optimizer.penalised(START + 1).before
+    held = optimizer.penalized(START + 1).before
     going = (optimizer.settled != PRUNED) if name == "hspg" else (optimizer.settled == REDUNDANT)
     entries = [p[0].numel() for n, p in model.named_parameters() if not n.startswith("8")]
     first, second = (int(own.sum()) for own in going.split([8, 6]))
@@ -349,9 +349,9 @@ def test_memory_is_one_copy_of_the_penalised_entries(name):
     assert {own.dtype for own in held} == {torch.bfloat16}
     mine = [own.data_ptr() for own in held]
     train(model, optimizer, range(START + 1, START + 4))
-    assert [own.data_ptr() for own in optimizer.penalised(START + 4).before] == mine  # no new ones at every step
+    assert [own.data_ptr() for own in optimizer.penalized(START + 4).before] == mine  # no new ones at every step
     train(model, optimizer, range(START + 4, END))
-    assert optimizer.penalised(END) is None
+    assert optimizer.penalized(END) is None
 
 
 # Targets -------------------------------------------------------------------------------------------------------------

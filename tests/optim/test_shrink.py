@@ -182,8 +182,8 @@ def test_hesso_cric_between_its_periods():
     "how",
     [
         {"scope": "local", "group_divisible": 2},
-        {"normalise": "mean", "saliency": "magnitude"},
-        {"normalise": "max", "saliency": "magnitude", "by_cost": 0.5, "min_kept": 0.2},
+        {"normalize": "mean", "saliency": "magnitude"},
+        {"normalize": "max", "saliency": "magnitude", "by_cost": 0.5, "min_kept": 0.2},
         {"saliency": "taylor_second_order"},
     ],
     ids=str,
@@ -423,7 +423,7 @@ def test_a_model_whose_class_cannot_do_it_is_refused():
 
     torch.manual_seed(0)
     model, x = Stated().double(), data((1, 4, 6))[0]
-    found = OTO(model, x, everything=True)
+    found = OTO(model, x, allow_graph=True)
     optimizer = found.hesso(**SGD, target_macs=0.5, start_pruning_step=0, pruning_steps=2, pruning_periods=1)
     for _ in range(2):
         optimizer.zero_grad()

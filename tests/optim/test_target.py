@@ -47,7 +47,7 @@ ASKED = {"target_macs": 0.5, "target_params": 0.6, "target_bytes": 0.4, "target_
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
-def analysed(request):
+def analyzed(request):
     torch.manual_seed(0)
     return OTO(*NETWORKS[request.param]())
 
@@ -75,8 +75,8 @@ def descend(oto, optimizer, steps):
 
 @pytest.mark.parametrize("name", ASKED)
 @pytest.mark.filterwarnings("ignore::oto.errors.CollapseWarning")  # networks as small as these have little to choose
-def test_a_target_is_met_within_a_hundredth_or_an_atom_from_below(analysed, name):
-    oto = copy.deepcopy(analysed)
+def test_a_target_is_met_within_a_hundredth_or_an_atom_from_below(analyzed, name):
+    oto = copy.deepcopy(analyzed)
     optimizer = oto.hesso(
         variant="adamw", lr=1e-3, start_pruning_step=1, pruning_steps=6, pruning_periods=3, **{name: ASKED[name]}
     )
@@ -98,11 +98,11 @@ def test_a_target_is_met_within_a_hundredth_or_an_atom_from_below(analysed, name
 
 
 @pytest.mark.parametrize("name", ["target_macs", "target_params", "target_bytes"])
-def test_an_integer_is_the_number_and_a_float_the_share_of_it(analysed, name):
-    costs = analysed.costs
+def test_an_integer_is_the_number_and_a_float_the_share_of_it(analyzed, name):
+    costs = analyzed.costs
     sizes, full = costs.sizes, getattr(costs, name.removeprefix("target_"))(costs.sizes)
     share, number, other = (
-        Choice.of(analysed.node_groups, {name: asked}, costs=costs)
+        Choice.of(analyzed.node_groups, {name: asked}, costs=costs)
         for asked in (0.5, int(full * 0.5), np.int64(full * 0.5))
     )
     assert share.target.goal == full * 0.5 and number.target.goal == other.target.goal == int(full * 0.5)
@@ -122,14 +122,14 @@ def test_everything_may_be_kept(cnn):
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_what_cannot_be_reached_is_refused_and_what_the_message_names_is_reached(analysed, name):
-    keep, costs = {"min_kept": 0.5}, analysed.costs
+def test_what_cannot_be_reached_is_refused_and_what_the_message_names_is_reached(analyzed, name):
+    keep, costs = {"min_kept": 0.5}, analyzed.costs
     extreme = 0.99 if name == "target_group_sparsity" else 0.01
     with pytest.raises(TargetError, match=f"{name}={extreme}") as caught:
-        analysed.hesso(lr=0.1, total_steps=100, **{name: extreme}, **keep)
+        analyzed.hesso(lr=0.1, total_steps=100, **{name: extreme}, **keep)
     text = str(caught.value)
     number = float(re.search(r"ask for ([\d.]+) or (?:more|less)", text)[1])
-    choice = Choice.of(analysed.node_groups, {name: number}, costs=costs, **keep)
+    choice = Choice.of(analyzed.node_groups, {name: number}, costs=costs, **keep)
     total = int(costs.sizes.sum())
     left = ~choice.select(torch.rand(total), torch.ones(total, dtype=torch.bool))
     counts = np.array([int(own.sum()) for own in left.split_with_sizes(choice.sizes)])
@@ -137,7 +137,7 @@ def test_what_cannot_be_reached_is_refused_and_what_the_message_names_is_reached
     assert (counts >= costs.sizes / 2).all()
     further = number + (0.02 if name == "target_group_sparsity" else -0.0002)
     with pytest.raises(TargetError):
-        Choice.of(analysed.node_groups, {name: further}, costs=costs, **keep)
+        Choice.of(analyzed.node_groups, {name: further}, costs=costs, **keep)
 
 
 def test_the_share_of_groups_that_a_message_names_is_never_rounded_up():

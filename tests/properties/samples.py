@@ -145,7 +145,7 @@ def overloads() -> Iterator[OpOverload]:
 
 
 def _quantized() -> Iterator[Sample]:
-    """Fake quantisation: of a tensor as a whole, and by channel, with zero points in the range and out of it."""
+    """Fake quantization: of a tensor as a whole, and by channel, with zero points in the range and out of it."""
     one = T((1,), "single"), T((1,), "int32", 9)
     for point in (0, 3, 8):
         yield Sample(aten.fake_quantize_per_tensor_affine.default, (single(3, 4), 0.1, point, 0, 8))

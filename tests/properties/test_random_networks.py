@@ -23,7 +23,7 @@ STEPS = [
     "shared", "tied", "shuffle", "pixel_shuffle", "mlp", "attention", "pool", "upsample", "pad", "pad_channels",
     "mean_channels", "max_channels", "softmax", "roll", "flip", "stack_mean", "where", "write", "linear_attention",
     "prelu", "einsum", "scale", "glu", "index", "expand", "heads", "heads", "channel_attention", "window", "recurrent",
-    "normalize", "cumsum", "weight_norm", "unfold", "standardized", "experts", "topk", "chosen_rows", "centres", "dead",
+    "normalize", "cumsum", "weight_norm", "unfold", "standardized", "experts", "topk", "chosen_rows", "centers", "dead",
     "square_weight_norm",
 ]  # fmt: skip
 ACTIVATIONS = [F.relu, F.gelu, torch.sigmoid, torch.tanh, F.silu, F.softplus, F.hardswish, torch.abs, torch.exp, F.elu]
@@ -223,10 +223,10 @@ class Network(nn.Module):
         if kind == "chosen_rows":
             rows = x.mean((1, 3)).argsort(dim=-1)[:, None, :, None].expand(-1, c, -1, w)
             return x.gather(2, rows)
-        if kind == "centres":
-            centres = self.layer(key, lambda: nn.Linear(c, 5)).weight
-            nearness = torch.softmax(-torch.cdist(x.flatten(2).transpose(1, 2), centres), -1)
-            return (nearness @ centres).transpose(1, 2).unflatten(2, (h, w))
+        if kind == "centers":
+            centers = self.layer(key, lambda: nn.Linear(c, 5)).weight
+            nearness = torch.softmax(-torch.cdist(x.flatten(2).transpose(1, 2), centers), -1)
+            return (nearness @ centers).transpose(1, 2).unflatten(2, (h, w))
         if kind == "dead":  # computed, and read by nobody
             self.step(f"{key}_dead", rng.choice([step for step in STEPS if step != "dead"]), rng, pool)
             return x + 1
@@ -262,7 +262,7 @@ def check(steps: list[tuple[str, int]], salt: int) -> None:
     model = Network(steps).double().eval()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     try:
-        oto = OTO(model, x, everything=salt % 4 > 0)  # asking the class takes longest
+        oto = OTO(model, x, allow_graph=salt % 4 > 0)  # asking the class takes longest
     except NothingPrunableError:
         return
     oto.random_set_zero_groups(0.5, salt)

@@ -1,4 +1,4 @@
-"""The drawing: what is prunable has a colour, what repeats is drawn once, and nothing is lost on the way."""
+"""The drawing: what is prunable has a color, what repeats is drawn once, and nothing is lost on the way."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_different_block_is_drawn():
     assert found == {"like 1.0": ("1.0", ("1.1",))}
 
 
-def test_a_colour_for_each_prunable_group_and_grey_for_the_rest(oto):
+def test_a_color_for_each_prunable_group_and_grey_for_the_rest(oto):
     found = boxes(to_dot(oto.partition, oto.node_groups, "tower"))
     relu = next(n for n in found.values() if "relu" in n.get_label())
     up = next(n for n in found.values() if "linear   up" in n.get_label())

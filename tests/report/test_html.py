@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from oto import OTO
-from oto.errors import ArtefactError, MissingExtraError
-from oto.io.artefact import adding, reading
+from oto.errors import ArtifactError, MissingExtraError
+from oto.io.artifact import adding, reading
 from oto.report import charts
 from oto.report import html as report_html
 
@@ -220,7 +220,7 @@ def test_ids_are_unique_and_references_lead_somewhere(written):
     assert wanted and wanted <= {*ids}
 
 
-def colours(css):
+def colors(css):
     """The variables of a light and a dark page."""
     light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     return [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in (light, dark)]
@@ -229,8 +229,8 @@ def colours(css):
 def contrast(a, b):
     """As WCAG 2.2 defines it, from 1 to 21."""
 
-    def luminance(colour):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
         return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
@@ -241,7 +241,7 @@ def contrast(a, b):
 def test_contrast_is_enough_in_light_and_dark():
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     css = (Path(report_html.__file__).parent / report_html.TEMPLATE).read_text()
-    for palette in colours(css):
+    for palette in colors(css):
         for ground in ("page", "card"):
             for letters in ("ink", "muted", "accent", "good", "warn"):
                 assert contrast(palette[letters], palette[ground]) >= 4.5, (letters, ground)
@@ -250,22 +250,22 @@ def test_contrast_is_enough_in_light_and_dark():
         assert contrast(palette["muted"], palette["card"]) >= 3  # the line around what was
 
 
-def test_no_colour_is_outside_the_palette(written):
+def test_no_color_is_outside_the_palette(written):
     """Or a chart would vanish in the dark. The drawing has a ground of its own."""
     for svg in re.findall(r"<figure.*?</figure>", written, re.DOTALL):
         assert not re.findall(r"(?:fill|stroke): (?!none|var\()[^;\"]+", svg)
-    assert {*charts._VARIABLES.values()} <= {f"--{name}" for name in colours(written)[0]}
+    assert {*charts._VARIABLES.values()} <= {f"--{name}" for name in colors(written)[0]}
 
 
-def test_the_report_is_a_file_of_the_artefact(subnet, tmp_path):
+def test_the_report_is_a_file_of_the_artifact(subnet, tmp_path):
     folder = shutil.copytree(subnet.path, tmp_path / "slim")
     assert "report.html" in reading(folder).manifest["files"]
     (folder / "report.html").write_text("something else")
-    with pytest.raises(ArtefactError, match=r"report\.html"):
+    with pytest.raises(ArtifactError, match=r"report\.html"):
         reading(folder)
 
 
-def test_adding_a_file_to_an_artefact(subnet, tmp_path):
+def test_adding_a_file_to_an_artifact(subnet, tmp_path):
     folder = shutil.copytree(subnet.path, tmp_path / "slim")
     with adding(folder, "notes.txt") as file:
         file.write_text("one")
@@ -275,7 +275,7 @@ def test_adding_a_file_to_an_artefact(subnet, tmp_path):
         file.write_text("two")
     assert reading(folder).path("notes.txt").read_text() == "two"
     (folder / "mine.txt").write_text("of the user")
-    with pytest.raises(ArtefactError, match=r"holds mine\.txt"), adding(folder, "mine.txt") as file:
+    with pytest.raises(ArtifactError, match=r"holds mine\.txt"), adding(folder, "mine.txt") as file:
         file.write_text("three")
     assert (folder / "mine.txt").read_text() == "of the user"
     with pytest.raises(ZeroDivisionError), adding(folder, "notes.txt") as file:

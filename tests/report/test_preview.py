@@ -143,7 +143,7 @@ def test_a_preview_leaves_no_trace(oto):
 
 def test_it_is_what_an_optimizer_would_choose_now(oto):
     """At the first step, in one go, after the same batch."""
-    options = {"target_params": 0.5, "saliency": "taylor_first_order", "normalise": "mean"}
+    options = {"target_params": 0.5, "saliency": "taylor_first_order", "normalize": "mean"}
     oto.model.eval()  # so that dropout and norms do the same twice
     seen = oto.preview(batches=BATCHES[:1], loss=loss, **options)
     optimizer = oto.hesso(lr=0.1, start_pruning_step=0, pruning_steps=2, pruning_periods=1, **options)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from oto import OTO, load_subnet, progress
-from oto.errors import ArtefactError, EmitterError, OptionError, UnknownParameterError, VerificationError
+from oto.errors import ArtifactError, EmitterError, OptionError, UnknownParameterError, VerificationError
 from oto.slim.own_class import search
 from oto.slim.proof import compare as verify
 from oto.slim.proof import float64 as wide
@@ -246,7 +246,7 @@ def test_without_a_proof_a_class_that_cannot_do_it_is_still_found_out():
         def forward(self, x: Tensor) -> Tensor:
             return self.down(torch.relu(self.up(x)).view(-1, 16))
 
-    subnet = zeroed(Sized(), everything=True).construct_subnet(verify=False)
+    subnet = zeroed(Sized(), allow_graph=True).construct_subnet(verify=False)
     assert subnet.emitter == "graph" and not subnet.checks
 
 
@@ -300,7 +300,7 @@ def test_nothing_is_written_that_was_not_asked_for(tmp_path):
     oto = zeroed()
     assert files(oto.construct_subnet(tmp_path / "out").path) == {"model.safetensors", "oto.json"}
     assert oto.full_group_sparse_model_path is None
-    with pytest.raises(ArtefactError, match=r"holds no model\.pt2: it was not asked for .*program=True[^$]*make_model"):
+    with pytest.raises(ArtifactError, match=r"holds no model\.pt2: it was not asked for .*program=True[^$]*make_model"):
         load_subnet(tmp_path / "out")
     subnet = oto.construct_subnet(tmp_path / "out", program=True, save_full=True)
     assert files(subnet.path) == {"model.safetensors", "oto.json", "model.pt2", "full_group_sparse.safetensors"}
@@ -330,7 +330,7 @@ def test_a_file_of_the_users_is_never_replaced(tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr("oto.subnet.read_zeros", None)  # before any work
-        with pytest.raises(ArtefactError, match=rf"holds {name}, which no artefact has written[^$]*to fix"):
+        with pytest.raises(ArtifactError, match=rf"holds {name}, which no artifact has written[^$]*to fix"):
             oto.construct_subnet(tmp_path, program=True, save_full=True)
     assert files(tmp_path) == {name} and (tmp_path / name).read_text() == "mine"
 
@@ -412,7 +412,7 @@ def test_a_forward_that_was_put_into_the_model_leads_to_the_copy():
     model = Net()
     inner = model.forward
     model.forward = lambda x: inner(x) * 2
-    subnet = zeroed(model, everything=True).construct_subnet(emitter="module")
+    subnet = zeroed(model, allow_graph=True).construct_subnet(emitter="module")
     assert relative_error(run(model, X), run(subnet.model, X)) < 1e-5
 
 
@@ -423,7 +423,7 @@ def test_a_forward_that_holds_on_to_the_full_model_is_named():
     model = Net()
     HELD["forward"] = model.forward
     model.forward = lambda x: HELD["forward"](x) * 2
-    oto = zeroed(model, everything=True)
+    oto = zeroed(model, allow_graph=True)
     with pytest.raises(EmitterError, match=r"a forward that was put into the model .* runs up itself"):
         oto.construct_subnet(emitter="module")
 

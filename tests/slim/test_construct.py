@@ -11,7 +11,7 @@ from torch import nn
 
 import oto.nn
 from oto import OTO, load_subnet
-from oto.errors import ArtefactError, EmitterError, NonFiniteParameterError
+from oto.errors import ArtifactError, EmitterError, NonFiniteParameterError
 from oto.io import subnet as saving
 from oto.slim.copying import copied
 from oto.slim.proof.compare import relative_error
@@ -39,11 +39,11 @@ class Residual(nn.Module):
         return self.out(x)
 
 
-def thinned(model, x, share=0.5, seed=0, everything=False, **options):
+def thinned(model, x, share=0.5, seed=0, allow_graph=False, **options):
     """The zeroed model's output, the slim model's, and the subnet."""
     model = model.double().eval()
     x = x.double() if x.is_floating_point() else x
-    found = OTO(model, x, everything=everything)
+    found = OTO(model, x, allow_graph=allow_graph)
     found.random_set_zero_groups(share, seed)
     subnet = found.construct_subnet(**options)
     return run(model, x), run(subnet.model, x), subnet
@@ -146,11 +146,11 @@ def test_a_size_in_the_users_forward_falls_back_to_the_graph_and_says_why():
         def forward(self, x):
             return self.b(torch.relu(self.a(x)).view(-1, 12))
 
-    full, slim, subnet = thinned(Sized(), torch.randn(2, 5), everything=True)
+    full, slim, subnet = thinned(Sized(), torch.randn(2, 5), allow_graph=True)
     assert subnet.emitter == "graph" and "RuntimeError" in subnet.why_graph
     assert relative_error(full, slim) <= EXACT
     with pytest.raises(EmitterError, match="Sized cannot be thinned as its own class"):
-        thinned(Sized(), torch.randn(2, 5), everything=True, emitter="module")
+        thinned(Sized(), torch.randn(2, 5), allow_graph=True, emitter="module")
 
 
 def test_the_graph_takes_any_batch_size():
@@ -265,7 +265,7 @@ def test_an_example_of_one_whose_batch_is_baked_in():
             windows = torch.relu(self.b(self.a(x).view(2 * len(x), -1, 16)))
             return self.c(windows.view(int(windows.shape[0] / 2), -1, 16))
 
-    full, slim, subnet = thinned(Baked(), torch.randn(1, 6, 4), everything=True)
+    full, slim, subnet = thinned(Baked(), torch.randn(1, 6, 4), allow_graph=True)
     assert subnet.emitter == "graph" and relative_error(full, slim) <= EXACT
 
 
@@ -282,7 +282,7 @@ def test_a_program_that_is_not_proved_is_left_out_and_the_rest_is_saved(tmp_path
         (note,) = subnet.notes
         assert why in note and "nothing in it can be loaded" in note and not (tmp_path / "out/model.pt2").exists()
         assert relative_error(run(model, x), run(subnet.model, x)) <= 1e-5
-        with pytest.raises(ArtefactError, match=why):
+        with pytest.raises(ArtifactError, match=why):
             load_subnet(tmp_path / "out")
 
 

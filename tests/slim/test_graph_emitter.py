@@ -183,7 +183,7 @@ def test_channels_that_a_shortcut_pads_with_zeros_may_go():
 
 
 def graph_of(model: nn.Module, given: Any) -> tuple[nn.Module, Any]:
-    oto = OTO(model, given, everything=True)
+    oto = OTO(model, given, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet(emitter="graph")
     assert subnet.max_error < 1e-10 and subnet.cost_after.params < subnet.cost_before.params
@@ -470,10 +470,10 @@ def test_a_layer_that_is_called_twice_is_one_module() -> None:
 def test_quantisers_find_its_layers(attends: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is on its way out
-        quantised = torch.ao.quantization.quantize_dynamic(attends[1].model, {nn.Linear}, dtype=torch.qint8)
-    layers = [m for m in quantised.modules() if isinstance(m, torch.ao.nn.quantized.dynamic.Linear)]
+        quantized = torch.ao.quantization.quantize_dynamic(attends[1].model, {nn.Linear}, dtype=torch.qint8)
+    layers = [m for m in quantized.modules() if isinstance(m, torch.ao.nn.quantized.dynamic.Linear)]
     x = attended(2, 9)
-    error = relative_error(run(attends[1].model, x), run(quantised, x))
+    error = relative_error(run(attends[1].model, x), run(quantized, x))
     assert len(layers) == 3 and 0 < error < 0.1
 
 

@@ -124,7 +124,7 @@ class Norm(nn.Module):
                 return y.transpose(1, 2)
             case "mean square":
                 return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.3) * self.weight + self.bias
-            case "centred":
+            case "centered":
                 y = x - x.mean(-1, keepdim=True)
                 return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 0.3) * self.weight + self.bias
             case "std":
@@ -147,7 +147,7 @@ class Normed(nn.Module):
         return self.c(self.m(x))
 
 
-HOWS = ("layer_norm", "layer_norm by name", "channels first", "rms_norm", "group_norm", "mean square", "centred",
+HOWS = ("layer_norm", "layer_norm by name", "channels first", "rms_norm", "group_norm", "mean square", "centered",
         "std", "var_mean")  # fmt: skip
 
 

@@ -428,7 +428,7 @@ def test_what_the_class_cannot_be_told_stays_whole_and_says_why():
     assert sizes(oto) == {"up.weight": 24}
     (residual,) = [w for w in oto.explain().whole if ("into.weight", 0) in w.parameters]
     assert "its class cannot do without" in residual.reason and residual.source.startswith(__file__)
-    everything = OTO(Sorted().double(), x, everything=True)
+    everything = OTO(Sorted().double(), x, allow_graph=True)
     everything.random_set_zero_groups(0.5)
     assert everything.construct_subnet().emitter == "graph" and sizes(everything).keys() == {"into.weight", "up.weight"}
 
@@ -610,7 +610,7 @@ def test_a_graph_in_place_of_the_class_warns_with_the_way_out(recwarn):
     with pytest.warns(NotItsClassWarning, match=r"(?s)no Lucky: .*test_own_class.py:\d+.*to fix .*skip_patterns"):
         subnet = oto.construct_subnet()
     assert subnet.emitter == "graph" and relative_error(run(model, x), run(subnet.model, x)) <= EXACT
-    everything = OTO(Lucky(states=False, ways=2).double().eval(), x, everything=True)
+    everything = OTO(Lucky(states=False, ways=2).double().eval(), x, allow_graph=True)
     zeroed(everything, {"up.weight": 37})
     recwarn.clear()
     everything.construct_subnet()

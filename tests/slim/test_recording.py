@@ -90,7 +90,7 @@ class Samples(Net):
 )
 def test_verified_saved_and_loaded(kind, dtype, tmp_path):
     model, x = kind().to(dtype), X.to(dtype)
-    oto = OTO(model, x, everything=True)
+    oto = OTO(model, x, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet(tmp_path / "out", emitter="recording" if kind is Scales else "auto")
     assert subnet.emitter == "recording" and subnet.max_error < EXACT
@@ -106,7 +106,7 @@ def test_verified_saved_and_loaded(kind, dtype, tmp_path):
 
 
 def test_it_trains():
-    oto = OTO(Branches().double(), X, everything=True)
+    oto = OTO(Branches().double(), X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     slim = oto.construct_subnet().model.train_as_eval()
     slim(X).square().mean().backward()
@@ -114,7 +114,7 @@ def test_it_trains():
 
 
 def test_other_shapes_are_refused():
-    oto = OTO(Branches().double(), X, everything=True)
+    oto = OTO(Branches().double(), X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     slim = oto.construct_subnet().model
     with pytest.raises(RuntimeError, match="Tensor sizes mismatch"):
@@ -127,7 +127,7 @@ def test_inputs_that_take_another_path_are_not_compared_and_it_says_so():
             h = self.a(x).view(-1, 16)
             return self.b(torch.relu(h) if x[0, 0].item() == X[0, 0] else torch.tanh(h))
 
-    oto = OTO(Sign().double(), X, everything=True)
+    oto = OTO(Sign().double(), X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
     assert [c.what for c in subnet.checks] == ["slim on the example", "slim on the example, as users run it"]
@@ -141,7 +141,7 @@ def test_numbers_and_tables_that_come_of_the_data_are_built_in_and_it_says_so():
             return self.b(self.a(x).view(-1, 16) * torch.from_numpy(np.cumsum(x.numpy(), 1)).sum(1, keepdim=True))
 
     for kind in (Scales, Cumulated):
-        oto = OTO(kind().double(), X, everything=True)
+        oto = OTO(kind().double(), X, allow_graph=True)
         oto.random_set_zero_groups(0.5)
         subnet = oto.construct_subnet(emitter="recording")
         assert [c.what for c in subnet.checks] == ["slim on the example", "slim on the example, as users run it"]
@@ -160,7 +160,7 @@ def test_a_recording_that_is_wrong_is_not_handed_out(monkeypatch):
             if len(mask) == 16:
                 mask[int(mask.argmax())] = False
 
-    oto = OTO(Branches().double(), X, everything=True)
+    oto = OTO(Branches().double(), X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     monkeypatch.setattr(graph, "carry_over", one_more)
     with pytest.raises(VerificationError):
@@ -187,7 +187,7 @@ def test_arguments_of_every_kind():
             return self.inner(*args, **kwargs)
 
     given = {"args": args, "kwargs": kwargs}
-    oto = OTO(Whole(), given, everything=True)
+    oto = OTO(Whole(), given, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet(emitter="recording")
     assert subnet.max_error < EXACT and subnet.model(**given)[1:] == [None, 6]
@@ -202,13 +202,13 @@ def test_what_no_graph_can_hold_names_all_three_ways():
             h = self.a(x).view(-1, 16)
             return self.b(torch.relu(h)) + negative(x[:, :3] if x.mean().item() < 1e9 else -x)
 
-    oto = OTO(Conditional().double(), X, everything=True)
+    oto = OTO(Conditional().double(), X, allow_graph=True)
     oto.random_set_zero_groups(0.5)
     with pytest.raises(EmitterError) as caught:
         oto.construct_subnet()
     message = str(caught.value)
     assert "torch.export cannot follow Conditional" in message and "the original class does not do either" in message
-    assert "a recording cannot hold cond" in message and "without everything=True" in message
+    assert "a recording cannot hold cond" in message and "without allow_graph=True" in message
     with pytest.raises(EmitterError, match="a recording cannot hold"):
         oto.construct_subnet(emitter="recording")
 
@@ -219,7 +219,7 @@ def test_it_runs_where_its_inputs_are():
             places = torch.arange(len(x), device=x.device)[:, None] + torch.zeros(1, device=x.device)
             return self.b(torch.relu(self.a(x).view(-1, 16)) + places)
 
-    oto = OTO(Counts(), X.float(), everything=True)
+    oto = OTO(Counts(), X.float(), allow_graph=True)
     oto.random_set_zero_groups(0.5)
     slim = oto.construct_subnet(emitter="recording").model
     assert not [node for node in slim.graph.nodes if "cpu" in f"{node.args} {node.kwargs}"]

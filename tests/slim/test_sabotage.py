@@ -241,12 +241,12 @@ HAS_NONE = {  # why there is nothing to change
 }  # fmt: skip
 
 
-Analysed = dict[str, OTO]
+Analyzed = dict[str, OTO]
 """One for each kind; not a global, which would be looked through for what the code of the models keeps."""
 
 
 @pytest.fixture(scope="module")
-def analysed() -> Analysed:
+def analyzed() -> Analyzed:
     return {}
 
 
@@ -257,17 +257,17 @@ QUICK = {  # the rest of these, which take an export or a solver each, are for t
 }
 
 
-def handed_out(kind: str, way: Callable[[nn.Module], bool], analysed: Analysed, patch: pytest.MonkeyPatch) -> bool:
+def handed_out(kind: str, way: Callable[[nn.Module], bool], analyzed: Analyzed, patch: pytest.MonkeyPatch) -> bool:
     """Make a slim model, spoil it, and try to get it; tells whether there was something to spoil.
 
     Raises:
         OTOError: It is not handed out.
     """
     make, given, emitter, options = KINDS[kind]
-    if kind not in analysed:
+    if kind not in analyzed:
         torch.manual_seed(0)
-        analysed[kind] = OTO(make().eval(), given, **options)
-        analysed[kind].random_set_zero_groups(0.4)
+        analyzed[kind] = OTO(make().eval(), given, **options)
+        analyzed[kind].random_set_zero_groups(0.4)
     emit = getattr(construct, EMITS[emitter])
     spoiled = []
 
@@ -277,7 +277,7 @@ def handed_out(kind: str, way: Callable[[nn.Module], bool], analysed: Analysed, 
         return emitted
 
     patch.setattr(construct, EMITS[emitter], emit_spoiled)
-    analysed[kind].construct_subnet(emitter=emitter)
+    analyzed[kind].construct_subnet(emitter=emitter)
     return any(spoiled)
 
 
@@ -289,18 +289,18 @@ def handed_out(kind: str, way: Callable[[nn.Module], bool], analysed: Analysed, 
         for way in WAYS
     ],
 )
-def test_what_was_made_wrong_is_not_handed_out(kind, way, analysed, monkeypatch):
+def test_what_was_made_wrong_is_not_handed_out(kind, way, analyzed, monkeypatch):
     if kind in HAS_NONE.get(way, ()):
-        assert not handed_out(kind, WAYS[way], analysed, monkeypatch)
+        assert not handed_out(kind, WAYS[way], analyzed, monkeypatch)
         return
     with pytest.raises(OTOError) as caught:
-        handed_out(kind, WAYS[way], analysed, monkeypatch)
+        handed_out(kind, WAYS[way], analyzed, monkeypatch)
     assert noticed(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_not_made_wrong_is(kind, analysed, monkeypatch):
-    assert handed_out(kind, lambda model: True, analysed, monkeypatch)
+def test_what_was_not_made_wrong_is(kind, analyzed, monkeypatch):
+    assert handed_out(kind, lambda model: True, analyzed, monkeypatch)
 
 
 def noticed(failure: BaseException) -> str:
@@ -320,7 +320,7 @@ def noticed(failure: BaseException) -> str:
 
 def table() -> str:
     """For each kind and way, what noticed it; and in brackets what else would have, without the look at tensors."""
-    made: Analysed = {}
+    made: Analyzed = {}
     lines = ["| | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for way, spoil in WAYS.items():
         cells = []

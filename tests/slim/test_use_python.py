@@ -152,7 +152,7 @@ def test_it_goes_on_training(made):
         assert not torch.equal(model(x), model(x))
 
 
-def test_the_artefact(made, tmp_path):
+def test_the_artifact(made, tmp_path):
     oto, slim, x, _ = made
     if type(oto.model) not in (Halves, PlainTensor):
         pytest.skip("the zoo has the others")

@@ -180,11 +180,11 @@ def test_eight_bits(slim):
     base, _ = slim
     x = tokens(5, 3)
     wanted = base(x).logits.detach()
-    quantised = copy.deepcopy(base)
-    quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
-    layers = [m for m in quantised.modules() if isinstance(m, nn.Linear)]
+    quantized = copy.deepcopy(base)
+    quantization.quantize_(quantized, quantization.Int8WeightOnlyConfig())
+    layers = [m for m in quantized.modules() if isinstance(m, nn.Linear)]
     assert len(layers) > 10 and all(m.weight.dtype == torch.int8 or "Int8" in type(m.weight).__name__ for m in layers)
-    error = float((quantised(x).logits - wanted).abs().max() / wanted.abs().max())
+    error = float((quantized(x).logits - wanted).abs().max() / wanted.abs().max())
     assert 0 < error < 0.05
 
 

@@ -54,7 +54,7 @@ TABLES = {
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tables_of_any_dtype_are_proved_in_float64(table, dtype, tmp_path):
-    found = OTO(Tabled(table).to(dtype), X.to(dtype), everything=True)
+    found = OTO(Tabled(table).to(dtype), X.to(dtype), allow_graph=True)
     found.random_set_zero_groups(0.5)
     subnet = found.construct_subnet(tmp_path / "out", emitter="graph")
     assert subnet.max_error < 1e-12

@@ -359,7 +359,7 @@ def test_tensors_held_in_plain_containers():
             return self.last(torch.relu(self.first(x) * self.scale["k"] * self.table))
 
     assert slim_is_exact(Model(), X, ["graph"]) == {"first.weight": 8}
-    oto = OTO(Model().double(), X.double(), everything=True)
+    oto = OTO(Model().double(), X.double(), allow_graph=True)
     oto.random_set_zero_groups(0.5)
     assert oto.construct_subnet().emitter == "graph"  # the class cannot be thinned where a dict holds a tensor
 

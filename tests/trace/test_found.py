@@ -141,7 +141,7 @@ class StatisticsInEval(Net):
         return nn.functional.batch_norm(h, self.mean, self.var, training=True)
 
 
-class Renormalised(Net):
+class Renormalized(Net):
     """``max_norm`` writes to the weight in the forward, in eval mode too."""
 
     def __init__(self):
@@ -372,7 +372,7 @@ def test_running_leaves_everything_as_it_was(kind):
 
 
 # what torch.export makes of them, or does not
-REFUSED = {Renormalised: VerificationError, OtherData: EmitterError, OnlyReal: EmitterError}
+REFUSED = {Renormalized: VerificationError, OtherData: EmitterError, OnlyReal: EmitterError}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -265,7 +265,7 @@ def test_a_model_goes_on_after_shrinking_whatever_was_left():
 
 
 def test_state_that_the_outputs_depend_on_is_no_cache():
-    """What training has measured, and nothing was there when the model was analysed."""
+    """What training has measured, and nothing was there when the model was analyzed."""
 
     class Measured(Base):
         mean = None

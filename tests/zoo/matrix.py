@@ -63,12 +63,12 @@ class Result:
     """What came of one model.
 
     Attributes:
-        axes, atoms: Node groups that may lose atoms, with everything=True, and their atoms.
+        axes, atoms: Node groups that may lose atoms, with allow_graph=True, and their atoms.
         share: Share of all parameters that lies in such groups.
         class_share: The same of what the model's own class can do without.
         unknown: Operators without a rule, and how many axes of parameters each of them keeps.
         trace: How the model was followed: ``"meta"``, ``"fake"`` or ``"real"``.
-        seconds: Time for everything; ``analysis`` is the part of tracing and analysing.
+        seconds: Time for everything; ``analysis`` is the part of tracing and analyzing.
         sensitivity: How far the output is from that on another input. Near zero, errors could hide.
         module, graph: Largest relative error of the slim model of its own class, and of the exported graph of all;
             ``None`` if it was not built, and then the reason is given.
@@ -158,7 +158,7 @@ def examine(
     counts: bool = True,
     emitters: Iterable[str] = ("module", "graph"),
 ) -> Result:
-    """Trace, analyse, zero a random half, build the slim model and compare it; never raises.
+    """Trace, analyze, zero a random half, build the slim model and compare it; never raises.
 
     Args:
         kind: The zoo that the model is of.
@@ -207,7 +207,7 @@ def _examine(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownOpWarning)
         try:
-            oto = OTO(model, inputs, everything=True)
+            oto = OTO(model, inputs, allow_graph=True)
         except NothingPrunableError as failure:
             result.changed = seen.difference(model)
             result.module_reason = result.graph_reason = str(failure).splitlines()[0]

@@ -29,7 +29,7 @@ HEAD = """\
 Written by `make support-matrix` from the results of `make test zoo` (`support_matrix.jsonl` keeps the last of each
 model); not edited by hand. {versions}.
 
-Every model is made with its own code, random weights and, where it is large, a small configuration. It is analysed,
+Every model is made with its own code, random weights and, where it is large, a small configuration. It is analyzed,
 half of all zero-invariant groups (ZIGs) are set to zero at random, the slim model is built in both ways, and what it
 computes in float64 is compared with the zeroed full model: on the example, on random inputs and on another batch size.
 
@@ -37,8 +37,8 @@ computes in float64 is compared with the zeroed full model: on the example, on r
 * **groups, ZIGs**: prunable node groups, and the zero-invariant groups in them.
 * **traced**: on tensors that know their *shapes* (`meta`, then fake tensors), or on the *data* of the example, because
   the model looks at values. Then the graph follows the path of the example.
-* **prunable** is with `everything=True`; **class** is what the model's own class can do without, by default, and the
-  slim model is of that class. **graph**: with `everything=True`, a `torch.fx.GraphModule`. Where neither takes all that
+* **prunable** is with `allow_graph=True`; **class** is what the model's own class can do without, by default, and the
+  slim model is of that class. **graph**: with `allow_graph=True`, a `torch.fx.GraphModule`. Where neither takes all that
   is prunable, the recorded calls were replayed on thinner tensors to prove the analysis on the example.
 * **own class**: of so many models, whose class was asked since it is the default, so many have a slim model of it.
 * **other counts**: of so many choices (one group alone thinner, all but one, what an optimizer leaves at 70 % of the

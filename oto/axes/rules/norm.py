@@ -97,22 +97,22 @@ def instance_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand 
 
 
 def _layer(call: Call, x: Operand, shape: Sequence[int], weight: Operand | None, bias: Operand | None, eps: object,
-           centred: bool) -> Operand:  # fmt: skip
+           centered: bool) -> Operand:  # fmt: skip
     n = len(shape)
     dims = range(x.ndim - n, x.ndim)
-    if n > 1 and centred:
+    if n > 1 and centered:
         call.fix(x, dims, "a norm over several dimensions takes statistics along it")
     call.reduce(x, dims)
-    if centred:
+    if centered:
         y = _affine(call, call.map(anything, x), weight, bias, None)
     else:  # x·rms(x)·weight: a zero on either side is a zero
         y = call.map(product, x) if weight is None else call.map(product, x, weight)
     sizes = [Size(x.terms[d]) for d in dims]
     v = call.node.args
     call.counted("a norm divides by the number of entries")
-    kwargs = dict(zip(("weight", "bias", "eps") if centred else ("weight", "eps"), v[2:], strict=False))
+    kwargs = dict(zip(("weight", "bias", "eps") if centered else ("weight", "eps"), v[2:], strict=False))
     kwargs |= {k: a for k, a in call.node.kwargs.items() if k in ("weight", "bias", "eps")}
-    function = counted.layer_norm if centred else counted.rms_norm
+    function = counted.layer_norm if centered else counted.rms_norm
     call.rewrite(function, v[0], sizes, full=list(shape), **kwargs)
     return y
 

@@ -1,4 +1,4 @@
-"""Fake quantisation, entry by entry: x becomes (clamp(round(x / scale + zero point)) - zero point) · scale.
+"""Fake quantization, entry by entry: x becomes (clamp(round(x / scale + zero point)) - zero point) · scale.
 
 Zero stays zero where the zero point is a whole number within the range. A scale that is zero gives what is not finite.
 """

@@ -170,7 +170,7 @@ def index_put(call: Call, x: Operand, indices: Sequence[Operand | None], values:
             call.fix(found[0], None, "it is an index")
     shapes = [(1,) if found[1] else found[0].shape for found in given if found is not None]
     n = len(torch.broadcast_shapes(*shapes))
-    # where the indexed dimensions stand in the values: in place if they are neighbours, else in front
+    # where the indexed dimensions stand in the values: in place if they are neighbors, else in front
     start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
     lead = [d for d in free_dims if d < start]
     order: list[int | None] = [*lead, *[None] * n, *(d for d in free_dims if d not in lead)]

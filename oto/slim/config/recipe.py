@@ -71,7 +71,7 @@ class Recipe:
 
         Raises:
             EmitterError: A field holds no number, or a value is none that it could have in a smaller model; what is
-                written into an artefact, and read from one, goes through here.
+                written into an artifact, and read from one, goes through here.
         """
         config = copy.deepcopy(self.config)
         for path, value in edits.items():

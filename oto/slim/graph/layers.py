@@ -131,7 +131,7 @@ _ROLES = ("weight", "bias", "running_mean", "running_var")
 def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: dict[fx.Node, int]) -> None:
     """Put stock modules where calls read tensors that one module owns, at that module's path.
 
-    Quantisers and adapters look for modules of these classes. What they compute is the same call.
+    Quantizers and adapters look for modules of these classes. What they compute is the same call.
 
     Args:
         source: The module before it was thinned, which holds tied tensors under all their names.

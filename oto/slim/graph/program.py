@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import example_size, tree_unflatten
-from oto.errors import ArtefactError
+from oto.errors import ArtifactError
 from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
 from oto.slim.proof.inputs import random_like
@@ -61,7 +61,7 @@ def example_of(program: torch.export.ExportedProgram) -> Any:
         A tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        ArtefactError: An input would take gigabytes.
+        ArtifactError: An input would take gigabytes.
     """
     made = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def example_of(program: torch.export.ExportedProgram) -> Any:
             return fake
         shape = [example_size(n) for n in fake.shape]
         if prod(shape) > MOST_ENTRIES:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"the program was made on an input of {' x '.join(map(str, shape))}, too large to be drawn\n"
                 "  to fix  give an input: --input, --input-fn"
             )

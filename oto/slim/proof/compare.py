@@ -30,7 +30,7 @@ class Check:
         error: Largest difference, relative to the largest entry of the full model's output.
         finite: How many entries of the outputs are finite, so that a difference could be seen.
         entries: How many entries the outputs have. Those that are not finite are NaN, or the same infinity, in both
-            models; otherwise the error is infinite. ``None`` in artefacts of earlier versions.
+            models; otherwise the error is infinite. ``None`` in artifacts of earlier versions.
     """
 
     what: str

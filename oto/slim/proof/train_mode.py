@@ -132,7 +132,7 @@ class _Still(TorchDispatchMode):
         if schema is None or torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
             return op(*args, **kwargs)
         names = [argument.name for argument in schema.arguments]
-        if "train" in names and names[1:2] == ["p"]:  # dropout, also of features and for self-normalising networks
+        if "train" in names and names[1:2] == ["p"]:  # dropout, also of features and for self-normalizing networks
             return args[0] if schema.is_mutable else args[0].clone()
         for name in ("dropout_p", "dropout"):  # in attention and in recurrent layers
             if name in names:

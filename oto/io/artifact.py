@@ -3,14 +3,14 @@
 The manifest ``oto.json`` names every file with its size and SHA-256 and carries a digest of itself. The digest and the
 hashes tell what was damaged. They are no signature: whoever can write the folder can write them too.
 
-How one artefact takes the place of another
+How one artifact takes the place of another
 -------------------------------------------
 
 The new one is written, whole and with its manifest, into a scratch folder (:mod:`oto.atomic`) and brought to the disk
 (``fsync``). Then, while no other process may write there:
 
 1. The scratch folder's files become ``.oto-commit/``, by one rename. **This is the commit.**
-2. Each file is renamed from ``.oto-commit/`` to its place. Files that the older artefact alone had are deleted.
+2. Each file is renamed from ``.oto-commit/`` to its place. Files that the older artifact alone had are deleted.
 3. ``.oto-commit/oto.json`` is renamed over ``oto.json``, and the empty ``.oto-commit/`` goes.
 
 A reader takes the manifest, and each file that it names, from ``.oto-commit/`` if it is there, and from its place if
@@ -23,7 +23,7 @@ not. So whatever a process that is killed leaves can be loaded, from a folder th
 | in 3 | every new file in its place; the new manifest in ``.oto-commit/`` or in its place | new |
 
 The next save does steps 2 and 3 first (each of them may be done twice), and removes scratch folders of dead processes.
-What was in place and no artefact has written is looked for before 1 and again before 2, and refuses the save. Every
+What was in place and no artifact has written is looked for before 1 and again before 2, and refuses the save. Every
 file is on the disk before 1 and every rename before the next step, so the same holds if the power fails.
 
 One writer is in steps 1 to 3 at a time, so of two processes the later one wins. Where the file system has no locks, the
@@ -52,12 +52,12 @@ from torch import Tensor
 
 from oto.atomic import locked, scratch, sync, told, unwritable
 from oto.atomic import stamp as _stamp
-from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError, some
+from oto.errors import ArtifactError, ArtifactVersionError, DamagedArtifactError, some
 from oto.io.manifest import Refusal, is_plain, parse, require, require_files
 
 FORMAT_VERSION = 1
 MANIFEST = "oto.json"
-COMMIT = ".oto-commit"  # the files of an artefact that takes the place of another, see above
+COMMIT = ".oto-commit"  # the files of an artifact that takes the place of another, see above
 LARGEST_MANIFEST = 2**27  # bytes; that of a network of billions of parameters has some millions
 
 
@@ -68,11 +68,11 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
         names: Files that are going to be written there.
 
     Raises:
-        ArtefactError: It is a file, lies below a file, or may not be written; or one of the files is there, and no
-            artefact has written it.
+        ArtifactError: It is a file, lies below a file, or may not be written; or one of the files is there, and no
+            artifact has written it.
     """
     if not os.fspath(out_dir):
-        raise ArtefactError(
+        raise ArtifactError(
             "out_dir is empty, which would mean the working folder\n"
             "  effect  nothing was computed or saved\n  to fix  name a folder; the working folder is '.'"
         )
@@ -86,7 +86,7 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
             if not os.access(place, os.W_OK | os.X_OK):
-                raise ArtefactError(
+                raise ArtifactError(
                     f"out_dir {folder}: {place} may not be written\n"
                     "  effect  nothing was saved\n  to fix  choose another folder, or change its permissions"
                 )
@@ -94,7 +94,7 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
                 _require_own(folder, names)
             return
         if place.exists() or place.is_symlink():
-            raise ArtefactError(
+            raise ArtifactError(
                 f"out_dir {folder}: {place} is a file\n"
                 "  effect  nothing was computed or saved; the file is as it was\n  to fix  choose another folder"
             )
@@ -102,7 +102,7 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
 
 @dataclass
 class Draft:
-    """An artefact in the making. Its files are in ``folder`` until :meth:`commit` moves them into ``target``."""
+    """An artifact in the making. Its files are in ``folder`` until :meth:`commit` moves them into ``target``."""
 
     folder: Path
     target: Path
@@ -124,7 +124,7 @@ class Draft:
             The names that were left out.
 
         Raises:
-            ArtefactError: A tensor has no plain memory to write: sparse, quantized, on ``meta``...
+            ArtifactError: A tensor has no plain memory to write: sparse, quantized, on ``meta``...
         """
         first: dict[Any, str] = {}
         ties: dict[str, str] = {}
@@ -179,13 +179,13 @@ class Draft:
         return _read_tensors(self.file(name), self.notes[name])
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Seal the artefact and put it in place; files of an older one go, foreign files stay.
+        """Seal the artifact and put it in place; files of an older one go, foreign files stay.
 
         Args:
             manifest: Further entries for the manifest; anything that JSON takes.
 
         Raises:
-            ArtefactError: A foreign file is in the place of one of these.
+            ArtifactError: A foreign file is in the place of one of these.
         """
         from oto import __version__
 
@@ -219,7 +219,7 @@ class Draft:
                     raise unwritable(self.target, f"{name} is a folder there", NOT_SAVED)
             _require_own(self.target, names)
             if instead_of is not None and _manifest_in(self.target).get("digest") != instead_of:
-                raise unwritable(self.target, "another process has replaced the artefact meanwhile", NOT_SAVED)
+                raise unwritable(self.target, "another process has replaced the artifact meanwhile", NOT_SAVED)
             os.rename(self.folder, self.target / COMMIT)
             self.committed = True
             sync(self.target)
@@ -230,7 +230,7 @@ def _require_readable(manifest: Path) -> None:
     """Judge a manifest before it is put in place as it will be judged when it is read.
 
     Raises:
-        ArtefactError: It would be refused.
+        ArtifactError: It would be refused.
     """
     try:
         size = manifest.stat().st_size
@@ -238,21 +238,21 @@ def _require_readable(manifest: Path) -> None:
             raise ValueError(f"it has {size:,} bytes")
         require(parse(_start(manifest, size)))
     except ValueError as failure:
-        raise ArtefactError(
+        raise ArtifactError(
             f"the manifest says what no reader takes: {failure}\n"
             f"  effect  {NOT_SAVED}\n  to fix  report the model; construct_subnet() without a folder gives it"
         ) from failure
 
 
 NOT_SAVED = "nothing was saved; what was there is as it was"
-_UNFINISHED = "the new artefact is there and loads; the next save into the folder ends what this one has not"
+_UNFINISHED = "the new artifact is there and loads; the next save into the folder ends what this one has not"
 
 
 def _finish(folder: Path) -> None:
     """Move what a commit has not moved; for whoever holds the lock.
 
     Raises:
-        ArtefactError: Something that no artefact has written is in the way.
+        ArtifactError: Something that no artifact has written is in the way.
     """
     draft = folder / COMMIT
     if not os.path.lexists(draft):
@@ -279,10 +279,10 @@ def _finish(folder: Path) -> None:
 
 @contextmanager
 def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
-    """Stage an artefact for ``out_dir``; what is there stays what it is without :meth:`Draft.commit`.
+    """Stage an artifact for ``out_dir``; what is there stays what it is without :meth:`Draft.commit`.
 
     Raises:
-        ArtefactError: ``out_dir`` cannot be written.
+        ArtifactError: ``out_dir`` cannot be written.
     """
     check_out_dir(out_dir)
     target = Path(out_dir)
@@ -291,7 +291,7 @@ def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
         with told(target, NOT_SAVED), scratch(target) as folder:
             draft = Draft(folder, target)
             yield draft
-    except ArtefactError as failure:
+    except ArtifactError as failure:
         if draft is None or not draft.committed or not isinstance(failure.__cause__, OSError):
             raise
         raise unwritable(target, failure.__cause__, _UNFINISHED) from failure.__cause__
@@ -299,48 +299,48 @@ def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
 
 @contextmanager
 def adding(path: str | os.PathLike[str], name: str) -> Iterator[Path]:
-    """Put one more file into an artefact, or a new one in place of one that it has.
+    """Put one more file into an artifact, or a new one in place of one that it has.
 
     Yields:
-        Where to write the file. The artefact is as it was until that is done, and whole again afterwards.
+        Where to write the file. The artifact is as it was until that is done, and whole again afterwards.
 
     Raises:
-        ArtefactError: There is no artefact; a file of that name is there and belongs to none; it cannot be written.
-        DamagedArtefactError: The artefact is not whole.
+        ArtifactError: There is no artifact; a file of that name is there and belongs to none; it cannot be written.
+        DamagedArtifactError: The artifact is not whole.
     """
     assert is_plain(name), name
-    artefact = reading(path)
-    _require_own(artefact.folder, [name])
-    with writing(artefact.folder) as draft:
+    artifact = reading(path)
+    _require_own(artifact.folder, [name])
+    with writing(artifact.folder) as draft:
         file = draft.file(name)
         yield file
-        content = {key: value for key, value in artefact.manifest.items() if key != "digest"}
+        content = {key: value for key, value in artifact.manifest.items() if key != "digest"}
         content["files"] = dict(sorted({**content["files"], name: _stamp(file)}.items()))
-        draft._commit(content, instead_of=artefact.manifest["digest"])
+        draft._commit(content, instead_of=artifact.manifest["digest"])
 
 
-def _unsaveable(name: str, what: str) -> ArtefactError:
-    return ArtefactError(
+def _unsaveable(name: str, what: str) -> ArtifactError:
+    return ArtifactError(
         f"{name}: {what} has no plain form in a safetensors file\n"
         "  effect  nothing was written\n  to fix  make it a dense tensor with values, or no part of the model's state"
     )
 
 
 @dataclass(frozen=True)
-class Artefact:
-    """An artefact whose every file was found whole."""
+class Artifact:
+    """An artifact whose every file was found whole."""
 
     folder: Path
     manifest: Mapping[str, Any]
 
     def path(self, name: str) -> Path:
-        """A file of the artefact.
+        """A file of the artifact.
 
         Raises:
-            ArtefactError: The artefact has no such file.
+            ArtifactError: The artifact has no such file.
         """
         if name not in self.manifest["files"]:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{self.folder} holds no {name}\n  to fix  it holds {', '.join(self.manifest['files'])}"
             )
         return _where(self.folder, name)
@@ -350,7 +350,7 @@ class Artefact:
         path = self.path(name)
         notes = self.manifest["tensors"].get(name)
         if notes is None:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{path} holds no tensors\n  to fix  they are in: {', '.join(self.manifest['tensors']) or 'none'}"
             )
         try:
@@ -359,16 +359,16 @@ class Artefact:
             raise _damaged(path, f"its tensors are not what the manifest says ({failure})") from failure
 
 
-def reading(path: str | os.PathLike[str]) -> Artefact:
-    """Open an artefact and check every file of it.
+def reading(path: str | os.PathLike[str]) -> Artifact:
+    """Open an artifact and check every file of it.
 
     Args:
         path: The folder, or a file in it.
 
     Raises:
-        ArtefactError: There is no artefact.
-        ArtefactVersionError: It was written in a format that this version does not read.
-        DamagedArtefactError: A file is missing, cut short or changed.
+        ArtifactError: There is no artifact.
+        ArtifactVersionError: It was written in a format that this version does not read.
+        DamagedArtifactError: A file is missing, cut short or changed.
     """
     folder = given = Path(path).expanduser()
     try:
@@ -377,23 +377,23 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
         place = _where(folder, MANIFEST)
         there = place.is_file()
     except (OSError, ValueError) as failure:  # a name too long or with a zero byte, a folder that may not be entered
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder} cannot be read: {failure}\n"
             "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
         ) from failure
     if not there:
-        what = f"{os.path.abspath(folder)} holds no {MANIFEST}: it is no artefact, or writing it broke off"
+        what = f"{os.path.abspath(folder)} holds no {MANIFEST}: it is no artifact, or writing it broke off"
         if given is not folder:
-            what = f"{given} is a file of no artefact: beside it is no {MANIFEST}"
+            what = f"{given} is a file of no artifact: beside it is no {MANIFEST}"
         elif not folder.exists():
             what = f"there is no folder {folder} (in {Path.cwd()})"
-        raise ArtefactError(f"{what}\n  to fix  pass the folder given to construct_subnet, or write it again")
+        raise ArtifactError(f"{what}\n  to fix  pass the folder given to construct_subnet, or write it again")
     if (size := place.stat().st_size) > LARGEST_MANIFEST:
         raise _damaged(place, f"it has {size:,} bytes, which no manifest has")
     try:
         manifest = parse(_start(place, size))
         if isinstance(manifest, dict) and "format" not in manifest:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{place} is of another program: it is JSON, and says nothing of a format of oto\n"
                 "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
             )
@@ -404,7 +404,7 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
     if type(version) is not int or version != FORMAT_VERSION:
         versions = manifest.get("versions")
         writer = versions.get("oto", "unknown") if isinstance(versions, dict) else "unknown"
-        raise ArtefactVersionError(
+        raise ArtifactVersionError(
             f"{place} is of format {version!r}; this version of oto reads format {FORMAT_VERSION}\n"
             f"  to fix  load it with the version of oto that wrote it ({writer}), or write it again with this one"
         )
@@ -418,11 +418,11 @@ def reading(path: str | os.PathLike[str]) -> Artefact:
         raise _damaged(place, f"it says what this version of oto does not write: {refusal}") from None
     for name, stamp in manifest["files"].items():
         _require_whole(_where(folder, name), stamp)
-    return Artefact(folder, manifest)
+    return Artifact(folder, manifest)
 
 
 def _where(folder: Path, name: str) -> Path:
-    """Where a file of the artefact is: in its place, or where a commit that broke off has left it."""
+    """Where a file of the artifact is: in its place, or where a commit that broke off has left it."""
     draft = folder / COMMIT / name
     return draft if draft.is_file() else folder / name
 
@@ -439,7 +439,7 @@ def _require_whole(file: Path, stamp: Mapping[str, Any]) -> None:
     """Refuse a file that is not what the manifest says. It is not opened before its kind and size are known.
 
     Raises:
-        DamagedArtefactError: It is not; or it is no file, but a pipe or a device.
+        DamagedArtifactError: It is not; or it is no file, but a pipe or a device.
     """
     if not file.is_file():
         raise _damaged(file, "it is missing, or no plain file")
@@ -463,7 +463,7 @@ def _is_well_formed(manifest: Any) -> bool:
 
 
 def _files_of(folder: Path, among: Container[str] | None = None) -> set[str]:
-    """What artefacts have written into the folder, and nobody has changed since; of some names, or of all."""
+    """What artifacts have written into the folder, and nobody has changed since; of some names, or of all."""
     manifests = [_manifest_in(place) for place in (folder, folder / COMMIT, *_earlier_drafts(folder))]
     stamps = [(name, stamp) for manifest in manifests for name, stamp in manifest.get("files", {}).items()]
     asked = [(name, stamp) for name, stamp in stamps if is_plain(name) and (among is None or name in among)]
@@ -471,7 +471,7 @@ def _files_of(folder: Path, among: Container[str] | None = None) -> set[str]:
 
 
 def _earlier_drafts(folder: Path) -> list[Path]:
-    """Where earlier versions left the rest of an artefact if they were killed: the manifest is moved last."""
+    """Where earlier versions left the rest of an artifact if they were killed: the manifest is moved last."""
     with suppress(OSError):
         return [place for place in folder.iterdir() if re.fullmatch(r"\.oto-[a-z0-9_]{8}", place.name)]
     return []
@@ -500,13 +500,13 @@ def _is_still(file: Path, stamp: Mapping[str, Any]) -> bool:
 
 
 def _require_own(folder: Path, names: Iterable[str], own: Container[str] | None = None) -> None:
-    """Refuse to replace what no artefact has written.
+    """Refuse to replace what no artifact has written.
 
     Args:
-        own: What artefacts have written, if that is known.
+        own: What artifacts have written, if that is known.
 
     Raises:
-        ArtefactError: There is such a file.
+        ArtifactError: There is such a file.
     """
     there = {name for name in (*names, MANIFEST) if os.path.lexists(folder / name) and not (folder / name).is_dir()}
     if not there:
@@ -518,9 +518,9 @@ def _require_own(folder: Path, names: Iterable[str], own: Container[str] | None 
         return
     changed = [name for name in foreign if name in manifest.get("files", ())]
     earlier = [place.name for place in _earlier_drafts(folder) if _manifest_in(place)]
-    raise ArtefactError(
+    raise ArtifactError(
         f"{folder} holds {some(foreign)}, which "
-        + ("was changed since an artefact wrote it" if changed == foreign else "no artefact has written")
+        + ("was changed since an artifact wrote it" if changed == foreign else "no artifact has written")
         + "\n  effect  nothing was saved, and nothing there was touched\n"
         + (f"  likely  a save by an earlier version of oto broke off, and left {some(earlier)}\n" if earlier else "")
         + "  to fix  choose another folder; or move the file away, or delete it, if it is not needed"
@@ -541,9 +541,9 @@ def _place(tensor: Tensor) -> Any:
     return (*view, tensor.dtype, tensor.device)
 
 
-def _damaged(file: Path, what: str) -> DamagedArtefactError:
-    return DamagedArtefactError(
-        f"{file}: {what}\n  effect  the artefact is not loaded\n  to fix  copy it again, or write it again"
+def _damaged(file: Path, what: str) -> DamagedArtifactError:
+    return DamagedArtifactError(
+        f"{file}: {what}\n  effect  the artifact is not loaded\n  to fix  copy it again, or write it again"
     )
 
 

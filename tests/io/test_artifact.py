@@ -1,4 +1,4 @@
-"""The artefact: what is written comes back, and what is not whole is refused."""
+"""The artifact: what is written comes back, and what is not whole is refused."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oto.errors import ArtefactError, ArtefactVersionError, DamagedArtefactError
-from oto.io import artefact
-from oto.io.artefact import MANIFEST, check_out_dir, reading, writing
+from oto.errors import ArtifactError, ArtifactVersionError, DamagedArtifactError
+from oto.io import artifact
+from oto.io.artifact import MANIFEST, check_out_dir, reading, writing
 
 
 def save(folder, **tensors):
@@ -56,7 +56,7 @@ def test_ties_are_one_tensor_again(tmp_path):
 
 def test_the_manifest_says_what_made_it(tmp_path):
     manifest = reading(save(tmp_path / "out")).manifest
-    assert manifest["emitter"] == "module" and manifest["format"] == artefact.FORMAT_VERSION
+    assert manifest["emitter"] == "module" and manifest["format"] == artifact.FORMAT_VERSION
     assert set(manifest["files"]) == {"model.safetensors", "note.txt"}
     assert manifest["versions"]["torch"] == str(torch.__version__)
 
@@ -73,7 +73,7 @@ def test_without_commit_nothing_appears(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_an_older_artefact_is_replaced_and_foreign_files_stay(tmp_path):
+def test_an_older_artifact_is_replaced_and_foreign_files_stay(tmp_path):
     out = save(tmp_path / "out")
     (out / "log.csv").write_text("mine")
     save(out, v=torch.ones(1))
@@ -84,13 +84,13 @@ def test_an_older_artefact_is_replaced_and_foreign_files_stay(tmp_path):
 def test_out_dir_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("mine")
     for place in (tmp_path / "out", tmp_path / "out" / "below"):
-        with pytest.raises(ArtefactError, match="is a file"), writing(place):
+        with pytest.raises(ArtifactError, match="is a file"), writing(place):
             raise AssertionError("never entered")
     assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_folder_without_manifest(tmp_path):
-    with pytest.raises(ArtefactError, match=r"holds no oto\.json"):
+    with pytest.raises(ArtifactError, match=r"holds no oto\.json"):
         reading(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_a_format_of_the_future(tmp_path):
     out = save(tmp_path / "out")
     content = json.loads((out / MANIFEST).read_text())
     (out / MANIFEST).write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(ArtefactVersionError, match="format 99"):
+    with pytest.raises(ArtifactVersionError, match="format 99"):
         reading(out)
 
 
@@ -106,8 +106,8 @@ def test_a_name_that_leaves_the_folder(tmp_path):
     out = save(tmp_path / "out")
     content = {k: v for k, v in json.loads((out / MANIFEST).read_text()).items() if k != "digest"}
     content["files"]["../secret"] = {"size": 0, "sha256": ""}
-    (out / MANIFEST).write_text(json.dumps({**content, "digest": artefact._digest(content)}))
-    with pytest.raises(DamagedArtefactError, match="outside the folder"):
+    (out / MANIFEST).write_text(json.dumps({**content, "digest": artifact._digest(content)}))
+    with pytest.raises(DamagedArtifactError, match="outside the folder"):
         reading(out)
 
 
@@ -115,21 +115,21 @@ def test_a_manifest_that_was_edited(tmp_path):
     out = save(tmp_path / "out")
     text = (out / MANIFEST).read_text()
     (out / MANIFEST).write_text(text.replace('"module"', '"graph"'))
-    with pytest.raises(DamagedArtefactError, match=r"oto\.json: it was changed after it was written"):
+    with pytest.raises(DamagedArtifactError, match=r"oto\.json: it was changed after it was written"):
         reading(out)
 
 
 def test_a_file_that_was_cut_short(tmp_path):
     out = save(tmp_path / "out")
     (out / "note.txt").write_text("a further")
-    with pytest.raises(DamagedArtefactError, match=r"note\.txt: it has 9 bytes, and had 14"):
+    with pytest.raises(DamagedArtifactError, match=r"note\.txt: it has 9 bytes, and had 14"):
         reading(out)
 
 
 def test_a_missing_file(tmp_path):
     out = save(tmp_path / "out")
     (out / "note.txt").unlink()
-    with pytest.raises(DamagedArtefactError, match="missing"):
+    with pytest.raises(DamagedArtifactError, match="missing"):
         reading(out)
 
 
@@ -147,7 +147,7 @@ def test_any_changed_byte_is_noticed(tmp_path_factory, data):
     file.write_bytes(bytes(content))
     try:
         found = reading(out)
-    except ArtefactError:
+    except ArtifactError:
         return
     # white space between the tokens of the manifest means nothing
     assert file.name == MANIFEST and torch.equal(
@@ -234,12 +234,12 @@ def test_a_view_of_other_entries_is_no_tie(tmp_path):
 @pytest.mark.parametrize("kind", ["sparse", "meta"])
 def test_a_tensor_without_plain_memory(tmp_path, kind):
     value = torch.eye(2).to_sparse() if kind == "sparse" else torch.empty(2, device="meta")
-    with pytest.raises(ArtefactError, match=r"model\.safetensors: w .* has no plain form"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: w .* has no plain form"):
         save(tmp_path / "out", w=value)
     assert not any(tmp_path.iterdir())
 
 
-def test_what_the_new_artefact_lacks_does_not_stay_behind(tmp_path):
+def test_what_the_new_artifact_lacks_does_not_stay_behind(tmp_path):
     out = tmp_path / "out"
     with writing(out) as draft:
         draft.file("model.pt2").write_text("of the old one")
@@ -256,14 +256,14 @@ def test_a_manifest_that_was_edited_deletes_nothing(tmp_path):
     content["files"]["mine"] = content["files"]["note.txt"]
     (out / MANIFEST).write_text(json.dumps(content))
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(ArtefactError, match=r"no artefact has written[^$]*nothing was saved[^$]*to fix"):
+    with pytest.raises(ArtifactError, match=r"no artifact has written[^$]*nothing was saved[^$]*to fix"):
         save(out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 FOREIGN = {
-    "beside no artefact": lambda out: (out / MANIFEST).unlink(),
-    "beside an artefact that has no such file": lambda out: forge(out, lambda m: m["files"].pop("note.txt")),
+    "beside no artifact": lambda out: (out / MANIFEST).unlink(),
+    "beside an artifact that has no such file": lambda out: forge(out, lambda m: m["files"].pop("note.txt")),
     "instead of ours": lambda out: (out / "note.txt").write_text("mine, not yours"),
     "of the same size": lambda out: (out / "note.txt").write_text("a further time"),
     "a link to elsewhere": lambda out: ((out / "note.txt").rename(out / "mine"), (out / "note.txt").symlink_to("mine")),
@@ -272,13 +272,13 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
-def test_what_no_artefact_has_written_is_never_replaced(tmp_path, make):
+def test_what_no_artifact_has_written_is_never_replaced(tmp_path, make):
     out = save(tmp_path / "out")
     make(out)
     before = {p.name: (p.is_symlink(), p.read_bytes() if p.exists() else b"") for p in out.iterdir()}
-    with pytest.raises(ArtefactError, match=r"holds .*note\.txt"):
-        artefact.check_out_dir(out, ["note.txt"])
-    with pytest.raises(ArtefactError, match=r"holds .*note\.txt"):
+    with pytest.raises(ArtifactError, match=r"holds .*note\.txt"):
+        artifact.check_out_dir(out, ["note.txt"])
+    with pytest.raises(ArtifactError, match=r"holds .*note\.txt"):
         save(out)
     assert {p.name: (p.is_symlink(), p.read_bytes() if p.exists() else b"") for p in out.iterdir()} == before
 
@@ -294,25 +294,25 @@ def test_what_was_ours_and_was_changed_is_not_deleted(tmp_path):
 
 def test_names_that_are_not_there_may_be_written(tmp_path):
     (tmp_path / "log.csv").write_text("mine")
-    artefact.check_out_dir(tmp_path, ["model.safetensors"])
-    artefact.check_out_dir(save(tmp_path / "out"), ["model.safetensors", "note.txt"])
+    artifact.check_out_dir(tmp_path, ["model.safetensors"])
+    artifact.check_out_dir(save(tmp_path / "out"), ["model.safetensors", "note.txt"])
 
 
 def test_what_is_read_back_is_compared_bit_by_bit(tmp_path, monkeypatch):
-    real = artefact.safetensors.torch.save_file
+    real = artifact.safetensors.torch.save_file
 
     def wrong(tensors, path):
         real({name: t.clone().neg_() if name == "w" else t for name, t in tensors.items()}, path)
 
-    monkeypatch.setattr(artefact.safetensors.torch, "save_file", wrong)
+    monkeypatch.setattr(artifact.safetensors.torch, "save_file", wrong)
     nan = torch.tensor([float("nan"), 0.0])
     save(tmp_path / "fine", v=nan)
-    with pytest.raises(ArtefactError, match=r"model\.safetensors reads otherwise than it was written \(w\)"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors reads otherwise than it was written \(w\)"):
         save(tmp_path / "out", v=nan, w=torch.zeros(2))
     assert not (tmp_path / "out").exists()
 
 
-def test_without_commit_the_old_artefact_is_as_it_was(tmp_path):
+def test_without_commit_the_old_artifact_is_as_it_was(tmp_path):
     out = save(tmp_path / "out")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(RuntimeError), writing(out) as draft:
@@ -324,7 +324,7 @@ def test_without_commit_the_old_artefact_is_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("how", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_breaking_off_anywhere_leaves_the_old_artefact_or_the_new_one(tmp_path, monkeypatch, how):
+def test_breaking_off_anywhere_leaves_the_old_artifact_or_the_new_one(tmp_path, monkeypatch, how):
     """Each call that touches the disk during commit fails once; the next save works."""
     seen = []
     for break_at in itertools.count():
@@ -340,7 +340,7 @@ def test_breaking_off_anywhere_leaves_the_old_artefact_or_the_new_one(tmp_path, 
             return call
 
         reached = False
-        with contextlib.suppress(ArtefactError), writing(out) as draft:
+        with contextlib.suppress(ArtifactError), writing(out) as draft:
             draft.tensors("model.safetensors", {"v": torch.ones(1)})
             draft.file("third").write_text("a new file")
             with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
@@ -367,13 +367,13 @@ def test_breaking_off_anywhere_leaves_the_old_artefact_or_the_new_one(tmp_path, 
 
 def test_a_folder_in_the_way_of_a_file(tmp_path):
     (tmp_path / "out" / "note.txt").mkdir(parents=True)
-    with pytest.raises(ArtefactError, match=r"note\.txt is a folder there"):
+    with pytest.raises(ArtifactError, match=r"note\.txt is a folder there"):
         save(tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["note.txt"]
 
 
 def test_a_full_disk_is_told_from_a_mistake_elsewhere(tmp_path):
-    with pytest.raises(ArtefactError, match="cannot be written"), writing(tmp_path / "out"):
+    with pytest.raises(ArtifactError, match="cannot be written"), writing(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     with pytest.raises(FileNotFoundError), writing(tmp_path / "out"):
         (tmp_path / "elsewhere" / "file").read_text()
@@ -382,21 +382,21 @@ def test_a_full_disk_is_told_from_a_mistake_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("name", ["n" * 300, "a\0b"])
 def test_a_name_that_no_folder_can_have(tmp_path, name):
-    with pytest.raises(ArtefactError, match="cannot be written"):
-        artefact.check_out_dir(tmp_path / name)
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        artifact.check_out_dir(tmp_path / name)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="whoever runs this may write anywhere")
 def test_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ArtefactError, match="may not be written"):
-        artefact.check_out_dir(tmp_path / "out")
+    with pytest.raises(ArtifactError, match="may not be written"):
+        artifact.check_out_dir(tmp_path / "out")
 
 
 def test_access_is_asked_before_long_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(artefact.os, "access", lambda place, mode: False)
-    with pytest.raises(ArtefactError, match="may not be written"):
-        artefact.check_out_dir(tmp_path / "deep" / "out")
+    monkeypatch.setattr(artifact.os, "access", lambda place, mode: False)
+    with pytest.raises(ArtifactError, match="may not be written"):
+        artifact.check_out_dir(tmp_path / "deep" / "out")
 
 
 def test_others_may_read_what_they_could_otherwise(tmp_path):
@@ -417,10 +417,10 @@ def test_misuse_of_a_draft(tmp_path):
 
 
 def forge(out, change):
-    """An artefact whose manifest was changed by somebody who knows how to seal it."""
+    """An artifact whose manifest was changed by somebody who knows how to seal it."""
     content = {k: v for k, v in json.loads((out / MANIFEST).read_text()).items() if k != "digest"}
     change(content)
-    (out / MANIFEST).write_text(json.dumps({**content, "digest": artefact._digest(content)}))
+    (out / MANIFEST).write_text(json.dumps({**content, "digest": artifact._digest(content)}))
 
 
 FORGERIES = {
@@ -443,7 +443,7 @@ FORGERIES = {
 def test_a_sealed_manifest_of_nonsense(tmp_path, change):
     out = save(tmp_path / "out")
     forge(out, change)
-    with pytest.raises(DamagedArtefactError):
+    with pytest.raises(DamagedArtifactError):
         reading(out).tensors("model.safetensors")
 
 
@@ -451,7 +451,7 @@ def test_a_sealed_manifest_of_nonsense(tmp_path, change):
 def test_versions_that_are_not_ours(tmp_path, version):
     out = save(tmp_path / "out")
     forge(out, lambda m: m.update(format=version, versions="?"))
-    with pytest.raises(ArtefactVersionError, match=r"reads format 1(.|\n)*wrote it \(unknown\)"):
+    with pytest.raises(ArtifactVersionError, match=r"reads format 1(.|\n)*wrote it \(unknown\)"):
         reading(out)
 
 
@@ -459,24 +459,24 @@ def test_versions_that_are_not_ours(tmp_path, version):
 def test_a_manifest_that_is_none(tmp_path, text):
     out = save(tmp_path / "out")
     (out / MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(DamagedArtefactError, match="not the JSON"):
+    with pytest.raises(DamagedArtifactError, match="not the JSON"):
         reading(out)
 
 
 def test_what_another_program_wrote_is_no_damage(tmp_path, monkeypatch):
     (tmp_path / MANIFEST).write_text('{"a": 1}')
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ArtefactError, match="is of another program") as caught:
+    with pytest.raises(ArtifactError, match="is of another program") as caught:
         reading(tmp_path)
-    assert not isinstance(caught.value, DamagedArtefactError)
+    assert not isinstance(caught.value, DamagedArtifactError)
     (tmp_path / MANIFEST).unlink()
     monkeypatch.chdir(tmp_path)
     for place, says in [
-        ("notes.txt", r"notes\.txt is a file of no artefact"),
+        ("notes.txt", r"notes\.txt is a file of no artifact"),
         ("nowhere", rf"there is no folder nowhere \(in {tmp_path}\)"),
         (".", rf"{tmp_path} holds no"),
     ]:
-        with pytest.raises(ArtefactError, match=f"{says}[^$]*to fix"):
+        with pytest.raises(ArtifactError, match=f"{says}[^$]*to fix"):
             reading(place)
 
 
@@ -485,15 +485,15 @@ def test_safetensors_that_are_none_though_sealed(tmp_path):
         draft.tensors("model.safetensors", {"w": torch.ones(1)})
         draft.file("model.safetensors").write_bytes(b"nonsense")
         draft.commit({})
-    with pytest.raises(DamagedArtefactError, match="not what the manifest says"):
+    with pytest.raises(DamagedArtifactError, match="not what the manifest says"):
         reading(tmp_path / "out").tensors("model.safetensors")
 
 
 def test_asking_for_what_is_not_there(tmp_path):
     found = reading(save(tmp_path / "out"))
-    with pytest.raises(ArtefactError, match=r"holds no model\.pt2"):
+    with pytest.raises(ArtifactError, match=r"holds no model\.pt2"):
         found.path("model.pt2")
-    with pytest.raises(ArtefactError, match=r"holds no tensors\n  to fix  they are in: model\.safetensors"):
+    with pytest.raises(ArtifactError, match=r"holds no tensors\n  to fix  they are in: model\.safetensors"):
         found.tensors("note.txt")
 
 
@@ -501,14 +501,14 @@ def test_asking_for_what_is_not_there(tmp_path):
 def test_a_place_that_cannot_be_is_told(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(ArtefactError, match="to fix"):
+    with pytest.raises(ArtifactError, match="to fix"):
         reading(place)
-    with pytest.raises(ArtefactError, match="to fix"):
+    with pytest.raises(ArtifactError, match="to fix"):
         check_out_dir(place)
 
 
 def test_no_folder_is_not_the_working_folder() -> None:
-    with pytest.raises(ArtefactError, match=r"out_dir is empty[^$]*to fix"):
+    with pytest.raises(ArtifactError, match=r"out_dir is empty[^$]*to fix"):
         check_out_dir("")
 
 
@@ -516,7 +516,7 @@ def test_what_no_reader_would_take_is_not_put_in_place(tmp_path: Path) -> None:
     with writing(tmp_path / "out") as draft:
         draft.commit({"notes": ["as it was"]})
     with (
-        pytest.raises(ArtefactError, match=r"no reader takes[^$]*effect  nothing was saved"),
+        pytest.raises(ArtifactError, match=r"no reader takes[^$]*effect  nothing was saved"),
         writing(tmp_path / "out") as draft,
     ):
         draft.commit({"edits": {"attributes": {"a": {"no_such_size": 3}}}})

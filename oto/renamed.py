@@ -1,0 +1,49 @@
+"""Public names that were changed. The former ones work as before and say so, until the release that removes them.
+
+``docs/renamed.md`` is this table for readers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from oto.errors import OptionError, users_level
+
+REMOVED_IN = "0.3"
+
+OPTIONS = {"normalise": "normalize"}
+"""Options of optimizers."""
+
+Value = TypeVar("Value")
+
+
+def tell(former: str, now: str) -> None:
+    """Warn of a name that was changed."""
+    text = f"{former} is called {now} now\n  effect  none; {REMOVED_IN} removes the former name\n  to fix  say {now}"
+    warnings.warn(text, DeprecationWarning, stacklevel=users_level())
+
+
+def former(name: str, value: Value, now: str) -> Value:
+    """The value of an option by its former name, which is told of if there is one."""
+    if value is not None:
+        tell(f"{name}=", f"{now}=")
+    return value
+
+
+def up_to_date(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the names that they have now.
+
+    Raises:
+        OptionError: One is given by both of its names.
+    """
+    made = dict(options)
+    for former in OPTIONS.keys() & options.keys():
+        now, value = OPTIONS[former], made.pop(former)
+        if made.get(now) is not None and value is not None:
+            raise OptionError(f"{former} and {now} are the same\n  effect  nothing was made\n  to fix  say {now} alone")
+        if value is not None:
+            tell(f"{former}=", f"{now}=")
+            made[now] = value
+    return made
