@@ -58,10 +58,10 @@ from oto.slim.config.unstated import nothing_states
 from oto.slim.own_class import OwnClass, limited, own_class
 from oto.slim.proof.inputs import device_of, follow_model
 from oto.slim.state import left_before
-from oto.trace.found import as_found
 from oto.trace.graph import Graph
 from oto.trace.inputs import Example
 from oto.trace.record import record, told
+from oto.trace.snapshot import preserved
 from oto.trace.state import State, undone
 
 Layout: TypeAlias = Literal["free", "uniform", "stock"]
@@ -316,7 +316,7 @@ def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
 def _stated(analysis: Analysis, recipe: Recipe | None, layout: Layout) -> tuple[NodeGroup, ...] | None:
     model = analysis.model
     tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
-    with tried, as_found(model), stages(f"OTO({type(model).__name__})"):
+    with tried, preserved(model), stages(f"OTO({type(model).__name__})"):
         return stated(model, analysis.partition, analysis.groups, analysis.example, recipe, layout == "stock")
 
 

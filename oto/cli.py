@@ -41,6 +41,7 @@ from oto.errors import (
     first_line,
     out_of_memory,
     printable,
+    reraise_out_of_memory,
 )
 from oto.given import HOW_TO_NAME, load_weights, named_input, named_model
 from oto.groups import Cost
@@ -430,8 +431,7 @@ def _verified(folder: Path, model: str | None, inputs: list[str] | None,
         try:
             outputs = run(slim, example)
         except Exception as failure:  # of many kinds; the example may be of the user's making
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             raise VerificationError(
                 f"the slim model fails on {'a random' if seed else 'the'} input: {first_line(failure)}\n"
                 "  to fix  give an input that the model takes: --input, --input-fn"
@@ -527,8 +527,7 @@ def bench(
         given = tree_map_only(Tensor, lambda t: t.to(device), given)
         taken = dict(zip(models, rounds(list(models.values()), given, seconds=seconds), strict=True))
     except Exception as failure:  # of many kinds: a device that is not there, an input that does not fit
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         raise GivenError(f"the forward pass fails on {device}: {first_line(failure)}") from failure
     quartiles = {name: [1e3 * q for q in statistics.quantiles(own, n=4)] for name, own in taken.items()}
     rows = [["", "median ms", "quartiles", "passes"]]

@@ -226,6 +226,12 @@ def out_of_memory(failure: BaseException) -> bool:
     return isinstance(failure, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(failure)
 
 
+def reraise_out_of_memory(failure: Exception) -> None:
+    """Raise it once more where memory ran out: what tries something else on any other failure does not swallow that."""
+    if out_of_memory(failure):
+        raise failure
+
+
 def first_line(failure: BaseException, limit: int = 300) -> str:
     """The kind of an exception and the first line that it says, cut."""
     line = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")

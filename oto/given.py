@@ -35,7 +35,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from oto.errors import GivenError, MissingExtraError, first_line, out_of_memory, some
+from oto.errors import GivenError, MissingExtraError, first_line, out_of_memory, reraise_out_of_memory, some
 
 HOW_TO_NAME = "torchvision:NAME, timm:NAME, hf:PATH, or package.module:function"
 
@@ -303,8 +303,7 @@ def state_dict_of(path: str | Path, key: str | None = None) -> dict[str, Tensor]
     except safetensors.SafetensorError as failure:
         raise GivenError(f"{file} is no whole safetensors file: {first_line(failure)}") from failure
     except Exception as failure:  # of many kinds: pickle, zip, OS
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         raise GivenError(
             f"{file} cannot be read as plain tensors: {_why(failure)}\n"
             "  effect  nothing of it was run or loaded\n"

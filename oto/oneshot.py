@@ -54,7 +54,7 @@ from oto.optim.saliency import magnitude
 from oto.previewing import align_for, by_first_names, latency_for
 from oto.progress import stage, stages
 from oto.report.one_shot import OneShot, Portion
-from oto.trace.found import as_found
+from oto.trace.snapshot import preserved
 
 ROOM = 2**30
 """Bytes of second moments that are held at one time, where a single reader does not need more."""
@@ -278,7 +278,7 @@ class Compression:
     def _choose(self) -> dict[str, NDArray[np.int64]]:
         """The atoms of each group that go; with ``"obs"`` their number counts."""
         if self._measured is None:
-            with as_found(self.model):
+            with preserved(self.model):
                 batches = self.data.calibration if self.choice.averaged else ()
                 left = left_now(self.choice, self.model, batches, self.data.loss)
         else:
@@ -439,7 +439,7 @@ class Compression:
     def _moments(self, readers: Sequence[Reader]) -> dict[Key, Moments]:
         if not readers:
             return {}
-        with as_found(self.model), listening(readers, self.tensors) as found:
+        with preserved(self.model), listening(readers, self.tensors) as found:
             for batch in self.data.calibration:
                 self.data.loss(self.model, batch)
         return found
@@ -448,7 +448,7 @@ class Compression:
         return self._loss_over(self.data.held) if self.data.held else None
 
     def _loss_over(self, batches: Sequence[Any]) -> float:
-        with as_found(self.model), torch.no_grad():
+        with preserved(self.model), torch.no_grad():
             losses = [float(self.data.loss(self.model, batch)) for batch in batches]
         return sum(losses) / len(losses)
 
@@ -464,7 +464,7 @@ class Compression:
 
     def _norms_anew(self) -> dict[str, Tensor]:
         """Statistics of batch norms, averaged over the batches."""
-        with as_found(self.model), torch.no_grad():
+        with preserved(self.model), torch.no_grad():
             for norm in self._norms.values():
                 norm.train()
                 norm.momentum = None  # the mean over all batches

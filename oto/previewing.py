@@ -22,7 +22,7 @@ from oto.optim.target import Target
 from oto.report.preview import Preview
 from oto.report.preview import preview as table_of
 from oto.slim.latency import Latency, Timer, measured_latency
-from oto.trace.found import as_found
+from oto.trace.snapshot import preserved
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _kept(
 ) -> dict[str, int]:
     """What a choice would leave, with the model in the modes that it is in, and as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    with as_found(model) if batches else nullcontext():  # the weights alone are only read
+    with preserved(model) if batches else nullcontext():  # the weights alone are only read
         for module, training in modes:
             module.training = training
         return kept_now(choice, model, batches, loss)

@@ -62,13 +62,13 @@ def shrink(
     if like is not None:
         optimizer.zero_(left)
     slim, after = _slim(analysis, _kept(analysis, optimizer, left), averages)
-    thin = thinner(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
+    pruned = thinner(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
     if not optimizer.progress.over:
-        require_there(thin, after.groups)
+        require_there(pruned, after.groups)
     model = analysis.model
     moved = [Moved(n, p, slim.model.get_parameter(n), slim.parameters[n]) for n, p in model.named_parameters()]
     wrappers = data_parallel_around(model)
-    optimizer.shrink_(moved, thin, left)
+    optimizer.shrink_(moved, pruned, left)
     for wrapper in wrappers:
         wrapper.register_forward_pre_hook(_refuse_stale)
     for before, now in [(model, slim.model), *slim.averages]:

@@ -23,7 +23,7 @@ from oto.io.subnet import files, save
 from oto.optim import SparseOptimizer
 from oto.progress import stage, stages
 from oto.report.card import card
-from oto.report.html import Origin, report
+from oto.report.html import Background, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
 from oto.slim.config.recipe import Recipe
 from oto.slim.construct import Made, construct, require_values
@@ -34,8 +34,8 @@ from oto.slim.pruned_shapes import masks, read_zeros
 from oto.slim.removed import unreached, within
 from oto.slim.source import Source
 from oto.slim.state import left_since
-from oto.trace.found import as_found
 from oto.trace.record import told
+from oto.trace.snapshot import preserved
 from oto.trace.state import undone
 
 REPORT = "report.html"
@@ -81,7 +81,7 @@ class Subnet:
     cost_after: Cost
     kept: Kept
     notes: tuple[str, ...] = ()
-    origin: Origin | None = field(default=None, repr=False)
+    origin: Background | None = field(default=None, repr=False)
     example: Any = field(default=None, repr=False)
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -255,7 +255,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
     before = analysis.cost()
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
     built = told(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
-    with built, undone(later), as_found(analysis.model):
+    with built, undone(later), preserved(analysis.model):
         made = construct(source, build.emitter)
     source = source if made.kept is kept else replace(source, kept=made.kept)  # a class may want some that are zero
     after = cost(analysis.partition, {name: len(atoms) for name, atoms in made.kept.items()}, gone)
@@ -293,19 +293,22 @@ def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) 
     assert build.out_dir is not None
     proved = f"the slim model was built, and right in {len(made.checks)} comparisons"
     costs = {"before": vars(before), "after": vars(after)}
-    with told(source.model, ArtifactError, "its slim model was saved and loaded again", proved), as_found(source.model):
+    with (
+        told(source.model, ArtifactError, "its slim model was saved and loaded again", proved),
+        preserved(source.model),
+    ):
         return save(build.out_dir, source, made, costs, build.save_full, build.program)
 
 
-def _origin(analysis: Analysis, optimizer: SparseOptimizer | None) -> Origin:
+def _origin(analysis: Analysis, optimizer: SparseOptimizer | None) -> Background:
     """What a report says of a model and its training."""
     name = type(analysis.model).__name__
     if optimizer is None:
-        return Origin(name, analysis.partition, analysis.groups)
+        return Background(name, analysis.partition, analysis.groups)
     history, schedule = tuple(optimizer.history), optimizer.schedule  # training may go on
     periods = [schedule.bounds(period) for period in range(schedule.periods)]
     target = str(optimizer.choice.target)
-    return Origin(name, analysis.partition, analysis.groups, target, history, periods)
+    return Background(name, analysis.partition, analysis.groups, target, history, periods)
 
 
 def _files_in(folder: Path | None) -> set[str]:

@@ -167,8 +167,8 @@ def test_latency_of_every_mode(latency: Any, tmp_path: Path, capsys: pytest.Capt
         low, high = line["quartiles_ms"]
         assert 0 < low <= line["ms"] <= high and line["rounds"] >= latency.ROUNDS
         assert line["speed_up"] == line["full_ms"] / line["ms"]
-    thin = [(line["width"], line["full_width"]) for line in lines if line["model"] == "LayerNorm"]
-    assert thin == [(384, 768)]
+    pruned = [(line["width"], line["full_width"]) for line in lines if line["model"] == "LayerNorm"]
+    assert pruned == [(384, 768)]
     assert all(line["of_stock"] == line["ms"] / line["stock_ms"] for line in lines if line["model"] in latency.NORMS)
 
     before, text = results.read_text(), results.with_suffix(".md").read_text()

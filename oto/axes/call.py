@@ -145,7 +145,7 @@ class Tape:
     def tensor(self, terms: Sequence[Term]) -> Operand:
         made = tuple(terms)
         self.tensors.append(made)
-        return Operand(len(self.tensors) - 1, made, tuple(T.size(t) for t in made))
+        return Operand(len(self.tensors) - 1, made, tuple(T.size_of(t) for t in made))
 
     def silence(self, first: int) -> None:
         """Let steps, from one on, ask for no zeros: nobody reads what they give. They still cost what they cost."""

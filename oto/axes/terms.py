@@ -55,7 +55,7 @@ class Sum:
 
     def __init__(self, segments: Sequence[Term]) -> None:
         self.segments = tuple(segments)
-        self.size = sum(size(segment) for segment in segments)
+        self.size = sum(size_of(segment) for segment in segments)
 
     def __repr__(self) -> str:
         return "(" + " + ".join(map(repr, self.segments)) + ")"
@@ -78,7 +78,7 @@ def axis(n: int, fixed: Reason | None = None) -> Term:
     return () if n == 1 else (Axis(n, fixed),)
 
 
-def size(term: Term) -> int:
+def size_of(term: Term) -> int:
     return prod(factor.size for factor in term)
 
 
@@ -147,11 +147,11 @@ def fix(term: Term, reason: Reason) -> None:
 
 def concat(terms: Sequence[Term]) -> Term:
     """The sum of terms."""
-    segments = [segment for term in terms if size(segment := resolve(term))]
+    segments = [segment for term in terms if size_of(segment := resolve(term))]
     if len(segments) == 1:
         return segments[0]
     if not any(free(segment) for segment in segments):
-        return axis(sum(map(size, segments)), _reason(segments))
+        return axis(sum(map(size_of, segments)), _reason(segments))
     total = Sum(segments)
     _refresh(total)
     return (total,)
@@ -168,7 +168,7 @@ def unify(left: Term, right: Term, reason: Reason) -> None:
 
     Where that cannot be expressed, what is left of both is fixed for ``reason``.
     """
-    assert size(left) == size(right), (left, right)
+    assert size_of(left) == size_of(right), (left, right)
     while True:
         left, right = resolve(left), resolve(right)
         while left and right and left[0] is right[0]:
@@ -208,10 +208,10 @@ def _unify_factors(f: Factor, g: Factor, reason: Reason) -> None:
         _expose(a)
         _expose(b)
         x, y = a.pop(0), b.pop(0)
-        if (short := size(x)) > size(y):
-            x, rest = _cut_term(x, size(y))
+        if (short := size_of(x)) > size_of(y):
+            x, rest = _cut_term(x, size_of(y))
             a.insert(0, rest)
-        elif short < size(y):
+        elif short < size_of(y):
             y, rest = _cut_term(y, short)
             b.insert(0, rest)
         unify(x, y, reason)
@@ -240,9 +240,9 @@ def _split_factor(factor: Factor, head: int, reason: Reason) -> tuple[Term, Term
     # (T₁ ⊕ T₂) × K = T₁×K ⊕ T₂×K, so every segment must end in the same tail
     heads, tails = [], []
     for segment in factor.segments:
-        if size(segment) % tail:
+        if size_of(segment) % tail:
             raise Indivisible
-        first, last = _split_term(segment, size(segment) // tail, reason)
+        first, last = _split_term(segment, size_of(segment) // tail, reason)
         heads.append(first)
         tails.append(last)
     for other in tails[1:]:
@@ -274,7 +274,7 @@ def _cut_term(term: Term, head: int) -> tuple[Term, Term]:
     """The first ``head`` entries of a term, and the rest."""
     term = resolve(term)
     if len(term) > 1:  # (A ⊕ B) × K: only between whole K
-        tail = size(term[1:])
+        tail = size_of(term[1:])
         if head % tail:
             raise Indivisible
         left, right = _cut_term(term[:1], head // tail)
@@ -286,7 +286,7 @@ def _cut_term(term: Term, head: int) -> tuple[Term, Term]:
         return left, right
     before: list[Term] = []
     rest = list(factor.segments)
-    while head >= (n := size(rest[0])):
+    while head >= (n := size_of(rest[0])):
         before.append(rest.pop(0))
         head -= n
         if not head:
@@ -312,7 +312,7 @@ def split(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
 
     Where a border falls inside something that does not divide, the whole term is fixed for ``reason``.
     """
-    assert prod(sizes) == size(term), (term, sizes)
+    assert prod(sizes) == size_of(term), (term, sizes)
     term = resolve(term)
     if len(sizes) == 1:
         return [term]
@@ -335,12 +335,12 @@ def cut(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
 
     Segments of size 0 are allowed. Where a border falls inside a product, the whole term is fixed for ``reason``.
     """
-    assert sum(sizes) == size(term), (term, sizes)
+    assert sum(sizes) == size_of(term), (term, sizes)
     term = resolve(term)
     if free(term):
         parts: list[Term] = []
         rest: Term = term
-        left = size(term)
+        left = size_of(term)
         try:
             for n in sizes:
                 if n == 0 or n == left:

@@ -27,8 +27,7 @@ from tqdm import tqdm
 from oto import clock
 from oto._torch import tree_leaves, tree_map_only
 from oto.axes.call import Size
-from oto.axes.terms import Axis, Term, count, resolve
-from oto.axes.terms import size as size_of
+from oto.axes.terms import Axis, Term, count, resolve, size_of
 from oto.groups.cost import Costs, Polynomial, polynomial
 from oto.groups.partition import Partition
 from oto.trace.graph import Node, Value

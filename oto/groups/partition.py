@@ -130,14 +130,14 @@ def thinner(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tu
                 for axis, cuts in occurrences(term, counts):
                     where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
 
-    def thin(group: NodeGroup) -> NodeGroup:
+    def pruned(group: NodeGroup) -> NodeGroup:
         axis = partition.axes[group.name]
         slices = tuple(where[axis])
         places = {(piece.parameter, piece.dim) for piece in group.zeros}
         zeros = tuple(piece for piece in slices if (piece.parameter, piece.dim) in places)
         return replace(group, size=counts.get(axis, group.size), slices=slices, zeros=zeros)
 
-    return tuple(map(thin, groups))
+    return tuple(map(pruned, groups))
 
 
 def occurrences(term: Term, counts: Mapping[Axis, int] = _WHOLE) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from oto._torch import tree_leaves, tree_map_only
 from oto.axes.call import Step
-from oto.axes.terms import Axis, Term, axes_of, resolve, size, survivors
+from oto.axes.terms import Axis, Term, axes_of, resolve, size_of, survivors
 from oto.groups.node_group import NodeGroup
 from oto.groups.partition import Partition
 from oto.trace.graph import Leaf, Node, Value
@@ -160,7 +160,7 @@ class Reader:
     @property
     def width(self) -> int:
         """Entries that each row of it reads."""
-        return size(self.term) * self.each
+        return size_of(self.term) * self.each
 
     @property
     def unrolled(self) -> Reader:
@@ -309,7 +309,8 @@ class _Search:
         target = {out: dim for dim, (out,) in self._passing(step, w)}
         batch = [
             (dim, target[out]) for dim, (out,) in self._passing(step, x)
-            if out in target and all(size(tape.tensors[step.inputs[i]][d]) > 1 for i, d in ((x, dim), (w, target[out])))
+            if out in target
+            and all(size_of(tape.tensors[step.inputs[i]][d]) > 1 for i, d in ((x, dim), (w, target[out])))
         ]  # fmt: skip
         alone = [dim for group in step.summed if len(group) == 1 for i, dim in group if i == w]
         wanted: tuple[tuple[int, tuple[list[int], list[int], list[int]]], ...] = (
@@ -359,7 +360,7 @@ class _Search:
         return places[index], moves
 
     def _move(self, step: Step) -> Callable[[Tensor], Tensor] | None:
-        before, after = (tuple(map(size, self.found.tape.tensors[i])) for i in (step.inputs[0], step.output))
+        before, after = (tuple(map(size_of, self.found.tape.tensors[i])) for i in (step.inputs[0], step.output))
         if prod(before) != prod(after):
             return None
         (routes,) = step.routes
@@ -392,10 +393,10 @@ class _Search:
 
     def _shift(self, step: Step, w: int, node: Node, weight: Value) -> tuple[str, int] | None:
         """Where a constant can be added to the result, if every entry of that meets every entry of its row."""
-        sizes = [size(term) for term in self.found.tape.tensors[step.inputs[w]]]
+        sizes = [size_of(term) for term in self.found.tape.tensors[step.inputs[w]]]
         met = prod(n for n, out in zip(sizes, step.routes[w], strict=True) if not out)
-        rows, out = prod(sizes) // met, prod(size(term) for term in self.found.tape.tensors[step.output])
-        if prod(map(size, step.volume or ())) != out * met or {"alpha", "beta"} & set(node.kwargs):
+        rows, out = prod(sizes) // met, prod(size_of(term) for term in self.found.tape.tensors[step.output])
+        if prod(map(size_of, step.volume or ())) != out * met or {"alpha", "beta"} & set(node.kwargs):
             return None
         held = [self.leaves[v] for v in node.inputs() if v is not weight and v in self.leaves]
         if held:

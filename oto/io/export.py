@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from oto._torch import compile_package, load_package, tree_leaves
 from oto.atomic import concerns, locked, scratch, sync, told
-from oto.errors import ArtifactError, EmitterError, MissingExtraError, OTOError, first_line, out_of_memory
+from oto.errors import ArtifactError, EmitterError, MissingExtraError, OTOError, first_line, reraise_out_of_memory
 from oto.io.artifact import check_out_dir
 from oto.io.program import load_program, save_program
 from oto.slim.graph.program import export_program, other_examples, runnable
@@ -70,8 +70,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         except (OTOError, OSError):
             raise
         except Exception as failure:
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             if (refused := _refused(failure, place.parent)) is not None:
                 raise refused from failure
             raise EmitterError(

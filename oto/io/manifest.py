@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from oto.nn.told import COUNTED, UNIFORM
+from oto.nn.overridden import COUNTED, UNIFORM
 from oto.slim.edits import SIZES
 
 LARGEST = 2**31 - 1  # a size, a count, a place

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from oto._torch import OpOverload
-from oto.errors import ArtifactError, out_of_memory, some
+from oto.errors import ArtifactError, reraise_out_of_memory, some
 from oto.io.manifest import parse
 
 _MEMBERS = re.compile(
@@ -123,8 +123,7 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
         with _quietly():
             torch.export.save(program, packed)
     except Exception as failure:
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         raise ArtifactError(
             f"torch.export cannot save the program: {type(failure).__name__}: {_line(failure)}\n"
             "  effect  there is no model.pt2\n  to fix  load with your class: load_subnet(path, make_model)"
@@ -154,8 +153,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         with _quietly():
             return torch.export.load(packed)
     except Exception as failure:
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         why = f"{type(failure).__name__}: {_line(failure)}"
         if foreign := _foreign_types(graph):  # torch only says so in its log
             why += f"\n  likely  nothing imported so far defines {some(sorted(foreign))}: import it, then load again"

@@ -26,7 +26,7 @@ from oto.errors import (
     EmitterError,
     VerificationError,
     first_line,
-    out_of_memory,
+    reraise_out_of_memory,
     some,
 )
 from oto.io.artifact import Artifact, Draft, reading, writing
@@ -255,8 +255,7 @@ def _on_other_sizes(slim: nn.Module, read: nn.Module, given: Any) -> Iterator[Ch
     try:
         expected = run(slim, given)
     except Exception as failure:  # sizes may have to fit to values
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         return
     what = f"reloaded program on {', '.join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor))}"
     yield checked(what, dtype_of(slim), expected, run(read, given))
@@ -347,8 +346,7 @@ def load_subnet(
         *(AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError),
         EmitterError,
     ) as failure:
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         raise DamagedArtifactError(
             f"{artifact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}\n"
             "  effect  the artifact is not loaded\n"

@@ -1,16 +1,28 @@
 """Small modules and functions for what stock classes cannot express."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from oto.nn.modules import SWAPS, GroupNorm, LayerNorm, MultiheadAttention, RMSNorm, TransformerEncoder
-from oto.nn.told import Told
+from oto.nn.overridden import OverriddenForward
 from oto.nn.untrained import Untrained
+from oto.renamed import tell
 
 __all__ = [
     "SWAPS",
     "GroupNorm",
     "LayerNorm",
     "MultiheadAttention",
+    "OverriddenForward",
     "RMSNorm",
-    "Told",
     "TransformerEncoder",
     "Untrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Told":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    tell("oto.nn.Told", "oto.nn.OverriddenForward")
+    return OverriddenForward

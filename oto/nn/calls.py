@@ -149,7 +149,7 @@ def running(frame: FrameType | None, outside: FrameType | None = None) -> list[s
 
 
 def nesting() -> int:
-    """How many modules that are told something (:class:`oto.nn.told.Told`) run, one in another."""
+    """How many modules that are told something (:class:`oto.nn.overridden.OverriddenForward`) run, one in another."""
     if torch.compiler.is_dynamo_compiling():
         return int(_compiled_depth())
     return _depth_of(lines_of(sys._getframe(1)))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oto.errors import ScriptError
-from oto.nn import functional as counted
+from oto.nn import functional as full_count
 from oto.nn.calls import is_scripting
 
 
@@ -32,11 +32,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
-            y = counted.plain_normalized(input, [-1], self.normalized_shape[0] / self.full[0], self.eps)
+            y = full_count.plain_normalized(input, [-1], self.normalized_shape[0] / self.full[0], self.eps)
             if self.weight is not None:
                 y = y * self.weight
             return y if self.bias is None else y + self.bias
-        return counted.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, full=self.full)
+        return full_count.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, full=self.full)
 
     def _oto_analyzed(self, input: Tensor) -> Tensor:
         """What ``OTO`` follows in the place of ``forward``: of the entries that are left, the same ones matter."""
@@ -63,9 +63,9 @@ class RMSNorm(nn.Module):
             ratio = 1.0
             for full, left in zip(self.full, self.normalized_shape):  # noqa: B905 - TorchScript knows no `strict`
                 ratio *= full / left
-            y = counted.plain_rms(input, dims, ratio, self.eps)
+            y = full_count.plain_rms(input, dims, ratio, self.eps)
             return y if self.weight is None else y * self.weight
-        return counted.rms_norm(input, self.normalized_shape, self.weight, self.eps, full=self.full)
+        return full_count.rms_norm(input, self.normalized_shape, self.weight, self.eps, full=self.full)
 
     def _oto_analyzed(self, input: Tensor) -> Tensor:
         """As in :class:`LayerNorm`."""
@@ -91,13 +91,13 @@ class GroupNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
             grouped = input.reshape(input.shape[0], self.num_groups, self.width, -1)
-            y = counted.plain_normalized(grouped, [2, 3], self.width / self.full, self.eps).flatten(1, 2)
+            y = full_count.plain_normalized(grouped, [2, 3], self.width / self.full, self.eps).flatten(1, 2)
             y = y.reshape(input.shape)
             if self.weight is not None and self.bias is not None:
                 column = [-1] + [1] * (input.dim() - 2)
                 y = y * self.weight.reshape(column) + self.bias.reshape(column)
             return y
-        return counted.group_norm(
+        return full_count.group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps, full=self.full, width=self.width
         )
 

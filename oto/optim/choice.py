@@ -283,14 +283,14 @@ class Choice(Criteria):
     def warn_of_collapse(self, left: Tensor) -> None:
         """Name the node groups that fell below the floor because the target could not be met otherwise."""
         counts = self._counts(left).tolist()
-        thin = [
+        pruned = [
             f"{group.name} ({count} of {full})"
             for group, count, floor, full in zip(self.groups, counts, self.floor, self.full, strict=True)
             if count < floor
         ]
-        if thin:
+        if pruned:
             warnings.warn(
-                f"{self.target} leaves less than {FLOOR:.0%} of {some(thin)}\n"
+                f"{self.target} leaves less than {FLOOR:.0%} of {some(pruned)}\n"
                 "  effect  so thin a layer may cost more accuracy than the target suggests\n"
                 "  to fix  prune less, or keep more of these with min_kept={'name or glob': share}",
                 CollapseWarning,

@@ -35,7 +35,7 @@ class Moved:
     new: Tensor
     entries: Sequence[NDArray[np.int64] | None]
 
-    def thin(self, tensor: Tensor) -> Tensor:
+    def prune(self, tensor: Tensor) -> Tensor:
         """The entries that are left of a tensor of the old shape, in memory of their own."""
         made = taken(tensor.detach(), self.entries)
         return made.clone() if made is tensor or made.data_ptr() == tensor.data_ptr() else made
@@ -64,7 +64,7 @@ def _sliced(moved: Moved, optimizer: Optimizer) -> dict[str, Any]:
         if plain or (isinstance(value, Tensor) and value.numel() == 1 and moved.old.numel() > 1):
             made[key] = value  # how many steps were taken, and the like
         elif isinstance(value, Tensor) and value.shape == moved.old.shape and value.layout is torch.strided:
-            made[key] = moved.thin(value)
+            made[key] = moved.prune(value)
         elif value is None or (not isinstance(value, Tensor) and not len(value)):
             made[key] = value
         else:
@@ -85,7 +85,7 @@ def follow(optimizer: Optimizer, moved: Sequence[Moved], states: Mapping[Tensor,
     for group in optimizer.param_groups:
         group["params"][:] = [new.get(p, p) for p in group["params"]]
     for m in moved:
-        m.new.grad = None if m.old.grad is None else m.thin(m.old.grad)
+        m.new.grad = None if m.old.grad is None else m.prune(m.old.grad)
     held = [(new.get(p, p), states.get(p, state)) for p, state in optimizer.state.items()]
     optimizer.state.clear()
     optimizer.state.update(held)

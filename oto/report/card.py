@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import nn
 
-from oto.report.table import Shrunk, cost_rows, subnet_lines
+from oto.report.table import Described, cost_rows, subnet_lines
 
 
-class Saved(Shrunk, Protocol):
+class Saved(Described, Protocol):
     """What a card says of a slim model."""
 
     @property

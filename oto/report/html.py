@@ -19,7 +19,7 @@ from oto.groups import NodeGroup, Partition
 from oto.groups.cost import macs_by_node
 from oto.report import charts
 from oto.report.draw import metric, to_dot
-from oto.report.table import OF_THE_CLASS, Shrunk, cost_rows
+from oto.report.table import OF_THE_CLASS, Described, cost_rows
 from oto.trace.record import tensors_in
 
 TEMPLATE = "report.html.j2"
@@ -28,7 +28,7 @@ MOST = 12
 
 
 @dataclass(frozen=True, eq=False)
-class Origin:
+class Background:
     """What a slim model was made from, and how: what a report shows besides the slim model.
 
     Attributes:
@@ -48,8 +48,8 @@ class Origin:
 
 def report(
     path: Path,
-    subnet: Shrunk,
-    origin: Origin,
+    subnet: Described,
+    origin: Background,
     *,
     title: str | None = None,
     history: Sequence[Any] | None = None,
@@ -113,7 +113,7 @@ def report(
     return path
 
 
-def _verdict(subnet: Shrunk, milliseconds: Mapping[str, Sequence[float]] | None) -> str:
+def _verdict(subnet: Described, milliseconds: Mapping[str, Sequence[float]] | None) -> str:
     before, after = subnet.cost_before, subnet.cost_after
     macs = f"{after.macs / before.macs:.1%} of the MACs and " if before.macs else ""
     exact = [c for c in subnet.checks if c.dtype == "float64"] or list(subnet.checks)
@@ -164,7 +164,7 @@ def _panels(widths: Sequence[tuple[str, int, int]]) -> list[dict[str, str]]:
     return found
 
 
-def _macs(origin: Origin, subnet: Shrunk) -> dict[str, str]:
+def _macs(origin: Background, subnet: Described) -> dict[str, str]:
     """MACs by module, repeated blocks together, the costliest first."""
     nodes = origin.partition.found.graph.nodes
     kept = {name: len(atoms) for name, atoms in subnet.kept.items()}
@@ -230,7 +230,7 @@ def _short(x: float) -> str:
     return metric(int(x)) if abs(x) >= 1e4 else f"{x:.4g}"
 
 
-def _drawing(origin: Origin) -> tuple[str, str]:
+def _drawing(origin: Background) -> tuple[str, str]:
     """The drawing as an element of the page, or why there is none."""
     if shutil.which("dot") is None:
         return "", "The drawing is left out: graphviz was not installed where this was written."
@@ -243,7 +243,7 @@ def _drawing(origin: Origin) -> tuple[str, str]:
     return charts.embedded(svg, "drawing", f"the graph of {origin.name}"), ""
 
 
-def _proof(subnet: Shrunk) -> list[tuple[str, int, float, float]]:
+def _proof(subnet: Described) -> list[tuple[str, int, float, float]]:
     dtypes = dict.fromkeys(check.dtype for check in subnet.checks)
     return [
         (dtype, len(own), max(c.error for c in own), own[0].tolerance)
@@ -252,13 +252,13 @@ def _proof(subnet: Shrunk) -> list[tuple[str, int, float, float]]:
     ]
 
 
-def _form(subnet: Shrunk) -> str:
+def _form(subnet: Described) -> str:
     if subnet.emitter in OF_THE_CLASS:
         return "It is a module of the original class."
     return f"It is a torch.fx.GraphModule, because {subnet.why_graph or 'that was asked for'}."
 
 
-def _load(subnet: Shrunk) -> str:
+def _load(subnet: Described) -> str:
     if subnet.path is None:
         return '# it was not saved: construct_subnet(out_dir="...") saves it'
     if subnet.emitter in OF_THE_CLASS:

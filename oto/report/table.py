@@ -18,7 +18,7 @@ OF_THE_CLASS = ("module", "config")
 """Emitters whose slim model is of the original class."""
 
 
-class Shrunk(Protocol):
+class Described(Protocol):
     """What a table says of a slim model."""
 
     @property
@@ -91,7 +91,7 @@ def cost_rows(before: Cost, after: Cost) -> list[list[str]]:
     ]
 
 
-def subnet_table(subnet: Shrunk) -> str:
+def subnet_table(subnet: Described) -> str:
     """What shrank, how it was proved, and where it is."""
     return "\n".join([columns(cost_rows(subnet.cost_before, subnet.cost_after)), *subnet_lines(subnet)])
 
@@ -100,7 +100,7 @@ def _times(comparisons: int) -> str:
     return f"{comparisons} comparison{'' if comparisons == 1 else 's'}"
 
 
-def subnet_lines(subnet: Shrunk) -> list[str]:
+def subnet_lines(subnet: Described) -> list[str]:
     """How a slim model was proved, and where it is."""
     worst: dict[str, Check] = {}
     for check in subnet.checks:

@@ -138,7 +138,7 @@ def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exceptio
     if ways == ["module"]:
         return EmitterError(
             f"{name} cannot be thinned as its own class: {why['module']}\n{nothing}"
-            f"  to fix  use emitter='graph', or {source.way_out}"
+            f"  to fix  use emitter='graph', or {source.remedy}"
         )
     exported = refused["graph"]
     said = (
@@ -148,7 +148,7 @@ def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exceptio
         f"{said.splitlines()[0]}\n"
         f"  class   the original class does not do either: {why['module']}\n"
         f"  replay  nor does a recording of the example: {str(refused['recording']).splitlines()[0]}\n"
-        f"{nothing}  to fix  {source.way_out}"
+        f"{nothing}  to fix  {source.remedy}"
     )
 
 
@@ -165,7 +165,7 @@ def _warn_of_a_graph(source: Source, refused: Mapping[str, Exception]) -> None:
     warnings.warn(
         f"the slim model is a graph, and no {type(source.model).__name__}: {why}\n"
         "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
-        f"  to fix  {source.way_out}; the zeros of the model may stay, so no training is lost",
+        f"  to fix  {source.remedy}; the zeros of the model may stay, so no training is lost",
         NotItsClassWarning,
         stacklevel=users_level(),
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from oto.trace.found import reached, surroundings
+from oto.trace.snapshot import reached, surroundings
 
 _ATOMS = (type(None), bool, int, float, str, type)
 _TABLES = (dict, OrderedDict)

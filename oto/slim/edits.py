@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from oto.errors import EmitterError, out_of_memory
+from oto.errors import EmitterError, reraise_out_of_memory
 from oto.groups import Partition
-from oto.nn import SWAPS, Told, Untrained
+from oto.nn import SWAPS, OverriddenForward, Untrained
 from oto.nn import modules as thinner
-from oto.nn.told import both_told
+from oto.nn.overridden import merge_rounds
 from oto.slim.copying import copied
-from oto.slim.numbers import state_
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.numbers import set_number
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Leaf
 
 
@@ -31,8 +31,8 @@ class Edits:
         attributes: For each module path, integer attributes and their new values.
         swaps: For each module path, the class of ``oto.nn`` that takes its place, and how to make it.
         stated: For each path of a module of the user's own, numbers that it holds: the way to each, and its new value.
-        told: For each path of a module of the user's own, calls that it makes otherwise, as :class:`oto.nn.Told` has
-            them.
+        told: For each path of a module of the user's own, calls that it makes otherwise, as
+            :class:`oto.nn.OverriddenForward` has them.
         config: Where the class is made anew from ``model.config`` instead, the fields of it that change.
         dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
         untrained: Why train mode is refused; empty if it is not.
@@ -50,10 +50,10 @@ class Edits:
 class Scale(Protocol):
     """What happens to a parameter besides that it gets thinner."""
 
-    def of(self, tensor: Tensor, thin: Thinning) -> Tensor: ...
+    def of(self, tensor: Tensor, pruned: PrunedShapes) -> Tensor: ...
 
 
-def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
+def slim_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
     """A copy of ``model`` that holds ``tensors`` in place of those of the same names; of the same config.
 
     The tensors of ``model`` are not copied, so it may be on ``meta`` or much larger than the result. Ties hold.
@@ -69,8 +69,7 @@ def thin_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     try:
         slim = copied(model, memo)
     except Exception as failure:
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         raise EmitterError(
             f"{type(model).__name__} cannot be copied: {type(failure).__name__}: {failure}\n"
             "  effect  the original class cannot be used for the slim model"
@@ -84,7 +83,7 @@ def edited(slim: nn.Module, edits: Edits) -> nn.Module:
     """A copy with its modules changed in place; another module only where the model itself is a layer of torch."""
     for path, numbers in edits.stated.items():
         for key, number in numbers:
-            state_(module_at(slim, path), tuple(key), number)
+            set_number(module_at(slim, path), tuple(key), number)
     for path, values in edits.attributes.items():
         _set_sizes(path, module_at(slim, path), values)
     for path, how in edits.swaps.items():
@@ -93,10 +92,12 @@ def edited(slim: nn.Module, edits: Edits) -> nn.Module:
             return new
         _put(slim, path, new)
     thinner.leave_nested_tensors(slim)
-    before = {path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, Told)}  # in earlier rounds
+    before = {
+        path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, OverriddenForward)
+    }  # in earlier rounds
     for path in {**before, **edits.told} if edits != Edits() else ():
         module, calls = module_at(slim, path), edits.told.get(path, {})
-        Told(module, both_told(before[path].calls, calls) if path in before else calls).install()
+        OverriddenForward(module, merge_rounds(before[path].calls, calls) if path in before else calls).install()
     for path, instead in edits.dropped.items():
         module_at(slim, path)
         _put(slim, path, nn.Identity() if instead == "identity" else None)
@@ -193,7 +194,7 @@ def forget_idle(slim: nn.Module, edits: Edits) -> None:
     """Leave modules alone that turned out to state by themselves what they were to be told."""
     for path in list(edits.told):
         forward = slim.get_submodule(path).forward
-        if isinstance(forward, Told) and forward.is_idle:
+        if isinstance(forward, OverriddenForward) and forward.is_idle:
             forward.remove()
             del edits.told[path]
 
@@ -207,9 +208,9 @@ def attribute(model: nn.Module, path: str) -> Tensor:
     return found
 
 
-def thin_tensors(
+def pruned_tensors(
     model: nn.Module,
-    thin: Thinning,
+    pruned: PrunedShapes,
     scales: Mapping[str, Sequence[Scale]] | None = None,
     held: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -221,19 +222,19 @@ def thin_tensors(
     """
     tensors: dict[str, Tensor] = {}
     scales, held = scales or {}, held or {}
-    for leaf in thin.found.graph.leaves:
+    for leaf in pruned.found.graph.leaves:
         if leaf.names:
             made = held.get(leaf.names[0])
-            made = thin_tensor(model, thin, leaf, scales.get(leaf.name, ())) if made is None else made
+            made = pruned_tensor(model, pruned, leaf, scales.get(leaf.name, ())) if made is None else made
             tensors.update(dict.fromkeys(leaf.names, made))
     return tensors
 
 
-def thin_tensor(model: nn.Module, thin: Thinning, leaf: Leaf, scales: Iterable[Scale] = ()) -> Tensor:
+def pruned_tensor(model: nn.Module, pruned: PrunedShapes, leaf: Leaf, scales: Iterable[Scale] = ()) -> Tensor:
     """One tensor of ``model``, thinned, and scaled where it takes a count in."""
-    made = thin.thin(leaf, attribute(model, leaf.names[0]))
+    made = pruned.prune(leaf, attribute(model, leaf.names[0]))
     for scale in scales:
-        made = scale.of(made, thin)
+        made = scale.of(made, pruned)
     return made
 
 

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from oto.axes.registry import known
 from oto.slim.config.emit import emit_stock
-from oto.slim.edits import Edits, forget_idle, thin_copy, thin_tensor, thin_tensors
+from oto.slim.edits import Edits, forget_idle, pruned_tensor, pruned_tensors, slim_copy
 from oto.slim.graph.emit import emit_graph
 from oto.slim.graph.replay import check_recording, emit_recording
 from oto.slim.own_class import plan_edits
 from oto.slim.proof.compare import Check
 from oto.slim.proof.reference import CheckOptions, Reference
 from oto.slim.proof.run import learn
-from oto.slim.pruned_shapes import Thinning, thinning
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 from oto.slim.removed import left_out, within
 from oto.slim.source import Emitted, Source
 from oto.trace.export import LEVELS, Exported, export
@@ -41,36 +41,36 @@ def emit_class(source: Source) -> Emitted:
     Raises:
         EmitterError: The class cannot express it.
     """
-    thin = thinning(source.partition, source.kept)
-    edits = plan_edits(source.model, thin, source.own)
+    pruned = pruned_shapes(source.partition, source.kept)
+    edits = plan_edits(source.model, pruned, source.own)
     gone: set[str] = set()
     if source.drop_unreached:
-        tensors = thin_tensors(source.model, thin)
+        tensors = pruned_tensors(source.model, pruned)
         edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
         gone = set(within(tensors, edits.dropped))
-    slim = _emit_class(source, thin, edits, gone)
+    slim = _emit_class(source, pruned, edits, gone)
     learn(slim.model, edits, source.dummy_input)
     forget_idle(slim.model, edits)
     return slim
 
 
-def _emit_class(source: Source, thin: Thinning, edits: Edits, gone: Collection[str]) -> Emitted:
+def _emit_class(source: Source, pruned: PrunedShapes, edits: Edits, gone: Collection[str]) -> Emitted:
     """A copy of the model with thinner tensors, by edits that are known, without those that are ``gone``."""
     scales = source.own.scales if source.own is not None else {}
-    tensors = {n: t for n, t in thin_tensors(source.model, thin, scales).items() if n not in gone}
+    tensors = {n: t for n, t in pruned_tensors(source.model, pruned, scales).items() if n not in gone}
     # a class may drop what it keeps for inference when it is trained
-    slim = thin_copy(source.model, tensors, edits).train().eval()
+    slim = slim_copy(source.model, tensors, edits).train().eval()
 
     def rounded(full: nn.Module) -> dict[str, Tensor]:  # what weights take in
-        leaves = [leaf for leaf in thin.found.graph.leaves if leaf.names and leaf.name in scales]
-        made = [(leaf, thin_tensor(full, thin, leaf, scales[leaf.name])) for leaf in leaves]
+        leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.names and leaf.name in scales]
+        made = [(leaf, pruned_tensor(full, pruned, leaf, scales[leaf.name])) for leaf in leaves]
         return {name: tensor for leaf, tensor in made for name in leaf.names if name not in gone}
 
     def compare(reference: Reference) -> list[Check]:
         return reference.check(slim, CheckOptions(batch=True, rounded=rounded if scales else None))
 
     def again(full: Source) -> Emitted:
-        return _emit_class(full, thin, edits, gone)
+        return _emit_class(full, pruned, edits, gone)
 
     return Emitted("module", slim, edits, tensors, compare, again, scales)
 

@@ -22,15 +22,15 @@ from oto.errors import NotPrunedWarning, TargetError, users_level
 from oto.groups import Costs, Partition
 from oto.groups.cost import Polynomial
 from oto.groups.latency import latency_table
-from oto.slim.edits import thin_copy, thin_tensors
+from oto.slim.edits import pruned_tensors, slim_copy
 from oto.slim.graph.emit import emit_graph
 from oto.slim.own_class import plan_edits
 from oto.slim.proof.run import run
-from oto.slim.pruned_shapes import thinning
+from oto.slim.pruned_shapes import pruned_shapes
 from oto.trace.export import export
-from oto.trace.found import as_found
 from oto.trace.inputs import arguments
 from oto.trace.record import on_meta
+from oto.trace.snapshot import preserved
 
 log = logging.getLogger(__name__)
 
@@ -213,8 +213,8 @@ class Timer:
             return self.full
         kept = {name: np.arange(n) for name, n in zip(self.costs.names, counts.tolist(), strict=True)}
         slim = built(self.model, self.partition, kept, self.dummy_input)
-        full, thin = rounds([self.model, slim], self.dummy_input)
-        return self.full * statistics.median(b / a for a, b in zip(full, thin, strict=True))
+        full, pruned = rounds([self.model, slim], self.dummy_input)
+        return self.full * statistics.median(b / a for a, b in zip(full, pruned, strict=True))
 
 
 def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int64]], dummy_input: Any) -> nn.Module:
@@ -223,9 +223,9 @@ def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int
     Raises:
         EmitterError: There is none.
     """
-    thin = thinning(partition, kept)
+    pruned = pruned_shapes(partition, kept)
     try:
-        slim = thin_copy(model, thin_tensors(model, thin), plan_edits(model, thin)).eval()
+        slim = slim_copy(model, pruned_tensors(model, pruned), plan_edits(model, pruned)).eval()
         run(slim, dummy_input)
     except Exception as failure:  # anything that the user's own forward may raise at other sizes
         log.info("the original class does not fit, timing the graph: %s", failure)
@@ -247,7 +247,7 @@ def rounds(models: list[nn.Module], dummy_input: Any, least: int = 5, seconds: f
         begin = clock.now()
         while len(found[0]) <= least or clock.now() - begin < seconds:
             for model, own in zip(models, found, strict=True):
-                with as_found(model):
+                with preserved(model):
                     clock.synchronize(device)
                     start = clock.now()
                     model(*args, **kwargs)

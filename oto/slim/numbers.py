@@ -32,7 +32,7 @@ LARGEST = 2**24
 """What a number may become in any case, and if it is larger, as much as it is."""
 
 
-def state_(module: nn.Module, key: Key, value: int | float) -> None:
+def set_number(module: nn.Module, key: Key, value: int | float) -> None:
     """Make a number that a module holds another one; what lies on the way to it becomes the module's own copy.
 
     Raises:

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from oto.errors import VerificationError, first_line, out_of_memory, some
+from oto.errors import VerificationError, first_line, reraise_out_of_memory, some
 from oto.groups import Kept, Partition
 from oto.progress import stage
-from oto.slim.edits import Edits, attribute, thin_copy, thin_tensor
+from oto.slim.edits import Edits, attribute, pruned_tensor, slim_copy
 from oto.slim.proof import limits
 from oto.slim.proof.compare import Check, require
-from oto.slim.pruned_shapes import Thinning, thinning
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 from oto.slim.source import Emitted, Source
 
 log = logging.getLogger(__name__)
@@ -35,21 +35,21 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     if not source.verify:
         return []
     notes, reference = emitted.notes, source.reference
-    thin = thinning(source.partition, source.kept)
-    require_held(source.model, emitted, thin)
+    pruned = pruned_shapes(source.partition, source.kept)
+    require_held(source.model, emitted, pruned)
     checks = emitted.compare(reference) if checks is None else checks
     require(checks)
     notes.extend(reference.full.notes)
     notes.extend(limits.how_many_are_numbers(reference.partial))
     idle = limits.constant(reference.full)
     if idle:
-        checks = checks + _lively(source, emitted, idle, notes)
+        checks = checks + _with_random_constants(source, emitted, idle, notes)
     if checks and len(idle) < len(limits.floating(reference.full)):
-        notes.extend(reference.unreached(emitted.model, _thinned(emitted.model, thin)))
+        notes.extend(reference.unreached(emitted.model, _thinned(emitted.model, pruned)))
     return checks
 
 
-def require_held(model: nn.Module, emitted: Emitted, thin: Thinning) -> None:
+def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> None:
     """Make sure that a slim model holds what is left of the tensors of the full one, to the last bit.
 
     No input shows all of them: rows of a table that it does not look up, units that it does not activate.
@@ -61,11 +61,11 @@ def require_held(model: nn.Module, emitted: Emitted, thin: Thinning) -> None:
     slim.update(emitted.model.named_buffers(remove_duplicate=False))
     wrong: list[str] = []
     unknown: list[str] = []
-    for leaf in thin.found.graph.leaves:
+    for leaf in pruned.found.graph.leaves:
         names = [name for name in leaf.names if name in emitted.tensors and name not in emitted.changed]
         own = {id(slim[name]): name for name in names if name in slim}
         if own:
-            wanted = thin_tensor(model, thin, leaf, emitted.scales.get(leaf.name, ()))
+            wanted = pruned_tensor(model, pruned, leaf, emitted.scales.get(leaf.name, ()))
             for name in own.values():
                 same = _same(wanted, slim[name].detach())
                 (unknown if same is None else wrong).extend([] if same else [name])
@@ -93,19 +93,19 @@ def _same(a: Tensor, b: Tensor) -> bool | None:
         return None
 
 
-def _thinned(slim: nn.Module, thin: Thinning) -> dict[str, nn.Parameter]:
+def _thinned(slim: nn.Module, pruned: PrunedShapes) -> dict[str, nn.Parameter]:
     """The parameters of a slim model that have lost entries, and that its forward reads in eval mode."""
-    read, own = thin.found.graph.read, dict(slim.named_parameters(remove_duplicate=False))
-    leaves = [leaf for leaf in thin.found.graph.leaves if leaf.kind == "parameter" and leaf.value in read]
-    smaller = [leaf for leaf in leaves if thin.shape(leaf) != tuple(leaf.value.shape)]
+    read, own = pruned.found.graph.read, dict(slim.named_parameters(remove_duplicate=False))
+    leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.kind == "parameter" and leaf.value in read]
+    smaller = [leaf for leaf in leaves if pruned.shape(leaf) != tuple(leaf.value.shape)]
     return {name: own[name] for leaf in smaller for name in leaf.names[:1] if name in own}
 
 
-def _lively(source: Source, emitted: Emitted, idle: list[int], notes: list[str]) -> list[Check]:
+def _with_random_constants(source: Source, emitted: Emitted, idle: list[int], notes: list[str]) -> list[Check]:
     """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
     stage("an output is constant: comparing with random numbers in constant parameters")
     said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
-    lively = enlivened(source.model, source.partition, source.kept)
+    lively = with_random_constants(source.model, source.partition, source.kept)
     other = replace(source, model=lively)
     other.reference.brief = True
     try:
@@ -114,8 +114,7 @@ def _lively(source: Source, emitted: Emitted, idle: list[int], notes: list[str])
     except VerificationError:
         raise
     except Exception as failure:  # code that minds other numbers
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         notes.append(f"{said}, so comparing them shows nothing ({first_line(failure)} with other numbers)")
         return []
     by_design = limits.constant(other.reference.full)
@@ -135,9 +134,9 @@ def _outputs(indices: list[int]) -> str:
     return f"output{'s' * (len(indices) > 1)} {some(map(str, indices))}"
 
 
-def enlivened(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
+def with_random_constants(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
     """A copy that shares the parameters of a model; those that are all one number hold random ones where they stay."""
-    thin = thinning(partition, kept)
+    pruned = pruned_shapes(partition, kept)
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for leaf in partition.found.graph.leaves:
@@ -146,9 +145,9 @@ def enlivened(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
         tensor = attribute(model, leaf.names[0]).detach()
         if leaf.kind == "parameter" and tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
             stays = torch.ones(tensor.shape, dtype=torch.bool)
-            for dim, mask in enumerate(thin.entries(leaf)):
+            for dim, mask in enumerate(pruned.entries(leaf)):
                 stays &= torch.from_numpy(mask).view(-1, *[1] * (tensor.ndim - dim - 1))
             drawn = torch.rand(tensor.shape, generator=generator) * 0.1 * stays
             tensor = tensor + drawn.to(tensor)
         tensors.update(dict.fromkeys(leaf.names, tensor))
-    return thin_copy(model, tensors, Edits())
+    return slim_copy(model, tensors, Edits())

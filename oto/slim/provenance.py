@@ -18,8 +18,8 @@ from oto.errors import EmitterError
 from oto.groups import Kept
 from oto.slim.config.solve import apply
 from oto.slim.config.unstated import refuse_saving
-from oto.slim.edits import Edits, attribute, module_at, thin_copy
-from oto.trace.found import state_of
+from oto.slim.edits import Edits, attribute, module_at, slim_copy
+from oto.trace.snapshot import state_of
 
 REMEMBERED = "_oto_origin"
 """The attribute of a slim module that holds its origin."""
@@ -178,4 +178,4 @@ def skeleton(model: nn.Module) -> nn.Module:
             plain = tensor.layout is torch.strided and not tensor.is_quantized
             made[id(tensor)] = torch.empty_like(tensor.detach(), device="meta") if plain else tensor.detach()
         tensors[name] = made[id(tensor)]
-    return thin_copy(model, tensors, Edits())
+    return slim_copy(model, tensors, Edits())

@@ -15,8 +15,7 @@ from torch.nn.utils import prune
 
 from oto.axes.call import Rewrite, Size
 from oto.axes.propagate import Propagation
-from oto.axes.terms import Axis, Term, count, resolve, survivors
-from oto.axes.terms import size as size_of
+from oto.axes.terms import Axis, Term, count, resolve, size_of, survivors
 from oto.errors import NonFiniteParameterError, some
 from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.node_group import computable, is_finite
@@ -80,7 +79,7 @@ def _nonzero(entries: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Thinning:
+class PrunedShapes:
     """A propagated graph with a choice of surviving atoms: every new size and every new tensor follows.
 
     Attributes:
@@ -148,16 +147,16 @@ class Thinning:
     def shape(self, leaf: Leaf) -> tuple[int, ...]:
         return self.sizes(leaf.value)
 
-    def thin(self, leaf: Leaf, tensor: Tensor) -> Tensor:
+    def prune(self, leaf: Leaf, tensor: Tensor) -> Tensor:
         """The surviving entries of a leaf's tensor, in memory of their own."""
-        thin = tensor.detach()
+        pruned = tensor.detach()
         for dim, mask in enumerate(self.entries(leaf)):
             if not mask.all():
-                thin = thin.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(thin.device))
+                pruned = pruned.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(pruned.device))
         whole = all(mask.all() for mask in self.entries(leaf))
-        return thin.clone() if whole else thin
+        return pruned.clone() if whole else pruned
 
 
-def thinning(partition: Partition, kept: Kept) -> Thinning:
+def pruned_shapes(partition: Partition, kept: Kept) -> PrunedShapes:
     """The thinning of the graph that the groups were found on."""
-    return Thinning(partition.found, partition.masks(kept))
+    return PrunedShapes(partition.found, partition.masks(kept))

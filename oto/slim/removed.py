@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from oto.errors import EmitterError, first_line, out_of_memory, some
+from oto.errors import EmitterError, first_line, reraise_out_of_memory, some
 from oto.groups import Partition
-from oto.slim.edits import Edits, thin_copy
+from oto.slim.edits import Edits, slim_copy
 from oto.slim.proof.run import run
 from oto.slim.proof.train_mode import trained
 
@@ -54,13 +54,12 @@ def left_out(
         for kind in ("none", "identity"):
             some_edits = replace(edits, dropped=dict.fromkeys(paths, kind))
             try:
-                slim = thin_copy(model, rest, some_edits)
+                slim = slim_copy(model, rest, some_edits)
                 run(slim, dummy_input)
                 if train:
                     trained(slim, dummy_input)
             except Exception as failure:  # whatever a forward does about something that is not there
-                if out_of_memory(failure):
-                    raise
+                reraise_out_of_memory(failure)
                 failures[kind] = failure
             else:
                 return some_edits

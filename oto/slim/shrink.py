@@ -14,19 +14,19 @@ from torch import nn
 
 from oto._torch import holder
 from oto.axes.registry import known
-from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, out_of_memory, some
+from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, reraise_out_of_memory, some
 from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
 from oto.slim.config.recipe import Recipe, configs, fields
 from oto.slim.config.solve import apply, solve
 from oto.slim.config.unstated import Unstated
-from oto.slim.edits import Edits, attribute, thin_tensors
+from oto.slim.edits import Edits, attribute, pruned_tensors
 from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
 from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.run import learn
 from oto.slim.proof.train_mode import check_training
 from oto.slim.provenance import REMEMBERED, Round, descend, origin_of
-from oto.slim.pruned_shapes import Thinning, thinning
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 from oto.slim.source import Source
 from oto.trace.record import record
 
@@ -73,12 +73,12 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
         VerificationError: It computes something else.
     """
     model, partition, kept = source.model, source.partition, source.kept
-    thin = thinning(partition, kept)
+    pruned = pruned_shapes(partition, kept)
     try:
-        edits = plan_edits(model, thin, source.own.unfolded if source.own is not None else None)
+        edits = plan_edits(model, pruned, source.own.unfolded if source.own is not None else None)
         if source.recipe is not None:
-            _state_in_config(edits, model, source.recipe, thin)
-        slim = apply(model, thin_tensors(model, thin), edits)
+            _state_in_config(edits, model, source.recipe, pruned)
+        slim = apply(model, pruned_tensors(model, pruned), edits)
         learn(slim, edits, source.dummy_input)
         require(check(model, slim, source.dummy_input, CheckOptions(batch=True), left=source.left))
         if source.recipe is not None and Recipe.of(slim) is None:
@@ -86,20 +86,19 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     except (VerificationError, ShrinkError):
         raise
     except Exception as failure:  # anything that the user's own forward may raise at other sizes
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         said = str(failure) if isinstance(failure, EmitterError) else first_line(failure)
         raise ShrinkError(
             f"{type(model).__name__} cannot be thinned as its own class: {said.splitlines()[0]}\n"
             "  effect  training cannot go on with a slim model of this class; nothing was changed\n"
-            f"  to fix  {source.way_out}"
+            f"  to fix  {source.remedy}"
         ) from failure
     leaves = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
     parameters: dict[str, Entries] = {}
     for name, old in model.named_parameters():
-        masks = thin.entries(leaves[name])
+        masks = pruned.entries(leaves[name])
         parameters[name] = [None if mask.all() else np.flatnonzero(mask) for mask in masks]
-        if not torch.equal(attribute(slim, name).detach(), thin.thin(leaves[name], old)):
+        if not torch.equal(attribute(slim, name).detach(), pruned.prune(leaves[name], old)):
             raise ShrinkError(
                 f"the slim {type(model).__name__} holds {name} in another form, scaled for a norm over fewer entries\n"
                 "  effect  the optimizer's state would not fit it; nothing was changed\n"
@@ -107,11 +106,11 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
             )
     training = check_training(model, slim, source.dummy_input, partition, kept)
     require([] if training is None else [training])
-    descend(slim, model, Round.of(edits, thin_tensors(model, thin), kept))
+    descend(slim, model, Round.of(edits, pruned_tensors(model, pruned), kept))
     made: list[tuple[nn.Module, nn.Module]] = []
     for wrapper in averages:
         inner = _average_in(wrapper, model)
-        average = apply(inner, thin_tensors(inner, thin), edits)
+        average = apply(inner, pruned_tensors(inner, pruned), edits)
         vars(average)[REMEMBERED] = origin_of(slim)
         made.append((inner, average))
     return Shrunk(slim, parameters, made)
@@ -138,7 +137,7 @@ def analyzed_again(
     return found, limited(left, own), own
 
 
-def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinning) -> None:
+def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: PrunedShapes) -> None:
     """Let the config of a model, wherever a module of it holds that, state the sizes of the slim one.
 
     Raises:
@@ -154,7 +153,7 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinn
         if type(own := vars(m).get("config")) is type(config)
     ]
     counting = [
-        text for index, text in thin.found.tape.counted.items() if thin.changes(thin.found.tape.rewrites[index])
+        text for index, text in pruned.found.tape.counted.items() if pruned.changes(pruned.found.tape.rewrites[index])
     ]
     if not any(path == "" for path, *_ in holders) or counting:
         why = counting[0] if counting else f"{name} was made by a function, whose keywords nothing holds"
@@ -164,7 +163,7 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, thin: Thinn
             "  to fix  construct_subnet at the end, without shrink; or shrink an OTO(...) without layout='uniform'"
             + ("; or keep that width whole: skip_patterns=[...]" if counting else "")
         )
-    for path, value in solve(recipe, thin).items():
+    for path, value in solve(recipe, pruned).items():
         for module, within, own in holders:
             inside = path.removeprefix(f"{within}." if within else "")
             if f"{path}.".startswith(f"{within}." if within else "") and own.get(inside) == whole.get(path):

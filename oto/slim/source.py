@@ -66,7 +66,7 @@ class Source:
         return self.own is not None or self.recipe is not None
 
     @property
-    def way_out(self) -> str:
+    def remedy(self) -> str:
         """What to do where the original class cannot express what was removed."""
         if self.own is not None:
             return "keep what that line reads whole: OTO(..., skip_patterns=[...])"

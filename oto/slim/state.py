@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves
-from oto.errors import first_line, out_of_memory
+from oto.errors import first_line, reraise_out_of_memory
 from oto.slim.proof.compare import relative_error, tolerance
 from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.run import run
@@ -47,8 +47,7 @@ def left_before(model: nn.Module, dummy_input: Any) -> list[Change]:
         try:
             run(model, dummy_input)
         except Exception as failure:  # it is told when the model is followed
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             return []
     found = [change for change in found if any(id(tensor) in met.ids for tensor in change.tensors)]
     if not found or _computes_the_same(model, dummy_input, found):
@@ -84,8 +83,7 @@ def _computes_the_same(model: nn.Module, dummy_input: Any, changes: list[Change]
         with undone(changes):
             then = run(model, dummy_input)
     except Exception as failure:  # it cannot do without
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         log.info("what a forward left cannot be undone: %s", first_line(failure))
         return False
     return relative_error(now, then) <= tolerance(dtype_of(model))

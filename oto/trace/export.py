@@ -32,11 +32,11 @@ from oto._torch import (
     tree_map_only,
     tree_unflatten,
 )
-from oto.errors import EmitterError, first_line, out_of_memory
-from oto.trace.found import as_found, is_foreign
+from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.trace.graph import Graph, GraphBuilder, Key
 from oto.trace.inputs import arguments
 from oto.trace.record import around_modules, line_of
+from oto.trace.snapshot import is_foreign, preserved
 from oto.trace.takes import Parameter, Takes, parameters_of, traced
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
     failures: list[Exception] = []
     ways = [(way, two) for way in LEVELS[LEVELS.index(level) : -1]] + [("none", as_given)]
     with (
-        as_found(model, dummy_input),
+        preserved(model, dummy_input),
         _plain_outputs(model, builtin if portable else plain),
         torch.no_grad(),
         warnings.catch_warnings(),
@@ -120,8 +120,7 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
                 log.info("torch.export settled on a batch of two, which is not the example's: exported again")
                 ways = [(way if way == "all" else "none", as_given), ("none", as_given)]
             except Exception as problem:
-                if out_of_memory(problem):
-                    raise
+                reraise_out_of_memory(problem)
                 failures.append(problem)
                 log.info("torch.export with free dimensions %r failed: %s", way, problem)
     failure = failures[-1] if isinstance(failures[0], _TooManyConditions) else failures[0]
@@ -274,8 +273,7 @@ def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], b
             apart: torch.export.ExportedProgram = program.run_decompositions({**unknown, **written})
             return apart
         except Exception as failure:  # whatever the author of an operator does with data
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             log.info("the code of an operator cannot be followed: %s", first_line(failure))
     return program.run_decompositions(unknown) if unknown else program
 

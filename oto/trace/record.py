@@ -40,22 +40,22 @@ from oto._torch import (
     tree_leaves,
     tree_map_only,
 )
-from oto.errors import OTOError, TraceError, first_line, out_of_memory, some
+from oto.errors import OTOError, TraceError, first_line, out_of_memory, reraise_out_of_memory, some
 from oto.nn.calls import first_tensor, name_of, numbers_of, running
-from oto.nn.told import Told
-from oto.trace.found import (
-    Found,
-    as_found,
+from oto.nn.overridden import OverriddenForward
+from oto.trace.graph import Graph, GraphBuilder, Node, Value, effects
+from oto.trace.inputs import Arguments, arguments
+from oto.trace.shapes import Remembered, result_of
+from oto.trace.snapshot import (
+    Snapshot,
     is_foreign,
     modules_by_path,
     modules_of,
+    preserved,
     standing_in,
     state_of,
     tensors_by_path,
 )
-from oto.trace.graph import Graph, GraphBuilder, Node, Value, effects
-from oto.trace.inputs import Arguments, arguments
-from oto.trace.shapes import Remembered, result_of
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +130,11 @@ def record(
     failures: dict[str, Exception] = {}
     for way in ways:
         try:
-            with as_found(model, dummy_input) as found:
+            with preserved(model, dummy_input) as found:
                 _in_analyzed_form(model)
                 graph = _run(model, args, kwargs, known, way, found).recording(dead).graph
         except Exception as failure:
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             traceback.clear_frames(failure.__traceback__)  # they hold tensors
             failures[way] = failure
             log.info("%s tensors do not carry this model: %s", way, failure)
@@ -159,11 +158,10 @@ def record_data(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool]
     failures: list[Exception] = []
     for way in ("real", "grad"):
         try:
-            with as_found(model, dummy_input) as found:
+            with preserved(model, dummy_input) as found:
                 return _run(model, args, kwargs, known, way, found).recording(False)
         except Exception as failure:
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             failures.append(failure)
     raise TraceError(_message(model, args, kwargs, failures[0])) from failures[0]
 
@@ -243,7 +241,7 @@ def follow(
     script: Script | None = None,
     limit: int | None = None,
     literals: list[FunctionCall] | None = None,
-    found: Found | None = None,
+    found: Snapshot | None = None,
     bare: bool = False,
 ) -> tuple[tuple[Node, ...], Exception | None]:
     """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
@@ -261,12 +259,11 @@ def follow(
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way, limit=limit)
     try:
-        with as_found(model, dummy_input, found) as found:
+        with preserved(model, dummy_input, found) as found:
             _in_analyzed_form(model)
             _run(model, args, kwargs, known, way, found, builder, functions, script, literals, bare)
     except Exception as failure:  # anything that the user's own forward may raise
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         return tuple(builder.nodes[:limit]), None if builder.full else failure
     return tuple(builder.nodes), None
 
@@ -296,14 +293,13 @@ def _with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any,
     failure: Exception | None = None
     for way in ways:
         try:
-            with as_found(model, dummy_input) as found:
+            with preserved(model, dummy_input) as found:
                 _in_analyzed_form(model)
                 for module in model.modules():
                     module.training = True
                 trained = _run(model, args, kwargs, known, way, found).recording(False).graph
         except Exception as problem:  # it may want targets, or a batch of another kind
-            if out_of_memory(problem):
-                raise
+            reraise_out_of_memory(problem)
             traceback.clear_frames(problem.__traceback__)
             failure = failure or problem
             log.info("%s tensors do not carry this model in train mode: %s", way, problem)
@@ -340,7 +336,7 @@ def _in_analyzed_form(model: nn.Module) -> None:
         forward = vars(module).get("forward")
         if hasattr(type(module), "_oto_analyzed"):
             vars(module)["forward"] = module._oto_analyzed
-        elif isinstance(forward, Told):
+        elif isinstance(forward, OverriddenForward):
             forward.as_analyzed().install()
 
 
@@ -458,7 +454,7 @@ class _Ran:
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, found: Found,
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, found: Snapshot,
     builder: GraphBuilder | None = None, functions: list[FunctionCall] | None = None,
     script: Script | None = None, literals: list[FunctionCall] | None = None, bare: bool = False,
 ) -> _Ran:  # fmt: skip
@@ -558,7 +554,7 @@ class _Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(
-        self, builder: GraphBuilder, known: Callable[[Any], bool], modules: Mapping[str, nn.Module], found: Found
+        self, builder: GraphBuilder, known: Callable[[Any], bool], modules: Mapping[str, nn.Module], found: Snapshot
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.builder = builder
@@ -727,8 +723,7 @@ def _runs_without_data(code: Callable[..., Any], args: Any, kwargs: Any) -> bool
         )
         code(*given[0], **given[1])
     except Exception as failure:  # whatever its author does with data
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         return False
     return True
 

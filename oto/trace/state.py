@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oto.trace.found import content_of, is_of_the_user
+from oto.trace.snapshot import content_of, is_of_the_user
 
 _DEEP = 5  # how far from its module a piece of state may be
 _LARGE = 1_000  # a container of more entries is data

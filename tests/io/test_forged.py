@@ -425,7 +425,7 @@ ON_THE_WAY_IN = {
     "slim/graph/program.py",
     "slim/numbers.py",
     "slim/provenance.py",
-    "nn/told.py",
+    "nn/overridden.py",
     "nn/overrides.py",
     "nn/calls.py",
     "nn/untrained.py",

@@ -278,20 +278,20 @@ def test_a_class_that_a_hub_reads_by_its_keywords(tmp_path):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.whole, self.thin = Net(), Net()
+            self.whole, self.pruned = Net(), Net()
 
         def forward(self, x):
-            return self.whole(x) + self.thin(x)
+            return self.whole(x) + self.prune(x)
 
     oto = OTO(Two(), torch.randn(1, 3), skip_patterns=["whole.*"])
     oto.random_set_zero_groups(0.3)
     subnet = oto.construct_subnet()
     with pytest.raises(EmitterError, match=r"Net has sizes that nothing it is made from states"):
-        subnet.model.thin.save_pretrained(tmp_path / "x")
+        subnet.model.pruned.save_pretrained(tmp_path / "x")
     subnet.model.whole.save_pretrained(tmp_path / "whole")  # what kept its sizes writes as ever
-    oto.model.thin.save_pretrained(tmp_path / "full")
-    assert Net.from_pretrained(tmp_path / "full").into.weight.equal(oto.model.thin.into.weight)
-    gone = subnet.model.thin.save_pretrained
+    oto.model.pruned.save_pretrained(tmp_path / "full")
+    assert Net.from_pretrained(tmp_path / "full").into.weight.equal(oto.model.pruned.into.weight)
+    gone = subnet.model.pruned.save_pretrained
     del subnet
     with pytest.raises(EmitterError, match="the slim Net is not there any more"):
         gone(tmp_path / "x")

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from oto.nn import functional as counted
+from oto.nn import functional as full_count
 
 K, D = 5, 8
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return counted.layer_norm(x, (K,), weight, bias, 1e-5, full=(D,))
+    return full_count.layer_norm(x, (K,), weight, bias, 1e-5, full=(D,))
 
 
 def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     twice = [None if t is None else t.repeat(2) for t in (weight, bias)]
-    return counted.group_norm(x, 2, *twice, 1e-5, full=D, width=K)
+    return full_count.group_norm(x, 2, *twice, 1e-5, full=D, width=K)
 
 
 def with_zeros(norm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -86,7 +86,7 @@ def test_a_thin_rms_norm_gives_what_the_full_one_does(weighted: bool) -> None:
     x, weight = example(layer_norm), torch.linspace(1, 2, K, dtype=torch.float64) if weighted else None
     padded = None if weight is None else F.pad(weight, (0, D - K))
     expected = F.rms_norm(F.pad(x, (0, D - K)), (D,), padded, 0.1)[..., :K]
-    torch.testing.assert_close(counted.rms_norm(x, (K,), weight, 0.1, full=(D,)), expected)
+    torch.testing.assert_close(full_count.rms_norm(x, (K,), weight, 0.1, full=(D,)), expected)
 
 
 def test_a_constant_row_has_a_gradient() -> None:
@@ -99,5 +99,5 @@ def test_a_constant_row_has_a_gradient() -> None:
 def test_dtypes_come_out_as_they_do_with_gradients(weight: torch.dtype) -> None:
     x, own = example(layer_norm).bfloat16(), [torch.ones(K, dtype=weight)] * 2
     with torch.no_grad():
-        thin = layer_norm(x, *own)
-    assert torch.equal(thin, layer_norm(x, *own)) and thin.dtype == weight
+        pruned = layer_norm(x, *own)
+    assert torch.equal(pruned, layer_norm(x, *own)) and pruned.dtype == weight

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oto import OTO
 from oto.errors import ScriptError
-from oto.nn import GroupNorm, LayerNorm, MultiheadAttention, RMSNorm, Told
+from oto.nn import GroupNorm, LayerNorm, MultiheadAttention, OverriddenForward, RMSNorm
 from oto.nn.functional import eps_of
 from oto.slim.proof.compare import relative_error
 
@@ -116,7 +116,7 @@ def windows() -> tuple[nn.Module, nn.Module]:
     oto = OTO(full, data(2, 4, 5))
     oto.random_set_zero_groups(0.4)
     slim = oto.construct_subnet(emitter="module").model
-    assert any(isinstance(vars(m).get("forward"), Told) for m in slim.modules())
+    assert any(isinstance(vars(m).get("forward"), OverriddenForward) for m in slim.modules())
     assert slim.norm.normalized_shape < (12,) and slim.qkv.out_features < 36
     return full, slim
 

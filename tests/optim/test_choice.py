@@ -176,8 +176,8 @@ def test_layers_that_a_target_forces_to_be_thin_are_named(oto):
         train(copied.model, optimizer, range(1, 3))
     (text,) = {str(warning.message) for warning in caught}
     left = {name: size - len(optimizer.pruned_groups.get(name, ())) for name, size in SIZES.items()}
-    thin = {name for name, size in SIZES.items() if left[name] < FLOOR * size}
-    assert thin and all((f"{name} ({left[name]} of {SIZES[name]})" in text) == (name in thin) for name in SIZES)
+    pruned = {name for name, size in SIZES.items() if left[name] < FLOOR * size}
+    assert pruned and all((f"{name} ({left[name]} of {SIZES[name]})" in text) == (name in pruned) for name in SIZES)
     assert optimizer.progress.cost <= optimizer.progress.goal
 
 

@@ -320,7 +320,7 @@ def test_a_shift_is_where_a_constant_can_go():
     assert shifts["transposed"] is None and shifts["no bias"] is None
 
 
-class Told(nn.Module):
+class OverriddenForward(nn.Module):
     """Weights that read, and must not be changed."""
 
     def __init__(self):
@@ -340,7 +340,7 @@ class Told(nn.Module):
 
 
 def test_what_cannot_take_over_is_told_with_its_reason():
-    model = Told()
+    model = OverriddenForward()
     oto = OTO(model, torch.randint(20, (2, 5)), prune_frozen=True)
     found = readers(oto.partition, oto.node_groups)
     why = {name: " ".join(reasons) for name, reasons in found.told.items()}

@@ -200,10 +200,12 @@ def test_a_choice_counts_in_the_full_network(how):
         alive[seed % len(alive)][::2] = False
         left = torch.cat(alive)
         groups = [replace(g, size=int(own.sum())) for g, own in zip(choice.groups, alive, strict=True)]
-        thin = replace(choice, groups=tuple(groups))
+        pruned = replace(choice, groups=tuple(groups))
         for share in (0.7, 1.0):
             chosen = choice.select(scores, left, share)
-            assert torch.equal(chosen[left], thin.select(scores[left], torch.ones(int(left.sum()), dtype=bool), share))
+            assert torch.equal(
+                chosen[left], pruned.select(scores[left], torch.ones(int(left.sum()), dtype=bool), share)
+            )
             assert chosen.any() and not chosen[~left].any()
 
 

@@ -21,8 +21,7 @@ from oto._torch import tree_leaves, tree_map_only
 from oto.axes.call import Fact, Size, Uniform
 from oto.axes.invariance import Place, _follow, _Visit, _visits
 from oto.axes.propagate import Propagation, propagate
-from oto.axes.terms import Axis, count, resolve, survivors
-from oto.axes.terms import size as size_of
+from oto.axes.terms import Axis, count, resolve, size_of, survivors
 from oto.trace.graph import Graph, GraphBuilder, Key, Leaf, Value
 
 Masks = Mapping[Axis, np.ndarray]
@@ -118,8 +117,8 @@ def slim_call(traced: Traced, tensors: Mapping[Value, Tensor], masks: Masks) -> 
     if rewrite is not None and any(count(resolve(term), counts) != size_of(term) for term in rewrite.terms):
         op, args, kwargs = rewrite.op, rewrite.args, rewrite.kwargs
     args, kwargs = tree_map_only(Size, lambda x: count(resolve(x.term), counts), (args, dict(kwargs)))
-    thin = {value: _thin(traced, value, tensor, masks) for value, tensor in tensors.items()}
-    args, kwargs = tree_map_only(Value, thin.__getitem__, (args, kwargs))
+    pruned = {value: _thin(traced, value, tensor, masks) for value, tensor in tensors.items()}
+    args, kwargs = tree_map_only(Value, pruned.__getitem__, (args, kwargs))
     return calls(op, args, kwargs)
 
 

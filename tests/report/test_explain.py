@@ -97,10 +97,10 @@ class Adapted(nn.Module):
 
 def test_what_is_frozen_is_told_with_a_way_out_here_and_by_targets():
     oto = OTO(Adapted(), torch.randn(2, 8))
-    way_out = r"frozen[^$]*to fix  set requires_grad_\(True\)[^$]*docs/adapters\.md[^$]*prune_frozen=True"
-    assert re.search(way_out, str(oto.explain()))
+    remedy = r"frozen[^$]*to fix  set requires_grad_\(True\)[^$]*docs/adapters\.md[^$]*prune_frozen=True"
+    assert re.search(remedy, str(oto.explain()))
     held = r"frozen  32 atoms of 1 node groups stay whole[^$]*base\.weight, base\.bias[^$]*"
-    with pytest.raises(TargetError, match=held + way_out[6:]):
+    with pytest.raises(TargetError, match=held + remedy[6:]):
         oto.hesso(lr=0.1, total_steps=20, target_params=0.3)
     assert oto.hesso(lr=0.1, total_steps=20, target_params=0.9).num_atoms == 4
     free = OTO(Adapted(), torch.randn(2, 8), prune_frozen=True)

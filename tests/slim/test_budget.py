@@ -274,10 +274,10 @@ def test_an_output_that_is_constant_is_told_and_compared_once_more(emitter):
 def test_a_mistake_behind_a_constant_output_is_found(monkeypatch):
     from oto.slim import emitters
 
-    thin = emitters.thin_tensors
+    pruned = emitters.pruned_tensors
 
     def shuffled(*given: object) -> dict[str, Tensor]:
-        return {name: t.flip(0) if name == "up.weight" else t for name, t in thin(*given).items()}
+        return {name: t.flip(0) if name == "up.weight" else t for name, t in pruned(*given).items()}
 
     monkeypatch.setattr(emitters, "thin_tensors", shuffled)
     with pytest.raises(EmitterError, match="cannot be thinned as its own class: VerificationError"):

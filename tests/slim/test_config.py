@@ -14,7 +14,7 @@ from oto import OTO
 from oto.errors import EmitterError
 from oto.slim.config.recipe import Recipe
 from oto.slim.config.solve import candidates, solve, stock
-from oto.slim.pruned_shapes import thinning
+from oto.slim.pruned_shapes import pruned_shapes
 
 from .toy import FFN, Config, Net, config
 
@@ -25,7 +25,7 @@ def asked(model: nn.Module, keep: int, given: Any = IDS) -> dict[str, Any]:
     """The fields that state ``keep`` atoms of every prunable group."""
     partition = OTO(model, given).partition
     kept = {g.name: np.arange(keep) for g in partition.groups if g.prunable}
-    return solve(Recipe.of(model), thinning(partition, kept))
+    return solve(Recipe.of(model), pruned_shapes(partition, kept))
 
 
 def test_a_field_is_found_by_value_and_settled_by_trial():
@@ -67,7 +67,7 @@ def test_a_field_of_a_list():
     model = Pyramid(Config(widths=[8, 6]))
     partition = OTO(model, torch.randn(1, 3)).partition
     kept = {"layers.0.weight": np.arange(5), "layers.1.weight": np.arange(2)}
-    edits = solve(Recipe.of(model), thinning(partition, kept))
+    edits = solve(Recipe.of(model), pruned_shapes(partition, kept))
     assert edits == {"widths.0": 5, "widths.1": 2}
     assert [m.out_features for m in stock(model, {n: torch.zeros(s) for n, s in {
         "layers.0.weight": (5, 3), "layers.0.bias": (5,), "layers.1.weight": (2, 5), "layers.1.bias": (2,),
@@ -93,8 +93,8 @@ def test_of_two_fields_of_one_value_the_other_may_be_meant():
     model = Heads(Config(each=8, heads=8, keys=4))
     partition = OTO(model, torch.randn(1, 3)).partition
     free = [g for g in partition.groups if g.prunable and all(p.parameter != "scale" for p in g.slices)]
-    thin = thinning(partition, {g.name: np.arange(g.size // 2) for g in free})
-    assert solve(Recipe.of(model), thin) == {"heads": 4, "keys": 2}
+    pruned = pruned_shapes(partition, {g.name: np.arange(g.size // 2) for g in free})
+    assert solve(Recipe.of(model), pruned) == {"heads": 4, "keys": 2}
 
 
 def test_nothing_of_another_size_is_made():

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oto.slim.own_class.detours import Detour
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.record import record
 
 
@@ -33,7 +33,7 @@ def ways(one, other):
     graphs = [record(Step(run), torch.randn(2, 3)) for run in (one, other)]
     stands = {graphs[0].inputs[0]: graphs[1].inputs[0]}
     results = [[node.outputs[0] for node in graph.nodes[:-1]] for graph in graphs]
-    return Detour(graphs[0].nodes, graphs[1].nodes, stands, {}, Thinning(None, {}), {}), *results
+    return Detour(graphs[0].nodes, graphs[1].nodes, stands, {}, PrunedShapes(None, {}), {}), *results
 
 
 def test_calls_are_made_once_and_compared_as_often_as_is_asked():

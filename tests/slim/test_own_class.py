@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oto import OTO, load_subnet
 from oto.errors import NotItsClassWarning
-from oto.nn import Told
+from oto.nn import OverriddenForward
 from oto.slim.own_class import search, traced, workbench
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import Place
@@ -73,7 +73,7 @@ def test_attributes_that_state_sizes_are_found_in_every_block():
     assert [block.qkv.in_features for block in subnet.model.blocks] == [subnet.model.into.out_features] * 2
     x = torch.randn(3, 2, 5, dtype=torch.float64)  # another batch, another length
     assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
-    assert not any(isinstance(vars(m).get("forward"), Told) for m in subnet.model.modules())
+    assert not any(isinstance(vars(m).get("forward"), OverriddenForward) for m in subnet.model.modules())
 
 
 class Wider(nn.Module):
@@ -138,7 +138,10 @@ def test_a_number_in_the_code_is_told(tmp_path):
             return self.b(torch.relu(self.a(x)).view(-1, 12))
 
     model, subnet, oto = slimmed(Sized(), torch.randn(2, 5))
-    assert isinstance(subnet.model.forward, Told) and subnet.model.state_dict().keys() == model.state_dict().keys()
+    assert (
+        isinstance(subnet.model.forward, OverriddenForward)
+        and subnet.model.state_dict().keys() == model.state_dict().keys()
+    )
     x = torch.randn(7, 5, dtype=torch.float64)
     again = [
         copy.deepcopy(subnet.model),
@@ -225,7 +228,11 @@ def test_an_rms_norm_takes_its_count_into_its_weight(tmp_path, plus):
 
     model, subnet, oto = slimmed(Model(), torch.randn(4, 5))
     k = subnet.model.into.out_features
-    assert k < 16 and type(subnet.model.norm) is RMS and not isinstance(vars(subnet.model.norm).get("forward"), Told)
+    assert (
+        k < 16
+        and type(subnet.model.norm) is RMS
+        and not isinstance(vars(subnet.model.norm).get("forward"), OverriddenForward)
+    )
     # weight · √(D / k) and epsilon · D / k
     (name,) = (g.name for g in oto.node_groups if g.prunable)
     kept = torch.from_numpy(subnet.kept[name])
@@ -739,14 +746,14 @@ def test_a_try_that_showed_a_repair_is_not_made_again(monkeypatch):
 
     run, ran = workbench.Workbench._run, []
 
-    def kept(self, edits, adaptation, thin, limit):
-        result = run(self, edits, adaptation, thin, limit)
-        ran.append((adaptation, thin, result.is_cut))
+    def kept(self, edits, adaptation, pruned, limit):
+        result = run(self, edits, adaptation, pruned, limit)
+        ran.append((adaptation, pruned, result.is_cut))
         return result
 
     monkeypatch.setattr(workbench.Workbench, "_run", kept)
     slimmed(Literals(), torch.randn(2, 5))
-    whole = [(id(adaptation), id(thin)) for adaptation, thin, is_cut in ran if not is_cut]
+    whole = [(id(adaptation), id(pruned)) for adaptation, pruned, is_cut in ran if not is_cut]
     assert len(whole) == len(set(whole)) > 3
 
 

@@ -154,9 +154,9 @@ def test_a_recording_that_is_wrong_is_not_handed_out(monkeypatch):
 
     apply = graph.carry_over
 
-    def one_more(thin, wanted):
-        apply(thin, wanted)
-        for mask in thin.masks.values():
+    def one_more(pruned, wanted):
+        apply(pruned, wanted)
+        for mask in pruned.masks.values():
             if len(mask) == 16:
                 mask[int(mask.argmax())] = False
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from oto import OTO
 from oto.errors import OTOError, VerificationError
-from oto.nn import Told
+from oto.nn import OverriddenForward
 from oto.nn.overrides import FullCount
 from oto.slim import construct
 from oto.slim import prove as proof
@@ -195,7 +195,7 @@ def dropped_call(model: nn.Module) -> bool:
 def call_override(model: nn.Module) -> bool:
     for module in model.modules():
         told = vars(module).get("forward")
-        if isinstance(told, Told):
+        if isinstance(told, OverriddenForward):
             for hows in (hows for named in told.overrides.values() for hows in named.values()):
                 for i, how in enumerate(hows):
                     if isinstance(how, FullCount):

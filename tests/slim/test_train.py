@@ -15,7 +15,7 @@ from torch import nn
 import oto.nn
 from oto import OTO
 from oto.slim.proof.compare import relative_error
-from oto.slim.pruned_shapes import thinning
+from oto.slim.pruned_shapes import pruned_shapes
 from tests.slim.test_construct import Residual
 
 EXACT = 1e-12  # float64, sums of at most a few thousand terms
@@ -111,10 +111,10 @@ def made_slim(model, x, share=0.4):
     found = OTO(model, x)
     found.random_set_zero_groups(share)
     subnet = found.construct_subnet(emitter="module")
-    thin = thinning(found.partition, subnet.kept)
+    pruned = pruned_shapes(found.partition, subnet.kept)
     leaves = {name: leaf for leaf in found.partition.found.graph.leaves for name in leaf.names}
     assert sum(p.numel() for p in subnet.model.parameters()) < sum(p.numel() for p in model.parameters())
-    return model.train(), subnet.model.train(), lambda name, tensor: thin.thin(leaves[name], tensor)
+    return model.train(), subnet.model.train(), lambda name, tensor: pruned.prune(leaves[name], tensor)
 
 
 def step(model, x, seed=0):
@@ -127,7 +127,7 @@ def step(model, x, seed=0):
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_backward_and_statistics(name):
     make, shape = MODELS[name]
-    full, slim, thin = made_slim(make(), data(shape))
+    full, slim, pruned = made_slim(make(), data(shape))
     for seed in (1, 2):  # running statistics move twice
         full.zero_grad(), slim.zero_grad()
         y, z = (step(model, data(shape, seed)) for model in (full, slim))
@@ -138,10 +138,10 @@ def test_forward_backward_and_statistics(name):
             assert own[name].grad is None
             continue
         scale = p.grad.abs().max().clamp_min(1e-3)  # a bias before a norm has a gradient of rounding only
-        assert (thin(name, p.grad) - own[name].grad).abs().max() <= EXACT * max(scale, 1.0), name
+        assert (pruned(name, p.grad) - own[name].grad).abs().max() <= EXACT * max(scale, 1.0), name
     buffers = dict(slim.named_buffers())
     for name, b in full.named_buffers():
-        assert relative_error([thin(name, b)], [buffers[name]]) <= EXACT, name
+        assert relative_error([pruned(name, b)], [buffers[name]]) <= EXACT, name
 
 
 def test_a_step_of_batch_norm_moves_the_slim_statistics():

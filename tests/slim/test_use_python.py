@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from oto import OTO, load_subnet
-from oto.nn.told import Told
+from oto.nn.overridden import OverriddenForward
 from tests.zoo.models import image, lively
 
 timm = pytest.importorskip("timm")
@@ -112,7 +112,7 @@ def test_a_copy_is_a_model_of_its_own(made, copied):
     assert torch.equal(wanted, other(x))
     for module in other.modules():
         forward = vars(module).get("forward")
-        assert forward is None or (isinstance(forward, Told) and forward.module is module)
+        assert forward is None or (isinstance(forward, OverriddenForward) and forward.module is module)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()

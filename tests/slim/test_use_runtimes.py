@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from oto import OTO
-from oto.nn import LayerNorm, Told
+from oto.nn import LayerNorm, OverriddenForward
 from tests.nn.test_traced import Windows
 
 pytestmark = [
@@ -50,7 +50,7 @@ def slimmed(model: nn.Module, x: Tensor, **options: Any) -> Any:
 def windows() -> tuple[nn.Module, Tensor]:
     model, x = Windows(), torch.randn(2, 4, 5)
     subnet = slimmed(model, x)
-    assert any(isinstance(m.forward, Told) for m in subnet.model.modules())
+    assert any(isinstance(m.forward, OverriddenForward) for m in subnet.model.modules())
     return subnet.model, x
 
 

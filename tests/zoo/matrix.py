@@ -35,8 +35,8 @@ from oto.slim.proof.float64 import double_input, in_double
 from oto.slim.proof.inputs import random_like
 from oto.slim.proof.reference import FAST
 from oto.slim.proof.run import run
-from oto.trace.found import as_found
 from oto.trace.inputs import arguments
+from oto.trace.snapshot import preserved
 
 from .choices import EVERY_GROUP, outcomes, trained
 from .models import lively, settled
@@ -190,7 +190,7 @@ def prepared(factory: Factory) -> tuple[nn.Module, Any]:
         try:
             other = in_double(model)
             run(other, wide)  # first, so that what a process caches is as wide
-            with as_found(other), torch.no_grad():
+            with preserved(other), torch.no_grad():
                 other(*args, **kwargs)
             return in_double(model), wide  # as cold as the library made it
         except Exception:  # it is replayed in float64 all the same, with its own casts made to follow

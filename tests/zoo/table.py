@@ -38,8 +38,8 @@ computes in float64 is compared with the zeroed full model: on the example, on r
 * **traced**: on tensors that know their *shapes* (`meta`, then fake tensors), or on the *data* of the example, because
   the model looks at values. Then the graph follows the path of the example.
 * **prunable** is with `allow_graph=True`; **class** is what the model's own class can do without, by default, and the
-  slim model is of that class. **graph**: with `allow_graph=True`, a `torch.fx.GraphModule`. Where neither takes all that
-  is prunable, the recorded calls were replayed on thinner tensors to prove the analysis on the example.
+  slim model is of that class. **graph**: with `allow_graph=True`, a `torch.fx.GraphModule`. Where neither takes all
+  that is prunable, the recorded calls were replayed on thinner tensors to prove the analysis on the example.
 * **own class**: of so many models, whose class was asked since it is the default, so many have a slim model of it.
 * **other counts**: of so many choices (one group alone thinner, all but one, what an optimizer leaves at 70 % of the
   MACs) so many slim models are of the own class; each was compared on the example. What the class can do without was

@@ -10,7 +10,7 @@ import torch
 from oto.axes.call import Call, Operand, Size, anything
 from oto.axes.registry import fixed, rule
 from oto.axes.rules.distance import apart
-from oto.nn import functional as counted
+from oto.nn import functional as full_count
 
 aten = torch.ops.aten
 MEAN = 1
@@ -34,19 +34,19 @@ def _distance(call: Call, x: Operand, target: Operand, reduction: int, loss: Cal
 @rule(aten.mse_loss)
 def mse_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN) -> Operand:
     """Squares of differences."""
-    return _distance(call, x, target, reduction, counted.mse_loss)
+    return _distance(call, x, target, reduction, full_count.mse_loss)
 
 
 @rule(aten.smooth_l1_loss)
 def smooth_l1_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN, beta: float = 1.0) -> Operand:
     """Squares of differences up to ``beta``, their sizes beyond."""
-    return _distance(call, x, target, reduction, counted.smooth_l1_loss, beta=beta)
+    return _distance(call, x, target, reduction, full_count.smooth_l1_loss, beta=beta)
 
 
 @rule(aten.huber_loss)
 def huber_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN, delta: float = 1.0) -> Operand:
     """As :func:`smooth_l1_loss`, times ``delta``."""
-    return _distance(call, x, target, reduction, counted.huber_loss, delta=delta)
+    return _distance(call, x, target, reduction, full_count.huber_loss, delta=delta)
 
 
 def _entries(call: Call, reduction: int, *xs: Operand | None) -> Operand:

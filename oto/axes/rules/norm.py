@@ -12,7 +12,7 @@ import torch
 
 from oto.axes.call import Call, Fact, Operand, Size, anything, product, zero
 from oto.axes.registry import rule
-from oto.nn import functional as counted
+from oto.nn import functional as full_count
 
 aten = torch.ops.aten
 SAVED = "it is kept for the backward pass"
@@ -64,7 +64,7 @@ def batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | N
     given = {a.name: v for a, v in zip(call.node.op._schema.arguments, call.node.args, strict=False)}  # type: ignore[attr-defined]
     given |= call.node.kwargs
     call.rewrite(
-        counted.batch_norm, given["input"], given.get("weight"), given.get("bias"), given["eps"],
+        full_count.batch_norm, given["input"], given.get("weight"), given.get("bias"), given["eps"],
         full=[x.shape[d] for d in over], sizes=[Size(x.terms[d]) for d in over],
     )  # fmt: skip
     own = tuple(() if d in over else (d,) for d in range(x.ndim))
@@ -112,7 +112,7 @@ def _layer(call: Call, x: Operand, shape: Sequence[int], weight: Operand | None,
     call.counted("a norm divides by the number of entries")
     kwargs = dict(zip(("weight", "bias", "eps") if centered else ("weight", "eps"), v[2:], strict=False))
     kwargs |= {k: a for k, a in call.node.kwargs.items() if k in ("weight", "bias", "eps")}
-    function = counted.layer_norm if centered else counted.rms_norm
+    function = full_count.layer_norm if centered else full_count.rms_norm
     call.rewrite(function, v[0], sizes, full=list(shape), **kwargs)
     return y
 
@@ -157,7 +157,7 @@ def group_norm(call: Call, x: Operand, num_groups: int, weight: Operand | None =
     kwargs = dict(zip(names, call.node.args[2:], strict=False))
     kwargs |= {k: a for k, a in call.node.kwargs.items() if k in names}
     call.rewrite(
-        counted.group_norm, call.node.args[0], Size(grouped.terms[1]), full=grouped.shape[2],
+        full_count.group_norm, call.node.args[0], Size(grouped.terms[1]), full=grouped.shape[2],
         **kwargs, width=Size(grouped.terms[2]),
     )  # fmt: skip
     return y

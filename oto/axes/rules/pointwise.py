@@ -13,7 +13,7 @@ import torch
 from oto._torch import tree_leaves
 from oto.axes.call import NOT_FINITE, Call, Fact, Operand, evaluated, product, same, zero
 from oto.axes.registry import fixed, rule
-from oto.nn import functional as relaid
+from oto.nn import functional as full_count
 
 aten = torch.ops.aten
 
@@ -185,7 +185,7 @@ def view_as_complex(call: Call, x: Operand) -> Operand:
     """The last dimension holds the real and the imaginary part."""
     call.fix(x, [-1], "it holds the real and the imaginary part")
     # the two parts must lie side by side at even addresses
-    call.relaid(relaid.view_as_complex, call.node.args[0])
+    call.relaid(full_count.view_as_complex, call.node.args[0])
     return call.move(x, x.terms[:-1], [(d,) for d in range(x.ndim - 1)], lambda f: 0.0 if f == 0 else None)
 
 

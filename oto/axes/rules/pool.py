@@ -82,7 +82,7 @@ def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float 
         term = terms[dim]
         if value is None and (before or after):
             T.fix(term, call.why("padding repeats its entries"))
-        n = T.size(term)
+        n = T.size_of(term)
         if before < 0 or after < 0:
             T.fix(term, call.why("negative padding cuts through it"))
             cuts = [max(-before, 0), n - max(-before, 0) - max(-after, 0), max(-after, 0)]

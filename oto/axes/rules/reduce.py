@@ -10,7 +10,7 @@ import torch
 
 from oto.axes.call import NOT_FINITE, Call, Operand, Size, Uniform, anything, same, zero
 from oto.axes.registry import rule
-from oto.nn import functional as counted
+from oto.nn import functional as full_count
 
 aten = torch.ops.aten
 NOT_ZERO = "a sum goes over entries that do not become zero"
@@ -29,7 +29,7 @@ def total(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dty
     rest = call.rest(x, dims)
     if rest is not None:
         call.counted(NOT_ZERO)
-        call.rewrite(counted.total, call.node.args[0], dims, keepdim, dtype=dtype, **_added(x, *rest))
+        call.rewrite(full_count.total, call.node.args[0], dims, keepdim, dtype=dtype, **_added(x, *rest))
     return call.reduce(x, dims, keepdim, rest=rest)
 
 
@@ -44,7 +44,7 @@ def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtyp
     rest = call.rest(x, dims)
     call.counted("a mean divides by the number of entries")
     call.rewrite(
-        counted.mean, call.node.args[0], dims, keepdim, full=[x.shape[d] for d in dims],
+        full_count.mean, call.node.args[0], dims, keepdim, full=[x.shape[d] for d in dims],
         sizes=[Size(x.terms[d]) for d in dims], dtype=dtype, **({} if rest is None else _added(x, *rest)),
     )  # fmt: skip
     return call.reduce(x, dims, keepdim, rest=rest)
@@ -61,7 +61,7 @@ def vector_norm(call: Call, x: Operand, ord: float = 2, dim: Any = None, keepdim
     if rest is not None:
         call.counted(NOT_ZERO)
         call.rewrite(
-            counted.vector_norm, call.node.args[0], ord, dims, keepdim, dtype=dtype, **_added(x, *rest)
+            full_count.vector_norm, call.node.args[0], ord, dims, keepdim, dtype=dtype, **_added(x, *rest)
         )  # fmt: skip
     return call.reduce(x, dims, keepdim, zero, rest=rest)
 
@@ -111,7 +111,12 @@ def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
     count = prod(x.shape[d] for d in dims)
     if call.dtypes[0].is_complex or not count:
         return _over(call, x, dims, keepdim, f"{_name(call)} divides by the number of entries", anything)
-    function = {"std": counted.std, "var": counted.var, "std_mean": counted.std_mean, "var_mean": counted.var_mean}
+    function = {
+        "std": full_count.std,
+        "var": full_count.var,
+        "std_mean": full_count.std_mean,
+        "var_mean": full_count.var_mean,
+    }
     rest = call.rest(x, dims)
     call.counted("a variance divides by the number of entries")
     call.rewrite(

@@ -13,7 +13,7 @@ from oto.axes.call import NOT_FINITE, Call, Fact, Operand, same, zero
 from oto.axes.registry import fixed, rule
 from oto.axes.rules.index import PICKED
 from oto.axes.rules.linear import letters
-from oto.nn import functional as counted
+from oto.nn import functional as full_count
 
 aten = torch.ops.aten
 GROUPED = "it is divided among the groups of a product"
@@ -47,7 +47,7 @@ def grouped_mm(call: Call, a: Operand, b: Operand, offs: Operand | None = None, 
             bias = call.move(bias, bias.terms[1:], [(1,)])
         y = call.map(zero, y, bias)
     # the kernel wants rows of whole 16 bytes, which a thinner tensor need not have
-    call.rewrite(counted.grouped_mm, *call.node.args, **call.node.kwargs)
+    call.rewrite(full_count.grouped_mm, *call.node.args, **call.node.kwargs)
     call.watch(*a.terms, *b.terms)
     return y
 
@@ -209,7 +209,7 @@ def solve_triangular(call: Call, a: Operand, b: Operand, *, upper: bool, left: b
     terms: list[T.Term] = []
     for d in range(lead):
         sides = [x.terms[d - lead + x.ndim - 2] for x in (a, b) if d - lead + x.ndim - 2 >= 0]
-        sides = [t for t in sides if T.size(t) == call.shape[d]]
+        sides = [t for t in sides if T.size_of(t) == call.shape[d]]
         for other in sides[1:]:
             call.unify(sides[0], other)
         terms.append(sides[0] if sides else T.ONE)

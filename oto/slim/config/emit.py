@@ -14,9 +14,9 @@ from oto.groups import Kept, Partition
 from oto.slim.config.norms import Norm, absorb, eps_fields, norms_that_count
 from oto.slim.config.recipe import Recipe
 from oto.slim.config.solve import solve, stock
-from oto.slim.edits import Edits, attribute, thin_tensors
+from oto.slim.edits import Edits, attribute, pruned_tensors
 from oto.slim.proof.reference import Exact
-from oto.slim.pruned_shapes import thinning
+from oto.slim.pruned_shapes import pruned_shapes
 
 
 def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -> tuple[dict[str, Any], list[Norm]]:
@@ -25,9 +25,9 @@ def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -
     Raises:
         EmitterError: There are none.
     """
-    thin = thinning(partition, kept)
-    norms = norms_that_count(model, partition, thin)
-    edits = solve(recipe, thin)
+    pruned = pruned_shapes(partition, kept)
+    norms = norms_that_count(model, partition, pruned)
+    edits = solve(recipe, pruned)
     return edits | eps_fields(recipe, edits, norms), norms
 
 
@@ -48,10 +48,10 @@ def restated(
     if recipe is None:
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
     edits, norms = solved(model, partition, kept, recipe)
-    thin = thinning(partition, kept)
-    slim = stock(model, thin_tensors(model, thin, held=held), edits, recipe)
+    pruned = pruned_shapes(partition, kept)
+    slim = stock(model, pruned_tensors(model, pruned, held=held), edits, recipe)
     with torch.no_grad():
-        changed = absorb(model, slim, partition, thin, norms)
+        changed = absorb(model, slim, partition, pruned, norms)
     return slim, edits, changed
 
 

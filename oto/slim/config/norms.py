@@ -21,10 +21,10 @@ from torch import nn
 from oto.axes.call import Size
 from oto.errors import EmitterError
 from oto.groups import Partition
-from oto.nn import functional as counted
+from oto.nn import functional as full_count
 from oto.slim.config.recipe import Recipe
 from oto.slim.edits import attribute
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Leaf, Node, Value
 
 
@@ -43,33 +43,33 @@ class Norm:
     ratio: float
 
 
-def norms_that_count(model: nn.Module, partition: Partition, thin: Thinning) -> list[Norm]:
+def norms_that_count(model: nn.Module, partition: Partition, pruned: PrunedShapes) -> list[Norm]:
     graph, found = partition.found.graph, []
     for index, text in partition.found.tape.counted.items():
         rewrite, node = partition.found.tape.rewrites[index], graph.calls[index]
-        full, left = _counts(rewrite.op, rewrite.args, rewrite.kwargs, thin)
+        full, left = _counts(rewrite.op, rewrite.args, rewrite.kwargs, pruned)
         if full == left:
             continue
         refusal = f"{text}, and no field of a config says of how many ({node})"
-        if rewrite.op not in (counted.mean, counted.rms_norm):
+        if rewrite.op not in (full_count.mean, full_count.rms_norm):
             raise EmitterError(refusal)
         own = {id(p) for p in model.get_submodule(node.module).parameters(recurse=False)}
         weights = [leaf for leaf in graph.leaves if leaf.kind == "parameter" and id(attribute(model, leaf.name)) in own]
-        if not node.module or len(weights) != 1 or thin.shape(weights[0]) != (left,):
+        if not node.module or len(weights) != 1 or pruned.shape(weights[0]) != (left,):
             raise EmitterError(refusal)
         found.append(Norm(node.module, weights[0], full / left))
     return found
 
 
-def _counts(op: Any, args: Any, kwargs: Mapping[str, Any], thin: Thinning) -> tuple[int, int]:
+def _counts(op: Any, args: Any, kwargs: Mapping[str, Any], pruned: PrunedShapes) -> tuple[int, int]:
     """Of how many entries a call takes the mean, in the full and in the thinner model; unequal if it is not known."""
-    if op is counted.group_norm:
+    if op is full_count.group_norm:
         width = kwargs["width"]
-        return kwargs["full"], thin.size(width) if isinstance(width, Size) else width
-    sizes = kwargs.get("sizes") or (args[1] if op in (counted.layer_norm, counted.rms_norm) else None)
+        return kwargs["full"], pruned.size(width) if isinstance(width, Size) else width
+    sizes = kwargs.get("sizes") or (args[1] if op in (full_count.layer_norm, full_count.rms_norm) else None)
     if sizes is None or "full" not in kwargs:
         return 0, 1
-    return math.prod(kwargs["full"]), math.prod(thin.filled(list(sizes)))
+    return math.prod(kwargs["full"]), math.prod(pruned.filled(list(sizes)))
 
 
 def eps_fields(recipe: Recipe, edits: Mapping[str, Any], norms: Sequence[Norm]) -> dict[str, float]:
@@ -101,13 +101,15 @@ def _floats(module: nn.Module) -> dict[str, float]:
     return {name: value for name, value in vars(module).items() if isinstance(value, float)}
 
 
-def absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinning, norms: Sequence[Norm]) -> set[str]:
+def absorb(
+    model: nn.Module, slim: nn.Module, partition: Partition, pruned: PrunedShapes, norms: Sequence[Norm]
+) -> set[str]:
     """Put into weights what the stock class does otherwise than the zeroed model, and tell which."""
     if not norms:
         return set()
     touched = {name for norm in norms for name in norm.weight.names}
     factors = {norm.path: math.sqrt(norm.ratio) for norm in norms}
-    forms = {norm.path: _scaled(model, slim, thin, norm) for norm in norms}
+    forms = {norm.path: _scaled(model, slim, pruned, norm) for norm in norms}
     # norms that share the eps, but count the same
     changed = {pair for norm in norms for pair in _changed(model, slim, norm.path)}
     for path, _ in slim.named_modules():
@@ -120,7 +122,7 @@ def absorb(model: nn.Module, slim: nn.Module, partition: Partition, thin: Thinni
     graph = partition.found.graph
     for node in graph.nodes:
         table = by_value.get(node.args[0]) if node.op is torch.ops.aten.embedding.default else None
-        if table is None or not node.module or all(mask.all() for mask in thin.entries(table)):
+        if table is None or not node.module or all(mask.all() for mask in pruned.entries(table)):
             continue
         ids = torch.arange(min(table.value.shape[0], 8), device=attribute(model, table.name).device)
         try:
@@ -159,10 +161,10 @@ def _scale(module: nn.Module, plus_one: bool, factor: float) -> None:
     weight.copy_((1 + weight) * factor - 1 if plus_one else weight * factor)
 
 
-def _scaled(model: nn.Module, slim: nn.Module, thin: Thinning, norm: Norm) -> bool:
+def _scaled(model: nn.Module, slim: nn.Module, pruned: PrunedShapes, norm: Norm) -> bool:
     """Scale the weight of a norm, and tell whether it multiplies with one more than that."""
     full, left = model.get_submodule(norm.path), slim.get_submodule(norm.path)
-    (mask,) = thin.entries(norm.weight)
+    (mask,) = pruned.entries(norm.weight)
     like = attribute(model, norm.weight.name)
     keep = torch.from_numpy(np.flatnonzero(mask)).to(like.device)
     x = torch.randn(4, len(mask), generator=torch.Generator().manual_seed(0)).to(like)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from oto.errors import out_of_memory
+from oto.errors import reraise_out_of_memory
 from oto.groups import Partition
 from oto.groups.cost import weights
 from oto.groups.layout import streams
@@ -42,8 +42,7 @@ def needed(recipe: Recipe, edits: Fields, partition: Partition) -> dict[str, Any
             with apart(recipe.device):
                 return shapes_of(recipe.kind(read(plain)))
         except Exception as failure:  # anything that a constructor or a validator may raise
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             log.debug("without %s: %s", path, failure)
             return None
 

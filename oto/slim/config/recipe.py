@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from oto.errors import EmitterError, out_of_memory, some
+from oto.errors import EmitterError, reraise_out_of_memory, some
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +133,7 @@ class Recipe:
             try:
                 self._known[key] = shapes_of(self.make(self._as_read(edits), self.device))
             except Exception as failure:  # anything that a constructor or a validator may raise
-                if out_of_memory(failure):
-                    raise
+                reraise_out_of_memory(failure)
                 log.debug("%s is refused: %s", dict(edits), failure)
                 self._known[key] = None
         return self._known[key]
@@ -258,8 +257,7 @@ def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
         with apart("meta"):
             make()
     except Exception as failure:  # anything that a constructor may raise
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         log.debug("%s is not made again: %s", kind.__name__, failure)
     finally:
         if own:

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oto.axes.terms import Sum, Term, count, resolve
-from oto.axes.terms import size as size_of
-from oto.errors import EmitterError, out_of_memory, some
+from oto.axes.terms import Sum, Term, count, resolve, size_of
+from oto.errors import EmitterError, reraise_out_of_memory, some
 from oto.slim.config.recipe import MADE_WITH, Fields, Recipe, Shapes, Unfilled
-from oto.slim.edits import Edits, thin_copy
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.edits import Edits, slim_copy
+from oto.slim.pruned_shapes import PrunedShapes
 
 MISFIT = float("inf")
 
@@ -37,16 +36,16 @@ def _parts(term: Term) -> Iterator[Term]:
                 yield from _parts(resolve(segment))
 
 
-def solve(recipe: Recipe, thin: Thinning) -> dict[str, Any]:
+def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
     """The fields that give every parameter and buffer its thinner shape, and their values.
 
     Raises:
         EmitterError: There are none; the message names the tensors that would differ.
     """
     base = recipe.shapes({}) or {}
-    leaves = [leaf for leaf in thin.found.graph.leaves if leaf.names]
-    wanted = dict(base) | {name: thin.shape(leaf) for leaf in leaves for name in leaf.names if name in base}
-    became = _became(thin)
+    leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.names]
+    wanted = dict(base) | {name: pruned.shape(leaf) for leaf in leaves for name in leaf.names if name in base}
+    became = _became(pruned)
     implied = recipe.implied(became)
     numbers = recipe.fields() | implied
 
@@ -105,15 +104,15 @@ def candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int |
     return list(found)
 
 
-def _became(thin: Thinning) -> dict[int, set[int]]:
+def _became(pruned: PrunedShapes) -> dict[int, set[int]]:
     """For every size in the network, what the terms of that size became; the sizes that did not change among them."""
-    terms = [term for leaf in thin.found.graph.leaves for term in thin.found.terms(leaf.value)]
-    for rewrite in thin.found.tape.rewrites.values():
+    terms = [term for leaf in pruned.found.graph.leaves for term in pruned.found.terms(leaf.value)]
+    for rewrite in pruned.found.tape.rewrites.values():
         terms += rewrite.terms
     became: dict[int, set[int]] = {}
     for term in dict.fromkeys(resolve(term) for term in terms):
         for part in _parts(term):
-            became.setdefault(size_of(part), set()).add(count(part, thin.counts))
+            became.setdefault(size_of(part), set()).add(count(part, pruned.counts))
     became.pop(0, None)  # what is empty
     return became
 
@@ -150,8 +149,7 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
         with nullcontext() if recipe.device == "cpu" else Unfilled():  # one that computes with its weights needs them
             slim = recipe.make(edits, device)
     except Exception as failure:
-        if out_of_memory(failure):
-            raise
+        reraise_out_of_memory(failure)
         raise EmitterError(f"{type(model).__name__} cannot be made from {dict(edits)}: {failure}") from failure
     fill(slim, model, tensors)
     for name in ("generation_config", "pretrained_cfg", "default_cfg"):  # how it is used, and no module
@@ -168,7 +166,7 @@ def apply(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.M
     Raises:
         EmitterError: The class cannot be made, or the model not copied.
     """
-    return stock(model, tensors, edits.config) if edits.config else thin_copy(model, tensors, edits)
+    return stock(model, tensors, edits.config) if edits.config else slim_copy(model, tensors, edits)
 
 
 def fill(slim: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import EmitterError, VerificationError, out_of_memory
+from oto.errors import EmitterError, VerificationError, reraise_out_of_memory
 from oto.groups import Kept, NodeGroup, Partition, Slice
 from oto.groups.align import KERNEL_ROW, multiples
 from oto.groups.cost import weights
@@ -27,7 +27,7 @@ from oto.slim.edits import attribute
 from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.zeroed import Zeroed
-from oto.slim.pruned_shapes import thinning
+from oto.slim.pruned_shapes import pruned_shapes
 from oto.trace.record import on_meta
 
 log = logging.getLogger(__name__)
@@ -192,8 +192,7 @@ class _Trial:
             else:
                 self._compare(kept)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             log.info("the class cannot lose %s: %s", dict(steps), failure)
             return failure
         return None
@@ -249,9 +248,9 @@ class _Trial:
 
     def _whole(self, full: Zeroed, kept: Kept) -> dict[str, Tensor]:
         """Parameters that stay as they are. The class shares them with the model for the comparison."""
-        thin, names = thinning(self.partition, kept), {*full.gone, *full.instead}
+        pruned, names = pruned_shapes(self.partition, kept), {*full.gone, *full.instead}
         leaves = [leaf for leaf in self.partition.found.graph.leaves if leaf.kind == "parameter"]
-        same = [leaf for leaf in leaves if not names & set(leaf.names) and all(m.all() for m in thin.entries(leaf))]
+        same = [leaf for leaf in leaves if not names & set(leaf.names) and all(m.all() for m in pruned.entries(leaf))]
         return {name: attribute(self.model, leaf.name).detach() for leaf in same for name in leaf.names}
 
     @cached_property

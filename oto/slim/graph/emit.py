@@ -15,14 +15,13 @@ from torch import Tensor, fx, nn
 from oto._torch import is_free, tree_leaves, tree_map_only
 from oto.axes.call import Size, Uniform
 from oto.axes.propagate import propagate
-from oto.axes.terms import Axis, survivors
-from oto.axes.terms import size as size_of
+from oto.axes.terms import Axis, size_of, survivors
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
 from oto.groups.partition import occurrences
 from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.export import Exported
 from oto.trace.graph import Leaf, Node, Value
 
@@ -40,13 +39,13 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
         EmitterError: The exported graph ties parameter dimensions together in another way than the recorded one.
     """
     graph = replace(exported.graph, output_names=partition.found.graph.output_names)
-    thin = Thinning(propagate(graph, partition.found.strict_out_nodes), {})
+    pruned = PrunedShapes(propagate(graph, partition.found.strict_out_nodes), {})
     entries = entries_of(partition, kept)
     carry_over(
-        thin, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
+        pruned, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
     )
     ranks = ranks_of(exported)
-    slim = SlimGraph(thinned(exported, thin), exported.module.graph, exported.takes)
+    slim = SlimGraph(thinned(exported, pruned), exported.module.graph, exported.takes)
     name_leaves(slim, exported.module, ranks)
     slim.graph.lint()
     slim.recompile()
@@ -68,15 +67,15 @@ def ranks_of(exported: Exported) -> dict[fx.Node, int]:
     return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
 
 
-def thinned(exported: Exported, thin: Thinning) -> fx.GraphModule:
+def thinned(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
     """The exported module with the sizes and the tensors that are left; its graph is rewritten in place."""
     source = exported.module
     slim = fx.GraphModule(source, source.graph)
     inputs = _tensors_of(exported)
     for node in exported.graph.nodes:
-        rewrite = thin.found.tape.rewrites.get(node.index)
-        if rewrite is not None and thin.changes(rewrite):
-            _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), thin, inputs)
+        rewrite = pruned.found.tape.rewrites.get(node.index)
+        if rewrite is not None and pruned.changes(rewrite):
+            _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), pruned, inputs)
     follow_device(slim.graph)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
@@ -89,7 +88,7 @@ def thinned(exported: Exported, thin: Thinning) -> fx.GraphModule:
         parent, _, name = target.rpartition(".")
         holder = slim.get_submodule(parent)
         if id(old) in leaves and id(old) not in made:
-            new = thin.thin(leaves[id(old)], old)
+            new = pruned.prune(leaves[id(old)], old)
             made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         if id(old) in made:
             setattr(holder, name, made[id(old)])
@@ -110,7 +109,7 @@ def _leaves(exported: Exported) -> dict[int, Leaf]:
     return found
 
 
-def carry_over(thin: Thinning, wanted: Mapping[Value, tuple[str, Sequence[NDArray[np.bool_]]]]) -> None:
+def carry_over(pruned: PrunedShapes, wanted: Mapping[Value, tuple[str, Sequence[NDArray[np.bool_]]]]) -> None:
     """Choose the atoms that survive by what is stated of some tensors, each with its name.
 
     Raises:
@@ -118,7 +117,7 @@ def carry_over(thin: Thinning, wanted: Mapping[Value, tuple[str, Sequence[NDArra
     """
     masks: dict[Axis, NDArray[np.bool_]] = {}
     for value, (name, entries) in wanted.items():
-        for term, mask in zip(thin.found.terms(value), entries, strict=True):
+        for term, mask in zip(pruned.found.terms(value), entries, strict=True):
             for axis, cuts in occurrences(term):
                 own = Slice("", 0, cuts).of(torch.from_numpy(mask)).reshape(axis.size, -1).any(1).numpy()
                 masks[axis] = masks[axis] & own if axis in masks else own
@@ -129,14 +128,14 @@ def carry_over(thin: Thinning, wanted: Mapping[Value, tuple[str, Sequence[NDArra
                         "  to fix  mark the parameter unprunable, and report the model"
                     )
     for value, (name, entries) in wanted.items():
-        for dim, (term, mask) in enumerate(zip(thin.found.terms(value), entries, strict=True)):
+        for dim, (term, mask) in enumerate(zip(pruned.found.terms(value), entries, strict=True)):
             if not np.array_equal(survivors(term, masks), mask):
                 raise EmitterError(
                     f"the exported graph ties dimension {dim} of {name} to others, the recorded one does not\n"
                     "  effect  no graph can be emitted for this choice of entries\n"
                     "  to fix  mark the parameter unprunable, and report the model"
                 )
-    thin.masks = masks
+    pruned.masks = masks
 
 
 def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
@@ -150,7 +149,7 @@ def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
     return found
 
 
-def _apply(node: Node, op: Any, args: Any, kwargs: Any, thin: Thinning, inputs: dict[Value, fx.Node]) -> None:
+def _apply(node: Node, op: Any, args: Any, kwargs: Any, pruned: PrunedShapes, inputs: dict[Value, fx.Node]) -> None:
     origin: fx.Node = node.origin
 
     def call(op: Any, args: Any, kwargs: Any) -> fx.Node:
@@ -166,10 +165,10 @@ def _apply(node: Node, op: Any, args: Any, kwargs: Any, thin: Thinning, inputs: 
             return [build(t, o) for t, o in zip(template, olds, strict=True)]
         if not isinstance(template, Size):
             return template
-        return _scaled(origin.graph, old, thin.size(template), size_of(template.term))
+        return _scaled(origin.graph, old, pruned.size(template), size_of(template.term))
 
     with origin.graph.inserting_before(origin):
-        if op is aten.split_with_sizes.default and _cut_by_share(origin, args[2], thin.filled(args[1])):
+        if op is aten.split_with_sizes.default and _cut_by_share(origin, args[2], pruned.filled(args[1])):
             return
         old_args = list(origin.args) + [None] * len(args)
         new_args = tuple(build(t, o) for t, o in zip(args, old_args, strict=False))

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from oto._torch import OpOverload
 from oto.nn import GroupNorm, LayerNorm, RMSNorm
-from oto.nn import functional as counted
+from oto.nn import functional as full_count
 
 aten = torch.ops.aten
 
@@ -121,9 +121,9 @@ _MAKERS: dict[Any, Callable[[Options, Tensor, int], nn.Module | None]] = {
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
     aten.batch_norm.default: _batch_norm,
-    counted.layer_norm: _counted_layer_norm,
-    counted.rms_norm: _counted_rms_norm,
-    counted.group_norm: _counted_group_norm,
+    full_count.layer_norm: _counted_layer_norm,
+    full_count.rms_norm: _counted_rms_norm,
+    full_count.group_norm: _counted_group_norm,
 }
 _ROLES = ("weight", "bias", "running_mean", "running_var")
 

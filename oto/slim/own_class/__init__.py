@@ -7,7 +7,7 @@ a ``workbench``; ``layers`` knows the layers of ``torch.nn``, ``overrides`` the 
 """
 
 from oto.slim.own_class.layers import plan_edits
-from oto.slim.own_class.result import OwnClass, Step
+from oto.slim.own_class.result import Decision, OwnClass
 from oto.slim.own_class.search import at_counts, limited, own_class
 
-__all__ = ["OwnClass", "Step", "at_counts", "limited", "own_class", "plan_edits"]
+__all__ = ["Decision", "OwnClass", "at_counts", "limited", "own_class", "plan_edits"]

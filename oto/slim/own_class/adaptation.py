@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oto.axes.terms import Term
 from oto.slim.own_class.attributes import Place, SizeAttribute
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 
 Tie = tuple[str, ...]
 """Names of groups that have to keep the same number of atoms."""
@@ -29,8 +29,8 @@ class Rescale:
     power: float
     offset: float = 0.0
 
-    def of(self, tensor: Tensor, thin: Thinning) -> Tensor:
-        factor = SizeAttribute(self.term, 1.0).ratio(thin) ** self.power
+    def of(self, tensor: Tensor, pruned: PrunedShapes) -> Tensor:
+        factor = SizeAttribute(self.term, 1.0).ratio(pruned) ** self.power
         return tensor if factor == 1 else ((tensor.double() + self.offset) * factor - self.offset).to(tensor.dtype)
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from oto.axes.terms import Term, resolve
-from oto.axes.terms import size as size_of
+from oto.axes.terms import Term, resolve, size_of
 from oto.errors import EmitterError
 from oto.slim.numbers import EVERY, Key, is_data, is_number
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 
 
 @dataclass(frozen=True)
@@ -41,22 +40,22 @@ class SizeAttribute:
     value: int | float
     power: float = -1.0
 
-    def now(self, thin: Thinning) -> int | float:
+    def now(self, pruned: PrunedShapes) -> int | float:
         """What it is to be.
 
         Raises:
             EmitterError: It would have to be a fraction.
         """
         if not isinstance(self.value, int):
-            return float(self.value * self.ratio(thin) ** self.power)
-        number, rest = divmod(self.value * thin.count(self.term), size_of(self.term))
+            return float(self.value * self.ratio(pruned) ** self.power)
+        number, rest = divmod(self.value * pruned.count(self.term), size_of(self.term))
         if rest:
             raise EmitterError(f"what the class states as {self.value} would be no whole number any more")
         return number
 
-    def ratio(self, thin: Thinning) -> float:
+    def ratio(self, pruned: PrunedShapes) -> float:
         """How many times thinner the term is."""
-        return size_of(self.term) / thin.count(self.term)
+        return size_of(self.term) / pruned.count(self.term)
 
 
 def numbers(module: nn.Module) -> Iterator[tuple[Key, int | float]]:
@@ -89,6 +88,6 @@ def _inside(value: Any, key: Key, depth: int) -> Iterator[tuple[Key, int | float
         yield from _inside(v, (*key, k), depth - 1)
 
 
-def changed(term: Term, thin: Thinning) -> bool:
+def changed(term: Term, pruned: PrunedShapes) -> bool:
     """Whether a dimension gets thinner."""
-    return thin.count(resolve(term)) != size_of(term)
+    return pruned.count(resolve(term)) != size_of(term)

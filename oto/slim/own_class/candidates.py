@@ -11,8 +11,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from oto.axes.terms import Term, resolve
-from oto.axes.terms import size as size_of
+from oto.axes.terms import Term, resolve, size_of
 from oto.slim.own_class.attributes import Place, SizeAttribute, changed
 from oto.slim.own_class.blocks import ancestors, moved
 from oto.slim.own_class.layers import stock
@@ -125,7 +124,7 @@ class Candidates:
         """The sizes that the call states and that get smaller."""
         rewrite = self.at.rewrite
         terms = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
-        return [(StatedSize(i), term) for i, term in enumerate(terms) if changed(term, self.at.thin)]
+        return [(StatedSize(i), term) for i, term in enumerate(terms) if changed(term, self.at.pruned)]
 
     @cached_property
     def dims(self) -> list[tuple[Label, Term]]:
@@ -149,7 +148,7 @@ class Candidates:
 
     def places(self, label: Label, term: Term, far: bool, part: bool = False) -> list[Choice]:
         """Numbers that are the size of a term, or a part of it by which it can be divided."""
-        size, now = size_of(term), self.at.thin.count(term)
+        size, now = size_of(term), self.at.pruned.count(term)
         found = [
             (Place(holder, key), value)
             for path in self.paths
@@ -168,7 +167,7 @@ class Candidates:
 
     @property
     def _near(self) -> list[tuple[Label, Term]]:
-        return [(label, term) for label, term in self.dims if changed(term, self.at.thin)]
+        return [(label, term) for label, term in self.dims if changed(term, self.at.pruned)]
 
     def _combined(self) -> Sequence[Sequence[Choice]]:
         """An attribute of the module for each size that the call states, or for some of them."""
@@ -190,7 +189,7 @@ class Candidates:
         assert isinstance(label, StatedSize)
         for at in range(1, len(whole)):
             sides = [(label.part(a, b), whole[a:b]) for a, b in ((0, at), (at, len(whole)))]
-            gone = [side for side in sides if changed(side[1], self.at.thin)]
+            gone = [side for side in sides if changed(side[1], self.at.pruned)]
             yield from itertools.product(*(self.places(*side, False)[:_PER_SIZE] for side in gone))
 
     def _parts(self) -> Sequence[Sequence[Choice]]:

@@ -20,13 +20,13 @@ from torch import Tensor
 from oto._torch import tree_map_only
 from oto.axes.call import Rewrite
 from oto.axes.propagate import Propagation
-from oto.nn import functional as thinner
+from oto.nn import functional as full_count
 from oto.nn.calls import numbers_of
 from oto.slim.edits import Edits
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.detours import Detour
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Node, Value
 from oto.trace.record import FunctionCall
 
@@ -113,8 +113,8 @@ class Comparison:
         edits: What made the slim model.
     """
 
-    def __init__(self, full: Full, slim: Run, own: Adaptation, thin: Thinning, edits: Edits) -> None:
-        self.full, self.slim, self.own, self.thin, self.edits = full, slim, own, thin, edits
+    def __init__(self, full: Full, slim: Run, own: Adaptation, pruned: PrunedShapes, edits: Edits) -> None:
+        self.full, self.slim, self.own, self.pruned, self.edits = full, slim, own, pruned, edits
         self.nodes, self.calls = full.nodes, slim.calls
         self.rewrites = full.found.tape.rewrites
         self.scalars = own.scalars
@@ -209,7 +209,7 @@ class Comparison:
         ahead = enumerate(self.nodes[i : i + _DETOUR])
         free = next((n for n, node in ahead if self._is_held(node)), _DETOUR)  # what it keeps is compared with nothing
         full, slim = self.nodes[i : i + _DETOUR], self.calls[j : j + _DETOUR]
-        detour = Detour(full, slim, self.stands, self.itself, self.thin, self.rewrites)
+        detour = Detour(full, slim, self.stands, self.itself, self.pruned, self.rewrites)
         for steps in range(1, _DETOUR):
             for back in range(min(steps, free) + 1):
                 after, other = i + back, j + steps - back
@@ -256,7 +256,7 @@ class Comparison:
             if getattr(node.op, "overloadpacket", None) not in _LAYS or not laid.keys() >= set(values_in(node)):
                 return None
             rewrite = self.rewrites.get(node.index)
-            op, args, kwargs = self.thin.call(node, rewrite)
+            op, args, kwargs = self.pruned.call(node, rewrite)
             args, kwargs = tree_map_only(Value, laid.__getitem__, (args, kwargs))
             try:
                 after = op(*args, **kwargs)
@@ -276,7 +276,7 @@ class Comparison:
 
     def _fits(self, old: Value, new: Value, ask: bool = False) -> bool:
         """Whether a tensor has the thinner shape; from then on it stands for the full one, unless one only asks."""
-        if self.thin.sizes(old) != new.shape or old.dtype != new.dtype:
+        if self.pruned.sizes(old) != new.shape or old.dtype != new.dtype:
             return False
         held = self.stands.get(old) if ask else self.stands.setdefault(old, self._real(new))
         return held is None or held is self._real(new)
@@ -300,12 +300,12 @@ class Comparison:
                 return 0
             if old is not None and new is not None and not self._fits(old, new):
                 return self._sizes_right(rewrite, full, slim)
-        changes = rewrite is not None and self.thin.changes(rewrite)
+        changes = rewrite is not None and self.pruned.changes(rewrite)
         if overridden and rewrite is not None and changes and rewrite.op is not full.op:
             return None  # a piece, whose size is in its shape, or a count
         if i in self.scalars:
             wanted = self.scalars[i]
-            return None if self._equal(i, slim, wanted.ratio(self.thin) ** wanted.power) else 0
+            return None if self._equal(i, slim, wanted.ratio(self.pruned) ** wanted.power) else 0
         if rewrite is None or i in self.own.folded or not changes:
             return None if self._equal(i, slim) else 0
         return self._rewritten(rewrite, full, slim)
@@ -313,19 +313,19 @@ class Comparison:
     def _rewritten(self, rewrite: Rewrite, full: Node, slim: Node) -> int | None:
         """:meth:`_right` for a call some of whose sizes change."""
         if rewrite.op is full.op:
-            asked = self.thin.filled(rewrite.args), self.thin.filled(dict(rewrite.kwargs))
+            asked = self.pruned.filled(rewrite.args), self.pruned.filled(dict(rewrite.kwargs))
             wanted = _plain(_with_defaults(full.op, asked[0]), asked[1])
             given = _plain(_with_defaults(full.op, slim.args), slim.kwargs)
             return None if _agree(wanted, given) else self._sizes_right(rewrite, full, slim)
         if rewrite.op in _BY_SHAPE:
             return None
         if rewrite.op is aten.narrow.default:  # of a slice, whose length is in the shape
-            begin = self.thin.filled(rewrite.args[2])
+            begin = self.pruned.filled(rewrite.args[2])
             begins = slim.args[2] if len(slim.args) > 2 and slim.args[2] is not None else 0
             length = values_in(slim)[0].shape[rewrite.args[1]]
             return None if min(max(begins + (length if begins < 0 else 0), 0), length) == begin else 0
-        if rewrite.op is thinner.group_norm:  # of fewer groups, each as wide as before
-            groups, width = self.thin.filled((rewrite.args[1], rewrite.kwargs["width"]))
+        if rewrite.op is full_count.group_norm:  # of fewer groups, each as wide as before
+            groups, width = self.pruned.filled((rewrite.args[1], rewrite.kwargs["width"]))
             return None if (slim.args[1], width) == (groups, rewrite.kwargs["full"]) else 0
         return 0
 
@@ -333,7 +333,7 @@ class Comparison:
         """How many of the sizes that a call states are right."""
         if rewrite is None or rewrite.op not in (full.op, *_BY_SHAPE):
             return 0
-        asked = _plain(self.thin.filled(rewrite.args), self.thin.filled(dict(rewrite.kwargs)))
+        asked = _plain(self.pruned.filled(rewrite.args), self.pruned.filled(dict(rewrite.kwargs)))
         given = _plain(slim.args, slim.kwargs)
         pairs = zip(filter(_is_int, asked), filter(_is_int, given), strict=False)
         return sum(a == b for a, b in pairs)
@@ -452,4 +452,4 @@ _LAYS = {
 }  # fmt: skip
 
 # calls whose meaning is in the shapes of what they give
-_BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, thinner.view_as_complex}
+_BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, full_count.view_as_complex}

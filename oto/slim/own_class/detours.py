@@ -16,8 +16,8 @@ from torch import Tensor
 
 from oto._torch import tree_map_only
 from oto.axes.call import Rewrite
-from oto.errors import out_of_memory
-from oto.slim.pruned_shapes import Thinning
+from oto.errors import reraise_out_of_memory
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Node, Value
 
 _TOLERANCE = 1e-9
@@ -42,7 +42,7 @@ class Detour:
     slim: Sequence[Node]
     stands: Mapping[Value, Value]
     itself: Mapping[Value, Value]
-    thin: Thinning
+    pruned: PrunedShapes
     rewrites: Mapping[int, Rewrite]
 
     def __post_init__(self) -> None:
@@ -63,13 +63,12 @@ class Detour:
         try:
             with torch.inference_mode():
                 for node in self.full[self._wanted.calls : full]:
-                    self._wanted.make(self.thin.call(node, self.rewrites.get(node.index)), node)
+                    self._wanted.make(self.pruned.call(node, self.rewrites.get(node.index)), node)
                 for node in self.slim[self._found.calls : slim]:
                     self._found.make((node.op, node.args, dict(node.kwargs)), node)
                 return all(_same(self._wanted.value(old), self._found.value(new)) for old, new in results)
         except Exception as failure:  # what only the user's own code could run, or an input that no number stands for
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             return False
 
     def _slim_value(self, value: Value) -> Tensor:

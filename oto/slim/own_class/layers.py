@@ -17,7 +17,7 @@ from oto.nn.overrides import to_json
 from oto.slim.edits import Edits
 from oto.slim.own_class.placed import overrides_of
 from oto.slim.own_class.result import OwnClass
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Graph, Leaf, Node
 
 
@@ -48,7 +48,7 @@ class Layers:
         found = {path: (module, kind, calls.get(path, [])) for path, module, kind in named if kind is not None}
         return cls(found, {name: leaf for leaf in graph.leaves for name in leaf.names})
 
-    def edits(self, thin: Thinning) -> Edits:
+    def edits(self, pruned: PrunedShapes) -> Edits:
         """What changes in the layers.
 
         Raises:
@@ -57,7 +57,7 @@ class Layers:
         edits = Edits()
         for path, (module, kind, calls) in self.found.items():
             try:
-                STOCK[kind](_Layer(path, module, self.leaves, thin, calls), edits)
+                STOCK[kind](_Layer(path, module, self.leaves, pruned, calls), edits)
             except EmitterError as failure:
                 declined = DeclinedError(str(failure))
                 declined.path = path
@@ -69,7 +69,7 @@ class Layers:
         return path in self.found and self.found[path][1] in NORMS
 
 
-def edits_of(layers: Layers, thin: Thinning, own: OwnClass | None = None, sizes_only: bool = False) -> Edits:
+def edits_of(layers: Layers, pruned: PrunedShapes, own: OwnClass | None = None, sizes_only: bool = False) -> Edits:
     """What changes in layers of ``torch.nn``, and in what modules of the user's own state.
 
     Args:
@@ -80,16 +80,16 @@ def edits_of(layers: Layers, thin: Thinning, own: OwnClass | None = None, sizes_
         DeclinedError: A layer of ``torch.nn`` has no form for what is left.
         EmitterError: A number that the class states would be a fraction.
     """
-    edits = layers.edits(thin)
+    edits = layers.edits(pruned)
     if own is not None:
         for place, size in own.adaptation.sizes.items():
-            edits.stated.setdefault(place.module, []).append([list(place.key), size.now(thin)])
-        told = overrides_of(own.calls, own.adaptation, thin, sizes_only)
+            edits.stated.setdefault(place.module, []).append([list(place.key), size.now(pruned)])
+        told = overrides_of(own.calls, own.adaptation, pruned, sizes_only)
         edits.told.update({path: to_json(calls) for path, calls in told.items()})
     return edits
 
 
-def plan_edits(model: nn.Module, thin: Thinning, own: OwnClass | None = None) -> Edits:
+def plan_edits(model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = None) -> Edits:
     """What to change in a model, so that its class computes what the thinner graph does.
 
     Args:
@@ -98,16 +98,16 @@ def plan_edits(model: nn.Module, thin: Thinning, own: OwnClass | None = None) ->
     Raises:
         EmitterError: A size changes where only the user's own code could say so.
     """
-    graph = thin.found.graph
+    graph = pruned.found.graph
     layers = Layers.of(model, graph)
-    edits = edits_of(layers, thin, own)
+    edits = edits_of(layers, pruned, own)
     if own is not None:  # then its calls were compared, those that divide by a count among them
         return edits
-    for index, text in thin.found.tape.counted.items():
+    for index, text in pruned.found.tape.counted.items():
         if index >= len(graph.nodes):  # a head for training only: it is run to see
             continue
         node = graph.nodes[index]
-        if not layers.is_norm(node.module) and thin.changes(thin.found.tape.rewrites[index]):
+        if not layers.is_norm(node.module) and pruned.changes(pruned.found.tape.rewrites[index]):
             raise EmitterError(
                 f"{text}, in the forward of {node.module or type(model).__name__} itself ({node.source})\n"
                 "  effect  the original class would divide by the smaller number"
@@ -128,20 +128,20 @@ class _Layer:
     path: str
     module: Any
     leaves: Mapping[str, Leaf]
-    thin: Thinning
+    pruned: PrunedShapes
     calls: list[Node]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         leaf = self.leaves.get(f"{self.path}.{name}" if self.path else name)
-        return None if leaf is None else self.thin.shape(leaf)
+        return None if leaf is None else self.pruned.shape(leaf)
 
     def entries(self, name: str) -> list[np.ndarray[Any, np.dtype[np.bool_]]]:
-        return self.thin.entries(self.leaves[f"{self.path}.{name}" if self.path else name])
+        return self.pruned.entries(self.leaves[f"{self.path}.{name}" if self.path else name])
 
     def rewrite(self, *ops: Callable[..., Any]) -> Rewrite | None:
         """How the module's own call is to be made now, if it names sizes."""
         for node in self.calls:
-            found = self.thin.found.tape.rewrites.get(node.index)
+            found = self.pruned.found.tape.rewrites.get(node.index)
             if found is not None and (not ops or found.op in ops):
                 return found
         return None
@@ -168,7 +168,7 @@ def _conv(layer: _Layer, edits: Edits) -> None:
     groups = module.groups
     rewrite = layer.rewrite()
     if groups > 1 and rewrite is not None:
-        groups = layer.thin.size(next(x for x in (*rewrite.args, *rewrite.kwargs.values()) if isinstance(x, Size)))
+        groups = layer.pruned.size(next(x for x in (*rewrite.args, *rewrite.kwargs.values()) if isinstance(x, Size)))
     first, second = (shape[0], shape[1] * groups)
     into, out = (first, second) if module.transposed else (second, first)
     layer.set(edits, in_channels=into, out_channels=out, groups=groups)
@@ -195,10 +195,10 @@ def _prelu(layer: _Layer, edits: Edits) -> None:
 def _layer_norm(layer: _Layer, edits: Edits) -> None:
     module = layer.module
     rewrite = layer.rewrite(full_count.layer_norm, full_count.rms_norm)
-    if rewrite is None or not layer.thin.changes(rewrite):
+    if rewrite is None or not layer.pruned.changes(rewrite):
         return
     full = list(getattr(module, "full", rewrite.kwargs["full"]))  # a thinner norm goes on counting what it counted
-    arguments = {"normalized_shape": layer.thin.filled(rewrite.args[1]), "full": full,
+    arguments = {"normalized_shape": layer.pruned.filled(rewrite.args[1]), "full": full,
                  "eps": module.eps, "weight": module.weight is not None}  # fmt: skip
     if isinstance(module, nn.LayerNorm | thinner.LayerNorm):
         layer.swap(edits, "LayerNorm", **arguments, bias=module.bias is not None)
@@ -209,9 +209,9 @@ def _layer_norm(layer: _Layer, edits: Edits) -> None:
 def _group_norm(layer: _Layer, edits: Edits) -> None:
     module = layer.module
     rewrite = layer.rewrite(full_count.group_norm)
-    if rewrite is None or not layer.thin.changes(rewrite):
+    if rewrite is None or not layer.pruned.changes(rewrite):
         return
-    groups, width = layer.thin.size(rewrite.args[1]), layer.thin.size(rewrite.kwargs["width"])
+    groups, width = layer.pruned.size(rewrite.args[1]), layer.pruned.size(rewrite.kwargs["width"])
     full = getattr(module, "full", rewrite.kwargs["full"])
     if width == full:
         layer.set(edits, num_groups=groups, num_channels=groups * width)

@@ -15,11 +15,11 @@ from oto.axes.terms import Axis, axes_of, resolve
 from oto.groups import Partition
 from oto.nn import functional as full_count
 from oto.nn.calls import numbers_of
+from oto.nn.overridden import COUNTED, UNIFORM
 from oto.nn.overrides import FullCount, Given, Override, Pieces, Sizes
-from oto.nn.told import COUNTED, UNIFORM
 from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.traced import TracedInt, places_of
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Node, Value
 from oto.trace.record import FunctionCall
 
@@ -93,7 +93,7 @@ class FunctionCalls:
         self,
         node: Node,
         rewrite: Rewrite | None,
-        thin: Thinning | None,
+        pruned: PrunedShapes | None,
         places: Sequence[int],
         sizes_only: bool = False,
     ) -> Override | None:
@@ -112,15 +112,15 @@ class FunctionCalls:
         if rewrite is None:
             return Sizes(numbers=tuple((i, own[i]) for i in places), of=len(own)) if aligned and places else None
         args, kwargs = rewrite.args, dict(rewrite.kwargs)
-        if thin is not None:
-            args, kwargs = thin.filled((args, kwargs))
+        if pruned is not None:
+            args, kwargs = pruned.filled((args, kwargs))
         if rewrite.op is aten.split_with_sizes.default and call.name in _PIECES:
             return Pieces(sizes=tuple(args[1]), dim=args[2])
         name = getattr(rewrite.op, "__name__", "")
         if rewrite.op is getattr(full_count, name, None) and name in COUNTED:
             return self._counting(name, call, args, kwargs, sizes_only)
         reshapes = rewrite.op is aten.reshape.default and call.name in _RESHAPES
-        asked = own if thin is None else _numbers(args, kwargs)
+        asked = own if pruned is None else _numbers(args, kwargs)
         if not (rewrite.op is node.op or reshapes) or len(asked) != len(own) or not aligned:
             return None
         differ = [i for i, (old, new) in enumerate(zip(own, asked, strict=True)) if old != new or i in places]
@@ -173,14 +173,14 @@ class FunctionCalls:
     def _widths(self) -> set[Axis]:
         return set(self.partition.axes.values())
 
-    def takes(self, node: Node, thin: Thinning, ranked: bool) -> Given | None:
+    def takes(self, node: Node, pruned: PrunedShapes, ranked: bool) -> Given | None:
         """By what the first tensor of a call is known: its dimensions that parameters have."""
         first, call = next(node.inputs(), None), self.recorded[self.by_node[node.index]]
         if first is None or first.shape != call.takes:
             return None
         terms = [resolve(term) for term in self.partition.found.operands[first].terms]
         wide = [dim for dim, term in enumerate(terms) if term and self._widths.issuperset(axes_of(term))]
-        sizes = tuple((dim - len(terms), thin.count(terms[dim])) for dim in wide)
+        sizes = tuple((dim - len(terms), pruned.count(terms[dim])) for dim in wide)
         return Given(len(terms) if ranked else None, sizes)
 
     @cached_property
@@ -204,7 +204,7 @@ class FunctionCalls:
             yield self.by_node[self._makers[rest]]
 
     def spelled(self, rest: Any, kept: Mapping[int, tuple[str, str, int]]) -> Any:
-        """What is gone, as :class:`oto.nn.Told` reads it.
+        """What is gone, as :class:`oto.nn.OverriddenForward` reads it.
 
         Args:
             kept: For the place of each call that it follows from, its site, its name and its time.

@@ -1,7 +1,7 @@
 """Which module is told of which calls: each is known by the lines of code that run when it is made.
 
-Calls in the same lines that are left as they are belong to the table of a module, too: :class:`oto.nn.Told` refuses
-what is none of these, as another path.
+Calls in the same lines that are left as they are belong to the table of a module, too:
+:class:`oto.nn.OverriddenForward` refuses what is none of these, as another path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from oto.nn.overrides import FullCount, Override, Overrides, Sizes
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.overrides import FunctionCalls
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Node
 from oto.trace.record import FunctionCall
 
@@ -30,7 +30,7 @@ Table = dict[str, dict[str, list[Override]]]
 
 
 def overrides_of(
-    calls: FunctionCalls, adaptation: Adaptation, thin: Thinning, sizes_only: bool = False
+    calls: FunctionCalls, adaptation: Adaptation, pruned: PrunedShapes, sizes_only: bool = False
 ) -> dict[str, Overrides]:
     """What each module is to call otherwise, by its path.
 
@@ -44,17 +44,17 @@ def overrides_of(
         EmitterError: A module that runs several times would have to make another call each time.
     """
     graph, rewrites = calls.partition.found.graph, calls.partition.found.tape.rewrites
-    changed = {place.module for place, size in adaptation.sizes.items() if size.now(thin) != size.value}
+    changed = {place.module for place, size in adaptation.sizes.items() if size.now(pruned) != size.value}
     hows: dict[int, Override] = {}
     for index, places in adaptation.overrides.items():
         node, rewrite = graph.nodes[index], rewrites.get(index)
         if rewrite is not None and (rewrite.op is node.op or rewrite.op is aten.reshape.default):
             places = tuple(sorted({*places, *calls.widths(rewrite)}))
-        if not places and not _recounts(node, rewrite, thin, changed):
+        if not places and not _recounts(node, rewrite, pruned, changed):
             continue
-        how = calls.override(node, rewrite, thin, places, sizes_only)
+        how = calls.override(node, rewrite, pruned, places, sizes_only)
         assert how is not None
-        takes = None if sizes_only else calls.takes(node, thin, not isinstance(how, Sizes))
+        takes = None if sizes_only else calls.takes(node, pruned, not isinstance(how, Sizes))
         hows[calls.by_node[index]] = replace(how, takes=takes)
     needs = {at: set(calls.needed(how.keywords["rest"])) for at, how in hows.items() if _has_rest(how)}
     for at in set().union(*needs.values()):
@@ -67,9 +67,9 @@ def _has_rest(how: Override) -> TypeGuard[FullCount]:
     return isinstance(how, FullCount) and "rest" in how.keywords
 
 
-def _recounts(node: Node, rewrite: Rewrite | None, thin: Thinning, changed: Set[str]) -> bool:
+def _recounts(node: Node, rewrite: Rewrite | None, pruned: PrunedShapes, changed: Set[str]) -> bool:
     """Whether a call has to name a count or pieces; these too where an attribute around it changes."""
-    if rewrite is None or thin.changes(rewrite):
+    if rewrite is None or pruned.changes(rewrite):
         return rewrite is not None
     return rewrite.op is aten.split_with_sizes.default and not changed.isdisjoint(ancestors(node.module))
 

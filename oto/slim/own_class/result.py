@@ -10,7 +10,7 @@ from oto.slim.own_class.overrides import FunctionCalls
 
 
 @dataclass(frozen=True)
-class Step:
+class Decision:
     """One decision of the search.
 
     Attributes:
@@ -51,7 +51,7 @@ class OwnClass:
 
     adaptation: Adaptation
     calls: FunctionCalls
-    steps: tuple[Step, ...] = field(default=())
+    steps: tuple[Decision, ...] = field(default=())
 
     @property
     def whole(self) -> Mapping[str, int | None]:

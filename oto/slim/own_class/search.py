@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from oto.axes.terms import axes_of, resolve
-from oto.axes.terms import size as size_of
+from oto.axes.terms import axes_of, resolve, size_of
 from oto.errors import EmitterError
 from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import joined
@@ -35,7 +34,7 @@ from oto.slim.own_class.repairs import (
     ties,
     whole,
 )
-from oto.slim.own_class.result import OwnClass, Step
+from oto.slim.own_class.result import Decision, OwnClass
 from oto.slim.own_class.situation import Proposal, Situation
 from oto.slim.own_class.trials import THIN, Kind, Trial, Trials
 from oto.slim.own_class.workbench import Workbench
@@ -138,7 +137,7 @@ class Search:
     bench: Workbench
     trials: Trials
     adaptation: Adaptation
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Decision] = field(default_factory=list)
     failed: bool = False
 
     def result(self, describes: bool = True) -> OwnClass:
@@ -170,7 +169,7 @@ class Search:
         return next((trial for trial in tries[at:] + tries[:at] if trial not in right), None)
 
     def _divergence(self, adaptation: Adaptation, trial: Trial, beyond: int | None = None) -> Divergence | None:
-        return self.bench.divergence(adaptation, self.trials.thin(adaptation, trial), beyond)
+        return self.bench.divergence(adaptation, self.trials.prune(adaptation, trial), beyond)
 
     # --- one repair ---------------------------------------------------------------------------------------------------
 
@@ -216,8 +215,8 @@ class Search:
         """How far the class gets with a proposal."""
         after: Divergence | None = None
         for counts in proposal.counts or (None,):
-            thin = self.trials.thin(proposal.adaptation, at.trial, counts)
-            after = self.bench.divergence(proposal.adaptation, thin, at.index)
+            pruned = self.trials.prune(proposal.adaptation, at.trial, counts)
+            after = self.bench.divergence(proposal.adaptation, pruned, at.index)
             if after is not None and after.index <= at.index:
                 break
         return after
@@ -275,6 +274,6 @@ def _ties_of(groups: Sequence[NodeGroup]) -> tuple[tuple[str, ...], ...]:
     return tuple(sorted(tuple(names) for names in tied.values() if len(names) > 1))
 
 
-def _step(at: Situation, tried: Sequence[str], settled: str) -> Step:
+def _step(at: Situation, tried: Sequence[str], settled: str) -> Decision:
     node = at.node
-    return Step(str(at.trial), node.name, node.module, node.source, str(at.divergence), tuple(tried), settled)
+    return Decision(str(at.trial), node.name, node.module, node.source, str(at.divergence), tuple(tried), settled)

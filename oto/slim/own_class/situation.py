@@ -13,7 +13,7 @@ from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.compare import Divergence
 from oto.slim.own_class.trials import Trial, Trials
 from oto.slim.own_class.workbench import Workbench
-from oto.slim.pruned_shapes import Thinning
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Node
 
 
@@ -64,13 +64,13 @@ class Situation:
         return self.bench.partition.found.tape.rewrites.get(index)
 
     @cached_property
-    def thin(self) -> Thinning:
-        return self.trials.thin(self.adaptation, self.trial)
+    def pruned(self) -> PrunedShapes:
+        return self.trials.prune(self.adaptation, self.trial)
 
     def changes(self, index: int) -> bool:
         """Whether a size that a call stands on gets smaller in this try."""
         rewrite = self.rewrite_of(index)
-        return rewrite is not None and self.thin.changes(rewrite)
+        return rewrite is not None and self.pruned.changes(rewrite)
 
     @cached_property
     def spreads(self) -> list[list[int]]:

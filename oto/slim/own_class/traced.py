@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from oto.slim.numbers import state_
+from oto.slim.numbers import set_number
 from oto.slim.own_class.attributes import Place, numbers
 
 
@@ -76,7 +76,7 @@ def traced(model: nn.Module, skip: Callable[[nn.Module], bool]) -> Iterator[None
             for key, value in list(numbers(module)):
                 if type(value) is int and value > 1:
                     held.append((module, str(key[0]), vars(module)[str(key[0])]))  # what leads to it is made anew
-                    state_(module, key, TracedInt.of(value, frozenset([Place(path, key)]), direct=True))
+                    set_number(module, key, TracedInt.of(value, frozenset([Place(path, key)]), direct=True))
         yield
     finally:
         for module, name, before in reversed(held):

@@ -15,7 +15,7 @@ from oto.groups import Kept, NodeGroup, Partition
 from oto.nn import functional as full_count
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import family
-from oto.slim.pruned_shapes import Thinning, thinning
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
 _PART = 16
 """In :attr:`Kind.THINNEST` as little as a sixteenth of each group is left; below that a model does not learn."""
@@ -65,7 +65,7 @@ class Trials:
     partition: Partition
     groups: Sequence[NodeGroup]
     given: Kept | None = None
-    _made: dict[object, Thinning] = field(default_factory=dict)
+    _made: dict[object, PrunedShapes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names: dict[Axis, str] = {axis: name for name, axis in self.partition.axes.items()}
@@ -83,21 +83,21 @@ class Trials:
         turns = [Trial(Kind.SOME, turn) for turn in range(self._turns(adaptation))]
         return [Trial(Kind.ALL), Trial(Kind.ADAPTED_WHOLE), *turns, *map(Trial, THIN)]
 
-    def thin(self, adaptation: Adaptation, trial: Trial, counts: Mapping[str, int] | None = None) -> Thinning:
+    def prune(self, adaptation: Adaptation, trial: Trial, counts: Mapping[str, int] | None = None) -> PrunedShapes:
         """What is left in a try; tied groups keep the same number of atoms.
 
         Args:
             counts: So many atoms of some groups are left instead.
         """
         if self.given is not None:
-            return thinning(self.partition, self.at_least(adaptation.minimum))
+            return pruned_shapes(self.partition, self.at_least(adaptation.minimum))
         stays = frozenset(self.staying(adaptation, trial))
         limits = tuple(sorted(adaptation.whole)), tuple(sorted(adaptation.minimum.items()))
         key = trial, stays, adaptation.ties, limits, tuple(sorted((counts or {}).items()))
         if key not in self._made:
             if len(self._made) > _REMEMBERED:
                 self._made.clear()
-            self._made[key] = thinning(self.partition, self._kept(adaptation, trial, stays, counts or {}))
+            self._made[key] = pruned_shapes(self.partition, self._kept(adaptation, trial, stays, counts or {}))
         return self._made[key]
 
     def at_least(self, minimum: Mapping[str, int]) -> Kept:
@@ -188,11 +188,11 @@ class Trials:
                     thinner.add(name)
         return thinner
 
-    def changing(self, terms: Iterable[Term], thin: Thinning) -> Iterator[str]:
+    def changing(self, terms: Iterable[Term], pruned: PrunedShapes) -> Iterator[str]:
         """The groups that get thinner in some dimensions."""
         for term in terms:
             for axis in axes_of(resolve(term)):
-                if axis in self.names and axis in thin.counts and thin.counts[axis] != axis.size:
+                if axis in self.names and axis in pruned.counts and pruned.counts[axis] != axis.size:
                     yield self.names[axis]
 
     @cached_property

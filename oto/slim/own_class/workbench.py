@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from oto.axes.registry import known
-from oto.errors import out_of_memory
+from oto.errors import reraise_out_of_memory
 from oto.groups import Partition
 from oto.slim.copying import closed_over
-from oto.slim.edits import Edits, attribute, edited, tensors_of, thin_copy, thin_tensor
+from oto.slim.edits import Edits, attribute, edited, pruned_tensor, slim_copy, tensors_of
 from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import numbers
@@ -27,10 +27,10 @@ from oto.slim.own_class.overrides import FunctionCalls
 from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
 from oto.slim.own_class.traced import traced
-from oto.slim.pruned_shapes import Thinning
-from oto.trace.found import Found, content_of, modules_of, surroundings
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Graph
 from oto.trace.record import FunctionCall, Script, follow
+from oto.trace.snapshot import Snapshot, content_of, modules_of, surroundings
 
 AHEAD = 64
 """How many calls beyond a divergence a try is followed: enough to see that it is gone, few of those of most models."""
@@ -57,7 +57,7 @@ class Workbench:
         self.graph: Graph = partition.found.graph
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.runs = 0
-        self._known: dict[tuple[int, int], tuple[Adaptation, Thinning, Divergence | None]] = {}
+        self._known: dict[tuple[int, int], tuple[Adaptation, PrunedShapes, Divergence | None]] = {}
         self._numbers: dict[str, list[tuple[Key, int | float]]] = {}
         self.is_traced = False
         self.mode = self.graph.how
@@ -91,8 +91,7 @@ class Workbench:
             with traced(copy.model, lambda module: stock(module) is not None):
                 return self._follow(copy.model, mode, data, copy)
         except Exception as failure:  # a class that cannot be copied, or minds what is set
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             vars(self).pop("_copy", None)
             return False
 
@@ -112,40 +111,39 @@ class Workbench:
 
     # --- thinner copies -----------------------------------------------------------------------------------------------
 
-    def divergence(self, adaptation: Adaptation, thin: Thinning, beyond: int | None = None) -> Divergence | None:
+    def divergence(self, adaptation: Adaptation, pruned: PrunedShapes, beyond: int | None = None) -> Divergence | None:
         """Where the class, adapted, first does something else than it should; ``None`` if nowhere.
 
         Args:
             beyond: A call that it diverged at before; it is followed only so far that one sees whether it does still.
         """
-        known_here = self._known.get((id(adaptation), id(thin)))
+        known_here = self._known.get((id(adaptation), id(pruned)))
         if known_here is not None:
             return known_here[2]
         self.runs += 1
         try:
-            edits = edits_of(self.layers, thin, OwnClass(adaptation, self.calls), sizes_only=True)
-            run = self._run(edits, adaptation, thin, None if beyond is None else beyond + AHEAD)
+            edits = edits_of(self.layers, pruned, OwnClass(adaptation, self.calls), sizes_only=True)
+            run = self._run(edits, adaptation, pruned, None if beyond is None else beyond + AHEAD)
         except DeclinedError as declined:
             return Divergence(self.first_in(declined.path), declined)
         except Exception as refused:  # a class that cannot be copied, or that minds what is set
-            if out_of_memory(refused):
-                raise
+            reraise_out_of_memory(refused)
             return Divergence(0, refused)
-        found = Comparison(self.full, run, adaptation, thin, edits).divergence()
+        found = Comparison(self.full, run, adaptation, pruned, edits).divergence()
         if not run.is_cut:  # the search goes on from a repair with the very try that showed that it does
             if len(self._known) >= _KNOWN:
                 self._known.clear()
-            self._known[id(adaptation), id(thin)] = adaptation, thin, found
+            self._known[id(adaptation), id(pruned)] = adaptation, pruned, found
         return found
 
-    def _run(self, edits: Edits, adaptation: Adaptation, thin: Thinning, limit: int | None) -> Run:
+    def _run(self, edits: Edits, adaptation: Adaptation, pruned: PrunedShapes, limit: int | None) -> Run:
         literals: list[FunctionCall] = []
         if self.script is not None:
             self.script.read = 0
         if self._copy.is_swappable:
-            slim, found = self._copy.edited(edits, self._thin(thin, adaptation, changed=True)), self._copy.found
+            slim, found = self._copy.edited(edits, self._thin(pruned, adaptation, changed=True)), self._copy.found
         else:
-            slim, found = thin_copy(self.model, self._thin(thin, adaptation), edits), self._held_by_model
+            slim, found = slim_copy(self.model, self._thin(pruned, adaptation), edits), self._held_by_model
         calls, failure = follow(
             slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found,
             bare=self._copy.is_swappable,
@@ -159,9 +157,9 @@ class Workbench:
         Raises:
             EmitterError: The model cannot be copied.
         """
-        return _Copy.of(thin_copy(self.model, self._whole(), Edits()), self.dummy_input)
+        return _Copy.of(slim_copy(self.model, self._whole(), Edits()), self.dummy_input)
 
-    def _thin(self, thin: Thinning, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
+    def _thin(self, pruned: PrunedShapes, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
         """For each tensor of the model a thinner one; without data, but for constants, where none is needed.
 
         Args:
@@ -171,11 +169,11 @@ class Workbench:
         made: dict[str, Tensor] = {}
         taking = own.scales if self.script is not None else {}
         for leaf in self.graph.leaves:
-            shape, scales = thin.sizes(leaf.value), taking.get(leaf.name, ())
+            shape, scales = pruned.sizes(leaf.value), taking.get(leaf.name, ())
             if not leaf.names or (changed and shape == tuple(leaf.value.shape) and not scales):
                 continue
             if self.script is not None or leaf.kind == "constant":
-                new = thin_tensor(self.model, thin, leaf, scales)
+                new = pruned_tensor(self.model, pruned, leaf, scales)
             else:
                 new = torch.empty(shape, dtype=leaf.value.dtype, device="meta")
             made.update(dict.fromkeys(leaf.names[:1] if changed else leaf.names, new))
@@ -201,9 +199,9 @@ class Workbench:
         return Uses.of(self.graph)
 
     @cached_property
-    def _held_by_model(self) -> Found:
+    def _held_by_model(self) -> Snapshot:
         """What the model holds; a copy that is thrown away shares some of it."""
-        return Found(self.model, self.dummy_input)
+        return Snapshot(self.model, self.dummy_input)
 
     def numbers(self, path: str) -> list[tuple[Key, int | float]]:
         """The numbers that a module holds."""
@@ -228,7 +226,7 @@ class _Copy:
     """
 
     model: nn.Module
-    found: Found
+    found: Snapshot
     holders: Mapping[int, list[tuple[Any, Any]]]
     kinds: list[tuple[nn.Module, type[nn.Module]]]
     is_swappable: bool
@@ -236,7 +234,7 @@ class _Copy:
     @classmethod
     def of(cls, model: nn.Module, dummy_input: Any) -> _Copy:
         holders, kinds = _holders(model), [(module, type(module)) for module in modules_of(model)]
-        return cls(model, Found(model, dummy_input), holders, kinds, not _holds_elsewhere(model, holders))
+        return cls(model, Snapshot(model, dummy_input), holders, kinds, not _holds_elsewhere(model, holders))
 
     def edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The copy with other tensors and its modules changed, until it is put back."""

@@ -63,7 +63,7 @@ def _apart(x: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Difference:
     """What two runs differ in, as :class:`Check` states it."""
 
     error: float
@@ -71,13 +71,13 @@ class Comparison:
     entries: int
 
 
-def compared(full: Sequence[Tensor], slim: Sequence[Tensor]) -> Comparison:
+def compared(full: Sequence[Tensor], slim: Sequence[Tensor]) -> Difference:
     """Compare what two models give. The error is inf if the outputs differ in kind.
 
     NaN equals NaN, and an infinity itself: but such entries do not count as finite.
     """
     entries = sum(x.numel() for x in full)
-    different = Comparison(float("inf"), 0, entries)
+    different = Difference(float("inf"), 0, entries)
     if len(full) != len(slim):
         return different
     worst, count = 0.0, 0
@@ -94,7 +94,7 @@ def compared(full: Sequence[Tensor], slim: Sequence[Tensor]) -> Comparison:
         error, scale = parts[:, :2].amax(0).tolist()
         worst = max(worst, error / scale if scale > 0 else error)
         count += int(parts[:, 2].sum())
-    return Comparison(worst, count, entries)
+    return Difference(worst, count, entries)
 
 
 def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:

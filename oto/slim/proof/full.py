@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import VerificationError, first_line, out_of_memory
+from oto.errors import VerificationError, first_line, out_of_memory, reraise_out_of_memory
 from oto.slim.proof.compare import tolerance
 from oto.slim.proof.float64 import double_input, dtype_of, in_double
 from oto.slim.proof.inputs import Input
 from oto.slim.proof.memory import available, size_of
 from oto.slim.proof.run import run
-from oto.trace.found import Found
 from oto.trace.record import Script
+from oto.trace.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class FullModel:
     own: dict[Input, Outputs | None] = field(default_factory=dict)
     wide: dict[Input, Outputs | None] = field(default_factory=dict)
     copy64: nn.Module | None = None
-    _found: dict[int, tuple[nn.Module, Found]] = field(default_factory=dict)
+    _found: dict[int, tuple[nn.Module, Snapshot]] = field(default_factory=dict)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -77,7 +77,7 @@ class FullModel:
     ) -> Outputs:
         """Run this model or a slim one, and look only once at what it holds."""
         if id(module) not in self._found:
-            self._found[id(module)] = module, Found(module, self.example.value)
+            self._found[id(module)] = module, Snapshot(module, self.example.value)
         return run(module, value, wide, self._found[id(module)][1], script, fast)
 
     def forget(self, module: nn.Module) -> None:
@@ -97,8 +97,7 @@ class FullModel:
         try:
             outputs = self.run(self.model, self.example.value, fast=True)
         except Exception as failure:  # inference mode has rules of its own
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             log.info("the full model does not run in inference mode: %s", first_line(failure))
             return True
         self.own[self.example] = self._still_there(outputs)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from oto._torch import tree_map_only
 from oto.errors import first_line, some
 from oto.slim.proof.run import run
-from oto.trace.found import as_found
 from oto.trace.inputs import arguments
 from oto.trace.record import tensors_in
+from oto.trace.snapshot import preserved
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def _with_gradient(
 
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # cuDNN's have no gradient in eval
     kernels = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    with as_found(model, given), torch.enable_grad(), _within(free, model), kernels:
+    with preserved(model, given), torch.enable_grad(), _within(free, model), kernels:
         for p in model.parameters():
             p.grad = None
             p.requires_grad_(id(p) in names)
@@ -124,7 +124,7 @@ def _moves(model: nn.Module, parameters: Collection[nn.Parameter], given: Any) -
     """Whether any output is another one with other numbers in some parameters."""
     before = run(model, given)
     generator = torch.Generator().manual_seed(0)
-    with as_found(model, given), torch.no_grad():
+    with preserved(model, given), torch.no_grad():
         for p in parameters:
             p.data = p + (p.abs().mean() + 0.1) * torch.randn(p.shape, generator=generator).to(p)
         after = run(model, given)

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import EmitterError, VerificationError, out_of_memory, some
-from oto.nn import Told
+from oto.errors import EmitterError, VerificationError, reraise_out_of_memory, some
+from oto.nn import OverriddenForward
 from oto.progress import stage
 from oto.slim.edits import attribute
 from oto.slim.proof import limits
@@ -222,8 +222,7 @@ class Reference:
             script.read = 0
             found = self.full.run(slim, double_input(given.value) if wide else given.value, wide, script)
         except Exception as failure:  # it decides something that the full one does not
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             log.info("under the decisions of the full model: %s", failure)
             return check
         if expected is None or script.read != len(script.written) or not any(x.is_floating_point() for x in expected):
@@ -301,8 +300,7 @@ class Reference:
         try:
             return self.full.run(slim, value, wide=True)
         except Exception as failure:  # code that compares dtypes of its own
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             return run(in_double(slim), value)
 
     @contextmanager
@@ -354,7 +352,9 @@ class Reference:
         Raises:
             EmitterError: It does.
         """
-        patched = [m for m in slim.modules() if "forward" in vars(m) and not isinstance(vars(m)["forward"], Told)]
+        patched = [
+            m for m in slim.modules() if "forward" in vars(m) and not isinstance(vars(m)["forward"], OverriddenForward)
+        ]
         if not patched or slim is self.model:
             return
         own = {id(m) for m in slim.modules()}

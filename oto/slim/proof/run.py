@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_map_only
-from oto.nn import Told
-from oto.nn.told import learning
+from oto.nn import OverriddenForward
+from oto.nn.overridden import learning
 from oto.slim.edits import Edits
 from oto.slim.proof.float64 import WIDER, throughout, unrounded, widened, widening
-from oto.trace.found import Found, as_found
 from oto.trace.inputs import arguments
 from oto.trace.record import Script, tensors_in
+from oto.trace.snapshot import Snapshot, preserved
 
 
 class _Decided(TorchDispatchMode):
@@ -33,21 +33,25 @@ class _Decided(TorchDispatchMode):
 
 
 def run(
-    module: nn.Module, dummy_input: Any, wide: bool = False, found: Found | None = None, script: Script | None = None,
+    module: nn.Module,
+    dummy_input: Any,
+    wide: bool = False,
+    found: Snapshot | None = None,
+    script: Script | None = None,
     fast: bool = False,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The tensors that a module gives, in eval mode, on a copy of the input; a float64 module in float64 throughout.
 
     Args:
         wide: Compute in float64 with the parameters as they are: each is widened where it is read.
-        found: As for :func:`oto.trace.found.as_found`.
+        found: As for :func:`oto.trace.snapshot.preserved`.
         script: Where what is decided by values is written down, or taken from.
         fast: As users run a model: in inference mode, with torch's fast paths, and no mode of this package.
     """
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
     decided = nullcontext() if script is None else _Decided(script)
     with ExitStack() as stack:
-        stack.enter_context(as_found(module, dummy_input, found))
+        stack.enter_context(preserved(module, dummy_input, found))
         stack.enter_context(unrounded())
         if fast:
             torch.backends.mha.set_fastpath_enabled(True)  # ``as_found`` puts it back
@@ -69,7 +73,9 @@ def run(
 
 def learn(slim: nn.Module, edits: Edits, dummy_input: Any) -> None:
     """Write down, in a slim model and its edits, by what the calls are known that are told something."""
-    told = {path: module.forward for path, module in slim.named_modules() if isinstance(module.forward, Told)}
+    told = {
+        path: module.forward for path, module in slim.named_modules() if isinstance(module.forward, OverriddenForward)
+    }
     if told:
         with learning(slim):
             run(slim, dummy_input)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
-from oto.errors import ShrinkError, first_line, out_of_memory
+from oto.errors import ShrinkError, first_line, reraise_out_of_memory
 from oto.groups import Kept, Partition
 from oto.slim.proof.compare import Check, checked
 from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout, unrounded
 from oto.slim.proof.inputs import random_like
-from oto.slim.pruned_shapes import Thinning, thinning
-from oto.trace.found import as_found
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 from oto.trace.inputs import arguments
 from oto.trace.record import tensors_in
+from oto.trace.snapshot import preserved
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +41,20 @@ def check_training(
         try:
             expected = trained(full, given)
         except Exception as failure:  # whatever a forward may want for training
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             log.info("%s does not run in train mode on the example: %s", type(full).__name__, first_line(failure))
             continue
         try:
             found = trained(slim, given)
         except Exception as failure:
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             raise ShrinkError(
                 f"the slim {type(full).__name__} fails in train mode, where the full one runs: {first_line(failure)}\n"
                 "  effect  nothing was changed\n"
                 "  to fix  if that is in a part that only training uses, keep what it reads: skip_patterns=[...]"
             ) from failure
-        thin = thinning(partition, kept)
-        made = _compared(dtype_of(full), thin, expected, found)
+        pruned = pruned_shapes(partition, kept)
+        made = _compared(dtype_of(full), pruned, expected, found)
         if not made.finite:
             log.info("%s gives no finite number in train mode on the example", type(full).__name__)
             return None
@@ -65,18 +63,17 @@ def check_training(
         try:  # batch norm over a handful of values makes much of a rounding; float64 knows
             expected, found = (trained(in_double(module), double_input(given)) for module in (full, slim))
         except Exception as failure:
-            if out_of_memory(failure):
-                raise
+            reraise_out_of_memory(failure)
             log.info("%s does not train in float64: %s", type(full).__name__, first_line(failure))
             return made
-        return _compared(torch.float64, thin, expected, found)
+        return _compared(torch.float64, pruned, expected, found)
     return None
 
 
-def _compared(dtype: torch.dtype, thin: Thinning, full: Trained, slim: Trained) -> Check:
-    leaves = {name: leaf for leaf in thin.found.graph.leaves for name in leaf.names}
+def _compared(dtype: torch.dtype, pruned: PrunedShapes, full: Trained, slim: Trained) -> Check:
+    leaves = {name: leaf for leaf in pruned.found.graph.leaves for name in leaf.names}
     held = full[1].keys() & slim[1].keys() & leaves.keys()  # a forward may register others
-    both = {name: (thin.thin(leaves[name], full[1][name]), slim[1][name]) for name in held}
+    both = {name: (pruned.prune(leaves[name], full[1][name]), slim[1][name]) for name in held}
     given = [*full[0], *(a for a, _ in both.values())], [*slim[0], *(b for _, b in both.values())]
     return checked("slim in train mode", dtype, *given)
 
@@ -112,7 +109,7 @@ def trained(module: nn.Module, given: Any) -> Trained:
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(given))
     modes = [(m, m.training) for m in module.modules()]
     all_eval = not any(training for _, training in modes)
-    with as_found(module, given), unrounded(), torch.inference_mode(), _Still(), throughout(module):  # type: ignore[no-untyped-call]
+    with preserved(module, given), unrounded(), torch.inference_mode(), _Still(), throughout(module):  # type: ignore[no-untyped-call]
         torch.manual_seed(0)
         for m, training in modes:
             m.training = training or all_eval

@@ -36,7 +36,7 @@ def is_stated_by_none(at: Situation) -> bool:
     sizes, stated = at.bench.calls.sizes_at(rewrite), at.bench.calls.recorded[at_call].numbers
     if len(sizes) != len(stated):
         return False
-    changing = [places_of(n) for n, size in zip(stated, sizes, strict=True) if size and changed(size.term, at.thin)]
+    changing = [places_of(n) for n, size in zip(stated, sizes, strict=True) if size and changed(size.term, at.pruned)]
     return all(places <= at.adaptation.sizes.keys() for places in changing)
 
 

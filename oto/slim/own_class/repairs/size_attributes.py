@@ -38,7 +38,7 @@ def proposals(at: Situation) -> Iterator[Proposal]:
 def _new(at: Situation, made: dict[Place, SizeAttribute], tried: set[Key], is_guess: bool) -> Iterator[Proposal]:
     """The proposal of some sizes, if they are not what was tried or is known."""
     sizes = at.adaptation.sizes
-    key = tuple(sorted(((p, at.thin.count(s.term) * s.value) for p, s in made.items()), key=repr))
+    key = tuple(sorted(((p, at.pruned.count(s.term) * s.value) for p, s in made.items()), key=repr))
     made = {place: size for place, size in made.items() if sizes.get(place) != size}
     if made and key not in tried:
         tried.add(key)

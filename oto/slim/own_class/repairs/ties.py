@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from oto.axes.terms import Term, axes_of, resolve
-from oto.axes.terms import size as size_of
+from oto.axes.terms import Term, axes_of, resolve, size_of
 from oto.slim.own_class.adaptation import Adaptation, Tie
 from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.blocks import ancestors, moved
@@ -54,7 +53,7 @@ def shared_attributes(at: Situation) -> Iterator[Proposal]:
             for place, stated in at.adaptation.sizes.items():
                 if place.module != path or held.get(place.key) != size_of(size.term) != size_of(stated.term):
                     continue
-                if size_of(stated.term) != stated.value or at.thin.count(stated.term) == at.thin.size(size):
+                if size_of(stated.term) != stated.value or at.pruned.count(stated.term) == at.pruned.size(size):
                     continue
                 for siblings in at.spreads:
                     tied = _tied(at, _both(at, place, i, siblings))

@@ -45,14 +45,14 @@ _Meets = Callable[[Situation, int], Iterator[str]]
 def _stated_by(at: Situation, index: int) -> Iterator[str]:
     """The groups whose size the arguments of a call state."""
     rewrite = at.rewrite_of(index)
-    return at.trials.changing(rewrite.terms if rewrite is not None else (), at.thin)
+    return at.trials.changing(rewrite.terms if rewrite is not None else (), at.pruned)
 
 
 def met_by(at: Situation, index: int) -> Iterator[str]:
     """The groups that a call meets."""
     node, operands = at.bench.graph.nodes[index], at.bench.partition.found.operands
     values = [*node.inputs(), *(v for v in node.outputs if v is not None)]
-    return at.trials.changing([t for v in values for t in operands[v].terms], at.thin)
+    return at.trials.changing([t for v in values for t in operands[v].terms], at.pruned)
 
 
 def _met_around(at: Situation, index: int) -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from oto import OTO, load_subnet
 from oto.errors import ClassChangedError, UnseenPathError
-from oto.nn import Told, told
+from oto.nn import OverriddenForward, told
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
 
@@ -24,7 +24,7 @@ def slimmed(model, x, share=0.5):
     oto = OTO(model, x)
     oto.random_set_zero_groups(share)
     subnet = oto.construct_subnet(emitter="module")
-    assert any(isinstance(vars(m).get("forward"), Told) for m in subnet.model.modules())
+    assert any(isinstance(vars(m).get("forward"), OverriddenForward) for m in subnet.model.modules())
     return model, subnet.model
 
 
@@ -191,7 +191,7 @@ class Stack(nn.Module):
 
 def test_each_module_is_told_what_is_its_own():
     full, slim = slimmed(Stack(Block(Block()), Block()), data(2, 5), 0.4)
-    told_ = [name for name, m in slim.named_modules() if isinstance(vars(m).get("forward"), Told)]
+    told_ = [name for name, m in slim.named_modules() if isinstance(vars(m).get("forward"), OverriddenForward)]
     assert told_ == ["blocks.0", "blocks.0.inner", "blocks.1"]
     assert agree(full, slim, data(6, 5))
     assert agree(full, torch.compile(slim, backend="eager"), data(4, 5))  # in pieces

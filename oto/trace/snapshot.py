@@ -94,14 +94,14 @@ def tensors_by_path(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def as_found(model: nn.Module, given: Any = None, found: Found | None = None) -> Iterator[Found]:
+def preserved(model: nn.Module, given: Any = None, found: Snapshot | None = None) -> Iterator[Snapshot]:
     """Eval mode inside, and forwards as the classes have them. Afterwards the model and ``given`` are as they were, and
     so is the state of torch.
 
     Args:
         found: What they hold, if somebody has looked already and nothing has changed since.
     """
-    found = Found(model, given) if found is None else found
+    found = Snapshot(model, given) if found is None else found
     fastpath = torch.backends.mha.get_fastpath_enabled()
     dtype, python, numpy = torch.get_default_dtype(), random.getstate(), np.random.get_state()  # noqa: NPY002
     modules = modules_of(model)
@@ -145,7 +145,7 @@ def _see_through(modules: Iterable[nn.Module]) -> None:
 _LAYERS = 100  # of wrappers; more would be a circle
 
 
-class Found:
+class Snapshot:
     """What a model and the surroundings of its code hold, and how they get it back.
 
     Attributes:

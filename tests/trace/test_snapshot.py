@@ -20,8 +20,8 @@ from torch import nn
 from oto import OTO
 from oto.errors import EmitterError, LeftBehindWarning, NotPrunedWarning, OTOError, VerificationError
 from oto.slim.proof.run import run
-from oto.trace.found import as_found
 from oto.trace.record import record
+from oto.trace.snapshot import preserved
 from tests.zoo.unchanged import Seen
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -400,7 +400,7 @@ def test_a_cache_of_results_that_was_filled_before_is_no_constant(kind):
     assert [node.op for node in record(model, X).nodes] == cold
     model(X)
     kept = CACHES[kind].cache_info().currsize
-    with as_found(model, X):
+    with preserved(model, X):
         model(X)
     record(model, X)
     # what it keeps may be drawn, or learnt: no second call would give it
