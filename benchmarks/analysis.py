@@ -34,19 +34,41 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 VISION = [
-    "resnet18", "resnet50", "vgg16_bn", "densenet121", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf",
-    "resnext50_32x4d", "shufflenet_v2_x1_0", "googlenet", "inception_v3", "convnext_tiny", "vit_b_16", "vit_b_32",
-    "swin_t", "maxvit_t",
-]  # fmt: skip
+    "resnet18",
+    "resnet50",
+    "vgg16_bn",
+    "densenet121",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "resnext50_32x4d",
+    "shufflenet_v2_x1_0",
+    "googlenet",
+    "inception_v3",
+    "convnext_tiny",
+    "vit_b_16",
+    "vit_b_32",
+    "swin_t",
+    "maxvit_t",
+]
 TEXT = ["bert", "gpt2", "llama", "t5", "vit"]
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
 LARGE: dict[str, tuple[str, dict[str, int]]] = {
     "llama-3-8b": ("Llama", LLAMA_8B),
     "mixtral-8x7b": ("Mixtral", LLAMA_8B | {"vocab_size": 32000, "num_local_experts": 8}),
-    "llama-3-70b": ("Llama", LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-                                         "num_attention_heads": 64}),
-}  # fmt: skip
+    "llama-3-70b": (
+        "Llama",
+        LLAMA_8B
+        | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    ),
+}
 DEPTHS = [2, 5, 10, 20, 50, 100, 200]
 LARGE |= {f"llama-{n}-layers": ("Llama", LLAMA_8B | {"num_hidden_layers": n}) for n in DEPTHS}
 
@@ -184,8 +206,15 @@ def on_meta(args: argparse.Namespace) -> None:
     for name in names:
         found[name] = ours = spawn("oto", name, args.repeats)
         layers = LARGE[name][1]["num_hidden_layers"]
-        row(name, ours["axes"], ours["nodes"], *(f"{ours[k]:.3f}" for k in TIMES), f"{ours['memory']:.0f}",
-            f"{ours['params'] / 1e9:.1f}e9", f"{1000 * ours['total'] / layers:.1f}")  # fmt: skip
+        row(
+            name,
+            ours["axes"],
+            ours["nodes"],
+            *(f"{ours[k]:.3f}" for k in TIMES),
+            f"{ours['memory']:.0f}",
+            f"{ours['params'] / 1e9:.1f}e9",
+            f"{1000 * ours['total'] / layers:.1f}",
+        )
     if args.plot:
         plot([found[name] for name in names], args.plot)
 

@@ -35,9 +35,14 @@ def llama_1b() -> tuple[nn.Module, Tensor]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config), torch.zeros(1, 128, dtype=torch.int64)
 
 
@@ -79,9 +84,13 @@ def measure(build: Callable[[], tuple[nn.Module, Tensor]], target: float, rounds
     counts = np.array([int(own.sum()) for own in left.split_with_sizes(choice.sizes)])
     macs = choice.target.measure(counts) / choice.target.full
     return [
-        f"{len(choice.sizes):,}", f"{len(scores):,}", f"{spelled:.3f}", f"{statistics.median(once):.3f}",
-        f"{max(portions):.3f}", f"{macs:.4f}",
-    ]  # fmt: skip
+        f"{len(choice.sizes):,}",
+        f"{len(scores):,}",
+        f"{spelled:.3f}",
+        f"{statistics.median(once):.3f}",
+        f"{max(portions):.3f}",
+        f"{macs:.4f}",
+    ]
 
 
 def main() -> None:

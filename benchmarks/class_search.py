@@ -37,10 +37,21 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = [
-    "full/resnet50", "full/convnext_tiny", "full/mobilenet_v3_large", "full/vit_b_32", "full/swin_t", "full/yolov8n",
-    "timm/mixnet_s", "timm/xcit_nano_12_p8_224", "timm/maxvit_rmlp_pico_rw_256", "transformers/rt_detr", "models/bert",
-    "models/llama", "models/gpt2", "models/t5",
-]  # fmt: skip
+    "full/resnet50",
+    "full/convnext_tiny",
+    "full/mobilenet_v3_large",
+    "full/vit_b_32",
+    "full/swin_t",
+    "full/yolov8n",
+    "timm/mixnet_s",
+    "timm/xcit_nano_12_p8_224",
+    "timm/maxvit_rmlp_pico_rw_256",
+    "transformers/rt_detr",
+    "models/bert",
+    "models/llama",
+    "models/gpt2",
+    "models/t5",
+]
 
 
 def make(name: str) -> tuple[nn.Module, Any]:
@@ -100,9 +111,19 @@ def measure(name: str) -> dict[str, Any]:
 
     (params, atoms), (most, all_atoms) = share(oto), share(everything)
     whole = [g.name for g in oto.node_groups if not g.prunable and "its class" in (g.reason or "")]
-    return {"seconds": seconds, "analysis": alone, "runs": runs, "calls": calls, "class": params, "share": most,
-            "atoms": atoms, "all_atoms": all_atoms, "whole": whole, "nodes": len(oto.partition.found.graph.nodes),
-            "ties": len({g.tie for g in oto.node_groups if g.prunable} - {None})}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "analysis": alone,
+        "runs": runs,
+        "calls": calls,
+        "class": params,
+        "share": most,
+        "atoms": atoms,
+        "all_atoms": all_atoms,
+        "whole": whole,
+        "nodes": len(oto.partition.found.graph.nodes),
+        "ties": len({g.tie for g in oto.node_groups if g.prunable} - {None}),
+    }
 
 
 def child(name: str) -> None:

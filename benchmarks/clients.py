@@ -66,9 +66,16 @@ def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -76,9 +83,13 @@ def bert() -> nn.Module:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
         max_position_embeddings=256,
-    )  # fmt: skip
+    )
     return BertModel(config)
 
 
@@ -86,9 +97,14 @@ def vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, image_size=64,
-        patch_size=8, num_labels=10,
-    )  # fmt: skip
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        image_size=64,
+        patch_size=8,
+        num_labels=10,
+    )
     return ViTForImageClassification(config)
 
 
@@ -206,17 +222,26 @@ def slim(name: str, form: str) -> Subject:
     try:
         oto = OTO(whole.model, given, **layout)
         optimizer = oto.hesso(
-            lr=1.0, target_params=TARGET, saliency="magnitude", start_pruning_step=0, pruning_steps=1,
-            pruning_periods=1, **options,
-        )  # fmt: skip
+            lr=1.0,
+            target_params=TARGET,
+            saliency="magnitude",
+            start_pruning_step=0,
+            pruning_steps=1,
+            pruning_periods=1,
+            **options,
+        )
         optimizer.step()  # without gradients nothing moves; what was chosen goes to zero
         subnet = oto.construct_subnet()
     except OTOError as failure:
         raise Skipped(f"{type(failure).__name__}: {str(failure).splitlines()[0]}") from failure
     return Subject(
-        subnet.model, whole.example, whole.by_name, subnet.save_pretrained, partial(subnet.export, "onnx"),
+        subnet.model,
+        whole.example,
+        whole.by_name,
+        subnet.save_pretrained,
+        partial(subnet.export, "onnx"),
         subnet.config,
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------------ clients
@@ -282,9 +307,12 @@ def tokenizer(folder: Path, kind: str) -> None:
         import sentencepiece
 
         sentencepiece.SentencePieceTrainer.train(
-            input=str(ROOT / "README.md"), model_prefix=str(folder / "tokenizer"), vocab_size=VOCABULARY,
-            minloglevel=2, hard_vocab_limit=True,
-        )  # fmt: skip
+            input=str(ROOT / "README.md"),
+            model_prefix=str(folder / "tokenizer"),
+            vocab_size=VOCABULARY,
+            minloglevel=2,
+            hard_vocab_limit=True,
+        )
         return
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -393,9 +421,10 @@ def optimum_onnx(subject: Subject, folder: Path, args: argparse.Namespace) -> Ta
 
     source = folder_of(subject, folder / "hf", *([] if "pixel_values" in subject.example else ["words"]))
     kinds = {
-        "LlamaForCausalLM": "ORTModelForCausalLM", "BertModel": "ORTModelForFeatureExtraction",
+        "LlamaForCausalLM": "ORTModelForCausalLM",
+        "BertModel": "ORTModelForFeatureExtraction",
         "ViTForImageClassification": "ORTModelForImageClassification",
-    }  # fmt: skip
+    }
     kind, more = getattr(ort, kinds[type(subject.model).__name__]), dict[str, Any]()
     if type(subject.model).__name__ == "LlamaForCausalLM":
         more = {"use_io_binding": False}
@@ -453,9 +482,10 @@ def bitsandbytes(subject: Subject, folder: Path, args: argparse.Namespace, how: 
     from transformers import BitsAndBytesConfig
 
     config = (
-        BitsAndBytesConfig(load_in_8bit=True) if how == "int8" else
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    )  # fmt: skip
+        BitsAndBytesConfig(load_in_8bit=True)
+        if how == "int8"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    )
     kind: Any = type(subject.model)
     source = folder_of(subject, folder / "hf")
     model = kind.from_pretrained(source, quantization_config=config, device_map="cpu").eval()
@@ -637,9 +667,12 @@ def cells(line: Line, of: Line) -> list[str]:
         why = f"not measured: {line['skipped']}" if "skipped" in line else f"**no**: {line['refused']}"
         return [params, why.replace("|", "/"), "–", "–", "–"]
     return [
-        params, "yes", f"{line['differs']:.0e}", share("bytes", f"{line['bytes'] / 1e6:.2f}"),
+        params,
+        "yes",
+        f"{line['differs']:.0e}",
+        share("bytes", f"{line['bytes'] / 1e6:.2f}"),
         share("ms", f"{line['ms']:.2f}"),
-    ]  # fmt: skip
+    ]
 
 
 def left(args: argparse.Namespace) -> list[tuple[str, str]]:

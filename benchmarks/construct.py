@@ -56,9 +56,13 @@ def llama_250m() -> Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=4,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=4,
         vocab_size=32000,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config), torch.randint(1000, (1, 128))
 
 
@@ -67,9 +71,13 @@ def llama_8b_bf16() -> Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
         num_key_value_heads=8,
-    )  # fmt: skip
+    )
     return in_bf16(lambda: LlamaForCausalLM(config)), torch.randint(1000, (1, 32))
 
 
@@ -78,9 +86,14 @@ def llama_1b_bf16() -> Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
     return in_bf16(lambda: LlamaForCausalLM(config)), torch.randint(1000, (1, 128))
 
 
@@ -167,9 +180,15 @@ def by_torch_pruning(model: nn.Module, x: Any) -> dict[str, Any]:
     start = time.process_time()
     try:
         pruner = torch_pruning.pruner.BasePruner(
-            model, x, importance=torch_pruning.importance.GroupMagnitudeImportance(), pruning_ratio=0.5,
-            ignored_layers=outputs, num_heads=heads, prune_num_heads=bool(heads), head_pruning_ratio=0.5,
-        )  # fmt: skip
+            model,
+            x,
+            importance=torch_pruning.importance.GroupMagnitudeImportance(),
+            pruning_ratio=0.5,
+            ignored_layers=outputs,
+            num_heads=heads,
+            prune_num_heads=bool(heads),
+            head_pruning_ratio=0.5,
+        )
         pruner.step()
         seconds, memory = time.process_time() - start, peak() - before
         with torch.no_grad():

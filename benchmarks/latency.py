@@ -110,9 +110,16 @@ def llama_1b() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -156,9 +163,15 @@ def made_slim(subject: Subject, target: float, args: argparse.Namespace) -> Slim
         x = subject.example(1)
     oto = OTO(model, x)
     optimizer = oto.hesso(
-        lr=1.0, target_macs=target, saliency="magnitude", scope=args.scope, group_divisible=args.divisible,
-        start_pruning_step=0, pruning_steps=1, pruning_periods=1,
-    )  # fmt: skip
+        lr=1.0,
+        target_macs=target,
+        saliency="magnitude",
+        scope=args.scope,
+        group_divisible=args.divisible,
+        start_pruning_step=0,
+        pruning_steps=1,
+        pruning_periods=1,
+    )
     optimizer.step()  # without gradients nothing moves; what was chosen goes to zero
     subnet = oto.construct_subnet(verify=not spared(subject, args), float64=False)
     before, after = subnet.cost_before, subnet.cost_after
@@ -227,8 +240,10 @@ def onnxruntime(model: nn.Module, x: Tensor, args: argparse.Namespace, folder: P
 
 
 PREPARE: dict[str, Callable[[nn.Module, Tensor, argparse.Namespace, Path], Call]] = {
-    "eager": eager, "compiled": compiled, "onnxruntime": onnxruntime,
-}  # fmt: skip
+    "eager": eager,
+    "compiled": compiled,
+    "onnxruntime": onnxruntime,
+}
 
 
 def prepared(mode: str, model: nn.Module, x: Tensor, args: argparse.Namespace, folder: Path) -> Call:
@@ -476,9 +491,10 @@ def section(here: list[Line]) -> list[str]:
     norms = [line for line in here if line["model"] in NORMS]
     out += norm_table(norms) if norms else []
     made = [line for line in here if line["model"] in models and "emitter" in line]
-    if odd := sorted({f"{line['model']} at {line['target']:g} ({line['emitter']})" for line in made} - {
-        f"{line['model']} at {line['target']:g} (module)" for line in made
-    }):  # fmt: skip
+    if odd := sorted(
+        {f"{line['model']} at {line['target']:g} ({line['emitter']})" for line in made}
+        - {f"{line['model']} at {line['target']:g} (module)" for line in made}
+    ):
         out += [f"Not of the own class: {', '.join(odd)}.", ""]
     if unproved := sorted({MODELS[line["model"]].title for line in made if not line["compared"]}):
         out += [f"Slim models that were not compared with the full one: {', '.join(unproved)}.", ""]
@@ -503,9 +519,11 @@ def rows(own: list[Line], title: str, modes: Sequence[str]) -> list[str]:
         numbers4 = ("", f"{target:g} asked", "", "")
         if "macs" in one:
             numbers4 = (
-                f"{one['macs'] / 1e9:.2f} G", f"{one['macs_kept']:.3f}", f"{one['params'] / 1e6:.1f}",
+                f"{one['macs'] / 1e9:.2f} G",
+                f"{one['macs_kept']:.3f}",
+                f"{one['params'] / 1e6:.1f}",
                 f"{one['bytes'] / 1e6:.0f}",
-            )  # fmt: skip
+            )
         cells = [faster(at[mode]) if mode in at else "" for mode in modes]
         out.append(f"| | {' | '.join(numbers4)} | {' | '.join(cells)} |")
     return out

@@ -75,9 +75,11 @@ def run(cell: Line, images: int, batch: int, most: int) -> Line:
     drawn = torch.randperm(len(data.train))[:images].split(batch)
     start = time.process_time()
     done = OTO(model, task.example()).one_shot(
-        target_macs=cell["target"], batches=[data.train.batch(index) for index in drawn], loss=loss,
+        target_macs=cell["target"],
+        batches=[data.train.batch(index) for index in drawn],
+        loss=loss,
         **METHODS[cell["method"]],
-    )  # fmt: skip
+    )
     return cell | {
         "images": images,
         "batch": batch,
@@ -96,10 +98,12 @@ def read() -> list[Line]:
 def table(lines: list[Line]) -> str:
     """A section for each task; a row a method, the mean and the least and greatest over seeds for each target."""
     text = [
-        "# Smaller without training", "",
+        "# Smaller without training",
+        "",
         "Test accuracy in %, the mean over calibration seeds (least–greatest where there are several), by the MACs that"
-        " are left. Written by `benchmarks/one_shot.py`, which says what the methods are.", "",
-    ]  # fmt: skip
+        " are left. Written by `benchmarks/one_shot.py`, which says what the methods are.",
+        "",
+    ]
     for name in dict.fromkeys(line["task"] for line in lines):
         own = [line for line in lines if line["task"] == name]
         targets = sorted({line["target"] for line in own}, reverse=True)
@@ -130,8 +134,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cells = [
         {"task": task, "target": target, "method": method, "seed": seed}
-        for task in args.tasks for seed in args.seeds for target in args.targets for method in args.methods
-    ]  # fmt: skip
+        for task in args.tasks
+        for seed in args.seeds
+        for target in args.targets
+        for method in args.methods
+    ]
     for cell in [] if args.table else cells:
         same = [x for x in read() if x["images"] == args.images and all(x[key] == cell[key] for key in cell)]
         if not same:

@@ -118,9 +118,14 @@ def cells(args: argparse.Namespace) -> Iterator[Line]:
                 targets = (1.0,) if method == "dense" else tuple(args.targets or task.targets)
                 for target in targets:
                     yield {
-                        "kind": "accuracy", "task": task.name, "method": shown(method, args.options.get(method, {})),
-                        "target": target, "seed": seed, "images": task.images, "epochs": task.epochs,
-                    }  # fmt: skip
+                        "kind": "accuracy",
+                        "task": task.name,
+                        "method": shown(method, args.options.get(method, {})),
+                        "target": target,
+                        "seed": seed,
+                        "images": task.images,
+                        "epochs": task.epochs,
+                    }
 
 
 def shown(method: str, options: Line) -> str:

@@ -218,9 +218,15 @@ class Rival:
     """
 
     def __init__(
-        self, task: Task, model: nn.Module, data: Data, criterion: str, scope: str, settings: Mapping[str, Any],
+        self,
+        task: Task,
+        model: nn.Module,
+        data: Data,
+        criterion: str,
+        scope: str,
+        settings: Mapping[str, Any],
         seed: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         import torch_pruning as tp
 
         self.task, self.model, self.data, self.criterion, self.settings = task, model, data, criterion, settings
@@ -245,11 +251,19 @@ class Rival:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it guesses the dimension of parameters that are in no layer: the last
             self.pruner = tp.pruner.BasePruner(
-                model, self.example, self.importance, global_pruning=scope != "local",
-                isomorphic=scope == "isomorphic", pruning_ratio=1.0, iterative_steps=STEPS, ignored_layers=ignored,
-                num_heads=dict(heads), in_channel_groups={}, out_channel_groups={},  # its defaults are shared
+                model,
+                self.example,
+                self.importance,
+                global_pruning=scope != "local",
+                isomorphic=scope == "isomorphic",
+                pruning_ratio=1.0,
+                iterative_steps=STEPS,
+                ignored_layers=ignored,
+                num_heads=dict(heads),
+                in_channel_groups={},
+                out_channel_groups={},  # its defaults are shared
                 customized_pruners={Select: _select_pruner()},
-            )  # fmt: skip
+            )
 
     def prune(self, share: float, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Prune to ``share`` of the dense MACs, and hand back an optimizer over the new parameters."""

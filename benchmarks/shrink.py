@@ -80,9 +80,12 @@ class Run:
         self.model = MODELS[self.name]().to(self.device, self.dtype).train()
         self.oto = OTO(self.model, torch.randn(2, 3, 32, 32, device=self.device, dtype=self.dtype))
         self.optimizer = self.oto.hesso(
-            target_macs=self.target, start_pruning_step=1, pruning_steps=PRUNING - 2, pruning_periods=2,
+            target_macs=self.target,
+            start_pruning_step=1,
+            pruning_steps=PRUNING - 2,
+            pruning_periods=2,
             **OPTIMIZERS[self.optimizer_name],
-        )  # fmt: skip
+        )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 10 * AFTER)
 
     def step(self) -> None:

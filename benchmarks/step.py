@@ -106,15 +106,23 @@ def phase_of(optimizer: SparseOptimizer, n: int, window: int) -> str:
         ahead = schedule.until_choice(n)
     if ahead is not None and ahead < window:
         return "observed"
-    return "before" if n < schedule.start else "during" if not isinstance(optimizer, HalfSpace) or (
-        n < optimizer.last_period
-    ) else "last period"  # fmt: skip
+    return (
+        "before"
+        if n < schedule.start
+        else "during"
+        if not isinstance(optimizer, HalfSpace) or (n < optimizer.last_period)
+        else "last period"
+    )
 
 
 def made(
-    method: str, model: nn.Module, node_groups: Sequence[NodeGroup], window: int, saliency: str | None,
+    method: str,
+    model: nn.Module,
+    node_groups: Sequence[NodeGroup],
+    window: int,
+    saliency: str | None,
     **keywords: object,
-) -> SparseOptimizer:  # fmt: skip
+) -> SparseOptimizer:
     """One whose periods are as long as the window of its averages, so that only the last one is not observed."""
     kind, options = METHODS[method]
     if method == "hesso_cric":
@@ -122,9 +130,15 @@ def made(
     if saliency is not None:
         options = {"saliency": saliency} | options
     return kind(  # type: ignore[call-arg]
-        model.named_parameters(), node_groups, pruning_steps=5 * window, pruning_periods=5, target_group_sparsity=0.5,
-        average_steps=window, **options, **keywords,
-    )  # fmt: skip
+        model.named_parameters(),
+        node_groups,
+        pruning_steps=5 * window,
+        pruning_periods=5,
+        target_group_sparsity=0.5,
+        average_steps=window,
+        **options,
+        **keywords,
+    )
 
 
 def measure(
@@ -148,9 +162,16 @@ def measure(
     wrapped = cls(theirs.parameters(), **options, **MODES[mode])
     window = max(rounds // 2, 2)
     sparse = made(
-        method, ours, node_groups, window, saliency, base=cls, start_pruning_step=rounds + window + 2, **options,
+        method,
+        ours,
+        node_groups,
+        window,
+        saliency,
+        base=cls,
+        start_pruning_step=rounds + window + 2,
+        **options,
         **MODES[mode],
-    )  # fmt: skip
+    )
     times: dict[str, list[tuple[float, float]]] = {}
     n, ended = 0, 0
     while n < sparse.schedule.end + rounds + 2:
@@ -167,9 +188,14 @@ def measure(
 
 
 def training(
-    method: str, name: str, analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]], device: torch.device,
-    batch: int, saliency: str | None, rounds: int = 3,
-) -> dict[str, float]:  # fmt: skip
+    method: str,
+    name: str,
+    analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]],
+    device: torch.device,
+    batch: int,
+    saliency: str | None,
+    rounds: int = 3,
+) -> dict[str, float]:
     """Median seconds of a training step (forward, backward, fused SGD), and what the sparse optimizer adds to it."""
     model, x = MODELS[name]()
     node_groups = analyze(model, x)

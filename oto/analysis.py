@@ -286,10 +286,22 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
         _tell_of_unknown(partition, model)
         groups = shared_out(groups, options.tensor_parallel)
         groups = tied(groups, model) if options.layout in ("uniform", "stock") else groups
-        found = _in_form(options.layout, Analysis(
-            model, example, partition, groups, Form("graph"), state, device_of(model.parameters()), strict,
-            options.allow_graph, options.prune_frozen, options.drop_unreached,
-        ))  # fmt: skip
+        found = _in_form(
+            options.layout,
+            Analysis(
+                model,
+                example,
+                partition,
+                groups,
+                Form("graph"),
+                state,
+                device_of(model.parameters()),
+                strict,
+                options.allow_graph,
+                options.prune_frozen,
+                options.drop_unreached,
+            ),
+        )
         try:
             require_prunable(found.groups, graph)
         except NothingPrunableError as failure:

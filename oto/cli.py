@@ -188,9 +188,19 @@ def _align(given: list[str] | None) -> int | str | dict[str, int] | None:
     return {glob: int(number) for glob, _, number in named}
 
 
-def _analyzed(name: str, inputs: list[str] | None, input_fn: str | None, skip: list[str] | None, allow_graph: bool,
-              checkpoint: Path | None = None, key: str | None = None, pretrained: bool = False,
-              min_kept: str = "1", layout: str | None = None, only: list[str] | None = None) -> OTO:  # fmt: skip
+def _analyzed(
+    name: str,
+    inputs: list[str] | None,
+    input_fn: str | None,
+    skip: list[str] | None,
+    allow_graph: bool,
+    checkpoint: Path | None = None,
+    key: str | None = None,
+    pretrained: bool = False,
+    min_kept: str = "1",
+    layout: str | None = None,
+    only: list[str] | None = None,
+) -> OTO:
     torch.manual_seed(0)  # so that two calls say the same of a model without weights
     model = named_model(name, pretrained)
     if checkpoint is not None:
@@ -224,8 +234,16 @@ def _shares(given: list[str] | None) -> dict[str, int | float] | None:
 
 
 @command
-def explain(model: Model, input: Inputs = None, input_fn: InputFn = None, skip: Skip = None, only: Only = None,
-            allow_graph: AllowGraph = False, layout: Layout = None, as_json: Json = False) -> None:  # fmt: skip
+def explain(
+    model: Model,
+    input: Inputs = None,
+    input_fn: InputFn = None,
+    skip: Skip = None,
+    only: Only = None,
+    allow_graph: AllowGraph = False,
+    layout: Layout = None,
+    as_json: Json = False,
+) -> None:
     """What can be removed from a model, and why the rest stays whole.
 
     oto explain torchvision:resnet50 --input 1x3x224x224
@@ -420,8 +438,9 @@ def verify(
     _result("\n".join([*lines, "all is well" if data["checks"] else "the files are well"]), data, as_json)
 
 
-def _verified(folder: Path, model: str | None, inputs: list[str] | None,
-              input_fn: str | None) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
+def _verified(
+    folder: Path, model: str | None, inputs: list[str] | None, input_fn: str | None
+) -> tuple[list[str], dict[str, Any]]:
     found = _opened(folder)
     files = found.manifest["files"]
     lines = [f"{len(files)} files are whole ({sum(stamp['size'] for stamp in files.values()):,} bytes)"]
@@ -486,8 +505,9 @@ def _load_full(full: nn.Module, found: Artifact) -> None:
             held[name].copy_(tensor)
 
 
-def _loaded(found: Artifact, model: str | None, inputs: list[str] | None,
-            input_fn: str | None) -> tuple[nn.Module | None, nn.Module, Any]:  # fmt: skip
+def _loaded(
+    found: Artifact, model: str | None, inputs: list[str] | None, input_fn: str | None
+) -> tuple[nn.Module | None, nn.Module, Any]:
     """The full model, if it is named; the slim one; and an input for them."""
     full = None if model is None else named_model(model)
     if full is None and PROGRAM not in found.manifest["files"] and found.manifest["emitter"] in OF_THE_CLASS:

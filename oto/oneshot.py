@@ -231,9 +231,13 @@ class Compression:
         return Portion(tuple(names), atoms, size, before=before, **tried)
 
     def _fold_and_zero(
-        self, pack: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]], readers: Sequence[Reader],
-        measured: Mapping[Key, Moments], entries: Callable[[Reader], Entries],
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        pack: Sequence[NodeGroup],
+        going: Mapping[str, NDArray[np.int64]],
+        readers: Sequence[Reader],
+        measured: Mapping[Key, Moments],
+        entries: Callable[[Reader], Entries],
+    ) -> dict[str, Any]:
         """Fold and zero, or zero alone if that leaves a lower loss: what a :class:`Portion` says of it."""
         saved, kind = self._saved(readers), str(self.settings.compensate)
         unreached = fold_(readers, measured, entries, self.tensors, kind, self.settings.ridge) if readers else []
@@ -251,9 +255,13 @@ class Compression:
             else:
                 self._put_back(with_fold)
         return {
-            "readers": many, "zeroed": zeroed, "folded": folded, "kept": kept, "norms": norms,
+            "readers": many,
+            "zeroed": zeroed,
+            "folded": folded,
+            "kept": kept,
+            "norms": norms,
             "unreached": tuple(unreached),
-        }  # fmt: skip
+        }
 
     def _settle(self) -> tuple[bool, float | None]:
         """Estimate batch norms anew, unless that makes it worse: whether they were, and the loss."""
@@ -352,8 +360,9 @@ class Compression:
             return self._by_magnitude(group)
         return greedy(surgeons, np.ones(group.size, dtype=bool), group.size)
 
-    def _loss_without(self, group: NodeGroup, atoms: NDArray[np.int64], readers: Sequence[Reader],
-                      measured: Mapping[Key, Moments]) -> float:  # fmt: skip
+    def _loss_without(
+        self, group: NodeGroup, atoms: NDArray[np.int64], readers: Sequence[Reader], measured: Mapping[Key, Moments]
+    ) -> float:
         saved, index = self._saved(readers), torch.from_numpy(atoms)
         zeroed = [piece.of(self.tensors[piece.parameter].data) for piece in group.zeros]
         entries = [view.index_select(0, index.to(view.device)) for view in zeroed]
@@ -361,9 +370,13 @@ class Compression:
         try:
             kind = str(self.settings.compensate)
             fold_(
-                readers, measured, lambda r: Entries.of(r.survivors({}), r.survivors(masks)), self.tensors, kind,
+                readers,
+                measured,
+                lambda r: Entries.of(r.survivors({}), r.survivors(masks)),
+                self.tensors,
+                kind,
                 self.settings.ridge,
-            )  # fmt: skip
+            )
             self._zero([group], {group.name: atoms})
             loss = self._loss_over(self.data.calibration)
         finally:
@@ -385,10 +398,15 @@ class Compression:
 
     def _surgeons(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> list[Surgeon]:
         return [
-            Surgeon.of(reader, measured[key_of(reader)], self.tensors[reader.parameter], self._blocks(reader, group),
-                       self.settings.ridge)
+            Surgeon.of(
+                reader,
+                measured[key_of(reader)],
+                self.tensors[reader.parameter],
+                self._blocks(reader, group),
+                self.settings.ridge,
+            )
             for reader in self._reached(group, measured)
-        ]  # fmt: skip
+        ]
 
     def _by_magnitude(self, group: NodeGroup) -> NDArray[np.int64]:
         with torch.no_grad():
@@ -488,9 +506,13 @@ class Compression:
 
 
 def one_shot(
-    analysis: Analysis, batches: Iterable[Any], loss: LossOf | None, holdout: float, settings: Settings,
+    analysis: Analysis,
+    batches: Iterable[Any],
+    loss: LossOf | None,
+    holdout: float,
+    settings: Settings,
     options: Mapping[str, Any],
-) -> OneShot:  # fmt: skip
+) -> OneShot:
     """Compress a model in place; see :meth:`oto.OTO.one_shot`."""
     refuse_unknown(options, names_of(PreviewOptions), "one_shot")
     options = by_first_names(analysis, options)

@@ -31,9 +31,11 @@ LIMITS = ("scope", "min_kept", "group_divisible")
 
 
 def preview(
-    analysis: Analysis, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None,
+    analysis: Analysis,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor] | None,
     options: Mapping[str, Any],
-) -> Preview:  # fmt: skip
+) -> Preview:
     """What a target would leave of each layer; see :meth:`oto.OTO.preview`."""
     refuse_unknown(options, names_of(PreviewOptions), "preview")
     options, batches = by_first_names(analysis, options), list(batches)

@@ -33,7 +33,7 @@ Left = Mapping[str, NDArray[np.bool_]]
 
 def shrink(
     analysis: Analysis, training: Training, wrapper: Any, like: Mapping[str, Any] | None, averages: Iterable[Any]
-) -> tuple[Analysis, Training]:  # fmt: skip
+) -> tuple[Analysis, Training]:
     """Take out of a model, in place, what is at zero for good; see :meth:`oto.OTO.shrink`.
 
     Args:

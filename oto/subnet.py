@@ -133,8 +133,15 @@ class Subnet:
             models = {"full": full, "slim": self.model}
             times = dict(zip(models, rounds(list(models.values()), dummy_input, least=20, seconds=3.0), strict=True))
             times = {name: [1e3 * s for s in own] for name, own in times.items()}
-        return report(Path(path).expanduser(), self, self.origin, title=title, history=history, milliseconds=times,
-                      example=dummy_input)  # fmt: skip
+        return report(
+            Path(path).expanduser(),
+            self,
+            self.origin,
+            title=title,
+            history=history,
+            milliseconds=times,
+            example=dummy_input,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: all but the model; of the kept atoms their numbers."""
@@ -248,9 +255,17 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
     kept, uneven = _even(analysis, zeros, build.align)
     recipe = _recipe(analysis, build.emitter)
     source = Source(
-        analysis.model, analysis.example, analysis.partition, analysis.form.own, kept, recipe,
-        analysis.drop_unreached, build.float64, build.verify, analysis.groups,
-    )  # fmt: skip
+        analysis.model,
+        analysis.example,
+        analysis.partition,
+        analysis.form.own,
+        kept,
+        recipe,
+        analysis.drop_unreached,
+        build.float64,
+        build.verify,
+        analysis.groups,
+    )
     gone = within(analysis.names, unreached(source.model, source.partition)) if analysis.drop_unreached else ()
     before = analysis.cost()
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
@@ -267,10 +282,19 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
         warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
     notes = (*([short] if short else []), *uneven, *made.notes)
     return Subnet(
-        made.model, build.out_dir, made.emitter, made.why, require(checks), tuple(checks), before, after, made.kept,
-        notes, example=analysis.example.given,
+        made.model,
+        build.out_dir,
+        made.emitter,
+        made.why,
+        require(checks),
+        tuple(checks),
+        before,
+        after,
+        made.kept,
+        notes,
+        example=analysis.example.given,
         config={} if recipe is None or made.edits is None else recipe.as_given(made.edits.config),
-    )  # fmt: skip
+    )
 
 
 def _recipe(analysis: Analysis, emitter: str) -> Recipe | None:

@@ -26,9 +26,14 @@ def rivals(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     data = rivals_tasks.Data(split(64), split(20), split(40), shift=4, flip=True)
     small = replace(
-        rivals.TASKS["resnet20"], build=lambda scale, _: rivals_tasks.ResNet(8, scale), data=lambda: data, images=64,
-        epochs=2, batch=8, pretrained=False,
-    )  # fmt: skip
+        rivals.TASKS["resnet20"],
+        build=lambda scale, _: rivals_tasks.ResNet(8, scale),
+        data=lambda: data,
+        images=64,
+        epochs=2,
+        batch=8,
+        pretrained=False,
+    )
     monkeypatch.setitem(rivals.TASKS, "resnet20", small)
     return rivals
 

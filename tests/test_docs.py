@@ -80,8 +80,9 @@ def test_the_page_of_a_lesson_has_all_of_its_code_and_what_it_printed() -> None:
         head, text = made.recording(script)
         assert re.fullmatch(
             rf"\$ (python|torchrun .*) tutorials/{script.name}  # \d{{4}}-\d\d-\d\d, .*, Python [\d.]+, torch \S+,"
-            r" [\d.]+ minutes of CPU time, script [0-9a-f]{12}", head,
-        )  # fmt: skip
+            r" [\d.]+ minutes of CPU time, script [0-9a-f]{12}",
+            head,
+        )
         assert text in page and page.startswith(f"# Lesson {int(script.name[:2])}: ") and len(made.title(script)) < 70
         assert ("has been changed" in page) == (made.record.digest(script) not in head)
         tables = made.tables(text)

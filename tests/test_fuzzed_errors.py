@@ -96,9 +96,13 @@ def use(model, folder, emitter="auto", allow_graph=False):
 
 @settings(max_examples=20)
 @given(
-    where=st.sampled_from(WHERE), nth=st.integers(0, 12), raises=st.sampled_from(sorted(RAISES)),
-    emitter=st.sampled_from(["auto", "module", "graph"]), allow_graph=st.booleans(), graph=st.booleans(),
-)  # fmt: skip
+    where=st.sampled_from(WHERE),
+    nth=st.integers(0, 12),
+    raises=st.sampled_from(sorted(RAISES)),
+    emitter=st.sampled_from(["auto", "module", "graph"]),
+    allow_graph=st.booleans(),
+    graph=st.booleans(),
+)
 def test_only_errors_of_ours_come_out(tmp_path_factory, where, nth, raises, emitter, everything, graph):
     model = Moody(where, nth, RAISES[raises], graph)
     model.train()

@@ -77,9 +77,16 @@ def test_the_trainer_logs_it_for_everybody(tmp_path):
     model = Net()
     optimizer = optimizer_of(model, {"x": torch.randn(2, 3)})
     settings = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=6, logging_steps=2, per_device_train_batch_size=2, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=6,
+        logging_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
     data = [{"x": torch.randn(3), "labels": torch.randn(2)} for _ in range(12)]
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trainer = transformers.Trainer(
@@ -117,17 +124,36 @@ def trainer_of(tmp_path, scores, steps=12, **more):
         lr=0.01, target_macs=0.5, start_pruning_step=2, pruning_steps=6, pruning_periods=2
     )
     settings = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-        disable_tqdm=True, remove_unused_columns=False,
-        **({"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
-            "load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True} | more),
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **(
+            {
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+                "save_strategy": "steps",
+                "save_steps": 1,
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "score",
+                "greater_is_better": True,
+            }
+            | more
+        ),
+    )
     data = [{"x": torch.randn(3), "labels": torch.randn(2)} for _ in range(2 * steps)]
     given = iter(scores)
     return transformers.Trainer(
-        model, settings, train_dataset=data, eval_dataset=data[:2], compute_metrics=lambda _: {"score": next(given)},
+        model,
+        settings,
+        train_dataset=data,
+        eval_dataset=data[:2],
+        compute_metrics=lambda _: {"score": next(given)},
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
-    )  # fmt: skip
+    )
 
 
 BEFORE = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]  # evaluations of the steps before pruning is over: it only gets worse
@@ -224,17 +250,25 @@ def lit(scores):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scores, steps, best", [([*BEFORE, 1.0, 3.0, 2.0, 2.0, 2.0], 12, 9),
-                                                 ([*BEFORE, 2.0, 1.0, 1.0], 10, 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "scores, steps, best", [([*BEFORE, 1.0, 3.0, 2.0, 2.0, 2.0], 12, 9), ([*BEFORE, 2.0, 1.0, 1.0], 10, 8)]
+)
 def test_lightning_stops_and_keeps_the_best_after_pruning(tmp_path, scores, steps, best):
     lightning, module = lit(scores)
     keep = lightning.callbacks.ModelCheckpoint(
         tmp_path, "{step}", monitor="score", mode="max", save_on_train_epoch_end=False
     )
     trainer = lightning.Trainer(
-        max_steps=12, callbacks=[keep], accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, val_check_interval=1, num_sanity_val_steps=0, default_root_dir=tmp_path,
-    )  # fmt: skip
+        max_steps=12,
+        callbacks=[keep],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
     early_stopping(trainer, patience=3 if steps == 12 else 2, monitor="score", mode="max")
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(24, 3)), batch_size=2)
     trainer.fit(module, loader, loader)
@@ -246,8 +280,14 @@ def test_lightning_stops_and_keeps_the_best_after_pruning(tmp_path, scores, step
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_is_told_what_is_missing(tmp_path):
     lightning, module = lit([1.0] * 20)
-    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False,
-             "enable_model_summary": False, "default_root_dir": tmp_path}  # fmt: skip
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+    }
     with pytest.raises(OptionError, match="monitor is None"):
         early_stopping(lightning.Trainer(**quiet))
     with pytest.raises(OptionError, match="another callback"):

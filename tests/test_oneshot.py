@@ -24,11 +24,14 @@ class Cnn(nn.Module):
         self.stem = nn.Conv2d(3, 12, 3, padding=1)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(12, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
-                nn.Conv2d(24, 12, 1, bias=False), nn.BatchNorm2d(12),
+                nn.Conv2d(12, 24, 3, padding=1, bias=False),
+                nn.BatchNorm2d(24),
+                nn.ReLU(),
+                nn.Conv2d(24, 12, 1, bias=False),
+                nn.BatchNorm2d(12),
             )
             for _ in range(2)
-        )  # fmt: skip
+        )
         self.head = nn.Linear(12, 5)
 
     def forward(self, x):
@@ -55,9 +58,14 @@ class Encoder(nn.Module):
 def llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
     return transformers.LlamaForCausalLM(config)
 
 

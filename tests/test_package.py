@@ -54,8 +54,17 @@ def test_wheel_and_sdist_run_in_a_fresh_environment(tmp_path: Path) -> None:
     assert inside == {p.relative_to(ROOT).as_posix() for p in folder}
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    for needed in ("oto/report/report.html.j2", "oto/py.typed", "tests/conftest.py", "tutorials/README.md",
-                   "tutorials/common.py", "examples/data.py", "README.md", "LICENSE", "CITATION.cff"):  # fmt: skip
+    for needed in (
+        "oto/report/report.html.j2",
+        "oto/py.typed",
+        "tests/conftest.py",
+        "tutorials/README.md",
+        "tutorials/common.py",
+        "examples/data.py",
+        "README.md",
+        "LICENSE",
+        "CITATION.cff",
+    ):
         assert needed in packed, needed
 
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

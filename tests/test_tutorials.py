@@ -57,8 +57,12 @@ def run(script: str, out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> 
     }
     done = subprocess.run(
         [sys.executable, *launcher, str(TUTORIALS / script), "--smoke", f"--out={out}", *flags],
-        capture_output=True, text=True, env=environment, timeout=1800, cwd=out.parent,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=1800,
+        cwd=out.parent,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -185,9 +189,11 @@ def test_08_ddp(tmp_path: Path) -> None:
 
 def test_08_says_how_to_start_it(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(TUTORIALS / "08_ddp.py")], capture_output=True, text=True,
+        [sys.executable, str(TUTORIALS / "08_ddp.py")],
+        capture_output=True,
+        text=True,
         env={k: v for k, v in os.environ.items() if k != "RANK"} | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 1 and done.stderr == "start it with: torchrun --nproc-per-node 2 tutorials/08_ddp.py\n"
 
 

@@ -92,8 +92,11 @@ def test_a_users_script_is_checked_line_by_line(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "--no-error-summary", "script.py"],
-        cwd=tmp_path, env={"MYPYPATH": str(root), "PATH": "", "HOME": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={"MYPYPATH": str(root), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     lines = SCRIPT.splitlines()
     wrong = set(range(lines.index("# wrong") + 2, len(lines) + 1))
     reported = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
@@ -102,9 +105,14 @@ def test_a_users_script_is_checked_line_by_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [(OTO.hesso, HESSOOptions), (OTO.hesso_cric, HESSOCRICOptions), (OTO.preview, PreviewOptions),
-     (HESSO, HESSOOptions), (HESSOCRIC, HESSOCRICOptions)],
-)  # fmt: skip
+    [
+        (OTO.hesso, HESSOOptions),
+        (OTO.hesso_cric, HESSOCRICOptions),
+        (OTO.preview, PreviewOptions),
+        (HESSO, HESSOOptions),
+        (HESSOCRIC, HESSOCRICOptions),
+    ],
+)
 def test_the_signature_says_what_there_is(method, options) -> None:
     (more,) = [p for p in inspect.signature(method, eval_str=True).parameters.values() if p.kind is p.VAR_KEYWORD]
     assert more.annotation == Unpack[options] and get_args(more.annotation) == (options,)

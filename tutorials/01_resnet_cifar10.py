@@ -144,9 +144,13 @@ def main() -> None:
     # The optimizer wraps torch's SGD. Before, between and after the pruning periods it is SGD.
     steps = args.epochs * (len(train_y) // args.batch_size)
     optimizer = oto.hesso(
-        target_macs=args.target_macs, total_steps=steps, variant="sgd", lr=args.lr, first_momentum=0.9,
+        target_macs=args.target_macs,
+        total_steps=steps,
+        variant="sgd",
+        lr=args.lr,
+        first_momentum=0.9,
         weight_decay=args.weight_decay,
-    )  # fmt: skip
+    )
     print(optimizer.plan(), "\n")
     schedule = CosineAnnealingLR(optimizer, steps)
 

@@ -62,10 +62,16 @@ def load(args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def windows(tokenizer: Any, asked: list[dict[str, Any]], args: Any) -> dict[str, Any]:
     """Paragraphs cut into overlapping windows of tokens, and in which of them the answer lies where."""
     cut = tokenizer(
-        [q["question"].strip() for q in asked], [q["context"] for q in asked], truncation="only_second",
-        max_length=args.max_length, stride=args.stride, padding="max_length", return_overflowing_tokens=True,
-        return_offsets_mapping=True, return_tensors="pt",
-    )  # fmt: skip
+        [q["question"].strip() for q in asked],
+        [q["context"] for q in asked],
+        truncation="only_second",
+        max_length=args.max_length,
+        stride=args.stride,
+        padding="max_length",
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_tensors="pt",
+    )
     starts, ends = [], []
     for window, source in enumerate(cut["overflow_to_sample_mapping"].tolist()):
         answer = asked[source]["answers"][0]
@@ -151,8 +157,14 @@ def main() -> None:
     flags.add_argument("--lr", type=float, default=2e-4)
     flags.add_argument("--target-macs", type=float, default=0.75)
     smoke = {
-        "questions": 48, "test_questions": 4, "max_length": 64, "stride": 16, "batch_size": 4, "epochs": 1, "layers": 2,
-    }  # fmt: skip
+        "questions": 48,
+        "test_questions": 4,
+        "max_length": 64,
+        "stride": 16,
+        "batch_size": 4,
+        "epochs": 1,
+        "layers": 2,
+    }
     args = start(flags, smoke)
 
     folder = args.encoder or minilm()
@@ -180,8 +192,11 @@ def main() -> None:
     steps = args.epochs * (rows // size)
     optimizer = oto.hesso(
         params=[{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
-        variant="adamw", lr=args.lr, target_macs=args.target_macs, total_steps=steps,
-    )  # fmt: skip
+        variant="adamw",
+        lr=args.lr,
+        target_macs=args.target_macs,
+        total_steps=steps,
+    )
     print(optimizer.plan(), "\n")
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / (0.1 * steps + 1), (steps - step) / (0.9 * steps)))
 

@@ -87,12 +87,20 @@ def main() -> None:
     test = Phrases(tokenizer, "dev", args.test_phrases)
     steps = args.epochs * (len(train) // args.batch_size)
     settings = TrainingArguments(
-        output_dir=str(args.out / "checkpoints"), per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=64, num_train_epochs=args.epochs, max_steps=steps, bf16=not args.float32,
-        use_cpu=args.device == "cpu", save_strategy="steps", save_steps=max(steps // 4, 1),
+        output_dir=str(args.out / "checkpoints"),
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=64,
+        num_train_epochs=args.epochs,
+        max_steps=steps,
+        bf16=not args.float32,
+        use_cpu=args.device == "cpu",
+        save_strategy="steps",
+        save_steps=max(steps // 4, 1),
         logging_steps=max(steps // 8, 1),
-        report_to=[], seed=args.seed, disable_tqdm=True,
-    )  # fmt: skip
+        report_to=[],
+        seed=args.seed,
+        disable_tqdm=True,
+    )
 
     def new_model() -> Any:
         torch.manual_seed(args.seed)  # the head is new, and must be the same one after the crash
@@ -109,9 +117,15 @@ def main() -> None:
         )
         schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
         trainer = Trainer(
-            model, settings, train_dataset=train, eval_dataset=test, processing_class=tokenizer,
-            optimizers=(optimizer, schedule), compute_metrics=accuracy, callbacks=callbacks,
-        )  # fmt: skip
+            model,
+            settings,
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=tokenizer,
+            optimizers=(optimizer, schedule),
+            compute_metrics=accuracy,
+            callbacks=callbacks,
+        )
         log_progress(trainer)  # with every line that the Trainer logs
         return oto, optimizer, trainer
 

@@ -107,8 +107,11 @@ def main() -> None:
     steps = args.epochs * (count // args.batch_size)
     optimizer = oto.hesso(
         params=param_groups_weight_decay(model, 0.05),  # timm's: no decay of biases and norms
-        variant="adamw", lr=args.lr, target_macs=args.target_macs, total_steps=steps,
-    )  # fmt: skip
+        variant="adamw",
+        lr=args.lr,
+        target_macs=args.target_macs,
+        total_steps=steps,
+    )
     print(optimizer.plan(), "\n")
     schedule = CosineLRScheduler(
         optimizer, t_initial=steps, warmup_t=steps // 20, warmup_lr_init=1e-5, t_in_epochs=False

@@ -83,10 +83,17 @@ def main() -> None:
 
     text = Letters(from_tar("text.tar.xz", "tinyshakespeare.txt").decode())
     config = LlamaConfig(
-        hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads, intermediate_size=3 * args.hidden, vocab_size=len(text.alphabet),
-        max_position_embeddings=2 * args.context, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        intermediate_size=3 * args.hidden,
+        vocab_size=len(text.alphabet),
+        max_position_embeddings=2 * args.context,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config).to(args.device)
     draw = torch.Generator().manual_seed(args.seed)
     before = scores(model, text, args)
@@ -95,9 +102,13 @@ def main() -> None:
     oto = OTO(model, example, layout="uniform")
     print(oto.explain(), "\n")
     optimizer = oto.hesso(
-        variant="adamw", lr=args.lr, weight_decay=0.1, second_momentum=0.95, target_params=args.target_params,
+        variant="adamw",
+        lr=args.lr,
+        weight_decay=0.1,
+        second_momentum=0.95,
+        target_params=args.target_params,
         total_steps=args.steps,
-    )  # fmt: skip
+    )
     print(optimizer.plan(), "\n")
     warm = max(args.steps // 20, 1)
     schedule = LambdaLR(optimizer, lambda n: min((n + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * n / args.steps)))

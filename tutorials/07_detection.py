@@ -98,9 +98,16 @@ def detector(args: Any) -> nn.Module:
         return retinanet_resnet50_fpn(weights=None, weights_backbone=backbone, min_size=args.min_size)
     anchors = AnchorGenerator(sizes=((16, 20, 25),), aspect_ratios=((1.0,),))
     return RetinaNet(
-        Backbone(), num_classes=10, anchor_generator=anchors, min_size=64, max_size=64, image_mean=[0.0] * 3,
-        image_std=[1.0] * 3, detections_per_img=10, topk_candidates=50,
-    )  # fmt: skip
+        Backbone(),
+        num_classes=10,
+        anchor_generator=anchors,
+        min_size=64,
+        max_size=64,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+        detections_per_img=10,
+        topk_candidates=50,
+    )
 
 
 @torch.no_grad()
@@ -161,9 +168,13 @@ def main() -> None:
     print(oto.explain(), "\n")
     steps = args.epochs * (len(train) // args.batch_size)
     optimizer = oto.hesso(
-        variant="adamw", lr=args.lr, weight_decay=0.01, target_macs=args.target_macs, total_steps=steps,
+        variant="adamw",
+        lr=args.lr,
+        weight_decay=0.01,
+        target_macs=args.target_macs,
+        total_steps=steps,
         start_pruning_step=0.05,  # a detector that knows nothing yet learns little from the default's 1 %
-    )  # fmt: skip
+    )
     print(optimizer.plan(), "\n")
     schedule = OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.1)
 

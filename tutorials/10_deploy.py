@@ -39,9 +39,15 @@ def onnx(model: nn.Module, x: Tensor, path: Path) -> tuple[Run, Path]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, (x,), str(path), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["x"],
-            external_data=False, verbose=False,
-        )  # fmt: skip
+            model,
+            (x,),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["x"],
+            external_data=False,
+            verbose=False,
+        )
     return session(path), path
 
 
@@ -71,9 +77,14 @@ def int8(source: Path, x: Tensor, path: Path) -> tuple[Run, Path]:
     ready = path.with_suffix(".ready.onnx")
     quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
     quantize_static(
-        str(ready), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
+        str(ready),
+        str(path),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
     ready.unlink()
     return session(path), path
 
@@ -116,9 +127,13 @@ def main() -> None:
     oto = OTO(model, images.test_x[:1])
     steps = args.epochs * (len(images.train_y) // 64)
     optimizer = oto.hesso(
-        lr=args.lr, first_momentum=0.9, weight_decay=5e-4, target_macs=args.target_macs, total_steps=steps,
+        lr=args.lr,
+        first_momentum=0.9,
+        weight_decay=5e-4,
+        target_macs=args.target_macs,
+        total_steps=steps,
         group_divisible=8,
-    )  # fmt: skip
+    )
     schedule = CosineAnnealingLR(optimizer, steps)
     shuffle = torch.Generator().manual_seed(args.seed)
     model.train()

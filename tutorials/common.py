@@ -66,8 +66,9 @@ def milliseconds(models: Mapping[str, nn.Module], run: Any, passes: int) -> dict
     return {name: tuple(statistics.quantiles(own[3:], n=4)) for name, own in taken.items()}  # type: ignore[misc]
 
 
-def compare(rows: Mapping[str, tuple[nn.Module, Any, Sequence[str]]], scores: Sequence[str], run: Any, on: str,
-            passes: int) -> None:  # fmt: skip
+def compare(
+    rows: Mapping[str, tuple[nn.Module, Any, Sequence[str]]], scores: Sequence[str], run: Any, on: str, passes: int
+) -> None:
     """Print what pruning changed.
 
     Args:

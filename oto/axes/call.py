@@ -350,8 +350,14 @@ class Call:
             found[dim] = Uniform(op, args, kwargs), tuple(held)
         return found
 
-    def contract(self, spec: str, *xs: Operand, new: Mapping[str, Term] | None = None, uncounted: str = "",
-                 fact: Callable[..., Fact] = product) -> Operand:  # fmt: skip
+    def contract(
+        self,
+        spec: str,
+        *xs: Operand,
+        new: Mapping[str, Term] | None = None,
+        uncounted: str = "",
+        fact: Callable[..., Fact] = product,
+    ) -> Operand:
         """A product summed over every letter that is missing on the right, as in einsum.
 
         Args:
@@ -384,9 +390,13 @@ class Call:
         )
 
     def reduce(
-        self, x: Operand, dims: Sequence[int], keepdim: bool = False, fact: Callable[..., Fact] = zero,
+        self,
+        x: Operand,
+        dims: Sequence[int],
+        keepdim: bool = False,
+        fact: Callable[..., Fact] = zero,
         rest: tuple[int, Uniform] | None = None,
-    ) -> Operand:  # fmt: skip
+    ) -> Operand:
         """A sum over dimensions.
 
         Args:
@@ -403,8 +413,9 @@ class Call:
         free = [d for d in dims if T.free(T.resolve(x.terms[d]))]
         return (free[0], x.uniform[free[0]]) if len(free) == 1 and free[0] in x.uniform else None
 
-    def move(self, x: Operand, terms: Sequence[Term], sources: Sequence[Sequence[int]],
-             fact: Callable[..., Fact] = same) -> Operand:  # fmt: skip
+    def move(
+        self, x: Operand, terms: Sequence[Term], sources: Sequence[Sequence[int]], fact: Callable[..., Fact] = same
+    ) -> Operand:
         """Entries go elsewhere: output dimension ``d`` is made of the input dimensions ``sources[d]``."""
         routes = tuple(tuple(d for d, found in enumerate(sources) if dim in found) for dim in range(x.ndim))
         return self.step([x], terms, (routes,), fact)

@@ -213,8 +213,9 @@ def _fact(step: Step, dim: int, places: list[list[Place]], facts: Mapping[Place,
     fact = NOT_FINITE if any(map(_is_broken, given)) else step.fact(*map(_number, given))
     if fact is None and dim in step.uniform:
         held, expected = step.uniform[dim]
-        if all(not group if e is None else g is e or g == e
-               for group, g, e in zip(places, given, expected, strict=True)):  # fmt: skip
+        if all(
+            not group if e is None else g is e or g == e for group, g, e in zip(places, given, expected, strict=True)
+        ):
             fact = held
     return fact
 

@@ -171,9 +171,12 @@ def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
     for leaf in found.graph.leaves:
         made_by[leaf.value.index] = f"{leaf.kind} {leaf.name}"
         flow.add_node(
-            made_by[leaf.value.index], kind=leaf.kind, shape=leaf.value.shape, module=leaf.name.rpartition(".")[0],
+            made_by[leaf.value.index],
+            kind=leaf.kind,
+            shape=leaf.value.shape,
+            module=leaf.name.rpartition(".")[0],
             groups=carried(found.operands[leaf.value].index),
-        )  # fmt: skip
+        )
     for i, value in enumerate(found.graph.inputs):
         made_by[value.index] = f"input {i}"
         flow.add_node(f"input {i}", kind="input", shape=value.shape, module="", groups=())
@@ -181,10 +184,14 @@ def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
         me = f"node-{node.index}"
         outputs = [value for value in node.outputs if value is not None]
         flow.add_node(
-            me, kind="operator", op=node.name, module=node.module, source=node.source,
+            me,
+            kind="operator",
+            op=node.name,
+            module=node.module,
+            source=node.source,
             shape=outputs[0].shape if outputs else (),
             groups=tuple(dict.fromkeys(g for v in outputs for g in carried(found.operands[v].index))),
-        )  # fmt: skip
+        )
         for value in node.inputs():
             flow.add_edge(made_by[value.index], me)
         for value in (*outputs, *(after for _, after in node.written)):

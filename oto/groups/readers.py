@@ -308,10 +308,11 @@ class _Search:
         pairs = [(own[x], own[w]) for own in both]
         target = {out: dim for dim, (out,) in self._passing(step, w)}
         batch = [
-            (dim, target[out]) for dim, (out,) in self._passing(step, x)
+            (dim, target[out])
+            for dim, (out,) in self._passing(step, x)
             if out in target
             and all(size_of(tape.tensors[step.inputs[i]][d]) > 1 for i, d in ((x, dim), (w, target[out])))
-        ]  # fmt: skip
+        ]
         alone = [dim for group in step.summed if len(group) == 1 for i, dim in group if i == w]
         wanted: tuple[tuple[int, tuple[list[int], list[int], list[int]]], ...] = (
             (x, ([d for d, _ in batch], [], [d for d, _ in pairs])),
@@ -424,9 +425,11 @@ class _Search:
 
     def _may_shift(self, leaf: Leaf, rows: int) -> bool:
         return (
-            leaf.kind == "parameter" and leaf.value.shape == (rows,) and self._alone(leaf)
+            leaf.kind == "parameter"
+            and leaf.value.shape == (rows,)
+            and self._alone(leaf)
             and (self.frozen or not leaf.frozen)
-        )  # fmt: skip
+        )
 
     def _alone(self, leaf: Leaf) -> bool:
         return len(self.users.get(leaf.value, [])) == 1
@@ -528,8 +531,13 @@ def _window(node: Node) -> Window | None:
     return Window(kernel, stride, padding, dilation, given.get("groups", 1))
 
 
-def _layout(shape: tuple[int, ...], moves: list[Callable[[Tensor], Tensor]], batch: list[int], kernel: list[int],
-            contracted: list[int]) -> Layout | None:  # fmt: skip
+def _layout(
+    shape: tuple[int, ...],
+    moves: list[Callable[[Tensor], Tensor]],
+    batch: list[int],
+    kernel: list[int],
+    contracted: list[int],
+) -> Layout | None:
     """Where dimensions of a rearranged tensor lie in the tensor itself; ``None`` if they do not fill its dimensions."""
     whole = view = torch.empty(shape, device="meta")
     for move in moves:
@@ -538,8 +546,9 @@ def _layout(shape: tuple[int, ...], moves: list[Callable[[Tensor], Tensor]], bat
     for which in range(view.ndim):
         n, stride = view.shape[which], view.stride(which)
         if n > 1:
-            home = max((d for d in range(whole.ndim) if whole.shape[d] > 1 and whole.stride(d) <= stride),
-                       key=whole.stride)  # fmt: skip
+            home = max(
+                (d for d in range(whole.ndim) if whole.shape[d] > 1 and whole.stride(d) <= stride), key=whole.stride
+            )
             by_dim.setdefault(home, []).append((stride, n, which))
     at: dict[int, tuple[int, int]] = {}
     splits: dict[int, tuple[int, ...]] = {}

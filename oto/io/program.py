@@ -218,8 +218,17 @@ def _checked(path: Path) -> dict[str, bytes]:
         ) from None
     except KeyError as failure:
         raise _no_program(path, f"{failure.args[0]} is missing") from None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error, ValueError, TypeError,
-            AttributeError, IndexError) as failure:  # fmt: skip
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as failure:
         raise _no_program(path, _line(failure)) from failure
     return members
 
@@ -486,8 +495,12 @@ def _is_number(node: ast.expr, nested: bool = False) -> bool:
 
 
 _OPERATORS: dict[type[ast.operator], str] = {
-    ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Pow: "pow", ast.LShift: "lshift",
-}  # fmt: skip
+    ast.Add: "add",
+    ast.Sub: "sub",
+    ast.Mult: "mul",
+    ast.Pow: "pow",
+    ast.LShift: "lshift",
+}
 
 
 def _bits(node: ast.expr) -> float:

@@ -17,9 +17,19 @@ from torch import Tensor
 from oto.nn.calls import is_tracing
 
 
-def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence[int], sizes: Sequence[int],
-         dtype: torch.dtype | None = None, rest: Tensor | None = None, along: int = 0, left: int = 1,
-         of: int = 1) -> Tensor:  # fmt: skip
+def mean(
+    x: Tensor,
+    dim: Sequence[int],
+    keepdim: bool = False,
+    *,
+    full: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype | None = None,
+    rest: Tensor | None = None,
+    along: int = 0,
+    left: int = 1,
+    of: int = 1,
+) -> Tensor:
     """``x.mean(dim)`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``.
 
     Args:
@@ -31,8 +41,17 @@ def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, full: Sequence
     return y + _one(rest, x, along).mean(list(dim), keepdim=keepdim, dtype=dtype) * ((of - left) / of)
 
 
-def total(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, rest: Tensor, along: int, left: int, of: int,
-          dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+def total(
+    x: Tensor,
+    dim: Sequence[int],
+    keepdim: bool = False,
+    *,
+    rest: Tensor,
+    along: int,
+    left: int,
+    of: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """``x.sum(dim)`` of a tensor that has ``left`` entries of ``of`` along ``along``; the others held ``rest``."""
     y: Tensor = x.sum(list(dim), keepdim=keepdim, dtype=dtype)
     return y + _one(rest, x, along).sum(list(dim), keepdim=keepdim, dtype=dtype) * (of - left)
@@ -49,8 +68,16 @@ def _whole(x: Tensor, dim: Sequence[int], full: Sequence[int], sizes: Sequence[i
     return k, k * prod(full) // prod(sizes)
 
 
-def var_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
-             sizes: Sequence[int], **held: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+def var_mean(
+    x: Tensor,
+    dim: Sequence[int],
+    correction: float = 1,
+    keepdim: bool = False,
+    *,
+    full: Sequence[int],
+    sizes: Sequence[int],
+    **held: Any,
+) -> tuple[Tensor, Tensor]:
     """``torch.var_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero.
 
     With k of D entries present, mean = Σx / D and Σ(x − mean)² runs over D − k zeros too. ``held`` says what the others
@@ -68,34 +95,66 @@ def var_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool
     return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
 
 
-def var(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
-        sizes: Sequence[int], **held: Any) -> Tensor:  # fmt: skip
+def var(
+    x: Tensor,
+    dim: Sequence[int],
+    correction: float = 1,
+    keepdim: bool = False,
+    *,
+    full: Sequence[int],
+    sizes: Sequence[int],
+    **held: Any,
+) -> Tensor:
     """``torch.var`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, as :func:`var_mean`."""
     return var_mean(x, dim, correction, keepdim, full=full, sizes=sizes, **held)[0]
 
 
-def std(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
-        sizes: Sequence[int], **held: Any) -> Tensor:  # fmt: skip
+def std(
+    x: Tensor,
+    dim: Sequence[int],
+    correction: float = 1,
+    keepdim: bool = False,
+    *,
+    full: Sequence[int],
+    sizes: Sequence[int],
+    **held: Any,
+) -> Tensor:
     """``torch.std`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, as :func:`var_mean`."""
     return var_mean(x, dim, correction, keepdim, full=full, sizes=sizes, **held)[0].sqrt()
 
 
-def std_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False, *, full: Sequence[int],
-             sizes: Sequence[int], **held: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+def std_mean(
+    x: Tensor,
+    dim: Sequence[int],
+    correction: float = 1,
+    keepdim: bool = False,
+    *,
+    full: Sequence[int],
+    sizes: Sequence[int],
+    **held: Any,
+) -> tuple[Tensor, Tensor]:
     """``torch.std_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, as :func:`var_mean`."""
     var, mean = var_mean(x, dim, correction, keepdim, full=full, sizes=sizes, **held)
     return var.sqrt(), mean
 
 
-def vector_norm(x: Tensor, ord: float, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None,
-                **held: Any) -> Tensor:  # fmt: skip
+def vector_norm(
+    x: Tensor, ord: float, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None, **held: Any
+) -> Tensor:
     """``torch.linalg.vector_norm`` of a tensor of which the entries that are gone held what ``held`` says."""
     powers = x.to(dtype or x.dtype).abs().pow(ord)
     return total(powers, dim, keepdim, **held | {"rest": held["rest"].to(powers.dtype).abs().pow(ord)}).pow(1 / ord)
 
 
-def batch_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-               full: Sequence[int], sizes: Sequence[int]) -> Tensor:  # fmt: skip
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    full: Sequence[int],
+    sizes: Sequence[int],
+) -> Tensor:
     """Batch norm by the statistics of ``x`` (N, C, *), which had ``full`` entries along all but C, the others zero."""
     over = [0, *range(2, x.ndim)]
     work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -107,8 +166,15 @@ def batch_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     return y if bias is None else y + bias.reshape(column)
 
 
-def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
-               eps: float = 1e-5, *, full: Sequence[int]) -> Tensor:  # fmt: skip
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    full: Sequence[int],
+) -> Tensor:
     """Layer norm over a last dimension that had ``full`` entries, all but those present zero.
 
     With k of D entries present, mean = Σx / D and var = (Σ(x − mean)² + (D − k)·mean²) / D.
@@ -120,8 +186,14 @@ def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None
     return y if bias is None else _plus(y, bias)
 
 
-def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None, *,
-             full: Sequence[int]) -> Tensor:  # fmt: skip
+def rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    full: Sequence[int],
+) -> Tensor:
     """RMS norm over dimensions that had ``full`` entries, all but those present zero.
 
     Σx²/D = (k/D)·Σx²/k, so x / √(Σx²/D + eps) = √(D/k) · x / √(Σx²/k + eps·D/k).
@@ -137,8 +209,16 @@ def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None =
     return y if weight is not None else y * sqrt(ratio)
 
 
-def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-               eps: float = 1e-5, *, full: int, width: int) -> Tensor:  # fmt: skip
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    full: int,
+    width: int,
+) -> Tensor:
     """Group norm with ``width`` channels left of the ``full`` that each group had."""
     if width == full:
         y: Tensor = F.group_norm(x, num_groups, weight, bias, eps)
@@ -210,15 +290,19 @@ def _plus(y: Tensor, term: Tensor) -> Tensor:
     return y.add_(term) if _in_place(y, term) else y + term
 
 
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
-               out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """``F.grouped_mm`` of any widths: its kernels want rows of whole 16 bytes, so zeros are put behind."""
     step = max(16 // a.element_size(), 1)
     k, n = -a.shape[-1] % step, -b.shape[-1] % step
     y: Tensor = F.grouped_mm(
-        F.pad(a, (0, k)).contiguous(), F.pad(b, (0, n, 0, k)).contiguous(), offs=offs,
-        bias=None if bias is None else F.pad(bias, (0, n)), out_dtype=out_dtype,
-    )  # fmt: skip
+        F.pad(a, (0, k)).contiguous(),
+        F.pad(b, (0, n, 0, k)).contiguous(),
+        offs=offs,
+        bias=None if bias is None else F.pad(bias, (0, n)),
+        out_dtype=out_dtype,
+    )
     return y[..., : b.shape[-1]]
 
 
@@ -232,13 +316,15 @@ def mse_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: 
     return F.mse_loss(x, target, *args, **named) * (prod(sizes) / prod(full))
 
 
-def smooth_l1_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int],
-                   **named: Any) -> Tensor:  # fmt: skip
+def smooth_l1_loss(
+    x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int], **named: Any
+) -> Tensor:
     """``F.smooth_l1_loss`` as :func:`mse_loss`."""
     return F.smooth_l1_loss(x, target, *args, **named) * (prod(sizes) / prod(full))
 
 
-def huber_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int],
-               **named: Any) -> Tensor:  # fmt: skip
+def huber_loss(
+    x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int], **named: Any
+) -> Tensor:
     """``F.huber_loss`` as :func:`mse_loss`."""
     return F.huber_loss(x, target, *args, **named) * (prod(sizes) / prod(full))

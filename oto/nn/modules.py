@@ -21,8 +21,14 @@ class LayerNorm(nn.Module):
         full: Entries that there were.
     """
 
-    def __init__(self, normalized_shape: Sequence[int], full: Sequence[int], eps: float = 1e-5, weight: bool = True,
-                 bias: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        normalized_shape: Sequence[int],
+        full: Sequence[int],
+        eps: float = 1e-5,
+        weight: bool = True,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.normalized_shape = tuple(normalized_shape)
         self.full = tuple(full)
@@ -49,8 +55,9 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """``nn.RMSNorm`` over entries of which some are gone: they were zero, and are still counted."""
 
-    def __init__(self, normalized_shape: Sequence[int], full: Sequence[int], eps: float | None = None,
-                 weight: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self, normalized_shape: Sequence[int], full: Sequence[int], eps: float | None = None, weight: bool = True
+    ) -> None:
         super().__init__()
         self.normalized_shape = tuple(normalized_shape)
         self.full = tuple(full)
@@ -123,10 +130,24 @@ class MultiheadAttention(nn.Module):
     Averaged attention weights are averages over the heads that are left.
     """
 
-    def __init__(self, embed_dim: int, kdim: int, vdim: int, out_dim: int, num_heads: int, head_dim: int,
-                 v_head_dim: int, scale: float, heads: Sequence[int], full_heads: int, packed: bool = True,
-                 bias: bool = True, out_bias: bool = True, dropout: float = 0.0,
-                 batch_first: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        embed_dim: int,
+        kdim: int,
+        vdim: int,
+        out_dim: int,
+        num_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        scale: float,
+        heads: Sequence[int],
+        full_heads: int,
+        packed: bool = True,
+        bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        batch_first: bool = False,
+    ) -> None:
         super().__init__()
         self.embed_dim, self.kdim, self.vdim = embed_dim, kdim, vdim
         self.num_heads, self.head_dim, self.v_head_dim = num_heads, head_dim, v_head_dim
@@ -186,9 +207,17 @@ class MultiheadAttention(nn.Module):
             mask = padding if mask is None else mask + padding
         return mask
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention``."""
         batched = query.ndim == 3
         if not batched:
@@ -229,8 +258,13 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     clears_padding: bool
 
-    def forward(self, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
-                is_causal: bool | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
         """As ``nn.TransformerEncoder``."""
         y: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
         if src_key_padding_mask is None or mask is not None or not self._would_pack(src):

@@ -39,7 +39,7 @@ from oto.nn.calls import (
     replaced,
     site_of_call,
     user_module,
-)  # fmt: skip
+)
 from oto.nn.overrides import FullCount, Given, Json, Override, Overrides, Pieces, Sizes, from_json, to_json
 
 Time = tuple[str, str, int]
@@ -423,8 +423,9 @@ def _numbers(how: Sizes, name: str, stated: list[Any], learning: bool) -> dict[i
     was = dict(zip(new, how.was[0], strict=True))
     for place in how.grows:  # with the batch, for one
         new[place] = new[place] * stated[place] // was[place]
-    still = [[x for place, x in zip(new, numbers, strict=True) if place not in how.grows]
-             for numbers in (own, *how.was)]  # fmt: skip
+    still = [
+        [x for place, x in zip(new, numbers, strict=True) if place not in how.grows] for numbers in (own, *how.was)
+    ]
     if not is_tracing() and still[0] not in still[1:]:
         seen = " or ".join(str(list(numbers)) for numbers in how.was)
         raise _refused(f"{name} states {own} in the places {[*new]}, and not {seen}")
@@ -498,23 +499,39 @@ def _others(how: Mapping[str, Any]) -> dict[str, Any]:
     return {key: how[key] for key in ("rest", "along", "left", "of") if key in how}
 
 
-def _layer_norm(how: Any, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
-                bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True) -> Tensor:  # fmt: skip
+def _layer_norm(
+    how: Any,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
     return full_count.layer_norm(input, input.shape[-1:], weight, bias, eps, full=how["full"])
 
 
-def _rms_norm(how: Any, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
-              eps: float | None = None) -> Tensor:  # fmt: skip
+def _rms_norm(
+    how: Any, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     return full_count.rms_norm(input, input.shape[-len(how["full"]) :], weight, eps, full=how["full"])
 
 
-def _group_norm(how: Any, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-                eps: float = 1e-5, cudnn_enabled: bool = True) -> Tensor:  # fmt: skip
+def _group_norm(
+    how: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
     return full_count.group_norm(input, how["groups"], weight, bias, eps, full=how["full"], width=how["width"])
 
 
-def _batch_norm(how: Any, input: Tensor, running_mean: Any = None, running_var: Any = None, *args: Any,
-                **named: Any) -> Tensor:  # fmt: skip
+def _batch_norm(
+    how: Any, input: Tensor, running_mean: Any = None, running_var: Any = None, *args: Any, **named: Any
+) -> Tensor:
     given = dict(zip(("weight", "bias", "training", "momentum", "eps"), args, strict=False)) | named
     return full_count.batch_norm(input, given.get("weight"), given.get("bias"), given.get("eps", 1e-5), **_counts(how))
 

@@ -13,6 +13,17 @@ from oto.optim.schedule import Progress, Schedule
 from oto.optim.target import Measure, Target
 
 __all__ = [
-    "CRITERIA", "DHSPG", "HESSO", "HESSOCRIC", "HSPG", "Choice", "Entries", "Measure", "Progress", "Saliency",
-    "Schedule", "SparseOptimizer", "Target",
-]  # fmt: skip
+    "CRITERIA",
+    "DHSPG",
+    "HESSO",
+    "HESSOCRIC",
+    "HSPG",
+    "Choice",
+    "Entries",
+    "Measure",
+    "Progress",
+    "Saliency",
+    "Schedule",
+    "SparseOptimizer",
+    "Target",
+]

@@ -19,9 +19,16 @@ from oto.optim.wrapped import Params, keeps_own_state
 from oto.optim.wrapper import Wrapper
 
 ENTRY_BY_ENTRY = (
-    torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RAdam,
-    torch.optim.Adamax, torch.optim.Adadelta, torch.optim.AdamW,
-)  # fmt: skip
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.Adadelta,
+    torch.optim.AdamW,
+)
 """Optimizers that move an entry by its own gradient and state alone, so that those of pruned entries may be forgotten
 at any time."""
 
@@ -97,9 +104,15 @@ class Checkpointed(Wrapper):
         redundant, target = sum(int((own == REDUNDANT).sum()) for own in self._codes()), self.choice.target
         counts = np.array([int((own != PRUNED).sum()) for own in self._codes()], dtype=np.int64)
         return Progress(
-            self.clock, self.schedule, self.num_atoms + self.num_removed, redundant, self.num_pruned,
-            target.measure(counts), target.goal, target.unit,
-        )  # fmt: skip
+            self.clock,
+            self.schedule,
+            self.num_atoms + self.num_removed,
+            redundant,
+            self.num_pruned,
+            target.measure(counts),
+            target.goal,
+            target.unit,
+        )
 
     def record(self, **numbers: float | Tensor) -> None:
         """Note numbers of the step that comes next (a loss, an accuracy) in :attr:`history`.

@@ -212,10 +212,22 @@ class Choice(Criteria):
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
         found: list[tuple[float, Tensor]] = []
         for least in self._floors(goal):  # a lower one only where steps are too coarse to come near the goal above it
-            chosen = torch.from_numpy(select(
-                values, left, sizes, least, self.tied_measure, goal, self.multiples, by_cost, worth,
-                self.scope != "local", self._ties, self._per,
-            ))  # fmt: skip
+            chosen = torch.from_numpy(
+                select(
+                    values,
+                    left,
+                    sizes,
+                    least,
+                    self.tied_measure,
+                    goal,
+                    self.multiples,
+                    by_cost,
+                    worth,
+                    self.scope != "local",
+                    self._ties,
+                    self._per,
+                )
+            )
             found.append((goal - self.target.measure(self._counts(alive.cpu() & ~chosen)), chosen))
             if 0 <= found[-1][0] <= FAR * self.target.full or self.scope == "local":
                 break

@@ -149,11 +149,17 @@ class HESSOCRIC(HESSO):
             n, criteria, device = self.num_atoms, len(self.choice.averaged), self.atoms.device
             mask = torch.zeros(n, dtype=torch.bool, device=device)
             self.param_groups[0]["oto_walk"] = {
-                "cycle": 0, "over": False, "over_at": 0, "violating": mask, "historical": mask, "saved": [],
-                "still": torch.zeros(criteria, n, device=device), "still_seen": torch.zeros(n, device=device),
+                "cycle": 0,
+                "over": False,
+                "over_at": 0,
+                "violating": mask,
+                "historical": mask,
+                "saved": [],
+                "still": torch.zeros(criteria, n, device=device),
+                "still_seen": torch.zeros(n, device=device),
                 "walked": torch.zeros(criteria, n, device=device),
                 "sensitivity": torch.zeros(len(self.node_groups), device=device),
-            }  # fmt: skip
+            }
         latest = self.first_step + self._probes + self.max_cycles * self.sampling_steps
         # at the latest, as long as it is not known; refused if it does not fit into total_steps
         self.schedule = replace(self.schedule, start=self.walk["over_at"] if self.walk["over"] else latest)

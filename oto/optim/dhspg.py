@@ -105,20 +105,24 @@ class DHSPG(HalfSpace):
         start = next((step for step in (partition_step, start_pruning_step) if step is not None), START)
         self.published = options.get("saliency") == "dhspg"
         self._check(lmbda, lmbda_amplify, hat_lmbda_coeff, tolerance_group_sparsity)
-        self.tolerance = (TOLERANCE if self.published else 0.0) if tolerance_group_sparsity is None else (
-            tolerance_group_sparsity
-        )  # fmt: skip
+        self.tolerance = (
+            (TOLERANCE if self.published else 0.0) if tolerance_group_sparsity is None else (tolerance_group_sparsity)
+        )
         self.asked_penalty = lmbda, lmbda_amplify, hat_lmbda_coeff
         self.warm_up_steps = 0 if warm_up_steps is None else count_steps("warm_up_steps", warm_up_steps, total_steps)
         super().__init__(
-            params, node_groups, epsilon=epsilon, half_space_step=start if half_space_step is None else half_space_step,
-            start_pruning_step=start, pruning_steps=pruning_steps, pruning_periods=pruning_periods,
-            total_steps=total_steps, **options,
-        )  # fmt: skip
+            params,
+            node_groups,
+            epsilon=epsilon,
+            half_space_step=start if half_space_step is None else half_space_step,
+            start_pruning_step=start,
+            pruning_steps=pruning_steps,
+            pruning_periods=pruning_periods,
+            total_steps=total_steps,
+            **options,
+        )
 
-    def _check(
-        self, lmbda: float | None, amplify: float | None, coeff: float | None, tolerance: float | None
-    ) -> None:  # fmt: skip
+    def _check(self, lmbda: float | None, amplify: float | None, coeff: float | None, tolerance: float | None) -> None:
         low = lmbda is not None and not lmbda >= 0
         if low or any(number is not None and not number >= 1 for number in (amplify, coeff)):
             raise OptionError(

@@ -154,9 +154,14 @@ class HalfSpace(HESSO):
         if half_space_step is not None:
             self.half_space_step = count_steps("half_space_step", half_space_step, total_steps)
         super().__init__(
-            params, node_groups, start_pruning_step=asked.start, pruning_steps=asked.steps,
-            pruning_periods=asked.periods, total_steps=total_steps, **options,
-        )  # fmt: skip
+            params,
+            node_groups,
+            start_pruning_step=asked.start,
+            pruning_steps=asked.steps,
+            pruning_periods=asked.periods,
+            total_steps=total_steps,
+            **options,
+        )
         self._require_sound()
 
     def _require_sound(self) -> None:

@@ -91,7 +91,7 @@ class HESSO(SparseOptimizer):
         >>> optimizer = HESSO(
         ...     model.named_parameters(), [hidden], lr=0.1, target_group_sparsity=0.5,
         ...     start_pruning_step=1, pruning_steps=4, pruning_periods=2,
-        ... )  # fmt: skip
+        ... )
         >>> for _ in range(6):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(5, 3)).square().sum().backward()

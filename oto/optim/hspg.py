@@ -93,10 +93,16 @@ class HSPG(HalfSpace):
             options["target_group_sparsity"] = upper_group_sparsity
         self.asked_lmbda = lmbda
         super().__init__(
-            params, node_groups, epsilon=epsilon, half_space_step=half_space_step,
-            start_pruning_step=start_pruning_step, pruning_steps=pruning_steps, pruning_periods=pruning_periods,
-            total_steps=total_steps, **options,
-        )  # fmt: skip
+            params,
+            node_groups,
+            epsilon=epsilon,
+            half_space_step=half_space_step,
+            start_pruning_step=start_pruning_step,
+            pruning_steps=pruning_steps,
+            pruning_periods=pruning_periods,
+            total_steps=total_steps,
+            **options,
+        )
 
     def lmbda(self, t: int) -> float:
         """λ at step ``t``."""

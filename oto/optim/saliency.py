@@ -145,10 +145,8 @@ def taylor_second_order(entries: Entries) -> Tensor:
 
 CRITERIA: dict[str, Saliency] = {
     criterion.__name__: criterion
-    for criterion in (
-        magnitude, avg_magnitude, path_norm, cosine_similarity, taylor_first_order, taylor_second_order
-    )
-}  # fmt: skip
+    for criterion in (magnitude, avg_magnitude, path_norm, cosine_similarity, taylor_first_order, taylor_second_order)
+}
 
 Weights = Mapping[str | Saliency, float]
 """Criteria, by name or as functions, and how much each counts."""
@@ -219,8 +217,9 @@ def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.dev
     return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 
-def importance(raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, sizes: Sequence[int], normalize: str
-               ) -> Tensor:  # fmt: skip
+def importance(
+    raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, sizes: Sequence[int], normalize: str
+) -> Tensor:
     """Weighted sum of criteria that were made comparable.
 
     Args:

@@ -17,9 +17,7 @@ from oto.optim.target import shown
 START, LENGTH, PERIODS, EXPONENT = 0.01, 0.4, 5, 3.0
 """When to prune by default: shares of all steps, how many times groups are chosen, and how much of it early."""
 
-SHARES = (
-    "start_pruning_step", "pruning_steps", "sampling_steps", "half_space_step", "partition_step", "warm_up_steps"
-)  # fmt: skip
+SHARES = ("start_pruning_step", "pruning_steps", "sampling_steps", "half_space_step", "partition_step", "warm_up_steps")
 """Numbers of steps that may be shares of all."""
 
 Steps = SupportsFloat | SupportsIndex

@@ -70,8 +70,14 @@ class Units:
     order: NDArray[np.int64]
 
     @classmethod
-    def of(cls, scores: NDArray[np.float64], left: NDArray[np.bool_], sizes: Counts, divisible: Counts,
-           worth: NDArray[np.float64]) -> Units:  # fmt: skip
+    def of(
+        cls,
+        scores: NDArray[np.float64],
+        left: NDArray[np.bool_],
+        sizes: Counts,
+        divisible: Counts,
+        worth: NDArray[np.float64],
+    ) -> Units:
         atoms = np.flatnonzero(left)
         group = np.repeat(np.arange(len(sizes)), sizes)[atoms]
         by_score = np.lexsort((atoms, scores[atoms], group))

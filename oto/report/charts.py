@@ -109,9 +109,13 @@ def spread(name: str, milliseconds: Mapping[str, Sequence[float]], says: str) ->
     """A box for each of some models: quartiles, and whiskers as far as the 5th and 95th percentile."""
     figure, (ax,) = _figure(0.36 * len(milliseconds) + 0.5)
     boxes = ax.boxplot(
-        list(milliseconds.values()), orientation="horizontal", whis=(5, 95), showfliers=False, patch_artist=True,
+        list(milliseconds.values()),
+        orientation="horizontal",
+        whis=(5, 95),
+        showfliers=False,
+        patch_artist=True,
         widths=0.5,
-    )  # fmt: skip
+    )
     for line in (*boxes["whiskers"], *boxes["caps"], *boxes["medians"]):
         line.set_color(INK)
     for box, color in zip(boxes["boxes"], [SOFT, ACCENT], strict=False):
@@ -123,8 +127,12 @@ def spread(name: str, milliseconds: Mapping[str, Sequence[float]], says: str) ->
     return _svg(figure, name, says)
 
 
-def curves(name: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-           periods: Sequence[tuple[int, int]], says: str) -> str:  # fmt: skip
+def curves(
+    name: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    periods: Sequence[tuple[int, int]],
+    says: str,
+) -> str:
     """Values over steps, each in its own axes, with the pruning periods shaded."""
     figure, axes = _figure(1.05 * len(series) + 0.2, len(series))
     from matplotlib.ticker import EngFormatter

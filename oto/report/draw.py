@@ -29,25 +29,70 @@ GREY = "#e4e4e4"
 WHITE = "#ffffff"
 # calls that compute nothing: a picture without them says the same
 QUIET = {
-    "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "contiguous", "clone", "expand", "expand_as",
-    "unsqueeze", "squeeze", "flatten", "unflatten", "dropout", "detach", "alias", "to", "_to_copy", "type_as", "slice",
-    "select", "unbind", "split", "split_with_sizes", "chunk", "movedim", "swapaxes", "view_as", "reshape_as", "mT",
-    "numpy_T", "feature_dropout", "lift_fresh_copy", "write_through",
-}  # fmt: skip
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "transpose",
+    "permute",
+    "t",
+    "contiguous",
+    "clone",
+    "expand",
+    "expand_as",
+    "unsqueeze",
+    "squeeze",
+    "flatten",
+    "unflatten",
+    "dropout",
+    "detach",
+    "alias",
+    "to",
+    "_to_copy",
+    "type_as",
+    "slice",
+    "select",
+    "unbind",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "movedim",
+    "swapaxes",
+    "view_as",
+    "reshape_as",
+    "mT",
+    "numpy_T",
+    "feature_dropout",
+    "lift_fresh_copy",
+    "write_through",
+}
 
 
-def draw(partition: Partition, groups: Sequence[NodeGroup], out_dir: Path, title: str, *, view: bool = False,
-         vertical: bool = True, by_node_groups: bool = True, display_params: bool = False,
-         display_flops: bool = False) -> list[Path]:  # fmt: skip
+def draw(
+    partition: Partition,
+    groups: Sequence[NodeGroup],
+    out_dir: Path,
+    title: str,
+    *,
+    view: bool = False,
+    vertical: bool = True,
+    by_node_groups: bool = True,
+    display_params: bool = False,
+    display_flops: bool = False,
+) -> list[Path]:
     """Write the drawing to ``out_dir`` as DOT, and as SVG, PDF and PNG where graphviz is installed.
 
     Raises:
         MissingExtraError: pydot is not installed.
     """
     dot = to_dot(
-        partition, groups, title, vertical=vertical, by_node_groups=by_node_groups, display_params=display_params,
+        partition,
+        groups,
+        title,
+        vertical=vertical,
+        by_node_groups=by_node_groups,
+        display_params=display_params,
         display_flops=display_flops,
-    )  # fmt: skip
+    )
     out_dir.mkdir(parents=True, exist_ok=True)
     written = [out_dir / f"{title}.dot"]
     dot.write(str(written[0]), format="raw")
@@ -68,8 +113,16 @@ def draw(partition: Partition, groups: Sequence[NodeGroup], out_dir: Path, title
     return written
 
 
-def to_dot(partition: Partition, groups: Sequence[NodeGroup], title: str, *, vertical: bool = True,
-           by_node_groups: bool = True, display_params: bool = False, display_flops: bool = False) -> Any:  # fmt: skip
+def to_dot(
+    partition: Partition,
+    groups: Sequence[NodeGroup],
+    title: str,
+    *,
+    vertical: bool = True,
+    by_node_groups: bool = True,
+    display_params: bool = False,
+    display_flops: bool = False,
+) -> Any:
     """The drawing as a ``pydot.Dot``.
 
     Raises:
@@ -88,11 +141,26 @@ def to_dot(partition: Partition, groups: Sequence[NodeGroup], title: str, *, ver
     repeats = repeated_blocks(flow)
     box = {node: _box(node, data, repeats) for node, data in flow.nodes(data=True) if _drawn(data)}
     picture = pydot.Dot(
-        graph_type="digraph", rankdir="TB" if vertical else "LR", labelloc="t", fontname="Helvetica", fontsize="16",
-        label=_escaped(_title(title, groups, by_node_groups)), nodesep="0.2", ranksep="0.25", compound="true",
-    )  # fmt: skip
-    picture.set_node_defaults(shape="box", style="filled", fontname="Helvetica", fontsize="11", color="#555555",
-                              fillcolor=WHITE, margin="0.12,0.05", height="0.3")  # fmt: skip
+        graph_type="digraph",
+        rankdir="TB" if vertical else "LR",
+        labelloc="t",
+        fontname="Helvetica",
+        fontsize="16",
+        label=_escaped(_title(title, groups, by_node_groups)),
+        nodesep="0.2",
+        ranksep="0.25",
+        compound="true",
+    )
+    picture.set_node_defaults(
+        shape="box",
+        style="filled",
+        fontname="Helvetica",
+        fontsize="11",
+        color="#555555",
+        fillcolor=WHITE,
+        margin="0.12,0.05",
+        height="0.3",
+    )
     picture.set_edge_defaults(color="#777777", arrowsize="0.6")
     frames: dict[str, Any] = {"": picture}
     blocks = _blocks(flow)
@@ -102,8 +170,14 @@ def to_dot(partition: Partition, groups: Sequence[NodeGroup], title: str, *, ver
             block = _block(data["module"], blocks)
             label = _label(node, data, flow, display_params, macs, data["module"].removeprefix(block).lstrip("."))
             frame = _frame(block, frames, pydot)
-            frame.add_node(pydot.Node(_quoted(name), label=label, tooltip=_tooltip(data, prunable),
-                                      **_style(data, prunable, colors, by_node_groups)))  # fmt: skip
+            frame.add_node(
+                pydot.Node(
+                    _quoted(name),
+                    label=label,
+                    tooltip=_tooltip(data, prunable),
+                    **_style(data, prunable, colors, by_node_groups),
+                )
+            )
     for name in dict.fromkeys(name for node, name in box.items() if node != name):
         block, others = repeats[name]
         inside = {g for n, of in box.items() if of == name for g in flow.nodes[n]["groups"]}
@@ -219,9 +293,15 @@ def _frame(path: str, frames: dict[str, Any], pydot: Any) -> Any:
     """The cluster of a block."""
     if path not in frames:
         frames[path] = pydot.Cluster(
-            re.sub(r"\W", "_", path), label=_escaped(path), color="#bbbbbb", style="rounded", fontname="Helvetica",
-            fontsize="11", fontcolor="#555555", labeljust="l",
-        )  # fmt: skip
+            re.sub(r"\W", "_", path),
+            label=_escaped(path),
+            color="#bbbbbb",
+            style="rounded",
+            fontname="Helvetica",
+            fontsize="11",
+            fontcolor="#555555",
+            labeljust="l",
+        )
         frames[""].add_subgraph(frames[path])
     return frames[path]
 
@@ -238,8 +318,9 @@ def _style(data: Mapping[str, Any], prunable: set[str], colors: Mapping[str, str
     return {"fillcolor": f'"{":".join(shades)}"', "style": "striped" if len(shades) > 1 else "filled"}
 
 
-def _label(node: str, data: Mapping[str, Any], flow: nx.DiGraph, display_params: bool, macs: Mapping[int, int],
-           place: str) -> str:  # fmt: skip
+def _label(
+    node: str, data: Mapping[str, Any], flow: nx.DiGraph, display_params: bool, macs: Mapping[int, int], place: str
+) -> str:
     size = "×".join(map(str, data["shape"]))
     if data["kind"] != "operator":
         return _escaped(f"{node}\n{size}")

@@ -82,9 +82,14 @@ class OneShot:
             more = f" and {len(portion.groups) - 1} more" if len(portion.groups) > 1 else ""
             losses = ("–" if x is None else f"{x:.4g}" for x in (portion.before, portion.zeroed, portion.folded))
             cells.append(
-                [f"{portion.groups[0]}{more}", f"{portion.atoms:,} of {portion.size:,}", str(portion.readers), *losses,
-                 portion.kept + (", norms anew" if portion.norms else "")]
-            )  # fmt: skip
+                [
+                    f"{portion.groups[0]}{more}",
+                    f"{portion.atoms:,} of {portion.size:,}",
+                    str(portion.readers),
+                    *losses,
+                    portion.kept + (", norms anew" if portion.norms else ""),
+                ]
+            )
         return cells
 
     def _said(self) -> list[str]:

@@ -110,8 +110,16 @@ class Preview:
         return rows_of_costs
 
 
-def preview(target: str, how: str, groups: Iterable[NodeGroup], costs: Costs, kept: Mapping[str, int], full: Cost,
-            left: Cost, milliseconds: tuple[float, float] | None = None) -> Preview:  # fmt: skip
+def preview(
+    target: str,
+    how: str,
+    groups: Iterable[NodeGroup],
+    costs: Costs,
+    kept: Mapping[str, int],
+    full: Cost,
+    left: Cost,
+    milliseconds: tuple[float, float] | None = None,
+) -> Preview:
     """Put the widths of all prunable groups together.
 
     Args:

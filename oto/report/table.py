@@ -114,7 +114,7 @@ def subnet_lines(subnet: Described) -> list[str]:
         ),
         *([] if worst else ["not verified"]),
         "emitted as the original class" if subnet.emitter in OF_THE_CLASS else "emitted as a torch.fx.GraphModule",
-    ]  # fmt: skip
+    ]
     if subnet.why_graph:
         lines.append(f"  because {subnet.why_graph}")
     lines += [f"note: {note}" for note in subnet.notes]

@@ -240,7 +240,7 @@ def _of_its_class(source: Source, compared: bool = False) -> Made:
     if source.verify and not edits.dropped:
         proofs, untrained = heads_in_training(
             source.model, slim, source.dummy_input, source.partition, source.kept, bool(edits.told)
-        )  # fmt: skip
+        )
         checks = [*checks, *proofs]
         if untrained:
             emitted.notes.append(f"train mode is refused: {untrained}")

@@ -16,8 +16,11 @@ def needs_oto(model: nn.Module) -> list[str]:
     Empty for a slim model whose classes are all torch's or the user's own, as most convolutional ones are: it is read
     wherever the full model is.
     """
-    return [f"{path or 'the model'} ({', '.join(names)})" for path, module in model.named_modules()
-            if (names := list(_ours(module)))]  # fmt: skip
+    return [
+        f"{path or 'the model'} ({', '.join(names)})"
+        for path, module in model.named_modules()
+        if (names := list(_ours(module)))
+    ]
 
 
 def _ours(module: nn.Module) -> Iterator[str]:

@@ -247,9 +247,13 @@ def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tupl
         if old is None:
             return replace(group, reason=group.reason or nothing)
         return replace(
-            group, reason=group.reason or old.reason, min_kept=old.min_kept, quiet=group.quiet and old.quiet,
-            tie=old.tie, divisor=old.divisor,
-        )  # fmt: skip
+            group,
+            reason=group.reason or old.reason,
+            min_kept=old.min_kept,
+            quiet=group.quiet and old.quiet,
+            tie=old.tie,
+            divisor=old.divisor,
+        )
 
     return tuple(map(restricted, after))
 

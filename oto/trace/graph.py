@@ -249,8 +249,15 @@ class GraphBuilder:
     def input(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.inputs.append(self.value(key, shape, dtype))
 
-    def leaf(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, names: Sequence[str], kind: str,
-             trainable: bool = False) -> None:  # fmt: skip
+    def leaf(
+        self,
+        key: Hashable,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        names: Sequence[str],
+        kind: str,
+        trainable: bool = False,
+    ) -> None:
         self.leaves.append(Leaf(self.value(key, shape, dtype), tuple(names), kind, trainable))
         self.held.append(key)
 
@@ -310,8 +317,9 @@ class GraphBuilder:
                     made = self.value(other, old.shape, old.dtype)
                     self._add(write_through, (old, new), {}, (made,), (), module, source)
 
-    def _add(self, op: Any, args: Any, kwargs: Any, outputs: Any, written: Any, module: str, source: str,
-             origin: Any = None) -> None:  # fmt: skip
+    def _add(
+        self, op: Any, args: Any, kwargs: Any, outputs: Any, written: Any, module: str, source: str, origin: Any = None
+    ) -> None:
         if self.full:
             raise EnoughError
         self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source, origin))
@@ -341,8 +349,11 @@ class GraphBuilder:
         """
         ends = tuple(self.current[key] for key in outputs)
         # a tensor of the model that was written to is as good as an output
-        written = [self.current[key] for key, leaf in zip(self.held, self.leaves, strict=True)
-                   if self.current[key] is not leaf.value]  # fmt: skip
+        written = [
+            self.current[key]
+            for key, leaf in zip(self.held, self.leaves, strict=True)
+            if self.current[key] is not leaf.value
+        ]
         idle = self._idle({*ends, *written, *self.ends} if dead else {*ends, *written})
         if dead:
             unread = frozenset() if self.how == "real" else frozenset(idle)

@@ -61,8 +61,9 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def around_modules(enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any, Any], None] | None = None
-                   ) -> Iterator[None]:  # fmt: skip
+def around_modules(
+    enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any, Any], None] | None = None
+) -> Iterator[None]:
     """While inside, every module that runs is shown before, with its arguments, and after, whatever it raises."""
     hooks = [nn.modules.module.register_module_forward_pre_hook(enter)]
     if leave is not None:
@@ -400,9 +401,13 @@ class _Held:
             parameter = isinstance(first, nn.Parameter)
             recorder.hold(tensor)
             builder.leaf(
-                id(tensor), tensor.shape, tensor.dtype, self.names[key], "parameter" if parameter else "buffer",
+                id(tensor),
+                tensor.shape,
+                tensor.dtype,
+                self.names[key],
+                "parameter" if parameter else "buffer",
                 parameter and first.requires_grad,
-            )  # fmt: skip
+            )
         for leaf in tree_leaves(inputs):
             if isinstance(leaf, Tensor):
                 recorder.hold(leaf)
@@ -454,10 +459,18 @@ class _Ran:
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any, way: str, found: Snapshot,
-    builder: GraphBuilder | None = None, functions: list[FunctionCall] | None = None,
-    script: Script | None = None, literals: list[FunctionCall] | None = None, bare: bool = False,
-) -> _Ran:  # fmt: skip
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Any,
+    way: str,
+    found: Snapshot,
+    builder: GraphBuilder | None = None,
+    functions: list[FunctionCall] | None = None,
+    script: Script | None = None,
+    literals: list[FunctionCall] | None = None,
+    bare: bool = False,
+) -> _Ran:
     modules = modules_by_path(model)
     held = _Held(modules, bare)
     with ExitStack() as stack:
@@ -605,7 +618,7 @@ class _Recorder(TorchDispatchMode):
                 args, result = (self.builder.current[source],), (id(tensor), tensor.shape, tensor.dtype)
                 self.builder.add(
                     aten.alias.default, args, {}, [result], self.path[-1], _user_line(), shared_keys=[source]
-                )  # fmt: skip
+                )
         return self.builder.current[id(tensor)]
 
     def valued(self, x: Any) -> Any:
@@ -760,8 +773,12 @@ aten = torch.ops.aten
 
 # calls that write to their first argument and give it: where shapes are all that is computed, they need not be made
 _WRITES_FIRST = {
-    aten.relu_.default, aten.silu_.default, aten.hardswish_.default, aten.hardsigmoid_.default, aten.hardtanh_.default,
-}  # fmt: skip
+    aten.relu_.default,
+    aten.silu_.default,
+    aten.hardswish_.default,
+    aten.hardsigmoid_.default,
+    aten.hardtanh_.default,
+}
 
 
 @contextmanager

@@ -209,9 +209,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Shape | No
 
 
 def _convolution(
-    rank: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = (1,), padding: Any = (0,),
-    dilation: Any = (1,), groups: int = 1,
-) -> Shape | None:  # fmt: skip
+    rank: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = (1,),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    groups: int = 1,
+) -> Shape | None:
     alike = (
         x.ndim == weight.ndim == rank + 2 and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
     )
@@ -275,19 +281,38 @@ def _norm(x: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, **k
 _PLAIN = {bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 _KEEP = (
-    aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.dropout.default, aten.relu.default,
-    aten.gelu.default, aten.silu.default, aten.hardswish.default, aten.hardsigmoid.default, aten.hardtanh.default,
-    aten.leaky_relu.default, aten.contiguous.default,
-)  # fmt: skip
+    aten.batch_norm.default,
+    aten.layer_norm.default,
+    aten.group_norm.default,
+    aten.dropout.default,
+    aten.relu.default,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.hardtanh.default,
+    aten.leaky_relu.default,
+    aten.contiguous.default,
+)
 """Calls that give the shape of their first argument, whatever the others are."""
 
 _SHAPES: dict[Any, Callable[..., Shape | None]] = {
     **dict.fromkeys(_KEEP, _first),
     **dict.fromkeys(
         (
-            aten.sigmoid.default, aten.tanh.default, aten.exp.default, aten.sqrt.default, aten.rsqrt.default,
-            aten.neg.default, aten.abs.default, aten.clamp_min.default, aten.pow.Tensor_Scalar, aten.square.default,
-            aten.softmax.int, aten.mish.default, aten.elu.default,
+            aten.sigmoid.default,
+            aten.tanh.default,
+            aten.exp.default,
+            aten.sqrt.default,
+            aten.rsqrt.default,
+            aten.neg.default,
+            aten.abs.default,
+            aten.clamp_min.default,
+            aten.pow.Tensor_Scalar,
+            aten.square.default,
+            aten.softmax.int,
+            aten.mish.default,
+            aten.elu.default,
         ),
         _unary,
     ),
@@ -304,4 +329,4 @@ _SHAPES: dict[Any, Callable[..., Shape | None]] = {
     aten.mean.dim: _reduced,
     aten.sum.dim_IntList: _reduced,
     aten.linalg_vector_norm.default: _norm,
-}  # fmt: skip
+}

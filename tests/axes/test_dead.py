@@ -33,8 +33,10 @@ class Attention(nn.Module):
         torch.manual_seed(0)
         self.use, self.heads, self.width = use, heads, width // heads
         self.i, self.q, self.k, self.v, self.o, self.last = (
-            nn.Linear(8, width), *(nn.Linear(width, width) for _ in range(4)), nn.Linear(width, 3)
-        )  # fmt: skip
+            nn.Linear(8, width),
+            *(nn.Linear(width, width) for _ in range(4)),
+            nn.Linear(width, 3),
+        )
 
     def forward(self, x):
         h = self.i(x)

@@ -83,9 +83,21 @@ def centered_direction(x):
 
 
 SPELLINGS = [
-    in_place, mean_of_squares, sum_of_products, without_keepdim, cast, whole_tensor, absolute, twice,
-    difference_of_means, root_mean_square, vector_norm, deviation, deviation_of_centered, centered_direction,
-]  # fmt: skip
+    in_place,
+    mean_of_squares,
+    sum_of_products,
+    without_keepdim,
+    cast,
+    whole_tensor,
+    absolute,
+    twice,
+    difference_of_means,
+    root_mean_square,
+    vector_norm,
+    deviation,
+    deviation_of_centered,
+    centered_direction,
+]
 
 
 class Normed(nn.Module):
@@ -170,23 +182,38 @@ def test_statistics_within_groups_of_channels():
 
 
 def test_a_maximum_of_what_is_known_is_not():
-    model = Normed(lambda x: x / (x - x.mean(1, keepdim=True)).amax(1, keepdim=True), nn.Linear(6, 16),
-                   nn.Linear(16, 3), None)  # fmt: skip
+    model = Normed(
+        lambda x: x / (x - x.mean(1, keepdim=True)).amax(1, keepdim=True), nn.Linear(6, 16), nn.Linear(16, 3), None
+    )
     with pytest.raises(NothingPrunableError):
         OTO(model, torch.randn(4, 6), allow_graph=True)
 
 
 POINTWISE = [
-    lambda x, m: x - m, lambda x, m: x + 2 * m, lambda x, m: m - x, lambda x, m: torch.sub(x, m, alpha=0.5),
-    lambda x, m: x * m, lambda x, m: x / (1 + m * m),
-    lambda x, m: torch.tanh(x), lambda x, m: F.gelu(x), lambda x, m: x**2, lambda x, m: x * torch.sigmoid(x),
-    lambda x, m: -x, lambda x, m: torch.clamp(x, -1, 1), lambda x, m: torch.where(m > 0, x, 2 * x),
-    lambda x, m: torch.maximum(x, m), lambda x, m: x.masked_fill(m > 0, 0.5),
-]  # fmt: skip
+    lambda x, m: x - m,
+    lambda x, m: x + 2 * m,
+    lambda x, m: m - x,
+    lambda x, m: torch.sub(x, m, alpha=0.5),
+    lambda x, m: x * m,
+    lambda x, m: x / (1 + m * m),
+    lambda x, m: torch.tanh(x),
+    lambda x, m: F.gelu(x),
+    lambda x, m: x**2,
+    lambda x, m: x * torch.sigmoid(x),
+    lambda x, m: -x,
+    lambda x, m: torch.clamp(x, -1, 1),
+    lambda x, m: torch.where(m > 0, x, 2 * x),
+    lambda x, m: torch.maximum(x, m),
+    lambda x, m: x.masked_fill(m > 0, 0.5),
+]
 REDUCED = [
-    lambda x: x.mean(1, keepdim=True), lambda x: x.sum(1, keepdim=True) / 16, lambda x: x.mean((1, 2), keepdim=True),
-    lambda x: x.var((1, 2), keepdim=True), lambda x: x.norm(p=3, dim=1, keepdim=True), lambda x: x.std(1, keepdim=True),
-]  # fmt: skip
+    lambda x: x.mean(1, keepdim=True),
+    lambda x: x.sum(1, keepdim=True) / 16,
+    lambda x: x.mean((1, 2), keepdim=True),
+    lambda x: x.var((1, 2), keepdim=True),
+    lambda x: x.norm(p=3, dim=1, keepdim=True),
+    lambda x: x.std(1, keepdim=True),
+]
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -268,8 +295,9 @@ class Residual(nn.Module):
         return self.last(x)
 
 
-@pytest.mark.parametrize("model", [Square(by_hand), Residual(3, by_hand), Residual(3, weight_norm)],
-                         ids=["square", "by hand", "new"])  # fmt: skip
+@pytest.mark.parametrize(
+    "model", [Square(by_hand), Residual(3, by_hand), Residual(3, weight_norm)], ids=["square", "by hand", "new"]
+)
 def test_what_a_zero_breaks_is_found_as_if_it_were_followed_alone(model, monkeypatch):
     breaking, broken = invariance._breaking, []
 

@@ -53,8 +53,12 @@ def by_name(oto, align):
 
 def test_the_network_is_what_these_tests_take_it_for(oto):
     assert {g.name: g.size for g in oto.node_groups if g.prunable} == {
-        "o.weight": 48, "table": 6, "q.weight": 8, "v.weight": 16, "up.weight": 40,
-    }  # fmt: skip
+        "o.weight": 48,
+        "table": 6,
+        "q.weight": 8,
+        "v.weight": 16,
+        "up.weight": 40,
+    }
     assert oto.costs.weights == {f"{name}.weight" for name in ("q", "k", "v", "o", "up", "down", "head")}
 
 
@@ -114,13 +118,16 @@ def test_segments_of_a_sum_and_ties():
         return Slice(parameter, dim, tuple(Cut(*cut) for cut in cuts))
 
     groups = [  # rows are [heads × 4, state, heads]: each segment by itself
-        NodeGroup("heads", 12, (piece("w", 0, (1, 66, 1, 0, 48), (1, 12, 4, 0, 12)),
-                                piece("w", 0, (1, 66, 1, 54, 12), (1, 12, 1, 0, 12)))),
+        NodeGroup(
+            "heads",
+            12,
+            (piece("w", 0, (1, 66, 1, 0, 48), (1, 12, 4, 0, 12)), piece("w", 0, (1, 66, 1, 54, 12), (1, 12, 1, 0, 12))),
+        ),
         NodeGroup("width", 4, (piece("w", 0, (1, 66, 1, 0, 48), (12, 4, 1, 0, 4)),), reason="fixed"),
         NodeGroup("state", 6, (piece("w", 0, (1, 66, 1, 48, 6), (1, 6, 1, 0, 6)), piece("c", 0, (1, 6, 1, 0, 6)))),
         NodeGroup("in", 10, (piece("w", 1, (1, 10, 1, 0, 10)),), tie="t"),
         NodeGroup("tied", 10, (piece("b", 0, (1, 10, 1, 0, 10)),), tie="t"),
-    ]  # fmt: skip
+    ]
     assert multiples(groups, 8) == [8, 1, 8, 8, 8]
     assert multiples(groups, 2, divisible=3) == [6, 1, 6, 6, 6]  # a bias is no weight, and its group is tied to one
     assert multiples(groups, {"b": 5}) == [1, 1, 1, 5, 5]

@@ -116,8 +116,12 @@ def test_what_the_polynomials_say_is_what_is_built(oto):
     oto.random_set_zero_groups(0.4)
     subnet = oto.construct_subnet()
     costs = oto.costs
-    kept = np.array([len(subnet.kept[name]) if name in subnet.kept else size
-                     for name, size in zip(costs.names, costs.sizes, strict=True)])  # fmt: skip
+    kept = np.array(
+        [
+            len(subnet.kept[name]) if name in subnet.kept else size
+            for name, size in zip(costs.names, costs.sizes, strict=True)
+        ]
+    )
     assert costs.at(kept) == subnet.cost_after
     tensors = list(subnet.model.parameters())
     assert subnet.cost_after.params == sum(p.numel() for p in tensors) < subnet.cost_before.params

@@ -84,9 +84,14 @@ def test_a_slice_is_a_view_of_the_parameter():
 
 def test_costs_agree_with_torch_on_a_network_with_every_kind_of_product():
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.ConvTranspose2d(8, 4, 3, stride=2),
-        nn.Flatten(2), nn.Linear(81, 16), nn.TransformerEncoderLayer(16, 2, 24, batch_first=True),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=4),
+        nn.ConvTranspose2d(8, 4, 3, stride=2),
+        nn.Flatten(2),
+        nn.Linear(81, 16),
+        nn.TransformerEncoderLayer(16, 2, 24, batch_first=True),
+    ).eval()
     x = torch.randn(2, 3, 8, 8)
     found = analyze(model, x)
     torch.backends.mha.set_fastpath_enabled(False)

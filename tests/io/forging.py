@@ -82,17 +82,27 @@ class Held:
 def process(kind: Kind) -> dict[str, Any]:
     """What loading a file may not change, by name."""
     state: dict[str, Any] = {
-        "sys.path": list(sys.path), "sys.meta_path": list(sys.meta_path), "sys.path_hooks": list(sys.path_hooks),
-        "excepthook": sys.excepthook, "cwd": os.getcwd(), "environ": dict(os.environ), "umask": _umask(),
+        "sys.path": list(sys.path),
+        "sys.meta_path": list(sys.meta_path),
+        "sys.path_hooks": list(sys.path_hooks),
+        "excepthook": sys.excepthook,
+        "cwd": os.getcwd(),
+        "environ": dict(os.environ),
+        "umask": _umask(),
         "modules": {name for name in sys.modules if not name.startswith(HONEST)},
-        "grad": torch.is_grad_enabled(), "inference": torch.is_inference_mode_enabled(),
-        "dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(), "seed": torch.initial_seed(),
-        "anomaly": torch.is_anomaly_enabled(), "device": torch.get_default_device(), "filters": list(warnings.filters),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "seed": torch.initial_seed(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "device": torch.get_default_device(),
+        "filters": list(warnings.filters),
         "levels": {name: logging.getLogger(name).level for name in ("", "torch", "torch.export", "oto")},
         "files": _open_files(),
         "folder": {p.name: p.lstat().st_size for p in kind.folder.iterdir()},
-    }  # fmt: skip
+    }
     state["torch's numbers"] = bytes(torch.get_rng_state().numpy())
     state["numpy's numbers"] = repr(np.random.get_state())  # noqa: NPY002
     state["Python's numbers"] = random.getstate()
@@ -221,10 +231,34 @@ def edit_graph(folder: Path, change: Callable[[Any], Any]) -> None:
 
 
 NAMES = [
-    "__class__", "__dict__", "__class__.forward", "__init__.__globals__", "to_dict.__globals__.os.sys.path.0",
-    "forward", "forward.__wrapped__", "_forward_hooks", "_modules", "training", "mode._value_", "train", "a", "",
-    ".", "..", "norm", "config", "self", "weight", "a.weight", "0", "\x1b[2J", "x" * 300, "../x", "os.system", "eval",
-]  # fmt: skip
+    "__class__",
+    "__dict__",
+    "__class__.forward",
+    "__init__.__globals__",
+    "to_dict.__globals__.os.sys.path.0",
+    "forward",
+    "forward.__wrapped__",
+    "_forward_hooks",
+    "_modules",
+    "training",
+    "mode._value_",
+    "train",
+    "a",
+    "",
+    ".",
+    "..",
+    "norm",
+    "config",
+    "self",
+    "weight",
+    "a.weight",
+    "0",
+    "\x1b[2J",
+    "x" * 300,
+    "../x",
+    "os.system",
+    "eval",
+]
 JUNK = [
     *(
         None,
@@ -252,10 +286,24 @@ JUNK = [
     *NAMES,
 ]
 EXPRESSIONS = [
-    "9**9**9**9", "1<<(10**13)", "Pow(9,Pow(9,Pow(9,9)))", "Symbol('__import__')", "s0 + 1", "Integer(3)", "-1", "0",
-    "Mul(Integer(2), Symbol('s0', positive=True))", "factorial(9999999)", "(lambda: 1)()", "L['x'].size()[0] < 5",
-    "L['x'].__class__", "Integer('9' * 9)", "max(1, 2)", "True", "",
-]  # fmt: skip
+    "9**9**9**9",
+    "1<<(10**13)",
+    "Pow(9,Pow(9,Pow(9,9)))",
+    "Symbol('__import__')",
+    "s0 + 1",
+    "Integer(3)",
+    "-1",
+    "0",
+    "Mul(Integer(2), Symbol('s0', positive=True))",
+    "factorial(9999999)",
+    "(lambda: 1)()",
+    "L['x'].size()[0] < 5",
+    "L['x'].__class__",
+    "Integer('9' * 9)",
+    "max(1, 2)",
+    "True",
+    "",
+]
 
 
 def places(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
@@ -350,8 +398,14 @@ def meddle_with_graph(draw: random.Random, graph: Any) -> str:
 def node(target: str, given: list[Any]) -> dict[str, Any]:
     """A call in a graph."""
     inputs = [{"name": f"a{i}", "arg": argument, "kind": 1} for i, argument in enumerate(given)]
-    return {"target": target, "inputs": inputs, "outputs": [], "metadata": {}, "is_hop_single_tensor_return": None,
-            "name": "forged"}  # fmt: skip
+    return {
+        "target": target,
+        "inputs": inputs,
+        "outputs": [],
+        "metadata": {},
+        "is_hop_single_tensor_return": None,
+        "name": "forged",
+    }
 
 
 OPERATORS = operators()

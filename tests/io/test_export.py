@@ -25,8 +25,11 @@ class Tags(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.up, self.norm, self.down = (
-            nn.Embedding(20, 8), nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 3),
-        )  # fmt: skip
+            nn.Embedding(20, 8),
+            nn.Linear(8, 16),
+            nn.LayerNorm(16),
+            nn.Linear(16, 3),
+        )
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         x = self.norm(self.up(self.embed(ids)).relu())

@@ -113,8 +113,14 @@ def _program(emitter: str) -> Callable[[Path], Kind]:
 
 def _llama(out: Path) -> Kind:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = transformers.LlamaForCausalLM(config)
     given = torch.randint(0, 50, (1, 6))
     oto = OTO(model, given, layout="uniform")
@@ -134,8 +140,12 @@ def _timm(out: Path) -> Kind:
 
 
 MAKERS: dict[str, Callable[[Path], Kind]] = {
-    "own": _own, "rounds": _rounds, "config": _config, "graph": _program("graph"), "recording": _program("recording"),
-}  # fmt: skip
+    "own": _own,
+    "rounds": _rounds,
+    "config": _config,
+    "graph": _program("graph"),
+    "recording": _program("recording"),
+}
 OTHERS = {"transformers": _llama, "timm": _timm}
 
 
@@ -299,7 +309,7 @@ OTHER_EDITS = {
     "untrained: a number": edits(untrained=3),
     "config: without a config": edits(config={"x": 1}),
     "another edit": edits(code="import os"),
-}  # fmt: skip
+}
 MANIFESTS = {
     "kept: terabytes": says(kept={"stem.weight": [10**18]}),
     "kept: less than nothing": says(kept={"stem.weight": [-1, -1]}),
@@ -328,10 +338,15 @@ MANIFESTS = {
 }
 CASES = {
     f"{group}: {name}": change
-    for group, cases in {"stated": STATED, "attributes": ATTRIBUTES, "swaps": SWAPS, "edits": OTHER_EDITS,
-                         "manifest": MANIFESTS}.items()
+    for group, cases in {
+        "stated": STATED,
+        "attributes": ATTRIBUTES,
+        "swaps": SWAPS,
+        "edits": OTHER_EDITS,
+        "manifest": MANIFESTS,
+    }.items()
     for name, change in cases.items()
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", CASES.values(), ids=CASES)
@@ -359,12 +374,29 @@ def test_what_only_makes_the_model_wrong_is_loaded(kinds: Any, tmp_path: Path, c
 
 
 PATHS = {
-    "__class__.model_type": 3, "__class__.to_dict": 3, "__class__": 3, "__init__.__globals__.os": 3, "to_dict": 3,
-    "to_dict.__globals__.EVIL": 3, "to_dict.__globals__.__builtins__.EVIL": 3, "to_dict.__globals__.copy": 3,
-    "to_dict.__func__.__globals__.copy": 3, "to_dict.__globals__.copy.copyreg.sys.path.0": 3, "__dict__.inner": 3,
-    "_private": 3, "inner": 17, "words": "x", "width": 2.5, "step": True, "depth": 10**7, "inner.real": 3,
-    "brand.new": 1, "": 1, ".": 1, "inner ": 3,
-}  # fmt: skip
+    "__class__.model_type": 3,
+    "__class__.to_dict": 3,
+    "__class__": 3,
+    "__init__.__globals__.os": 3,
+    "to_dict": 3,
+    "to_dict.__globals__.EVIL": 3,
+    "to_dict.__globals__.__builtins__.EVIL": 3,
+    "to_dict.__globals__.copy": 3,
+    "to_dict.__func__.__globals__.copy": 3,
+    "to_dict.__globals__.copy.copyreg.sys.path.0": 3,
+    "__dict__.inner": 3,
+    "_private": 3,
+    "inner": 17,
+    "words": "x",
+    "width": 2.5,
+    "step": True,
+    "depth": 10**7,
+    "inner.real": 3,
+    "brand.new": 1,
+    "": 1,
+    ".": 1,
+    "inner ": 3,
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -375,15 +407,27 @@ def test_a_config_has_fields_and_nothing_else(kinds: Any, tmp_path: Path, path: 
 
 
 THEIRS = {
-    "__class__.model_type": "EVIL", "__class__.to_dict": "EVIL", "to_dict.__globals__.EVIL": 3,
-    "to_dict.__globals__.__builtins__.EVIL": 3, "to_dict.__globals__.os.linesep": "EVIL",
-    "to_dict.__globals__.os.environ._data": {}, "_attn_implementation": "evil/kernel",
-    "attn_implementation": "evil/kernel", "_attn_implementation_internal": "evil/kernel",
-    "_experts_implementation": "evil/kernel", "auto_map": {"x": "y"},
-    "quantization_config": {"quant_method": "bitsandbytes"}, "_name_or_path": "evil/x", "hidden_act": "relu",
-    "rope_parameters": {"rope_type": "evil", "rope_theta": 1.0}, "num_hidden_layers": 10**7,
-    "max_position_embeddings": 10**10, "num_labels": 10**9, "bos_token_id": -1, "use_cache": 1,
-}  # fmt: skip
+    "__class__.model_type": "EVIL",
+    "__class__.to_dict": "EVIL",
+    "to_dict.__globals__.EVIL": 3,
+    "to_dict.__globals__.__builtins__.EVIL": 3,
+    "to_dict.__globals__.os.linesep": "EVIL",
+    "to_dict.__globals__.os.environ._data": {},
+    "_attn_implementation": "evil/kernel",
+    "attn_implementation": "evil/kernel",
+    "_attn_implementation_internal": "evil/kernel",
+    "_experts_implementation": "evil/kernel",
+    "auto_map": {"x": "y"},
+    "quantization_config": {"quant_method": "bitsandbytes"},
+    "_name_or_path": "evil/x",
+    "hidden_act": "relu",
+    "rope_parameters": {"rope_type": "evil", "rope_theta": 1.0},
+    "num_hidden_layers": 10**7,
+    "max_position_embeddings": 10**10,
+    "num_labels": 10**9,
+    "bos_token_id": -1,
+    "use_cache": 1,
+}
 
 
 @pytest.mark.zoo
@@ -547,8 +591,12 @@ def test_what_a_program_says_of_its_making_is_not_read(kinds: Any, tmp_path: Pat
 
     def change(graph: Any) -> None:
         for one in nodes(graph):
-            one["metadata"] = {"stack_trace": '"""\nimport os', "nn_module_stack": "a,b,os.system;c",
-                               "source_fn_stack": "x,os.system", "custom": '{"a": 1}'}  # fmt: skip
+            one["metadata"] = {
+                "stack_trace": '"""\nimport os',
+                "nn_module_stack": "a,b,os.system;c",
+                "source_fn_stack": "x,os.system",
+                "custom": '{"a": 1}',
+            }
 
     folder = sealed(kind.folder, tmp_path / "out", lambda at, m: edit_graph(at, change))
     assert accepted(Kind(folder, None, X))

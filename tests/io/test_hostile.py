@@ -69,9 +69,10 @@ HEADERS = {
     "a shape that overflows": header({"a.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 0]}}),
     "data that overlaps": header(
         {n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in ("a.weight", "a.bias")}
-    ) + b"\0" * 4,
+    )
+    + b"\0" * 4,
     "nothing": b"",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS)
@@ -182,9 +183,15 @@ def test_members_of_a_program_that_share_their_bytes(saved: Path, tmp_path: Path
 
 
 JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(-1, 9), st.just(TERABYTES), st.floats(allow_nan=False), st.text(max_size=5),
-    st.lists(st.integers(0, 9), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-1, 9),
+    st.just(TERABYTES),
+    st.floats(allow_nan=False),
+    st.text(max_size=5),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
 
 
 def test_a_sealed_manifest_of_junk_never_ends_in_another_error(saved: Path, tmp_path: Path) -> None:

@@ -32,13 +32,24 @@ MODELS: dict[str, tuple[zoo.Factory, str]] = {
         "AutoModelForSequenceClassification",
     ),
     "distilbert": (
-        zoo.from_config("DistilBertModel", "DistilBertConfig", tokens, vocab_size=100, dim=64, n_heads=4, n_layers=2,
-                        hidden_dim=256),
+        zoo.from_config(
+            "DistilBertModel", "DistilBertConfig", tokens, vocab_size=100, dim=64, n_heads=4, n_layers=2, hidden_dim=256
+        ),
         "AutoModel",
     ),
     "gpt2": (
-        zoo.from_config("GPT2LMHeadModel", "GPT2Config", tokens, n_embd=64, n_head=4, n_layer=2, vocab_size=100,
-                        n_positions=64, bos_token_id=0, eos_token_id=0),
+        zoo.from_config(
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            tokens,
+            n_embd=64,
+            n_head=4,
+            n_layer=2,
+            vocab_size=100,
+            n_positions=64,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
         "AutoModelForCausalLM",
     ),
     "opt": (zoo.DECODERS["opt"], "AutoModelForCausalLM"),
@@ -63,7 +74,7 @@ MODELS: dict[str, tuple[zoo.Factory, str]] = {
     ),
     "whisper": (zoo.AUDIO["whisper"], "AutoModelForSpeechSeq2Seq"),
     "clip": (zoo.MULTIMODAL["clip"], "AutoModel"),
-}  # fmt: skip
+}
 
 # a class whose residual stream an RMS norm divides by its width can lose some of that, others cannot
 THINNER_STREAM = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral"}
@@ -244,9 +255,14 @@ def test_a_model_that_shrank_in_training(tmp_path):
                 oto.shrink(optimizer)
 
     settings = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, save_steps=4, use_cpu=True, report_to=[], disable_tqdm=True,
+        output_dir=str(tmp_path),
+        max_steps=4,
+        save_steps=4,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
         per_device_train_batch_size=2,
-    )  # fmt: skip
+    )
     words = tokens()[0]
     data = [{"input_ids": words, "labels": words}] * 8
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)

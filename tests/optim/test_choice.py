@@ -224,9 +224,11 @@ def test_a_magnitude_empties_no_layer(oto):
 def test_a_group_is_worth_what_was_measured_and_its_atoms_what_goes_through_them(kind, within, gone):
     """By default only where convolutions read them."""
     conv = kind == "conv"
-    layers = [nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 2, 1, bias=False)] if conv else [
-        nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
-    ]  # fmt: skip
+    layers = (
+        [nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 2, 1, bias=False)]
+        if conv
+        else [nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)]
+    )
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
     with torch.no_grad():
         layers[0].weight.copy_(torch.tensor([1.0, 2, 3, 4])[:, None].expand(4, 3).reshape(layers[0].weight.shape))
@@ -277,10 +279,17 @@ def two_atoms(average_steps):
     nn.init.ones_(model.weight)
     rows = (Slice("weight", 0, ()),)
     optimizer = HESSO(
-        model.named_parameters(), [NodeGroup("weight", 2, rows, rows)], lr=0.0, target_group_sparsity=0.5,
-        start_pruning_step=3, pruning_steps=1, pruning_periods=1, saliency="taylor_first_order",
-        average_steps=average_steps, min_kept=1,
-    )  # fmt: skip
+        model.named_parameters(),
+        [NodeGroup("weight", 2, rows, rows)],
+        lr=0.0,
+        target_group_sparsity=0.5,
+        start_pruning_step=3,
+        pruning_steps=1,
+        pruning_periods=1,
+        saliency="taylor_first_order",
+        average_steps=average_steps,
+        min_kept=1,
+    )
     return model, optimizer
 
 

@@ -156,19 +156,25 @@ NETS = {
     ),
     "attention": lambda: case(Attention(), torch.randn(9, 7, 12), **{"o.weight": (heads_of, plain)}),
     "experts": lambda: case(
-        Experts(), torch.randn(1, 60, 5),
+        Experts(),
+        torch.randn(1, 60, 5),
         down=(lambda m, x: torch.relu(x.expand(3, -1, -1) @ m.up), lambda w: w.mT[:, :, None]),
     ),
     "several": lambda: case(
-        Several(), torch.randint(30, (9, 7)),
-        **{"a.weight": (embedded, plain), "b": (embedded, lambda w: plain(w.reshape(12, 7).T)),
-           "c": (embedded, lambda w: plain(w.T))},
+        Several(),
+        torch.randint(30, (9, 7)),
+        **{
+            "a.weight": (embedded, plain),
+            "b": (embedded, lambda w: plain(w.reshape(12, 7).T)),
+            "c": (embedded, lambda w: plain(w.T)),
+        },
     ),
     "recurrent": lambda: case(
-        Recurrent(), torch.randn(9, 5, 4),
+        Recurrent(),
+        torch.randn(9, 5, 4),
         **{"lstm.weight_ih_l0": (lambda m, x: torch.relu(m.first(x)).reshape(1, -1, 8), plain)},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -271,8 +277,9 @@ def test_what_is_left_of_the_error_is_orthogonal_to_what_stays(net):
 def test_an_unrolled_convolution_gives_the_least_squares_fit_of_its_output(dims, geometry):
     if isinstance(geometry.get("padding"), tuple):
         geometry = geometry | {"padding": (2, 0, 1)[:dims]}
-    first, second_ = ((nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](*c, **k) for c, k in
-                      (((2, 6, 1), {}), ((6, 3, 3), geometry)))  # fmt: skip
+    first, second_ = (
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](*c, **k) for c, k in (((2, 6, 1), {}), ((6, 3, 3), geometry))
+    )
     model, x = Net(first, nn.ReLU(), second_).eval(), torch.randn(30, 2, *[6] * dims)
     oto = OTO(model, x[:1])
     (reader,) = (r.unrolled for r in readers(oto.partition, oto.node_groups).found)

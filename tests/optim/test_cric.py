@@ -15,8 +15,12 @@ from oto.optim import HESSOCRIC
 from .toy import assert_same, backward, count_zeros, groups, net, train
 
 OPTIONS = {
-    "start_pruning_step": 2, "pruning_steps": 4, "sampling_steps": 3, "target_group_sparsity": 0.5, "lr": 0.1,
-}  # fmt: skip
+    "start_pruning_step": 2,
+    "pruning_steps": 4,
+    "sampling_steps": 3,
+    "target_group_sparsity": 0.5,
+    "lr": 0.1,
+}
 
 
 def cric(model, **options):

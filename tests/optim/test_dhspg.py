@@ -64,10 +64,22 @@ def test_step_by_step(seed, penalty, warm_up):
     to_go = x.norm(dim=1).argsort()[:6].tolist()  # by magnitude, at the first step
     lmbda, amplify, coeff = penalty
     optimizer, ours = descend(
-        DHSPG, x, noisy(h, a), 180, target_group_sparsity=0.5, saliency="magnitude", partition_step=0,
-        half_space_step=10, warm_up_steps=warm_up, pruning_steps=200, lmbda=lmbda, lmbda_amplify=amplify,
-        hat_lmbda_coeff=coeff, epsilon=0.9, **PLAIN,
-    )  # fmt: skip
+        DHSPG,
+        x,
+        noisy(h, a),
+        180,
+        target_group_sparsity=0.5,
+        saliency="magnitude",
+        partition_step=0,
+        half_space_step=10,
+        warm_up_steps=warm_up,
+        pruning_steps=200,
+        lmbda=lmbda,
+        lmbda_amplify=amplify,
+        hat_lmbda_coeff=coeff,
+        epsilon=0.9,
+        **PLAIN,
+    )
     theirs, gone, used = as_published(x, noisy(h, a), 180, 0.1, to_go, 0.9, 10, warm_up, penalty)
     for mine, published in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, published, rtol=0, atol=1e-11)  # float64, 180 steps
@@ -82,10 +94,21 @@ def test_as_published_the_first_to_leave_go(seed):
     x = torch.randn(12, 5, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64)
     penalty = (0.1, 2.0, 10.0)
     optimizer, ours = descend(
-        DHSPG, x, noisy(h, a), 190, target_group_sparsity=4.5 / 12, tolerance_group_sparsity=0.25, saliency="dhspg",
-        partition_step=0, half_space_step=10, pruning_steps=200, pruning_periods=20, lmbda=penalty[0],
-        epsilon=0.9, **PLAIN,
-    )  # fmt: skip
+        DHSPG,
+        x,
+        noisy(h, a),
+        190,
+        target_group_sparsity=4.5 / 12,
+        tolerance_group_sparsity=0.25,
+        saliency="dhspg",
+        partition_step=0,
+        half_space_step=10,
+        pruning_steps=200,
+        pruning_periods=20,
+        lmbda=penalty[0],
+        epsilon=0.9,
+        **PLAIN,
+    )
     g = noisy(h, a)(x, 0)
     cosine = torch.nn.functional.cosine_similarity(-x, -g, dim=1)
     small = 1 / (x.norm(dim=1) / 5 + 1e-6)
@@ -114,9 +137,17 @@ def test_known_minimisers_are_recovered(seed):
     h, a = quadratic(seed)
     x = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     optimizer, seen = descend(
-        DHSPG, x, lambda x, t: h * (x - a), 900, target_group_sparsity=0.5, partition_step=100, pruning_steps=400,
-        lmbda=0.1, **PLAIN, saliency="magnitude",
-    )  # fmt: skip
+        DHSPG,
+        x,
+        lambda x, t: h * (x - a),
+        900,
+        target_group_sparsity=0.5,
+        partition_step=100,
+        pruning_steps=400,
+        lmbda=0.1,
+        **PLAIN,
+        saliency="magnitude",
+    )
     expected = a.clone()
     expected[::2] = 0
     torch.testing.assert_close(seen[-1], expected, rtol=0, atol=1e-3)  # the flattest curvature is .1
@@ -127,8 +158,14 @@ def test_known_minimisers_are_recovered(seed):
 def test_what_is_to_go_shrinks_at_every_step_and_the_loss_descends(base):
     """The interval, to first order: the norm of a penalized group falls, and the direction is one of descent."""
     model = net().double()
-    optimizer = DHSPG(model.named_parameters(), groups(), **(TOY | {"base": base, "lr": 1e-6, "lmbda": 1e-9}),
-                      lmbda_amplify=1.5, hat_lmbda_coeff=1e12, epsilon=0.0)  # fmt: skip
+    optimizer = DHSPG(
+        model.named_parameters(),
+        groups(),
+        **(TOY | {"base": base, "lr": 1e-6, "lmbda": 1e-9}),
+        lmbda_amplify=1.5,
+        hat_lmbda_coeff=1e12,
+        epsilon=0.0,
+    )
     train(model, optimizer, range(3))
     x = optimizer.penalized(3)
 
@@ -174,10 +211,21 @@ def test_what_is_left_of_the_chosen_shrinks_in_the_last_period():
 def test_the_original_names_work():
     model = net()
     optimizer = DHSPG(
-        model.named_parameters(), groups(), lr=0.1, epsilon=0.9, lmbda=1e-2, lmbda_amplify=3, hat_lmbda_coeff=50,
-        partition_step=0.1, half_space_step=0.2, warm_up_steps=0.15, target_group_sparsity=0.5, saliency="dhspg",
-        tolerance_group_sparsity=0.1, total_steps=100,
-    )  # fmt: skip
+        model.named_parameters(),
+        groups(),
+        lr=0.1,
+        epsilon=0.9,
+        lmbda=1e-2,
+        lmbda_amplify=3,
+        hat_lmbda_coeff=50,
+        partition_step=0.1,
+        half_space_step=0.2,
+        warm_up_steps=0.15,
+        target_group_sparsity=0.5,
+        saliency="dhspg",
+        tolerance_group_sparsity=0.1,
+        total_steps=100,
+    )
     assert optimizer.schedule.start == 10 and optimizer.half_space_step == 20 and optimizer.warm_up_steps == 15
     assert optimizer.penalty == (1e-2, 3, 50)
     assert DHSPG(net().named_parameters(), groups(), **TOY).penalty == (1e-3, 2.0, 10.0)

@@ -257,8 +257,14 @@ def test_the_least_salient_groups_go():
         model[3].weight.fill_(1.0)
         model[1].weight.copy_(torch.arange(8) + 10.0)
         model[4].weight.copy_(torch.arange(6) + 100.0)
-    optimizer = hesso(model, saliency="magnitude", normalize="none", pruning_periods=1, start_pruning_step=0,
-                      target_group_sparsity=0.36)  # fmt: skip
+    optimizer = hesso(
+        model,
+        saliency="magnitude",
+        normalize="none",
+        pruning_periods=1,
+        start_pruning_step=0,
+        target_group_sparsity=0.36,
+    )
     backward(model, 0)
     optimizer.step()
     # ||x||^2: 27 + (10 + c)^2 in the first group, 72 + (100 + c)^2 in the second; int(14 * 0.36) = 5

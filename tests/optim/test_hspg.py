@@ -92,16 +92,35 @@ def test_known_minimisers_are_recovered(seed):
     zero = int((expected == 0).all(1).sum())
     assert 6 <= zero < 12
     optimizer, seen = descend(
-        HSPG, x, lambda x, t: x - a, 600, lmbda=lmbda, epsilon=0.0, upper_group_sparsity=11.5 / 12,
-        start_pruning_step=0, pruning_steps=1200, half_space_step=100, pruning_periods=2, **PLAIN,
-    )  # fmt: skip
+        HSPG,
+        x,
+        lambda x, t: x - a,
+        600,
+        lmbda=lmbda,
+        epsilon=0.0,
+        upper_group_sparsity=11.5 / 12,
+        start_pruning_step=0,
+        pruning_steps=1200,
+        half_space_step=100,
+        pruning_periods=2,
+        **PLAIN,
+    )
     torch.testing.assert_close(seen[-1], expected, rtol=0, atol=1e-9)
     assert optimizer.ways["by half-space"] == zero
     # with the number of those that are zero as the target, the penalty ends there, and the rest finds its own minimum
     _, seen = descend(
-        HSPG, x, lambda x, t: x - a, 700, lmbda=lmbda, epsilon=0.0, upper_group_sparsity=(zero + 0.5) / 12,
-        start_pruning_step=0, pruning_steps=500, half_space_step=100, **PLAIN,
-    )  # fmt: skip
+        HSPG,
+        x,
+        lambda x, t: x - a,
+        700,
+        lmbda=lmbda,
+        epsilon=0.0,
+        upper_group_sparsity=(zero + 0.5) / 12,
+        start_pruning_step=0,
+        pruning_steps=500,
+        half_space_step=100,
+        **PLAIN,
+    )
     kept = (expected != 0).any(1, keepdim=True)
     torch.testing.assert_close(seen[-1], a * kept, rtol=0, atol=1e-9)
 
@@ -119,9 +138,19 @@ def test_a_step_never_increases_the_regularised_model(seed, epsilon):
         return float((h * (x - a).square() / 2).sum() + lmbda * x.norm(dim=1).sum())
 
     optimizer, seen = descend(
-        HSPG, x, lambda x, t: h * (x - a), 60, lmbda=lmbda, epsilon=epsilon, upper_group_sparsity=11.5 / 12,
-        start_pruning_step=0, pruning_steps=200, half_space_step=0, pruning_periods=2, **{**PLAIN, "lr": lr},
-    )  # fmt: skip
+        HSPG,
+        x,
+        lambda x, t: h * (x - a),
+        60,
+        lmbda=lmbda,
+        epsilon=epsilon,
+        upper_group_sparsity=11.5 / 12,
+        start_pruning_step=0,
+        pruning_steps=200,
+        half_space_step=0,
+        pruning_periods=2,
+        **{**PLAIN, "lr": lr},
+    )
     for before, after in zip([x, *seen[:-1]], seen, strict=True):
         projected = (after == 0).all(1) & (before != 0).any(1)
         falls = ((1 - epsilon) / lr - bound / 2) * float(before[projected].square().sum())
@@ -132,9 +161,16 @@ def test_a_step_never_increases_the_regularised_model(seed, epsilon):
 def test_zeros_stay_zero():
     model = net()
     optimizer = HSPG(
-        model.named_parameters(), groups(), lr=0.1, first_momentum=0.9, lmbda=0.3, target_group_sparsity=0.5,
-        start_pruning_step=2, pruning_steps=60, half_space_step=2,
-    )  # fmt: skip
+        model.named_parameters(),
+        groups(),
+        lr=0.1,
+        first_momentum=0.9,
+        lmbda=0.3,
+        target_group_sparsity=0.5,
+        start_pruning_step=2,
+        pruning_steps=60,
+        half_space_step=2,
+    )
     seen = [torch.zeros(14, dtype=torch.bool)]
 
     def look(n):
@@ -153,9 +189,15 @@ def test_zeros_stay_zero():
 def test_what_is_missing_at_the_end_goes_by_the_choice(lmbda):
     model = net()
     optimizer = HSPG(
-        model.named_parameters(), groups(), lr=0.1, lmbda=lmbda, target_group_sparsity=0.5, start_pruning_step=2,
-        pruning_steps=40, pruning_periods=4,
-    )  # fmt: skip
+        model.named_parameters(),
+        groups(),
+        lr=0.1,
+        lmbda=lmbda,
+        target_group_sparsity=0.5,
+        start_pruning_step=2,
+        pruning_steps=40,
+        pruning_periods=4,
+    )
     counts = []
     train(model, optimizer, range(45), then=lambda n: counts.append(count_zeros(model)))
     assert counts[41:] == [7] * 4

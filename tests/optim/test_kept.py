@@ -18,9 +18,18 @@ X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 def net():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 80, 3), nn.BatchNorm2d(80), nn.ReLU(),
-        nn.Conv2d(80, 60, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(60, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 40, 3),
+        nn.BatchNorm2d(40),
+        nn.ReLU(),
+        nn.Conv2d(40, 80, 3),
+        nn.BatchNorm2d(80),
+        nn.ReLU(),
+        nn.Conv2d(80, 60, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(60, 5),
+    )
 
 
 def train(model, optimizer, steps):
@@ -47,9 +56,7 @@ def test_each_layer_is_as_wide_as_was_said_and_what_is_not_named_is_whole(option
 def test_a_walk_of_cric_ends_there_too():
     model = net()
     oto = OTO(model, X)
-    optimizer = oto.hesso_cric(
-        lr=1e-3, total_steps=60, sampling_steps=2, max_cycles=2, target_kept={"3.weight": 20}
-    )  # fmt: skip
+    optimizer = oto.hesso_cric(lr=1e-3, total_steps=60, sampling_steps=2, max_cycles=2, target_kept={"3.weight": 20})
     train(model, optimizer, 60)
     assert [oto.construct_subnet().model[i].out_channels for i in (0, 3, 6)] == [40, 20, 60]
 

@@ -43,7 +43,7 @@ def run(folder: Path, name: str, base: str, killed_at: int | None = None) -> Non
             os.kill(os.getpid(), signal.SIGKILL)
         torch.save(
             {"step": n + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "next.pt"
-        )  # fmt: skip
+        )
         os.replace(folder / "next.pt", newest)
 
 

@@ -241,8 +241,9 @@ def test_counts_are_even_and_divisible_and_the_goal_is_met(ties, random, share, 
     cost = Polynomial(monomials, len(sizes))
     scores = np.array([random.random() for _ in range(sizes.sum())])
     goal = cost(sizes) - share * (cost(sizes) - cost(least))
-    gone = select(scores, np.ones(len(scores), bool), sizes, least, cost.tied(number), goal, divisors, float(by_cost),
-                  ties=number)  # fmt: skip
+    gone = select(
+        scores, np.ones(len(scores), bool), sizes, least, cost.tied(number), goal, divisors, float(by_cost), ties=number
+    )
     kept = np.array([int((~own).sum()) for own in np.split(gone, np.cumsum(sizes)[:-1])])
     assert all(len(set(kept[number == tie])) == 1 for tie in number)
     assert not (kept % divisors).any() and (kept >= least).all()

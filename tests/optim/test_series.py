@@ -66,9 +66,7 @@ BASES = {
     "adagrad": torch.optim.Adagrad,
     "nadam": torch.optim.NAdam,
     "sign": Sign,
-} | {
-    name.lower(): getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
-}  # fmt: skip
+} | {name.lower(): getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
 
 
 def flat(dtype=torch.float32):
@@ -358,18 +356,32 @@ def test_memory_is_one_copy_of_the_penalised_entries(name):
 
 
 UNITS = [
-    {"target_macs": 0.5}, {"target_params": 0.6}, {"target_bytes": 0.6}, {"target_group_sparsity": 0.4},
-    {"target_macs": 0.5, "scope": "local"}, {"target_macs": 0.6, "group_divisible": 4},
-    {"target_macs": 0.5, "min_kept": 0.4}, {"target_kept": {"0.weight": 0.5, "3.weight": 4}},
-]  # fmt: skip
+    {"target_macs": 0.5},
+    {"target_params": 0.6},
+    {"target_bytes": 0.6},
+    {"target_group_sparsity": 0.4},
+    {"target_macs": 0.5, "scope": "local"},
+    {"target_macs": 0.6, "group_divisible": 4},
+    {"target_macs": 0.5, "min_kept": 0.4},
+    {"target_kept": {"0.weight": 0.5, "3.weight": 4}},
+]
 
 
 def mixed():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 32, 3), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4),
-    )  # fmt: skip
+        nn.Conv2d(3, 24, 3),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Conv2d(24, 32, 3),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+        nn.ReLU(),
+        nn.Linear(16, 4),
+    )
 
 
 @pytest.mark.parametrize(
@@ -384,16 +396,18 @@ def test_targets_of_every_unit_are_met(name, target):
     options = ALL[name][1] | {"pruning_periods": 10, "lmbda": 0.2}
     optimizer = getattr(oto, ALL[name][0].__name__.lower())(
         lr=0.1, start_pruning_step=2, pruning_steps=60, **options, **target
-    )  # fmt: skip
+    )
     costs = []
     train(model, optimizer, range(64), then=lambda n: costs.append(optimizer.progress.cost))
     goal = optimizer.choice.target.goal
     assert costs == sorted(costs, reverse=True)
     assert costs[61] == costs[-1] <= goal
     sizes, steps = np.array(optimizer.choice.sizes), optimizer.choice.multiples
-    step = optimizer.choice.target.measure.marginal(sizes, steps).sum() if "scope" in target else (
-        optimizer.choice.target.measure.marginal(sizes, steps).max()
-    )  # fmt: skip
+    step = (
+        optimizer.choice.target.measure.marginal(sizes, steps).sum()
+        if "scope" in target
+        else (optimizer.choice.target.measure.marginal(sizes, steps).max())
+    )
     assert goal - costs[-1] < step, "nearer than the largest step"
     assert all(own % optimizer.choice.multiples[i] == 0 for i, own in enumerate(kept_counts(optimizer)))
     if "target_kept" in target:

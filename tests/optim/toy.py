@@ -28,9 +28,16 @@ def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     # GELU is 0 at 0 but has a slope there, so zeroed channels keep getting gradients
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.GELU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
-    ).to(dtype)  # fmt: skip
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.GELU(),
+        nn.Conv2d(8, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    ).to(dtype)
 
 
 def groups(kind: type[NodeGroup] = NodeGroup, **options: Any) -> list[NodeGroup]:

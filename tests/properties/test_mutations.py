@@ -18,8 +18,14 @@ from tests.properties.commute import check, trace
 from tests.properties.samples import Sample, samples
 
 fix, unify, fixed, step, fresh, rewrite, watch = (
-    Call.fix, Call.unify, Call.fixed, Call.step, Call.fresh, Call.rewrite, Call.watch,
-)  # fmt: skip
+    Call.fix,
+    Call.unify,
+    Call.fixed,
+    Call.step,
+    Call.fresh,
+    Call.rewrite,
+    Call.watch,
+)
 
 
 def _free(*terms: T.Term) -> bool:
@@ -161,5 +167,10 @@ def test_a_broken_rule_is_noticed(mutation: str) -> None:
 def test_every_rule_is_broken_somehow() -> None:
     """A claim of zero everywhere is wrong for each operator that has any free dimension."""
     rules = {name(RULES[op]) for op in RULES if op not in FIXED}
-    assert rules - by_rule().keys() <= {"index.written", "conv.cudnn_convolution", "creation.empty",
-                                        "creation.empty_like", "attention.fused_attention"}  # fmt: skip
+    assert rules - by_rule().keys() <= {
+        "index.written",
+        "conv.cudnn_convolution",
+        "creation.empty",
+        "creation.empty_like",
+        "attention.fused_attention",
+    }

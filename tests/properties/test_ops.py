@@ -158,8 +158,11 @@ def test_any_order(order: list[int], n: int, dim: int) -> None:
 @given(st.sampled_from([1, 2, 3, 4]), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans())
 def test_any_convolution(groups: int, inner: int, outer: int, bias: bool, transposed: bool) -> None:
     weight = x(groups * inner, outer, 2, 2) if transposed else x(groups * outer, inner, 2, 2)
-    op, tail = (aten.conv_transpose2d.input, ([1, 1], [0, 0], [0, 0], groups)) if transposed else (
-        aten.conv2d.default, ([1, 1], [0, 0], [1, 1], groups))  # fmt: skip
+    op, tail = (
+        (aten.conv_transpose2d.input, ([1, 1], [0, 0], [0, 0], groups))
+        if transposed
+        else (aten.conv2d.default, ([1, 1], [0, 0], [1, 1], groups))
+    )
     holds(op, x(1, groups * inner, 3, 3), weight, x(groups * outer) if bias else None, *tail)
 
 
@@ -212,8 +215,12 @@ def test_what_is_written_through_a_view_is_seen(how: Any) -> None:
     for leaf_names in (["a"], ["b"], ["a", "b"]):
         leaves = [leaf for leaf in graph.leaves if leaf.name in leaf_names]
         for axis in dict.fromkeys(a for axes in carried for places in axes for a in places):
-            zeros = {(found.operands[v.value].index, d): 0.0 for v in leaves for d, axes in
-                     enumerate(carried[found.operands[v.value].index]) if axis in axes}  # fmt: skip
+            zeros = {
+                (found.operands[v.value].index, d): 0.0
+                for v in leaves
+                for d, axes in enumerate(carried[found.operands[v.value].index])
+                if axis in axes
+            }
             _follow(visits.get(axis, ()), zeros)
             gone = {axis: torch.arange(axis.size).numpy() > 0}
             run = Writes(how)

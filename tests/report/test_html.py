@@ -317,10 +317,20 @@ def test_in_a_browser(written, tmp_path, width):
         f'<body><iframe style="width:{width}px;height:900px" srcdoc="{html.escape(written)}"></iframe>{measure}'
     )
     done = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", outer.as_uri()],
-        capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            outer.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
     assert found["bare"] == 8 and len(found["charts"]) >= 5

@@ -69,9 +69,24 @@ def test_a_field_of_a_list():
     kept = {"layers.0.weight": np.arange(5), "layers.1.weight": np.arange(2)}
     edits = solve(Recipe.of(model), pruned_shapes(partition, kept))
     assert edits == {"widths.0": 5, "widths.1": 2}
-    assert [m.out_features for m in stock(model, {n: torch.zeros(s) for n, s in {
-        "layers.0.weight": (5, 3), "layers.0.bias": (5,), "layers.1.weight": (2, 5), "layers.1.bias": (2,),
-        "layers.2.weight": (2, 2), "layers.2.bias": (2,)}.items()}, edits).layers] == [5, 2, 2]  # fmt: skip
+    assert [
+        m.out_features
+        for m in stock(
+            model,
+            {
+                n: torch.zeros(s)
+                for n, s in {
+                    "layers.0.weight": (5, 3),
+                    "layers.0.bias": (5,),
+                    "layers.1.weight": (2, 5),
+                    "layers.1.bias": (2,),
+                    "layers.2.weight": (2, 2),
+                    "layers.2.bias": (2,),
+                }.items()
+            },
+            edits,
+        ).layers
+    ] == [5, 2, 2]
     assert model.config.widths == [8, 6]
 
 

@@ -98,12 +98,20 @@ def test_cross_attention_with_masks(options, need_weights):
 @pytest.mark.parametrize("emitter", ["module", "graph"])
 def test_convolutions_with_groups_and_group_norm(emitter):
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(),
-        nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU6(),
-        nn.Conv2d(16, 24, 1, groups=4), nn.PReLU(24),
-        nn.ConvTranspose2d(24, 12, 2, stride=2), nn.InstanceNorm2d(12, affine=True), nn.Hardswish(),
-        nn.Flatten(), nn.Linear(12 * 12 * 12, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3),
+        nn.GroupNorm(4, 16),
+        nn.SiLU(),
+        nn.Conv2d(16, 16, 3, groups=16),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(),
+        nn.Conv2d(16, 24, 1, groups=4),
+        nn.PReLU(24),
+        nn.ConvTranspose2d(24, 12, 2, stride=2),
+        nn.InstanceNorm2d(12, affine=True),
+        nn.Hardswish(),
+        nn.Flatten(),
+        nn.Linear(12 * 12 * 12, 5),
+    )
     full, slim, subnet = thinned(model, torch.randn(2, 3, 10, 10), emitter=emitter)
     assert relative_error(full, slim) <= EXACT
     assert subnet.cost_after.params == sum(p.numel() for p in subnet.model.parameters())
@@ -311,9 +319,13 @@ def test_what_no_call_reads_does_not_stop_saving(tmp_path, persistent):
 def test_a_grouped_convolution_loses_whole_groups_and_the_same_channel_of_every_group():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 24, 3, groups=4), nn.ReLU(),
+        nn.Conv2d(3, 12, 1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 24, 3, groups=4),
+        nn.ReLU(),
         nn.Conv2d(24, 5, 1),
-    ).double()  # fmt: skip
+    ).double()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     oto = OTO(model, x)
     assert sorted(g.size for g in oto.node_groups if g.prunable) == [3, 4, 6]  # width in, groups, width out

@@ -101,9 +101,14 @@ def layer(kind: type[nn.Module] = nn.TransformerEncoderLayer, **options: object)
 @pytest.mark.filterwarnings("ignore:.*nested tensor", "ignore:Support for mismatched")
 @pytest.mark.parametrize(
     ("options", "norm", "nested"),  # of other options, torch packs nothing
-    [({}, True, True), ({}, False, True), ({}, True, False), ({"norm_first": True}, True, False),
-     ({"batch_first": False}, True, False)],
-)  # fmt: skip
+    [
+        ({}, True, True),
+        ({}, False, True),
+        ({}, True, False),
+        ({"norm_first": True}, True, False),
+        ({"batch_first": False}, True, False),
+    ],
+)
 def test_encoders(options, norm, nested):
     last = nn.LayerNorm(WIDTH) if norm else None
     encoder = nn.TransformerEncoder(layer(**options), 2, last, enable_nested_tensor=nested)
@@ -121,8 +126,13 @@ def test_an_encoder_of_which_one_layer_was_thinned():
     torch.manual_seed(0)
     full = Net(nn.TransformerEncoder(layer(), 2)).eval()
     oto = OTO(full, (torch.randn(3, LENGTH, 5), None, PADDING))
-    heads = next(g for g in oto.node_groups if g.prunable and any("layers.1.self_attn" in s.parameter for s in g.zeros)
-                 and not any("layers.0" in s.parameter for s in g.slices))  # fmt: skip
+    heads = next(
+        g
+        for g in oto.node_groups
+        if g.prunable
+        and any("layers.1.self_attn" in s.parameter for s in g.zeros)
+        and not any("layers.0" in s.parameter for s in g.slices)
+    )
     parameters = dict(full.named_parameters())
     with torch.no_grad():
         for piece in heads.zeros:

@@ -31,10 +31,28 @@ def causal(kind: str, config: str | None = None, **options: Any) -> zoo.Factory:
 
 
 MODELS: dict[str, zoo.Factory] = {
-    "gpt2": zoo.from_config("GPT2LMHeadModel", "GPT2Config", ids, n_embd=64, n_head=4, n_layer=2, vocab_size=100,
-                            n_positions=64, bos_token_id=0, eos_token_id=0),
-    "opt": causal("OPT", vocab_size=100, hidden_size=64, num_hidden_layers=2, ffn_dim=128, num_attention_heads=4,
-                  max_position_embeddings=64, word_embed_proj_dim=32),
+    "gpt2": zoo.from_config(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        ids,
+        n_embd=64,
+        n_head=4,
+        n_layer=2,
+        vocab_size=100,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "opt": causal(
+        "OPT",
+        vocab_size=100,
+        hidden_size=64,
+        num_hidden_layers=2,
+        ffn_dim=128,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    ),
     "llama": causal("Llama", **GQA),
     "mistral": causal("Mistral", **GQA, sliding_window=6),
     "qwen2": causal("Qwen2", **GQA),
@@ -46,7 +64,7 @@ MODELS: dict[str, zoo.Factory] = {
     "bart": zoo.SEQ2SEQ["bart"],
     "whisper": zoo.AUDIO["whisper"],
     "mixtral": causal("Mixtral", **GQA, num_local_experts=4),
-}  # fmt: skip
+}
 
 SLOW = {"gemma2", "gemma3", "qwen3", "mistral", "whisper", "bart"}
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

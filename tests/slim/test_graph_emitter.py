@@ -222,8 +222,9 @@ class Attends(nn.Module):
         self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, labels: Tensor | None = None, scale: float = 1.0,
-                **more: Any) -> dict[str, Any]:  # fmt: skip
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None, labels: Tensor | None = None, scale: float = 1.0, **more: Any
+    ) -> dict[str, Any]:
         b, t = ids.shape
         x = self.embed(ids) + self.place(torch.arange(t, device=ids.device))
         q, k, v = self.qkv(x).view(b, t, 3, 4, 4).permute(2, 0, 3, 1, 4)
@@ -441,8 +442,13 @@ def test_its_leaves_are_stock_modules_where_the_model_had_them(attends: Any) -> 
     assert subnet.model.head.weight is subnet.model.embed.weight and subnet.model.qkv.out_features < 48
     _, subnet = graph_of(fcn(), torch.randn(2, 3, 32, 32))
     assert [type(module).__name__ for module in subnet.model.modules()][1:] == [
-        "Module", "Conv2d", "BatchNorm2d", "Conv2d", "GroupNorm", "Conv2d",
-    ]  # fmt: skip
+        "Module",
+        "Conv2d",
+        "BatchNorm2d",
+        "Conv2d",
+        "GroupNorm",
+        "Conv2d",
+    ]
     left = {str(node.target) for node in subnet.model.graph.nodes if node.op == "call_function"}
     assert not left & {"aten.conv2d.default", "aten.batch_norm.default", "aten.group_norm.default"}
 

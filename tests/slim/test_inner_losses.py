@@ -112,7 +112,7 @@ def masked(*layers: nn.Module, bias: bool = True) -> None:
 def test_what_masks_leave_at_zero_goes() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
-    ).double()  # fmt: skip
+    ).double()
     masked(model[0], model[2])
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     slim = OTO(model, x).construct_subnet().model

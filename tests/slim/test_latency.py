@@ -37,13 +37,17 @@ def lowest_first(goal: float):
     return choose
 
 
-@pytest.mark.parametrize("takes", [
-    lambda said: said,
-    lambda said: 3 * said,
-    lambda said: 5 + said,  # of which no thinning frees it
-    lambda said: 20 * said**0.5,
-    lambda said: said**2 / 10,
-], ids=["exact", "slower", "overhead", "concave", "convex"])  # fmt: skip
+@pytest.mark.parametrize(
+    "takes",
+    [
+        lambda said: said,
+        lambda said: 3 * said,
+        lambda said: 5 + said,  # of which no thinning frees it
+        lambda said: 20 * said**0.5,
+        lambda said: said**2 / 10,
+    ],
+    ids=["exact", "slower", "overhead", "concave", "convex"],
+)
 def test_it_arrives_whatever_the_table_misses(takes) -> None:
     asked = []
 

@@ -88,9 +88,17 @@ IDS = torch.arange(12).reshape(2, 6)
 def model(**values: Any) -> Model:
     torch.manual_seed(0)
     options = {
-        "width": 16, "heads": 4, "head_width": 6, "inner": 24, "eps": 1e-3, "plus": 0.0, "norm": rms, "scaled": False,
-        "tied": False, "key_norms": False,
-    } | values  # fmt: skip
+        "width": 16,
+        "heads": 4,
+        "head_width": 6,
+        "inner": 24,
+        "eps": 1e-3,
+        "plus": 0.0,
+        "norm": rms,
+        "scaled": False,
+        "tied": False,
+        "key_norms": False,
+    } | values
     return Model(Config(**options)).eval()
 
 
@@ -116,9 +124,15 @@ def test_what_no_field_states_stays_whole():
 
 @pytest.mark.parametrize(
     "plus, tied, scaled, key_norms",
-    [(0, False, False, False), (1, False, False, False), (0, True, True, False), (1, True, False, True),
-     (1, True, True, True), (0, False, True, True)],
-)  # fmt: skip
+    [
+        (0, False, False, False),
+        (1, False, False, False),
+        (0, True, True, False),
+        (1, True, False, True),
+        (1, True, True, True),
+        (0, False, True, True),
+    ],
+)
 def test_norms_absorb_the_count(plus, tied, scaled, key_norms):
     full = model(plus=plus, tied=tied, scaled=scaled, key_norms=key_norms)
     oto = OTO(full, IDS, layout="uniform")
@@ -189,9 +203,11 @@ def test_an_eps_that_no_field_states_keeps_the_stream_whole():
 
 def test_every_optimizer_leaves_equal_counts():
     for make, options in (
-        ("hesso", {}), ("hesso_cric", {"sampling_steps": 2, "max_cycles": 2}),
-        ("hspg", {"pruning_steps": 24, "lmbda": 100}), ("dhspg", {"pruning_steps": 12, "lmbda": 100}),
-    ):  # fmt: skip
+        ("hesso", {}),
+        ("hesso_cric", {"sampling_steps": 2, "max_cycles": 2}),
+        ("hspg", {"pruning_steps": 24, "lmbda": 100}),
+        ("dhspg", {"pruning_steps": 12, "lmbda": 100}),
+    ):
         net = model()
         oto = OTO(net, IDS, layout="uniform", tensor_parallel=2)
         if make == "hesso":

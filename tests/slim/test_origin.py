@@ -27,10 +27,16 @@ class Convolutions(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.GroupNorm(4, 16), nn.SiLU(),
-            nn.Conv2d(16, 12, 1), nn.BatchNorm2d(12), nn.ReLU6(),
-        )  # fmt: skip
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=16),
+            nn.GroupNorm(4, 16),
+            nn.SiLU(),
+            nn.Conv2d(16, 12, 1),
+            nn.BatchNorm2d(12),
+            nn.ReLU6(),
+        )
         self.sequence, self.out = nn.LSTM(12, 10, batch_first=True), nn.Linear(10, 4)
 
     def forward(self, x):
@@ -147,8 +153,17 @@ class Normed(nn.Module):
         return self.c(self.m(x))
 
 
-HOWS = ("layer_norm", "layer_norm by name", "channels first", "rms_norm", "group_norm", "mean square", "centered",
-        "std", "var_mean")  # fmt: skip
+HOWS = (
+    "layer_norm",
+    "layer_norm by name",
+    "channels first",
+    "rms_norm",
+    "group_norm",
+    "mean square",
+    "centered",
+    "std",
+    "var_mean",
+)
 
 
 @pytest.mark.parametrize("how", HOWS)

@@ -234,11 +234,17 @@ WAYS: dict[str, Callable[[nn.Module], bool]] = {
     "a NaN": lambda m: changed(m, is_weight, lambda t: t.view(-1)[0].fill_(float("nan"))),
 }
 HAS_NONE = {  # why there is nothing to change
-    "a running variance": {"modules of oto.nn", "told calls", "absorbed counts", "config", "graph, attention",
-                           "recording, attention"},
+    "a running variance": {
+        "modules of oto.nn",
+        "told calls",
+        "absorbed counts",
+        "config",
+        "graph, attention",
+        "recording, attention",
+    },
     "a head count": {"conv and norm", "told calls", "graph, conv", "recording, conv"},
     "a call override": {"conv and norm", "absorbed counts", "config"},
-}  # fmt: skip
+}
 
 
 Analyzed = dict[str, OTO]

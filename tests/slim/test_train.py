@@ -35,22 +35,39 @@ class Block(nn.Module):
 
 def resnet():
     return nn.Sequential(
-        nn.Conv2d(3, 12, 3, 1, 1), nn.BatchNorm2d(12), nn.ReLU(), Block(12, 12), Block(12, 20, 2), Block(20, 20),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 12, 3, 1, 1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        Block(12, 12),
+        Block(12, 20, 2),
+        Block(20, 20),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(20, 5),
+    )
 
 
 def mobilenet():
     def separable(into, out):
         return (
-            nn.Conv2d(into, into, 3, 1, 1, groups=into, bias=False), nn.BatchNorm2d(into), nn.ReLU6(),
-            nn.Conv2d(into, out, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU6(),
-        )  # fmt: skip
+            nn.Conv2d(into, into, 3, 1, 1, groups=into, bias=False),
+            nn.BatchNorm2d(into),
+            nn.ReLU6(),
+            nn.Conv2d(into, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU6(),
+        )
 
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(4, 8), nn.SiLU(), *separable(8, 16), *separable(16, 24),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.GroupNorm(4, 8),
+        nn.SiLU(),
+        *separable(8, 16),
+        *separable(16, 24),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
 
 
 class Transformer(nn.Module):

@@ -27,9 +27,13 @@ class Heads(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
         self.trunk = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())
         self.aux = nn.Sequential(
-            nn.Dropout(0.3), nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.Conv2d(16, 6, 1),
-            nn.Flatten(), nn.LazyLinear(5),
-        )  # fmt: skip
+            nn.Dropout(0.3),
+            nn.Conv2d(16, 16, 3, groups=16),
+            nn.BatchNorm2d(16),
+            nn.Conv2d(16, 6, 1),
+            nn.Flatten(),
+            nn.LazyLinear(5),
+        )
         self.spare = nn.Linear(4, 4)
         self.out = nn.Linear(24, 5)
 

@@ -58,8 +58,15 @@ def convnext() -> nn.Module:
 
 
 def swin() -> nn.Module:
-    return timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, num_classes=10, depths=(1, 1),
-                             num_heads=(2, 4), embed_dim=32)  # fmt: skip
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        window_size=4,
+        num_classes=10,
+        depths=(1, 1),
+        num_heads=(2, 4),
+        embed_dim=32,
+    )
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[tuple[int, ...]]]] = {

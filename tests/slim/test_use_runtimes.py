@@ -19,9 +19,10 @@ from tests.nn.test_traced import Windows
 
 pytestmark = [
     pytest.mark.zoo,
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
-                               "ignore::torch.jit.TracerWarning"),
-]  # fmt: skip
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+    ),
+]
 MISSING = "pip install 'oto[zoo]'"
 CLOSE = 1e-4  # their kernels sum in another order, in float32
 
@@ -90,8 +91,15 @@ def test_ctranslate2_takes_the_folder(tmp_path: Path) -> None:
     hf = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models
 
-    config = hf.LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    config = hf.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     ids = torch.randint(3, 32, (1, 7))
     whole = ["model.embed_tokens", "model.layers.*.self_attn"]
@@ -99,9 +107,11 @@ def test_ctranslate2_takes_the_folder(tmp_path: Path) -> None:
     assert subnet.model.config.intermediate_size < 64 and subnet.model.config.hidden_size == 32
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 32)}
     tokens = hf.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>")), unk_token="<unk>", bos_token="<s>",
+        tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>")),
+        unk_token="<unk>",
+        bos_token="<s>",
         eos_token="</s>",
-    )  # fmt: skip
+    )
     subnet.save_pretrained(tmp_path / "slim", tokens)
     ct.converters.TransformersConverter(str(tmp_path / "slim")).convert(str(tmp_path / "ct2"))
     generator = ct.Generator(str(tmp_path / "ct2"))

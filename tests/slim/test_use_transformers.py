@@ -90,9 +90,17 @@ def test_from_the_trainer_to_a_pipeline(tmp_path: Path):
     oto = OTO(model, {"input_ids": tokens()}, layout="uniform")
     optimizer = oto.hesso(variant="adamw", lr=2e-3, target_group_sparsity=0.4, total_steps=24)
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path / "runs", bf16=True, use_cpu=True, per_device_train_batch_size=16, num_train_epochs=3,
-        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=tmp_path / "runs",
+        bf16=True,
+        use_cpu=True,
+        per_device_train_batch_size=16,
+        num_train_epochs=3,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     options = {"eval_dataset": Sentences(), "data_collator": collated, "compute_metrics": accuracy}
     trainer = transformers.Trainer(model, arguments, train_dataset=Sentences(), optimizers=(optimizer, None), **options)
     trainer.train()
@@ -111,8 +119,12 @@ def test_from_the_trainer_to_a_pipeline(tmp_path: Path):
     files = subnet.save_pretrained(tmp_path / "slim", tokenizer=words)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in files}
     texts = ["w3 w4 w90", "w80 w70 w60 w50 w9"]
-    done = subprocess.run([sys.executable, "-c", PIPELINE, tmp_path / "slim", json.dumps(texts)], capture_output=True,
-                          text=True, cwd=tmp_path)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PIPELINE, tmp_path / "slim", json.dumps(texts)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["class"] == "BertForSequenceClassification"
@@ -191,9 +203,15 @@ def test_eight_bits(slim):
 def shrinking(**options):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2,
-        vocab_size=50, head_dim=4, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=2,
+        vocab_size=50,
+        head_dim=4,
+        tie_word_embeddings=False,
+    )
     model = transformers.LlamaForCausalLM(config)
     x = {"input_ids": torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))}
     oto = OTO(model, x, layout="uniform", **options)

@@ -40,9 +40,12 @@ def prunable(model, x):
 def test_every_call_knows_its_module_and_line():
     graph = record(Net(), torch.randn(2, 4))
     assert [str(n.op) for n in graph.nodes] == [
-        "aten.linear.default", "aten.batch_norm.default", "aten.relu.default", "aten.dropout.default",
         "aten.linear.default",
-    ]  # fmt: skip
+        "aten.batch_norm.default",
+        "aten.relu.default",
+        "aten.dropout.default",
+        "aten.linear.default",
+    ]
     assert [n.module for n in graph.nodes] == ["up", "norm", "", "drop", "down"]
     assert all(n.source.split(":")[0] == __file__ for n in graph.nodes)
 
@@ -275,8 +278,11 @@ def test_values_that_are_read_and_set_as_data_are_followed():
     assert sorted(g.size for g in prunable.values()) == [12, 12, 16]
     (between,) = (g for g in prunable.values() if g.size == 16)
     assert {z.parameter for z in between.zeros} == {
-        "first.b.weight", "first.b.bias", "first.skip.weight", "first.skip.bias"
-    }  # fmt: skip
+        "first.b.weight",
+        "first.b.bias",
+        "first.skip.weight",
+        "first.skip.bias",
+    }
     oto.random_set_zero_groups(0.5)
     subnet = oto.construct_subnet()
     assert type(subnet.model) is Merged and subnet.max_error < 1e-14

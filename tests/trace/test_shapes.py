@@ -18,21 +18,38 @@ def x(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-TENSORS = [x(2, 3, 4, 5), x(1, 2, 3, 4, 5), x(2, 3, 5), x(5), x(1, 5), x(3, 1), x(), x(2, 3, 5, dtype=torch.int64),
-           x(2, 0, 5), x(2, 3, 5, dtype=torch.bfloat16), x(4, 5)]  # fmt: skip
+TENSORS = [
+    x(2, 3, 4, 5),
+    x(1, 2, 3, 4, 5),
+    x(2, 3, 5),
+    x(5),
+    x(1, 5),
+    x(3, 1),
+    x(),
+    x(2, 3, 5, dtype=torch.int64),
+    x(2, 0, 5),
+    x(2, 3, 5, dtype=torch.bfloat16),
+    x(4, 5),
+]
 NORM = ([5], x(5), x(5))
 GROUPED = (x(6, 1, 2), None, [2], [1], [2], 3)
 MORE = {
     aten.linear.default: [(w, *b) for w in (x(7, 5), x(7, 4), x(5)) for b in ((), (x(7),), (x(4),))],
     aten.scaled_dot_product_attention.default: [
-        (x(2, 3, 6, 5), x(2, 3, 6, 8)), (x(2, 3, 6, 4), x(2, 3, 6, 8)), (x(2, 1, 6, 5), x(2, 1, 6, 8)),
+        (x(2, 3, 6, 5), x(2, 3, 6, 8)),
+        (x(2, 3, 6, 4), x(2, 3, 6, 8)),
+        (x(2, 1, 6, 5), x(2, 1, 6, 8)),
         (x(2, 3, 6, 5), x(2, 3, 6, 8), x(4, 6)),
     ],
     aten.matmul.default: [(x(2, 3, 5, 6),), (x(2, 3, 4, 6),), (x(2, 5, 7),), (x(3, 5, 7),), (x(5, 7),), (x(5),)],
     aten.conv1d.default: [(x(6, 3, 2),), (x(6, 3, 2), x(6)), (x(6, 3, 2), x(5)), (x(6, 3, 9),), GROUPED],
     aten.conv2d.default: [
-        (x(6, 3, 2, 3),), (x(6, 3, 2, 3), x(6)), (x(6, 2, 2, 3),), (x(6, 3, 9, 9),),
-        (x(6, 1, 2, 2), None, [2, 1], [1, 0], [2, 1], 3), (x(6, 3, 2, 3, dtype=torch.float64),),
+        (x(6, 3, 2, 3),),
+        (x(6, 3, 2, 3), x(6)),
+        (x(6, 2, 2, 3),),
+        (x(6, 3, 9, 9),),
+        (x(6, 1, 2, 2), None, [2, 1], [1, 0], [2, 1], 3),
+        (x(6, 3, 2, 3, dtype=torch.float64),),
     ],
     aten.conv3d.default: [(x(6, 3, 2, 2, 2),), (x(6, 2, 1, 1, 1),)],
     aten.adaptive_avg_pool2d.default: [([1, 1],), ([3, 2],), ([0, 1],)],
@@ -47,7 +64,7 @@ MORE = {
     aten.dropout.default: [(0.1, False)],
     aten.batch_norm.default: [(x(3), x(3), x(3), x(3), False, 0.1, 1e-5, False)],
     aten.group_norm.default: [(3, x(3), x(3))],
-}  # fmt: skip
+}
 BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 CALLS = [(op, first, rest) for op, rests in MORE.items() for first in TENSORS for rest in rests]
 CALLS += [(op, a, (b,)) for op in BINARY for a, b in itertools.product(TENSORS, [*TENSORS, 2, 0.5])]
@@ -76,10 +93,16 @@ def test_shapes_and_dtypes_are_those_that_torch_gives():
     assert said == _SHAPES.keys()
 
 
-@pytest.mark.parametrize("call", [
-    (aten.add.Tensor, (x(2), x(3))), (aten.linear.default, (x(2, 3), x(4, 5))), (aten.mul.Tensor, (x(2), x())),
-    (aten.exp.default, (x(2, dtype=torch.int64),)), (aten.mm.default, (x(2, 2), x(2, 2))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        (aten.add.Tensor, (x(2), x(3))),
+        (aten.linear.default, (x(2, 3), x(4, 5))),
+        (aten.mul.Tensor, (x(2), x())),
+        (aten.exp.default, (x(2, dtype=torch.int64),)),
+        (aten.mm.default, (x(2, 2), x(2, 2))),
+    ],
+)
 def test_what_is_not_plain_is_left_to_torch(call):
     assert result_of(*call, {}) is None
 
@@ -89,14 +112,20 @@ def test_what_is_not_plain_is_left_to_torch(call):
 
 WHOLE = x(2, dtype=torch.int64)
 REMEMBERED = [
-    (aten.clamp.default, (x(2, 3), 0, 1)), (aten.roll.default, (x(2, 3), [1], [0])),
+    (aten.clamp.default, (x(2, 3), 0, 1)),
+    (aten.roll.default, (x(2, 3), [1], [0])),
     (aten.index_select.default, (x(2, 3), 0, x(4, dtype=torch.int64))),
-    (aten.native_layer_norm.default, (x(2, 5), [5], x(5), x(5), 1e-5)), (aten.add.Tensor, (WHOLE, 1)),
-    (aten.add.Tensor, (WHOLE, 1.0)), (aten.permute.default, (x(2, 3), [1, 0])), (aten.relu_.default, (x(2),)),
-    (aten.contiguous.default, (x(2, 3),)), (aten.contiguous.default, (x(2, 3).T,)),
-    (aten.reshape.default, (x(2, 3), [6])), (aten.reshape.default, (x(2, 3).T, [6])),
+    (aten.native_layer_norm.default, (x(2, 5), [5], x(5), x(5), 1e-5)),
+    (aten.add.Tensor, (WHOLE, 1)),
+    (aten.add.Tensor, (WHOLE, 1.0)),
+    (aten.permute.default, (x(2, 3), [1, 0])),
+    (aten.relu_.default, (x(2),)),
+    (aten.contiguous.default, (x(2, 3),)),
+    (aten.contiguous.default, (x(2, 3).T,)),
+    (aten.reshape.default, (x(2, 3), [6])),
+    (aten.reshape.default, (x(2, 3).T, [6])),
     (aten.chunk.default, (x(4, 3), 2)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call", REMEMBERED, ids=str)
@@ -141,10 +170,14 @@ def test_what_depends_on_the_default_dtype_is_told_apart():
 
 
 VIEWS = [
-    (aten.reshape.default, ([3, 4],)), (aten.transpose.int, (0, 1)), (aten.unsqueeze.default, (1,)),
-    (aten.add.Tensor, (1,)), (aten.to.dtype, (torch.float64,)), (aten.chunk.default, (2,)),
+    (aten.reshape.default, ([3, 4],)),
+    (aten.transpose.int, (0, 1)),
+    (aten.unsqueeze.default, (1,)),
+    (aten.add.Tensor, (1,)),
+    (aten.to.dtype, (torch.float64,)),
+    (aten.chunk.default, (2,)),
     (aten.to.dtype, (torch.float32,)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("op", "rest"), VIEWS, ids=str)

@@ -435,8 +435,23 @@ def test_what_a_function_drew_before_is_what_it_keeps():
 
 # --- anywhere -------------------------------------------------------------------------------------------------------
 
-PLACES = ["attribute", "buffer", "new buffer", "list", "dict", "object", "class", "global", "global dict", "closure",
-          "default", "function attribute", "lru_cache", "class list", "partial"]  # fmt: skip
+PLACES = [
+    "attribute",
+    "buffer",
+    "new buffer",
+    "list",
+    "dict",
+    "object",
+    "class",
+    "global",
+    "global dict",
+    "closure",
+    "default",
+    "function attribute",
+    "lru_cache",
+    "class list",
+    "partial",
+]
 
 
 class Holder:

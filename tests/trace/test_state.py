@@ -167,8 +167,17 @@ class Hooks(Base):
 
 
 KINDS = [
-    Grid, LateBuffer, EmptyBuffer, WidthOfTheModel, Collected, AnObject, BySize, InATuple, OfAMethod, Hooks,
-]  # fmt: skip
+    Grid,
+    LateBuffer,
+    EmptyBuffer,
+    WidthOfTheModel,
+    Collected,
+    AnObject,
+    BySize,
+    InATuple,
+    OfAMethod,
+    Hooks,
+]
 
 
 def copied(value):

@@ -27,13 +27,37 @@ from oto.trace.record import tensors_in
 ALONE = 3
 """Of so many groups one alone is thinner; of the models below, of all."""
 EVERY_GROUP = {
-    "models-resnet18", "models-densenet121", "models-convnext_tiny", "models-swin_t", "models-bert", "models-llama",
-    "models-gpt2", "models-t5", "models-vit", "torchvision-squeezenet1_1", "torchvision-lraspp_mobilenet_v3_large",
-    "timm-levit_128s", "timm-ghostnet_050", "timm-mixnet_s", "timm-poolformer_s12", "transformers-mixtral",
-    "transformers-mamba", "transformers-clip", "transformers-whisper", "transformers-rt_detr", "transformers-gemma2",
-    "transformers-deepseek_v3", "transformers-falcon", "diffusers-flux", "handmade-lstm", "handmade-yolo",
-    "handmade-linear_attention", "papers-nano_gpt", "papers-perceiver", "papers-message_passing",
-}  # fmt: skip
+    "models-resnet18",
+    "models-densenet121",
+    "models-convnext_tiny",
+    "models-swin_t",
+    "models-bert",
+    "models-llama",
+    "models-gpt2",
+    "models-t5",
+    "models-vit",
+    "torchvision-squeezenet1_1",
+    "torchvision-lraspp_mobilenet_v3_large",
+    "timm-levit_128s",
+    "timm-ghostnet_050",
+    "timm-mixnet_s",
+    "timm-poolformer_s12",
+    "transformers-mixtral",
+    "transformers-mamba",
+    "transformers-clip",
+    "transformers-whisper",
+    "transformers-rt_detr",
+    "transformers-gemma2",
+    "transformers-deepseek_v3",
+    "transformers-falcon",
+    "diffusers-flux",
+    "handmade-lstm",
+    "handmade-yolo",
+    "handmade-linear_attention",
+    "papers-nano_gpt",
+    "papers-perceiver",
+    "papers-message_passing",
+}
 STEPS, SHARE = 5, 0.7
 """An optimizer prunes to so much of the MACs within so many steps, on random targets."""
 TOLERANCE = 1e-9  # as for half of everything
@@ -119,7 +143,7 @@ def prune(oto: OTO, inputs: Any, training: bool) -> bool:
     try:
         optimizer = oto.hesso(
             lr=1e-4, target_macs=SHARE, start_pruning_step=1, pruning_steps=STEPS - 2, pruning_periods=1
-        )  # fmt: skip
+        )
         for _ in range(STEPS):
             optimizer.zero_grad()
             given = [t for t in tensors_in(oto.model(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]

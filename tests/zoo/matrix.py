@@ -142,9 +142,15 @@ class Result:
             + (f" replay {self.replay:.0e}" if self.replay is not None else "")
             + f" class {self.class_share:.0%} in {self.asked:.1f} s, {self.in_class} of {self.choices} other counts"
         )
-        more = [("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)), ("module", self.module_reason),
-                ("graph", self.graph_reason), ("counts", "; ".join(self.lost)), ("STATES", self.states),
-                ("CHANGED", self.changed), ("FAILED", self.failure)]  # fmt: skip
+        more = [
+            ("unknown", ", ".join(f"{op} ({n})" for op, n in self.unknown)),
+            ("module", self.module_reason),
+            ("graph", self.graph_reason),
+            ("counts", "; ".join(self.lost)),
+            ("STATES", self.states),
+            ("CHANGED", self.changed),
+            ("FAILED", self.failure),
+        ]
         return "\n".join([line, *(f"    {what}: {text}" for what, text in more if text)])
 
 
@@ -321,9 +327,7 @@ def _decided_otherwise(bound: OTO, model: nn.Module, inputs: Any, said: str) -> 
         oto = OTO(model, inputs)
     except OTOError as failure:
         return f"{said}: {type(failure).__name__}: {str(failure).splitlines()[0]}; ", None
-    before, after = (
-        {(g.name, g.size, g.prunable, g.min_kept, g.tie) for g in one.node_groups} for one in (bound, oto)
-    )  # fmt: skip
+    before, after = ({(g.name, g.size, g.prunable, g.min_kept, g.tie) for g in one.node_groups} for one in (bound, oto))
     differ = sorted({name for name, *_ in before ^ after})
     return (f"{said}: {len(differ)} groups such as {differ[0]}; " if differ else ""), oto
 

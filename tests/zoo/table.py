@@ -15,10 +15,15 @@ from .matrix import ZOOS, Result, zoo
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "support_matrix.md"
 RECORD = DOCUMENT.with_suffix(".jsonl")
 TITLES = {
-    "torchvision": "torchvision", "timm": "timm", "transformers": "transformers", "diffusers": "diffusers",
-    "papers": "Networks as people write them after a paper", "packages": "Other packages of the Python index",
-    "models": "torchvision and transformers, other sizes", "handmade": "Written for the tests",
-}  # fmt: skip
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "transformers": "transformers",
+    "diffusers": "diffusers",
+    "papers": "Networks as people write them after a paper",
+    "packages": "Other packages of the Python index",
+    "models": "torchvision and transformers, other sizes",
+    "handmade": "Written for the tests",
+}
 
 COUNTS = {"choices", "in_class", "lost", "choice_error", "states", "class_commit"}
 """What is known of other counts, which are not left in every run."""

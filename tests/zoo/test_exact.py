@@ -25,11 +25,20 @@ EVERY_RUN = {
     "timm": ["nf_resnet26"],
     "transformers": ["mixtral", "mamba", "bloom", "gpt_neox"],
     "diffusers": [],
-    "handmade": ["lstm", "lstm_projected", "gru_both_ways", "gan_generator", "carn", "experts_by_mask",
-                 "experts_by_index", "selective_scan", "linear_attention"],
+    "handmade": [
+        "lstm",
+        "lstm_projected",
+        "gru_both_ways",
+        "gan_generator",
+        "carn",
+        "experts_by_mask",
+        "experts_by_index",
+        "selective_scan",
+        "linear_attention",
+    ],
     "packages": [],  # they are installed for `make zoo`
     "papers": ["nano_gpt", "fourier_operator", "message_passing", "vq_vae", "dlrm", "perceiver"],
-}  # fmt: skip
+}
 LOSES = {
     "transformers-vits": "how long its speech is follows from values: the calls are others than those of the example",
 }

@@ -17,8 +17,10 @@ from oto import OTO
 from oto.trace.record import tensors_in
 from tests.zoo.models import image, lively
 
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning",
-                                                          "ignore::FutureWarning")]  # fmt: skip
+pytestmark = [
+    pytest.mark.zoo,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")

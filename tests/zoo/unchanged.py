@@ -32,9 +32,13 @@ class Seen:
         }
         self.things = {name: list(_things(vars(module))) for name, module in model.named_modules()}
         self.around = (
-            torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(),  # noqa: NPY002
-            torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-        )  # fmt: skip
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
 
     def difference(self, model: nn.Module) -> str:
         """The first thing that is not as it was; nothing if all is."""

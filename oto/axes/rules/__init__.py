@@ -21,6 +21,21 @@ from oto.axes.rules import (
 )
 
 __all__ = [
-    "attention", "control", "conv", "creation", "distance", "index", "linear", "loss", "norm", "pointwise", "pool",
-    "quantize", "recurrent", "reduce", "routing", "shape", "vision",
-]  # fmt: skip
+    "attention",
+    "control",
+    "conv",
+    "creation",
+    "distance",
+    "index",
+    "linear",
+    "loss",
+    "norm",
+    "pointwise",
+    "pool",
+    "quantize",
+    "recurrent",
+    "reduce",
+    "routing",
+    "shape",
+    "vision",
+]

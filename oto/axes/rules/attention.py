@@ -14,9 +14,18 @@ aten = torch.ops.aten
 
 
 @rule(aten.scaled_dot_product_attention)
-def attention(call: Call, query: Operand, key: Operand, value: Operand, attn_mask: Operand | None = None,
-              dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
-              enable_gqa: bool = False) -> Operand:  # fmt: skip
+def attention(
+    call: Call,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    attn_mask: Operand | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Operand:
     """query (*, Hq, S, D), key (*, Hkv, T, D), value (*, Hkv, T, V) -> (*, Hq, S, V).
 
     With ``enable_gqa`` each key-value head serves Hq / Hkv query heads. A scale that is not given is 1/√D: D is fixed.

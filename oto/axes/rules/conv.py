@@ -15,8 +15,16 @@ SPACE, KERNEL, OUT = "uvw", "xyz", "pqr"
 
 
 @rule(aten.conv1d, aten.conv2d, aten.conv3d)
-def conv(call: Call, x: Operand, weight: Operand, bias: Operand | None = None, stride: object = 1, padding: object = 0,
-         dilation: object = 1, groups: int = 1) -> Operand:  # fmt: skip
+def conv(
+    call: Call,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    dilation: object = 1,
+    groups: int = 1,
+) -> Operand:
     """x (N, G·I, *size), weight (G·O, I, *kernel), bias (G·O,) -> (N, G·O, *size').
 
     Whole groups may go, and the same entry of every group: the groups stay equally wide. Along a dimension whose
@@ -39,17 +47,35 @@ def _each(given: Any, n: int) -> list[Any]:
 
 
 @rule(aten.conv_transpose1d, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def conv_transpose(call: Call, x: Operand, weight: Operand, bias: Operand | None = None, stride: object = 1,
-                   padding: object = 0, output_padding: object = 0, groups: int = 1,
-                   dilation: object = 1) -> Operand:  # fmt: skip
+def conv_transpose(
+    call: Call,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    output_padding: object = 0,
+    groups: int = 1,
+    dilation: object = 1,
+) -> Operand:
     """x (N, G·I, *size), weight (G·I, O, *kernel), bias (G·O,) -> (N, G·O, *size')."""
     # the kernel is met once for every position of the input
     return convolve(call, x, weight, bias, groups, "io", uncounted=OUT)
 
 
 @rule(aten.convolution)
-def convolution(call: Call, x: Operand, weight: Operand, bias: Operand | None, stride: object, padding: object,
-                dilation: object, transposed: bool, output_padding: object, groups: int) -> Operand:  # fmt: skip
+def convolution(
+    call: Call,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None,
+    stride: object,
+    padding: object,
+    dilation: object,
+    transposed: bool,
+    output_padding: object,
+    groups: int,
+) -> Operand:
     """The operator that all convolutions become below autograd."""
     if transposed:
         return conv_transpose(call, x, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -57,21 +83,45 @@ def convolution(call: Call, x: Operand, weight: Operand, bias: Operand | None, s
 
 
 @rule(aten.mkldnn_convolution)
-def mkldnn_convolution(call: Call, x: Operand, weight: Operand, bias: Operand | None, padding: object, stride: object,
-                       dilation: object, groups: int) -> Operand:  # fmt: skip
+def mkldnn_convolution(
+    call: Call,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None,
+    padding: object,
+    stride: object,
+    dilation: object,
+    groups: int,
+) -> Operand:
     """What ``convolution`` becomes on a CPU."""
     return conv(call, x, weight, bias, stride, padding, dilation, groups)
 
 
 @rule(aten.cudnn_convolution)
-def cudnn_convolution(call: Call, x: Operand, weight: Operand, padding: object, stride: object, dilation: object,
-                      groups: int, *flags: object) -> Operand:  # fmt: skip
+def cudnn_convolution(
+    call: Call,
+    x: Operand,
+    weight: Operand,
+    padding: object,
+    stride: object,
+    dilation: object,
+    groups: int,
+    *flags: object,
+) -> Operand:
     """What ``convolution`` becomes on a GPU; the bias is added afterwards."""
     return conv(call, x, weight, None, stride, padding, dilation, groups)
 
 
-def convolve(call: Call, x: Operand, weight: Operand, bias: Operand | None, groups: int, channels: str,
-             uncounted: str, still: Sequence[bool] = ()) -> Operand:  # fmt: skip
+def convolve(
+    call: Call,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None,
+    groups: int,
+    channels: str,
+    uncounted: str,
+    still: Sequence[bool] = (),
+) -> Operand:
     """All convolutions, once their arguments are sorted.
 
     Args:

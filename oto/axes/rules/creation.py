@@ -73,10 +73,23 @@ def empty_like(call: Call, x: Operand, **named: Any) -> Operand:
 
 
 @rule(
-    aten.arange, aten.linspace, aten.logspace, aten.eye, aten.tril_indices, aten.triu_indices, aten.scalar_tensor,
-    aten.rand, aten.randn, aten.randint, aten.randperm, aten.range, aten.bartlett_window, aten.hann_window,
-    aten.hamming_window, aten.blackman_window,
-)  # fmt: skip
+    aten.arange,
+    aten.linspace,
+    aten.logspace,
+    aten.eye,
+    aten.tril_indices,
+    aten.triu_indices,
+    aten.scalar_tensor,
+    aten.rand,
+    aten.randn,
+    aten.randint,
+    aten.randperm,
+    aten.range,
+    aten.bartlett_window,
+    aten.hann_window,
+    aten.hamming_window,
+    aten.blackman_window,
+)
 def counting(call: Call, *args: Any, **named: Any) -> Operand:
     """Each entry depends on its place, or is drawn."""
     return call.fresh(call.shape, "its entries depend on their places")

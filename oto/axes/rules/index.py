@@ -31,10 +31,17 @@ def embedding(call: Call, weight: Operand, indices: Operand, *rest: Any, **named
 
 @rule(aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only)
 def embedding_bag(
-    call: Call, weight: Operand, indices: Operand, offsets: Operand, scale_grad_by_freq: bool = False, mode: int = 0,
-    sparse: bool = False, per_sample_weights: Operand | None = None, include_last_offset: bool = False,
+    call: Call,
+    weight: Operand,
+    indices: Operand,
+    offsets: Operand,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Operand | None = None,
+    include_last_offset: bool = False,
     padding_idx: int | None = None,
-) -> list[Operand]:  # fmt: skip
+) -> list[Operand]:
     """weight (V, D) -> (B, D), the sum, mean or maximum of each bag, and its bookkeeping."""
     call.fix(weight, [0], PICKED)
     for x in (indices, offsets, per_sample_weights):
@@ -107,17 +114,29 @@ def written(call: Call, alias: Operand, source: Operand) -> Operand:
     """What a tensor holds after another that shares its memory was written: what both agree on."""
     routes = tuple((d,) for d in range(alias.ndim))
     everywhere = tuple(range(alias.ndim))
-    return call.step(
-        [alias, source], alias.terms, (routes, tuple(everywhere for _ in source.shape)), same
-    )  # fmt: skip
+    return call.step([alias, source], alias.terms, (routes, tuple(everywhere for _ in source.shape)), same)
 
 
 fixed(
-    aten.nonzero, aten.masked_select, aten.unique_consecutive, aten._unique2, aten.bincount, aten.searchsorted,
-    aten.bucketize, why="its size or its entries depend on values",
-)  # fmt: skip
+    aten.nonzero,
+    aten.masked_select,
+    aten.unique_consecutive,
+    aten._unique2,
+    aten.bincount,
+    aten.searchsorted,
+    aten.bucketize,
+    why="its size or its entries depend on values",
+)
 fixed(
-    aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor, aten.scatter.value_reduce, aten.scatter_.value_reduce,
-    aten.masked_scatter, aten.select_scatter, aten.slice_scatter, aten.diagonal_scatter, aten.take,
-    aten.take_along_dim, why="entries are written or read by index",
-)  # fmt: skip
+    aten.index_fill.int_Tensor,
+    aten.index_fill_.int_Tensor,
+    aten.scatter.value_reduce,
+    aten.scatter_.value_reduce,
+    aten.masked_scatter,
+    aten.select_scatter,
+    aten.slice_scatter,
+    aten.diagonal_scatter,
+    aten.take,
+    aten.take_along_dim,
+    why="entries are written or read by index",
+)

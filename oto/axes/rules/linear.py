@@ -66,8 +66,9 @@ def _plus(call: Call, bias: Operand, product: Operand, beta: float) -> Operand:
 
 
 @rule(aten.addmm)
-def addmm(call: Call, bias: Operand, a: Operand, b: Operand, dtype: object = None, *, beta: float = 1,
-          alpha: float = 1) -> Operand:  # fmt: skip
+def addmm(
+    call: Call, bias: Operand, a: Operand, b: Operand, dtype: object = None, *, beta: float = 1, alpha: float = 1
+) -> Operand:
     """beta * bias + alpha * (M, K) @ (K, N)."""
     return _plus(call, bias, mm(call, a, b), beta)
 
@@ -79,8 +80,9 @@ def addmv(call: Call, bias: Operand, a: Operand, b: Operand, *, beta: float = 1,
 
 
 @rule(aten.baddbmm)
-def baddbmm(call: Call, bias: Operand, a: Operand, b: Operand, dtype: object = None, *, beta: float = 1,
-            alpha: float = 1) -> Operand:  # fmt: skip
+def baddbmm(
+    call: Call, bias: Operand, a: Operand, b: Operand, dtype: object = None, *, beta: float = 1, alpha: float = 1
+) -> Operand:
     """beta * bias + alpha * (B, M, K) @ (B, K, N)."""
     return _plus(call, bias, bmm(call, a, b), beta)
 
@@ -141,8 +143,19 @@ def multi_dot(call: Call, xs: list[Operand]) -> Operand:
 
 
 fixed(
-    aten.linalg_matrix_exp, aten.linalg_inv_ex, aten.linalg_qr, aten._linalg_svd, aten._linalg_eigh, aten.linalg_eig,
-    aten.linalg_householder_product, aten._linalg_solve_ex, aten._linalg_det, aten._linalg_slogdet,
-    aten.linalg_lu_factor_ex, aten.linalg_cholesky_ex, aten.linalg_lstsq, aten.linalg_pinv.atol_rtol_tensor,
+    aten.linalg_matrix_exp,
+    aten.linalg_inv_ex,
+    aten.linalg_qr,
+    aten._linalg_svd,
+    aten._linalg_eigh,
+    aten.linalg_eig,
+    aten.linalg_householder_product,
+    aten._linalg_solve_ex,
+    aten._linalg_det,
+    aten._linalg_slogdet,
+    aten.linalg_lu_factor_ex,
+    aten.linalg_cholesky_ex,
+    aten.linalg_lstsq,
+    aten.linalg_pinv.atol_rtol_tensor,
     why="it works on a matrix as a whole",
-)  # fmt: skip
+)

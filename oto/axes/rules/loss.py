@@ -17,17 +17,16 @@ MEAN = 1
 """Among reductions: 0 is none, 2 the sum."""
 
 
-def _distance(call: Call, x: Operand, target: Operand, reduction: int, loss: Callable[..., Any],
-              **named: Any) -> Operand:  # fmt: skip
+def _distance(
+    call: Call, x: Operand, target: Operand, reduction: int, loss: Callable[..., Any], **named: Any
+) -> Operand:
     """A function of the difference that is zero at zero: entry by entry, its mean, or its sum."""
     each = call.map(apart, x, target)
     if not reduction:
         return each
     if reduction == MEAN:
         call.counted("a mean divides by the number of entries")
-        call.rewrite(
-            loss, *call.node.args[:2], full=list(each.shape), sizes=[Size(t) for t in each.terms], **named
-        )  # fmt: skip
+        call.rewrite(loss, *call.node.args[:2], full=list(each.shape), sizes=[Size(t) for t in each.terms], **named)
     return call.reduce(each, range(each.ndim))
 
 
@@ -59,15 +58,22 @@ def _entries(call: Call, reduction: int, *xs: Operand | None) -> Operand:
 
 
 @rule(aten.binary_cross_entropy)
-def binary_cross_entropy(call: Call, x: Operand, target: Operand, weight: Operand | None = None,
-                         reduction: int = MEAN) -> Operand:  # fmt: skip
+def binary_cross_entropy(
+    call: Call, x: Operand, target: Operand, weight: Operand | None = None, reduction: int = MEAN
+) -> Operand:
     """Of probabilities."""
     return _entries(call, reduction, x, target, weight)
 
 
 @rule(aten.binary_cross_entropy_with_logits)
-def binary_cross_entropy_with_logits(call: Call, x: Operand, target: Operand, weight: Operand | None = None,
-                                     pos_weight: Operand | None = None, reduction: int = MEAN) -> Operand:  # fmt: skip
+def binary_cross_entropy_with_logits(
+    call: Call,
+    x: Operand,
+    target: Operand,
+    weight: Operand | None = None,
+    pos_weight: Operand | None = None,
+    reduction: int = MEAN,
+) -> Operand:
     """Of logits: that of zero is log 2."""
     return _entries(call, reduction, x, target, weight, pos_weight)
 
@@ -79,8 +85,14 @@ def soft_margin_loss(call: Call, x: Operand, target: Operand, reduction: int = M
 
 
 fixed(
-    aten.nll_loss, aten.nll_loss_forward, aten.nll_loss2d, aten.nll_loss2d_forward, aten.nll_loss_nd,
-    aten.multi_margin_loss, aten.multilabel_margin_loss, aten.multilabel_margin_loss_forward,
+    aten.nll_loss,
+    aten.nll_loss_forward,
+    aten.nll_loss2d,
+    aten.nll_loss2d_forward,
+    aten.nll_loss_nd,
+    aten.multi_margin_loss,
+    aten.multilabel_margin_loss,
+    aten.multilabel_margin_loss_forward,
     why="targets name classes by their places",
-)  # fmt: skip
+)
 fixed(aten.ctc_loss, aten._ctc_loss, why="labels name classes by their places, and time runs")

@@ -39,8 +39,15 @@ def _affine(call: Call, x: Operand, weight: Operand | None, bias: Operand | None
     return call.map(_scaled_plain, x, weight) if bias is None else call.map(_scaled, x, weight, bias)
 
 
-def _by_channel(call: Call, x: Operand, weight: Operand | None, bias: Operand | None,
-                mean: Operand | None, var: Operand | None, over: Sequence[int]) -> Operand:  # fmt: skip
+def _by_channel(
+    call: Call,
+    x: Operand,
+    weight: Operand | None,
+    bias: Operand | None,
+    mean: Operand | None,
+    var: Operand | None,
+    over: Sequence[int],
+) -> Operand:
     """Each channel by itself; statistics are taken ``over`` some dimensions, or none."""
     call.fix(x, over, "a norm takes statistics along it")
     for statistic in (mean, var):
@@ -52,8 +59,16 @@ def _by_channel(call: Call, x: Operand, weight: Operand | None, bias: Operand | 
 
 
 @rule(aten.batch_norm)
-def batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, running_mean: Operand | None,
-               running_var: Operand | None, training: bool, *rest: object) -> Operand:  # fmt: skip
+def batch_norm(
+    call: Call,
+    x: Operand,
+    weight: Operand | None,
+    bias: Operand | None,
+    running_mean: Operand | None,
+    running_var: Operand | None,
+    training: bool,
+    *rest: object,
+) -> Operand:
     """x (N, C, *), the others (C,). In training, statistics are those of the batch."""
     over = [0, *range(2, x.ndim)] if training or running_mean is None else []
     if running_mean is not None or running_var is not None or not over:
@@ -64,19 +79,33 @@ def batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | N
     given = {a.name: v for a, v in zip(call.node.op._schema.arguments, call.node.args, strict=False)}  # type: ignore[attr-defined]
     given |= call.node.kwargs
     call.rewrite(
-        full_count.batch_norm, given["input"], given.get("weight"), given.get("bias"), given["eps"],
-        full=[x.shape[d] for d in over], sizes=[Size(x.terms[d]) for d in over],
-    )  # fmt: skip
+        full_count.batch_norm,
+        given["input"],
+        given.get("weight"),
+        given.get("bias"),
+        given["eps"],
+        full=[x.shape[d] for d in over],
+        sizes=[Size(x.terms[d]) for d in over],
+    )
     own = tuple(() if d in over else (d,) for d in range(x.ndim))
     return _affine(call, call.step([x], x.terms, (own,), zero), weight, bias, 1)
 
 
 @rule(
-    aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training,
+    aten.native_batch_norm,
+    aten._native_batch_norm_legit,
+    aten._native_batch_norm_legit_no_training,
     aten.cudnn_batch_norm,
-)  # fmt: skip
-def native_batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, mean: Operand | None = None,
-                      var: Operand | None = None, *rest: object) -> list[Operand]:  # fmt: skip
+)
+def native_batch_norm(
+    call: Call,
+    x: Operand,
+    weight: Operand | None,
+    bias: Operand | None,
+    mean: Operand | None = None,
+    var: Operand | None = None,
+    *rest: object,
+) -> list[Operand]:
     """As batch_norm, with the batch statistics as further outputs (C,) or empty."""
     mean, var = (t if isinstance(t, Operand) else None for t in (mean, var))
     training = mean is None or rest[0] is True
@@ -89,15 +118,30 @@ def native_batch_norm(call: Call, x: Operand, weight: Operand | None, bias: Oper
 
 
 @rule(aten.instance_norm)
-def instance_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, running_mean: Operand | None,
-                  running_var: Operand | None, use_input_stats: bool, *rest: object) -> Operand:  # fmt: skip
+def instance_norm(
+    call: Call,
+    x: Operand,
+    weight: Operand | None,
+    bias: Operand | None,
+    running_mean: Operand | None,
+    running_var: Operand | None,
+    use_input_stats: bool,
+    *rest: object,
+) -> Operand:
     """x (N, C, *), the others (C,); statistics over *."""
     own = use_input_stats or running_mean is None
     return _by_channel(call, x, weight, bias, running_mean, running_var, range(2, x.ndim) if own else [])
 
 
-def _layer(call: Call, x: Operand, shape: Sequence[int], weight: Operand | None, bias: Operand | None, eps: object,
-           centered: bool) -> Operand:  # fmt: skip
+def _layer(
+    call: Call,
+    x: Operand,
+    shape: Sequence[int],
+    weight: Operand | None,
+    bias: Operand | None,
+    eps: object,
+    centered: bool,
+) -> Operand:
     n = len(shape)
     dims = range(x.ndim - n, x.ndim)
     if n > 1 and centered:
@@ -118,15 +162,23 @@ def _layer(call: Call, x: Operand, shape: Sequence[int], weight: Operand | None,
 
 
 @rule(aten.layer_norm)
-def layer_norm(call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None = None,
-               bias: Operand | None = None, eps: float = 1e-5, cudnn_enable: bool = True) -> Operand:  # fmt: skip
+def layer_norm(
+    call: Call,
+    x: Operand,
+    normalized_shape: Sequence[int],
+    weight: Operand | None = None,
+    bias: Operand | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Operand:
     """x (*, D), weight and bias (D,); statistics over D, divided by the full D."""
     return _layer(call, x, normalized_shape, weight, bias, eps, True)
 
 
 @rule(aten.native_layer_norm)
-def native_layer_norm(call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None,
-                      bias: Operand | None, eps: float) -> list[Operand]:  # fmt: skip
+def native_layer_norm(
+    call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None, bias: Operand | None, eps: float
+) -> list[Operand]:
     """As layer_norm, with mean and rstd as further outputs; the thinner call cannot state the divisor."""
     call.fix(x, range(x.ndim - len(normalized_shape), x.ndim), "native_layer_norm divides by the number of entries")
     y = _affine(call, call.map(anything, x), weight, bias, None)
@@ -135,15 +187,23 @@ def native_layer_norm(call: Call, x: Operand, normalized_shape: Sequence[int], w
 
 
 @rule(aten.rms_norm)
-def rms_norm(call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None = None,
-             eps: float | None = None) -> Operand:  # fmt: skip
+def rms_norm(
+    call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None = None, eps: float | None = None
+) -> Operand:
     """x (*, D), weight (D,); mean square over D, divided by the full D."""
     return _layer(call, x, normalized_shape, weight, None, eps, False)
 
 
 @rule(aten.group_norm)
-def group_norm(call: Call, x: Operand, num_groups: int, weight: Operand | None = None, bias: Operand | None = None,
-               eps: float = 1e-5, cudnn_enabled: bool = True) -> Operand:  # fmt: skip
+def group_norm(
+    call: Call,
+    x: Operand,
+    num_groups: int,
+    weight: Operand | None = None,
+    bias: Operand | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Operand:
     """x (N, G·I, *), weight and bias (G·I,); statistics over I and *, divided by the full I.
 
     Whole groups may go, and an entry of I in every group at once.
@@ -157,15 +217,28 @@ def group_norm(call: Call, x: Operand, num_groups: int, weight: Operand | None =
     kwargs = dict(zip(names, call.node.args[2:], strict=False))
     kwargs |= {k: a for k, a in call.node.kwargs.items() if k in names}
     call.rewrite(
-        full_count.group_norm, call.node.args[0], Size(grouped.terms[1]), full=grouped.shape[2],
-        **kwargs, width=Size(grouped.terms[2]),
-    )  # fmt: skip
+        full_count.group_norm,
+        call.node.args[0],
+        Size(grouped.terms[1]),
+        full=grouped.shape[2],
+        **kwargs,
+        width=Size(grouped.terms[2]),
+    )
     return y
 
 
 @rule(aten.native_group_norm)
-def native_group_norm(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, n: int, c: int, size: int,
-                      groups: int, eps: float) -> list[Operand]:  # fmt: skip
+def native_group_norm(
+    call: Call,
+    x: Operand,
+    weight: Operand | None,
+    bias: Operand | None,
+    n: int,
+    c: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> list[Operand]:
     """As group_norm, with mean and rstd (N, G) as further outputs."""
     grouped = call.view(x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
     call.fix(grouped, range(2, grouped.ndim), "native_group_norm divides by the number of entries")

@@ -34,9 +34,16 @@ def _dimensions(call: Call) -> int:
 
 
 @rule(
-    aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices,
-    aten.max_pool1d_with_indices, aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d,
-)  # fmt: skip
+    aten.max_pool1d,
+    aten.max_pool2d,
+    aten.max_pool3d,
+    aten.max_pool2d_with_indices,
+    aten.max_pool3d_with_indices,
+    aten.max_pool1d_with_indices,
+    aten.adaptive_max_pool1d,
+    aten.adaptive_max_pool2d,
+    aten.adaptive_max_pool3d,
+)
 def pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
     """A window that holds one number only gives that number."""
     return _pool(call, x, _dimensions(call), same)
@@ -54,20 +61,34 @@ def fractional_pool(call: Call, x: Operand, kernel: Any, size: Any, samples: Ope
 
 
 @rule(
-    aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d,
-    aten.adaptive_avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d,
-)  # fmt: skip
+    aten.avg_pool1d,
+    aten.avg_pool2d,
+    aten.avg_pool3d,
+    aten.adaptive_avg_pool1d,
+    aten.adaptive_avg_pool2d,
+    aten.adaptive_avg_pool3d,
+    aten._adaptive_avg_pool2d,
+    aten._adaptive_avg_pool3d,
+)
 def avg_pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
     """A sum over the window, zeros of the padding included: only a zero is sure to stay what it is."""
     return _pool(call, x, _dimensions(call), zero)
 
 
 @rule(
-    aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten._upsample_nearest_exact1d,
-    aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d,
-    aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
-    aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
-)  # fmt: skip
+    aten.upsample_nearest1d,
+    aten.upsample_nearest2d,
+    aten.upsample_nearest3d,
+    aten._upsample_nearest_exact1d,
+    aten._upsample_nearest_exact2d,
+    aten._upsample_nearest_exact3d,
+    aten.upsample_linear1d,
+    aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d,
+    aten.upsample_trilinear3d,
+    aten._upsample_bilinear2d_aa,
+    aten._upsample_bicubic2d_aa,
+)
 def upsample(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
     """Weighted sums along the positions; their weights add to 1 up to rounding, so only a zero is sure to stay."""
     return _pool(call, x, x.ndim - 2, zero)
@@ -88,8 +109,9 @@ def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float 
             cuts = [max(-before, 0), n - max(-before, 0) - max(-after, 0), max(-after, 0)]
             term = call.cut(term, cuts)[1]
         # what is padded with a number may lose entries of the padding: channels that a shortcut does not have
-        sides = [T.axis(k, call.why("it is padding") if value is None else None) if k > 0 else None
-                 for k in (before, after)]  # fmt: skip
+        sides = [
+            T.axis(k, call.why("it is padding") if value is None else None) if k > 0 else None for k in (before, after)
+        ]
         for place, side in enumerate(sides, 2 * i):
             if side is not None and value is not None:
                 sizes[place] = Size(side)
@@ -116,9 +138,14 @@ def pad(call: Call, x: Operand, pad: Sequence[int], mode: str = "constant", valu
 
 
 @rule(
-    aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
-    aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d, aten._pad_circular,
-)  # fmt: skip
+    aten.reflection_pad1d,
+    aten.reflection_pad2d,
+    aten.reflection_pad3d,
+    aten.replication_pad1d,
+    aten.replication_pad2d,
+    aten.replication_pad3d,
+    aten._pad_circular,
+)
 def repeat_pad(call: Call, x: Operand, pad: Sequence[int]) -> Operand:
     """Padding made of the entries themselves."""
     return _padded(call, x, pad, same, None)

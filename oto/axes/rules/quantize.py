@@ -43,8 +43,9 @@ def per_tensor(call: Call, x: Operand, scale: float, zero_point: int, low: int, 
 
 
 @rule(
-    aten.fake_quantize_per_tensor_affine.tensor_qparams, aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams,
-)  # fmt: skip
+    aten.fake_quantize_per_tensor_affine.tensor_qparams,
+    aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams,
+)
 def per_tensor_of_tensors(call: Call, x: Operand, scale: Operand, zero_point: Operand, *rest: Any) -> Any:
     """One scale and one zero point; that may lie outside of the range."""
     return _results(call, _quantized(False), x)
@@ -57,9 +58,10 @@ def learnable_per_tensor(call: Call, x: Operand, scale: Operand, zero_point: Ope
 
 
 @rule(
-    aten.fake_quantize_per_channel_affine, aten.fake_quantize_per_channel_affine_cachemask,
+    aten.fake_quantize_per_channel_affine,
+    aten.fake_quantize_per_channel_affine_cachemask,
     aten._fake_quantize_learnable_per_channel_affine,
-)  # fmt: skip
+)
 def per_channel(call: Call, x: Operand, scale: Operand, zero_point: Operand, axis: int, *rest: Any) -> Any:
     """One of each for every entry along ``axis``: whole zero points are refused outside of the range, learned ones are
     rounded and clamped to it; others may be fractions."""

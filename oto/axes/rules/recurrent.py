@@ -42,8 +42,9 @@ def _rnn_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand
     return [_decays(call, gates, [])]
 
 
-def _direction(call: Call, x: Operand, states: list[Operand], params: list[Operand], gates: int, cell: Cell,
-               has_biases: bool) -> tuple[Operand, list[Operand]]:  # fmt: skip
+def _direction(
+    call: Call, x: Operand, states: list[Operand], params: list[Operand], gates: int, cell: Cell, has_biases: bool
+) -> tuple[Operand, list[Operand]]:
     """One layer in one direction: x (T, N, I), states (N, H) -> (T, N, H) and the last states (N, H)."""
     w_ih, w_hh, *rest = params
     biases, w_hr = (rest[:2], rest[2:]) if has_biases else ([], rest)
@@ -81,8 +82,17 @@ def _agreed(*facts: Fact) -> Fact:
     return zero(*facts)
 
 
-def _recurrent(call: Call, x: Operand, states: Sequence[Operand], params: Sequence[Operand], gates: int, cell: Cell,
-               has_biases: bool, layers: int, directions: int) -> tuple[Operand, list[Operand]]:  # fmt: skip
+def _recurrent(
+    call: Call,
+    x: Operand,
+    states: Sequence[Operand],
+    params: Sequence[Operand],
+    gates: int,
+    cell: Cell,
+    has_biases: bool,
+    layers: int,
+    directions: int,
+) -> tuple[Operand, list[Operand]]:
     """x (T, N, I), states (layers · directions, N, H) -> (T, N, directions · H) and the last states."""
     call.fix(x, [0], "a recurrent layer runs along it")
     for state in states:
@@ -106,23 +116,33 @@ def _recurrent(call: Call, x: Operand, states: Sequence[Operand], params: Sequen
 
 
 _KINDS: dict[str, tuple[int, Cell]] = {
-    "lstm": (4, _lstm_cell), "gru": (3, _gru_cell), "rnn_tanh": (1, _rnn_cell), "rnn_relu": (1, _rnn_cell),
-}  # fmt: skip
+    "lstm": (4, _lstm_cell),
+    "gru": (3, _gru_cell),
+    "rnn_tanh": (1, _rnn_cell),
+    "rnn_relu": (1, _rnn_cell),
+}
 
 
 @rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-def recurrent(call: Call, x: Operand, hx: Operand | list[Operand], params: list[Operand], has_biases: bool,
-              num_layers: int, dropout: float, train: bool, bidirectional: bool,
-              batch_first: bool) -> list[Operand | None]:  # fmt: skip
+def recurrent(
+    call: Call,
+    x: Operand,
+    hx: Operand | list[Operand],
+    params: list[Operand],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Operand | None]:
     """x (T, N, I), or (N, T, I) if ``batch_first``; each weight (gates · H, I or H)."""
     if train and dropout > 0:
         return call.opaque("random numbers are drawn entry by entry")
     gates, cell = _KINDS[str(call.node.op).split(".")[1]]
     states = [hx] if isinstance(hx, Operand) else list(hx)
     turned = call.permute(x, [1, 0, 2]) if batch_first else x
-    y, last = _recurrent(
-        call, turned, states, params, gates, cell, has_biases, num_layers, 1 + bidirectional
-    )  # fmt: skip
+    y, last = _recurrent(call, turned, states, params, gates, cell, has_biases, num_layers, 1 + bidirectional)
     return [call.permute(y, [1, 0, 2]) if batch_first else y, *last]
 
 
@@ -171,8 +191,9 @@ def pack(call: Call, x: Operand, lengths: Operand, batch_first: bool) -> list[Op
 
 
 @rule(aten._pad_packed_sequence)
-def pad(call: Call, x: Operand, batch_sizes: Operand, batch_first: bool, padding_value: float,
-        total_length: int) -> list[Operand]:  # fmt: skip
+def pad(
+    call: Call, x: Operand, batch_sizes: Operand, batch_first: bool, padding_value: float, total_length: int
+) -> list[Operand]:
     """x (S, *) -> (T, N, *) or (N, T, *), and the lengths."""
     call.fix(x, [0], PACKED)
     call.fix(batch_sizes, None, PACKED)

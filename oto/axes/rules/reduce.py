@@ -44,15 +44,22 @@ def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtyp
     rest = call.rest(x, dims)
     call.counted("a mean divides by the number of entries")
     call.rewrite(
-        full_count.mean, call.node.args[0], dims, keepdim, full=[x.shape[d] for d in dims],
-        sizes=[Size(x.terms[d]) for d in dims], dtype=dtype, **({} if rest is None else _added(x, *rest)),
-    )  # fmt: skip
+        full_count.mean,
+        call.node.args[0],
+        dims,
+        keepdim,
+        full=[x.shape[d] for d in dims],
+        sizes=[Size(x.terms[d]) for d in dims],
+        dtype=dtype,
+        **({} if rest is None else _added(x, *rest)),
+    )
     return call.reduce(x, dims, keepdim, rest=rest)
 
 
 @rule(aten.linalg_vector_norm)
-def vector_norm(call: Call, x: Operand, ord: float = 2, dim: Any = None, keepdim: bool = False, *,
-                dtype: Any = None) -> Operand:  # fmt: skip
+def vector_norm(
+    call: Call, x: Operand, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Operand:
     """As a sum, of powers of a positive finite order."""
     dims = _dims(x, dim)
     if not 0 < ord < float("inf"):
@@ -60,9 +67,7 @@ def vector_norm(call: Call, x: Operand, ord: float = 2, dim: Any = None, keepdim
     rest = call.rest(x, dims)
     if rest is not None:
         call.counted(NOT_ZERO)
-        call.rewrite(
-            full_count.vector_norm, call.node.args[0], ord, dims, keepdim, dtype=dtype, **_added(x, *rest)
-        )  # fmt: skip
+        call.rewrite(full_count.vector_norm, call.node.args[0], ord, dims, keepdim, dtype=dtype, **_added(x, *rest))
     return call.reduce(x, dims, keepdim, zero, rest=rest)
 
 
@@ -79,8 +84,15 @@ def _over(call: Call, x: Operand, dim: Any, keepdim: bool, text: str, fact: Any)
 
 
 @rule(
-    aten.amax, aten.amin, aten.max.default, aten.min.default, aten.max.dim, aten.min.dim, aten.median, aten.nanmedian,
-)  # fmt: skip
+    aten.amax,
+    aten.amin,
+    aten.max.default,
+    aten.min.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.median,
+    aten.nanmedian,
+)
 def extreme(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
     """A zero may be the largest entry, so none along the reduced dimensions may go."""
     return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", same)
@@ -92,8 +104,19 @@ def mode(call: Call, x: Operand, dim: int = -1, keepdim: bool = False) -> Any:
     return extreme(call, x, dim, keepdim)
 
 
-@rule(aten.argmax, aten.argmin, aten.prod, aten.any, aten.all, aten._is_all_true, aten._is_any_true, aten.logsumexp,
-      aten.count_nonzero, aten.nansum, aten.nanmean)  # fmt: skip
+@rule(
+    aten.argmax,
+    aten.argmin,
+    aten.prod,
+    aten.any,
+    aten.all,
+    aten._is_all_true,
+    aten._is_any_true,
+    aten.logsumexp,
+    aten.count_nonzero,
+    aten.nansum,
+    aten.nanmean,
+)
 def selective(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
     """What they give depends on entries that are zero too."""
     return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", anything)
@@ -120,9 +143,15 @@ def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
     rest = call.rest(x, dims)
     call.counted("a variance divides by the number of entries")
     call.rewrite(
-        function[_name(call)], call.node.args[0], dims, correction, keepdim, full=[x.shape[d] for d in dims],
-        sizes=[Size(x.terms[d]) for d in dims], **({} if rest is None else _added(x, *rest)),
-    )  # fmt: skip
+        function[_name(call)],
+        call.node.args[0],
+        dims,
+        correction,
+        keepdim,
+        full=[x.shape[d] for d in dims],
+        sizes=[Size(x.terms[d]) for d in dims],
+        **({} if rest is None else _added(x, *rest)),
+    )
     # without a divisor it is not a number
     facts = [zero if count > correction else lambda *_: NOT_FINITE, zero]
     return [call.reduce(x, dims, keepdim, fact, rest) for fact, _ in zip(facts, call.shapes, strict=False)]

@@ -20,8 +20,9 @@ GROUPED = "it is divided among the groups of a product"
 
 
 @rule("aten::_grouped_mm")  # by name: torch before 2.8 has none
-def grouped_mm(call: Call, a: Operand, b: Operand, offs: Operand | None = None, bias: Operand | None = None,
-               out_dtype: Any = None) -> Operand:  # fmt: skip
+def grouped_mm(
+    call: Call, a: Operand, b: Operand, offs: Operand | None = None, bias: Operand | None = None, out_dtype: Any = None
+) -> Operand:
     """Products of groups: rows of ``a`` (S, K), columns of ``b`` (K, S), or all of them along a dimension (E, ·, ·)."""
     if offs is not None:
         call.fix(offs, None, "it names the borders of groups")
@@ -74,8 +75,9 @@ def _others(call: Call, dim: int, x: Operand, *others: Operand) -> None:
                 call.fix(other, [d], PICKED)
 
 
-def _written(call: Call, x: Operand, dim: int, others: Sequence[Operand], values: Sequence[Operand],
-             fact: Any) -> Operand:  # fmt: skip
+def _written(
+    call: Call, x: Operand, dim: int, others: Sequence[Operand], values: Sequence[Operand], fact: Any
+) -> Operand:
     """``x`` with some entries along ``dim`` replaced or added to; ``others`` are met entry by entry elsewhere."""
     call.fix(x, [dim], PICKED)
     for other in others:
@@ -102,9 +104,13 @@ def gather(call: Call, x: Operand, dim: int, index: Operand, **named: Any) -> Op
 
 
 @rule(
-    aten.scatter.src, aten.scatter_.src, aten.scatter_add, aten.scatter_reduce, aten.scatter.reduce,
+    aten.scatter.src,
+    aten.scatter_.src,
+    aten.scatter_add,
+    aten.scatter_reduce,
+    aten.scatter.reduce,
     aten.scatter_.reduce,
-)  # fmt: skip
+)
 def scatter(call: Call, x: Operand, dim: int, index: Operand, source: Operand, *rest: Any, **named: Any) -> Operand:
     """Each entry of ``source`` names its own place in ``dim`` of ``x``, where it is written or added."""
     if not x.ndim or not index.ndim or not source.ndim:
@@ -149,8 +155,14 @@ def index_fill(call: Call, x: Operand, dim: int, index: Operand, value: Any) -> 
 
 
 @rule(aten.index_put, aten._index_put_impl)
-def index_put(call: Call, x: Operand, indices: Sequence[Operand | None], values: Operand, accumulate: bool = False,
-              unsafe: bool = False) -> Operand:  # fmt: skip
+def index_put(
+    call: Call,
+    x: Operand,
+    indices: Sequence[Operand | None],
+    values: Operand,
+    accumulate: bool = False,
+    unsafe: bool = False,
+) -> Operand:
     """``x[i, :, j] = values``: dimensions that are not indexed are met entry by entry."""
     dtypes = iter(call.dtypes[1:])
     given: list[tuple[Operand, bool] | None] = [
@@ -198,8 +210,9 @@ def bilinear(call: Call, a: Operand, b: Operand, weight: Operand, bias: Operand 
 
 
 @rule(aten.linalg_solve_triangular)
-def solve_triangular(call: Call, a: Operand, b: Operand, *, upper: bool, left: bool = True,
-                     unitriangular: bool = False) -> Operand:  # fmt: skip
+def solve_triangular(
+    call: Call, a: Operand, b: Operand, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Operand:
     """a (*, N, N), b (*, N, K) -> (*, N, K), or b (*, K, N) if not ``left``; columns of zeros stay."""
     solved = b.ndim - (2 if left else 1)
     call.fix(a, [-1, -2], "a system of equations is solved along it")

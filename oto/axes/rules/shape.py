@@ -144,8 +144,9 @@ def repeat(call: Call, x: Operand, repeats: Sequence[int]) -> Operand:
 
 
 @rule(aten.repeat_interleave.self_int)
-def repeat_interleave(call: Call, x: Operand, repeats: int, dim: int | None = None, *,
-                      output_size: int | None = None) -> Operand:  # fmt: skip
+def repeat_interleave(
+    call: Call, x: Operand, repeats: int, dim: int | None = None, *, output_size: int | None = None
+) -> Operand:
     """Copies of each entry beside it: entry × repeat."""
     if dim is None:
         x, dim = call.view(x, (-1,) if 0 in x.shape else (call.shape[0] // repeats,)), 0
@@ -180,8 +181,15 @@ def _pieces(call: Call, x: Operand, dim: int, sizes: Sequence[int]) -> list[Oper
     return pieces
 
 
-@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.unsafe_chunk, aten.unsafe_split,
-      aten.unsafe_split_with_sizes)  # fmt: skip
+@rule(
+    aten.split,
+    aten.split_with_sizes,
+    aten.chunk,
+    aten.tensor_split,
+    aten.unsafe_chunk,
+    aten.unsafe_split,
+    aten.unsafe_split_with_sizes,
+)
 def pieces(call: Call, x: Operand, how: Any, dim: int = 0) -> list[Operand]:
     """Consecutive pieces. Thinner pieces may differ in size, so each size is stated."""
     if isinstance(how, Operand):
@@ -216,8 +224,7 @@ def select(call: Call, x: Operand, dim: int, index: int) -> Operand:
 
 
 @rule(aten.slice, aten.narrow)
-def slice_(call: Call, x: Operand, dim: int = 0, start: Any = None, end: int | None = None,
-           step: int = 1) -> Operand:  # fmt: skip
+def slice_(call: Call, x: Operand, dim: int = 0, start: Any = None, end: int | None = None, step: int = 1) -> Operand:
     """Consecutive entries; with a step, none of the dimension may go."""
     dim %= x.ndim
     n = x.shape[dim]

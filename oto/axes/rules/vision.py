@@ -99,8 +99,9 @@ def roi(call: Call, x: Operand, regions: Operand, *rest: Any) -> list[Operand]:
 
 
 @rule("torchvision::deform_conv2d")
-def deform_conv(call: Call, x: Operand, weight: Operand, offset: Operand, mask: Operand, bias: Operand,
-                *rest: Any) -> Operand:  # fmt: skip
+def deform_conv(
+    call: Call, x: Operand, weight: Operand, offset: Operand, mask: Operand, bias: Operand, *rest: Any
+) -> Operand:
     """A convolution that reads at places shifted by ``offset``, each weighted by ``mask``."""
     groups, shifts = rest[6:8]
     call.unify(x.terms[0], offset.terms[0])
@@ -122,10 +123,24 @@ def deform_conv(call: Call, x: Operand, weight: Operand, offset: Operand, mask: 
 
 
 @rule(
-    aten._fft_r2c, aten._fft_c2r, aten._fft_c2c, aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft,
-    aten.fft_fft2, aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2, aten.fft_fftn, aten.fft_ifftn, aten.fft_rfftn,
-    aten.fft_irfftn, aten.fft_fftshift, aten.fft_ifftshift,
-)  # fmt: skip
+    aten._fft_r2c,
+    aten._fft_c2r,
+    aten._fft_c2c,
+    aten.fft_fft,
+    aten.fft_ifft,
+    aten.fft_rfft,
+    aten.fft_irfft,
+    aten.fft_fft2,
+    aten.fft_ifft2,
+    aten.fft_rfft2,
+    aten.fft_irfft2,
+    aten.fft_fftn,
+    aten.fft_ifftn,
+    aten.fft_rfftn,
+    aten.fft_irfftn,
+    aten.fft_fftshift,
+    aten.fft_ifftshift,
+)
 def fourier(call: Call, x: Operand, *args: Any, **named: Any) -> Operand:
     """Every place along the transformed dimensions depends on all the others."""
     schema = call.node.op._schema.arguments  # type: ignore[attr-defined]
@@ -142,7 +157,11 @@ def fourier(call: Call, x: Operand, *args: Any, **named: Any) -> Operand:
 
 
 fixed(
-    "torchvision::nms", "torchvision::ps_roi_align", "torchvision::ps_roi_pool", "torchvision::encode_jpeg",
-    "torchvision::decode_jpeg", "torchvision::_roi_align_backward",
+    "torchvision::nms",
+    "torchvision::ps_roi_align",
+    "torchvision::ps_roi_pool",
+    "torchvision::encode_jpeg",
+    "torchvision::decode_jpeg",
+    "torchvision::_roi_align_backward",
     why="what it gives depends on values and on the places of all its entries",
-)  # fmt: skip
+)

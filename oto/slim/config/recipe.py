@@ -365,9 +365,20 @@ def _watched(kinds: Iterable[type[Any]], seen: Callable[[object, str], None]) ->
 
 
 _FILLS = {
-    "normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "trunc_normal_",
-    "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_",
-}  # fmt: skip
+    "normal_",
+    "uniform_",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+    "xavier_normal_",
+    "xavier_uniform_",
+    "trunc_normal_",
+    "erfinv_",
+    "mul_",
+    "add_",
+    "clamp_",
+    "zero_",
+    "fill_",
+}
 """What constructors fill parameters with; those of a truncated normal distribution in four steps."""
 
 

@@ -46,9 +46,13 @@ UNSTATED = "layout: no field of the config states its size"
 
 
 def stated(
-    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe | None,
+    model: nn.Module,
+    partition: Partition,
+    groups: Sequence[NodeGroup],
+    dummy_input: Any,
+    recipe: Recipe | None,
     stock: bool = False,
-) -> tuple[NodeGroup, ...] | None:  # fmt: skip
+) -> tuple[NodeGroup, ...] | None:
     """Keep whole what no field of the model's config can state; tie further what one field states for several ties.
 
     Found by trial, tie by tie: half of it is removed, and the class built from edited configs on ``meta``. In the end

@@ -447,9 +447,19 @@ four tensors in the cheapest order eighteen on each side."""
 
 # calls that give the entries that they are given, in other shapes or more than once
 _LAYS = {
-    aten.alias, aten.clone, aten.expand, aten.permute, aten.repeat, aten.reshape, aten.select, aten.slice, aten.squeeze,
-    aten.transpose, aten.unsqueeze, aten.view,
-}  # fmt: skip
+    aten.alias,
+    aten.clone,
+    aten.expand,
+    aten.permute,
+    aten.repeat,
+    aten.reshape,
+    aten.select,
+    aten.slice,
+    aten.squeeze,
+    aten.transpose,
+    aten.unsqueeze,
+    aten.view,
+}
 
 # calls whose meaning is in the shapes of what they give
 _BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, full_count.view_as_complex}

@@ -198,8 +198,12 @@ def _layer_norm(layer: _Layer, edits: Edits) -> None:
     if rewrite is None or not layer.pruned.changes(rewrite):
         return
     full = list(getattr(module, "full", rewrite.kwargs["full"]))  # a thinner norm goes on counting what it counted
-    arguments = {"normalized_shape": layer.pruned.filled(rewrite.args[1]), "full": full,
-                 "eps": module.eps, "weight": module.weight is not None}  # fmt: skip
+    arguments = {
+        "normalized_shape": layer.pruned.filled(rewrite.args[1]),
+        "full": full,
+        "eps": module.eps,
+        "weight": module.weight is not None,
+    }
     if isinstance(module, nn.LayerNorm | thinner.LayerNorm):
         layer.swap(edits, "LayerNorm", **arguments, bias=module.bias is not None)
     else:
@@ -216,8 +220,15 @@ def _group_norm(layer: _Layer, edits: Edits) -> None:
     if width == full:
         layer.set(edits, num_groups=groups, num_channels=groups * width)
     else:
-        layer.swap(edits, "GroupNorm", num_groups=groups, width=width, full=full, eps=module.eps,
-                  affine=module.weight is not None)  # fmt: skip
+        layer.swap(
+            edits,
+            "GroupNorm",
+            num_groups=groups,
+            width=width,
+            full=full,
+            eps=module.eps,
+            affine=module.weight is not None,
+        )
 
 
 def _recurrent(layer: _Layer, edits: Edits) -> None:
@@ -227,7 +238,7 @@ def _recurrent(layer: _Layer, edits: Edits) -> None:
         gates = module.weight_ih_l0.shape[0] // module.hidden_size
         layer.set(
             edits, input_size=into[1], hidden_size=into[0] // gates, proj_size=again[1] if module.proj_size else 0
-        )  # fmt: skip
+        )
 
 
 def _cell(layer: _Layer, edits: Edits) -> None:
@@ -264,13 +275,24 @@ def _attention(layer: _Layer, edits: Edits) -> None:
         raise EmitterError(f"the heads of {layer.path} would differ in width, which its thinner form cannot express")
     there = np.array(getattr(module, "heads", range(heads)))
     layer.swap(
-        edits, "MultiheadAttention", embed_dim=int(inner[0].sum()), kdim=int(inner[1].sum()), vdim=int(inner[2].sum()),
-        out_dim=int(layer.entries("out_proj.weight")[0].sum()), num_heads=int(kept[0].sum()),
-        head_dim=int(widths[0].sum()), v_head_dim=int(widths[2].sum()), scale=getattr(module, "scale", width**-0.5),
-        heads=there[kept[0]].tolist(), full_heads=getattr(module, "full_heads", heads), packed=packed,
-        bias=module.in_proj_bias is not None, out_bias=module.out_proj.bias is not None, dropout=module.dropout,
+        edits,
+        "MultiheadAttention",
+        embed_dim=int(inner[0].sum()),
+        kdim=int(inner[1].sum()),
+        vdim=int(inner[2].sum()),
+        out_dim=int(layer.entries("out_proj.weight")[0].sum()),
+        num_heads=int(kept[0].sum()),
+        head_dim=int(widths[0].sum()),
+        v_head_dim=int(widths[2].sum()),
+        scale=getattr(module, "scale", width**-0.5),
+        heads=there[kept[0]].tolist(),
+        full_heads=getattr(module, "full_heads", heads),
+        packed=packed,
+        bias=module.in_proj_bias is not None,
+        out_bias=module.out_proj.bias is not None,
+        dropout=module.dropout,
         batch_first=module.batch_first,
-    )  # fmt: skip
+    )
     out = layer.shape("out_proj.weight")
     assert out is not None and out[1] == int(kept[0].sum()) * int(widths[2].sum())
 

@@ -70,8 +70,9 @@ class FunctionCalls:
         Losses bring their arguments to one shape first, which does nothing where they have it.
         """
         nodes = self.partition.found.graph.nodes
-        made = {place: [i for i in call.nodes if not _does_nothing(nodes[i])] for place, call in
-                enumerate(self.recorded)}  # fmt: skip
+        made = {
+            place: [i for i in call.nodes if not _does_nothing(nodes[i])] for place, call in enumerate(self.recorded)
+        }
         return {own[0]: place for place, own in made.items() if len(own) == 1}
 
     @cached_property

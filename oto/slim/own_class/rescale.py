@@ -54,11 +54,33 @@ def folded(partition: Partition, index: int, uses: Uses) -> Folded | None:
 
 # what an operator makes of the power of the factor of its first argument
 _KEEPS = {
-    aten._to_copy, aten.to, aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.expand,
-    aten.expand_as, aten.clone, aten.contiguous, aten.alias, aten.neg, aten.permute, aten.transpose, aten.slice,
-    aten.select, aten.sum, aten.abs, aten.relu, aten.flatten, aten.lift_fresh, aten.dropout, aten.detach,
-    aten.adaptive_avg_pool2d, aten.avg_pool2d, aten.max_pool2d,
-}  # fmt: skip
+    aten._to_copy,
+    aten.to,
+    aten.view,
+    aten.reshape,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.expand,
+    aten.expand_as,
+    aten.clone,
+    aten.contiguous,
+    aten.alias,
+    aten.neg,
+    aten.permute,
+    aten.transpose,
+    aten.slice,
+    aten.select,
+    aten.sum,
+    aten.abs,
+    aten.relu,
+    aten.flatten,
+    aten.lift_fresh,
+    aten.dropout,
+    aten.detach,
+    aten.adaptive_avg_pool2d,
+    aten.avg_pool2d,
+    aten.max_pool2d,
+}
 _GROWS = {aten.add, aten.sub, aten.clamp_min, aten.clamp}
 _POWERS = {aten.rsqrt: -0.5, aten.sqrt: 0.5, aten.reciprocal: -1.0, aten.square: 2.0}
 

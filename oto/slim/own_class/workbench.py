@@ -100,9 +100,16 @@ class Workbench:
         literals: list[FunctionCall] = []
         script = Script() if data else None
         calls, failure = follow(
-            model, self.dummy_input, known, mode, functions, script=script, literals=literals,
-            found=None if copy is None else copy.found, bare=copy is not None and copy.is_swappable,
-        )  # fmt: skip
+            model,
+            self.dummy_input,
+            known,
+            mode,
+            functions,
+            script=script,
+            literals=literals,
+            found=None if copy is None else copy.found,
+            bare=copy is not None and copy.is_swappable,
+        )
         if failure is not None or [call.op for call in calls] != [node.op for node in self.graph.nodes]:
             return False
         self.mode, self.script, self.full.literals = mode, script, literals
@@ -145,9 +152,16 @@ class Workbench:
         else:
             slim, found = slim_copy(self.model, self._thin(pruned, adaptation), edits), self._held_by_model
         calls, failure = follow(
-            slim, self.dummy_input, known, self.mode, script=self.script, limit=limit, literals=literals, found=found,
+            slim,
+            self.dummy_input,
+            known,
+            self.mode,
+            script=self.script,
+            limit=limit,
+            literals=literals,
+            found=found,
             bare=self._copy.is_swappable,
-        )  # fmt: skip
+        )
         return Run(calls, failure, literals, is_cut=failure is None and len(calls) == limit)
 
     @cached_property

@@ -57,9 +57,12 @@ class _Wide(TorchDispatchMode):
 
 
 WIDER = {
-    torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
-    torch.complex64: torch.complex128, torch.complex32: torch.complex128,
-}  # fmt: skip
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
 _MOVES = {aten.embedding.default, aten.index_select.default, aten.gather.default}
 
 
@@ -106,8 +109,9 @@ def _shares(op: Any) -> dict[str, bool]:
     return {a.name: a.alias_info is not None for a in schema.arguments} if schema else {}
 
 
-def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
-                out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+def _grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """``F.grouped_mm``, for which there is no kernel in float64."""
     if offs is None:
         y = a @ b

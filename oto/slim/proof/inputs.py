@@ -42,8 +42,9 @@ def differs(one: Any, other: Any) -> bool:
     return any(not torch.equal(a[: len(b)], b) for a, b in tensors)
 
 
-def random_like(dummy_input: Any, seed: int, batch: int | None = None,
-                shapes: Sequence[tuple[int, ...]] | None = None) -> Any:  # fmt: skip
+def random_like(
+    dummy_input: Any, seed: int, batch: int | None = None, shapes: Sequence[tuple[int, ...]] | None = None
+) -> Any:
     """Another input of the same kind: floats drawn anew, integers within the example's range, booleans as they are.
 
     Floats are normal, of the mean and deviation of the example; entries of it that are no numbers (NaN, infinities, the
