@@ -274,7 +274,7 @@ def _swap(where: str, value: Any) -> None:
     _ARGUMENTS[value["class"]](f"{where}.arguments", value["arguments"])
 
 
-# told: how calls are made otherwise, see oto.nn.Told
+# told: how calls are made otherwise, see oto.nn.OverriddenForward
 
 
 def _rest(where: str, value: Any) -> None:
