@@ -1,4 +1,7 @@
-"""Sizes that must be alike: the groups in them keep the same number of atoms."""
+"""Tie groups whose sizes must stay equal: they keep the same number of atoms.
+
+Example: ``qkv.chunk(3)`` cuts three equal pieces, so queries, keys and values keep equally many entries.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ aten = torch.ops.aten
 
 
 def equal_pieces(at: Situation) -> Iterator[Proposal]:
-    """Where a call cuts pieces of equal size, the groups in them keep the same number of atoms."""
+    """Tie the groups in pieces of equal size that a call cuts."""
     rewrite = at.rewrite
     if rewrite is None or rewrite.op is not aten.split_with_sizes.default or at.node.op is rewrite.op:
         return
@@ -31,7 +34,7 @@ def equal_pieces(at: Situation) -> Iterator[Proposal]:
         tied = _tied(at, list(cut.values()))
         if tied is None:
             continue
-        # another method may cut by a number that this one does not read
+        # another method may cut by an attribute that this one does not read
         sizes = {
             Place(path, key): SizeAttribute(pieces[0], value)
             for path, pieces in ((at.bench.graph.nodes[index].module, pieces) for index, pieces in cut.items())
@@ -40,12 +43,14 @@ def equal_pieces(at: Situation) -> Iterator[Proposal]:
         }
         sizes = {place: size for place, size in sizes.items() if place not in at.adaptation.sizes}
         if sizes:
-            yield Proposal(tied.with_sizes(sizes), "pieces keep equally many, as an attribute says", must_pass=True)
-        yield Proposal(tied, "pieces that the call cuts keep equally many", must_pass=True)
+            yield Proposal(
+                tied.with_sizes(sizes), "the pieces stay equal, and an attribute states their size", must_pass=True
+            )
+        yield Proposal(tied, "the pieces that the call cuts stay equal", must_pass=True)
 
 
 def shared_attributes(at: Situation) -> Iterator[Proposal]:
-    """Where one number states two sizes, the groups in both keep the same number of atoms."""
+    """Tie the groups in two sizes that one attribute states."""
     rewrite = at.rewrite
     for i, size in enumerate(sizes_in((rewrite.args, dict(rewrite.kwargs))) if rewrite is not None else ()):
         for path in ancestors(at.node.module):
@@ -60,12 +65,12 @@ def shared_attributes(at: Situation) -> Iterator[Proposal]:
                     if tied is not None:
                         name = ".".join(map(str, place.key))
                         yield Proposal(
-                            tied, f"what {name} of {path or 'the model'} states keeps equally many", must_pass=True
+                            tied, f"the sizes that {name} of {path or 'the model'} states stay equal", must_pass=True
                         )
 
 
 def same_widths(at: Situation) -> Iterator[Proposal]:
-    """Where the class takes another way, the dimensions that were equally wide there stay so: it may compare them."""
+    """Tie dimensions of equal width where the class takes a different path: it may compare them."""
     operands = at.bench.partition.found.operands
     made: list[list[Term]] = []
     for index in at.spreads[-1]:
@@ -76,11 +81,11 @@ def same_widths(at: Situation) -> Iterator[Proposal]:
             made.append(differ)
     tied = _tied(at, made)
     if tied is not None:
-        yield Proposal(tied, "widths that the class compares keep equally many", must_pass=True)
+        yield Proposal(tied, "the widths that the class compares stay equal", must_pass=True)
 
 
 def _both(at: Situation, place: Place, nth: int, siblings: Sequence[int]) -> list[list[Term]]:
-    """For each repeated block, the term that a number follows from, and that of the ``nth`` size of the call."""
+    """For each repeated block, the term that a size attribute follows from, and that of the call's ``nth`` size."""
     pairs: list[list[Term]] = []
     for sibling in siblings:
         there = moved(place.module, at.node.module, at.bench.graph.nodes[sibling].module)
@@ -92,7 +97,7 @@ def _both(at: Situation, place: Place, nth: int, siblings: Sequence[int]) -> lis
 
 
 def _tied(at: Situation, alike: Sequence[Sequence[Term]]) -> Adaptation | None:
-    """The adaptation with the groups in terms tied that must stay alike; ``None`` if nothing would be new."""
+    """The adaptation with the groups tied that are in terms which must stay equal; ``None`` if nothing is new."""
     made: list[Tie] = []
     for terms in alike:
         axes = [list(axes_of(resolve(term))) for term in terms]
