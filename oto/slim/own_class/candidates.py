@@ -201,7 +201,7 @@ class Candidates:
         return [[o] for label, term in self.stated for o in self.places(label, term, False, True)][:_OF_A_KIND]
 
     def _anew(self) -> Iterator[Sequence[Choice]]:
-        """Attributes set by the wrong term, which had the same pruned size by chance, with another term of that size."""
+        """Attributes set by the wrong term, of the same pruned size by chance, with another term of that size."""
         sizes = self.at.adaptation.sizes
         mine = sorted((place for place in sizes if place.module in self.paths), key=repr)
         for label, term in self.dims:

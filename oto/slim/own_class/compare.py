@@ -159,7 +159,7 @@ class Comparison:
     # --- calls that need not be matched -------------------------------------------------------------------------------
 
     def _laid_out(self, i: int, j: int) -> tuple[int, int] | None:
-        """The calls after a copy to contiguous memory that only one side makes; it does nothing if already contiguous."""
+        """The calls after a copy to contiguous memory that only one side makes; the other is contiguous as it is."""
         laid = self.nodes[i].op is _LAID, j < len(self.calls) and self.calls[j].op is _LAID
         if laid == (False, True):
             self.itself[_output(self.calls[j])] = self._real(values_in(self.calls[j])[0])
@@ -207,7 +207,8 @@ class Comparison:
     def _detour(self, i: int, j: int) -> tuple[int, int] | None:
         """The calls after two different paths to the same results: a class may branch on sizes."""
         ahead = enumerate(self.nodes[i : i + _DETOUR])
-        free = next((n for n, node in ahead if self._is_held(node)), _DETOUR)  # a kept result is compared with nothing
+        # nothing is compared with a result that is held
+        free = next((n for n, node in ahead if self._is_held(node)), _DETOUR)
         full, slim = self.nodes[i : i + _DETOUR], self.calls[j : j + _DETOUR]
         detour = Detour(full, slim, self.stands, self.itself, self.pruned, self.rewrites)
         for steps in range(1, _DETOUR):
@@ -229,7 +230,7 @@ class Comparison:
         return node.index not in self.full.dead and not any(v in self.full.last_read for v in node.outputs if v)
 
     def _meet_leaves(self, full: Sequence[Node], slim: Sequence[Node]) -> None:
-        """Pair tensors of the model that are read for the first time: both recordings number these before all others."""
+        """Pair tensors of the model that are read for the first time; both recordings give these the first numbers."""
         read = {value.index: value for node in slim for value in values_in(node)}
         for value in {value for node in full for value in values_in(node)} & self.full.leaves:
             if value not in self.stands and value.index in read:
@@ -360,7 +361,7 @@ def values_in(node: Node) -> list[Value]:
 
 
 def _gather(x: Any, found: list[Any], values: bool) -> None:
-    """Collect the leaves of arguments, either tensors or all others; recursion takes a tenth of the time of a pytree."""
+    """Collect the leaves of arguments, either tensors or all others; in a tenth of the time of a pytree."""
     if isinstance(x, Value):
         if values:
             found.append(x)
