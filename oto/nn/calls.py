@@ -108,8 +108,8 @@ class TracedSizes:
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
-_TOLD = str(Path(__file__).with_name("told.py"))
-_TELLS = re.compile(r"^(torch_dynamo_resume_in_)?tell(_at_\d+)?$")
+_OVERRIDDEN = str(Path(__file__).with_name("overridden.py"))
+_RUNS = re.compile(r"^(torch_dynamo_resume_in_)?run_overridden(_at_\d+)?$")
 _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
 
 
@@ -182,13 +182,13 @@ def _compiled_site(depth: int) -> str:
 
 
 def _depth_of(places: Sequence[tuple[str, int, str]]) -> int:
-    return sum(file == _TOLD and bool(_TELLS.search(name)) for file, _, name in places)
+    return sum(file == _OVERRIDDEN and bool(_RUNS.search(name)) for file, _, name in places)
 
 
 def _site_of(places: Sequence[tuple[str, int, str]], depth: int) -> str:
     begin = 0
     for i, (file, _, name) in enumerate(places):
-        if file == _TOLD and _TELLS.search(name):
+        if file == _OVERRIDDEN and _RUNS.search(name):
             depth -= 1
             begin = i + 1
             if not depth:

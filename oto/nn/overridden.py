@@ -115,19 +115,19 @@ class OverriddenForward:
         return MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tell("forward", self.overrides, args, kwargs)
+        return self.run_overridden("forward", self.overrides, args, kwargs)
 
-    def tell(self, name: str, calls: Overrides, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_overridden(self, name: str, calls: Overrides, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a method of the class with some of its calls changed."""
         learned = None if _LEARNED is None else _LEARNED.setdefault(id(self), {})
-        telling = _Interception(calls, learned, self.analyzed)
+        interception = _Interception(calls, learned, self.analyzed)
         self.running += 1
         try:
-            with telling:
+            with interception:
                 result = getattr(type(self.module), name)(self.module, *args, **kwargs)
         finally:
             self.running -= 1
-        telling.require_times()
+        interception.require_times()
         return result
 
 
@@ -147,7 +147,7 @@ class OverriddenMethod:
             return getattr(type(module), self.name)(module, *args, **kwargs)
         if calls is None:
             raise _refused(f"{type(module).__name__}.{self.name} is called alone, and not by the forward")
-        return self.told.tell(self.name, calls, args, kwargs)
+        return self.told.run_overridden(self.name, calls, args, kwargs)
 
 
 def _by_method(kind: type[nn.Module], calls: Overrides) -> dict[str, Overrides | None]:
