@@ -29,6 +29,7 @@ from oto.errors import (
     UnknownOpWarning,
     UnknownParameterError,
     UnstatedWarning,
+    rewording,
     some,
     users_level,
 )
@@ -60,7 +61,7 @@ from oto.slim.proof.inputs import device_of, follow_model
 from oto.slim.state import left_before
 from oto.trace.graph import Graph
 from oto.trace.inputs import Example
-from oto.trace.record import record, told
+from oto.trace.record import record
 from oto.trace.snapshot import preserved
 from oto.trace.state import State, undone
 
@@ -267,16 +268,16 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
     """
     model, example = unwrapped(_module(model)), Example.of(dummy_input)
     _warn_of_nan(example)
-    with told(model, TraceError, "being looked through"):
+    with rewording(model, TraceError, "being looked through"):
         left = left_before(model, example)
     with undone(left):
         skipped = parameters_of(_listed(options.skip_patterns), model)
         only = None if options.only is None else parameters_of(_listed(options.only), model)
-        with told(model, TraceError, "being followed on the dummy input"):
+        with rewording(model, TraceError, "being followed on the dummy input"):
             graph = record(model, example, known, dead=not options.allow_graph, training=True)
         state, strict = State(model), options.strict_out_nodes
         strict = strict if isinstance(strict, bool) else outputs_called(_listed(strict), graph)
-        with told(model, TraceError, "being analyzed", "it was followed on the dummy input"):
+        with rewording(model, TraceError, "being analyzed", "it was followed on the dummy input"):
             partition = trainable(graph, strict)
         # what may go: first what each group says, then what groups say of each other, then what form they leave
         groups = keep_at_least(partition.groups, options.min_kept)
@@ -327,7 +328,7 @@ def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
 
 def _stated(analysis: Analysis, recipe: Recipe | None, layout: Layout) -> tuple[NodeGroup, ...] | None:
     model = analysis.model
-    tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
+    tried = rewording(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
     with tried, preserved(model), stages(f"OTO({type(model).__name__})"):
         return stated(model, analysis.partition, analysis.groups, analysis.example, recipe, layout == "stock")
 
@@ -335,7 +336,7 @@ def _stated(analysis: Analysis, recipe: Recipe | None, layout: Layout) -> tuple[
 def ask_the_class(analysis: Analysis) -> OwnClass:
     """What a slim model of the model's own class needs."""
     model = analysis.model
-    asked = told(model, TraceError, "it was asked what its class can do without", "the analysis is done")
+    asked = rewording(model, TraceError, "it was asked what its class can do without", "the analysis is done")
     with asked, stages(f"OTO({type(model).__name__})"):
         return own_class(model, analysis.partition, analysis.groups, analysis.example)
 

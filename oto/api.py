@@ -80,8 +80,8 @@ class OTO:
         allow_graph: bool = False, prune_frozen: bool = False, drop_unreached: bool = False,
         layout: Layout | None = None, tensor_parallel: int = 1, everything: bool | None = None,
     ) -> None:  # fmt: skip
-        allow_graph = allow_graph or former("everything", everything, "allow_graph") or False
-        policies = skip_patterns, only, strict_out_nodes, min_kept, allow_graph, prune_frozen, drop_unreached
+        graph = allow_graph or former("everything", everything, "allow_graph") or False
+        policies = skip_patterns, only, strict_out_nodes, min_kept, graph, prune_frozen, drop_unreached
         self._analysis = analyze(model, dummy_input, Options(*policies, layout, tensor_parallel))
         self._training: Training = Training()  # of the optimizer that was made last
         self._saved: Path | None = None  # the folder of the last artifact

@@ -58,7 +58,7 @@ from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.inputs import random_like
 from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.run import run
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oto._torch import data_parallel_around
 from oto.analysis import Analysis, Form, ask_the_class
-from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, users_level
+from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, users_level
 from oto.groups import Kept, Partition, thinner
 from oto.groups.layout import evened
 from oto.optim import SparseOptimizer
@@ -23,7 +23,6 @@ from oto.slim.config.recipe import Recipe
 from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
 from oto.slim.source import Source
 from oto.slim.state import left_since
-from oto.trace.record import told
 from oto.trace.state import State, undone
 from oto.training import Training
 
@@ -117,7 +116,7 @@ def _slim(analysis: Analysis, kept: Kept, averages: Iterable[Any]) -> tuple[Shru
     """The slim model, which is another module yet, and its analysis."""
     model, form = analysis.model, analysis.form
     later = left_since(analysis.state, model, analysis.example, analysis.names)
-    built = told(model, ShrinkError, "its slim form was built and verified", "the analysis is done")
+    built = rewording(model, ShrinkError, "its slim form was built and verified", "the analysis is done")
     with built, undone(later):
         own = ask_the_class(analysis) if form.kind == "config" else form.own
         source = Source(model, analysis.example, analysis.partition, own, kept, form.recipe)

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from oto.analysis import Analysis
-from oto.errors import ArtifactError, EmitterError, NotPrunedWarning, OptionError, some, users_level
+from oto.errors import ArtifactError, EmitterError, NotPrunedWarning, OptionError, rewording, some, users_level
 from oto.groups import Cost, Kept, cost
 from oto.groups.align import Align, multiples
 from oto.groups.layout import evened
@@ -34,7 +34,6 @@ from oto.slim.pruned_shapes import masks, read_zeros
 from oto.slim.removed import unreached, within
 from oto.slim.source import Source
 from oto.slim.state import left_since
-from oto.trace.record import told
 from oto.trace.snapshot import preserved
 from oto.trace.state import undone
 
@@ -269,7 +268,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
     gone = within(analysis.names, unreached(source.model, source.partition)) if analysis.drop_unreached else ()
     before = analysis.cost()
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
-    built = told(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
+    built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
     with built, undone(later), preserved(analysis.model):
         made = construct(source, build.emitter)
     source = source if made.kept is kept else replace(source, kept=made.kept)  # a class may want some that are zero
@@ -318,7 +317,7 @@ def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) 
     proved = f"the slim model was built, and right in {len(made.checks)} comparisons"
     costs = {"before": vars(before), "after": vars(after)}
     with (
-        told(source.model, ArtifactError, "its slim model was saved and loaded again", proved),
+        rewording(source.model, ArtifactError, "its slim model was saved and loaded again", proved),
         preserved(source.model),
     ):
         return save(build.out_dir, source, made, costs, build.save_full, build.program)

@@ -206,6 +206,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "cli": {"api", "given"},
         "errors": set(),
         "renamed": set(),
+        "user_code": set(),
         "integrations": set(),
         "given": set(),
         "oneshot": {"analysis", "previewing"},  # choice, compensation and report meet here only
@@ -220,7 +221,7 @@ def test_the_front_decides_nothing() -> None:
         body = [
             node for node in method.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         ]
-        assert len(body) <= 4, f"{method.name} does more than it says"
+        assert len(body) <= 5, f"{method.name} does more than it says"
         for node in ast.walk(method):
             assert not isinstance(node, ast.If | ast.For | ast.While | ast.Try | ast.With | ast.comprehension), (
                 method.name

@@ -42,7 +42,7 @@ from oto.slim.prove import prove
 from oto.slim.provenance import Round, descend
 from oto.slim.source import Emitted, Source
 from oto.trace.export import LEVELS, export
-from oto.trace.record import on_meta
+from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
 

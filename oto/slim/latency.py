@@ -29,8 +29,8 @@ from oto.slim.proof.run import run
 from oto.slim.pruned_shapes import pruned_shapes
 from oto.trace.export import export
 from oto.trace.inputs import arguments
-from oto.trace.record import on_meta
 from oto.trace.snapshot import preserved
+from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
 

@@ -50,7 +50,7 @@ class Source:
     @cached_property
     def reference(self) -> Reference:
         """The full model, which everything made from it is compared with."""
-        decides = self.partition.found.graph.how == "real"
+        decides = self.partition.found.graph.mode == "real"
         return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides)
 
     @property

@@ -13,7 +13,7 @@ from oto.errors import first_line, reraise_out_of_memory
 from oto.slim.proof.compare import relative_error, tolerance
 from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.run import run
-from oto.trace.record import on_meta
+from oto.trace.stand_ins import on_meta
 from oto.trace.state import Change, State, tables, undone
 
 log = logging.getLogger(__name__)

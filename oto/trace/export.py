@@ -35,9 +35,10 @@ from oto._torch import (
 from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.trace.graph import Graph, GraphBuilder, Key
 from oto.trace.inputs import arguments
-from oto.trace.record import around_modules, line_of
-from oto.trace.snapshot import is_foreign, preserved
+from oto.trace.recorder import around_modules
+from oto.trace.snapshot import preserved
 from oto.trace.takes import Parameter, Takes, parameters_of, traced
+from oto.user_code import is_foreign, line_of
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from inspect import isfunction
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from oto._torch import tree_leaves, tree_map_only
+
+Mode: TypeAlias = Literal["meta", "fake", "real", "autograd", "export"]
+"""How a graph comes about: of shapes; of shapes and devices; on data; on data, with gradients; by ``torch.export``."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -104,7 +107,7 @@ class Graph:
     """A model as a flat list of ATen calls in the order they ran.
 
     Attributes:
-        how: ``"meta"`` or ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
+        mode: ``"meta"`` or ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
         trained: What the model does in train mode, where that reaches parameters that nothing else does. Its leaves are
             those of this graph and constants of its own, its values and nodes are counted on from this graph's.
         untrained: Why it is not known what the model does in train mode, though something may reach more there.
@@ -119,7 +122,7 @@ class Graph:
     leaves: tuple[Leaf, ...]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    how: str
+    mode: Mode
     trained: Graph | None = None
     untrained: str | None = None
     dead: frozenset[int] = frozenset()
@@ -178,7 +181,7 @@ class Graph:
         inputs, outputs = tuple(map(here, other.inputs)), tuple(map(here, other.outputs))
         leaves = self.leaves + tuple(replace(leaf, value=here(leaf.value)) for leaf in more)
         trained = Graph(
-            tuple(map(both, other.nodes)), leaves, inputs, outputs, other.how, output_names=other.output_names
+            tuple(map(both, other.nodes)), leaves, inputs, outputs, other.mode, output_names=other.output_names
         )
         return replace(self, leaves=leaves, trained=trained)
 
@@ -190,7 +193,7 @@ class Graph:
             yield from (after for _, after in node.written)
 
     def __str__(self) -> str:
-        lines = [f"graph ({self.how}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]
+        lines = [f"graph ({self.mode}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]
         lines += [f"{leaf.value} = {leaf.kind} {leaf.name}" for leaf in self.leaves]
         lines += [f"{list(node.outputs)} = {node.op}{node.args}  # {node.module}" for node in self.nodes]
         return "\n".join([*lines, f"return {list(self.outputs)}"])
@@ -223,7 +226,7 @@ class EnoughError(Exception):
 class GraphBuilder:
     """Collects calls on tensors that the caller knows by any hashable key."""
 
-    how: str
+    mode: Mode
     nodes: list[Node] = field(default_factory=list)
     leaves: list[Leaf] = field(default_factory=list)
     current: dict[Hashable, Value] = field(default_factory=dict)
@@ -356,11 +359,11 @@ class GraphBuilder:
         ]
         idle = self._idle({*ends, *written, *self.ends} if dead else {*ends, *written})
         if dead:
-            unread = frozenset() if self.how == "real" else frozenset(idle)
-            return Graph(tuple(self.nodes), tuple(self.leaves), tuple(self.inputs), ends, self.how, dead=unread)
+            unread = frozenset() if self.mode == "real" else frozenset(idle)
+            return Graph(tuple(self.nodes), tuple(self.leaves), tuple(self.inputs), ends, self.mode, dead=unread)
         kept = [node for node in self.nodes if node.index not in idle]
         nodes = tuple(replace(node, index=i) for i, node in enumerate(kept))
-        return Graph(nodes, tuple(self.leaves), tuple(self.inputs), ends, self.how)
+        return Graph(nodes, tuple(self.leaves), tuple(self.inputs), ends, self.mode)
 
     def _idle(self, used: set[Value]) -> set[int]:
         """The calls on which none of some values depends; ``used`` is added to."""

@@ -18,17 +18,18 @@ from torch import Tensor, fx, nn
 from oto._torch import tree_leaves, tree_map_only
 from oto.errors import EmitterError
 from oto.trace.export import Exported, builtin
-from oto.trace.graph import Graph, Node, Value, write_through
+from oto.trace.graph import Graph, Mode, Node, Value, write_through
 from oto.trace.inputs import arguments
-from oto.trace.record import Recording, record_data
+from oto.trace.record import record_data
+from oto.trace.run import Recording
 
 
-def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], how: str) -> Exported:
+def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], mode: Mode) -> Exported:
     """Record ``model`` on the data of the example, and make a module of the calls.
 
     Args:
         known: As for ``record``.
-        how: How the graph that was analyzed was recorded: what could be known without data holds here as well.
+        mode: How the graph that was analyzed was recorded: what could be known without data holds here as well.
 
     Raises:
         TraceError: ``forward`` fails on the example.
@@ -44,7 +45,7 @@ def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], h
     graph.output(tree_map_only(Tensor, lambda _: next(results), builtin(recording.result)))
     named = tuple(replace(leaf, names=(name, *leaf.names[1:])) for name, leaf in leaves.items())
     module = fx.GraphModule(held, graph).eval()
-    return Exported(module, replace(recording.graph, nodes=nodes, leaves=named, how=how), dynamic=False)
+    return Exported(module, replace(recording.graph, nodes=nodes, leaves=named, mode=mode), dynamic=False)
 
 
 def difference(one: Recording, other: Recording) -> str | None:

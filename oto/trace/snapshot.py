@@ -18,7 +18,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import _lru_cache_wrapper, cache, partial
+from functools import _lru_cache_wrapper, partial
 from os import sep
 from pathlib import Path
 from types import CellType, FrameType, FunctionType, MethodType, SimpleNamespace
@@ -31,15 +31,10 @@ from torch import Tensor, nn
 from oto._torch import FakeTensor, tree_leaves
 from oto.errors import LeftBehindWarning, some
 from oto.trace.inputs import Example
+from oto.user_code import is_foreign
 
 _TORCH = f"{Path(torch.__file__).parent}{sep}"
 _HERE = f"{Path(__file__).parent.parent}{sep}"
-
-
-@cache
-def is_foreign(filename: str) -> bool:
-    """Whether a source file belongs neither to torch nor to this package."""
-    return not filename.startswith((_TORCH, _HERE, "<"))
 
 
 # where the code of a class was seen to run: for each namespace, what in it can hold a table

@@ -206,7 +206,7 @@ def test_what_is_written_through_a_view_is_seen(how: Any) -> None:
     """What is claimed of a tensor after a write into a view of it holds when the model is run."""
     model, one = Writes(how), torch.ones((), dtype=torch.float64)
     graph = record(model, one, known)
-    free = graph.__class__(graph.nodes, graph.leaves, graph.inputs, (), graph.how)
+    free = graph.__class__(graph.nodes, graph.leaves, graph.inputs, (), graph.mode)
     found = propagate(free, strict=True)
     assert any(node.op is write_through for node in graph.nodes)
     visits, carried = _visits(found)

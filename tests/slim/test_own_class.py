@@ -477,7 +477,7 @@ def test_a_model_that_looks_at_values_is_followed_on_the_path_of_the_full_one():
 
     torch.manual_seed(0)
     model, subnet, oto = slimmed(Routed(), torch.randn(8, 6))
-    assert oto.partition.found.graph.how == "real" and "into.weight" in sizes(oto)
+    assert oto.partition.found.graph.mode == "real" and "into.weight" in sizes(oto)
     x = torch.randn(20, 6, dtype=torch.float64)
     assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
 

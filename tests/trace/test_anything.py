@@ -45,7 +45,7 @@ def prunable(oto):
 def slim_is_exact(model, given, emitters=("module", "graph")):
     """Half of everything goes, in float64; the groups that there were."""
     model, given = model.double(), given.double() if isinstance(given, torch.Tensor) else given
-    oto = OTO(model, given, everything="module" not in emitters)
+    oto = OTO(model, given, allow_graph="module" not in emitters)
     oto.random_set_zero_groups(0.5)
     for emitter in emitters:
         subnet = oto.construct_subnet(emitter=emitter)

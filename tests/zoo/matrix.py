@@ -221,7 +221,7 @@ def _examine(
     result.analysis = time.perf_counter() - begin
     result.changed = seen.difference(model)
     found = oto.partition.found
-    result.trace = found.graph.how
+    result.trace = found.graph.mode
     prunable = [g for g in oto.node_groups if g.prunable]
     result.axes, result.atoms = len(prunable), sum(g.size for g in prunable)
     dense = oto.compute_num_params()

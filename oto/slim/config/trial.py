@@ -28,7 +28,7 @@ from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.zeroed import Zeroed
 from oto.slim.pruned_shapes import pruned_shapes
-from oto.trace.record import on_meta
+from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
 

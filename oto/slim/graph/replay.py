@@ -16,8 +16,9 @@ from oto.slim.graph.emit import emit_graph
 from oto.slim.proof.compare import Check, relative_error, tolerance
 from oto.slim.proof.float64 import double_input, throughout, widened
 from oto.slim.proof.reference import CheckOptions, Reference
-from oto.trace.record import Recording, record_data
+from oto.trace.record import record_data
 from oto.trace.replay import difference, replayed
+from oto.trace.run import Recording
 
 RECORDED = (
     "recorded at the example's shapes and values: other shapes, and other paths through branches on values,"
@@ -32,7 +33,7 @@ def emit_recording(model: nn.Module, dummy_input: Any, partition: Partition, kep
         EmitterError: A graph cannot hold one of the calls.
     """
     with throughout(model):
-        run = replayed(model, dummy_input, known, partition.found.graph.how)
+        run = replayed(model, dummy_input, known, partition.found.graph.mode)
     return emit_graph(run, partition, kept)
 
 

@@ -12,8 +12,8 @@ from functools import cached_property
 
 from torch import nn
 
+from oto.trace.functions import FunctionCall
 from oto.trace.graph import Graph
-from oto.trace.record import FunctionCall
 
 
 def ancestors(path: str) -> list[str]:

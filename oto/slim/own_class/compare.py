@@ -27,8 +27,8 @@ from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.detours import Detour
 from oto.slim.pruned_shapes import PrunedShapes
+from oto.trace.functions import FunctionCall
 from oto.trace.graph import Node, Value
-from oto.trace.record import FunctionCall
 
 aten = torch.ops.aten
 

@@ -20,8 +20,8 @@ from oto.nn.overrides import FullCount, Given, Override, Pieces, Sizes
 from oto.slim.own_class.attributes import Place, SizeAttribute
 from oto.slim.own_class.traced import TracedInt, places_of
 from oto.slim.pruned_shapes import PrunedShapes
+from oto.trace.functions import FunctionCall
 from oto.trace.graph import Node, Value
-from oto.trace.record import FunctionCall
 
 aten = torch.ops.aten
 _RESHAPES = ("view", "reshape", "unflatten")

@@ -20,8 +20,8 @@ from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.overrides import FunctionCalls
 from oto.slim.pruned_shapes import PrunedShapes
+from oto.trace.functions import FunctionCall
 from oto.trace.graph import Node
-from oto.trace.record import FunctionCall
 
 aten = torch.ops.aten
 

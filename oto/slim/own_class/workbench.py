@@ -28,8 +28,10 @@ from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
 from oto.slim.own_class.traced import traced
 from oto.slim.pruned_shapes import PrunedShapes
-from oto.trace.graph import Graph
-from oto.trace.record import FunctionCall, Script, follow
+from oto.trace.decisions import Script
+from oto.trace.functions import FunctionCall
+from oto.trace.graph import Graph, Mode
+from oto.trace.record import follow
 from oto.trace.snapshot import Snapshot, content_of, modules_of, surroundings
 
 AHEAD = 64
@@ -60,7 +62,7 @@ class Workbench:
         self._known: dict[tuple[int, int], tuple[Adaptation, PrunedShapes, Divergence | None]] = {}
         self._numbers: dict[str, list[tuple[Key, int | float]]] = {}
         self.is_traced = False
-        self.mode = self.graph.how
+        self.mode = self.graph.mode
         self.script: Script | None = None
         self.full = Full(partition.found)
         self.calls = FunctionCalls(partition, [])
@@ -76,8 +78,8 @@ class Workbench:
         The decisions of a run on data are recorded: a thinner copy is to take the path of the full model, whatever its
         tensors hold.
         """
-        data = self.graph.how == "real"
-        for mode in ("real", "grad") if data else (self.graph.how,):
+        data = self.graph.mode == "real"
+        for mode in ("real", "autograd") if data else (self.graph.mode,):
             if self._follow_traced(mode, data):
                 self.is_traced = True
                 return True
@@ -85,7 +87,7 @@ class Workbench:
                 return True
         return False
 
-    def _follow_traced(self, mode: str, data: bool) -> bool:
+    def _follow_traced(self, mode: Mode, data: bool) -> bool:
         """The same for a copy whose integers remember which attributes they came from."""
         try:
             copy = self._copy
@@ -96,7 +98,7 @@ class Workbench:
             vars(self).pop("_copy", None)
             return False
 
-    def _follow(self, model: nn.Module, mode: str, data: bool, copy: _Copy | None = None) -> bool:
+    def _follow(self, model: nn.Module, mode: Mode, data: bool, copy: _Copy | None = None) -> bool:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
         script = Script() if data else None
@@ -196,7 +198,7 @@ class Workbench:
 
     def _whole(self) -> dict[str, Tensor]:
         """The tensors of a copy that is not thinner: the model's own if it is run on data, else without data."""
-        return tensors_of(self.model, self.partition) if self.graph.how == "real" else self._empty()
+        return tensors_of(self.model, self.partition) if self.graph.mode == "real" else self._empty()
 
     def _empty(self) -> dict[str, Tensor]:
         """A tensor without data for each one of the model, except constants: a forward may read their numbers."""

@@ -19,7 +19,7 @@ from oto.slim.proof.float64 import double_input, dtype_of, in_double
 from oto.slim.proof.inputs import Input
 from oto.slim.proof.memory import available, size_of
 from oto.slim.proof.run import run
-from oto.trace.record import Script
+from oto.trace.decisions import Script
 from oto.trace.snapshot import Snapshot
 
 log = logging.getLogger(__name__)

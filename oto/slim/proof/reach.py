@@ -19,7 +19,7 @@ from oto._torch import tree_map_only
 from oto.errors import first_line, some
 from oto.slim.proof.run import run
 from oto.trace.inputs import arguments
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 from oto.trace.snapshot import preserved
 
 log = logging.getLogger(__name__)

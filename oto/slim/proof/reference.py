@@ -26,7 +26,8 @@ from oto.slim.proof.inputs import Input, batch_size, random_like
 from oto.slim.proof.memory import available
 from oto.slim.proof.reach import reached_by
 from oto.slim.proof.run import run
-from oto.trace.record import Script, around_modules
+from oto.trace.decisions import Script
+from oto.trace.recorder import around_modules
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from oto.nn import OverriddenForward
 from oto.nn.overridden import learning
 from oto.slim.edits import Edits
 from oto.slim.proof.float64 import WIDER, throughout, unrounded, widened, widening
+from oto.trace.decisions import Script
 from oto.trace.inputs import arguments
-from oto.trace.record import Script, tensors_in
+from oto.trace.outputs import tensors_in
 from oto.trace.snapshot import Snapshot, preserved
 
 

@@ -16,7 +16,7 @@ from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout
 from oto.slim.proof.inputs import random_like
 from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 from oto.trace.inputs import arguments
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 from oto.trace.snapshot import preserved
 
 log = logging.getLogger(__name__)
