@@ -1,4 +1,4 @@
-"""Small modules and functions for what stock classes cannot express."""
+"""Small modules and functions for slim layers that stock classes cannot express."""
 
 from __future__ import annotations
 
