@@ -34,7 +34,7 @@ from oto.errors import (
     users_level,
 )
 from oto.groups import Cost, Costs, NodeGroup, Partition, cost, trainable
-from oto.groups.layout import LAYOUTS, drawn, settled, shared_out, tied
+from oto.groups.layout import LAYOUTS, apply_tensor_parallel, drawn, settled, tied
 from oto.groups.policy import (
     MinKept,
     Pattern,
@@ -63,7 +63,7 @@ from oto.trace.graph import Graph
 from oto.trace.inputs import Example
 from oto.trace.record import record
 from oto.trace.snapshot import preserved
-from oto.trace.state import State, undone
+from oto.trace.state import ModelState, undone
 
 Layout: TypeAlias = Literal["free", "uniform", "stock"]
 """How repeated blocks are pruned together, see :class:`oto.OTO`."""
@@ -138,7 +138,7 @@ class Analysis:
     partition: Partition
     groups: tuple[NodeGroup, ...]
     form: Form
-    state: State
+    state: ModelState
     device: torch.device | None
     strict_out_nodes: bool | frozenset[str]
     allow_graph: bool
@@ -253,7 +253,7 @@ class Analysis:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         with undone(left_before(self.model, self.example)):
-            vars(self)["state"] = State(self.model)
+            vars(self)["state"] = ModelState(self.model)
             graph = record(self.model, self.example, known, dead=not self.allow_graph, training=True)
             vars(self)["partition"] = trainable(graph, self.strict_out_nodes)
             kind: Any = self.form
@@ -276,7 +276,7 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
         only = None if options.only is None else parameters_of(_listed(options.only), model)
         with rewording(model, TraceError, "being followed on the dummy input"):
             graph = record(model, example, known, dead=not options.allow_graph, training=True)
-        state, strict = State(model), options.strict_out_nodes
+        state, strict = ModelState(model), options.strict_out_nodes
         strict = strict if isinstance(strict, bool) else outputs_called(_listed(strict), graph)
         with rewording(model, TraceError, "being analyzed", "it was followed on the dummy input"):
             partition = trainable(graph, strict)
@@ -286,7 +286,7 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
         groups = _but_skipped(groups, skipped, graph)
         groups = groups if only is None else _only(groups, only, graph, model)
         _warn_of_unknown(partition, model)
-        groups = shared_out(groups, options.tensor_parallel)
+        groups = apply_tensor_parallel(groups, options.tensor_parallel)
         groups = tied(groups, model) if options.layout in ("uniform", "stock") else groups
         found = _in_form(
             options.layout,

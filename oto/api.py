@@ -47,7 +47,7 @@ class OTO:
         min_kept: Atoms that every group keeps, an int; or the share of its atoms, a float; or a mapping from names or
             globs of parameters to either. Optimizers take it too, and keep the greater of both.
         allow_graph: Prune whatever can be removed exactly. The slim model is a ``torch.fx.GraphModule`` where the class
-            cannot express that; by default what the class can neither be told nor do without stays whole.
+            cannot express that; by default what the class can express neither by itself nor with overrides stays whole.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
             default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
         drop_unreached: Leave out of the slim model what its forward never uses in eval mode, such as heads for training

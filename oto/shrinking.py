@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from oto._torch import data_parallel_around
 from oto.analysis import Analysis, Form, ask_the_class
 from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, users_level
-from oto.groups import Kept, Partition, thinner
-from oto.groups.layout import evened
+from oto.groups import Kept, Partition, pruned_groups
+from oto.groups.layout import equalize_ties
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
 from oto.slim.config.recipe import Recipe
 from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
 from oto.slim.source import Source
 from oto.slim.state import left_since
-from oto.trace.state import State, undone
+from oto.trace.state import ModelState, undone
 from oto.training import Training
 
 Left = Mapping[str, NDArray[np.bool_]]
@@ -61,7 +61,7 @@ def shrink(
     if like is not None:
         optimizer.zero_(left)
     slim, after = _slim(analysis, _kept(analysis, optimizer, left), averages)
-    pruned = thinner(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
+    pruned = pruned_groups(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
     if not optimizer.progress.over:
         require_there(pruned, after.groups)
     model = analysis.model
@@ -73,7 +73,7 @@ def shrink(
     for before, now in [(model, slim.model), *slim.averages]:
         become(before, now)
     recipe = Recipe.of(model) if after.form.kind == "config" else None
-    after = replace(after, model=model, form=replace(after.form, recipe=recipe), state=State(model))
+    after = replace(after, model=model, form=replace(after.form, recipe=recipe), state=ModelState(model))
     return after, replace(training, partition=full)
 
 
@@ -86,7 +86,7 @@ def _require_of(analysis: Analysis, optimizer: SparseOptimizer, full: Partition,
     names: dict[Tensor, str] = {p: name for name, p in analysis.model.named_parameters()}
     known, own = set(names.values()), optimizer.parameters().items()
     foreign = [name for name, p in own if name in known and names.get(p) != name]
-    expected = [group.slices for group in thinner(full, optimizer.node_groups, there)]
+    expected = [group.slices for group in pruned_groups(full, optimizer.node_groups, there)]
     if foreign or expected != [group.slices for group in optimizer.node_groups]:
         raise ShrinkError(
             f"the {type(optimizer).__name__} is not over the parameters of this {type(analysis.model).__name__}\n"
@@ -101,7 +101,7 @@ def _left(optimizer: SparseOptimizer, like: Mapping[str, Any] | None) -> Left:
     if like is not None:
         return left
     # groups of a tie keep the same number of atoms
-    even, _ = evened(optimizer.node_groups, {name: np.flatnonzero(own) for name, own in left.items()})
+    even, _ = equalize_ties(optimizer.node_groups, {name: np.flatnonzero(own) for name, own in left.items()})
     return {name: np.isin(np.arange(len(own)), even[name]) for name, own in left.items()}
 
 

@@ -15,7 +15,7 @@ from oto.analysis import Analysis
 from oto.errors import ArtifactError, EmitterError, NotPrunedWarning, OptionError, rewording, some, users_level
 from oto.groups import Cost, Kept, cost
 from oto.groups.align import Align, multiples
-from oto.groups.layout import evened
+from oto.groups.layout import equalize_ties
 from oto.io.artifact import adding, check_out_dir
 from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
@@ -307,7 +307,7 @@ def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str
         by = multiples(groups, align, analysis.costs.weights)
         groups = tuple(replace(group, divisor=own) for group, own in zip(groups, by, strict=True))
         asking = f"the layout and align={align!r}" if analysis.form.kind == "config" else f"align={align!r}"
-    return evened(groups, zeros, asking)
+    return equalize_ties(groups, zeros, asking)
 
 
 def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) -> list[Check]:

@@ -50,7 +50,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from oto.atomic import locked, scratch, sync, told, unwritable
+from oto.atomic import locked, rewording_os_errors, scratch, sync, unwritable
 from oto.atomic import stamp as _stamp
 from oto.errors import ArtifactError, ArtifactVersionError, DamagedArtifactError, some
 from oto.io.manifest import Refusal, is_plain, parse, require, require_files
@@ -288,7 +288,7 @@ def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
     target = Path(out_dir)
     draft: Draft | None = None
     try:
-        with told(target, NOT_SAVED), scratch(target) as folder:
+        with rewording_os_errors(target, NOT_SAVED), scratch(target) as folder:
             draft = Draft(folder, target)
             yield draft
     except ArtifactError as failure:

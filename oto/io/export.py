@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import compile_package, load_package, tree_leaves
-from oto.atomic import concerns, locked, scratch, sync, told
+from oto.atomic import concerns, locked, rewording_os_errors, scratch, sync
 from oto.errors import ArtifactError, EmitterError, MissingExtraError, OTOError, first_line, reraise_out_of_memory
 from oto.io.artifact import check_out_dir
 from oto.io.program import load_program, save_program
@@ -60,7 +60,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
     _WAYS[how].ready()
     program = export_program(model, dummy_input)
     examples = [dummy_input, *other_examples(model, program, dummy_input)]
-    with told(place.parent, f"{place.name} was not written"), scratch(place.parent) as folder:
+    with rewording_os_errors(place.parent, f"{place.name} was not written"), scratch(place.parent) as folder:
         draft = folder / place.name
         try:
             with warnings.catch_warnings():

@@ -25,7 +25,7 @@ import safetensors
 import torch
 from torch import nn
 
-from oto.atomic import is_scratch, locked, scratch, stamp, sync, told, unwritable
+from oto.atomic import is_scratch, locked, rewording_os_errors, scratch, stamp, sync, unwritable
 from oto.errors import ArtifactError, EmitterError, some
 from oto.io.artifact import NOT_SAVED, check_out_dir
 from oto.io.manifest import parse
@@ -64,7 +64,7 @@ def save_pretrained(
     folder = Path(out_dir)
     _require_stated(slim)
     check_out_dir(folder)
-    with told(folder, NOT_SAVED), scratch(folder) as draft:
+    with rewording_os_errors(folder, NOT_SAVED), scratch(folder) as draft:
         with locked(folder):
             _end_what_broke_off(folder)
         there = _names(folder)

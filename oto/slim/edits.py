@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from oto.errors import EmitterError, reraise_out_of_memory
 from oto.groups import Partition
 from oto.nn import SWAPS, OverriddenForward, Untrained
-from oto.nn import modules as thinner
+from oto.nn import modules as slim_layers
 from oto.nn.overridden import merge_rounds
 from oto.slim.copying import copied
 from oto.slim.numbers import set_number
@@ -91,7 +91,7 @@ def edited(slim: nn.Module, edits: Edits) -> nn.Module:
         if not path:
             return new
         _put(slim, path, new)
-    thinner.leave_nested_tensors(slim)
+    slim_layers.leave_nested_tensors(slim)
     before = {
         path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, OverriddenForward)
     }  # in earlier rounds
@@ -132,17 +132,17 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(_OF_CHANNELS, ("num_features",)),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
     nn.PReLU: ("num_parameters",),
-    **dict.fromkeys((nn.GroupNorm, thinner.GroupNorm), ("num_groups", "num_channels")),
+    **dict.fromkeys((nn.GroupNorm, slim_layers.GroupNorm), ("num_groups", "num_channels")),
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), ("input_size", "hidden_size", "proj_size")),
     **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), ("input_size", "hidden_size")),
 }
 """The attributes in which layers of torch state sizes; a file may set no others."""
 
 SWAPPED: dict[str, tuple[type[nn.Module], ...]] = {
-    "LayerNorm": (nn.LayerNorm, thinner.LayerNorm),
-    "RMSNorm": (nn.RMSNorm, thinner.RMSNorm),
-    "GroupNorm": (nn.GroupNorm, thinner.GroupNorm),
-    "MultiheadAttention": (nn.MultiheadAttention, thinner.MultiheadAttention),
+    "LayerNorm": (nn.LayerNorm, slim_layers.LayerNorm),
+    "RMSNorm": (nn.RMSNorm, slim_layers.RMSNorm),
+    "GroupNorm": (nn.GroupNorm, slim_layers.GroupNorm),
+    "MultiheadAttention": (nn.MultiheadAttention, slim_layers.MultiheadAttention),
 }
 """The classes that each class of ``oto.nn`` may replace."""
 

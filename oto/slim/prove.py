@@ -45,7 +45,7 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     if idle:
         checks = checks + _with_random_constants(source, emitted, idle, notes)
     if checks and len(idle) < len(limits.floating(reference.full)):
-        notes.extend(reference.unreached(emitted.model, _thinned(emitted.model, pruned)))
+        notes.extend(reference.unreached(emitted.model, _pruned_parameters(emitted.model, pruned)))
     return checks
 
 
@@ -92,7 +92,7 @@ def _same(a: Tensor, b: Tensor) -> bool | None:
         return None
 
 
-def _thinned(slim: nn.Module, pruned: PrunedShapes) -> dict[str, nn.Parameter]:
+def _pruned_parameters(slim: nn.Module, pruned: PrunedShapes) -> dict[str, nn.Parameter]:
     """The parameters of a slim model that have lost entries and that its forward reads in eval mode."""
     read, own = pruned.found.graph.read, dict(slim.named_parameters(remove_duplicate=False))
     leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.kind == "parameter" and leaf.value in read]
@@ -104,8 +104,8 @@ def _with_random_constants(source: Source, emitted: Emitted, idle: list[int], no
     """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
     stage("an output is constant: comparing with random numbers in constant parameters")
     said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
-    lively = with_random_constants(source.model, source.partition, source.kept)
-    other = replace(source, model=lively)
+    randomized = with_random_constants(source.model, source.partition, source.kept)
+    other = replace(source, model=randomized)
     other.reference.brief = True
     try:
         checks = emitted.again(other).compare(other.reference)

@@ -116,8 +116,8 @@ class PrunedShapes:
     def changes(self, rewrite: Rewrite) -> bool:
         """Whether any size that the call depends on becomes smaller."""
         if rewrite not in self._changing:
-            thinner = any(self.count(term) != size_of(term) for term in rewrite.terms)
-            self._changing[rewrite] = rewrite.always or thinner
+            smaller = any(self.count(term) != size_of(term) for term in rewrite.terms)
+            self._changing[rewrite] = rewrite.always or smaller
         return self._changing[rewrite]
 
     def filled(self, template: Any) -> Any:

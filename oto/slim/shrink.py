@@ -15,7 +15,7 @@ from torch import nn
 from oto._torch import holder
 from oto.axes.registry import known
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, reraise_out_of_memory, some
-from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
+from oto.groups import NodeGroup, Partition, Slice, pruned_groups, trainable
 from oto.slim.config.recipe import Recipe, configs, fields
 from oto.slim.config.solve import apply, solve
 from oto.slim.config.unstated import Unstated
@@ -130,7 +130,7 @@ def analyzed_again(
     before = source.partition
     graph = record(slim, source.dummy_input, known, dead=not allow_graph, training=True)
     found = trainable(graph, before.found.strict_out_nodes)
-    left = same_groups(thinner(before, groups, source.kept), found.groups)
+    left = same_groups(pruned_groups(before, groups, source.kept), found.groups)
     if not asked:
         return found, left, None
     own = own_class(slim, found, left, source.dummy_input)

@@ -14,12 +14,12 @@ from oto.slim.proof.compare import relative_error, tolerance
 from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.run import run
 from oto.trace.stand_ins import on_meta
-from oto.trace.state import Change, State, tables, undone
+from oto.trace.state import Change, ModelState, tables, undone
 
 log = logging.getLogger(__name__)
 
 
-def left_since(state: State, model: nn.Module, dummy_input: Any, known: Collection[str]) -> list[Change]:
+def left_since(state: ModelState, model: nn.Module, dummy_input: Any, known: Collection[str]) -> list[Change]:
     """Caches and the like that a forward left in a model after its analysis; none if it computes differently without.
 
     Args:

@@ -58,7 +58,7 @@ class Change:
         return any(_has_tensors(table.get(key)) for key in differ for table in (self.now, self.then))
 
 
-class State:
+class ModelState:
     """What the modules of a model held at one time; no tensor is copied."""
 
     def __init__(self, model: nn.Module) -> None:

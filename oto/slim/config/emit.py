@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition
-from oto.slim.config.norms import Norm, absorb, eps_fields, norms_that_count
+from oto.slim.config.norms import Norm, eps_fields, fold, norms_that_count
 from oto.slim.config.recipe import Recipe
 from oto.slim.config.solve import solve, stock
 from oto.slim.edits import Edits, attribute, pruned_tensors
@@ -34,7 +34,7 @@ def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -
     return edits | eps_fields(recipe, edits, norms), norms
 
 
-def restated(
+def build_from_config(
     model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None, held: Mapping[str, Tensor] | None = None
 ) -> tuple[nn.Module, dict[str, Any], set[str]]:
     """The model's class made from an edited config, with the pruned tensors.
@@ -54,7 +54,7 @@ def restated(
     pruned = pruned_shapes(partition, kept)
     slim = stock(model, pruned_tensors(model, pruned, held=held), edits, recipe)
     with torch.no_grad():
-        changed = absorb(model, slim, partition, pruned, norms)
+        changed = fold(model, slim, partition, pruned, norms)
     return slim, edits, changed
 
 
@@ -87,7 +87,7 @@ def emit_stock(
     Raises:
         EmitterError: No config states the pruned shapes.
     """
-    slim, edits, changed = restated(model, partition, kept, recipe, held)
+    slim, edits, changed = build_from_config(model, partition, kept, recipe, held)
     held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
 
     saved = slim.state_dict().keys() if edits else held.keys()  # the constructor makes what no file holds
@@ -95,7 +95,7 @@ def emit_stock(
 
     def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # weights with factors, and what a constructor computes
         narrow = {name: t for name, t in held.items() if name not in changed} if full is model else None
-        exact = restated(full, partition, kept, recipe, narrow)[0]
+        exact = build_from_config(full, partition, kept, recipe, narrow)[0]
         return {name: attribute(exact, name) for name in changed | made}
 
     tensors = {name: t for name, t in held.items() if name in saved}

@@ -101,7 +101,7 @@ def _floats(module: nn.Module) -> dict[str, float]:
     return {name: value for name, value in vars(module).items() if isinstance(value, float)}
 
 
-def absorb(
+def fold(
     model: nn.Module, slim: nn.Module, partition: Partition, pruned: PrunedShapes, norms: Sequence[Norm]
 ) -> set[str]:
     """Fold into weights what the stock class computes differently from the zeroed model; returns their names."""

@@ -45,7 +45,7 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
         pruned, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
     )
     ranks = ranks_of(exported)
-    slim = SlimGraph(thinned(exported, pruned), exported.module.graph, exported.takes)
+    slim = SlimGraph(pruned_module(exported, pruned), exported.module.graph, exported.takes)
     name_leaves(slim, exported.module, ranks)
     slim.graph.lint()
     slim.recompile()
@@ -67,7 +67,7 @@ def ranks_of(exported: Exported) -> dict[fx.Node, int]:
     return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
 
 
-def thinned(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
+def pruned_module(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
     """The exported module with pruned sizes and tensors; its graph is rewritten in place."""
     source = exported.module
     slim = fx.GraphModule(source, source.graph)

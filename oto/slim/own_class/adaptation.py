@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from oto.axes.terms import Term
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.pruned_shapes import PrunedShapes
 
 Tie = tuple[str, ...]
@@ -65,17 +65,17 @@ class Adaptation:
         whole: Groups that stay whole, each with the index of the call that is the reason.
     """
 
-    sizes: Mapping[Place, SizeAttribute] = field(default_factory=dict)
+    sizes: Mapping[AttributePlace, SizeAttribute] = field(default_factory=dict)
     folded: Mapping[int, Folded] = field(default_factory=dict)
     overrides: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
     minimum: Mapping[str, int] = field(default_factory=dict)
     whole: Mapping[str, int | None] = field(default_factory=dict)
 
-    def with_sizes(self, sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
+    def with_sizes(self, sizes: Mapping[AttributePlace, SizeAttribute]) -> Adaptation:
         return replace(self, sizes={**self.sizes, **sizes})
 
-    def with_folded(self, folded: Mapping[int, Folded], sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
+    def with_folded(self, folded: Mapping[int, Folded], sizes: Mapping[AttributePlace, SizeAttribute]) -> Adaptation:
         return replace(self.with_sizes(sizes), folded={**self.folded, **folded})
 
     def with_overrides(self, overrides: Mapping[int, tuple[int, ...]]) -> Adaptation:

@@ -19,7 +19,7 @@ from oto.slim.pruned_shapes import PrunedShapes
 
 
 @dataclass(frozen=True)
-class Place:
+class AttributePlace:
     """A number that a module holds."""
 
     module: str

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from torch import nn
 
 from oto.axes.terms import Term, resolve, size_of
-from oto.slim.own_class.attributes import Place, SizeAttribute, changed
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute, changed
 from oto.slim.own_class.blocks import ancestors, moved
 from oto.slim.own_class.layers import stock
 from oto.slim.own_class.rescale import sizes_in
@@ -53,7 +53,7 @@ class TensorDim:
 
 Label: TypeAlias = StatedSize | TensorDim
 """Which size of a call is meant, so that it can be found at the same call of other blocks."""
-Choice: TypeAlias = tuple[Place, Label]
+Choice: TypeAlias = tuple[AttributePlace, Label]
 
 
 def term_of(situation: Situation, index: int, label: Label) -> Term | None:
@@ -154,7 +154,7 @@ class Candidates:
         """
         size, now = size_of(term), self.at.pruned.count(term)
         found = [
-            (Place(holder, key), value)
+            (AttributePlace(holder, key), value)
             for path in self.paths
             for holder in (ancestors(path) if far else [path])
             for key, value in self.at.bench.numbers(holder)
@@ -211,9 +211,11 @@ class Candidates:
 
     # --- in all blocks ------------------------------------------------------------------------------------------------
 
-    def everywhere(self, chosen: Sequence[Choice], siblings: Sequence[int], again: bool) -> dict[Place, SizeAttribute]:
+    def everywhere(
+        self, chosen: Sequence[Choice], siblings: Sequence[int], again: bool
+    ) -> dict[AttributePlace, SizeAttribute]:
         """The same attributes in all repeated blocks; those that are already set only if ``again``."""
-        made: dict[Place, SizeAttribute] = {}
+        made: dict[AttributePlace, SizeAttribute] = {}
         index, home, modules = self.at.index, self.at.node.module, self.at.bench.modules
         for place, label in chosen:
             here, value = term_of(self.at, index, label), self.at.held(place.module)[place.key]
@@ -224,7 +226,7 @@ class Candidates:
                 term = term_of(self.at, sibling, label)
                 if sibling == index or there is None or there not in modules or term is None:
                     continue
-                other = Place(there, place.key)
+                other = AttributePlace(there, place.key)
                 held = self.at.held(there).get(place.key)
                 alike = held is not None and held * size_of(here) == value * size_of(term)
                 if (

@@ -16,7 +16,7 @@ from torch import nn
 from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError
 from oto.nn import functional as full_count
-from oto.nn import modules as thinner
+from oto.nn import modules as slim_layers
 from oto.nn.overrides import to_json
 from oto.slim.edits import Edits
 from oto.slim.own_class.placed import overrides_of
@@ -208,7 +208,7 @@ def _layer_norm(layer: _Layer, edits: Edits) -> None:
         "eps": module.eps,
         "weight": module.weight is not None,
     }
-    if isinstance(module, nn.LayerNorm | thinner.LayerNorm):
+    if isinstance(module, nn.LayerNorm | slim_layers.LayerNorm):
         layer.swap(edits, "LayerNorm", **arguments, bias=module.bias is not None)
     else:
         layer.swap(edits, "RMSNorm", **arguments)
@@ -301,7 +301,7 @@ def _attention(layer: _Layer, edits: Edits) -> None:
     assert out is not None and out[1] == int(kept[0].sum()) * int(widths[2].sum())
 
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, thinner.LayerNorm, thinner.RMSNorm, thinner.GroupNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, slim_layers.LayerNorm, slim_layers.RMSNorm, slim_layers.GroupNorm)
 
 STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
     nn.Linear: _linear,
@@ -330,8 +330,8 @@ STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
     nn.LSTMCell: _cell,
     nn.GRUCell: _cell,
     nn.RNNCell: _cell,
-    thinner.LayerNorm: _layer_norm,
-    thinner.RMSNorm: _layer_norm,
-    thinner.GroupNorm: _group_norm,
-    thinner.MultiheadAttention: _attention,
+    slim_layers.LayerNorm: _layer_norm,
+    slim_layers.RMSNorm: _layer_norm,
+    slim_layers.GroupNorm: _group_norm,
+    slim_layers.MultiheadAttention: _attention,
 }

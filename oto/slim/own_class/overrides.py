@@ -17,7 +17,7 @@ from oto.nn import functional as full_count
 from oto.nn.calls import numbers_of
 from oto.nn.overridden import COUNTED, UNIFORM
 from oto.nn.overrides import FullCount, Given, Override, Pieces, Sizes
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.traced import TracedInt, places_of
 from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.functions import FunctionCall
@@ -76,11 +76,11 @@ class FunctionCalls:
         return {own[0]: place for place, own in made.items() if len(own) == 1}
 
     @cached_property
-    def places(self) -> set[Place]:
+    def places(self) -> set[AttributePlace]:
         """All attributes that a number among the arguments of any call is known to come from."""
         return {place for call in self.recorded for number in call.numbers for place in places_of(number)}
 
-    def stating(self, index: int) -> dict[int, frozenset[Place]]:
+    def stating(self, index: int) -> dict[int, frozenset[AttributePlace]]:
         """For each number among the arguments of a call that is known to come from attributes, their places."""
         at = self.by_node.get(index)
         found = enumerate(self.recorded[at].numbers if at is not None else ())
@@ -152,7 +152,7 @@ class FunctionCalls:
             i for i, size in sizes if size is not None and any(axes_of(resolve(size.term))) and self._is_width(size)
         ]
 
-    def attributes_of(self, node: Node, rewrite: Rewrite | None) -> dict[Place, SizeAttribute]:
+    def attributes_of(self, node: Node, rewrite: Rewrite | None) -> dict[AttributePlace, SizeAttribute]:
         """The attributes that reach a call unchanged, and the sizes that they state there."""
         at = self.by_node.get(node.index)
         if at is None or rewrite is None or not (rewrite.op is node.op or rewrite.op is aten.reshape.default):

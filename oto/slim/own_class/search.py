@@ -21,11 +21,11 @@ from torch import nn
 from oto.axes.terms import axes_of, resolve, size_of
 from oto.errors import EmitterError
 from oto.groups import Kept, NodeGroup, Partition
-from oto.groups.layout import joined
+from oto.groups.layout import merge_ties
 from oto.groups.policy import keep_whole
 from oto.progress import stage
 from oto.slim.own_class.adaptation import Adaptation
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.compare import Divergence
 from oto.slim.own_class.layers import stock
@@ -125,7 +125,7 @@ def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]
     """The node groups with the limits of the class: some stay whole, are tied, or keep a minimum of atoms."""
     minimum = own.adaptation.minimum
     enough = [replace(g, min_kept=max(g.min_kept, minimum.get(g.name, 0))) for g in groups]
-    return joined(keep_whole(enough, own.whole, CLASS), own.ties)
+    return merge_ties(keep_whole(enough, own.whole, CLASS), own.ties)
 
 
 @dataclass(eq=False)
@@ -241,7 +241,7 @@ class Search:
         """
         adaptation = self.adaptation
         found = self.bench.partition.found
-        made: dict[Place, SizeAttribute] = {}
+        made: dict[AttributePlace, SizeAttribute] = {}
         for leaf in self.bench.graph.leaves:
             path, _, name = leaf.name.rpartition(".")
             kind = stock(self.bench.modules.get(path))
@@ -253,15 +253,15 @@ class Search:
             for holder in ancestors(path)[1:]:
                 for key, value in self.bench.numbers(holder):
                     if len(key) == 1 and value == size_of(into) and isinstance(value, int):
-                        made.setdefault(Place(holder, key), SizeAttribute(into, value))
+                        made.setdefault(AttributePlace(holder, key), SizeAttribute(into, value))
         new = adaptation.with_sizes({place: size for place, size in made.items() if place not in adaptation.sizes})
         if new.sizes != adaptation.sizes and self._divergence(new, Trial(Kind.ALL)) is None:
             self.adaptation = new
 
 
-def stated_by_code(bench: Workbench, trials: Trials) -> dict[Place, SizeAttribute]:
+def stated_by_code(bench: Workbench, trials: Trials) -> dict[AttributePlace, SizeAttribute]:
     """The attributes that reach calls unchanged, and the sizes that they state there."""
-    made: dict[Place, SizeAttribute] = {}
+    made: dict[AttributePlace, SizeAttribute] = {}
     for node in bench.graph.nodes:
         for place, size in bench.calls.attributes_of(node, bench.partition.found.tape.rewrites.get(node.index)).items():
             axes = {trials.names.get(axis) for axis in axes_of(resolve(size.term))}

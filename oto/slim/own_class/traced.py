@@ -16,17 +16,17 @@ from typing import Any
 from torch import nn
 
 from oto.slim.numbers import set_number
-from oto.slim.own_class.attributes import Place, numbers
+from oto.slim.own_class.attributes import AttributePlace, numbers
 
 
 class TracedInt(int):
     """An integer with the places that it came from; ``direct`` if it is one of them unchanged."""
 
-    places: frozenset[Place]
+    places: frozenset[AttributePlace]
     direct: bool
 
     @classmethod
-    def of(cls, value: int, places: frozenset[Place], direct: bool = False) -> TracedInt:
+    def of(cls, value: int, places: frozenset[AttributePlace], direct: bool = False) -> TracedInt:
         made = cls(value)
         made.places, made.direct = places, direct
         return made
@@ -56,7 +56,7 @@ for _name in ("add", "sub", "mul", "floordiv", "mod", "pow"):
 setattr(TracedInt, "__neg__", lambda self: TracedInt.of(-int(self), self.places))  # noqa: B010
 
 
-def places_of(number: Any) -> frozenset[Place]:
+def places_of(number: Any) -> frozenset[AttributePlace]:
     """The places that a number came from; empty if they are not known."""
     return number.places if isinstance(number, TracedInt) else frozenset()
 
@@ -76,7 +76,7 @@ def traced(model: nn.Module, skip: Callable[[nn.Module], bool]) -> Iterator[None
             for key, value in list(numbers(module)):
                 if type(value) is int and value > 1:
                     held.append((module, str(key[0]), vars(module)[str(key[0])]))  # containers around it are copied
-                    set_number(module, key, TracedInt.of(value, frozenset([Place(path, key)]), direct=True))
+                    set_number(module, key, TracedInt.of(value, frozenset([AttributePlace(path, key)]), direct=True))
         yield
     finally:
         for module, name, before in reversed(held):

@@ -181,13 +181,13 @@ class Trials:
         families = list(self._families(adaptation).values())
         columns = 2 * max(len(families) - 1, 1).bit_length()
         turns = self._turns(adaptation)
-        thinner: set[str] = set()
+        chosen: set[str] = set()
         for number, names in enumerate(families):
             for block, name in enumerate(names):
                 bit, side = divmod((block * turns + turn) % columns, 2)
                 if number >> bit & 1 == side:
-                    thinner.add(name)
-        return thinner
+                    chosen.add(name)
+        return chosen
 
     def changing(self, terms: Iterable[Term], pruned: PrunedShapes) -> Iterator[str]:
         """The groups that get thinner among those in some dimensions."""

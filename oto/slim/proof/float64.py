@@ -149,7 +149,7 @@ _PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn
 
 
 @contextmanager
-def unrounded() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """While inside, products in float32 are computed in float32, whatever precision the user allowed for speed."""
     new = hasattr(torch.backends, "fp32_precision")  # since torch 2.9
     places = [(name, "fp32_precision") for name in _PRECISION if new] + [(name, "allow_tf32") for name in _TF32]

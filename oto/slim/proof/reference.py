@@ -288,7 +288,7 @@ class Reference:
 
     def _compared64(self, slim: nn.Module, inputs: Sequence[Input], options: CheckOptions) -> list[Check]:
         checks = []
-        with self._unrounded(slim, options.rounded):
+        with self._exact_values(slim, options.rounded):
             for given in inputs:
                 expected = self.full.outputs64(given)
                 if expected is not None:
@@ -305,7 +305,7 @@ class Reference:
             return run(in_double(slim), value)
 
     @contextmanager
-    def _unrounded(self, slim: nn.Module, rounded: Exact | None) -> Iterator[None]:
+    def _exact_values(self, slim: nn.Module, rounded: Exact | None) -> Iterator[None]:
         """While inside, tensors of a slim model that had to be rounded hold the exact values.
 
         Raises:

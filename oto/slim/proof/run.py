@@ -12,7 +12,7 @@ from oto._torch import TorchDispatchMode, tree_map_only
 from oto.nn import OverriddenForward
 from oto.nn.overridden import learning
 from oto.slim.edits import Edits
-from oto.slim.proof.float64 import WIDER, throughout, unrounded, widened, widening
+from oto.slim.proof.float64 import WIDER, throughout, widened, widening, without_tf32
 from oto.trace.decisions import Script
 from oto.trace.inputs import arguments
 from oto.trace.outputs import tensors_in
@@ -53,7 +53,7 @@ def run(
     decided = nullcontext() if script is None else _Decided(script)
     with ExitStack() as stack:
         stack.enter_context(preserved(module, dummy_input, found))
-        stack.enter_context(unrounded())
+        stack.enter_context(without_tf32())
         if fast:
             torch.backends.mha.set_fastpath_enabled(True)  # ``preserved`` puts it back
             stack.enter_context(torch.inference_mode())

@@ -12,7 +12,7 @@ from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
 from oto.errors import ShrinkError, first_line, reraise_out_of_memory
 from oto.groups import Kept, Partition
 from oto.slim.proof.compare import Check, checked
-from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout, unrounded
+from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout, without_tf32
 from oto.slim.proof.inputs import random_like
 from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 from oto.trace.inputs import arguments
@@ -109,7 +109,7 @@ def trained(module: nn.Module, given: Any) -> Trained:
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(given))
     modes = [(m, m.training) for m in module.modules()]
     all_eval = not any(training for _, training in modes)
-    with preserved(module, given), unrounded(), torch.inference_mode(), _Still(), throughout(module):  # type: ignore[no-untyped-call]
+    with preserved(module, given), without_tf32(), torch.inference_mode(), _Still(), throughout(module):  # type: ignore[no-untyped-call]
         torch.manual_seed(0)
         for m, training in modes:
             m.training = training or all_eval

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from oto.slim.own_class.adaptation import Folded
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.rescale import folded
 from oto.slim.own_class.situation import Proposal, Situation
@@ -28,13 +28,13 @@ def proposals(at: Situation) -> Iterator[Proposal]:
             yield Proposal(at.adaptation.with_folded(found, sizes), reason, must_pass=True)
 
 
-def _constants(at: Situation, found: dict[int, Folded]) -> dict[Place, SizeAttribute] | None:
+def _constants(at: Situation, found: dict[int, Folded]) -> dict[AttributePlace, SizeAttribute] | None:
     """The attributes that hold small constants which change with the count; ``None`` if the code states one itself."""
-    made: dict[Place, SizeAttribute] = {}
+    made: dict[AttributePlace, SizeAttribute] = {}
     for fold in found.values():
         for index, wanted in fold.scalars.items():
             places = [
-                Place(path, key)
+                AttributePlace(path, key)
                 for path in ancestors(at.bench.graph.nodes[index].module)
                 for key, value in at.held(path).items()
                 if isinstance(value, float) and value == wanted.value

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.candidates import Candidates
 from oto.slim.own_class.situation import Proposal, Situation
 
 _TRIES = 16
 """Most candidates for one call. The right one is among the first few; the others only have the same value."""
 
-Key: TypeAlias = tuple[tuple[Place, int | float], ...]
+Key: TypeAlias = tuple[tuple[AttributePlace, int | float], ...]
 
 
 def named(at: Situation) -> Iterator[Proposal]:
@@ -38,7 +38,9 @@ def proposals(at: Situation) -> Iterator[Proposal]:
                 return
 
 
-def _new(at: Situation, made: dict[Place, SizeAttribute], tried: set[Key], is_guess: bool) -> Iterator[Proposal]:
+def _new(
+    at: Situation, made: dict[AttributePlace, SizeAttribute], tried: set[Key], is_guess: bool
+) -> Iterator[Proposal]:
     """The proposal of these sizes, unless it was tried or is part of the adaptation already."""
     sizes = at.adaptation.sizes
     key = tuple(sorted(((p, at.pruned.count(s.term) * s.value) for p, s in made.items()), key=repr))
@@ -49,7 +51,7 @@ def _new(at: Situation, made: dict[Place, SizeAttribute], tried: set[Key], is_gu
         yield Proposal(at.adaptation.with_sizes(made), _said(made), is_guess=is_guess, restates=restates)
 
 
-def _said(made: dict[Place, SizeAttribute]) -> str:
+def _said(made: dict[AttributePlace, SizeAttribute]) -> str:
     first, *others = made
     names = ".".join(map(str, first.key))
     if not others:

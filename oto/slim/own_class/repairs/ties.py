@@ -11,7 +11,7 @@ import torch
 
 from oto.axes.terms import Term, axes_of, resolve, size_of
 from oto.slim.own_class.adaptation import Adaptation, Tie
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.blocks import ancestors, moved
 from oto.slim.own_class.candidates import StatedSize, term_of
 from oto.slim.own_class.rescale import sizes_in
@@ -36,7 +36,7 @@ def equal_pieces(at: Situation) -> Iterator[Proposal]:
             continue
         # another method may cut by an attribute that this one does not read
         sizes = {
-            Place(path, key): SizeAttribute(pieces[0], value)
+            AttributePlace(path, key): SizeAttribute(pieces[0], value)
             for path, pieces in ((at.bench.graph.nodes[index].module, pieces) for index, pieces in cut.items())
             for key, value in at.held(path).items()
             if len(key) == 1 and type(value) is int and value == size_of(pieces[0])
@@ -84,12 +84,12 @@ def same_widths(at: Situation) -> Iterator[Proposal]:
         yield Proposal(tied, "the widths that the class compares stay equal", must_pass=True)
 
 
-def _both(at: Situation, place: Place, nth: int, siblings: Sequence[int]) -> list[list[Term]]:
+def _both(at: Situation, place: AttributePlace, nth: int, siblings: Sequence[int]) -> list[list[Term]]:
     """For each repeated block, the term that a size attribute follows from, and that of the call's ``nth`` size."""
     pairs: list[list[Term]] = []
     for sibling in siblings:
         there = moved(place.module, at.node.module, at.bench.graph.nodes[sibling].module)
-        other = at.adaptation.sizes.get(Place(there or "", place.key))
+        other = at.adaptation.sizes.get(AttributePlace(there or "", place.key))
         term = term_of(at, sibling, StatedSize(nth))
         if other is not None and term is not None:
             pairs.append([other.term, term])
