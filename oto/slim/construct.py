@@ -147,7 +147,7 @@ def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exceptio
     )
     return EmitterError(
         f"{said.splitlines()[0]}\n"
-        f"  class   the original class does not do either: {why['module']}\n"
+        f"  class   the original class fails too: {why['module']}\n"
         f"  replay  nor does a recording of the example: {str(refused['recording']).splitlines()[0]}\n"
         f"{nothing}  to fix  {source.remedy}"
     )

@@ -53,12 +53,12 @@ _Place: TypeAlias = tuple[Any, ...]
 def around_modules(
     enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any, Any], None] | None = None
 ) -> Iterator[None]:
-    """While inside, every module that runs is shown before, with its arguments, and after, whatever it raises."""
+    """While inside, call hooks before every module runs, with its arguments, and after it, even if it raises."""
     hooks = [nn.modules.module.register_module_forward_pre_hook(enter)]
     if leave is not None:
         hooks.append(nn.modules.module.register_module_forward_hook(leave, always_call=True))
     try:
-        with warnings.catch_warnings():  # compiled submodules mind the hooks
+        with warnings.catch_warnings():  # compiled submodules warn about the hooks
             warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
             yield
     finally:

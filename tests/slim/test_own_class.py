@@ -611,7 +611,7 @@ def test_the_class_is_asked_again_at_the_counts_that_come(caplog):
 
 def test_a_graph_in_place_of_the_class_warns_with_the_way_out(recwarn):
     x = torch.randn(2, 6, dtype=torch.float64)
-    model = Lucky(states=False, ways=2).double().eval()  # so that one more does not do either
+    model = Lucky(states=False, ways=2).double().eval()  # so that one more fails too
     oto = OTO(model, x)
     zeroed(oto, {"up.weight": 37})
     with pytest.warns(NotItsClassWarning, match=r"(?s)no Lucky: .*test_own_class.py:\d+.*to fix .*skip_patterns"):

@@ -1,7 +1,7 @@
 """What a thinner model of the user's own class needs, as one frozen value that the search replaces, never changes.
 
-Example: ``hidden`` of ``mlp`` is set to the thinner width, the weight of a norm takes in the factor of its count, and
-one ``view`` is overridden.
+Example: ``hidden`` of ``mlp`` is set to the thinner width, the count of a norm is folded into its weight, and one
+``view`` is overridden.
 """
 
 from __future__ import annotations

@@ -371,7 +371,7 @@ class Reference:
             raise EmitterError(
                 f"a forward that was put into the model (model.forward = ...) runs {met[0] or 'the full model'} itself,"
                 " in the slim copy too\n"
-                "  effect  the slim model would compute with the full weights, so it is not handed out\n"
+                "  effect  the slim model would compute with the full weights, so it is not returned\n"
                 "  to fix  remove it first (del model.forward), or assign a method: types.MethodType(f, model)"
             )
 
