@@ -331,7 +331,7 @@ class OTO:
 
         Raises:
             VerificationError: The slim model differs, or the full one gives no finite number. Nothing is written.
-            EmitterError: No emitter, or not the requested one, can express the slim model; or no program can be written.
+            EmitterError: No emitter, or not the requested one, can express the model; or no program can be written.
             NonFiniteParameterError, UnknownParameterError: A parameter holds NaN or infinity; ``model`` is not a copy
                 of the model, or ``align`` names unknown parameters.
             ArtifactError: ``out_dir`` cannot be written, or holds a file of the same name that no artifact wrote.
