@@ -119,7 +119,7 @@ class GraphInputError(OTOError, TypeError):
 
 
 class UnseenPathError(OTOError, RuntimeError):
-    """A forward that is told sizes takes another path than the one for which they are known."""
+    """An overridden forward takes a different path than the one that its overrides are for."""
 
 
 class TrainModeError(OTOError):
@@ -225,7 +225,7 @@ def printable(text: str) -> str:
 
 
 def out_of_memory(failure: BaseException) -> bool:
-    """Whether memory ran out, which no other way of doing the same would mend: it is never told as anything else."""
+    """Whether memory ran out, which must never be hidden: trying the same differently would not help."""
     return isinstance(failure, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(failure)
 
 

@@ -1,4 +1,7 @@
-"""What a run decides by its data, so that another run can decide the same."""
+"""Record the decisions of a run that depend on data, so that another run can repeat them.
+
+Example: which boxes a detector keeps; a slim model that differs by rounding might keep another one.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from oto._torch import (
 
 @dataclasses.dataclass
 class Script:
-    """The decisions of a run on data: whole numbers, truth values and what leaves torch, in their order.
+    """The decisions of a run on data: integers, booleans and numbers that leave torch, in order.
 
-    A run that follows a script takes them from there, so that it takes the same path, whatever its own tensors hold.
+    A run that follows a script repeats them, so it takes the same path whatever its own tensors hold.
     """
 
     written: list[tuple[Any, list[Any]]] = dataclasses.field(default_factory=list)
     read: int | None = None
 
     def take(self, op: Any, result: Any) -> Any:
-        """Write a result down, or put what stands in the script in its place."""
+        """Record a result, or replace it by that of the script."""
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
         decides = [not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()) for x in leaves]
         if not any(decides):
@@ -38,10 +41,10 @@ class Script:
             for place, (new, old, own) in enumerate(zip(leaves, before, decides, strict=False)):
                 if not (own and isinstance(new, Tensor) and isinstance(old, Tensor)):
                     continue
-                if new.shape != old.shape:  # how many there are may be a decision, too
+                if new.shape != old.shape:  # the number of entries may be a decision too
                     if op.namespace != "aten" or torch.Tag.dynamic_output_shape in op.tags:
                         leaves[place] = old.clone()
-                elif 0 not in new.stride():  # an expanded one repeats what was put in its place before
+                elif 0 not in new.stride():  # an expanded tensor repeats entries that were replaced already
                     new.copy_(old)
             if isinstance(result, Tensor):
                 return leaves[0]

@@ -1,4 +1,4 @@
-"""The torch functions that Python code calls, above the operators that these consist of."""
+"""Record the torch functions that Python code calls, one level above the ATen operators that these consist of."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from oto.nn.calls import first_tensor, name_of, numbers_of, running
 from oto.trace.recorder import Recorder
 
 LITERALS = ("tensor", "as_tensor", "scalar_tensor")
-"""Functions that make a tensor of numbers, and are no calls of operators."""
+"""Functions that make a tensor from numbers, which are no calls of operators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,12 @@ class FunctionCall:
     """A call of a torch function, as Python code makes it.
 
     Attributes:
-        name: What the function is called.
-        numbers: The numbers among its arguments, in their order.
-        within: The modules that were running, from the outside inwards: the path of each, and its how manieth run.
+        name: The name of the function.
+        numbers: The numbers among its arguments, in order.
+        within: The modules that were running, from the outside inwards: the path of each, and the ordinal of its run.
         nodes: The calls of operators that it consists of.
-        lines: The lines of code that were running, as :mod:`oto.nn.calls` has them.
-        begins: For each module in ``within``, how many of these were running when it was called.
+        lines: The lines of code that were running, in the form of :mod:`oto.nn.calls`.
+        begins: For each module in ``within``, how many of ``lines`` were running when it was called.
         takes: The shape of its first tensor.
     """
 
@@ -39,12 +39,12 @@ class FunctionCall:
     takes: tuple[int, ...] | None
 
     def site(self, level: int) -> str:
-        """Where it is made in the forward of a module in ``within``."""
+        """Its site in the forward of a module in ``within``."""
         return "\n".join(self.lines[self.begins[level] :])
 
 
 class Functions(TorchFunctionMode):
-    """Writes down the torch functions that are called."""
+    """Records the torch functions that are called."""
 
     def __init__(self, recorder: Recorder, calls: list[FunctionCall], named: Container[str] | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The tensors of what a model takes or gives, however nested."""
+"""The tensors in a model's inputs or outputs, however nested."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
-    """The tensors of an output: of tuples, lists, mappings and dataclasses, however nested.
+    """The tensors of an output, in tuples, lists, mappings and dataclasses, however nested.
 
-    Objects with a behavior of their own, such as key-value caches, are state that the model hands to itself; they are
-    not looked into.
+    Objects with their own behavior, such as key-value caches, are state that the model passes to itself; they are not
+    searched.
     """
     return (tensor for _, tensor in named_tensors_in(result))
 
 
 def named_tensors_in(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The same with where they are: the keys, fields and places on the way, with dots between them."""
+    """The same with the path of each tensor: keys, fields and indices, with dots between them."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(result, Tensor):
         yield name, result

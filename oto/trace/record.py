@@ -1,13 +1,13 @@
-"""Run a model once and write down every ATen call.
+"""Run a model once and record every ATen call.
 
 The run happens under ``torch.inference_mode``: composite operators (``linear``, ``scaled_dot_product_attention``,
-``einsum`` …) then arrive whole, the level at which ``torch.export`` works too. Three ways are tried in turn: tensors on
-``meta``, which know their shapes only; fake tensors, which know their device too; and, for a model that needs data
-(``.item()``, a branch on a value), the real run on the example. A model that takes gradients in its forward is run once
-more with autograd, which takes composite operators apart.
+``einsum`` …) then arrive whole, as they do in ``torch.export``. Three modes are tried in turn: tensors on ``meta``,
+which have only shapes; fake tensors, which also have a device; and, for a model that needs data (``.item()``, a branch
+on a value), the real run on the example. A model that takes gradients in its forward is run again with autograd, which
+decomposes composite operators.
 
 The model is left as it was: parameters and buffers are swapped for the run by ``torch.func.functional_call``, and
-``snapshot.py`` takes back what ``forward`` does besides.
+``snapshot.py`` undoes everything else that ``forward`` does.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def record(
         model: Any module, on any device, ``meta`` included. Its mode, gradients, buffers and the random state are left
             as they were; the run is made in eval mode.
         dummy_input: A tensor, a tuple of positional arguments or a dict of keyword arguments.
-        known: Whether an operator is to be written down as it is. A composite operator that is not known is taken
-            apart into those that it is made of.
-        dead: Keep calls whose results reach no output; the model's class makes them all the same.
-        training: Where parameters are not reached in eval mode, look at what train mode does, too.
+        known: Whether an operator is recorded as it is. A composite operator that is not known is decomposed.
+        dead: Keep calls whose results reach no output; the model's class makes them anyway.
+        training: If some parameters are not reached in eval mode, record train mode too.
 
     Raises:
         DummyInputError: ``dummy_input`` is of the wrong type.
@@ -65,9 +64,9 @@ def record(
     args, kwargs = arguments(dummy_input)
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
-            f"the model is TorchScript ({type(model).__name__}), whose parameters cannot be told apart while it runs\n"
+            f"the model is TorchScript ({type(model).__name__}), whose parameters cannot be identified while it runs\n"
             "  effect   there is nothing to analyze; the model is as it was\n"
-            "  to fix   give the Python module that it was made of"
+            "  to fix   pass the Python module that it was made from"
         )
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
@@ -87,7 +86,7 @@ def record(
             reraise_out_of_memory(failure)
             traceback.clear_frames(failure.__traceback__)  # they hold tensors
             failures[way] = failure
-            log.info("%s tensors do not carry this model: %s", way, failure)
+            log.info("%s tensors are not enough for this model: %s", way, failure)
         else:
             found.warn_of_what_is_left()
             return with_training(graph, model, dummy_input, known, ways[ways.index(way) :]) if training else graph
@@ -98,7 +97,7 @@ def record(
 
 
 def record_data(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Recording:
-    """The run of ``model`` on the data of one example, in which branches go as its values say.
+    """Record ``model`` on the data of one example, whose values decide every branch.
 
     Raises:
         DummyInputError: ``dummy_input`` is of the wrong type.
@@ -128,17 +127,17 @@ def follow(
     found: Snapshot | None = None,
     bare: bool = False,
 ) -> tuple[tuple[Node, ...], Exception | None]:
-    """Every call that ``model`` makes on the example, dead ones too, until it fails; and how it fails, if it does.
+    """Every call that ``model`` makes on the example, including dead ones, until it fails; and the failure, if any.
 
     Args:
-        way: How tensors are stood for, as in :attr:`Graph.mode`: ``"meta"``, ``"fake"`` or ``"real"``.
-        functions: Where to write down the torch functions that are called.
-        script: Where to write down what the run decides by its data, or whence to take it.
-        limit: How many calls to follow, if not all.
-        literals: Where to write down the functions that make a tensor of numbers, which are no calls of operators.
-        found: What is put back afterwards, where that is known: for a copy that is thrown away, what the model holds.
-        bare: Whether ``model`` is a copy that is put back by ``found`` and holds its tensors nowhere but in its modules
-            and in lists and dicts of these, so that they may be swapped there.
+        way: The mode, as in :attr:`Graph.mode`.
+        functions: A list for the torch functions that are called.
+        script: Records the decisions that depend on data, or repeats recorded ones.
+        limit: How many calls to record, if not all.
+        literals: A list for the functions that make a tensor from numbers, which are no calls of operators.
+        found: The snapshot to restore afterwards, if there is one: for a copy that is thrown away, that of the model.
+        bare: Whether ``model`` is a copy that is restored by ``found`` and holds its tensors only in its modules and in
+            their lists and dicts, so that they may be swapped there.
     """
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way, limit=limit)

@@ -1,4 +1,4 @@
-"""Every call of an operator, written down as it is made, with the module and the line of code that make it."""
+"""Record every call of an operator as it is made, with the calling module and line of code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from oto.user_code import user_line
 
 aten = torch.ops.aten
 
-# calls that write to their first argument and give it: where shapes are all that is computed, they need not be made
+# calls that write to their first argument and return it: if only shapes are computed, they need not be made
 _WRITES_FIRST = {
     aten.relu_.default,
     aten.silu_.default,
@@ -53,12 +53,12 @@ _Place: TypeAlias = tuple[Any, ...]
 def around_modules(
     enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any, Any], None] | None = None
 ) -> Iterator[None]:
-    """While inside, every module that runs is shown before, with its arguments, and after, whatever it raises."""
+    """While inside, call hooks before every module runs, with its arguments, and after it, even if it raises."""
     hooks = [nn.modules.module.register_module_forward_pre_hook(enter)]
     if leave is not None:
         hooks.append(nn.modules.module.register_module_forward_hook(leave, always_call=True))
     try:
-        with warnings.catch_warnings():  # compiled submodules mind the hooks
+        with warnings.catch_warnings():  # compiled submodules warn about the hooks
             warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
             yield
     finally:
@@ -67,7 +67,7 @@ def around_modules(
 
 
 def _place(tensor: Tensor) -> _Place | None:
-    """Where the entries of a tensor lie; ``None`` if it has no memory of the plain kind."""
+    """The place of a tensor in memory; ``None`` if it has no ordinary storage."""
     try:
         return tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
     except (NotImplementedError, RuntimeError):
@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
         self.constants: dict[Value, Tensor] = {}
         self.script: Script | None = None
         self.fake: FakeTensorMode | None = None
-        self.alive: list[Tensor] = []  # tensors are known by id, so none may be freed while we look
+        self.alive: list[Tensor] = []  # tensors are identified by id, so none may be freed during the run
         self.places: dict[int, _Place] = {}
         self.latest: dict[_Place, int] = {}
         self.path: list[str] = [""]
@@ -111,10 +111,10 @@ class Recorder(TorchDispatchMode):
             self.latest[place] = id(tensor)
 
     def see(self, tensor: Tensor) -> Value:
-        """What stands for a tensor; one that was never seen is a constant of the model.
+        """The value of a tensor; one that was never seen is a constant of the model.
 
-        Reading and setting ``.data`` are no calls: a tensor that is new, or lies elsewhere than before, is the one that
-        was seen in the same place.
+        Reading and setting ``.data`` are no calls: a tensor that is new, or has moved in memory, is taken for the one
+        that was seen at its place.
         """
         place = _place(tensor)
         if id(tensor) not in self.builder.current or place != self.places.get(id(tensor)):
@@ -143,10 +143,10 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def following(self, modules: Mapping[str, nn.Module], outside: FrameType) -> Iterator[None]:
-        """Keep ``self.path`` at the module that is running.
+        """Keep ``self.path`` at the path of the running module.
 
         Args:
-            outside: What runs the model.
+            outside: The frame that runs the model.
         """
         self.outside = outside
         paths = {id(module): name for name, module in _once(modules)}
@@ -172,7 +172,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if op.namespace == "prim":  # a fake tensor is asked for its device
+        if op.namespace == "prim":  # for example reading the device of a fake tensor
             return op(*args, **kwargs)
         whole = isinstance(op, HigherOrderOperator)  # torch.cond and the like: functions among the arguments
         if not whole and not self.known(op):
@@ -185,10 +185,10 @@ class Recorder(TorchDispatchMode):
                 with self:
                     return code(*args, **kwargs)
         named = kwargs
-        if op is aten.einsum.default:  # in which order it multiplies is chosen by sizes, and no part of what it gives
+        if op is aten.einsum.default:  # its order of products depends on sizes and does not change the result
             named = {name: value for name, value in kwargs.items() if name != "path"}
         writes = not whole and op._schema.is_mutable
-        with DisableTorchFunction():  # that we look at a tensor is no call of the model's, which costs as much as one
+        with DisableTorchFunction():  # our own looks at tensors are no calls of the model
             values = self.valued(args), self.valued(named)
             self.found.look(sys._getframe(1))
             result = args[0] if self.shapes_only and op in _WRITES_FIRST else None
@@ -207,7 +207,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _write_down(self, op: Any, values: tuple[Any, Any], given: tuple[Any, Any], result: Any, writes: bool) -> None:
-        """Add a call, or a number that leaves torch, on which code may branch."""
+        """Add a call, or mark a number that leaves torch, which code may branch on."""
         results: list[Any] = []
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -225,7 +225,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _keys_at(places: Sequence[tuple[int, str]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
-    """The keys of the tensors among some arguments, by position and name."""
+    """The keys of the tensors at some positions or names among the arguments."""
     found = [args[position] if position < len(args) else kwargs.get(name) for position, name in places]
     return [id(leaf) for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
@@ -240,13 +240,13 @@ def _once(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _runs_without_data(code: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Whether the code of an operator is made of calls alone, and no values leave torch in it."""
+    """Whether the code of an operator consists of calls only, with no values leaving torch."""
     try:
         given = tree_map_only(
             Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), (args, kwargs)
         )
         code(*given[0], **given[1])
-    except Exception as failure:  # whatever its author does with data
+    except Exception as failure:  # its code may do anything with data
         reraise_out_of_memory(failure)
         return False
     return True

@@ -1,4 +1,4 @@
-"""One run of a model in one mode, and the graph that it comes to."""
+"""Run a model once in one mode, and build the graph of that run."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from oto.trace.stand_ins import Held, stand_ins
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recording:
-    """A graph, and what its run met besides: enough to run it again.
+    """A graph with all else that is needed to run it again.
 
     Attributes:
-        constants: What the constants among the leaves held, if the run was made on data.
+        constants: The values of the constants among the leaves, if the run was made on data.
         result: What ``forward`` returned.
     """
 
@@ -49,12 +49,12 @@ class Recording:
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         result: What ``forward`` returned.
-        outputs: The tensors in it, by where they are.
-        replaced: Names of tensors of the model in whose place the forward put others.
+        outputs: The tensors in it, by their paths.
+        replaced: Names of tensors of the model that the forward replaced by others.
     """
 
     recorder: Recorder
@@ -119,8 +119,8 @@ def run(
 
 
 def in_analyzed_form(model: nn.Module) -> None:
-    """Let modules that have another form for the analysis (those of ``oto.nn``, and those of the user's own that are
-    told sizes) run in it, until all is put back."""
+    """Switch modules with a separate form for the analysis (those of ``oto.nn``, overridden forwards) to it, until the
+    model is restored."""
     for module in modules_of(model):
         forward = vars(module).get("forward")
         if hasattr(type(module), "_oto_analyzed"):
@@ -141,7 +141,7 @@ def _gives_no_tensor(model: nn.Module, result: Any) -> str:
 
 
 def _whole_inside(model: nn.Module) -> str:
-    """What to do where a module is a wrapper around another that has all of its parameters."""
+    """The remedy if a module wraps another that has all of its parameters."""
     count = len(list(model.parameters()))
     held = [
         name

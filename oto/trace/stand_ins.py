@@ -1,4 +1,4 @@
-"""What stands for the tensors of a model while it is followed: shapes alone, fake tensors, or the real ones."""
+"""Stand-ins for the tensors of a model while it is recorded: shapes only, fake tensors, or the real ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from oto.trace.snapshot import (
 
 
 def on_meta(model: nn.Module) -> bool:
-    """Whether parameters have shapes and no values."""
+    """Whether parameters have only shapes, no values."""
     return any(p.is_meta for p in model.parameters())
 
 
@@ -34,7 +34,7 @@ def _empty(t: Tensor) -> Tensor:
 
 
 def stand_ins(way: Mode, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tensor], Tensor], FakeTensorMode | None]:
-    """Set the way up; what stands for a real tensor in it, and the mode of those that are fake."""
+    """Enter a mode; returns the function that makes the stand-in of a tensor, and the mode of fake tensors, if any."""
     if way == "meta":
         stack.enter_context(torch.device("meta"))
         return _empty, None
@@ -47,7 +47,7 @@ def stand_ins(way: Mode, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tenso
     device = next((t.device for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_meta), None)
 
     def fake(t: Tensor) -> Tensor:
-        if t.is_meta and device is not None:  # parameters on meta meet real inputs: let both be on one device
+        if t.is_meta and device is not None:  # parameters on meta meet real inputs: put both on one device
             return fake_empty(mode, t.shape, t.stride(), t.dtype, device)
         return mode.from_tensor(t)
 
@@ -55,12 +55,12 @@ def stand_ins(way: Mode, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tenso
 
 
 class Held:
-    """The parameters and buffers of a model, and what stands for each of them in a run.
+    """The parameters and buffers of a model, and their stand-ins in a run.
 
     Attributes:
         named: The tensors by every name that they have.
         names: The names of each, by its id.
-        made: What stands for each, by its id.
+        made: The stand-in of each, by its id.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], bare: bool) -> None:
@@ -76,7 +76,7 @@ class Held:
             self.made = {key: stand_in(self.named[own[0]]) for key, own in self.names.items()}
 
     def write_down(self, recorder: Recorder, inputs: Any) -> None:
-        """Let the tensors and the inputs be known."""
+        """Register the tensors and the inputs in the recorder."""
         builder = recorder.builder
         for key, tensor in self.made.items():
             first = self.named[self.names[key][0]]
@@ -96,8 +96,8 @@ class Held:
                 builder.input(id(leaf), leaf.shape, leaf.dtype)
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-        """The result of a model that holds what stands for its tensors; and what its forward puts in their place."""
-        # a module that the model holds twice is swapped once, or its own tensors would not come back
+        """The result of a model that holds the stand-ins, and the tensors that its forward replaces them by."""
+        # a module that the model holds twice is swapped once, otherwise its own tensors would not come back
         places: dict[tuple[int, str], str] = {}
         for name in self.named:
             path, _, last = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What a model does in train mode alone, such as heads that are used for training."""
+"""Record what a model does only in train mode, such as auxiliary heads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any, ways: Sequence[Mode]) -> Graph:
-    """The graph, with that of train mode where it reaches more parameters, such as those of heads for training only."""
+    """The graph, with that of train mode if it reaches more parameters, such as those of auxiliary heads."""
     idle = graph.idle & {name for name, _ in model.named_parameters()}
     if not idle:
         return graph
@@ -40,7 +40,7 @@ def with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any, 
                 for module in model.modules():
                     module.training = True
                 trained = run(model, args, kwargs, known, way, found).recording(False).graph
-        except Exception as problem:  # it may want targets, or a batch of another kind
+        except Exception as problem:  # it may need targets, or a different kind of batch
             reraise_out_of_memory(problem)
             traceback.clear_frames(problem.__traceback__)
             failure = failure or problem
@@ -53,7 +53,7 @@ def with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any, 
 
 
 def _without_dropout(node: Node) -> Node:
-    """The call as it is when nothing is dropped: what is dropped is no part of the structure."""
+    """The call without dropout, which does not affect the structure."""
     schema = getattr(node.op, "_schema", None)
     names = [argument.name for argument in schema.arguments] if schema else []
     calm = {"dropout": 0.0, "dropout_p": 0.0} | ({"train": False} if names[1:3] == ["p", "train"] else {})
@@ -63,7 +63,7 @@ def _without_dropout(node: Node) -> Node:
 
 
 def _doubled(given: Arguments) -> Arguments:
-    """A batch of one twice: batch norm trains on more than one value."""
+    """A batch of one repeated: batch norm needs more than one value in train mode."""
     tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim]
     if not tensors or tensors[0].shape[0] != 1:
         return given

@@ -93,14 +93,14 @@ def test_another_way_to_the_same_line_is_refused():
     x = data(6, 5)
     assert agree(full, slim, x)
     with pytest.raises(
-        UnseenPathError, match=r"view is called on a way that was not seen:\n.*rows\(h\)(.*\n)+.*to fix"
+        UnseenPathError, match=r"view is called on a path that was not seen:\n.*rows\(h\)(.*\n)+.*to fix"
     ):
         slim(x, twice=True)
     with pytest.raises(UnseenPathError, match=r"view is given a tensor of shape \(6, 12\), and not one with {-1: 6}"):
         slim(x, whole=True)
     with pytest.raises(UnseenPathError, match=r"view states \[4\] in the places \[1\], and not \[12\]"):
         slim(x, n=4)
-    with pytest.raises(Exception, match=r"called on a way that was not seen"):
+    with pytest.raises(Exception, match=r"called on a path that was not seen"):
         torch.compile(slim, backend="eager", fullgraph=True)(x, twice=True)
 
 

@@ -417,5 +417,5 @@ def test_on_meta_there_are_groups_and_no_subnet():
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_says_what_to_give_instead():
-    with pytest.raises(TraceError, match="Python module that it was made of"):
+    with pytest.raises(TraceError, match="Python module that it was made from"):
         OTO(torch.jit.trace(mlp(), X), X)
