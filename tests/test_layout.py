@@ -44,7 +44,7 @@ SLIM = {
     "provenance": {"config", "edits"},
     "pickled": {"provenance"},
     "state": {"proof"},
-    "source": {"config", "edits", "own_class", "proof"},
+    "source": {"config", "edits", "own_class", "proof", "pruned_shapes"},
     "emitters": {"config", "edits", "graph", "own_class", "proof", "pruned_shapes", "removed", "source"},
     "prove": {"edits", "proof", "pruned_shapes", "source"},
     "latency": {"edits", "graph", "own_class", "proof", "pruned_shapes"},
