@@ -54,7 +54,8 @@ class SoftTargets(NamedTuple):
 def soft_targets(logits: Tensor, k: int, temperature: float = 1.0) -> SoftTargets:
     """The ``k`` likeliest classes, to be stored instead of a teacher that is too large to be at hand.
 
-    The probabilities are those among all classes; the loss takes what is left of 1 as one more class.
+    The probabilities are those among all classes; the loss takes what is left of 1 as one more class. To store them in
+    half precision: ``targets._replace(log_probs=targets.log_probs.half())``.
 
     Args:
         logits: A teacher's, shape ``(..., classes)``.
@@ -334,7 +335,7 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def _taught(self, student: nn.Module, inputs: Any) -> tuple[Any, Heard]:
         teacher = self.teacher
-        if teacher is None or teacher is student:
+        if teacher is None or any(inner is teacher for inner in _layers_of_wrapping(student)):
             raise OptionError(
                 f"{'there is no teacher' if teacher is None else 'the student is its own teacher'}\n"
                 "  effect  there is nothing to learn\n"
@@ -491,18 +492,23 @@ def _into(found: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:
-    inner = model
-    while True:
-        known: dict[str, nn.Module] = dict(inner.named_modules())
+    known = dict[str, nn.Module]()
+    for inner in _layers_of_wrapping(model):
+        known = dict(inner.named_modules())
         if name in known:
             return known[name]
-        children = list(inner.children())
-        if len(children) != 1:  # no wrapper
-            raise OptionError(
-                f"no module is called {name!r}\n  effect  its outputs cannot be compared\n"
-                f"  to fix  hidden= names modules of both models, such as {some(known)}"
-            )
-        inner = children[0]
+    raise OptionError(
+        f"no module is called {name!r}\n  effect  its outputs cannot be compared\n"
+        f"  to fix  hidden= names modules of both models, such as {some(known)}"
+    )
+
+
+def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what is in it as long as that is one module."""
+    yield model
+    while len(children := list(model.children())) == 1:
+        (model,) = children
+        yield model
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from oto.distill import Distillation
+from oto.distill import Distillation, SoftTargets
 from oto.errors import MissingExtraError, OptionError, some
 from oto.optim import SparseOptimizer
 from oto.recovery import Mixture
@@ -237,8 +237,9 @@ def distill(trainer: Any, distillation: Distillation) -> None:
     """Let a ``transformers.Trainer`` train by distillation, too; what it evaluates is as before.
 
     The task's loss is what its ``compute_loss`` gives, with whatever was given to it or made of it, and distillation is
-    added by its weight. Where batches are accumulated, each counts alike in distillation. In lightning no such call is
-    needed: ``return distillation(self.model, x, loss)`` in ``training_step``.
+    added by its weight. Where batches are accumulated, each counts alike in distillation. A distillation without a
+    teacher takes its targets out of each batch: ``{**sample, **soft_targets(logits, k)._asdict()}``. In lightning no
+    such call is needed: ``return distillation(self.model, x, loss)`` in ``training_step``.
 
     Raises:
         OptionError: The trainer is of another kind.
@@ -253,6 +254,7 @@ def distill(trainer: Any, distillation: Distillation) -> None:
     def compute_loss(
         model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        inputs, targets = _targets_in(inputs) if distillation.teacher is None else (inputs, None)
         if return_outputs or not model.training:  # it evaluates
             return theirs(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         task: Any = None
@@ -262,11 +264,19 @@ def distill(trainer: Any, distillation: Distillation) -> None:
             task, output = theirs(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch)
             return output
 
-        ours, _ = distillation.compare(model, _shown(trainer, inputs), run)
+        ours, _ = distillation.compare(model, _shown(trainer, inputs), run, targets=targets)
         steps = _accumulated(trainer) if _divided_already(trainer, num_items_in_batch) else 1
         return distillation.combined(task, ours / steps)
 
     trainer.compute_loss = compute_loss
+
+
+def _targets_in(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], SoftTargets | None]:
+    """A batch without what a teacher said of it, and that."""
+    rest = {key: value for key, value in inputs.items() if key not in SoftTargets._fields}
+    if len(rest) + len(SoftTargets._fields) > len(inputs):
+        return dict(inputs), None
+    return rest, SoftTargets(*(inputs[name] for name in SoftTargets._fields))
 
 
 def _shown(trainer: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
