@@ -400,10 +400,20 @@ class Unlabeled(Tagger):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("how", ["plain", "loss function"])
+class Counting(Tagger):
+    """Divides its loss by what the whole step has, as models of transformers do."""
+
+    def forward(self, x, labels=None, num_items_in_batch=None, **more):
+        said = super().forward(x, labels=labels)
+        if num_items_in_batch is not None:
+            said["loss"] = said["loss"] * labels.numel() / num_items_in_batch
+        return said
+
+
+@pytest.mark.parametrize("how", ["plain", "loss function", "counting model"])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_trainer_takes_the_steps_of_a_plain_loop(tmp_path, how, accumulated):
-    kind = Tagger if how == "plain" else Unlabeled
+    kind = {"plain": Tagger, "loss function": Unlabeled, "counting model": Counting}[how]
     teacher, student = kind(), kind()
     data = [{"x": torch.randn(5, 3), "labels": torch.randint(4, (5,))} for _ in range(8)]
 
