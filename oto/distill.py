@@ -254,8 +254,9 @@ class Distillation(nn.Module):
             mask: Which positions count, of the shape of the logits without their classes. Without it those of
                 ``inputs["attention_mask"]``, where there is one of that shape, and else all.
             count: How many positions the whole step has, where batches of different lengths are accumulated: the sum
-                over positions is divided by it. Without it each batch counts alike, by its mean. It is no matter of
-                ``loss``, which should be divided by the same.
+                over positions is divided by it. Without it each batch counts alike, by its mean. Over several processes
+                it is the number of all of them, divided by how many processes there are. ``loss`` is not divided by
+                it: that is up to you.
 
         Returns:
             The loss, a scalar. Of several processes each has its own; their gradients are to be averaged, as
@@ -302,12 +303,14 @@ class Distillation(nn.Module):
         Returns:
             The loss, and what ``run`` returned.
         """
-        said, theirs = (None, {}) if targets is not None else self._taught(student, inputs)
-        with _listening(student, self.hidden if targets is None else ()) as own:
+        if targets is not None:
+            self._refuse_more_than_logits()
+        said, theirs = (targets, {}) if targets is not None else self._taught(student, inputs)
+        with _listening(student, self.hidden) as own:
             output = run()
         if mask is None and isinstance(inputs, Mapping):
             mask = inputs.get("attention_mask")
-        return self._compared(output, said if targets is None else targets, own, theirs, mask, count), output
+        return self._compared(output, said, own, theirs, mask, count), output
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -322,14 +325,19 @@ class Distillation(nn.Module):
                 "  effect  nothing is compared, or what differs is rewarded\n"
                 "  to fix  logits=, hidden_weight= and attention= are at least 0, and one of them is above"
             )
-        if teacher is None and (self.hidden or self.weights["attention"]):
-            raise OptionError(
-                "without a teacher there are no hidden states and no attention to compare with\n"
-                "  to fix  targets= are for logits alone: leave hidden= and attention= out, or give a teacher"
-            )
+        if teacher is None:
+            self._refuse_more_than_logits()
         if unknown := [name for name in projections if name not in self.hidden]:
             raise OptionError(
                 f"projections= has {some(unknown)}, which hidden= does not name\n  to fix  name it there, too"
+            )
+
+    def _refuse_more_than_logits(self) -> None:
+        if self.hidden or self.weights["attention"]:
+            raise OptionError(
+                "without a teacher's forward there are no hidden states and no attention to compare with\n"
+                "  effect  nothing was computed\n"
+                "  to fix  targets= are for logits alone: leave hidden= and attention= out, or let a teacher run"
             )
 
     @torch.no_grad()

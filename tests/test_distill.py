@@ -327,6 +327,11 @@ def test_what_cannot_be_meant_is_refused(options, message):
         Distillation(**({"teacher": net()} | options))
 
 
+class Said(nn.Module):
+    def forward(self, x):
+        return {"said": x}
+
+
 def test_what_is_not_there_is_told():
     model, x, y = net(), torch.randn(6, 3), torch.randint(4, (6,))
     told = Distillation.of(model)
@@ -337,9 +342,12 @@ def test_what_is_not_there_is_told():
         lambda: Distillation.of(model, hidden=["9"])(model, x, task(y)): "no module is called '9'",
         lambda: Distillation.of(model, hidden={"1": "2"})(net(), x, task(y)): "outputs of '1' have shape",
         lambda: Distillation.of(model, attention=1.0)(net(), x, task(y)): "0 layers of attention",
-        lambda: Distillation.of(model, read=lambda o: o[:, :2])(net(), x[:, :2], task(y)): "mat1 and mat2|size",
+        lambda: Distillation.of(model, hidden=["1"])(net(), x, task(y), targets=soft_targets(x, 2)): "logits alone",
+        lambda: Distillation(None)(net(), x, task(y), targets=soft_targets(x[:3], 2)): "the logits have shape",
+        lambda: Distillation(nn.Linear(3, 5))(net(), x, task(y)): r"the logits have shape \(6, 4\) in the student",
+        lambda: told(Said(), x, task(y)): "in a dict it is not known what the logits are",
     }.items():
-        with pytest.raises((OptionError, RuntimeError), match=message):
+        with pytest.raises(OptionError, match=message):
             call()
     with pytest.raises(OptionError, match="a SGD is no Trainer of transformers"):
         distill(torch.optim.SGD(model.parameters()), told)
