@@ -30,7 +30,7 @@ from torch.func import functional_call
 
 from oto.errors import OptionError, some
 
-Heard = dict[str, list[Tensor]]
+Captured = dict[str, list[Tensor]]
 """What modules gave in a forward, a tensor a call, by name."""
 
 
@@ -62,8 +62,8 @@ def soft_targets(logits: Tensor, k: int, temperature: float = 1.0) -> SoftTarget
         k: How many; all of them give the same loss as the teacher itself.
         temperature: That of the :class:`Distillation` which they are for.
     """
-    found = (_wide(logits.detach()) / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]))
-    return SoftTargets(found.values, found.indices.int(), torch.tensor(float(temperature)))
+    top = (_wide(logits.detach()) / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]))
+    return SoftTargets(top.values, top.indices.int(), torch.tensor(float(temperature)))
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -96,12 +96,12 @@ def divergence_from_top(student: Tensor, targets: SoftTargets, temperature: floa
     log_q = (_wide(student) / temperature).log_softmax(-1)
     known = log_q.gather(-1, indices)
     p = log_p.exp()
-    found: Tensor = (p * (log_p - known).masked_fill(p == 0, 0)).sum(-1)
+    divergence: Tensor = (p * (log_p - known).masked_fill(p == 0, 0)).sum(-1)
     if indices.shape[-1] < student.shape[-1]:
         rest_p = (1 - p.sum(-1)).clamp_min(0)  # stored in half precision they may sum to more
         rest_q = log_q.scatter(-1, indices, -torch.inf).logsumexp(-1)  # 1 - sum would cancel where little is left
-        found += torch.special.xlogy(rest_p, rest_p) - rest_p * rest_q
-    return found * temperature**2
+        divergence += torch.special.xlogy(rest_p, rest_p) - rest_p * rest_q
+    return divergence * temperature**2
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
@@ -124,8 +124,8 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     if q.shape[1] != p.shape[1]:
         q, p = q.mean(1, keepdim=True), p.mean(1, keepdim=True)
     tiny = torch.finfo(q.dtype).tiny  # a key that a mask hides has probability 0 in both
-    found: Tensor = (torch.special.xlogy(p, p) - p * q.clamp_min(tiny).log()).sum(-1)
-    return found.mean(1)
+    divergence: Tensor = (torch.special.xlogy(p, p) - p * q.clamp_min(tiny).log()).sum(-1)
+    return divergence.mean(1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -229,9 +229,9 @@ class Distillation(nn.Module):
         copied: dict[int, Any] = {}
         for tensor in [*model.parameters(), *model.buffers()]:  # one at a time: no second copy in the first dtype
             if type(tensor) in (nn.Parameter, Tensor):
-                own = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                kept = tensor.detach().to(device or tensor.device, own, copy=True)
-                copied[id(tensor)] = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
+                to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                new = tensor.detach().to(device or tensor.device, to, copy=True)
+                copied[id(tensor)] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
         return cls(copy.deepcopy(model, copied).to(device=device, dtype=dtype).requires_grad_(False), **options)
 
     def forward(
@@ -305,12 +305,12 @@ class Distillation(nn.Module):
         """
         if targets is not None:
             self._refuse_more_than_logits()
-        said, theirs = (targets, {}) if targets is not None else self._taught(student, inputs)
-        with _listening(student, self.hidden) as own:
+        taught, of_teacher = (targets, {}) if targets is not None else self._taught(student, inputs)
+        with _capturing(student, self.hidden) as of_student:
             output = run()
         if mask is None and isinstance(inputs, Mapping):
             mask = inputs.get("attention_mask")
-        return self._compared(output, said, own, theirs, mask, count), output
+        return self._compared(output, taught, of_student, of_teacher, mask, count), output
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -341,7 +341,7 @@ class Distillation(nn.Module):
             )
 
     @torch.no_grad()
-    def _taught(self, student: nn.Module, inputs: Any) -> tuple[Any, Heard]:
+    def _taught(self, student: nn.Module, inputs: Any) -> tuple[Any, Captured]:
         teacher = self.teacher
         if teacher is None or any(inner is teacher for inner in _layers_of_wrapping(student)):
             raise OptionError(
@@ -355,59 +355,66 @@ class Distillation(nn.Module):
         if device is not None and not self.offload and any(t.device != device for t in tensors):
             teacher.to(device)
         args, kwargs = _arguments(_cast(inputs, dtype))
-        with _listening(teacher, self.hidden.values()) as heard:
+        with _capturing(teacher, self.hidden.values()) as captured:
             if not self.offload or device is None:
-                return teacher(*args, **kwargs), heard
+                return teacher(*args, **kwargs), captured
             state = [*teacher.named_parameters(), *teacher.named_buffers()]
-            return functional_call(teacher, {name: t.to(device) for name, t in state}, args, kwargs), heard
+            return functional_call(teacher, {name: t.to(device) for name, t in state}, args, kwargs), captured
 
     def _compared(
-        self, output: Any, said: Any, own: Heard, theirs: Heard, mask: Tensor | None, count: Tensor | float | None
+        self,
+        output: Any,
+        taught: Any,
+        of_student: Captured,
+        of_teacher: Captured,
+        mask: Tensor | None,
+        count: Tensor | float | None,
     ) -> Tensor:
         values, positions = dict[str, list[Tensor]](), None
         if self.weights["logits"]:
-            values["logits"] = [self._logits(output, said)]
+            values["logits"] = [self._logits(output, taught)]
             positions = values["logits"][0].shape
         if self.hidden:
-            values["hidden"] = [d for name in self.hidden for d in self._hidden(name, own, theirs)]
+            values["hidden"] = [d for name in self.hidden for d in self._hidden(name, of_student, of_teacher)]
         if self.weights["attention"]:
-            values["attention"] = _attention(output, said)
+            values["attention"] = _attention(output, taught)
         parts = {
-            name: torch.stack([_mean(_at(one, positions, mask), mask, count) for one in found]).mean()
-            for name, found in values.items()
+            name: torch.stack([_mean(_at(one, positions, mask), mask, count) for one in each]).mean()
+            for name, each in values.items()
         }
         self.parts = {name: part.detach() for name, part in parts.items()}
         return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
 
-    def _logits(self, output: Any, said: Any) -> Tensor:
+    def _logits(self, output: Any, taught: Any) -> Tensor:
         student = self.read(output).movedim(self.dim, -1)
-        if isinstance(said, SoftTargets):
-            if bool((said.temperature != self.temperature).any()):
+        if isinstance(taught, SoftTargets):
+            if bool((taught.temperature != self.temperature).any()):
                 raise OptionError(
                     f"targets= were made at another temperature than {self.temperature}\n"
                     "  effect  probabilities of two temperatures cannot be compared\n"
                     "  to fix  soft_targets(logits, k, temperature) once more, or that temperature here"
                 )
-            said = SoftTargets(*(x.to(student.device) for x in said))
-            _refuse_shapes("the logits", student.shape[:-1], said.indices.shape[:-1])
-            return divergence_from_top(student, said, self.temperature)
-        teacher = self.read(said).movedim(self.dim, -1).to(student.device)
+            taught = SoftTargets(*(x.to(student.device) for x in taught))
+            _refuse_shapes("the logits", student.shape[:-1], taught.indices.shape[:-1])
+            return divergence_from_top(student, taught, self.temperature)
+        teacher = self.read(taught).movedim(self.dim, -1).to(student.device)
         _refuse_shapes("the logits", student.shape, teacher.shape)
         return divergence(student, teacher, self.temperature)
 
-    def _hidden(self, name: str, own: Heard, theirs: Heard) -> Iterator[Tensor]:
+    def _hidden(self, name: str, of_student: Captured, of_teacher: Captured) -> Iterator[Tensor]:
         other = self.hidden[name]
-        if not own[name] or len(own[name]) != len(theirs[other]):
+        runs, teachers = len(of_student[name]), len(of_teacher[other])
+        if not runs or runs != teachers:
             raise OptionError(
-                f"{name!r} ran {len(own[name])} times in the student, {other!r} {len(theirs[other])} in the teacher\n"
+                f"{name!r} ran {runs} times in the student, {other!r} {teachers} in the teacher\n"
                 "  effect  it is not known which outputs belong together\n"
                 "  to fix  hidden= names modules that run, and equally often"
             )
         project = self.projections[self.projected.index(name)] if name in self.projected else None
-        for mine, its in zip(own[name], theirs[other], strict=True):
-            mine = mine if project is None else project(mine)
-            _refuse_shapes(f"the outputs of {name!r}", mine.shape, its.shape)
-            yield cosine_distance(mine, its.to(mine.device), self.hidden_dim)
+        for student, teacher in zip(of_student[name], of_teacher[other], strict=True):
+            student = student if project is None else project(student)
+            _refuse_shapes(f"the outputs of {name!r}", student.shape, teacher.shape)
+            yield cosine_distance(student, teacher.to(student.device), self.hidden_dim)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -418,32 +425,32 @@ def logits_of(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    found = _entry(output, "logits")
-    if found is None and isinstance(output, tuple | list):
-        found = next((x for x in output if isinstance(x, Tensor) and x.ndim), None)  # a loss may come first
-    if not isinstance(found, Tensor):
+    logits = _entry(output, "logits")
+    if logits is None and isinstance(output, tuple | list):
+        logits = next((x for x in output if isinstance(x, Tensor) and x.ndim), None)  # a loss may come first
+    if not isinstance(logits, Tensor):
         raise OptionError(
             f"in a {type(output).__name__} it is not known what the logits are\n  effect  they cannot be compared\n"
             "  to fix  Distillation(read=lambda output: ...) says where they are"
         )
-    return found
+    return logits
 
 
-def _attention(output: Any, said: Any) -> list[Tensor]:
-    own, theirs = ([*(_entry(x, "attentions") or ())] for x in (output, said))
-    if not own or len(own) != len(theirs) or any(x is None for x in (*own, *theirs)):
+def _attention(output: Any, taught: Any) -> list[Tensor]:
+    student, teacher = ([*(_entry(x, "attentions") or ())] for x in (output, taught))
+    if not student or len(student) != len(teacher) or any(x is None for x in (*student, *teacher)):
         raise OptionError(
-            f"the student gives {len(own)} layers of attention, and the teacher {len(theirs)}\n"
+            f"the student gives {len(student)} layers of attention, and the teacher {len(teacher)}\n"
             "  effect  they cannot be compared\n  to fix  both as deep, and models of transformers with"
             " output_attentions=True and attn_implementation='eager'"
         )
-    return [attention_divergence(a, b.to(a.device)) for a, b in zip(own, theirs, strict=True)]
+    return [attention_divergence(a, b.to(a.device)) for a, b in zip(student, teacher, strict=True)]
 
 
-def _refuse_shapes(what: str, own: Sequence[int], theirs: Sequence[int]) -> None:
-    if tuple(own) != tuple(theirs):
+def _refuse_shapes(what: str, student: Sequence[int], teacher: Sequence[int]) -> None:
+    if tuple(student) != tuple(teacher):
         raise OptionError(
-            f"{what} have shape {tuple(own)} in the student, and {tuple(theirs)} in the teacher\n"
+            f"{what} have shape {tuple(student)} in the student, and {tuple(teacher)} in the teacher\n"
             "  effect  they cannot be compared\n  to fix  compare what is as wide in both; for hidden states,"
             " projections={name: nn.Linear(width of the student, width of the teacher)}"
         )
@@ -481,22 +488,22 @@ def _averaged(parameter: Tensor) -> None:
 
 
 @contextmanager
-def _listening(model: nn.Module, names: Iterable[str]) -> Iterator[Heard]:
-    """Hear what modules give. Only inside, so a forward that checkpointing repeats in the backward is not heard."""
-    heard: Heard = {name: [] for name in names}
-    hooks = [_named(model, name).register_forward_hook(_into(heard[name])) for name in heard]
+def _capturing(model: nn.Module, names: Iterable[str]) -> Iterator[Captured]:
+    """Capture what modules give. Only inside: a forward that checkpointing repeats in the backward does not count."""
+    captured: Captured = {name: [] for name in names}
+    hooks = [_named(model, name).register_forward_hook(_into(captured[name])) for name in captured]
     try:
-        yield heard
+        yield captured
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _into(found: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
-    def hear(module: nn.Module, args: Any, output: Any) -> None:
-        found.extend([*_tensors(output)][:1])
+def _into(captured: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        captured.extend([*_tensors(output)][:1])
 
-    return hear
+    return hook
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:
