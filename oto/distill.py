@@ -150,7 +150,8 @@ class Distillation(nn.Module):
         logits, hidden_weight, attention: Weights of the three parts; 0 leaves a part out. Attention is read from
             ``output.attentions``, as models of transformers give it (``output_attentions=True``).
         hidden: Names of modules whose outputs are compared, or a map from the student's names to the teacher's.
-            A wrapper around the student (``DistributedDataParallel``, ``torch.compile``) is looked through.
+            A wrapper around the student, such as ``DistributedDataParallel``, is looked through; in a compiled model no
+            module is seen to run, so give the model itself where hidden states are asked for.
         projections: By the student's name of a module: a module that maps what it gives to the teacher's width. Their
             parameters are those of this module, ``distill.parameters()``, and need an optimizer; over several processes
             their gradients are averaged. Without one, shapes that differ are an error.
@@ -408,7 +409,8 @@ class Distillation(nn.Module):
             raise OptionError(
                 f"{name!r} ran {runs} times in the student, {other!r} {teachers} in the teacher\n"
                 "  effect  it is not known which outputs belong together\n"
-                "  to fix  hidden= names modules that run, and equally often"
+                "  to fix  hidden= names modules that run, and equally often; in a compiled model none is seen to run:"
+                " give the model itself"
             )
         project = self.projections[self.projected.index(name)] if name in self.projected else None
         for student, teacher in zip(of_student[name], of_teacher[other], strict=True):

@@ -285,6 +285,15 @@ def test_wrappers_are_looked_through_and_repeated_forwards_are_not_heard():
         told(Wrapped(told.teacher), x)
 
 
+def test_a_compiled_student_has_logits_but_no_hidden_states():
+    teacher, student, x = net(), net(), torch.randn(6, 3)
+    compiled = torch.compile(student, backend="eager")
+    told = Distillation(teacher, weight=1.0)
+    torch.testing.assert_close(told(compiled, x), told(student, x), **CLOSE)
+    with pytest.raises(OptionError, match=r"'1' ran 0 times in the student.*\n.*\n.*give the model itself"):
+        Distillation(teacher, weight=1.0, hidden=["1"])(compiled, x)
+
+
 def test_a_model_that_is_pruned_with_its_former_self_as_teacher():
     """The zeros stay exact, and the slim model is the zeroed one."""
     model, x, y = net(16), torch.randn(32, 3), torch.randint(4, (32,))
