@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import holder, tree_leaves, unwrapped
+from oto.adapters import makers_of_adapted
 from oto.axes.registry import known
 from oto.errors import (
     DummyInputWarning,
@@ -52,7 +53,7 @@ from oto.groups.policy import (
 from oto.progress import stages
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
-from oto.slim.config.recipe import Recipe
+from oto.slim.config.recipe import WRAPPED, Recipe
 from oto.slim.config.trial import stated
 from oto.slim.config.unstated import nothing_states
 from oto.slim.own_class import OwnClass, limited, own_class
@@ -63,6 +64,8 @@ from oto.trace.inputs import Example
 from oto.trace.record import record, told
 from oto.trace.snapshot import preserved
 from oto.trace.state import State, undone
+
+WRAPPED.append(makers_of_adapted)
 
 Layout: TypeAlias = Literal["free", "uniform", "stock"]
 """How repeated blocks stand to each other, see :class:`oto.OTO`."""

@@ -15,9 +15,9 @@ from oto.groups.align import Align
 from oto.groups.policy import MinKept, Pattern
 from oto.io.subnet import FULL, WEIGHTS
 from oto.oneshot import Settings, one_shot
-from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG
+from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG
 from oto.optim.compensate import RIDGE
-from oto.optim.options import DHSPGOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, PreviewOptions
+from oto.optim.options import DHSPGOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, LHSPGOptions, PreviewOptions
 from oto.optim.wrapped import Params
 from oto.previewing import preview
 from oto.renamed import former
@@ -26,7 +26,7 @@ from oto.report.one_shot import OneShot
 from oto.report.preview import Preview
 from oto.shrinking import shrink
 from oto.subnet import Build, Emitter, Subnet, build_subnet
-from oto.training import Training, make
+from oto.training import Training, make, make_for_adapters
 
 
 class OTO:
@@ -205,6 +205,17 @@ class OTO:
         ``tolerance_group_sparsity``, which are explained at :class:`oto.optim.DHSPG`.
         """
         self._training, optimizer = make(self._analysis, DHSPG, params, options)
+        return optimizer
+
+    def lhspg(self, *, params: Params | None = None, **options: Unpack[LHSPGOptions]) -> LHSPG:
+        """LHSPG of LoRAShear, for adapters on a frozen model, of an ``OTO(..., prune_frozen=True)``. Options of
+        :meth:`hesso`, and ``epsilon``, which is explained at :class:`oto.optim.LHSPG`.
+
+        A weight and its adapter are one operator. Its redundant rows go to zero together, all others learn through the
+        adapter. Ranks of adapters stay whole from here on. :func:`oto.adapters.slim_adapters` tells the slim model's
+        adapters from its base.
+        """
+        self._analysis, self._training, optimizer = make_for_adapters(self._analysis, params, options)
         return optimizer
 
     def preview(
