@@ -97,7 +97,7 @@ def test_pages_name_options_that_there_are() -> None:
     from oto.optim.options import keywords_of
 
     known = set()
-    makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.hspg, OTO.dhspg, OTO.preview, OTO.one_shot
+    makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.hspg, OTO.dhspg, OTO.lhspg, OTO.preview, OTO.one_shot
     makers += OTO.construct_subnet, OTO.visualize
     for f in (*makers, progress_dict, early_stopping):
         known |= keywords_of(f)
