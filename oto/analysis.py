@@ -208,6 +208,10 @@ class Analysis:
         carried = carried_by_operators(_listed(operators), self.partition.graph)
         return self._without(carried, "skip_operators names an operator that it runs through")
 
+    def without_groups(self, groups: set[str], reason: str) -> Analysis:
+        """Node groups of these names stay whole."""
+        return self._without(groups, reason)
+
     def _without(self, groups: set[str], reason: str) -> Analysis:
         return replace(self, groups=settled(keep_whole(self.groups, groups, reason)))
 

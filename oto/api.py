@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -14,6 +14,7 @@ from oto.groups import Costs, NodeGroup, Partition
 from oto.groups.align import Align
 from oto.groups.policy import MinKept, Pattern
 from oto.io.subnet import FULL, WEIGHTS
+from oto.knowledge import LEVELS, Knowledge, mark_by_knowledge
 from oto.oneshot import Settings, one_shot
 from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG
 from oto.optim.compensate import RIDGE
@@ -139,6 +140,27 @@ class OTO:
         Nothing is marked if there is no such call (``UnknownNodeError``), or an optimizer already (``TooLateError``).
         """
         self._analysis = self._training.markable(self._analysis).without_operators(operators)
+
+    def mark_unprunable_by_knowledge(
+        self, *, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor], share: float = 0.1,
+        levels: Sequence[float] = LEVELS,
+    ) -> Knowledge:  # fmt: skip
+        """Keep the groups whole without which the loss rises most, as LoRAShear does before it prunes.
+
+        Each group is thinned alone, by its atoms of least norm, measured, and put back: two losses of all batches for
+        each group, no gradient. Nothing is marked if an optimizer was made already (``TooLateError``).
+
+        Args:
+            batches, loss: Held-out batches. ``loss`` takes the model, in eval mode, and a batch.
+            share: Share of the groups that stay whole, in [0, 1).
+            levels: Shares of its atoms that a group loses, in (0, 1).
+
+        Returns:
+            By how much the loss rises without what: print it.
+        """
+        analysis = self._training.markable(self._analysis)
+        self._analysis, found = mark_by_knowledge(analysis, batches, loss, share, levels)
+        return found
 
     def explain(self, *, search: bool = False) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``.

@@ -184,6 +184,7 @@ TOP = {
     "cli",
     "given",
     "integrations",
+    "knowledge",
     "__main__",
     "oneshot",
 }  # strings the stages together, and what stands on that
@@ -200,7 +201,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "_torch": set(),
         "adapters": set(),
         "atomic": set(),
-        "api": {"analysis", "oneshot", "previewing", "shrinking", "subnet", "training"},
+        "api": {"analysis", "knowledge", "oneshot", "previewing", "shrinking", "subnet", "training"},
         "analysis": {"adapters"},  # a model of peft is made as the one inside of it
         "clock": set(),
         "previewing": {"analysis"},
@@ -212,6 +213,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "renamed": set(),
         "integrations": set(),
         "given": set(),
+        "knowledge": {"analysis"},  # what a group costs, and what it says to a user, meet here only
         "oneshot": {"analysis", "previewing"},  # choice, compensation and report meet here only
         "progress": set(),
     }

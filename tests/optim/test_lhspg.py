@@ -284,6 +284,44 @@ def test_it_says_what_it_needs() -> None:
         OTO(net(), x, prune_frozen=True).lhspg(adapters=(), **options)
 
 
+def test_the_groups_that_matter_most_stay_whole_and_measuring_leaves_the_model_as_it_was() -> None:
+    model = net()
+    with torch.no_grad():
+        model[4].weight *= 30  # what is before it matters, however small its own weights are
+    oto = OTO(model, torch.zeros(1, 8, dtype=torch.float64), prune_frozen=True)
+    before = copy.deepcopy(model).train()
+    model.train()
+    batches = [batch(n) for n in range(3)]
+
+    def loss(m, pair):
+        assert not m.training
+        return F.cross_entropy(m(pair[0]), pair[1])
+
+    found = oto.mark_unprunable_by_knowledge(batches=batches, loss=loss, share=0.5)
+    assert_same(model, before)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert [m.groups for m in found.found] == [("2.base.weight",), ("0.base.weight",)], "ranks are not measured"
+    assert [m.whole for m in found.found] == [True, False] and found.found[0].rise > found.found[1].rise
+    entries = dict(before.named_parameters())  # by hand: a quarter and half of the ten rows with the least norm
+    rows = entries["2.base.weight"] + SCALE * entries["2.up.weight"] @ entries["2.down.weight"]
+    order = torch.cat([rows, entries["2.base.bias"][:, None]], 1).norm(dim=1).argsort()
+    rises = []
+    for many in (2, 5):
+        thin = copy.deepcopy(before).eval()
+        with torch.no_grad():
+            for own in (thin[2].base.weight, thin[2].base.bias, thin[2].up.weight):
+                own[order[:many]] = 0
+            rises.append(sum(float(loss(thin, b) - loss(before.eval(), b)) for b in batches) / 3)
+    assert found.found[0].rise == pytest.approx(sum(rises) / 2, rel=1e-9)
+    assert "whole" in str(found) and "2.base.weight" in str(found)
+    assert [g.name for g in oto.lhspg(lr=0.1, target_params=0.9, total_steps=20).node_groups] == ["0.base.weight"]
+    for options in ({"share": 1.0}, {"levels": ()}, {"batches": []}):
+        with pytest.raises(OptionError, match="nothing was measured"):
+            OTO(net(), torch.zeros(1, 8).double()).mark_unprunable_by_knowledge(
+                **{"batches": batches, "loss": loss} | options
+            )
+
+
 # With peft -----------------------------------------------------------------------------------------------------------
 
 peft = pytest.importorskip("peft")
