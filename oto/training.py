@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from torch import Tensor, nn
+
 from oto.analysis import Analysis
 from oto.errors import NotPrunedWarning, OptionError, ShrinkError, TooLateError, some, users_level
 from oto.groups import Partition
@@ -113,6 +115,7 @@ def make_for_adapters(
             "LHSPG brings rows of frozen weights to zero, and this OTO leaves those as they are\n"
             "  effect  nothing was made\n  to fix  OTO(model, dummy_input, prune_frozen=True).lhspg(...)"
         )
+    _refuse_quantized(analysis)
     found = adapters(analysis.graph)
     if not found:
         raise OptionError(
@@ -125,6 +128,23 @@ def make_for_adapters(
     analysis = replace(analysis, groups=settled(ranks))
     require_prunable(analysis.groups, analysis.graph)
     return analysis, *make(analysis, LHSPG, params, options, adapters=found)
+
+
+def _refuse_quantized(analysis: Analysis) -> None:
+    """Refuse weights that are no plain numbers in memory, such as torchao's: a row of codes shrinks by no factor."""
+    parameters = dict(analysis.model.named_parameters(remove_duplicate=False))
+    zeroed = {piece.parameter: None for group in analysis.groups if group.prunable for piece in group.zeros}
+    odd = [name for name in zeroed if not _is_plain(parameters[name])]
+    if odd:
+        raise OptionError(
+            f"{some(odd)} {'is' if len(odd) == 1 else 'are'} of the class {type(parameters[odd[0]]).__name__}\n"
+            "  effect  rows of quantized weights cannot shrink little by little, and nothing was made\n"
+            "  to fix  dequantize the base before OTO(...), and quantize the slim one; or skip_patterns for these"
+        )
+
+
+def _is_plain(p: Tensor) -> bool:
+    return type(p) in (Tensor, nn.Parameter) or hasattr(p, "full_tensor")  # sharded ones are numbers, too
 
 
 def _compare_frozen(analysis: Analysis) -> None:

@@ -471,6 +471,7 @@ def test_several_adapters_at_once_are_one_operator() -> None:
         slim_adapters(model)
 
 
+@pytest.mark.filterwarnings("ignore:TorchaoLora:UserWarning")  # that it cannot be merged
 def test_what_cannot_be_done_is_refused_with_what_to_do() -> None:
     options = {"lr": 0.1, "target_params": 0.6, "total_steps": 20}
     ids = torch.randint(30, (4, 6))
@@ -480,6 +481,12 @@ def test_what_cannot_be_done_is_refused_with_what_to_do() -> None:
     merged.merge_adapter()
     with pytest.raises(OptionError, match="not merged"):
         OTO(merged, {"input_ids": ids}, prune_frozen=True).lhspg(**options)
+    quantization = pytest.importorskip("torchao.quantization")
+    base = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 3))
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig(), lambda m, name: name == "0")
+    quantized = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(OptionError, match=r"0\.base_layer\.weight is of the class \w+[^$]*dequantize the base"):
+        OTO(quantized, torch.randn(2, 64), prune_frozen=True).lhspg(**options)
     with pytest.raises(OptionError, match=r"Mixed has no adapters of peft[^$]*subnet\.model"):
         slim_adapters(Mixed())
     scaled = peft.get_peft_model(Mixed(), peft.IA3Config(target_modules=["inner"], feedforward_modules=[]))
