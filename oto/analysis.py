@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import holder, tree_leaves, unwrapped
+from oto.adapters import makers_of_adapted
 from oto.axes.registry import known
 from oto.errors import (
     DummyInputWarning,
@@ -53,7 +54,7 @@ from oto.groups.policy import (
 from oto.progress import stages
 from oto.report.draw import draw
 from oto.report.explain import Explanation, explain
-from oto.slim.config.recipe import Recipe
+from oto.slim.config.recipe import WRAPPED, Recipe
 from oto.slim.config.trial import stated
 from oto.slim.config.unstated import nothing_states
 from oto.slim.own_class import OwnClass, limited, own_class
@@ -64,6 +65,8 @@ from oto.trace.inputs import Example
 from oto.trace.record import record
 from oto.trace.snapshot import preserved
 from oto.trace.state import ModelState, undone
+
+WRAPPED.append(makers_of_adapted)
 
 Layout: TypeAlias = Literal["free", "uniform", "stock"]
 """How repeated blocks are pruned together, see :class:`oto.OTO`."""
@@ -206,6 +209,10 @@ class Analysis:
         """The analysis in which all that runs through the results of some operators stays whole."""
         carried = carried_by_operators(_listed(operators), self.partition.graph)
         return self._without(carried, "skip_operators names an operator that it runs through")
+
+    def without_groups(self, groups: set[str], reason: str) -> Analysis:
+        """Node groups of these names stay whole."""
+        return self._without(groups, reason)
 
     def _without(self, groups: set[str], reason: str) -> Analysis:
         return replace(self, groups=settled(keep_whole(self.groups, groups, reason)))

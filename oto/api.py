@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -14,10 +14,11 @@ from oto.groups import Costs, NodeGroup, Partition
 from oto.groups.align import Align
 from oto.groups.policy import MinKept, Pattern
 from oto.io.subnet import FULL, WEIGHTS
+from oto.knowledge import LEVELS, Knowledge, mark_by_knowledge
 from oto.oneshot import Settings, one_shot
-from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG
+from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG
 from oto.optim.compensate import RIDGE
-from oto.optim.options import DHSPGOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, PreviewOptions
+from oto.optim.options import DHSPGOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, LHSPGOptions, PreviewOptions
 from oto.optim.wrapped import Params
 from oto.previewing import preview
 from oto.renamed import former
@@ -26,7 +27,7 @@ from oto.report.one_shot import OneShot
 from oto.report.preview import Preview
 from oto.shrinking import shrink
 from oto.subnet import Build, Emitter, Subnet, build_subnet
-from oto.training import Training, make
+from oto.training import Training, make, make_for_adapters
 
 
 class OTO:
@@ -140,6 +141,27 @@ class OTO:
         """
         self._analysis = self._training.markable(self._analysis).without_operators(operators)
 
+    def mark_unprunable_by_knowledge(
+        self, *, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor], share: float = 0.1,
+        levels: Sequence[float] = LEVELS,
+    ) -> Knowledge:  # fmt: skip
+        """Keep the groups whole without which the loss rises most, as LoRAShear does before it prunes.
+
+        Each group is thinned alone, by its atoms of least norm, measured, and put back: two losses of all batches for
+        each group, no gradient. Nothing is marked if an optimizer was made already (``TooLateError``).
+
+        Args:
+            batches, loss: Held-out batches. ``loss`` takes the model, in eval mode, and a batch.
+            share: Share of the groups that stay whole, in [0, 1).
+            levels: Shares of its atoms that a group loses, in (0, 1).
+
+        Returns:
+            By how much the loss rises without what: print it.
+        """
+        analysis = self._training.markable(self._analysis)
+        self._analysis, found = mark_by_knowledge(analysis, batches, loss, share, levels)
+        return found
+
     def explain(self, *, search: bool = False) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``.
 
@@ -205,6 +227,17 @@ class OTO:
         ``tolerance_group_sparsity``, which are explained at :class:`oto.optim.DHSPG`.
         """
         self._training, optimizer = make(self._analysis, DHSPG, params, options)
+        return optimizer
+
+    def lhspg(self, *, params: Params | None = None, **options: Unpack[LHSPGOptions]) -> LHSPG:
+        """LHSPG of LoRAShear, for adapters on a frozen model, of an ``OTO(..., prune_frozen=True)``. Options of
+        :meth:`hesso`, and ``epsilon``, which is explained at :class:`oto.optim.LHSPG`.
+
+        A weight and its adapter are one operator. Its redundant rows go to zero together, all others learn through the
+        adapter. Ranks of adapters stay whole from here on. :func:`oto.adapters.slim_adapters` tells the slim model's
+        adapters from its base.
+        """
+        self._analysis, self._training, optimizer = make_for_adapters(self._analysis, params, options)
         return optimizer
 
     def preview(

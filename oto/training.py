@@ -5,21 +5,25 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from torch import Tensor, nn
+
 from oto.analysis import Analysis
-from oto.errors import NotPrunedWarning, ShrinkError, TooLateError, some, users_level
+from oto.errors import NotPrunedWarning, OptionError, ShrinkError, TooLateError, some, users_level
 from oto.groups import Partition
-from oto.groups.policy import frozen_since
-from oto.optim import SparseOptimizer
+from oto.groups.adapters import adapters, ranks_in
+from oto.groups.layout import settled
+from oto.groups.policy import frozen_since, keep_whole, require_prunable
+from oto.optim import LHSPG, SparseOptimizer
 from oto.optim.options import keywords_of, refuse_unknown
 from oto.optim.wrapped import Params
 from oto.previewing import align_for, by_first_names, latency_for
 
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
-SUPPLIED = {"node_groups", "costs", "latency"}
+SUPPLIED = {"node_groups", "costs", "latency", "adapters"}
 """The values that an analysis passes to an optimizer."""
 
 
@@ -73,13 +77,14 @@ class Training:
 
 
 def make(
-    analysis: Analysis, kind: type[Sparse], params: Params | None, options: Mapping[str, Any]
+    analysis: Analysis, kind: type[Sparse], params: Params | None, options: Mapping[str, Any], **supplied: Any
 ) -> tuple[Training, Sparse]:
     """A sparse optimizer for an analyzed model.
 
     Args:
         params: By default all of the model. They need no names.
         options: The options of ``kind``.
+        **supplied: Further values from the analysis.
 
     Raises:
         OptionError: ``kind`` has no such option.
@@ -92,9 +97,54 @@ def make(
     latency = latency_for(analysis, options)
     params = analysis.model.named_parameters() if params is None else params
     made: Callable[..., Sparse] = kind
-    optimizer = made(params, analysis.groups, costs=analysis.costs, latency=latency, **options)
+    optimizer = made(params, analysis.groups, costs=analysis.costs, latency=latency, **supplied, **options)
     optimizer.follow(analysis.model)
     return Training(weakref.ref(optimizer), analysis.partition), optimizer
+
+
+def make_for_adapters(
+    analysis: Analysis, params: Params | None, options: Mapping[str, Any]
+) -> tuple[Analysis, Training, LHSPG]:
+    """LHSPG for an analyzed model with adapters, whose ranks stay whole from now on; the analysis with that.
+
+    Raises:
+        OptionError: Frozen weights stay whole, or no adapter was found; or as :func:`make`.
+    """
+    if not analysis.prune_frozen:
+        raise OptionError(
+            "LHSPG brings rows of frozen weights to zero, and this OTO leaves those as they are\n"
+            "  effect  nothing was made\n  to fix  OTO(model, dummy_input, prune_frozen=True).lhspg(...)"
+        )
+    _refuse_quantized(analysis)
+    found = adapters(analysis.graph)
+    if not found:
+        raise OptionError(
+            f"{type(analysis.model).__name__} has no adapter W x + s B (A x) on a frozen weight W of its own\n"
+            "  effect  there is nothing that LHSPG would do better than HESSO, and nothing was made\n"
+            "  to fix  put adapters on before OTO(...), not merged and not disabled; use_dora=False; dequantize the"
+            " base; for other kinds merge first, and take oto.hesso(...) (docs/adapters.md)"
+        )
+    ranks = keep_whole(analysis.groups, ranks_in(analysis.groups, found), "it is the rank of an adapter")
+    analysis = replace(analysis, groups=settled(ranks))
+    require_prunable(analysis.groups, analysis.graph)
+    return analysis, *make(analysis, LHSPG, params, options, adapters=found)
+
+
+def _refuse_quantized(analysis: Analysis) -> None:
+    """Refuse weights that are no plain numbers in memory, such as torchao's: a row of codes shrinks by no factor."""
+    parameters = dict(analysis.model.named_parameters(remove_duplicate=False))
+    zeroed = {piece.parameter: None for group in analysis.groups if group.prunable for piece in group.zeros}
+    odd = [name for name in zeroed if not _is_plain(parameters[name])]
+    if odd:
+        raise OptionError(
+            f"{some(odd)} {'is' if len(odd) == 1 else 'are'} of the class {type(parameters[odd[0]]).__name__}\n"
+            "  effect  rows of quantized weights cannot shrink little by little, and nothing was made\n"
+            "  to fix  dequantize the base before OTO(...), and quantize the slim one; or skip_patterns for these"
+        )
+
+
+def _is_plain(p: Tensor) -> bool:
+    return type(p) in (Tensor, nn.Parameter) or hasattr(p, "full_tensor")  # sharded ones are numbers, too
 
 
 def _compare_frozen(analysis: Analysis) -> None:

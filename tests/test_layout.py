@@ -87,7 +87,9 @@ OPTIM = {
     "half_space": {"budget", "entries", "hesso", "plan", "schedule", "wrapped"},
     "hspg": {"half_space", "schedule", "wrapped"},
     "dhspg": {"budget", "choice", "half_space", "plan", "schedule", "wrapped"},
-    "__init__": {"base", "choice", "cric", "dhspg", "hesso", "hspg", "saliency", "schedule", "target"},
+    "composed": {"saliency"},  # a weight and its adapters are one operator
+    "lhspg": {"composed", "entries", "hesso", "plan", "saliency", "wrapped"},
+    "__init__": {"base", "choice", "cric", "dhspg", "hesso", "hspg", "lhspg", "saliency", "schedule", "target"},
 }  # fmt: skip
 
 # and inside of the search of a class: values first, then what is known of a place, then what repairs it, then the loop
@@ -172,6 +174,7 @@ def test_every_folder_is_a_stage() -> None:
 
 
 TOP = {
+    "adapters",
     "api",
     "analysis",
     "previewing",
@@ -183,6 +186,7 @@ TOP = {
     "integrations",
     "distill",
     "recovery",
+    "knowledge",
     "__main__",
     "oneshot",
 }  # strings the stages together, and what stands on that
@@ -197,9 +201,10 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "__init__": {"api", "subnet"},
         "__main__": {"cli"},
         "_torch": set(),
+        "adapters": set(),
         "atomic": set(),
-        "api": {"analysis", "oneshot", "previewing", "shrinking", "subnet", "training"},
-        "analysis": set(),
+        "api": {"analysis", "knowledge", "oneshot", "previewing", "shrinking", "subnet", "training"},
+        "analysis": {"adapters"},  # a model of peft is made as the one inside of it
         "clock": set(),
         "previewing": {"analysis"},
         "training": {"analysis", "previewing"},
@@ -213,6 +218,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "user_code": set(),
         "integrations": {"distill", "recovery"},
         "given": set(),
+        "knowledge": {"analysis"},  # what a group costs, and what it says to a user, meet here only
         "oneshot": {"analysis", "previewing"},  # choice, compensation and report meet here only
         "progress": set(),
     }
@@ -277,7 +283,10 @@ def code_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(OTO)))
 def test_no_model_is_named_in_code(path: Path) -> None:
-    assert not MODELS.findall(code_of(path)), "a rule goes by operator, never by model"
+    names = MODELS.findall(code_of(path))
+    if path == OTO / "adapters.py":  # the names that peft gives to what its layers hold
+        names = [name for name in names if name.lower() != "lora"]
+    assert not names, "a rule goes by operator, never by model"
 
 
 FORMER_NAMES = {

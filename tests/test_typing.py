@@ -13,12 +13,13 @@ import torch
 
 from oto import HESSO, OTO
 from oto.errors import OptionError
-from oto.optim import DHSPG, HESSOCRIC, HSPG
+from oto.optim import DHSPG, HESSOCRIC, HSPG, LHSPG
 from oto.optim.options import (
     DHSPGOptions,
     HESSOCRICOptions,
     HESSOOptions,
     HSPGOptions,
+    LHSPGOptions,
     PreviewOptions,
     RenamedOptions,
     SparseOptions,
@@ -121,10 +122,15 @@ def test_the_signature_says_what_there_is(method, options) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "options"), [(HSPG, OTO.hspg, HSPGOptions), (DHSPG, OTO.dhspg, DHSPGOptions)]
+    ("kind", "method", "options"),
+    [
+        (HSPG, OTO.hspg, HSPGOptions),
+        (DHSPG, OTO.dhspg, DHSPGOptions),
+        (LHSPG, OTO.lhspg, LHSPGOptions),
+    ],
 )
 def test_an_optimizer_with_keywords_of_its_own_takes_what_its_options_say(kind, method, options) -> None:
-    taken = keywords_of(kind) - {"self", "params", "node_groups", "costs", "latency"}
+    taken = keywords_of(kind) - {"self", "params", "node_groups", "costs", "latency", "adapters"}
     assert names_of(options) == taken and names_of(options) <= keywords_of(method)
     own = names_of(options) - names_of(SparseOptions)
     assert own and all(name in (method.__doc__ or "") and name in (kind.__doc__ or "") for name in own)

@@ -308,8 +308,9 @@ REMEDIES = (  # what a user may do about a reason, the most promising first
     ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),
     (
         "^frozen|no trainable",
-        "set requires_grad_(True) before OTO(...) on what may be pruned; with adapters on a frozen model, prune first"
-        " and adapt the slim model, or merge first (docs/adapters.md); or OTO(..., prune_frozen=True)",
+        "set requires_grad_(True) before OTO(...) on what may be pruned; with adapters on a frozen model, prune both at"
+        " once: OTO(..., prune_frozen=True).lhspg(...); or prune first and adapt the slim model, or merge first"
+        " (docs/adapters.md)",
     ),
     (
         "marked|^skip_|^only|^layout|no more than",

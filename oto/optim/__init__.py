@@ -8,6 +8,7 @@ from oto.optim.cric import HESSOCRIC
 from oto.optim.dhspg import DHSPG
 from oto.optim.hesso import HESSO
 from oto.optim.hspg import HSPG
+from oto.optim.lhspg import LHSPG
 from oto.optim.saliency import CRITERIA, Entries, Saliency
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.target import Measure, Target
@@ -18,6 +19,7 @@ __all__ = [
     "HESSO",
     "HESSOCRIC",
     "HSPG",
+    "LHSPG",
     "Choice",
     "Entries",
     "Measure",

@@ -11,7 +11,7 @@ wrapped optimizer does. Where node groups are proven *quiet*, even that can rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack, final
 
@@ -248,7 +248,11 @@ class SparseOptimizer(Checkpointed):
         self.refuse_sparse_gradients()
         parameters = self.parameters()
         maximized = {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
-        return [Entries.of(group, parameters, maximized) for group in self.node_groups]
+        return [self.entries_of(group, parameters, maximized) for group in self.node_groups]
+
+    def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
+        """Those of one node group; where a paper sees other numbers than the parameters, these."""
+        return Entries.of(group, parameters, maximized)
 
     def follow(self, model: nn.Module) -> None:
         """Compare the parameters of a model, which is not kept alive, with those that are trained, from now on."""

@@ -164,6 +164,12 @@ class DHSPGOptions(SparseOptions, total=False):
     tolerance_group_sparsity: float | None
 
 
+class LHSPGOptions(SparseOptions, total=False):
+    """Options of :class:`oto.optim.LHSPG`."""
+
+    epsilon: float
+
+
 def names_of(options: type) -> frozenset[str]:
     """The options in a ``TypedDict``.
 

@@ -97,7 +97,7 @@ class Adapted(nn.Module):
 
 def test_what_is_frozen_is_told_with_a_way_out_here_and_by_targets():
     oto = OTO(Adapted(), torch.randn(2, 8))
-    remedy = r"frozen[^$]*to fix  set requires_grad_\(True\)[^$]*docs/adapters\.md[^$]*prune_frozen=True"
+    remedy = r"frozen[^$]*to fix  set requires_grad_\(True\)[^$]*prune_frozen=True\)\.lhspg[^$]*docs/adapters\.md"
     assert re.search(remedy, str(oto.explain()))
     held = r"frozen  32 atoms of 1 node groups stay whole[^$]*base\.weight, base\.bias[^$]*"
     with pytest.raises(TargetError, match=held + remedy[6:]):

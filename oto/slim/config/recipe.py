@@ -57,7 +57,7 @@ class Recipe:
 
         ``None`` if neither makes a model of the same shapes.
         """
-        for kind, config in _makers(model):
+        for kind, config in makers(model):
             for device in ("meta", "cpu"):  # a constructor that computes with its weights needs real ones
                 recipe = cls(kind, config, device)
                 if recipe.shapes({}) == shapes_of(model):
@@ -207,8 +207,17 @@ class Keywords:
         return copy.deepcopy(vars(self))
 
 
-def _makers(model: nn.Module) -> Iterator[tuple[Callable[[Any], nn.Module], Any]]:
+Maker = tuple[Callable[[Any], nn.Module], Any]
+"""Pairs of what may have made a model and its arguments."""
+
+WRAPPED: list[Callable[[nn.Module], Iterable[Maker]]] = []
+"""Further ones, of modules that are put around a model which a config states."""
+
+
+def makers(model: nn.Module) -> Iterator[Maker]:
     """Pairs of what may have made a model and its arguments."""
+    for further in WRAPPED:
+        yield from further(model)
     config = getattr(model, "config", None)
     if not isinstance(config, type) and callable(getattr(config, "to_dict", None)):
         yield type(model), config

@@ -1,0 +1,137 @@
+"""LHSPG: LoRA half-space projected gradient (LoRAShear, arXiv 2310.18356, section 3.3, algorithm 2).
+
+A frozen weight ``x`` and its adapter ``γ B A`` are one operator. Groups go in periods, which begin by choosing those
+that matter least; in each of the ``T`` steps ``t`` of a period::
+
+    A, B <- a step of the wrapped optimizer
+    for each redundant group g:
+        x̂_g = [x + γ B A]_g - λ_g x_g / ||x_g||,    B_g <- 0       λ_g = ||x_g|| / (T - t)
+        x_g <- 0      if <x̂_g, x_g> <= ε ||x_g||²                  it left its half-space
+        x_g <- x̂_g    otherwise
+    groups at zero stay there; all others learn through A and B
+
+Without a movement of the adapter, λ_g takes the same length at every step, and the group is at zero with the last one.
+
+Where we differ from the paper and its released code, and why:
+
+* λ_g is not printed in the paper. Ours is the one that brings the norm linearly to zero over the period; whatever the
+  adapter adds, what is left when the period ends is zeroed.
+* ε is not printed either, and is 0: a group that is at zero on time has ``<x̂, x> / ||x||² = 1 - 1 / (T - t)``, so any
+  higher one projects it before its time, in the last ``1 / (1 - ε)`` steps. A group at zero is in no half-space, so it
+  stays there.
+* What goes, and how much at which period, is the library's choice, for its targets. The paper takes as many groups in
+  each period. By default it goes by the norm of ``x + γ B A`` over the mean of the node group: most weights of a group
+  are frozen, and have no gradient. Criteria of gradients see that of the product of the factors, where there is one.
+* Important groups keep their adapters. The paper merges ``B A`` into them as each period ends; then the slim model
+  would have no adapters to be saved, and the merged model is the same. What redundant groups have is merged, as there.
+* Atoms are rows or columns: of the heads of an attention columns go, of ``x`` and of ``A``; then ``A_g <- 0``.
+* Where a weight or a factor is read twice (tied embeddings), or an adapter is of another kind, its rows of ``B`` are
+  entries of the group like all others.
+* What else a group zeroes (norms, biases, layers without an adapter, trained ones too) is a part of ``x_g``.
+* Merging passes by the dropout of an adapter, which is there in training alone.
+* Released LHSPG has no half-spaces and no λ: it scales the rows of ``x`` and of ``B``.
+
+Memory: one copy of the redundant entries, and one product ``B A`` at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oto.errors import OptionError
+from oto.groups.adapters import Adapter
+from oto.groups.node_group import NodeGroup
+from oto.optim.composed import Composed
+from oto.optim.entries import Rows
+from oto.optim.hesso import HESSO
+from oto.optim.plan import REDUNDANT, Plan, rows_of
+from oto.optim.saliency import Entries
+from oto.optim.wrapped import Params
+
+
+class LHSPG(HESSO):
+    """Prune a frozen model while its adapters learn; see the module docstring for the algorithm.
+
+    With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
+
+    Args:
+        params: As in :class:`HESSO`, frozen parameters among them, and so are all options that are not named here. By
+            default ``saliency="magnitude"``, of the weights with their adapters.
+        node_groups: Node groups of the model, those of frozen weights prunable; ranks of adapters may not be.
+        adapters: The adapters, as :func:`oto.groups.adapters.adapters` finds them.
+        epsilon: ε of the half-spaces, in [0, 1).
+
+    Raises:
+        OptionError: ``epsilon`` lies outside of [0, 1).
+        TargetError, NothingPrunableError, UnknownParameterError, NonFiniteParameterError: As in :class:`HESSO`.
+    """
+
+    _redundant: tuple[Plan, Rows] | None = None
+    _before: list[Tensor] | None = None
+
+    def __init__(
+        self,
+        params: Params,
+        node_groups: Iterable[NodeGroup],
+        *,
+        adapters: Sequence[Adapter] = (),
+        epsilon: float = 0.0,
+        **options: Any,
+    ) -> None:
+        if not 0 <= epsilon < 1:
+            raise OptionError(
+                f"epsilon is {epsilon!r}; it is a number in [0, 1)\n  effect  nothing was made\n  to fix  leave it out"
+            )
+        self.epsilon = float(epsilon)
+        self.composed = Composed(tuple(adapters))
+        if options.get("saliency") is None:
+            options["saliency"] = "magnitude"
+        super().__init__(params, node_groups, **options)
+
+    def sparse_step(self, t: int) -> None:
+        """Choose if a period begins, descend, shrink the redundant operators, project, keep the pruned ones at zero."""
+        self.observe(self.schedule.until_choice(t))
+        if self.schedule.starts_period(t):
+            self.choose_redundant(self.schedule.share(t))
+            self.absorb_()  # so that x_g is the whole operator
+        x = self.redundant()
+        if not x:
+            self.descend()
+        else:
+            self._before, sq = x.remembered(self._before)
+            self.descend()  # A, B <- A, B - α d
+            self.absorb_()  # x̂_g = [x + γ B A]_g, B_g <- 0
+            per_norm = torch.full_like(sq, 1 - self.schedule.factor(t))  # λ_g / ||x_g|| = 1 / (T - t)
+            inner = x.subtracted_dot(self._before, per_norm, [1.0] * len(x.places))  # x̂_g -= λ_g x_g / ||x_g||
+            out = inner <= self.epsilon * sq
+            x.zero_(out & (self.atoms == REDUNDANT))  # x_g = 0 if <x̂_g, x_g> <= ε ||x_g||²
+        if self.schedule.ends_period(t):
+            self.commit()
+        self.zero_pruned_()
+
+    def absorb_(self) -> None:
+        """What adapters add for redundant atoms goes into the weights."""
+        rows = [rows_of(own, REDUNDANT) for own in self._codes()]
+        self.composed.absorb_(self.node_groups, rows, self.parameters())
+
+    def redundant(self) -> Rows:
+        """The entries of the redundant groups, all adapters merged."""
+        plan = self._plan()
+        if self._redundant is None or self._redundant[0] is not plan:
+            rows = [rows_of(own, REDUNDANT) for own in self._codes()]
+            groups = [self.composed.operators(group) for group in self.node_groups]
+            entries = Rows.of(groups, rows, self.parameters(), in_blocks=True, device=self.atoms.device)
+            self._redundant, self._before = (plan, entries), None
+        return self._redundant[1]
+
+    def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
+        """A weight with its adapters, in the place of both."""
+        return self.composed.entries_of(group, parameters, maximized)
+
+    def describe_setup(self) -> dict[str, Any]:
+        """As in :class:`HESSO`, with ε."""
+        return super().describe_setup() | {"epsilon": self.epsilon}
