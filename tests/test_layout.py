@@ -44,7 +44,7 @@ SLIM = {
     "provenance": {"config", "edits"},
     "pickled": {"provenance"},
     "state": {"proof"},
-    "source": {"config", "edits", "own_class", "proof"},
+    "source": {"config", "edits", "own_class", "proof", "pruned_shapes"},
     "emitters": {"config", "edits", "graph", "own_class", "proof", "pruned_shapes", "removed", "source"},
     "prove": {"edits", "proof", "pruned_shapes", "source"},
     "latency": {"edits", "graph", "own_class", "proof", "pruned_shapes"},
@@ -181,6 +181,8 @@ TOP = {
     "cli",
     "given",
     "integrations",
+    "distill",
+    "recovery",
     "__main__",
     "oneshot",
 }  # strings the stages together, and what stands on that
@@ -204,14 +206,22 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "shrinking": {"analysis", "training"},
         "subnet": {"analysis"},
         "cli": {"api", "given"},
+        "distill": set(),
         "errors": set(),
+        "recovery": set(),
         "renamed": set(),
         "user_code": set(),
-        "integrations": set(),
+        "integrations": {"distill", "recovery"},
         "given": set(),
         "oneshot": {"analysis", "previewing"},  # choice, compensation and report meet here only
         "progress": set(),
     }
+
+
+@pytest.mark.parametrize("name", ["distill", "recovery"])
+def test_what_is_of_use_without_pruning_stands_alone(name: str) -> None:
+    imports = re.findall(r"^(?:from|import) (oto[\w.]*)", (OTO / f"{name}.py").read_text(), re.MULTILINE)
+    assert imports == ["oto.errors"]
 
 
 def test_the_front_decides_nothing() -> None:

@@ -15,7 +15,7 @@ from oto.slim.own_class import plan_edits
 from oto.slim.proof.compare import Check
 from oto.slim.proof.reference import CheckOptions, Reference
 from oto.slim.proof.run import learn
-from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.removed import left_out, within
 from oto.slim.source import Emitted, Source
 from oto.trace.export import LEVELS, Exported, export
@@ -41,7 +41,7 @@ def emit_class(source: Source) -> Emitted:
     Raises:
         EmitterError: The class cannot express it.
     """
-    pruned = pruned_shapes(source.partition, source.kept)
+    pruned = source.pruned
     edits = plan_edits(source.model, pruned, source.own)
     gone: set[str] = set()
     if source.drop_unreached:

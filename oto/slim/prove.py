@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from oto.errors import VerificationError, first_line, reraise_out_of_memory, some
-from oto.groups import Kept, Partition
 from oto.progress import stage
 from oto.slim.edits import Edits, attribute, pruned_tensor, slim_copy
 from oto.slim.proof import limits
 from oto.slim.proof.compare import Check, require
-from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.source import Emitted, Source
 
 log = logging.getLogger(__name__)
@@ -35,8 +34,7 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     if not source.verify:
         return []
     notes, reference = emitted.notes, source.reference
-    pruned = pruned_shapes(source.partition, source.kept)
-    require_held(source.model, emitted, pruned)
+    require_held(source.model, emitted, source.pruned)
     checks = emitted.compare(reference) if checks is None else checks
     require(checks)
     notes.extend(reference.full.notes)
@@ -45,7 +43,7 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     if idle:
         checks = checks + _with_random_constants(source, emitted, idle, notes)
     if checks and len(idle) < len(limits.floating(reference.full)):
-        notes.extend(reference.unreached(emitted.model, _pruned_parameters(emitted.model, pruned)))
+        notes.extend(reference.unreached(emitted.model, _pruned_parameters(emitted.model, source.pruned)))
     return checks
 
 
@@ -104,7 +102,7 @@ def _with_random_constants(source: Source, emitted: Emitted, idle: list[int], no
     """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
     stage("an output is constant: comparing with random numbers in constant parameters")
     said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
-    randomized = with_random_constants(source.model, source.partition, source.kept)
+    randomized = with_random_constants(source)
     other = replace(source, model=randomized)
     other.reference.brief = True
     try:
@@ -133,12 +131,12 @@ def _outputs(indices: list[int]) -> str:
     return f"output{'s' * (len(indices) > 1)} {some(map(str, indices))}"
 
 
-def with_random_constants(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
+def with_random_constants(source: Source) -> nn.Module:
     """A copy that shares the parameters of a model; those that are constant hold random numbers in kept entries."""
-    pruned = pruned_shapes(partition, kept)
+    model, pruned = source.model, source.pruned
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
-    for leaf in partition.found.graph.leaves:
+    for leaf in pruned.found.graph.leaves:
         if not leaf.names:
             continue
         tensor = attribute(model, leaf.names[0]).detach()

@@ -17,6 +17,7 @@ from oto.slim.edits import Edits, Scale
 from oto.slim.own_class import OwnClass
 from oto.slim.proof.compare import Check
 from oto.slim.proof.reference import Reference
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,11 @@ class Source:
     float64: bool | str = "auto"
     verify: bool = True
     groups: Sequence[NodeGroup] = ()
+
+    @cached_property
+    def pruned(self) -> PrunedShapes:
+        """How many entries every dimension keeps."""
+        return pruned_shapes(self.partition, self.kept)
 
     @cached_property
     def reference(self) -> Reference:

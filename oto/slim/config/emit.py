@@ -19,16 +19,17 @@ from oto.slim.config.recipe import Recipe
 from oto.slim.config.solve import solve, stock
 from oto.slim.edits import Edits, attribute, pruned_tensors
 from oto.slim.proof.reference import Exact
-from oto.slim.pruned_shapes import pruned_shapes
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
 
-def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -> tuple[dict[str, Any], list[Norm]]:
+def solved(
+    model: nn.Module, partition: Partition, pruned: PrunedShapes, recipe: Recipe
+) -> tuple[dict[str, Any], list[Norm]]:
     """The fields that state the pruned shapes, and the norms that would divide by a smaller count.
 
     Raises:
         EmitterError: No fields do.
     """
-    pruned = pruned_shapes(partition, kept)
     norms = norms_that_count(model, partition, pruned)
     edits = solve(recipe, pruned)
     return edits | eps_fields(recipe, edits, norms), norms
@@ -50,8 +51,8 @@ def build_from_config(
     """
     if recipe is None:
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
-    edits, norms = solved(model, partition, kept, recipe)
     pruned = pruned_shapes(partition, kept)
+    edits, norms = solved(model, partition, pruned, recipe)
     slim = stock(model, pruned_tensors(model, pruned, held=held), edits, recipe)
     with torch.no_grad():
         changed = fold(model, slim, partition, pruned, norms)

@@ -155,7 +155,7 @@ class _Trial:
 
     def solves(self, counts: Mapping[str, int]) -> bool:
         try:
-            solved(self.model, self.partition, self._first(counts), self.recipe)
+            solved(self.model, self.partition, pruned_shapes(self.partition, self._first(counts)), self.recipe)
         except EmitterError as failure:
             log.debug("%s: %s", dict(counts), failure)
             return False
@@ -192,7 +192,7 @@ class _Trial:
         kept = self._drawn(steps)
         try:
             if on_meta(self.model):  # there is nothing to run
-                solved(self.model, self.partition, kept, self.recipe)
+                solved(self.model, self.partition, pruned_shapes(self.partition, kept), self.recipe)
             else:
                 self._compare(kept)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
