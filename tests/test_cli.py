@@ -244,7 +244,7 @@ def test_export_writes_onnx_that_was_run(artifact):
         ("preview cli_net:make -i 1x3x8x8 --target-kept 0.5", 2, "name what keeps how much"),
         ("preview cli_net:make -i 1x3x8x8 --target-kept 0.weight=0.5 --target-macs .5", 2, "2 targets are given"),
         ("explain cli_net:make -i 1x3x8x8 --only nothing.*", 1, "nothing.*"),
-        ("info cli_net.py", 1, "cli_net.py is a file of no artifact"),
+        ("info cli_net.py", 1, "cli_net.py is not a file of an artifact"),
         ("slim nowhere.pt -m cli_net:make -i 1x3x8x8 -o out", 2, "there is no file nowhere.pt"),
         ("slim cli_net.py -m cli_net:make -i 1x3x8x8 -o out", 2, "cannot be read as plain tensors"),
         ("info nowhere", 1, "there is no folder nowhere"),

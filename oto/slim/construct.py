@@ -148,7 +148,7 @@ def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exceptio
     return EmitterError(
         f"{said.splitlines()[0]}\n"
         f"  class   the original class fails too: {why['module']}\n"
-        f"  replay  nor does a recording of the example: {str(refused['recording']).splitlines()[0]}\n"
+        f"  replay  so does a recording of the example: {str(refused['recording']).splitlines()[0]}\n"
         f"{nothing}  to fix  {source.remedy}"
     )
 
@@ -219,7 +219,7 @@ def _at_these_counts(source: Source) -> Made:
     more = {name: len(atoms) - len(source.kept[name]) for name, atoms in kept.items()}
     made.notes.extend(
         f"{count} zero atom{'s' * (count > 1)} of {name} {'were' if count > 1 else 'was'} kept, because the class takes"
-        " a different path at the size without"
+        f" a different path at the size without {'them' if count > 1 else 'it'}"
         for name, count in more.items()
         if count
     )

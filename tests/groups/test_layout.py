@@ -11,7 +11,15 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import TargetError
-from oto.groups.layout import as_wide_as_heads, atoms_per_step, drawn, evened, settled, shared_out, ties_of
+from oto.groups.layout import (
+    apply_tensor_parallel,
+    as_wide_as_heads,
+    atoms_per_step,
+    drawn,
+    equalize_ties,
+    settled,
+    ties_of,
+)
 from oto.groups.node_group import Cut, NodeGroup, Slice
 
 
@@ -120,12 +128,12 @@ def heads(outer, inner):
 
 
 def test_the_outermost_factor_stays_divisible():
-    first, second = shared_out(heads(4, 6), 2)
+    first, second = apply_tensor_parallel(heads(4, 6), 2)
     assert (first.divisor, second.divisor) == (2, 1)
 
 
 def test_what_does_not_divide_stays_whole_and_the_rest_falls_to_what_is_inside():
-    first, second = shared_out(heads(2, 6), 4)  # as two key heads on four devices, with six queries each
+    first, second = apply_tensor_parallel(heads(2, 6), 4)  # as two key heads on four devices, with six queries each
     assert first.reason == "layout: tensor_parallel=4 does not divide its 2 atoms" and second.divisor == 2
 
 
@@ -199,7 +207,7 @@ def test_a_random_choice_keeps_shares(share):
 
 def test_uneven_shares_are_brought_to_the_largest():
     kept = {"g32": np.arange(9), "g8": np.array([1, 2])}
-    result, told = evened(sizes(32, 8), kept)
+    result, told = equalize_ties(sizes(32, 8), kept)
     assert [len(result[name]) for name in ("g32", "g8")] == [12, 3]
     assert told == ["4 zero atoms of t were kept, because its groups are to keep the same share by the layout"]
 
@@ -273,10 +281,10 @@ def test_a_choice_keeps_shares(target, options):
 def test_uneven_zeros_keep_the_most_and_say_so():
     groups = [NodeGroup(name, 6, (), tie="t", divisor=2) for name in "ab"]
     kept = {"a": np.array([1, 4, 5]), "b": np.array([0])}
-    result, told = evened(groups, kept)
+    result, told = equalize_ties(groups, kept)
     assert {name: atoms.tolist() for name, atoms in result.items()} == {"a": [0, 1, 4, 5], "b": [0, 1, 2, 3]}
     assert told == ["4 zero atoms of t were kept, because its groups are to have 4 each by the layout"]
-    assert evened(groups, result) == (result, [])
+    assert equalize_ties(groups, result) == (result, [])
 
 
 def test_a_subnet_of_uneven_zeros():

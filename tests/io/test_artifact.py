@@ -307,7 +307,7 @@ def test_what_is_read_back_is_compared_bit_by_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(artifact.safetensors.torch, "save_file", wrong)
     nan = torch.tensor([float("nan"), 0.0])
     save(tmp_path / "fine", v=nan)
-    with pytest.raises(ArtifactError, match=r"model\.safetensors reads otherwise than it was written \(w\)"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors reads back differently than it was written \(w\)"):
         save(tmp_path / "out", v=nan, w=torch.zeros(2))
     assert not (tmp_path / "out").exists()
 
@@ -472,7 +472,7 @@ def test_what_another_program_wrote_is_no_damage(tmp_path, monkeypatch):
     (tmp_path / MANIFEST).unlink()
     monkeypatch.chdir(tmp_path)
     for place, says in [
-        ("notes.txt", r"notes\.txt is a file of no artifact"),
+        ("notes.txt", r"notes\.txt is not a file of an artifact"),
         ("nowhere", rf"there is no folder nowhere \(in {tmp_path}\)"),
         (".", rf"{tmp_path} holds no"),
     ]:

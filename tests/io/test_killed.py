@@ -266,7 +266,7 @@ def test_a_commit_that_is_none(tmp_path: Path, make: Callable[[Path], Any]) -> N
     save(out, 1.0)
     make(out / COMMIT)
     before = sorted(out.rglob("*"))
-    with pytest.raises(ArtifactError, match=r"holds \.oto-commit, which no save[^$]*nothing was saved"):
+    with pytest.raises(ArtifactError, match=r"holds \.oto-commit, which was not left[^$]*nothing was saved"):
         save(out, 2.0)
     assert sorted(out.rglob("*")) == before and held(out) == (1.0, {"model.safetensors"})
 
@@ -421,7 +421,7 @@ def test_weights_that_an_earlier_version_was_about_to_replace_are_not_touched(tm
     of_an_earlier_version(out, 0)
     (out / "model.safetensors").write_text("of the artifact before it, or the user's")
     with pytest.raises(
-        ArtifactError, match=r"no artifact has written[^$]*likely  [^$]*broke off, and left \.oto-abcd_123"
+        ArtifactError, match=r"no artifact has written[^$]*likely  [^$]*was interrupted, and left \.oto-abcd_123"
     ):
         save(out, 3.0)
     assert (out / "model.safetensors").read_text() == "of the artifact before it, or the user's"

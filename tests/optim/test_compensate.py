@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from oto import OTO
 from oto.groups.readers import readers
-from oto.optim.compensate import Entries, Surgeon, fold_, greedy, key_of, listening
+from oto.optim.compensate import SplitEntries, Surgeon, fold_, greedy, key_of, listening
 
 
 class Net(nn.Module):
@@ -200,7 +200,8 @@ class Folded:
         self.kept = {g.name: np.arange(0, g.size, 2) for g in oto.node_groups if g.name in read}
         masks = oto.partition.masks(self.kept)
         self.entries = {
-            name: Entries.of(reader.survivors({}), reader.survivors(masks)) for name, reader in self.readers.items()
+            name: SplitEntries.of(reader.survivors({}), reader.survivors(masks))
+            for name, reader in self.readers.items()
         }
         self.before = copy.deepcopy(self.model)
         self.tensors = self.named(self.model)
@@ -289,7 +290,7 @@ def test_an_unrolled_convolution_gives_the_least_squares_fit_of_its_output(dims,
     target, before = model.second(read).detach(), model.second.weight.detach().clone()
     with listening([reader], tensors) as moments:
         model(x)
-    own = Entries.of(reader.survivors({}), reader.survivors(masks))
+    own = SplitEntries.of(reader.survivors({}), reader.survivors(masks))
     fold_([reader], moments, lambda _: own, tensors, "affine", ridge=0.0)
     each = 6 // geometry.get("groups", 1)
     gone = [c for c in range(each) if not reader.survivors(masks).reshape(each, -1)[c].all()]

@@ -359,4 +359,4 @@ def test_tensors_that_torch_does_not_compare_are_a_note():
             return self.body(x)
 
     subnet = constructed(Sparse(), torch.randn(4, 8))
-    assert any("the entries of that table were not compared one by one" in note for note in subnet.notes), subnet.notes
+    assert any("the entries of table were not compared one by one" in note for note in subnet.notes), subnet.notes
