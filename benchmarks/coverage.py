@@ -99,7 +99,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def hints_for(model: nn.Module, inputs: Any) -> dict[str, Any]:
     from oto.slim.proof.run import run
-    from oto.trace.record import tensors_in
+    from oto.trace.outputs import tensors_in
 
     widths = {n for t in run(model, inputs) if t.ndim > 1 for n in (t.shape[1], t.shape[-1])}
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]

@@ -1,7 +1,7 @@
-"""What is known of a model before any training: ``analyze(model, dummy_input, Options())`` -> ``Analysis``.
+"""What is known about a model before any training: ``analyze(model, dummy_input, Options())`` -> ``Analysis``.
 
-An analysis is a value: marking, shrinking and copying make another one. :func:`analyze` is where the order of all that
-decides what may go is written, and :func:`_form_of` where it is settled what the slim model may be.
+An analysis is a value: marking, shrinking and copying make a new one. :func:`analyze` states the order of the policies
+that decide what may be removed, and :func:`_in_form` the order of the forms that the slim model may take.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from oto.errors import (
     UnknownOpWarning,
     UnknownParameterError,
     UnstatedWarning,
+    rewording,
     some,
     users_level,
 )
 from oto.groups import Cost, Costs, NodeGroup, Partition, cost, trainable
-from oto.groups.layout import LAYOUTS, drawn, settled, shared_out, tied
+from oto.groups.layout import LAYOUTS, apply_tensor_parallel, drawn, settled, tied
 from oto.groups.policy import (
     MinKept,
     Pattern,
@@ -61,19 +62,19 @@ from oto.slim.proof.inputs import device_of, follow_model
 from oto.slim.state import left_before
 from oto.trace.graph import Graph
 from oto.trace.inputs import Example
-from oto.trace.record import record, told
+from oto.trace.record import record
 from oto.trace.snapshot import preserved
-from oto.trace.state import State, undone
+from oto.trace.state import ModelState, undone
 
 WRAPPED.append(makers_of_adapted)
 
 Layout: TypeAlias = Literal["free", "uniform", "stock"]
-"""How repeated blocks stand to each other, see :class:`oto.OTO`."""
+"""How repeated blocks are pruned together, see :class:`oto.OTO`."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says of a model; each as in :class:`oto.OTO`."""
+    """The options for a model; each as in :class:`oto.OTO`."""
 
     skip_patterns: Iterable[Pattern] = ()
     only: Iterable[Pattern] | None = None
@@ -92,13 +93,14 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """What the slim model may be, which decides what may go.
+    """The form of the slim model, which decides what may be removed.
 
     Attributes:
-        kind: ``"config"``: the class, made from a config that states every size; ``"class"``: the class, with what was
-            found out about it; ``"graph"``: whatever computes the same, as a class cannot express all that may go.
-        recipe: How the class is made from its config, for the first.
-        own: What the class needs, for the second.
+        kind: ``"config"``: the class, made from a config that states every size; ``"class"``: the class, with the
+            result of its search; ``"graph"``: anything that computes the same, as the class cannot express all that
+            may be removed.
+        recipe: How the class is made from its config, for ``"config"``.
+        own: What the class needs, for ``"class"``.
     """
 
     kind: Literal["config", "class", "graph"]
@@ -107,7 +109,7 @@ class Form:
 
     @property
     def decisions(self) -> Iterable[object]:
-        """How it was found out what the class needs, for a reader."""
+        """The decisions of the search of the class, to print."""
         if self.own is not None:
             return self.own.steps or ["search: the class was asked, and can do without anything as it is"]
         instead = (
@@ -120,16 +122,16 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What may be removed from a model, and what the slim one may be.
+    """What may be removed from a model, and the form of the slim one.
 
     Attributes:
         model: The model itself.
         example: The example input.
-        partition: What every dimension is made of, and the node groups by that alone.
-        groups: The node groups with all that was said of them.
-        form: What the slim model may be.
-        state: What the model held when it was followed.
-        device: Where its parameters were then, if in one place.
+        partition: The terms of every dimension, and the node groups before any policy.
+        groups: The node groups after all policies.
+        form: The form that the slim model may take.
+        state: What the model held when it was recorded.
+        device: The device of its parameters then, if they were all on one.
         strict_out_nodes: Which outputs need not keep their size.
         allow_graph, prune_frozen, drop_unreached: As in :class:`oto.OTO`.
     """
@@ -139,7 +141,7 @@ class Analysis:
     partition: Partition
     groups: tuple[NodeGroup, ...]
     form: Form
-    state: State
+    state: ModelState
     device: torch.device | None
     strict_out_nodes: bool | frozenset[str]
     allow_graph: bool
@@ -148,26 +150,26 @@ class Analysis:
 
     @property
     def graph(self) -> Graph:
-        """What was traced."""
+        """The traced graph."""
         return self.partition.found.graph
 
     @property
     def names(self) -> list[str]:
-        """Those of all tensors of the model that it knows."""
+        """The names of all tensors of the model that it knows."""
         return [name for leaf in self.graph.leaves for name in leaf.names]
 
     @property
     def first_name(self) -> dict[str, str]:
-        """For each name of a parameter the one that groups have for it; one that is tied has several."""
+        """For each name of a parameter the one that groups use; a tied parameter has several names."""
         return _first_name(self.graph)
 
     @cached_property
     def costs(self) -> Costs:
-        """Parameters, MACs and bytes as functions of what the prunable groups keep."""
+        """Parameters, MACs and bytes as functions of the atoms that the prunable groups keep."""
         return Costs.of(self.partition, self.groups)
 
     def cost(self, kept: Mapping[str, int] | None = None) -> Cost:
-        """What the model costs, with some numbers of atoms in its groups."""
+        """The cost of the model with the given numbers of atoms in its groups."""
         return cost(self.partition, kept)
 
     def explain(self, *, search: bool = False) -> Explanation:
@@ -175,12 +177,12 @@ class Analysis:
         return explain(self.groups, self.partition, self.form.decisions if search else ())
 
     def coverage(self) -> dict[str, dict[str, int]]:
-        """Operators of the model by the answer that exists for them, with the number of calls."""
+        """The operators of the model by the kind of rule that they have, with the number of calls."""
         return {answer: dict(calls) for answer, calls in self.partition.found.coverage.items()}
 
     @property
     def summary(self) -> str:
-        """How much may go, and what the model costs, in a line."""
+        """How much may be removed, and the cost of the model, in one line."""
         free, costs = [group for group in self.groups if group.prunable], self.cost()
         return (
             f"{len(free)} of {len(self.groups)} node groups prunable, {sum(group.size for group in free):,}"
@@ -188,23 +190,23 @@ class Analysis:
         )
 
     def draw(self, out_dir: str | os.PathLike[str], **how: bool) -> list[Path]:
-        """The graph, as files; see :meth:`oto.OTO.visualize`."""
+        """Draw the graph to files; see :meth:`oto.OTO.visualize`."""
         return draw(self.partition, self.groups, Path(out_dir).expanduser(), type(self.model).__name__, **how)
 
     # Marks: what stays whole from now on --------------------------------------------------------------------------
 
     def without_parameters(self, patterns: Iterable[str]) -> Analysis:
-        """No entry of some parameters is zeroed."""
+        """The analysis in which no entry of some parameters is zeroed."""
         parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         names = _first_names(self.graph, matching(_listed(patterns), parameters))
         return self._without(zeroing(self.groups, names), "it was marked unprunable")
 
     def without_nodes(self, node_ids: Iterable[str | int]) -> Analysis:
-        """What runs through some nodes of the graph stays whole."""
+        """The analysis in which all that runs through some nodes of the graph stays whole."""
         return self._without(carried_by_nodes(_listed(node_ids), self.partition.graph), "it was marked unprunable")
 
     def without_operators(self, operators: Iterable[str]) -> Analysis:
-        """What runs through the results of some operators stays whole."""
+        """The analysis in which all that runs through the results of some operators stays whole."""
         carried = carried_by_operators(_listed(operators), self.partition.graph)
         return self._without(carried, "skip_operators names an operator that it runs through")
 
@@ -222,13 +224,13 @@ class Analysis:
         for group in self.groups:
             group.zero_(parameters, torch.tensor(chosen.get(group.name, ()), dtype=torch.int64))
 
-    # The same of other models -------------------------------------------------------------------------------------
+    # The analysis of other models -------------------------------------------------------------------------------------
 
     def of(self, model: Any) -> Analysis:
-        """The analysis of a copy of the model, or of what wraps one; of itself, as it may have been cast or moved.
+        """The analysis for a copy of the model or a wrapper of one, or for the model itself after a cast or move.
 
         Raises:
-            UnknownParameterError: It is no copy.
+            UnknownParameterError: It is not a copy.
             EmitterError: Its parameters are spread over processes.
         """
         shapes = {leaf.name: leaf.value.shape for leaf in self.graph.leaves if leaf.kind == "parameter"}
@@ -249,7 +251,7 @@ class Analysis:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Analysis:
         model, example = copy.deepcopy((self.model, self.example), memo)
-        return replace(self, model=model, example=example)  # what was found holds no tensor, so it can be shared
+        return replace(self, model=model, example=example)  # the rest holds no tensors, so it can be shared
 
     def __getstate__(self) -> dict[str, Any]:
         found_anew = ("partition", "state", "costs")  # operators cannot be pickled
@@ -258,7 +260,7 @@ class Analysis:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         with undone(left_before(self.model, self.example)):
-            vars(self)["state"] = State(self.model)
+            vars(self)["state"] = ModelState(self.model)
             graph = record(self.model, self.example, known, dead=not self.allow_graph, training=True)
             vars(self)["partition"] = trainable(graph, self.strict_out_nodes)
             kind: Any = self.form
@@ -267,31 +269,31 @@ class Analysis:
 
 
 def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
-    """Follow a model, find its groups, and what its class can do without.
+    """Record a model, find its groups, and decide which of them may be removed in which form.
 
     Raises:
         As :class:`oto.OTO`.
     """
     model, example = unwrapped(_module(model)), Example.of(dummy_input)
     _warn_of_nan(example)
-    with told(model, TraceError, "being looked through"):
+    with rewording(model, TraceError, "being looked through"):
         left = left_before(model, example)
     with undone(left):
         skipped = parameters_of(_listed(options.skip_patterns), model)
         only = None if options.only is None else parameters_of(_listed(options.only), model)
-        with told(model, TraceError, "being followed on the dummy input"):
+        with rewording(model, TraceError, "being followed on the dummy input"):
             graph = record(model, example, known, dead=not options.allow_graph, training=True)
-        state, strict = State(model), options.strict_out_nodes
+        state, strict = ModelState(model), options.strict_out_nodes
         strict = strict if isinstance(strict, bool) else outputs_called(_listed(strict), graph)
-        with told(model, TraceError, "being analyzed", "it was followed on the dummy input"):
+        with rewording(model, TraceError, "being analyzed", "it was followed on the dummy input"):
             partition = trainable(graph, strict)
-        # what may go: first what each group says, then what groups say of each other, then what form they leave
+        # what may be removed: first limits of each group, then those between groups, then those of the form
         groups = keep_at_least(partition.groups, options.min_kept)
         groups = groups if options.prune_frozen else keep_frozen(groups, graph)
         groups = _but_skipped(groups, skipped, graph)
         groups = groups if only is None else _only(groups, only, graph, model)
-        _tell_of_unknown(partition, model)
-        groups = shared_out(groups, options.tensor_parallel)
+        _warn_of_unknown(partition, model)
+        groups = apply_tensor_parallel(groups, options.tensor_parallel)
         groups = tied(groups, model) if options.layout in ("uniform", "stock") else groups
         found = _in_form(
             options.layout,
@@ -318,8 +320,8 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
 
 
 def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
-    """Settle what the slim model may be, and keep whole what that cannot do without: a config comes first, if a layout
-    asks for one and it states something; then anything, if that is asked for; then the class."""
+    """Decide on the form of the slim model, and keep whole what that form cannot express: a config comes first, if a
+    layout asks for one and it states any size; then a graph, if ``allow_graph``; then the class."""
     if layout in ("uniform", "stock"):
         recipe = Recipe.of(analysis.model)
         if (groups := _stated(analysis, recipe, layout)) is not None:
@@ -334,7 +336,7 @@ def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
 
 def _stated(analysis: Analysis, recipe: Recipe | None, layout: Layout) -> tuple[NodeGroup, ...] | None:
     model = analysis.model
-    tried = told(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
+    tried = rewording(model, TraceError, "its class was made from other configs (layout)", "the analysis is done")
     with tried, preserved(model), stages(f"OTO({type(model).__name__})"):
         return stated(model, analysis.partition, analysis.groups, analysis.example, recipe, layout == "stock")
 
@@ -342,7 +344,7 @@ def _stated(analysis: Analysis, recipe: Recipe | None, layout: Layout) -> tuple[
 def ask_the_class(analysis: Analysis) -> OwnClass:
     """What a slim model of the model's own class needs."""
     model = analysis.model
-    asked = told(model, TraceError, "it was asked what its class can do without", "the analysis is done")
+    asked = rewording(model, TraceError, "it was asked what its class can do without", "the analysis is done")
     with asked, stages(f"OTO({type(model).__name__})"):
         return own_class(model, analysis.partition, analysis.groups, analysis.example)
 
@@ -367,7 +369,7 @@ def _first_names(graph: Graph, names: Iterable[str]) -> set[str]:
     return {first.get(name, name) for name in names}
 
 
-def _tell_of_unknown(partition: Partition, model: nn.Module) -> None:
+def _warn_of_unknown(partition: Partition, model: nn.Module) -> None:
     for node in partition.found.unknown:
         shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
         warnings.warn(
@@ -384,21 +386,21 @@ def _no_copy(model: Any, full: nn.Module, bad: list[str]) -> UnknownParameterErr
         return UnknownParameterError(
             f"{type(model).__name__} has changed since OTO(...) was made: no {some(bad)} of that shape\n"
             "  effect  its zeros cannot be read, and nothing was written\n"
-            "  to fix  where a trainer shards it (FSDP, DeepSpeed), gather the state dict, load it into a copy of"
-            " the model, and construct_subnet(model=copy); else make a new OTO"
+            "  to fix  if a trainer shards it (FSDP, DeepSpeed), gather the state dict, load it into a copy of"
+            " the model, and construct_subnet(model=copy); otherwise make a new OTO"
         )
     return UnknownParameterError(
         f"{type(model).__name__} is no copy of {type(full).__name__}: no {some(bad)} of that shape\n"
         "  effect  the groups of the one say nothing about the other\n"
-        "  to fix  pass a copy of the model or what wraps one, or make an OTO for it"
+        "  to fix  pass a copy of the model or a wrapper of one, or make an OTO for it"
     )
 
 
 def _module(model: Any) -> nn.Module:
-    """The model, if it is one.
+    """The model, if it is an ``nn.Module``.
 
     Raises:
-        OptionError: It is not; the message names what it holds.
+        OptionError: It is not; the message names modules that it holds.
     """
     if isinstance(model, nn.Module):
         return model
@@ -406,7 +408,7 @@ def _module(model: Any) -> nn.Module:
     raise OptionError(
         f"the model is a {'class' if isinstance(model, type) else type(model).__name__}, no torch.nn.Module\n"
         "  effect  there is nothing to analyze\n"
-        f"  to fix  give the module {f'that it holds: OTO(model.{held[0]}, ...)' if held else 'itself'}"
+        f"  to fix  pass the module {f'that it holds: OTO(model.{held[0]}, ...)' if held else 'itself'}"
     )
 
 
@@ -415,8 +417,8 @@ def _warn_of_nan(example: Example) -> None:
     if any(t.is_floating_point() and t.itemsize > 1 and bool(t.isnan().any()) for t in plain):  # float8 has no isnan
         warnings.warn(
             "dummy_input holds NaN\n"
-            "  effect  what the model computes of it is compared with what the slim model does, and NaN tells nothing\n"
-            "  to fix  give an example of real numbers, or of random ones, if NaN is not what the model expects",
+            "  effect  the slim model is compared with the full one on this input, and NaN shows no difference\n"
+            "  to fix  pass an example of finite numbers, such as random ones, unless the model expects NaN",
             DummyInputWarning,
             stacklevel=users_level(),
         )

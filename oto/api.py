@@ -1,4 +1,4 @@
-"""The class ``OTO``: a docstring and a call for each method. All that is known of a model is an ``Analysis``."""
+"""The class ``OTO``: a docstring and a call for each method. All that is known about a model is an ``Analysis``."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ class OTO:
     It can be copied and pickled where the model can; a copy does not know the optimizers that the first one made.
 
     Args:
-        model: Any module. It is not copied: the optimizer trains it, ``construct_subnet`` reads its zeros. Inside
-            ``torch.compile`` or ``(Distributed)DataParallel`` it is taken out; train with the wrapper, which shares it.
+        model: Any module. It is not copied: the optimizer trains it, ``construct_subnet`` reads its zeros. A wrapper of
+            ``torch.compile`` or ``(Distributed)DataParallel`` is removed here; train with it, as it shares the model.
         dummy_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments of ``model.forward``.
         skip_patterns: What must not be zeroed: names or globs of parameters or modules, classes of modules, modules.
-        only: The reverse, in the same words: no weights but these are zeroed, with the biases and norms beside them. A
+        only: The reverse, in the same form: only these weights are zeroed, with the biases and norms beside them. A
             group that would zero others too stays whole, as a residual stream does if one kind of layer is named.
-        strict_out_nodes: Only outputs that nothing else in the model reads keep their size, where by default all do; a
-            hidden state that is returned gets as thin as the network there. Or names or globs of outputs that need not
-            keep it: keys, fields or places in what ``forward`` returns (``["state", "hidden.0"]``).
-        min_kept: Atoms that every group keeps, an int; or the share of its atoms, a float; or a mapping from names or
-            globs of parameters to either. Optimizers take it too, and keep the greater of both.
-        allow_graph: Prune whatever can be removed exactly. The slim model is a ``torch.fx.GraphModule`` where the class
-            cannot express that; by default what the class can neither be told nor do without stays whole.
+        strict_out_nodes: By default all outputs keep their size; with ``True`` only those that nothing else in the
+            model reads, and a hidden state that is returned gets as thin as the network there. Or names or globs of
+            outputs that may get thinner: keys, fields or indices in the result (``["state", "hidden.0"]``).
+        min_kept: Atoms that every group keeps at least, an int; or the share of its atoms, a float; or a mapping from
+            names or globs of parameters to either. Optimizers take it too, and keep the greater of both.
+        allow_graph: Prune whatever can be removed exactly. The slim model is a ``torch.fx.GraphModule`` if the class
+            cannot express that; by default what the class cannot express, not even with overrides, stays whole.
         prune_frozen: Zero frozen parameters like all others, as for adapters that are trained on a frozen model. By
-            default a group that would zero a parameter of ``requires_grad=False`` stays whole. Freeze before ``OTO``.
-        drop_unreached: Leave out of the slim model what its forward never uses in eval mode, such as heads for training
-            only. By default they stay, thinner by what they read, and the slim model can be trained with them.
-        layout: ``"uniform"``: repeated blocks keep equally many of everything, each its own best, so that one number
-            states it for all; and what ``model.config``, or the keywords of the function that ``model.pretrained_cfg``
-            names, cannot state stays whole (an ``UnstatedWarning``, if they state nothing). The slim model is of the
-            stock class, see :meth:`Subnet.save_pretrained`. ``"stock"``: and a width that is heads times the width of a
-            head stays so. By default (``None`` or ``"free"``) every block has counts of its own.
+            default a group that would zero a parameter with ``requires_grad=False`` stays whole. Freeze before ``OTO``.
+        drop_unreached: Leave out of the slim model what its forward never uses in eval mode, such as auxiliary heads.
+            By default these stay, with thinner inputs, and the slim model can be trained with them.
+        layout: ``"uniform"``: repeated blocks keep the same number of everything, each its own best atoms, so that one
+            number states it for all; and what ``model.config``, or the keywords of the function that
+            ``model.pretrained_cfg`` names, cannot state stays whole (an ``UnstatedWarning``, if they state nothing).
+            The slim model is of the stock class, see :meth:`Subnet.save_pretrained`. ``"stock"``: also, a width that is
+            heads times the head width stays so. By default (``None`` or ``"free"``) every block has its own counts.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
         everything: The former name of ``allow_graph``.
 
     Raises:
-        OptionError, DummyInputError: ``model`` is no module, ``dummy_input`` no input, or an option means nothing.
+        OptionError, DummyInputError: ``model`` is no module, ``dummy_input`` no input, or an option is invalid.
         TraceError: ``forward`` fails on it.
-        NothingPrunableError: Nothing can be removed; it says why, and has what :meth:`explain` says: ``explanation``.
+        NothingPrunableError: Nothing can be removed; it says why, and its ``explanation`` is that of :meth:`explain`.
 
     Example:
         >>> import torch
@@ -81,8 +81,8 @@ class OTO:
         allow_graph: bool = False, prune_frozen: bool = False, drop_unreached: bool = False,
         layout: Layout | None = None, tensor_parallel: int = 1, everything: bool | None = None,
     ) -> None:  # fmt: skip
-        allow_graph = allow_graph or former("everything", everything, "allow_graph") or False
-        policies = skip_patterns, only, strict_out_nodes, min_kept, allow_graph, prune_frozen, drop_unreached
+        graph = allow_graph or former("everything", everything, "allow_graph") or False
+        policies = skip_patterns, only, strict_out_nodes, min_kept, graph, prune_frozen, drop_unreached
         self._analysis = analyze(model, dummy_input, Options(*policies, layout, tensor_parallel))
         self._training: Training = Training()  # of the optimizer that was made last
         self._saved: Path | None = None  # the folder of the last artifact
@@ -105,7 +105,7 @@ class OTO:
 
     @property
     def partition(self) -> Partition:
-        """What every dimension of the model is made of."""
+        """The terms that every dimension of the model is made of."""
         return self._analysis.partition
 
     @property
@@ -119,7 +119,7 @@ class OTO:
         return self._analysis.costs
 
     def mark_unprunable_by_param_names(self, names: Iterable[str]) -> None:
-        """Keep whole what would zero entries of some parameters: names, or globs such as ``"layer1.*.weight"``.
+        """Keep groups whole that would zero entries of some parameters: names, or globs such as ``"layer1.*.weight"``.
 
         The inputs of a marked layer still shrink with the layer before it. Nothing is marked if a name matches nothing
         (``UnknownParameterError``), or an optimizer was made already (``TooLateError``).
@@ -165,13 +165,13 @@ class OTO:
     def explain(self, *, search: bool = False) -> Explanation:
         """What can be removed, and why the rest stays whole: print it, or take ``to_dict()``.
 
-        With ``search=True`` it tells, too, how it was found out what the model's class needs: for each decision the
-        line of its code, what was seen there, what was tried, and what was settled.
+        With ``search=True`` it also shows how the needs of the model's class were found: for each decision the line of
+        its code, what was seen there, what was tried, and what was settled on.
         """
         return self._analysis.explain(search=search)
 
     def coverage(self) -> dict[str, dict[str, int]]:
-        """Operators of the model by the answer that exists for them, with the number of calls."""
+        """The operators of the model by the kind of rule that they have, with the number of calls."""
         return self._analysis.coverage()
 
     def visualize(
@@ -182,8 +182,8 @@ class OTO:
 
         Args:
             out_dir: Folder for ``<class of the model>.dot``; with graphviz, ``.svg``, ``.pdf`` and ``.png`` too.
-            view, vertical: Open the SVG; draw from top to bottom, else from left to right.
-            by_node_groups: Color the node groups apart; else prunable calls are white.
+            view, vertical: Open the SVG; draw from top to bottom instead of from left to right.
+            by_node_groups: Give each node group a color; otherwise prunable calls are white.
             display_params, display_flops: Show at each call the shapes of the parameters it reads; its FLOPs.
 
         Returns:
@@ -197,12 +197,12 @@ class OTO:
 
         Args:
             params: By default all parameters of the model. Parameter groups need no names.
-            target_macs, target_params, target_bytes, target_latency_ms, target_group_sparsity, target_kept: What is to
-                be left; exactly one.
-            scope, min_kept, group_divisible, align, saliency, normalize, within, by_cost, average_steps: What goes.
+            target_macs, target_params, target_bytes, target_latency_ms, target_group_sparsity, target_kept: The target;
+                exactly one.
+            scope, min_kept, group_divisible, align, saliency, normalize, within, by_cost, average_steps: How to choose.
             start_pruning_step, pruning_steps, pruning_periods, pruning_exponent, total_steps: When.
-            variant, base, base_options, names, lr, weight_decay, first_momentum, second_momentum, dampening: What is
-                wrapped, and how; further keywords of torch's (``betas``, ``foreach``...) may stand beside these.
+            variant, base, base_options, names, lr, weight_decay, first_momentum, second_momentum, dampening: The
+                wrapped optimizer; further keywords of torch's optimizers (``betas``, ``foreach``...) may be passed too.
         """
         self._training, optimizer = make(self._analysis, HESSO, params, options)
         return optimizer
@@ -244,15 +244,15 @@ class OTO:
         self, *, batches: Iterable[Any] = (), loss: Callable[[nn.Module, Any], Tensor] | None = None,
         **options: Unpack[PreviewOptions],
     ) -> Preview:  # fmt: skip
-        """What a target would leave of each layer, before any training: print it.
+        """What a target would keep of each layer, before any training: print it.
 
         The choice is the one that an optimizer with the same options would make now, in one go: by the weights alone
         (their magnitude), or by gradients averaged over ``batches``. Training changes it.
 
         Args:
-            batches: Batches to take gradients of. Gradients, mode, buffers and the random state are left as they were.
+            batches: Batches to compute gradients on. Gradients, mode, buffers and the random state stay as they were.
             loss: Takes the model and a batch, and returns the loss.
-            **options: Of :meth:`hesso` those that say what is to be left, and what goes. A target that cannot be
+            **options: Those options of :meth:`hesso` that set the target and what is pruned. A target that cannot be
                 reached is a ``TargetError``.
         """
         return preview(self._analysis, batches, loss, options)
@@ -262,27 +262,27 @@ class OTO:
         compensate: Literal["affine", "ridge", "bias"] | None = "affine", ridge: float = RIDGE, portions: int = 16,
         norms: bool = True, **options: Unpack[PreviewOptions],
     ) -> OneShot:  # fmt: skip
-        """Compress the model without training, in place: print what it cost, then :meth:`construct_subnet` as ever.
+        """Compress the model without training, in place: print the result, then :meth:`construct_subnet` as usual.
 
-        What is to go is chosen at once, on the full model. Then, in portions from input to output, the weights that
-        read what goes take over what it carried, by a least-squares fit over the batches, batch norms are estimated
-        anew, and the atoms are set to zero. A fold that does not lower the loss on the held-out batches is undone.
-        It takes a few forward passes over all batches for each portion, and memory for a copy of the model beside n²
-        numbers for n entries of a layer's input. Give a few hundred samples of the kind that the model is for.
+        What is removed is chosen at once, on the full model. Then, in portions from input to output, the atoms that go
+        are folded into the weights that read them, by a least-squares fit over the batches, batch norms are estimated
+        again, and the atoms are set to zero. A fold that does not lower the loss on the held-out batches is undone.
+        It takes a few forward passes over all batches for each portion, and memory for a copy of the model plus n²
+        numbers for n entries of a layer's input. Pass a few hundred samples of the kind that the model is for.
 
         Args:
             batches, loss: Batches to calibrate and to check with. ``loss`` takes the model, in eval mode, and a batch.
-            holdout: Share of the batches that is used for nothing but to check, the last ones; 0: nothing is checked.
+            holdout: Share of the batches that is used only to check, the last ones; 0: nothing is checked.
             compensate: ``"affine"``; ``"ridge"``, without a constant; ``"bias"``, the constant alone; or ``None``.
             ridge: Damping of the fit, as a share of the mean of the diagonal of the moments.
-            portions: In how many portions at most. Statistics of each are taken behind the ones before.
-            norms: Estimate batch norms anew.
+            portions: Maximum number of portions. Statistics of each are taken after the portions before it.
+            norms: Estimate batch norms again.
             **options: A target and how to choose, as in :meth:`preview`. ``saliency`` may also be ``"obs"`` (what the
                 fit loses, atom after atom), ``"sensitivity"`` (how much the loss rises when a group alone gets thinner)
-                or ``"fluctuation"`` (how much what is read varies). By default it goes by gradients of the batches.
+                or ``"fluctuation"`` (how much the read values vary). By default, gradients of the batches are used.
 
         Raises:
-            OptionError, TargetError: There are too few batches, an option means nothing, or there are several
+            OptionError, TargetError: There are too few batches, an option is invalid, or there are several
                 processes; the target cannot be reached. Nothing is changed.
         """
         settings = Settings(compensate, ridge, portions, norms)
@@ -291,25 +291,25 @@ class OTO:
     def shrink(
         self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None, averages: Iterable[Any] = ()
     ) -> nn.Module:
-        """Make the model slim in the middle of training: all that is at zero for good goes.
+        """Make the model slim in the middle of training: all pruned atoms are removed.
 
-        Call it between two steps, as often as you like. The rest of training is what it would have been, only cheaper,
-        if the optimizer treats entries one by one and nothing is clipped by a norm over all gradients; dropout draws
-        other numbers. Model and optimizer stay the same objects, so schedulers, a ``GradScaler``, accelerate and a
-        trainer go on. What holds single parameters does not: wrap in ``DistributedDataParallel`` again (else
-        ``StaleWrapperError``), list parameters anew. ``docs/after_pruning.md`` says all, and how to resume such a run.
+        Call it between two steps, as often as you like. Training continues as it would have, only cheaper, if the
+        optimizer treats entries one by one and gradients are not clipped by a norm over all of them; dropout draws
+        different numbers. Model and optimizer stay the same objects, so schedulers, a ``GradScaler``, accelerate and a
+        trainer keep working. What holds single parameters does not: wrap in ``DistributedDataParallel`` again (or there
+        is a ``StaleWrapperError``), list parameters again. ``docs/after_pruning.md`` has details, also on resuming.
 
         Args:
-            optimizer: One that this ``OTO`` made, or what wraps it as ``.optimizer``; by default the last that it made.
+            optimizer: One that this ``OTO`` made, or a wrapper with it as ``.optimizer``; by default the last one made.
             like: The ``state_dict()`` of an optimizer that was shrunk: what it lacks is set to zero and removed.
             averages: Moving averages of the weights, or what holds them as ``.module`` or ``.ema``; made slim in place.
 
         Returns:
-            The model; as before, with a ``NotPrunedWarning``, if there never was anything to remove.
+            The model; unchanged, with a ``NotPrunedWarning``, if there was never anything to remove.
 
         Raises:
             ShrinkError: The class, or its config (``layout="uniform"``), cannot express it; the optimizer has state
-                that cannot be sliced, or it or an average is of another model. Nothing is changed.
+                that cannot be sliced, or it or an average belongs to a different model. Nothing is changed.
             VerificationError: The slim model computes something else, in eval or train mode. Nothing is changed.
         """
         self._analysis, self._training = shrink(self._analysis, self._training, optimizer, like, averages)
@@ -339,35 +339,35 @@ class OTO:
     ) -> Subnet:  # fmt: skip
         """Build the slim model from the zeros in the parameters, prove it equal, and save it.
 
-        The original class is used where its code states no size that changed; else the graph that ``torch.export``
-        follows; else the calls that were recorded on the example, which hold at its shapes and values only. It is
-        compared with the zeroed full model on the example and on a random input, of another batch size where that is
+        The original class is used if it can express the slim model; otherwise the graph from ``torch.export``; if that
+        fails too, the calls recorded on the example, which are valid at its shapes and values only. The slim model is
+        compared with the zeroed full model on the example and on a random input, with a different batch size if that is
         free, in the model's dtype and in float64; on the example in inference mode, with torch's fast paths. What was
-        saved is read back and compared. What falls short, ``print(subnet)`` says; if pruning has not finished, or
-        nothing is zero, there is a warning too. The model may have been cast or moved since ``OTO(...)``: the example
-        follows it. What trainers wrapped around a ``forward``, such as autocast, is seen through.
+        saved is read back and compared. ``print(subnet)`` shows the limits of the result; if pruning has not finished,
+        or nothing is zero, there is also a warning. The model may have been cast or moved since ``OTO(...)``: the
+        example follows it. Wrappers that trainers put around a ``forward``, such as autocast, are ignored.
 
         Args:
             out_dir: Folder for the artifact; nothing is saved if it is ``None``.
-            model: Made slim instead: a copy of the model with other weights, such as their moving average, or what
-                wraps one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
-            emitter: ``"auto"``, or one way alone: ``"config"`` (the class, made from an edited ``model.config``; tried
+            model: A model to make slim instead: a copy with other weights, such as their moving average, or a wrapper
+                of one (see :meth:`oto.optim.SparseOptimizer.zero_pruned_in`, to be called first).
+            emitter: ``"auto"``, or a single one: ``"config"`` (the class, made from an edited ``model.config``; tried
                 first with ``layout="uniform"``), ``"module"`` (the class), ``"graph"`` or ``"recording"``.
-            program: Save the slim model as an exported program too (``model.pt2``), which loads without the class. By
-                default only where nothing else could be loaded: where the slim model is a graph.
+            program: Also save the slim model as an exported program (``model.pt2``), which loads without the class. By
+                default only if nothing else could be loaded, because the slim model is a graph.
             save_full, report: Save the zeroed full weights beside it; a ``report.html``, see :meth:`Subnet.report`.
-            float64: Compare in float64 too, which shows whether the slim model is equal or only alike: ``"auto"``,
-                where it fits in memory; ``True`` or ``False``.
-            verify: Compare at all. Without it, only what tells whether a way can be taken is looked at.
-            align: Keep as many zero atoms as make sizes multiples, as in :meth:`oto.optim.Choice.of`: for zeros of an
-                optimizer that was given no ``align``.
+            float64: Also compare in float64, which shows whether the slim model is equal or only similar: ``"auto"``,
+                if it fits in memory; ``True`` or ``False``.
+            verify: Compare at all. Without it, only whether an emitter can express the model is checked.
+            align: Keep enough zero atoms to make sizes multiples, as in :meth:`oto.optim.Choice.of`: for zeros of an
+                optimizer without ``align``.
 
         Raises:
             VerificationError: The slim model differs, or the full one gives no finite number. Nothing is written.
-            EmitterError: What was asked for, or any way, cannot express the slim model; or no program can be written.
-            NonFiniteParameterError, UnknownParameterError: A parameter holds NaN or infinity; ``model`` is no copy of
-                the model, or ``align`` names what is not there.
-            ArtifactError: ``out_dir`` cannot be written, or holds a file of such a name that no artifact has written.
+            EmitterError: No emitter, or not the requested one, can express the model; or no program can be written.
+            NonFiniteParameterError, UnknownParameterError: A parameter holds NaN or infinity; ``model`` is not a copy
+                of the model, or ``align`` names unknown parameters.
+            ArtifactError: ``out_dir`` cannot be written, or holds a file of the same name that no artifact wrote.
         """
         wanted = Build.of(out_dir, emitter, program, save_full, float64, verify, report, align)
         subnet = build_subnet(self._analysis, self.model if model is None else model, wanted, self._training.optimizer)

@@ -227,7 +227,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: It cannot be written.
     """
-    with told(path.parent, f"{path.name} was not written"), scratch(path.parent) as folder:
+    with rewording_os_errors(path.parent, f"{path.name} was not written"), scratch(path.parent) as folder:
         draft = folder / path.name
         yield draft
         sync(draft)
@@ -256,7 +256,7 @@ def stamp(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def told(place: Path, effect: str) -> Iterator[None]:
+def rewording_os_errors(place: Path, effect: str) -> Iterator[None]:
     """What the file system refuses about ``place`` is raised as an :class:`ArtifactError`; other failures pass."""
     try:
         yield

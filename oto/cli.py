@@ -1,4 +1,4 @@
-"""The command line: what the library says, for a terminal or as JSON.
+"""The command line: the functions of the library, with results as text or JSON.
 
 Exit codes:
 
@@ -7,7 +7,7 @@ Exit codes:
 * 2: the command line is wrong: an option, or a model, an input or a checkpoint that cannot be had.
 * 3: ``oto verify`` found an artifact damaged, or computing something else.
 
-A mistake of the user is told without a traceback. Results go to standard output, warnings and errors to standard error;
+A user's mistake is reported without a traceback. Results go to standard output, warnings and errors to standard error;
 with ``--json`` each of them is one JSON object on a line.
 """
 
@@ -58,11 +58,11 @@ from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.inputs import random_like
 from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.run import run
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 
 app = typer.Typer(
     no_args_is_help=True,
-    pretty_exceptions_enable=False,  # what is not told below is a mistake of ours, and shown in full
+    pretty_exceptions_enable=False,  # what is not caught below is our mistake, and shown in full
     rich_markup_mode="markdown",
     help="Structured pruning that is proved: see what a model could lose, make it slim, check and time it.",
     epilog="Exit codes: 0 done; 1 refused, the message says why; 2 the command line is wrong; 3 verify found a fault.",
@@ -73,10 +73,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def command(f: Command) -> Command:
-    """Make a command of a function: its errors and warnings become messages, its errors exit codes."""
+    """Make a command from a function: errors and warnings become messages, errors also exit codes."""
 
     @functools.wraps(f)
-    def told(*args: Any, **options: Any) -> None:
+    def run(*args: Any, **options: Any) -> None:
         as_json = bool(options.get("as_json"))
         try:
             with _warnings_as_messages(as_json):
@@ -91,14 +91,14 @@ def command(f: Command) -> Command:
             _message("error", f"memory ran out: {first_line(failure)}", as_json, "MemoryError")
             raise typer.Exit(REFUSED) from failure
 
-    app.command()(told)
+    app.command()(run)
     return f
 
 
 @contextmanager
 def _warnings_as_messages(as_json: bool) -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        # those of other libraries, about their own code, say nothing to the user of a command
+        # warnings of other libraries about their own code do not help the user of a command
         if category.__module__.startswith("oto.") or not issubclass(category, DeprecationWarning | FutureWarning):
             _message("warning", message, as_json, category.__name__)
 
@@ -135,11 +135,11 @@ Inputs = Annotated[
     typer.Option("--input", "-i", metavar="SHAPE", help="1x3x224x224, 1x128:int64:30522, mask=1x128:bool; repeatable"),
 ]
 InputFn = Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="a function that returns the input")]
-Weights = Annotated[Path | None, typer.Option("--checkpoint", "-c", help="weights to load: safetensors, or torch.save")]
+Weights = Annotated[Path | None, typer.Option("--checkpoint", "-c", help="weights to load: safetensors or torch.save")]
 Key = Annotated[str | None, typer.Option(help="where in the checkpoint the state dict is")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="with the weights that the library offers")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="use the library's pretrained weights")]
 Skip = Annotated[
-    list[str] | None, typer.Option("--skip", metavar="NAME", help="keep whole: a name or glob; repeatable")
+    list[str] | None, typer.Option("--skip", metavar="NAME", help="keep this whole: a name or glob; repeatable")
 ]
 Only = Annotated[
     list[str] | None, typer.Option("--only", metavar="NAME", help="prune nothing else: a name or glob; repeatable")
@@ -147,22 +147,27 @@ Only = Annotated[
 AllowGraph = Annotated[
     bool,
     typer.Option(
-        "--allow-graph", "--everything", help="also what the model's own class cannot express; slim is a graph then"
+        "--allow-graph",
+        "--everything",
+        help="also prune what the model's own class cannot express; the slim model may be a graph then",
     ),
 ]
 Layout = Annotated[
-    str | None, typer.Option(help="uniform: repeated blocks keep equally many; stock: and as wide as its heads")
+    str | None,
+    typer.Option(help="uniform: repeated blocks stay equal, stated by the config; stock: and as wide as their heads"),
 ]
 Align = Annotated[
     list[str] | None,
     typer.Option(
         metavar="MULTIPLE",
-        help="sizes of weights are multiples: a number, gguf, gguf-k, marlin, cuda, or 'GLOB=NUMBER' (repeatable)",
+        help="multiples for sizes of weights: a number, gguf, gguf-k, marlin, cuda, or 'GLOB=NUMBER' (repeatable)",
     ),
 ]
-MinKept = Annotated[str, typer.Option(help="what every group keeps: a number of atoms, or a share such as 0.1")]
+MinKept = Annotated[
+    str, typer.Option(help="what every group keeps at least: a number of atoms, or a share such as 0.1")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object")]
-Seconds = Annotated[float, typer.Option(min=0.0, help="so long it is measured at least")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="minimum time to measure")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 
 
@@ -177,7 +182,7 @@ def _number(option: str, text: str | None) -> int | float | None:
 
 
 def _align(given: list[str] | None) -> int | str | dict[str, int] | None:
-    """``32``, ``gguf``, or ``GLOB=32`` as often as one likes."""
+    """``32``, ``gguf``, or any number of ``GLOB=32``."""
     if not given:
         return None
     named = [one.rpartition("=") for one in given]
@@ -201,7 +206,7 @@ def _analyzed(
     layout: str | None = None,
     only: list[str] | None = None,
 ) -> OTO:
-    torch.manual_seed(0)  # so that two calls say the same of a model without weights
+    torch.manual_seed(0)  # so that two calls agree for a model with random weights
     model = named_model(name, pretrained)
     if checkpoint is not None:
         load_weights(model, checkpoint, key)
@@ -212,12 +217,12 @@ def _analyzed(
         "only": only or None,
         "min_kept": least,
         "layout": layout,
-    }  # OTO refuses what means nothing
+    }  # OTO refuses invalid values
     return OTO(model, given, skip_patterns=skip or (), allow_graph=allow_graph, **options)
 
 
 def _shares(given: list[str] | None) -> dict[str, int | float] | None:
-    """``layer3.*=0.4``, for each."""
+    """The mapping of several ``layer3.*=0.4``."""
     found: dict[str, int | float] = {}
     for text in given or ():
         name, _, number = text.rpartition("=")
@@ -244,7 +249,7 @@ def explain(
     layout: Layout = None,
     as_json: Json = False,
 ) -> None:
-    """What can be removed from a model, and why the rest stays whole.
+    """Show what can be removed from a model, and why the rest stays whole.
 
     oto explain torchvision:resnet50 --input 1x3x224x224
     """
@@ -262,13 +267,15 @@ def preview(
     model: Model,
     input: Inputs = None,
     input_fn: InputFn = None,
-    target_macs: Annotated[str | None, typer.Option(help="what is left: 0.5 is a share, 500000 a number")] = None,
+    target_macs: Annotated[
+        str | None, typer.Option(help="what remains at most: 0.5 is a share, 500000 a number")
+    ] = None,
     target_params: Annotated[str | None, typer.Option(help="likewise, of the parameters")] = None,
     target_bytes: Annotated[str | None, typer.Option(help="likewise, of the memory of parameters and buffers")] = None,
     target_latency_ms: Annotated[
         float | None, typer.Option(help="milliseconds of a forward pass, measured here")
     ] = None,
-    target_group_sparsity: Annotated[float | None, typer.Option(help="share of the groups that goes")] = None,
+    target_group_sparsity: Annotated[float | None, typer.Option(help="share of the groups to remove")] = None,
     target_kept: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=SHARE", help="what groups keep, by name or glob: 'layer3.*=0.4'; repeatable"),
@@ -286,7 +293,7 @@ def preview(
     layout: Layout = None,
     as_json: Json = False,
 ) -> None:
-    """What a target would leave of each layer, before any training; chosen by the weights alone.
+    """Show what a target would keep of each layer, before any training; chosen by the weights alone.
 
     oto preview torchvision:resnet50 --input 1x3x224x224 --target-macs 0.5
     """
@@ -366,17 +373,17 @@ def slim(
 
 @command
 def info(artifact: ArtifactFolder, as_json: Json = False) -> None:
-    """What an artifact is: costs, proof, files, versions. Every file is checked against its hash."""
+    """Describe an artifact: costs, proof, files, versions. Every file is checked against its hash."""
     found = _opened(artifact)
     _result(_about(found), {"folder": str(found.folder), **found.manifest}, as_json)
 
 
 def _opened(folder: Path) -> Artifact:
-    """An artifact of a slim model, whose files are whole."""
+    """An artifact of a slim model, with every file checked."""
     found = reading(folder)
     if missing := [name for name in SAID if name not in found.manifest]:
         raise DamagedArtifactError(
-            f"{found.folder}: its manifest says nothing of {', '.join(missing)}\n"
+            f"{found.folder}: its manifest says nothing about {', '.join(missing)}\n"
             "  effect  it is not known to hold a slim model\n  to fix  pass the folder given to construct_subnet"
         )
     return found
@@ -413,7 +420,7 @@ def _about(found: Artifact) -> str:
 
 
 def _fields(kind: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Those entries that this version knows."""
+    """The entries that this version knows."""
     return {field.name: entries[field.name] for field in dataclasses.fields(kind)}
 
 
@@ -449,11 +456,11 @@ def _verified(
     for seed, example in enumerate((given, random_like(given, 0))):
         try:
             outputs = run(slim, example)
-        except Exception as failure:  # of many kinds; the example may be of the user's making
+        except Exception as failure:  # of many kinds; the user may have passed the example
             reraise_out_of_memory(failure)
             raise VerificationError(
                 f"the slim model fails on {'a random' if seed else 'the'} input: {first_line(failure)}\n"
-                "  to fix  give an input that the model takes: --input, --input-fn"
+                "  to fix  pass an input that the model takes: --input, --input-fn"
             ) from failure
         shapes = [list(t.shape) for t in outputs]
     kind = "the original class" if full is not None and found.manifest["emitter"] in OF_THE_CLASS else PROGRAM
@@ -467,7 +474,7 @@ def _verified(
         if not checks:
             raise VerificationError(
                 "the outputs are empty on this input, so nothing was compared\n"
-                "  to fix  give an input on which there are some: --input, --input-fn"
+                "  to fix  pass an input with outputs that are not empty: --input, --input-fn"
             )
         lines.append(f"computes what the zeroed full model does: {_worst(checks)}")
     if full is not None and kind != PROGRAM and PROGRAM in files:
@@ -481,8 +488,8 @@ def _verified(
     if not checks:
         holds = f"the folder holds no full weights (construct_subnet(out_dir, save_full=True) writes {FULL})"
         lines.append(
-            f"nothing was compared: {holds if FULL not in files else 'no model is named (--model)'}; oto info tells of"
-            " the proof when it was written"
+            f"nothing was compared: {holds if FULL not in files else 'no model is named (--model)'}; oto info shows"
+            " the proof from when it was written"
         )
     return lines, {"files": list(files), "outputs": shapes, "checks": [vars(c) for c in checks]}
 
@@ -493,7 +500,7 @@ def _worst(checks: Sequence[Check]) -> str:
 
 
 def _load_full(full: nn.Module, found: Artifact) -> None:
-    """The zeroed full weights of an artifact, into the full model."""
+    """Load the zeroed full weights of an artifact into the full model."""
     held = dict(full.named_parameters(remove_duplicate=False)) | dict(full.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, tensor in found.tensors(FULL).items():
@@ -508,7 +515,7 @@ def _load_full(full: nn.Module, found: Artifact) -> None:
 def _loaded(
     found: Artifact, model: str | None, inputs: list[str] | None, input_fn: str | None
 ) -> tuple[nn.Module | None, nn.Module, Any]:
-    """The full model, if it is named; the slim one; and an input for them."""
+    """The full model, if one is named, the slim one, and an input for them."""
     full = None if model is None else named_model(model)
     if full is None and PROGRAM not in found.manifest["files"] and found.manifest["emitter"] in OF_THE_CLASS:
         raise GivenError(
@@ -535,7 +542,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time forward passes of a slim model; with --model beside the full one, in turns.
+    """Time forward passes of a slim model; with --model in turns with those of the full one.
 
     oto bench slim --model package.module:make --input 64x3x32x32
     """
@@ -546,7 +553,7 @@ def bench(
         models = {name: m.to(device).eval() for name, m in (("full", full), ("slim", slim)) if m is not None}
         given = tree_map_only(Tensor, lambda t: t.to(device), given)
         taken = dict(zip(models, rounds(list(models.values()), given, seconds=seconds), strict=True))
-    except Exception as failure:  # of many kinds: a device that is not there, an input that does not fit
+    except Exception as failure:  # of many kinds: a missing device, an input that does not fit
         reraise_out_of_memory(failure)
         raise GivenError(f"the forward pass fails on {device}: {first_line(failure)}") from failure
     quartiles = {name: [1e3 * q for q in statistics.quantiles(own, n=4)] for name, own in taken.items()}
@@ -594,7 +601,7 @@ FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model.aoti.pt2"}
 
 
 @app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option("--version", help="say the version and stop")] = False) -> None:
+def version(show: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
     if show:
         typer.echo(f"oto {oto.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
         raise typer.Exit

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from oto.user_code import line_of
 
 FORMER = {
     "ArtefactError": "ArtifactError",
@@ -116,7 +119,7 @@ class GraphInputError(OTOError, TypeError):
 
 
 class UnseenPathError(OTOError, RuntimeError):
-    """A forward that is told sizes takes another path than the one for which they are known."""
+    """An overridden forward takes a different path than the one that its overrides are for."""
 
 
 class TrainModeError(OTOError):
@@ -222,7 +225,7 @@ def printable(text: str) -> str:
 
 
 def out_of_memory(failure: BaseException) -> bool:
-    """Whether memory ran out, which no other way of doing the same would mend: it is never told as anything else."""
+    """Whether memory ran out, which must never be hidden: trying the same differently would not help."""
     return isinstance(failure, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(failure)
 
 
@@ -259,3 +262,25 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     if len(names) <= limit:
         return ", ".join(names)
     return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+
+
+@contextmanager
+def rewording(model: object, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
+    """Whatever a model's code raises inside comes as one of ours, with the stage; memory that ran out does not."""
+    try:
+        yield
+    except Exception as failure:
+        if isinstance(failure, OTOError) or out_of_memory(failure):
+            raise
+        line = line_of(failure)
+        text = [f"{type(model).__name__} failed while {stage}: {first_line(failure)}"]
+        text += [f"  at      {line}"] if line else []
+        text += [f"  proved  {proved}"] if proved else []
+        text += ["  effect  nothing was written; the model is as it was"]
+        text += [
+            "  to fix  see that line: the model is copied, and run in eval mode several times, on other values, on"
+            " another batch size and in float64"
+            if line
+            else "  to fix  see the traceback above; if it is not about the model, it is a mistake of oto's: report it"
+        ]
+        raise error("\n".join(text)) from failure

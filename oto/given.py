@@ -53,7 +53,7 @@ def named_model(name: str, pretrained: bool = False) -> nn.Module:
     source, colon, rest = name.partition(":")
     if not colon or not source or not rest:
         raise GivenError(f"no model is called {name!r}\n  to fix  name it as {HOW_TO_NAME}")
-    with _told(f"model {name}"):
+    with _reworded(f"model {name}"):
         model = SOURCES[source](rest, pretrained) if source in SOURCES else _own(source, rest, pretrained)
     if not isinstance(model, nn.Module):
         raise GivenError(
@@ -129,8 +129,8 @@ def imported(module: str, name: str) -> Any:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Whatever goes wrong in code that is not ours is told in one line, with its place."""
+def _reworded(what: str) -> Iterator[None]:
+    """Reports any failure in code that is not ours in one line, with its place."""
     try:
         yield
     except Exception as failure:
@@ -161,7 +161,7 @@ def named_input(specs: Sequence[str], function: str | None = None, model: nn.Mod
         module, _, name = function.partition(":")
         if not name:
             raise GivenError(f"--input-fn {function}\n  to fix  name it as package.module:function")
-        with _told(f"input {function}"):
+        with _reworded(f"input {function}"):
             return imported(module, name)()
     if not specs:
         return _own_input(model)

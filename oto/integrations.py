@@ -1,12 +1,14 @@
-"""``optimizer.progress`` where training is logged, and early stopping that knows of pruning, in one line each.
+"""``optimizer.progress`` where training is logged, and training after pruning in loops of others, in one line each.
 
-    from oto.integrations import early_stopping, log_progress, progress_dict
+    from oto.integrations import distill, early_stopping, log_progress, mix, progress_dict
 
     log_progress(trainer)                                                     # Hugging Face, before trainer.train()
     self.log_dict(progress_dict(self.optimizers()))                           # lightning, in training_step
     accelerator.log(progress_dict(optimizer), step=step)                      # accelerate
     writer.add_scalars("oto", progress_dict(optimizer, ""), step)             # TensorBoard
     early_stopping(trainer, patience=3)                                       # Hugging Face or lightning
+    distill(trainer, Distillation.of(model))                                  # Hugging Face
+    mix(trainer, replay(new, old))                                            # Hugging Face or lightning
 
 Nothing of these libraries is imported here before it is used.
 """
@@ -14,10 +16,16 @@ Nothing of these libraries is imported here before it is used.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+from torch.utils.data import DataLoader
+
+from oto.distill import Distillation, SoftTargets
 from oto.errors import MissingExtraError, OptionError, some
 from oto.optim import SparseOptimizer
+from oto.recovery import Mixture
 
 
 def progress_dict(optimizer: Any, prefix: str = "oto/") -> dict[str, float]:
@@ -220,3 +228,155 @@ def _stop_lightning(trainer: Any, package: str, patience: int, threshold: float,
 
     trainer.callbacks.insert(0, made := AfterPruning())  # before those that write checkpoints
     return made
+
+
+# Training after pruning -----------------------------------------------------------------------------------------------
+
+
+def distill(trainer: Any, distillation: Distillation) -> None:
+    """Let a ``transformers.Trainer`` train by distillation, too; what it evaluates is as before.
+
+    The task's loss is what its ``compute_loss`` gives, with whatever was given to it or made of it, and distillation is
+    added by its weight. Where batches are accumulated, each counts alike in distillation. A distillation without a
+    teacher takes its targets out of each batch: ``{**sample, **soft_targets(logits, k)._asdict()}``. In lightning no
+    such call is needed: ``return distillation(self.model, x, loss)`` in ``training_step``.
+
+    Raises:
+        OptionError: The trainer is of another kind.
+    """
+    if not hasattr(trainer, "compute_loss"):
+        raise OptionError(
+            f"a {type(trainer).__name__} is no Trainer of transformers\n  effect  nothing was changed in it\n"
+            "  to fix  elsewhere the loss is distillation(model, inputs, loss): call it in your own step"
+        )
+    theirs = trainer.compute_loss
+
+    def compute_loss(
+        model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs, targets = _targets_in(inputs) if distillation.teacher is None else (inputs, None)
+        if return_outputs or not model.training:  # it evaluates
+            return theirs(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        task: Any = None
+
+        def run() -> Any:
+            nonlocal task
+            task, output = theirs(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch)
+            return output
+
+        ours, _ = distillation.compare(model, _shown(trainer, inputs), run, targets=targets)
+        steps = _accumulated(trainer) if _divided_already(trainer, num_items_in_batch) else 1
+        return distillation.combined(task, ours / steps)
+
+    trainer.compute_loss = compute_loss
+
+
+def _targets_in(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], SoftTargets | None]:
+    """A batch without what a teacher said of it, and that."""
+    rest = {key: value for key, value in inputs.items() if key not in SoftTargets._fields}
+    if len(rest) + len(SoftTargets._fields) > len(inputs):
+        return dict(inputs), None
+    return rest, SoftTargets(*(inputs[name] for name in SoftTargets._fields))
+
+
+def _shown(trainer: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a model sees of a batch: no labels where the trainer computes the loss itself."""
+    own = [getattr(trainer, name, None) for name in ("compute_loss_func", "label_smoother")]
+    return inputs if own == [None, None] else {key: value for key, value in inputs.items() if key != "labels"}
+
+
+def _divided_already(trainer: Any, items: Any) -> bool:
+    """Whether the trainer leaves a loss as it is, because what it is a mean of are all batches of a step."""
+    said = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if said is not None:
+        return bool(said)
+    by_model = bool(getattr(trainer, "model_accepts_loss_kwargs", False)) and items is not None
+    return by_model or getattr(trainer, "compute_loss_func", None) is not None
+
+
+def _accumulated(trainer: Any) -> int:
+    return int(getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps))
+
+
+def mix(
+    trainer: Any,
+    mixture: Mixture,
+    measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    reference: Mapping[str, float] | None = None,
+    every: int = 0,
+) -> None:
+    """Draw a trainer's batches from a mixture, whose shares may follow the losses of its sources.
+
+    A ``transformers.Trainer`` draws from it instead of its ``train_dataset``; columns that the model does not take
+    must not be there. In lightning hand ``mixture.loader(...)``
+    to ``fit``; this adds the update alone.
+
+    Args:
+        trainer: Before it trains.
+        mixture: Of the sources.
+        measure: The losses of the sources, of held-out data, such as
+            ``lambda model: source_losses(model, held, loss)``. Without it the shares stay as they are.
+        reference: What each of them should come to.
+        every: After how many steps of the optimizer they are measured, and the shares updated.
+
+    Raises:
+        OptionError: The trainer is of another kind, or of ``measure``, ``reference`` and ``every`` one is missing.
+    """
+    given = (measure is not None, reference is not None, every > 0)
+    if any(given) and not all(given):
+        raise OptionError(
+            "measure=, reference= and every= belong together\n  effect  the shares would never be updated\n"
+            "  to fix  give all of them, or none"
+        )
+
+    def update(model: nn.Module, step: int) -> None:
+        if measure is not None and reference is not None and step % every == 0:
+            mixture.update(measure(model), reference)
+
+    package = type(trainer).__module__.partition(".")[0]
+    if hasattr(trainer, "callback_handler"):
+        _mix_trainer(trainer, mixture, update)
+    elif package in ("lightning", "pytorch_lightning"):
+        _update_lightning(trainer, package, update)
+    else:
+        raise OptionError(
+            f"a {type(trainer).__name__} is no Trainer of transformers or lightning\n"
+            "  effect  nothing was changed in it\n"
+            "  to fix  in a loop of your own, go through mixture.loader(...), and call mixture.update(...)"
+        )
+
+
+def _mix_trainer(trainer: Any, mixture: Mixture, update: Callable[[nn.Module, int], None]) -> None:
+    from transformers import TrainerCallback
+
+    def loader() -> Any:
+        args = trainer.args
+        options = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
+        made: DataLoader[Any] = mixture.loader(
+            args.train_batch_size,
+            collate_fn=trainer.data_collator,
+            drop_last=args.dataloader_drop_last,
+            **options,
+        )
+        return trainer.accelerator.prepare(made)
+
+    class Update(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+            update(model, state.global_step)
+
+    trainer.get_train_dataloader = loader
+    trainer.add_callback(Update())
+
+
+def _update_lightning(trainer: Any, package: str, update: Callable[[nn.Module, int], None]) -> None:
+    callback: Any = importlib.import_module("lightning.pytorch" if package == "lightning" else package).Callback
+
+    class Update(callback):  # type: ignore[misc]
+        seen = 0
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
+            if trainer.global_step != self.seen:  # more batches than one may make a step
+                self.seen = trainer.global_step
+                update(module, self.seen)
+
+    trainer.callbacks.append(Update())

@@ -35,9 +35,9 @@ from oto.optim import Choice
 from oto.optim.compensate import (
     KINDS,
     WIDE,
-    Entries,
     Key,
     Moments,
+    SplitEntries,
     Surgeon,
     fitted,
     fluctuation,
@@ -222,8 +222,8 @@ class Compression:
         after = self.left | {name: self._without(name, going[name]) for name in names}
         old, new = self.partition.masks(_kept(self.left)), self.partition.masks(_kept(after))
 
-        def entries(reader: Reader) -> Entries:
-            return Entries.of(reader.survivors(old), reader.survivors(new))
+        def entries(reader: Reader) -> SplitEntries:
+            return SplitEntries.of(reader.survivors(old), reader.survivors(new))
 
         tried = self._fold_and_zero(pack, going, readers, measured, entries)
         self.left = after
@@ -236,7 +236,7 @@ class Compression:
         going: Mapping[str, NDArray[np.int64]],
         readers: Sequence[Reader],
         measured: Mapping[Key, Moments],
-        entries: Callable[[Reader], Entries],
+        entries: Callable[[Reader], SplitEntries],
     ) -> dict[str, Any]:
         """Fold and zero, or zero alone if that leaves a lower loss: what a :class:`Portion` says of it."""
         saved, kind = self._saved(readers), str(self.settings.compensate)
@@ -372,7 +372,7 @@ class Compression:
             fold_(
                 readers,
                 measured,
-                lambda r: Entries.of(r.survivors({}), r.survivors(masks)),
+                lambda r: SplitEntries.of(r.survivors({}), r.survivors(masks)),
                 self.tensors,
                 kind,
                 self.settings.ridge,
@@ -543,9 +543,9 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     loss = None if not losses or losses[0] is None or losses[-1] is None else (losses[0], losses[-1])
     kept = {name: int(own.sum()) for name, own in job.left.items()}
     lost = {name for portion in portions for name in portion.groups}
-    told = {name: why for name, why in job.readers.told.items() if name in lost and settings.compensate}
+    not_folded = {name: why for name, why in job.readers.reasons.items() if name in lost and settings.compensate}
     return OneShot(
-        str(choice.target), job.how, tuple(portions), loss, cost(partition), cost(partition, kept), kept, told
+        str(choice.target), job.how, tuple(portions), loss, cost(partition), cost(partition, kept), kept, not_folded
     )
 
 

@@ -1,4 +1,4 @@
-"""What a target means before any training: what it would leave, what takes how long, which multiples suit a device."""
+"""What a target means before any training: what would be kept, its latency, and the multiples that suit a device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from oto.trace.snapshot import preserved
 log = logging.getLogger(__name__)
 
 LIMITS = ("scope", "min_kept", "group_divisible")
-"""Options that say what may go, whatever it is scored by."""
+"""Options that limit what may be removed, whatever the saliency."""
 
 
 def preview(
@@ -36,7 +36,7 @@ def preview(
     loss: Callable[[nn.Module, Any], Tensor] | None,
     options: Mapping[str, Any],
 ) -> Preview:
-    """What a target would leave of each layer; see :meth:`oto.OTO.preview`."""
+    """What a target would keep of each layer; see :meth:`oto.OTO.preview`."""
     refuse_unknown(options, names_of(PreviewOptions), "preview")
     options, batches = by_first_names(analysis, options), list(batches)
     target, how = picked(options, TargetOptions), picked(options, ChoiceOptions)
@@ -59,7 +59,7 @@ def preview(
 def _kept(
     model: nn.Module, choice: Choice, batches: list[Any], loss: Callable[[nn.Module, Any], Tensor] | None
 ) -> dict[str, int]:
-    """What a choice would leave, with the model in the modes that it is in, and as it was afterwards."""
+    """The atoms that a choice would keep; the model runs in its present modes, and is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     with preserved(model) if batches else nullcontext():  # the weights alone are only read
         for module, training in modes:
@@ -68,17 +68,17 @@ def _kept(
 
 
 def timer_of(analysis: Analysis) -> Timer:
-    """Times the model, and slim ones of its groups."""
+    """A timer of the model and of slim ones of the same groups."""
     return Timer(analysis.model, analysis.partition, analysis.costs, analysis.example)
 
 
 def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | None:
-    """Milliseconds as a function of what the prunable groups keep, if that is what a target is in.
+    """Milliseconds as a function of what the prunable groups keep, if the target is a latency.
 
-    It is put right where a choice by the weights alone would arrive.
+    It is corrected by measurements near the model that a choice by the weights alone would give.
 
     Raises:
-        TargetError: It cannot be measured, or not even the thinnest model is as fast.
+        TargetError: Latency cannot be measured, or not even the thinnest model is fast enough.
     """
     goal, costs = options.get("target_latency_ms"), analysis.costs
     if goal is None:
@@ -96,7 +96,7 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
 
 
 def align_for(analysis: Analysis, options: Mapping[str, Any]) -> Align:
-    """What sizes are multiples of: as asked, else what suits where the parameters are and can meet the target."""
+    """The multiples for sizes: as requested, otherwise what suits the parameters' device and can meet the target."""
     asked: Align | None = options.get("align")
     if asked is not None or not any(p.is_cuda for p in analysis.model.parameters()):
         return 1 if asked is None else asked
@@ -112,7 +112,7 @@ def align_for(analysis: Analysis, options: Mapping[str, Any]) -> Align:
 
 
 def by_first_names(analysis: Analysis, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with the names that groups have for parameters where one is a mapping from names."""
+    """The options, with mappings from parameter names converted to the names that groups use."""
     first = analysis.first_name
     return {
         key: {first.get(name, name): number for name, number in value.items()}

@@ -19,16 +19,16 @@ OPTIONS = {"normalise": "normalize"}
 Value = TypeVar("Value")
 
 
-def tell(former: str, now: str) -> None:
+def warn_of_former_name(former: str, now: str) -> None:
     """Warn of a name that was changed."""
     text = f"{former} is called {now} now\n  effect  none; {REMOVED_IN} removes the former name\n  to fix  say {now}"
     warnings.warn(text, DeprecationWarning, stacklevel=users_level())
 
 
 def former(name: str, value: Value, now: str) -> Value:
-    """The value of an option by its former name, which is told of if there is one."""
+    """The value of an option, or that of its former name, with a warning."""
     if value is not None:
-        tell(f"{name}=", f"{now}=")
+        warn_of_former_name(f"{name}=", f"{now}=")
     return value
 
 
@@ -44,6 +44,6 @@ def up_to_date(options: Mapping[str, Any]) -> dict[str, Any]:
         if made.get(now) is not None and value is not None:
             raise OptionError(f"{former} and {now} are the same\n  effect  nothing was made\n  to fix  say {now} alone")
         if value is not None:
-            tell(f"{former}=", f"{now}=")
+            warn_of_former_name(f"{former}=", f"{now}=")
             made[now] = value
     return made

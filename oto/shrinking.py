@@ -1,4 +1,4 @@
-"""The model gets smaller while it trains: what is at zero for good is taken out of it, and of its optimizer."""
+"""Make the model smaller while it trains: take pruned atoms out of it and of its optimizer."""
 
 from __future__ import annotations
 
@@ -14,36 +14,35 @@ from torch import Tensor, nn
 
 from oto._torch import data_parallel_around
 from oto.analysis import Analysis, Form, ask_the_class
-from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, users_level
-from oto.groups import Kept, Partition, thinner
-from oto.groups.layout import evened
+from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, users_level
+from oto.groups import Kept, Partition, pruned_groups
+from oto.groups.layout import equalize_ties
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
 from oto.slim.config.recipe import Recipe
 from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
 from oto.slim.source import Source
 from oto.slim.state import left_since
-from oto.trace.record import told
-from oto.trace.state import State, undone
+from oto.trace.state import ModelState, undone
 from oto.training import Training
 
 Left = Mapping[str, NDArray[np.bool_]]
-"""For each node group, which of the atoms of the model are left."""
+"""For each node group, which atoms of the model remain."""
 
 
 def shrink(
     analysis: Analysis, training: Training, wrapper: Any, like: Mapping[str, Any] | None, averages: Iterable[Any]
 ) -> tuple[Analysis, Training]:
-    """Take out of a model, in place, what is at zero for good; see :meth:`oto.OTO.shrink`.
+    """Take pruned atoms out of a model, in place; see :meth:`oto.OTO.shrink`.
 
     Args:
-        analysis: Of the model as it is.
+        analysis: The analysis of the present model.
         training: The optimizer that was made last, and the analysis that it was made for.
         wrapper: The optimizer, or what wraps it; ``None`` is the one that was made last.
-        like: The state dict of an optimizer that was shrunk.
+        like: The state dict of an optimizer that was shrunk, whose sizes to take.
 
     Returns:
-        The analysis of the model as it is then, and its training; the same ones, if there is nothing to remove.
+        The analysis of the smaller model, and its training; unchanged if there is nothing to remove.
     """
     optimizer = training.inside(wrapper)
     full = analysis.partition if training.partition is None else training.partition
@@ -62,7 +61,7 @@ def shrink(
     if like is not None:
         optimizer.zero_(left)
     slim, after = _slim(analysis, _kept(analysis, optimizer, left), averages)
-    pruned = thinner(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
+    pruned = pruned_groups(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
     if not optimizer.progress.over:
         require_there(pruned, after.groups)
     model = analysis.model
@@ -74,7 +73,7 @@ def shrink(
     for before, now in [(model, slim.model), *slim.averages]:
         become(before, now)
     recipe = Recipe.of(model) if after.form.kind == "config" else None
-    after = replace(after, model=model, form=replace(after.form, recipe=recipe), state=State(model))
+    after = replace(after, model=model, form=replace(after.form, recipe=recipe), state=ModelState(model))
     return after, replace(training, partition=full)
 
 
@@ -87,7 +86,7 @@ def _require_of(analysis: Analysis, optimizer: SparseOptimizer, full: Partition,
     names: dict[Tensor, str] = {p: name for name, p in analysis.model.named_parameters()}
     known, own = set(names.values()), optimizer.parameters().items()
     foreign = [name for name, p in own if name in known and names.get(p) != name]
-    expected = [group.slices for group in thinner(full, optimizer.node_groups, there)]
+    expected = [group.slices for group in pruned_groups(full, optimizer.node_groups, there)]
     if foreign or expected != [group.slices for group in optimizer.node_groups]:
         raise ShrinkError(
             f"the {type(optimizer).__name__} is not over the parameters of this {type(analysis.model).__name__}\n"
@@ -97,27 +96,27 @@ def _require_of(analysis: Analysis, optimizer: SparseOptimizer, full: Partition,
 
 
 def _left(optimizer: SparseOptimizer, like: Mapping[str, Any] | None) -> Left:
-    """What is left when all goes that is at zero for good, or that a state dict has not."""
+    """What remains when all pruned atoms are removed, or those that a state dict does not have."""
     left = optimizer.left_like(like)
     if like is not None:
         return left
-    # groups of a tie keep equally many
-    even, _ = evened(optimizer.node_groups, {name: np.flatnonzero(own) for name, own in left.items()})
+    # groups of a tie keep the same number of atoms
+    even, _ = equalize_ties(optimizer.node_groups, {name: np.flatnonzero(own) for name, own in left.items()})
     return {name: np.isin(np.arange(len(own)), even[name]) for name, own in left.items()}
 
 
 def _kept(analysis: Analysis, optimizer: SparseOptimizer, left: Left) -> Kept:
-    """The same by the groups of the model, of which one of the optimizer's may be made."""
+    """The same by the groups of the model; a group of the optimizer may consist of several of them."""
     made = parts(optimizer.node_groups, analysis.groups)
     losing = [group.name for group in optimizer.node_groups if not left[group.name].all()]
     return {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
 
 
 def _slim(analysis: Analysis, kept: Kept, averages: Iterable[Any]) -> tuple[Shrunk, Analysis]:
-    """The slim model, which is another module yet, and its analysis."""
+    """The slim model, still as a separate module, and its analysis."""
     model, form = analysis.model, analysis.form
     later = left_since(analysis.state, model, analysis.example, analysis.names)
-    built = told(model, ShrinkError, "its slim form was built and verified", "the analysis is done")
+    built = rewording(model, ShrinkError, "its slim form was built and verified", "the analysis is done")
     with built, undone(later):
         own = ask_the_class(analysis) if form.kind == "config" else form.own
         source = Source(model, analysis.example, analysis.partition, own, kept, form.recipe)
@@ -128,7 +127,7 @@ def _slim(analysis: Analysis, kept: Kept, averages: Iterable[Any]) -> tuple[Shru
 
 
 def _refuse_stale(wrapper: nn.Module, _: Any) -> None:
-    """A hook on what holds the parameters of before ``shrink``; evaluation through it is as good as ever."""
+    """A hook on a wrapper that holds the parameters from before ``shrink``; evaluation through it still works."""
     if torch.is_grad_enabled():
         raise StaleWrapperError(
             f"this {type(wrapper).__name__} was made before oto.shrink(), and reduces the gradients of parameters that "

@@ -1,4 +1,4 @@
-"""What comes out: a slim model, how it is built and proved, and what can be written of it."""
+"""The result: a slim model, how it is built, proved and saved."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from oto.analysis import Analysis
-from oto.errors import ArtifactError, EmitterError, NotPrunedWarning, OptionError, some, users_level
+from oto.errors import ArtifactError, EmitterError, NotPrunedWarning, OptionError, rewording, some, users_level
 from oto.groups import Cost, Kept, cost
 from oto.groups.align import Align, multiples
-from oto.groups.layout import evened
+from oto.groups.layout import equalize_ties
 from oto.io.artifact import adding, check_out_dir
 from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
@@ -34,14 +34,13 @@ from oto.slim.pruned_shapes import masks, read_zeros
 from oto.slim.removed import unreached, within
 from oto.slim.source import Source
 from oto.slim.state import left_since
-from oto.trace.record import told
 from oto.trace.snapshot import preserved
 from oto.trace.state import undone
 
 REPORT = "report.html"
 
 Emitter: TypeAlias = Literal["auto", "config", "module", "graph", "recording"]
-"""A way to the slim model, see :meth:`oto.OTO.construct_subnet`."""
+"""The name of an emitter, see :meth:`oto.OTO.construct_subnet`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,26 +48,25 @@ class Subnet:
     """A verified slim model.
 
     Attributes:
-        model: The slim module, in eval mode; it owns its memory. One of the original class trains on as the full one
-            would (``docs/after_pruning.md``), and may be made slim again: what is saved loads from the first class.
+        model: The slim module, in eval mode; it owns its memory. One of the original class can be trained like the full
+            one (``docs/after_pruning.md``), and made slim again: what is saved loads from the first class.
         path: The folder of the artifact, ``None`` if it was not saved.
         emitter: ``"config"`` (the original class, made from an edited config), ``"module"`` (the original class with
-            other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of what ``torch.export``
-            followed) or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
+            other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of the graph from ``torch.export``)
+            or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
         why_graph: Why the original class could not be used, if it could not; and what a recording is.
         max_error: Largest relative error against the zeroed full model, in float64 where that was compared; NaN if
             nothing was.
         checks: Every comparison that showed something: those of empty outputs, or of NaN with NaN, are among the notes.
         cost_before, cost_after: Parameters and MACs on the example input.
-        kept: For each prunable group, the atoms that are left.
-        notes: What falls short of what one might expect: pruning that has not finished, inputs that were not compared,
-            entries of the outputs that are no numbers, parts that no input of the proof reaches, files that were not
-            written.
+        kept: For each prunable group, the kept atoms.
+        notes: Limits of the result: pruning that has not finished, inputs that were not compared, entries of the
+            outputs that are not finite, parts that no input of the proof reaches, files that were not written.
         origin: What it was made from, for :meth:`report`.
         example: The example input.
         config: With the emitter ``"config"``, what changes in the model's config, by dotted paths; or in the keywords
             of the function that made it, so that ``function(**subnet.config)`` makes a module of the slim sizes. Empty
-            where nothing states them; of ``layout="uniform"`` there is a warning then.
+            if nothing states them; with ``layout="uniform"`` there is a warning then.
     """
 
     model: nn.Module
@@ -114,8 +112,8 @@ class Subnet:
 
         Args:
             path: The file.
-            full: The full model. Where it is given, forward passes of it and of the slim one are timed in turns.
-            dummy_input: What to time them on.
+            full: The full model. If given, forward passes of it and of the slim one are timed in turns.
+            dummy_input: The input to time them on.
             history: Records of training, oldest first: mappings or objects with a ``step`` and numbers, such as
                 ``{"step": 10, "loss": 0.7}``. By default ``optimizer.history``.
             title: Instead of the name of the model's class.
@@ -144,7 +142,7 @@ class Subnet:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON: all but the model; of the kept atoms their numbers."""
+        """Plain data for JSON: everything but the model, and only the numbers of kept atoms."""
         return {
             "path": None if self.path is None else str(self.path),
             "emitter": self.emitter,
@@ -165,27 +163,27 @@ class Subnet:
 
         Args:
             out_dir: A folder that is empty or not there yet.
-            tokenizer: A tokenizer, a processor, or a list of such, to be saved beside the model. By default the files
-                of the folder that the model was loaded from are copied.
+            tokenizer: A tokenizer, a processor, or a list of them, to save beside the model. By default their files are
+                copied from the folder that the model was loaded from.
 
         Returns:
             The files that were written.
 
         Raises:
             EmitterError: The config cannot state the sizes of the slim model; the message names them.
-            ArtifactError: The folder cannot be written or holds files, or what was written reads otherwise.
+            ArtifactError: The folder cannot be written or holds files, or what was written reads back differently.
         """
         return save_pretrained(self.model, Path(out_dir).expanduser(), tokenizer, card(self))
 
     def export(self, how: str, path: str | os.PathLike[str]) -> list[Check]:
-        """Write the slim model as a file of another runtime, with every size free that it leaves free, and prove it.
+        """Write the slim model for another runtime, with every size dynamic that it leaves free, and prove it.
 
         Args:
             how: ``"onnx"``, ``"pt2"`` (``torch.export.save``) or ``"aoti"`` (compiled ahead of time, ends in .pt2).
             path: A file that is not there yet.
 
         Returns:
-            The comparisons of what the other runtime gives, on the example and on two other sizes where it takes them.
+            The comparisons of the other runtime's outputs, on the example and on two other sizes if it takes them.
 
         Raises:
             EmitterError: The model cannot be expressed in it, or there is no compiler.
@@ -198,7 +196,7 @@ class Subnet:
 
 @dataclass(frozen=True)
 class Build:
-    """How a slim model is wanted; each as in :meth:`oto.OTO.construct_subnet`."""
+    """The options for a slim model; each as in :meth:`oto.OTO.construct_subnet`."""
 
     out_dir: Path | None = None
     emitter: Emitter = "auto"
@@ -211,10 +209,10 @@ class Build:
 
     @classmethod
     def of(cls, out_dir: str | os.PathLike[str] | None, *options: Any) -> Build:
-        """With a folder as users name it.
+        """The options with the folder as users pass it.
 
         Raises:
-            OptionError: An option means nothing.
+            OptionError: An option is invalid.
             ArtifactError: The folder has no name.
         """
         if out_dir is not None and not os.fspath(out_dir):
@@ -229,8 +227,8 @@ def build_subnet(analysis: Analysis, model: Any, build: Build, optimizer: Sparse
     """Make the slim model, prove it, and save it; see :meth:`oto.OTO.construct_subnet`.
 
     Args:
-        analysis: Of the model that the optimizer trained, if one was made.
-        model: That one or a copy of it.
+        analysis: The analysis of the model that the optimizer trained, if one was made.
+        model: That model or a copy of it.
     """
     if build.out_dir is not None:
         names = files(build.emitter, analysis.allow_graph, build.program, build.save_full)
@@ -242,13 +240,13 @@ def build_subnet(analysis: Analysis, model: Any, build: Build, optimizer: Sparse
         with adding(subnet.path, REPORT) as file:
             subnet.report(file)
     if gone := before - _files_in(build.out_dir):
-        note = f"{some(sorted(gone))} of the artifact that was there before, and not asked for now, was removed"
+        note = f"{some(sorted(gone))} of the earlier artifact, which was not asked for now, was removed"
         subnet = replace(subnet, notes=(*subnet.notes, note))
     return subnet
 
 
 def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) -> Subnet:
-    """The slim model of the very model that was analyzed, without what only reports show."""
+    """The slim model of the analyzed model itself, without the background for reports."""
     require_values(analysis.model)
     stage("reading the zeros")
     zeros = read_zeros(analysis.groups, analysis.model)
@@ -269,7 +267,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
     gone = within(analysis.names, unreached(source.model, source.partition)) if analysis.drop_unreached else ()
     before = analysis.cost()
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
-    built = told(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
+    built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
     with built, undone(later), preserved(analysis.model):
         made = construct(source, build.emitter)
     source = source if made.kept is kept else replace(source, kept=made.kept)  # a class may want some that are zero
@@ -278,7 +276,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
     if build.out_dir is not None:
         with undone(later):
             checks = checks + _saved(source, made, build, before, after)
-    if short := _short_of(analysis, optimizer, zeros):  # what the layout or align= brings back is told beside it
+    if short := _short_of(analysis, optimizer, zeros):  # notes on what the layout or align= adds come beside it
         warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
     notes = (*([short] if short else []), *uneven, *made.notes)
     return Subnet(
@@ -303,29 +301,29 @@ def _recipe(analysis: Analysis, emitter: str) -> Recipe | None:
 
 
 def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str]]:
-    """What is kept by what asks for equal or for round numbers, and what that keeps of zero atoms."""
+    """The kept atoms after equalizing ties and rounding to multiples, and notes on the zero atoms that this keeps."""
     groups, asking = analysis.groups, "the layout"
     if align != 1:
         by = multiples(groups, align, analysis.costs.weights)
         groups = tuple(replace(group, divisor=own) for group, own in zip(groups, by, strict=True))
         asking = f"the layout and align={align!r}" if analysis.form.kind == "config" else f"align={align!r}"
-    return evened(groups, zeros, asking)
+    return equalize_ties(groups, zeros, asking)
 
 
 def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) -> list[Check]:
-    """Save the slim model; the comparisons of what is read back."""
+    """Save the slim model; returns the comparisons of what is read back."""
     assert build.out_dir is not None
     proved = f"the slim model was built, and right in {len(made.checks)} comparisons"
     costs = {"before": vars(before), "after": vars(after)}
     with (
-        told(source.model, ArtifactError, "its slim model was saved and loaded again", proved),
+        rewording(source.model, ArtifactError, "its slim model was saved and loaded again", proved),
         preserved(source.model),
     ):
         return save(build.out_dir, source, made, costs, build.save_full, build.program)
 
 
 def _origin(analysis: Analysis, optimizer: SparseOptimizer | None) -> Background:
-    """What a report says of a model and its training."""
+    """What a report says about a model and its training."""
     name = type(analysis.model).__name__
     if optimizer is None:
         return Background(name, analysis.partition, analysis.groups)
@@ -342,7 +340,7 @@ def _files_in(folder: Path | None) -> set[str]:
 
 
 def _short_of(analysis: Analysis, optimizer: SparseOptimizer | None, kept: Kept) -> str | None:
-    """Why less is zero than could be, as far as that is known."""
+    """Why fewer groups are zero than expected, as far as that is known."""
     total = sum(group.size for group in analysis.groups if group.prunable)
     zero = total - sum(map(len, kept.values()))
     what = f"{zero:,} of {total:,} groups are zero"
@@ -351,19 +349,19 @@ def _short_of(analysis: Analysis, optimizer: SparseOptimizer | None, kept: Kept)
         what, remedy = (
             f"step {optimizer.clock:,} of {end:,}: {what} yet",
             (
-                f"construct_subnet after {end:,} steps; what stops training early counts from there with"
+                f"construct_subnet after {end:,} steps; let early stopping begin there with"
                 " oto.integrations.early_stopping(trainer), or prune sooner (pruning_steps=)"
             ),
         )
     elif optimizer is not None and zero < (pruned := optimizer.num_pruned - optimizer.num_removed):
         what += f", the optimizer has pruned {pruned:,}: these are other weights than it trains"
         remedy = (
-            "optimizer.zero_pruned_in(model) for a moving average; where a trainer brought back a model of before"
-            " (load_best_model_at_end), train with oto.integrations.early_stopping(trainer); else load the weights"
-            " that were trained"
+            "optimizer.zero_pruned_in(model) for a moving average; if a trainer restored an earlier model"
+            " (load_best_model_at_end), train with oto.integrations.early_stopping(trainer); otherwise load the"
+            " trained weights"
         )
     elif not zero and (optimizer is None or not optimizer.num_removed):
-        remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained so"
+        remedy = "train with oto.hesso(...) to the end of its schedule, or load weights that were trained like that"
         if masked := masks(analysis.model):
             remedy = (
                 f"what torch.nn.utils.prune masks counts as zero ({some(masked)}), but no whole group is: mask"

@@ -1,4 +1,4 @@
-"""The optimizer that trains an analyzed model: how it is made, and how it is found again."""
+"""Make the optimizer that trains an analyzed model, and find it again later."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from oto.previewing import align_for, by_first_names, latency_for
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
 SUPPLIED = {"node_groups", "costs", "latency", "adapters"}
-"""What an analysis gives to an optimizer."""
+"""The values that an analysis passes to an optimizer."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The optimizer that was made last, which is not kept alive.
+    """The optimizer that was made last, by a weak reference.
 
     Attributes:
         partition: The analysis that it was made for, before any shrinking.
@@ -40,7 +40,7 @@ class Training:
 
     @property
     def optimizer(self) -> SparseOptimizer | None:
-        """It, if it is still there."""
+        """The optimizer, if it still exists."""
         return None if self.ref is None else self.ref()
 
     def inside(self, wrapper: Any) -> SparseOptimizer:
@@ -54,22 +54,22 @@ class Training:
             inner = getattr(inner, "optimizer", None)
         if inner is None:
             raise ShrinkError(
-                "there is no optimizer that knows what is at zero for good"
-                + ("" if wrapper is None else f": {type(wrapper).__name__} is none, and wraps none")
+                "there is no optimizer that knows what is pruned"
+                + ("" if wrapper is None else f": {type(wrapper).__name__} is not one, and wraps none")
                 + "\n  effect  nothing was changed\n"
-                "  to fix  pass the one that this OTO made: optimizer = oto.hesso(...)"
+                "  to fix  pass the optimizer that this OTO made: optimizer = oto.hesso(...)"
             )
         return inner
 
     def markable(self, analysis: Analysis) -> Analysis:
-        """The analysis, as long as more may be kept whole in it.
+        """The analysis, if groups may still be marked in it.
 
         Raises:
             TooLateError: An optimizer was made already.
         """
         if (optimizer := self.optimizer) is not None:
             raise TooLateError(
-                f"groups cannot be marked any more: {type(optimizer).__name__} chooses among those that it was given\n"
+                f"groups can no longer be marked: {type(optimizer).__name__} chooses among those that it was given\n"
                 "  effect  nothing was marked\n"
                 "  to fix  mark first, then make the optimizer; here: a new OTO(...), its marks, a new optimizer"
             )
@@ -83,11 +83,11 @@ def make(
 
     Args:
         params: By default all of the model. They need no names.
-        options: As ``kind`` takes them.
-        **supplied: What else it takes from an analysis.
+        options: The options of ``kind``.
+        **supplied: Further values of the analysis that ``kind`` takes.
 
     Raises:
-        OptionError: It takes no such option.
+        OptionError: ``kind`` has no such option.
         TooLateError: Parameters that would be zeroed were frozen since the analysis.
     """
     refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
@@ -148,19 +148,19 @@ def _is_plain(p: Tensor) -> bool:
 
 
 def _compare_frozen(analysis: Analysis) -> None:
-    """Refuse parameters that were frozen since the analysis; tell of those that are trained now."""
+    """Refuse parameters that were frozen since the analysis; warn of those that are trained now."""
     frozen, unfrozen = frozen_since(analysis.groups, analysis.graph, analysis.model)
     if frozen and not analysis.prune_frozen:
         raise TooLateError(
             f"{some(frozen)} {'was' if len(frozen) == 1 else 'were'} frozen after OTO(...) was made\n"
             "  effect  an optimizer would still bring entries of it to zero\n"
-            "  to fix  freeze before OTO(...); where that may be zeroed all the same, OTO(..., prune_frozen=True)"
+            "  to fix  freeze before OTO(...); if it may be zeroed anyway, OTO(..., prune_frozen=True)"
         )
     if unfrozen:
         warnings.warn(
             f"{some(unfrozen)} {'was' if len(unfrozen) == 1 else 'were'} frozen when OTO(...) was made\n"
             "  effect  the groups that would zero entries of it stay whole\n"
-            "  to fix  a new OTO(...), now that they are trained",
+            "  to fix  make a new OTO(...) now that they are trained",
             NotPrunedWarning,
             stacklevel=users_level(),
         )

@@ -35,13 +35,13 @@ def mlp() -> nn.Sequential:
     ("model", "options", "kind"),
     [
         (mlp, {}, "class"),
-        (mlp, {"everything": True}, "graph"),
+        (mlp, {"allow_graph": True}, "graph"),
         (mlp, {"layout": "free"}, "class"),
         (mlp, {"layout": "uniform"}, "class"),  # it has no config, and there is a warning
-        (mlp, {"layout": "uniform", "everything": True}, "graph"),
+        (mlp, {"layout": "uniform", "allow_graph": True}, "graph"),
         (of_config, {}, "class"),
         (of_config, {"layout": "uniform"}, "config"),
-        (of_config, {"layout": "stock", "everything": True}, "config"),
+        (of_config, {"layout": "stock", "allow_graph": True}, "config"),
     ],
 )
 def test_a_config_comes_first_then_anything_if_asked_for_then_the_class(model, options, kind):
@@ -64,7 +64,7 @@ def test_marking_makes_another_analysis():
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda oto: pickle.loads(pickle.dumps(oto))])
-@pytest.mark.parametrize("options", [{}, {"everything": True}, {"skip_patterns": ["2"]}])
+@pytest.mark.parametrize("options", [{}, {"allow_graph": True}, {"skip_patterns": ["2"]}])
 def test_a_copy_says_the_same_and_knows_no_optimizer(copied, options):
     oto = OTO(mlp(), X, **options)
     optimizer = oto.hesso(lr=0.1, target_macs=0.5, start_pruning_step=1, pruning_steps=3)

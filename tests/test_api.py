@@ -431,7 +431,7 @@ def test_what_a_second_save_takes_away_is_a_note(tmp_path):
     again = oto.construct_subnet(tmp_path / "out", program=True, save_full=True)
     assert first.notes == again.notes == ()
     last = oto.construct_subnet(tmp_path / "out", save_full=True)
-    assert last.notes == ("model.pt2 of the artifact that was there before, and not asked for now, was removed",)
+    assert last.notes == ("model.pt2 of the earlier artifact, which was not asked for now, was removed",)
     assert not (tmp_path / "out" / "model.pt2").exists() and oto.full_group_sparse_model_path is not None
 
 

@@ -93,13 +93,16 @@ def test_the_page_of_a_lesson_has_all_of_its_code_and_what_it_printed() -> None:
 def test_pages_name_options_that_there_are() -> None:
     """An option in a page that no function takes would be a promise."""
     from oto import OTO
-    from oto.integrations import early_stopping, progress_dict
+    from oto.distill import Distillation, soft_targets
+    from oto.integrations import early_stopping, mix, progress_dict
     from oto.optim.options import keywords_of
+    from oto.recovery import Mixture, replay, rewarmed
 
     known = set()
     makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.hspg, OTO.dhspg, OTO.lhspg, OTO.preview, OTO.one_shot
     makers += OTO.construct_subnet, OTO.visualize
-    for f in (*makers, progress_dict, early_stopping):
+    makers += Distillation, Distillation.of, Distillation.forward, soft_targets, Mixture, replay, rewarmed
+    for f in (*makers, progress_dict, early_stopping, mix):
         known |= keywords_of(f)
     ours = "coming_from"
     for page in PAGES:

@@ -103,14 +103,14 @@ def use(model, folder, emitter="auto", allow_graph=False):
     allow_graph=st.booleans(),
     graph=st.booleans(),
 )
-def test_only_errors_of_ours_come_out(tmp_path_factory, where, nth, raises, emitter, everything, graph):
+def test_only_errors_of_ours_come_out(tmp_path_factory, where, nth, raises, emitter, allow_graph, graph):
     model = Moody(where, nth, RAISES[raises], graph)
     model.train()
     folder = tmp_path_factory.mktemp("fuzz") / "out"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            subnet = use(model, folder, emitter, everything)
+            subnet = use(model, folder, emitter, allow_graph)
         except OTOError as told:
             text = str(told)
             assert "\n  to fix" in text and "\n  effect" in text, text

@@ -42,7 +42,7 @@ class Exact:
 
 
 @dataclass(slots=True, eq=False)
-class _Visit:
+class Visit:
     """One step as one axis sees it: where its facts come from."""
 
     step: Step
@@ -52,7 +52,7 @@ class _Visit:
 
 def prove(found: Propagation) -> dict[Axis, Exact]:
     """For every axis that can be removed exactly, how. All other axes are fixed, each with its reason."""
-    visits, carried = _visits(found)
+    visits, carried = visits_of(found)
     leaves = [leaf for leaf in found.graph.leaves if leaf.may_be_zeroed]
     owned: dict[Axis, list[tuple[Leaf, int, Place]]] = {}
     for leaf in leaves:
@@ -81,9 +81,9 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
         for by, zeros in tries:
             if not zeros:
                 continue
-            failed = _follow(steps, dict.fromkeys((place for _, _, place in zeros), 0.0))
+            failed = follow(steps, dict.fromkeys((place for _, _, place in zeros), 0.0))
             if failed is None:
-                quiet = _follow(steps, dict.fromkeys((place for _, _, place in owned[axis]), 0.0), True) is None
+                quiet = follow(steps, dict.fromkeys((place for _, _, place in owned[axis]), 0.0), True) is None
                 proofs[axis] = Exact(axis, tuple((leaf, dim) for leaf, dim, _ in zeros), by, quiet)
                 break
             obstacle = obstacle or failed
@@ -100,7 +100,7 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
     return proofs
 
 
-def _visits(found: Propagation) -> tuple[dict[Axis, list[_Visit]], list[list[tuple[Axis, ...]]]]:
+def visits_of(found: Propagation) -> tuple[dict[Axis, list[Visit]], list[list[tuple[Axis, ...]]]]:
     """For each axis that may be removed, the steps that touch it; and the free axes of each tensor's dimensions."""
     known: dict[int, tuple[Axis, ...]] = {}
 
@@ -114,14 +114,14 @@ def _visits(found: Propagation) -> tuple[dict[Axis, list[_Visit]], list[list[tup
         return tuple(dict.fromkeys(a for a in T.axes_of(resolved) if a.fixed is None))
 
     carried = [[free_axes(term) for term in terms] for terms in found.tape.tensors]
-    visits: dict[Axis, list[_Visit]] = {}
+    visits: dict[Axis, list[Visit]] = {}
     for step in found.tape.steps:
-        here: dict[Axis, _Visit] = {}
+        here: dict[Axis, Visit] = {}
 
-        def at(axis: Axis, here: dict[Axis, _Visit] = here, step: Step = step) -> _Visit:
+        def at(axis: Axis, here: dict[Axis, Visit] = here, step: Step = step) -> Visit:
             visit = here.get(axis)
             if visit is None:
-                visit = here[axis] = _Visit(step)
+                visit = here[axis] = Visit(step)
                 visits.setdefault(axis, []).append(visit)
             return visit
 
@@ -152,7 +152,7 @@ def _dynamic(found: Propagation) -> list[bool]:
     return dynamic
 
 
-def _roles(visits: list[_Visit], dynamic: list[bool]) -> dict[Place, int]:
+def _roles(visits: list[Visit], dynamic: list[bool]) -> dict[Place, int]:
     """Whether a tensor made of parameters alone produces the axis (1), reads it (2), or both (3)."""
     roles: dict[Place, int] = {}
     for visit in reversed(visits):
@@ -170,8 +170,8 @@ def _roles(visits: list[_Visit], dynamic: list[bool]) -> dict[Place, int]:
     return roles
 
 
-def _follow(
-    visits: Iterable[_Visit], facts: dict[Place, Fact], backwards: bool = False, onwards: bool = False
+def follow(
+    visits: Iterable[Visit], facts: dict[Place, Fact], backwards: bool = False, onwards: bool = False
 ) -> Step | None:
     """Follow what is known, adding to ``facts``; the first step that would notice the removal, ``None`` if it is exact.
 
@@ -220,14 +220,14 @@ def _fact(step: Step, dim: int, places: list[list[Place]], facts: Mapping[Place,
     return fact
 
 
-def _breaking(visits: list[_Visit], places: list[Place]) -> set[Place]:
+def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
     """The places where a zero, and nothing else, gives something that is not finite.
 
     What follows from nothing is found once; of each zero only what it changes is followed, which is little: where each
     was followed through all steps, a residual stream cost the square of its layers.
     """
     nothing: dict[Place, Fact] = {}
-    _follow(visits, nothing, onwards=True)
+    follow(visits, nothing, onwards=True)
     readers: dict[Place, list[int]] = {}
     for i, visit in enumerate(visits):
         for _, groups in visit.outputs:

@@ -58,7 +58,7 @@ def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, str
     found = Propagation(graph, tape, operands, coverage=coverage, strict_out_nodes=strict_out_nodes)
     outside = Reason("its values were made outside torch, perhaps of what the model computed")
     runs = [graph] if graph.trained is None else [graph, graph.trained]
-    data = any(run.how == "real" for run in runs)  # without data nothing can leave torch and come back
+    data = any(run.mode == "real" for run in runs)  # without data nothing can leave torch and come back
     for leaf in graph.leaves:
         loose = data and not leaf.names
         operands[leaf.value] = tape.tensor([T.axis(n, outside if loose else None) for n in leaf.value.shape])

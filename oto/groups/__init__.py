@@ -2,7 +2,7 @@
 
 from oto.groups.cost import Cost, Costs, cost
 from oto.groups.node_group import Cut, NodeGroup, Slice
-from oto.groups.partition import Kept, Partition, partition, thinner, trainable
+from oto.groups.partition import Kept, Partition, partition, pruned_groups, trainable
 
 __all__ = [
     "Cost",
@@ -14,6 +14,6 @@ __all__ = [
     "Slice",
     "cost",
     "partition",
-    "thinner",
+    "pruned_groups",
     "trainable",
 ]

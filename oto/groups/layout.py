@@ -45,7 +45,7 @@ def tied(groups: Sequence[NodeGroup], model: nn.Module) -> tuple[NodeGroup, ...]
     return settled(replace(group, tie=ties.get(group.name)) for group in groups)
 
 
-def joined(groups: Sequence[NodeGroup], ties: Iterable[Sequence[str]]) -> tuple[NodeGroup, ...]:
+def merge_ties(groups: Sequence[NodeGroup], ties: Iterable[Sequence[str]]) -> tuple[NodeGroup, ...]:
     """Tie further groups, by their names; ties that share a group become one."""
     named = {group.name: group.tie or group.name for group in groups}
     names: dict[str, str] = {}
@@ -83,7 +83,7 @@ def as_wide_as_heads(groups: Sequence[NodeGroup], weights: Collection[str]) -> t
         else:
             whole |= dict.fromkeys(group.name for group in (stream, *free[:1]) if group.prunable)
     reason = "layout: readers of a config divide its width by its heads"
-    return joined([replace(g, reason=reason) if g.name in whole else g for g in groups], ties)
+    return merge_ties([replace(g, reason=reason) if g.name in whole else g for g in groups], ties)
 
 
 def streams(
@@ -155,7 +155,7 @@ def atoms_per_step(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
     return np.array([1 if g.tie is None else g.size // max(common[g.tie], 1) for g in groups], dtype=np.int64)
 
 
-def shared_out(groups: Sequence[NodeGroup], devices: int) -> tuple[NodeGroup, ...]:
+def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[NodeGroup, ...]:
     """Keep what tensor parallelism cuts into ``devices`` equal parts divisible by it: heads, key and value heads, FFNs.
 
     A dimension that is a product (heads × width) is cut along its outermost factor. A group whose size is no multiple
@@ -184,7 +184,7 @@ def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
-def evened(
+def equalize_ties(
     groups: Sequence[NodeGroup], kept: Kept, by: str = "the layout"
 ) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     """Keep so many atoms in every group of a tie as the fullest one has, in multiples of the divisor.

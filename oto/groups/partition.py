@@ -120,7 +120,7 @@ def trainable(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> 
     return partition(replace(graph, trained=None, untrained=text), strict_out_nodes)
 
 
-def thinner(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tuple[NodeGroup, ...]:
+def pruned_groups(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tuple[NodeGroup, ...]:
     """Where ``groups`` lie in parameters that only hold the atoms in ``kept`` any more; the same groups otherwise."""
     counts = {partition.axes[name]: len(atoms) for name, atoms in kept.items()}
     where: dict[Axis, list[Slice]] = {}

@@ -201,11 +201,11 @@ class Readers:
 
     Attributes:
         found: In the order of the calls.
-        told: For groups of which something cannot be taken over, or nothing, why.
+        reasons: For groups of which something cannot be taken over, or nothing, why.
     """
 
     found: tuple[Reader, ...]
-    told: dict[str, tuple[str, ...]]
+    reasons: dict[str, tuple[str, ...]]
 
     def of(self, groups: Collection[str]) -> list[Reader]:
         """The readers of some groups."""
@@ -223,7 +223,7 @@ def readers(partition: Partition, groups: Iterable[NodeGroup], frozen: bool = Fa
 
 
 @dataclass(eq=False)
-class _Found:
+class _Weight:
     """A weight in the making: where it lies in its parameter, and the calls that read with it."""
 
     leaf: Leaf
@@ -239,7 +239,7 @@ class _Search:
         self.partition, self.frozen = partition, frozen
         self.found, self.graph = partition.found, partition.found.graph
         self.names: dict[Axis, str] = {partition.axes[name]: name for name in names}
-        self.told: dict[str, dict[str, None]] = {name: {} for name in names}
+        self.reasons: dict[str, dict[str, None]] = {name: {} for name in names}
         self.summed: set[Axis] = set()
         self.maker = {step.output: step for step in self.found.tape.steps}
         self.made = {v: (node, i) for node in self.graph.calls for i, v in enumerate(node.outputs) if v is not None}
@@ -249,7 +249,7 @@ class _Search:
             for value in node.inputs():
                 self.users.setdefault(value, []).append(node)
         self.dynamic = self._dynamic()
-        self.weights: dict[tuple[str, object], _Found] = {}
+        self.weights: dict[tuple[str, object], _Weight] = {}
 
     def result(self) -> Readers:
         nodes = len(self.graph.nodes)
@@ -259,16 +259,16 @@ class _Search:
                 axes = dict.fromkeys(axis for some in read for axis in some)
                 why = self._add(step)
                 for axis in axes if why else ():
-                    self._tell(axis, f"{self.graph.calls[step.node]}: {why}")
+                    self._refuse(axis, f"{self.graph.calls[step.node]}: {why}")
         made = [reader for found in self.weights.values() if (reader := self._reader(found)) is not None]
         for axis, name in self.names.items():
-            if axis not in self.summed and not self.told[name] and not any(name in r.groups for r in made):
-                self._tell(axis, "no weight reads it")
+            if axis not in self.summed and not self.reasons[name] and not any(name in r.groups for r in made):
+                self._refuse(axis, "no weight reads it")
         order = sorted(made, key=lambda reader: reader.uses[0].node.index)
-        return Readers(tuple(order), {name: tuple(why) for name, why in self.told.items() if why})
+        return Readers(tuple(order), {name: tuple(why) for name, why in self.reasons.items() if why})
 
-    def _tell(self, axis: Axis, why: str) -> None:
-        self.told[self.names[axis]].setdefault(why)
+    def _refuse(self, axis: Axis, why: str) -> None:
+        self.reasons[self.names[axis]].setdefault(why)
 
     def _dynamic(self) -> list[bool]:
         """Which tensors depend on the inputs."""
@@ -334,7 +334,7 @@ class _Search:
         key = leaf.name, _lies(leaf, path)
         use = Use(node, values[operands[0]], (operands[0], operands[1]), layouts[0], _window(node))
         shift = self._shift(step, w, node, values[operands[1]])
-        own = self.weights.setdefault(key, _Found(leaf, path, layouts[1], term, shift))
+        own = self.weights.setdefault(key, _Weight(leaf, path, layouts[1], term, shift))
         if (own.layout, own.term) != (layouts[1], term):
             return f"{leaf.name} is read in two ways"
         own.shift = own.shift if own.shift == shift else None
@@ -434,7 +434,7 @@ class _Search:
     def _alone(self, leaf: Leaf) -> bool:
         return len(self.users.get(leaf.value, [])) == 1
 
-    def _reader(self, own: _Found) -> Reader | None:
+    def _reader(self, own: _Weight) -> Reader | None:
         """What was found as a reader, unless something stands against it."""
         axes = dict.fromkeys(axis for axis in axes_of(own.term) if axis in self.names)
         why = self._against(own, axes)
@@ -442,10 +442,10 @@ class _Search:
             names = tuple(self.names[axis] for axis in axes)
             return Reader(own.leaf.name, own.path, own.layout, own.term, names, tuple(own.uses), own.shift)
         for axis in axes if why else ():
-            self._tell(axis, why)
+            self._refuse(axis, why)
         return None
 
-    def _against(self, own: _Found, axes: Collection[Axis]) -> str | None:
+    def _against(self, own: _Weight, axes: Collection[Axis]) -> str | None:
         if any(axis in self.summed for axis in axes):
             return ""  # that is told already
         read = {id(use.node) for found in self.weights.values() if found.leaf is own.leaf for use in found.uses}

@@ -1,20 +1,20 @@
 """A folder of hashed files, written whole or not at all, and refused unless it is whole. No pickle.
 
 The manifest ``oto.json`` names every file with its size and SHA-256 and carries a digest of itself. The digest and the
-hashes tell what was damaged. They are no signature: whoever can write the folder can write them too.
+hashes show what was damaged. They are no signature: whoever can write the folder can write them too.
 
-How one artifact takes the place of another
--------------------------------------------
+How one artifact replaces another
+---------------------------------
 
-The new one is written, whole and with its manifest, into a scratch folder (:mod:`oto.atomic`) and brought to the disk
+The new one is written completely, with its manifest, into a scratch folder (:mod:`oto.atomic`) and flushed to the disk
 (``fsync``). Then, while no other process may write there:
 
 1. The scratch folder's files become ``.oto-commit/``, by one rename. **This is the commit.**
-2. Each file is renamed from ``.oto-commit/`` to its place. Files that the older artifact alone had are deleted.
-3. ``.oto-commit/oto.json`` is renamed over ``oto.json``, and the empty ``.oto-commit/`` goes.
+2. Each file is renamed from ``.oto-commit/`` to its place. Files that only the older artifact had are deleted.
+3. ``.oto-commit/oto.json`` is renamed over ``oto.json``, and the empty ``.oto-commit/`` is deleted.
 
-A reader takes the manifest, and each file that it names, from ``.oto-commit/`` if it is there, and from its place if
-not. So whatever a process that is killed leaves can be loaded, from a folder that may not be written too:
+A reader takes the manifest, and each file that it names, from ``.oto-commit/`` if it is there, otherwise from its
+place. So whatever a killed process leaves behind can be loaded, also from a read-only folder:
 
 | killed | what is there | what loads |
 |---|---|---|
@@ -23,14 +23,14 @@ not. So whatever a process that is killed leaves can be loaded, from a folder th
 | in 3 | every new file in its place; the new manifest in ``.oto-commit/`` or in its place | new |
 
 The next save does steps 2 and 3 first (each of them may be done twice), and removes scratch folders of dead processes.
-What was in place and no artifact has written is looked for before 1 and again before 2, and refuses the save. Every
-file is on the disk before 1 and every rename before the next step, so the same holds if the power fails.
+Files in the way that no artifact wrote are looked for before 1 and again before 2, and the save is refused. Every file
+is on the disk before 1 and every rename before the next step, so the same holds after a power failure.
 
-One writer is in steps 1 to 3 at a time, so of two processes the later one wins. Where the file system has no locks, the
-rename of 1 still fails while another's ``.oto-commit/`` is there, but two that write in the same moment are not told
-apart any further. Not covered: a reader during somebody else's save may find a file changed and refuse it (never take
-one for another); stores whose rename of a folder is no single step (object stores mounted as a folder); Windows while a
-file that is to be replaced is open elsewhere.
+Only one writer is in steps 1 to 3 at a time, so of two processes the later one wins. Where the file system has no
+locks, the rename of 1 still fails while another's ``.oto-commit/`` is there, but nothing else separates two that write
+at the same moment. Not covered: a reader during somebody else's save may find a file changed and refuse it (it never
+mixes two artifacts); stores in which renaming a folder is not one step (object stores mounted as a folder); Windows
+while a file that is to be replaced is open elsewhere.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from oto.atomic import locked, scratch, sync, told, unwritable
+from oto.atomic import locked, rewording_os_errors, scratch, sync, unwritable
 from oto.atomic import stamp as _stamp
 from oto.errors import ArtifactError, ArtifactVersionError, DamagedArtifactError, some
 from oto.io.manifest import Refusal, is_plain, parse, require, require_files
 
 FORMAT_VERSION = 1
 MANIFEST = "oto.json"
-COMMIT = ".oto-commit"  # the files of an artifact that takes the place of another, see above
+COMMIT = ".oto-commit"  # the files of an artifact that replaces another, see above
 LARGEST_MANIFEST = 2**27  # bytes; that of a network of billions of parameters has some millions
 
 
 def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) -> None:
-    """Refuse a folder that cannot be written, before any long work.
+    """Refuse a folder that cannot be written, before any long computation.
 
     Args:
-        names: Files that are going to be written there.
+        names: Files that will be written there.
 
     Raises:
-        ArtifactError: It is a file, lies below a file, or may not be written; or one of the files is there, and no
-            artifact has written it.
+        ArtifactError: It is a file, lies below a file, or may not be written; or one of the files exists and was not
+            written by an artifact.
     """
     if not os.fspath(out_dir):
         raise ArtifactError(
@@ -110,7 +110,7 @@ class Draft:
     committed: bool = False
 
     def file(self, name: str) -> Path:
-        """Where to write a further file."""
+        """The path to write a further file to."""
         assert is_plain(name), name
         return self.folder / name
 
@@ -118,7 +118,7 @@ class Draft:
         """Write tensors; names that share one tensor share it again after loading.
 
         Args:
-            spare: Names that may be left out if their tensors have no plain form.
+            spare: Names that may be left out if their tensors have no dense form.
 
         Returns:
             The names that were left out.
@@ -142,7 +142,7 @@ class Draft:
                 if held.is_complex():
                     complexes.append(key)
                     held = torch.view_as_real(held)
-                # memory of its own: slices and views would drag along, or share, what they were cut from
+                # its own memory: slices and views would include, or share, the tensor that they were cut from
                 if not held.is_contiguous() or held.untyped_storage().nbytes() != held.nbytes:
                     held = held.clone(memory_format=torch.contiguous_format)
                 if held.is_quantized:
@@ -158,34 +158,36 @@ class Draft:
         mode = path.stat().st_mode
         try:
             safetensors.torch.save_file(plain, path)
-        except KeyError as failure:  # a dtype that the format does not know
+        except KeyError as failure:  # a dtype that safetensors does not support
             raise _unsaveable(name, f"a tensor of {failure.args[0]}") from failure
         except safetensors.SafetensorError as failure:  # its own name for an OSError
             raise unwritable(self.target, failure, NOT_SAVED) from failure
-        path.chmod(mode)  # safetensors leaves a file that nobody else may read
+        path.chmod(mode)  # safetensors makes a file that nobody else may read
         self.notes[name] = {"ties": ties, "complex": complexes}
         self._require_written(path, plain)
         return left_out
 
     def _require_written(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Compare a file with what was to be written, bit by bit, one tensor at a time."""
+        """Compare a file with the tensors to be written, bit by bit, one tensor at a time."""
         with safetensors.safe_open(path, "pt") as read:
             wrong = [key for key in tensors if not _same_bits(read.get_tensor(key), tensors[key])]
         if wrong:
-            raise unwritable(self.target, f"{path.name} reads otherwise than it was written ({some(wrong)})", NOT_SAVED)
+            raise unwritable(
+                self.target, f"{path.name} reads back differently than it was written ({some(wrong)})", NOT_SAVED
+            )
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Tensors that were written, read back."""
+        """Read back tensors that were written."""
         return _read_tensors(self.file(name), self.notes[name])
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Seal the artifact and put it in place; files of an older one go, foreign files stay.
+        """Seal the artifact and put it in place; files of an older one are deleted, foreign files stay.
 
         Args:
-            manifest: Further entries for the manifest; anything that JSON takes.
+            manifest: Further entries for the manifest; anything that JSON can hold.
 
         Raises:
-            ArtifactError: A foreign file is in the place of one of these.
+            ArtifactError: A foreign file is in the way of one of these.
         """
         from oto import __version__
 
@@ -202,7 +204,7 @@ class Draft:
         """Put the files of the draft, and a manifest with this content, in place.
 
         Args:
-            instead_of: The digest of the manifest that must be there, if it matters.
+            instead_of: The digest of the manifest that must be there, if that matters.
         """
         content = json.loads(json.dumps(content))  # as it will be read: keys are strings
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
@@ -227,7 +229,7 @@ class Draft:
 
 
 def _require_readable(manifest: Path) -> None:
-    """Judge a manifest before it is put in place as it will be judged when it is read.
+    """Check a manifest before it is put in place, in the same way as when it is read.
 
     Raises:
         ArtifactError: It would be refused.
@@ -239,20 +241,20 @@ def _require_readable(manifest: Path) -> None:
         require(parse(_start(manifest, size)))
     except ValueError as failure:
         raise ArtifactError(
-            f"the manifest says what no reader takes: {failure}\n"
-            f"  effect  {NOT_SAVED}\n  to fix  report the model; construct_subnet() without a folder gives it"
+            f"the manifest holds what no reader accepts: {failure}\n"
+            f"  effect  {NOT_SAVED}\n  to fix  report the model; construct_subnet() without a folder returns it"
         ) from failure
 
 
 NOT_SAVED = "nothing was saved; what was there is as it was"
-_UNFINISHED = "the new artifact is there and loads; the next save into the folder ends what this one has not"
+_UNFINISHED = "the new artifact is there and loads; the next save into the folder finishes this one"
 
 
 def _finish(folder: Path) -> None:
-    """Move what a commit has not moved; for whoever holds the lock.
+    """Finish the moves of a commit; only while holding the lock.
 
     Raises:
-        ArtifactError: Something that no artifact has written is in the way.
+        ArtifactError: Something that no artifact wrote is in the way.
     """
     draft = folder / COMMIT
     if not os.path.lexists(draft):
@@ -260,7 +262,7 @@ def _finish(folder: Path) -> None:
     left = [] if draft.is_symlink() or not draft.is_dir() else sorted(p.name for p in draft.iterdir())
     new = _manifest_in(draft) or _manifest_in(folder)
     if not draft.is_dir() or draft.is_symlink() or not {*left} <= {*new.get("files", ()), MANIFEST}:
-        raise unwritable(folder, f"it holds {COMMIT}, which no save that broke off has left", NOT_SAVED)
+        raise unwritable(folder, f"it holds {COMMIT}, which was not left by an interrupted save", NOT_SAVED)
     if left:
         own = _files_of(folder)
         _require_own(folder, left, own)
@@ -279,7 +281,7 @@ def _finish(folder: Path) -> None:
 
 @contextmanager
 def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
-    """Stage an artifact for ``out_dir``; what is there stays what it is without :meth:`Draft.commit`.
+    """Stage an artifact for ``out_dir``, which stays unchanged until :meth:`Draft.commit`.
 
     Raises:
         ArtifactError: ``out_dir`` cannot be written.
@@ -288,7 +290,7 @@ def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
     target = Path(out_dir)
     draft: Draft | None = None
     try:
-        with told(target, NOT_SAVED), scratch(target) as folder:
+        with rewording_os_errors(target, NOT_SAVED), scratch(target) as folder:
             draft = Draft(folder, target)
             yield draft
     except ArtifactError as failure:
@@ -299,14 +301,14 @@ def writing(out_dir: str | os.PathLike[str]) -> Iterator[Draft]:
 
 @contextmanager
 def adding(path: str | os.PathLike[str], name: str) -> Iterator[Path]:
-    """Put one more file into an artifact, or a new one in place of one that it has.
+    """Add a file to an artifact, or replace one of its files.
 
     Yields:
-        Where to write the file. The artifact is as it was until that is done, and whole again afterwards.
+        The path to write the file to. The artifact is unchanged until that is done, and complete again afterwards.
 
     Raises:
-        ArtifactError: There is no artifact; a file of that name is there and belongs to none; it cannot be written.
-        DamagedArtifactError: The artifact is not whole.
+        ArtifactError: There is no artifact; a file of that name exists and belongs to none; it cannot be written.
+        DamagedArtifactError: The artifact is damaged.
     """
     assert is_plain(name), name
     artifact = reading(path)
@@ -328,7 +330,7 @@ def _unsaveable(name: str, what: str) -> ArtifactError:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact whose every file was found whole."""
+    """An artifact of which every file has been checked."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -376,15 +378,15 @@ def reading(path: str | os.PathLike[str]) -> Artifact:
             folder = folder.parent
         place = _where(folder, MANIFEST)
         there = place.is_file()
-    except (OSError, ValueError) as failure:  # a name too long or with a zero byte, a folder that may not be entered
+    except (OSError, ValueError) as failure:  # a name too long or with a zero byte, a folder without permission
         raise ArtifactError(
             f"{folder} cannot be read: {failure}\n"
             "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
         ) from failure
     if not there:
-        what = f"{os.path.abspath(folder)} holds no {MANIFEST}: it is no artifact, or writing it broke off"
+        what = f"{os.path.abspath(folder)} holds no {MANIFEST}: it is no artifact, or writing it was interrupted"
         if given is not folder:
-            what = f"{given} is a file of no artifact: beside it is no {MANIFEST}"
+            what = f"{given} is not a file of an artifact: there is no {MANIFEST} beside it"
         elif not folder.exists():
             what = f"there is no folder {folder} (in {Path.cwd()})"
         raise ArtifactError(f"{what}\n  to fix  pass the folder given to construct_subnet, or write it again")
@@ -394,7 +396,7 @@ def reading(path: str | os.PathLike[str]) -> Artifact:
         manifest = parse(_start(place, size))
         if isinstance(manifest, dict) and "format" not in manifest:
             raise ArtifactError(
-                f"{place} is of another program: it is JSON, and says nothing of a format of oto\n"
+                f"{place} is of another program: it is JSON, but states no format of oto\n"
                 "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
             )
         version = manifest["format"]
@@ -422,13 +424,13 @@ def reading(path: str | os.PathLike[str]) -> Artifact:
 
 
 def _where(folder: Path, name: str) -> Path:
-    """Where a file of the artifact is: in its place, or where a commit that broke off has left it."""
+    """The path of a file of the artifact: its place, or where an interrupted commit left it."""
     draft = folder / COMMIT / name
     return draft if draft.is_file() else folder / name
 
 
 def _start(file: Path, size: int) -> bytes:
-    """What a file begins with. Nothing is read of one without a size: of what some systems show as such, for ever."""
+    """The first bytes of a file. Nothing is read from one of size zero: some systems show endless files like that."""
     if not size:
         return b""
     with file.open("rb") as stream:
@@ -436,10 +438,10 @@ def _start(file: Path, size: int) -> bytes:
 
 
 def _require_whole(file: Path, stamp: Mapping[str, Any]) -> None:
-    """Refuse a file that is not what the manifest says. It is not opened before its kind and size are known.
+    """Refuse a file that is not what the manifest says. It is only opened after its kind and size are checked.
 
     Raises:
-        DamagedArtifactError: It is not; or it is no file, but a pipe or a device.
+        DamagedArtifactError: It differs, or it is a pipe or a device instead of a file.
     """
     if not file.is_file():
         raise _damaged(file, "it is missing, or no plain file")
@@ -463,7 +465,7 @@ def _is_well_formed(manifest: Any) -> bool:
 
 
 def _files_of(folder: Path, among: Container[str] | None = None) -> set[str]:
-    """What artifacts have written into the folder, and nobody has changed since; of some names, or of all."""
+    """The files in the folder that artifacts wrote and nobody changed since; all, or those of some names."""
     manifests = [_manifest_in(place) for place in (folder, folder / COMMIT, *_earlier_drafts(folder))]
     stamps = [(name, stamp) for manifest in manifests for name, stamp in manifest.get("files", {}).items()]
     asked = [(name, stamp) for name, stamp in stamps if is_plain(name) and (among is None or name in among)]
@@ -471,14 +473,14 @@ def _files_of(folder: Path, among: Container[str] | None = None) -> set[str]:
 
 
 def _earlier_drafts(folder: Path) -> list[Path]:
-    """Where earlier versions left the rest of an artifact if they were killed: the manifest is moved last."""
+    """Where earlier versions left the rest of an artifact if they were killed, as they moved the manifest last."""
     with suppress(OSError):
         return [place for place in folder.iterdir() if re.fullmatch(r"\.oto-[a-z0-9_]{8}", place.name)]
     return []
 
 
 def _manifest_in(folder: Path) -> Mapping[str, Any]:
-    """The manifest in a folder; empty if there is none that is whole."""
+    """The manifest in a folder; empty if there is none that is valid."""
     place = folder / MANIFEST
     try:
         if not (place.is_file() and (size := place.stat().st_size) <= LARGEST_MANIFEST):
@@ -500,10 +502,10 @@ def _is_still(file: Path, stamp: Mapping[str, Any]) -> bool:
 
 
 def _require_own(folder: Path, names: Iterable[str], own: Container[str] | None = None) -> None:
-    """Refuse to replace what no artifact has written.
+    """Refuse to replace files that no artifact wrote.
 
     Args:
-        own: What artifacts have written, if that is known.
+        own: The files that artifacts wrote, if known.
 
     Raises:
         ArtifactError: There is such a file.
@@ -522,7 +524,11 @@ def _require_own(folder: Path, names: Iterable[str], own: Container[str] | None 
         f"{folder} holds {some(foreign)}, which "
         + ("was changed since an artifact wrote it" if changed == foreign else "no artifact has written")
         + "\n  effect  nothing was saved, and nothing there was touched\n"
-        + (f"  likely  a save by an earlier version of oto broke off, and left {some(earlier)}\n" if earlier else "")
+        + (
+            f"  likely  a save by an earlier version of oto was interrupted, and left {some(earlier)}\n"
+            if earlier
+            else ""
+        )
         + "  to fix  choose another folder; or move the file away, or delete it, if it is not needed"
     )
 
@@ -534,7 +540,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _place(tensor: Tensor) -> Any:
-    """What two names of one tensor have in common, also after ``state_dict`` made two objects of it."""
+    """What two names of one tensor have in common, even after ``state_dict`` made two objects from it."""
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel() or type(tensor.data) is not Tensor:
         return id(tensor)
     view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())

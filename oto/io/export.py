@@ -1,7 +1,7 @@
-"""A slim model in the files of other runtimes: ONNX, ``torch.export``'s own, and compiled ahead of time.
+"""Write a slim model for other runtimes: ONNX, ``torch.export``, and compiled ahead of time.
 
-Each is written beside its place, read back by its own runtime, compared with the model on the example and on two other
-sizes, and only then put there, by a rename (:mod:`oto.atomic`). A file that is there already is never replaced.
+Each file is written to a scratch folder, read back by its own runtime, compared with the model on the example and on
+two other sizes, and only then renamed to its place (:mod:`oto.atomic`). An existing file is never replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import compile_package, load_package, tree_leaves
-from oto.atomic import concerns, locked, scratch, sync, told
+from oto.atomic import concerns, locked, rewording_os_errors, scratch, sync
 from oto.errors import ArtifactError, EmitterError, MissingExtraError, OTOError, first_line, reraise_out_of_memory
 from oto.io.artifact import check_out_dir
 from oto.io.program import load_program, save_program
@@ -29,11 +29,11 @@ from oto.slim.proof.compare import Check, checked, require, tolerance
 from oto.slim.proof.run import run
 
 Runtime = Callable[[Any], Sequence[Tensor]]
-_ONE_FILE = 2**31 - 2**20  # bytes; what protobuf takes
+_ONE_FILE = 2**31 - 2**20  # bytes; the limit of protobuf
 
 
 def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.PathLike[str]) -> list[Check]:
-    """Write a model as a file of another runtime, with every size free that it leaves free, and prove it.
+    """Write a model for another runtime, with every size dynamic that it leaves free, and prove it.
 
     Args:
         dummy_input: An example input, as for ``OTO``.
@@ -44,9 +44,9 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         The comparisons that were made.
 
     Raises:
-        EmitterError: The model cannot be expressed in it, or there is no compiler.
+        EmitterError: The runtime cannot express the model, or there is no compiler.
         VerificationError: What was read back computes something else. Nothing was written.
-        ArtifactError: There is a file already, or it cannot be written.
+        ArtifactError: The file exists already, or cannot be written.
         MissingExtraError: ONNX is asked for and not installed.
     """
     if how not in _WAYS:
@@ -56,15 +56,15 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
     if place.exists() or place.is_symlink():
         raise _is_there(place)
     if how == "aoti" and place.suffix != ".pt2":
-        raise EmitterError(f"{place.name} is no name for a compiled package\n  to fix  let it end in .pt2")
+        raise EmitterError(f"{place.name} is no name for a compiled package\n  to fix  use a name that ends in .pt2")
     _WAYS[how].ready()
     program = export_program(model, dummy_input)
     examples = [dummy_input, *other_examples(model, program, dummy_input)]
-    with told(place.parent, f"{place.name} was not written"), scratch(place.parent) as folder:
+    with rewording_os_errors(place.parent, f"{place.name} was not written"), scratch(place.parent) as folder:
         draft = folder / place.name
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is deprecated in those packages
+                warnings.simplefilter("ignore")  # about deprecations in those packages
                 runtime = _WAYS[how].write(program, draft)
                 checks = [_compared(model, runtime, given, how) for given in examples]
         except (OTOError, OSError):
@@ -75,7 +75,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
                 raise refused from failure
             raise EmitterError(
                 f"{type(model).__name__} cannot be written as {how}: {first_line(failure)}\n"
-                "  effect  nothing was written\n  to fix  see the traceback above; the other ways may do"
+                "  effect  nothing was written\n  to fix  see the traceback above; another format may work"
             ) from failure
         require(checks)
         _put(draft, place)
@@ -83,7 +83,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
 
 
 def _refused(failure: BaseException | None, place: Path) -> OSError | None:
-    """What the file system has refused below ``place``, if that is why something failed."""
+    """The error of the file system below ``place``, if that is why something failed."""
     while failure is not None and not (isinstance(failure, OSError) and concerns(failure, place)):
         failure = failure.__cause__ or failure.__context__
     return failure

@@ -1,11 +1,11 @@
-"""What a manifest may say: a closed list, gone through before anything is done with what it says.
+"""What a manifest may contain: a closed list, checked before anything is done with a manifest.
 
-The hashes of an artifact tell what was damaged, not who made it: whoever can write the folder can write any manifest
-and seal it. So the list is as closed on the way in as on the way out. Every entry has a type and a bound; names of
-classes, arguments and operators are those that the writer knows; and where a name leads is judged again where it is
-followed, by what is found there (:mod:`oto.slim.config.recipe`, :mod:`oto.slim.numbers`, :mod:`oto.slim.edits`).
+The hashes of an artifact show what was damaged, not who made it: whoever can write the folder can write any manifest
+and seal it. So the same closed list is checked when reading as when writing. Every entry has a type and a bound; names
+of classes, arguments and operators are those that the writer knows; and what a name refers to is checked again where it
+is looked up (:mod:`oto.slim.config.recipe`, :mod:`oto.slim.numbers`, :mod:`oto.slim.edits`).
 
-Entries that this version does not know are not read. In what is edited, there are none.
+Entries that this version does not know are ignored; among the edits none are allowed.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import torch
 from oto.nn.overridden import COUNTED, UNIFORM
 from oto.slim.edits import SIZES
 
-LARGEST = 2**31 - 1  # a size, a count, a place
+LARGEST = 2**31 - 1  # a size, a count, an index
 LONGEST = 2**20  # characters of a text; a site holds the lines of code that were running
 MOST_ROUNDS = 256  # each takes a copy of the model
 MOST_BRACKETS = 2**21  # lists and objects in a text of JSON; one that is empty takes 64 bytes of memory
 
 Check = Callable[[str, Any], None]
-"""Looks at a value, given where it stands; raises :class:`Refusal`."""
+"""Checks a value, given its path in the manifest; raises :class:`Refusal`."""
 
 
 class Refusal(ValueError):
-    """What no writer writes, and where it stands."""
+    """Something that no writer writes, with its path in the manifest."""
 
 
 def parse(text: bytes, most: int = MOST_BRACKETS) -> Any:
-    """JSON in which no object has a key twice, and that takes no more memory than its length allows for.
+    """Parse JSON in which no object has a key twice, with memory bounded by its length.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is no such JSON.
     """
     if text.count(b"[") + text.count(b"{") > most:
         raise ValueError(f"it holds more than {most:,} lists and objects")
@@ -55,7 +55,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def require(manifest: Any) -> None:
-    """Refuse a manifest that says anything else than a writer says.
+    """Refuse a manifest that contains anything that no writer writes.
 
     Raises:
         Refusal: It does; the message says where.
@@ -65,7 +65,7 @@ def require(manifest: Any) -> None:
 
 
 def require_files(manifest: Any) -> None:
-    """Refuse a manifest that does not say which files there are; all else may be of a version to come.
+    """Refuse a manifest that does not list its files; everything else may be of a later version.
 
     Raises:
         Refusal: It does not.
@@ -207,7 +207,7 @@ _ATOMS = _both(_list(_COUNT), _rising)
 
 
 def _file_name(where: str, value: Any) -> None:
-    """A file in the folder itself, on any system; the manifest is none of them."""
+    """A file in the folder itself, on any system, other than the manifest."""
     _text(where, value, 255)
     if not is_plain(value):
         raise Refusal(f"it names a file outside the folder: {value}")
@@ -223,11 +223,11 @@ def _sha256(where: str, value: Any) -> None:
         raise _refuse(where, value, "a SHA-256 in hexadecimal digits")
 
 
-# swaps: the arguments of the classes of oto.nn, which are made of them
+# swaps: the arguments of classes of oto.nn
 
 
 def _left_of(left: str, full: str) -> Check:
-    """Of so many, so many are left."""
+    """Check that a kept count does not exceed its full count."""
 
     def look(where: str, value: Mapping[str, Any]) -> None:
         some, whole = ([x] if isinstance(x, int) else x for x in (value[left], value[full]))
@@ -274,11 +274,11 @@ def _swap(where: str, value: Any) -> None:
     _ARGUMENTS[value["class"]](f"{where}.arguments", value["arguments"])
 
 
-# told: how calls are made otherwise, see oto.nn.Told
+# told: call overrides, see oto.nn.OverriddenForward
 
 
 def _rest(where: str, value: Any) -> None:
-    """What was there that is gone: a number, the result of a call, or one of a few operators on such."""
+    """The value of removed entries: a number, the result of a call, or one of a few operators on these."""
     if not isinstance(value, dict):
         _either("a number or an object", {int: _number(), float: _number(), bool: _flag})(where, value)
     elif "kept" in value:

@@ -1,14 +1,14 @@
-"""A folder that the model's own library loads, written by the class itself, for processes without ``oto``.
+"""Write a folder that the model's own library loads, for processes without ``oto``; its class writes the files.
 
 It is written into a scratch folder (:mod:`oto.atomic`), read back and compared there, and only then put in place, while
 no other process may write there:
 
-1. ``.oto-pretrained.json``, which says what every file is, is renamed into the folder.
+1. ``.oto-pretrained.json``, which lists every file, is renamed into the folder.
 2. The files are renamed into it, ``config.json`` last: without it ``from_pretrained`` loads nothing, with it all.
 3. ``.oto-pretrained.json`` is deleted.
 
-What was killed in between is told by that file at the next save: if every file is in place it is whole, and only the
-list goes; if not, the files that are as the list says go too.
+If a save was killed in between, the list shows it to the next save: if every file is in place the folder is complete,
+and only the list is deleted; if not, the listed files are deleted too, as far as they are unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import safetensors
 import torch
 from torch import nn
 
-from oto.atomic import is_scratch, locked, scratch, stamp, sync, told, unwritable
+from oto.atomic import is_scratch, locked, rewording_os_errors, scratch, stamp, sync, unwritable
 from oto.errors import ArtifactError, EmitterError, some
 from oto.io.artifact import NOT_SAVED, check_out_dir
 from oto.io.manifest import parse
@@ -33,7 +33,7 @@ from oto.slim.config.recipe import Recipe
 from oto.slim.config.unstated import REMEDY, unlike
 
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-"""What lies beside weights and says how inputs are made: tokenizers and processors."""
+"""Files beside the weights that define how inputs are made: tokenizers and processors."""
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -44,31 +44,31 @@ WRITTEN_ANEW = ("config.json", "generation_config.json", ".index.json")
 def save_pretrained(
     slim: nn.Module, out_dir: str | os.PathLike[str], tokenizer: Any = None, card: str = ""
 ) -> list[Path]:
-    """Write config and weights by the class's own ``save_pretrained``, read them back and compare.
+    """Write config and weights with the class's own ``save_pretrained``, read them back and compare.
 
     Args:
         slim: A model whose ``config`` makes its class in its sizes.
-        out_dir: A folder that is empty, not there yet, or left half written by a save that was killed. A folder that
-            holds the same in every byte is left as it is.
-        tokenizer: What is to be saved beside it (a tokenizer, a processor, or several): anything that has a
+        out_dir: A folder that is empty, does not exist yet, or was left half written by a save that was killed. One
+            that already holds the same bytes is left as it is.
+        tokenizer: What to save beside it (a tokenizer, a processor, or several): anything with a
             ``save_pretrained``. By default the files of the folder that the model was loaded from are copied.
-        card: The text of ``README.md``, if there is to be one.
+        card: The text of ``README.md``, if one is wanted.
 
     Returns:
         The files.
 
     Raises:
         EmitterError: The class cannot be made from the config in these sizes; the message names them.
-        ArtifactError: The folder cannot be written or holds files, or what was written reads otherwise.
+        ArtifactError: The folder cannot be written or holds files, or what was written reads back differently.
     """
     folder = Path(out_dir)
     _require_stated(slim)
     check_out_dir(folder)
-    with told(folder, NOT_SAVED), scratch(folder) as draft:
+    with rewording_os_errors(folder, NOT_SAVED), scratch(folder) as draft:
         with locked(folder):
             _end_what_broke_off(folder)
         there = _names(folder)
-        if there and not (folder / CONFIG).is_file():  # the same model is whole
+        if there and not (folder / CONFIG).is_file():  # with it, the same model is complete
             raise _holds(folder, there)
         try:
             _write(slim, draft, tokenizer, card)
@@ -92,7 +92,7 @@ def _write(slim: nn.Module, folder: Path, tokenizer: Any, card: str) -> None:
 
 
 def _put(draft: Path, folder: Path) -> None:
-    """Move what was written to its place, unless the same is there."""
+    """Move what was written to its place, unless the same is there already."""
     files = _stamps(draft)
     for path in (draft, *draft.rglob("*")):
         sync(path)
@@ -117,7 +117,7 @@ def _put(draft: Path, folder: Path) -> None:
 
 
 def _end_what_broke_off(folder: Path) -> None:
-    """Remove what a process that was killed has put into a folder, unless that is all of it."""
+    """Remove what a killed process put into a folder, unless it is complete."""
     try:
         files: dict[str, Any] = parse((folder / UNFINISHED).read_bytes())
         names = files.keys()
@@ -134,7 +134,7 @@ def _end_what_broke_off(folder: Path) -> None:
                 (folder / name).unlink()
         below = {parent for name in names for parent in (folder / name).relative_to(folder).parents} - {Path()}
         for place in sorted(below, reverse=True):
-            with suppress(OSError):  # it is not there, or something is in it
+            with suppress(OSError):  # it does not exist, or is not empty
                 (folder / place).rmdir()
         sync(folder)
     (folder / UNFINISHED).unlink()
@@ -146,7 +146,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _stamps(folder: Path) -> dict[str, Any]:
-    """The files of a folder by their paths below it, without those of a write that goes on."""
+    """The files of a folder by their paths below it, without those of a write in progress."""
     below = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {
         name.as_posix(): stamp(path)
@@ -190,7 +190,7 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 def _require_same(slim: nn.Module, folder: Path) -> None:
-    """Compare every tensor of what the class reads with the model."""
+    """Compare every tensor that the class reads back with the model's."""
     again = type(slim).from_pretrained(folder)  # type: ignore[attr-defined]
     own, read = slim.state_dict(), again.state_dict()
     made, remade = dict(slim.named_buffers()), dict(again.named_buffers())  # some are in no file
@@ -202,9 +202,9 @@ def _require_same(slim: nn.Module, folder: Path) -> None:
     wrong += [name for name in near if not torch.allclose(made[name].cpu().float(), remade[name].cpu().float(), 1e-2)]
     if wrong:
         raise ArtifactError(
-            f"what {type(slim).__name__} wrote reads otherwise: {some(sorted(wrong))}\n"
+            f"what {type(slim).__name__} wrote reads back differently: {some(sorted(wrong))}\n"
             "  effect  nothing was written\n"
-            "  to fix  report the model; construct_subnet(out_dir) and load_subnet(out_dir, make_model) do not go by it"
+            "  to fix  report the model; construct_subnet(out_dir) and load_subnet(out_dir, make_model) do not use it"
         )
 
 

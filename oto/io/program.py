@@ -1,10 +1,10 @@
-"""Exported programs on disk: no pickle in them, and on the way in nothing that torch would run unasked.
+"""Exported programs on disk, without pickle; loading one runs no code that came with the file.
 
 What torch 2.15 puts into a ``.pt2``: a zip, uncompressed, with the graph as JSON (``models/model.json``), weights and
-constants as raw bytes with a JSON index each, and the example inputs. Only the example inputs are pickled by rule;
+constants as raw bytes with a JSON index each, and the example inputs. Only the example inputs are always pickled;
 they are dropped. Tensor subclasses and script objects among the weights can only be pickled; they are refused.
 
-What ``torch.export.load`` does with an archive that somebody else made is another matter. It unpickles with
+What ``torch.export.load`` does with an archive that somebody else made is a different matter. It unpickles with
 ``weights_only=False`` whatever the index calls pickled (``opaque_obj_*`` with plain ``pickle.loads``), example inputs
 that ``weights_only=True`` refused, and the ``.pt`` files of older layouts; it opens the shared libraries under
 ``data/aotinductor``; it hands the symbolic sizes to ``sympy.sympify``, which evaluates them; it resolves any attribute
@@ -13,10 +13,10 @@ can name modules to import. There is no switch for any of it. The hashes of the 
 artifact made them too.
 
 So :func:`load_program` lists what may be there, and refuses the rest before torch sees a byte: known members, raw
-weights, sizes and guards made of arithmetic whose results stay small, names that are names, operators that take tensors
-and give tensors. What passed is packed anew, in memory and without what only tells where a node comes from, so that
-torch reads what was checked and not what another reading of the same zip might find. This narrows what a foreign file
-can do; it does not make torch's loader a sandbox. With a class of your own, ``load_subnet(path, make_model)``, no
+weights, sizes and guards made of arithmetic whose results stay small, names that are identifiers, operators that take
+and return tensors. What passed is packed again, in memory and without the records of where nodes came from, so that
+torch reads what was checked and not what a different reading of the same zip might find. This narrows what a foreign
+file can do; it does not make torch's loader a sandbox. With a class of your own, ``load_subnet(path, make_model)``, no
 program is read at all.
 """
 
@@ -59,7 +59,7 @@ def _words(text: str) -> frozenset[str]:
 _ARITHMETIC = _words("""
     add sub mul truediv floordiv mod pow neg pos abs lshift rshift and_ or_ not_ eq ne lt le gt ge getitem
 """)
-# Of the module math: what takes no longer for a larger number.
+# Of the module math: functions whose time does not grow with the number.
 _MATH = _words("""
     ceil floor trunc sqrt cbrt fabs fmod remainder exp exp2 expm1 log log1p log2 log10 pow sin cos tan asin acos atan
     atan2 sinh cosh tanh asinh acosh atanh erf erfc hypot copysign degrees radians isnan isinf isfinite
@@ -69,12 +69,12 @@ _HIGHER_ORDER = _words("""
     cond while_loop scan map_impl associative_scan wrap invoke_subgraph tag_activation_checkpoint
     wrap_with_set_grad_enabled wrap_with_autocast flex_attention auto_functionalized auto_functionalized_v2
 """)
-# Registered by torch itself, and meant for something else than computing with tensors: files, processes, compilers.
+# Registered by torch itself, but not for computing with tensors: files, processes, compilers.
 _NO_OPERATORS = _words("""
     profiler debugprims debug_mode_ops inductor inductor_prims export prim coor mempool streams image
     c10d c10d_functional symm_mem fsdp rpc static_runtime
 """)
-# Those that ask about dtypes, and those that give nothing, as they only refuse what does not hold.
+# Operators that ask about dtypes, and assertions, which return nothing.
 _ON_DTYPES = _words("promote_types result_type can_cast")
 _ASSERTIONS = _words("""
     _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size
@@ -87,7 +87,7 @@ _TAKEN = _words("""
 _GIVEN = _words("TensorType IntType FloatType BoolType NumberType SymIntType SymBoolType SymFloatType")
 MOST_NODES = 2**16  # of a graph; torch takes a millisecond for each
 MOST_BRACKETS = 2**23  # lists and objects in its JSON
-MOST_BITS = 2**16  # of a number that sizes make
+MOST_BITS = 2**16  # of a number computed from sizes
 LONGEST_EXPRESSION = 2**16  # characters
 
 # What torch writes into sizes and guards: sympy's classes and its own.
@@ -107,13 +107,13 @@ _GRAMMAR = (
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Save a program; its example inputs are not kept.
+    """Save a program without its example inputs.
 
-    The file is made in memory, where it takes as much as the weights, and no more than it takes to read it back. torch
-    writes the end of a zip in a destructor, and where the disk is full by then, that ends the process.
+    The file is made in memory, which takes as much as the weights, no more than reading it back. torch writes the end
+    of a zip in a destructor, which ends the process if the disk is full by then.
 
     Raises:
-        ArtifactError: It cannot be written down, or something in it could only be pickled.
+        ArtifactError: It cannot be serialized, or something in it could only be pickled.
         OSError: The file cannot be written.
     """
     given = program.example_inputs
@@ -139,7 +139,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     """Load a program.
 
     Raises:
-        ArtifactError: The file is no program, or holds something that could run code while it is loaded.
+        ArtifactError: The file is no program, or holds something that could run code when it is loaded.
     """
     members = _checked(path)
     graph = members["models/model.json"]
@@ -155,13 +155,13 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     except Exception as failure:
         reraise_out_of_memory(failure)
         why = f"{type(failure).__name__}: {_line(failure)}"
-        if foreign := _foreign_types(graph):  # torch only says so in its log
+        if foreign := _foreign_types(graph):  # torch reports it only in its log
             why += f"\n  likely  nothing imported so far defines {some(sorted(foreign))}: import it, then load again"
         raise _no_program(path, why) from failure
 
 
 def _foreign_types(graph: bytes) -> set[str]:
-    """Types that inputs or outputs are nested in, besides those of Python and torch."""
+    """Container types of inputs or outputs besides those of Python and torch."""
     found: set[str] = set()
 
     def visit(spec: Mapping[str, Any]) -> None:
@@ -180,7 +180,7 @@ def _foreign_types(graph: bytes) -> set[str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """torch.export logs and warns about perfectly good archives."""
+    """While inside, logs and warnings of torch.export are silenced: it warns about perfectly good archives."""
     levels = {name: logging.getLogger(name).level for name in ("torch.export", "torch._export")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -194,14 +194,14 @@ def _quietly() -> Iterator[None]:
 
 
 class _Refusal(Exception):
-    """What is wrong with an archive; the part of it at fault comes first."""
+    """What is wrong with an archive; the text begins with the part at fault."""
 
 
 def _checked(path: Path) -> dict[str, bytes]:
-    """The members of an archive by name, if there is nothing but what a plain program needs.
+    """The members of an archive by name, if it holds only what a plain program needs.
 
     Raises:
-        ArtifactError: There is.
+        ArtifactError: It holds something else.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -209,7 +209,7 @@ def _checked(path: Path) -> dict[str, bytes]:
         for where, check in _JSON.items():
             content = parse(members[where], MOST_BRACKETS)
             check(where, content)
-            members[where] = json.dumps(content).encode()  # as it was understood here
+            members[where] = json.dumps(content).encode()  # exactly as it was parsed here
     except _Refusal as refusal:
         raise ArtifactError(
             f"{path}: {refusal}\n"
@@ -238,7 +238,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, bytes]:
     room = os.fstat(archive.fp.fileno()).st_size if archive.fp is not None else 0
     for info in archive.infolist():
         room -= info.file_size
-        if room < 0:  # members that share their bytes, or claim what is not there
+        if room < 0:  # members share their bytes, or claim more than there is
             raise _Refusal(f"{info.filename} and those before it hold more than the file")
         name = info.filename.partition("/")[2]
         if not _MEMBERS.fullmatch(name):
@@ -261,7 +261,7 @@ def _check_index(where: str, index: Mapping[str, Any]) -> None:
 
 
 def _check_json(where: str, tree: Any, key: str = "") -> None:
-    """Look at every string that torch evaluates, resolves, imports or pastes into code."""
+    """Check every string that torch evaluates, resolves, imports or pastes into code."""
     if isinstance(tree, dict):
         if isinstance(nodes := tree.get("nodes"), list):
             _check_nodes(where, nodes)
@@ -283,7 +283,7 @@ def _check_json(where: str, tree: Any, key: str = "") -> None:
 
 
 def _check_nodes(where: str, nodes: list[Any]) -> None:
-    """A graph: not too many nodes, names of their own, numbers that stay small. What tells of their making goes."""
+    """Check a graph: not too many nodes, distinct names, numbers that stay small. Records of origins are removed."""
     if len(nodes) > MOST_NODES:
         raise _Refusal(f"{where}: it has {len(nodes):,} nodes, and may have {MOST_NODES:,}")
     bits: dict[str, float] = {}
@@ -334,7 +334,7 @@ def _names_of(outputs: Any) -> Iterator[str]:
 
 
 def _literal(inputs: list[Any]) -> float | None:
-    """The number that an argument is."""
+    """The number of an argument that is a literal."""
     argument = inputs[0]["arg"] if inputs else None
     while isinstance(argument, dict) and len(argument) == 1:
         (argument,) = argument.values()
@@ -349,7 +349,7 @@ def _grown(name: str, bits: list[float], by: float | None) -> float:
     """How many bits a result may have.
 
     Args:
-        bits: Those of the arguments.
+        bits: The bits of the arguments.
         by: The last argument, if it is known.
     """
     if name in _PRODUCTS:
@@ -390,14 +390,15 @@ def _check_operator(where: str, target: str) -> None:
             if isinstance(found, OpOverload) and _computes(found):
                 return
             if found is None and re.fullmatch(r"\w+", space + operation + overload):
-                raise _Refusal(f"{where}: nobody registered the operator {target!r}; import what defines it first")
+                raise _Refusal(f"{where}: the operator {target!r} is not registered; import what defines it first")
     raise _Refusal(f"{where}: {target!r} is no operator that only computes")
 
 
 def _computes(op: OpOverload) -> bool:
-    """Whether an operator takes tensors, or the shape of a new one, and gives tensors, or numbers read off them.
+    """Whether an operator takes tensors, or the shape of a new one, and returns tensors, or numbers read from them.
 
-    What gives nothing does something else: it sets a mode or a seed, prints, or writes. So does what takes neither.
+    One that returns nothing does something else: it sets a mode or a seed, prints, or writes. So does one that takes
+    neither.
     """
     schema: Any = op._schema
     if op.namespace == "aten" and op._opname in _ON_DTYPES | _ASSERTIONS:
@@ -410,12 +411,12 @@ def _computes(op: OpOverload) -> bool:
         return False
     if "TensorType" in takes:
         return True
-    # a new tensor, made of numbers; or of a file, whose name is a text
+    # a new tensor is made from numbers, or from a file, whose name would be a text
     return "DeviceObjType" in takes and "StringType" not in takes and set(gives) == {"TensorType"}
 
 
 def _kind(type_: Any) -> str:
-    """What kind of value an argument is, or a list of what."""
+    """The kind of an argument's value, or of the items of its list."""
     while type_.kind() in ("OptionalType", "ListType"):
         type_ = type_.getElementType()
     return str(type_.kind())
@@ -440,8 +441,8 @@ def _check_expression(where: str, text: str) -> None:
             fine = isinstance(called, ast.Attribute)
             if isinstance(called, ast.Name):
                 fine = called.id in _FUNCTIONS and all(_is_number(x, called.id == "Piecewise") for x in node.args)
-                fine = fine and (called.id != "Float" or len(node.args) == 1)  # the other is a precision
-        elif isinstance(node, ast.keyword):  # what a symbol is known to be; the bits of a Float
+                fine = fine and (called.id != "Float" or len(node.args) == 1)  # a second argument is a precision
+        elif isinstance(node, ast.keyword):  # assumptions on a symbol; the bits of a Float
             fine = isinstance(node.value, ast.Constant) and node.value.value in (True, False, None, *range(64))
         elif isinstance(node, ast.BinOp):
             fine = _is_number(node.left) and _is_number(node.right) and not texts & {node.left, node.right}
@@ -465,7 +466,7 @@ _KEY = re.compile(r"[\w.+-]*")
 
 
 def _texts_in(tree: ast.AST) -> set[ast.AST]:
-    """Texts that may be where they are: names of symbols, digits of numbers, keys of inputs and what these equal."""
+    """Texts in allowed places: names of symbols, digits of numbers, keys of inputs and what these are compared with."""
     found: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -483,10 +484,10 @@ def _texts_in(tree: ast.AST) -> set[ast.AST]:
 
 
 def _is_number(node: ast.expr, nested: bool = False) -> bool:
-    """Whether arithmetic may be done on a part of an expression: not on a tuple, which a product would repeat.
+    """Whether arithmetic on a part of an expression is allowed: not on a tuple, which a product would repeat.
 
     Args:
-        nested: Tuples are arguments, too.
+        nested: Whether tuples are allowed as arguments.
     """
     if isinstance(node, ast.Tuple):
         return nested
@@ -504,7 +505,7 @@ _OPERATORS: dict[type[ast.operator], str] = {
 
 
 def _bits(node: ast.expr) -> float:
-    """How many bits a number may have that an expression comes to; nothing is computed."""
+    """How many bits the value of an expression may have; nothing is evaluated."""
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
             return 4 * len(node.value)  # digits, or the name of a symbol, which has no more than 64
@@ -524,7 +525,7 @@ _NUMBERS = ("Integer", "Float", "Rational")
 
 
 def _value(node: ast.expr) -> float | None:
-    """A number that is written out, or its size if it is a fraction."""
+    """The value of a literal number, or its magnitude if it is a fraction."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         inner = _value(node.operand)
         return None if inner is None else -inner
@@ -536,7 +537,7 @@ def _value(node: ast.expr) -> float | None:
 
 
 def _check_spec(where: str, text: str, arguments: bool = False) -> None:
-    """How inputs or outputs are nested. Enums and default dicts name modules that torch would import."""
+    """Check how inputs or outputs are nested. Enums and default dicts name modules that torch would import."""
     if not text:
         return
 
@@ -557,7 +558,7 @@ def _check_spec(where: str, text: str, arguments: bool = False) -> None:
 
 
 def _unfolded(context: Any) -> Any:
-    """A context is JSON inside JSON; escapes must not hide what it says."""
+    """The value of a context, which is JSON inside JSON; escapes must not hide what it contains."""
     try:
         return json.loads(context) if isinstance(context, str) else context
     except ValueError:

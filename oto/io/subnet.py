@@ -1,4 +1,4 @@
-"""A slim model on disk, and back: what the manifest says of it, and how it is rebuilt."""
+"""Save a slim model and load it again: what the manifest says about it, and how it is rebuilt."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.sa
 
 
 def describe(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
-    """What must not have changed in a model for its slim form to fit: classes, their code, full shapes.
+    """What must not change in a model for its slim form to fit: classes, their code, full shapes.
 
     Args:
-        names: Of the tensors whose shapes count.
+        names: The names of the tensors whose shapes count.
     """
     kinds: dict[str, str] = {path: _name(type(module)) for path, module in model.named_modules(remove_duplicate=False)}
     own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
@@ -70,7 +70,7 @@ def _code(kind: type[Any]) -> str | None:
     """A digest of a class's code; comments and formatting do not count."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):  # typed into a prompt, or built at run time
+    except (OSError, TypeError, SyntaxError):  # the class was typed into a prompt, or built at run time
         return None
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
@@ -79,7 +79,7 @@ NOT_ASKED = "it was not asked for (construct_subnet(out_dir, program=True) write
 
 
 def files(emitter: str, allow_graph: bool, program: bool | None, save_full: bool) -> list[str]:
-    """The files that :func:`save` is going to write, as far as is known before."""
+    """The files that :func:`save` will write, as far as they are known in advance."""
     graph = emitter in ("graph", "recording") or (emitter == "auto" and allow_graph)
     wanted = graph if program is None else program
     return [WEIGHTS, *([PROGRAM] if wanted else []), *([FULL] if save_full else [])]
@@ -93,12 +93,12 @@ def save(
     save_full: bool = False,
     program: bool | None = None,
 ) -> list[Check]:
-    """Write the artifact, and prove what it gives back before it is put in place. Artifacts live on the CPU.
+    """Write the artifact, and prove what is loaded from it before it is put in place. Its tensors are on the CPU.
 
     Args:
         cost: Costs of the full and of the slim model, for the manifest.
-        save_full: Write the zeroed full weights too.
-        program: Write the exported program too; ``None``: where nothing else in the folder could be loaded.
+        save_full: Also write the zeroed full weights.
+        program: Also write the exported program; ``None``: only if nothing else in the folder could be loaded.
 
     Returns:
         The comparisons that were made.
@@ -134,7 +134,7 @@ def save(
 
 
 def _before(source: Source, made: Made) -> tuple[nn.Module, tuple[Round, ...]]:
-    """The first class, and what was done to it before, if it was made slim before."""
+    """The first class and the earlier rounds, if it was made slim before."""
     if made.edits is None:
         return source.model, ()
     origin = origin_of(made.model)
@@ -143,7 +143,7 @@ def _before(source: Source, made: Made) -> tuple[nn.Module, tuple[Round, ...]]:
 
 
 def _read_back(draft: Draft, source: Source, made: Made) -> list[Check]:
-    """The weights are equal to the last bit; that they go back into the class, and compute the same, is compared.
+    """Check that the weights are equal bit for bit, fit back into the class, and compute the same.
 
     Raises:
         VerificationError: They do not.
@@ -160,7 +160,7 @@ def _read_back(draft: Draft, source: Source, made: Made) -> list[Check]:
 
 
 def _manifest(source: Source, made: Made) -> dict[str, Any]:
-    """What the manifest says of a slim model, but for its files and its proof."""
+    """What the manifest says about a slim model, without its files and its proof."""
     first, earlier = _before(source, made)
     state = _state(source)
     names = [] if made.edits is None else [name for name in made.tensors if name not in state]
@@ -176,7 +176,7 @@ def _manifest(source: Source, made: Made) -> dict[str, Any]:
 
 
 def _state(source: Source) -> set[str]:
-    """Names of tensors that a forward may put others in the place of, or make anew: they may have any shape."""
+    """Names of tensors that a forward may replace or create: they may have any shape."""
     graph, found = source.partition.found.graph, set[str]()
     for leaf in graph.leaves:
         for name in leaf.names if leaf.kind != "parameter" else ():
@@ -194,12 +194,12 @@ def _write_program(
     """The program of a slim model, on the CPU; why there is none, and its proof."""
     slim, full = made.model, source
     if next(source.model.parameters()).device.type != "cpu":
-        # on its device it was proved equal to the full model; here it is what the program is compared with
+        # on its device it was proved equal to the full model; here the program is compared with it
         given = tree_map_only(Tensor, Tensor.cpu, source.dummy_input)
         slim = copied(slim, {}).cpu()
         full = replace(source, model=slim, dummy_input=given)
     # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
-    # class whose weights have taken a count in, which the dtype of the file rounds
+    # class with counts folded into its weights, which the dtype of the file rounds
     rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.scales))
     itself = rounded or full.model is slim
     against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
@@ -217,7 +217,7 @@ def write_program(
     prove: Callable[[nn.Module], list[Check]],
     left_out: Collection[str] = (),
 ) -> tuple[str | None, list[Check]]:
-    """Put the exported slim model into the draft, read it back and prove that.
+    """Put the exported slim model into the draft, read it back and prove it.
 
     Args:
         left_out: Tensors that no call reads and no file can hold.
@@ -251,10 +251,10 @@ def write_program(
 
 
 def _on_other_sizes(slim: nn.Module, read: nn.Module, given: Any) -> Iterator[Check]:
-    """A program beside its model on an input of sizes that it leaves free, and the example does not have."""
+    """Compare a program with its model on an input whose free sizes differ from the example's."""
     try:
         expected = run(slim, given)
-    except Exception as failure:  # sizes may have to fit to values
+    except Exception as failure:  # sizes may have to match values
         reraise_out_of_memory(failure)
         return
     what = f"reloaded program on {', '.join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor))}"
@@ -263,7 +263,7 @@ def _on_other_sizes(slim: nn.Module, read: nn.Module, given: Any) -> Iterator[Ch
 
 @contextmanager
 def _emptied(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """While inside, some tensors hold nothing."""
+    """While inside, some tensors are empty."""
     places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     held = [(module, name, getattr(module, name)) for module, name in places]
     try:
@@ -288,14 +288,14 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str,
     if left:
         raise ClassChangedError(
             f"the artifact has no values for {some(left)}\n"
-            "  effect  the slim model would be incomplete, so it is not handed out\n"
-            "  to fix  pass the class, in the version, that the artifact was made from"
+            "  effect  the slim model would be incomplete, so it is not loaded\n"
+            "  to fix  pass the class that the artifact was made from, in the same version"
         )
     return slim
 
 
 def plain_edits(edits: Edits) -> dict[str, Any]:
-    """The edits as JSON takes them."""
+    """The edits as plain data for JSON."""
     return asdict(edits)
 
 
@@ -304,22 +304,22 @@ def load_subnet(
 ) -> nn.Module:
     """Load a slim model that ``OTO.construct_subnet`` saved.
 
-    Nothing is unpickled. Every file is checked against its hash first. A model that was made slim several times loads
-    from the first class all the same, and what is loaded may be made slim again.
+    Nothing is unpickled. Every file is checked against its hash first. A model that was made slim several times still
+    loads from the first class, and what is loaded may be made slim again.
 
     Args:
         path: The folder, or a file in it.
         model: The full-size model, or a function that makes it; its weights are not used, and a function is called on
-            the ``meta`` device. Without it the exported program is loaded, which needs no class of yours; where the
-            slim model is of its class, ``construct_subnet`` writes one with ``program=True`` only.
+            the ``meta`` device. Without it the exported program is loaded, which needs no class of yours; if the slim
+            model is of its class, ``construct_subnet`` only writes one with ``program=True``.
         strict: Refuse a class whose code differs from the one that was saved.
 
     Returns:
-        The slim model in eval mode, on the CPU: of the original class if the artifact was emitted that way, else a
+        The slim model in eval mode, on the CPU: of the original class if the artifact was emitted that way, otherwise a
         ``torch.fx.GraphModule``.
 
     Raises:
-        ArtifactError: The artifact is not there, damaged, of an unknown version, or cannot be loaded this way.
+        ArtifactError: The artifact is missing, damaged, of an unknown version, or cannot be loaded this way.
         ClassChangedError: ``model`` is not what the artifact was made from.
     """
     artifact = reading(path)
@@ -331,7 +331,7 @@ def load_subnet(
         )
     if model is None or manifest["emitter"] not in ("module", "config"):
         return _load_program(artifact)
-    # what the file does not hold is as the constructor makes it
+    # what the file does not hold stays as the constructor made it
     tensors = artifact.tensors(WEIGHTS)
     make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
     given = model if isinstance(model, nn.Module) else make(model, tensors)
@@ -348,7 +348,7 @@ def load_subnet(
     ) as failure:
         reraise_out_of_memory(failure)
         raise DamagedArtifactError(
-            f"{artifact.folder}: what it says of {type(given).__name__} cannot be done: {first_line(failure)}\n"
+            f"{artifact.folder}: its edits cannot be applied to {type(given).__name__}: {first_line(failure)}\n"
             "  effect  the artifact is not loaded\n"
             "  to fix  write it again, with the version of oto that reads it"
         ) from failure
@@ -356,10 +356,10 @@ def load_subnet(
 
 
 def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Module:
-    """A full-size model without values, but for tensors of which the artifact knows nothing.
+    """A full-size model without values, except for tensors that the artifact does not hold.
 
     Args:
-        names: Of the tensors in the artifact.
+        names: The names of the tensors in the artifact.
     """
     try:
         with torch.device("meta"):
@@ -381,13 +381,13 @@ def _load_program(artifact: Artifact) -> nn.Module:
         raise ArtifactError(
             f"{artifact.folder} holds no {PROGRAM}: {reason}\n"
             "  effect  the slim model is not of its class, so nothing in the folder can be loaded\n"
-            "  to fix  prune what the class can do without, and save that: OTO(...) without allow_graph=True"
+            "  to fix  prune only what the class can express, and save that: OTO(...) without allow_graph=True"
         )
     return read_program(artifact.path(PROGRAM))
 
 
 def _require_thinner(given: nn.Module, tensors: Mapping[str, Tensor], full: Mapping[str, Sequence[int]]) -> None:
-    """Refuse weights that cannot be what is left of the full ones."""
+    """Refuse weights that cannot be a pruned form of the full ones."""
     for name, tensor in tensors.items():
         if name not in full and isinstance(held(given, name), nn.Parameter):  # others may be state that forwards change
             raise ValueError(f"it does not say which shape {name} had")
@@ -400,7 +400,7 @@ def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> N
         raise ClassChangedError(
             f"the model does not fit the artifact: {what}\n"
             "  effect  the slim weights cannot be put into it\n"
-            "  to fix  pass the class and arguments that the artifact was made from; or load without a class, where"
+            "  to fix  pass the class and arguments that the artifact was made from; or load without a class, if"
             f" a {PROGRAM} was saved: load_subnet(path)"
         )
 

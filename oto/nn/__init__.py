@@ -1,4 +1,4 @@
-"""Small modules and functions for what stock classes cannot express."""
+"""Small modules and functions for slim layers that stock classes cannot express."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from oto.nn.modules import SWAPS, GroupNorm, LayerNorm, MultiheadAttention, RMSNorm, TransformerEncoder
 from oto.nn.overridden import OverriddenForward
 from oto.nn.untrained import Untrained
-from oto.renamed import tell
+from oto.renamed import warn_of_former_name
 
 __all__ = [
     "SWAPS",
@@ -24,5 +24,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "Told":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    tell("oto.nn.Told", "oto.nn.OverriddenForward")
+    warn_of_former_name("oto.nn.Told", "oto.nn.OverriddenForward")
     return OverriddenForward

@@ -1,4 +1,4 @@
-"""A torch call as it is met on its way: the numbers that it states, and the lines of code that it is made from."""
+"""Identify a torch call when it is intercepted: by the numbers in its arguments and the lines of code that make it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from oto._torch import constant, followed_lines, tree_leaves
 
-# --- what it states ---------------------------------------------------------------------------------------------------
+# --- its arguments ----------------------------------------------------------------------------------------------------
 
 
 def name_of(func: Callable[..., Any]) -> str:
-    """What a torch function is called, as a function or as a method."""
+    """The name of a torch function or method."""
     return getattr(func, "__name__", "")
 
 
@@ -28,7 +28,7 @@ def first_tensor(arguments: Any) -> Tensor | None:
     """The first tensor among arguments."""
     if isinstance(arguments, Tensor):
         return arguments
-    if isinstance(arguments, (tuple, list)):  # torch.compile of torch 2.6 knows no unions of types
+    if isinstance(arguments, (tuple, list)):  # torch.compile of torch 2.6 does not support unions of types
         items: Iterable[Any] = arguments
     elif isinstance(arguments, dict):
         items = arguments.values()
@@ -46,14 +46,14 @@ is_scripting: Callable[[], bool] = vars(torch.jit)["is_scripting"]
 
 
 def numbers_of(arguments: Any, traced: TracedSizes | None = None) -> list[int | float]:
-    """The numbers among arguments, in their order; tensors that stand for sizes, too, where these are known."""
+    """The numbers among arguments, in order; also tensors that stand for sizes, if ``traced`` knows them."""
     found: list[int | float] = []
     _walk(arguments, lambda number: found.append(number) or number, traced)  # type: ignore[func-returns-value]
     return found
 
 
 def replaced(arguments: Any, new: Mapping[int, int | float], traced: TracedSizes | None = None) -> Any:
-    """Arguments with other numbers in some places."""
+    """Arguments with new numbers at some positions."""
     place = -1
 
     def put(number: int | float) -> int | float:
@@ -81,10 +81,10 @@ def _walk(x: Any, put: Callable[[Any], Any], traced: TracedSizes | None) -> Any:
 
 
 class TracedSizes:
-    """While TorchScript traces, sizes are tensors without dimensions, and so is what is computed of them.
+    """The tensors that stand for sizes while TorchScript traces, and for numbers computed from sizes.
 
-    ``64 ** -0.5`` is a number in the code that runs; where 64 is a size, it is a tensor of ``float32`` there, and
-    the power a call of a torch function.
+    ``64 ** -0.5`` is usually a plain number; if 64 is a traced size it is a ``float32`` tensor without dimensions, and
+    the power is a call of a torch function.
     """
 
     def __init__(self) -> None:
@@ -94,31 +94,31 @@ class TracedSizes:
         return x.ndim == 0 and (x.dtype == torch.int64 or id(x) in self._computed)
 
     def are_all(self, arguments: Any) -> bool:
-        """Whether there are tensors among arguments, and all of them are sizes: a call of arithmetic."""
+        """Whether there are tensors among arguments and all of them are sizes, so that the call is only arithmetic."""
         tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
         return bool(tensors) and all(x in self for x in tensors)
 
     def add(self, result: Any) -> None:
-        """The result of such a call."""
+        """Add the result of such a call."""
         if isinstance(result, Tensor) and not result.ndim:
             self._computed[id(result)] = result
 
 
-# --- where it is made -------------------------------------------------------------------------------------------------
+# --- the lines that make it -------------------------------------------------------------------------------------------
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
-_TOLD = str(Path(__file__).with_name("told.py"))
-_TELLS = re.compile(r"^(torch_dynamo_resume_in_)?tell(_at_\d+)?$")
+_OVERRIDDEN = str(Path(__file__).with_name("overridden.py"))
+_RUNS = re.compile(r"^(torch_dynamo_resume_in_)?run_overridden(_at_\d+)?$")
 _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
 
 
 @cache
 def line_of_site(file: str, number: int, name: str) -> str:
-    """One line of a site, by the name of the function and the text; empty if it says nothing about the user's code.
+    """One line of a site: the name of the function and the text; empty for code that is not the user's.
 
-    Of modules of torch and of ours only that one was running is said, so that what they call is never taken for what
-    the user's line calls itself.
+    For modules of torch and of ours it is just ``"forward"``, so that what they call is never taken for what the user's
+    line calls itself.
     """
     resumed = _RESUMED.match(name)
     name = resumed[1] if resumed else name
@@ -138,7 +138,7 @@ def lines_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
 
 
 def running(frame: FrameType | None, outside: FrameType | None = None) -> list[str]:
-    """The lines of code that run, the outermost first; none outside of a frame, if one is given."""
+    """The lines of code that are running, the outermost first; only those inside ``outside``, if it is given."""
     found = []
     while frame is not None and frame is not outside:
         code = frame.f_code
@@ -149,14 +149,14 @@ def running(frame: FrameType | None, outside: FrameType | None = None) -> list[s
 
 
 def nesting() -> int:
-    """How many modules that are told something (:class:`oto.nn.overridden.OverriddenForward`) run, one in another."""
+    """How many overridden forwards (:class:`oto.nn.overridden.OverriddenForward`) are running, nested in each other."""
     if torch.compiler.is_dynamo_compiling():
         return int(_compiled_depth())
     return _depth_of(lines_of(sys._getframe(1)))
 
 
 def site_of_call(depth: int) -> str:
-    """The site of the call that is made, in the module that is told something at this depth."""
+    """The site of the present call, in the overridden forward at this depth."""
     if torch.compiler.is_dynamo_compiling():
         return str(_compiled_site(depth))
     return _site_of(lines_of(sys._getframe(1)), depth)
@@ -182,13 +182,13 @@ def _compiled_site(depth: int) -> str:
 
 
 def _depth_of(places: Sequence[tuple[str, int, str]]) -> int:
-    return sum(file == _TOLD and bool(_TELLS.search(name)) for file, _, name in places)
+    return sum(file == _OVERRIDDEN and bool(_RUNS.search(name)) for file, _, name in places)
 
 
 def _site_of(places: Sequence[tuple[str, int, str]], depth: int) -> str:
     begin = 0
     for i, (file, _, name) in enumerate(places):
-        if file == _TOLD and _TELLS.search(name):
+        if file == _OVERRIDDEN and _RUNS.search(name):
             depth -= 1
             begin = i + 1
             if not depth:

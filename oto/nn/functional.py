@@ -1,7 +1,7 @@
-"""Operators that divide by a count, with the count stated.
+"""Operators that divide by a count, with the full count as an argument.
 
 A removed entry was zero: it added nothing to the sum, but it was counted. These functions take the thinner tensors and
-divide by ``full``, the number of entries there were.
+divide by ``full``, the number of entries of the full model. Example: the mean of 3 kept entries of 4 is their sum / 4.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def mean(
     """``x.mean(dim)`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``.
 
     Args:
-        rest: What each entry held that is gone, zero by default: there are ``left`` entries of ``of`` along ``along``.
+        rest: The value of each removed entry, zero by default; ``left`` of ``of`` entries are kept along ``along``.
     """
     y: Tensor = x.mean(list(dim), keepdim=keepdim, dtype=dtype) * (prod(sizes) / prod(full))
     if rest is None:
@@ -52,7 +52,7 @@ def total(
     of: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x.sum(dim)`` of a tensor that has ``left`` entries of ``of`` along ``along``; the others held ``rest``."""
+    """``x.sum(dim)`` of a tensor that has ``left`` of ``of`` entries along ``along``; the others held ``rest``."""
     y: Tensor = x.sum(list(dim), keepdim=keepdim, dtype=dtype)
     return y + _one(rest, x, along).sum(list(dim), keepdim=keepdim, dtype=dtype) * (of - left)
 
@@ -63,7 +63,7 @@ def _one(rest: Tensor, x: Tensor, along: int) -> Tensor:
 
 
 def _whole(x: Tensor, dim: Sequence[int], full: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
-    """How many entries there are along ``dim``, and how many there were."""
+    """The kept and the full number of entries along ``dim``."""
     k = prod(x.shape[d] for d in dim)
     return k, k * prod(full) // prod(sizes)
 
@@ -80,8 +80,8 @@ def var_mean(
 ) -> tuple[Tensor, Tensor]:
     """``torch.var_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero.
 
-    With k of D entries present, mean = Σx / D and Σ(x − mean)² runs over D − k zeros too. ``held`` says what the others
-    are where they are not zero, as for :func:`mean`.
+    With k of D entries present, mean = Σx / D and Σ(x − mean)² also runs over D − k zeros. ``held`` gives the values of
+    the others if they are not zero, as for :func:`mean`.
     """
     dim = list(dim) or list(range(x.ndim))
     k, d = _whole(x, dim, full, sizes)
@@ -141,7 +141,7 @@ def std_mean(
 def vector_norm(
     x: Tensor, ord: float, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None, **held: Any
 ) -> Tensor:
-    """``torch.linalg.vector_norm`` of a tensor of which the entries that are gone held what ``held`` says."""
+    """``torch.linalg.vector_norm`` of a tensor whose removed entries held the values given by ``held``."""
     powers = x.to(dtype or x.dtype).abs().pow(ord)
     return total(powers, dim, keepdim, **held | {"rest": held["rest"].to(powers.dtype).abs().pow(ord)}).pow(1 / ord)
 
@@ -203,7 +203,7 @@ def rms_norm(
         y = plain_rms(x, list(range(-len(normalized_shape), 0)), ratio, eps)
         return y if weight is None else y * weight
     eps = eps_of(x) if eps is None else eps
-    if weight is not None:  # a factor of the weight costs nothing beside one of all entries
+    if weight is not None:  # scaling the weight is much cheaper than scaling all entries
         weight = weight * sqrt(ratio)
     y = F.rms_norm(x, list(normalized_shape), weight, eps * ratio)
     return y if weight is not None else y * sqrt(ratio)
@@ -219,7 +219,7 @@ def group_norm(
     full: int,
     width: int,
 ) -> Tensor:
-    """Group norm with ``width`` channels left of the ``full`` that each group had."""
+    """Group norm with ``width`` of the ``full`` channels of each group kept."""
     if width == full:
         y: Tensor = F.group_norm(x, num_groups, weight, bias, eps)
         return y
@@ -233,10 +233,10 @@ def group_norm(
 
 
 def _normalized(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) -> Tensor:
-    """``x`` less the mean over ``d`` entries, of which ``k`` are present, over the root of their variance."""
+    """``x`` minus the mean over ``d`` entries, of which ``k`` are present, divided by the root of their variance."""
     if torch.compiler.is_dynamo_compiling() or is_tracing():
-        # Not compiled, var_mean is many times slower on a CPU than all of what follows. Of what follows, OpenVINO
-        # 2026.4 makes a kernel that is wrong in all but the first rows.
+        # In eager mode, var_mean is many times slower on a CPU than all of the following. OpenVINO 2026.4 fuses the
+        # following into a kernel that is wrong in all but the first rows.
         return plain_normalized(x, list(dims), k / d, eps)
     work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     center = work.sum(dims, keepdim=True) / d
@@ -247,7 +247,7 @@ def _normalized(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) ->
 
 
 def plain_normalized(x: Tensor, dims: list[int], share: float, eps: float) -> Tensor:
-    """``x`` normalized in one pass, as the stock norm is compiled; torch.jit.script takes it.
+    """``x`` normalized in one pass, as the stock norm is when compiled; torch.jit.script supports it.
 
     Σ(x − m)² / D + (D − k)/D · m² with the mean of those present, the ``share`` k/D of all; k/D · m is that of all.
     """
@@ -258,14 +258,14 @@ def plain_normalized(x: Tensor, dims: list[int], share: float, eps: float) -> Te
 
 
 def plain_rms(x: Tensor, dims: list[int], ratio: float, eps: float | None) -> Tensor:
-    """``x`` over the root of the mean of its squares, of 1/``ratio`` of the entries; torch.jit.script takes it."""
+    """``x`` over the root of its mean square, taken over ``ratio`` times as many entries; for torch.jit.script too."""
     eps = eps_of(x) if eps is None else eps
     work = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
     return (work * torch.rsqrt(work.square().mean(dims, keepdim=True) / ratio + eps)).to(x.dtype)
 
 
 def eps_of(x: Tensor) -> float:
-    """``torch.finfo(x.dtype).eps``, which torch.jit.script does not take."""
+    """``torch.finfo(x.dtype).eps``, which torch.jit.script does not support."""
     if x.dtype == torch.float64:
         return 2.0**-52
     if x.dtype == torch.float16:
@@ -274,9 +274,9 @@ def eps_of(x: Tensor) -> float:
 
 
 def _in_place(y: Tensor, other: Tensor) -> bool:
-    """Whether ``y``, which nothing else holds, may take the result of an operator on both: without more memory, a
-    chain of them is as fast as the stock kernel. Autograd wants ``y`` left as it was, and what is traced for another
-    runtime is to be free of writes, with gradients and without."""
+    """Whether an operator on both may write its result into ``y``, which nothing else holds: without further memory a
+    chain of them is as fast as the stock kernel. Not if autograd needs ``y``, nor while tracing for another runtime,
+    where the graph must be free of writes with and without gradients."""
     if torch.is_grad_enabled() or is_tracing():
         return False
     return torch.promote_types(y.dtype, other.dtype) == y.dtype
@@ -293,7 +293,7 @@ def _plus(y: Tensor, term: Tensor) -> Tensor:
 def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``F.grouped_mm`` of any widths: its kernels want rows of whole 16 bytes, so zeros are put behind."""
+    """``F.grouped_mm`` of any widths: its kernels need rows of a multiple of 16 bytes, so zeros are appended."""
     step = max(16 // a.element_size(), 1)
     k, n = -a.shape[-1] % step, -b.shape[-1] % step
     y: Tensor = F.grouped_mm(
@@ -307,7 +307,7 @@ def grouped_mm(
 
 
 def view_as_complex(x: Tensor) -> Tensor:
-    """``torch.view_as_complex`` of a tensor however it lies in memory."""
+    """``torch.view_as_complex`` of a tensor with any strides."""
     return torch.view_as_complex(x.contiguous())
 
 

@@ -1,4 +1,4 @@
-"""Modules that stock classes cannot express, with the same interface, parameter names and state dict keys."""
+"""Slim forms of stock layers, with the same interface, parameter names and state dict keys."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from oto.nn.calls import is_scripting
 
 
 class LayerNorm(nn.Module):
-    """``nn.LayerNorm`` over entries of which some are gone: they were zero, and are still counted.
+    """``nn.LayerNorm`` over entries of which some were removed: they were zero, and are still counted.
 
     Args:
-        normalized_shape: Entries that are left.
-        full: Entries that there were.
+        normalized_shape: The kept entries.
+        full: The full count.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LayerNorm(nn.Module):
         return full_count.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, full=self.full)
 
     def _oto_analyzed(self, input: Tensor) -> Tensor:
-        """What ``OTO`` follows in the place of ``forward``: of the entries that are left, the same ones matter."""
+        """Recorded by ``OTO`` in place of ``forward``: a plain norm, so that the kept entries can be pruned again."""
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -53,7 +53,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``nn.RMSNorm`` over entries of which some are gone: they were zero, and are still counted."""
+    """``nn.RMSNorm`` over entries of which some were removed: they were zero, and are still counted."""
 
     def __init__(
         self, normalized_shape: Sequence[int], full: Sequence[int], eps: float | None = None, weight: bool = True
@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """``nn.GroupNorm`` with ``width`` channels left of the ``full`` that each group had."""
+    """``nn.GroupNorm`` with ``width`` of the ``full`` channels of each group kept."""
 
     def __init__(self, num_groups: int, width: int, full: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__()
@@ -117,17 +117,17 @@ class GroupNorm(nn.Module):
 
 
 class MultiheadAttention(nn.Module):
-    """``nn.MultiheadAttention`` whose heads, head widths and outer widths are stated one by one.
+    """``nn.MultiheadAttention`` with independent heads, head widths and outer widths.
 
     Args:
-        embed_dim, kdim, vdim: Widths of query, key and value as they come in.
+        embed_dim, kdim, vdim: Widths of the incoming query, key and value.
         out_dim: Width of the result.
-        num_heads, head_dim, v_head_dim: Heads that are left and their widths, for query and key, and for value.
-        scale: Factor of the scores; that of the full head, however thin the head is now.
-        heads: Which of the ``full_heads`` are left, to read a mask per head.
+        num_heads, head_dim, v_head_dim: Kept heads and their widths, for query and key, and for value.
+        scale: Factor of the scores: that of the full head, however thin the head is now.
+        heads: Which of the ``full_heads`` are kept, to select from a mask per head.
         packed: One ``in_proj_weight`` for all three, or one weight each.
 
-    Averaged attention weights are averages over the heads that are left.
+    Averaged attention weights are averages over the kept heads.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class MultiheadAttention(nn.Module):
         self.add_zero_attn = False
 
     def __prepare_scriptable__(self) -> MultiheadAttention:
-        """What ``torch.jit.script`` asks first."""
+        """Called first by ``torch.jit.script``, which is refused."""
         raise ScriptError("an attention whose heads are stated one by one")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -199,7 +199,7 @@ class MultiheadAttention(nn.Module):
         mask = None
         if attn_mask is not None:
             mask = additive(attn_mask)
-            if mask.ndim == 3:  # one per head: keep those of the heads that are left
+            if mask.ndim == 3:  # one per head: select those of the kept heads
                 mask = mask.unflatten(0, (-1, self.full_heads))
                 mask = mask[:, list(self.heads)]
         if key_padding_mask is not None:
@@ -247,13 +247,13 @@ class MultiheadAttention(nn.Module):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """``nn.TransformerEncoder`` with layers that take no nested tensors, as thinner ones do not.
+    """``nn.TransformerEncoder`` for layers that do not take nested tensors, as thinner ones do not.
 
-    In inference the stock encoder packs padded sequences into a nested tensor, and what it gives for padding is zero
-    (before its last norm). Here nothing is packed, and the same is given.
+    In inference the stock encoder packs padded sequences into a nested tensor, and its output for padding is zero
+    (before its last norm). Here nothing is packed, and the output is the same.
 
     Attributes:
-        clears_padding: Whether it would pack, where that can be done.
+        clears_padding: Whether the stock encoder would pack, where possible.
     """
 
     clears_padding: bool
@@ -287,7 +287,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 
 
 def leave_nested_tensors(model: nn.Module) -> None:
-    """Let encoders of which a layer was thinned do without nested tensors, in place."""
+    """Replace encoders that contain a thinner layer by ones without nested tensors, in place."""
     own = (LayerNorm, RMSNorm, GroupNorm, MultiheadAttention)
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoder) or isinstance(module, TransformerEncoder):

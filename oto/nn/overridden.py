@@ -1,12 +1,14 @@
-"""A module of the user's own whose code states sizes that nobody can set: some of its calls are told others.
+"""Run a user's forward with call overrides, for code that states sizes in a way that cannot be set.
 
-The code runs as it is. Of the torch functions that it calls, those that name a size, or that divide by one, are met on
-their way (``torch.overrides.TorchFunctionMode``) and called with what is right for the thinner module. Other calls, the
-batch and other lengths are as the code says. ``torch.compile`` and ``torch.export`` see the calls as they are made.
+Example: ``x.view(b, t, 12, 64)`` with literal numbers has to use 9 heads in the slim model.
 
-A call is known by its *site*: the lines of code that were running, from the module's own forward to the call. So it is
-the same one whatever other calls a forward makes before it, in train mode, with a cache or with labels. A line that was
-told sizes on one way and is reached on another, or that is given or states other sizes than it was, is refused.
+The code runs unchanged. Those of its torch calls that state a size, or divide by one, are intercepted
+(``torch.overrides.TorchFunctionMode``) and made with what is right for the thinner module. Other calls, the batch and
+sequence lengths are as the code states them. ``torch.compile`` and ``torch.export`` see the overridden calls.
+
+A call is identified by its *site*: the lines of code that were running, from the module's own forward to the call. So
+it is the same whatever other calls a forward makes before it, in train mode, with a cache or with labels. A line with
+an override that is reached on a different path, or with tensors or sizes that differ from those seen, is refused.
 """
 
 from __future__ import annotations
@@ -43,21 +45,21 @@ from oto.nn.calls import (
 from oto.nn.overrides import FullCount, Given, Json, Override, Overrides, Pieces, Sizes, from_json, to_json
 
 Time = tuple[str, str, int]
-"""A site, the name of a torch function, and the how many-th time that it is called there."""
+"""A site, the name of a torch function, and the ordinal of its call there within one run."""
 
 
 class OverriddenForward:
-    """The forward of a module, with some of its calls changed; it takes the place of ``module.forward``.
+    """The forward of a module with some of its calls overridden; it replaces ``module.forward``.
 
-    It has the signature of that, which trainers and exporters read.
+    It has the same signature, which trainers and exporters read.
 
     Args:
-        module: Of any class.
-        calls: Which calls to change, and how, as artifacts hold it; see :mod:`oto.nn.overrides`.
+        module: A module of any class.
+        calls: The overrides, in the form of artifacts; see :mod:`oto.nn.overrides`.
 
     Raises:
-        ClassChangedError: The code is not there any more.
-        UnseenPathError: While it runs: what it calls is not what it was told of.
+        ClassChangedError: The lines of an override no longer exist.
+        UnseenPathError: While it runs: a call is not the one that an override is for.
     """
 
     def __init__(self, module: nn.Module, calls: Json, analyzed: bool = False) -> None:
@@ -71,29 +73,29 @@ class OverriddenForward:
         self.running = 0
 
     def as_analyzed(self) -> OverriddenForward:
-        """The form that ``OTO`` follows in the place of this one: norms and means of the entries that are left, as in
-        :class:`oto.nn.LayerNorm`. The same ones may go, and what goes is still counted."""
+        """The form that ``OTO`` records in place of this one: with plain norms and means over the kept entries, as in
+        :class:`oto.nn.LayerNorm`, so that these can be pruned again; the full counts stay the same."""
         return OverriddenForward(self.module, self.calls, analyzed=True)
 
     @property
     def calls(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
-        """Which calls are changed, as artifacts hold it."""
+        """The overrides in the form of artifacts."""
         return to_json(self.overrides)
 
     def install(self) -> None:
-        """Take the place of the module's forward, and of methods that it calls: they may be called alone."""
+        """Replace the module's forward, and the methods that it calls, which may also be called directly."""
         held = vars(self.module)
         held["forward"] = self
         held.update({name: OverriddenMethod(self, name) for name in self.methods})
 
     def remove(self) -> None:
-        """Leave the module as its class has it."""
+        """Restore the forward and methods of the module's class."""
         for name in ("forward", *self.methods):
             vars(self.module).pop(name, None)
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is changed: the code states by itself what it was to state."""
+        """Whether no call is changed, as the code states all sizes correctly by itself."""
         hows = [how for named in self.overrides.values() for each in named.values() for how in each]
         return not any(how.keep or isinstance(how, (Pieces, FullCount)) or getattr(how, "numbers", ()) for how in hows)
 
@@ -107,51 +109,55 @@ class OverriddenForward:
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        """Asked for by ``torch.jit.script``, which compiles code as it stands."""
-        raise ScriptError(f"the forward of {type(self.module).__name__}: some of its calls are told other sizes")
+        """Read by ``torch.jit.script``, which would compile the code without overrides, so it is refused."""
+        raise ScriptError(f"the forward of {type(self.module).__name__}: some of its calls are overridden")
 
     @property
     def _own(self) -> MethodType:
         return MethodType(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tell("forward", self.overrides, args, kwargs)
+        return self.run_overridden("forward", self.overrides, args, kwargs)
 
-    def tell(self, name: str, calls: Overrides, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a method of the class with some of its calls changed."""
+    def run_overridden(self, name: str, calls: Overrides, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a method of the class with its overrides."""
         learned = None if _LEARNED is None else _LEARNED.setdefault(id(self), {})
-        telling = _Interception(calls, learned, self.analyzed)
+        interception = _Interception(calls, learned, self.analyzed)
         self.running += 1
         try:
-            with telling:
+            with interception:
                 result = getattr(type(self.module), name)(self.module, *args, **kwargs)
         finally:
             self.running -= 1
-        telling.require_times()
+        interception.require_times()
         return result
 
 
 class OverriddenMethod:
-    """A method that the forward of a module calls, with the same calls changed when it is called alone."""
+    """A method that the forward of a module calls, with the same overrides when it is called directly."""
 
-    def __init__(self, told: OverriddenForward, name: str) -> None:
-        self.told, self.name = told, name
+    def __init__(self, forward: OverriddenForward, name: str) -> None:
+        self.forward, self.name = forward, name
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The attribute had another name in pickles from before 0.2."""
+        self.forward, self.name = state["told"] if "told" in state else state["forward"], state["name"]
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(getattr(type(self.told.module), self.name), self.told.module))
+        return inspect.signature(MethodType(getattr(type(self.forward.module), self.name), self.forward.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        calls, module = self.told.methods[self.name], self.told.module
-        if self.told.running:  # the forward tells it
+        calls, module = self.forward.methods[self.name], self.forward.module
+        if self.forward.running:  # the overrides of the forward are active already
             return getattr(type(module), self.name)(module, *args, **kwargs)
         if calls is None:
-            raise _refused(f"{type(module).__name__}.{self.name} is called alone, and not by the forward")
-        return self.told.tell(self.name, calls, args, kwargs)
+            raise _refused(f"{type(module).__name__}.{self.name} is called directly, and not by the forward")
+        return self.forward.run_overridden(self.name, calls, args, kwargs)
 
 
 def _by_method(kind: type[nn.Module], calls: Overrides) -> dict[str, Overrides | None]:
-    """For each method of the class that the forward calls, what to change in it; ``None`` if that cannot be said."""
+    """For each method of the class that the forward calls, its overrides; ``None`` if they are ambiguous."""
     found: dict[str, dict[str, Any] | None] = {}
     for site, named in calls.items():
         lines = site.split("\n")
@@ -160,7 +166,7 @@ def _by_method(kind: type[nn.Module], calls: Overrides) -> dict[str, Overrides |
             method = inspect.getattr_static(kind, name, None)
             if not i or name == "forward" or not isinstance(method, FunctionType):
                 continue
-            if not text.isdecimal() and text not in _code(method):  # one of that name of another class
+            if not text.isdecimal() and text not in _code(method):  # a method of the same name of another class
                 continue
             own = found.setdefault(name, {})
             kept = any(how.keep or _follows(how) for hows in named.values() for how in hows)
@@ -170,36 +176,36 @@ def _by_method(kind: type[nn.Module], calls: Overrides) -> dict[str, Overrides |
 
 
 _LEARNED: dict[int, dict[Time, Override]] | None = None
-"""While something is learned, what, for each :class:`OverriddenForward` by its id: a run puts modules back as they
-were, so it cannot be kept in them."""
+"""Inside :func:`learning`, what was learned for each :class:`OverriddenForward`, by its id: modules are restored after
+a run, so it cannot be kept in them."""
 
 
 @contextmanager
 def learning(model: nn.Module) -> Iterator[None]:
-    """While inside, it is written down whose code calls, and what that states where it is told another number: later
-    runs must state the same. Where it states what it is told, it is left alone from then on."""
+    """While inside, runs record which Python module makes each overridden call and the numbers that its code states:
+    later runs must state the same. Numbers that the code gets right are no longer overridden."""
     global _LEARNED
-    told = [m.forward for m in model.modules() if isinstance(m.forward, OverriddenForward)]
+    forwards = [m.forward for m in model.modules() if isinstance(m.forward, OverriddenForward)]
     learned_by: dict[int, dict[Time, Override]] = {}
     _LEARNED = learned_by
     try:
         yield
     finally:
         _LEARNED = None
-        for one in told:
-            learned = learned_by.get(id(one), {})
-            one.overrides = {
+        for forward in forwards:
+            learned = learned_by.get(id(forward), {})
+            forward.overrides = {
                 site: {
                     name: [_left_alone(learned.get((site, name, i), how)) for i, how in enumerate(hows)]
                     for name, hows in named.items()
                 }
-                for site, named in one.overrides.items()
+                for site, named in forward.overrides.items()
             }
-            one.methods = _by_method(type(one.module), one.overrides)
+            forward.methods = _by_method(type(forward.module), forward.overrides)
 
 
 def _left_alone(how: Override) -> Override:
-    """A call is given only those numbers that the code gets wrong."""
+    """The override without the numbers that the code gets right."""
     sizes = how.stated
     if sizes is None or not sizes.was:
         return how
@@ -211,23 +217,23 @@ def _left_alone(how: Override) -> Override:
 
 
 def _follows(how: Override) -> bool:
-    """Whether what is gone is computed of results that were kept."""
+    """Whether the value of removed entries is computed from results that were kept."""
     return isinstance(how, FullCount) and "rest" in how.keywords
 
 
-# --- the code that was told -------------------------------------------------------------------------------------------
+# --- the user's code --------------------------------------------------------------------------------------------------
 
 
 def _require_line(line: str, where: str | None, module: nn.Module) -> None:
-    """Refuse code that has changed since a line of it was told something, as far as one can see."""
+    """Refuse code in which the line of an override no longer exists, as far as its source is available."""
     text = line.partition(": ")[2]
     if where in (None, "__main__") or where not in sys.modules or text.isdecimal() or text in _source(where):
         return
     if _source(where) and not any(text in _source(kind.__module__) for kind in type(module).__mro__):
         raise ClassChangedError(
-            f"{where} has changed since {type(module).__name__} was made slim: it has no such line any more\n"
-            f"  line    {line}\n  effect  which sizes to state is not known\n"
-            "  to fix  use the version of it that the slim model was made with, or make it slim anew"
+            f"{where} has changed since {type(module).__name__} was made slim: a line no longer exists\n"
+            f"  line    {line}\n  effect  it is not known which sizes to state\n"
+            "  to fix  use the version of the code that the slim model was made with, or make the model slim again"
         )
 
 
@@ -275,7 +281,7 @@ class _Interception(TorchFunctionMode):
         hows = self.calls.get(site, {}).get(name)
         if hows is None:
             if (_last(site), name) in self.ends:
-                raise _refused(f"{name} is called on a way that was not seen:\n    " + site.replace("\n", "\n    "))
+                raise _refused(f"{name} is called on a path that was not seen:\n    " + site.replace("\n", "\n    "))
             return func(*args, **kwargs)
         time = self.seen.get((site, name), 0)
         self.seen[site, name] = time + 1
@@ -296,7 +302,7 @@ class _Interception(TorchFunctionMode):
         return result
 
     def call(self, how: Override, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call as it is to be made."""
+        """Make a call with its override."""
         if isinstance(how, Pieces):
             return args[0].split(list(how.sizes), how.dim)
         sizes = how.stated
@@ -316,7 +322,7 @@ class _Interception(TorchFunctionMode):
         return COUNTED[how.name](keywords, *args, **kwargs)
 
     def require_times(self) -> None:
-        """Refuse a run that met a site another number of times, where each time is told something else."""
+        """Refuse a run that reached a site a different number of times than it has overrides for."""
         for (site, name), times in self.seen.items():
             wanted = len(self.calls[site][name])
             if wanted > 1 and times != wanted:
@@ -330,15 +336,15 @@ def _last(site: str) -> str:
 def _refused(what: str) -> UnseenPathError:
     return UnseenPathError(
         f"{what}\n"
-        "  effect  the forward takes another path than the one that was analyzed, and which sizes to state here is not"
-        " known; nothing was computed\n"
-        "  to fix  give OTO(...) an example that takes this path, or keep the widths that this module states:"
+        "  effect  the forward takes a different path than the one that was analyzed, and it is not known which sizes"
+        " to state here; nothing was computed\n"
+        "  to fix  pass OTO(...) an example that takes this path, or keep the widths that this module states:"
         " OTO(..., skip_patterns=[...])"
     )
 
 
 def _require_given(how: Override, name: str, args: Any, kwargs: Any) -> None:
-    """Refuse a call of another tensor than the one that was seen."""
+    """Refuse a call whose first tensor differs from the one that was seen."""
     if how.takes is None or is_tracing():
         return
     x, sizes = first_tensor((args, kwargs)), how.takes.sizes
@@ -352,7 +358,7 @@ def _fits(takes: Given, x: Tensor) -> bool:
 
 
 def _seen(how: Override, args: Any, kwargs: Any, home: str | None) -> Override:
-    """What is to be known of a call from now on: whose code it is, which tensor it is given, and what it states."""
+    """The override with what identifies the call from now on: its Python module, its first tensor, its own numbers."""
     x, takes = first_tensor((args, kwargs)), how.takes
     if takes is not None and x is not None and _fits(takes, x):
         takes = Given(takes.rank, tuple((dim, x.shape[dim]) for dim, _ in takes.sizes))
@@ -366,7 +372,7 @@ def _seen(how: Override, args: Any, kwargs: Any, home: str | None) -> Override:
 
 
 def _of_what_is_left(how: FullCount, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call that is counted, as a plain one of the entries that are left."""
+    """A call with a full count, made as a plain one over the kept entries."""
     states = _STATES.get(how.name)
     if states is not None:
         x = args[0] if args else kwargs["input"]
@@ -380,10 +386,10 @@ def _of_what_is_left(how: FullCount, func: Callable[..., Any], args: tuple[Any, 
 
 
 _STATES = {"layer_norm": "normalized_shape", "rms_norm": "normalized_shape", "group_norm": "num_groups"}
-"""The second argument of those that state a size."""
+"""The second argument of those functions that take a size."""
 
 UNIFORM = ("add", "sub", "mul", "div", "pow", "square", "abs", "neg", "rsqrt", "sqrt", "_to_copy", "to")
-"""Operators that what is gone may be computed by; no others, for a file may say which."""
+"""Operators that may compute the value of removed entries; no others, because a file names them."""
 
 
 def _computed(x: Any, kept: Mapping[tuple[str, str, int], Any]) -> Any:
@@ -393,12 +399,12 @@ def _computed(x: Any, kept: Mapping[tuple[str, str, int], Any]) -> Any:
     if isinstance(x, dict):
         packet, overload = x["op"]
         if packet not in UNIFORM:
-            raise _refused(f"what is gone would be computed by {packet}.{overload}")
+            raise _refused(f"the value of removed entries would be computed by {packet}.{overload}")
         op = getattr(getattr(torch.ops.aten, packet), overload)
         args = [_computed(item, kept) for item in x["args"]]
         like = [a for a in args if isinstance(a, Tensor)][:1]
         tensors = _wants_tensors(packet, overload)
-        if like:  # a number where the operator takes a tensor
+        if like:  # the operator takes a tensor in place of a number
             args = [
                 like[0].new_tensor(a) if wants and isinstance(a, (int, float)) else a
                 for a, wants in zip(args, tensors, strict=False)
@@ -414,14 +420,14 @@ def _wants_tensors(packet: str, overload: str) -> tuple[bool, ...]:
 
 
 def _numbers(how: Sizes, name: str, stated: list[Any], learning: bool) -> dict[int, Any]:
-    """The numbers to state, by their places. A call that states other ones than it did is refused."""
+    """The numbers to state, by position. A call whose own numbers differ from those seen is refused."""
     if len(stated) != (how.of or len(stated)):
         raise _refused(f"{name} is called with {len(stated)} numbers, and not {how.of}")
     new, own = dict(how.numbers), [stated[place] for place, _ in how.numbers]
     if learning or not how.was:
         return new
     was = dict(zip(new, how.was[0], strict=True))
-    for place in how.grows:  # with the batch, for one
+    for place in how.grows:  # for example with the batch
         new[place] = new[place] * stated[place] // was[place]
     still = [
         [x for place, x in zip(new, numbers, strict=True) if place not in how.grows] for numbers in (own, *how.was)
@@ -433,9 +439,9 @@ def _numbers(how: Sizes, name: str, stated: list[Any], learning: bool) -> dict[i
 
 
 def merge_rounds(old: Json, new: Json) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """What two rounds of changes tell a module together: what the first one counted is still counted in full.
+    """The overrides of two rounds combined: the full counts are still those of the first round.
 
-    The sizes that the first one knew calls by are open, unless the second one knows them.
+    Sizes by which the first round identified calls become open, unless the second round states them.
     """
     both = {
         site: {name: list(map(_unlearned, hows)) for name, hows in named.items()}
@@ -444,26 +450,26 @@ def merge_rounds(old: Json, new: Json) -> dict[str, dict[str, list[dict[str, Any
     for site, named in from_json(new).items():
         there = both.setdefault(site, {})
         for name, hows in named.items():
-            if any(isinstance(how, Pieces) for how in hows):  # in the first round it called another name before
+            if any(isinstance(how, Pieces) for how in hows):  # the first round knows it by another name
                 name = next((n for n, each in there.items() if any(isinstance(h, Pieces) for h in each)), name)
             before = there.get(name, [Override()])
             times = max(len(before), len(hows))
             if {len(before), len(hows)} - {1, times}:
-                raise RuntimeError(f"{name} is told {len(before)} things in one round, {len(hows)} in another: {site}")
+                raise RuntimeError(f"{name} has {len(before)} overrides in one round, {len(hows)} in another: {site}")
             pairs = zip(before * (times // len(before)), list(hows) * (times // len(hows)), strict=True)
             there[name] = [_both(one, other) for one, other in pairs]
     return to_json(both)
 
 
 def _unlearned(how: Override) -> Override:
-    """What is left of a change once the sizes that it knows a call by may have become others."""
+    """An override without the sizes that identify its call, which may have changed."""
     if how.takes is not None:
         how = replace(how, takes=Given(how.takes.rank, tuple((dim, None) for dim, _ in how.takes.sizes)))
     return how if how.stated is None else how.stating(replace(how.stated, was=()))
 
 
 def _both(before: Override, how: Override) -> Override:
-    if how.home is not None or before == Override():  # it was learned with the first one in it
+    if how.home is not None or before == Override():  # it was learned while the first one was active
         return how
     common: dict[str, Any] = {"keep": before.keep or how.keep, "takes": how.takes or before.takes}
     common["home"] = how.home or before.home
@@ -481,7 +487,7 @@ def _both(before: Override, how: Override) -> Override:
     return made if stated is None else made.stating(stated)
 
 
-# a torch function's own arguments, and its thin form; of sizes that are not gone, only ratios count
+# Each takes a torch function's own arguments and calls its form with the full count; only the ratio of sizes matters.
 
 
 def _dims(x: Tensor, dim: Any) -> list[int]:
@@ -495,7 +501,7 @@ def _counts(how: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _others(how: Mapping[str, Any]) -> dict[str, Any]:
-    """What the entries held that are gone, if it was not zero."""
+    """The keywords that give the value of removed entries, if it was not zero."""
     return {key: how[key] for key in ("rest", "along", "left", "of") if key in how}
 
 

@@ -1,4 +1,7 @@
-"""How a call in the user's own code is made otherwise: plain values, and the JSON that artifacts hold of them."""
+"""Call overrides as plain values, and their JSON form in artifacts.
+
+Example: ``Sizes(numbers=((1, 9),), of=3)`` makes ``x.view(b, 12, 64)`` with 9 in place of 12.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Given:
-    """By what the first tensor of a call is known.
+    """What identifies the first tensor of a call.
 
     Attributes:
-        rank: How many dimensions it has, where that is minded.
-        sizes: Some of them, as pairs of a negative dimension and its size; ``None`` is any.
+        rank: Its number of dimensions, if that matters.
+        sizes: Some of its sizes, as pairs of a negative dimension and its size; ``None`` is any.
     """
 
     rank: int | None
@@ -22,12 +25,12 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """A call that is left as it is.
+    """A call that is made as the code states, and the base class of all overrides.
 
     Attributes:
-        keep: Keep the result for a later call, which computes of it what entries held that are gone.
-        takes: Which tensor it is given.
-        home: The Python module whose code calls.
+        keep: Keep the result for a later call, which computes the value of removed entries from it.
+        takes: What identifies its first tensor.
+        home: The Python module whose code makes the call.
     """
 
     keep: bool = False
@@ -36,23 +39,24 @@ class Override:
 
     @property
     def stated(self) -> Sizes | None:
-        """The numbers that are other ones."""
+        """The numbers that are overridden."""
         return None
 
     def stating(self, sizes: Sizes) -> Override:
-        """The same with other numbers."""
+        """The same override with different numbers."""
         return replace(sizes, keep=self.keep, takes=self.takes, home=self.home)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes(Override):
-    """Other numbers among the arguments.
+    """Overrides numbers among the arguments.
 
     Attributes:
-        numbers: Pairs of a place and the number there.
-        of: How many numbers there are in all.
-        grows: Places whose number is for what the code stated then, and grows with what it states.
-        was: What the code states in these places; one entry for each that was seen.
+        numbers: Pairs of a position among the numbers and the number to state there.
+        of: The total count of numbers among the arguments.
+        grows: Positions whose number was found for the code's own number at that time, and scales with it, as a
+            flattened batch does.
+        was: The code's own numbers at these positions; one entry for each combination that was seen.
     """
 
     numbers: tuple[tuple[int, int | float], ...]
@@ -67,7 +71,7 @@ class Sizes(Override):
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces(Override):
-    """Pieces of other sizes."""
+    """Overrides the sizes of pieces that a call cuts."""
 
     sizes: tuple[int, ...]
     dim: int
@@ -75,11 +79,11 @@ class Pieces(Override):
 
 @dataclass(frozen=True, kw_only=True)
 class FullCount(Override):
-    """A function of :mod:`oto.nn.functional`, which divides by the full count.
+    """Replaces a call by a function of :mod:`oto.nn.functional`, which divides by the full count.
 
     Attributes:
-        name: Of the function.
-        keywords: Its further keywords. ``"rest"`` is what each entry held that is gone, computed of results that were
+        name: The name of the function.
+        keywords: Its further keywords. ``"rest"`` is the value of each removed entry, computed from results that were
             kept, as ``{"op": [packet, overload], "args": [...]}`` and ``{"kept": [site, name, time]}``.
     """
 
@@ -92,26 +96,26 @@ class FullCount(Override):
         return self.sizes
 
     def stating(self, sizes: Sizes) -> FullCount:
-        return replace(self, sizes=replace(sizes, of=None))  # a count may have an "of" of its own
+        return replace(self, sizes=replace(sizes, of=None))  # "of" is a keyword of a count
 
 
 Overrides = Mapping[str, Mapping[str, Sequence[Override]]]
-"""What to change: for each site, for the name of a torch function, how. One for every time that the site is met in a
-run of the module, in their order; or one alone, which holds for all of them."""
+"""For each site and name of a torch function, its overrides: one for every time that the site is reached in a run of
+the module, in order; or a single one for all of them."""
 
 Json = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
-"""The same as artifacts hold it."""
+"""The same in the form of artifacts."""
 
 _COMMON, _SIZES = {"keep", "takes", "in"}, {"numbers", "grows", "was"}
 
 
 def from_json(calls: Json) -> dict[str, dict[str, list[Override]]]:
-    """What an artifact says."""
+    """Overrides from the form of artifacts."""
     return {site: {name: list(map(_one, hows)) for name, hows in named.items()} for site, named in calls.items()}
 
 
 def to_json(calls: Overrides) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """What an artifact is to say."""
+    """Overrides in the form of artifacts."""
     return {site: {name: list(map(_plain, hows)) for name, hows in named.items()} for site, named in calls.items()}
 
 

@@ -1,4 +1,4 @@
-"""Where pickles of before 0.2 look for what is in :mod:`oto.nn.overridden` now."""
+"""The former module of :mod:`oto.nn.overridden`, where pickles from before 0.2 look for its classes."""
 
 from oto.nn.overridden import OverriddenForward as Told
 from oto.nn.overridden import OverriddenMethod as ToldMethod

@@ -1,4 +1,4 @@
-"""Train mode of a slim model that is not known to be right there: it is refused, and says what to do."""
+"""Refuse train mode for a slim model that is not known to be right in it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from oto.errors import TrainModeError
 
 
 class Untrained:
-    """It takes the place of ``module.train``. Eval mode is as ever; ``del module.train`` takes it out.
+    """Replaces ``module.train``. Eval mode works as usual; ``del module.train`` removes it.
 
     Args:
-        why: What is not known, or wrong.
+        why: What is not known, or wrong, in train mode.
     """
 
     def __init__(self, module: nn.Module, why: str) -> None:
         self.module, self.why = module, why
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        """Eval mode.
+        """Set eval mode.
 
         Raises:
-            TrainModeError: Train mode was asked for.
+            TrainModeError: Train mode was requested.
         """
         if mode:
             raise TrainModeError(
                 f"the slim {type(self.module).__name__} does not go into train mode: {self.why}\n"
                 "  effect  it stays in eval mode; it might fail in train mode, or train on something else\n"
-                "  to fix  OTO(..., drop_unreached=True) leaves out what only training uses; or give OTO(...) an"
-                " example with which the model runs in train mode too; del model.train allows it all the same"
+                "  to fix  OTO(..., drop_unreached=True) leaves out what only training uses; or pass OTO(...) an"
+                " example with which the model runs in train mode too; del model.train allows it anyway"
             )
         return type(self.module).train(self.module, mode)

@@ -197,21 +197,21 @@ def _lies(tensor: Tensor) -> object:
 
 
 @dataclass(frozen=True, eq=False)
-class Entries:
+class SplitEntries:
     """Which entries of a reader's input stay, and which go now; those that went before are neither."""
 
     stay: Tensor
     go: Tensor
 
     @classmethod
-    def of(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Entries:
+    def of(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> SplitEntries:
         return cls(torch.from_numpy(np.flatnonzero(after)), torch.from_numpy(np.flatnonzero(before & ~after)))
 
 
 def fold_(
     readers: Sequence[Reader],
     moments: Mapping[Key, Moments],
-    entries: Callable[[Reader], Entries],
+    entries: Callable[[Reader], SplitEntries],
     tensors: Mapping[str, Tensor],
     kind: str = "affine",
     ridge: float = RIDGE,

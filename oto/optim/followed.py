@@ -31,14 +31,14 @@ class Followed:
         trained: For each of its names of a parameter that is trained, the name that the optimizer has for it.
         names: Of all its parameters.
         frozen: Of those that were frozen.
-        told: Whether it was told that there are no gradients.
+        warned: Whether the user was warned that there are no gradients.
     """
 
     model: weakref.ref[nn.Module]
     trained: Mapping[str, str]
     names: frozenset[str]
     frozen: frozenset[str]
-    told: bool = False
+    warned: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Mapping[str, Tensor]) -> Followed:
@@ -69,7 +69,7 @@ class Followed:
         kind, now = type(model).__name__, dict(model.named_parameters(remove_duplicate=False))
         self._require_same(kind, now, parameters, needed)
         without = all(p.grad is None for p in parameters.values())
-        if without and not self.told:
+        if without and not self.warned:
             warnings.warn(
                 f"no parameter of the {kind} that the optimizer trains has a gradient\n"
                 "  effect  its step changes nothing but what is being pruned\n"
@@ -97,7 +97,7 @@ class Followed:
                 UntrainedWarning,
                 stacklevel=users_level(),
             )
-        return replace(self, names=self.names.union(added), frozen=self.frozen.union(new), told=without)
+        return replace(self, names=self.names.union(added), frozen=self.frozen.union(new), warned=without)
 
     def _require_same(
         self, kind: str, now: Mapping[str, Tensor], parameters: Mapping[str, Tensor], needed: Container[str]

@@ -37,7 +37,9 @@ def as_named(
         _require_so_many(pattern, number, atoms)
         asked[pattern] = {g.name: least_kept(g.size, n, by[g.name]) for g, n in atoms.items() if g.name in by}
         _require_free(pattern, [g for g, n in atoms.items() if g.name not in by and n < g.size], asked[pattern])
-    own = {g.name: max((some_[g.name] for some_ in asked.values() if g.name in some_), default=g.size) for g in groups}
+    own = {
+        g.name: max((wanted[g.name] for wanted in asked.values() if g.name in wanted), default=g.size) for g in groups
+    }
     shares: dict[str | None, float] = {}  # by tie
     for group in groups:
         shares[group.tie] = max(shares.get(group.tie, 0), own[group.name] / group.size)

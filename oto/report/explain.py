@@ -114,7 +114,7 @@ def explain(groups: Sequence[NodeGroup], partition: Partition, search: Iterable[
     free = [group for group in groups if group.prunable]
     touched = {piece.parameter for group in free for piece in group.slices}
     return Explanation(
-        WAYS.get(graph.how, graph.how),
+        WAYS.get(graph.mode, graph.mode),
         len(free),
         sum(group.size for group in free),
         sum(sizes[name] for name in touched) / max(sum(sizes.values()), 1),

@@ -20,7 +20,7 @@ from oto.groups.cost import macs_by_node
 from oto.report import charts
 from oto.report.draw import metric, to_dot
 from oto.report.table import OF_THE_CLASS, Described, cost_rows
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 
 TEMPLATE = "report.html.j2"
 MOST = 12

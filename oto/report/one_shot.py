@@ -52,7 +52,7 @@ class OneShot:
         loss: On the held-out batches before and after; ``None`` where none were held out.
         before, after: Costs of the full network and of what is left.
         kept: How many atoms of each node group are left.
-        told: For groups that lost atoms, why nothing, or not all, could take over.
+        not_folded: For groups that lost atoms, why nothing, or not all, could take over.
     """
 
     target: str
@@ -62,7 +62,7 @@ class OneShot:
     before: Cost
     after: Cost
     kept: dict[str, int]
-    told: dict[str, tuple[str, ...]]
+    not_folded: dict[str, tuple[str, ...]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -95,7 +95,7 @@ class OneShot:
     def _said(self) -> list[str]:
         lines = [] if self.loss is None else [f"held-out loss: {self.loss[0]:.4g} before, {self.loss[1]:.4g} after"]
         why: dict[tuple[str, ...], list[str]] = {}
-        for name, reasons in self.told.items():
+        for name, reasons in self.not_folded.items():
             why.setdefault(reasons, []).append(name)
         lines += [
             f"not taken over: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}, {reasons[0]}"

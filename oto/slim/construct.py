@@ -1,9 +1,10 @@
-"""From zeros to a slim model: the ways in their order, and the proof without which none is handed out.
+"""Build the slim model from zeros: try the emitters in order and return the first whose model is proved equal.
 
 1. ``"config"``: the model's own class, made anew from a config that states the sizes (:mod:`oto.slim.config.emit`);
    only where repeated blocks are alike.
-2. ``"module"``: the model's own class, with thinner tensors and what the class has to be told (:mod:`oto.slim.edits`).
-3. ``"graph"``: what ``torch.export`` follows (:mod:`oto.slim.graph.emit`).
+2. ``"module"``: a copy in the model's own class, with thinner tensors, size attributes and call overrides
+   (:mod:`oto.slim.edits`).
+3. ``"graph"``: the graph that ``torch.export`` follows (:mod:`oto.slim.graph.emit`).
 4. ``"recording"``: the calls that were made on the example, at its shapes and values (:mod:`oto.slim.graph.replay`).
 """
 
@@ -41,14 +42,14 @@ from oto.slim.prove import prove
 from oto.slim.provenance import Round, descend
 from oto.slim.source import Emitted, Source
 from oto.trace.export import LEVELS, export
-from oto.trace.record import on_meta
+from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
 
 EMITTERS = ("auto", "config", "module", "graph", "recording")
 
 Refused = Mapping[str, Exception]
-"""For each way that was tried, why it would not do."""
+"""For each emitter that was tried, why it failed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +57,13 @@ class Made:
     """A slim model and its proof.
 
     Attributes:
-        emitter: The way that was taken.
-        edits: What made it of the original class, if it is of that.
-        tensors: What it holds, by the names of the full model for the original class.
+        emitter: The emitter that made it.
+        edits: The edits that made it, if it is of the original class.
+        tensors: Its tensors; in the original class by the names of the full model.
         why: Why it is not of the original class, and what a recording is.
-        notes: What falls short of what one might expect.
-        kept: For each prunable group, the atoms that it holds: all that are left, and zero ones where the class wants
-            more.
+        notes: Limits of the slim model or its proof, for the user.
+        kept: For each prunable group, the atoms that it holds: all that are not zero, and zero ones where the class
+            needs more.
     """
 
     emitter: str
@@ -76,7 +77,7 @@ class Made:
 
 
 def require_values(model: nn.Module) -> None:
-    """Refuse a model whose parameters have shapes only.
+    """Refuse a model whose parameters have only shapes, no values.
 
     Raises:
         EmitterError: They are on the meta device.
@@ -90,14 +91,14 @@ def require_values(model: nn.Module) -> None:
 
 
 def construct(source: Source, emitter: str = "auto") -> Made:
-    """Build the slim model in the first way that can express it, and prove it equal.
+    """Build the slim model with the first emitter that can express it, and prove it equal.
 
     Args:
-        emitter: ``"auto"``, or one way alone.
+        emitter: ``"auto"``, or a single emitter.
 
     Raises:
-        EmitterError: The asked way cannot express the slim model, or none can.
-        VerificationError: What the graph computes differs; or the model does not run in float64, which was asked for.
+        EmitterError: The requested emitter cannot express the slim model, or none can.
+        VerificationError: The graph computes something else; or the model does not run in float64, which was asked for.
     """
     if emitter not in EMITTERS:
         raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
@@ -113,7 +114,7 @@ def construct(source: Source, emitter: str = "auto") -> Made:
             if out_of_memory(failure) or _is_final(failure, way, emitter):
                 raise
             refused[way] = failure
-            log.info("the emitter %s does not do: %s", way, _first_lines(failure))
+            log.info("the emitter %s fails: %s", way, _first_lines(failure))
         else:
             if "config" in refused:
                 made.notes.append(_unstated(source, refused["config"]))
@@ -124,12 +125,12 @@ def construct(source: Source, emitter: str = "auto") -> Made:
 
 
 def _is_final(failure: Exception, way: str, emitter: str) -> bool:
-    """Whether nothing is tried after it: calls that compute something else, or the very way that was asked for."""
+    """Whether no further emitter is tried: the graph computes something else, or only this emitter was requested."""
     return way in ("graph", "recording") and (way == emitter or isinstance(failure, VerificationError))
 
 
 def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exception]) -> EmitterError:
-    """No way that was asked for can express the slim model."""
+    """The error that no requested emitter can express the slim model."""
     name, why = type(source.model).__name__, {way: _first_lines(failure) for way, failure in refused.items()}
     nothing = "  effect  no slim model was made, and nothing was written\n"
     if ways == ["config"]:
@@ -146,7 +147,7 @@ def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exceptio
     )
     return EmitterError(
         f"{said.splitlines()[0]}\n"
-        f"  class   the original class does not do either: {why['module']}\n"
+        f"  class   the original class fails too: {why['module']}\n"
         f"  replay  nor does a recording of the example: {str(refused['recording']).splitlines()[0]}\n"
         f"{nothing}  to fix  {source.remedy}"
     )
@@ -160,7 +161,7 @@ def _unstated(source: Source, failure: Exception) -> str:
 
 
 def _warn_of_a_graph(source: Source, refused: Mapping[str, Exception]) -> None:
-    """Say that the promised class was not had, and the way out."""
+    """Warn that the slim model is not of the promised class, with the remedy."""
     why = _unstated(source, refused["config"]) if "config" in refused else _first_lines(refused["module"])
     warnings.warn(
         f"the slim model is a graph, and no {type(source.model).__name__}: {why}\n"
@@ -181,14 +182,15 @@ def _of_its_config(source: Source) -> Made:
 
 
 def _of_its_class_at_any_rate(source: Source) -> Made:
-    """The slim model of its class; where that fails with what was found for any counts, the class is asked at these.
+    """The slim model of its class; if the adaptation for arbitrary counts fails, the class is searched at these counts.
 
-    So it is where nothing is to be compared: a class may take another way at some counts, and nothing else would tell.
+    It is compared on the example even where no proof is asked for: a class may take a different path at some counts,
+    and nothing else would show it.
     """
     if source.own is not None and not source.verify:
         try:
             return _at_these_counts(source)
-        except EmitterError as refused:  # its calls are other ones: what they give tells
+        except EmitterError as refused:  # its calls differ, so their results have to be compared
             log.info("compared on the example: %s", _first_lines(refused))
             return _of_its_class(source, compared=True)
     try:
@@ -204,10 +206,10 @@ def _of_its_class_at_any_rate(source: Source) -> Made:
 
 
 def _at_these_counts(source: Source) -> Made:
-    """The slim model of its class, with what that needs at the very counts that are left.
+    """The slim model of its class, adapted to exactly these counts.
 
     Raises:
-        EmitterError: Nothing lets the class do with these.
+        EmitterError: No adaptation makes the class run with them.
     """
     assert source.own is not None
     stage("asking the class again, at these counts")
@@ -217,7 +219,7 @@ def _at_these_counts(source: Source) -> Made:
     more = {name: len(atoms) - len(source.kept[name]) for name, atoms in kept.items()}
     made.notes.extend(
         f"{count} zero atom{'s' * (count > 1)} of {name} {'were' if count > 1 else 'was'} kept, because the class takes"
-        " another way where it is of the size that is left"
+        " a different path at the size without"
         for name, count in more.items()
         if count
     )
@@ -228,13 +230,13 @@ def _of_its_class(source: Source, compared: bool = False) -> Made:
     """The slim model of its class.
 
     Args:
-        compared: Compare on the example even where nothing is to be proved.
+        compared: Compare on the example even if no proof is asked for.
     """
     stage("thinning the class")
     emitted = emit_class(source)
     slim, edits = emitted.model, emitted.edits
     assert edits is not None
-    if compared or (not source.verify and source.own is None):  # nothing else tells whether the class can do it
+    if compared or (not source.verify and source.own is None):  # nothing else shows whether the class works
         require(source.reference.check(slim, CheckOptions(random=False, exact=False)))
     checks = prove(source, emitted)
     if source.verify and not edits.dropped:
@@ -257,7 +259,7 @@ def _made_of_class(source: Source, emitted: Emitted, checks: list[Check]) -> Mad
 
 
 def _exported(source: Source, refused: Refused) -> Made:
-    """The slim form of what torch.export follows, with as much free as can be proved."""
+    """The slim form of the exported graph, with as many sizes free as can be proved."""
     notes: list[str] = []
     level: str | None = LEVELS[0]
     while level is not None:
@@ -270,7 +272,7 @@ def _exported(source: Source, refused: Refused) -> Made:
         fewer = emitted.notes or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))
         if level is None or not fewer:
             break
-        notes = emitted.notes or notes  # other sizes than the example's do not do, so fewer are free
+        notes = emitted.notes or notes  # it is wrong at sizes other than the example's, so fewer are free
 
     if exported.level != LEVELS[0] and not any("batch" in note for note in notes):
         why_not = (*notes, exported.why, "what it gives at others is wrong")
@@ -300,11 +302,11 @@ WAYS: dict[str, Callable[[Source, Refused], Made]] = {
     "graph": _exported,
     "recording": _recorded,
 }
-"""The ways in their order; each is told why those before it would not do."""
+"""The emitters in their order; each gets the reasons why those before it failed."""
 
 
 def _require_faithful_export(source: Source, failure: Exception) -> None:
-    """Tell a mistake of ours from one of torch.export, which may follow another path than the model itself."""
+    """Distinguish a mistake of ours from one of torch.export, which may follow a different path than the model."""
     dense = export(source.model, source.dummy_input, known)
     try:
         require(check(source.model, dense.module, source.dummy_input, CheckOptions(batch=dense.dynamic, notes=[])))
@@ -313,7 +315,7 @@ def _require_faithful_export(source: Source, failure: Exception) -> None:
             f"torch.export's graph of {type(source.model).__name__} does not compute what the model does\n"
             + "\n".join(str(unfaithful).splitlines()[1:-2])
             + "\n  effect  no graph can be emitted, and nothing was written\n"
-            "  to fix  look for code that runs otherwise while exporting (torch.compiler.is_exporting)"
+            "  to fix  look for code that behaves differently while exporting (torch.compiler.is_exporting)"
         ) from failure
 
 

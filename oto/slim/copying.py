@@ -1,8 +1,8 @@
-"""A copy of a module that does not lead back to the module.
+"""Copy a module so that the copy does not refer back to the original.
 
 ``copy.deepcopy`` shares functions, and so what they close over: a lambda over ``self``, or a hook that writes into a
-dict of the module's, would run the first module and write there. It also refuses tensors with a history, such as the
-activations that a forward leaves. Both are brought along here.
+dict of the module's, would run the original and write there. It also refuses tensors with a history, such as the
+activations that a forward leaves. Both are copied here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from oto.trace.snapshot import reached, surroundings
 _ATOMS = (type(None), bool, int, float, str, type)
 _TABLES = (dict, OrderedDict)
 _SAYS = {"__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"}
-"""By any of these a class says itself how it is copied."""
+"""A class that defines any of these controls how it is copied."""
 
 
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -31,7 +31,7 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     the numbers, which are most of what a module holds, need not be looked up one by one.
 
     Args:
-        memo: As for ``copy.deepcopy``: what takes the place of some objects, by their ids. It is added to.
+        memo: As for ``copy.deepcopy``: the replacements of some objects, by their ids. It is added to.
     """
     loose = list(_loose(model))
     memo.update((id(x), x.detach().clone()) for x in loose if isinstance(x, Tensor) and id(x) not in memo)
@@ -54,7 +54,7 @@ def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     plain = [m for m in model.modules() if type(m) in kinds]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
-    for module in reversed(plain):  # the inner ones first: those of another class may ask what is in them
+    for module in reversed(plain):  # inner ones first: modules with their own copying may look into them
         held = vars(memo[id(module)])
         for name, value in vars(module).items():
             if type(value) in _ATOMS:
@@ -76,10 +76,10 @@ def _is_plain(kind: type[nn.Module]) -> bool:
 
 
 def _lead_into_the_copy(slim: nn.Module, memo: dict[int, Any], shared: Container[int]) -> None:
-    """Put functions that lead to the copy in place of those that lead to the first module.
+    """Replace functions that refer to the original module by functions that refer to the copy.
 
     Args:
-        shared: The ids of what the first module leads to: a registry that both have is not written to.
+        shared: The ids of everything that the original refers to: a registry that both share is not written to.
     """
     moved = _Moved(memo)
     for holder in reached(slim.modules(), FunctionType):
@@ -96,10 +96,10 @@ def _lead_into_the_copy(slim: nn.Module, memo: dict[int, Any], shared: Container
 
 
 class _Moved:
-    """What a copied module holds in place of functions of the first one.
+    """Makes what a copied module holds in place of functions of the original.
 
     Args:
-        memo: What was copied, by the ids of the first ones.
+        memo: The copies, by the ids of the originals.
     """
 
     def __init__(self, memo: dict[int, Any]) -> None:
@@ -107,7 +107,7 @@ class _Moved:
         self.made: dict[int, Any] = {}
 
     def of(self, x: Any) -> Any:
-        """The same, or what does the same for the copy."""
+        """The object itself, or what does the same for the copy."""
         if isinstance(x, FunctionType):
             return self.function(x)
         if isinstance(x, MethodType):
@@ -129,7 +129,7 @@ class _Moved:
         return x
 
     def inside(self, x: Any) -> Any:
-        """What a function closes over, in the copy; what is not the module's is shared."""
+        """What a function closes over, in the copy; what does not belong to the module is shared."""
         new = self.of(x)
         return self.memo.get(id(x), x) if new is x and type(x) not in _ATOMS else new
 
@@ -161,7 +161,7 @@ class _Moved:
 
 
 def closed_over(function: FunctionType) -> dict[Any, Any]:
-    """What a function closes over, by the place of the cell, and its defaults."""
+    """What a function closes over, by the index of the cell, and its defaults."""
     found: dict[Any, Any] = {}
     for i, cell in enumerate(function.__closure__ or ()):
         try:

@@ -1,6 +1,6 @@
-"""The original-class emitter: a copy of the user's module with thinner tensors and the sizes to match.
+"""Copy the user's module with thinner tensors, matching sizes and call overrides.
 
-What is copied and what is changed is stated as plain data (:class:`Edits`), so the artifact can replay it.
+What changes is stated as plain data (:class:`Edits`), so an artifact can replay it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from oto.errors import EmitterError, reraise_out_of_memory
 from oto.groups import Partition
 from oto.nn import SWAPS, OverriddenForward, Untrained
-from oto.nn import modules as thinner
+from oto.nn import modules as slim_layers
 from oto.nn.overridden import merge_rounds
 from oto.slim.copying import copied
 from oto.slim.numbers import set_number
@@ -29,11 +29,11 @@ class Edits:
 
     Attributes:
         attributes: For each module path, integer attributes and their new values.
-        swaps: For each module path, the class of ``oto.nn`` that takes its place, and how to make it.
-        stated: For each path of a module of the user's own, numbers that it holds: the way to each, and its new value.
-        told: For each path of a module of the user's own, calls that it makes otherwise, as
-            :class:`oto.nn.OverriddenForward` has them.
-        config: Where the class is made anew from ``model.config`` instead, the fields of it that change.
+        swaps: For each module path, the class of ``oto.nn`` that takes its place, and its arguments.
+        stated: For each path of a module of the user's own, its size attributes: the key of each, and its new value.
+        told: For each path of a module of the user's own, its call overrides, in the form of
+            :class:`oto.nn.OverriddenForward`. (The fields are the keys of an artifact, so they keep their names.)
+        config: If the class is made anew from ``model.config`` instead, the fields that change.
         dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
         untrained: Why train mode is refused; empty if it is not.
     """
@@ -48,15 +48,15 @@ class Edits:
 
 
 class Scale(Protocol):
-    """What happens to a parameter besides that it gets thinner."""
+    """How a parameter changes besides getting thinner."""
 
     def of(self, tensor: Tensor, pruned: PrunedShapes) -> Tensor: ...
 
 
 def slim_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
-    """A copy of ``model`` that holds ``tensors`` in place of those of the same names; of the same config.
+    """A copy of ``model``, with the same config, that holds ``tensors`` in place of those of the same names.
 
-    The tensors of ``model`` are not copied, so it may be on ``meta`` or much larger than the result. Ties hold.
+    The tensors of ``model`` are not copied, so it may be on ``meta`` or much larger than the result. Ties are kept.
 
     Raises:
         EmitterError: The model cannot be copied.
@@ -74,13 +74,13 @@ def slim_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             f"{type(model).__name__} cannot be copied: {type(failure).__name__}: {failure}\n"
             "  effect  the original class cannot be used for the slim model"
         ) from failure
-    if isinstance(slim.train, Untrained):  # in an earlier round
+    if isinstance(slim.train, Untrained):  # from an earlier round
         del slim.train
     return edited(slim, edits)
 
 
 def edited(slim: nn.Module, edits: Edits) -> nn.Module:
-    """A copy with its modules changed in place; another module only where the model itself is a layer of torch."""
+    """Change the modules of a copy in place; returns a new module only if the model itself is a layer of torch."""
     for path, numbers in edits.stated.items():
         for key, number in numbers:
             set_number(module_at(slim, path), tuple(key), number)
@@ -91,7 +91,7 @@ def edited(slim: nn.Module, edits: Edits) -> nn.Module:
         if not path:
             return new
         _put(slim, path, new)
-    thinner.leave_nested_tensors(slim)
+    slim_layers.leave_nested_tensors(slim)
     before = {
         path: m.forward for path, m in slim.named_modules() if isinstance(m.forward, OverriddenForward)
     }  # in earlier rounds
@@ -107,7 +107,7 @@ def edited(slim: nn.Module, edits: Edits) -> nn.Module:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """A module by its path, of those that are registered: a file that names something else does not get there.
+    """A registered module by its path; a file that names anything else is refused.
 
     Raises:
         AttributeError: There is none.
@@ -132,23 +132,23 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(_OF_CHANNELS, ("num_features",)),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
     nn.PReLU: ("num_parameters",),
-    **dict.fromkeys((nn.GroupNorm, thinner.GroupNorm), ("num_groups", "num_channels")),
+    **dict.fromkeys((nn.GroupNorm, slim_layers.GroupNorm), ("num_groups", "num_channels")),
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), ("input_size", "hidden_size", "proj_size")),
     **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), ("input_size", "hidden_size")),
 }
-"""The attributes by which layers of torch state sizes; a file may set no others."""
+"""The attributes in which layers of torch state sizes; a file may set no others."""
 
 SWAPPED: dict[str, tuple[type[nn.Module], ...]] = {
-    "LayerNorm": (nn.LayerNorm, thinner.LayerNorm),
-    "RMSNorm": (nn.RMSNorm, thinner.RMSNorm),
-    "GroupNorm": (nn.GroupNorm, thinner.GroupNorm),
-    "MultiheadAttention": (nn.MultiheadAttention, thinner.MultiheadAttention),
+    "LayerNorm": (nn.LayerNorm, slim_layers.LayerNorm),
+    "RMSNorm": (nn.RMSNorm, slim_layers.RMSNorm),
+    "GroupNorm": (nn.GroupNorm, slim_layers.GroupNorm),
+    "MultiheadAttention": (nn.MultiheadAttention, slim_layers.MultiheadAttention),
 }
-"""What each class of ``oto.nn`` takes the place of."""
+"""The classes that each class of ``oto.nn`` may replace."""
 
 
 def _set_sizes(path: str, module: nn.Module, values: Mapping[str, int]) -> None:
-    """Set the attributes by which a module of torch states its sizes; none of them exceeds what its tensors hold.
+    """Set the attributes in which a module of torch states its sizes; none may exceed what its tensors hold.
 
     Raises:
         EmitterError: It has no such attributes.
@@ -163,13 +163,13 @@ def _set_sizes(path: str, module: nn.Module, values: Mapping[str, int]) -> None:
 
 
 def _swapped(path: str, module: nn.Module, how: Mapping[str, Any]) -> nn.Module:
-    """The module of ``oto.nn`` that takes the place of one of torch, with its tensors.
+    """The module of ``oto.nn`` that replaces one of torch, with its tensors.
 
     Raises:
-        EmitterError: It is none of which there is a thinner form, or the tensors are not those of that.
+        EmitterError: The module has no such thinner form, or its tensors do not fit that form.
     """
     if not isinstance(module, SWAPPED[how["class"]]):
-        raise EmitterError(f"{path} is a {type(module).__name__}, in the place of which no {how['class']} can be")
+        raise EmitterError(f"{path} is a {type(module).__name__}, which {how['class']} cannot replace")
     with torch.device("meta"):
         new = SWAPS[how["class"]](**how["arguments"])
     shapes = {name: t.shape for name, t in new.named_parameters()}
@@ -186,12 +186,12 @@ def _put(model: nn.Module, path: str, new: Any) -> None:
 
 
 def refuse_training(slim: nn.Module, why: str) -> None:
-    """Let a slim model stay in eval mode, and say why."""
+    """Keep a slim model in eval mode: train mode is refused with the reason."""
     vars(slim)["train"] = Untrained(slim, why)
 
 
 def forget_idle(slim: nn.Module, edits: Edits) -> None:
-    """Leave modules alone that turned out to state by themselves what they were to be told."""
+    """Remove the overrides of modules whose code turned out to state the right sizes by itself."""
     for path in list(edits.told):
         forward = slim.get_submodule(path).forward
         if isinstance(forward, OverriddenForward) and forward.is_idle:
@@ -214,11 +214,11 @@ def pruned_tensors(
     scales: Mapping[str, Sequence[Scale]] | None = None,
     held: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Every parameter, buffer and named constant of ``model``, thinned; tied names share one tensor.
+    """Every parameter, buffer and named constant of ``model``, pruned; tied names share one tensor.
 
     Args:
-        scales: What happens to parameters that take a count in, by their names.
-        held: Those that are there already.
+        scales: How parameters change that a count is folded into, by their names.
+        held: Pruned tensors that exist already.
     """
     tensors: dict[str, Tensor] = {}
     scales, held = scales or {}, held or {}
@@ -231,7 +231,7 @@ def pruned_tensors(
 
 
 def pruned_tensor(model: nn.Module, pruned: PrunedShapes, leaf: Leaf, scales: Iterable[Scale] = ()) -> Tensor:
-    """One tensor of ``model``, thinned, and scaled where it takes a count in."""
+    """One tensor of ``model``, pruned, and rescaled where a count is folded into it."""
     made = pruned.prune(leaf, attribute(model, leaf.names[0]))
     for scale in scales:
         made = scale.of(made, pruned)

@@ -1,4 +1,4 @@
-"""The slim model in each way, not proved yet."""
+"""The emitters: each builds the slim model in its own form; none proves anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from oto.slim.own_class import plan_edits
 from oto.slim.proof.compare import Check
 from oto.slim.proof.reference import CheckOptions, Reference
 from oto.slim.proof.run import learn
-from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.removed import left_out, within
 from oto.slim.source import Emitted, Source
 from oto.trace.export import LEVELS, Exported, export
@@ -25,7 +25,7 @@ def emit_config(source: Source) -> Emitted:
     """The model's class, made from a config that states the sizes.
 
     Raises:
-        EmitterError: No config states what is kept.
+        EmitterError: No config states the pruned shapes.
     """
     made = emit_stock(source.model, source.partition, source.kept, source.recipe)
 
@@ -41,7 +41,7 @@ def emit_class(source: Source) -> Emitted:
     Raises:
         EmitterError: The class cannot express it.
     """
-    pruned = pruned_shapes(source.partition, source.kept)
+    pruned = source.pruned
     edits = plan_edits(source.model, pruned, source.own)
     gone: set[str] = set()
     if source.drop_unreached:
@@ -55,13 +55,13 @@ def emit_class(source: Source) -> Emitted:
 
 
 def _emit_class(source: Source, pruned: PrunedShapes, edits: Edits, gone: Collection[str]) -> Emitted:
-    """A copy of the model with thinner tensors, by edits that are known, without those that are ``gone``."""
+    """A copy of the model with thinner tensors, by given edits, without the tensors that are ``gone``."""
     scales = source.own.scales if source.own is not None else {}
     tensors = {n: t for n, t in pruned_tensors(source.model, pruned, scales).items() if n not in gone}
     # a class may drop what it keeps for inference when it is trained
     slim = slim_copy(source.model, tensors, edits).train().eval()
 
-    def rounded(full: nn.Module) -> dict[str, Tensor]:  # what weights take in
+    def rounded(full: nn.Module) -> dict[str, Tensor]:  # weights that counts are folded into
         leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.names and leaf.name in scales]
         made = [(leaf, pruned_tensor(full, pruned, leaf, scales[leaf.name])) for leaf in leaves]
         return {name: tensor for leaf, tensor in made for name in leaf.names if name not in gone}
@@ -79,7 +79,7 @@ def emit_exported(source: Source, exported: Exported) -> Emitted:
     """The exported graph with thinner tensors.
 
     Raises:
-        EmitterError: It ties parameter dimensions together in another way than the recorded one.
+        EmitterError: It couples parameter dimensions differently from the recorded graph.
     """
     slim = emit_graph(exported, source.partition, source.kept)
     notes: list[str] = []
@@ -98,7 +98,7 @@ def emit_recorded(source: Source) -> Emitted:
     """The calls that are made on the example, with thinner tensors.
 
     Raises:
-        EmitterError: A call is nothing that a graph can hold.
+        EmitterError: A graph cannot hold one of the calls.
     """
     slim = emit_recording(source.model, source.dummy_input, source.partition, source.kept)
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Milliseconds of a forward pass: measured on the full model and on slim ones, and a target confirmed on these."""
+"""Measure the latency of the full model and of slim ones in milliseconds, and confirm latency targets."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ from oto.slim.proof.run import run
 from oto.slim.pruned_shapes import pruned_shapes
 from oto.trace.export import export
 from oto.trace.inputs import arguments
-from oto.trace.record import on_meta
 from oto.trace.snapshot import preserved
+from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
 
 Counts = NDArray[np.int64]
 
 ROUNDS = 5
-"""How many slim models are built and measured at most, besides the thinnest."""
+"""Most slim models that are built and measured, besides the thinnest."""
 
 NEAR = 0.92
-"""A slim model that takes at least this share of the target is near enough."""
+"""A slim model that takes at least this share of the target is close enough."""
 
 MARGIN = 1.03
-"""What was measured on the way counts as so much slower: it may be, next time."""
+"""Measured times count as slower by this factor, as they may be next time."""
 
 SLOPE = 1e-3
-"""So much of the latency falls with what the table says, even where noise says that nothing does."""
+"""This share of the latency falls with the table's prediction, even where noise suggests that nothing does."""
 
 
 @dataclass(frozen=True, eq=False)
 class Latency:
-    """Milliseconds as a function of counts: what a table says, put right by what was measured.
+    """Milliseconds as a function of counts: a table's prediction, corrected by measurements.
 
-    Between two measured points it rises as a power of what the table says.
+    Between two measured points it rises as a power of the prediction.
 
     Attributes:
-        table: What the operators take, see :mod:`oto.groups.latency`.
-        said: What the table says of the models that were measured, rising.
-        measured: What they take, rising. The last is the full model.
+        table: Milliseconds of the operators, see :mod:`oto.groups.latency`.
+        said: The table's predictions for the measured models, rising.
+        measured: Their measured times, rising. The last is the full model's.
     """
 
     table: Polynomial
@@ -67,7 +67,7 @@ class Latency:
 
     @classmethod
     def through(cls, table: Polynomial, points: dict[float, float]) -> Latency:
-        """Pass through measured points, as far as noise lets them rise with what the table says."""
+        """Pass through measured points, as far as noise lets them rise with the prediction."""
         said = np.array(sorted(points))
         full = points[said[-1]]
         measured = np.minimum(np.maximum.accumulate([points[s] for s in said]), full)
@@ -87,7 +87,7 @@ class Latency:
         return float(self._milliseconds(self.table(counts)))
 
     def marginal(self, counts: Counts, fewer: Counts) -> NDArray[np.float64]:
-        """What each group saves when it alone keeps ``fewer`` atoms less; shapes ``(groups,)``."""
+        """Milliseconds that each group saves when it alone loses ``fewer`` atoms; shapes ``(groups,)``."""
         said = self.table(counts)
         saved: NDArray[np.float64] = self._milliseconds(said) - self._milliseconds(
             said - self.table.marginal(counts, fewer)
@@ -103,21 +103,21 @@ def confirmed(
     choose: Callable[[Latency], Counts],
     measure: Callable[[Counts], float],
 ) -> Latency:
-    """Put a table right until what it makes one choose takes what was asked for.
+    """Correct a table by measurements until the counts chosen by it take the requested time.
 
     Args:
         table: Milliseconds as a function of counts, before any model was measured.
         sizes: Atoms of each node group in the full network.
-        least: Atoms that each keeps in any case.
-        goal: Milliseconds asked for.
-        choose: The counts that one would choose for the goal by some latency.
-        measure: Milliseconds of the model with some counts.
+        least: Atoms that each group keeps at least.
+        goal: Requested milliseconds.
+        choose: Chooses the counts for a goal by a given latency.
+        measure: Measures the milliseconds of the model with given counts.
 
     Raises:
         TargetError: Not even the thinnest model is as fast.
 
     Warns:
-        NotPrunedWarning: What was measured jumped about so much that no model of about the time asked for was found.
+        NotPrunedWarning: Measurements were too noisy to find a model of about the requested time.
     """
     full = measure(sizes)
     points = {share * table(sizes): share * full for share in (1e-6, 1.0)}
@@ -133,12 +133,12 @@ def confirmed(
             "for what stays whole"
         )
     points = {table(least): bottom, table(sizes): full}
-    taken: dict[float, float] = {}  # by what the table says of the model, in the order in which they were measured
+    taken: dict[float, float] = {}  # measured by predicted time, in the order of measurement
     for _ in range(ROUNDS):
         latency = Latency.through(table, points)
         counts = choose(latency)
         said = table(counts)
-        if said in points:  # widths come in steps, and there is none between
+        if said in points:  # widths come in steps, and there is none in between
             break
         taken[said] = measure(counts)
         points[said] = MARGIN * taken[said]
@@ -147,9 +147,9 @@ def confirmed(
             break
     if taken.get(said, bottom) > goal:
         warnings.warn(
-            f"target_latency_ms={goal:g}: of the slim models that were built and measured none takes about that; they "
+            f"target_latency_ms={goal:g}: none of the slim models that were built and measured takes about that; they "
             f"take {', '.join(f'{ms:.3g}' for ms in (*taken.values(), bottom))} ms\n"
-            "  effect  what is chosen may be slower than asked for\n"
+            "  effect  the chosen model may be slower than requested\n"
             "  to fix  measure on an idle machine and with a larger batch, or ask for target_macs=",
             NotPrunedWarning,
             stacklevel=users_level(),
@@ -160,9 +160,9 @@ def confirmed(
 def measured_latency(
     timer: Timer, goal: float, least: Counts, choose: Callable[[Latency], Counts], divisible: int = 1
 ) -> Latency:
-    """Milliseconds of a model as a function of counts, confirmed where the goal leads; see :func:`confirmed`.
+    """Milliseconds of a model as a function of counts, confirmed near the goal; see :func:`confirmed`.
 
-    In a distributed run the first process measures for all, for they have to choose alike.
+    In a distributed run the first process measures for all, as all have to choose the same.
 
     Raises:
         TargetError: The model is on ``meta``, or not even the thinnest is as fast.
@@ -191,9 +191,9 @@ def measured_latency(
 
 
 class Timer:
-    """Times a model and slim ones of the same groups side by side, so that they suffer the same noise.
+    """Times a model and slim ones of the same groups in alternation, so that all see the same noise.
 
-    Nothing that it builds is verified or handed out.
+    Nothing that it builds is verified or returned to the user.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, costs: Costs, dummy_input: Any) -> None:
@@ -202,11 +202,11 @@ class Timer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def __call__(self, counts: Counts) -> float:
-        """Milliseconds of a forward pass with so many atoms in each node group, no matter which."""
+        """Milliseconds of a forward pass with the given number of atoms in each node group, no matter which."""
         if self.full is None:
             self.full = 1e3 * statistics.median(rounds([self.model], self.dummy_input)[0])
         if (counts == self.costs.sizes).all():
@@ -218,10 +218,10 @@ class Timer:
 
 
 def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int64]], dummy_input: Any) -> nn.Module:
-    """The slim model with some atoms, zero or not, in the form in which it would be handed out; not verified.
+    """The slim model with some atoms, zero or not, in the form that construct would return; not verified.
 
     Raises:
-        EmitterError: There is none.
+        EmitterError: No emitter can build it.
     """
     pruned = pruned_shapes(partition, kept)
     try:
@@ -237,8 +237,8 @@ def rounds(models: list[nn.Module], dummy_input: Any, least: int = 5, seconds: f
     """Seconds of forward passes in eval mode, the models taking turns: for each model, one number per round.
 
     Args:
-        least: Number of rounds at least, after one to warm up.
-        seconds: So long more rounds are made.
+        least: Minimum number of rounds, after one to warm up.
+        seconds: Further rounds are made until this much time has passed.
     """
     args, kwargs = arguments(dummy_input)
     device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Numbers that modules hold, as attributes or inside of what is one, and how one of them is made another."""
+"""Numbers that modules hold, as attributes or inside objects and containers, and how to set one of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from oto.errors import EmitterError
 
 Key: TypeAlias = tuple[str | int, ...]
-"""The way from a module to a number: names of attributes, keys of mappings, places in sequences."""
+"""The path from a module to a number: names of attributes, keys of mappings, indices of sequences."""
 
 EVERY = {*vars(nn.Module()), "_oto_origin"}  # what every module holds
 
@@ -24,19 +24,19 @@ def is_number(value: Any) -> bool:
 
 
 def is_data(value: Any) -> bool:
-    """Whether a value belongs to who holds it: members of enums, functions, classes and modules are the process's."""
+    """Whether a value belongs to its holder; enum members, functions, classes and modules belong to the process."""
     return not (isinstance(value, nn.Module | Tensor | str | bytes | type | Enum | ModuleType) or callable(value))
 
 
 LARGEST = 2**24
-"""What a number may become in any case, and if it is larger, as much as it is."""
+"""The largest value that a number may be set to, unless it is larger already."""
 
 
 def set_number(module: nn.Module, key: Key, value: int | float) -> None:
-    """Make a number that a module holds another one; what lies on the way to it becomes the module's own copy.
+    """Set a number that a module holds; the containers on the path to it become the module's own copies.
 
     Raises:
-        EmitterError: It holds no number there, or one of another kind; a file may say so.
+        EmitterError: It holds no number there, or one of another type, as a forged file may claim.
     """
     try:
         if key[0] in EVERY:
@@ -49,10 +49,10 @@ def set_number(module: nn.Module, key: Key, value: int | float) -> None:
 
 
 def _with(held: Any, key: Key, value: int | float) -> Any:
-    """``held`` with another number at the end of the way, which leads through data and no attribute of a class.
+    """``held`` with a new number at the end of the path, which leads through data, never through class attributes.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError: The way ends before, or leads to something else.
+        KeyError, IndexError, TypeError, ValueError: The path ends early, or leads to something else.
     """
     if not key:
         if held is not None and not (is_number(held) and isinstance(value, float) == isinstance(held, float)):

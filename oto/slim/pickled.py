@@ -1,4 +1,4 @@
-"""What the pickle of a slim model asks of those who read it."""
+"""What the pickle of a slim model needs to be loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from oto.slim.provenance import REMEMBERED
 
 
 def needs_oto(model: nn.Module) -> list[str]:
-    """Why ``torch.load`` of a model that ``torch.save`` wrote imports ``oto``: modules, each with what it takes.
+    """Why ``torch.load`` of a model that ``torch.save`` wrote imports ``oto``: the modules, each with what it needs.
 
-    Empty for a slim model whose classes are all torch's or the user's own, as most convolutional ones are: it is read
-    wherever the full model is.
+    Empty for a slim model whose classes are all torch's or the user's own, as most convolutional ones are: it loads
+    wherever the full model does.
     """
     return [
         f"{path or 'the model'} ({', '.join(names)})"

@@ -1,4 +1,4 @@
-"""The proof without which no slim model is handed out: it holds what is left of the full one, and computes the same."""
+"""Prove a slim model: it holds the kept entries of the full one, and computes the same. None is returned without."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from oto.errors import VerificationError, first_line, reraise_out_of_memory, some
-from oto.groups import Kept, Partition
 from oto.progress import stage
 from oto.slim.edits import Edits, attribute, pruned_tensor, slim_copy
 from oto.slim.proof import limits
 from oto.slim.proof.compare import Check, require
-from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.source import Emitted, Source
 
 log = logging.getLogger(__name__)
 
 
 def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -> list[Check]:
-    """The proof of a slim model, if one is wanted: it holds what the full one holds, and computes what that computes.
+    """Prove a slim model, if ``source.verify``: it holds what the full one holds, and computes what that computes.
 
-    What a comparison would not show is written to the notes: entries that are no numbers, outputs that are constant,
+    What a comparison cannot show is written to the notes: entries that are not finite, outputs that are constant,
     and parameters that no output depends on.
 
     Args:
-        checks: The comparisons, if they have been made.
+        checks: The comparisons, if they have been made already.
 
     Raises:
         VerificationError: The slim model differs, or nothing could be compared.
@@ -35,8 +34,7 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     if not source.verify:
         return []
     notes, reference = emitted.notes, source.reference
-    pruned = pruned_shapes(source.partition, source.kept)
-    require_held(source.model, emitted, pruned)
+    require_held(source.model, emitted, source.pruned)
     checks = emitted.compare(reference) if checks is None else checks
     require(checks)
     notes.extend(reference.full.notes)
@@ -45,14 +43,14 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     if idle:
         checks = checks + _with_random_constants(source, emitted, idle, notes)
     if checks and len(idle) < len(limits.floating(reference.full)):
-        notes.extend(reference.unreached(emitted.model, _thinned(emitted.model, pruned)))
+        notes.extend(reference.unreached(emitted.model, _pruned_parameters(emitted.model, source.pruned)))
     return checks
 
 
 def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> None:
-    """Make sure that a slim model holds what is left of the tensors of the full one, to the last bit.
+    """Check that a slim model holds the kept entries of the full one's tensors, bit for bit.
 
-    No input shows all of them: rows of a table that it does not look up, units that it does not activate.
+    No input shows all of them: it may not look up a row of a table or activate a unit.
 
     Raises:
         VerificationError: It holds something else.
@@ -71,19 +69,18 @@ def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> No
                 (unknown if same is None else wrong).extend([] if same else [name])
     if unknown:
         emitted.notes.append(
-            f"that {some(unknown)} hold what is left was not looked at, entry by entry: torch compares no tensors of"
-            " their layout"
+            f"the entries of {some(unknown)} were not compared one by one: torch cannot compare tensors of their layout"
         )
     if wrong:
         raise VerificationError(
-            f"the slim model does not hold what is left of the zeroed model: {some(wrong)}\n"
+            f"the slim model does not hold the kept entries of the zeroed model: {some(wrong)}\n"
             "  effect  nothing was written\n"
             "  to fix  report the model; until then mark the groups concerned unprunable"
         )
 
 
 def _same(a: Tensor, b: Tensor) -> bool | None:
-    """Whether two tensors are equal in dtype, shape and every entry, NaN being equal to itself; ``None``: unknown."""
+    """Whether two tensors are equal in dtype, shape and every entry; NaN equals NaN. ``None`` if unknown."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     try:
@@ -93,8 +90,8 @@ def _same(a: Tensor, b: Tensor) -> bool | None:
         return None
 
 
-def _thinned(slim: nn.Module, pruned: PrunedShapes) -> dict[str, nn.Parameter]:
-    """The parameters of a slim model that have lost entries, and that its forward reads in eval mode."""
+def _pruned_parameters(slim: nn.Module, pruned: PrunedShapes) -> dict[str, nn.Parameter]:
+    """The parameters of a slim model that have lost entries and that its forward reads in eval mode."""
     read, own = pruned.found.graph.read, dict(slim.named_parameters(remove_duplicate=False))
     leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.kind == "parameter" and leaf.value in read]
     smaller = [leaf for leaf in leaves if pruned.shape(leaf) != tuple(leaf.value.shape)]
@@ -105,15 +102,15 @@ def _with_random_constants(source: Source, emitted: Emitted, idle: list[int], no
     """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
     stage("an output is constant: comparing with random numbers in constant parameters")
     said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
-    lively = with_random_constants(source.model, source.partition, source.kept)
-    other = replace(source, model=lively)
+    randomized = with_random_constants(source)
+    other = replace(source, model=randomized)
     other.reference.brief = True
     try:
         checks = emitted.again(other).compare(other.reference)
         require(checks)
     except VerificationError:
         raise
-    except Exception as failure:  # code that minds other numbers
+    except Exception as failure:  # code that fails with other numbers
         reraise_out_of_memory(failure)
         notes.append(f"{said}, so comparing them shows nothing ({first_line(failure)} with other numbers)")
         return []
@@ -121,8 +118,8 @@ def _with_random_constants(source: Source, emitted: Emitted, idle: list[int], no
     moved = [i for i in idle if i not in by_design]
     if moved:
         notes.append(
-            f"{said}: a layer before starts at zero, it seems, so comparing shows nothing of what is before it."
-            " Compared once more, with random numbers in constant parameters; load trained weights to compare these"
+            f"{said}, probably because a layer is initialized with zeros, so comparing shows nothing of what is before"
+            " it. Compared again with random numbers in constant parameters; load trained weights to compare these"
         )
         return [replace(c, what=f"{c.what}, with other numbers in constant parameters") for c in checks]
     if len(idle) == len(limits.floating(source.reference.full)):
@@ -134,12 +131,12 @@ def _outputs(indices: list[int]) -> str:
     return f"output{'s' * (len(indices) > 1)} {some(map(str, indices))}"
 
 
-def with_random_constants(model: nn.Module, partition: Partition, kept: Kept) -> nn.Module:
-    """A copy that shares the parameters of a model; those that are all one number hold random ones where they stay."""
-    pruned = pruned_shapes(partition, kept)
+def with_random_constants(source: Source) -> nn.Module:
+    """A copy that shares the parameters of a model; those that are constant hold random numbers in kept entries."""
+    model, pruned = source.model, source.pruned
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
-    for leaf in partition.found.graph.leaves:
+    for leaf in pruned.found.graph.leaves:
         if not leaf.names:
             continue
         tensor = attribute(model, leaf.names[0]).detach()

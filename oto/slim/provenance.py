@@ -1,8 +1,8 @@
-"""Where a slim model comes from, so that one that was made slim again still loads from the first class.
+"""Remember how a slim model was made, so that one made slim several times still loads from the first class.
 
-It is kept in the slim module itself, as the plain attribute ``_oto_origin``: copies and pickles of the module have it,
-pickles as plain data, which is read where there is no ``oto``. What was done in each round is kept as it was done, and
-done again in the same order.
+It is kept in the slim module itself, as the plain attribute ``_oto_origin``, which copies and pickles of the module
+keep; in pickles as plain data, which can be read without ``oto``. The edits of each round are kept separately and are
+repeated in the same order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Round:
     """How a model was made slim once; plain data, for JSON.
 
     Attributes:
-        edits: What changed besides the tensors.
+        edits: The edits of the round, without tensors.
         shapes: Of every tensor that the slim model was given.
         kept: For each group that could be pruned, its atoms that are left.
     """
@@ -82,7 +82,7 @@ def origin_of(model: nn.Module) -> Origin | None:
 
 
 def descend(slim: nn.Module, model: nn.Module, *rounds: Round) -> None:
-    """Remember in ``slim`` that it was made of ``model``, which may have been made slim itself."""
+    """Record in ``slim`` that it was made from ``model``, which may have been slim itself."""
     before = origin_of(model)
     if before is None:
         vars(slim)[REMEMBERED] = Origin(skeleton(model), rounds)
@@ -93,10 +93,10 @@ def descend(slim: nn.Module, model: nn.Module, *rounds: Round) -> None:
 
 
 def after_rounds(first: nn.Module, rounds: Iterable[Round]) -> nn.Module:
-    """A model as some rounds leave it, without values.
+    """The model after some rounds, without values.
 
     Raises:
-        EmitterError: A tensor would grow, or the rounds cannot be done; a file may say so.
+        EmitterError: A tensor would grow, or a round cannot be repeated, as with a forged file.
     """
     model = first
     for done in rounds:
@@ -116,12 +116,12 @@ def after_rounds(first: nn.Module, rounds: Iterable[Round]) -> nn.Module:
 
 
 def is_part(shape: Sequence[int], full: Sequence[int]) -> bool:
-    """Whether a tensor of some shape may be what is left of one of another."""
+    """Whether a tensor of one shape can be a pruned form of one of another."""
     return len(shape) == len(full) and all(a <= b for a, b in zip(shape, full, strict=True))
 
 
 def held(model: nn.Module, name: str) -> Tensor | None:
-    """A tensor of a model by its dotted path; ``None`` if it is state that no forward has put there yet."""
+    """A tensor of a model by its dotted path; ``None`` if it is state that no forward has created yet."""
     try:
         found = attribute(model, name)
     except AttributeError:
@@ -132,16 +132,17 @@ def held(model: nn.Module, name: str) -> Tensor | None:
 def lacks_values(model: nn.Module, names: Collection[str]) -> bool:
     """Whether a model on ``meta`` has tensors besides parameters, buffers and those of some names.
 
-    Plain attributes that no forward has read, or tables in containers: what these held its constructor alone knows.
+    Such are plain attributes that no forward has read, and tables in containers: only its constructor knows their
+    values.
     """
     known = {id(tensor) for tensor in (*model.buffers(), *(held(model, name) for name in names))}
     return any(tensor.is_meta and id(tensor) not in known for tensor in state_of(model))
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
-    """As :func:`oto.slim.config.solve.apply`; tensors that the model does not hold yet are put there.
+    """As :func:`oto.slim.config.solve.apply`; tensors that the model does not hold yet are added.
 
-    Nor can it be told what a cache says of its size before there is one.
+    Size attributes of a cache are set only if it exists already.
     """
 
     def filled(path: str, key: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Which entries to keep, read off the zeros in the parameters."""
+"""Read from the zeros in the parameters which atoms to keep, and derive every pruned shape from that."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from oto.trace.graph import Leaf, Node, Value
 def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArray[np.int64]]:
     """For each prunable group, the atoms to keep: those with a nonzero entry in their ZIG.
 
-    What ``torch.nn.utils.prune`` masks is zero: the layer uses ``weight_orig`` times ``weight_mask``. At least
-    ``min_kept`` atoms are kept, zero or not, because a layer without channels is no layer.
+    What ``torch.nn.utils.prune`` masks counts as zero: the layer uses ``weight_orig`` times ``weight_mask``. At least
+    ``min_kept`` atoms are kept, zero or not, because a layer needs at least one channel.
 
     Raises:
         NonFiniteParameterError: A parameter holds NaN or infinity.
@@ -74,22 +74,22 @@ def _nonzero(entries: Tensor) -> Tensor:
     """Which rows of finite entries have one that is not zero."""
     entries = computable(entries)
     if entries.ndim == 2 and entries.is_floating_point() and entries.numel():
-        return (entries.amax(1) != 0) | (entries.amin(1) != 0)  # a third of the time
+        return (entries.amax(1) != 0) | (entries.amin(1) != 0)  # takes a third of the time of any()
     return (entries != 0).flatten(1).any(1) if entries.ndim > 1 else entries != 0
 
 
 @dataclass(eq=False)
 class PrunedShapes:
-    """A propagated graph with a choice of surviving atoms: every new size and every new tensor follows.
+    """A propagated graph with a choice of surviving atoms, from which every new size and tensor follows.
 
     Attributes:
-        masks: For each axis, which atoms survive; axes that are not named survive whole.
+        masks: For each axis, which atoms survive; axes that are missing survive whole.
     """
 
     found: Propagation
     masks: Mapping[Axis, NDArray[np.bool_]]
     _entries: dict[Leaf, list[NDArray[np.bool_]]] = field(default_factory=dict)
-    _counted: dict[Term, int] = field(default_factory=dict)  # many tries ask for the same
+    _counted: dict[Term, int] = field(default_factory=dict)  # a cache: many tries ask for the same terms
     _sizes: dict[Value, tuple[int, ...]] = field(default_factory=dict)
     _changing: dict[Rewrite, bool] = field(default_factory=dict)
 
@@ -114,10 +114,10 @@ class PrunedShapes:
         return self.count(asked.term)
 
     def changes(self, rewrite: Rewrite) -> bool:
-        """Whether any size that the call stands on becomes smaller."""
+        """Whether any size that the call depends on becomes smaller."""
         if rewrite not in self._changing:
-            thinner = any(self.count(term) != size_of(term) for term in rewrite.terms)
-            self._changing[rewrite] = rewrite.always or thinner
+            smaller = any(self.count(term) != size_of(term) for term in rewrite.terms)
+            self._changing[rewrite] = rewrite.always or smaller
         return self._changing[rewrite]
 
     def filled(self, template: Any) -> Any:
@@ -148,7 +148,7 @@ class PrunedShapes:
         return self.sizes(leaf.value)
 
     def prune(self, leaf: Leaf, tensor: Tensor) -> Tensor:
-        """The surviving entries of a leaf's tensor, in memory of their own."""
+        """The surviving entries of a leaf's tensor, in their own memory."""
         pruned = tensor.detach()
         for dim, mask in enumerate(self.entries(leaf)):
             if not mask.all():
@@ -158,5 +158,5 @@ class PrunedShapes:
 
 
 def pruned_shapes(partition: Partition, kept: Kept) -> PrunedShapes:
-    """The thinning of the graph that the groups were found on."""
+    """The pruned shapes of the graph that the groups were found on."""
     return PrunedShapes(partition.found, partition.masks(kept))

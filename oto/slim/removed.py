@@ -1,4 +1,4 @@
-"""Modules that the forward never uses in eval mode, left out of the slim model on request."""
+"""Leave out modules that the forward never uses in eval mode, on request."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def unreached(model: nn.Module, partition: Partition) -> list[str]:
 
 
 def within(names: Collection[str], paths: Collection[str]) -> list[str]:
-    """The names that lie in one of some modules."""
+    """The names that lie inside one of some modules."""
     return [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
 
 
 def left_out(
     model: nn.Module, partition: Partition, tensors: Mapping[str, Tensor], edits: Edits, dummy_input: Any
 ) -> Edits:
-    """The slim model's edits without what is never used: each such module becomes ``None``.
+    """The slim model's edits with each unused module replaced by ``None``.
 
-    Where the forward does not ask whether it is there, in train mode or in eval mode, it becomes ``nn.Identity``.
+    Where the forward does not check for ``None``, in train mode or in eval mode, it becomes ``nn.Identity``.
 
     Raises:
         EmitterError: The class cannot do without them.
@@ -50,7 +50,7 @@ def left_out(
     gone = set(within(tensors, paths))
     rest = {name: tensor for name, tensor in tensors.items() if name not in gone}
     failures: dict[str, Exception] = {}
-    for train in (True, False):  # both modes at best
+    for train in (True, False):  # preferably in both modes
         for kind in ("none", "identity"):
             some_edits = replace(edits, dropped=dict.fromkeys(paths, kind))
             try:
@@ -58,7 +58,7 @@ def left_out(
                 run(slim, dummy_input)
                 if train:
                     trained(slim, dummy_input)
-            except Exception as failure:  # whatever a forward does about something that is not there
+            except Exception as failure:  # whatever a forward does about a missing module
                 reraise_out_of_memory(failure)
                 failures[kind] = failure
             else:

@@ -1,4 +1,4 @@
-"""A slim model in the middle of training: of the model's own class, and the same in train mode too."""
+"""Make the model slim in the middle of training: in its own class, and proved equal in train mode too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from oto._torch import holder
 from oto.axes.registry import known
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, reraise_out_of_memory, some
-from oto.groups import NodeGroup, Partition, Slice, thinner, trainable
+from oto.groups import NodeGroup, Partition, Slice, pruned_groups, trainable
 from oto.slim.config.recipe import Recipe, configs, fields
 from oto.slim.config.solve import apply, solve
 from oto.slim.config.unstated import Unstated
@@ -33,16 +33,16 @@ from oto.trace.record import record
 log = logging.getLogger(__name__)
 
 Entries = Sequence[NDArray[np.int64] | None]
-"""For each dimension of a tensor the entries that are left; ``None`` where all are."""
+"""For each dimension of a tensor the entries that are kept; ``None`` where all are."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
-    """A slim model to go on training with.
+    """A slim model to continue training with.
 
     Attributes:
-        model: Of the original class, in the mode that the full one is in.
-        parameters: For each parameter of the full model, what is left of it.
+        model: The slim model, of the original class and in the same mode as the full one.
+        parameters: For each parameter of the full model, its slim form.
         averages: Averages of the full model's weights, and their slim forms.
     """
 
@@ -52,7 +52,7 @@ class Shrunk:
 
 
 def become(model: nn.Module, slim: nn.Module) -> None:
-    """Make ``model`` the slim one, in the same object, so that whatever holds it goes on."""
+    """Turn ``model`` into the slim one in place, so that whatever holds it keeps working."""
     model.__class__ = type(slim)
     model.__dict__ = slim.__dict__  # shared, as parts of it may refer back to the slim one
     if "save_pretrained" in vars(model):
@@ -60,17 +60,17 @@ def become(model: nn.Module, slim: nn.Module) -> None:
 
 
 def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
-    """Make the slim model of the model's own class, with the parameters of the full one, and prove it in both modes.
+    """Make the slim model in the model's own class from the full one's parameters, and prove it in both modes.
 
     Args:
-        source: In its model, all atoms but those in ``kept`` are zero. With a recipe, the model's config states the
-            sizes from then on, and the class made from it is the slim model's.
-        averages: Averages of the weights, or what holds them; their atoms need not be zero.
+        source: In its model, all atoms except those in ``kept`` are zero. With a recipe, the model's config states the
+            sizes from then on, and makes the slim model's class.
+        averages: Averages of the weights, or what holds them; their removed atoms need not be zero.
 
     Raises:
         ShrinkError: The class cannot express it, or not with the parameters that the optimizer knows; the config cannot
-            state it; or an average is none of this model.
-        VerificationError: It computes something else.
+            state it; or an average does not belong to this model.
+        VerificationError: The slim model computes something else.
     """
     model, partition, kept = source.model, source.partition, source.kept
     pruned = pruned_shapes(partition, kept)
@@ -119,18 +119,18 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
 def analyzed_again(
     slim: nn.Module, source: Source, groups: Sequence[NodeGroup], allow_graph: bool, asked: bool
 ) -> tuple[Partition, tuple[NodeGroup, ...], OwnClass | None]:
-    """The analysis of a slim model, in which only those groups may lose atoms that could before.
+    """The analysis of a slim model, in which only groups may lose atoms that could before.
 
     Args:
-        source: What it was made of.
+        source: What the slim model was made from.
         groups: Node groups of the full model.
-        allow_graph: Prune what the class could not express, too.
-        asked: Ask the class what it can do without.
+        allow_graph: Whether to prune also what the class cannot express.
+        asked: Whether to search for what the class needs.
     """
     before = source.partition
     graph = record(slim, source.dummy_input, known, dead=not allow_graph, training=True)
     found = trainable(graph, before.found.strict_out_nodes)
-    left = same_groups(thinner(before, groups, source.kept), found.groups)
+    left = same_groups(pruned_groups(before, groups, source.kept), found.groups)
     if not asked:
         return found, left, None
     own = own_class(slim, found, left, source.dummy_input)
@@ -138,15 +138,15 @@ def analyzed_again(
 
 
 def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: PrunedShapes) -> None:
-    """Let the config of a model, wherever a module of it holds that, state the sizes of the slim one.
+    """Set the sizes of the slim model in the config, wherever a module holds it.
 
     Raises:
-        EmitterError: No fields of it do.
-        ShrinkError: It is no config that the model holds; or a norm would go on counting, which no config states.
+        EmitterError: No fields of the config state them.
+        ShrinkError: The model holds no config; or a norm would still divide by the full count, which no config states.
     """
     name = type(model).__name__
     whole = dict(fields(recipe.config))
-    holders = [  # after a round, each module has a config of its own
+    holders = [  # after a round, each module has its own config
         (path, within, dict(fields(own)))
         for path, m in model.named_modules()
         for within, config in configs(recipe.config)
@@ -159,7 +159,7 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: Pru
         why = counting[0] if counting else f"{name} was made by a function, whose keywords nothing holds"
         raise ShrinkError(
             f"no config can state a {name} that got smaller in the middle of training: {why}\n"
-            "  effect  what would be saved could not be loaded by its class alone; nothing was changed\n"
+            "  effect  its class alone could not load what is saved; nothing was changed\n"
             "  to fix  construct_subnet at the end, without shrink; or shrink an OTO(...) without layout='uniform'"
             + ("; or keep that width whole: skip_patterns=[...]" if counting else "")
         )
@@ -172,7 +172,7 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: Pru
 
 
 def _average_in(wrapper: Any, model: nn.Module) -> nn.Module:
-    """The average of a model's weights that a wrapper holds, or that it is."""
+    """The average of a model's weights that a wrapper holds, or that it is itself."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
     inner = holder(wrapper, shapes)
     if inner is None or {n: p.shape for n, p in inner.named_parameters()} != shapes:
@@ -188,7 +188,7 @@ Labels = dict[tuple[str, int], NDArray[np.int64]]
 
 
 def labels_of(group: NodeGroup) -> Labels:
-    """For each dimension of each parameter, the atom that each of its entries belongs to; -1 for none."""
+    """For each dimension of each parameter, the atom that each entry belongs to; -1 for none."""
     labels: Labels = {}
     for piece in group.slices:
         first = piece.cuts[0]
@@ -200,10 +200,10 @@ def labels_of(group: NodeGroup) -> Labels:
 
 
 def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, list[NodeGroup]]:
-    """For each node group of one analysis, those of another analysis of the same model that it is made of.
+    """For each node group of one analysis, the groups of a finer analysis of the same model that it consists of.
 
-    A slim model may be analyzed more finely, as the widths of query and value are one where a single weight holds both
-    in equal parts, and two where they are stated apart. A group that is not made of others is left out.
+    A slim model may be analyzed more finely: the widths of query and value are one group if a single weight holds both
+    in equal parts, and two if they are stated separately. A group that does not consist of others is left out.
     """
     labels = {group.name: labels_of(group) for group in whole}
     holders: dict[tuple[str, int], list[NodeGroup]] = {}
@@ -235,8 +235,8 @@ def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tupl
     """The node groups of a slim model, of which only those may lose atoms that could before.
 
     Args:
-        before: Those of the full model, as they lie in the slim one.
-        after: Those that its own analysis found.
+        before: The groups of the full model, as they lie in the slim one.
+        after: The groups that the slim model's own analysis found.
     """
     made = parts(before, after)
     was = {part.name: group for group in before for part in made.get(group.name, ())}
@@ -259,7 +259,7 @@ def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tupl
 
 
 def require_there(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> None:
-    """Refuse a slim model in which a node group that may lose more atoms could not.
+    """Refuse a slim model in which a node group that could lose more atoms no longer can.
 
     Raises:
         ShrinkError: There is one.
@@ -274,7 +274,7 @@ def require_there(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> No
     ]
     if lost:
         raise ShrinkError(
-            f"what is left of some groups could not be pruned any more in the slim model: {some(lost)}\n"
-            "  effect  pruning could not go on with these, so nothing was changed\n"
+            f"some groups could not be pruned further in the slim model: {some(lost)}\n"
+            "  effect  pruning could not continue with these, so nothing was changed\n"
             "  to fix  shrink once pruning is over"
         )

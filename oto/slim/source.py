@@ -1,4 +1,4 @@
-"""What a slim model is made of, and what an emitter gives: a slim model that nobody has proved yet."""
+"""The input of an emitter, ``Source``, and its output, ``Emitted``: a slim model that is not proved yet."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from oto.slim.edits import Edits, Scale
 from oto.slim.own_class import OwnClass
 from oto.slim.proof.compare import Check
 from oto.slim.proof.reference import Reference
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a slim model is made of.
+    """What a slim model is made from.
 
     Attributes:
-        model: The full model, of which everything that goes is zero.
+        model: The full model, in which everything to be removed is zero.
         dummy_input: The example input.
-        own: What was found out about the class of the model; ``None`` if nothing was asked.
-        kept: For each prunable group, the atoms that are left.
+        own: The result of the search of its class; ``None`` if it was not searched.
+        kept: For each prunable group, the kept atoms.
         recipe: How the class is made from its config, if that is to be tried.
         drop_unreached: Leave out what the forward never uses in eval mode.
-        float64: Whether to compare in float64, as :class:`oto.slim.proof.reference.Reference` takes it.
+        float64: Whether to compare in float64, as in :class:`oto.slim.proof.reference.Reference`.
         verify: Whether to compare at all.
-        groups: The node groups that ``kept`` is of, with what they are tied to and divided by; those of the partition
-            by default.
+        groups: The node groups that ``kept`` refers to, with their ties and divisors; those of the partition by
+            default.
     """
 
     model: nn.Module
@@ -48,21 +49,26 @@ class Source:
     groups: Sequence[NodeGroup] = ()
 
     @cached_property
+    def pruned(self) -> PrunedShapes:
+        """How many entries every dimension keeps."""
+        return pruned_shapes(self.partition, self.kept)
+
+    @cached_property
     def reference(self) -> Reference:
-        """The full model, with which whatever is made of it is compared."""
-        decides = self.partition.found.graph.how == "real"
+        """The full model, which everything made from it is compared with."""
+        decides = self.partition.found.graph.mode == "real"
         return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides)
 
     @property
     def left(self) -> list[list[NDArray[np.bool_]]] | None:
-        """For each output and each of its dimensions, what the slim model still has; ``None`` if that is all."""
+        """For each output and each of its dimensions, the entries that the slim model has; ``None`` if all."""
         if not self.partition.found.strict_out_nodes:
             return None
         return [self.partition.entries(value, self.kept) for value in self.partition.found.graph.outputs]
 
     @property
     def promises_its_class(self) -> bool:
-        """Whether nothing was made prunable that the class, or its config, cannot do without."""
+        """Whether only groups are prunable that the class, or its config, can express."""
         return self.own is not None or self.recipe is not None
 
     @property
@@ -72,7 +78,7 @@ class Source:
             return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
         if self.recipe is not None:
             return (
-                "where a narrow dtype alone differs, rounding decides what is routed or compared: model.float(), then"
+                "if only a narrow dtype differs, rounding decides what is routed or compared: model.float(), then"
                 " construct_subnet(), then cast the slim model; emitter='config' raises instead"
             )
         return "prune only what the class can do without: OTO(...) without allow_graph=True"
@@ -80,18 +86,18 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Emitted:
-    """A slim model that nobody has proved yet.
+    """A slim model that is not proved yet.
 
     Attributes:
-        emitter: The way that was taken.
+        emitter: The emitter that made it.
         model: The slim model.
-        edits: What made it of the original class, if it is of that.
-        tensors: What it holds, by the names of the full model for the original class.
+        edits: The edits that made it, if it is of the original class.
+        tensors: Its tensors; in the original class by the names of the full model.
         compare: Compares the slim model with the full one.
-        again: Makes another slim model in the same way, of a full one with other numbers.
-        scales: By what tensors are multiplied that take a count in, by name.
-        changed: Names of tensors that are more than what is left of those of the full model.
-        notes: What falls short of what one might expect.
+        again: Makes a slim model in the same way from a full one with different numbers.
+        scales: How tensors are rescaled that a count is folded into, by name.
+        changed: Names of tensors that differ from the kept entries of the full model's.
+        notes: Limits of the slim model, for the user.
     """
 
     emitter: str

@@ -1,4 +1,4 @@
-"""What forwards have left in a model, and it is analyzed and made slim without."""
+"""Find what forwards have left in a model (caches), so that it can be analyzed and made slim without."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from oto.errors import first_line, reraise_out_of_memory
 from oto.slim.proof.compare import relative_error, tolerance
 from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.run import run
-from oto.trace.record import on_meta
-from oto.trace.state import Change, State, tables, undone
+from oto.trace.stand_ins import on_meta
+from oto.trace.state import Change, ModelState, tables, undone
 
 log = logging.getLogger(__name__)
 
 
-def left_since(state: State, model: nn.Module, dummy_input: Any, known: Collection[str]) -> list[Change]:
-    """Caches and the like that a forward left in a model after it was analyzed; none if it computes otherwise without.
+def left_since(state: ModelState, model: nn.Module, dummy_input: Any, known: Collection[str]) -> list[Change]:
+    """Caches and the like that a forward left in a model after its analysis; none if it computes differently without.
 
     Args:
         state: What the model held when it was analyzed.
-        model: That one, or a copy of it.
-        known: Names of tensors that the analysis knows; they count as they are now.
+        model: The model, or a copy of it.
+        known: Names of tensors that the analysis knows; their present values count.
     """
     changes = state.changes(model, known)
     if not changes:
@@ -36,9 +36,9 @@ def left_since(state: State, model: nn.Module, dummy_input: Any, known: Collecti
 
 
 def left_before(model: nn.Module, dummy_input: Any) -> list[Change]:
-    """Tables in containers and objects that a forward before the analysis has left, and that the next one makes anew.
+    """Tables in containers and objects that a forward before the analysis left, and that the next forward makes anew.
 
-    They have no name by which a thinner one could take their place.
+    They have no name by which a thinner one could replace them.
     """
     found = [] if on_meta(model) else tables(model)
     if not found:
@@ -46,7 +46,7 @@ def left_before(model: nn.Module, dummy_input: Any) -> list[Change]:
     with _Met() as met:
         try:
             run(model, dummy_input)
-        except Exception as failure:  # it is told when the model is followed
+        except Exception as failure:  # reported when the model is recorded
             reraise_out_of_memory(failure)
             return []
     found = [change for change in found if any(id(tensor) in met.ids for tensor in change.tensors)]
@@ -59,11 +59,11 @@ def left_before(model: nn.Module, dummy_input: Any) -> list[Change]:
 
 
 _TRIES = 8
-"""How many containers are tried one by one; a model that has more constants in containers computes with them."""
+"""Most containers that are tried one by one; a model that has more constants in containers computes with them."""
 
 
 class _Met(TorchDispatchMode):
-    """The tensors that calls are given."""
+    """Collects the tensors that calls take."""
 
     supports_higher_order_operators = True
 
@@ -77,12 +77,12 @@ class _Met(TorchDispatchMode):
 
 
 def _computes_the_same(model: nn.Module, dummy_input: Any, changes: list[Change]) -> bool:
-    """Whether a model gives the same on the example if some things are as they were."""
+    """Whether a model gives the same on the example if some changes are undone."""
     try:
         now = run(model, dummy_input)
         with undone(changes):
             then = run(model, dummy_input)
-    except Exception as failure:  # it cannot do without
+    except Exception as failure:  # the model needs them
         reraise_out_of_memory(failure)
         log.info("what a forward left cannot be undone: %s", first_line(failure))
         return False

@@ -1,4 +1,4 @@
-"""``torch.export``: the graph that can be run again. No other file calls it."""
+"""Trace a model with ``torch.export`` to a graph that can be run again. No other file calls it."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ from oto._torch import (
 from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.trace.graph import Graph, GraphBuilder, Key
 from oto.trace.inputs import arguments
-from oto.trace.record import around_modules, line_of
-from oto.trace.snapshot import is_foreign, preserved
+from oto.trace.recorder import around_modules
+from oto.trace.snapshot import preserved
 from oto.trace.takes import Parameter, Takes, parameters_of, traced
+from oto.user_code import is_foreign, line_of
 
 log = logging.getLogger(__name__)
 
-LEVELS = ("all", "batch", "none")  # of the dimensions of the inputs, which are free
-# Every condition on sizes is reasoned about with all others. Networks that need more than a few dozen state their sizes
-# anyway (windows, padding), and would take minutes.
+LEVELS = ("all", "batch", "none")  # which dimensions of the inputs are free
+# torch.export checks every condition on sizes against all others. Networks that need more than a few dozen state their
+# sizes anyway (windows, padding), and would take minutes.
 _MOST_CONDITIONS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A program that can be run, rewritten and saved, and what ``oto`` reads off it.
+    """A program that can be run, rewritten and saved, with what ``oto`` needs to know of it.
 
     Attributes:
         module: A plain ``torch.fx.GraphModule`` that takes and returns what the model does.
         graph: The same calls as a :class:`Graph`; ``origin`` of each node is its ``fx.Node``.
         dynamic: Whether the batch dimension is free.
-        level: Which dimensions of the inputs were tried to be free, of ``LEVELS``.
+        level: Which dimensions of the inputs it was exported with as free, one of ``LEVELS``.
         takes: Arguments and sizes that it takes.
-        why: Why no more is free, if a freer export failed.
+        why: Why no more dimensions are free, if a freer export failed.
     """
 
     module: fx.GraphModule
@@ -83,13 +84,13 @@ class Program:
 
 
 def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, level: str = "all") -> Program:
-    """Export ``model`` in eval mode, with every dimension of its inputs free that the model leaves free.
+    """Export ``model`` in eval mode, with every input dimension free that the model leaves free.
 
-    Where that fails, or takes too many conditions on sizes, the batch alone is free; else nothing is.
+    Where that fails, or needs too many conditions on sizes, only the batch is free; if that fails too, nothing is.
 
     Args:
-        portable: Give outputs as dicts, lists and tuples, so that the program loads where the model's own output types
-            were never imported.
+        portable: Return outputs as dicts, lists and tuples, so that the program loads where the model's own output
+            types were never imported.
         level: The first of ``LEVELS`` to try.
 
     Raises:
@@ -127,17 +128,17 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
     raise EmitterError(
         f"torch.export cannot follow {type(model).__name__}: {_cause(failure)}\n"
         "  effect  no graph can be emitted, and no model.pt2 written\n"
-        "  to fix  branches on values and custom objects are the usual causes; torch.export's own message is above"
+        "  to fix  look for branches on values and custom objects, the usual causes; torch.export's message is above"
     ) from failure
 
 
 class _TooManyConditions(Exception):
-    """The model's code asks too much about its sizes to leave them all free."""
+    """The model's code compares its sizes too often to leave them all free."""
 
 
 @contextmanager
 def _few_conditions() -> Iterator[None]:
-    """While inside, modules that run on free sizes raise once too many conditions were collected."""
+    """While inside, modules that run on free sizes raise once too many conditions have been collected."""
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
         for tensor in args:
@@ -151,7 +152,7 @@ def _few_conditions() -> Iterator[None]:
         yield
 
 
-# what torch.export says, and what it means
+# patterns in messages of torch.export, and their likely causes
 _CAUSES = {
     r"data-dependent|GuardOnDataDependent|Could not (guard|extract)|unbacked": "a branch or a size depends on values",
     r"Dim\.|dynamic dim|[Cc]onstraints violated|specializ": "the code states the size of the batch",
@@ -172,7 +173,7 @@ def _cause(failure: BaseException | None) -> str:
 
 @contextmanager
 def _plain_outputs(model: nn.Module, plainly: Callable[[Any], Any]) -> Iterator[None]:
-    """While inside, ``forward`` gives plain data: torch.export takes no objects with a behavior, such as caches."""
+    """While inside, ``forward`` returns plain data: torch.export takes no objects with behavior, such as caches."""
     forward = model.forward
     own = vars(model).get("forward")
 
@@ -227,21 +228,21 @@ def _batch(args: Any, kwargs: Any) -> int | None:
 
 
 def _two(given: Any) -> Any:
-    """A batch of one is special to torch.export: show it two."""
+    """A batch of two in place of one, which torch.export treats as a constant."""
     if _batch(*given) != 1:
         return given
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, given)
 
 
 def _free(model: nn.Module, given: Any, all_of_them: bool) -> Any:
-    """Which dimensions of which tensors may be free; what must not be is for torch.export to find out."""
+    """Which dimensions of which tensors may be free; torch.export finds out which of these must not be."""
     (args, kwargs), batch, auto = given, _batch(*given), torch.export.Dim.AUTO
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
 
     def free(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return None
-        if all_of_them:  # sizes of zero and one are special to torch
+        if all_of_them:  # torch treats sizes of zero and one as constants
             return {dim: auto for dim, n in enumerate(leaf.shape) if n > 1}
         return {0: auto} if leaf.ndim and leaf.shape[0] == batch else {}
 
@@ -249,7 +250,7 @@ def _free(model: nn.Module, given: Any, all_of_them: bool) -> Any:
 
 
 def _is_free(program: torch.export.ExportedProgram, batch: int | None) -> bool:
-    """Whether every input that has the batch dimension may have another one."""
+    """Whether every input that has the batch dimension may have a different batch size."""
     given = set(program.graph_signature.user_inputs)
     inputs = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in given]
     first = [x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim]
@@ -272,7 +273,7 @@ def _taken_apart(program: torch.export.ExportedProgram, known: Callable[[Any], b
         try:
             apart: torch.export.ExportedProgram = program.run_decompositions({**unknown, **written})
             return apart
-        except Exception as failure:  # whatever the author of an operator does with data
+        except Exception as failure:  # an operator's code may do anything with data
             reraise_out_of_memory(failure)
             log.info("the code of an operator cannot be followed: %s", first_line(failure))
     return program.run_decompositions(unknown) if unknown else program
@@ -284,7 +285,7 @@ def export(
     """Trace ``model`` to a module that can be rewritten.
 
     Args:
-        known: As for ``record``: a composite operator that is not known is taken apart.
+        known: As for ``record``: a composite operator that is not known is decomposed.
         level: As for :func:`export_program`.
 
     Raises:
@@ -296,7 +297,7 @@ def export(
     takes = takes_of(made.program, module, parameters_of(model.forward))
     args, kwargs = arguments(dummy_input)
     if made.level != "none" and not takes.holds(takes.bind(args, kwargs)):
-        # sizes of two and more, under which torch.export sees what is free, took a way that the example does not
+        # torch.export needs sizes of two and more to see what is free; with these the model took a different path
         log.info("what is free at level %r does not hold for the example: exported again", made.level)
         return export(model, dummy_input, known, LEVELS[LEVELS.index(made.level) + 1])
     _inline(module)
@@ -309,7 +310,7 @@ def export(
             "  effect  no graph can be emitted, and no model.pt2 written"
         ) from failure
     live = {node.origin for node in graph.nodes}
-    for node in reversed(module.graph.nodes):  # torch keeps whatever may draw a random number
+    for node in reversed(module.graph.nodes):  # torch keeps dead nodes that may draw random numbers
         if node.op == "call_function" and not node.users and node not in live:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
@@ -318,7 +319,7 @@ def export(
 
 
 def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """An exported program as a module; what it takes is checked by :class:`Takes`."""
+    """An exported program as a module; its inputs are checked by :class:`Takes`."""
     options = inspect.signature(program.module).parameters
     module = program.module(check_guards=False) if "check_guards" in options else program.module()
     assert isinstance(module, fx.GraphModule)
@@ -326,7 +327,7 @@ def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def _conditions(program: torch.export.ExportedProgram) -> list[str]:
-    """What must hold of the sizes; strides and offsets are how the example happened to lie in memory."""
+    """The conditions on sizes; those on strides and offsets only describe how the example lay in memory."""
     guards = guards_of(program)
     if guards is None:
         raise NotImplementedError("this torch does not say under which conditions an exported program holds")
@@ -336,7 +337,7 @@ def _conditions(program: torch.export.ExportedProgram) -> list[str]:
 def takes_of(
     program: torch.export.ExportedProgram, module: fx.GraphModule, parameters: tuple[Parameter, ...] = ()
 ) -> Takes:
-    """What the module of an exported program takes.
+    """The inputs that the module of an exported program takes.
 
     Args:
         parameters: Those of the model's ``forward``; by default the arguments of the module.
@@ -360,7 +361,7 @@ def takes_of(
                 if not is_free(n):
                     conditions.append(f"{place}.size()[{dim}] == {int(n)}")
                 elif dim:
-                    conditions.append(f"{place}.size()[{dim}] >= 2")  # torch took it that no size is one
+                    conditions.append(f"{place}.size()[{dim}] >= 2")  # torch assumed that no size is one
                 if is_free(n) and parameters and expression(n).isidentifier():
                     symbols[expression(n)] = example_size(n)
         elif isinstance(value, Mapping) or type(value) in (list, tuple):
@@ -375,7 +376,7 @@ def takes_of(
 
 
 def _inline(module: fx.GraphModule) -> None:
-    """Put the bodies of wrappers (``torch.no_grad``, autocast) in their place."""
+    """Replace wrappers (``torch.no_grad``, autocast) by their bodies."""
     wrappers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
     graph = module.graph
     for node in list(graph.nodes):
@@ -432,7 +433,7 @@ def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> Graph:
         add(key, [example_size(n) for n in tensor.shape], tensor.dtype, *more)
 
     def seen(x: Any) -> Any:
-        """An argument as the builder wants it: tensors by key, symbolic sizes by the example's."""
+        """An argument as the builder takes it: tensors as keys, symbolic sizes as the example's."""
         if isinstance(x, fx.Node):
             if x in keys:
                 return Key(keys[x])
@@ -477,7 +478,7 @@ def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> Graph:
 
 
 def _returns_written(node: fx.Node) -> fx.Node | None:
-    """The argument that an in-place operator writes into and gives back."""
+    """The argument that an in-place operator writes into and returns."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
         return None

@@ -1,8 +1,9 @@
 """The traced model: one flat list of ATen calls.
 
-Both ways of tracing (``record`` and ``export``) fill the same :class:`Graph` through a :class:`GraphBuilder`, which
-turns in-place operators into plain ones: a write gives its target a new value, and every other tensor that shares the
-memory gets one through a :func:`write_through` node.
+Both tracers (``record`` and ``export``) fill the same :class:`Graph` through a :class:`GraphBuilder`, which turns
+in-place operators into functional ones: a write gives its target a new value, and every other tensor that shares the
+memory gets one through a :func:`write_through` node. Example: ``x.add_(1)`` becomes ``%5 = add_(%4, 1)``, and later
+calls read ``%5``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from inspect import isfunction
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from oto._torch import tree_leaves, tree_map_only
+
+Mode: TypeAlias = Literal["meta", "fake", "real", "autograd", "export"]
+"""How a graph comes about: of shapes; of shapes and devices; on data; on data, with gradients; by ``torch.export``."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -74,8 +78,8 @@ class Leaf:
     """A tensor that belongs to the model: a parameter, a buffer or a constant.
 
     Attributes:
-        names: Every path under which the model holds it; more than one if it is tied.
-        trainable: A parameter with ``requires_grad``.
+        names: Every path under which the model holds it; several if it is tied.
+        trainable: Whether it is a parameter with ``requires_grad``.
     """
 
     value: Value
@@ -89,13 +93,13 @@ class Leaf:
 
     @property
     def may_be_zeroed(self) -> bool:
-        """Whether it is a parameter of real or complex numbers; frozen integers may be codes of numbers."""
+        """Whether it is a parameter of real or complex numbers; frozen integers may be quantized weights."""
         dtype = self.value.dtype
         return self.kind == "parameter" and (self.trainable or dtype.is_floating_point or dtype.is_complex)
 
     @property
     def frozen(self) -> bool:
-        """Whether it is a parameter that training leaves alone."""
+        """Whether it is a parameter that is not trained."""
         return self.kind == "parameter" and not self.trainable
 
 
@@ -104,13 +108,13 @@ class Graph:
     """A model as a flat list of ATen calls in the order they ran.
 
     Attributes:
-        how: ``"meta"`` or ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
-        trained: What the model does in train mode, where that reaches parameters that nothing else does. Its leaves are
-            those of this graph and constants of its own, its values and nodes are counted on from this graph's.
-        untrained: Why it is not known what the model does in train mode, though something may reach more there.
-        dead: Indices of calls whose results nobody reads: no output depends on them, nor what the model keeps or
-            decides. They have to run, and no more.
-        replaced: Names of tensors of the model in whose place the forward puts others: state, of any shape.
+        mode: ``"meta"`` or ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
+        trained: The graph of train mode, if it reaches parameters that eval mode does not. Its leaves are those of this
+            graph and its own constants; its values and nodes are numbered on from this graph's.
+        untrained: Why the graph of train mode is not known, though it may reach more parameters.
+        dead: Indices of calls whose results are never read: no output depends on them, nor anything that the model
+            keeps or branches on. They only have to run.
+        replaced: Names of tensors that the forward replaces by others: state, of any shape.
         output_names: Where each output is in what ``forward`` returns: ``"logits"``, ``"hidden.0"``; ``"output"`` if it
             is all.
     """
@@ -119,7 +123,7 @@ class Graph:
     leaves: tuple[Leaf, ...]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    how: str
+    mode: Mode
     trained: Graph | None = None
     untrained: str | None = None
     dead: frozenset[int] = frozenset()
@@ -128,12 +132,12 @@ class Graph:
 
     @property
     def calls(self) -> tuple[Node, ...]:
-        """All nodes by their index, those of training behind the others."""
+        """All nodes by their index, those of train mode after the others."""
         return self.nodes if self.trained is None else self.nodes + self.trained.nodes
 
     @property
     def read(self) -> set[Value]:
-        """What calls read, or the model returns, in eval mode."""
+        """The values that calls read, or the model returns, in eval mode."""
         return {value for node in self.nodes for value in node.inputs()}.union(self.outputs)
 
     @property
@@ -145,12 +149,12 @@ class Graph:
 
     @property
     def unread(self) -> set[str]:
-        """Names of tensors of the model that no call reads, in training neither."""
+        """Names of tensors of the model that no call reads, not even in train mode."""
         read = self.read if self.trained is None else self.read | self.trained.read
         return {name for leaf in self.leaves if leaf.value not in read for name in leaf.names}
 
     def beside(self, other: Graph) -> Graph:
-        """This graph with another one of the same model, in train mode: both read the same leaves."""
+        """This graph combined with that of the same model in train mode: both read the same leaves."""
         mine = {name: leaf.value for leaf in self.leaves for name in leaf.names}
         made: dict[Value, Value] = {}
         first = 1 + max((value.index for value in self._values()), default=-1)
@@ -178,7 +182,7 @@ class Graph:
         inputs, outputs = tuple(map(here, other.inputs)), tuple(map(here, other.outputs))
         leaves = self.leaves + tuple(replace(leaf, value=here(leaf.value)) for leaf in more)
         trained = Graph(
-            tuple(map(both, other.nodes)), leaves, inputs, outputs, other.how, output_names=other.output_names
+            tuple(map(both, other.nodes)), leaves, inputs, outputs, other.mode, output_names=other.output_names
         )
         return replace(self, leaves=leaves, trained=trained)
 
@@ -190,20 +194,20 @@ class Graph:
             yield from (after for _, after in node.written)
 
     def __str__(self) -> str:
-        lines = [f"graph ({self.how}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]
+        lines = [f"graph ({self.mode}): {len(self.nodes)} nodes, {len(self.leaves)} leaves"]
         lines += [f"{leaf.value} = {leaf.kind} {leaf.name}" for leaf in self.leaves]
         lines += [f"{list(node.outputs)} = {node.op}{node.args}  # {node.module}" for node in self.nodes]
         return "\n".join([*lines, f"return {list(self.outputs)}"])
 
 
 def write_through(alias: Value, written: Value) -> Value:
-    """What ``alias`` holds after the tensor ``written``, with which it shares memory, was written to."""
+    """The value of ``alias`` after the tensor ``written``, which shares its memory, was written to."""
     raise AssertionError("a marker in the graph, never run")
 
 
 @cache
 def effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
-    """Arguments that ``op`` writes to, and arguments that its results may share memory with (position and name)."""
+    """The arguments that ``op`` writes to, and those that its results may share memory with (position and name)."""
     schema = getattr(op, "_schema", None)
     if schema is None:
         return (), ()
@@ -216,14 +220,14 @@ def effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple[
 
 
 class EnoughError(Exception):
-    """As many calls were written down as were asked for; never leaves this package."""
+    """The requested number of calls has been recorded; never leaves this package."""
 
 
 @dataclass
 class GraphBuilder:
     """Collects calls on tensors that the caller knows by any hashable key."""
 
-    how: str
+    mode: Mode
     nodes: list[Node] = field(default_factory=list)
     leaves: list[Leaf] = field(default_factory=list)
     current: dict[Hashable, Value] = field(default_factory=dict)
@@ -236,7 +240,7 @@ class GraphBuilder:
 
     @property
     def full(self) -> bool:
-        """Whether there are as many calls as were asked for."""
+        """Whether the requested number of calls has been collected."""
         return self.limit is not None and len(self.nodes) >= self.limit
 
     def value(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype) -> Value:
@@ -271,7 +275,7 @@ class GraphBuilder:
         source: str,
         origin: Any = None,
     ) -> None:
-        """Add a call. In its arguments :class:`Key` stands for a tensor; ``results`` are the keys returned."""
+        """Add a call. :class:`Key` stands for a tensor among its arguments; ``results`` are the keys returned."""
         writes, shares = effects(op)
 
         def keys_at(places: tuple[tuple[int, str], ...]) -> list[Hashable]:
@@ -293,11 +297,11 @@ class GraphBuilder:
         shared_keys: Sequence[Hashable] = (),
         origin: Any = None,
     ) -> None:
-        """The same with values in the arguments.
+        """Add a call whose arguments hold values.
 
         Args:
-            written_keys: Of the tensors that the call writes to.
-            shared_keys: Of those that its results may share memory with.
+            written_keys: Keys of the tensors that the call writes to.
+            shared_keys: Keys of those that its results may share memory with.
         """
         before = {key: self.current[key] for key in written_keys}
         returned = {result[0] for result in results if result is not None}
@@ -325,7 +329,7 @@ class GraphBuilder:
         self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source, origin))
 
     def end(self, key: Hashable) -> None:
-        """Say that what a tensor holds now is read by other code than calls, or kept."""
+        """Mark the present value of a tensor as read by code other than calls, or kept."""
         self.ends.add(self.current[key])
 
     def _join(self, keys: list[Hashable]) -> None:
@@ -345,10 +349,10 @@ class GraphBuilder:
 
         Args:
             dead: Keep calls whose results reach neither an output nor a tensor of the model. Where no data was
-                computed, nothing else can have read them, unless :meth:`end` was told.
+                computed, nothing else can have read them, except those marked with :meth:`end`.
         """
         ends = tuple(self.current[key] for key in outputs)
-        # a tensor of the model that was written to is as good as an output
+        # a tensor of the model that was written to counts as an output
         written = [
             self.current[key]
             for key, leaf in zip(self.held, self.leaves, strict=True)
@@ -356,14 +360,14 @@ class GraphBuilder:
         ]
         idle = self._idle({*ends, *written, *self.ends} if dead else {*ends, *written})
         if dead:
-            unread = frozenset() if self.how == "real" else frozenset(idle)
-            return Graph(tuple(self.nodes), tuple(self.leaves), tuple(self.inputs), ends, self.how, dead=unread)
+            unread = frozenset() if self.mode == "real" else frozenset(idle)
+            return Graph(tuple(self.nodes), tuple(self.leaves), tuple(self.inputs), ends, self.mode, dead=unread)
         kept = [node for node in self.nodes if node.index not in idle]
         nodes = tuple(replace(node, index=i) for i, node in enumerate(kept))
-        return Graph(nodes, tuple(self.leaves), tuple(self.inputs), ends, self.how)
+        return Graph(nodes, tuple(self.leaves), tuple(self.inputs), ends, self.mode)
 
     def _idle(self, used: set[Value]) -> set[int]:
-        """The calls on which none of some values depends; ``used`` is added to."""
+        """The calls that no used value depends on; ``used`` is extended in place."""
         idle: set[int] = set()
         for node in reversed(self.nodes):
             if used.isdisjoint(node.outputs) and not any(after in used for _, after in node.written):

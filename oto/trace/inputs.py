@@ -1,4 +1,4 @@
-"""The example input of a model: what users give, made into arguments once."""
+"""The example input of a model, turned into arguments of ``forward`` once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Example(NamedTuple):
-    """Arguments of ``model.forward``; a pytree, so that what is done to each of its tensors gives an example again.
+    """Arguments of ``model.forward``; a pytree, so mapping over its tensors gives an example again.
 
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        alone: Whether it was given as a tensor, and no tuple.
+        alone: Whether it was given as a single tensor, not as a tuple.
     """
 
     args: tuple[Any, ...]
@@ -28,13 +28,13 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, given: Any) -> Example:
-        """The example that a user gives; one that was made already is itself.
+        """The example from what a user passes; an :class:`Example` is returned as it is.
 
         Args:
             given: A tensor, a tuple or list of positional arguments, or a mapping with string keys.
 
         Raises:
-            DummyInputError: It is something else, or holds no tensor.
+            DummyInputError: It is anything else, or holds no tensor.
         """
         if isinstance(given, Example):
             return given
@@ -65,10 +65,10 @@ class Example(NamedTuple):
 
 
 def arguments(example: Any) -> Arguments:
-    """Positional and keyword arguments for one run: one tensor that is given twice is two inputs.
+    """Positional and keyword arguments for one run; a tensor that is passed twice becomes two inputs.
 
     Args:
-        example: An :class:`Example`, or what makes one.
+        example: An :class:`Example`, or what :meth:`Example.of` takes.
     """
     args, kwargs, _ = Example.of(example)
     separate: Arguments = tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs))

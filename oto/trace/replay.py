@@ -1,7 +1,7 @@
-"""A recorded run as a module that can be run again: for models that ``torch.export`` cannot follow.
+"""Turn a recorded run into a module that can be run again, for models that ``torch.export`` cannot follow.
 
-It makes the calls of one run on one example. Sizes, numbers that left torch (``.item()``) and the branches that were
-taken are those of the example, and inputs of other shapes are refused.
+It repeats the calls of one run on one example. Sizes, numbers that left torch (``.item()``) and branches are those of
+the example, and inputs of other shapes are refused.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from torch import Tensor, fx, nn
 from oto._torch import tree_leaves, tree_map_only
 from oto.errors import EmitterError
 from oto.trace.export import Exported, builtin
-from oto.trace.graph import Graph, Node, Value, write_through
+from oto.trace.graph import Graph, Mode, Node, Value, write_through
 from oto.trace.inputs import arguments
-from oto.trace.record import Recording, record_data
+from oto.trace.record import record_data
+from oto.trace.run import Recording
 
 
-def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], how: str) -> Exported:
-    """Record ``model`` on the data of the example, and make a module of the calls.
+def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], mode: Mode) -> Exported:
+    """Record ``model`` on the data of the example, and make a module from the calls.
 
     Args:
         known: As for ``record``.
-        how: How the graph that was analyzed was recorded: what could be known without data holds here as well.
+        mode: How the graph that was analyzed was recorded: what could be known without data holds here as well.
 
     Raises:
         TraceError: ``forward`` fails on the example.
-        EmitterError: A call or an input is nothing that a graph can hold.
+        EmitterError: A graph cannot hold a call or an input.
     """
     recording = record_data(model, dummy_input, known)
     leaves, held = _tensors(model, recording)
@@ -44,11 +45,11 @@ def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], h
     graph.output(tree_map_only(Tensor, lambda _: next(results), builtin(recording.result)))
     named = tuple(replace(leaf, names=(name, *leaf.names[1:])) for name, leaf in leaves.items())
     module = fx.GraphModule(held, graph).eval()
-    return Exported(module, replace(recording.graph, nodes=nodes, leaves=named, how=how), dynamic=False)
+    return Exported(module, replace(recording.graph, nodes=nodes, leaves=named, mode=mode), dynamic=False)
 
 
 def difference(one: Recording, other: Recording) -> str | None:
-    """What a recording of one run lacks of another; ``None`` if it stands for both."""
+    """How a recording differs from another; ``None`` if it is valid for both."""
 
     def calls(graph: Graph) -> list[list[Any]]:
         plain = [
@@ -68,7 +69,7 @@ def difference(one: Recording, other: Recording) -> str | None:
 
 
 def _tensors(model: nn.Module, recording: Recording) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The leaves that are read by a name of their own, and their tensors."""
+    """The leaves with the names by which they are read, and their tensors."""
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     read = {value for node in recording.graph.nodes for value in node.inputs()} | set(recording.graph.outputs)
     leaves: dict[str, Any] = {}
@@ -82,7 +83,7 @@ def _tensors(model: nn.Module, recording: Recording) -> tuple[dict[str, Any], di
 
 
 def _inputs(graph: fx.Graph, model: nn.Module, dummy_input: Any) -> list[fx.Node]:
-    """Placeholders named as ``forward`` names them, and the tensors in them in the order of the recording."""
+    """Placeholders named like ``forward``'s parameters, and the tensors in them in the order of the recording."""
     args, kwargs = arguments(dummy_input)
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs).arguments
@@ -99,7 +100,7 @@ def _inputs(graph: fx.Graph, model: nn.Module, dummy_input: Any) -> list[fx.Node
                     visit(graph.call_function(operator.getitem, (node, key)), part)
         elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(given)):
             raise EmitterError(
-                f"a recording takes its tensors in lists, tuples and dicts, not in a {type(given).__name__}\n"
+                f"a recording takes tensors in lists, tuples and dicts, not in a {type(given).__name__}\n"
                 "  effect  no graph can be emitted"
             )
 
@@ -121,7 +122,7 @@ def _inputs(graph: fx.Graph, model: nn.Module, dummy_input: Any) -> list[fx.Node
 
 def _put(graph: fx.Graph, node: Node, made: dict[Value, fx.Node]) -> Node:
     """Add a call to the graph; the node with the call as its origin."""
-    if node.op is write_through:  # it shares memory with what was written to
+    if node.op is write_through:  # it shares memory with the tensor that was written to
         (alias, _), (after,) = node.args, node.outputs
         assert after is not None
         made[after] = made[alias]
@@ -129,7 +130,7 @@ def _put(graph: fx.Graph, node: Node, made: dict[Value, fx.Node]) -> Node:
     returns = [str(value.type) for value in node.op._schema.returns] if hasattr(node.op, "_schema") else ["no tensor"]
     if any(kind != "Tensor" for kind in returns) and returns != ["List[Tensor]"]:
         raise EmitterError(
-            f"a recording cannot hold {node}: it takes or gives more than tensors and numbers\n"
+            f"a recording cannot hold {node}: its arguments or results are not only tensors and numbers\n"
             "  effect  no graph can be emitted"
         )
     args, kwargs = tree_map_only(Value, made.__getitem__, (node.args, dict(node.kwargs)))

@@ -1,8 +1,8 @@
-"""What a call gives where tensors have shapes only, for the operators that are most of a network.
+"""Compute the result shapes of common operators directly when tensors have no data.
 
-The kernels that torch has for tensors without data are written in Python for many operators, and take longer than
-writing the call down: a linear layer 0.2 ms, attention 1 ms. Here are the plain cases, of one real dtype; whatever else
-there is, wrong arguments included, is torch's own to say.
+Many of torch's kernels for tensors without data are written in Python and take longer than recording the call: a linear
+layer 0.2 ms, attention 1 ms. Here are the plain cases, of one real dtype; everything else, including wrong arguments,
+is left to torch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Shape = Sequence[int]
 def result_of(
     op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], fake: FakeTensorMode | None = None
 ) -> Tensor | None:
-    """An empty tensor of the right shape and dtype, contiguous, because that can be viewed under every shape.
+    """An empty tensor of the right shape and dtype, contiguous, because that can be viewed in every shape.
 
-    ``None`` if the call is none of the plain ones.
+    ``None`` if the call is none of the plain cases.
 
     Args:
-        fake: Of which mode it is to be, if of any.
+        fake: The fake tensor mode of the result, if any.
     """
     of = _SHAPES.get(op)
     if of is None or not args:
@@ -46,11 +46,11 @@ def result_of(
 
 
 class Remembered:
-    """What calls without data gave, so that an equal one need not be made again: blocks repeat, and so do runs.
+    """A cache of results of calls without data: blocks repeat, and so do runs.
 
-    Only of torch's own operators that write to nothing and give tensors of their own, which follow from the arguments.
-    Fake tensors that are views come with memory of their own, too: torch takes half a millisecond for a view of those,
-    and no call tells the difference.
+    It holds only torch's own operators that write to nothing and return new tensors, which follow from the arguments.
+    Views of fake tensors get their own memory too: torch takes half a millisecond for such a view, and no call can see
+    the difference.
     """
 
     def __init__(self) -> None:
@@ -59,10 +59,10 @@ class Remembered:
     def call(
         self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], fake: FakeTensorMode | None = None
     ) -> Any:
-        """What the call gives, made or remembered.
+        """The result of the call, computed or from the cache.
 
         Args:
-            fake: The mode that is on, if fake tensors are given, and none on ``meta``.
+            fake: The active mode if the arguments are fake tensors; ``None`` on ``meta``.
         """
         if not _is_pure(op, fake is not None):
             return op(*args, **kwargs)
@@ -73,7 +73,7 @@ class Remembered:
                 of = fake is not None
                 key = op, of, torch.get_default_dtype(), _signature(args, fake), _signature(kwargs, fake)
                 made = self._given.get(key)
-            except TypeError:  # something that is no plain argument
+            except TypeError:  # not a plain argument
                 pass
             if made is not None:
                 kind, of_each = made
@@ -104,7 +104,7 @@ def _empty(
 
 
 def _is_plain(t: Tensor, fake: FakeTensorMode | None) -> bool:
-    """Whether a tensor is known by its shape: it has no data, none that a mode knows either, and real numbers."""
+    """Whether a tensor is determined by its shape: a real dtype and no data, not even a constant known to the mode."""
     if t.is_complex():
         return False
     if fake is None:
@@ -113,15 +113,15 @@ def _is_plain(t: Tensor, fake: FakeTensorMode | None) -> bool:
 
 
 _MANY = 10_000
-"""Calls that are remembered: several times the different ones of the largest models."""
+"""Most cached calls: several times the distinct calls of the largest models."""
 
 
 @cache
 def _is_pure(op: Any, views: bool) -> bool:
-    """Whether an operator may give tensors that are new, and nothing else; composite ones do not always say.
+    """Whether an operator only returns new tensors, by its schema; those of composite ones are not always right.
 
     Args:
-        views: Or that are views of what it is given.
+        views: Also allow views of its arguments.
     """
     if not isinstance(op, OpOverload) or op.namespace != "aten":
         return False
@@ -140,16 +140,16 @@ def _tensors_in(x: Any) -> list[Tensor]:
 
 
 def _are_apart(tensors: list[Tensor], first: int) -> bool:
-    """Whether the first tensors share memory with no other one."""
+    """Whether the first tensors share no memory with any other."""
     storages = [t.untyped_storage() for t in tensors]  # held, or an id may stand for two
     places = [*map(id, storages)]
     return len({*places[:first]}) == first and not {*places[:first]} & {*places[first:]}
 
 
 def _are_views(tensors: list[Tensor], given: list[Tensor]) -> bool:
-    """Whether tensors lie at the beginning of their memory, and none of them is what was given itself.
+    """Whether tensors start at the beginning of their storage, and none of them is an argument itself.
 
-    A view of what is no inference tensor is none either, and torch minds.
+    A view of a tensor that is not an inference tensor is not one either, which torch checks.
     """
     known = set(map(id, given))
     return all(t.is_inference() for t in given) and all(
@@ -158,10 +158,10 @@ def _are_views(tensors: list[Tensor], given: list[Tensor]) -> bool:
 
 
 def _signature(x: Any, fake: FakeTensorMode | None) -> Hashable:
-    """By what arguments are known as far as the shapes of results follow from them.
+    """The key of arguments in the cache: all that the shapes of results depend on.
 
     Raises:
-        TypeError: It is nothing that operators take, or a tensor that has data or is none of the plain ones.
+        TypeError: Operators take no such argument, or it is a tensor that has data or is not plain.
     """
     if isinstance(x, Tensor):
         if not _is_plain(x, fake):
@@ -294,7 +294,7 @@ _KEEP = (
     aten.leaky_relu.default,
     aten.contiguous.default,
 )
-"""Calls that give the shape of their first argument, whatever the others are."""
+"""Calls whose result has the shape of their first argument, whatever the others are."""
 
 _SHAPES: dict[Any, Callable[..., Shape | None]] = {
     **dict.fromkeys(_KEEP, _first),

@@ -1,10 +1,10 @@
-"""A model is left as it was found, whatever its forward does.
+"""Restore a model after a run, whatever its forward does.
 
-Two kinds of things are told apart. What belongs to the model (attributes of its modules, the objects and containers
-that they hold, tensors, the example input) is put back in full. What its code keeps elsewhere (globals, classes,
-closures, caches of functions) is put back where it holds a tensor by then: while a model is analyzed, tensors may have
-no data, another dtype, or no place in a training step. Where such things are is learned from the frames of a recorded
-run, and remembered for runs that nobody watches, such as those of ``torch.export``.
+There are two cases. What belongs to the model (attributes of its modules, the objects and containers that they hold,
+tensors, the example input) is restored completely. What its code keeps elsewhere (globals, classes, closures, caches of
+functions) is restored if it holds a tensor afterwards: while a model is analyzed, tensors may have no data or a
+different dtype, and must not reach a training step. Where such things are is learned from the frames of a recorded run,
+and remembered for runs that are not recorded, such as those of ``torch.export``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import _lru_cache_wrapper, cache, partial
+from functools import _lru_cache_wrapper, partial
 from os import sep
 from pathlib import Path
 from types import CellType, FrameType, FunctionType, MethodType, SimpleNamespace
@@ -31,15 +31,10 @@ from torch import Tensor, nn
 from oto._torch import FakeTensor, tree_leaves
 from oto.errors import LeftBehindWarning, some
 from oto.trace.inputs import Example
+from oto.user_code import is_foreign
 
 _TORCH = f"{Path(torch.__file__).parent}{sep}"
 _HERE = f"{Path(__file__).parent.parent}{sep}"
-
-
-@cache
-def is_foreign(filename: str) -> bool:
-    """Whether a source file belongs neither to torch nor to this package."""
-    return not filename.startswith((_TORCH, _HERE, "<"))
 
 
 # where the code of a class was seen to run: for each namespace, what in it can hold a table
@@ -47,23 +42,23 @@ _HOLDERS: weakref.WeakKeyDictionary[type[Any], dict[int, list[Any]]] = weakref.W
 # classes whose forward was seen to write to parameters
 _WRITERS: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
-# how often a cache of results was emptied here: then its counts start anew, and may come to the same
+# how often a cache of results was cleared here: its counters then restart, and may reach the same numbers
 _FORGOT: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 _LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
-_LARGE = 10_000  # a container of more entries is data
-_NESTED = 500  # how deep modules are in one another, of those that are in no circle
-_DEEP = 5  # how many steps away a thing may be from a module or a namespace
+_LARGE = 10_000  # a container of more entries counts as data
+_NESTED = 500  # deeper nesting of modules is taken for a cycle
+_DEEP = 5  # most steps from a module or a namespace to an object
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model, one that is held twice by both paths; in a tenth of the time of its generators."""
+    """The modules of a model by all of their paths; in a tenth of the time of ``named_modules``."""
     found: dict[str, nn.Module] = {}
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, module = stack.pop()
         if path.count(".") > _NESTED:
-            raise RecursionError(f"a {type(module).__name__} is in itself")
+            raise RecursionError(f"a {type(module).__name__} contains itself")
         found[path] = module
         inner = [(f"{path}.{name}" if path else name, m) for name, m in module._modules.items() if m is not None]
         stack += reversed(inner)
@@ -71,7 +66,7 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model, each once, in their order."""
+    """The modules of a model, each once, in order."""
     found: dict[int, nn.Module] = {}
     stack = [model]
     while stack:
@@ -83,7 +78,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def tensors_by_path(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The parameters of modules, then the buffers; one that is held twice by both paths."""
+    """The parameters of modules, then the buffers, by all of their paths."""
     return {
         f"{path}.{name}" if path else name: tensor
         for registered in ("_parameters", "_buffers")
@@ -95,11 +90,11 @@ def tensors_by_path(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 @contextmanager
 def preserved(model: nn.Module, given: Any = None, found: Snapshot | None = None) -> Iterator[Snapshot]:
-    """Eval mode inside, and forwards as the classes have them. Afterwards the model and ``given`` are as they were, and
-    so is the state of torch.
+    """While inside, the model is in eval mode and forwards are those of the classes. Afterwards the model, ``given``
+    and the state of torch are restored.
 
     Args:
-        found: What they hold, if somebody has looked already and nothing has changed since.
+        found: A snapshot of them, if there is one and nothing has changed since.
     """
     found = Snapshot(model, given) if found is None else found
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -126,11 +121,11 @@ def preserved(model: nn.Module, given: Any = None, found: Snapshot | None = None
 
 
 def _see_through(modules: Iterable[nn.Module]) -> None:
-    """Let modules run as their classes have it, where something was wrapped around that.
+    """Remove wrappers around the forwards of modules.
 
     Trainers leave ``module.forward = wrapper(module.forward)`` behind: autocast, casts of the outputs, a compiler. Each
-    layer says with ``__wrapped__`` what it is around. What takes the place of a forward, and names none, stays. Where
-    parameters are on several devices everything does, for then wrappers carry tensors from one to the other.
+    wrapper names the function inside with ``__wrapped__``. A replaced forward that names none stays. If parameters are
+    on several devices all of them stay, as wrappers then move tensors between devices.
     """
     for module in modules:
         vars(module).pop("_compiled_call_impl", None)  # of ``module.compile()``
@@ -142,14 +137,14 @@ def _see_through(modules: Iterable[nn.Module]) -> None:
             forward, steps = getattr(forward, "__wrapped__", None), steps + 1
 
 
-_LAYERS = 100  # of wrappers; more would be a circle
+_LAYERS = 100  # of wrappers; more would be a cycle
 
 
 class Snapshot:
-    """What a model and the surroundings of its code hold, and how they get it back.
+    """What a model and the surroundings of its code hold, to be restored after a run.
 
     Attributes:
-        made: The tensors that were made meanwhile, weakly.
+        made: Weak references to the tensors that were made in between.
     """
 
     def __init__(self, model: nn.Module, given: Any = None) -> None:
@@ -161,7 +156,7 @@ class Snapshot:
         self._empty: list[Any] = []
         modules = modules_by_path(model)
         kinds = {type(module) for module in modules.values()}
-        # kernels write to buffers without saying so
+        # kernels write to buffers without declaring it
         tensors = {id(t): t for t in tensors_by_path(modules).values()}
         mine = [t for t in tensors.values() if not isinstance(t, _LAZY)]
         written = [t for t in mine if not isinstance(t, nn.Parameter) or kinds & set(_WRITERS)]
@@ -193,8 +188,9 @@ class Snapshot:
 
     @contextmanager
     def making_anew(self) -> Iterator[None]:
-        """Functions that keep tensors run as if they kept none: the calls that make such a table are to be seen. What
-        they keep stays, for it may be drawn, or learnt, and no second call would give it."""
+        """While inside, functions that cache tensors run as if their caches were empty, so that the calls that make
+        such a table are seen. The caches themselves stay: what they hold may be random or learned, and no second call
+        would give the same."""
         put: list[tuple[Any, str, Any]] = []
         for holder, _ in self._code.values():
             full = isinstance(holder, _lru_cache_wrapper) and holder.cache_info().currsize and _keeps_tensors(holder)
@@ -208,7 +204,7 @@ class Snapshot:
                 setattr(place, name, held)
 
     def look(self, frame: FrameType | None) -> None:
-        """Remember what the namespaces of running code hold, from a frame outwards to the one that runs the model."""
+        """Add what the namespaces of running code hold, from a frame outwards to the one that runs the model."""
         while frame is not None:
             space = frame.f_globals
             if id(space) not in self._namespaces:
@@ -223,7 +219,7 @@ class Snapshot:
             frame = frame.f_back
 
     def spare(self, written: Iterable[Any]) -> None:
-        """Copy a tensor of the model before a call writes to it, by that or another name."""
+        """Copy a tensor of the model before a call writes to it, directly or through an alias."""
         for tensor in tree_leaves(written):
             if isinstance(tensor, Tensor) and not tensor.is_meta:
                 mine = self._storages.get(_storage(tensor))
@@ -231,11 +227,11 @@ class Snapshot:
                     self._spared[id(mine)] = mine, mine.detach().clone()
 
     def writes_parameters(self) -> None:
-        """Remember that they have to be copied before another run."""
+        """Remember that the parameters have to be copied before another run."""
         _WRITERS.add(self._kind)
 
     def put_back(self) -> None:
-        """Bring everything back."""
+        """Restore everything."""
         with torch.inference_mode():
             for mine, spared in self._spared.values():
                 mine.copy_(spared)
@@ -258,10 +254,10 @@ class Snapshot:
             _restore(holder, content, _no_tensor)
 
     def warn_of_what_is_left(self) -> None:
-        """Say which tensors without data are still somewhere."""
+        """Warn of tensors without data that are still held somewhere."""
         if not any(t() is not None for t in self.made):
             return
-        gc.collect()  # a cycle of objects may have held them
+        gc.collect()  # a reference cycle may have held them
         left = [t for ref in self.made if (t := ref()) is not None]
         if left:
             places = some(sorted({type(holder).__name__ for holder in gc.get_referrers(*left) if holder is not left}))
@@ -276,7 +272,7 @@ class Snapshot:
 
 
 def _storage(t: Tensor) -> int:
-    """Where a tensor's memory is; tensors without plain memory have a place of their own."""
+    """An id of a tensor's storage; a tensor without ordinary storage gets its own id."""
     if isinstance(t, FakeTensor):
         return id(t)
     try:
@@ -286,7 +282,7 @@ def _storage(t: Tensor) -> int:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or b.is_meta:  # to be refused takes a tenth of a millisecond
+    if a.is_meta or b.is_meta:  # the exception alone takes a tenth of a millisecond
         return a.is_meta == b.is_meta and a.shape == b.shape
     try:
         return a.is_set_to(b)
@@ -307,7 +303,7 @@ _LINKS = (tuple, frozenset, partial, MethodType, staticmethod, classmethod, Cell
 
 
 def _sort(kind: type[Any]) -> str:
-    """What to do with an instance of a class; what neither Python nor torch made may lead to a table."""
+    """How to treat instances of a class; those of classes of neither Python nor torch may lead to a table."""
     if issubclass(kind, Tensor):
         return "tensor"
     if issubclass(kind, _CODE):
@@ -325,11 +321,11 @@ def is_of_the_user(code: Any) -> bool:
 
 
 def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | None = None) -> list[Any]:
-    """Everything on the way from ``roots``, nearest first.
+    """Everything that can be reached from ``roots``, nearest first.
 
     Args:
-        stop: Things of these types are not entered on the way.
-        home: Functions and classes of another module are not entered on the way.
+        stop: Objects of these types are not entered.
+        home: Functions and classes of other Python modules than this one are not entered.
     """
     seen: set[int] = set()
     found: list[Any] = []
@@ -358,7 +354,7 @@ def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | Non
 
 
 def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """What modules hold besides parameters, buffers, modules and what leads nowhere: where, by which name, and what."""
+    """The attributes of modules besides parameters, buffers, modules and plain values: holder, name and value."""
     return [
         (own, name, value)
         for own in map(vars, modules_of(model))
@@ -369,24 +365,24 @@ def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     ]
 
 
-_NOTHING = frozenset({type(None), bool, int, float, str})  # what leads nowhere: most of what modules hold
+_NOTHING = frozenset({type(None), bool, int, float, str})  # plain values, which are most of what modules hold
 _ATOMS = _NOTHING | {type}
 _TABLES = frozenset({dict, OrderedDict})  # most are empty: the hooks of a module
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def surroundings(model: nn.Module) -> list[Any]:
-    """What the modules of a model lead to besides parameters, buffers and modules: containers, objects, functions and
+    """What the modules of a model refer to besides parameters, buffers and modules: containers, objects, functions and
     what these close over."""
     found = reached([value for *_, value in _attributes(model)], (nn.Module, *_CODE))
     return found + reached([x for x in found if isinstance(x, FunctionType)], nn.Module)
 
 
 def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
-    """The tensors that a model holds besides its parameters: buffers, attributes, what containers and closures hold.
+    """The tensors that a model holds besides its parameters: in buffers, attributes, containers and closures.
 
     Args:
-        also: What else may hold some, such as a cache that a forward is given, or gives.
+        also: Further objects that may hold some, such as a cache that a forward takes or returns.
     """
     buffers = (t for module in modules_of(model) for t in module._buffers.values())
     others = reached(also, (nn.Module, *_CODE))
@@ -395,13 +391,13 @@ def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
 
 @contextmanager
 def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor], deep: bool = True) -> Iterator[None]:
-    """While inside, containers, objects and closures of a model hold other tensors in place of some of its own.
+    """While inside, containers, objects and closures of a model hold stand-ins in place of some of its tensors.
 
-    A forward may read a parameter from a plain list or dict, such as the one it is tied to.
+    A forward may read a parameter from a plain list or dict, for example one that it is tied to.
 
     Args:
-        stand_ins: What stands for a tensor, by the id of that.
-        deep: Look into what modules lead to, and not only into their own lists and dicts.
+        stand_ins: The stand-in of each tensor, by the tensor's id.
+        deep: Search everything that modules refer to, not only their own lists and dicts.
     """
     places: list[tuple[Any, Any, Any]] = list(_attributes(model))
     for holder in surroundings(model) if deep else [value for *_, value in places]:
@@ -442,7 +438,7 @@ def _put(holder: Any, key: Any, value: Any) -> None:
 
 
 def _inside(x: Any) -> Iterable[Any]:
-    """What a thing leads to in one step; what a class of the user's own makes of it is not asked."""
+    """What an object refers to in one step, without calling code of the user's classes."""
     if isinstance(x, nn.Module):
         return (object.__getattribute__(x, "__dict__"),)
     if isinstance(x, CellType):
@@ -465,7 +461,7 @@ def _inside(x: Any) -> Iterable[Any]:
 
 
 def content_of(holder: Any) -> dict[Any, Any]:
-    """What a holder holds, by key, position or name."""
+    """What a container or object holds, by key, position or name."""
     if type(holder) is dict:
         return holder.copy()
     if isinstance(holder, dict):
@@ -485,12 +481,12 @@ def content_of(holder: Any) -> dict[Any, Any]:
 
 
 def _keeps_tensors(cache: Any) -> bool:
-    """Whether a cache of results keeps tensors, by what the garbage collector sees in it."""
+    """Whether a cache of results holds tensors, by its references in the garbage collector."""
     return any(isinstance(x, Tensor) for x in reached(gc.get_referents(cache), nn.Module))
 
 
 def _home(cache: Any) -> tuple[Any, str] | None:
-    """The module or class that holds a function by the name that it has; ``None``: it is elsewhere."""
+    """The Python module or class that holds a function under its name; ``None`` if none does."""
     *way, name = cache.__qualname__.split(".")
     place: Any = sys.modules.get(cache.__module__)
     for step in way:
@@ -499,13 +495,13 @@ def _home(cache: Any) -> tuple[Any, str] | None:
 
 
 def _forget(cache: Any) -> None:
-    """Empty a cache of results."""
+    """Clear a cache of results."""
     cache.cache_clear()
     _FORGOT[cache] = _FORGOT.get(cache, 0) + 1
 
 
 def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool]) -> None:
-    """Give a holder back what it held, if it holds something now that is not ``wanted`` there."""
+    """Restore what a container held, if it now holds something that is not ``wanted`` there."""
     now = holder if isinstance(holder, dict) else content_of(holder)
     same = len(now) == len(before) and all(map(operator.is_, dict.values(now), before.values()))
     if same and (not isinstance(holder, dict) or all(map(operator.is_, holder, before))):
@@ -515,7 +511,7 @@ def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool])
     changed = [key for key in now | before if now.get(key, gone) is not before.get(key, gone)]
     unwanted = {key for key in changed if key in now and not wanted(now[key])}
     if isinstance(holder, _lru_cache_wrapper):
-        _forget(holder)  # what it keeps cannot be put back one by one
+        _forget(holder)  # its entries cannot be restored one by one
     elif not unwanted and wanted(gone):
         return
     elif isinstance(holder, list | deque | set):
@@ -530,7 +526,7 @@ def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool])
         for key in unwanted:
             setattr(holder, key, before[key]) if key in before else delattr(holder, key)
     else:
-        kind = OrderedDict if isinstance(holder, OrderedDict) else dict  # a class of the user's own may forbid it
+        kind = OrderedDict if isinstance(holder, OrderedDict) else dict  # a subclass of the user's may forbid it
         for key in changed:
             if key not in before and key in unwanted:
                 kind.__delitem__(holder, key)

@@ -1,8 +1,8 @@
-"""What a model keeps between forwards besides the tensors that are known by name: caches, and what hooks collect.
+"""Undo what forwards leave in a model besides its named tensors: caches, and what hooks collect.
 
-A model is analyzed as it is then. What a later forward leaves in it (a table for the last size, activations with their
-history, a buffer that the first call registers) has the full size, and no slim model is to begin with it: while one is
-made, the model holds what it held when it was analyzed. A forward that fills a cache fills that of the slim model.
+What a forward after the analysis leaves in a model (a table for the last size, activations with their history, a buffer
+that the first call registers) has the full size, and no slim model should start with it: while one is made, the model
+holds what it held when it was analyzed. A forward of the slim model then fills its own cache.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from oto.trace.snapshot import content_of, is_of_the_user
 
-_DEEP = 5  # how far from its module a piece of state may be
-_LARGE = 1_000  # a container of more entries is data
-_APART = ("_parameters", "_modules", "training")  # of a module; no state of its own
+_DEEP = 5  # most steps from a module to a piece of its state
+_LARGE = 1_000  # a container of more entries counts as data
+_APART = ("_parameters", "_modules", "training")  # attributes of a module that are no state
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 _GONE = object()
-"""Nothing is held there."""
+"""Marks that nothing is held there."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Then:
-    """What a container held, and the containers among that."""
+    """What a container held, and the containers in it."""
 
     content: dict[Any, Any]
     inside: dict[Any, _Then]
@@ -39,7 +39,7 @@ _EMPTY = _Then({}, {})  # the hooks of a module, most of them
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What a container holds now, and held when the model was analyzed as far as that is state."""
+    """The state in a container: what it holds now, and what it held when the model was analyzed."""
 
     holder: Any
     now: dict[Any, Any]
@@ -47,30 +47,30 @@ class Change:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that it holds now."""
+        """The tensors that it holds now."""
         items = [item for value in self.now.values() for item in (value if isinstance(value, tuple) else (value,))]
         return [item for item in items if isinstance(item, Tensor)]
 
     @property
     def has_tensors(self) -> bool:
-        """Whether tensors came, or went that the analysis knows."""
+        """Whether tensors were added, or tensors that the analysis knows were removed."""
         differ = [key for key in self.now | self.then if self.now.get(key, _GONE) is not self.then.get(key, _GONE)]
         return any(_has_tensors(table.get(key)) for key in differ for table in (self.now, self.then))
 
 
-class State:
+class ModelState:
     """What the modules of a model held at one time; no tensor is copied."""
 
     def __init__(self, model: nn.Module) -> None:
         self._then = {path: _snapshot(vars(module)) for path, module in model.named_modules()}
 
     def changes(self, model: nn.Module, known: Collection[str]) -> list[Change]:
-        """The state that a forward has left since in ``model``, which is the same one or a copy.
+        """The state that forwards have left in ``model`` since; it is the same model or a copy.
 
-        A module in which tensors turned up is taken as a whole: numbers may say what they are for.
+        A module in which tensors appeared is undone as a whole: numbers in it may describe them.
 
         Args:
-            known: Names of tensors that the analysis knows. What these hold counts as it is now.
+            known: Names of tensors that the analysis knows; they keep their present values.
         """
         found: list[Change] = []
         named: dict[str, set[str]] = {}
@@ -87,7 +87,7 @@ class State:
 
 @contextmanager
 def undone(changes: Sequence[Change]) -> Iterator[None]:
-    """While inside, what has changed is as it was."""
+    """While inside, changes are undone."""
     for change in changes:
         _fill(change.holder, change.then)
     try:
@@ -98,9 +98,9 @@ def undone(changes: Sequence[Change]) -> Iterator[None]:
 
 
 def tables(model: nn.Module) -> list[Change]:
-    """For each container or object of the user's that holds tensors which are not the model's by name: it without them.
+    """For each container or object of the user's that holds unnamed tensors, the change that removes them.
 
-    Attributes are ``None`` then, tuples in modules too; a list that holds other things as well is left out.
+    Attributes become ``None``, and so do tuples in modules; a list that also holds other things is left out.
     """
     named = {id(t) for t in (*model.parameters(), *model.buffers())}
 
@@ -130,7 +130,7 @@ def tables(model: nn.Module) -> list[Change]:
 
 
 def _holder(x: Any) -> Any:
-    """The container that ``x`` is, or that holds the attributes of an object of the user's; ``None`` if it is none."""
+    """The container that ``x`` is, or that holds the attributes of an object of the user's; ``None`` otherwise."""
     if type(x) in _ATOMS:  # most of what modules hold
         return None
     if isinstance(x, dict | list | deque):
@@ -169,7 +169,7 @@ def _changes(then: _Then, holder: Any, known: Collection[str] = ()) -> Iterator[
 
 
 def _stays(old: Any, new: Any) -> bool:
-    """Whether an entry is no state, or has not changed: what is neither data nor holds any counts as it is now."""
+    """Whether an entry is unchanged or no state: what is neither data nor holds any keeps its present value."""
     if new is old:
         return True
     if isinstance(new, Tensor):
@@ -190,7 +190,7 @@ def _has_tensors(x: Any, deep: int = 0) -> bool:
 
 def _fill(holder: Any, content: dict[Any, Any]) -> None:
     if isinstance(holder, dict):
-        kind = OrderedDict if isinstance(holder, OrderedDict) else dict  # a class of the user's own may forbid it
+        kind = OrderedDict if isinstance(holder, OrderedDict) else dict  # a subclass of the user's may forbid it
         kind.clear(holder)
         kind.update(holder, content)
     else:

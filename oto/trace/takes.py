@@ -1,4 +1,4 @@
-"""What a traced graph takes: which arguments, of which sizes, and how that is told to who passes others."""
+"""The arguments and sizes that a traced graph takes, and the errors for any others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 
 class Stands(enum.Enum):
-    """What stands for something that is not kept."""
+    """Stand-ins for arguments that are not kept."""
 
     TENSOR = "a tensor"
     ANYTHING = "anything"
@@ -38,7 +38,7 @@ class Parameter:
 
     Attributes:
         kind: As in ``inspect.Parameter``, by name.
-        default: Its default where that is plain data.
+        default: Its default, if that is plain data.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Takes:
 
     Attributes:
         parameters: Those of the model's ``forward``, if they are known.
-        given: For each argument of the graph, in order, what it was traced with: a stand-in for each tensor.
+        given: For each argument of the graph, in order, what it was traced with, with a stand-in for each tensor.
         conditions: Comparisons of sizes that hold wherever the graph does: ``L['x'].size()[2] % 2 == 0``.
         free: For each tensor, by the name or the path of its argument, the dimensions that may have other sizes.
         sizes: For each tensor, the size of each dimension: a number, or an expression in the sizes that are free.
-        symbols: What each of these was on the example.
+        symbols: The free sizes on the example.
     """
 
     parameters: tuple[Parameter, ...]
@@ -68,7 +68,7 @@ class Takes:
     symbols: Mapping[str, int] = field(default_factory=dict)
 
     def signature(self) -> inspect.Signature:
-        """As ``forward`` shows it."""
+        """The signature of the model's ``forward``."""
         if not self.parameters:
             return inspect.Signature(
                 [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in self.given]
@@ -134,10 +134,10 @@ class Takes:
     def _refused(self, what: str, remedy: str) -> GraphInputError:
         return GraphInputError(
             f"{what}\n  made with  {some(self.given, 12)}\n"
-            "  effect     nothing was computed: a slim model that is a graph takes the arguments of the example given"
+            "  effect     nothing was computed: a slim model that is a graph takes the arguments of the example passed"
             " to OTO(...)\n"
-            f"  to fix     {remedy}, or give OTO(...) an example as you call the model; a slim model of the model's own"
-            " class takes whatever that takes"
+            f"  to fix     {remedy}, or pass OTO(...) an example as you call the model; a slim model of the model's own"
+            " class takes everything that the model takes"
         )
 
     def require(self, named: Mapping[str, Any], conditions: Sequence[tuple[str, Callable[..., Any]]]) -> None:
@@ -147,7 +147,7 @@ class Takes:
             GraphInputError: A condition fails.
         """
         seen = self._sources(named)
-        if is_tracing():  # sizes are tensors there, and conditions on them would be traced too
+        if is_tracing():  # sizes are tensors then, and conditions on them would be traced too
             seen = tree_map_only(Tensor, _Sized, seen)
         for text, holds in conditions:
             if not holds(seen):
@@ -159,12 +159,12 @@ class Takes:
         return GraphInputError(
             f"the graph does not hold for these sizes: it was made where {_shown(text)}\n"
             f"  sizes   {some(shapes)}\n  free    {some(free) or 'no dimension'}\n  effect  nothing was computed\n"
-            "  to fix  pass sizes of that kind, or give OTO(...) an example of the size that is needed; a slim model of"
-            " the model's own class takes what that takes"
+            "  to fix  pass sizes that fulfill this, or pass OTO(...) an example of the size that you need; a slim"
+            " model of the model's own class takes all sizes that the model takes"
         )
 
     def _sources(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """Where conditions look sizes up."""
+        """The arguments by name, in which conditions look up sizes."""
         seen = dict(named)
         for p in self.parameters:
             if p.kind == "VAR_POSITIONAL":
@@ -184,18 +184,18 @@ class Takes:
         vars(self).update(state)
 
     def holds(self, named: Mapping[str, Any]) -> bool:
-        """Whether the graph holds for the sizes of these arguments."""
+        """Whether the graph is valid for the sizes of these arguments."""
         seen = self._sources(named)
         return all(holds(seen) for _, holds in self.compiled)
 
     def other_sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[list[tuple[int, ...]]]:
-        """Two other shapes of each tensor among the arguments, smaller and larger, for which the graph holds.
+        """Two other shapes of each tensor among the arguments, smaller and larger, for which the graph is valid.
 
-        A leading dimension is tried at one and at one more, as a batch; others at a quarter, and at an eighth more,
-        or what comes next to that.
+        A leading dimension is tried at one and at one more, as a batch; others at a quarter and at an eighth more, or
+        at the nearest sizes that are valid.
 
         Returns:
-            For each of the two, the shapes of the tensors in the order of the leaves; fewer if nothing else is free.
+            For each of the two, the shapes of the tensors in the order of the leaves; fewer if nothing is free.
         """
         tensors = [leaf for leaf in tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, Tensor)]
         if len(tensors) != len(self.sizes):
@@ -212,7 +212,13 @@ class Takes:
                 if first:
                     tries = (n + 1, n + 2) if larger else (1,)
                 else:
-                    up = n + n // 8, n + n // 4, n + n // 2, 2 * n, n + 1  # hardly larger: it is run, and in float64
+                    up = (
+                        n + n // 8,
+                        n + n // 4,
+                        n + n // 2,
+                        2 * n,
+                        n + 1,
+                    )  # only a little larger: it is run, also in float64
                     tries = up if larger else (n // 4, n // 2, 3 * n // 4, n - 1)
                 for together in (names, *([name] for name in names if len(names) > 1)):
                     if all(now[name] == n for name in together):
@@ -238,16 +244,16 @@ class Takes:
             NameError,
             ZeroDivisionError,
             GraphInputError,
-        ):  # negative sizes, functions of no name here
+        ):  # negative sizes, or functions unknown here
             return False
 
 
 class _Sized:
-    """Stands for a tensor whose sizes are looked up while TorchScript traces: they are those of the example."""
+    """Stands for a tensor while TorchScript traces: its sizes are those of the example."""
 
     def __init__(self, x: Tensor) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a number is taken out of the trace
+            warnings.simplefilter("ignore")  # torch warns that a number leaves the trace
             self._shape = tuple(map(int, x.shape))
 
     def size(self) -> tuple[int, ...]:
@@ -255,13 +261,13 @@ class _Sized:
 
 
 def compiled(text: str) -> Callable[..., Any]:
-    """A condition as a function of the arguments that it names ``L``."""
+    """A condition as a function of the arguments, which it calls ``L``."""
     made: Callable[..., Any] = eval(f"lambda L: ({text})", {"__builtins__": {}, **SIZE_FUNCTIONS})
     return made
 
 
 def _shown(text: str) -> str:
-    """A condition as one would write it."""
+    """A condition in readable form."""
     return ast.unparse(ast.parse(re.sub(r"L\['(\w+)'\]", r"\1", text), mode="eval"))
 
 
@@ -294,7 +300,7 @@ def _kind(value: Any) -> str:
 
 
 def traced(tree: Any) -> Any:
-    """An argument as it is kept to compare others with."""
+    """An argument in the form in which later ones are compared with it."""
     if isinstance(tree, Tensor):
         return Stands.TENSOR
     if tree is None or isinstance(tree, _PLAIN):

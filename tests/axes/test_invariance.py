@@ -303,7 +303,7 @@ def test_what_a_zero_breaks_is_found_as_if_it_were_followed_alone(model, monkeyp
 
     def alone(steps, place):
         facts = {place: 0.0}
-        invariance._follow(steps, facts, onwards=True)
+        invariance.follow(steps, facts, onwards=True)
         return any(fact is not None and fact != fact for fact in facts.values())
 
     def compared(steps, places):

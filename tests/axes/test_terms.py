@@ -21,7 +21,7 @@ from oto.axes.terms import (
     fix,
     free,
     resolve,
-    size,
+    size_of,
     split,
     survivors,
     unify,
@@ -111,7 +111,7 @@ def test_every_relation_holds_for_every_choice(story, seed):
     kept = choose(terms, seed)
     for term in terms:
         alive = survivors(term, kept)
-        assert len(alive) == size(term)
+        assert len(alive) == size_of(term)
         assert count(resolve(term), {a: int(v.sum()) for a, v in kept.items()}) == alive.sum()
     for relation in relations:
         assert relation(kept)
@@ -134,7 +134,7 @@ def test_fused_qkv_ties_the_three_parts():
     q, k, v = axis(8), axis(8), axis(8)
     three, inner = split(concat([q, k, v]), [3, 8], WHY)
     assert resolve(q) == resolve(k) == resolve(v) == resolve(inner)
-    assert size(three) == 3 and not free(resolve(three))
+    assert size_of(three) == 3 and not free(resolve(three))
 
 
 def test_split_cannot_cross_a_segment():
@@ -168,8 +168,8 @@ def test_sum_inside_a_product():
 def test_cutting_a_product_between_its_rows():
     a, k = axis(4), axis(3)
     x, y = cut(a + k, [3, 9], WHY)
-    assert size(x) == 3 and x == resolve(k)  # the first row of k, entry 0 of a
-    assert size(y) == 9
+    assert size_of(x) == 3 and x == resolve(k)  # the first row of k, entry 0 of a
+    assert size_of(y) == 9
 
 
 def test_an_axis_is_never_a_part_of_itself():

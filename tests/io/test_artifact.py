@@ -516,7 +516,7 @@ def test_what_no_reader_would_take_is_not_put_in_place(tmp_path: Path) -> None:
     with writing(tmp_path / "out") as draft:
         draft.commit({"notes": ["as it was"]})
     with (
-        pytest.raises(ArtifactError, match=r"no reader takes[^$]*effect  nothing was saved"),
+        pytest.raises(ArtifactError, match=r"no reader accepts[^$]*effect  nothing was saved"),
         writing(tmp_path / "out") as draft,
     ):
         draft.commit({"edits": {"attributes": {"a": {"no_such_size": 3}}}})

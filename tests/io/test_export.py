@@ -145,7 +145,7 @@ def test_without_a_compiler_it_says_so(slim: Any, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("how", "name", "said"),
-    [("tflite", "a", "use 'onnx', 'pt2', 'aoti'"), ("aoti", "slim.so", r"let it end in \.pt2")],
+    [("tflite", "a", "use 'onnx', 'pt2', 'aoti'"), ("aoti", "slim.so", r"use a name that ends in \.pt2")],
 )
 def test_ways_and_names_that_are_none(slim: Any, how: str, name: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(EmitterError, match=said):

@@ -479,7 +479,7 @@ ON_THE_WAY_IN = {
 PARTLY = {
     "io/artifact.py": {"reading", "_require_whole", "_start", "_read_tensors"},
     "io/subnet.py": {"load_subnet", "rebuild", "_require_same", "_require_thinner"},
-    "slim/edits.py": {"thin_copy", "edited", "attribute", "module_at", "_swapped", "_set_sizes"},
+    "slim/edits.py": {"slim_copy", "edited", "attribute", "module_at", "_swapped", "_set_sizes"},
 }
 
 

@@ -297,7 +297,7 @@ def test_a_class_that_a_hub_reads_by_its_keywords(tmp_path):
             self.whole, self.pruned = Net(), Net()
 
         def forward(self, x):
-            return self.whole(x) + self.prune(x)
+            return self.whole(x) + self.pruned(x)
 
     oto = OTO(Two(), torch.randn(1, 3), skip_patterns=["whole.*"])
     oto.random_set_zero_groups(0.3)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from oto import OTO, load_subnet
 from oto.errors import ClassChangedError, UnseenPathError
-from oto.nn import OverriddenForward, told
+from oto.nn import OverriddenForward, overridden
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
 
@@ -93,14 +93,14 @@ def test_another_way_to_the_same_line_is_refused():
     x = data(6, 5)
     assert agree(full, slim, x)
     with pytest.raises(
-        UnseenPathError, match=r"view is called on a way that was not seen:\n.*rows\(h\)(.*\n)+.*to fix"
+        UnseenPathError, match=r"view is called on a path that was not seen:\n.*rows\(h\)(.*\n)+.*to fix"
     ):
         slim(x, twice=True)
     with pytest.raises(UnseenPathError, match=r"view is given a tensor of shape \(6, 12\), and not one with {-1: 6}"):
         slim(x, whole=True)
     with pytest.raises(UnseenPathError, match=r"view states \[4\] in the places \[1\], and not \[12\]"):
         slim(x, n=4)
-    with pytest.raises(Exception, match=r"called on a way that was not seen"):
+    with pytest.raises(Exception, match=r"called on a path that was not seen"):
         torch.compile(slim, backend="eager", fullgraph=True)(x, twice=True)
 
 
@@ -282,8 +282,8 @@ def test_code_that_has_changed_is_refused(tmp_path, monkeypatch):
     oto.random_set_zero_groups(0.5)
     oto.construct_subnet(tmp_path)
     assert relative_error(run(model, x), run(load_subnet(tmp_path, lambda: TwoPaths().double()), x)) <= EXACT
-    lines = frozenset(line for line in told._source(__name__) if ".view(-1, 12)" not in line)
-    monkeypatch.setattr(told, "_source", lambda name: lines if name == __name__ else frozenset())
+    lines = frozenset(line for line in overridden._source(__name__) if ".view(-1, 12)" not in line)
+    monkeypatch.setattr(overridden, "_source", lambda name: lines if name == __name__ else frozenset())
     with pytest.raises(ClassChangedError, match=r"has changed since TwoPaths was made slim") as raised:
         load_subnet(tmp_path, lambda: TwoPaths().double())
     assert "to fix" in str(raised.value)

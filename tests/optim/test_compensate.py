@@ -350,7 +350,7 @@ def test_what_cannot_take_over_is_told_with_its_reason():
     model = OverriddenForward()
     oto = OTO(model, torch.randint(20, (2, 5)), prune_frozen=True)
     found = readers(oto.partition, oto.node_groups)
-    why = {name: " ".join(reasons) for name, reasons in found.told.items()}
+    why = {name: " ".join(reasons) for name, reasons in found.reasons.items()}
     told = " ".join(why.values())
     assert "it sums over the entries without a weight" in told  # LayerNorm over what `up` gives
     assert "reads it too, in another way" in told  # the table of embeddings

@@ -14,7 +14,7 @@ from torch import nn
 
 from oto import OTO, load_subnet
 from oto.errors import NotPrunedWarning, OTOError, ShrinkError, UnknownParameterError
-from oto.groups import thinner
+from oto.groups import pruned_groups
 from oto.optim import Choice
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
@@ -327,7 +327,7 @@ def test_optimizers_of_something_else_are_refused():
     one, two = Run(resnet, IMAGES, SGD).until(START + STEPS), Run(resnet, IMAGES, SGD).until(START + STEPS)
     with pytest.raises(ShrinkError, match="not over the parameters of this Sequential"):
         one.oto.shrink(two.optimizer)
-    with pytest.raises(ShrinkError, match="SGD is none, and wraps none"):
+    with pytest.raises(ShrinkError, match="SGD is not one, and wraps none"):
         one.oto.shrink(torch.optim.SGD(one.model.parameters(), 0.1))
     with pytest.raises(ShrinkError, match="there is no optimizer"):
         OTO(resnet().double(), data(IMAGES)).shrink()
@@ -405,7 +405,7 @@ def test_groups_lie_where_the_analysis_of_the_slim_model_finds_them(name):
     found = OTO(make().double(), data(shape))
     found.random_set_zero_groups(0.4)
     subnet = found.construct_subnet(emitter="module")
-    groups = [g for g in thinner(found.partition, found.node_groups, subnet.kept) if g.prunable and g.size > 1]
+    groups = [g for g in pruned_groups(found.partition, found.node_groups, subnet.kept) if g.prunable and g.size > 1]
     made = parts(groups, OTO(subnet.model, data(shape)).node_groups)
     assert made.keys() == {g.name for g in groups}
     parameters = dict(subnet.model.named_parameters())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oto._torch import tree_leaves, tree_map_only
 from oto.axes.call import Fact, Size, Uniform
-from oto.axes.invariance import Place, _follow, _Visit, _visits
+from oto.axes.invariance import Place, Visit, follow, visits_of
 from oto.axes.propagate import Propagation, propagate
 from oto.axes.terms import Axis, count, resolve, size_of, survivors
 from oto.trace.graph import Graph, GraphBuilder, Key, Leaf, Value
@@ -51,11 +51,11 @@ class Traced:
     found: Propagation
     tensors: dict[Value, Tensor]
     values: bool = True  # whether the numbers of the result mean anything
-    visits: dict[Axis, list[_Visit]] = field(init=False)
+    visits: dict[Axis, list[Visit]] = field(init=False)
     carried: list[list[tuple[Axis, ...]]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.visits, self.carried = _visits(self.found)
+        self.visits, self.carried = visits_of(self.found)
 
     @property
     def axes(self) -> list[Axis]:
@@ -216,7 +216,7 @@ def _check_one(traced: Traced, masks: Masks, hypothesis: Mapping[tuple[Axis, Pla
     exact = True
     for axis in masks:
         known[axis] = {place: fact for (a, place), fact in hypothesis.items() if a is axis}
-        exact &= _follow(traced.visits.get(axis, ()), known[axis]) is None
+        exact &= follow(traced.visits.get(axis, ()), known[axis]) is None
     tensors = {value: tensor.clone() for value, tensor in traced.tensors.items()}
     for axis, mask in masks.items():
         for leaf, dim, place in traced.places(axis):

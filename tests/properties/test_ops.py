@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from oto._torch import HigherOrderOperator
-from oto.axes.invariance import _follow, _visits
+from oto.axes.invariance import follow, visits_of
 from oto.axes.propagate import propagate
 from oto.axes.registry import FIXED, NAMED, RULES, find, is_fixed, known
 from oto.axes.terms import axes_of, survivors
@@ -206,10 +206,10 @@ def test_what_is_written_through_a_view_is_seen(how: Any) -> None:
     """What is claimed of a tensor after a write into a view of it holds when the model is run."""
     model, one = Writes(how), torch.ones((), dtype=torch.float64)
     graph = record(model, one, known)
-    free = graph.__class__(graph.nodes, graph.leaves, graph.inputs, (), graph.how)
+    free = graph.__class__(graph.nodes, graph.leaves, graph.inputs, (), graph.mode)
     found = propagate(free, strict=True)
     assert any(node.op is write_through for node in graph.nodes)
-    visits, carried = _visits(found)
+    visits, carried = visits_of(found)
     out = found.operands[graph.outputs[0]]
     claimed = 0
     for leaf_names in (["a"], ["b"], ["a", "b"]):
@@ -221,7 +221,7 @@ def test_what_is_written_through_a_view_is_seen(how: Any) -> None:
                 for d, axes in enumerate(carried[found.operands[v.value].index])
                 if axis in axes
             }
-            _follow(visits.get(axis, ()), zeros)
+            follow(visits.get(axis, ()), zeros)
             gone = {axis: torch.arange(axis.size).numpy() > 0}
             run = Writes(how)
             with torch.no_grad():
@@ -255,12 +255,12 @@ def test_zero_times_infinity_is_not_zero() -> None:
             return self.linear(one / self.scale)
 
     found = propagate(record(Divides(), torch.ones(1, 1), known), strict=True)
-    visits, carried = _visits(found)
+    visits, carried = visits_of(found)
     index = {leaf.name: found.operands[leaf.value].index for leaf in found.graph.leaves}
     (axis,) = carried[index["scale"]][0]
-    assert _follow(visits[axis], {(index["linear.weight"], 1): 0.0}) is None
+    assert follow(visits[axis], {(index["linear.weight"], 1): 0.0}) is None
     facts = {(index["linear.weight"], 1): 0.0, (index["scale"], 0): 0.0}
-    assert _follow(visits[axis], facts) is not None
+    assert follow(visits[axis], facts) is not None
     assert any(fact is not None and fact != fact for fact in facts.values())
 
 

@@ -279,7 +279,7 @@ def test_a_mistake_behind_a_constant_output_is_found(monkeypatch):
     def shuffled(*given: object) -> dict[str, Tensor]:
         return {name: t.flip(0) if name == "up.weight" else t for name, t in pruned(*given).items()}
 
-    monkeypatch.setattr(emitters, "thin_tensors", shuffled)
+    monkeypatch.setattr(emitters, "pruned_tensors", shuffled)
     with pytest.raises(EmitterError, match="cannot be thinned as its own class: VerificationError"):
         zeroed(Headed()).construct_subnet(emitter="module")
 

@@ -152,7 +152,7 @@ def test_an_encoder_of_the_users_own_is_told():
 
     full = Net(Own(layer(), 1))
     subnet = slim_of(full, torch.randn(3, LENGTH, 5), None, PADDING)
-    assert any("fast paths let the full model give something else" in note for note in subnet.notes)
+    assert any("fast paths make the full model give something else" in note for note in subnet.notes)
     with torch.inference_mode():
         subnet.model(torch.randn(3, LENGTH, 5), None, PADDING)
 

@@ -15,7 +15,7 @@ from oto.errors import NotItsClassWarning
 from oto.nn import OverriddenForward
 from oto.slim.own_class import search, traced, workbench
 from oto.slim.own_class.adaptation import Adaptation
-from oto.slim.own_class.attributes import Place
+from oto.slim.own_class.attributes import AttributePlace
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
 
@@ -477,7 +477,7 @@ def test_a_model_that_looks_at_values_is_followed_on_the_path_of_the_full_one():
 
     torch.manual_seed(0)
     model, subnet, oto = slimmed(Routed(), torch.randn(8, 6))
-    assert oto.partition.found.graph.how == "real" and "into.weight" in sizes(oto)
+    assert oto.partition.found.graph.mode == "real" and "into.weight" in sizes(oto)
     x = torch.randn(20, 6, dtype=torch.float64)
     assert relative_error(run(model, x), run(subnet.model, x)) <= EXACT
 
@@ -611,7 +611,7 @@ def test_the_class_is_asked_again_at_the_counts_that_come(caplog):
 
 def test_a_graph_in_place_of_the_class_warns_with_the_way_out(recwarn):
     x = torch.randn(2, 6, dtype=torch.float64)
-    model = Lucky(states=False, ways=2).double().eval()  # so that one more does not do either
+    model = Lucky(states=False, ways=2).double().eval()  # so that one more fails too
     oto = OTO(model, x)
     zeroed(oto, {"up.weight": 37})
     with pytest.warns(NotItsClassWarning, match=r"(?s)no Lucky: .*test_own_class.py:\d+.*to fix .*skip_patterns"):
@@ -722,12 +722,12 @@ def test_integers_remember_the_attributes_that_they_were_made_of():
             self.width, self.heads, self.sizes = 12, 4, [3, 9]
 
     holder = Holder()
-    width, heads, sizes = Place("", ("width",)), Place("", ("heads",)), holder.sizes
+    width, heads, sizes = AttributePlace("", ("width",)), AttributePlace("", ("heads",)), holder.sizes
     with traced.traced(holder, lambda module: False):
         each = holder.width // holder.heads
         assert (each, traced.places_of(each)) == (3, {width, heads}) and holder.width.direct and not each.direct
         assert traced.places_of(24 * holder.heads) == {heads} == traced.places_of(-holder.heads)
-        assert traced.places_of(holder.sizes[1] - 1) == {Place("", ("sizes", 1))}
+        assert traced.places_of(holder.sizes[1] - 1) == {AttributePlace("", ("sizes", 1))}
         assert not traced.places_of(int(holder.width)) and not traced.places_of(holder.width / 2)
         assert type(copy.deepcopy(holder).width) is traced.TracedInt and type(pickle.loads(pickle.dumps(each))) is int
         assert torch.empty(2, 12).view(holder.heads, -1).shape == (4, 6)

@@ -80,7 +80,9 @@ def test_a_class_that_is_told_sizes_needs_oto() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.b(torch.relu(self.a(x)).view(-1, 12))
 
-    assert needs_oto(slimmed(Viewed().double(), torch.randn(2, 5).double())) == ["the model (forward: Told)"]
+    assert needs_oto(slimmed(Viewed().double(), torch.randn(2, 5).double())) == [
+        "the model (forward: OverriddenForward)"
+    ]
 
 
 def test_an_origin_is_pickled_without_weights() -> None:

@@ -45,7 +45,7 @@ def prunable(oto):
 def slim_is_exact(model, given, emitters=("module", "graph")):
     """Half of everything goes, in float64; the groups that there were."""
     model, given = model.double(), given.double() if isinstance(given, torch.Tensor) else given
-    oto = OTO(model, given, everything="module" not in emitters)
+    oto = OTO(model, given, allow_graph="module" not in emitters)
     oto.random_set_zero_groups(0.5)
     for emitter in emitters:
         subnet = oto.construct_subnet(emitter=emitter)
@@ -417,5 +417,5 @@ def test_on_meta_there_are_groups_and_no_subnet():
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_says_what_to_give_instead():
-    with pytest.raises(TraceError, match="Python module that it was made of"):
+    with pytest.raises(TraceError, match="Python module that it was made from"):
         OTO(torch.jit.trace(mlp(), X), X)

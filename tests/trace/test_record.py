@@ -91,7 +91,7 @@ def test_a_branch_on_data_is_followed_on_the_example():
             return self.out(torch.relu(hidden))
 
     graph = record(Branch(), torch.ones(1, 4))
-    assert graph.how == "real"
+    assert graph.mode == "real"
     assert {n.module for n in graph.nodes} >= {"a", "out"} and not any(n.module == "b" for n in graph.nodes)
     assert prunable(Branch(), torch.ones(1, 4)) == [("a.weight", 6)]
 
@@ -202,7 +202,7 @@ def test_a_module_held_twice_gets_its_own_tensors_back():
     model = Shared()
     before = list(model.parameters())
     graph = record(model, torch.randn(2, 4))
-    assert graph.how == "meta"
+    assert graph.mode == "meta"
     assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
 
 
@@ -231,7 +231,7 @@ def test_a_view_of_what_was_made_contiguous():
             y = x.view(2, 2, 3, 5).transpose(1, 2).contiguous()
             return torch.relu(y.permute(0, 3, 1, 2)).contiguous().view(2, 30)
 
-    assert record(Shuffle(), torch.randn(2, 6, 5)).how == "meta"
+    assert record(Shuffle(), torch.randn(2, 6, 5)).mode == "meta"
 
 
 def test_fake_tensors_carry_a_model_that_asks_for_its_device():
@@ -240,7 +240,7 @@ def test_fake_tensors_carry_a_model_that_asks_for_its_device():
             assert x.device.type == "cpu"
             return x + torch.ones(4, device=x.device)
 
-    assert record(Asks(), torch.randn(2, 4)).how == "fake"
+    assert record(Asks(), torch.randn(2, 4)).mode == "fake"
 
 
 class Merged(nn.Module):

@@ -207,4 +207,4 @@ def test_a_model_that_views_its_parameters_is_carried_by_fake_tensors_again_and_
             assert not given.is_meta
             return given @ self.weight.unsqueeze(0).repeat(1, 1, 1).squeeze(0).transpose(0, 1)
 
-    assert [record(Net(3, 4), torch.randn(2, 3)).how for _ in range(2)] == ["fake", "fake"]
+    assert [record(Net(3, 4), torch.randn(2, 3)).mode for _ in range(2)] == ["fake", "fake"]

@@ -15,7 +15,7 @@ from oto import OTO, load_subnet
 from oto.errors import NotItsClassWarning
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
-from oto.trace.state import State, undone
+from oto.trace.state import ModelState, undone
 
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LONGER = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -335,7 +335,7 @@ def test_what_a_user_sets_is_no_state():
     """Numbers and functions that were set since, in modules that no tensor turned up in."""
     model = Base()
     model.keep, model.gain = (lambda h: model.gain), 1.0
-    state = State(model)
+    state = ModelState(model)
     model.gain, model.flag, model.keep = 2.0, [1, 2], lambda h: 0.0
     model.a.register_forward_hook(lambda *args: None)
     assert not state.changes(model, ())
@@ -343,7 +343,7 @@ def test_what_a_user_sets_is_no_state():
 
 def test_changes_are_undone_and_done_again():
     model = Collected()
-    state = State(model)
+    state = ModelState(model)
     model.keep(torch.ones(1, 2, 12))
     now = (dict(model.seen), list(model.all), model.last, list(model.recent))
     changes = state.changes(model, ())

@@ -22,7 +22,7 @@ from oto.errors import EmitterError, OTOError
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
 from oto.trace.inputs import arguments
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 
 ALONE = 3
 """Of so many groups one alone is thinner; of the models below, of all."""
@@ -160,7 +160,7 @@ def _outcome(choice: str, oto: OTO, inputs: Any) -> Outcome:
     zeroed = run(oto.model, inputs)
     try:  # what is right on the example is not proved on other inputs as well: that is done for half of everything
         error = relative_error(zeroed, run(oto.construct_subnet(emitter="module", verify=False).model, inputs))
-        if error <= TOLERANCE or oto.partition.found.graph.how != "real":
+        if error <= TOLERANCE or oto.partition.found.graph.mode != "real":
             return Outcome(choice, error)
         # it decides by values, and may decide otherwise between two that are equal but for rounding
     except Exception:

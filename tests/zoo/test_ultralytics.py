@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from oto import OTO
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 from tests.zoo.models import image, lively
 
 pytestmark = [

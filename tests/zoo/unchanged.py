@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from oto.trace.inputs import arguments
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 
 
 class Seen:

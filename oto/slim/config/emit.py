@@ -1,4 +1,7 @@
-"""The slim model as its stock class, made from an edited config (:mod:`oto.slim.config.solve`)."""
+"""Build the slim model from its own class and an edited config (:mod:`oto.slim.config.solve`).
+
+Example: ``LlamaConfig(intermediate_size=11008)`` becomes ``LlamaConfig(intermediate_size=6880)``.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +14,48 @@ from torch import Tensor, nn
 
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition
-from oto.slim.config.norms import Norm, absorb, eps_fields, norms_that_count
+from oto.slim.config.norms import Norm, eps_fields, fold, norms_that_count
 from oto.slim.config.recipe import Recipe
 from oto.slim.config.solve import solve, stock
 from oto.slim.edits import Edits, attribute, pruned_tensors
 from oto.slim.proof.reference import Exact
-from oto.slim.pruned_shapes import pruned_shapes
+from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
 
-def solved(model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe) -> tuple[dict[str, Any], list[Norm]]:
-    """The fields that state what is kept, and the norms that count what is gone.
+def solved(
+    model: nn.Module, partition: Partition, pruned: PrunedShapes, recipe: Recipe
+) -> tuple[dict[str, Any], list[Norm]]:
+    """The fields that state the pruned shapes, and the norms that would divide by a smaller count.
 
     Raises:
-        EmitterError: There are none.
+        EmitterError: No fields do.
     """
-    pruned = pruned_shapes(partition, kept)
     norms = norms_that_count(model, partition, pruned)
     edits = solve(recipe, pruned)
     return edits | eps_fields(recipe, edits, norms), norms
 
 
-def restated(
+def build_from_config(
     model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None, held: Mapping[str, Tensor] | None = None
 ) -> tuple[nn.Module, dict[str, Any], set[str]]:
-    """The model's class made from an edited config, with what is kept of its tensors.
+    """The model's class made from an edited config, with the pruned tensors.
 
     Args:
-        held: Tensors that are there already, by the names of the model.
+        held: Pruned tensors that exist already, by the names of the model.
 
     Returns:
-        It, the edits, and the names of the tensors that have taken something in.
+        The model, the edits, and the names of the tensors that a factor was folded into.
 
     Raises:
-        EmitterError: No config states what is kept.
+        EmitterError: No config states the pruned shapes.
     """
     if recipe is None:
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
-    edits, norms = solved(model, partition, kept, recipe)
     pruned = pruned_shapes(partition, kept)
+    edits, norms = solved(model, partition, pruned, recipe)
     slim = stock(model, pruned_tensors(model, pruned, held=held), edits, recipe)
     with torch.no_grad():
-        changed = absorb(model, slim, partition, pruned, norms)
+        changed = fold(model, slim, partition, pruned, norms)
     return slim, edits, changed
 
 
@@ -60,9 +64,9 @@ class Restated:
     """The slim model as the stock class.
 
     Attributes:
-        edits: What makes it.
-        tensors: What it holds in a file.
-        changed: Names of those that have taken something in.
+        edits: The edits that make it.
+        tensors: The tensors that a file of it holds.
+        changed: Names of those that a factor was folded into.
         rounded: Makes these, and buffers that no file holds, for the proof in float64; ``None`` if there are none.
     """
 
@@ -79,20 +83,20 @@ def emit_stock(
     """The slim model as the stock class, made from a config that states its sizes.
 
     Args:
-        held: Tensors that are there already, by the names of the model. None is written to.
+        held: Pruned tensors that exist already, by the names of the model. None is written to.
 
     Raises:
-        EmitterError: No config states what is kept.
+        EmitterError: No config states the pruned shapes.
     """
-    slim, edits, changed = restated(model, partition, kept, recipe, held)
+    slim, edits, changed = build_from_config(model, partition, kept, recipe, held)
     held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
 
-    saved = slim.state_dict().keys() if edits else held.keys()  # what no file holds, the constructor makes
+    saved = slim.state_dict().keys() if edits else held.keys()  # the constructor makes what no file holds
     made = {name for name, t in held.items() if name not in saved and t.is_floating_point()}
 
-    def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # what norms absorb, and what a constructor computes
+    def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # weights with factors, and what a constructor computes
         narrow = {name: t for name, t in held.items() if name not in changed} if full is model else None
-        exact = restated(full, partition, kept, recipe, narrow)[0]
+        exact = build_from_config(full, partition, kept, recipe, narrow)[0]
         return {name: attribute(exact, name) for name in changed | made}
 
     tensors = {name: t for name, t in held.items() if name in saved}

@@ -1,10 +1,10 @@
-"""What a stock class does otherwise than the zeroed model, though its sizes are stated.
+"""Fold into weights what a stock class of the right sizes computes differently from the zeroed model.
 
-* A norm that divides by the number of its entries counts the zeros too, the stock one does not. With k of D entries
-  left and the rest zero, an RMS norm is the stock one with ``weight * sqrt(D / k)`` and ``eps * D / k``. A norm that
-  shares the field of that eps and has not become thinner gets its input larger by ``sqrt(D / k)``.
-* An embedding may be scaled by a function of its width; the table makes up for it, and where the table is read again,
-  the norm before that.
+* A norm of the zeroed model divides by the full count, that of the stock class by the smaller one. With k of D entries
+  kept and the rest zero, the RMS norm is the stock one with ``weight * sqrt(D / k)`` and ``eps * D / k``. A norm that
+  shares the field of that eps and is not thinner gets its input scaled by ``sqrt(D / k)``.
+* An embedding may be scaled by a function of its width; the factor is folded into the table, and where the table is
+  read again, into the norm before that.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Norm:
 
     Attributes:
         path: Its module.
-        weight: The leaf that it multiplies with.
-        ratio: Entries it had, by those it has.
+        weight: The leaf that it multiplies by.
+        ratio: Its full count over its kept count.
     """
 
     path: str
@@ -62,7 +62,7 @@ def norms_that_count(model: nn.Module, partition: Partition, pruned: PrunedShape
 
 
 def _counts(op: Any, args: Any, kwargs: Mapping[str, Any], pruned: PrunedShapes) -> tuple[int, int]:
-    """Of how many entries a call takes the mean, in the full and in the thinner model; unequal if it is not known."""
+    """The number of entries that a call averages in the full and in the thinner model; unequal if not known."""
     if op is full_count.group_norm:
         width = kwargs["width"]
         return kwargs["full"], pruned.size(width) if isinstance(width, Size) else width
@@ -73,7 +73,7 @@ def _counts(op: Any, args: Any, kwargs: Mapping[str, Any], pruned: PrunedShapes)
 
 
 def eps_fields(recipe: Recipe, edits: Mapping[str, Any], norms: Sequence[Norm]) -> dict[str, float]:
-    """The fields that state what norms add to the mean, and what they state now."""
+    """The fields that state the eps of norms, with their new values."""
     if not norms:
         return {}
     ratios = {norm.ratio for norm in norms}
@@ -101,10 +101,10 @@ def _floats(module: nn.Module) -> dict[str, float]:
     return {name: value for name, value in vars(module).items() if isinstance(value, float)}
 
 
-def absorb(
+def fold(
     model: nn.Module, slim: nn.Module, partition: Partition, pruned: PrunedShapes, norms: Sequence[Norm]
 ) -> set[str]:
-    """Put into weights what the stock class does otherwise than the zeroed model, and tell which."""
+    """Fold into weights what the stock class computes differently from the zeroed model; returns their names."""
     if not norms:
         return set()
     touched = {name for norm in norms for name in norm.weight.names}
@@ -127,7 +127,7 @@ def absorb(
         ids = torch.arange(min(table.value.shape[0], 8), device=attribute(model, table.name).device)
         try:
             full, left = model.get_submodule(node.module)(ids), slim.get_submodule(node.module)(ids)
-        except TypeError:  # it asks for more than places in a table
+        except TypeError:  # its forward takes more than indices
             continue
         ratio = float(full.norm() / left.norm())
         if abs(ratio - 1) < 1e-6:
@@ -142,7 +142,7 @@ def absorb(
 
 
 def _changed(model: nn.Module, slim: nn.Module, path: str) -> set[tuple[float, float]]:
-    """Numbers that a module holds, and what they are in the stock class, where that is something else."""
+    """Numbers of a module that differ in the stock class, each as a pair of both."""
     was, now = _floats(model.get_submodule(path)), _floats(slim.get_submodule(path))
     return {(was[name], now[name]) for name in was.keys() & now.keys() if was[name] != now[name]}
 
@@ -152,7 +152,7 @@ def _times(model: nn.Module, names: Iterable[str], factor: float) -> None:
     for name in names:
         tensor = attribute(model, name)
         if id(tensor) not in done:
-            tensor.data = tensor * factor  # in memory of its own: it may be shared with the full model
+            tensor.data = tensor * factor  # in its own memory: the old may be shared with the full model
             done.add(id(tensor))
 
 
@@ -162,7 +162,7 @@ def _scale(module: nn.Module, plus_one: bool, factor: float) -> None:
 
 
 def _scaled(model: nn.Module, slim: nn.Module, pruned: PrunedShapes, norm: Norm) -> bool:
-    """Scale the weight of a norm, and tell whether it multiplies with one more than that."""
+    """Scale the weight of a norm; returns whether the norm multiplies by ``1 + weight``."""
     full, left = model.get_submodule(norm.path), slim.get_submodule(norm.path)
     (mask,) = pruned.entries(norm.weight)
     like = attribute(model, norm.weight.name)
@@ -183,7 +183,7 @@ def _scaled(model: nn.Module, slim: nn.Module, pruned: PrunedShapes, norm: Norm)
 
 
 def _producers(partition: Partition, path: str) -> list[Leaf]:
-    """The parameters of the call that computed what a module is given.
+    """The parameters of the call that computed the input of a module.
 
     Raises:
         EmitterError: There is no such call.
@@ -215,7 +215,7 @@ def _norm_before(partition: Partition, reader: Node, table: Value, norms: Iterab
 
 
 def _back(partition: Partition, value: Value) -> Iterator[Node]:
-    """The calls that a value came through, from the last to the first one that puts several tensors together."""
+    """The calls that a value came through, from the last back to one that combines several tensors."""
     made = {v: node for node in partition.found.graph.nodes for v in node.outputs if v is not None}
     while value in made:
         node = made[value]

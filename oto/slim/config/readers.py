@@ -1,8 +1,8 @@
-"""What a reader of a slim model's config has to take from it, though it may not have had to for the full one.
+"""Find the fields that a reader of a slim model's config has to take from it, though it could derive them before.
 
-A config often leaves out what follows from other fields: the width of a head is the width of the stream, divided by the
-number of heads. Pruning ends with widths of which that is not true, so the config states it. A reader that divides all
-the same makes other shapes, or none; one that reshapes by the quotient computes something else without a word.
+A config often leaves out what follows from other fields: the head width is the stream width divided by the number of
+heads. After pruning that may no longer be true, so the config states it. A reader that still divides makes different
+shapes, or fails; one that reshapes by the quotient silently computes something else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def needed(recipe: Recipe, edits: Fields, partition: Partition) -> dict[str, Any]:
     """The fields that the full model's config could leave out and the slim one's cannot, with their values.
 
-    Looked for among fields that the full config does not state, and among those that hold the width of a head.
+    These are fields that the full config does not state, and those that hold the width of a head.
     """
     config = recipe.edited(edits)
     read = getattr(type(config), "from_dict", None)
@@ -63,7 +63,7 @@ def _without(plain: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def said(found: Mapping[str, Any]) -> str:
-    """What to tell of fields that are needed."""
+    """The note on fields that readers have to take."""
     named = ", ".join(f"{path} = {value}" for path, value in found.items())
     return (
         f"readers have to take {named} from its config: a program that divides the width by the heads instead takes"

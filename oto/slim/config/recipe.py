@@ -1,4 +1,4 @@
-"""How a model was made: its class and a config, or a function and its keywords; and the numbers in them."""
+"""How a model was made: its class and a config, or a function and its keywords, with the numbers in them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Fields = Mapping[str, Any]
 """Values by dotted path in a config: ``hidden_size``, ``text_config.hidden_size``, ``widths.0``."""
 
 PROBE = 6
-"""What an unset field is set to, to see whether any shape depends on it."""
+"""A value for an unset field, to see whether any shape depends on it."""
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -40,8 +40,8 @@ class Recipe:
     """A class and the config object that it was made from.
 
     Attributes:
-        device: Where it is built to look at its shapes.
-        stating: Fields that were found to state a size.
+        device: The device on which it is built to compare shapes.
+        stating: Fields that are known to state a size.
     """
 
     kind: Callable[[Any], nn.Module]
@@ -53,9 +53,9 @@ class Recipe:
 
     @classmethod
     def of(cls, model: nn.Module) -> Recipe | None:
-        """The recipe of a model: its class and ``model.config``, or the function that it says made it.
+        """The recipe of a model: its class and ``model.config``, or the function that it names as its maker.
 
-        ``None`` if neither makes its like.
+        ``None`` if neither makes a model of the same shapes.
         """
         for kind, config in makers(model):
             for device in ("meta", "cpu"):  # a constructor that computes with its weights needs real ones
@@ -67,11 +67,11 @@ class Recipe:
         return None
 
     def edited(self, edits: Fields) -> Any:
-        """A copy of the config with other values.
+        """A copy of the config with the edited values.
 
         Raises:
-            EmitterError: A field holds no number, or a value is none that it could have in a smaller model; what is
-                written into an artifact, and read from one, goes through here.
+            EmitterError: A field holds no number, or a value is not possible in a smaller model. This also checks what
+                artifacts state.
         """
         config = copy.deepcopy(self.config)
         for path, value in edits.items():
@@ -89,7 +89,7 @@ class Recipe:
         return config
 
     def as_given(self, edits: Fields) -> dict[str, Any]:
-        """The edits as who made the model would give them: of a function's keywords, whole values.
+        """The edits in the form in which the model's maker takes them: for a function, whole values of its keywords.
 
         Fields of a config object are named by their dotted paths.
         """
@@ -99,7 +99,7 @@ class Recipe:
         return {name: vars(self.edited(edits))[name] for name in names}
 
     def _may_be(self, held: Any, last: str | int, value: Any) -> bool:
-        """Whether a field may have a value: a size as it is or smaller, another number near the one that it has."""
+        """Whether a field may have a value: a size that is not larger, or any other number near the present one."""
         if isinstance(held, list | dict):
             before = held[last]  # type: ignore[index]
         elif not str(last).isidentifier() or str(last).startswith("_"):
@@ -113,7 +113,7 @@ class Recipe:
         return isinstance(before, int) and _is_size(value, before) and not isinstance(before, bool)
 
     def _may_be_set(self, held: Any, name: str) -> bool:
-        """Whether a config has no value under a name, and its class is not doing something under it."""
+        """Whether a config has no value under a name, and its class defines nothing under it."""
         own = inspect.getattr_static(type(held), name, None)
         return (own is None or isinstance(own, property)) and getattr(held, name, None) is None
 
@@ -121,13 +121,13 @@ class Recipe:
         yield from (n for shape in (self.shapes({}) or {}).values() for n in shape)
 
     def make(self, edits: Fields, device: str | torch.device) -> nn.Module:
-        """The class, made from the edited config. Nothing of the random state is used up."""
+        """The class made from the edited config; the random state is left as it was."""
         config = self.edited(edits)
         with apart(device):
             return self.kind(config)
 
     def shapes(self, edits: Fields) -> Shapes | None:
-        """The shapes that an edited config gives, as it reads once it was saved; ``None`` if it is refused."""
+        """The shapes that an edited config gives after saving and loading it; ``None`` if it is refused."""
         key = tuple(sorted(edits.items()))
         if key not in self._known:
             try:
@@ -152,13 +152,13 @@ class Recipe:
         return edits
 
     def fields(self) -> dict[str, Any]:
-        """Numbers that the config states."""
+        """The numbers that the config states, by path."""
         return {path: value for path, value in fields(self.config) if value is not None}
 
     def implied(self, sizes: Iterable[int]) -> dict[str, int]:
-        """Fields that are unset or missing and state a size all the same, with that size.
+        """Fields that are unset or missing but still determine a size, with that size.
 
-        They are read when the class is made, shapes depend on them, and one of ``sizes`` changes nothing.
+        They are read when the class is made, shapes depend on them, and one of ``sizes`` leaves all shapes unchanged.
         """
         if self._implied is None:
             self._implied = {}
@@ -186,7 +186,7 @@ class Recipe:
 
 @contextmanager
 def apart(device: str | torch.device) -> Iterator[None]:
-    """While inside, tensors are made on a device, no warning is given, and the random state is as it was afterwards."""
+    """While inside, tensors are made on a device and warnings are silenced; the random state is restored afterwards."""
     place = torch.device(device)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -197,7 +197,7 @@ def apart(device: str | torch.device) -> Iterator[None]:
 
 
 class Keywords:
-    """Keywords of a constructor that are numbers, as a config."""
+    """The numeric keywords of a constructor, in the form of a config."""
 
     def __init__(self, **values: Any) -> None:
         vars(self).update(values)
@@ -215,7 +215,7 @@ WRAPPED: list[Callable[[nn.Module], Iterable[Maker]]] = []
 
 
 def makers(model: nn.Module) -> Iterator[Maker]:
-    """What may have made a model, and of what."""
+    """Pairs of what may have made a model and its arguments."""
     for further in WRAPPED:
         yield from further(model)
     config = getattr(model, "config", None)
@@ -247,7 +247,7 @@ def _function(kind: type[Any], name: str) -> Callable[..., Any] | None:
 
 
 MADE_WITH = "_model_args"
-"""Where a model may hold the keywords that the function was given."""
+"""Attributes of a model that may hold the keywords that its function was given."""
 
 
 def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
@@ -285,10 +285,10 @@ def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
 
 
 def _holder(config: Any, path: str) -> tuple[Any, str | int]:
-    """What holds a field, and under which name: a config, a list or a dictionary, all of them data of the config.
+    """The config, list or dictionary that holds a field, and its key there; all of them are data of the config.
 
     Raises:
-        KeyError, IndexError, ValueError: There is no such thing.
+        KeyError, IndexError, ValueError: There is no such field.
     """
     held: Any = config
     *parents, last = path.split(".")
@@ -311,12 +311,12 @@ def _is_size(value: Any, most: int) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    """Whether a value that a config holds is another one."""
+    """Whether a value that a config holds is itself a config."""
     return not isinstance(value, type) and hasattr(value, "__dict__") and callable(getattr(value, "to_dict", None))
 
 
 def configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """A config and all that it holds, by path."""
+    """A config and all configs in it, by path."""
     yield path, config
     for name, value in vars(config).items():
         if not name.startswith("_") and _is_config(value):
@@ -324,7 +324,7 @@ def configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def fields(config: Any) -> Iterator[tuple[str, int | float | None]]:
-    """Every number in a config and in what it holds, and what is unset."""
+    """Every number in a config and in the configs in it, and every unset field."""
 
     def numbers(path: str, value: Any) -> Iterator[tuple[str, int | float | None]]:
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
@@ -342,7 +342,7 @@ def fields(config: Any) -> Iterator[tuple[str, int | float | None]]:
 
 @contextmanager
 def _watched(kinds: Iterable[type[Any]], seen: Callable[[object, str], None]) -> Iterator[None]:
-    """While inside, tell of every attribute that is read of objects of some classes and is unset or missing."""
+    """While inside, report every unset or missing attribute that is read from objects of some classes."""
     own: dict[Any, Any] = {kind: vars(kind).get("__getattribute__") for kind in kinds}
 
     def watching(kind: Any) -> Callable[[Any, str], Any]:
@@ -388,13 +388,13 @@ _FILLS = {
     "zero_",
     "fill_",
 }
-"""What constructors fill parameters with; those of a truncated normal distribution in four steps."""
+"""Functions that constructors fill parameters with; a truncated normal distribution takes four."""
 
 
 class Unfilled(TorchFunctionMode):
-    """While inside, parameters are not filled as they are made: for a constructor whose parameters are all replaced.
+    """While inside, parameters are not filled when they are made: for a constructor whose parameters are all replaced.
 
-    It is the most that a constructor does, and memory that is not written to takes none.
+    Filling takes most of a constructor's time, and memory that is never written to is never allocated.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,8 +1,8 @@
-"""The config that makes a class in other sizes. Its fields are found, not listed.
+"""Find the config that makes a class in given sizes. Its fields are found by trial, not listed.
 
-A field may state a size that changed if its value is such a size, or says how many times another it is, or if it is
-unset and the class asks for it. Which of them do is settled by trial: the class is built from the edited config on
-``meta``, and every shape is compared.
+A field may state a size that changed if its value is that size, or its ratio to another size, or if it is unset and the
+class reads it. Which of them do is decided by trial: the class is built from the edited config on ``meta``, and every
+shape is compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MISFIT = float("inf")
 
 
 def _parts(term: Term) -> Iterator[Term]:
-    """Every run of factors of a resolved term, and of what its sums hold."""
+    """Every run of adjacent factors of a resolved term, and of the terms in its sums."""
     for i in range(len(term)):
         for j in range(i + 1, len(term) + 1):
             yield term[i:j]
@@ -40,7 +40,7 @@ def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
     """The fields that give every parameter and buffer its thinner shape, and their values.
 
     Raises:
-        EmitterError: There are none; the message names the tensors that would differ.
+        EmitterError: No fields do; the message names the tensors that would differ.
     """
     base = recipe.shapes({}) or {}
     leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.names]
@@ -58,7 +58,7 @@ def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
     def nearest(tries: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         edits: dict[str, Any] = {}
         for some_of in ([(path, n) for path, n in tries if path in recipe.stating], tries):
-            while (left := off(edits)) > 0:  # the largest step first, and what still is one after it
+            while (left := off(edits)) > 0:  # the largest improvement first, then those that still are one
                 rated = sorted((off(edits | {path: n}), i) for i, (path, n) in enumerate(some_of))
                 for better, i in rated:
                     path, n = some_of[i]
@@ -83,7 +83,7 @@ def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
         ]
         raise EmitterError(f"no fields of the config give the class its sizes: {some(differ, 3)}")
     recipe.stating.update(edits)
-    for path, value in implied.items():  # stated only where it has to be
+    for path, value in implied.items():  # stated only where necessary
         if path not in edits:
             edits[path] = value
     for path in implied:
@@ -94,7 +94,7 @@ def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
 
 
 def candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int | float]:
-    """What a number may be now: a size, or how many times another size a size is."""
+    """The values that a number may have now: as a size, or as the ratio of two sizes."""
     if isinstance(value, int):
         return sorted(became.get(value, ()))
     found: dict[float, None] = {}
@@ -105,7 +105,7 @@ def candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int |
 
 
 def _became(pruned: PrunedShapes) -> dict[int, set[int]]:
-    """For every size in the network, what the terms of that size became; the sizes that did not change among them."""
+    """For every size in the network, the pruned sizes of the terms of that size, unchanged ones included."""
     terms = [term for leaf in pruned.found.graph.leaves for term in pruned.found.terms(leaf.value)]
     for rewrite in pruned.found.tape.rewrites.values():
         terms += rewrite.terms
@@ -118,7 +118,7 @@ def _became(pruned: PrunedShapes) -> dict[int, set[int]]:
 
 
 def _distance(found: Shapes, wanted: Shapes) -> float:
-    """How far shapes are off, in factors of two over all dimensions; infinite if they differ in kind."""
+    """How far shapes are off: the sum of ``|log2|`` of ratios of dimensions; infinite if names or ranks differ."""
     if found.keys() != wanted.keys():
         return MISFIT
     total = 0.0
@@ -132,7 +132,7 @@ def _distance(found: Shapes, wanted: Shapes) -> float:
 
 
 def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe: Recipe | None = None) -> nn.Module:
-    """The class of ``model``, which may be on ``meta``, made from its config with other values, and its tensors.
+    """The class of ``model``, which may be on ``meta``, made from its edited config, with its tensors.
 
     Raises:
         EmitterError: The class cannot be made, or has other tensors.
@@ -143,7 +143,7 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
     made = {name: shape for name, shape in (recipe.shapes(edits) or {}).items() if name in tensors}
     wrong = [name for name, shape in made.items() if tuple(tensors[name].shape) != shape]
-    if wrong or not made:  # before anything of such a size is made
+    if wrong or not made:  # checked before memory of such a size is allocated
         raise EmitterError(f"{type(model).__name__} made from {dict(edits)} does not hold what is there: {some(wrong)}")
     try:
         with nullcontext() if recipe.device == "cpu" else Unfilled():  # one that computes with its weights needs them
@@ -161,16 +161,16 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
 
 
 def apply(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
-    """The slim model that edits make of ``model``: of its class made anew, or a copy.
+    """The slim model that edits make from ``model``: its class made anew from a config, or a copy.
 
     Raises:
-        EmitterError: The class cannot be made, or the model not copied.
+        EmitterError: The class cannot be made, or the model cannot be copied.
     """
     return stock(model, tensors, edits.config) if edits.config else slim_copy(model, tensors, edits)
 
 
 def fill(slim: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the place of a module's own; ties hold. What no file holds stays as the constructor made it."""
+    """Replace the tensors of a module, keeping ties. What no file holds stays as the constructor made it."""
     like = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     saved = slim.state_dict().keys()
     made: dict[int, nn.Parameter] = {}
@@ -188,7 +188,7 @@ def fill(slim: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> No
 
 
 def _near(made: Tensor, held: Tensor) -> bool:
-    """Whether a buffer that a constructor makes is the one that the model holds, as casts may have rounded it."""
+    """Whether a buffer that a constructor makes equals the one that the model holds, up to rounding by casts."""
     if held.is_meta or made.shape != held.shape:
         return False
     wide = torch.complex128 if held.is_complex() else torch.float64

@@ -1,4 +1,4 @@
-"""What the fields of a config can state, found by trial: half of a tie is removed, and the class made anew."""
+"""Find what the fields of a config can state, by trial: half of a tie is removed and the class made anew."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.zeroed import Zeroed
 from oto.slim.pruned_shapes import pruned_shapes
-from oto.trace.record import on_meta
+from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
 
 SMALL = 2**28
-"""A model of so many parameters is compared in float64 too, when ties are tried; one of more than a sixteenth only if
-its own dtype, in which it takes a third of the time, does not show it equal."""
+"""A model of up to this many parameters is also compared in float64 when ties are tried; one of more than a sixteenth
+of that only if its own dtype, which takes a third of the time, does not show it equal."""
 
 COARSER = 6
-"""How many steps are tried."""
+"""Most steps that are tried."""
 
 MANY = 16
-"""Of so many steps some between an eighth and a quarter are kept where ties are tried, else any number."""
+"""From this many steps on, between an eighth and a quarter are kept when ties are tried; otherwise any number."""
 
 UNSTATED = "layout: no field of the config states its size"
 
@@ -53,16 +53,16 @@ def stated(
     recipe: Recipe | None,
     stock: bool = False,
 ) -> tuple[NodeGroup, ...] | None:
-    """Keep whole what no field of the model's config can state; tie further what one field states for several ties.
+    """Keep whole what no field of the model's config can state; tie together what one field states for several ties.
 
-    Found by trial, tie by tie: half of it is removed, and the class built from edited configs on ``meta``. In the end
-    everything is removed at once, and the class compared with the zeroed model.
+    Each tie is tried: half of it is removed and the class built from edited configs on ``meta``. At the end all of them
+    are removed at once, and the class is compared with the zeroed model.
 
     Args:
-        stock: A stream that is as wide as its heads stays so.
+        stock: Whether a stream that is as wide as its heads together stays so.
 
     Returns:
-        ``None`` if the model has no config, or was made by a function whose keywords state nothing.
+        ``None`` if the model has no config, or was made by a function whose keywords state no size.
     """
     if recipe is None:
         return None
@@ -93,7 +93,7 @@ def stated(
 
 
 def _in_whole_rows(partition: Partition, groups: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
-    """Experts as ``torch._grouped_mm`` takes them in any dtype that the class may be read in, not only in this one."""
+    """Round experts to sizes that ``torch._grouped_mm`` takes in any dtype that the class may be loaded in."""
     experts = dict.fromkeys(weights(partition, "grouped_mm"), KERNEL_ROW)
 
     def whole(group: NodeGroup, by: int) -> NodeGroup:
@@ -111,7 +111,7 @@ def _key(group: NodeGroup) -> str:
 
 @dataclass(eq=False)
 class _Trial:
-    """Classes of fewer atoms, and what is wrong with them."""
+    """Builds the class with fewer atoms and reports what is wrong with it."""
 
     model: nn.Module
     partition: Partition
@@ -120,7 +120,7 @@ class _Trial:
     groups: tuple[NodeGroup, ...]
 
     def members(self) -> dict[str, list[NodeGroup]]:
-        """The prunable groups of each tie; one that is not tied is alone."""
+        """The prunable groups of each tie; an untied group is a tie of its own."""
         found: dict[str, list[NodeGroup]] = {}
         for group in self.groups:
             if group.prunable and group.size:
@@ -128,14 +128,14 @@ class _Trial:
         return found
 
     def size(self, key: str) -> int:
-        """How many steps there are in a tie; of groups of the same size each atom is one."""
+        """The number of steps in a tie; if all groups have the same size, each atom is one."""
         return math.gcd(*(group.size for group in self.members()[key]))
 
     def tie(self, keys: Sequence[str], name: str) -> None:
         self.groups = settled(replace(g, tie=name) if g.prunable and _key(g) in keys else g for g in self.groups)
 
     def touches(self, path: str, group: NodeGroup) -> bool:
-        """Whether a field changes a dimension that a group lies in."""
+        """Whether a field changes a dimension that holds atoms of a group."""
         full, half = self.recipe.shapes({}) or {}, self.recipe.shapes({path: max(group.size // 2, 1)}) or {}
         return any(
             half[piece.parameter][piece.dim] != full[piece.parameter][piece.dim]
@@ -144,7 +144,7 @@ class _Trial:
         )
 
     def step(self, key: str) -> int | None:
-        """What the kept count of a tie is to be a multiple of; ``None`` if no count but the full one can be stated."""
+        """The step that the kept count of a tie is a multiple of; ``None`` if only the full count can be stated."""
         same, size = self.members()[key], self.size(key)
         by = math.lcm(*(-(-group.divisor * size // group.size) for group in same))
         steps = [n for n in range(by, size // 2 + 1, by) if size % n == 0]
@@ -155,7 +155,7 @@ class _Trial:
 
     def solves(self, counts: Mapping[str, int]) -> bool:
         try:
-            solved(self.model, self.partition, self._first(counts), self.recipe)
+            solved(self.model, self.partition, pruned_shapes(self.partition, self._first(counts)), self.recipe)
         except EmitterError as failure:
             log.debug("%s: %s", dict(counts), failure)
             return False
@@ -170,9 +170,9 @@ class _Trial:
         }
 
     def fitting(self, steps: Mapping[str, int]) -> dict[str, int]:
-        """The ties that the class can lose at once and still compute the same, and what their counts are multiples of.
+        """The ties that can shrink together while the class still computes the same, and the steps of their counts.
 
-        A kernel may take some sizes only; then steps get larger.
+        A kernel may take only some sizes; then steps get larger.
         """
         if not steps or self._failure(steps) is None:
             return dict(steps)
@@ -188,11 +188,11 @@ class _Trial:
         return good
 
     def _failure(self, steps: Mapping[str, int]) -> Exception | None:
-        """What happens to the class when some ties keep some multiple of their steps."""
+        """The exception of the class when some ties keep some multiple of their steps; ``None`` if all is well."""
         kept = self._drawn(steps)
         try:
             if on_meta(self.model):  # there is nothing to run
-                solved(self.model, self.partition, kept, self.recipe)
+                solved(self.model, self.partition, pruned_shapes(self.partition, kept), self.recipe)
             else:
                 self._compare(kept)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
@@ -202,7 +202,7 @@ class _Trial:
         return None
 
     def _drawn(self, steps: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
-        """For some multiple of the steps of each tie, atoms that are kept; of many a few, for the class is made."""
+        """Random atoms to keep, a multiple of the step for each tie; few of many steps, as the class is built."""
         draw = np.random.default_rng(0)
         kept: dict[str, NDArray[np.int64]] = {}
         for key, step in steps.items():
@@ -214,10 +214,10 @@ class _Trial:
         return kept
 
     def _compare(self, kept: Kept) -> None:
-        """Compare the class with the model without what is not kept.
+        """Compare the class with the model in which everything that is not kept is zero.
 
         Raises:
-            EmitterError: No config states what is kept.
+            EmitterError: No config states the pruned shapes.
             VerificationError: They differ.
         """
         gone: dict[str, list[tuple[Slice, NDArray[np.int64]]]] = {}
@@ -228,7 +228,7 @@ class _Trial:
         full = Zeroed(self.model, gone, self._uneven)
         with full.reading():
             made = emit_stock(self.model, self.partition, kept, self.recipe, self._whole(full, kept))
-        full.read.clear()  # what the model itself reads counts
+        full.read.clear()  # only what the model itself reads counts
         try:
             self._check(full, made)
         except VerificationError:
@@ -251,7 +251,7 @@ class _Trial:
         require(checks)
 
     def _whole(self, full: Zeroed, kept: Kept) -> dict[str, Tensor]:
-        """Parameters that stay as they are. The class shares them with the model for the comparison."""
+        """Parameters that lose nothing, which the class shares with the model for the comparison."""
         pruned, names = pruned_shapes(self.partition, kept), {*full.gone, *full.instead}
         leaves = [leaf for leaf in self.partition.found.graph.leaves if leaf.kind == "parameter"]
         same = [leaf for leaf in leaves if not names & set(leaf.names) and all(m.all() for m in pruned.entries(leaf))]
@@ -259,8 +259,8 @@ class _Trial:
 
     @cached_property
     def _uneven(self) -> dict[str, Tensor]:
-        """For parameters whose entries are all equal, as biases are before any training, others: they would not show a
-        mistake."""
+        """Random replacements for parameters whose entries are all equal, as biases are before training, which would
+        not show a mistake."""
         generator, found = torch.Generator().manual_seed(0), {}
         with torch.no_grad():
             for name, p in self.model.named_parameters():

@@ -1,7 +1,7 @@
-"""A slim model whose config states other sizes than it has: its class must not write a folder that it cannot read.
+"""Refuse ``save_pretrained`` of a slim model whose config does not state its sizes: no class could read the folder.
 
 ``save_pretrained`` of transformers, of diffusers and of the hub writes the config and the weights, and
-``from_pretrained`` makes the class from the config. Where a slim model got its sizes otherwise, the two do not fit.
+``from_pretrained`` makes the class from the config. If a slim model got its sizes in another way, the two do not fit.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from oto.slim.config.recipe import Recipe, shapes_of
 REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
-"""The name of the folder of a checkpoint of transformers' ``Trainer``: it is read into a model that is there."""
+"""The folder name of a checkpoint of transformers' ``Trainer``, which is loaded into an existing model."""
 
 
 class Unstated:
-    """It takes the place of ``module.save_pretrained``; ``del module.save_pretrained`` takes it out.
+    """Replaces ``module.save_pretrained``; ``del module.save_pretrained`` removes it.
 
     Args:
-        module: Not kept alive, as its memory would be until the next collection of garbage.
+        module: Held by a weak reference, as a cycle would keep its memory until the next garbage collection.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._kind = weakref.ref(module), type(module).__name__
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the module has one of its own
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the module gets one of its own
         return Unstated, (self._module(),)
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **keywords: Any) -> Any:
-        """As the class does it, where its config states the sizes.
+        """Save as the class does, if its config states the sizes.
 
-        A checkpoint of a ``Trainer`` is written all the same, with an ``UnstatedWarning``.
+        A checkpoint of a ``Trainer`` is written in any case, with an ``UnstatedWarning``.
 
         Raises:
             EmitterError: It does not; the message names tensors. Nothing is written.
@@ -48,8 +48,8 @@ class Unstated:
         module: Any = self._module()
         if module is None:
             raise EmitterError(
-                f"the slim {self._kind} is not there any more\n  effect  nothing was written\n"
-                "  to fix  hold it while it is saved: model = subnet.model"
+                f"the slim {self._kind} no longer exists\n  effect  nothing was written\n"
+                "  to fix  keep a reference while it is saved: model = subnet.model"
             )
         if Recipe.of(module) is None:
             if CHECKPOINT.fullmatch(Path(save_directory).name) is None:
@@ -69,7 +69,7 @@ def refuse_saving(slim: nn.Module, model: nn.Module) -> None:
     """Let no module of a slim model write a folder that its class cannot read.
 
     Args:
-        model: What it was made of; modules that have its sizes still write as ever.
+        model: The model that it was made from; modules that still have its sizes are left alone.
     """
     full = dict(model.named_modules())
     for path, module in slim.named_modules():
@@ -80,7 +80,7 @@ def refuse_saving(slim: nn.Module, model: nn.Module) -> None:
 
 
 def nothing_states(model: nn.Module, layout: str | None, made: bool) -> str:
-    """What to say where a layout was asked for, and no config or keyword can state a width.
+    """The warning when a layout was asked for and no config or keyword can state a width.
 
     Args:
         made: Whether the model's class can be made again from what it holds.
@@ -97,7 +97,7 @@ def nothing_states(model: nn.Module, layout: str | None, made: bool) -> str:
 
 
 def unlike(slim: Any) -> str:
-    """In what a model differs from the one that its config makes."""
+    """How a model differs from the one that its config makes."""
     kind, config = type(slim).__name__, getattr(slim, "config", None)
     if not callable(getattr(config, "to_dict", None)):
         return f"{kind} has sizes that nothing it is made from states"

@@ -1,4 +1,4 @@
-"""The graph emitter: the exported graph with thinner tensors and the sizes to match."""
+"""The graph emitter: rewrite the exported graph with thinner tensors and matching sizes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _BY_COUNT = {aten.chunk.default, aten.unsafe_chunk.default, aten.tensor_split.se
 
 
 def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGraph:
-    """Build the slim model as a ``torch.fx.GraphModule`` that goes by the names of ``forward``.
+    """Build the slim model as a ``torch.fx.GraphModule`` whose arguments have the names of ``forward``.
 
-    What to keep was decided on the recorded graph and is stated per parameter entry, so it carries over.
+    What to keep was decided on the recorded graph and is known per parameter entry, so it carries over.
 
     Raises:
-        EmitterError: The exported graph ties parameter dimensions together in another way than the recorded one.
+        EmitterError: The exported graph couples parameter dimensions differently from the recorded one.
     """
     graph = replace(exported.graph, output_names=partition.found.graph.output_names)
     pruned = PrunedShapes(propagate(graph, partition.found.strict_out_nodes), {})
@@ -45,7 +45,7 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
         pruned, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
     )
     ranks = ranks_of(exported)
-    slim = SlimGraph(thinned(exported, pruned), exported.module.graph, exported.takes)
+    slim = SlimGraph(pruned_module(exported, pruned), exported.module.graph, exported.takes)
     name_leaves(slim, exported.module, ranks)
     slim.graph.lint()
     slim.recompile()
@@ -67,8 +67,8 @@ def ranks_of(exported: Exported) -> dict[fx.Node, int]:
     return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
 
 
-def thinned(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
-    """The exported module with the sizes and the tensors that are left; its graph is rewritten in place."""
+def pruned_module(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
+    """The exported module with pruned sizes and tensors; its graph is rewritten in place."""
     source = exported.module
     slim = fx.GraphModule(source, source.graph)
     inputs = _tensors_of(exported)
@@ -79,7 +79,7 @@ def thinned(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
     follow_device(slim.graph)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        if node.target is torch.ops.aten.view.default:  # thinner tensors may lie in memory in another way
+        if node.target is torch.ops.aten.view.default:  # thinner tensors may have other strides
             node.target = torch.ops.aten.reshape.default
     leaves, made = _leaves(exported), dict[int, Tensor]()
     # tensors are known by identity, so every old one is held until all are replaced
@@ -110,10 +110,10 @@ def _leaves(exported: Exported) -> dict[int, Leaf]:
 
 
 def carry_over(pruned: PrunedShapes, wanted: Mapping[Value, tuple[str, Sequence[NDArray[np.bool_]]]]) -> None:
-    """Choose the atoms that survive by what is stated of some tensors, each with its name.
+    """Choose the surviving atoms of this graph from the surviving entries of some tensors, each with its name.
 
     Raises:
-        EmitterError: The graph cannot lose them, or loses others with them.
+        EmitterError: The graph cannot lose these entries, or would lose others with them.
     """
     masks: dict[Axis, NDArray[np.bool_]] = {}
     for value, (name, entries) in wanted.items():
@@ -123,7 +123,7 @@ def carry_over(pruned: PrunedShapes, wanted: Mapping[Value, tuple[str, Sequence[
                 masks[axis] = masks[axis] & own if axis in masks else own
                 if axis.fixed is not None and not own.all():
                     raise EmitterError(
-                        f"the exported graph cannot thin {name}: {axis.fixed.text}\n"
+                        f"the exported graph cannot prune {name}: {axis.fixed.text}\n"
                         "  effect  no graph can be emitted for this choice of entries\n"
                         "  to fix  mark the parameter unprunable, and report the model"
                     )
@@ -131,7 +131,7 @@ def carry_over(pruned: PrunedShapes, wanted: Mapping[Value, tuple[str, Sequence[
         for dim, (term, mask) in enumerate(zip(pruned.found.terms(value), entries, strict=True)):
             if not np.array_equal(survivors(term, masks), mask):
                 raise EmitterError(
-                    f"the exported graph ties dimension {dim} of {name} to others, the recorded one does not\n"
+                    f"the exported graph couples dimension {dim} of {name} to others, the recorded one does not\n"
                     "  effect  no graph can be emitted for this choice of entries\n"
                     "  to fix  mark the parameter unprunable, and report the model"
                 )
@@ -139,7 +139,7 @@ def carry_over(pruned: PrunedShapes, wanted: Mapping[Value, tuple[str, Sequence[
 
 
 def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
-    """The fx node behind each value, as the node that reads it names it."""
+    """The fx node behind each value, as named by the node that reads it."""
     found: dict[Value, fx.Node] = {}
     for node in exported.graph.nodes:
         if node.origin is not None:
@@ -179,7 +179,7 @@ def _apply(node: Node, op: Any, args: Any, kwargs: Any, pruned: PrunedShapes, in
 
 
 def _scaled(graph: fx.Graph, old: Any, new: int, before: int) -> Any:
-    """A size that was ``before`` and becomes ``new``; of a symbolic one, such as batch · heads, the same share."""
+    """A size that was ``before`` and becomes ``new``; a symbolic one, as batch · heads, shrinks by the same ratio."""
     if not isinstance(old, fx.Node):
         return new
     if new == before:
@@ -188,7 +188,7 @@ def _scaled(graph: fx.Graph, old: Any, new: int, before: int) -> Any:
 
 
 def _cut_by_share(origin: fx.Node, dim: int, new: list[int]) -> bool:
-    """Cut a dimension that holds the batch into thinner pieces, whose sizes no number states; whether it does."""
+    """Cut a dimension that includes the batch into thinner pieces of symbolic size; returns whether it is one."""
     pieces: Any = origin.meta.get("val", ())
     free = [is_free(piece.shape[dim]) for piece in pieces]
     if origin.target is aten.split_with_sizes.default or not any(free):  # the sizes are arguments, or numbers
@@ -201,7 +201,7 @@ def _cut_by_share(origin: fx.Node, dim: int, new: list[int]) -> bool:
     rest: Any = graph.call_function(aten.sym_size.int, (x, dim))
     for n, symbolic in zip(new, free, strict=True):
         rest = rest if symbolic else graph.call_function(operator.sub, (rest, n))
-    sizes[last] = rest  # less the others: where heads do not divide, the pieces still make up the whole
+    sizes[last] = rest  # the remainder, so that the pieces add up to the whole even where heads do not divide
     for i in others:
         sizes[i] = _scaled(graph, rest, new[i], sum(new[k] for k in (*others, last)))
         sizes[last] = graph.call_function(operator.sub, (sizes[last], sizes[i]))

@@ -1,4 +1,4 @@
-"""What makes a traced graph a model again: its layers are modules, and it runs where its inputs are."""
+"""Make a traced graph a usable model: its layers are modules again, and it runs on the device of its inputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ aten = torch.ops.aten
 
 
 def follow_device(graph: fx.Graph) -> None:
-    """Let whatever names a device name that of the first input instead, so that the module can be moved."""
+    """Replace every device in the graph by that of the first input, so that the module can be moved."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     checked = (node.args[0] for node in graph.nodes if node.target is aten._assert_tensor_metadata.default)
     tensors = (node for node in placeholders if isinstance(node.meta.get("val"), Tensor))
     first: Any = next(tensors, None) or next(checked, None)  # a recording checks each of its inputs
     here: fx.Node | None = None
     for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:  # dtype and device change with the module's own
+        if node.target is aten._assert_tensor_metadata.default:  # dtype and device change when the module is cast
             kept = {name: value for name, value in node.kwargs.items() if name not in ("dtype", "device", "layout")}
             if len(node.args) > 1 or kept:
                 node.kwargs = kept
@@ -107,7 +107,7 @@ def _counted_group_norm(o: Options, weight: Tensor, rank: int) -> nn.Module | No
     return None if o["bias"] is None else GroupNorm(o["num_groups"], o["width"], o["full"], o["eps"])
 
 
-# Each makes the module of a call, of its arguments, its weight and the rank of its input, or none.
+# Each function makes the module for a call from its arguments, its weight and the rank of its input, or ``None``.
 _MAKERS: dict[Any, Callable[[Options, Tensor, int], nn.Module | None]] = {
     aten.linear.default: _linear,
     aten.conv1d.default: _conv,
@@ -134,8 +134,8 @@ def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: dict[fx.Node, in
     Quantizers and adapters look for modules of these classes. What they compute is the same call.
 
     Args:
-        source: The module before it was thinned, which holds tied tensors under all their names.
-        ranks: Dimensions of what each node gives.
+        source: The module before it was pruned, which holds tied tensors under all their names.
+        ranks: The number of dimensions of each node's result.
     """
     graph, made = slim.graph, dict[str, tuple[Any, Options]]()
     for node in list(graph.nodes):
@@ -196,7 +196,7 @@ def _found(module: nn.Module, target: Any) -> Any:
 
 
 def _path(node: fx.Node, tensors: Mapping[str, fx.Node], source: nn.Module) -> str | None:
-    """The module that calls it, if that holds the tensors under these names; else the one that they are named after."""
+    """The path of the calling module, if it holds the tensors under these names; else the one in their names."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     caller = stack[-1][0] if stack else ""
     if caller and all(
@@ -233,7 +233,7 @@ def _put(slim: fx.GraphModule, path: str, module: nn.Module, held: Mapping[str, 
                 setattr(module, name, tensor)
     where = held["weight"].device
     for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:  # how many batches a batch norm has seen
+        if buffer.is_meta:  # the number of batches that a batch norm has seen
             seen = _found(source, f"{path}.{name}")
             setattr(module, name, seen.clone() if isinstance(seen, Tensor) else torch.zeros_like(buffer, device=where))
     return bool(slim.add_submodule(path, module))

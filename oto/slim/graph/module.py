@@ -1,4 +1,4 @@
-"""The traced graph as a module that behaves as modules do: called by name, copied, pickled, moved, and honest."""
+"""The traced graph as a module that can be called by name, copied, pickled and moved, and refuses wrong input."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from oto.trace.takes import Takes
 class SlimGraph(fx.GraphModule):
     """A ``torch.fx.GraphModule`` of the calls that a model makes in eval mode.
 
-    Arguments go by the names of the model's ``forward``, in any order; those that the graph was made without may be
-    passed at their defaults. What it does not hold for is refused (:class:`oto.errors.GraphInputError`).
+    Arguments have the names of the model's ``forward``, in any order; those that the graph was made without may be
+    passed with their default values. Inputs that it is not valid for are refused (:class:`oto.errors.GraphInputError`).
 
     Attributes:
-        takes: Arguments and sizes that it takes, if they are known.
+        takes: The arguments and sizes that it takes, if they are known.
     """
 
     takes: Takes | None
@@ -40,17 +40,17 @@ class SlimGraph(fx.GraphModule):
         code = super().recompile()
         takes: Takes | None = vars(self)["takes"]
         if takes is not None:
-            kind: Any = type(self)  # each graph module has a class of its own
+            kind: Any = type(self)  # torch.fx gives each graph module its own class
             kind.forward = _by_name(kind.forward, takes)
         return code
 
     @property
     def free_dims(self) -> dict[str, tuple[int, ...]]:
-        """For each tensor that it takes, the dimensions that may have other sizes than the example's."""
+        """For each input tensor, the dimensions whose sizes may differ from the example's."""
         return {} if self.takes is None else dict(self.takes.free)
 
     def train(self, mode: bool = True) -> SlimGraph:
-        """Eval mode; train mode is refused, unless :meth:`train_as_eval` allowed it.
+        """Set eval mode; train mode is refused unless :meth:`train_as_eval` allowed it.
 
         Raises:
             GraphModeError: The graph holds the calls of eval mode.
@@ -59,8 +59,8 @@ class SlimGraph(fx.GraphModule):
             raise GraphModeError(
                 "this slim model is a graph of the eval forward: it has no dropout, and its batch norms do not move\n"
                 "  effect  it stays in eval mode; train mode would change nothing, silently\n"
-                "  to fix  model.train_as_eval() to go on training all the same, without dropout and with the"
-                " statistics of batch norms as they are; or a slim model of the model's own class"
+                "  to fix  model.train_as_eval() to train it anyway, without dropout and with the"
+                " statistics of batch norms as they are; or use a slim model of the model's own class"
             )
         super().train(False)
         self.training = mode
@@ -72,7 +72,7 @@ class SlimGraph(fx.GraphModule):
         return self.train()
 
     def __prepare_scriptable__(self) -> SlimGraph:
-        """What ``torch.jit.script`` asks first."""
+        """Called first by ``torch.jit.script``, which is refused."""
         raise ScriptError("a slim model that is a graph: its arguments are checked in Python")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimGraph:
@@ -91,7 +91,7 @@ class SlimGraph(fx.GraphModule):
         return {key: value for key, value in vars(self).items() if key not in _MADE_ANEW}
 
 
-# what a graph module makes of its graph
+# attributes that a graph module generates from its graph
 _MADE_ANEW = {"_graph", "_code", "_tracer_cls", "_tracer_extras", "_in_spec", "_out_spec", "_checks", "takes", "meta"}
 
 
@@ -116,14 +116,14 @@ def _rebuilt(state: dict[str, Any], graph: fx.Graph, takes: Takes | None) -> Sli
 
 
 class _Ref:
-    """Stands for a node among the arguments of another one."""
+    """Stands for a node among the arguments of another node."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 def _records(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """A graph as plain data: operators by name, nodes by theirs."""
+    """A graph as plain data, with operators and nodes by their names."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, fx.Node):
@@ -150,7 +150,7 @@ def _target(target: Any) -> Any:
 
 
 class _Operator:
-    """One of torch's operators, which cannot be pickled themselves."""
+    """The name of one of torch's operators, which cannot be pickled themselves."""
 
     def __init__(self, kind: str, name: str) -> None:
         self.kind, self.name = kind, name

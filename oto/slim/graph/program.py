@@ -1,4 +1,4 @@
-"""The slim model as an exported program: a file that needs no class to load."""
+"""Export the slim model as a ``torch.export`` program: a file that needs no class to load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Inside(nn.Module):
         super().__init__()
         self.model = model
 
-        @functools.wraps(model.forward)  # by whose names the program goes
+        @functools.wraps(model.forward)  # the program takes its argument names
         def forward(*args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
 
@@ -36,17 +36,17 @@ class _Inside(nn.Module):
 
 
 def export_program(slim: nn.Module, dummy_input: Any) -> torch.export.ExportedProgram:
-    """Export a slim model, with every dimension of its inputs free that it leaves free.
+    """Export a slim model, with every input dimension dynamic that it leaves free.
 
     Raises:
         EmitterError: ``torch.export`` cannot follow it.
     """
-    # a graph module states its output types itself; inside another module it is asked for plain ones
+    # a graph module states its own output types; inside another module it returns plain ones
     return trace_export.export_program(_Inside(slim), dummy_input, portable=True).program
 
 
 def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy_input: Any) -> list[Any]:
-    """Random inputs of other sizes, smaller and larger, that a program of ``slim`` takes."""
+    """Random inputs of other sizes, smaller and larger, that a program made from ``slim`` takes."""
     takes = trace_export.takes_of(program, trace_export.module_of(program), parameters_of(slim.forward))
     return [
         random_like(dummy_input, seed, shapes=shapes)
@@ -55,7 +55,7 @@ def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy
 
 
 def example_of(program: torch.export.ExportedProgram) -> Any:
-    """An input that a program takes: random floats, and zeros of all other kinds.
+    """An input that a program takes: random floats, zeros for all other dtypes.
 
     Returns:
         A tensor, a tuple of positional arguments, or a dict of keyword arguments.
@@ -74,7 +74,7 @@ def example_of(program: torch.export.ExportedProgram) -> Any:
         if prod(shape) > MOST_ENTRIES:
             raise ArtifactError(
                 f"the program was made on an input of {' x '.join(map(str, shape))}, too large to be drawn\n"
-                "  to fix  give an input: --input, --input-fn"
+                "  to fix  pass an input: --input, --input-fn"
             )
         if fake.is_floating_point() or fake.is_complex():
             return torch.randn(shape, generator=generator).to(fake.dtype)
@@ -88,7 +88,7 @@ def example_of(program: torch.export.ExportedProgram) -> Any:
 
 
 def runnable(program: torch.export.ExportedProgram) -> SlimGraph:
-    """An exported program as a module that refuses what it was not made for."""
+    """An exported program as a module that refuses inputs that it was not made for."""
     module = trace_export.module_of(program)
     slim = SlimGraph(module, module.graph, trace_export.takes_of(program, module))
     follow_device(slim.graph)

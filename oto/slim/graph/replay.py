@@ -1,4 +1,4 @@
-"""The last resort: the recorded run of the example, with thinner tensors and the sizes to match."""
+"""The last emitter: replay the recorded calls of the example, with thinner tensors and matching sizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from oto.slim.graph.emit import emit_graph
 from oto.slim.proof.compare import Check, relative_error, tolerance
 from oto.slim.proof.float64 import double_input, throughout, widened
 from oto.slim.proof.reference import CheckOptions, Reference
-from oto.trace.record import Recording, record_data
+from oto.trace.record import record_data
 from oto.trace.replay import difference, replayed
+from oto.trace.run import Recording
 
 RECORDED = (
     "recorded at the example's shapes and values: other shapes, and other paths through branches on values,"
@@ -26,13 +27,13 @@ RECORDED = (
 
 
 def emit_recording(model: nn.Module, dummy_input: Any, partition: Partition, kept: Kept) -> fx.GraphModule:
-    """Build the slim model of the calls that ``model`` makes on the example.
+    """Build the slim model from the calls that ``model`` makes on the example.
 
     Raises:
-        EmitterError: A call is nothing that a graph can hold.
+        EmitterError: A graph cannot hold one of the calls.
     """
     with throughout(model):
-        run = replayed(model, dummy_input, known, partition.found.graph.how)
+        run = replayed(model, dummy_input, known, partition.found.graph.mode)
     return emit_graph(run, partition, kept)
 
 
@@ -41,8 +42,8 @@ def check_recording(
 ) -> list[Check]:
     """Compare a recording with the zeroed full model, on the example and on random inputs that take the same path.
 
-    Numbers that left torch were read in the model's dtype. Where float64 shows that, another recording is compared in
-    float64, which is made in it.
+    Numbers that left torch (``.item()``) were read in the model's dtype. If float64 shows that, a second recording made
+    in float64 is compared there instead.
     """
     full, dummy_input = reference.model, reference.example.value
 
@@ -55,7 +56,7 @@ def check_recording(
     def lacks(given: Any) -> str | None:
         try:
             return difference(example, path(given))
-        except Exception:  # inputs may have to fit together
+        except Exception:  # parts of an input may have to match each other
             return "the model does not take it"
 
     def recorded() -> nn.Module:
@@ -64,7 +65,7 @@ def check_recording(
         if not alike(slim, another, few):
             raise VerificationError(
                 f"the recording of {type(full).__name__} in float64 makes other calls than the one to be proved\n"
-                "  effect  what differs cannot be told from rounding, so no subnet is built\n"
+                "  effect  a mistake could not be distinguished from rounding, so no subnet is built\n"
                 "  to fix  report the model; float64=False compares in its own dtype alone"
             )
         return another
@@ -73,10 +74,10 @@ def check_recording(
 
 
 def alike(one: fx.GraphModule, other: fx.GraphModule, few: float) -> bool:
-    """Whether two recordings make the same calls, with numbers and tensors that differ by rounding at most.
+    """Whether two recordings make the same calls, with numbers and tensors that differ at most by rounding.
 
     Args:
-        few: By how much, relative to a number, or to the largest entry of a tensor.
+        few: The tolerance, relative to a number or to the largest entry of a tensor.
     """
     ours, theirs = list(one.graph.nodes), list(other.graph.nodes)
     same = dict(zip(ours, theirs, strict=False))

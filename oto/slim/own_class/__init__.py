@@ -1,9 +1,9 @@
-"""The user's own class, thinner: what it needs for that, found by running it.
+"""What the user's own class needs to run with thinner tensors, found by running it.
 
 The loop is in :mod:`~oto.slim.own_class.search`: compare the calls of a thinner copy with those of the full model
-(``compare``, ``detours``), and at the first that differs try what repairs it (``repairs``, one kind a file), each a
-pure proposal on a frozen value (``adaptation``). Which groups are thinner in a try says ``trials``; the copy is run on
-a ``workbench``; ``layers`` knows the layers of ``torch.nn``, ``overrides`` the torch functions that the class calls.
+(``compare``, ``detours``), and at the first that differs try repairs (``repairs``, one kind per file), each a pure
+proposal on a frozen value (``adaptation``). ``trials`` decides which groups are thinner in a try; the copy runs on a
+``workbench``; ``layers`` knows the layers of ``torch.nn``, ``overrides`` the torch functions that the class calls.
 """
 
 from oto.slim.own_class.layers import plan_edits

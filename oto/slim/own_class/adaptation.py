@@ -1,4 +1,8 @@
-"""What a thinner model of the user's own class needs: one frozen value, which the search replaces and never changes."""
+"""What a thinner model of the user's own class needs, as one frozen value that the search replaces, never changes.
+
+Example: ``hidden`` of ``mlp`` is set to the thinner width, the count of a norm is folded into its weight, and one
+``view`` is overridden.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from oto.axes.terms import Term
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.pruned_shapes import PrunedShapes
 
 Tie = tuple[str, ...]
@@ -17,11 +21,11 @@ Tie = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Rescale:
-    """What happens to a parameter that takes a count in: ``(p + offset) · ratio ** power - offset``.
+    """How a parameter changes when a count is folded into it: ``(p + offset) · ratio ** power - offset``.
 
     Attributes:
         name: The parameter.
-        term: The dimension that gets thinner; ``ratio`` says how many times.
+        term: The dimension that gets thinner; ``ratio`` is its full size over its kept size.
     """
 
     name: str
@@ -39,7 +43,7 @@ class Folded:
     """How the count that a norm or a mean divides by is folded into what follows it.
 
     Attributes:
-        scales: Parameters that take it in.
+        scales: Parameters that the count is folded into.
         scalars: Numbers among the arguments of calls that change, by the index of the call.
     """
 
@@ -52,26 +56,26 @@ class Adaptation:
     """What a thinner model of the class needs.
 
     Attributes:
-        sizes: Numbers that modules hold, and what they follow from.
-        folded: Norms and means whose count goes into weights, by the index of the call.
-        overrides: Calls that are to be made otherwise than the code states, by their index; for each, places of numbers
-            to state even where they stay what they were.
+        sizes: Size attributes: numbers that modules hold, and the terms that they follow from.
+        folded: Norms and means whose count is folded into weights, by the index of the call.
+        overrides: Calls to override, by their index; for each, the positions of the numbers to state even where they
+            do not change.
         ties: Groups that keep the same number of atoms.
-        minimum: How many atoms groups keep in any case, for the class to run.
+        minimum: How many atoms groups must keep for the class to run.
         whole: Groups that stay whole, each with the index of the call that is the reason.
     """
 
-    sizes: Mapping[Place, SizeAttribute] = field(default_factory=dict)
+    sizes: Mapping[AttributePlace, SizeAttribute] = field(default_factory=dict)
     folded: Mapping[int, Folded] = field(default_factory=dict)
     overrides: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
     minimum: Mapping[str, int] = field(default_factory=dict)
     whole: Mapping[str, int | None] = field(default_factory=dict)
 
-    def with_sizes(self, sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
+    def with_sizes(self, sizes: Mapping[AttributePlace, SizeAttribute]) -> Adaptation:
         return replace(self, sizes={**self.sizes, **sizes})
 
-    def with_folded(self, folded: Mapping[int, Folded], sizes: Mapping[Place, SizeAttribute]) -> Adaptation:
+    def with_folded(self, folded: Mapping[int, Folded], sizes: Mapping[AttributePlace, SizeAttribute]) -> Adaptation:
         return replace(self.with_sizes(sizes), folded={**self.folded, **folded})
 
     def with_overrides(self, overrides: Mapping[int, tuple[int, ...]]) -> Adaptation:
@@ -84,7 +88,7 @@ class Adaptation:
         return replace(self, minimum={**self.minimum, **minimum})
 
     def with_whole(self, new: Mapping[str, int | None]) -> Adaptation:
-        """Some more groups stay whole, and those that are tied to them."""
+        """Keep more groups whole, and all that are tied to them."""
         whole = dict(new) | dict(self.whole)
         for tie in self.ties:
             stays = next((name for name in tie if name in whole), None)
@@ -93,7 +97,7 @@ class Adaptation:
         return replace(self, whole=whole)
 
     def tied_to(self, names: Iterable[str]) -> set[str]:
-        """Some groups, and what is tied to them."""
+        """The named groups and all that are tied to them."""
         found = set(names)
         for tie in self.ties:
             if found & set(tie):
@@ -102,7 +106,7 @@ class Adaptation:
 
     @property
     def scales(self) -> dict[str, list[Rescale]]:
-        """By what each parameter is multiplied."""
+        """How each parameter is rescaled."""
         found: dict[str, list[Rescale]] = {}
         for one in self.folded.values():
             for scale in one.scales:
@@ -116,7 +120,7 @@ class Adaptation:
 
     @property
     def unfolded(self) -> Adaptation:
-        """The same with counts that are overridden where they were folded: no parameter is changed then."""
+        """The same with the calls overridden whose counts were folded, so that no parameter changes."""
         if not self.folded:
             return self
         numbers = list(self.scalars.values())

@@ -1,7 +1,7 @@
-"""Where a class states its sizes: integers that its modules hold, and what they have to be in a thinner model.
+"""Size attributes: the numbers in a class's modules that state sizes, and their values in a thinner model.
 
-A size in a ``forward`` comes from a tensor, which is thinner by itself, or from an attribute: of the module, of a
-configuration that it holds, of a list, of a module around it. Which attribute it is, the search finds.
+A size in a ``forward`` comes from a tensor, which is already thinner, or from an attribute: of the module, of a
+config that it holds, of a list, of a module around it. The search finds out which attribute it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from oto.slim.pruned_shapes import PrunedShapes
 
 
 @dataclass(frozen=True)
-class Place:
+class AttributePlace:
     """A number that a module holds."""
 
     module: str
@@ -28,7 +28,7 @@ class Place:
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """What the number in a place follows from.
+    """The dimension that an attribute follows from.
 
     Attributes:
         term: The dimension that gets thinner.
@@ -41,7 +41,7 @@ class SizeAttribute:
     power: float = -1.0
 
     def now(self, pruned: PrunedShapes) -> int | float:
-        """What it is to be.
+        """Its value in the thinner model.
 
         Raises:
             EmitterError: It would have to be a fraction.
@@ -50,16 +50,16 @@ class SizeAttribute:
             return float(self.value * self.ratio(pruned) ** self.power)
         number, rest = divmod(self.value * pruned.count(self.term), size_of(self.term))
         if rest:
-            raise EmitterError(f"what the class states as {self.value} would be no whole number any more")
+            raise EmitterError(f"what the class states as {self.value} would no longer be a whole number")
         return number
 
     def ratio(self, pruned: PrunedShapes) -> float:
-        """How many times thinner the term is."""
+        """The full size of the term over its kept size."""
         return size_of(self.term) / pruned.count(self.term)
 
 
 def numbers(module: nn.Module) -> Iterator[tuple[Key, int | float]]:
-    """The numbers that a module holds, its own first, then those of what it holds; private ones last."""
+    """The numbers that a module holds: its own first, then those in objects and containers, private ones last."""
     own = [(name, value) for name, value in vars(module).items() if name not in EVERY]
     own.sort(key=lambda pair: pair[0].startswith("_"))
     for name, value in own:

@@ -1,4 +1,7 @@
-"""Repeated blocks: what holds for a line of code in one of them is tried in all of them."""
+"""Repeated blocks: find the calls that have the same place in each, so that a repair in one is tried in all.
+
+Example: the view in ``layers.0.attn`` and those of ``layers.1.attn``, ``layers.2.attn`` are alike.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ from functools import cached_property
 
 from torch import nn
 
+from oto.trace.functions import FunctionCall
 from oto.trace.graph import Graph
-from oto.trace.record import FunctionCall
 
 
 def ancestors(path: str) -> list[str]:
-    """A module and all around it, from the inside outwards."""
+    """A module and all modules around it, from the inside outwards."""
     parts = path.split(".") if path else []
     return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def moved(holder: str, home: str, other: str) -> str | None:
-    """The module that is to ``other`` what ``holder``, around ``home`` or beside it, is to that.
+    """The module that relates to ``other`` as ``holder``, around ``home`` or beside it, relates to ``home``.
 
     >>> [moved(holder, "layers.0.attn", "layers.3.attn") for holder in ("layers.0.attn.bias", "layers.0")]
     ['layers.3.attn.bias', 'layers.3']
@@ -33,7 +36,7 @@ def moved(holder: str, home: str, other: str) -> str | None:
 
 
 def family(name: str) -> str:
-    """A name without the numbers of blocks; that of a group keeps what follows the slash.
+    """A name without the numbers of blocks; a group's name keeps what follows the slash.
 
     >>> family("layers.3.attn.weight/1")
     'layers.*.attn.weight/1'
@@ -44,11 +47,11 @@ def family(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The calls of a model, by the place that they have in a block.
+    """The calls of a model, by their place in a block.
 
     Attributes:
         modules: The modules of the full model, by their paths.
-        functions: The torch functions that it calls, which say in which run of a module a call is made.
+        functions: The torch functions that it calls, which tell in which run of a module a call is made.
     """
 
     graph: Graph
@@ -56,12 +59,12 @@ class Blocks:
     functions: Sequence[FunctionCall]
 
     def alike(self, index: int) -> list[int]:
-        """The calls that blocks of the same path but for a number make in the place of this one, itself included."""
+        """The calls in the same place of blocks whose paths differ only by a number, including this one."""
         keys, found = self._by_path
         return found[keys[index]]
 
     def same_line(self, index: int) -> list[int]:
-        """The calls of the same line in every module of the class, in each of its runs, itself included.
+        """The calls of the same line in every module of the class and each of its runs, including this one.
 
         Where a line calls several times in one run, those at the same turn.
         """
@@ -69,7 +72,7 @@ class Blocks:
         return found[keys[index]]
 
     def every_turn(self, index: int) -> list[int]:
-        """The same at any turn: what a loop calls."""
+        """The same at any turn, as in a loop."""
         keys, found = self._by_loop
         return found[keys[index]]
 

@@ -1,4 +1,4 @@
-"""Attributes that may state what a call lacks, the likeliest first."""
+"""Find attributes that may state the size that a call has wrong, the likeliest first."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import TypeAlias
 from torch import nn
 
 from oto.axes.terms import Term, resolve, size_of
-from oto.slim.own_class.attributes import Place, SizeAttribute, changed
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute, changed
 from oto.slim.own_class.blocks import ancestors, moved
 from oto.slim.own_class.layers import stock
 from oto.slim.own_class.rescale import sizes_in
 from oto.slim.own_class.situation import Situation
 
 _NEAR = (0, 1, 2, 3, -1, -2)
-"""Calls before the one at fault, and after it, whose tensors are looked at: a wrong size may have left a call out."""
+"""Calls before and after the one at fault whose tensors are examined: a wrong size may have skipped a call."""
 _PER_SIZE = 3
-"""Attributes that are combined for each size of a call: more of the same value are other things by chance."""
+"""Attributes that are combined for each size of a call: further ones have the same value by chance."""
 _SIZES = 3
 """Sizes of a call whose attributes are combined: a view of heads states two, or three with the width."""
 _OF_A_KIND = 8
-"""Candidates of the less likely kinds; all of them together are tried in a few runs."""
+"""Most candidates of each less likely kind, so that all of them together take a few runs."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StatedSize:
 
 @dataclass(frozen=True)
 class TensorDim:
-    """Of the call so many ``back``, its ``nth`` tensor: a dimension, ``width`` of them side by side, or one factor."""
+    """A dimension of the ``nth`` tensor of the call ``back`` calls earlier: ``width`` adjacent ones, or one factor."""
 
     back: int
     nth: int
@@ -53,11 +53,11 @@ class TensorDim:
 
 Label: TypeAlias = StatedSize | TensorDim
 """Which size of a call is meant, so that it can be found at the same call of other blocks."""
-Choice: TypeAlias = tuple[Place, Label]
+Choice: TypeAlias = tuple[AttributePlace, Label]
 
 
 def term_of(situation: Situation, index: int, label: Label) -> Term | None:
-    """The term that a label means at a call; ``None`` if that has none."""
+    """The term that a label means at a call; ``None`` if the call has no such size."""
     if isinstance(label, StatedSize):
         rewrite = situation.rewrite_of(index)
         sizes = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
@@ -70,23 +70,23 @@ def term_of(situation: Situation, index: int, label: Label) -> Term | None:
     values = [*node.inputs(), *(v for v in node.outputs if v is not None)]
     operands = situation.bench.partition.found.operands
     terms = operands[values[label.nth]].terms if label.nth < len(values) else ()
-    some = terms[label.dim : label.dim + label.width]
-    if len(some) != label.width:
+    adjacent = terms[label.dim : label.dim + label.width]
+    if len(adjacent) != label.width:
         return None
     if label.factor is None:
-        return tuple(f for t in some for f in t)
-    factors = resolve(some[0])
+        return tuple(f for t in adjacent for f in t)
+    factors = resolve(adjacent[0])
     return factors[label.factor : label.factor + 1] if label.factor < len(factors) else None
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The attributes that may state what a call lacks."""
+    """The attributes that may state the size that a call has wrong."""
 
     at: Situation
 
     def named(self) -> Iterator[Sequence[Choice]]:
-        """The attributes of which the numbers of the call were made, where that is known, each with what it states."""
+        """The attributes that the numbers of the call are known to come from, each with the size that it states."""
         named = set().union(*self.at.bench.calls.stating(self.at.index).values()) - self.at.adaptation.sizes.keys()
         if not named:
             return
@@ -99,7 +99,7 @@ class Candidates:
         yield from ([choice] for sized in self._near for choice in self.places(*sized, True) if choice[0] in named)
 
     def others(self) -> Iterator[tuple[Sequence[Choice], bool]]:
-        """Attributes of the right value to set together; and whether such that are set already."""
+        """Attributes of the right value to set together, and whether those that are already set may change too."""
         for chosen in (*self._combined(), *self._single(), *self._factors(), *self._parts()):
             yield chosen, False
         for chosen in self._anew():
@@ -109,7 +109,7 @@ class Candidates:
 
     @cached_property
     def paths(self) -> list[str]:
-        """The module that calls, and those whose code was running when something was raised."""
+        """The calling module, and those whose code was running when an exception was raised."""
         failure, near = self.at.divergence.failure, self.at.node.module
         found = [near]
         for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))) if failure is not None else ():
@@ -121,14 +121,14 @@ class Candidates:
 
     @cached_property
     def stated(self) -> list[tuple[Label, Term]]:
-        """The sizes that the call states and that get smaller."""
+        """The sizes stated by the call that get smaller."""
         rewrite = self.at.rewrite
         terms = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
         return [(StatedSize(i), term) for i, term in enumerate(terms) if changed(term, self.at.pruned)]
 
     @cached_property
     def dims(self) -> list[tuple[Label, Term]]:
-        """The sizes of tensors that calls near this one meet, products of two that are side by side, and factors."""
+        """The sizes of tensors of nearby calls, products of two adjacent ones, and factors."""
         found: list[tuple[Label, Term]] = []
         factors: list[tuple[Label, Term]] = []
         nodes, operands = self.at.bench.graph.nodes, self.at.bench.partition.found.operands
@@ -147,10 +147,14 @@ class Candidates:
         return found + factors
 
     def places(self, label: Label, term: Term, far: bool, part: bool = False) -> list[Choice]:
-        """Numbers that are the size of a term, or a part of it by which it can be divided."""
+        """Attributes whose value is the size of a term, or with ``part`` a divisor of it that stays a whole number.
+
+        Args:
+            far: Also those of modules around.
+        """
         size, now = size_of(term), self.at.pruned.count(term)
         found = [
-            (Place(holder, key), value)
+            (AttributePlace(holder, key), value)
             for path in self.paths
             for holder in (ancestors(path) if far else [path])
             for key, value in self.at.bench.numbers(holder)
@@ -170,18 +174,18 @@ class Candidates:
         return [(label, term) for label, term in self.dims if changed(term, self.at.pruned)]
 
     def _combined(self) -> Sequence[Sequence[Choice]]:
-        """An attribute of the module for each size that the call states, or for some of them."""
+        """An attribute of the module for each size that the call states, or for a subset of them."""
         options = [[None, *self.places(label, term, False)][: 1 + _PER_SIZE] for label, term in self.stated[:_SIZES]]
         combined = [[o for o in c if o is not None] for c in itertools.product(*options) if any(c)]
         return sorted(combined, key=lambda chosen: -len(chosen))
 
     def _single(self) -> Sequence[Sequence[Choice]]:
-        """One attribute of the module, or of one around it, for any size near."""
+        """One attribute of the module, or of one around it, for any nearby size."""
         sizes = [*self.stated, *self._near]
         return [[o] for far in (False, True) for sized in sizes for o in self.places(*sized, far)][:_OF_A_KIND]
 
     def _factors(self) -> Sequence[Sequence[Choice]]:
-        """Pairs of numbers whose product is a size that the call states."""
+        """Pairs of attributes whose product is a size that the call states."""
         return [c for label, term in self.stated[:_SIZES] for c in self._factors_of(label, term)][:_OF_A_KIND]
 
     def _factors_of(self, label: Label, term: Term) -> Iterator[Sequence[Choice]]:
@@ -193,11 +197,11 @@ class Candidates:
             yield from itertools.product(*(self.places(*side, False)[:_PER_SIZE] for side in gone))
 
     def _parts(self) -> Sequence[Sequence[Choice]]:
-        """Numbers that a size of the call is a multiple of."""
+        """Attributes that divide a size of the call."""
         return [[o] for label, term in self.stated for o in self.places(label, term, False, True)][:_OF_A_KIND]
 
     def _anew(self) -> Iterator[Sequence[Choice]]:
-        """What follows from a term that happened to get as thin, by another term of that size."""
+        """Attributes set by the wrong term, of the same pruned size by chance, with another term of that size."""
         sizes = self.at.adaptation.sizes
         mine = sorted((place for place in sizes if place.module in self.paths), key=repr)
         for label, term in self.dims:
@@ -207,9 +211,11 @@ class Candidates:
 
     # --- in all blocks ------------------------------------------------------------------------------------------------
 
-    def everywhere(self, chosen: Sequence[Choice], siblings: Sequence[int], again: bool) -> dict[Place, SizeAttribute]:
-        """The same numbers of all repeated blocks; of those that are stated already, only if ``again``."""
-        made: dict[Place, SizeAttribute] = {}
+    def everywhere(
+        self, chosen: Sequence[Choice], siblings: Sequence[int], again: bool
+    ) -> dict[AttributePlace, SizeAttribute]:
+        """The same attributes in all repeated blocks; those that are already set only if ``again``."""
+        made: dict[AttributePlace, SizeAttribute] = {}
         index, home, modules = self.at.index, self.at.node.module, self.at.bench.modules
         for place, label in chosen:
             here, value = term_of(self.at, index, label), self.at.held(place.module)[place.key]
@@ -220,7 +226,7 @@ class Candidates:
                 term = term_of(self.at, sibling, label)
                 if sibling == index or there is None or there not in modules or term is None:
                     continue
-                other = Place(there, place.key)
+                other = AttributePlace(there, place.key)
                 held = self.at.held(there).get(place.key)
                 alike = held is not None and held * size_of(here) == value * size_of(term)
                 if (

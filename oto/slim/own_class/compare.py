@@ -1,8 +1,8 @@
-"""Two runs side by side: the calls of a thinner model of the same class, and what each of them should be.
+"""Compare the calls of a thinner model of the same class with what each of them should be.
 
-If every call of the slim model is the same call of the same tensors as in the full one, with the thinner shapes and
-sizes that the analysis says, the class computes what the rewritten graph computes. No number is looked at, but where
-the calls of the two part and meet again: there both parts are run on random numbers (``detours``).
+If every call of the slim model is the same call on the same tensors as in the full one, with the thinner shapes and
+sizes that the analysis expects, the class computes what the rewritten graph computes. No values are compared, except
+where the two take different paths and meet again: there both paths are run on random numbers (``detours``).
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.detours import Detour
 from oto.slim.pruned_shapes import PrunedShapes
+from oto.trace.functions import FunctionCall
 from oto.trace.graph import Node, Value
-from oto.trace.record import FunctionCall
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first call in which a slim model of the class does something else than it should.
+    """The first call at which a slim model of the class does something else than it should.
 
     Attributes:
-        index: Of the call in the full model.
-        failure: What it raised.
+        index: Index of the call in the full model.
+        failure: The exception, if one was raised.
         right: How many of the sizes that the call states are right.
         call: What was called instead, if the class got that far.
     """
@@ -51,7 +51,7 @@ class Divergence:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """By which two of them are compared: the greater, the further the class got."""
+        """How far the class got, for comparing two divergences: greater is further."""
         return self.index, self.right
 
     def __str__(self) -> str:
@@ -63,13 +63,13 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Run:
-    """What a model called.
+    """The calls of one run.
 
     Attributes:
-        calls: Operators, in their order.
-        failure: What was raised in the end.
-        literals: The functions that made a tensor of numbers, which are no calls of operators.
-        is_cut: Whether it was followed no further.
+        calls: Calls of operators, in order.
+        failure: The exception that ended the run, if one did.
+        literals: Calls that make a tensor from numbers (``torch.tensor``), which are no calls of operators.
+        is_cut: Whether the recording stopped at its limit.
     """
 
     calls: Sequence[Node]
@@ -98,7 +98,7 @@ class Full:
         self._plain: dict[int, list[Any]] = {}
 
     def plain(self, index: int) -> list[Any]:
-        """The arguments of a call but for tensors and places."""
+        """The arguments of a call without tensors, devices and layouts."""
         if index not in self._plain:
             self._plain[index] = _plain(self.nodes[index].args, self.nodes[index].kwargs)
         return self._plain[index]
@@ -108,9 +108,9 @@ class Comparison:
     """The calls of a slim model of the class beside those of the full model.
 
     Args:
-        own: What the class was given.
-        thin: What is left.
-        edits: What made the slim model.
+        own: How the class was adapted.
+        pruned: The pruned shapes.
+        edits: The edits that made the slim model.
     """
 
     def __init__(self, full: Full, slim: Run, own: Adaptation, pruned: PrunedShapes, edits: Edits) -> None:
@@ -122,19 +122,19 @@ class Comparison:
         self.itself: dict[Value, Value] = {}
 
     def divergence(self) -> Divergence | None:
-        """The first call that is another one than the analysis says; ``None`` if there is none."""
+        """The first call that differs from what the analysis expects; ``None`` if there is none."""
         called, literal = self._called(), self._literal()
         return called if literal is None or (called is not None and called.index <= literal) else Divergence(literal)
 
     def _literal(self) -> int | None:
-        """The first call after a tensor was made of other numbers; ``None`` if none was."""
+        """The first call after a tensor was made from different numbers; ``None`` if none was."""
         for full, slim in zip(self.full.literals, self.slim.literals, strict=False):
             if full.numbers != slim.numbers:
                 return min(full.nodes.start, len(self.nodes) - 1)
         return None
 
     def _called(self) -> Divergence | None:
-        """The first call that is another one."""
+        """The first call of an operator that differs."""
         i = j = 0
         while i < len(self.nodes):
             after = self._laid_out(i, j)
@@ -159,7 +159,7 @@ class Comparison:
     # --- calls that need not be matched -------------------------------------------------------------------------------
 
     def _laid_out(self, i: int, j: int) -> tuple[int, int] | None:
-        """What lies in memory as it should already is not made so again: the calls after a copy that one side makes."""
+        """The calls after a copy to contiguous memory that only one side makes; the other is contiguous as it is."""
         laid = self.nodes[i].op is _LAID, j < len(self.calls) and self.calls[j].op is _LAID
         if laid == (False, True):
             self.itself[_output(self.calls[j])] = self._real(values_in(self.calls[j])[0])
@@ -170,11 +170,11 @@ class Comparison:
         return None
 
     def _swapped(self, path: str) -> str | None:
-        """The module around a call that a module of ours has taken the place of."""
+        """The module around a call that was swapped for one of ``oto.nn``."""
         return next((p for p in ancestors(path) if p in self.edits.swaps), None) if self.edits.swaps else None
 
     def _block(self, i: int, j: int, path: str) -> tuple[int, int] | None:
-        """The calls after a module of ours, if it gives what the one in whose place it is gave."""
+        """The calls after a swapped module, if it returns what the original module returned."""
         after, other = _leaving(self.nodes, i, path), _leaving(self.calls, j, path)
         pairs = self._given(i, after, j, other)
         if pairs is None or not all(self._fits(old, new) for old, new in pairs):
@@ -182,7 +182,7 @@ class Comparison:
         return after, other
 
     def _given(self, i: int, after: int, j: int, other: int) -> list[tuple[Value, Value]] | None:
-        """What calls of the two models make that later ones read; ``None`` if it is not equally much."""
+        """Pairs of results of the two models that later calls read; ``None`` if their numbers differ."""
         theirs = _made(self.nodes, i, after, self.full.last_read)
         ours = _made(self.calls, j, other, self.read_last)
         if len(ours) < len(theirs) and j < other:  # an output of the model, or the calls end here
@@ -196,8 +196,8 @@ class Comparison:
         return {value: place for place, node in enumerate(self.calls) for value in values_in(node)}
 
     def _otherwise(self, i: int, j: int) -> tuple[int, int] | None:
-        """The calls after some that the slim model may leave out, or make otherwise."""
-        for value in self.nodes[i].outputs:  # of the call that it did not make
+        """The calls after a stretch that the slim model may leave out or compute differently."""
+        for value in self.nodes[i].outputs:  # results of the call that the slim model did not make
             if value is not None:
                 self.stands.pop(value, None)
         if i in self.full.dead:
@@ -205,9 +205,10 @@ class Comparison:
         return self._idle(i, j) or self._detour(i, j)
 
     def _detour(self, i: int, j: int) -> tuple[int, int] | None:
-        """The calls after some that are made otherwise and give the same: a class may branch on sizes."""
+        """The calls after two different paths to the same results: a class may branch on sizes."""
         ahead = enumerate(self.nodes[i : i + _DETOUR])
-        free = next((n for n, node in ahead if self._is_held(node)), _DETOUR)  # what it keeps is compared with nothing
+        # nothing is compared with a result that is held
+        free = next((n for n, node in ahead if self._is_held(node)), _DETOUR)
         full, slim = self.nodes[i : i + _DETOUR], self.calls[j : j + _DETOUR]
         detour = Detour(full, slim, self.stands, self.itself, self.pruned, self.rewrites)
         for steps in range(1, _DETOUR):
@@ -225,11 +226,11 @@ class Comparison:
         return None
 
     def _is_held(self, node: Node) -> bool:
-        """Whether a call gives what no other call reads, and is no dead one: the model keeps or decides by it."""
+        """Whether no call reads the result of a call that is not dead: the model keeps it or branches on it."""
         return node.index not in self.full.dead and not any(v in self.full.last_read for v in node.outputs if v)
 
     def _meet_leaves(self, full: Sequence[Node], slim: Sequence[Node]) -> None:
-        """Let tensors of the model that are read for the first time stand for each other: both count them first."""
+        """Pair tensors of the model that are read for the first time; both recordings give these the first numbers."""
         read = {value.index: value for node in slim for value in values_in(node)}
         for value in {value for node in full for value in values_in(node)} & self.full.leaves:
             if value not in self.stands and value.index in read:
@@ -242,9 +243,9 @@ class Comparison:
         return self.nodes[i].op is self.calls[j].op and self.nodes[i].module == self.calls[j].module
 
     def _idle(self, start: int, j: int) -> tuple[int, int] | None:
-        """The call after some that only lay a tensor out, and in the end as it was; a class may leave them out.
+        """The call after layout calls that together change nothing, which a class may leave out.
 
-        So repeating each head once, which most say with an ``if``.
+        Example: repeating each head once, which most classes skip with an ``if``.
         """
         given = self.full.inputs[start]
         if len(given) != 1 or given[0] not in self.stands:
@@ -275,16 +276,16 @@ class Comparison:
         return self.itself.get(value, value)
 
     def _fits(self, old: Value, new: Value, ask: bool = False) -> bool:
-        """Whether a tensor has the thinner shape; from then on it stands for the full one, unless one only asks."""
+        """Whether a tensor has the thinner shape; from then on it stands for the full one, unless ``ask``."""
         if self.pruned.sizes(old) != new.shape or old.dtype != new.dtype:
             return False
         held = self.stands.get(old) if ask else self.stands.setdefault(old, self._real(new))
         return held is None or held is self._real(new)
 
     def _right(self, i: int, slim: Node) -> int | None:
-        """``None`` if a call is what it should be; else how many of its sizes are."""
+        """``None`` if a call is what it should be, otherwise how many of its sizes are right."""
         full, rewrite = self.nodes[i], self.rewrites.get(i)
-        if i in self.full.dead:  # it has to run, and no more
+        if i in self.full.dead:  # nothing reads its result, so it only has to run
             return None if full.op is slim.op else 0
         overridden = i in self.own.overrides
         alike = full.module == slim.module and len(full.outputs) == len(slim.outputs)
@@ -302,7 +303,7 @@ class Comparison:
                 return self._sizes_right(rewrite, full, slim)
         changes = rewrite is not None and self.pruned.changes(rewrite)
         if overridden and rewrite is not None and changes and rewrite.op is not full.op:
-            return None  # a piece, whose size is in its shape, or a count
+            return None  # a piece, whose shape was compared above, or a count
         if i in self.scalars:
             wanted = self.scalars[i]
             return None if self._equal(i, slim, wanted.ratio(self.pruned) ** wanted.power) else 0
@@ -319,7 +320,7 @@ class Comparison:
             return None if _agree(wanted, given) else self._sizes_right(rewrite, full, slim)
         if rewrite.op in _BY_SHAPE:
             return None
-        if rewrite.op is aten.narrow.default:  # of a slice, whose length is in the shape
+        if rewrite.op is aten.narrow.default:  # a slice: its length is in the shape, so its start is left
             begin = self.pruned.filled(rewrite.args[2])
             begins = slim.args[2] if len(slim.args) > 2 and slim.args[2] is not None else 0
             length = values_in(slim)[0].shape[rewrite.args[1]]
@@ -339,7 +340,7 @@ class Comparison:
         return sum(a == b for a, b in pairs)
 
     def _equal(self, i: int, slim: Node, factor: float | None = None) -> bool:
-        """Whether two calls have the same arguments; of one, a number may have grown by a factor."""
+        """Whether two calls have the same arguments; with ``factor``, one number may have grown by it."""
         a, b = self.full.plain(i), _plain(slim.args, slim.kwargs)
         if len(a) != len(b):
             return False
@@ -352,7 +353,7 @@ class Comparison:
 
 
 def values_in(node: Node) -> list[Value]:
-    """The tensors that a call is given."""
+    """The tensors among the arguments of a call."""
     found: list[Value] = []
     _gather(node.args, found, True)
     _gather(node.kwargs, found, True)
@@ -360,7 +361,7 @@ def values_in(node: Node) -> list[Value]:
 
 
 def _gather(x: Any, found: list[Any], values: bool) -> None:
-    """The leaves of arguments, tensors or all others; plain recursion takes a tenth of the time of a pytree."""
+    """Collect the leaves of arguments, either tensors or all others; in a tenth of the time of a pytree."""
     if isinstance(x, Value):
         if values:
             found.append(x)
@@ -375,7 +376,7 @@ def _gather(x: Any, found: list[Any], values: bool) -> None:
 
 
 def _plain(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
-    """What stands in arguments but for tensors and places; what a branch or a loop runs is a function, and no size."""
+    """The arguments without tensors, devices and layouts, and without the functions that a branch or a loop runs."""
     found: list[Any] = []
     _gather(args, found, False)
     _gather(kwargs, found, False)
@@ -383,13 +384,13 @@ def _plain(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
 
 
 def _made(nodes: Sequence[Node], start: int, end: int, last_read: Mapping[Value, int]) -> list[Value]:
-    """What some calls make that later ones read."""
+    """The results of a stretch of calls that later calls read."""
     made = [value for node in nodes[start:end] for value in node.outputs if value is not None]
     return [value for value in made if last_read.get(value, -1) >= end]
 
 
 def _leaving(nodes: Sequence[Node], start: int, path: str) -> int:
-    """The first call after some that a module and what is in it make."""
+    """The first call after those that a module and its submodules make."""
     end = start
     while end < len(nodes) and f"{nodes[end].module}.".startswith(f"{path}." if path else ""):
         end += 1
@@ -402,7 +403,7 @@ def _output(node: Node) -> Value:
 
 
 def _with_defaults(op: Any, args: Sequence[Any]) -> list[Any]:
-    """The arguments of a call, and the defaults of those that it leaves out at the end; it may, by what they are."""
+    """The arguments of a call, completed with the defaults of those that it leaves out at the end."""
     left = _defaults(op)[len(args) :]
     return [*args, *itertools.takewhile(lambda default: default is not _NONE, left)]
 
@@ -412,14 +413,14 @@ _NONE = object()
 
 @cache
 def _defaults(op: Any) -> list[Any]:
-    """The defaults of the arguments of an operator; asking its schema takes longer than comparing a call."""
+    """The defaults of an operator's arguments; cached, as reading the schema takes longer than comparing a call."""
     schema = getattr(op, "_schema", None)
     named = [] if schema is None else [x for x in schema.arguments if not x.kwarg_only]
     return [x.default_value if x.has_default_value() else _NONE for x in named]
 
 
 def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:
-    """Whether arguments are those that were asked for; -1 is what a shape leaves open."""
+    """Whether arguments are those that were asked for; -1, as in a ``view``, agrees with any size."""
     return len(asked) == len(given) and all(
         (type(b) is type(a) and (a == b or a != a)) or (_is_int(b) and b == -1)
         for a, b in zip(asked, given, strict=True)
@@ -427,7 +428,7 @@ def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:
 
 
 def differing(full: Node, slim: Node) -> tuple[int, ...]:
-    """The places of numbers that two calls of one operator do not share."""
+    """The positions of the numbers in which two calls of one operator differ."""
     a, b = (numbers_of((node.args, dict(node.kwargs))) for node in (full, slim))
     return tuple(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y) if len(a) == len(b) else ()
 
@@ -440,12 +441,12 @@ _LAID = aten.contiguous.default
 _ELSEWHERE = (torch.device, torch.layout, torch.Generator)
 
 _IDLE = 6
-"""How many calls in a row are looked at for coming to nothing: repeating heads takes four."""
+"""Longest run of calls that may cancel out: repeating heads takes four."""
 _DETOUR = 48
-"""How many calls both sides of a branch on sizes may have together: repeating keys and values takes nine, a product of
-four tensors in the cheapest order eighteen on each side."""
+"""Most calls that both sides of a branch on sizes may have together: repeating keys and values takes nine, a product
+of four tensors in the cheapest order eighteen on each side."""
 
-# calls that give the entries that they are given, in other shapes or more than once
+# calls that return the entries of their input, in another shape or repeated
 _LAYS = {
     aten.alias,
     aten.clone,
@@ -461,5 +462,5 @@ _LAYS = {
     aten.view,
 }
 
-# calls whose meaning is in the shapes of what they give
+# calls that are determined by the shapes of their results
 _BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, full_count.view_as_complex}

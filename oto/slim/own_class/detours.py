@@ -1,8 +1,8 @@
-"""Where the calls of the full and of the thinner model part and meet again: whether both ways give the same.
+"""Compare two paths from the same tensors, taken by the full and by the thinner model: do they compute the same?
 
-Some classes branch on sizes: where queries and values are equally wide a kernel repeats the keys itself, else the code
-does; products of three matrices go in whichever order is cheaper. Neither is wrong. Both ways are run on the same
-random numbers, the full model's with the sizes of the thinner one; equal results are no divergence.
+Some classes branch on sizes: if queries and values are equally wide a kernel repeats the keys itself, otherwise the
+code does; products of three matrices go in whichever order is cheaper. Neither is wrong. Both paths are run on the same
+random numbers, that of the full model with the sizes of the thinner one; equal results are no divergence.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Node, Value
 
 _TOLERANCE = 1e-9
-"""Of float64, for sums of any length that a layer has; two ways that differ in more than rounding differ by 1e-3."""
+"""For float64 and sums as long as in any layer; two paths that differ by more than rounding differ by 1e-3."""
 _LARGE = 1 << 24
-"""Entries of a tensor from which on a comparison costs too much; such a branch is a divergence."""
+"""Most entries of a tensor that is compared; a branch with a larger one counts as a divergence."""
 
 
 @dataclass(eq=False)
 class Detour:
-    """Two ways from the same tensors, made as far as they are asked for; each call is made once.
+    """Two paths from the same tensors, run as far as needed; each call is made once.
 
     Attributes:
         full, slim: The calls of the full and of the slim model, from where they part.
-        stands: For tensors of the full model, those of the slim one; it may grow meanwhile.
-        itself: For tensors of the slim model that are another one laid out anew, that one.
-        thin: What is left.
+        stands: The tensors of the slim model that correspond to those of the full one; it may grow meanwhile.
+        itself: For a tensor of the slim model that is only a copy of another in a new layout, that other.
+        pruned: The pruned shapes.
         rewrites: How the calls of the full model are made on thinner tensors.
     """
 
@@ -48,17 +48,18 @@ class Detour:
     def __post_init__(self) -> None:
         self._given: dict[Value, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
-        self._wanted = _Way(lambda value: self._slim_value(self.stands[value]))
-        self._found = _Way(self._slim_value)
+        self._wanted = _Path(lambda value: self._slim_value(self.stands[value]))
+        self._found = _Path(self._slim_value)
 
     def agrees(self, full: int, slim: int, results: Sequence[tuple[Value, Value]]) -> bool:
-        """Whether so many calls of each side give the same for random numbers, in float64.
+        """Whether the first calls of each side give the same for random numbers, in float64.
 
         Args:
-            results: What they give that later calls read, of each.
+            full, slim: How many calls of each side.
+            results: Pairs of their results that later calls read.
 
         Returns:
-            ``False`` where that cannot be run.
+            Also ``False`` if the calls cannot be run.
         """
         try:
             with torch.inference_mode():
@@ -67,7 +68,7 @@ class Detour:
                 for node in self.slim[self._found.calls : slim]:
                     self._found.make((node.op, node.args, dict(node.kwargs)), node)
                 return all(_same(self._wanted.value(old), self._found.value(new)) for old, new in results)
-        except Exception as failure:  # what only the user's own code could run, or an input that no number stands for
+        except Exception as failure:  # only the user's code could run it, or an input cannot be drawn at random
             reraise_out_of_memory(failure)
             return False
 
@@ -78,11 +79,11 @@ class Detour:
         return self._given[value]
 
 
-class _Way:
+class _Path:
     """The calls of one side.
 
     Attributes:
-        calls: How many were made.
+        calls: How many have been made.
     """
 
     def __init__(self, given: Callable[[Value], Tensor]) -> None:
@@ -103,7 +104,7 @@ class _Way:
         op, args, kwargs = call
         args, kwargs = tree_map_only(Value, self.value, (args, kwargs))
         kwargs = {k: _in_double(v) for k, v in kwargs.items() if not isinstance(v, torch.device)}
-        if getattr(getattr(op, "_schema", None), "is_mutable", False):  # both sides are given the same tensors
+        if getattr(getattr(op, "_schema", None), "is_mutable", False):  # both sides start from the same tensors
             args = tree_map_only(Tensor, Tensor.clone, args)
         results = op(*[_in_double(a) for a in args], **kwargs)
         results = [results] if isinstance(results, Tensor) else list(results)
@@ -116,10 +117,10 @@ def _in_double(x: Any) -> Any:
 
 
 def _random(value: Value, generator: torch.Generator) -> Tensor:
-    """Random numbers in the place of a tensor; truth values for truth values.
+    """A random tensor of the shape of another; booleans for booleans.
 
     Raises:
-        NotImplementedError: It holds whole numbers, which may be places or counts; or it is large.
+        NotImplementedError: It holds integers, which may be indices or counts; or it is large.
     """
     if torch.Size(value.shape).numel() > _LARGE:
         raise NotImplementedError(value)

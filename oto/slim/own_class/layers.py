@@ -1,4 +1,8 @@
-"""The layers of ``torch.nn``: what changes in one of them when its tensors get thinner."""
+"""The layers of ``torch.nn``: what changes in each when its tensors get thinner.
+
+Example: an ``nn.Linear`` gets other ``in_features`` and ``out_features``; an ``nn.LayerNorm`` that lost entries is
+swapped for :class:`oto.nn.LayerNorm`, which still divides by the full count.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from torch import nn
 from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError
 from oto.nn import functional as full_count
-from oto.nn import modules as thinner
+from oto.nn import modules as slim_layers
 from oto.nn.overrides import to_json
 from oto.slim.edits import Edits
 from oto.slim.own_class.placed import overrides_of
@@ -22,7 +26,7 @@ from oto.trace.graph import Graph, Leaf, Node
 
 
 class DeclinedError(EmitterError):
-    """The thinner form of a layer cannot express what is left; ``path`` is the layer's."""
+    """The thinner form of a layer cannot express the pruned shapes; ``path`` is the layer's."""
 
     path: str = ""
 
@@ -52,7 +56,7 @@ class Layers:
         """What changes in the layers.
 
         Raises:
-            DeclinedError: A layer has no form for what is left.
+            DeclinedError: A layer has no form for the pruned shapes.
         """
         edits = Edits()
         for path, (module, kind, calls) in self.found.items():
@@ -70,41 +74,41 @@ class Layers:
 
 
 def edits_of(layers: Layers, pruned: PrunedShapes, own: OwnClass | None = None, sizes_only: bool = False) -> Edits:
-    """What changes in layers of ``torch.nn``, and in what modules of the user's own state.
+    """The edits of layers of ``torch.nn``, and the size attributes and call overrides of the user's modules.
 
     Args:
-        own: What the class needs, where it was asked.
-        sizes_only: Leave counts out of the overrides, so that modules make the calls that they made.
+        own: What the class needs, if it was searched.
+        sizes_only: Leave full counts out of the overrides, so that modules make the same calls as before.
 
     Raises:
-        DeclinedError: A layer of ``torch.nn`` has no form for what is left.
-        EmitterError: A number that the class states would be a fraction.
+        DeclinedError: A layer of ``torch.nn`` has no form for the pruned shapes.
+        EmitterError: A number that the class states would become a fraction.
     """
     edits = layers.edits(pruned)
     if own is not None:
         for place, size in own.adaptation.sizes.items():
             edits.stated.setdefault(place.module, []).append([list(place.key), size.now(pruned)])
-        told = overrides_of(own.calls, own.adaptation, pruned, sizes_only)
-        edits.told.update({path: to_json(calls) for path, calls in told.items()})
+        overrides = overrides_of(own.calls, own.adaptation, pruned, sizes_only)
+        edits.told.update({path: to_json(calls) for path, calls in overrides.items()})
     return edits
 
 
 def plan_edits(model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = None) -> Edits:
-    """What to change in a model, so that its class computes what the thinner graph does.
+    """The edits after which the model's class computes what the thinner graph does.
 
     Args:
-        own: What the class needs, where it was asked.
+        own: What the class needs, if it was searched.
 
     Raises:
-        EmitterError: A size changes where only the user's own code could say so.
+        EmitterError: A count changes that only the user's own code divides by.
     """
     graph = pruned.found.graph
     layers = Layers.of(model, graph)
     edits = edits_of(layers, pruned, own)
-    if own is not None:  # then its calls were compared, those that divide by a count among them
+    if own is not None:  # then all of its calls were compared, including those that divide by a count
         return edits
     for index, text in pruned.found.tape.counted.items():
-        if index >= len(graph.nodes):  # a head for training only: it is run to see
+        if index >= len(graph.nodes):  # a head for training only, which is checked by running it
             continue
         node = graph.nodes[index]
         if not layers.is_norm(node.module) and pruned.changes(pruned.found.tape.rewrites[index]):
@@ -116,14 +120,14 @@ def plan_edits(model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = No
 
 
 def stock(module: nn.Module | None) -> type[Any] | None:
-    """The class of torch's own as which a module is adapted; ``None`` if it is none, or has a forward of its own."""
+    """The class of ``torch.nn`` that a module is adapted as; ``None`` if there is none or its forward is the user's."""
     kind: type[Any] | None = next((base for base in type(module).__mro__ if base in STOCK), None)
     return kind if kind is not None and kind.forward is getattr(type(module), "forward", None) else None
 
 
 @dataclass
 class _Layer:
-    """One module, and what the analysis knows of it."""
+    """One module, and what the analysis knows about it."""
 
     path: str
     module: Any
@@ -139,7 +143,7 @@ class _Layer:
         return self.pruned.entries(self.leaves[f"{self.path}.{name}" if self.path else name])
 
     def rewrite(self, *ops: Callable[..., Any]) -> Rewrite | None:
-        """How the module's own call is to be made now, if it names sizes."""
+        """How the module's own call is made with the pruned shapes, if it states sizes."""
         for node in self.calls:
             found = self.pruned.found.tape.rewrites.get(node.index)
             if found is not None and (not ops or found.op in ops):
@@ -197,14 +201,14 @@ def _layer_norm(layer: _Layer, edits: Edits) -> None:
     rewrite = layer.rewrite(full_count.layer_norm, full_count.rms_norm)
     if rewrite is None or not layer.pruned.changes(rewrite):
         return
-    full = list(getattr(module, "full", rewrite.kwargs["full"]))  # a thinner norm goes on counting what it counted
+    full = list(getattr(module, "full", rewrite.kwargs["full"]))  # a norm that is thinner already keeps its full count
     arguments = {
         "normalized_shape": layer.pruned.filled(rewrite.args[1]),
         "full": full,
         "eps": module.eps,
         "weight": module.weight is not None,
     }
-    if isinstance(module, nn.LayerNorm | thinner.LayerNorm):
+    if isinstance(module, nn.LayerNorm | slim_layers.LayerNorm):
         layer.swap(edits, "LayerNorm", **arguments, bias=module.bias is not None)
     else:
         layer.swap(edits, "RMSNorm", **arguments)
@@ -255,9 +259,9 @@ def _attention(layer: _Layer, edits: Edits) -> None:
     if all(mask.all() for name in touched for mask in layer.entries(name)):
         return
     if module.bias_k is not None or module.add_zero_attn:
-        raise EmitterError(f"{layer.path} uses bias_kv or add_zero_attn, which its thinner form does not")
+        raise EmitterError(f"{layer.path} uses bias_kv or add_zero_attn, which its thinner form does not support")
     heads, width = module.num_heads, module.head_dim
-    v_width = getattr(module, "v_head_dim", width)  # of one that is thin already
+    v_width = getattr(module, "v_head_dim", width)  # of one that is thinner already
     shapes = [(heads, width), (heads, width), (heads, v_width)]
     if packed:
         rows = np.split(layer.entries("in_proj_weight")[0], np.cumsum([h * d for h, d in shapes])[:2])
@@ -297,7 +301,7 @@ def _attention(layer: _Layer, edits: Edits) -> None:
     assert out is not None and out[1] == int(kept[0].sum()) * int(widths[2].sum())
 
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, thinner.LayerNorm, thinner.RMSNorm, thinner.GroupNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, slim_layers.LayerNorm, slim_layers.RMSNorm, slim_layers.GroupNorm)
 
 STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
     nn.Linear: _linear,
@@ -326,8 +330,8 @@ STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
     nn.LSTMCell: _cell,
     nn.GRUCell: _cell,
     nn.RNNCell: _cell,
-    thinner.LayerNorm: _layer_norm,
-    thinner.RMSNorm: _layer_norm,
-    thinner.GroupNorm: _group_norm,
-    thinner.MultiheadAttention: _attention,
+    slim_layers.LayerNorm: _layer_norm,
+    slim_layers.RMSNorm: _layer_norm,
+    slim_layers.GroupNorm: _group_norm,
+    slim_layers.MultiheadAttention: _attention,
 }

@@ -1,4 +1,4 @@
-"""The torch functions that a class calls, and how one of them is called with other arguments than it states."""
+"""The torch functions that a class calls, and the override that makes one of them with different arguments."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from oto.nn import functional as full_count
 from oto.nn.calls import numbers_of
 from oto.nn.overridden import COUNTED, UNIFORM
 from oto.nn.overrides import FullCount, Given, Override, Pieces, Sizes
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.traced import TracedInt, places_of
 from oto.slim.pruned_shapes import PrunedShapes
+from oto.trace.functions import FunctionCall
 from oto.trace.graph import Node, Value
-from oto.trace.record import FunctionCall
 
 aten = torch.ops.aten
 _RESHAPES = ("view", "reshape", "unflatten")
 _PIECES = ("chunk", "split", "split_with_sizes", "tensor_split")
 _COUNTS = ("full", "sizes", "width", "rest", "along", "left", "of")
-"""Keywords of our functions that divide by the full count, which an override has to name."""
+"""Keywords of :mod:`oto.nn.functional` that an override has to name: full counts, and what removed entries held."""
 
 
 @dataclass(eq=False)
 class FunctionCalls:
-    """The torch functions that a model calls, beside the operators that were recorded.
+    """The torch functions that a model calls, which make the operators that were recorded.
 
     Attributes:
-        recorded: In their order; none if another run of the model makes other calls, and then none can be overridden.
+        recorded: In order; empty if a second run of the model makes different calls, so that none can be overridden.
     """
 
     partition: Partition
@@ -57,7 +57,7 @@ class FunctionCalls:
 
     @cached_property
     def alike(self) -> dict[tuple[str, str], list[int]]:
-        """The places of calls of one function in one line of code."""
+        """The positions of the calls of each function in each line of code."""
         found: dict[tuple[str, str], list[int]] = {}
         for at, call in enumerate(self.recorded):
             found.setdefault((call.lines[-1] if call.lines else "", call.name), []).append(at)
@@ -65,9 +65,9 @@ class FunctionCalls:
 
     @cached_property
     def by_node(self) -> dict[int, int]:
-        """For each call of an operator, the place of the torch function that makes it, if that makes no other.
+        """For each call of an operator, the position of the torch function that makes it, if that makes no other.
 
-        Losses bring their arguments to one shape first, which does nothing where they have it.
+        Losses broadcast their arguments first, which is ignored where it does nothing.
         """
         nodes = self.partition.found.graph.nodes
         made = {
@@ -76,12 +76,12 @@ class FunctionCalls:
         return {own[0]: place for place, own in made.items() if len(own) == 1}
 
     @cached_property
-    def places(self) -> set[Place]:
-        """The attributes that any number among the arguments of a call is known to come from."""
+    def places(self) -> set[AttributePlace]:
+        """All attributes that a number among the arguments of any call is known to come from."""
         return {place for call in self.recorded for number in call.numbers for place in places_of(number)}
 
-    def stating(self, index: int) -> dict[int, frozenset[Place]]:
-        """For each number among the arguments of a call that is known to come from attributes, where they are."""
+    def stating(self, index: int) -> dict[int, frozenset[AttributePlace]]:
+        """For each number among the arguments of a call that is known to come from attributes, their places."""
         at = self.by_node.get(index)
         found = enumerate(self.recorded[at].numbers if at is not None else ())
         return {i: places_of(number) for i, number in found if places_of(number)}
@@ -98,12 +98,12 @@ class FunctionCalls:
         places: Sequence[int],
         sizes_only: bool = False,
     ) -> Override | None:
-        """How a call is to be made; ``None`` if that cannot be said.
+        """The override of a call; ``None`` if it cannot be overridden.
 
         Args:
-            thin: What is left; without it, only whether it can be said counts.
-            places: Numbers to state even if they stay what they were in the full model.
-            sizes_only: Leave counts out: the sizes alone, by which calls can be compared.
+            pruned: The pruned shapes; without them the numbers are those of the full model.
+            places: Positions of numbers to state even if they do not change.
+            sizes_only: Leave full counts out: only the sizes, by which calls can be compared.
         """
         at = self.by_node.get(node.index)
         if at is None:
@@ -132,7 +132,7 @@ class FunctionCalls:
     def _counting(
         self, name: str, call: FunctionCall, args: Any, kwargs: Mapping[str, Any], sizes_only: bool
     ) -> Override | None:
-        """How a function that divides by a count is to be called."""
+        """The override of a function that divides by a count."""
         if call.name.lstrip("_") != name or ("rest" in kwargs and not self._refers(kwargs["rest"])):
             return None
         if sizes_only:
@@ -142,18 +142,18 @@ class FunctionCalls:
         return FullCount(name=name, keywords=keywords | ({"groups": args[1]} if name == "group_norm" else {}))
 
     def _free(self, rewrite: Rewrite) -> list[bool]:
-        """For each number among the arguments, whether it is a size that holds a batch or another length, too."""
+        """For each number among the arguments, whether it is a size that includes a batch or a sequence length."""
         return [size is not None and not self._is_width(size) for size in self.sizes_at(rewrite)]
 
     def widths(self, rewrite: Rewrite) -> list[int]:
-        """The places of the numbers that are sizes which parameters have."""
+        """The positions of the numbers that are sizes of parameters."""
         sizes = enumerate(self.sizes_at(rewrite))
         return [
             i for i, size in sizes if size is not None and any(axes_of(resolve(size.term))) and self._is_width(size)
         ]
 
-    def attributes_of(self, node: Node, rewrite: Rewrite | None) -> dict[Place, SizeAttribute]:
-        """The attributes that reach a call as they are, and the sizes that they state there."""
+    def attributes_of(self, node: Node, rewrite: Rewrite | None) -> dict[AttributePlace, SizeAttribute]:
+        """The attributes that reach a call unchanged, and the sizes that they state there."""
         at = self.by_node.get(node.index)
         if at is None or rewrite is None or not (rewrite.op is node.op or rewrite.op is aten.reshape.default):
             return {}
@@ -175,7 +175,7 @@ class FunctionCalls:
         return set(self.partition.axes.values())
 
     def takes(self, node: Node, pruned: PrunedShapes, ranked: bool) -> Given | None:
-        """By what the first tensor of a call is known: its dimensions that parameters have."""
+        """What identifies the first tensor of a call: those of its sizes that are widths of parameters."""
         first, call = next(node.inputs(), None), self.recorded[self.by_node[node.index]]
         if first is None or first.shape != call.takes:
             return None
@@ -190,14 +190,14 @@ class FunctionCalls:
         return {value: node.index for node in nodes for value in node.outputs if value is not None}
 
     def _refers(self, rest: Any) -> bool:
-        """Whether what is gone follows from results of calls that can be kept."""
+        """Whether the value of removed entries follows from results of calls that can be kept."""
         if isinstance(rest, Uniform):
             op = getattr(rest.op, "overloadpacket", None)
             return op is not None and op.__name__ in UNIFORM and not rest.kwargs and all(map(self._refers, rest.args))
         return self._makers.get(rest) in self.by_node if isinstance(rest, Value) else isinstance(rest, int | float)
 
     def needed(self, rest: Any) -> Iterator[int]:
-        """The places of the calls from whose results follows what is gone."""
+        """The positions of the calls whose results give the value of removed entries."""
         if isinstance(rest, Uniform):
             for x in rest.args:
                 yield from self.needed(x)
@@ -205,10 +205,10 @@ class FunctionCalls:
             yield self.by_node[self._makers[rest]]
 
     def spelled(self, rest: Any, kept: Mapping[int, tuple[str, str, int]]) -> Any:
-        """What is gone, as :class:`oto.nn.OverriddenForward` reads it.
+        """The value of removed entries, as :class:`oto.nn.OverriddenForward` reads it.
 
         Args:
-            kept: For the place of each call that it follows from, its site, its name and its time.
+            kept: For the position of each call that it follows from, its site, its name and its turn at that site.
         """
         if isinstance(rest, Uniform):
             op: Any = rest.op
@@ -218,14 +218,14 @@ class FunctionCalls:
 
 
 def _does_nothing(node: Node) -> bool:
-    """Whether tensors are brought to the shape that they have."""
+    """Whether a call broadcasts tensors to the shapes that they have already."""
     if getattr(node.op, "overloadpacket", None) is not aten.broadcast_tensors:
         return False
     return [value.shape for value in node.inputs()] == [None if v is None else v.shape for v in node.outputs]
 
 
 class _Mark(float):
-    """Stands for a size among numbers."""
+    """A number that stands for a size among plain numbers."""
 
     size: Size
 

@@ -1,7 +1,7 @@
-"""Which module is told of which calls: each is known by the lines of code that run when it is made.
+"""Decide which module overrides which calls; each call is identified by the lines of code that run when it is made.
 
-Calls in the same lines that are left as they are belong to the table of a module, too:
-:class:`oto.nn.OverriddenForward` refuses what is none of these, as another path.
+Calls from the same lines that are left as they are belong to the table of a module too:
+:class:`oto.nn.OverriddenForward` refuses any call that is not in it as a different path.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.overrides import FunctionCalls
 from oto.slim.pruned_shapes import PrunedShapes
+from oto.trace.functions import FunctionCall
 from oto.trace.graph import Node
-from oto.trace.record import FunctionCall
 
 aten = torch.ops.aten
 
 Table = dict[str, dict[str, list[Override]]]
-"""For each site and name of a function, how it is to be called."""
+"""For each site and name of a function, the overrides of its calls in order."""
 
 
 def overrides_of(
     calls: FunctionCalls, adaptation: Adaptation, pruned: PrunedShapes, sizes_only: bool = False
 ) -> dict[str, Overrides]:
-    """What each module is to call otherwise, by its path.
+    """The call overrides of each module, by its path.
 
-    A call that states sizes is overridden whether they change or not: the code may state another number, by an
-    attribute or a tensor that does change. Numbers that it gets right are left to it once it is run.
+    A call that states sizes is overridden whether they change or not: the code may state another number, from an
+    attribute or a tensor that does change. Numbers that the code gets right are left to it once it has been run.
 
     Args:
-        sizes_only: Leave counts out, so that modules make the calls that they made.
+        sizes_only: Leave full counts out, so that modules make the same calls as before.
 
     Raises:
-        EmitterError: A module that runs several times would have to make another call each time.
+        EmitterError: A module that runs several times would need different overrides each time.
     """
     graph, rewrites = calls.partition.found.graph, calls.partition.found.tape.rewrites
     changed = {place.module for place, size in adaptation.sizes.items() if size.now(pruned) != size.value}
@@ -63,12 +63,12 @@ def overrides_of(
 
 
 def _has_rest(how: Override) -> TypeGuard[FullCount]:
-    """Whether what entries held that are gone is computed of other results."""
+    """Whether the value of removed entries is computed from other results."""
     return isinstance(how, FullCount) and "rest" in how.keywords
 
 
 def _recounts(node: Node, rewrite: Rewrite | None, pruned: PrunedShapes, changed: Set[str]) -> bool:
-    """Whether a call has to name a count or pieces; these too where an attribute around it changes."""
+    """Whether a call has to state a count or pieces; pieces also where an attribute around it changes."""
     if rewrite is None or pruned.changes(rewrite):
         return rewrite is not None
     return rewrite.op is aten.split_with_sizes.default and not changed.isdisjoint(ancestors(node.module))
@@ -76,11 +76,11 @@ def _recounts(node: Node, rewrite: Rewrite | None, pruned: PrunedShapes, changed
 
 @dataclass(frozen=True, eq=False)
 class _Placement:
-    """Calls to override, and the modules that are told of them.
+    """Calls to override, and the modules that override them.
 
     Attributes:
-        hows: By the place of the function call.
-        needs: For a call that computes what is gone of other results, the places of those.
+        hows: The overrides, by the position of the function call.
+        needs: For a call that computes the value of removed entries from other results, the positions of those.
     """
 
     calls: FunctionCalls
@@ -92,22 +92,22 @@ class _Placement:
         return self.calls.recorded
 
     def by_module(self) -> dict[str, Overrides]:
-        """What each module is told: the one whose code calls, or one around it that tells its runs apart."""
+        """The overrides of each module: the one whose code calls, or one around it that can tell its runs apart."""
         homes = self._homes()
         while True:
             made, clashing = self._tables(homes)
             if not clashing:
                 return dict(made)
-            for at, path in homes.items():  # the module around it may tell its runs apart
+            for at, path in homes.items():  # the module around it may be able to tell its runs apart
                 if path in clashing:
                     around = [p for p, _ in self.recorded[at].within]
                     if around.index(path) == 0:
-                        raise EmitterError(f"{path or 'the model'} states other sizes each time that it runs")
+                        raise EmitterError(f"{path or 'the model'} states different sizes each time that it runs")
                     homes[at] = around[around.index(path) - 1]
             homes = self._homes(homes)
 
     def _homes(self, least: Mapping[int, str] | None = None) -> dict[int, str]:
-        """For each call that is told, the module that is: its own, or the next around all that it has to know."""
+        """For each overridden call, the module that does it: its own, or the innermost one around all it needs."""
         made = dict(least) if least is not None else {at: self.recorded[at].within[-1][0] for at in self.hows}
         moved = True
         while moved:
@@ -122,7 +122,7 @@ class _Placement:
         return made
 
     def _tables(self, homes: Mapping[int, str]) -> tuple[dict[str, Table], set[str]]:
-        """What each module is told in its runs; and those of which that cannot be said, as the runs differ."""
+        """The overrides of each module, and the modules whose runs would need different ones."""
         made: dict[str, Table] = {}
         clashing: set[str] = set()
         for path, sites in self._runs(homes):
@@ -140,25 +140,25 @@ class _Placement:
         return made, clashing
 
     def _spelled(self, how: Override, kept: Mapping[int, tuple[str, str, int]]) -> Override:
-        """An override that names what it computes of by sites, as a module can know it."""
+        """An override that refers to other results by their sites, as a module identifies them."""
         if not _has_rest(how):
             return how
         return replace(how, keywords={**how.keywords, "rest": self.calls.spelled(how.keywords["rest"], kept)})
 
     def _runs(self, homes: Mapping[int, str]) -> Iterator[tuple[str, dict[tuple[str, str], list[int]]]]:
-        """Each run of a module that is told something, and for each of its sites the places of the calls there."""
+        """Each run of a module with overrides, and for each of its sites the positions of the calls there."""
         ends = {(self.recorded[at].lines[-1], self.recorded[at].name) for at in self.hows}
         runs: dict[tuple[str, int], dict[tuple[str, str], list[int]]] = {}
-        told = set(homes.values())
+        overriding = set(homes.values())
         for at in sorted(itertools.chain.from_iterable(self.calls.alike[end] for end in ends)):
             call, done = self.recorded[at], set[str]()
             for level, run in enumerate(call.within):
-                if run[0] in told and run[0] not in done:
+                if run[0] in overriding and run[0] not in done:
                     done.add(run[0])
                     runs.setdefault(run, {}).setdefault((call.site(level), call.name), []).append(at)
         return ((path, sites) for (path, _), sites in runs.items())
 
 
 def _inside(path: str, other: str) -> bool:
-    """Whether a module is in another one."""
+    """Whether a module is inside another."""
     return path != other and f"{path}.".startswith(f"{other}." if other else "")

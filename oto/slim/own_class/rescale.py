@@ -1,9 +1,9 @@
-"""Norms and means that need no new class: a count goes into the weights that follow.
+"""Fold the count that a norm or a mean divides by into the weights that follow, so that it needs no new class.
 
-With k of D entries left and the others zero, a class that divides by k computes a mean that is D/k times too large.
-That factor can be followed: sums and casts keep it, roots and powers take it along, a small constant that is added has
-to grow with it, and a product with a parameter can undo it. So RMS norm over k entries, of weight ``w·√(D/k)`` and
-epsilon ``ε·D/k``, is the one over D:
+With k of D entries kept and the others zero, a class that divides by k computes a mean that is D/k times too large.
+That factor is followed through the graph: sums and casts keep it, roots and powers raise it to a power, a small
+constant that is added has to grow with it, and a product with a parameter can undo it. So an RMS norm over k entries,
+with weight ``w·√(D/k)`` and epsilon ``ε·D/k``, equals the one over D:
 
     x / √(Σx²/k + ε·D/k) · w·√(D/k)  =  x / √(Σx²/D + ε) · w
 
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Uses:
-    """Which call makes each tensor, and which ones read it."""
+    """Which call makes each tensor, and which calls read it."""
 
     maker: Mapping[Value, Node]
     readers: Mapping[Value, list[Node]]
@@ -48,11 +48,12 @@ class Uses:
 
 
 def folded(partition: Partition, index: int, uses: Uses) -> Folded | None:
-    """How the count of a call is folded into parameters; ``None`` if that cannot be."""
+    """How the count of a call is folded into parameters; ``None`` if it cannot be."""
     return _Following(partition, index, uses).result()
 
 
-# what an operator makes of the power of the factor of its first argument
+# how the result of an operator scales with a factor of its first argument: alike, alike if the constant grows too, or
+# with a power of it
 _KEEPS = {
     aten._to_copy,
     aten.to,
@@ -86,7 +87,11 @@ _POWERS = {aten.rsqrt: -0.5, aten.sqrt: 0.5, aten.reciprocal: -1.0, aten.square:
 
 
 class _Following:
-    """A factor on its way through the graph: each tensor of the thinner class is so many times the full one's."""
+    """Follows the factor through the graph.
+
+    Attributes:
+        power: For each tensor of the thinner class, the power of D/k by which it exceeds that of the full one.
+    """
 
     def __init__(self, partition: Partition, index: int, uses: Uses) -> None:
         self.partition, self.index, self.uses = partition, index, uses
@@ -119,7 +124,7 @@ class _Following:
         return Folded(tuple(self.scales), self.scalars) if self.scales else None
 
     def begin(self) -> bool:
-        """The factor of what the call itself gives; whether it has one that can be followed."""
+        """Set the factor of the call's own result; ``False`` if it has none that can be followed."""
         node = self.graph.nodes[self.index]
         rewrite = self.partition.found.tape.rewrites[self.index]
         if rewrite.op is full_count.mean and "rest" not in rewrite.kwargs:
@@ -127,7 +132,7 @@ class _Following:
             self.power[_output(node)] = 1.0
             return True
         eps = rewrite.kwargs.get("eps")
-        if rewrite.op is not full_count.rms_norm or eps is None:  # without one, it is that of the dtype
+        if rewrite.op is not full_count.rms_norm or eps is None:  # without eps torch takes that of the dtype
             return False
         self.term = tuple(f for size in rewrite.args[1] for f in resolve(size.term))
         self.scalars[self.index] = SizeAttribute(self.term, eps, 1.0)
@@ -137,7 +142,7 @@ class _Following:
         return weight is None or self.undo(weight, -0.5)
 
     def through(self, node: Node) -> bool:
-        """Follow the factor through a call; whether that can be done."""
+        """Follow the factor through a call; ``False`` if that cannot be done."""
         made = self.made(node, list(node.inputs()), list(node.args))
         if made is None or node.written:
             return False
@@ -145,7 +150,7 @@ class _Following:
         return True
 
     def made(self, node: Node, tensors: list[Value], args: list[Any]) -> float | None:
-        """The power of the factor of what a call gives; ``None`` if it gives no such thing."""
+        """The power of the factor of a call's result; ``None`` if the result is not scaled by one."""
         op = getattr(node.op, "overloadpacket", None)
         powers = [self.power.get(value, 0.0) for value in tensors]
         number = args[1] if len(tensors) == 1 and len(args) == 2 and isinstance(args[1], int | float) else None
@@ -173,7 +178,7 @@ class _Following:
         return None
 
     def undo(self, value: Value, power: float) -> bool:
-        """Let a parameter take the opposite of a factor in, if the tensor is one (or one more than one)."""
+        """Fold the inverse of a factor into a parameter, if the tensor is one, or a cast of it, or ``1 + w``."""
         offset = 0.0
         seen = value
         while seen not in self.leaves:

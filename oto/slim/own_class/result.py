@@ -1,4 +1,4 @@
-"""What the search of a class gives: what a thinner model of it needs, and how that was found out."""
+"""The result of the search of a class: what a thinner model of it needs, and the decisions that led there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Decision:
     """One decision of the search.
 
     Attributes:
-        trial: Which groups were thinner when the class did something else than it should.
+        trial: Which groups were thinner when the class diverged.
         operator, module, source: The call, the path of its module and the line of the user's code.
         saw: What the class did there.
-        tried: What was tried, in order.
-        settled: What was settled on, the last of these.
+        tried: The proposals that were tried, in order.
+        settled: The one that was taken.
     """
 
     trial: str
@@ -44,9 +44,9 @@ class OwnClass:
     """What a slim model of the model's own class needs.
 
     Attributes:
-        adaptation: That itself.
+        adaptation: What is set, folded, overridden, tied or kept whole.
         calls: The torch functions that the class calls, some of which may have to be overridden.
-        steps: How it was found out.
+        steps: The decisions of the search, in order.
     """
 
     adaptation: Adaptation
@@ -65,10 +65,10 @@ class OwnClass:
 
     @property
     def scales(self) -> dict[str, list[Rescale]]:
-        """By what each parameter is multiplied."""
+        """How each parameter is rescaled."""
         return self.adaptation.scales
 
     @property
     def unfolded(self) -> OwnClass:
-        """The same without a change of any parameter."""
+        """The same without changing any parameter."""
         return replace(self, adaptation=self.adaptation.unfolded)

@@ -1,9 +1,12 @@
-"""How far the model's own class can go: what it needs, and which groups must stay whole for it.
+"""Search for what the model's own class needs to be thinner, and for the groups that must stay whole.
 
-A copy of the model with thinner tensors, none of which holds data, is run, and the calls that it makes are compared
-with those of the full model. If each is the same call of the same tensors, with the thinner shapes and sizes that the
-analysis says, then the class computes what the rewritten graph computes, and nothing needs to be tried on numbers. The
-first call that differs is the divergence; a repair is proposed, tried, and kept if the class gets further with it.
+A copy of the model with thinner tensors, none of which holds data, is run, and its calls are compared with those of
+the full model. If each is the same call on the same tensors, with the thinner shapes and sizes that the analysis
+expects, then the class computes what the rewritten graph computes, and no numbers have to be compared. The first call
+that differs is the divergence; repairs are proposed and tried, and the one that gets the class further is kept.
+
+Example: a ``forward`` says ``x.view(b, t, 12, 64)`` and three heads are gone. The view is the divergence; setting the
+attribute that holds 12, or overriding the call, is the repair.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from torch import nn
 from oto.axes.terms import axes_of, resolve, size_of
 from oto.errors import EmitterError
 from oto.groups import Kept, NodeGroup, Partition
-from oto.groups.layout import joined
+from oto.groups.layout import merge_ties
 from oto.groups.policy import keep_whole
 from oto.progress import stage
 from oto.slim.own_class.adaptation import Adaptation
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.compare import Divergence
 from oto.slim.own_class.layers import stock
@@ -43,9 +46,9 @@ log = logging.getLogger(__name__)
 
 CLASS = "its class cannot do without: no attribute states the size"
 _ROUNDS = 200
-"""How many repairs are made before groups are only kept whole: several times what the largest classes need."""
+"""Number of repairs after which groups are only kept whole: several times what the largest classes need."""
 _FAR = 20
-"""Calls beyond the divergence from which on a proposal is taken at once: what is wrong shows in the next few."""
+"""A proposal that gets this many calls beyond the divergence is taken at once: a wrong one fails within a few."""
 _LAST, _LAST_SAYS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "it is a dimension of an output"
 
 Repair = Callable[[Situation], Iterator[Proposal]]
@@ -73,12 +76,13 @@ AT_COUNTS: Sequence[Repair] = (
     call_overrides.proposals,
     minimum_widths.another_size,
 )
-"""What may repair a divergence: of a call that divides by a count, of any other, and of one whose sizes no attribute is
-seen to state; what then limits the groups; and what is left at given counts, which may only grow by zero atoms."""
+"""The repairs to try, in order: for a call that divides by a count; for any other; for a call whose sizes come from no
+known attribute; what limits the groups if none of these helps; and for given counts, which can only grow by zero
+atoms."""
 
 
 def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any) -> OwnClass:
-    """Find out what the class of ``model`` needs, and can do without.
+    """Find out what the class of ``model`` needs in order to be thinner.
 
     Args:
         groups: Node groups; only the prunable ones may get thinner.
@@ -94,15 +98,15 @@ def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup
 def at_counts(
     model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, own: OwnClass, kept: Kept
 ) -> tuple[OwnClass, Kept]:
-    """What the class needs for the very counts that are left, and what is to be kept for it: some zero atoms more,
-    where it branches on sizes.
+    """What the class needs for exactly these counts, and the atoms to keep: a few zero atoms more where the class
+    branches on sizes.
 
     Args:
-        own: What was found for any counts.
-        kept: For each prunable group, the atoms that are left.
+        own: What was found for arbitrary counts.
+        kept: The remaining atoms of each prunable group.
 
     Raises:
-        EmitterError: Nothing lets the class do with these counts.
+        EmitterError: No repair makes the class run with these counts.
     """
     name = type(model).__name__
     bench = Workbench(model, partition, dummy_input)
@@ -118,20 +122,20 @@ def at_counts(
 
 
 def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]:
-    """Node groups, those of which whole, tied or not as thin that the class cannot have otherwise."""
+    """The node groups with the limits of the class: some stay whole, are tied, or keep a minimum of atoms."""
     minimum = own.adaptation.minimum
     enough = [replace(g, min_kept=max(g.min_kept, minimum.get(g.name, 0))) for g in groups]
-    return joined(keep_whole(enough, own.whole, CLASS), own.ties)
+    return merge_ties(keep_whole(enough, own.whole, CLASS), own.ties)
 
 
 @dataclass(eq=False)
 class Search:
-    """Repairs an adaptation until every try is right.
+    """Repairs an adaptation until no try diverges.
 
     Attributes:
         adaptation: What is known so far; replaced, never changed.
         steps: The decisions.
-        failed: Whether a divergence was left, as it may be at given counts.
+        failed: Whether a divergence could not be repaired, which can happen at given counts.
     """
 
     bench: Workbench
@@ -144,14 +148,14 @@ class Search:
         """What the class needs.
 
         Args:
-            describes: Let modules say how wide the input of their last layer is, too.
+            describes: Also update attributes that only describe the input width of the last layer.
         """
         right: set[Trial] = set()
         trial: Trial | None = Trial(Kind.ALL)
         while not self.failed and (trial := self._next(right, trial)) is not None:
             divergence = self._divergence(self.adaptation, trial)
             free = self.trials.free.keys() - self.adaptation.whole.keys()
-            if divergence is None or (not free and self.trials.given is None):  # as it should be, or as it was
+            if divergence is None or (not free and self.trials.given is None):  # right, or nothing is thinner
                 right.add(trial)
                 continue
             stage(f"asking its class, call {divergence.index:,} of {len(self.bench.graph.nodes):,}")
@@ -163,7 +167,7 @@ class Search:
         return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
 
     def _next(self, right: set[Trial], last: Trial | None) -> Trial | None:
-        """The try after one, in a circle, that is not known to be right; the same again if it was not."""
+        """The next try, in a circle, that is not known to be right; the last one again if it was not right."""
         tries = self.trials.of(self.adaptation)
         at = tries.index(last) if last is not None and last in tries else 0
         return next((trial for trial in tries[at:] + tries[:at] if trial not in right), None)
@@ -174,7 +178,7 @@ class Search:
     # --- one repair ---------------------------------------------------------------------------------------------------
 
     def _repair(self, at: Situation) -> None:
-        """Take the first kind of repair with which the class gets further."""
+        """Apply the first kind of repair that gets the class further."""
         tried: list[str] = []
         for repair in self._repairs(at):
             found = self._best(at, repair, tried)
@@ -183,7 +187,7 @@ class Search:
                 self.steps.append(_step(at, tried, found.reason))
                 return
         self.failed = True
-        self.steps.append(_step(at, tried, "nothing does"))
+        self.steps.append(_step(at, tried, "nothing helps"))
 
     def _repairs(self, at: Situation) -> Iterable[Repair]:
         counts = at.index in self.bench.partition.found.tape.counted and at.changes(at.index)
@@ -196,7 +200,8 @@ class Search:
         return (*(COUNTS if counts else sizes), *LIMITS)
 
     def _best(self, at: Situation, repair: Repair, tried: list[str]) -> Proposal | None:
-        """The proposal with which the class gets furthest; the first that gets it far; the last of those that limit."""
+        """The proposal that gets the class furthest, or the first that gets it far enough; of those that keep groups
+        whole, the last if no other gets it further."""
         best: Proposal | None = None
         reached = at.divergence.progress
         last: Proposal | None = None
@@ -212,7 +217,7 @@ class Search:
         return last if best is None and repair is whole.proposals else best
 
     def _reached(self, at: Situation, proposal: Proposal) -> Divergence | None:
-        """How far the class gets with a proposal."""
+        """Where the class diverges with a proposal; ``None`` if it no longer does."""
         after: Divergence | None = None
         for counts in proposal.counts or (None,):
             pruned = self.trials.prune(proposal.adaptation, at.trial, counts)
@@ -222,21 +227,21 @@ class Search:
         return after
 
     def _holds(self, at: Situation, proposal: Proposal) -> bool:
-        """Whether what was right before is still, if numbers now follow from other terms."""
+        """Whether the tries before this one are still right, in case numbers now follow from other terms."""
         tries = self.trials.of(proposal.adaptation)
         before = tries[: tries.index(at.trial)] if proposal.restates and at.trial in tries else []
         return all(self._divergence(proposal.adaptation, trial) is None for trial in before)
 
-    # --- what no call needs -------------------------------------------------------------------------------------------
+    # --- attributes that no call needs --------------------------------------------------------------------------------
 
     def _describe(self) -> None:
-        """Let modules say how wide the input of their last layer is now, where they say it and no forward minds.
+        """Update attributes that state the input width of the last layer, unless a forward then diverges.
 
-        Such as the method reads that puts another last layer there.
+        A method that replaces the last layer reads such an attribute, as ``num_features`` in ``reset_classifier``.
         """
         adaptation = self.adaptation
         found = self.bench.partition.found
-        made: dict[Place, SizeAttribute] = {}
+        made: dict[AttributePlace, SizeAttribute] = {}
         for leaf in self.bench.graph.leaves:
             path, _, name = leaf.name.rpartition(".")
             kind = stock(self.bench.modules.get(path))
@@ -248,15 +253,15 @@ class Search:
             for holder in ancestors(path)[1:]:
                 for key, value in self.bench.numbers(holder):
                     if len(key) == 1 and value == size_of(into) and isinstance(value, int):
-                        made.setdefault(Place(holder, key), SizeAttribute(into, value))
+                        made.setdefault(AttributePlace(holder, key), SizeAttribute(into, value))
         new = adaptation.with_sizes({place: size for place, size in made.items() if place not in adaptation.sizes})
         if new.sizes != adaptation.sizes and self._divergence(new, Trial(Kind.ALL)) is None:
             self.adaptation = new
 
 
-def stated_by_code(bench: Workbench, trials: Trials) -> dict[Place, SizeAttribute]:
-    """The attributes that reach calls as they are, and the sizes that they state there."""
-    made: dict[Place, SizeAttribute] = {}
+def stated_by_code(bench: Workbench, trials: Trials) -> dict[AttributePlace, SizeAttribute]:
+    """The attributes that reach calls unchanged, and the sizes that they state there."""
+    made: dict[AttributePlace, SizeAttribute] = {}
     for node in bench.graph.nodes:
         for place, size in bench.calls.attributes_of(node, bench.partition.found.tape.rewrites.get(node.index)).items():
             axes = {trials.names.get(axis) for axis in axes_of(resolve(size.term))}
@@ -266,7 +271,7 @@ def stated_by_code(bench: Workbench, trials: Trials) -> dict[Place, SizeAttribut
 
 
 def _ties_of(groups: Sequence[NodeGroup]) -> tuple[tuple[str, ...], ...]:
-    """The ties that groups have already."""
+    """The ties that the groups already have."""
     tied: dict[str, list[str]] = {}
     for group in groups:
         if group.tie is not None and group.prunable:

@@ -1,4 +1,4 @@
-"""Where the search stands: what was tried, where the class diverged, and what a repair may ask about that place."""
+"""What a repair sees: the adaptation so far, the try, the divergence, and questions about the call at fault."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Proposal:
     """An adaptation that may get the class further.
 
     Attributes:
-        adaptation: The whole of it.
-        reason: What is new, for people.
-        is_guess: Whether other proposals are looked at, too, unless the class gets far beyond the call.
-        must_pass: Whether it counts only if the class gets beyond the call, and not if more of its sizes are right.
-        restates: Whether numbers follow from other terms than before, so that earlier tries have to be made again.
-        counts: Where it shows, so many atoms of some groups; with each of these the class must get beyond the call.
+        adaptation: The complete adaptation, with what is new.
+        reason: What is new, in words.
+        is_guess: Whether the other proposals are still tried unless this one gets far beyond the call.
+        must_pass: Whether getting beyond the call is required; more correct sizes in it are not enough.
+        restates: Whether numbers follow from other terms than before, so that earlier tries have to be repeated.
+        counts: Numbers of atoms per group to try it with; the class must get beyond the call with each of them.
     """
 
     adaptation: Adaptation
@@ -40,7 +40,7 @@ class Proposal:
 
 @dataclass(frozen=True, eq=False)
 class Situation:
-    """A divergence, and all that is known when a repair is looked for."""
+    """A divergence, and everything that is known when a repair is looked for."""
 
     bench: Workbench
     trials: Trials
@@ -68,13 +68,13 @@ class Situation:
         return self.trials.prune(self.adaptation, self.trial)
 
     def changes(self, index: int) -> bool:
-        """Whether a size that a call stands on gets smaller in this try."""
+        """Whether a size that a call depends on gets smaller in this try."""
         rewrite = self.rewrite_of(index)
         return rewrite is not None and self.pruned.changes(rewrite)
 
     @cached_property
     def spreads(self) -> list[list[int]]:
-        """Calls that a repair may hold for, too, the most first: of the same line, and of blocks of the same path."""
+        """Sets of calls that one repair may cover, largest first: those of the same line, those of repeated blocks."""
         blocks = self.bench.blocks
         found: list[list[int]] = [blocks.alike(self.index)]
         for wider in (blocks.same_line(self.index), blocks.every_turn(self.index)):
@@ -87,6 +87,6 @@ class Situation:
         return dict(self.bench.numbers(path))
 
     def is_width(self, term: Term) -> bool:
-        """Whether a dimension is made of such that parameters have, and is no batch or other length."""
+        """Whether a dimension is made only of axes that parameters have, so is no batch or sequence length."""
         axes = list(axes_of(resolve(term)))
         return bool(axes) and all(axis in self.trials.names for axis in axes)

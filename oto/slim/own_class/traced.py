@@ -1,9 +1,9 @@
-"""Integers that remember which attributes they were made of.
+"""Integers that remember which attributes they came from.
 
-While the full model runs once, each integer that one of its modules holds is a :class:`TracedInt`. Python's arithmetic
-keeps the places, so what reaches a torch function says which attributes stated it: ``x.view(b, t, self.heads, -1)`` and
-``self.width // self.heads`` alike. A conversion (``int(...)``, a float on the way) forgets them; then the search has to
-try what it may have been.
+While the full model runs once, each integer that one of its modules holds is a :class:`TracedInt`. Arithmetic keeps the
+places, so a size that reaches a torch function says which attributes it came from: ``x.view(b, t, self.heads, -1)`` and
+``self.width // self.heads`` alike. A conversion (``int(...)``, a float in between) forgets them; then the search has
+to try attributes of that value.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from torch import nn
 
 from oto.slim.numbers import set_number
-from oto.slim.own_class.attributes import Place, numbers
+from oto.slim.own_class.attributes import AttributePlace, numbers
 
 
 class TracedInt(int):
-    """An integer, and the places of the numbers that it was made of."""
+    """An integer with the places that it came from; ``direct`` if it is one of them unchanged."""
 
-    places: frozenset[Place]
+    places: frozenset[AttributePlace]
     direct: bool
 
     @classmethod
-    def of(cls, value: int, places: frozenset[Place], direct: bool = False) -> TracedInt:
+    def of(cls, value: int, places: frozenset[AttributePlace], direct: bool = False) -> TracedInt:
         made = cls(value)
         made.places, made.direct = places, direct
         return made
@@ -56,14 +56,14 @@ for _name in ("add", "sub", "mul", "floordiv", "mod", "pow"):
 setattr(TracedInt, "__neg__", lambda self: TracedInt.of(-int(self), self.places))  # noqa: B010
 
 
-def places_of(number: Any) -> frozenset[Place]:
-    """The places of the numbers that one was made of; none if that is not known."""
+def places_of(number: Any) -> frozenset[AttributePlace]:
+    """The places that a number came from; empty if they are not known."""
     return number.places if isinstance(number, TracedInt) else frozenset()
 
 
 @contextmanager
 def traced(model: nn.Module, skip: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """While inside, every integer of more than one that a module holds says where it came from.
+    """While inside, every integer above one that a module holds remembers its place.
 
     Args:
         skip: Modules that are left alone.
@@ -75,8 +75,8 @@ def traced(model: nn.Module, skip: Callable[[nn.Module], bool]) -> Iterator[None
                 continue
             for key, value in list(numbers(module)):
                 if type(value) is int and value > 1:
-                    held.append((module, str(key[0]), vars(module)[str(key[0])]))  # what leads to it is made anew
-                    set_number(module, key, TracedInt.of(value, frozenset([Place(path, key)]), direct=True))
+                    held.append((module, str(key[0]), vars(module)[str(key[0])]))  # containers around it are copied
+                    set_number(module, key, TracedInt.of(value, frozenset([AttributePlace(path, key)]), direct=True))
         yield
     finally:
         for module, name, before in reversed(held):

@@ -1,4 +1,4 @@
-"""Which groups are thinner in a try, and how thin: what the class is given must hold for whatever training leaves."""
+"""Choose the groups that are thinner in each try, and how thin: an adaptation must hold whatever training leaves."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from oto.slim.own_class.blocks import family
 from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
 _PART = 16
-"""In :attr:`Kind.THINNEST` as little as a sixteenth of each group is left; below that a model does not learn."""
+"""In :attr:`Kind.THINNEST` only a sixteenth of each group is kept; below that a model does not learn."""
 _ROW = 8
-"""Entries of 16 bits that a kernel for grouped products wants in one row: 16 bytes."""
+"""Row sizes must be multiples of this for a kernel of grouped products: 16 bytes of 16-bit entries."""
 
 
 class Kind(Enum):
-    """How a try is made: a sentence each."""
+    """The kinds of tries, each described in a sentence."""
 
-    ALL = "every group is thinner, each by a number of its own"
-    ADAPTED_WHOLE = "what attributes or overrides state stays whole, everything else is thinner"
-    SOME = "some kinds of groups are thinner, in each block others, and the rest is whole"
-    HALF = "any half of the groups is thinner"
-    THINNEST = "as little as a sixteenth is left of every group"
-    THINNEST_AROUND = "what attributes or overrides state stays whole, and as little as a sixteenth is left of the rest"
+    ALL = "every group is thinner, each by a different number"
+    ADAPTED_WHOLE = "groups whose sizes attributes or overrides state are whole, all others are thinner"
+    SOME = "some kinds of groups are thinner, different ones in each block, and all others are whole"
+    HALF = "a random half of the groups is thinner"
+    THINNEST = "a sixteenth of every group is kept"
+    THINNEST_AROUND = "groups whose sizes attributes or overrides state are whole, a sixteenth of all others is kept"
     GIVEN = "the counts that training left"
 
 
 THIN = (Kind.THINNEST_AROUND, Kind.THINNEST)
-"""The last tries: all others are right by then, so what these lack is no size that could be stated."""
+"""The last tries: all others are right by then, so a divergence here is not a size that could be stated."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One choice of what is thinner; ``turn`` tells those of :attr:`Kind.SOME` apart."""
+    """One choice of thinner groups; ``turn`` numbers those of :attr:`Kind.SOME`."""
 
     kind: Kind
     turn: int = 0
@@ -59,7 +59,7 @@ class Trials:
     """The tries for a model.
 
     Attributes:
-        given: The counts that are asked for, if they are known; then they are the only try.
+        given: The atoms to keep, if they are known; then they are the only try.
     """
 
     partition: Partition
@@ -72,9 +72,10 @@ class Trials:
         self.free = {g.name: g for g in self.groups if g.prunable and g.size > 1}
 
     def of(self, adaptation: Adaptation) -> list[Trial]:
-        """The tries that tell whether an adaptation does, in their order.
+        """The tries that an adaptation has to pass, in order.
 
-        A class that states no size has nothing to lose by what is whole beside what is thin, so fewer are made.
+        If no attribute is set and no call overridden, nothing can go wrong where whole and thinner groups meet, so
+        fewer are made.
         """
         if self.given is not None:
             return [Trial(Kind.GIVEN)]
@@ -84,10 +85,10 @@ class Trials:
         return [Trial(Kind.ALL), Trial(Kind.ADAPTED_WHOLE), *turns, *map(Trial, THIN)]
 
     def prune(self, adaptation: Adaptation, trial: Trial, counts: Mapping[str, int] | None = None) -> PrunedShapes:
-        """What is left in a try; tied groups keep the same number of atoms.
+        """The pruned shapes of a try; tied groups keep the same number of atoms.
 
         Args:
-            counts: So many atoms of some groups are left instead.
+            counts: Numbers of atoms that some groups keep instead.
         """
         if self.given is not None:
             return pruned_shapes(self.partition, self.at_least(adaptation.minimum))
@@ -101,7 +102,7 @@ class Trials:
         return self._made[key]
 
     def at_least(self, minimum: Mapping[str, int]) -> Kept:
-        """The counts that are asked for, with zero atoms for so many of some groups."""
+        """The given atoms, filled up with zero atoms where a group has to keep a minimum."""
         kept = dict(self.given or {})
         for name, least in minimum.items():
             zero = np.setdiff1d(np.arange(self.free[name].size), kept[name])
@@ -133,7 +134,7 @@ class Trials:
         return kept
 
     def staying(self, adaptation: Adaptation, trial: Trial) -> set[str]:
-        """What stays whole in a try."""
+        """The groups that stay whole in a try."""
         if trial.kind is Kind.HALF:
             draw = np.random.default_rng(trial.seed)
             return {name for name in self.free if draw.random() < 0.5}
@@ -144,23 +145,23 @@ class Trials:
         return set()
 
     def stated(self, adaptation: Adaptation) -> set[str]:
-        """Groups whose size attributes state."""
+        """Groups whose sizes are stated by attributes."""
         return self.in_terms(adaptation, (size.term for size in adaptation.sizes.values()))
 
     def overridden(self, adaptation: Adaptation) -> set[str]:
-        """Groups whose size calls state that are overridden."""
+        """Groups whose sizes are stated by overridden calls."""
         rewrites = self.partition.found.tape.rewrites
         found = [rewrites[index] for index in adaptation.overrides if index in rewrites]
         return self.in_terms(adaptation, (term for rewrite in found for term in rewrite.terms))
 
     def in_terms(self, adaptation: Adaptation, terms: Iterable[Term]) -> set[str]:
-        """The groups that some terms are made of, and what is tied to them."""
+        """The groups that some terms are made of, and all that are tied to them."""
         return adaptation.tied_to(
             self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names
         )
 
     def _families(self, adaptation: Adaptation) -> dict[str, list[str]]:
-        """The groups that may get thinner, those of repeated blocks together; such as the class states come first."""
+        """The groups that may get thinner, by kind over repeated blocks; those whose sizes are stated come first."""
         adapted = self.stated(adaptation) | self.overridden(adaptation)
         found: dict[str, list[str]] = {}
         for name in sorted(self.free, key=lambda name: name not in adapted):
@@ -169,27 +170,27 @@ class Trials:
         return found
 
     def _turns(self, adaptation: Adaptation) -> int:
-        """In how many tries each two kinds of groups are once thinner without the other, in some block."""
+        """The number of tries in which every kind of group is thinner without any other, in some block."""
         families = self._families(adaptation)
         columns = 2 * max(len(families) - 1, 0).bit_length()
         blocks = max(map(len, families.values()), default=1)
         return max(min(columns, 2), -(-columns // blocks))
 
     def _some(self, adaptation: Adaptation, turn: int) -> set[str]:
-        """Kinds are numbered; those are thinner in whose number one bit is set, or is not, in each block another."""
+        """The thinner groups: kinds are numbered, and in each block a different bit of the number selects them."""
         families = list(self._families(adaptation).values())
         columns = 2 * max(len(families) - 1, 1).bit_length()
         turns = self._turns(adaptation)
-        thinner: set[str] = set()
+        chosen: set[str] = set()
         for number, names in enumerate(families):
             for block, name in enumerate(names):
                 bit, side = divmod((block * turns + turn) % columns, 2)
                 if number >> bit & 1 == side:
-                    thinner.add(name)
-        return thinner
+                    chosen.add(name)
+        return chosen
 
     def changing(self, terms: Iterable[Term], pruned: PrunedShapes) -> Iterator[str]:
-        """The groups that get thinner in some dimensions."""
+        """The groups that get thinner among those in some dimensions."""
         for term in terms:
             for axis in axes_of(resolve(term)):
                 if axis in self.names and axis in pruned.counts and pruned.counts[axis] != axis.size:
@@ -197,22 +198,22 @@ class Trials:
 
     @cached_property
     def in_rows(self) -> set[str]:
-        """Groups in operands whose rows a kernel wants in whole 16 bytes; thinner ones are padded for it."""
+        """Groups in operands whose rows a kernel needs in multiples of 16 bytes; thinner ones are padded for it."""
         rewrites = self.partition.found.tape.rewrites.values()
         terms = [term for rewrite in rewrites if rewrite.op is full_count.grouped_mm for term in rewrite.terms]
         return {self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names}
 
 
 _REMEMBERED = 64
-"""Choices that are remembered: as many as a round of tries has; each holds a mask for every group."""
+"""Pruned shapes that are cached: as many as a round of tries needs. Each holds a mask for every group."""
 
 
 def _atoms(group: NodeGroup, kind: Kind, least: int, draw: np.random.Generator) -> int:
-    """How many atoms of a group are left: whole steps of its divisor."""
+    """How many atoms a group keeps: a multiple of its divisor."""
     step, size = group.divisor, group.size
     if kind in THIN:
         atoms = max(least, -(-size // _PART))
-    elif kind in (Kind.ALL, Kind.SOME):  # a size of one is broadcast and squeezed away, so it comes with the others
+    elif kind in (Kind.ALL, Kind.SOME):  # not one atom, which is broadcast and squeezed away: later tries have that
         first = -(-max(least, 2 if size > 2 else 1) // step)
         atoms = step * int(draw.integers(first, max(first, (size - 1) // step), endpoint=True))
     else:

@@ -1,4 +1,4 @@
-"""A copy of the model on which adaptations are tried: changed in place, run without data, compared, and put back."""
+"""Try adaptations on a copy of the model: change it in place, run it without data, compare its calls, put it back."""
 
 from __future__ import annotations
 
@@ -28,28 +28,30 @@ from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
 from oto.slim.own_class.traced import traced
 from oto.slim.pruned_shapes import PrunedShapes
-from oto.trace.graph import Graph
-from oto.trace.record import FunctionCall, Script, follow
+from oto.trace.decisions import Script
+from oto.trace.functions import FunctionCall
+from oto.trace.graph import Graph, Mode
+from oto.trace.record import follow
 from oto.trace.snapshot import Snapshot, content_of, modules_of, surroundings
 
 AHEAD = 64
-"""How many calls beyond a divergence a try is followed: enough to see that it is gone, few of those of most models."""
+"""Calls beyond a divergence after which a try is cut: enough to see that it is gone, and few beside a whole run."""
 
 
 _KNOWN = 32
-"""Tries that are remembered: as many proposals as one divergence gets; what they raised holds their calls."""
+"""Tries that are cached: as many proposals as one divergence gets. Not more, as what they raised holds their calls."""
 
 
 class Workbench:
     """Where adaptations are tried.
 
     Attributes:
-        full: What the full model calls.
-        calls: Its torch functions.
+        full: The calls of the full model.
+        calls: The torch functions that it calls.
         blocks: Which of its calls have the same place in repeated blocks.
         is_reproducible: Whether the full model, run again, makes the calls that were recorded.
-        is_traced: Whether the numbers among their arguments say which attributes they were made of.
-        runs: How often a thinner copy was run.
+        is_traced: Whether the numbers among their arguments know the attributes that they came from.
+        runs: How many times a thinner copy was run.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, dummy_input: Any) -> None:
@@ -60,7 +62,7 @@ class Workbench:
         self._known: dict[tuple[int, int], tuple[Adaptation, PrunedShapes, Divergence | None]] = {}
         self._numbers: dict[str, list[tuple[Key, int | float]]] = {}
         self.is_traced = False
-        self.mode = self.graph.how
+        self.mode = self.graph.mode
         self.script: Script | None = None
         self.full = Full(partition.found)
         self.calls = FunctionCalls(partition, [])
@@ -71,12 +73,13 @@ class Workbench:
     # --- the full model -----------------------------------------------------------------------------------------------
 
     def _follow_full(self) -> bool:
-        """Whether the full model, run again, makes the calls that were recorded; how is learned on the way.
+        """Whether the full model, run again, makes the calls that were recorded; sets the mode in which it does.
 
-        A run on data is written down: a thinner copy is to take the path of the full model, whatever is in its tensors.
+        The decisions of a run on data are recorded: a thinner copy is to take the path of the full model, whatever its
+        tensors hold.
         """
-        data = self.graph.how == "real"
-        for mode in ("real", "grad") if data else (self.graph.how,):
+        data = self.graph.mode == "real"
+        for mode in ("real", "autograd") if data else (self.graph.mode,):
             if self._follow_traced(mode, data):
                 self.is_traced = True
                 return True
@@ -84,18 +87,18 @@ class Workbench:
                 return True
         return False
 
-    def _follow_traced(self, mode: str, data: bool) -> bool:
-        """The same for a copy whose integers remember where they came from."""
+    def _follow_traced(self, mode: Mode, data: bool) -> bool:
+        """The same for a copy whose integers remember which attributes they came from."""
         try:
             copy = self._copy
             with traced(copy.model, lambda module: stock(module) is not None):
                 return self._follow(copy.model, mode, data, copy)
-        except Exception as failure:  # a class that cannot be copied, or minds what is set
+        except Exception as failure:  # the class cannot be copied, or refuses to have attributes set
             reraise_out_of_memory(failure)
             vars(self).pop("_copy", None)
             return False
 
-    def _follow(self, model: nn.Module, mode: str, data: bool, copy: _Copy | None = None) -> bool:
+    def _follow(self, model: nn.Module, mode: Mode, data: bool, copy: _Copy | None = None) -> bool:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
         script = Script() if data else None
@@ -119,10 +122,10 @@ class Workbench:
     # --- thinner copies -----------------------------------------------------------------------------------------------
 
     def divergence(self, adaptation: Adaptation, pruned: PrunedShapes, beyond: int | None = None) -> Divergence | None:
-        """Where the class, adapted, first does something else than it should; ``None`` if nowhere.
+        """Where the adapted class first does something else than it should; ``None`` if nowhere.
 
         Args:
-            beyond: A call that it diverged at before; it is followed only so far that one sees whether it does still.
+            beyond: A call at which it diverged before; it is run just far enough to see whether it still does.
         """
         known_here = self._known.get((id(adaptation), id(pruned)))
         if known_here is not None:
@@ -133,11 +136,11 @@ class Workbench:
             run = self._run(edits, adaptation, pruned, None if beyond is None else beyond + AHEAD)
         except DeclinedError as declined:
             return Divergence(self.first_in(declined.path), declined)
-        except Exception as refused:  # a class that cannot be copied, or that minds what is set
+        except Exception as refused:  # the class cannot be copied, or refuses to have attributes set
             reraise_out_of_memory(refused)
             return Divergence(0, refused)
         found = Comparison(self.full, run, adaptation, pruned, edits).divergence()
-        if not run.is_cut:  # the search goes on from a repair with the very try that showed that it does
+        if not run.is_cut:  # after a repair the search repeats the try that showed that it helps
             if len(self._known) >= _KNOWN:
                 self._known.clear()
             self._known[id(adaptation), id(pruned)] = adaptation, pruned, found
@@ -166,7 +169,7 @@ class Workbench:
 
     @cached_property
     def _copy(self) -> _Copy:
-        """The copy that is run, traced and thinner.
+        """The copy that is run, first with traced integers, then thinner.
 
         Raises:
             EmitterError: The model cannot be copied.
@@ -174,11 +177,11 @@ class Workbench:
         return _Copy.of(slim_copy(self.model, self._whole(), Edits()), self.dummy_input)
 
     def _thin(self, pruned: PrunedShapes, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
-        """For each tensor of the model a thinner one; without data, but for constants, where none is needed.
+        """A thinner tensor for each one of the model; where no data are needed, only constants hold any.
 
         Args:
-            own: What the class is given; parameters take counts in.
-            changed: Only those that become others, by their first name.
+            own: The adaptation, whose counts are folded into parameters.
+            changed: Only those that change, by their first name.
         """
         made: dict[str, Tensor] = {}
         taking = own.scales if self.script is not None else {}
@@ -194,11 +197,11 @@ class Workbench:
         return made
 
     def _whole(self) -> dict[str, Tensor]:
-        """What a copy holds that is not thinner: of a model that is run on data, its own tensors."""
-        return tensors_of(self.model, self.partition) if self.graph.how == "real" else self._empty()
+        """The tensors of a copy that is not thinner: the model's own if it is run on data, else without data."""
+        return tensors_of(self.model, self.partition) if self.graph.mode == "real" else self._empty()
 
     def _empty(self) -> dict[str, Tensor]:
-        """For each tensor of the model one without data, but for constants: a forward may read their numbers."""
+        """A tensor without data for each one of the model, except constants: a forward may read their numbers."""
         made: dict[str, Tensor] = {}
         for leaf in self.graph.leaves:
             if leaf.names:
@@ -209,12 +212,12 @@ class Workbench:
 
     @cached_property
     def uses(self) -> Uses:
-        """Which call makes each tensor, and which ones read it."""
+        """Which call makes each tensor, and which calls read it."""
         return Uses.of(self.graph)
 
     @cached_property
     def _held_by_model(self) -> Snapshot:
-        """What the model holds; a copy that is thrown away shares some of it."""
+        """Snapshot of what the model holds; a copy that is thrown away shares some of it."""
         return Snapshot(self.model, self.dummy_input)
 
     def numbers(self, path: str) -> list[tuple[Key, int | float]]:
@@ -233,8 +236,8 @@ class _Copy:
     """A copy of the model that is changed in place, and put back.
 
     Attributes:
-        found: What it holds.
-        holders: As of :func:`_holders`.
+        found: Snapshot of what it holds.
+        holders: See :func:`_holders`.
         kinds: The class of each module.
         is_swappable: Whether its tensors can be swapped for others; else each try has a copy of its own.
     """
@@ -251,8 +254,8 @@ class _Copy:
         return cls(model, Snapshot(model, dummy_input), holders, kinds, not _holds_elsewhere(model, holders))
 
     def edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The copy with other tensors and its modules changed, until it is put back."""
-        for module, kind in self.kinds:  # an encoder of which a layer was swapped is one of another class
+        """The copy with its tensors replaced and its modules edited, until it is put back."""
+        for module, kind in self.kinds:  # an encoder in which a layer was swapped has a different class
             if type(module) is not kind:
                 module.__class__ = kind
         try:
@@ -268,7 +271,7 @@ class _Copy:
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
-    """For each tensor, by its id, the tables and lists of modules that hold it, and where in them."""
+    """For each tensor, by its id, the dicts and lists of modules that hold it, each with the key or index."""
     found: dict[int, list[tuple[Any, Any]]] = {}
     for module in modules_of(model):
         held = vars(module)
@@ -281,7 +284,7 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
 
 
 def _holds_elsewhere(model: nn.Module, holders: Mapping[int, Any]) -> bool:
-    """Whether functions, objects or nested containers of a model hold tensors of it too."""
+    """Whether functions, objects or nested containers of a model also hold tensors of it."""
     known = {id(holder) for places in holders.values() for holder, _ in places}
     return any(
         isinstance(value, Tensor) and id(value) in holders

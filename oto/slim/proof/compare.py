@@ -1,4 +1,4 @@
-"""How far what two models give is apart, and what counts as equal."""
+"""How far apart the outputs of two models are, and what counts as equal."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from oto.errors import VerificationError
 
-# Relative to the largest entry of the full model's output. float64 leaves room for sums in another order and nothing
-# else; the others are what a deep network makes of one rounding per sum.
+# Relative to the largest entry of the full model's output. float64 leaves room only for sums in a different order; the
+# others are what one rounding per sum grows to in a deep network.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The largest difference at which two models in a dtype count as equal; see :data:`TOLERANCE`."""
+    """The largest relative difference at which two models in a dtype count as equal; see :data:`TOLERANCE`."""
     return TOLERANCE.get(dtype, 1e-3)
 
 
@@ -25,8 +25,8 @@ class Check:
     """One comparison.
 
     Attributes:
-        what: Which models, on which input.
-        dtype: In which dtype.
+        what: Which model, on which input.
+        dtype: The dtype of the comparison.
         error: Largest difference, relative to the largest entry of the full model's output.
         finite: How many entries of the outputs are finite, so that a difference could be seen.
         entries: How many entries the outputs have. Those that are not finite are NaN, or the same infinity, in both
@@ -46,7 +46,7 @@ class Check:
 
 
 _PIECE = 1 << 20
-"""So many entries of an output are compared at a time, for logits over a vocabulary are large in float64."""
+"""Entries of an output that are compared at a time: logits over a vocabulary are large in float64."""
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +56,7 @@ def _pieces(x: Tensor) -> tuple[Tensor, ...]:
 def _apart(x: Tensor, y: Tensor) -> Tensor:
     """The largest difference, the largest finite entry of ``x``, and how many are finite; shape ``(3,)``."""
     finite = torch.isfinite(x) & torch.isfinite(y)
-    alike = (x == y) | (torch.isnan(x) & torch.isnan(y))  # infinities of masked scores, too
+    alike = (x == y) | (torch.isnan(x) & torch.isnan(y))  # also infinities, as masked scores have
     difference = (x - y).abs().masked_fill(alike, 0).nan_to_num(nan=float("inf"), posinf=float("inf"))
     size = x.abs().masked_fill(~torch.isfinite(x), 0)
     return torch.stack([difference.max(), size.max(), finite.sum().to(size.dtype)])
@@ -64,7 +64,7 @@ def _apart(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Difference:
-    """What two runs differ in, as :class:`Check` states it."""
+    """How two runs differ; the fields are those of :class:`Check`."""
 
     error: float
     finite: int
@@ -72,9 +72,9 @@ class Difference:
 
 
 def compared(full: Sequence[Tensor], slim: Sequence[Tensor]) -> Difference:
-    """Compare what two models give. The error is inf if the outputs differ in kind.
+    """Compare the outputs of two models. The error is inf if they differ in kind.
 
-    NaN equals NaN, and an infinity itself: but such entries do not count as finite.
+    NaN equals NaN, and an infinity equals itself, but such entries do not count as finite.
     """
     entries = sum(x.numel() for x in full)
     different = Difference(float("inf"), 0, entries)

@@ -1,4 +1,4 @@
-"""Everything in float64, whatever a model states; and float32 that is float32."""
+"""Run a model in float64 throughout, whatever dtypes its code states; and in float32 without TF32."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ _GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)  # to
 
 
 class _Wide(TorchDispatchMode):
-    """Every computation in float64, for models that state a dtype in their code, or none.
+    """Does every computation in float64, also for models that state a dtype in their code.
 
-    Casts to a narrower float become casts to float64; what is made or promoted without a dtype is float64; and operands
-    that come from elsewhere, such as numpy or parameters, are widened as they are read: a model in float32 needs no
-    copy in float64 for it. So two models that differ in where they round only, such as a class and its exported graph,
-    agree to float64's own rounding. Values are as they were: a number that float32 cannot hold is rounded where the
-    model rounds it (``torch.tensor(0.1)``), and nothing else is.
+    Casts to a narrower float become casts to float64; tensors made or promoted without a dtype are float64; operands
+    that come from elsewhere, such as numpy or parameters, are widened as they are read, so a model in float32 needs no
+    copy in float64. Two models that differ only in where they round, such as a class and its exported graph, then agree
+    up to the rounding of float64. Values are unchanged: a number that float32 cannot hold is rounded where the model
+    rounds it (``torch.tensor(0.1)``), and nowhere else.
     """
 
     supports_higher_order_operators = True
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op in _MOVES:  # a table is not widened for a few of its entries
+        if op in _MOVES:  # a whole table is not widened to read a few of its entries
             return widened(op(*args, **(kwargs or {})))
         if op in _PRODUCTS and not kwargs and _is_large(args[_PRODUCTS[op]]):
             return _product(op, args)
 
-        def of(shared: bool, x: Any) -> Any:  # a copy would not be the memory that is meant
+        def of(shared: bool, x: Any) -> Any:  # the operator needs this very memory, so no copy
             return tree_map_only(torch.dtype, widened, x) if shared else tree_map(widened, x)
 
         shares = _shares(op)
         args = tuple(of(shared, x) for shared, x in zip_longest(shares.values(), args, fillvalue=True))[: len(args)]
         kwargs = {name: of(shares.get(name, True), x) for name, x in (kwargs or {}).items()}
-        if op is aten._assert_tensor_metadata.default:  # what torch.export saw the dtype to be
+        if op is aten._assert_tensor_metadata.default:  # torch.export's check of the dtype that it saw
             args, kwargs = tree_map_only(torch.dtype, lambda _: None, (args, kwargs))
         if op is _GROUPED_MM and args[0].dtype == torch.float64:
             return _grouped_mm(*args, **kwargs)
@@ -53,7 +53,7 @@ class _Wide(TorchDispatchMode):
             result = op(*args, **kwargs)
         finally:
             torch.set_default_dtype(before)
-        return widened(result) if op is aten.lift_fresh.default else result  # a literal, which may be written to
+        return widened(result) if op is aten.lift_fresh.default else result  # a literal, which may be written into
 
 
 WIDER = {
@@ -67,10 +67,10 @@ _MOVES = {aten.embedding.default, aten.index_select.default, aten.gather.default
 
 
 _PRODUCTS = {aten.linear.default: 1, aten.matmul.default: 1, aten.mm.default: 1, aten.addmm.default: 2}
-"""Where the weight is among the arguments."""
+"""The position of the weight among the arguments."""
 _BLOCK = 1 << 18
-"""So many entries of a weight are widened at a time, which stay in a cache: fresh pages for gigabytes of float64 would
-take longer than the products."""
+"""Entries of a weight that are widened at a time, few enough to stay in the cache: fresh pages for gigabytes of float64
+would take longer than the products."""
 
 
 def _is_large(weight: Any) -> bool:
@@ -79,7 +79,7 @@ def _is_large(weight: Any) -> bool:
 
 
 def _product(op: Any, args: tuple[Any, ...]) -> Tensor:
-    """A product with a weight, of which only a block of columns is in float64 at a time."""
+    """A product with a weight of which only one block of columns is in float64 at a time."""
     if op is aten.addmm.default:
         bias, x, weight = args
     else:
@@ -104,7 +104,7 @@ def widened(x: Any) -> Any:
 
 @cache
 def _shares(op: Any) -> dict[str, bool]:
-    """For each argument of an operator, whether the operator uses its memory."""
+    """For each argument of an operator, whether the operator writes to its memory or returns a view of it."""
     schema = getattr(op, "_schema", None)  # higher-order operators have none
     return {a.name: a.alias_info is not None for a in schema.arguments} if schema else {}
 
@@ -132,7 +132,7 @@ def _grouped_mm(
 
 
 def throughout(module: nn.Module) -> AbstractContextManager[Any]:
-    """While inside, a module in float64 computes in float64 throughout; any other as it does."""
+    """While inside, a module in float64 computes in float64 throughout; any other module computes as usual."""
     wide = dtype_of(module) == torch.float64
     return widening() if wide else nullcontext()
 
@@ -142,15 +142,15 @@ def widening() -> AbstractContextManager[Any]:
     return _Wide()  # type: ignore[no-untyped-call]
 
 
-# Two interfaces say whether factors in float32 are rounded to TF32 (for convolutions on a GPU they are by default), or
-# on some processors to bfloat16. The old one sets both, and cannot be read where the user set the new one.
+# Two interfaces set whether factors in float32 are rounded to TF32 (for convolutions on a GPU they are by default), or
+# on some CPUs to bfloat16. The old one sets both, and cannot be read once the user has set the new one.
 _TF32 = ("cuda.matmul", "cudnn")
 _PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 
 
 @contextmanager
-def unrounded() -> Iterator[None]:
-    """While inside, products in float32 are those of float32, whatever speed was asked for."""
+def without_tf32() -> Iterator[None]:
+    """While inside, products in float32 are computed in float32, whatever precision the user allowed for speed."""
     new = hasattr(torch.backends, "fp32_precision")  # since torch 2.9
     places = [(name, "fp32_precision") for name in _PRECISION if new] + [(name, "allow_tf32") for name in _TF32]
     before: list[tuple[Any, str, Any]] = []
@@ -163,19 +163,19 @@ def unrounded() -> Iterator[None]:
             setattr(place, name, "ieee" if name == "fp32_precision" else False)
         yield
     finally:
-        for place, name, value in reversed(before):  # the new ones last: they are the finer
+        for place, name, value in reversed(before):  # the new settings last: they are finer
             setattr(place, name, value)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype in which a module computes: that of its first parameter with a fraction."""
+    """The dtype in which a module computes: that of its first floating-point parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def in_double(module: nn.Module) -> nn.Module:
     """A copy in float64 and complex128."""
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):  # no copy in the narrow dtype on the way
+    for tensor in (*module.parameters(), *module.buffers()):  # without a copy in the narrow dtype first
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.dtype in WIDER:
             wider = tensor.detach().to(WIDER[tensor.dtype])
             plain = type(tensor) is Tensor
@@ -184,16 +184,16 @@ def in_double(module: nn.Module) -> nn.Module:
 
 
 def double_(module: nn.Module) -> nn.Module:
-    """The same module, in float64 and complex128 from now on."""
+    """Turn a module into float64 and complex128, in place."""
     module.double()
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_complex():  # ``Module.double`` leaves these
+        if tensor.is_complex():  # ``Module.double`` leaves these as they are
             tensor.data = tensor.data.to(torch.complex128)
     return module
 
 
 def double_input(dummy_input: Any) -> Any:
-    """An example in float64 and complex128."""
+    """An example input in float64 and complex128."""
 
     def widen(t: Tensor) -> Tensor:
         return t.double() if t.is_floating_point() else t.to(torch.complex128) if t.is_complex() else t

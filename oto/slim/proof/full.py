@@ -1,4 +1,4 @@
-"""The zeroed full model and what it gives, computed once per input and dtype, for every comparison with it."""
+"""The zeroed full model and its outputs, computed once per input and dtype and used by every comparison."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from oto.slim.proof.float64 import double_input, dtype_of, in_double
 from oto.slim.proof.inputs import Input
 from oto.slim.proof.memory import available, size_of
 from oto.slim.proof.run import run
-from oto.trace.record import Script
+from oto.trace.decisions import Script
 from oto.trace.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
 FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-"""Modules that run otherwise in inference mode: with fused kernels, and with nested tensors where there is padding."""
+"""Modules that run differently in inference mode: with fused kernels, and with nested tensors for padding."""
 
 Outputs = list[Tensor]
 
@@ -34,16 +34,16 @@ Outputs = list[Tensor]
 class FullModel:
     """The zeroed full model.
 
-    In float64 nothing is copied: parameters are widened as they are read. A model that minds it is copied in float64.
+    In float64 nothing is copied: parameters are widened as they are read. Only a model that fails so is copied.
 
     Attributes:
-        example: The input that it takes for certain.
+        example: The example input, which it is known to take.
         left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
         float64: Compute in float64: ``"auto"``, where it fits in memory; ``True`` or ``False``.
-        notes: What falls short, for the user.
-        own: What it gives in its own dtype on the inputs so far; ``None`` where it does not take one.
+        notes: Limits of the comparison, for the user.
+        own: Its outputs in its own dtype on the inputs so far; ``None`` for an input that it does not take.
         wide: The same in float64.
-        copy64: The copy in float64, if there had to be one.
+        copy64: The copy in float64, if one was needed.
     """
 
     model: nn.Module
@@ -65,7 +65,7 @@ class FullModel:
         return str(self.dtype).removeprefix("torch.")
 
     def note(self, text: str) -> None:
-        """Tell the user, once."""
+        """Add a note for the user, once."""
         log.info(text)
         if text not in self.notes:
             self.notes.append(text)
@@ -75,24 +75,24 @@ class FullModel:
     def run(
         self, module: nn.Module, value: Any, wide: bool = False, script: Script | None = None, fast: bool = False
     ) -> Outputs:
-        """Run this model or a slim one, and look only once at what it holds."""
+        """Run this model or a slim one; the snapshot of what it holds is taken only once."""
         if id(module) not in self._found:
             self._found[id(module)] = module, Snapshot(module, self.example.value)
         return run(module, value, wide, self._found[id(module)][1], script, fast)
 
     def forget(self, module: nn.Module) -> None:
-        """Look anew at what a module holds when it runs again."""
+        """Drop the snapshot of a module, so that a new one is taken when it runs again."""
         self._found.pop(id(module), None)
 
     def is_fast(self, given: Input) -> bool:
-        """Whether models run on an input as users run them."""
+        """Whether models run on an input as users run them, in inference mode."""
         return given.as_users_do or (given == self.example and not self.has_fast_paths)
 
     @cached_property
     def has_fast_paths(self) -> bool:
         """Whether the model may compute something else on the example in inference mode."""
         own = any(isinstance(module, FAST_PATHS) for module in self.model.modules())
-        if own or self.dtype == torch.float64:  # which is computed in float64 throughout otherwise
+        if own or self.dtype == torch.float64:  # without fast paths it would be computed in float64 throughout
             return True
         try:
             outputs = self.run(self.model, self.example.value, fast=True)
@@ -104,8 +104,8 @@ class FullModel:
         return False
 
     def outputs(self, given: Input) -> Outputs | None:
-        """What it gives in its own dtype; ``None`` if it does not take the input."""
-        fast = self.is_fast(given)  # which may run it on the example already
+        """Its outputs in its own dtype; ``None`` if it does not take the input."""
+        fast = self.is_fast(given)  # this may already have run it on the example
         if given not in self.own:
             self.own[given] = self.expected(given, lambda: self.run(self.model, given.value, fast=fast))
         return self.own[given]
@@ -117,13 +117,13 @@ class FullModel:
         return self.wide[given]
 
     def under_decisions(self, given: Input, wide: bool, script: Script) -> Outputs | None:
-        """What it gives while it writes down, in a script, what it decides by values."""
+        """Its outputs, while the decisions that depend on values are recorded in a script."""
         full = self.copy64 if wide and self.copy64 is not None else self.model
         value = double_input(given.value) if wide else given.value
         return self.expected(given, lambda: self.run(full, value, wide and full is self.model, script))
 
     def expected(self, given: Input, give: Callable[[], Outputs]) -> Outputs | None:
-        """What a slim model is to give; ``None`` if the full one does not take the input."""
+        """The outputs that a slim model should have; ``None`` if the full one does not take the input."""
         try:
             outputs = give()
         except Exception as failure:  # inputs may have to fit together, as the number of image tokens does
@@ -143,7 +143,7 @@ class FullModel:
     # --- in float64 ---------------------------------------------------------------------------------------------------
 
     def insist(self) -> None:
-        """Make sure of float64 where it was asked for.
+        """Refuse a model that does not run in float64, where float64 was asked for.
 
         Raises:
             VerificationError: The model does not run in it.
@@ -152,7 +152,7 @@ class FullModel:
             self.runs_in_float64()
 
     def runs_in_float64(self) -> bool:
-        """Whether there is something to compare with in float64: the outputs on the example are known then."""
+        """Whether there are outputs in float64 to compare with; those on the example are then known."""
         if self.float64 is False:
             self._lacks_float64("float64=False")
         elif self.example not in self.wide:
@@ -160,7 +160,7 @@ class FullModel:
         return bool(self.wide.get(self.example))
 
     def copy_in_float64(self) -> None:
-        """From here on, in float64, a copy runs."""
+        """From here on a copy in float64 runs in place of the model with widened parameters."""
         self.copy64 = in_double(self.model)
         self.wide.clear()
 
@@ -201,7 +201,7 @@ class FullModel:
         self._lacks_float64(f"the model does not run in it ({first_line(failure, 80)})")
 
     def _memory_in_float64(self, copied: bool) -> int:
-        """How many bytes it takes; products read matrices in blocks, all else is widened whole."""
+        """How many bytes float64 takes; products read matrices in blocks, everything else is widened whole."""
         largest = max((p.numel() for p in self.model.parameters() if p.ndim != 2), default=0)
         return 8 * (sum(p.numel() for p in self.model.parameters()) + largest if copied else 2 * largest)
 
@@ -213,6 +213,6 @@ class FullModel:
 def _entries(x: Tensor, masks: Sequence[NDArray[np.bool_]]) -> Tensor:
     """The entries of an output that a slim model still has."""
     for dim, mask in enumerate(masks):
-        if not mask.all():  # a dimension of which nothing is gone may have another size, such as the batch
+        if not mask.all():  # a dimension that lost nothing may have a different size, such as the batch
             x = x.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(x.device))
     return x

@@ -1,4 +1,4 @@
-"""The inputs on which two models are compared: the example, and others of the same kind."""
+"""The inputs on which two models are compared: the example, and random ones of the same kind."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Input:
     """An input that models are compared on.
 
     Attributes:
-        name: What it is called in a check, such as ``"random input"``.
-        value: What the model is called with.
-        as_users_do: Models run on it in inference mode, with torch's fast paths.
-        optional: A slim model that does not take it is a note, not an error.
+        name: Its name in a check, such as ``"random input"``.
+        value: The arguments for the model.
+        as_users_do: Whether models run on it in inference mode, with torch's fast paths.
+        optional: Whether a slim model that does not take it only causes a note, not an error.
     """
 
     name: str
@@ -36,7 +36,7 @@ def batch_size(example: Any) -> int | None:
 
 
 def differs(one: Any, other: Any) -> bool:
-    """Whether two inputs of the same kind hold other entries, where both have some."""
+    """Whether two inputs of the same kind differ in any entry that both have."""
     pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
     tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.ndim]
     return any(not torch.equal(a[: len(b)], b) for a, b in tensors)
@@ -45,14 +45,14 @@ def differs(one: Any, other: Any) -> bool:
 def random_like(
     dummy_input: Any, seed: int, batch: int | None = None, shapes: Sequence[tuple[int, ...]] | None = None
 ) -> Any:
-    """Another input of the same kind: floats drawn anew, integers within the example's range, booleans as they are.
+    """A random input of the same kind: floats and integers are drawn, the latter in the example's range; booleans stay.
 
-    Floats are normal, of the mean and deviation of the example; entries of it that are no numbers (NaN, infinities, the
-    least number of the dtype, which masks something) stay.
+    Floats are normal with the mean and deviation of the example; its entries that are no ordinary numbers (NaN,
+    infinities, the lowest number of the dtype, which masks something) stay.
 
     Args:
         batch: Repeat along the first dimension to this size.
-        shapes: The shape of each tensor instead; booleans are repeated, or cut.
+        shapes: The shape of each tensor instead; booleans are repeated or cut to it.
     """
     generator = torch.Generator().manual_seed(seed)
     first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
@@ -75,7 +75,7 @@ def random_like(
 
 
 def _draw(t: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Normal numbers of the mean and deviation of ``t``; what is no number in it stays, in its place."""
+    """Normal numbers with the mean and deviation of ``t``; its entries that are no ordinary numbers stay."""
     dtype = t.dtype if t.dtype in (torch.float32, torch.float64, torch.complex64) else torch.float32
     drawn = torch.randn(list(shape), generator=generator, dtype=dtype)
     if t.is_complex():
@@ -91,7 +91,7 @@ def _draw(t: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor
 
 
 def _repeated(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """A copy of another shape, repeated or cut along each dimension."""
+    """A copy in a given shape, repeated or cut along each dimension."""
     for dim, n in enumerate(shape):
         if n != t.shape[dim]:
             t = t.index_select(dim, torch.arange(n, device=t.device) % t.shape[dim])
@@ -101,11 +101,11 @@ def _repeated(t: Tensor, shape: Sequence[int]) -> Tensor:
 def follow_model(
     dummy_input: Any, then: Mapping[str, torch.dtype], there: torch.device | None, now: Mapping[str, Tensor]
 ) -> Any:
-    """An example for a model that was cast or moved since; what lay elsewhere than the model stays.
+    """The example for a model that was cast or moved since; tensors on other devices than the model's stay there.
 
     Args:
         then: The dtype that each parameter had when the example fitted.
-        there: Where the parameters were, if they were in one place.
+        there: The device of the parameters then, if they were all on one.
         now: The parameters.
     """
     became: dict[torch.dtype, set[torch.dtype]] = {}
@@ -124,6 +124,6 @@ def follow_model(
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device | None:
-    """Where tensors are, if they are all in one place."""
+    """The device of some tensors, if they are all on one."""
     devices = {t.device for t in tensors}
     return devices.pop() if len(devices) == 1 else None

@@ -1,4 +1,4 @@
-"""What a comparison with the full model would not show: NaN equals NaN, and a constant itself."""
+"""Find what a comparison with the full model cannot show: NaN equals NaN, and a constant output equals itself."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from oto.slim.proof.reach import equal
 
 
 def require_numbers(full: FullModel) -> None:
-    """Make sure that the full model gives numbers on the example, for NaN is equal to NaN.
+    """Refuse a full model whose outputs on the example hold no finite number, as NaN equals NaN.
 
     Raises:
-        VerificationError: Not one entry of its outputs is finite, in float64 either.
+        VerificationError: No entry of its outputs is finite, not even in float64.
     """
     own = full.outputs(full.example) or []
     if any(_is_number(x).any() for x in own) or not any(x.numel() for x in own):
         return
-    wide = full.dtype != torch.float64 and full.runs_in_float64()  # in fewer digits, there may be an overflow
+    wide = full.dtype != torch.float64 and full.runs_in_float64()  # a narrower dtype may overflow
     if wide and any(_is_number(x).any() for x in full.wide[full.example] or []):
         return
     broken = [name for name, held in full.model.named_buffers() if not _is_number(held).all()]
@@ -33,31 +33,31 @@ def require_numbers(full: FullModel) -> None:
     causes += [f"NaN or infinity in buffers: {some(broken)}"] if broken else []
     raise VerificationError(
         f"{type(full.model).__name__} gives no number on the example that could be compared, all is NaN or inf\n"
-        f"  found   {'; '.join(causes or ['an overflow, it seems: all that goes in is finite'])}\n"
+        f"  found   {'; '.join(causes or ['probably an overflow: all of its inputs are finite'])}\n"
         "  effect  a wrong slim model would give the same, so no subnet is built\n"
-        "  to fix  an example of finite numbers, on which the model gives finite numbers"
+        "  to fix  pass an example of finite numbers on which the outputs are finite too"
     )
 
 
 def how_many_are_numbers(partial: Sequence[Check]) -> list[str]:
-    """Of how many entries of the outputs a comparison says nothing, if of any."""
+    """A note on how many entries of the outputs are not finite, so that comparing them says little; none if all are."""
     if not partial:
         return []
     least = min(partial, key=lambda check: (check.finite or 0) / (check.entries or 1))
     return [
-        f"of the outputs {least.finite:,} of {least.entries:,} entries are finite ({least.what}, {least.dtype}): of"
-        " the others it is known only that they are NaN, or the same infinity, in both models"
+        f"of the outputs {least.finite:,} of {least.entries:,} entries are finite ({least.what}, {least.dtype}): the"
+        " others are known only to be NaN, or the same infinity, in both models"
     ]
 
 
 def floating(full: FullModel) -> list[int]:
-    """Outputs that hold numbers with a fraction."""
+    """Indices of the floating-point outputs."""
     outputs = full.own.get(full.example) or full.wide.get(full.example) or ()
     return [i for i, x in enumerate(outputs) if x.is_floating_point() and x.numel()]
 
 
 def constant(full: FullModel) -> list[int]:
-    """Outputs that are the same for every input, or zero: a slim model cannot differ in them."""
+    """Indices of the outputs that are zero or the same for every input, in which a slim model cannot differ."""
     runs = [x for table in (full.own, full.wide) for x in table.values() if x is not None]
     return [i for i in floating(full) if not any(t[i].any() for t in runs) or _is_constant(full, i)]
 

@@ -1,4 +1,4 @@
-"""How much memory there is still."""
+"""How much memory is free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def available(model: nn.Module) -> int | None:
-    """Bytes that are free where a model is; ``None`` where nobody says."""
+    """Free bytes on a model's device; ``None`` if they are not known."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -40,7 +40,7 @@ _CONTAINER = (
 
 
 def _of_the_container() -> int | None:
-    """What the control group of this process may take still; pages of files that nobody reads are given back."""
+    """Bytes that the control group of this process may still take; inactive file pages count as free."""
     for limit, used, cached in _CONTAINER:
         try:
             most, now = Path(limit).read_text().strip(), int(Path(used).read_text())
@@ -52,7 +52,7 @@ def _of_the_container() -> int | None:
 
 
 def size_of(count: float) -> str:
-    """Bytes for people.
+    """A number of bytes in readable units.
 
     >>> size_of(3.2e9), size_of(4e6)
     ('3.2 GB', '4 MB')

@@ -1,8 +1,8 @@
-"""Which parameters matter to the outputs on the inputs of a proof: a mistake elsewhere would not be seen.
+"""Find the parameters that no output depends on, on the inputs of a proof: a mistake there would not be seen.
 
-An expert that no token is routed to, a branch that is not taken, a unit that is dead: whatever is there, the outputs
-are the same. Gradients tell, in one backward pass; where they are zero, other numbers are put in, as steps such as
-rounding have no gradient.
+An expert that no token is routed to, a branch that is not taken, a dead unit: whatever they hold, the outputs are the
+same. One backward pass shows it; where gradients are zero, different numbers are put in, as steps such as rounding have
+no gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from oto._torch import tree_map_only
 from oto.errors import first_line, some
 from oto.slim.proof.run import run
 from oto.trace.inputs import arguments
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 from oto.trace.snapshot import preserved
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 def reached_by(
     model: nn.Module, wanted: Mapping[str, nn.Parameter], inputs: Sequence[Any], free: int | None
 ) -> list[str]:
-    """What there is to say of parameters that no output depends on, on any of some inputs.
+    """Notes on the parameters that no output depends on, on any of the inputs.
 
     Args:
         wanted: Parameters of the model, by name.
-        inputs: Tried in turn, while there are parameters that the others do not reach.
-        free: Bytes of memory, half of which may be taken.
+        inputs: Tried in turn while there are parameters that the earlier ones do not reach.
+        free: Free bytes of memory, half of which may be used.
     """
     left = {name: p for name, p in wanted.items() if p.is_floating_point() and p.numel()}
     if left and torch.is_inference_mode_enabled():
@@ -53,12 +53,12 @@ def reached_by(
         return [f"whether the inputs of the proof reach all that was made thinner is not known: {first_line(failure)}"]
     if moved:
         return [
-            f"whether the inputs of the proof reach {some(left)} is not known: gradients do not come there, but on"
-            " something of it the outputs depend"
+            f"whether the inputs of the proof reach {some(left)} is not known: no gradient arrives there, but the"
+            " outputs depend on at least one of them"
         ]
     return [
         f"the proof does not reach {some(left)}: no output depends on it, on the example or a random input. What it"
-        " holds was compared, what is computed with it was not; give an example that uses it"
+        " holds was compared, what is computed with it was not; pass an example that uses it"
     ]
 
 
@@ -70,14 +70,14 @@ def _with_gradient(
     reached: set[str] = set()
     names = {id(p): name for name, p in wanted.items()}
 
-    def look(p: Tensor) -> None:  # at once, so that there are never gradients of all
+    def look(p: Tensor) -> None:  # as each gradient arrives, so that never all are in memory
         assert p.grad is not None
         grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
         if (torch.isfinite(grad) & (grad != 0)).any():
             reached.add(names[id(p)])
         p.grad = None
 
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # cuDNN's have no gradient in eval
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # cuDNN gives no gradient in eval
     kernels = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
     with preserved(model, given), torch.enable_grad(), _within(free, model), kernels:
         for p in model.parameters():
@@ -95,14 +95,14 @@ def _with_gradient(
 
 
 def _direction(x: Tensor) -> Tensor:
-    """In which outputs are moved: at random, but those that are no numbers."""
+    """The gradient of an output to start from: random, and zero for entries that are not finite."""
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     return drawn.masked_fill(~torch.isfinite(x.detach()), 0)
 
 
 @contextmanager
 def _within(free: int | None, model: nn.Module) -> Iterator[None]:
-    """While inside, what is saved for a backward pass may take half of the memory that is free."""
+    """While inside, what is saved for a backward pass may take at most half of the free memory."""
     seen = {t.untyped_storage().data_ptr() for t in model.parameters()}
     held = 0
 
@@ -121,7 +121,7 @@ def _within(free: int | None, model: nn.Module) -> Iterator[None]:
 
 
 def _moves(model: nn.Module, parameters: Collection[nn.Parameter], given: Any) -> bool:
-    """Whether any output is another one with other numbers in some parameters."""
+    """Whether any output changes with different numbers in some parameters."""
     before = run(model, given)
     generator = torch.Generator().manual_seed(0)
     with preserved(model, given), torch.no_grad():
@@ -132,5 +132,5 @@ def _moves(model: nn.Module, parameters: Collection[nn.Parameter], given: Any) -
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal in every entry, NaN being equal to itself."""
+    """Whether two tensors are equal in every entry; NaN counts as equal to NaN."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

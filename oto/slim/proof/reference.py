@@ -1,4 +1,4 @@
-"""The comparison of slim models with the zeroed full one."""
+"""Compare slim models with the zeroed full one: on the example and random inputs, in its own dtype and in float64."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from oto.slim.proof.inputs import Input, batch_size, random_like
 from oto.slim.proof.memory import available
 from oto.slim.proof.reach import reached_by
 from oto.slim.proof.run import run
-from oto.trace.record import Script, around_modules
+from oto.trace.decisions import Script
+from oto.trace.recorder import around_modules
 
 log = logging.getLogger(__name__)
 
 FLOAT64 = ("auto", True, False)
 HALF = (torch.float16, torch.bfloat16)
 Exact = Callable[[nn.Module], Mapping[str, Tensor]]
-"""Makes, of a full model, the tensors of the slim one that its dtype rounds, such as those that take a count in."""
+"""Makes from a full model the tensors of the slim one that its dtype rounds, such as those with counts folded in."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,19 @@ class CheckOptions:
     """How a slim model is compared.
 
     Attributes:
-        what: What it is called in a check.
-        batch: Try another batch size, where the full model takes it.
-        shapes: Other shapes of the tensors of the example to try, in the model's own dtype, where the full model takes
-            them; a slim model that does not is a note.
-        random: Compare on a random input too, besides the example.
-        exact: Compare in float64 too.
-        notes: Where to write down what was not compared: a batch size that the slim model does not take, which is an
-            error by default, and what ``lacks`` leaves out.
+        what: Its name in a check.
+        batch: Also try a different batch size, if the full model takes it.
+        shapes: Other shapes of the example's tensors to try in the model's own dtype, if the full model takes them; a
+            slim model that does not only causes a note.
+        random: Also compare on a random input, besides the example.
+        exact: Also compare in float64.
+        notes: A list for what was not compared: a batch size that the slim model does not take, which is an error
+            without this list, and what ``lacks`` leaves out.
         lacks: Why the slim model is not meant for a random input; ``None`` if it is.
-        rounded: Makes the tensors of the slim model that are rounded, of the full one. In float64 they take the place
-            of its own. It is called while everything is computed in float64.
-        in_float64: Makes another slim model, to compare in float64 if this one is not equal there, as it holds numbers
-            that were computed in its own dtype. It is called while everything is computed in float64.
+        rounded: Makes from the full model those tensors of the slim one that were rounded. In float64 they replace its
+            own. It is called while everything is computed in float64.
+        in_float64: Makes a second slim model, to compare in float64 if this one is not equal there because it holds
+            numbers that were computed in its own dtype. It is called while everything is computed in float64.
     """
 
     what: str = "slim"
@@ -68,19 +69,19 @@ class CheckOptions:
 
 
 class Reference:
-    """The zeroed full model, with which slim ones are compared.
+    """The zeroed full model that slim ones are compared with.
 
     They are compared on the example and on a random input, in the model's dtype; where the batch is free, the random
-    input is of another batch size. On the example they run as users run them: in inference mode, with torch's fast
-    paths; where there may be such, they are compared without, too. And in float64, where it shows whether they are
-    equal or only alike (for models in half precision on the example alone).
+    input has a different batch size. On the example they run as users run them: in inference mode, with torch's fast
+    paths; where such paths may exist, they are also compared without. Then in float64, which shows whether they are
+    equal or only similar (for models in half precision on the example alone).
 
     Args:
         left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
         float64: Compare in float64: ``"auto"``, where it fits in memory; ``True`` or ``False``.
-        decides: The model decides by its values, such as which boxes are the best. Between two that are equal but for
-            rounding a slim model may decide otherwise; then it is compared under the decisions of the full one.
-        brief: Compare in float64 alone, where that can be done.
+        decides: Whether the model branches on its values, such as which boxes are best. Between two that are equal up
+            to rounding a slim model may decide differently; then it is compared under the decisions of the full one.
+        brief: Compare only in float64, where that is possible.
     """
 
     def __init__(
@@ -108,13 +109,13 @@ class Reference:
 
     @cached_property
     def random(self) -> list[Input]:
-        """Two random inputs of the shapes of the example."""
+        """Two random inputs with the shapes of the example."""
         names = ("random input", "another random input")
         return [Input(name, random_like(self.example.value, seed)) for seed, name in enumerate(names)]
 
     @cached_property
     def larger_batch(self) -> Input | None:
-        """A random input of another batch size; ``None`` if the example has no batch."""
+        """A random input with a larger batch; ``None`` if the example has no batch."""
         size = batch_size(self.example.value)
         if size is None:
             return None
@@ -140,7 +141,7 @@ class Reference:
         if exact and self.full.runs_in_float64():
             stage(f"{options.what}: comparing in float64")
             wide = [given for given in drawn if not given.optional] or (self.random[:1] if drawn else [])
-            if self.dtype in HALF and not brief:  # for which a pass in float64 takes as long as ten
+            if self.dtype in HALF and not brief:  # a pass in float64 takes as long as ten in half precision
                 wide = []
             proofs = self._prove(slim, [self.example, *wide], options)
             if all(proof.passed for proof in proofs):
@@ -149,7 +150,7 @@ class Reference:
         return checks
 
     def _shows(self, check: Check) -> bool:
-        """Whether a comparison shows anything; that it does not, or not of all entries, is noted."""
+        """Whether a comparison shows anything; a note says if it does not, or not for all entries."""
         if check.passed and not check.finite:
             why = "no entry of the outputs is finite" if check.entries else "the outputs are empty"
             self.full.note(f"{check.what}, {check.dtype}: {why}, so nothing was compared")
@@ -165,7 +166,7 @@ class Reference:
         if options.lacks is None:
             return self.random[:1]
         fitting = []
-        for given in self.random:  # one may be of another kind than the example
+        for given in self.random:  # one may take a different path than the example
             missing = options.lacks(given.value)
             if missing is None:
                 fitting.append(given)
@@ -206,14 +207,14 @@ class Reference:
     def _compared(
         self, slim: nn.Module, given: Input, expected: Sequence[Tensor], found: Sequence[Tensor], options: CheckOptions
     ) -> Check:
-        # a model in float64 may state another dtype, which only as users run it is not made wider
+        # code of a model in float64 may state a narrower dtype, which is not widened when run as users run it
         allowed = max(tolerance(self.dtype), 1e-3) if given.as_users_do else None
         made = checked(f"{options.what} on {given.name}", self.dtype, expected, found, allowed)
         made = self._as_the_full_decides(made, slim, given)
         return self._without_fast_paths(made, found) if given.as_users_do else made
 
     def _as_the_full_decides(self, check: Check, slim: nn.Module, given: Input, wide: bool = False) -> Check:
-        """A comparison that failed, once more under the decisions of the full model, if that decides by values."""
+        """A failed comparison, repeated under the decisions of the full model, if that branches on values."""
         if check.passed or not self.decides:
             return check
         script = Script()
@@ -232,12 +233,12 @@ class Reference:
         if not again.passed:
             return check
         self.full.note(
-            "left alone, the slim model decides otherwise between what is equal but for rounding, on some inputs"
+            "left alone, the slim model decides differently where values are equal up to rounding, on some inputs"
         )
         return again
 
     def _without_fast_paths(self, check: Check, found: Sequence[Tensor]) -> Check:
-        """A comparison on fast paths that failed, with what the full model gives without, if that is something else."""
+        """A failed comparison on fast paths, repeated with the full model's outputs without them, if these differ."""
         plain, fast = self.full.outputs(self.example), self.full.outputs(self.as_users_do)
         assert plain is not None and fast is not None
         if check.passed or relative_error(plain, fast) <= tolerance(self.dtype):
@@ -246,13 +247,13 @@ class Reference:
         if not again.passed:
             return check
         self.full.note(
-            "in inference mode, torch's fast paths let the full model give something else than without them, as zeros"
-            " for padding; the slim one gives what the full one gives without them"
+            "in inference mode, torch's fast paths make the full model give something else, such as zeros for padding;"
+            " the slim one gives what the full one gives without them"
         )
         return again
 
     def _but_for_rounding(self, check: Check) -> Check:
-        """Where two models are equal in float64, one may be as far from the other as rounding takes it from itself."""
+        """A comparison of two models that are equal in float64, allowing for the rounding error of the full one."""
         if check.passed:
             return check
         own, exact = self.full.outputs(self.example) or [], self.full.wide.get(self.example) or []
@@ -271,8 +272,8 @@ class Reference:
         proofs = self._compare64(another, inputs, CheckOptions(f"{options.what}, made in float64,"))
         name, least = self.full.dtype_name, tolerance(self.dtype)
         self.full.note(
-            f"{options.what} holds numbers that were computed in {name}, so another one, made in float64, was"
-            f" compared there; of this one {name} shows no less than {least:.0e}"
+            f"{options.what} holds numbers that were computed in {name}, so one made in float64 was compared in its"
+            f" place; of this one, {name} shows no difference below {least:.0e}"
         )
         return proofs
 
@@ -280,14 +281,14 @@ class Reference:
         checks = self._compared64(slim, inputs, options)
         if all(c.passed for c in checks) or self.full.copy64 is not None or not self.full.fits_twice(slim):
             return checks
-        # what a forward writes to its parameters is rounded unless they are wide themselves
+        # what a forward writes into its parameters is rounded unless these are float64 themselves
         log.info("compared once more, with copies in float64")
         self.full.copy_in_float64()
         return self._compared64(in_double(slim), inputs, options)
 
     def _compared64(self, slim: nn.Module, inputs: Sequence[Input], options: CheckOptions) -> list[Check]:
         checks = []
-        with self._unrounded(slim, options.rounded):
+        with self._exact_values(slim, options.rounded):
             for given in inputs:
                 expected = self.full.outputs64(given)
                 if expected is not None:
@@ -299,16 +300,16 @@ class Reference:
     def _run64(self, slim: nn.Module, value: Any) -> list[Tensor]:
         try:
             return self.full.run(slim, value, wide=True)
-        except Exception as failure:  # code that compares dtypes of its own
+        except Exception as failure:  # the model's code may compare dtypes itself
             reraise_out_of_memory(failure)
             return run(in_double(slim), value)
 
     @contextmanager
-    def _unrounded(self, slim: nn.Module, rounded: Exact | None) -> Iterator[None]:
-        """While inside, tensors of a slim model that had to be rounded are as they were before.
+    def _exact_values(self, slim: nn.Module, rounded: Exact | None) -> Iterator[None]:
+        """While inside, tensors of a slim model that had to be rounded hold the exact values.
 
         Raises:
-            VerificationError: They are not what comes of rounding these.
+            VerificationError: The tensors are not these values rounded.
         """
         if rounded is None:
             yield
@@ -319,12 +320,12 @@ class Reference:
         wrong = [name for name, tensor in own.items() if not _rounds_to(exact[name], tensor)]
         if wrong:
             raise VerificationError(
-                f"the slim model holds other numbers than those that it was to hold: {some(wrong)}\n"
+                f"the slim model holds different numbers than it should: {some(wrong)}\n"
                 "  effect  nothing was written\n"
                 "  to fix  report the model; until then keep it whole: OTO(..., skip_patterns=[...])"
             )
         before = {name: tensor.data for name, tensor in own.items()}
-        self.full.forget(slim)  # what it holds is something else now
+        self.full.forget(slim)  # it holds different tensors now
         try:
             for name, tensor in own.items():
                 tensor.data = exact[name]
@@ -337,17 +338,17 @@ class Reference:
     # --- what a comparison would not show -----------------------------------------------------------------------------
 
     def unreached(self, slim: nn.Module, wanted: Mapping[str, nn.Parameter]) -> list[str]:
-        """Which parameters of a slim model no output depends on, on the inputs that were compared; as notes."""
+        """Notes on the parameters of a slim model that no output depends on, on the inputs that were compared."""
         stage("what the inputs reach")
         own = self.full.own
         others = [g for g in own if g not in (self.as_users_do, self.example) and own[g] is not None]
         inputs = [
             given.value for given in (self.example, *others[:1])
-        ]  # a batch of one is enough, where all is reached
+        ]  # the smallest batch first: it is enough if it reaches everything
         return reached_by(slim, wanted, inputs, available(self.model))
 
     def _require_own(self, slim: nn.Module) -> None:
-        """Refuse a slim model whose forward runs the full one: a function that was put there may hold on to that.
+        """Refuse a slim model whose forward runs the full one: a function assigned to ``forward`` may refer to that.
 
         Raises:
             EmitterError: It does.
@@ -370,13 +371,13 @@ class Reference:
             raise EmitterError(
                 f"a forward that was put into the model (model.forward = ...) runs {met[0] or 'the full model'} itself,"
                 " in the slim copy too\n"
-                "  effect  the slim model would compute with the full weights, so it is not handed out\n"
-                "  to fix  take it out before (del model.forward), or put a method there: types.MethodType(f, model)"
+                "  effect  the slim model would compute with the full weights, so it is not returned\n"
+                "  to fix  remove it first (del model.forward), or assign a method: types.MethodType(f, model)"
             )
 
 
 def _rounds_to(exact: Tensor, own: Tensor) -> bool:
-    """Whether a tensor is another one in a narrower dtype, to a few of its last digits."""
+    """Whether a tensor is the exact one in a narrower dtype, up to a few units of its last digit."""
     if exact.shape != own.shape or not own.is_floating_point():
         return False
     if own.dtype == exact.dtype:  # a copy, of one that was compared
@@ -398,7 +399,7 @@ def check(
     """Compare a slim model with the zeroed full one, once.
 
     Raises:
-        VerificationError: The full model gives no number that could be compared.
+        VerificationError: The full model gives no finite number to compare.
     """
     reference = Reference(full, dummy_input, left, float64, decides)
     limits.require_numbers(reference.full)

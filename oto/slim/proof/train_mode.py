@@ -1,4 +1,4 @@
-"""The slim model in train mode, beside the full one: the same tensors, the same statistics."""
+"""Compare the slim model with the full one in train mode: the same outputs, the same running statistics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from oto._torch import TorchDispatchMode, tree_leaves, tree_map_only
 from oto.errors import ShrinkError, first_line, reraise_out_of_memory
 from oto.groups import Kept, Partition
 from oto.slim.proof.compare import Check, checked
-from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout, unrounded
+from oto.slim.proof.float64 import double_input, dtype_of, in_double, throughout, without_tf32
 from oto.slim.proof.inputs import random_like
 from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 from oto.trace.inputs import arguments
-from oto.trace.record import tensors_in
+from oto.trace.outputs import tensors_in
 from oto.trace.snapshot import preserved
 
 log = logging.getLogger(__name__)
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 def check_training(
     full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
 ) -> Check | None:
-    """Compare the two in train mode, randomness held still: tensors that are given, and buffers after the step.
+    """Compare the two in train mode without randomness: their outputs, and their buffers afterwards.
 
-    Both are left as they were. ``None`` if the full model does not train on such an input, as one that takes targets,
-    or gives no finite number.
+    Both are left as they were. ``None`` if the full model does not run in train mode on such an input, for example
+    because it needs targets, or gives no finite number.
 
     Raises:
         ShrinkError: The slim model fails where the full one runs.
@@ -40,7 +40,7 @@ def check_training(
     for given in tries:
         try:
             expected = trained(full, given)
-        except Exception as failure:  # whatever a forward may want for training
+        except Exception as failure:  # whatever a forward may need for training
             reraise_out_of_memory(failure)
             log.info("%s does not run in train mode on the example: %s", type(full).__name__, first_line(failure))
             continue
@@ -60,7 +60,7 @@ def check_training(
             return None
         if made.passed or dtype_of(full) == torch.float64:
             return made
-        try:  # batch norm over a handful of values makes much of a rounding; float64 knows
+        try:  # batch norm over a handful of values amplifies rounding; float64 decides
             expected, found = (trained(in_double(module), double_input(given)) for module in (full, slim))
         except Exception as failure:
             reraise_out_of_memory(failure)
@@ -72,24 +72,24 @@ def check_training(
 
 def _compared(dtype: torch.dtype, pruned: PrunedShapes, full: Trained, slim: Trained) -> Check:
     leaves = {name: leaf for leaf in pruned.found.graph.leaves for name in leaf.names}
-    held = full[1].keys() & slim[1].keys() & leaves.keys()  # a forward may register others
+    held = full[1].keys() & slim[1].keys() & leaves.keys()  # a forward may register further ones
     both = {name: (pruned.prune(leaves[name], full[1][name]), slim[1][name]) for name in held}
     given = [*full[0], *(a for a, _ in both.values())], [*slim[0], *(b for _, b in both.values())]
     return checked("slim in train mode", dtype, *given)
 
 
 def heads_in_training(
-    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept, told: bool = False
+    full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept, overridden: bool = False
 ) -> tuple[list[Check], str]:
-    """Where parts of a model are used in training only: the proof that the slim one trains, or why it must not.
+    """For a model with parts that only training uses: the proof that the slim one trains, or why it must not.
 
     Args:
-        told: Whether some of its calls are told sizes; in training it may take a path on which these are not known.
+        overridden: Whether some of its calls are overridden; in training it may take a path without known overrides.
     """
     graph = partition.found.graph
     if graph.untrained is not None:
         return [], f"parts that only training may use could not be followed ({graph.untrained})"
-    if graph.trained is None and not told:
+    if graph.trained is None and not overridden:
         return [], ""
     try:
         made = check_training(full, slim, dummy_input, partition, kept)
@@ -101,15 +101,15 @@ def heads_in_training(
 
 
 Trained = tuple[list[Tensor], dict[str, Tensor]]
-"""Outputs, and buffers after the step."""
+"""Outputs, and buffers after the forward."""
 
 
 def trained(module: nn.Module, given: Any) -> Trained:
-    """What a module gives in train mode, and its buffers after that."""
+    """The outputs of a module in train mode, and its buffers afterwards."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(given))
     modes = [(m, m.training) for m in module.modules()]
     all_eval = not any(training for _, training in modes)
-    with preserved(module, given), unrounded(), torch.inference_mode(), _Still(), throughout(module):  # type: ignore[no-untyped-call]
+    with preserved(module, given), without_tf32(), torch.inference_mode(), _Still(), throughout(module):  # type: ignore[no-untyped-call]
         torch.manual_seed(0)
         for m, training in modes:
             m.training = training or all_eval
@@ -119,7 +119,7 @@ def trained(module: nn.Module, given: Any) -> Trained:
 
 
 class _Still(TorchDispatchMode):
-    """Nothing is dropped and every number that is drawn is one, as tensors of another size draw other numbers."""
+    """Turns dropout off and makes every random number one, as tensors of different sizes draw different numbers."""
 
     supports_higher_order_operators = True
 
@@ -129,7 +129,7 @@ class _Still(TorchDispatchMode):
         if schema is None or torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
             return op(*args, **kwargs)
         names = [argument.name for argument in schema.arguments]
-        if "train" in names and names[1:2] == ["p"]:  # dropout, also of features and for self-normalizing networks
+        if "train" in names and names[1:2] == ["p"]:  # dropout, feature dropout, alpha dropout
             return args[0] if schema.is_mutable else args[0].clone()
         for name in ("dropout_p", "dropout"):  # in attention and in recurrent layers
             if name in names:

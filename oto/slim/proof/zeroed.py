@@ -1,4 +1,4 @@
-"""A model as it is without what is to go, and no copy of it."""
+"""Run a model as if some of its entries were zero, without copying it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Gone = Sequence[tuple[Slice, NDArray[np.int64]]]
 
 
 class Zeroed(nn.Module):
-    """Runs a model whose parameters are read as others, which show a mistake. Each is made anew by the call that reads
-    it, so there is one at a time: a copy of the model would take as much memory as the model.
+    """Runs a model with other tensors in place of its parameters: zeroed, or such that a mistake shows. Each is made by
+    the call that reads it, so there is one at a time: a copy would take as much memory as the model.
 
     Args:
         gone: For parameters by name, the entries that are read as zero.
-        instead: What is read in place of some, where nothing is gone.
+        instead: Tensors to read in place of parameters that lose nothing.
 
     Attributes:
-        read: Parameters that were read as others so far.
+        read: Parameters that have been replaced in a call so far.
     """
 
     def __init__(self, model: nn.Module, gone: Mapping[str, Gone], instead: Mapping[str, Tensor]) -> None:
@@ -43,16 +43,16 @@ class Zeroed(nn.Module):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While inside, all code reads the parameters as those others."""
+        """While inside, all code reads the replacements."""
         with _Reading(self, self._names()):
             yield
 
     def missed(self) -> bool:
-        """Whether code read parameters as they are: code that torch does not tell of its calls, as what is scripted."""
+        """Whether code may have read the original parameters, as scripted code does, whose calls cannot be seen."""
         return not self.gone.keys() <= self.read
 
     def written(self) -> Zeroed:
-        """The same for any code, in a copy of the model."""
+        """The same for any code: a copy of the model with the replacements in it."""
         other = Zeroed(copied(self.model, {}), {}, {})
         parameters = dict(other.model.named_parameters(remove_duplicate=False))
         for names in self._names().values():
@@ -60,7 +60,7 @@ class Zeroed(nn.Module):
         return other
 
     def _names(self) -> dict[int, list[str]]:
-        """The parameters that are read as others, by their ids: one may have several names."""
+        """The parameters with replacements, by their ids: one may have several names."""
         ids = {name: id(p) for name, p in self.model.named_parameters(remove_duplicate=False)}
         names: dict[int, list[str]] = {}
         for name in dict.fromkeys([*self.instead, *self.gone]):
@@ -78,7 +78,7 @@ class Zeroed(nn.Module):
 
 
 class _Reading(TorchFunctionMode):
-    """Hands other tensors to torch's functions in place of parameters."""
+    """Hands the replacements to torch functions in place of parameters."""
 
     def __init__(self, zeroed: Zeroed, names: Mapping[int, Sequence[str]]) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Reading(TorchFunctionMode):
         kwargs = kwargs or {}
         if func.__name__ == "__set__":
             return func(*args, **kwargs)
-        if func.__name__ == "__get__":  # most are of no entries: shape, device, requires_grad
+        if func.__name__ == "__get__":  # most attributes read no entries: shape, device, requires_grad
             found = func(*args, **kwargs)
             if not isinstance(found, Tensor):
                 return found

@@ -1,1 +1,1 @@
-"""What may repair a divergence: one kind a file, each a function that yields proposals with their reason."""
+"""The kinds of repair, one per file: each is a function that yields proposals with their reasons."""

@@ -1,4 +1,7 @@
-"""A size that no attribute states: the call is made with the right one, whatever the code says."""
+"""Override the call: it is made with the right size, whatever the code says.
+
+Example: ``x.view(b, 12, 64)`` with the numbers in the code is called with 9 heads.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from oto.slim.own_class.traced import places_of
 
 
 def proposals(at: Situation) -> Iterator[Proposal]:
-    """The call of this line is overridden, in every repeated block."""
+    """Override the call of this line, in every repeated block."""
     for siblings in at.spreads:
         for places in _numbers(at):
             overrides = dict(at.adaptation.overrides)
@@ -29,7 +32,7 @@ def proposals(at: Situation) -> Iterator[Proposal]:
 
 
 def is_stated_by_none(at: Situation) -> bool:
-    """Whether no attribute that is left states a size of the call: then overriding it is what is likely to do."""
+    """Whether every attribute known to state a size of the call is set already: then overriding it is likeliest."""
     at_call, rewrite = at.bench.calls.by_node.get(at.index), at.rewrite
     if at_call is None or rewrite is None or not at.bench.is_traced:
         return False
@@ -41,11 +44,11 @@ def is_stated_by_none(at: Situation) -> bool:
 
 
 def _numbers(at: Situation) -> Iterator[Sequence[int]]:
-    """Which numbers of a call to state besides those that change: of sizes, such as parameters have."""
+    """Which numbers of a call to state besides those that change: widths, or those that the class got wrong."""
     if at.changes(at.index):
         yield ()
     elif at.rewrite is not None and (own := tuple(at.bench.calls.widths(at.rewrite))):
-        yield own  # the class would state another size, by an attribute that states two
+        yield own  # the class would state a wrong size, by an attribute that states two
     call = at.divergence.call
     if call is not None and call.op is at.node.op and at.rewrite is None:
         yield differing(at.node, call)

@@ -1,22 +1,25 @@
-"""A size that an attribute states: attributes of that value, in the module or around it, are set."""
+"""Set the attributes that may state a size: those of that value, in the module or in one around it.
+
+Example: ``self.heads`` is 12 and the view needs 9 heads, so it is set to 9.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.candidates import Candidates
 from oto.slim.own_class.situation import Proposal, Situation
 
 _TRIES = 16
-"""Candidates for one call. What a call states comes from the first few; the others are numbers of the same value."""
+"""Most candidates for one call. The right one is among the first few; the others only have the same value."""
 
-Key: TypeAlias = tuple[tuple[Place, int | float], ...]
+Key: TypeAlias = tuple[tuple[AttributePlace, int | float], ...]
 
 
 def named(at: Situation) -> Iterator[Proposal]:
-    """The attributes of which the call makes its numbers, for all repeated blocks."""
+    """Set the attributes that the numbers of the call are known to come from, in all repeated blocks."""
     candidates = Candidates(at)
     tried: set[Key] = set()
     for siblings in at.spreads:
@@ -25,7 +28,7 @@ def named(at: Situation) -> Iterator[Proposal]:
 
 
 def proposals(at: Situation) -> Iterator[Proposal]:
-    """Attributes that may state what the call lacks, for all repeated blocks."""
+    """Set attributes that may state the size that is wrong, in all repeated blocks."""
     candidates = Candidates(at)
     tried: set[Key] = set()
     for siblings in at.spreads:
@@ -35,8 +38,10 @@ def proposals(at: Situation) -> Iterator[Proposal]:
                 return
 
 
-def _new(at: Situation, made: dict[Place, SizeAttribute], tried: set[Key], is_guess: bool) -> Iterator[Proposal]:
-    """The proposal of some sizes, if they are not what was tried or is known."""
+def _new(
+    at: Situation, made: dict[AttributePlace, SizeAttribute], tried: set[Key], is_guess: bool
+) -> Iterator[Proposal]:
+    """The proposal of these sizes, unless it was tried or is part of the adaptation already."""
     sizes = at.adaptation.sizes
     key = tuple(sorted(((p, at.pruned.count(s.term) * s.value) for p, s in made.items()), key=repr))
     made = {place: size for place, size in made.items() if sizes.get(place) != size}
@@ -46,8 +51,9 @@ def _new(at: Situation, made: dict[Place, SizeAttribute], tried: set[Key], is_gu
         yield Proposal(at.adaptation.with_sizes(made), _said(made), is_guess=is_guess, restates=restates)
 
 
-def _said(made: dict[Place, SizeAttribute]) -> str:
+def _said(made: dict[AttributePlace, SizeAttribute]) -> str:
     first, *others = made
     names = ".".join(map(str, first.key))
-    more = f", and {len(others)} others" if others else ""
-    return f"the attribute {names} of {first.module or 'the model'} states the size{more}"
+    if not others:
+        return f"the attribute {names} of {first.module or 'the model'} states the size"
+    return f"the attribute {names} of {first.module or 'the model'} and {len(others)} others state the size"

@@ -1,4 +1,7 @@
-"""Sizes that must be alike: the groups in them keep the same number of atoms."""
+"""Tie groups whose sizes must stay equal: they keep the same number of atoms.
+
+Example: ``qkv.chunk(3)`` cuts three equal pieces, so queries, keys and values keep equally many entries.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 
 from oto.axes.terms import Term, axes_of, resolve, size_of
 from oto.slim.own_class.adaptation import Adaptation, Tie
-from oto.slim.own_class.attributes import Place, SizeAttribute
+from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.blocks import ancestors, moved
 from oto.slim.own_class.candidates import StatedSize, term_of
 from oto.slim.own_class.rescale import sizes_in
@@ -18,7 +21,7 @@ aten = torch.ops.aten
 
 
 def equal_pieces(at: Situation) -> Iterator[Proposal]:
-    """Where a call cuts pieces of equal size, the groups in them keep the same number of atoms."""
+    """Tie the groups in pieces of equal size that a call cuts."""
     rewrite = at.rewrite
     if rewrite is None or rewrite.op is not aten.split_with_sizes.default or at.node.op is rewrite.op:
         return
@@ -31,21 +34,23 @@ def equal_pieces(at: Situation) -> Iterator[Proposal]:
         tied = _tied(at, list(cut.values()))
         if tied is None:
             continue
-        # another method may cut by a number that this one does not read
+        # another method may cut by an attribute that this one does not read
         sizes = {
-            Place(path, key): SizeAttribute(pieces[0], value)
+            AttributePlace(path, key): SizeAttribute(pieces[0], value)
             for path, pieces in ((at.bench.graph.nodes[index].module, pieces) for index, pieces in cut.items())
             for key, value in at.held(path).items()
             if len(key) == 1 and type(value) is int and value == size_of(pieces[0])
         }
         sizes = {place: size for place, size in sizes.items() if place not in at.adaptation.sizes}
         if sizes:
-            yield Proposal(tied.with_sizes(sizes), "pieces keep equally many, as an attribute says", must_pass=True)
-        yield Proposal(tied, "pieces that the call cuts keep equally many", must_pass=True)
+            yield Proposal(
+                tied.with_sizes(sizes), "the pieces stay equal, and an attribute states their size", must_pass=True
+            )
+        yield Proposal(tied, "the pieces that the call cuts stay equal", must_pass=True)
 
 
 def shared_attributes(at: Situation) -> Iterator[Proposal]:
-    """Where one number states two sizes, the groups in both keep the same number of atoms."""
+    """Tie the groups in two sizes that one attribute states."""
     rewrite = at.rewrite
     for i, size in enumerate(sizes_in((rewrite.args, dict(rewrite.kwargs))) if rewrite is not None else ()):
         for path in ancestors(at.node.module):
@@ -60,12 +65,12 @@ def shared_attributes(at: Situation) -> Iterator[Proposal]:
                     if tied is not None:
                         name = ".".join(map(str, place.key))
                         yield Proposal(
-                            tied, f"what {name} of {path or 'the model'} states keeps equally many", must_pass=True
+                            tied, f"the sizes that {name} of {path or 'the model'} states stay equal", must_pass=True
                         )
 
 
 def same_widths(at: Situation) -> Iterator[Proposal]:
-    """Where the class takes another way, the dimensions that were equally wide there stay so: it may compare them."""
+    """Tie dimensions of equal width where the class takes a different path: it may compare them."""
     operands = at.bench.partition.found.operands
     made: list[list[Term]] = []
     for index in at.spreads[-1]:
@@ -76,15 +81,15 @@ def same_widths(at: Situation) -> Iterator[Proposal]:
             made.append(differ)
     tied = _tied(at, made)
     if tied is not None:
-        yield Proposal(tied, "widths that the class compares keep equally many", must_pass=True)
+        yield Proposal(tied, "the widths that the class compares stay equal", must_pass=True)
 
 
-def _both(at: Situation, place: Place, nth: int, siblings: Sequence[int]) -> list[list[Term]]:
-    """For each repeated block, the term that a number follows from, and that of the ``nth`` size of the call."""
+def _both(at: Situation, place: AttributePlace, nth: int, siblings: Sequence[int]) -> list[list[Term]]:
+    """For each repeated block, the term that a size attribute follows from, and that of the call's ``nth`` size."""
     pairs: list[list[Term]] = []
     for sibling in siblings:
         there = moved(place.module, at.node.module, at.bench.graph.nodes[sibling].module)
-        other = at.adaptation.sizes.get(Place(there or "", place.key))
+        other = at.adaptation.sizes.get(AttributePlace(there or "", place.key))
         term = term_of(at, sibling, StatedSize(nth))
         if other is not None and term is not None:
             pairs.append([other.term, term])
@@ -92,7 +97,7 @@ def _both(at: Situation, place: Place, nth: int, siblings: Sequence[int]) -> lis
 
 
 def _tied(at: Situation, alike: Sequence[Sequence[Term]]) -> Adaptation | None:
-    """The adaptation with the groups in terms tied that must stay alike; ``None`` if nothing would be new."""
+    """The adaptation with the groups tied that are in terms which must stay equal; ``None`` if nothing is new."""
     made: list[Tie] = []
     for terms in alike:
         axes = [list(axes_of(resolve(term))) for term in terms]

@@ -1,0 +1,279 @@
+"""Training after pruning: a learning rate that rises and falls once more, and data that make up for what was lost.
+
+    schedule = rewarmed(optimizer, steps)                              # a scheduler of torch, stepped once a step
+    mixed = replay(new, old)                                           # 5 % of the samples are old ones
+    for batch in mixed.loader(batch_size=8): ...
+    mixed.update(source_losses(model, held, loss), before)             # every few hundred steps
+
+* **Re-warming, re-decaying, replay**: Ibrahim et al., Simple and Scalable Strategies to Continually Pre-train Large
+  Language Models, arXiv 2403.08763. Linearly over 1 % of the steps (0 to 2 % made no difference) to the largest rate of
+  pre-training, then along a cosine to a tenth of it. 5 % of old data where the new ones are alike, 25 % where they
+  differ much, out of the same budget; 1 % helps already. For distillation NVIDIA takes a fifth of pre-training's
+  largest rate.
+* **Data by loss**: Sheared-LLaMA (Xia et al., arXiv 2310.06694) raises the shares of sources whose loss is above a
+  reference. LoRAShear (Chen et al., arXiv 2310.18356) draws more from those that pruning has hurt more, and keeps some
+  of each: the same with the full model's losses as the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+
+from oto.errors import OptionError, some
+
+WARMUP, FLOOR = 0.01, 0.1
+"""Share of the steps that the learning rate rises for, and the share of its maximum that it ends with."""
+
+WEAK, STRONG = 0.05, 0.25
+"""Shares of old data, where the new are alike, and where they differ much."""
+
+SMOOTHING = 1e-4
+"""The share that is spread evenly over all sources, so that each keeps some (the released code of Sheared-LLaMA)."""
+
+
+# --- learning rate ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rewarmed:
+    """The learning rate of a step, as a share of the largest: linear up, then a cosine down.
+
+    With ``t`` counted from 1, ``W = ceil(warmup · steps)``, ``T = steps``: ``t / W`` up to ``W``, then
+    ``floor + (1 - floor) / 2 · (1 + cos(π (t - W) / (T - W)))``; beyond ``T`` it stays at ``floor``.
+
+    >>> factor = Rewarmed(steps=6, warmup=0.3, floor=0.1)
+    >>> [round(factor(step), 3) for step in range(7)]
+    [0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
+    """
+
+    steps: int
+    warmup: float = WARMUP
+    floor: float = FLOOR
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.floor <= 1:
+            raise OptionError(
+                f"steps is {self.steps}, warmup {self.warmup} and floor {self.floor}\n"
+                "  effect  there is no such schedule\n"
+                "  to fix  at least one step; shares of the steps and of the largest learning rate, in [0, 1]"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The factor of a step, counted from 0 as schedulers do."""
+        t, up = min(step + 1, self.steps), math.ceil(self.warmup * self.steps)
+        if t <= up:
+            return t / up
+        return self.floor + (1 - self.floor) / 2 * (1 + math.cos(math.pi * (t - up) / (self.steps - up)))
+
+
+def rewarmed(optimizer: torch.optim.Optimizer, steps: int, *, warmup: float = WARMUP, floor: float = FLOOR) -> LambdaLR:
+    """A scheduler for the steps after pruning, from the optimizer's ``lr`` as the largest rate.
+
+    ``Trainer(optimizers=(optimizer, rewarmed(optimizer, steps)))``; in lightning ``configure_optimizers`` returns
+    ``{"optimizer": optimizer, "lr_scheduler": {"scheduler": rewarmed(optimizer, steps), "interval": "step"}}``.
+
+    Args:
+        steps: How many steps it goes on.
+        warmup: Share of them that the rate rises for.
+        floor: What it ends with, as a share of the largest.
+
+    Raises:
+        OptionError: There is no such schedule.
+    """
+    return LambdaLR(optimizer, Rewarmed(steps, warmup, floor))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def reweighted(
+    shares: Mapping[str, float],
+    losses: Mapping[str, float],
+    reference: Mapping[str, float],
+    smoothing: float = SMOOTHING,
+) -> dict[str, float]:
+    """Sheared-LLaMA's update: ``w ← w · exp(max(loss - reference, 0))``, so that the shares sum to 1 again.
+
+    Then ``w ← (1 - smoothing) w + smoothing / n``, as in its released code, which has no ``max``: there a source that
+    is better than its reference loses share faster.
+
+    >>> found = reweighted({"web": 0.5, "books": 0.5}, {"web": 2.0, "books": 3.0}, {"web": 2.5, "books": 2.0}, 0.0)
+    >>> {name: round(share, 4) for name, share in found.items()}
+    {'web': 0.2689, 'books': 0.7311}
+
+    Raises:
+        OptionError: A loss or a reference is missing, or is no finite number.
+    """
+    for what, numbers in (("losses", losses), ("reference", reference)):
+        if bad := [name for name in shares if not math.isfinite(numbers.get(name, math.nan))]:
+            raise OptionError(
+                f"{what} has no finite number for {some(bad)}\n  effect  the shares of the sources are as they were\n"
+                f"  to fix  a mean loss for each source: {some(shares)}"
+            )
+    rise = {name: max(losses[name] - reference[name], 0.0) for name in shares}
+    top = max(rise.values())  # or exp might overflow
+    grown = {name: share * math.exp(rise[name] - top) for name, share in shares.items()}
+    total = sum(grown.values())
+    return {name: (1 - smoothing) * w / total + smoothing / len(grown) for name, w in grown.items()}
+
+
+class Mixture(Sampler[int]):
+    """Samples of several sources, by shares that may change while they are drawn.
+
+    It is a sampler over ``mixture.dataset``, the sources one after the other: each draw chooses a source by its share,
+    and takes the next sample of a shuffled pass over it; once all were taken, another pass begins. All processes draw
+    the same sequence, of which each takes its part.
+
+    Args:
+        sources: Datasets with a length, by name.
+        shares: One for each source; they are divided by their sum. By default those of the lengths.
+        length: How many samples an epoch has, over all processes; by default as many as there are.
+        seed: Of the draws.
+        rank, world: Which part of the samples this process takes, where nothing else splits them up. The Trainer of
+            transformers and accelerate do; with lightning, ``Trainer(use_distributed_sampler=False)``.
+
+    Raises:
+        OptionError: A source is empty, or the shares do not fit.
+
+    Example:
+        >>> mixed = Mixture({"new": range(100), "old": range(1000, 1010)}, {"new": 0.9, "old": 0.1}, length=8)
+        >>> [mixed.dataset[i] for i in mixed]
+        [94, 29, 91, 4, 46, 1000, 18, 15]
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Any],
+        shares: Mapping[str, float] | None = None,
+        *,
+        length: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        sizes = {name: len(source) for name, source in sources.items()}
+        shares = dict(sizes) if shares is None else shares
+        if not sizes or not all(sizes.values()) or not 0 <= rank < world:
+            raise OptionError(f"the sources have {sizes} samples, for process {rank} of {world}; none may be empty")
+        self.dataset: Dataset[Any] = ConcatDataset(sources.values())
+        self.sizes, self.length = sizes, sum(sizes.values()) if length is None else length
+        self.rank, self.world = rank, world
+        self._generator = torch.Generator().manual_seed(seed)
+        self._passes: dict[str, list[int]] = {name: [] for name in sizes}
+        self.shares = self._checked(shares)
+
+    def _checked(self, shares: Mapping[str, float]) -> dict[str, float]:
+        wrong = shares.keys() ^ self.sizes.keys() or [n for n, w in shares.items() if not (0 <= w < math.inf)]
+        if wrong or not sum(shares.values()) > 0:
+            raise OptionError(
+                f"shares={dict(shares)} do not fit the sources {some(self.sizes)}\n"
+                "  effect  it is not known what to draw\n  to fix  a number for each, at least 0 and not all 0"
+            )
+        return {name: shares[name] / sum(shares.values()) for name in self.sizes}
+
+    def __len__(self) -> int:
+        return self.length // self.world  # each process has as many, or one of them would wait for ever
+
+    def __iter__(self) -> Iterator[int]:
+        for n in range(len(self) * self.world):
+            drawn = self._draw()
+            if n % self.world == self.rank:
+                yield drawn
+
+    def _draw(self) -> int:
+        names, start = list(self.sizes), 0
+        weights = torch.tensor(list(self.shares.values()), dtype=torch.float64)
+        name = names[int(torch.multinomial(weights, 1, generator=self._generator))]
+        if not self._passes[name]:
+            self._passes[name] = torch.randperm(self.sizes[name], generator=self._generator).tolist()
+        for other in names[: names.index(name)]:
+            start += self.sizes[other]
+        return start + self._passes[name].pop()
+
+    def update(
+        self, losses: Mapping[str, float], reference: Mapping[str, float], smoothing: float = SMOOTHING
+    ) -> dict[str, float]:
+        """Draw more of what is worse than its reference from now on (:func:`reweighted`), and return the shares.
+
+        Args:
+            losses: Of held-out data of each source, the same on all processes (:func:`source_losses`).
+            reference: What each loss should come to, such as the full model's.
+        """
+        self.shares = reweighted(self.shares, losses, reference, smoothing)
+        return dict(self.shares)
+
+    def loader(self, batch_size: int, **options: Any) -> DataLoader[Any]:
+        """A ``DataLoader`` that draws from it. With workers, batches that were asked for have the shares of before."""
+        return DataLoader(self.dataset, batch_size=batch_size, sampler=self, **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next draw depends on. A loader with workers has drawn ahead of what was trained on."""
+        passes = {name: list(left) for name, left in self._passes.items()}
+        return {"shares": dict(self.shares), "passes": passes, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict` of a mixture of the same sources."""
+        self.shares = self._checked(state["shares"])
+        self._passes = {name: list(state["passes"][name]) for name in self.sizes}
+        self._generator.set_state(state["generator"])
+
+
+def replay(new: Any, old: Any, share: float = WEAK, *, length: int | None = None, **options: Any) -> Mixture:
+    """New data, with some of the old ones in their place.
+
+    Args:
+        new, old: Datasets with a length.
+        share: Of the old ones: 5 % where the new are alike, ``STRONG``, 25 %, where they differ much.
+        length: How many samples an epoch has; by default as many as there are new ones, so that replay costs nothing.
+        **options: Those of :class:`Mixture`.
+    """
+    if not 0 <= share <= 1:
+        raise OptionError(f"share is {share!r}; it is what part of the samples are old ones, in [0, 1]")
+    length = len(new) if length is None else length
+    return Mixture({"new": new, "old": old}, {"new": 1 - share, "old": share}, length=length, **options)
+
+
+@torch.no_grad()
+def source_losses(
+    model: nn.Module, held: Mapping[str, Iterable[Any]], loss: Callable[[nn.Module, Any], Tensor]
+) -> dict[str, float]:
+    """The mean loss of each source's held-out batches, in eval mode; over all processes, if there are several.
+
+    Args:
+        held: Batches by source, of equal size, used for nothing else.
+        loss: Of the model and a batch, a mean, as for ``oto.one_shot``.
+
+    Raises:
+        OptionError: A source has no batches.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        found = {name: _total([loss(model, batch).double() for batch in batches]) for name, batches in held.items()}
+    finally:
+        for module in training:
+            module.training = True
+    if empty := [name for name, total in found.items() if not total[1]]:
+        raise OptionError(
+            f"no batches were held out of {some(empty)}\n  effect  there is nothing to measure its loss on"
+        )
+    return {name: float(total[0] / total[1]) for name, total in found.items()}
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    """Sum and count, over all processes."""
+    device = losses[0].device if losses else torch.device("cpu")
+    total = torch.stack([*losses, torch.zeros((), dtype=torch.float64, device=device)]).sum()
+    both = torch.stack([total, torch.full_like(total, len(losses))])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(both)
+    return both

@@ -1,0 +1,33 @@
+"""The tensors in a model's inputs or outputs, however nested."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    """The tensors of an output, in tuples, lists, mappings and dataclasses, however nested.
+
+    Objects with their own behavior, such as key-value caches, are state that the model passes to itself; they are not
+    searched.
+    """
+    return (tensor for _, tensor in named_tensors_in(result))
+
+
+def named_tensors_in(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The same with the path of each tensor: keys, fields and indices, with dots between them."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(result, Tensor):
+        yield name, result
+    elif isinstance(result, Mapping):
+        items = result.items()
+    elif isinstance(result, list | tuple):
+        items = zip(getattr(result, "_fields", range(len(result))), result, strict=True)
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
+        items = ((field.name, getattr(result, field.name)) for field in dataclasses.fields(result))
+    for key, item in items:
+        yield from named_tensors_in(item, f"{name}.{key}" if name else str(key))
