@@ -82,7 +82,7 @@ def mark_by_knowledge(
         )
     with stages("knowledge"), preserved(analysis.model), torch.no_grad():
         analysis.model.eval()
-        job = _Thinning(analysis, held, loss)
+        job = _Measurement(analysis, held, loss)
         full = job.loss()
         risen = [(unit, sum(job.without(unit, level) - full for level in levels) / len(levels)) for unit in job.units]
     risen.sort(key=lambda both: -both[1])
@@ -97,7 +97,7 @@ def mark_by_knowledge(
     )
 
 
-class _Thinning:
+class _Measurement:
     """A model of which one group after another gets thinner, and is put back."""
 
     def __init__(self, analysis: Analysis, batches: list[Any], loss: Callable[[nn.Module, Any], Tensor]) -> None:

@@ -16,7 +16,7 @@ from oto.optim.saliency import Entries
 T = TypeVar("T")
 
 
-class Made(Sequence[T]):
+class OnDemand(Sequence[T]):
     """Items that are made as they are asked for, and not kept: each is as large as a weight."""
 
     def __init__(self, makers: Sequence[Callable[[], T]]) -> None:
@@ -30,7 +30,7 @@ class Made(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        return self.makers[index]() if isinstance(index, int) else Made(self.makers[index])
+        return self.makers[index]() if isinstance(index, int) else OnDemand(self.makers[index])
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Composed:
             sign = -1 if self._by_weight[piece.parameter][0].up in maximized else 1
             return piece.of(sum(found[1:], found[0]) * sign) if found else None
 
-        def of(make: Callable[[Slice], Any], given: Sequence[Any]) -> Made[Any]:
+        def of(make: Callable[[Slice], Any], given: Sequence[Any]) -> OnDemand[Any]:
             pairs = zip(alone.zeros, given, strict=True)
-            return Made([partial(make, piece) if piece in paired else partial(_same, own) for piece, own in pairs])
+            return OnDemand([partial(make, piece) if piece in paired else partial(_same, own) for piece, own in pairs])
 
         return replace(plain, weights=of(operator, plain.weights), gradients=of(gradient, plain.gradients))
 
