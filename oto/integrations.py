@@ -158,7 +158,8 @@ def _stop_trainer(trainer: Any, patience: int, threshold: float, monitor: str | 
     missing = [f"{name}=" for name in ("metric_for_best_model",) if getattr(trainer.args, name) is None]
     if monitor is not None or missing or str(getattr(trainer.args.eval_strategy, "value", "")) == "no":
         raise OptionError(
-            "the arguments of this Trainer do not say what is evaluated, and what is best\n  effect  there is nothing to count\n"
+            "the arguments of this Trainer do not say what is evaluated, and what is best\n"
+            "  effect  there is nothing to count\n"
             "  to fix  TrainingArguments(eval_strategy='steps', metric_for_best_model='loss', greater_is_better=False,"
             " load_best_model_at_end=True)"
         )
