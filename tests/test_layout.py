@@ -187,6 +187,7 @@ TOP = {
     "distill",
     "recovery",
     "knowledge",
+    "pruning",
     "__main__",
     "oneshot",
 }  # strings the stages together, and what stands on that
@@ -203,7 +204,8 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "_torch": set(),
         "adapters": set(),
         "atomic": set(),
-        "api": {"analysis", "knowledge", "oneshot", "previewing", "shrinking", "subnet", "training"},
+        "api": {"analysis", "knowledge", "pruning", "shrinking", "subnet", "training"},
+        "pruning": {"analysis", "oneshot", "previewing", "training"},
         "analysis": {"adapters"},  # a model of peft is made as the one inside of it
         "clock": set(),
         "previewing": {"analysis"},
@@ -232,8 +234,10 @@ def test_what_is_of_use_without_pruning_stands_alone(name: str) -> None:
 
 def test_the_front_decides_nothing() -> None:
     """A method of ``OTO`` is a docstring and a call, with what it takes and gives around it."""
-    (kind,) = [node for node in ast.parse((OTO / "api.py").read_text()).body if isinstance(node, ast.ClassDef)]
-    for method in [node for node in kind.body if isinstance(node, ast.FunctionDef)]:
+    trees = [ast.parse((OTO / name).read_text()) for name in ("api.py", "pruning.py")]
+    kinds = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert [kind.name for kind in kinds] == ["OTO", "Pruning"]
+    for method in [node for kind in kinds for node in kind.body if isinstance(node, ast.FunctionDef)]:
         body = [
             node for node in method.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         ]
