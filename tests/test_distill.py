@@ -22,7 +22,7 @@ from oto.distill import (
 )
 from oto.errors import OptionError
 from oto.integrations import distill
-from tests.optim.test_distributed import GLOO, begin
+from tests.optim.test_distributed import GLOO, begin, in_processes
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -523,6 +523,7 @@ def test_lightning_needs_the_call_alone(tmp_path):
 def of_two(rank: int, folder: str) -> None:
     """One of the processes. None goes while the other is in a call of gloo, or runs destructors of what is left."""
     store = begin(rank, folder)
+    torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     teacher, student, project = net(), net(5), nn.Linear(5, 8)
     x = torch.randn(8, 3)
@@ -537,13 +538,12 @@ def of_two(rank: int, folder: str) -> None:
 
 
 @GLOO
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks of this one, which start at once")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_two_processes_and_accumulation_have_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.start_processes(of_two, (str(tmp_path),), nprocs=2, start_method="fork")
+@pytest.mark.filterwarnings("default:a process was killed")
+def test_two_processes_and_accumulation_have_the_gradient_of_one(tmp_path_factory):
+    folder = in_processes(of_two, tmp_path_factory)
     torch.manual_seed(0)
     teacher, student, project = net(), net(5), nn.Linear(5, 8)
     Distillation(teacher, weight=1.0, hidden=["1"], projections={"1": project})(student, torch.randn(8, 3)).backward()
     expected = [p.grad for p in [*student.parameters(), *project.parameters()]]
     for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, **CLOSE)
+        torch.testing.assert_close(torch.load(folder / f"{rank}.pt"), expected, **CLOSE)

@@ -6,7 +6,7 @@ import faulthandler
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,12 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes have put what they found.
+    """Where the processes have put what they found."""
+    return in_processes(work, tmp_path_factory)
+
+
+def in_processes(work: Callable[[int, str], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the processes have put what they found.
 
     On fresh machines gloo has aborted a process twice, and never when somebody looked for the reason; so a process
     that is killed by a signal gets another chance. An exception never does.
