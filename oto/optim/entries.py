@@ -194,7 +194,8 @@ class Rows:
             if which is None:
                 zero_([place])
             elif is_here(place.view):
-                own = which.narrow(0, place.first, place.view.shape[0]).cpu().nonzero()[:, 0]
+                mask = which.narrow(0, place.first, place.view.shape[0]).cpu()
+                own = mask.nonzero()[:, 0] if place.rows is None else place.rows[mask[place.rows]]
                 zero_([place._replace(rows=own)] if len(own) else [])
             else:  # which ones they are is not to be waited for
                 own = place.read().masked_fill_(place.of(which), 0)

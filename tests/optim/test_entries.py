@@ -120,3 +120,10 @@ def test_what_is_taken_of_every_dimension():
     x = torch.arange(24).view(2, 3, 4)
     assert taken(x, [None, np.array([0, 2]), np.array([1])]).equal(x[:, [0, 2]][:, :, [1]])
     assert taken(x, [None, None, None]) is x
+
+
+def test_a_mask_that_is_wider_than_the_rows_leaves_other_atoms_alone():
+    weight = torch.ones(6, 3)
+    group = NodeGroup("w", 6, slices=(Slice("w", 0, ()),), zeros=(Slice("w", 0, ()),))
+    Rows.of([group], [torch.tensor([1, 4])], {"w": weight}).zero_(torch.tensor([True, True, False, True, False, False]))
+    assert weight.any(1).tolist() == [True, False, True, True, True, True]
