@@ -16,8 +16,7 @@ Nothing is a matter of a gradient step, so the result is the same for the same b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.analysis import Analysis
+from oto.calibration import Calibrated, Data, LossOf, restored, worse
 from oto.errors import OptionError, some
 from oto.groups import NodeGroup, Partition, cost
 from oto.groups.readers import Reader, Readers, readers
@@ -44,8 +44,6 @@ from oto.optim.compensate import (
     fold_,
     greedy,
     key_of,
-    listening,
-    touched,
 )
 from oto.optim.options import ChoiceOptions, PreviewOptions, TargetOptions, names_of, picked, refuse_unknown
 from oto.optim.preview import left_now
@@ -58,10 +56,6 @@ from oto.trace.snapshot import preserved
 
 ROOM = 2**30
 """Bytes of second moments that are held at one time, where a single reader does not need more."""
-
-Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
-
-LossOf = Callable[[nn.Module, Any], Tensor]
 
 
 def obs(entries: Weights) -> Tensor:
@@ -117,68 +111,21 @@ class Settings:
             raise OptionError(f"portions is {self.portions!r}; it is a whole number, at least 1")
 
 
-@dataclass(frozen=True)
-class Data:
-    """Batches to calibrate with, batches to check with, and the loss."""
-
-    calibration: Sequence[Any]
-    held: Sequence[Any]
-    loss: LossOf
-
-    @classmethod
-    def of(cls, batches: Iterable[Any], loss: LossOf | None, holdout: float) -> Data:
-        """Hold some out: the last ones.
-
-        Raises:
-            OptionError: There are too few, or no loss.
-        """
-        listed = list(batches)
-        if not callable(loss):
-            raise OptionError(
-                "one_shot needs a loss\n  to fix  pass loss=, a function of the model and a batch, such as"
-                " lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
-            )
-        if not (isinstance(holdout, int | float) and 0 <= holdout < 1):
-            raise OptionError(f"holdout is {holdout!r}; it is the share of the batches that is held out, in [0, 1)")
-        many = math.ceil(len(listed) * holdout)
-        if not listed or many == len(listed):
-            raise OptionError(
-                f"{len(listed)} batches are given, of which {many} would be held out\n"
-                "  effect  nothing was changed\n"
-                "  to fix  give at least two batches, smaller ones if there is no more data; or holdout=0"
-            )
-        return cls(listed[: len(listed) - many], listed[len(listed) - many :], loss)
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """If anything is raised inside, parameters and buffers are as they were."""
-    tensors = [*model.parameters(), *model.buffers()]
-    before = [t.detach().clone() for t in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.data.copy_(old)
-        raise
-
-
 @dataclass(eq=False)
 class Compression:
     """A model on the way.
 
     Attributes:
+        calibrated: The model itself, and its batches.
         choice: What goes, and by what it is chosen.
         readers: Of all prunable groups.
         left: Which atoms of each axis are left, by the name of the group.
     """
 
-    model: nn.Module
+    calibrated: Calibrated
     partition: Partition
     choice: Choice
     readers: Readers
-    data: Data
     settings: Settings
     left: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
@@ -190,7 +137,7 @@ class Compression:
         going = self._choose()
         self.left = {group.name: np.ones(group.size, dtype=bool) for group in self.choice.groups}
         losing = [group for group in self.choice.groups if len(going[group.name])]
-        before, done = self._held_loss(), []
+        before, done = self.calibrated.held_loss(), []
         packs = self._packs(losing)
         for i, pack in enumerate(packs):
             stage(f"portion {i + 1} of {len(packs)}")
@@ -201,9 +148,11 @@ class Compression:
     @property
     def how(self) -> str:
         """What is told of the choice and the fit."""
-        many = len(self.data.calibration)
+        many = len(self.calibrated.data.calibration)
         fit = f"{self.settings.compensate} fit, ridge={self.settings.ridge:g}" if self.settings.compensate else "no fit"
-        return f"chosen by {self._by}, {fit}; {many} batches to calibrate with, {len(self.data.held)} held out"
+        return (
+            f"chosen by {self._by}, {fit}; {many} batches to calibrate with, {len(self.calibrated.data.held)} held out"
+        )
 
     @property
     def _by(self) -> str:
@@ -216,7 +165,7 @@ class Compression:
         names = [group.name for group in pack]
         readers = self.readers.of(names) if self.settings.compensate else []
         by_fit = self._measured in (obs, sensitivity)
-        measured = self._moments(self.readers.of(names) if by_fit else readers)
+        measured = self.calibrated.moments(self.readers.of(names) if by_fit else readers)
         if by_fit:
             going |= {group.name: self._surgery(group, measured, len(going[group.name])) for group in pack}
         after = self.left | {name: self._without(name, going[name]) for name in names}
@@ -239,21 +188,23 @@ class Compression:
         entries: Callable[[Reader], SplitEntries],
     ) -> dict[str, Any]:
         """Fold and zero, or zero alone if that leaves a lower loss: what a :class:`Portion` says of it."""
-        saved, kind = self._saved(readers), str(self.settings.compensate)
-        unreached = fold_(readers, measured, entries, self.tensors, kind, self.settings.ridge) if readers else []
+        saved, kind = self.calibrated.saved(readers), str(self.settings.compensate)
+        unreached = (
+            fold_(readers, measured, entries, self.calibrated.tensors, kind, self.settings.ridge) if readers else []
+        )
         many = len(readers) - len(unreached)
-        self._zero(pack, going)
-        norms, loss = self._settle()
+        self.calibrated.zero_(pack, going)
+        norms, loss = self.calibrated.settle()
         zeroed, folded, kept = (None, loss, "folded") if many else (loss, None, "zeroed")
-        if many and self.data.held:
-            with_fold = {name: self.tensors[name].detach().clone() for name in saved}
-            self._put_back(saved)
-            self._zero(pack, going)
-            norms_of_zeroed, zeroed = self._settle()
-            if _worse(folded, zeroed):
+        if many and self.calibrated.data.held:
+            with_fold = {name: self.calibrated.tensors[name].detach().clone() for name in saved}
+            self.calibrated.put_back(saved)
+            self.calibrated.zero_(pack, going)
+            norms_of_zeroed, zeroed = self.calibrated.settle()
+            if worse(folded, zeroed):
                 norms, kept = norms_of_zeroed, "zeroed"
             else:
-                self._put_back(with_fold)
+                self.calibrated.put_back(with_fold)
         return {
             "readers": many,
             "zeroed": zeroed,
@@ -262,19 +213,6 @@ class Compression:
             "norms": norms,
             "unreached": tuple(unreached),
         }
-
-    def _settle(self) -> tuple[bool, float | None]:
-        """Estimate batch norms anew, unless that makes it worse: whether they were, and the loss."""
-        loss = self._held_loss()
-        if not self.settings.norms or not self._norms:
-            return False, loss
-        old = {name: self.tensors[name].detach().clone() for name in self._norm_buffers}
-        self._put_back(self._norms_anew())
-        now = self._held_loss()
-        if _worse(now, loss):
-            self._put_back(old)
-            return False, loss
-        return True, now
 
     # --- what goes ----------------------------------------------------------------------------------------------------
 
@@ -286,12 +224,12 @@ class Compression:
     def _choose(self) -> dict[str, NDArray[np.int64]]:
         """The atoms of each group that go; with ``"obs"`` their number counts."""
         if self._measured is None:
-            with preserved(self.model):
-                batches = self.data.calibration if self.choice.averaged else ()
-                left = left_now(self.choice, self.model, batches, self.data.loss)
+            with preserved(self.calibrated.model):
+                batches = self.calibrated.data.calibration if self.choice.averaged else ()
+                left = left_now(self.choice, self.calibrated.model, batches, self.calibrated.data.loss)
         else:
             alive = torch.ones(sum(self.choice.sizes), dtype=torch.bool)
-            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            parameters = dict(self.calibrated.model.named_parameters(remove_duplicate=False))
             with torch.no_grad():
                 weights = [Weights.of(group, parameters) for group in self.choice.groups]
                 scores = self.choice.scores(weights, alive, {self._measured: self._scores(weights)})
@@ -305,7 +243,7 @@ class Compression:
         """The measured criterion of every atom; where no reader tells, the magnitude."""
         found: dict[str, Tensor] = {}
         for pack in _packed(self.choice.groups, self._room_of):
-            measured = self._moments(self.readers.of([group.name for group in pack]))
+            measured = self.calibrated.moments(self.readers.of([group.name for group in pack]))
             for group in pack if self._measured is sensitivity else ():
                 stage(f"what it costs to thin {group.name}")
                 found[group.name] = self._loss_per_atom(group, measured)
@@ -325,7 +263,7 @@ class Compression:
         )
 
     def _score(self, reader: Reader, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
-        parameter, own = self.tensors[reader.parameter], measured[key_of(reader)]
+        parameter, own = self.calibrated.tensors[reader.parameter], measured[key_of(reader)]
         if self._measured is fluctuating:
             return fluctuation(reader, own, parameter, self._blocks(reader, group))
         return Surgeon.of(reader, own, parameter, self._blocks(reader, group), self.settings.ridge).scores()
@@ -337,7 +275,7 @@ class Compression:
         """
         readers = [r for r in self.readers.of([group.name]) if self.settings.compensate]
         order = self._order(group, measured)
-        before, done = self._calibration_loss, 0
+        before, done = self.calibrated.calibration_loss, 0
         middles, slopes = list[float](), list[float]()
         for level in LEVELS:
             go = min(int(level * group.size), group.size - group.min_kept)
@@ -363,8 +301,8 @@ class Compression:
     def _loss_without(
         self, group: NodeGroup, atoms: NDArray[np.int64], readers: Sequence[Reader], measured: Mapping[Key, Moments]
     ) -> float:
-        saved, index = self._saved(readers), torch.from_numpy(atoms)
-        zeroed = [piece.of(self.tensors[piece.parameter].data) for piece in group.zeros]
+        saved, index = self.calibrated.saved(readers), torch.from_numpy(atoms)
+        zeroed = [piece.of(self.calibrated.tensors[piece.parameter].data) for piece in group.zeros]
         entries = [view.index_select(0, index.to(view.device)) for view in zeroed]
         masks = self.partition.masks({group.name: np.setdiff1d(np.arange(group.size), atoms)})
         try:
@@ -373,21 +311,17 @@ class Compression:
                 readers,
                 measured,
                 lambda r: SplitEntries.of(r.survivors({}), r.survivors(masks)),
-                self.tensors,
+                self.calibrated.tensors,
                 kind,
                 self.settings.ridge,
             )
-            self._zero([group], {group.name: atoms})
-            loss = self._loss_over(self.data.calibration)
+            self.calibrated.zero_([group], {group.name: atoms})
+            loss = self.calibrated.loss_over(self.calibrated.data.calibration)
         finally:
             for view, old in zip(zeroed, entries, strict=True):
                 view.index_copy_(0, index.to(view.device), old)
-            self._put_back(saved)
+            self.calibrated.put_back(saved)
         return loss if math.isfinite(loss) else 1e9
-
-    @cached_property
-    def _calibration_loss(self) -> float:
-        return self._loss_over(self.data.calibration)
 
     def _surgery(self, group: NodeGroup, measured: Mapping[Key, Moments], go: int) -> NDArray[np.int64]:
         """Which atoms of a group go, one after the other."""
@@ -401,7 +335,7 @@ class Compression:
             Surgeon.of(
                 reader,
                 measured[key_of(reader)],
-                self.tensors[reader.parameter],
+                self.calibrated.tensors[reader.parameter],
                 self._blocks(reader, group),
                 self.settings.ridge,
             )
@@ -410,7 +344,7 @@ class Compression:
 
     def _by_magnitude(self, group: NodeGroup) -> NDArray[np.int64]:
         with torch.no_grad():
-            return torch.argsort(magnitude(Weights.of(group, self.tensors)).cpu(), stable=True).numpy()
+            return torch.argsort(magnitude(Weights.of(group, self.calibrated.tensors)).cpu(), stable=True).numpy()
 
     def _reached(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> list[Reader]:
         return [reader for reader in self.readers.of([group.name]) if key_of(reader) in measured]
@@ -446,64 +380,6 @@ class Compression:
         """Bytes of the moments that it needs, by what they are of."""
         return {key_of(r): r.width**2 * (4 if r.width > WIDE else 8) for r in self.readers.of([group.name])}
 
-    # --- the model ----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers, by every name."""
-        parameters = dict[str, Tensor](self.model.named_parameters(remove_duplicate=False))
-        return parameters | dict(self.model.named_buffers(remove_duplicate=False))
-
-    def _moments(self, readers: Sequence[Reader]) -> dict[Key, Moments]:
-        if not readers:
-            return {}
-        with preserved(self.model), listening(readers, self.tensors) as found:
-            for batch in self.data.calibration:
-                self.data.loss(self.model, batch)
-        return found
-
-    def _held_loss(self) -> float | None:
-        return self._loss_over(self.data.held) if self.data.held else None
-
-    def _loss_over(self, batches: Sequence[Any]) -> float:
-        with preserved(self.model), torch.no_grad():
-            losses = [float(self.data.loss(self.model, batch)) for batch in batches]
-        return sum(losses) / len(losses)
-
-    @cached_property
-    def _norms(self) -> dict[str, Norm]:
-        """Batch norms that keep statistics."""
-        modules = self.model.named_modules()
-        return {name: m for name, m in modules if isinstance(m, Norm) and m.running_mean is not None}
-
-    @property
-    def _norm_buffers(self) -> list[str]:
-        return [f"{path}.{name}" if path else name for path in self._norms for name in ("running_mean", "running_var")]
-
-    def _norms_anew(self) -> dict[str, Tensor]:
-        """Statistics of batch norms, averaged over the batches."""
-        with preserved(self.model), torch.no_grad():
-            for norm in self._norms.values():
-                norm.train()
-                norm.momentum = None  # the mean over all batches
-                norm.reset_running_stats()
-            for batch in self.data.calibration:
-                self.data.loss(self.model, batch)
-            return {name: self.tensors[name].detach().clone() for name in self._norm_buffers}
-
-    def _zero(self, pack: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]]) -> None:
-        for group in pack:
-            group.zero_(self.tensors, torch.from_numpy(going[group.name]))
-
-    def _saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
-        """A copy of all that a fold may write to, and of batch norms; what is zeroed is so with and without a fold."""
-        return {name: self.tensors[name].detach().clone() for name in touched(readers) | {*self._norm_buffers}}
-
-    def _put_back(self, tensors: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, old in tensors.items():
-                self.tensors[name].data.copy_(old)
-
 
 def one_shot(
     analysis: Analysis,
@@ -536,7 +412,7 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     _require_one_process(model)
     found = readers(partition, analysis.groups, analysis.prune_frozen)
     found = replace(found, found=tuple(map(fitted, found.found)))
-    job = Compression(model, partition, choice, found, data, settings)
+    job = Compression(Calibrated(model, data, settings.norms), partition, choice, found, settings)
     with restored(model):
         portions = job.run()
     losses = [x for portion in portions for x in (portion.before, portion.after)]
@@ -568,13 +444,6 @@ def _require_one_process(model: nn.Module) -> None:
 
 def _kept(left: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.int64]]:
     return {name: np.flatnonzero(own) for name, own in left.items()}
-
-
-def _worse(loss: float | None, than: float | None) -> bool:
-    """Whether a loss is no better than another; one that is not finite is none."""
-    if loss is None or than is None:
-        return False
-    return not loss < than
 
 
 def _packed(groups: Sequence[NodeGroup], room: Callable[[NodeGroup], Mapping[Key, int]]) -> list[list[NodeGroup]]:

@@ -190,6 +190,7 @@ TOP = {
     "pruning",
     "__main__",
     "oneshot",
+    "calibration",
 }  # strings the stages together, and what stands on that
 
 
@@ -221,7 +222,8 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "integrations": {"distill", "recovery"},
         "given": set(),
         "knowledge": {"analysis"},  # what a group costs, and what it says to a user, meet here only
-        "oneshot": {"analysis", "previewing"},  # choice, compensation and report meet here only
+        "calibration": set(),
+        "oneshot": {"analysis", "calibration", "previewing"},  # choice, compensation and report meet here only
         "progress": set(),
     }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import oto.calibration
 import oto.oneshot
 from oto import OTO
 from oto.errors import OptionError, TargetError
@@ -205,7 +206,8 @@ def test_a_fold_that_does_not_help_is_undone(monkeypatch):
     other, third = copy.deepcopy(model), copy.deepcopy(model)
     checked = OTO(model, example).one_shot(**asked)
     zeroed = OTO(other, example).one_shot(**asked, compensate=None)
-    monkeypatch.setattr(oto.oneshot, "_worse", lambda loss, than: False)
+    for module in (oto.oneshot, oto.calibration):
+        monkeypatch.setattr(module, "worse", lambda loss, than: False)
     unchecked = OTO(third, example).one_shot(**asked)
     undone = [p for p in checked.portions if p.kept == "zeroed" and p.readers]
     assert undone and all(p.folded >= p.zeroed for p in undone)
@@ -222,14 +224,14 @@ def test_without_a_holdout_nothing_is_checked():
 
 def test_statistics_come_from_the_pruned_prefix(monkeypatch):
     model, example, batches, loss = made("cnn")
-    seen, real = [], oto.oneshot.listening
+    seen, real = [], oto.calibration.listening
 
     def listens(readers, tensors):
         rows = [t.flatten(1).detach() for t in tensors.values() if t.ndim > 1]
         seen.append(sum(int((own == 0).all(1).sum()) for own in rows))
         return real(readers, tensors)
 
-    monkeypatch.setattr(oto.oneshot, "listening", listens)
+    monkeypatch.setattr(oto.calibration, "listening", listens)
     done = OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss, saliency="magnitude")
     assert len(seen) == len(done.portions) > 1
     assert seen[0] == 0 and seen == sorted(seen) and seen[-1] > 0

@@ -1,0 +1,170 @@
+"""A model and its batches, for work without training: what readers read, what the loss is, and how it was before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto.errors import OptionError
+from oto.groups import NodeGroup
+from oto.groups.readers import Reader
+from oto.optim.compensate import (
+    Key,
+    Moments,
+    listening,
+    touched,
+)
+from oto.trace.snapshot import preserved
+
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+LossOf = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches to calibrate with, batches to check with, and the loss."""
+
+    calibration: Sequence[Any]
+    held: Sequence[Any]
+    loss: LossOf
+
+    @classmethod
+    def of(cls, batches: Iterable[Any], loss: LossOf | None, holdout: float) -> Data:
+        """Hold some out: the last ones.
+
+        Raises:
+            OptionError: There are too few, or no loss.
+        """
+        listed = list(batches)
+        if not callable(loss):
+            raise OptionError(
+                "one_shot needs a loss\n  to fix  pass loss=, a function of the model and a batch, such as"
+                " lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+            )
+        if not (isinstance(holdout, int | float) and 0 <= holdout < 1):
+            raise OptionError(f"holdout is {holdout!r}; it is the share of the batches that is held out, in [0, 1)")
+        many = math.ceil(len(listed) * holdout)
+        if not listed or many == len(listed):
+            raise OptionError(
+                f"{len(listed)} batches are given, of which {many} would be held out\n"
+                "  effect  nothing was changed\n"
+                "  to fix  give at least two batches, smaller ones if there is no more data; or holdout=0"
+            )
+        return cls(listed[: len(listed) - many], listed[len(listed) - many :], loss)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """If anything is raised inside, parameters and buffers are as they were."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [t.detach().clone() for t in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.data.copy_(old)
+        raise
+
+
+@dataclass(eq=False)
+class Calibrated:
+    """A model on its way, with the batches that it is calibrated and checked with.
+
+    Attributes:
+        reestimate: Whether batch norms are estimated anew.
+    """
+
+    model: nn.Module
+    data: Data
+    reestimate: bool
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers, by every name."""
+        parameters = dict[str, Tensor](self.model.named_parameters(remove_duplicate=False))
+        return parameters | dict(self.model.named_buffers(remove_duplicate=False))
+
+    def moments(self, readers: Sequence[Reader]) -> dict[Key, Moments]:
+        if not readers:
+            return {}
+        with preserved(self.model), listening(readers, self.tensors) as found:
+            for batch in self.data.calibration:
+                self.data.loss(self.model, batch)
+        return found
+
+    def held_loss(self) -> float | None:
+        return self.loss_over(self.data.held) if self.data.held else None
+
+    @cached_property
+    def calibration_loss(self) -> float:
+        return self.loss_over(self.data.calibration)
+
+    def loss_over(self, batches: Sequence[Any]) -> float:
+        with preserved(self.model), torch.no_grad():
+            losses = [float(self.data.loss(self.model, batch)) for batch in batches]
+        return sum(losses) / len(losses)
+
+    def zero_(self, pack: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]]) -> None:
+        for group in pack:
+            group.zero_(self.tensors, torch.from_numpy(going[group.name]))
+
+    def saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
+        """A copy of all that a fold may write to, and of batch norms; what is zeroed is so with and without a fold."""
+        return {name: self.tensors[name].detach().clone() for name in touched(readers) | {*self._norm_buffers}}
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, old in tensors.items():
+                self.tensors[name].data.copy_(old)
+
+    def settle(self) -> tuple[bool, float | None]:
+        """Estimate batch norms anew, unless that makes it worse: whether they were, and the loss."""
+        loss = self.held_loss()
+        if not self.reestimate or not self._norms:
+            return False, loss
+        old = {name: self.tensors[name].detach().clone() for name in self._norm_buffers}
+        self.put_back(self._norms_anew())
+        now = self.held_loss()
+        if worse(now, loss):
+            self.put_back(old)
+            return False, loss
+        return True, now
+
+    def _norms_anew(self) -> dict[str, Tensor]:
+        """Statistics of batch norms, averaged over the batches."""
+        with preserved(self.model), torch.no_grad():
+            for norm in self._norms.values():
+                norm.train()
+                norm.momentum = None  # the mean over all batches
+                norm.reset_running_stats()
+            for batch in self.data.calibration:
+                self.data.loss(self.model, batch)
+            return {name: self.tensors[name].detach().clone() for name in self._norm_buffers}
+
+    @cached_property
+    def _norms(self) -> dict[str, Norm]:
+        """Batch norms that keep statistics."""
+        modules = self.model.named_modules()
+        return {name: m for name, m in modules if isinstance(m, Norm) and m.running_mean is not None}
+
+    @property
+    def _norm_buffers(self) -> list[str]:
+        return [f"{path}.{name}" if path else name for path in self._norms for name in ("running_mean", "running_var")]
+
+
+def worse(loss: float | None, than: float | None) -> bool:
+    """Whether a loss is no better than another; one that is not finite is none."""
+    if loss is None or than is None:
+        return False
+    return not loss < than
