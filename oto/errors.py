@@ -6,7 +6,6 @@ Each class has one cause. Internal mistakes stay ``AssertionError``.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +25,9 @@ FORMER = {
 def __getattr__(name: str) -> Any:
     if name not in FORMER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    text = f"{name} is called {FORMER[name]} now\n  effect  none; 0.3 removes the former name"
-    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    from oto.renamed import warn_of_former_name  # it reads this file
+
+    warn_of_former_name(name, FORMER[name])
     return globals()[FORMER[name]]
 
 
@@ -79,7 +79,7 @@ class TargetError(OTOError, ValueError):
 
 
 class OptionError(OTOError, TypeError):
-    """An option of the wrapped optimizer is missing, unknown, or belongs to another optimizer."""
+    """An option, of ``OTO`` or of an optimizer, is missing, unknown, means nothing, or belongs to something else."""
 
 
 class TooLateError(OTOError):
@@ -194,7 +194,7 @@ class UntrainedWarning(UserWarning):
 
 
 class UnstatedWarning(UserWarning):
-    """A checkpoint holds a slim model whose config does not state its sizes."""
+    """No config states the sizes of a slim model, though a layout asks for it, or a checkpoint is written without."""
 
 
 class NotPrunedWarning(UserWarning):

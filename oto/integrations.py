@@ -132,7 +132,7 @@ def early_stopping(
 def _pruning(*optimizers: Any) -> bool:
     """Whether groups still go to zero; other optimizers may be beside the sparse one."""
     sparse = [found for one in optimizers if (found := _sparse_in(one)) is not None] or [_unwrapped(optimizers[0])]
-    return any(one.choice.target.wants_less and not one.progress.over for one in sparse)
+    return any(one.choice.target.wants_less and one.clock < one.schedule.end for one in sparse)
 
 
 def _sparse_in(optimizer: Any) -> SparseOptimizer | None:
@@ -155,7 +155,7 @@ def _stop_trainer(trainer: Any, patience: int, threshold: float, monitor: str | 
     from transformers import EarlyStoppingCallback
 
     _refuse_another(trainer.callback_handler.callbacks, "trainer.remove_callback(EarlyStoppingCallback) first")
-    missing = [f"{name}=" for name in ("metric_for_best_model",) if getattr(trainer.args, name) is None]
+    missing = trainer.args.metric_for_best_model is None
     if monitor is not None or missing or str(getattr(trainer.args.eval_strategy, "value", "")) == "no":
         raise OptionError(
             "the arguments of this Trainer do not say what is evaluated, and what is best\n"

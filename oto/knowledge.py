@@ -8,6 +8,7 @@ loss; what rises most is the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,9 +82,13 @@ def mark_by_knowledge(
             "  effect  nothing was measured or marked\n  to fix  such as share=0.1, levels=(0.25, 0.5)"
         )
     with stages("knowledge"), preserved(analysis.model), torch.no_grad():
-        analysis.model.eval()
         job = _Measurement(analysis, held, loss)
         full = job.loss()
+        if not math.isfinite(full):
+            raise OptionError(
+                "the loss on these batches is no finite number\n  effect  nothing was measured or marked\n"
+                "  to fix  batches, and a loss, that the model as it is gives numbers on"
+            )
         risen = [(unit, sum(job.without(unit, level) - full for level in levels) / len(levels)) for unit in job.units]
     risen.sort(key=lambda both: -both[1])
     many = round(share * len(risen))
@@ -113,7 +118,8 @@ class _Measurement:
 
     def loss(self) -> float:
         """The mean over the batches."""
-        return sum(float(self.of(self.model, batch)) for batch in self.batches) / len(self.batches)
+        mean = sum(float(self.of(self.model, batch)) for batch in self.batches) / len(self.batches)
+        return mean if math.isfinite(mean) else math.inf  # thinner, it may overflow
 
     def without(self, unit: Sequence[NodeGroup], level: float) -> float:
         """The loss, if each of some groups loses a share of its atoms."""

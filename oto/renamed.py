@@ -26,7 +26,7 @@ def warn_of_former_name(former: str, now: str) -> None:
 
 
 def former(name: str, value: Value, now: str) -> Value:
-    """The value of an option, or that of its former name, with a warning."""
+    """The value given under a former name, with a warning."""
     if value is not None:
         warn_of_former_name(f"{name}=", f"{now}=")
     return value
@@ -39,11 +39,11 @@ def up_to_date(options: Mapping[str, Any]) -> dict[str, Any]:
         OptionError: One is given by both of its names.
     """
     made = dict(options)
-    for former in OPTIONS.keys() & options.keys():
-        now, value = OPTIONS[former], made.pop(former)
+    for name in OPTIONS.keys() & options.keys():
+        now, value = OPTIONS[name], made.pop(name)
         if made.get(now) is not None and value is not None:
-            raise OptionError(f"{former} and {now} are the same\n  effect  nothing was made\n  to fix  say {now} alone")
+            raise OptionError(f"{name} and {now} are the same\n  effect  nothing was made\n  to fix  say {now} alone")
         if value is not None:
-            warn_of_former_name(f"{former}=", f"{now}=")
+            warn_of_former_name(f"{name}=", f"{now}=")
             made[now] = value
     return made

@@ -233,6 +233,7 @@ def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
         for _, groups in visit.outputs:
             for place in (p for group in groups for p in group):
                 readers.setdefault(place, []).append(i)
+    broken = [place for place, fact in nothing.items() if _is_broken(fact)]
     found: set[Place] = set()
     for place in places:
         new: dict[Place, Fact] = {place: 0.0}
@@ -249,7 +250,7 @@ def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
                     for reader in readers.get(made, ()):
                         if reader not in ahead:
                             heappush(ahead, reader)
-        if any(map(_is_broken, facts.values())):
+        if any(map(_is_broken, new.values())) or any(known not in new for known in broken):
             found.add(place)
     return found
 

@@ -245,7 +245,8 @@ def write_program(
     except (EmitterError, ArtifactError) as failure:
         why = str(failure).splitlines()[0]
     except Exception as failure:  # anything that a call may raise
-        why = f"as it was read back, it fails: {(str(failure).splitlines() or [type(failure).__name__])[0]}"
+        reraise_out_of_memory(failure)
+        why = f"as it was read back, it fails: {first_line(failure)}"
     path.unlink(missing_ok=True)
     return why, []
 

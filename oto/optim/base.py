@@ -29,7 +29,7 @@ from oto.errors import (
 from oto.groups.node_group import NodeGroup
 from oto.optim.checkpointed import Checkpointed
 from oto.optim.choice import Choice
-from oto.optim.entries import Place, Rows, zero_
+from oto.optim.entries import Place, Rows, sent, zero_
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.options import BaseOptions
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
@@ -313,7 +313,7 @@ class SparseOptimizer(Checkpointed):
             for piece in (group.slices if self._is_quiet(group) else group.zeros) if len(rows) else ():
                 p = parameters.get(piece.parameter)
                 for moment in () if p is None else moments_of(p, self.state.get(p) or {}):
-                    zero_([Place(piece.of(moment), rows.to(moment.device, non_blocking=True))])
+                    zero_([Place(piece.of(moment), sent(rows, moment.device))])
 
     @torch.no_grad()
     def zero_pruned_in(self, model: Any) -> None:

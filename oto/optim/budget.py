@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from oto.optim.choice import Choice
+from oto.optim.entries import sent
 from oto.optim.target import Counts
 
 WHOLE = 1 << 40
@@ -75,7 +76,7 @@ class Budget:
         return cls(*(torch.from_numpy(np.asarray(n, dtype=np.int64)) for n in numbers))
 
     def to(self, device: torch.device) -> Budget:
-        own = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        own = {field.name: sent(getattr(self, field.name), device) for field in fields(self)}
         return replace(self, **own)
 
     def open(self, gone: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class Choice(Criteria):
                 + (f"; or a smaller group_divisible={self.divisible}" if self.divisible != 1 else "")
                 + (f"\n{frozen}" if frozen else "")
             )
-        self.target.require_reachable(self.least, self.full, frozen)
+        self.target.require_reachable(self.least, frozen)
         if any(self.multiples > [group.divisor for group in self.groups]):
             alive = torch.ones(int(self.full.sum()), dtype=torch.bool)
             self.require_near(~self.select(alive.float(), alive), alive.float())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from oto.groups.adapters import Adapter
 from oto.groups.node_group import NodeGroup, Slice, clear_
+from oto.optim.entries import sent
 from oto.optim.saliency import Entries
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ class Composed:
             for piece, adapter, factor in self.pairs(group) if len(atoms) else ():
                 weight = piece.of(parameters[adapter.weight].detach())
                 added = piece.of(adapter.product(parameters))
-                own = atoms.to(weight.device, non_blocking=True)
+                own = sent(atoms, weight.device)
                 weight.index_add_(0, own, added.index_select(0, own).to(weight.dtype))
                 clear_(factor.of(parameters[factor.parameter].detach()), own)
 

@@ -114,7 +114,7 @@ class DHSPG(HalfSpace):
             params,
             node_groups,
             epsilon=epsilon,
-            half_space_step=start if half_space_step is None else half_space_step,
+            half_space_step=half_space_step,
             start_pruning_step=start,
             pruning_steps=pruning_steps,
             pruning_periods=pruning_periods,
@@ -139,6 +139,7 @@ class DHSPG(HalfSpace):
                 f"tolerance_group_sparsity is {tolerance}; it is a share of groups, in [0, 1)\n  to fix  such as 0.05"
             )
 
+    WAIT = 0
     WHO = "the groups to go are chosen at the first of them, and penalized from then on"
 
     @property

@@ -69,7 +69,7 @@ class Place(NamedTuple):
 
     def of(self, vector: Tensor) -> Tensor:
         """The numbers of these rows out of one number per atom, beside the view, in a shape that broadcasts over it."""
-        own = vector.narrow(0, self.first, self.view.shape[0]).to(self.view.device, non_blocking=True)
+        own = sent(vector.narrow(0, self.first, self.view.shape[0]), self.view.device)
         own = own if self.rows is None else own.index_select(0, self.rows)
         return own.reshape(-1, *[1] * (self.view.dim() - 1))
 
@@ -135,7 +135,7 @@ class Rows:
             for piece in (group.zeros if slices is None else slices) if rows is None or len(rows) else ():
                 if piece.parameter in tensors:
                     tensor = tensors[piece.parameter].detach()
-                    own = None if rows is None else rows.to(tensor.device, non_blocking=True)
+                    own = None if rows is None else sent(rows, tensor.device)
                     place = Place(piece.of(tensor), own, first)
                     found = list(place.blocks()) if in_blocks else [place]
                     places += found
@@ -215,15 +215,20 @@ class Rows:
         """What the places of each atom come to, shape ``(N,)``."""
         total: Tensor | None = None
         for i, (place, part) in enumerate(zip(self.places, parts, strict=True)):
-            part = (part if rates is None else part * rates[i]).to(self.device, non_blocking=True)
+            part = sent(part if rates is None else part * rates[i], self.device)
             total = torch.zeros(self.atoms, dtype=part.dtype, device=self.device) if total is None else total
             total = total.to(torch.promote_types(total.dtype, part.dtype))
             own = total.narrow(0, place.first, place.view.shape[0])
             if place.rows is None:
                 own.add_(part)
             else:
-                own.index_add_(0, place.rows.to(self.device, non_blocking=True), part.to(total.dtype))
+                own.index_add_(0, sent(place.rows, self.device), part.to(total.dtype))
         return torch.zeros(self.atoms, device=self.device) if total is None else total
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on another device. A copy to the CPU is waited for: its numbers may be read at once."""
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def is_here(tensor: Tensor) -> bool:

@@ -123,6 +123,7 @@ class HalfSpace(HESSO):
     """
 
     EPSILON: float = 0.95
+    WAIT: int = 1  # quarters of the pruning steps before groups are projected, by default
     WHO: str = "all groups that may go are penalized"
 
     _penalized: tuple[Plan, Penalized | None] | None = None
@@ -150,7 +151,7 @@ class HalfSpace(HESSO):
         if pruning_periods is None:
             asked = replace(asked, periods=max(min(PERIODS, asked.steps), 1))
         self.epsilon = epsilons(epsilon, self.EPSILON)
-        self.half_space_step = asked.start + asked.steps // 4
+        self.half_space_step = asked.start + asked.steps * self.WAIT // 4
         if half_space_step is not None:
             self.half_space_step = count_steps("half_space_step", half_space_step, total_steps)
         super().__init__(
@@ -191,6 +192,7 @@ class HalfSpace(HESSO):
     def penalized(self, t: int) -> Penalized | None:
         """The groups that may still go by themselves; ``None`` where there are none, or it is not the time."""
         if not self.choice.target.wants_less or not self.schedule.start <= t < self.last_period:
+            self._penalized = None  # with its copy of the entries
             return None
         plan = self._plan()
         if self._penalized is None or self._penalized[0] is not plan:

@@ -107,8 +107,7 @@ class LHSPG(HESSO):
             self.absorb_()  # x̂_g = [x + γ B A]_g, B_g <- 0
             per_norm = torch.full_like(sq, 1 - self.schedule.factor(t))  # λ_g / ||x_g|| = 1 / (T - t)
             inner = x.subtracted_dot(self._before, per_norm, [1.0] * len(x.places))  # x̂_g -= λ_g x_g / ||x_g||
-            out = inner <= self.epsilon * sq
-            x.zero_(out & (self.atoms == REDUNDANT))  # x_g = 0 if <x̂_g, x_g> <= ε ||x_g||²
+            x.zero_(inner <= self.epsilon * sq)  # x_g = 0 if <x̂_g, x_g> <= ε ||x_g||²
         if self.schedule.ends_period(t):
             self.commit()
         self.zero_pruned_()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from oto.errors import TargetError
 from oto.groups.node_group import NodeGroup
-from oto.optim.entries import dot, sq_norm
+from oto.optim.entries import dot, sent, sq_norm
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def name_of(criterion: Saliency) -> str:
 
 def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.device) -> Tensor:
     """A criterion for every atom, node group after node group, float32 at least, shape ``(N,)``."""
-    raw = torch.cat([criterion(entries).to(device, non_blocking=True) for entries in groups])
+    raw = torch.cat([sent(criterion(entries), device) for entries in groups])
     return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 

@@ -135,7 +135,7 @@ class Target:
         """What may be left when ``share`` of the way from the full network to the goal is done."""
         return self.goal if share >= 1 else self.full - share * (self.full - self.goal)
 
-    def require_reachable(self, least: Counts, sizes: Counts, besides: str | None = None) -> None:
+    def require_reachable(self, least: Counts, besides: str | None = None) -> None:
         """Refuse a target that cannot be met with ``least`` atoms in every group.
 
         Args:

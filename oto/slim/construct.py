@@ -141,23 +141,21 @@ def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exceptio
             f"{name} cannot be thinned as its own class: {why['module']}\n{nothing}"
             f"  to fix  use emitter='graph', or {source.remedy}"
         )
-    exported = refused["graph"]
-    said = (
-        str(exported) if isinstance(exported, EmitterError) else f"the exported graph of {name} fails: {why['graph']}"
-    )
+    exported, first = refused["graph"], f"the exported graph of {name} fails: {why['graph']}"
+    first = str(exported).splitlines()[0] if isinstance(exported, EmitterError) else first
     return EmitterError(
-        f"{said.splitlines()[0]}\n"
+        f"{first}\n"
         f"  class   the original class fails too: {why['module']}\n"
-        f"  replay  so does a recording of the example: {str(refused['recording']).splitlines()[0]}\n"
+        f"  replay  so does a recording of the example: {why['recording']}\n"
         f"{nothing}  to fix  {source.remedy}"
     )
 
 
 def _unstated(source: Source, failure: Exception) -> str:
     """Why the model's class was not made from a config."""
-    said = f"{type(source.model).__name__} cannot be made from another config: {_first_lines(failure)}"
+    reason = f"{type(source.model).__name__} cannot be made from another config: {_first_lines(failure)}"
     differs = isinstance(failure, VerificationError)
-    return f"{said}: {str(failure).splitlines()[1].strip()}" if differs else said
+    return f"{reason}: {str(failure).splitlines()[1].strip()}" if differs else reason
 
 
 def _warn_of_a_graph(source: Source, refused: Mapping[str, Exception]) -> None:
@@ -268,7 +266,7 @@ def _exported(source: Source, refused: Refused) -> Made:
         emitted = emit_exported(source, exported)
         checks = emitted.compare(source.reference) if source.verify else []
         wrong = [c for c in checks if not c.passed]
-        level = LEVELS[(*LEVELS, LEVELS[-1]).index(exported.level) + 1] if exported.level != LEVELS[-1] else None
+        level = LEVELS[LEVELS.index(exported.level) + 1] if exported.level != LEVELS[-1] else None
         fewer = emitted.notes or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))
         if level is None or not fewer:
             break

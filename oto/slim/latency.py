@@ -18,7 +18,7 @@ from torch import distributed as dist
 from oto import clock
 from oto._torch import tree_leaves
 from oto.axes.registry import known
-from oto.errors import NotPrunedWarning, TargetError, users_level
+from oto.errors import NotPrunedWarning, TargetError, reraise_out_of_memory, users_level
 from oto.groups import Costs, Partition
 from oto.groups.cost import Polynomial
 from oto.groups.latency import latency_table
@@ -213,8 +213,9 @@ class Timer:
             return self.full
         kept = {name: np.arange(n) for name, n in zip(self.costs.names, counts.tolist(), strict=True)}
         slim = built(self.model, self.partition, kept, self.dummy_input)
-        full, pruned = rounds([self.model, slim], self.dummy_input)
-        return self.full * statistics.median(b / a for a, b in zip(full, pruned, strict=True))
+        pairs = zip(*rounds([self.model, slim], self.dummy_input), strict=True)
+        ratio: float = statistics.median(slim_time / full_time for full_time, slim_time in pairs)
+        return self.full * ratio
 
 
 def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int64]], dummy_input: Any) -> nn.Module:
@@ -228,6 +229,7 @@ def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int
         slim = slim_copy(model, pruned_tensors(model, pruned), plan_edits(model, pruned)).eval()
         run(slim, dummy_input)
     except Exception as failure:  # anything that the user's own forward may raise at other sizes
+        reraise_out_of_memory(failure)
         log.info("the original class does not fit, timing the graph: %s", failure)
         slim = emit_graph(export(model, dummy_input, known), partition, kept)
     return slim

@@ -26,7 +26,7 @@ from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.run import learn
 from oto.slim.proof.train_mode import check_training
 from oto.slim.provenance import REMEMBERED, Round, descend, origin_of
-from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
+from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.source import Source
 from oto.trace.record import record
 
@@ -73,12 +73,13 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
         VerificationError: The slim model computes something else.
     """
     model, partition, kept = source.model, source.partition, source.kept
-    pruned = pruned_shapes(partition, kept)
+    pruned = source.pruned
     try:
         edits = plan_edits(model, pruned, source.own.unfolded if source.own is not None else None)
         if source.recipe is not None:
             _state_in_config(edits, model, source.recipe, pruned)
-        slim = apply(model, pruned_tensors(model, pruned), edits)
+        tensors = pruned_tensors(model, pruned)
+        slim = apply(model, tensors, edits)
         learn(slim, edits, source.dummy_input)
         require(check(model, slim, source.dummy_input, CheckOptions(batch=True), left=source.left))
         if source.recipe is not None and Recipe.of(slim) is None:
@@ -106,7 +107,7 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
             )
     training = check_training(model, slim, source.dummy_input, partition, kept)
     require([] if training is None else [training])
-    descend(slim, model, Round.of(edits, pruned_tensors(model, pruned), kept))
+    descend(slim, model, Round.of(edits, tensors, kept))
     made: list[tuple[nn.Module, nn.Module]] = []
     for wrapper in averages:
         inner = _average_in(wrapper, model)

@@ -19,8 +19,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper, partial
-from os import sep
-from pathlib import Path
 from types import CellType, FrameType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -32,10 +30,6 @@ from oto._torch import FakeTensor, tree_leaves
 from oto.errors import LeftBehindWarning, some
 from oto.trace.inputs import Example
 from oto.user_code import is_foreign
-
-_TORCH = f"{Path(torch.__file__).parent}{sep}"
-_HERE = f"{Path(__file__).parent.parent}{sep}"
-
 
 # where the code of a class was seen to run: for each namespace, what in it can hold a table
 _HOLDERS: weakref.WeakKeyDictionary[type[Any], dict[int, list[Any]]] = weakref.WeakKeyDictionary()

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oto import OTO
-from oto.errors import NothingPrunableError, OptionError
+from oto.errors import NothingPrunableError, NotPrunedWarning, OptionError
 from oto.groups.cost import Polynomial
 from oto.groups.node_group import NodeGroup
 from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG, Choice
@@ -443,12 +444,39 @@ def test_shrinking_between_readings_stays_on_the_trajectory(name):
             losses.append(backward(model, n).item())
             optimizer.step()
         assert losses[1] == pytest.approx(losses[0], rel=1e-9)  # float64, 66 steps, sums in another order
-        if n in (18, 40):
+        if n in (18, 40, 56, 63):  # the last two: in the last period, and after the end
             gone.append(runs[0][1].num_pruned)
             runs[1][0].shrink(runs[1][1])
     assert gone[0] > 0 and str(runs[0][1].progress) == str(runs[1][1].progress)
     assert runs[0][1].ways == runs[1][1].ways
     assert runs[0][0].construct_subnet().cost_after == runs[1][0].construct_subnet().cost_after
+
+
+@pytest.mark.parametrize("at", [58, 64])
+@pytest.mark.parametrize("name", SERIES)
+def test_shrinking_where_the_choice_has_the_last_word(name, at):
+    """In the last period and after the end, where groups were penalized up to then: nothing of that is left."""
+    model = mixed().double()
+    oto = OTO(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    options = ALL[name][1] | {"pruning_periods": 6}
+    maker = getattr(oto, ALL[name][0].__name__.lower())
+    optimizer = maker(lr=0.1, target_macs=0.5, start_pruning_step=2, pruning_steps=60, **options)
+    for n in range(68):
+        backward(model, n)
+        optimizer.step()
+        if n == at:
+            assert optimizer._penalized is None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotPrunedWarning)
+                oto.shrink(optimizer)
+    assert optimizer.progress.over and optimizer.progress.cost <= optimizer.progress.goal
+
+
+@pytest.mark.parametrize("steps", [40, 49, 60, 400])
+@pytest.mark.parametrize("name", SERIES)
+def test_the_defaults_suit_short_runs(name, steps):
+    optimizer = ALL[name][0](net().named_parameters(), groups(), lr=0.1, target_group_sparsity=0.5, total_steps=steps)
+    assert optimizer.schedule.start <= optimizer.half_space_step < optimizer.last_period
 
 
 # The budget ----------------------------------------------------------------------------------------------------------

@@ -145,9 +145,9 @@ def test_the_share_of_groups_that_a_message_names_is_never_rounded_up():
     for least in range(1, 30000, 601):
         asked = Target.of({"target_group_sparsity": 0.9999}, sizes, None)
         with pytest.raises(TargetError) as caught:
-            asked.require_reachable(np.array([least + 4]), sizes)
+            asked.require_reachable(np.array([least + 4]))
         number = float(re.search(r"ask for ([\d.]+) or less", str(caught.value))[1])
-        Target.of({"target_group_sparsity": number}, sizes, None).require_reachable(np.array([least + 4]), sizes)
+        Target.of({"target_group_sparsity": number}, sizes, None).require_reachable(np.array([least + 4]))
 
 
 @pytest.mark.parametrize(
@@ -230,4 +230,4 @@ def test_milliseconds_go_by_whatever_measures_them():
     target = Target.of({"target_latency_ms": 2.5}, sizes, None, Milliseconds())
     assert (target.full, target.goal, target.unit) == (4.0, 2.5, "ms")
     with pytest.raises(TargetError, match=r"allows 2\.5 of 4 ms, but 3 .* are left"):
-        target.require_reachable(np.array([2, 2]), sizes)
+        target.require_reachable(np.array([2, 2]))

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from oto._torch import tree_flatten
 from oto.axes.registry import known
-from oto.errors import VerificationError
+from oto.errors import VerificationError, reraise_out_of_memory
 from oto.groups import Kept, Partition
 from oto.slim.edits import attribute
 from oto.slim.graph.emit import emit_graph
@@ -56,7 +56,8 @@ def check_recording(
     def lacks(given: Any) -> str | None:
         try:
             return difference(example, path(given))
-        except Exception:  # parts of an input may have to match each other
+        except Exception as failure:  # parts of an input may have to match each other
+            reraise_out_of_memory(failure)
             return "the model does not take it"
 
     def recorded() -> nn.Module:

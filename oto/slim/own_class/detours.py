@@ -105,7 +105,7 @@ class _Path:
         args, kwargs = tree_map_only(Value, self.value, (args, kwargs))
         kwargs = {k: _in_double(v) for k, v in kwargs.items() if not isinstance(v, torch.device)}
         if getattr(getattr(op, "_schema", None), "is_mutable", False):  # both sides start from the same tensors
-            args = tree_map_only(Tensor, Tensor.clone, args)
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         results = op(*[_in_double(a) for a in args], **kwargs)
         results = [results] if isinstance(results, Tensor) else list(results)
         self._made.update((v, r) for v, r in zip(node.outputs, results, strict=False) if v is not None)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import EmitterError, VerificationError, reraise_out_of_memory, some
+from oto.errors import EmitterError, VerificationError, first_line, reraise_out_of_memory, some
 from oto.nn import OverriddenForward
 from oto.progress import stage
 from oto.slim.edits import attribute
@@ -193,11 +193,12 @@ class Reference:
             try:
                 found = self.full.run(slim, given.value, fast=self.full.is_fast(given))
             except Exception as failure:
+                reraise_out_of_memory(failure)
                 if options.notes is None or not given.optional:
                     raise
                 larger = given == self.larger_batch
                 only = "takes the batch size of the example only" if larger else f"does not take {given.name}"
-                note = f"{options.what} {only}: {str(failure).splitlines()[0]}"
+                note = f"{options.what} {only}: {first_line(failure)}"
                 options.notes.extend([] if note in options.notes else [note])
                 checks += self._compare(slim, self.random[:1], options) if larger else []
                 continue
