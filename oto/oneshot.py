@@ -45,11 +45,11 @@ from oto.optim.compensate import (
     greedy,
     key_of,
 )
-from oto.optim.options import ChoiceOptions, PreviewOptions, TargetOptions, names_of, picked, refuse_unknown
-from oto.optim.preview import left_now
+from oto.optim.entries import Rows
+from oto.optim.preview import left_by, left_now
 from oto.optim.saliency import Entries as Weights
 from oto.optim.saliency import magnitude
-from oto.previewing import align_for, by_first_names, latency_for
+from oto.previewing import choice_for
 from oto.progress import stage, stages
 from oto.report.one_shot import OneShot, Portion
 from oto.trace.snapshot import preserved
@@ -228,14 +228,10 @@ class Compression:
                 batches = self.calibrated.data.calibration if self.choice.averaged else ()
                 left = left_now(self.choice, self.calibrated.model, batches, self.calibrated.data.loss)
         else:
-            alive = torch.ones(sum(self.choice.sizes), dtype=torch.bool)
             parameters = dict(self.calibrated.model.named_parameters(remove_duplicate=False))
             with torch.no_grad():
                 weights = [Weights.of(group, parameters) for group in self.choice.groups]
-                scores = self.choice.scores(weights, alive, {self._measured: self._scores(weights)})
-            left = ~self.choice.select(scores, alive)
-            self.choice.require_near(left, scores)
-            self.choice.warn_of_collapse(left)
+                left = left_by(self.choice, weights, {self._measured: self._scores(weights)})
         parts = left.cpu().split_with_sizes(self.choice.sizes)
         return {g.name: np.flatnonzero(~own.numpy()) for g, own in zip(self.choice.groups, parts, strict=True)}
 
@@ -301,9 +297,9 @@ class Compression:
     def _loss_without(
         self, group: NodeGroup, atoms: NDArray[np.int64], readers: Sequence[Reader], measured: Mapping[Key, Moments]
     ) -> float:
-        saved, index = self.calibrated.saved(readers), torch.from_numpy(atoms)
-        zeroed = [piece.of(self.calibrated.tensors[piece.parameter].data) for piece in group.zeros]
-        entries = [view.index_select(0, index.to(view.device)) for view in zeroed]
+        saved = self.calibrated.saved(readers)
+        rows = Rows.of([group], [torch.from_numpy(atoms)], self.calibrated.tensors)
+        before = rows.copies()
         masks = self.partition.masks({group.name: np.setdiff1d(np.arange(group.size), atoms)})
         try:
             kind = str(self.settings.compensate)
@@ -315,11 +311,10 @@ class Compression:
                 kind,
                 self.settings.ridge,
             )
-            self.calibrated.zero_([group], {group.name: atoms})
+            rows.zero_()
             loss = self.calibrated.loss_over(self.calibrated.data.calibration)
         finally:
-            for view, old in zip(zeroed, entries, strict=True):
-                view.index_copy_(0, index.to(view.device), old)
+            rows.copy_(before)
             self.calibrated.put_back(saved)
         return loss if math.isfinite(loss) else 1e9
 
@@ -390,14 +385,10 @@ def one_shot(
     options: Mapping[str, Any],
 ) -> OneShot:
     """Compress a model in place; see :meth:`oto.OTO.one_shot`."""
-    refuse_unknown(options, names_of(PreviewOptions), "one_shot")
-    options = by_first_names(analysis, options)
-    target, how = picked(options, TargetOptions), picked(options, ChoiceOptions)
-    if isinstance(asked := how.get("saliency"), str):
-        how = (COMPARABLE if asked == "sensitivity" else {}) | how | {"saliency": MEASURED.get(asked, asked)}
-    how |= {"align": align_for(analysis, options)}
-    data, latency = Data.of(batches, loss, holdout), latency_for(analysis, {**target, **how})
-    choice = Choice.of(analysis.groups, target, costs=analysis.costs, latency=latency, **how)
+    if isinstance(asked := options.get("saliency"), str):
+        comparable = COMPARABLE if asked == "sensitivity" else {}
+        options = {**comparable, **options, "saliency": MEASURED.get(asked, asked)}
+    data, choice = Data.of(batches, loss, holdout), choice_for(analysis, options, "one_shot")
     with stages("one_shot"):
         return compress(analysis, choice, data, settings)
 

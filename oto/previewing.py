@@ -37,23 +37,32 @@ def preview(
     options: Mapping[str, Any],
 ) -> Preview:
     """What a target would keep of each layer; see :meth:`oto.OTO.preview`."""
-    refuse_unknown(options, names_of(PreviewOptions), "preview")
-    options, batches = by_first_names(analysis, options), list(batches)
-    target, how = picked(options, TargetOptions), picked(options, ChoiceOptions)
-    align, latency = align_for(analysis, options), None
-    how = ({} if batches else FROM_MAGNITUDE) | how | {"align": align}
-    latency = latency_for(analysis, {**target, **how})
-    choice = Choice.of(analysis.groups, target, costs=analysis.costs, latency=latency, **how)
+    batches = list(batches)
+    choice = choice_for(analysis, {**({} if batches else FROM_MAGNITUDE), **options}, "preview")
     kept = _kept(analysis.model, choice, batches, loss)
     chosen = f"gradients of {len(batches)} batches" if batches else "the weights alone"
-    if align != 1:
-        chosen += f"; sizes of dimensions in multiples (align={align!r})"
+    if choice.align != 1:
+        chosen += f"; sizes of dimensions in multiples (align={choice.align!r})"
     times = None
     if choice.target.name == "target_latency_ms":
         timer, counts = timer_of(analysis), np.array(list(kept.values()), dtype=np.int64)
         times = timer(analysis.costs.sizes), timer(counts)
     said, costs = (str(choice.target), f"chosen by {chosen}"), (analysis.cost(), analysis.cost(kept))
     return table_of(*said, analysis.groups, analysis.costs, kept, *costs, times)
+
+
+def choice_for(analysis: Analysis, options: Mapping[str, Any], taker: str) -> Choice:
+    """The choice that ``taker``, which trains nothing, makes by these options.
+
+    Raises:
+        OptionError, TargetError: An option means nothing; the target cannot be reached.
+    """
+    refuse_unknown(options, names_of(PreviewOptions), taker)
+    options = by_first_names(analysis, options)
+    target, how = picked(options, TargetOptions), picked(options, ChoiceOptions)
+    how |= {"align": align_for(analysis, options)}
+    latency = latency_for(analysis, {**target, **how})
+    return Choice.of(analysis.groups, target, costs=analysis.costs, latency=latency, **how)
 
 
 def _kept(

@@ -80,14 +80,14 @@ OPTIM = {
         "checkpointed", "choice", "entries", "followed", "options", "plan", "refusals", "saliency", "schedule",
         "shrink", "state", "wrapped",
     },
-    "budget": {"choice", "target"},
+    "budget": {"choice", "entries", "target"},
     "compensate": set(),
     "hesso": {"base", "options", "setup", "target", "wrapped"},
     "cric": {"entries", "hesso", "options", "plan", "saliency", "schedule", "setup", "target", "wrapped"},
     "half_space": {"budget", "entries", "hesso", "plan", "schedule", "wrapped"},
     "hspg": {"half_space", "schedule", "wrapped"},
     "dhspg": {"budget", "choice", "half_space", "plan", "schedule", "wrapped"},
-    "composed": {"saliency"},  # a weight and its adapters are one operator
+    "composed": {"entries", "saliency"},  # a weight and its adapters are one operator
     "lhspg": {"composed", "entries", "hesso", "plan", "saliency", "wrapped"},
     "__init__": {"base", "choice", "cric", "dhspg", "hesso", "hspg", "lhspg", "saliency", "schedule", "target"},
 }  # fmt: skip

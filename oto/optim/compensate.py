@@ -255,10 +255,9 @@ def _fold_one(reader: Reader, tensors: Mapping[str, Tensor], stay: Tensor, go: T
         view.copy_(rows.reshape(view.shape))
     if reader.shift is not None and c.any():
         name, sign = reader.shift
-        batch, kernel = len(reader.layout.batch), len(reader.layout.kernel) + len(reader.layout.contracted)
+        kernel = len(reader.layout.kernel) + len(reader.layout.contracted)
         by_row = (gone @ c.unsqueeze(-1)).reshape(view.shape[: view.ndim - len(reader.layout.contracted)])
         added = by_row.reshape(*by_row.shape[: view.ndim - kernel], -1).sum(-1)
-        assert added.ndim >= batch
         target = tensors[name].detach()
         target += sign * added.reshape(target.shape).to(target)
 

@@ -103,8 +103,7 @@ class Criteria:
 
 
 def read_criteria(options: ChoiceOptions) -> dict[str, Any]:
-    """The fields of :class:`Criteria`, and ``soft``: the share of its atoms that a node group keeps if the target can
-    be met otherwise.
+    """The fields of :class:`Criteria`.
 
     Raises:
         TargetError: An option means nothing.

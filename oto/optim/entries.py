@@ -1,8 +1,8 @@
 """The one door to tensors by group: what papers and the choice see of entries are vectors of one number per atom.
 
-Here alone a slice becomes a view, rows of it are read and written, and sums over the entries of an atom are taken. All
-of it is a few calls per slice, never one per atom, and nothing is read back from a device. Sums are accumulated in
-float32 at least.
+Here rows of a slice are read and written, and sums over the entries of an atom are taken (:mod:`oto.optim.saliency`
+looks at slices with their gradients, too). All of it is a few calls per slice, never one per atom, and nothing is read
+back from a device but where it says so. Sums are accumulated in float32 at least.
 """
 
 from __future__ import annotations

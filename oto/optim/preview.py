@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oto.errors import OptionError
 from oto.optim.choice import Choice
 from oto.optim.refusals import require_gradients
-from oto.optim.saliency import Entries, raw_scores
+from oto.optim.saliency import Entries, Saliency, raw_scores
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Takes the model and a batch, and returns the loss."""
@@ -57,7 +57,13 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
         averages, own = dict(zip(choice.averaged, sums, strict=True)), entries()
         remedy = "pass batches= and a loss= that has a gradient (a model is no teacher of itself)"
         require_gradients(choice.groups, own, alive, averages, remedy)
-        scores = choice.scores(own, alive, averages)
+        return left_by(choice, own, averages)
+
+
+def left_by(choice: Choice, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor]) -> Tensor:
+    """Which atoms a choice would leave, bool, shape ``(N,)``; ``averages`` as in :meth:`Choice.scores`."""
+    alive = torch.ones(sum(choice.sizes), dtype=torch.bool)
+    scores = choice.scores(entries, alive, averages)
     left = ~choice.select(scores, alive)
     choice.require_near(left, scores)
     choice.warn_of_collapse(left)
