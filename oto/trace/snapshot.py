@@ -148,6 +148,7 @@ class Snapshot:
         self._code: dict[int, tuple[Any, dict[Any, Any]]] = {}
         self._namespaces: set[int] = set()
         self._empty: list[Any] = []
+        self._caches: dict[Any, tuple[dict[Any, Any], bool]] = {}
         modules = modules_by_path(model)
         kinds = {type(module) for module in modules.values()}
         # kernels write to buffers without declaring it
@@ -187,8 +188,8 @@ class Snapshot:
         would give the same."""
         put: list[tuple[Any, str, Any]] = []
         for holder, _ in self._code.values():
-            full = isinstance(holder, _lru_cache_wrapper) and holder.cache_info().currsize and _keeps_tensors(holder)
-            if full and (home := _home(holder)) is not None:
+            full = isinstance(holder, _lru_cache_wrapper) and holder.cache_info().currsize
+            if full and self._keeps_tensors(holder) and (home := _home(holder)) is not None:
                 put.append((*home, vars(home[0])[home[1]]))
                 setattr(*home, holder.__wrapped__)
         try:
@@ -196,6 +197,15 @@ class Snapshot:
         finally:
             for place, name, held in put:
                 setattr(place, name, held)
+
+    def _keeps_tensors(self, cache: Any) -> bool:
+        """Whether a cache of results holds tensors; asked once for what it holds now, as there are many runs."""
+        now = content_of(cache)
+        before, keeps = self._caches.get(cache, (None, False))
+        if before != now:
+            keeps = _keeps_tensors(cache)
+            self._caches[cache] = now, keeps
+        return keeps
 
     def look(self, frame: FrameType | None) -> None:
         """Add what the namespaces of running code hold, from a frame outwards to the one that runs the model."""

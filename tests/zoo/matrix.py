@@ -67,11 +67,11 @@ class Result:
         class_share: The same of what the model's own class can do without.
         unknown: Operators without a rule, and how many axes of parameters each of them keeps.
         trace: How the model was followed: ``"meta"``, ``"fake"`` or ``"real"``.
-        seconds: Time for everything; ``analysis`` is the part of tracing and analyzing.
+        seconds: CPU time for everything; ``analysis`` is the part of tracing and analyzing.
         sensitivity: How far the output is from that on another input. Near zero, errors could hide.
         module, graph: Largest relative error of the slim model of its own class, and of the exported graph of all;
             ``None`` if it was not built, and then the reason is given.
-        asked: Seconds for finding out what the class can do.
+        asked: CPU seconds for finding out what the class can do.
         replay: For a model that neither can express, the error of the recorded calls run on thinner tensors.
         choices, in_class: How many other counts were left (:mod:`.choices`), and for how many of them the slim model
             was of the model's own class; ``lost`` says of which it was not, and why.
@@ -172,14 +172,14 @@ def examine(
     A verification failure is told apart from an emitter that cannot express the model: the error is then the one found.
     """
     result = Result(name)
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         _examine(result, factory, kind if counts else None, share, seed, tuple(emitters))
     except Exception as failure:
         where = traceback.extract_tb(failure.__traceback__)[-1]
         text = " | ".join(str(failure).splitlines()[:4])
         result.failure = f"{type(failure).__name__}: {text} ({where.filename.rpartition('/')[2]}:{where.lineno})"
-    result.seconds = time.perf_counter() - begin
+    result.seconds = time.process_time() - begin
     return result
 
 
@@ -208,7 +208,7 @@ def _examine(
     model, inputs = prepared(factory)
     result.parameters = sum(p.numel() for p in model.parameters())
     untouched, seen = copy.deepcopy(model), Seen(model)
-    begin = time.perf_counter()
+    begin = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownOpWarning)
         try:
@@ -217,7 +217,7 @@ def _examine(
             result.changed = seen.difference(model)
             result.module_reason = result.graph_reason = str(failure).splitlines()[0]
             return
-    result.analysis = time.perf_counter() - begin
+    result.analysis = time.process_time() - begin
     result.changed = seen.difference(model)
     found = oto.partition.found
     result.trace = found.graph.mode
@@ -276,7 +276,7 @@ def _examine(
 
 def _of_its_class(result: Result, model: nn.Module, inputs: Any) -> OTO | None:
     """What the model's own class can do without, if anything."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnknownOpWarning)
@@ -285,7 +285,7 @@ def _of_its_class(result: Result, model: nn.Module, inputs: Any) -> OTO | None:
         result.module_reason = str(failure).splitlines()[0]
         return None
     finally:
-        result.asked = time.perf_counter() - begin
+        result.asked = time.process_time() - begin
     free = {g.name: 0 for g in oto.node_groups if g.prunable}
     result.class_share = 1 - cost(oto.partition, free).params / oto.compute_num_params()
     return oto

@@ -523,6 +523,12 @@ DETECTION: dict[str, Factory] = {
                                 **RTDETR | {"decoder_n_points": [2, 2, 2]}),
         large_picture,
     ),
+    "deimv2": from_config(
+        "Deimv2ForObjectDetection",
+        lambda t: t.Deimv2Config(backbone_config=_hgnet(t), encoder_in_channels=[24, 32, 48], feat_strides=[8, 16, 32],
+                                 num_feature_levels=3, eval_idx=-1, max_num_bins=8, **RTDETR),
+        large_picture,
+    ),
     "rt_detr": from_config(
         "RTDetrForObjectDetection",
         lambda t: t.RTDetrConfig(
