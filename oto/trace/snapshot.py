@@ -186,17 +186,23 @@ class Snapshot:
         """While inside, functions that cache tensors run as if their caches were empty, so that the calls that make
         such a table are seen. The caches themselves stay: what they hold may be random or learned, and no second call
         would give the same."""
+        held = [holder for holder, _ in self._code.values()]
+        caches = [x for x in held if isinstance(x, _lru_cache_wrapper) and x.cache_info().currsize]
+        caches = [x for x in caches if self._keeps_tensors(x)]
+        cells = [x for x in held if isinstance(x, CellType)] if caches else []
         put: list[tuple[Any, str, Any]] = []
-        for holder, _ in self._code.values():
-            full = isinstance(holder, _lru_cache_wrapper) and holder.cache_info().currsize
-            if full and self._keeps_tensors(holder) and (home := _home(holder)) is not None:
-                put.append((*home, vars(home[0])[home[1]]))
-                setattr(*home, holder.__wrapped__)
+        for cache in caches:
+            # a decorator may keep the cache for itself, in the closure of the function that has the name
+            homes = [home] if (home := _home(cache)) is not None else []
+            homes += [(cell, "cell_contents") for cell in cells if content_of(cell).get("") is cache]
+            for place, name in homes:
+                put.append((place, name, vars(place)[name] if isinstance(place, type) else getattr(place, name)))
+                setattr(place, name, cache.__wrapped__)
         try:
             yield
         finally:
-            for place, name, held in put:
-                setattr(place, name, held)
+            for place, name, before in put:
+                setattr(place, name, before)
 
     def _keeps_tensors(self, cache: Any) -> bool:
         """Whether a cache of results holds tensors; asked once for what it holds now, as there are many runs."""

@@ -217,6 +217,38 @@ class CachedMethod(Net):
         return self.make()
 
 
+def behind_a_function(function):
+    """A cache that only the closure of a function holds, as a decorator of transformers keeps it."""
+    cached = lru_cache(function)
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        return cached(*args)
+
+    wrapper.cache = cached  # for the tests
+    return wrapper
+
+
+@behind_a_function
+def hidden_table(n):
+    return torch.linspace(0, 1, n)
+
+
+class CachedInAClosure(Net):
+    def scale(self, x):
+        return hidden_table(8)
+
+
+class CachedInAStaticMethod(Net):
+    @staticmethod
+    @behind_a_function
+    def make(n):
+        return torch.linspace(0, 1, n)
+
+    def scale(self, x):
+        return self.make(8)
+
+
 TABLE = None
 TABLES: dict[int, torch.Tensor] = {}
 
@@ -327,6 +359,8 @@ def forget():
     cached_table.cache_clear()
     cached_for_any_device.cache_clear()
     CachedMethod.make.cache_clear()
+    hidden_table.cache.cache_clear()
+    CachedInAStaticMethod.make.cache.cache_clear()
     OnTheClass.shared = None
     OnTheClass.by_size.clear()
     remembered_table.__closure__[1].cell_contents.clear()
@@ -388,7 +422,13 @@ def test_a_slim_model_is_made_and_the_full_one_left_as_it_was(kind, emitter, tmp
     one_step_is_the_same(kind, use)
 
 
-CACHES = {Cached: cached_for_any_device, CachedByDevice: cached_table, CachedMethod: CachedMethod.make}
+CACHES = {
+    Cached: cached_for_any_device,
+    CachedByDevice: cached_table,
+    CachedMethod: CachedMethod.make,
+    CachedInAClosure: hidden_table.cache,
+    CachedInAStaticMethod: CachedInAStaticMethod.make.cache,
+}
 
 
 @pytest.mark.parametrize("kind", CACHES)
