@@ -166,6 +166,15 @@ def _nearest(wanted: str, names: Sequence[str]) -> str:
     return some(difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or names)
 
 
+def starred(name: str) -> str:
+    """The name of a parameter with stars for numbers, alike for repeated blocks; as it is, if nothing else names it.
+
+    >>> starred("blocks.3.fc1.weight"), starred("3.weight")
+    ('blocks.*.fc*.weight', '3.weight')
+    """
+    return re.sub(r"\d+", "*", name) if re.search(r"[^\W\d]", name.rpartition(".")[0]) else name
+
+
 def zeroing(groups: Iterable[NodeGroup], parameters: Iterable[str]) -> set[str]:
     """The groups that would zero entries of one of ``parameters``.
 
@@ -194,7 +203,7 @@ def keep_but(groups: Sequence[NodeGroup], named: Container[str], flat: Container
         zeroed = dict.fromkeys(piece.parameter for piece in group.zeros)
         others = [name for name in [n for n in zeroed if n not in flat] or zeroed if name not in named]
         if group.prunable and others:
-            names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in others)
+            names = dict.fromkeys(map(starred, others))
             return replace(group, reason=f"only does not name {some(names, 2)}")
         return group
 
@@ -215,23 +224,38 @@ def keep_frozen(groups: Sequence[NodeGroup], graph: Graph) -> tuple[NodeGroup, .
     def kept(group: NodeGroup) -> NodeGroup:
         held = [piece.parameter for piece in group.zeros if piece.parameter in frozen]
         if held and group.prunable:
-            names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in held)  # alike for repeated blocks
+            names = dict.fromkeys(map(starred, held))
             return replace(group, reason=f"{FROZEN}: it would zero {some(names, 2)}", quiet=False)
         return replace(group, quiet=group.quiet and not any(piece.parameter in frozen for piece in group.slices))
 
     return tuple(map(kept, groups))
 
 
-def frozen_part(groups: Iterable[NodeGroup]) -> str | None:
-    """How much stays whole because it is frozen, in a line for a message about a target, if anything does."""
-    held = [group for group in groups if (group.reason or "").startswith(FROZEN)]
-    if not held:
-        return None
-    names = dict.fromkeys(re.sub(r"\d+", "*", piece.parameter) for group in held for piece in group.zeros)
+def held_part(groups: Iterable[NodeGroup]) -> str | None:
+    """What stays whole because it is frozen, and what because a user asked for it: lines for a message about a target.
+
+    >>> from oto.groups.node_group import Slice
+    >>> print(held_part([NodeGroup("fc", 8, (Slice("fc.weight", 0, ()),), reason="skip_patterns names it")]))
+      asked   8 atoms of 1 node groups stay whole, since skip_patterns names it: fc.weight
+      to fix  take back what was asked: skip_patterns, only, marks, layout, tensor_parallel, min_kept
+    """
+    held, lines = [group for group in groups if not group.prunable], list[str]()
+    if frozen := [group for group in held if re.search(FROZEN, group.reason or "")]:
+        since = "they would zero parameters without requires_grad"
+        lines += [_held("frozen", frozen, since), f"  to fix  {dict(REMEDIES)[_FROZEN]}"]
+    by_reason: dict[str, list[NodeGroup]] = {}
+    for group in held:
+        if re.search(_ASKED, group.reason or ""):
+            by_reason.setdefault((group.reason or "").partition(" name it")[0], []).append(group)
+    lines += [_held("asked", own, reason) for reason, own in list(by_reason.items())[:4]]
+    return "\n".join(lines + [f"  to fix  {dict(REMEDIES)[_ASKED]}"] * bool(by_reason)) or None
+
+
+def _held(word: str, groups: Sequence[NodeGroup], since: str) -> str:
+    names = dict.fromkeys(starred(piece.parameter) for group in groups for piece in group.zeros or group.slices)
+    atoms = sum(group.size for group in groups)
     return (
-        f"  frozen  {sum(group.size for group in held):,} atoms of {len(held)} node groups stay whole, since they would"
-        f" zero parameters without requires_grad: {some(names, 3)}\n"
-        f"  to fix  {dict(REMEDIES)['^frozen|no trainable']}"
+        f"  {word.ljust(6)}  {atoms:,} atoms of {len(groups)} node groups stay whole, since {since}: {some(names, 3)}"
     )
 
 
@@ -304,16 +328,18 @@ def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
     return replace(group, reason=f"it has no more than {least} atoms to keep")
 
 
+_FROZEN, _ASKED = "^frozen|no trainable", "marked|^skip_|^only|^layout|no more than"
+
 REMEDIES = (  # what a user may do about a reason, the most promising first
     ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),
     (
-        "^frozen|no trainable",
+        _FROZEN,
         "set requires_grad_(True) before OTO(...) on what may be pruned; with adapters on a frozen model, prune both at"
         " once: OTO(..., prune_frozen=True).lhspg(...); or prune first and adapt the slim model, or merge first"
         " (docs/adapters.md)",
     ),
     (
-        "marked|^skip_|^only|^layout|no more than",
+        _ASKED,
         "take back what was asked: skip_patterns, only, marks, layout, tensor_parallel, min_kept",
     ),
     ("^its class", "OTO(..., allow_graph=True) prunes this too, and may end in a graph instead of the class"),

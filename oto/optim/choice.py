@@ -21,7 +21,7 @@ from oto.groups.align import Align
 from oto.groups.cost import Costs
 from oto.groups.layout import atoms_per_step, ties_of
 from oto.groups.node_group import NodeGroup
-from oto.groups.policy import MinKept, frozen_part
+from oto.groups.policy import MinKept, held_part
 from oto.optim.criteria import Criteria, published, read_criteria
 from oto.optim.kept import as_named
 from oto.optim.limits import FLOOR, align_of, divisors_of, least_of, prunable
@@ -134,14 +134,14 @@ class Choice(Criteria):
             full=sizes,
         )
         if asked.wants_less:
-            self._require_possible(min_kept, frozen_part(whole))
+            self._require_possible(min_kept, held_part(whole))
         return self
 
-    def _require_possible(self, min_kept: MinKept | None, frozen: str | None) -> None:
+    def _require_possible(self, min_kept: MinKept | None, held: str | None) -> None:
         """Refuse a target that nothing could meet, whatever the scores.
 
         Args:
-            frozen: What is to be said of groups that stay whole because they are frozen.
+            held: What stays whole because it is frozen, or because a user asked for it, in lines of its own.
         """
         if (self.least >= self.full).all():
             raise NothingPrunableError(
@@ -150,9 +150,9 @@ class Choice(Criteria):
                 + (f"; or lower min_kept={min_kept!r}" if min_kept is not None else "")
                 + (f"; or a smaller align={self.align!r}" if self.align != 1 else "")
                 + (f"; or a smaller group_divisible={self.divisible}" if self.divisible != 1 else "")
-                + (f"\n{frozen}" if frozen else "")
+                + (f"\n{held}" if held else "")
             )
-        self.target.require_reachable(self.least, frozen)
+        self.target.require_reachable(self.least, held)
         if any(self.multiples > [group.divisor for group in self.groups]):
             alive = torch.ones(int(self.full.sum()), dtype=torch.bool)
             self.require_near(~self.select(alive.float(), alive), alive.float())

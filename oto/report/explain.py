@@ -9,8 +9,9 @@ from html import escape
 from math import prod
 from typing import Any
 
+from oto.errors import some
 from oto.groups import NodeGroup, Partition
-from oto.groups.policy import REMEDIES, promise
+from oto.groups.policy import REMEDIES, promise, starred
 from oto.report.table import columns, html
 from oto.trace.graph import Graph
 
@@ -151,24 +152,24 @@ def _cells(whole: Sequence[Whole]) -> list[tuple[tuple[str, ...], str]]:
     """
     rows: dict[tuple[str, ...], list[Whole]] = {}
     for w in whole:
-        place = "" if w.module is None else _stars(w.module) or "the model"
+        place = "" if w.module is None else re.sub(r"\d+", "*", w.module)
         rows.setdefault((w.reason, w.operator or "", place, w.source or ""), []).append(w)
-    weight = {key: sum(w.entries for w in some) for key, some in rows.items()}
+    weight = {key: sum(w.entries for w in alike) for key, alike in rows.items()}
     order = sorted(rows, key=lambda key: (promise(key[0]), -weight[key]))
     heading = ("entries", "groups", "stays whole because", "operator", "in", "parameters")
     cells: list[tuple[tuple[str, ...], str]] = [(heading, "")]
     for key in order:
-        names = _patterns([name for w in rows[key] for name, _ in w.parameters])
-        cells.append(((f"{weight[key]:,}", str(len(rows[key])), *key[:3], names), key[3]))
+        reason, operator, _, source = key
+        parameters = _patterns([name for w in rows[key] for name, _ in w.parameters])
+        modules = _patterns([_module(w.module) for w in rows[key] if w.module is not None])
+        cells.append(((f"{weight[key]:,}", str(len(rows[key])), reason, operator, modules, parameters), source))
     return cells
 
 
-def _stars(name: str) -> str:
-    """A name without the numbers of repeated blocks."""
-    return re.sub(r"\d+", "*", name)
+def _module(path: str) -> str:
+    return starred(f"{path}.").removesuffix(".") if path else "the model"
 
 
-def _patterns(names: Sequence[str]) -> str:
-    """Names with the numbers of repeated blocks taken out, cut after three."""
-    found = list(dict.fromkeys(map(_stars, names)))
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+def _patterns(names: Iterable[str]) -> str:
+    """Names of parameters with stars for the numbers of repeated blocks, cut after three."""
+    return some(dict.fromkeys(map(starred, names)), 3)
