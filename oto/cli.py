@@ -53,6 +53,7 @@ from oto.io.subnet import FULL, PROGRAM, load_subnet
 from oto.renamed import former_name
 from oto.report.explain import Explanation
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
+from oto.slim.edits import named_tensors
 from oto.slim.graph.program import example_of, runnable
 from oto.slim.latency import rounds
 from oto.slim.proof.compare import Check, checked, require
@@ -515,7 +516,7 @@ def _worst(checks: Sequence[Check]) -> str:
 
 def _load_full(full: nn.Module, found: Artifact) -> None:
     """Load the zeroed full weights of an artifact into the full model."""
-    held = dict(full.named_parameters(remove_duplicate=False)) | dict(full.named_buffers(remove_duplicate=False))
+    held = named_tensors(full)
     with torch.no_grad():
         for name, tensor in found.tensors(FULL).items():
             if name not in held or held[name].shape != tensor.shape:

@@ -271,7 +271,9 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
     built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
     with built, undone(later), preserved(analysis.model):
         made = construct(source, build.emitter)
-    source = source if made.kept is kept else replace(source, kept=made.kept)  # a class may want some that are zero
+    source = (
+        source if made.kept is kept else source.keeping(made.kept, source.own)
+    )  # a class may want some that are zero
     after = cost(analysis.partition, {name: len(atoms) for name, atoms in made.kept.items()}, gone)
     checks = made.checks
     if build.out_dir is not None:

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oto._torch import compile_package, load_package, tree_leaves, tree_unflatten
+from oto._torch import compile_package, load_package, tree_leaves
 from oto.atomic import concerns, locked, rewording_os_errors, scratch, sync
 from oto.errors import ArtifactError, EmitterError, MissingExtraError, OTOError, first_line, reraise_out_of_memory
 from oto.io.artifact import check_out_dir
 from oto.io.program import load_program, save_program
-from oto.slim.graph.program import export_program, other_examples, runnable
+from oto.slim.graph.program import export_program, other_examples, output_names, runnable
 from oto.slim.proof.compare import Check, checked, require, tolerance
 from oto.slim.proof.run import run
-from oto.trace.outputs import named_leaves
 
 Runtime = Callable[[Any], Sequence[Tensor]]
 _ONE_FILE = 2**31 - 2**20  # bytes; the limit of protobuf
@@ -185,13 +184,11 @@ def _name_outputs(graph: Any, program: torch.export.ExportedProgram) -> None:
     Args:
         graph: That of ``onnx_ir``.
     """
-    result = tree_unflatten(list(program.graph_signature.user_outputs), program.call_spec.out_spec)
-    names = [name or "output" for name, leaf in named_leaves(result) if isinstance(leaf, str)]
+    names = output_names(program)
     taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
     taken |= {value.name for node in graph for value in node.outputs}
     if len(names) == len(graph.outputs):
         for value, name in zip(graph.outputs, names, strict=True):
-            name = f"output_{name}" if name.isdigit() else name
             if name not in taken and value.producer() is not None:
                 value.name = name
                 taken.add(name)
