@@ -1,4 +1,7 @@
-"""What stays whole because somebody wants it to."""
+"""Policies: which node groups stay whole because a user asked for it, or because their parameters are frozen.
+
+Example: ``OTO(model, x, skip_patterns=["head.*"])`` keeps every group whole that would zero a parameter of ``head``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     Raises:
         UnknownParameterError: A pattern matches nothing; the message suggests the nearest name.
     """
-    found: list[str] = []
+    matches: list[str] = []
     for pattern in patterns:
         hits = _hits(pattern, names)
         if not hits:
@@ -34,12 +37,12 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
                 "  effect   nothing was marked\n"
                 "  to fix   use a name from model.named_parameters(), or a glob such as 'layer1.*.weight'"
             )
-        found += hits
-    return list(dict.fromkeys(found))
+        matches += hits
+    return list(dict.fromkeys(matches))
 
 
 Pattern: TypeAlias = str | type[nn.Module] | nn.Module
-"""What names parameters of a model: a name or glob of parameters or modules, a class of modules, or a module."""
+"""Names parameters of a model: a name or glob of parameters or modules, a class of modules, or a module."""
 
 
 def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
@@ -54,7 +57,7 @@ def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
     """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: list[str] = []
+    matches: list[str] = []
     for pattern in patterns:
         if isinstance(pattern, nn.Module):
             holders = [name for name, module in modules.items() if module is pattern]
@@ -69,9 +72,9 @@ def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
             )
         inside = [name for name in parameters if any(name.startswith(f"{h}." if h else "") for h in holders)]
         if inside:
-            found += inside
+            matches += inside
         elif isinstance(pattern, str):
-            found += matching([pattern], parameters)
+            matches += matching([pattern], parameters)
         elif isinstance(pattern, nn.Module):
             raise UnknownParameterError(
                 f"this {type(pattern).__name__} is no module with parameters of the model\n"
@@ -83,16 +86,16 @@ def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
                 f"no module of the model is a {pattern.__name__} with parameters\n"
                 f"  it has   {some(kinds, 12)}\n  effect   nothing was marked\n  to fix   use one of these classes"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(matches))
 
 
 def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
-    """The names of the outputs that are or match the patterns, or lie in one that does.
+    """The names of the outputs that match the patterns, or are inside of one that does.
 
     Raises:
         UnknownNodeError: There is none.
     """
-    found: set[str] = set()
+    matches: set[str] = set()
     for pattern in patterns:
         inside = [name for name in graph.output_names if name.startswith(f"{pattern}.")]
         hits = inside or _hits(pattern, graph.output_names)
@@ -102,8 +105,8 @@ def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
                 f"  it has   {some(graph.output_names, 12)}\n"
                 "  effect   nothing was analyzed\n  to fix   name some of these in strict_out_nodes"
             )
-        found.update(hits)
-    return frozenset(found)
+        matches.update(hits)
+    return frozenset(matches)
 
 
 def carried_by_nodes(ids: Iterable[str | int], flow: nx.DiGraph) -> set[str]:
@@ -178,15 +181,14 @@ def starred(name: str) -> str:
 def zeroing(groups: Iterable[NodeGroup], parameters: Iterable[str]) -> set[str]:
     """The groups that would zero entries of one of ``parameters``.
 
-    Entries that merely disappear, because what they read is gone, do not count: a layer's input shrinks with the layer
-    before it.
+    Entries that are removed without being zeroed, as the columns of the next layer are, do not count.
     """
     protected = set(parameters)
     return {g.name for g in groups if any(piece.parameter in protected for piece in g.zeros)}
 
 
 def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -> tuple[NodeGroup, ...]:
-    """The groups of these names stay whole; a mapping tells the index of the call that is the reason."""
+    """Let the groups of these names stay whole; a mapping gives the index of the call that is the reason for each."""
     causes = names if isinstance(names, Mapping) else dict.fromkeys(names)
     return tuple(
         replace(g, reason=reason, cause=causes[g.name]) if g.prunable and g.name in causes else g for g in groups
@@ -194,9 +196,9 @@ def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -
 
 
 def keep_but(groups: Sequence[NodeGroup], named: Container[str], flat: Container[str]) -> tuple[NodeGroup, ...]:
-    """Groups that would zero entries of another parameter than those in ``named`` stay whole.
+    """Let groups stay whole that would zero entries of any parameter that is not in ``named``.
 
-    Parameters of one dimension, which are in ``flat`` (biases, norms), go with the weights beside them.
+    Parameters of one dimension (biases, norms), which are in ``flat``, need not be named if the weights are.
     """
 
     def kept(group: NodeGroup) -> NodeGroup:
@@ -214,10 +216,10 @@ FROZEN = "frozen"
 
 
 def keep_frozen(groups: Sequence[NodeGroup], graph: Graph) -> tuple[NodeGroup, ...]:
-    """Frozen parameters (``requires_grad=False``) are left as they are: groups that would zero one stay whole.
+    """Let groups stay whole that would zero a frozen parameter (``requires_grad=False``).
 
-    A frozen layer whose inputs disappear still shrinks with the layer before it, but nothing is written into it on the
-    way, so such a group is not quiet.
+    A frozen layer whose inputs are removed still shrinks with the layer before it. But its entries are not set to zero
+    while training, so such a group is not quiet.
     """
     frozen = frozenset(leaf.name for leaf in graph.leaves if leaf.frozen)
 
@@ -260,7 +262,8 @@ def _held(word: str, groups: Sequence[NodeGroup], since: str) -> str:
 
 
 def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Parameters that were frozen, and that were unfrozen, since the graph was traced, where it matters to a group."""
+    """Parameters that a group would zero and that were frozen since the graph was traced; and those that keep a group
+    whole and were unfrozen since."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     was = {leaf.name: leaf.frozen for leaf in graph.leaves if leaf.kind == "parameter"}
     zeroed = dict.fromkeys(piece.parameter for group in groups if group.prunable for piece in group.zeros)
@@ -274,11 +277,12 @@ def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) ->
 
 
 MinKept = int | float | Mapping[str, int | float]
-"""Atoms that a node group keeps: an int; a float is a share of its atoms; by name or glob of parameters or groups."""
+"""The least number of atoms that node groups keep: an int; a share of their atoms, a float; or a mapping from names or
+globs of parameters or groups to either."""
 
 
 def keep_at_least(groups: Sequence[NodeGroup], minimum: MinKept) -> tuple[NodeGroup, ...]:
-    """No group loses its last ``minimum`` atoms; one that has no more stays whole.
+    """Let every group keep at least ``minimum`` atoms; a group that has no more stays whole.
 
     Raises:
         TargetError: A number is negative, or a share above 1.
@@ -294,7 +298,7 @@ def keep_at_least(groups: Sequence[NodeGroup], minimum: MinKept) -> tuple[NodeGr
 
 
 def called(pattern: str, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
-    """The group of that name; else those whose name, or a parameter that they would zero, is or matches it.
+    """The group of that name; otherwise all groups whose name, or a parameter that they would zero, matches it.
 
     Raises:
         UnknownParameterError: There is none.
@@ -307,7 +311,7 @@ def called(pattern: str, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
 
 
 def atoms_of(asked: int | float, size: int, option: str) -> int:
-    """A number of atoms, or a share of ``size`` rounded up, as a number.
+    """The number of atoms that is asked for: an int itself, a float as a share of ``size``, rounded up.
 
     Raises:
         TargetError: It is negative, or a share above 1.
@@ -330,7 +334,7 @@ def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
 
 _FROZEN, _ASKED = "^frozen|no trainable", "marked|^skip_|^only|^layout|no more than"
 
-REMEDIES = (  # what a user may do about a reason, the most promising first
+REMEDIES = (  # patterns of reasons, each with what a user may do about it, the most promising first
     ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),
     (
         _FROZEN,
@@ -353,7 +357,7 @@ _IN_THE_NATURE = "of an input|kernel of a conv|it is empty|of places|carries it"
 
 
 def promise(reason: str) -> int:
-    """The place of a reason among all: first what a user can do something about, last what cannot be otherwise."""
+    """The rank of a reason: first those that a user can do something about, last those that nobody can change."""
     ours = (i for i, (text, _) in enumerate(REMEDIES) if re.search(text, reason))
     return next(ours, len(REMEDIES) + bool(re.search(_IN_THE_NATURE, reason)))
 
