@@ -54,7 +54,7 @@ def _svg(figure: Any, name: str, says: str) -> str:
 
 
 def embedded(svg: str, name: str, says: str) -> str:
-    """An SVG document as an element of a page: without a prologue or external addresses, with unique ids and a label."""
+    """An SVG document as an element of a page: no prologue and no external addresses, but unique ids and a label."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")

@@ -124,8 +124,8 @@ def preview(
 
     Args:
         kept: How many atoms each group would keep; groups that it does not name are whole.
-        full, left: The costs of the full network and of what would be left.
-        milliseconds: What the two take, if that was measured.
+        full, remaining: The costs of the full network, and of the slim one.
+        milliseconds: The times of both, if they were measured.
     """
     counts = np.array([kept.get(name, size) for name, size in zip(costs.names, costs.sizes, strict=True)], np.int64)
     factors = {group.name: group.factor for group in groups}
