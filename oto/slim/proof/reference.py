@@ -106,6 +106,7 @@ class Reference:
         self.full = FullModel(model, self.example, left, float64)
         self.decides, self.brief = decides, brief
         self._latest: weakref.ref[nn.Module] | None = None
+        self.notes, self.partial = [], []
 
     @property
     def model(self) -> nn.Module:
