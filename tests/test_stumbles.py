@@ -118,6 +118,11 @@ def test_a_target_says_who_holds_what_cannot_go() -> None:
     marked.mark_unprunable_by_param_names(["0.weight"])
     with pytest.raises(TargetError, match=held.format("it was marked unprunable")):
         marked.hesso(lr=0.1, total_steps=20, target_params=0.1)
+    only = OTO(mlp(8, 40, 30, 10, 2), X, only=["2"])
+    with pytest.raises(
+        TargetError, match=r"asked   50 atoms of 2 [^$]*only does not name them: 0\.weight[^$]*take back"
+    ):
+        only.preview(target_params=0.1)
     with pytest.raises(TargetError) as nobody:
         OTO(mlp(8, 40, 10, 2), X).preview(target_params=0.001)
     assert "asked" not in str(nobody.value)

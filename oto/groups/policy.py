@@ -241,16 +241,19 @@ def held_part(groups: Iterable[NodeGroup]) -> str | None:
       asked   8 atoms of 1 node groups stay whole, since skip_patterns names it: fc.weight
       to fix  take back what was asked: skip_patterns, only, marks, layout, tensor_parallel, min_kept
     """
-    held, lines = [group for group in groups if not group.prunable], list[str]()
-    if frozen := [group for group in held if re.search(FROZEN, group.reason or "")]:
+    lines: list[str] = []
+    whole = [(group.reason, group) for group in groups if group.reason is not None]
+    if frozen := [group for reason, group in whole if reason.startswith(FROZEN)]:
         since = "they would zero parameters without requires_grad"
         lines += [_held("frozen", frozen, since), f"  to fix  {dict(REMEDIES)[_FROZEN]}"]
-    by_reason: dict[str, list[NodeGroup]] = {}
-    for group in held:
-        if re.search(_ASKED, group.reason or ""):
-            by_reason.setdefault((group.reason or "").partition(" name it")[0], []).append(group)
-    lines += [_held("asked", own, reason) for reason, own in list(by_reason.items())[:4]]
-    return "\n".join(lines + [f"  to fix  {dict(REMEDIES)[_ASKED]}"] * bool(by_reason)) or None
+    asked: dict[str, list[NodeGroup]] = {}
+    for reason, group in whole:
+        if re.search(_ASKED, reason):
+            asked.setdefault(re.sub("^only does not name .*", "only does not name them", reason), []).append(group)
+    lines += [_held("asked", own, reason) for reason, own in list(asked.items())[:4]]
+    lines += [f"  asked   {len(asked) - 4} more reasons, see oto.explain()"] * (len(asked) > 4)
+    lines += [f"  to fix  {dict(REMEDIES)[_ASKED]}"] * bool(asked)
+    return "\n".join(lines) or None
 
 
 def _held(word: str, groups: Sequence[NodeGroup], since: str) -> str:
