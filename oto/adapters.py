@@ -91,6 +91,25 @@ def slim_adapters(model: Any, base: nn.Module | None = None) -> Any:
     return made.train(model.training)
 
 
+def refuse_layers_alone(model: nn.Module) -> None:
+    """Refuse a model that has layers of peft, but not the ``PeftModel`` around them.
+
+    Raises:
+        OptionError: It says which model to take.
+    """
+    peft: Any = sys.modules.get("peft")
+    if peft is None or any(isinstance(module, peft.PeftModel) for module in model.modules()):
+        return
+    layers = [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    if layers:
+        raise OptionError(
+            f"this {type(model).__name__} has adapters of peft in {some(layers, 2)}, but is no PeftModel itself\n"
+            "  effect  slim_adapters could not tell the slim adapters from their base, so nothing was made\n"
+            "  to fix  give OTO what get_peft_model(model, config) returned, not the model in it; instead of"
+            " model.add_adapter(...) or inject_adapter_in_model, call get_peft_model"
+        )
+
+
 def _only(model: Any) -> tuple[str, Any]:
     """The one adapter of a model, and its settings."""
     own = dict(model.peft_config)

@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from oto._torch import holder, tree_leaves, unwrapped
+from oto._torch import FakeTensor, holder, tree_leaves, unwrapped
 from oto.adapters import makers_of_adapted
 from oto.axes.registry import known
 from oto.errors import (
@@ -134,6 +135,7 @@ class Analysis:
         device: The device of its parameters then, if they were all on one.
         strict_out_nodes: Which outputs need not keep their size.
         allow_graph, prune_frozen, drop_unreached: As in :class:`oto.OTO`.
+        first_cost: The cost of the model before it was made smaller while it trained; ``None`` if it was not.
     """
 
     model: nn.Module
@@ -147,6 +149,7 @@ class Analysis:
     allow_graph: bool
     prune_frozen: bool
     drop_unreached: bool
+    first_cost: Cost | None = None
 
     @property
     def graph(self) -> Graph:
@@ -275,6 +278,7 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
         As :class:`oto.OTO`.
     """
     model, example = unwrapped(_module(model)), Example.of(dummy_input)
+    _refuse_quantized(model)
     _warn_of_nan(example)
     with rewording(model, TraceError, "being looked through"):
         left = left_before(model, example)
@@ -372,8 +376,9 @@ def _first_names(graph: Graph, names: Iterable[str]) -> set[str]:
 def _warn_of_unknown(partition: Partition, model: nn.Module) -> None:
     for node in partition.found.unknown:
         shapes = ", ".join(str(tuple(v.shape)) for v in node.inputs())
+        place = ", ".join(filter(None, (node.module or type(model).__name__, node.source)))
         warnings.warn(
-            f"no rule for {node.op}\n  at      {node.module or type(model).__name__}, {node.source}\n"
+            f"no rule for {node.op}\n  at      {place}\n"
             f"  shapes  {shapes}\n  effect  all dimensions it touches stay whole\n"
             "  to fix  add a rule (CONTRIBUTING.md), or nothing if this is fine",
             UnknownOpWarning,
@@ -410,6 +415,36 @@ def _module(model: Any) -> nn.Module:
         "  effect  there is nothing to analyze\n"
         f"  to fix  pass the module {f'that it holds: OTO(model.{held[0]}, ...)' if held else 'itself'}"
     )
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    """Refuse parameters that are codes of numbers, such as those of torchao and bitsandbytes.
+
+    They are told by their class, which computes in its own way or holds integers; a sharded tensor is made of numbers.
+
+    Raises:
+        OptionError: There are some; nothing would be able to zero them, slice them, or look for zeros in them.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    coded = [name for name, p in parameters.items() if _holds_codes(p)]
+    if coded:
+        raise OptionError(
+            f"{some(coded)} {'is' if len(coded) == 1 else 'are'} of the class {type(parameters[coded[0]]).__name__}:"
+            " quantized weights, which compute in their own way\n"
+            "  effect  rows of codes can neither be brought to zero nor taken out, so nothing was analyzed\n"
+            "  to fix  load the model without quantization, or dequantize the base (model.dequantize() in"
+            " transformers); prune that, and quantize the slim model"
+        )
+
+
+def _holds_codes(p: Tensor) -> bool:
+    if type(p) in (Tensor, nn.Parameter) or hasattr(p, "full_tensor") or isinstance(p, FakeTensor) or is_lazy(p):
+        return False
+    plain = (nn.Parameter.__torch_function__, Tensor.__torch_function__)  # a subclass inherits one of them
+    own = getattr(type(p).__torch_function__, "__func__", type(p).__torch_function__)
+    computes = own not in [getattr(f, "__func__", f) for f in plain]
+    dispatches = type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return computes or dispatches or not (p.is_floating_point() or p.is_complex())
 
 
 def _warn_of_nan(example: Example) -> None:

@@ -23,6 +23,7 @@ from oto.optim.compensate import (
     listening,
     touched,
 )
+from oto.slim.edits import named_tensors
 from oto.trace.snapshot import preserved
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -92,8 +93,7 @@ class Calibrated:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers, by every name."""
-        parameters = dict[str, Tensor](self.model.named_parameters(remove_duplicate=False))
-        return parameters | dict(self.model.named_buffers(remove_duplicate=False))
+        return named_tensors(self.model)
 
     def moments(self, readers: Sequence[Reader]) -> dict[Key, Moments]:
         if not readers:

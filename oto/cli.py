@@ -28,6 +28,7 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
+from typer.core import TyperCommand
 
 import oto
 from oto._torch import tree_map_only
@@ -49,8 +50,10 @@ from oto.io.artifact import Artifact, reading
 from oto.io.export import export_model
 from oto.io.program import load_program
 from oto.io.subnet import FULL, PROGRAM, load_subnet
+from oto.renamed import former_name
 from oto.report.explain import Explanation
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
+from oto.slim.edits import named_tensors
 from oto.slim.graph.program import example_of, runnable
 from oto.slim.latency import rounds
 from oto.slim.proof.compare import Check, checked, require
@@ -91,8 +94,21 @@ def command(f: Command) -> Command:
             _message("error", f"memory ran out: {first_line(failure)}", as_json, "MemoryError")
             raise typer.Exit(REFUSED) from failure
 
-    app.command()(run)
+    app.command(cls=_Command)(run)
     return f
+
+
+class _Command(TyperCommand):
+    """A command that takes former names of options, and warns of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for former in FORMER.keys() & set(args):
+            _message("warning", former_name(former, FORMER[former]), "--json" in args, "DeprecationWarning")
+        return super().parse_args(ctx, [FORMER.get(word, word) for word in args])
+
+
+FORMER = {"--everything": "--allow-graph"}
+"""Options that were renamed (:mod:`oto.renamed`)."""
 
 
 @contextmanager
@@ -148,7 +164,6 @@ AllowGraph = Annotated[
     bool,
     typer.Option(
         "--allow-graph",
-        "--everything",
         help="also prune what the model's own class cannot express; the slim model may be a graph then",
     ),
 ]
@@ -501,7 +516,7 @@ def _worst(checks: Sequence[Check]) -> str:
 
 def _load_full(full: nn.Module, found: Artifact) -> None:
     """Load the zeroed full weights of an artifact into the full model."""
-    held = dict(full.named_parameters(remove_duplicate=False)) | dict(full.named_buffers(remove_duplicate=False))
+    held = named_tensors(full)
     with torch.no_grad():
         for name, tensor in found.tensors(FULL).items():
             if name not in held or held[name].shape != tensor.shape:

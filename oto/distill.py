@@ -175,6 +175,7 @@ class Distillation(nn.Module):
     """
 
     teacher: nn.Module | None
+    _looked_at_temperature = False
 
     def __init__(
         self,
@@ -389,7 +390,7 @@ class Distillation(nn.Module):
     def _logits(self, output: Any, taught: Any) -> Tensor:
         student = self.read(output).movedim(self.dim, -1)
         if isinstance(taught, SoftTargets):
-            if bool((taught.temperature != self.temperature).any()):
+            if self._is_of_another_temperature(taught):
                 raise OptionError(
                     f"targets= were made at another temperature than {self.temperature}\n"
                     "  effect  probabilities of two temperatures cannot be compared\n"
@@ -401,6 +402,13 @@ class Distillation(nn.Module):
         teacher = self.read(taught).movedim(self.dim, -1).to(student.device)
         _refuse_shapes("the logits", student.shape, teacher.shape)
         return divergence(student, teacher, self.temperature)
+
+    def _is_of_another_temperature(self, targets: SoftTargets) -> bool:
+        """Whether targets were made at another temperature. A device is waited for once, with the first of them."""
+        if self._looked_at_temperature and not targets.temperature.is_cpu:
+            return False
+        self._looked_at_temperature = True
+        return bool((targets.temperature != self.temperature).any())
 
     def _hidden(self, name: str, of_student: Captured, of_teacher: Captured) -> Iterator[Tensor]:
         other = self.hidden[name]

@@ -16,6 +16,7 @@ Nothing of these libraries is imported here before it is used.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from oto.distill import Distillation, SoftTargets
-from oto.errors import MissingExtraError, OptionError, some
+from oto.errors import MissingExtraError, NotPrunedWarning, OptionError, some, users_level
 from oto.optim import SparseOptimizer
 from oto.recovery import Mixture
 
@@ -142,6 +143,28 @@ def _sparse_in(optimizer: Any) -> SparseOptimizer | None:
         return None
 
 
+def _warn_if_short(optimizer: Any, steps: float) -> None:
+    """Warn where training ends before pruning does.
+
+    Args:
+        steps: How many more steps the optimizer takes.
+    """
+    sparse = _sparse_in(optimizer)
+    if sparse is None or not sparse.choice.target.wants_less:
+        return
+    end = sparse.schedule.end
+    if sparse.clock + steps < end:
+        warnings.warn(
+            f"training ends after step {sparse.clock + int(steps):,}, and pruning after step {end:,}\n"
+            "  effect  groups are left that never reach zero, and no step is left at which to stop early or to choose"
+            " the best model\n"
+            "  to fix  train longer (max_steps, epochs), or prune sooner: total_steps= is the number of steps of the"
+            " optimizer, pruning_steps= those that prune",
+            NotPrunedWarning,
+            stacklevel=users_level(),
+        )
+
+
 def _refuse_another(callbacks: Any, remedy: str) -> None:
     kinds = [type(callback).__name__ for callback in callbacks]
     if any("EarlyStopping" in kind for kind in kinds):
@@ -171,8 +194,9 @@ def _stop_trainer(trainer: Any, patience: int, threshold: float, monitor: str | 
 
         on_save = on_step_begin  # or the last one from before would be brought back, if there is none after it
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            """What the arguments must say was looked at."""
+        def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **more: Any) -> None:
+            # what theirs checks, the arguments, was checked when this was made
+            _warn_if_short(optimizer, state.max_steps - state.global_step)
 
         def on_evaluate(
             self, args: Any, state: Any, control: Any, metrics: Any = None, optimizer: Any = None, **more: Any
@@ -203,6 +227,10 @@ def _stop_lightning(trainer: Any, package: str, patience: int, threshold: float,
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self.best, self.waited = state_dict["best"], state_dict["waited"]
+
+        def on_train_start(self, trainer: Any, *rest: Any) -> None:
+            if len(trainer.optimizers) == 1:  # of several, each takes a part of the steps
+                _warn_if_short(trainer.optimizers[0], trainer.estimated_stepping_batches - trainer.global_step)
 
         def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
             if _pruning(*trainer.optimizers):

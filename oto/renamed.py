@@ -21,8 +21,12 @@ Value = TypeVar("Value")
 
 def warn_of_former_name(former: str, now: str) -> None:
     """Warn of a name that was changed."""
-    text = f"{former} is called {now} now\n  effect  none; {REMOVED_IN} removes the former name\n  to fix  say {now}"
-    warnings.warn(text, DeprecationWarning, stacklevel=users_level())
+    warnings.warn(former_name(former, now), DeprecationWarning, stacklevel=users_level())
+
+
+def former_name(former: str, now: str) -> str:
+    """What is said of a name that was changed."""
+    return f"{former} is called {now} now\n  effect  none; {REMOVED_IN} removes the former name\n  to fix  say {now}"
 
 
 def former(name: str, value: Value, now: str) -> Value:

@@ -73,7 +73,9 @@ def shrink(
     for before, now in [(model, slim.model), *slim.averages]:
         become(before, now)
     recipe = Recipe.of(model) if after.form.kind == "config" else None
-    after = replace(after, model=model, form=replace(after.form, recipe=recipe), state=ModelState(model))
+    first = analysis.cost() if analysis.first_cost is None else analysis.first_cost
+    form = replace(after.form, recipe=recipe)
+    after = replace(after, model=model, form=form, state=ModelState(model), first_cost=first)
     return after, replace(training, partition=full)
 
 

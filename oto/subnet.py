@@ -58,7 +58,8 @@ class Subnet:
         max_error: Largest relative error against the zeroed full model, in float64 where that was compared; NaN if
             nothing was.
         checks: Every comparison that showed something: those of empty outputs, or of NaN with NaN, are among the notes.
-        cost_before, cost_after: Parameters and MACs on the example input.
+        cost_before, cost_after: Parameters and MACs on the example input. Where ``oto.shrink`` made the model smaller
+            on the way, ``cost_before`` is that of the first model.
         kept: For each prunable group, the kept atoms.
         notes: Limits of the result: pruning that has not finished, inputs that were not compared, entries of the
             outputs that are not finite, parts that no input of the proof reaches, files that were not written.
@@ -265,12 +266,14 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
         analysis.groups,
     )
     gone = within(analysis.names, unreached(source.model, source.partition)) if analysis.drop_unreached else ()
-    before = analysis.cost()
+    before = analysis.cost() if analysis.first_cost is None else analysis.first_cost
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
     built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
     with built, undone(later), preserved(analysis.model):
         made = construct(source, build.emitter)
-    source = source if made.kept is kept else replace(source, kept=made.kept)  # a class may want some that are zero
+    source = (
+        source if made.kept is kept else source.keeping(made.kept, source.own)
+    )  # a class may want some that are zero
     after = cost(analysis.partition, {name: len(atoms) for name, atoms in made.kept.items()}, gone)
     checks = made.checks
     if build.out_dir is not None:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-
+from oto.adapters import refuse_layers_alone
 from oto.analysis import Analysis
-from oto.errors import NotPrunedWarning, OptionError, ShrinkError, TooLateError, some, users_level
+from oto.errors import NoGradientWarning, NotPrunedWarning, OptionError, ShrinkError, TooLateError, some, users_level
 from oto.groups import Partition
 from oto.groups.adapters import adapters, ranks_in
 from oto.groups.layout import settled
@@ -99,6 +98,8 @@ def make(
     made: Callable[..., Sparse] = kind
     optimizer = made(params, analysis.groups, costs=analysis.costs, latency=latency, **supplied, **options)
     optimizer.follow(analysis.model)
+    if not isinstance(optimizer, LHSPG) and optimizer.choice.target.wants_less:
+        _warn_of_adapters(analysis, optimizer)
     return Training(weakref.ref(optimizer), analysis.partition), optimizer
 
 
@@ -110,12 +111,12 @@ def make_for_adapters(
     Raises:
         OptionError: Frozen weights stay whole, or no adapter was found; or as :func:`make`.
     """
+    refuse_layers_alone(analysis.model)
     if not analysis.prune_frozen:
         raise OptionError(
             "LHSPG brings rows of frozen weights to zero, and this OTO leaves those as they are\n"
             "  effect  nothing was made\n  to fix  OTO(model, dummy_input, prune_frozen=True).lhspg(...)"
         )
-    _refuse_quantized(analysis)
     found = adapters(analysis.graph)
     if not found:
         raise OptionError(
@@ -130,21 +131,21 @@ def make_for_adapters(
     return analysis, *make(analysis, LHSPG, params, options, adapters=found)
 
 
-def _refuse_quantized(analysis: Analysis) -> None:
-    """Refuse weights that are no plain numbers in memory, such as torchao's: a row of codes shrinks by no factor."""
-    parameters = dict(analysis.model.named_parameters(remove_duplicate=False))
-    zeroed = {piece.parameter: None for group in analysis.groups if group.prunable for piece in group.zeros}
-    odd = [name for name in zeroed if not _is_plain(parameters[name])]
-    if odd:
-        raise OptionError(
-            f"{some(odd)} {'is' if len(odd) == 1 else 'are'} of the class {type(parameters[odd[0]]).__name__}\n"
-            "  effect  rows of quantized weights cannot shrink little by little, and nothing was made\n"
-            "  to fix  dequantize the base before OTO(...), and quantize the slim one; or skip_patterns for these"
+def _warn_of_adapters(analysis: Analysis, optimizer: SparseOptimizer) -> None:
+    """Warn where frozen weights would be chosen by the gradients of the adapters beside them."""
+    adapted = {adapter.weight for adapter in adapters(analysis.graph)} if analysis.prune_frozen else set()
+    zeroed = dict.fromkeys(piece.parameter for group in optimizer.node_groups for piece in group.zeros)
+    blind = [name for name in zeroed if name in adapted]
+    if blind and optimizer.choice.averaged:
+        warnings.warn(
+            f"{type(optimizer).__name__} chooses by gradients, and these have none, since they are frozen:"
+            f" {some(blind, 3)}\n"
+            "  effect  their rows go by what the gradients of the adapters beside them say, whatever they hold\n"
+            "  to fix  oto.lhspg(...), which takes a weight with its adapter as one (docs/adapters.md); or"
+            " saliency='magnitude'",
+            NoGradientWarning,
+            stacklevel=users_level(),
         )
-
-
-def _is_plain(p: Tensor) -> bool:
-    return type(p) in (Tensor, nn.Parameter) or hasattr(p, "full_tensor")  # sharded ones are numbers, too
 
 
 def _compare_frozen(analysis: Analysis) -> None:

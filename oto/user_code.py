@@ -22,18 +22,26 @@ def is_foreign(filename: str) -> bool:
     return not filename.startswith((_TORCH, _HERE, "<"))
 
 
+def _is_users(filename: str) -> bool:
+    """Whether a source file belongs to none of torch, this package and Python's own library."""
+    return is_foreign(filename) and ("site-packages" in filename or not filename.startswith(_PYTHON))
+
+
 def line_of(failure: BaseException) -> str:
     """``file:line`` of the innermost frame outside torch and this package in which an exception was raised."""
-    frames = [f for f in traceback.extract_tb(failure.__traceback__) if is_foreign(f.filename)]
-    own = [f for f in frames if "site-packages" in f.filename or not f.filename.startswith(_PYTHON)]
+    own = [f for f in traceback.extract_tb(failure.__traceback__) if _is_users(f.filename)]
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
-def user_line() -> str:
-    """``file:line`` of the code that called what calls this."""
+def user_line(outside: FrameType) -> str:
+    """``file:line`` of the code that called what calls this; empty if torch's own code did all of it.
+
+    Args:
+        outside: The frame that runs the model. What called that is no code of the model.
+    """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if is_foreign(frame.f_code.co_filename):
+    while frame is not None and frame is not outside:
+        if _is_users(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

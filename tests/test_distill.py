@@ -547,3 +547,22 @@ def test_two_processes_and_accumulation_have_the_gradient_of_one(tmp_path_factor
     expected = [p.grad for p in [*student.parameters(), *project.parameters()]]
     for rank in range(2):
         torch.testing.assert_close(torch.load(folder / f"{rank}.pt"), expected, **CLOSE)
+
+
+class Elsewhere(torch.Tensor):
+    """As a tensor on a device that has to be waited for."""
+
+    is_cpu = False
+
+
+def test_a_device_is_asked_once_whether_targets_are_of_that_temperature():
+    logits = torch.randn(4, 3)
+    right, wrong = (soft_targets(logits, 3, temperature) for temperature in (2.0, 1.0))
+    there = wrong._replace(temperature=wrong.temperature.as_subclass(Elsewhere))
+    told = Distillation(None, weight=1.0, temperature=2.0)
+    with pytest.raises(OptionError, match="made at another temperature"):
+        told(nn.Identity(), logits, targets=there)  # the first batch
+    told(nn.Identity(), logits, targets=right)
+    told(nn.Identity(), logits, targets=there)  # is not waited for any more
+    with pytest.raises(OptionError, match="made at another temperature"):
+        told(nn.Identity(), logits, targets=wrong)

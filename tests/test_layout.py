@@ -210,7 +210,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "analysis": {"adapters"},  # a model of peft is made as the one inside of it
         "clock": set(),
         "previewing": {"analysis"},
-        "training": {"analysis", "previewing"},
+        "training": {"adapters", "analysis", "previewing"},
         "shrinking": {"analysis", "training"},
         "subnet": {"analysis"},
         "cli": {"api", "given"},

@@ -1,18 +1,20 @@
-"""What a rule may say: the words every operator is described with.
+"""The vocabulary of rules: the elementary steps that every operator is described with.
 
-A rule is given a :class:`Call` and the operator's arguments, an :class:`Operand` in place of each tensor. It spells
-the operator out in a few steps, each of which relates terms now and is read again later, when zeros are followed
-through the network (``invariance.py``) and costs are counted (``groups/cost.py``):
+A rule is given a :class:`Call` and the operator's arguments, with an :class:`Operand` in place of each tensor. It
+describes the operator in a few steps. Each relates terms at once, and is read again later, when zeros are followed
+through the network (``invariance.py``) and costs are counted (``groups/cost.py``). For example, a linear layer is
+``call.contract("bi,oi->bo", x, weight)``. The steps are:
 
 ``map``       entry by entry, with broadcasting
 ``contract``  a product summed over letters (einsum)
 ``reduce``    a sum over dimensions
 ``move``      entries go elsewhere, none is mixed
-``cat``       one tensor behind the other
+``cat``       one tensor after the other
 
-A *fact* is what every entry at a removed atom holds: a number, ``None`` for "anything", or NaN for something that is
-not finite, such as 1/0, which not even a zero can silence. Where a tensor that is one number along a dimension is taken
-from zeros along it, as a mean is, every removed entry holds the same and it can be computed: a :class:`Uniform`.
+A *fact* says what every entry at a removed atom holds: a number, ``None`` for "anything", or NaN for a value that is
+not finite, such as 1/0, which stays so even where it is multiplied with zero. Where a tensor that is constant along a
+dimension, such as a mean over it, is subtracted from zeros along it, all removed entries hold the same value, which can
+be computed: a :class:`Uniform`.
 """
 
 from __future__ import annotations
@@ -36,21 +38,26 @@ Routes: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Uniform:
-    """What every removed entry along one dimension holds: a call on tensors that are the same all along it.
+    """The value of every removed entry along one dimension: a call on tensors that are constant along it.
 
-    Holds if what it was computed of is zero where entries are removed; that is for the proof to show.
+    It is right if the tensors that it was computed from are zero where entries are removed, which the proof checks.
     """
 
     op: Callable[..., Any]
     args: Any
     kwargs: Any
 
-    def computed(self, call: Callable[[Callable[..., Any], Any, Any], Any], made: dict[Uniform, Any]) -> Any:
-        """The value, given how to make a call (whose arguments name tensors by :class:`Value`) and what is made yet."""
-        if self not in made:
-            args, kwargs = tree_map_only(Uniform, lambda inner: inner.computed(call, made), (self.args, self.kwargs))
-            made[self] = call(self.op, args, kwargs)
-        return made[self]
+    def computed(self, call: Callable[[Callable[..., Any], Any, Any], Any], values: dict[Uniform, Any]) -> Any:
+        """The value.
+
+        Args:
+            call: Makes a call, whose arguments name tensors by :class:`Value`.
+            values: The values that were computed so far.
+        """
+        if self not in values:
+            args, kwargs = tree_map_only(Uniform, lambda inner: inner.computed(call, values), (self.args, self.kwargs))
+            values[self] = call(self.op, args, kwargs)
+        return values[self]
 
 
 Fact: TypeAlias = float | bool | complex | Uniform | None
@@ -85,11 +92,12 @@ class Size:
 class Rewrite:
     """How to call a node once its tensors are thinner: operator and arguments, with :class:`Size` for each size.
 
-    Tensors stand as the :class:`Value` they are in the node's own arguments.
+    Tensors are given by the :class:`Value` that they have in the node's own arguments.
 
     Attributes:
-        watched: Terms that no argument names, but that call for the rewrite too once they are thinner.
-        always: Whether anything that gets thinner calls for it, such as the memory that a view is taken of.
+        watched: Terms that no argument names, but that make the rewrite necessary too once they are thinner.
+        always: Whether the rewrite is necessary as soon as anything gets thinner, since memory may be laid out
+            differently.
     """
 
     op: Callable[..., Any]
@@ -100,7 +108,7 @@ class Rewrite:
 
     @cached_property
     def terms(self) -> list[Term]:
-        """The terms of which one must be thinner before the call needs to be rewritten."""
+        """The terms that make the rewrite necessary: once any of them is thinner."""
         sizes = [x.term for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Size)]
         return [*sizes, *self.watched]
 
@@ -114,11 +122,13 @@ class Step:
         summed: For each letter that is summed over, the (input, dimension) pairs that carry it. Removing an entry is
             exact only if one of them holds zero there.
         fact: What the output holds at a removed entry, given what the inputs hold there.
-        absent: What an input that does not carry the axis counts as: ``None`` (anything), or left out.
+        skip_absent: Whether ``fact`` is not given those inputs that do not carry the axis; otherwise they count as
+            ``None`` (anything).
         volume: For a contraction, the terms whose sizes multiply to its MACs.
-        uniform: For some output dimensions, what a removed entry holds if each input that goes there holds what is
-            given for it: ``None`` for an input that is the same all along the dimension.
-        rest: The input dimension that is summed over, of which the thinner call adds what the removed entries hold.
+        uniform: For some output dimensions, the value of a removed entry, and what each input has to hold for that:
+            ``None`` for an input that is constant along the dimension.
+        rest: A dimension of the input that is summed over, and the value of its removed entries, which the thinner call
+            adds.
     """
 
     node: int
@@ -143,12 +153,12 @@ class Tape:
     counted: dict[int, str] = field(default_factory=dict)
 
     def tensor(self, terms: Sequence[Term]) -> Operand:
-        made = tuple(terms)
-        self.tensors.append(made)
-        return Operand(len(self.tensors) - 1, made, tuple(T.size_of(t) for t in made))
+        dims = tuple(terms)
+        self.tensors.append(dims)
+        return Operand(len(self.tensors) - 1, dims, tuple(T.size_of(t) for t in dims))
 
     def silence(self, first: int) -> None:
-        """Let steps, from one on, ask for no zeros: nobody reads what they give. They still cost what they cost."""
+        """Let all steps from ``first`` on require no zeros, as no call reads their results. Their costs still count."""
         self.steps[first:] = [
             replace(step, inputs=(), routes=(), fact=anything, summed=(), uniform={}, rest=None)
             for step in self.steps[first:]
@@ -182,7 +192,7 @@ _evaluated: dict[Any, Fact] = {}
 
 
 def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[torch.dtype]) -> Callable[..., Fact]:
-    """The fact of a pointwise operator, found by running it on the facts of its operands, in their own dtypes."""
+    """The fact of a pointwise operator: it is run on the facts of its operands, in their own dtypes."""
 
     @cache
     def shown() -> str:
@@ -211,7 +221,7 @@ def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[t
 
 
 def _pure(op: Any) -> Any:
-    """An operator that writes to nothing, in place of its in-place twin; ``None`` if none takes the same arguments."""
+    """The variant of an operator that writes to no argument; ``None`` if there is none with the same arguments."""
     if not op._schema.is_mutable:
         return op
     twin = getattr(getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None), op._overloadname, None)
@@ -224,8 +234,8 @@ class Call:
 
     Attributes:
         shapes: Shape of each output, ``None`` where it is no tensor.
-        dead: Whether nobody reads what it gives: only sizes have to fit.
-        steps: The place of its first step.
+        dead: Whether no call reads its results, so that only sizes have to fit.
+        steps: The index of its first step on the tape.
     """
 
     def __init__(self, node: Node, tape: Tape, operands: Mapping[Value, Operand], dead: bool = False) -> None:
@@ -248,7 +258,7 @@ class Call:
         return self.shapes[0]
 
     def constant(self, value: Any) -> Fact:
-        """What a number is in the dtype of the output; a whole number cannot be one half."""
+        """A number as the dtype of the output holds it: 0.5 is 0 in an integer dtype."""
         (output,) = (value for value in self.node.outputs if value is not None)
         return torch.tensor(value, dtype=output.dtype).item() if isinstance(value, int | float | complex) else None
 
@@ -268,7 +278,7 @@ class Call:
         return T.cut(term, sizes, self.why("a slice cuts through it"))
 
     def fix(self, x: Operand, dims: Sequence[int] | None, text: str) -> None:
-        """Keep every entry of some dimensions (all by default), if somebody reads what it gives."""
+        """Keep every entry of some dimensions (of all, if ``None``), unless no call reads the results."""
         for dim in () if self.dead else range(x.ndim) if dims is None else dims:
             T.fix(x.terms[dim], self.why(text))
 
@@ -311,7 +321,7 @@ class Call:
         """Entry by entry, with broadcasting.
 
         Args:
-            itself: Whether this is all that the node computes, and ``xs`` are its tensors in their order.
+            itself: Whether this step is all that the node computes, and ``xs`` are all of its tensors in their order.
         """
         ndim = max(x.ndim for x in xs)
         terms: list[Term] = [T.ONE] * ndim
@@ -329,9 +339,9 @@ class Call:
         return self.step(xs, terms, routes, fact, uniform=self._uniform(terms, xs) if itself else None)
 
     def _uniform(self, terms: Sequence[Term], xs: Sequence[Operand]) -> dict[int, tuple[Uniform, tuple[Fact, ...]]]:
-        """For dimensions along which the node meets a tensor that does not carry it: what removed entries hold."""
+        """The values of removed entries along dimensions that one of the tensors does not have."""
         node, one_dtype = self.node, len(set(self.dtypes)) == 1
-        found: dict[int, tuple[Uniform, tuple[Fact, ...]]] = {}
+        uniform: dict[int, tuple[Uniform, tuple[Fact, ...]]] = {}
         for dim, term in enumerate(terms):
             own = [(x, dim - len(terms) + x.ndim) for x in xs]
             held = [None if d < 0 or x.shape[d] == 1 else x.uniform.get(d, 0) for x, d in own]
@@ -347,8 +357,8 @@ class Call:
                 return value if inner is None else inner
 
             args, kwargs = tree_map_only(Value, fill, (node.args, dict(node.kwargs)))
-            found[dim] = Uniform(op, args, kwargs), tuple(held)
-        return found
+            uniform[dim] = Uniform(op, args, kwargs), tuple(held)
+        return uniform
 
     def contract(
         self,
@@ -400,7 +410,7 @@ class Call:
         """A sum over dimensions.
 
         Args:
-            rest: A dimension, and what removed entries along it hold, which the thinner call adds.
+            rest: A dimension, and the value of removed entries along it, which the thinner call adds.
         """
         gone = {dim % x.ndim for dim in dims} if x.ndim else set()
         places = [dim for dim in range(x.ndim) if keepdim or dim not in gone]
@@ -409,15 +419,16 @@ class Call:
         return self.step([x], terms, (routes,), fact, summed=[[(0, dim)] for dim in sorted(gone)], rest=rest)
 
     def rest(self, x: Operand, dims: Sequence[int]) -> tuple[int, Uniform] | None:
-        """The one of ``dims`` along which removed entries are not zero but known; the others must be whole."""
+        """The only prunable dimension among ``dims``, with the value of its removed entries, if that is known and not
+        zero."""
         free = [d for d in dims if T.free(T.resolve(x.terms[d]))]
         return (free[0], x.uniform[free[0]]) if len(free) == 1 and free[0] in x.uniform else None
 
     def move(
         self, x: Operand, terms: Sequence[Term], sources: Sequence[Sequence[int]], fact: Callable[..., Fact] = same
     ) -> Operand:
-        """Entries go elsewhere: output dimension ``d`` is made of the input dimensions ``sources[d]``."""
-        routes = tuple(tuple(d for d, found in enumerate(sources) if dim in found) for dim in range(x.ndim))
+        """Entries change places: output dimension ``d`` is made of the input dimensions ``sources[d]``."""
+        routes = tuple(tuple(d for d, origins in enumerate(sources) if dim in origins) for dim in range(x.ndim))
         return self.step([x], terms, (routes,), fact)
 
     def identity(self, x: Operand) -> Operand:
@@ -428,7 +439,7 @@ class Call:
         return self.move(x, [x.terms[dim] for dim in order], [(dim,) for dim in order])
 
     def cat(self, xs: Sequence[Operand], dim: int) -> Operand:
-        """One tensor behind the other along ``dim``."""
+        """One tensor after the other along ``dim``."""
         ndim = xs[0].ndim
         dim %= ndim
         for x in xs[1:]:
@@ -448,7 +459,7 @@ class Call:
         terms: list[Term] = [T.ONE] * len(shape)
         sources: list[tuple[int, ...]] = [()] * len(shape)
         i = j = 0
-        while i < x.ndim or j < len(shape):  # the smallest runs of dimensions with equal products
+        while i < x.ndim or j < len(shape):  # pair the shortest runs of dimensions that have equal products
             first, start = i, j
             a = b = 1
             while True:
@@ -473,26 +484,26 @@ class Call:
         return self.move(x, terms, sources)
 
     def fresh(self, shape: Sequence[int], text: str | None, fact: Fact = None) -> Operand:
-        """A tensor that comes from nowhere; free to be thinned if ``text`` gives no reason against it."""
+        """A tensor that depends on no other; it may be thinned, unless ``text`` gives a reason against that."""
         why = self.why(text) if text else None
         return self.step([], [T.axis(n, why) for n in shape], (), lambda: fact)
 
     def opaque(self, text: str, *also: Any) -> list[Operand | None]:
-        """Keep everything the call touches; the answer of operators that nobody described."""
+        """Keep every dimension that the call touches whole, as for operators without a rule."""
         for leaf in tree_leaves((self.node.args, dict(self.node.kwargs))):
             if isinstance(leaf, Value):
-                for term in self.operands[leaf].terms:  # a dead one, too: at other sizes it may not run
+                for term in self.operands[leaf].terms:  # of a dead call, too: it may not run at other sizes
                     T.fix(term, self.why(text))
         return [None if shape is None else self.fresh(shape, text) for shape in self.shapes]
 
     # --- sizes --------------------------------------------------------------------------------------------------------
 
     def resize(self, **sizes: Any) -> None:
-        """Name the arguments that state sizes; each is a term, or a list with terms in it."""
+        """Name the arguments that state sizes; each is a :class:`Size`, or a list with some in it."""
         schema = self.node.op._schema.arguments  # type: ignore[attr-defined]
         positions = {argument.name: i for i, argument in enumerate(schema)}
-        found = self.tape.rewrites.get(self.node.index)  # others may have been named before
-        known = found if found is not None and found.op is self.node.op else self.node
+        earlier = self.tape.rewrites.get(self.node.index)  # others may have been named before
+        known = earlier if earlier is not None and earlier.op is self.node.op else self.node
         args, kwargs = list(known.args), dict(known.kwargs)
         for name, value in sizes.items():
             if positions[name] < len(args):
@@ -510,12 +521,12 @@ class Call:
         self.tape.rewrites[self.node.index] = Rewrite(op, args, kwargs, always=True)
 
     def watch(self, *terms: Term) -> None:
-        """Rewrite the node when one of these gets thinner, too."""
-        found = self.tape.rewrites[self.node.index]
-        self.tape.rewrites[self.node.index] = replace(found, watched=terms)
+        """Rewrite the node also when one of these terms gets thinner."""
+        stated = self.tape.rewrites[self.node.index]
+        self.tape.rewrites[self.node.index] = replace(stated, watched=terms)
 
     def counted(self, text: str) -> None:
-        """Say that the operator divides by a count of entries, so that thinner tensors need the rewritten one."""
+        """Note that the operator depends on a count of entries, so that thinner tensors need the rewritten call."""
         if self.dead:
             return
         self.tape.counted[self.node.index] = text

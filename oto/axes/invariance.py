@@ -1,9 +1,13 @@
-"""Which removals are exact, proved by following zeros through the network.
+"""Prove which removals are exact, by following zeros through the network.
 
 For each axis and each tensor that carries it, a *fact* says what every entry at a removed atom holds: a number, or
 nothing known. Parameters in producing positions (rows of a linear, filters, biases, norms, embedding columns) are zero
 there, whether trainable or frozen; inputs, constants and reading positions hold anything. Steps pass facts on. Wherever
 a step sums over the axis, a removal is exact only if one factor is zero there.
+
+Example: unit 17 of ``fc2(relu(fc1(x)))`` is zero after ``fc1`` if row 17 of ``fc1.weight`` and its bias are zero; relu
+keeps the zero; ``fc2`` sums over units, to which it then adds nothing. With a sigmoid it would hold 1/2, so that column
+17 of ``fc2.weight`` has to be zero instead.
 
 If zero producers do not make an axis exact, zero readers are tried (the columns that read it), then both. If neither
 works the axis is fixed, with the step that stood in the way.
@@ -43,24 +47,24 @@ class Exact:
 
 @dataclass(slots=True, eq=False)
 class Visit:
-    """One step as one axis sees it: where its facts come from."""
+    """A step that touches an axis, with the dimensions that its facts come from."""
 
     step: Step
     outputs: list[tuple[int, list[list[Place]]]] = field(default_factory=list)  # (out dim, places by input)
     summed: list[list[Place]] = field(default_factory=list)
 
 
-def prove(found: Propagation) -> dict[Axis, Exact]:
-    """For every axis that can be removed exactly, how. All other axes are fixed, each with its reason."""
-    visits, carried = visits_of(found)
-    leaves = [leaf for leaf in found.graph.leaves if leaf.may_be_zeroed]
+def prove(propagation: Propagation) -> dict[Axis, Exact]:
+    """How each axis can be removed exactly. Axes that cannot are fixed, each with its reason."""
+    visits, carried = visits_of(propagation)
+    leaves = [leaf for leaf in propagation.graph.leaves if leaf.may_be_zeroed]
     owned: dict[Axis, list[tuple[Leaf, int, Place]]] = {}
     for leaf in leaves:
-        index = found.operands[leaf.value].index
+        index = propagation.operands[leaf.value].index
         for dim, axes in enumerate(carried[index]):
             for axis in axes:
                 owned.setdefault(axis, []).append((leaf, dim, (index, dim)))
-    dynamic = _dynamic(found)
+    dynamic = _dynamic(propagation)
     proofs: dict[Axis, Exact] = {}
     for axis in dict.fromkeys(a for places in carried for axes in places for a in axes):
         if axis not in owned:
@@ -73,7 +77,7 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
         readers = [own for own in owned[axis] if not roles.get(own[2], 0) & produce and roles.get(own[2], 0) & read]
         obstacle: Step | None = None
         tries = [("producers", producers), ("readers", readers), ("both", producers + readers)]
-        # a filter that is divided by its own length must not be zero; what scales it may
+        # a filter that is divided by its own norm must not be zero, but the factor that scales it may
         breaking = _breaking(steps, [place for _, _, place in producers])
         brittle = [own for own in producers if own[2] in breaking]
         if brittle:
@@ -91,8 +95,8 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
             if obstacle is None:
                 axis.fixed = Reason("no parameter could be zeroed to silence it")
             else:
-                node = found.graph.calls[obstacle.node]
-                text = found.tape.counted.get(obstacle.node)
+                node = propagation.graph.calls[obstacle.node]
+                text = propagation.tape.counted.get(obstacle.node)
                 axis.fixed = Reason(
                     f"{node.op} mixes its entries, and they need not be zero there" + (f" ({text})" if text else ""),
                     obstacle.node,
@@ -100,7 +104,7 @@ def prove(found: Propagation) -> dict[Axis, Exact]:
     return proofs
 
 
-def visits_of(found: Propagation) -> tuple[dict[Axis, list[Visit]], list[list[tuple[Axis, ...]]]]:
+def visits_of(propagation: Propagation) -> tuple[dict[Axis, list[Visit]], list[list[tuple[Axis, ...]]]]:
     """For each axis that may be removed, the steps that touch it; and the free axes of each tensor's dimensions."""
     known: dict[int, tuple[Axis, ...]] = {}
 
@@ -113,9 +117,9 @@ def visits_of(found: Propagation) -> tuple[dict[Axis, list[Visit]], list[list[tu
             return known[key]
         return tuple(dict.fromkeys(a for a in T.axes_of(resolved) if a.fixed is None))
 
-    carried = [[free_axes(term) for term in terms] for terms in found.tape.tensors]
+    carried = [[free_axes(term) for term in terms] for terms in propagation.tape.tensors]
     visits: dict[Axis, list[Visit]] = {}
-    for step in found.tape.steps:
+    for step in propagation.tape.steps:
         here: dict[Axis, Visit] = {}
 
         def at(axis: Axis, here: dict[Axis, Visit] = here, step: Step = step) -> Visit:
@@ -141,13 +145,13 @@ def visits_of(found: Propagation) -> tuple[dict[Axis, list[Visit]], list[list[tu
     return visits, carried
 
 
-def _dynamic(found: Propagation) -> list[bool]:
+def _dynamic(propagation: Propagation) -> list[bool]:
     """Which tensors depend on the inputs."""
-    dynamic = [False] * len(found.tape.tensors)
-    trained = found.graph.trained
-    for value in (*found.graph.inputs, *(trained.inputs if trained else ())):
-        dynamic[found.operands[value].index] = True
-    for step in found.tape.steps:
+    dynamic = [False] * len(propagation.tape.tensors)
+    trained = propagation.graph.trained
+    for value in (*propagation.graph.inputs, *(trained.inputs if trained else ())):
+        dynamic[propagation.operands[value].index] = True
+    for step in propagation.tape.steps:
         dynamic[step.output] = any(dynamic[i] for i in step.inputs)
     return dynamic
 
@@ -173,12 +177,15 @@ def _roles(visits: list[Visit], dynamic: list[bool]) -> dict[Place, int]:
 def follow(
     visits: Iterable[Visit], facts: dict[Place, Fact], backwards: bool = False, onwards: bool = False
 ) -> Step | None:
-    """Follow what is known, adding to ``facts``; the first step that would notice the removal, ``None`` if it is exact.
+    """Follow facts through the steps, adding to ``facts``.
 
     Args:
-        backwards: Ask for more: no gradient comes back either. A product passes none on if all its factors are zero; a
-            sum of entries always does.
-        onwards: Follow it to the end, whatever notices.
+        backwards: Also require that no gradient comes back. A product passes none on if all its factors are zero; a
+            sum of entries always passes one on.
+        onwards: Go on to the end, whichever step the removal would change.
+
+    Returns:
+        The first step whose result the removal would change; ``None`` if it is exact.
     """
     for visit in visits:
         step = visit.step
@@ -200,7 +207,7 @@ def follow(
 
 
 def _fact(step: Step, dim: int, places: list[list[Place]], facts: Mapping[Place, Fact]) -> Fact:
-    """What a step makes of what is known, in one dimension of its output."""
+    """The fact of one dimension of a step's output."""
     given: list[Fact] = []
     for group in places:
         if len(group) == 1:
@@ -221,10 +228,10 @@ def _fact(step: Step, dim: int, places: list[list[Place]], facts: Mapping[Place,
 
 
 def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
-    """The places where a zero, and nothing else, gives something that is not finite.
+    """The places where a zero alone makes some value not finite.
 
-    What follows from nothing is found once; of each zero only what it changes is followed, which is little: where each
-    was followed through all steps, a residual stream cost the square of its layers.
+    The facts without any zero are computed once. For each zero only the facts that it changes are computed, which are
+    few: following each zero through all steps would take a time that grows with the square of the number of layers.
     """
     nothing: dict[Place, Fact] = {}
     follow(visits, nothing, onwards=True)
@@ -234,7 +241,7 @@ def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
             for place in (p for group in groups for p in group):
                 readers.setdefault(place, []).append(i)
     broken = [place for place, fact in nothing.items() if _is_broken(fact)]
-    found: set[Place] = set()
+    breaking: set[Place] = set()
     for place in places:
         new: dict[Place, Fact] = {place: 0.0}
         facts = ChainMap(new, nothing)
@@ -243,20 +250,20 @@ def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
             i = heappop(ahead)
             step = visits[i].step
             for dim, groups in visits[i].outputs:
-                fact, made = _fact(step, dim, groups, facts), (step.output, dim)
-                before = facts.get(made)
+                fact, output = _fact(step, dim, groups, facts), (step.output, dim)
+                before = facts.get(output)
                 if fact is not before and (type(fact) is not type(before) or fact != before):
-                    new[made] = fact
-                    for reader in readers.get(made, ()):
+                    new[output] = fact
+                    for reader in readers.get(output, ()):
                         if reader not in ahead:
                             heappush(ahead, reader)
         if any(map(_is_broken, new.values())) or any(known not in new for known in broken):
-            found.add(place)
-    return found
+            breaking.add(place)
+    return breaking
 
 
 def _number(fact: Fact) -> Fact:
-    """What a rule reckons with."""
+    """The fact as rules take it: a :class:`Uniform` is unknown to them."""
     return None if isinstance(fact, Uniform) else fact
 
 
@@ -265,5 +272,5 @@ def _is_zero(fact: Fact) -> bool:
 
 
 def _is_broken(fact: Fact) -> bool:
-    """Whether it is the fact of something that is not finite: zero times that is no zero."""
+    """Whether the value is not finite; zero times such a value is not zero."""
     return fact is not None and fact != fact

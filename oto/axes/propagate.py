@@ -1,4 +1,8 @@
-"""Apply the rules over a graph: what every dimension is made of, as a tape of steps."""
+"""Apply the rules to all calls of a graph, to find what every dimension is made of.
+
+Example: in ``fc2(relu(fc1(x)))`` the rows of ``fc1.weight``, its bias and the columns of ``fc2.weight`` are one axis.
+Each call is also written to a tape of elementary steps, which the proof (``invariance.py``) reads later.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,8 @@ class Propagation:
     Attributes:
         operands: The terms of every value.
         unknown: Nodes whose operator has no rule; they keep all they touch.
-        coverage: Calls by answer: "rule", "fixed", "unknown".
-        strict_out_nodes: Whether outputs that another call reads may get thinner; or the names of those that may.
+        coverage: The number of calls of each operator, by the kind of rule: "rule", "fixed", "unknown".
+        strict_out_nodes: Whether outputs that another call reads may get thinner; or the names of outputs that may.
     """
 
     graph: Graph
@@ -47,15 +51,15 @@ def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, str
     Every dimension of a parameter, buffer or constant starts as one axis. Dimensions of inputs and outputs are fixed.
 
     Args:
-        strict_out_nodes: Only outputs that no other call reads are fixed; one that is returned on the way, such as a
-            hidden state, gets as thin as the network there. Or the names of the outputs (``Graph.output_names``) that
-            are not fixed, whether another call reads them or not.
+        strict_out_nodes: ``True``: only outputs that no other call reads are fixed; an output that the model reads
+            itself, such as a hidden state, gets as thin as the network there. Or the names of the outputs
+            (``Graph.output_names``) that are not fixed, whether another call reads them or not.
         strict: Raise when a rule fails, instead of keeping what it touches.
     """
     tape = Tape()
     operands: dict[Value, Operand] = {}
     coverage: dict[str, Counter[str]] = {"rule": Counter(), "fixed": Counter(), "unknown": Counter()}
-    found = Propagation(graph, tape, operands, coverage=coverage, strict_out_nodes=strict_out_nodes)
+    propagation = Propagation(graph, tape, operands, coverage=coverage, strict_out_nodes=strict_out_nodes)
     outside = Reason("its values were made outside torch, perhaps of what the model computed")
     runs = [graph] if graph.trained is None else [graph, graph.trained]
     data = any(run.mode == "real" for run in runs)  # without data nothing can leave torch and come back
@@ -70,7 +74,7 @@ def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, str
         call = Call(node, tape, operands, dead=node.index in graph.dead)
         rule = find(node.op)
         if rule is None:
-            found.unknown.append(node)
+            propagation.unknown.append(node)
             outputs = call.opaque(f"no rule for {node.op}")
         else:
             try:
@@ -79,18 +83,20 @@ def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, str
                 if strict:
                     raise
                 log.warning("the rule for %s does not fit this call: %r", node, failure)
-                found.unknown.append(node)
+                propagation.unknown.append(node)
                 outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
         if call.dead:
             tape.silence(call.steps)
-        answer = "unknown" if node in found.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
-        if node.index < len(graph.nodes) or answer == "unknown":  # what eval mode does already is not counted twice
+        answer = "unknown" if node in propagation.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
+        if (
+            node.index < len(graph.nodes) or answer == "unknown"
+        ):  # calls of train mode that eval mode makes too are not counted twice
             coverage[answer][node.name] += 1
-        for made, operand in zip(node.outputs, outputs, strict=True):
-            if made is not None:
+        for output, operand in zip(node.outputs, outputs, strict=True):
+            if output is not None:
                 assert operand is not None
-                operands[made] = operand
-        for before, after in node.written:  # written to, but not returned: nothing is known of it any more
+                operands[output] = operand
+        for before, after in node.written:  # written to, but not returned: its content is unknown from here on
             call.fix(operands[before], None, f"{node.op} writes to it")
             operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
     maker = {value: node.index for node in graph.calls for value in node.outputs if value is not None}
@@ -100,7 +106,7 @@ def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, str
             free = name in named or (strict_out_nodes is True and value in reader)
             for term in () if free else operands[value].terms:
                 T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
-    return found
+    return propagation
 
 
 def _apply(call: Call, rule: object, operands: Mapping[Value, Operand]) -> list[Operand | None]:

@@ -1,4 +1,4 @@
-"""Every operator gets one of three answers: a rule, *fixed* on purpose with its reason, or *unknown*.
+"""The table of rules: every operator has a rule, is *fixed* on purpose with a reason, or is *unknown*.
 
 Keys are ``torch.ops.aten`` objects. A packet (``aten.add``) stands for all its overloads and for its in-place variant;
 an overload (``aten.add.Tensor``) only for itself. Operators of other libraries, which may not be installed, go by
@@ -35,10 +35,10 @@ def _variants(op: Any) -> list[Any]:
 
 
 def _claim(op: Any) -> None:
-    found = NAMED.get(op) if isinstance(op, str) else RULES.get(op)
-    if found is not None:
+    present = NAMED.get(op) if isinstance(op, str) else RULES.get(op)
+    if present is not None:
         raise DuplicateRuleError(
-            f"{op} has a rule already\n  in      {'fixed on purpose' if op in FIXED else found.__module__}\n"
+            f"{op} has a rule already\n  in      {'fixed on purpose' if op in FIXED else present.__module__}\n"
             "  to fix  keep one of the two"
         )
 
@@ -68,7 +68,7 @@ def rule(*ops: Any) -> Callable[[R], R]:
 
 
 def fixed(*ops: Any, why: str) -> None:
-    """Say that ``ops`` keep all they touch, on purpose.
+    """Register ``ops`` as operators that keep every dimension they touch whole, on purpose.
 
     Raises:
         DuplicateRuleError: An operator has a rule already.
@@ -86,14 +86,14 @@ def fixed(*ops: Any, why: str) -> None:
 
 def find(op: Any) -> Rule | None:
     """The rule of an operator, or ``None`` if it is unknown."""
-    found = RULES.get(op)
-    if found is None and isinstance(op, OpOverload) and not _fills(op):
-        found = RULES.get(op.overloadpacket) or NAMED.get(op._schema.name)
-    return found
+    own = RULES.get(op)
+    if own is None and isinstance(op, OpOverload) and not _fills(op):
+        own = RULES.get(op.overloadpacket) or NAMED.get(op._schema.name)
+    return own
 
 
 def is_fixed(op: Any) -> bool:
-    """Whether an operator keeps all it touches on purpose."""
+    """Whether an operator keeps every dimension it touches whole on purpose."""
     if op in FIXED:
         return True
     return isinstance(op, OpOverload) and (op.overloadpacket in FIXED or op._schema.name in FIXED)
@@ -101,7 +101,7 @@ def is_fixed(op: Any) -> bool:
 
 @cache
 def _fills(op: OpOverload) -> bool:
-    """Whether it writes its result into ``out=``, a tensor of which the rule of the packet knows nothing."""
+    """Whether it writes its result into ``out=``, a tensor that the rule of the packet does not get."""
     return any(a.is_out for a in op._schema.arguments)
 
 

@@ -11,8 +11,12 @@ An entry of a product survives iff all its factors survive; an entry of a sum fo
 surviving atoms for every axis gives a choice of surviving entries for every term (:func:`survivors`).
 
 Only four things ever happen to terms: :func:`unify`, :func:`split` (a product), :func:`cut` (a sum) and :func:`fix`.
-Axes are refined in place, as in union-find, so a term held anywhere stays valid; :func:`resolve` spells it out. What
-cannot be expressed (sizes that do not divide) is fixed, with a reason: that costs prunability, never correctness.
+Axes are refined in place, as in union-find, so a term that is held elsewhere stays valid; :func:`resolve` writes it out
+in its present axes. What cannot be expressed (sizes that do not divide each other) is fixed, with a reason: less can be
+pruned then, but nothing is wrong.
+
+Example: a flatten of 64 channels of 7 × 7 gives the term ``Axis(64) × Axis(7) × Axis(7)``. Where channel 3 is removed,
+entries 147 to 195 of the flattened dimension go.
 """
 
 from __future__ import annotations
@@ -42,14 +46,14 @@ class Axis:
     def __init__(self, size: int, fixed: Reason | None = None) -> None:
         self.size = size
         self.fixed = fixed
-        self.bound: Term | None = None  # what the axis turned out to be made of
+        self.bound: Term | None = None  # the term that the axis was found to consist of
 
     def __repr__(self) -> str:
         return f"{'F' if self.fixed else 'A'}{self.size}" + (f"={self.bound}" if self.bound is not None else "")
 
 
 class Sum:
-    """Segments one behind the other. The segments are refined in place; the entries stay the same."""
+    """Segments one after the other. The segments are refined in place; the entries stay the same."""
 
     __slots__ = ("segments", "size")
 
@@ -68,7 +72,7 @@ ONE: Term = ()
 
 
 class Indivisible(Exception):
-    """A border falls where a term cannot be taken apart. Never leaves this package."""
+    """A border falls where a term cannot be split. Never raised outside of this module."""
 
 
 def axis(n: int, fixed: Reason | None = None) -> Term:
@@ -83,7 +87,7 @@ def size_of(term: Term) -> int:
 
 
 def resolve(term: Term) -> Term:
-    """Spell a term out in axes that are bound to nothing."""
+    """Write a term out in axes that are not bound to other terms."""
     for factor in term:
         if type(factor) is Sum or factor.bound is not None:  # type: ignore[union-attr]
             break
@@ -118,7 +122,7 @@ def _refresh(total: Sum) -> None:
 
 
 def axes_of(term: Term) -> Iterator[Axis]:
-    """Every axis of a resolved term, from left to right; one that occurs twice comes twice."""
+    """Every axis of a resolved term, from left to right; one that occurs twice is given twice."""
     for factor in term:
         if isinstance(factor, Axis):
             yield factor
@@ -140,9 +144,9 @@ def free(term: Term) -> bool:
 
 def fix(term: Term, reason: Reason) -> None:
     """Keep every entry, and remember why. The first reason stays."""
-    for found in axes_of(resolve(term)):
-        if found.fixed is None:
-            found.fixed = reason
+    for part in axes_of(resolve(term)):
+        if part.fixed is None:
+            part.fixed = reason
 
 
 def concat(terms: Sequence[Term]) -> Term:
@@ -166,7 +170,7 @@ def _reason(terms: Sequence[Term]) -> Reason:
 def unify(left: Term, right: Term, reason: Reason) -> None:
     """Make two terms of equal size the same: entry ``i`` of one survives iff entry ``i`` of the other does.
 
-    Where that cannot be expressed, what is left of both is fixed for ``reason``.
+    Where that cannot be expressed, the rest of both is fixed for ``reason``.
     """
     assert size_of(left) == size_of(right), (left, right)
     while True:
@@ -198,8 +202,8 @@ def _unify_factors(f: Factor, g: Factor, reason: Reason) -> None:
     if isinstance(f, Sum) and isinstance(g, Axis):
         f, g = g, f
     if isinstance(f, Axis):
-        if isinstance(g, Sum) and any(found is f for found in axes_of((g,))):
-            raise Indivisible  # an axis cannot be a part of itself
+        if isinstance(g, Sum) and any(inner is f for inner in axes_of((g,))):
+            raise Indivisible  # an axis cannot be part of itself
         _bind(f, (g,))
         return
     assert isinstance(g, Sum)
@@ -308,9 +312,9 @@ def _sum(segments: list[Term]) -> Term:
 
 
 def split(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
-    """Take a product apart into consecutive terms of the given sizes (``view``, ``unflatten``).
+    """Split a product into consecutive terms of the given sizes (``view``, ``unflatten``).
 
-    Where a border falls inside something that does not divide, the whole term is fixed for ``reason``.
+    Where a border falls inside a factor that cannot be divided there, the whole term is fixed for ``reason``.
     """
     assert prod(sizes) == size_of(term), (term, sizes)
     term = resolve(term)
@@ -331,7 +335,7 @@ def split(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
 
 
 def cut(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
-    """Take a sum apart into consecutive segments of the given sizes (``slice``, ``chunk``, ``split``).
+    """Cut a sum into consecutive segments of the given sizes (``slice``, ``chunk``, ``split``).
 
     Segments of size 0 are allowed. Where a border falls inside a product, the whole term is fixed for ``reason``.
     """
@@ -340,14 +344,14 @@ def cut(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
     if free(term):
         parts: list[Term] = []
         rest: Term = term
-        left = size_of(term)
+        remaining = size_of(term)
         try:
             for n in sizes:
-                if n == 0 or n == left:
+                if n == 0 or n == remaining:
                     part, rest = (rest, axis(0)) if n else (axis(0), rest)
                 else:
                     part, rest = _cut_term(rest, n)
-                left -= n
+                remaining -= n
                 parts.append(part)
             return [resolve(part) for part in parts]
         except Indivisible:

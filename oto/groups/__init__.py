@@ -1,4 +1,4 @@
-"""Node groups and zero-invariant groups, what must stay, and what they cost."""
+"""Node groups and zero-invariant groups: how they are found, which must stay whole, and what they cost."""
 
 from oto.groups.cost import Cost, Costs, cost
 from oto.groups.node_group import Cut, NodeGroup, Slice

@@ -1,9 +1,9 @@
-"""Adapters: products of low rank that a graph adds to a product with a frozen weight, ``W x + γ B (A x)``.
+"""Find adapters: products of low rank that are added to a product with a frozen weight, ``W x + γ B (A x)``.
 
-A weight and its adapter are one operator: what it multiplies with is ``W + γ B A``, and it gives zero for an atom when
-row ``g`` of ``W`` and row ``g`` of ``B`` are zero, or column ``g`` of ``W`` and of ``A``. They are found by the calls
-that the model makes, whoever wrote its layers; so are several adapters of one weight, and none of a kind that computes
-something else (one that rescales the whole sum, such as DoRA).
+A weight and its adapter are one operator with the matrix ``W + γ B A``. Row ``g`` of that is zero if row ``g`` of ``W``
+and row ``g`` of ``B`` are, and column ``g`` if column ``g`` of ``W`` and of ``A`` are. Adapters are found by the calls
+that the model makes, whichever library its layers come from. A weight may have several. Adapters that compute something
+else are not found, such as DoRA, which rescales the whole sum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from oto.groups.node_group import NodeGroup
 from oto.trace.graph import Graph, Leaf, Node, Value
 
 PASSING = {"to", "_to_copy", "dropout", "contiguous", "clone", "view", "reshape", "detach", "alias"}
-"""Calls behind which an operand of a product is looked for: none of them mixes channels."""
+"""Operators between a product and its operand that are skipped in the search, as none of them mixes channels."""
 
 TURNED = {"t", "numpy_T", "transpose", "permute", "mT"}
 
@@ -28,13 +28,13 @@ CONVS = {"conv1d", "conv2d", "conv3d"}
 
 @dataclass(frozen=True)
 class Adapter:
-    """One that was found.
+    """An adapter of a weight.
 
     Attributes:
         weight, down, up: Names of the parameters ``W``, ``A`` and ``B``; ``A`` is ``(r, in, *kernel)``, ``B`` is
             ``(out, r, ...)`` with a kernel of size 1.
         scale: ``γ``.
-        turned: ``W`` is ``(in, out)``, as in an embedding; else ``(out, in, *kernel)``.
+        turned: Whether ``W`` is ``(in, out)``, as in an embedding, and not ``(out, in, *kernel)``.
     """
 
     weight: str
@@ -53,22 +53,22 @@ class Adapter:
         return self.combined(tensors[self.up].detach(), tensors[self.down].detach()) * self.scale
 
     def factor(self, dim: int) -> tuple[str, int]:
-        """The factor, and its dimension, that have an entry for each of a dimension of ``W``."""
+        """The factor that shares a dimension with ``W``, and the dimension that it is in the factor."""
         return (self.up, 0) if dim == (1 if self.turned else 0) else (self.down, 1)
 
 
 def adapters(graph: Graph) -> tuple[Adapter, ...]:
-    """Those of a model, in the order of its calls.
+    """The adapters of a model, in the order of its calls.
 
-    Left out is one whose weight or factor is read elsewhere too, is tied, or is trained or frozen where it should not
-    be, and convolutions with groups: their entries are like those of any other layers.
+    Left out are adapters of convolutions with groups, of a weight that is trained, with a frozen factor, and those
+    whose weight or factor is tied or read elsewhere, too. Their parameters are treated like those of any other layer.
     """
     return tuple(_Finder(graph).found())
 
 
-def ranks_in(groups: Sequence[NodeGroup], found: Sequence[Adapter]) -> dict[str, None]:
+def ranks_in(groups: Sequence[NodeGroup], adapters: Sequence[Adapter]) -> dict[str, None]:
     """Names of the prunable groups whose atoms are ranks of adapters."""
-    ranks = {(a.down, 0) for a in found} | {(a.up, 1) for a in found}
+    ranks = {(a.down, 0) for a in adapters} | {(a.up, 1) for a in adapters}
     own = [g for g in groups if g.prunable and any((p.parameter, p.dim) in ranks for p in g.slices)]
     return dict.fromkeys(group.name for group in own)
 
@@ -86,7 +86,7 @@ class _Product:
 class _Finder:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.made = {value: node for node in graph.nodes for value in node.outputs if value is not None}
+        self.maker = {value: node for node in graph.nodes for value in node.outputs if value is not None}
         self.leaves = {leaf.value: leaf for leaf in graph.leaves if leaf.kind == "parameter"}
         self.reads: dict[Value, int] = {}
         for nodes in (graph.nodes, () if graph.trained is None else graph.trained.nodes):
@@ -121,27 +121,27 @@ class _Finder:
         )
 
     def _base(self, value: Value, x: Value) -> _Product | None:
-        """The product of ``x`` that is in a sum."""
+        """The product with ``x`` among the terms of a sum."""
         value = self._through(value)
-        node = self.made.get(value)
+        node = self.maker.get(value)
         if node is not None and _called(node) == "add":
             terms = [term for term in node.args if isinstance(term, Value)]
-            return next((found for term in terms if (found := self._base(term, x)) is not None), None)
-        found = self._product(value)
-        return found if found is not None and self._through(found.x) is x else None
+            return next((product for term in terms if (product := self._base(term, x)) is not None), None)
+        product = self._product(value)
+        return product if product is not None and self._through(product.x) is x else None
 
     def _alone(self, leaf: Leaf) -> bool:
         return len(leaf.names) == 1 and self.reads.get(leaf.value, 0) == 1
 
     def _through(self, value: Value) -> Value:
-        while (node := self.made.get(value)) is not None and _called(node) in PASSING:
+        while (node := self.maker.get(value)) is not None and _called(node) in PASSING:
             value = next(node.inputs())
         return value
 
     def _scaled(self, value: Value) -> tuple[Value, float]:
-        """What is multiplied with a number, and the number."""
+        """The value without the numbers that it is multiplied with, and their product."""
         scale, value = 1.0, self._through(value)
-        while (node := self.made.get(value)) is not None and _called(node) in ("mul", "div"):
+        while (node := self.maker.get(value)) is not None and _called(node) in ("mul", "div"):
             first, second = node.args[:2]
             if not isinstance(first, Value) or not isinstance(second, int | float):
                 break
@@ -149,11 +149,11 @@ class _Finder:
         return value, scale
 
     def _product(self, value: Value) -> _Product | None:
-        node = self.made.get(value)
+        node = self.maker.get(value)
         if node is None or (operands := _operands(node)) is None:
             return None
         x, weight, turned, bias = operands
-        turner = self.made.get(weight)
+        turner = self.maker.get(weight)
         if turned and turner is not None and _called(turner) in TURNED:
             weight, turned = next(turner.inputs()), False
         leaf = self.leaves.get(weight)
@@ -161,7 +161,7 @@ class _Finder:
 
 
 def _operands(node: Node) -> tuple[Value, Value, bool, bool] | None:
-    """What a product is of, whether its weight is ``(in, out)``, and whether it adds a bias."""
+    """The input and the weight of a product, whether the weight is ``(in, out)``, and whether there is a bias."""
     name, args = _called(node), node.args
     if name == "linear" or (name in CONVS and _whole(node)):
         return args[0], args[1], False, len(args) > 2 and args[2] is not None
@@ -173,7 +173,7 @@ def _operands(node: Node) -> tuple[Value, Value, bool, bool] | None:
 
 
 def _whole(conv: Node) -> bool:
-    """Whether every channel sees all."""
+    """Whether a convolution has a single group."""
     groups = conv.args[6] if len(conv.args) > 6 else conv.kwargs.get("groups", 1)
     return bool(groups == 1)
 
@@ -186,6 +186,6 @@ def _fit(base: _Product, up: _Product, down: _Product) -> bool:
 
 
 def _called(node: Node) -> str:
-    """The operator's name, without its overload; of a function that is none, nothing."""
+    """The operator's name without its overload; empty for other functions."""
     op: Callable[..., Any] = node.op
     return op.overloadpacket.__name__ if isinstance(op, OpOverload) else ""

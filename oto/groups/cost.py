@@ -1,8 +1,9 @@
-"""What a network costs, and what any choice of removals leaves, without building anything.
+"""The cost of a network, and of what is left after any removal, without building a model.
 
-Every size in the network is a product of counts (:mod:`oto.axes.terms`), so every cost is a polynomial in the numbers
-of atoms that the node groups keep. :func:`cost` evaluates it in plain integers. :class:`Costs` spells it out once, so
-that a choice among many thousands of atoms can ask for totals and for marginal costs without walking the graph.
+Every size in the network is a sum of products of counts (:mod:`oto.axes.terms`), so every cost is a polynomial in the
+numbers of atoms that the node groups keep. For example, two linear layers 8 → h → 3 have ``8h + h + 3h + 3``
+parameters. :func:`cost` evaluates it in plain integers. :class:`Costs` writes it out once, so that a choice among many
+thousands of atoms can ask for totals and for marginal costs without walking the graph.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Cost:
 
 
 def cost(partition: Partition, kept: Mapping[str, int] | None = None, without: Collection[str] = ()) -> Cost:
-    """The exact cost when each group named in ``kept`` has that many atoms left; others are whole.
+    """The exact cost if each group named in ``kept`` keeps this many atoms; others are whole.
 
     Args:
         without: Names of parameters and buffers that are left out.
@@ -85,27 +86,27 @@ def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
 
 
 def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[int, int]:
-    """Multiply–adds of each call that has any, by the index of its node, when each group in ``kept`` has so many atoms
-    left; others are whole."""
+    """Multiply–adds of each call that has any, by the index of its node, if each group in ``kept`` keeps this many
+    atoms; others are whole."""
     counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
-    found: dict[int, int] = {}
+    macs: dict[int, int] = {}
     for node, volume in _products(partition):
-        found[node] = found.get(node, 0) + prod(count(resolve(term), counts) for term in volume)
-    return found
+        macs[node] = macs.get(node, 0) + prod(count(resolve(term), counts) for term in volume)
+    return macs
 
 
 def weights(partition: Partition, of: str = "") -> frozenset[str]:
     """The parameters of two and more dimensions that a product (linear, convolution, matmul) multiplies with.
 
-    One that is gathered from first, as tables of embeddings and of positions are, is none of them.
+    Tables that are indexed first, as those of embeddings and positions, are not among them.
 
     Args:
-        of: Products whose operator has this in its name.
+        of: Only products whose operator has this in its name.
     """
     tape, graph = partition.found.tape, partition.found.graph
     calls = {node.index: node for node in graph.calls}
     products = {step.node for step in tape.steps if step.volume is not None and of in calls[step.node].name}
-    made = {value: node for node in graph.calls for value in node.outputs if value is not None}
+    maker = {value: node for node in graph.calls for value in node.outputs if value is not None}
     leaves = {leaf.value: leaf.name for leaf in graph.leaves if leaf.kind == "parameter"}
     names: set[str] = set()
     seen: set[Value] = set()
@@ -117,7 +118,7 @@ def weights(partition: Partition, of: str = "") -> frozenset[str]:
         seen.add(value)
         if value in leaves and len(value.shape) > 1:
             names.add(leaves[value])
-        node = made.get(value)
+        node = maker.get(value)
         if node is not None and node.index not in products:  # a view, a cast, a norm of the weight
             todo += [before for before in node.inputs() if prod(before.shape) == prod(value.shape)]
     return frozenset(names)
@@ -158,8 +159,12 @@ class Polynomial:
         return products
 
     def tied(self, ties: NDArray[np.int64], per: NDArray[np.int64] | None = None) -> Polynomial:
-        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each count, ``per`` how many
-        times that of its tie it is."""
+        """The same cost as a function of the counts of ties.
+
+        Args:
+            ties: The tie of each count.
+            per: How many times the count of its tie each count is; 1 by default.
+        """
         total: _Sparse = {}
         for indices, coefficient in self._monomials.items():
             times = 1 if per is None else prod(int(per[i]) for i in indices)
@@ -171,7 +176,7 @@ class Polynomial:
         return float(self._products(counts).sum())
 
     def marginal(self, counts: NDArray[np.int64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What each count saves when it alone becomes smaller by ``fewer``; shapes ``(size,)``."""
+        """How much is saved if one count alone gets smaller by ``fewer``, for each count; shapes ``(size,)``."""
         now = np.maximum(counts, 1).astype(np.float64)
         before, after = (n[self._index] ** self._power for n in (now, now - fewer))
         saved = self._products(counts)[self._monomial] / before * (before - after)  # divides evenly
@@ -198,7 +203,7 @@ class Costs:
 
     @classmethod
     def of(cls, partition: Partition, groups: Iterable[NodeGroup]) -> Costs:
-        """Spell the costs out; groups that are not prunable count as whole."""
+        """Write the costs out as polynomials; groups that are not prunable count as whole."""
         prunable = [group for group in groups if group.prunable and group.size]
         index = {partition.axes[group.name]: i for i, group in enumerate(prunable)}
         params, macs, in_bytes = (polynomial(products(partition), index) for products in (_params, _macs, _bytes))

@@ -1,14 +1,13 @@
-"""What a forward pass takes, as a function of what is kept: a lookup over widths.
+"""Milliseconds of a forward pass as a function of the atoms that are kept, from timing each call at a few widths.
 
 The recorded calls are run one after the other on random tensors, with all node groups at each of a few widths, and each
-call is timed. What it takes is then spelled as
+call is timed. Its time is then fitted as
 
     milliseconds  =  a  +  b · (multiply–adds)  +  c · (entries that it reads and writes)          a, b, c ≥ 0
 
-with the coefficients that fit the measured widths best. Both factors are polynomials in the counts, so the whole is a
-:class:`~oto.groups.cost.Polynomial`: every atom saves something, and what it saves follows without a loop. What falls
-short of the model (overhead of its own code, caches, kernels that like some widths) is put right on slim models that
-are built and measured, see :mod:`oto.slim.latency`.
+Both factors are polynomials in the counts, so the whole is a :class:`~oto.groups.cost.Polynomial`: every atom saves
+something, and how much is known without a loop over atoms. What this leaves out (overhead of the model's Python code,
+caches, kernels that are faster at some widths) is corrected by measuring slim models; see :mod:`oto.slim.latency`.
 """
 
 from __future__ import annotations
@@ -38,21 +37,21 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
 """Widths that are measured, as shares of the atoms of every node group."""
 
 PASSES = (2, 7)
-"""How often each width is run, at least and at most; the quickest time of each call counts."""
+"""How many times each width is run, at least and at most; the shortest time of each call counts."""
 
 SECONDS = 1.0
-"""So long a width is run again."""
+"""Each width is run again until this much time has passed."""
 
 SLOPE = 1e-3
-"""This share of what a call takes falls with its size, even where noise or overhead says that nothing does: without it
-a table that is flat would rank no choice."""
+"""At least this share of a call's time is taken to fall with its size, even if noise or overhead hides that. Without
+it, a table of equal times could not tell choices apart."""
 
 
 def latency_table(partition: Partition, costs: Costs, device: torch.device, divisible: int = 1) -> Polynomial:
     """Milliseconds of a forward pass on ``device`` as a function of the counts of ``costs``.
 
     Args:
-        divisible: Widths are measured at multiples of this, as a choice will have them.
+        divisible: Widths are measured at multiples of this, as those of a choice will be.
     """
     axes = [partition.axes[name] for name in costs.names]
     widths = [{axis: _width(axis.size, share, divisible) for axis in axes} for share in SHARES]
@@ -98,44 +97,44 @@ def fitted(times: Sequence[float], work: Sequence[float], traffic: Sequence[floa
     columns = np.array([np.ones(len(times)), work, traffic]).T
     scale = np.maximum(columns.max(0), 1e-300)
     best, least = np.zeros(3), np.inf
-    for n in range(1, 4):  # the best fit has some of the three at zero, and fits best in the others
+    for n in range(1, 4):  # the best fit is the least-squares fit of those coefficients that are not zero
         for chosen in map(list, combinations(range(3), n)):
-            found, *_ = np.linalg.lstsq(columns[:, chosen] / scale[chosen], np.array(times), rcond=None)
-            off = float(np.square(columns[:, chosen] / scale[chosen] @ found - times).sum())
-            if (found >= 0).all() and off < least * (1 - 1e-9):
+            solution, *_ = np.linalg.lstsq(columns[:, chosen] / scale[chosen], np.array(times), rcond=None)
+            off = float(np.square(columns[:, chosen] / scale[chosen] @ solution - times).sum())
+            if (solution >= 0).all() and off < least * (1 - 1e-9):
                 best, least = np.zeros(3), off
-                best[chosen] = found / scale[chosen]
+                best[chosen] = solution / scale[chosen]
     a, b, c = best.tolist()
     return a, b, c
 
 
 class Replay:
-    """The recorded calls on random tensors, with the widths that some counts give them.
+    """The recorded calls on random tensors, at the widths of the given counts.
 
-    What an operator gives goes into those after it, so that tensors lie in memory as they do in the model. Where one
-    cannot be run or gives another shape, as where data decides it, random numbers go on.
+    The result of an operator is passed to those after it, so that tensors are laid out in memory as in the model. If an
+    operator fails, or returns a different shape because that depends on values, random numbers take its place.
     """
 
     def __init__(self, partition: Partition, counts: Mapping[Axis, int], device: torch.device) -> None:
-        self.found, self.counts, self.device = partition.found, counts, device
-        graph = self.found.graph
+        self.propagation, self.counts, self.device = partition.found, counts, device
+        graph = self.propagation.graph
         self.last = {value: node.index for node in graph.nodes for value in (*node.inputs(), *node.outputs) if value}
-        self.made: dict[Value, Tensor] = {}
+        self.tensors: dict[Value, Tensor] = {}
 
     def milliseconds(self) -> list[float]:
-        """For each call the quickest of several passes; 0 where it cannot be run."""
+        """The shortest time of each call over several passes; 0 if it cannot be run."""
         passes: list[list[float]] = []
         begin = clock.now()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             while len(passes) < PASSES[0] or (len(passes) < PASSES[1] and clock.now() - begin < SECONDS):
-                passes.append([self._run(node) for node in self.found.graph.nodes])
-                self.made.clear()
+                passes.append([self._run(node) for node in self.propagation.graph.nodes])
+                self.tensors.clear()
         quickest: list[float] = np.min(passes, axis=0).tolist()
         return quickest
 
     def _run(self, node: Node) -> float:
         op, args, kwargs = node.op, node.args, dict(node.kwargs)
-        rewrite = self.found.tape.rewrites.get(node.index)
+        rewrite = self.propagation.tape.rewrites.get(node.index)
         if rewrite is not None and (rewrite.always or any(self._count(t) != size_of(t) for t in rewrite.terms)):
             op, args, kwargs = rewrite.op, rewrite.args, dict(rewrite.kwargs)
             args, kwargs = tree_map_only(Size, lambda size: self._count(size.term), (args, kwargs))
@@ -144,29 +143,29 @@ class Replay:
         results: list[Any] = []
         try:
             taken, results = timed(op, args, kwargs, self.device)
-        except Exception as failure:  # whatever an operator may raise on numbers that mean nothing
+        except Exception as failure:  # an operator may raise anything on random numbers
             log.debug("%s cannot be timed: %s", node, failure)
         for value, result in zip_longest(node.outputs, results[: len(node.outputs)]):
             if value is not None and isinstance(result, Tensor) and tuple(result.shape) == self._shape(value):
-                self.made[value] = result
+                self.tensors[value] = result
         for value in (*node.inputs(), *node.outputs):
             if value is not None and self.last[value] <= node.index:
-                self.made.pop(value, None)
+                self.tensors.pop(value, None)
         return taken
 
     def _count(self, term: Term) -> int:
         return count(resolve(term), self.counts)
 
     def _shape(self, value: Value) -> tuple[int, ...]:
-        return tuple(map(self._count, self.found.terms(value)))
+        return tuple(map(self._count, self.propagation.terms(value)))
 
     def _tensor(self, value: Value) -> Tensor:
-        if value not in self.made:
+        if value not in self.tensors:
             shape, dtype = self._shape(value), value.dtype
-            wide = dtype.is_floating_point or dtype.is_complex  # others may be indices, of which zero always is one
+            wide = dtype.is_floating_point or dtype.is_complex  # others may be indices, and zero is always a valid one
             fill = torch.rand if wide else torch.zeros
-            self.made[value] = fill(shape, dtype=dtype, device=self.device)
-        return self.made[value]
+            self.tensors[value] = fill(shape, dtype=dtype, device=self.device)
+        return self.tensors[value]
 
 
 def timed(op: Any, args: Any, kwargs: Any, device: torch.device) -> tuple[float, list[Any]]:

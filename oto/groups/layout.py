@@ -1,10 +1,10 @@
-"""Uniform layouts: what is the same in repeated blocks keeps equal counts, each block its own best atoms.
+"""Uniform layouts: repeated blocks keep equally many atoms, each block its own best ones.
 
-A config states one number for all blocks of a kind. So the node groups of a *tie* keep equally many atoms; which ones
-is free. Ties are plain data on the groups, and whoever removes atoms goes by them.
+A config states one number for all blocks of a kind. So the node groups of a *tie* keep equally many atoms, but not the
+same ones. Ties are plain data of the groups (:attr:`NodeGroup.tie`), which the optimizer and the constructor obey.
 
-Groups of other sizes may be tied too, such as a stream of 128 and its 8 heads of 16: they keep the same share. A tie
-then counts in steps, of 16 atoms of the one and one of the other; see :func:`atoms_per_step`.
+Groups of different sizes may be tied, too: a residual stream of 128 channels and its 8 heads of 16 keep the same share.
+Such a tie counts in steps, of 16 atoms of the stream and one head; see :func:`atoms_per_step`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYOUTS = (None, "free", "uniform", "stock")
 
 
 def tied(groups: Sequence[NodeGroup], model: nn.Module) -> tuple[NodeGroup, ...]:
-    """Tie the groups that lie at the same place of repeated blocks, in slices of the same form.
+    """Tie the groups that are at the same place of repeated blocks, with slices of the same form.
 
     Blocks are repeated where an ``nn.ModuleList`` or ``nn.Sequential`` holds several of one class.
     """
@@ -65,10 +65,10 @@ def merge_ties(groups: Sequence[NodeGroup], ties: Iterable[Sequence[str]]) -> tu
 
 
 def as_wide_as_heads(groups: Sequence[NodeGroup], weights: Collection[str]) -> tuple[NodeGroup, ...]:
-    """Tie a stream to the heads that it is as wide as, so that the width of a head is the one divided by the other.
+    """Tie each residual stream to the heads that are as wide as it, so that its width divided by the heads is theirs.
 
-    They are found at weights that lead from heads × width to the stream, or back. The width of a head stays whole, and
-    so do queries for each key; where one of stream and heads is whole the other is, too.
+    They are found by weights from heads × width to the stream, or back. The width of a head stays whole, and so does
+    the number of queries per key. If either the stream or the heads stay whole, both do.
 
     Args:
         weights: The parameters that products multiply with.
@@ -89,7 +89,8 @@ def as_wide_as_heads(groups: Sequence[NodeGroup], weights: Collection[str]) -> t
 def streams(
     groups: Sequence[NodeGroup], weights: Collection[str]
 ) -> Iterator[tuple[NodeGroup, list[NodeGroup], list[NodeGroup]]]:
-    """Streams and the heads that they are as wide as, the outermost first, and what the width of a head is made of."""
+    """For each residual stream the heads that are as wide as it, the outermost factor first, and the groups of their
+    width."""
     places: dict[str, dict[int, list[tuple[NodeGroup, Slice]]]] = {}
     for group in groups:
         for piece in group.slices if group.size else ():
@@ -100,7 +101,7 @@ def streams(
             (stream, piece), *more = dims[one]
             if more or len(piece.cuts) > 1:
                 continue
-            factors = sorted(dims[other], key=lambda found: found[1].cuts[0].before)
+            factors = sorted(dims[other], key=lambda entry: entry[1].cuts[0].before)
             first = factors[0][1].cuts[0]
             heads = [group for group, p in factors if len(p.cuts) == 1 and p.cuts[0].after > 1]
             if heads and first.before * first.middle * first.after == stream.size:
@@ -108,7 +109,7 @@ def streams(
 
 
 def _starred(model: nn.Module) -> Callable[[str], str]:
-    """A function that takes the index of a repeated block out of the names of parameters."""
+    """A function that replaces the indices of repeated blocks in the names of parameters by stars."""
     modules = dict(model.named_modules(remove_duplicate=False))
     repeated: set[str] = set()
     for path, module in modules.items():
@@ -125,7 +126,7 @@ def _starred(model: nn.Module) -> Callable[[str], str]:
 
 
 def settled(groups: Iterable[NodeGroup]) -> tuple[NodeGroup, ...]:
-    """Make ties hold: where one group of a tie stays whole all do, and all keep what one has to keep at least."""
+    """Make the groups of each tie agree: if one stays whole all do, and all keep the largest minimum of any."""
     groups = tuple(groups)
     per = dict(zip((group.name for group in groups), atoms_per_step(groups).tolist(), strict=True))
     whole: dict[str, NodeGroup] = {}
@@ -147,7 +148,7 @@ def settled(groups: Iterable[NodeGroup]) -> tuple[NodeGroup, ...]:
 
 
 def atoms_per_step(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
-    """How many atoms each group keeps for each that its tie counts, shape ``(groups,)``; 1 where sizes are equal."""
+    """How many atoms of each group one step of its tie is, shape ``(groups,)``; 1 if all of its sizes are equal."""
     common: dict[str, int] = {}
     for group in groups:
         if group.tie is not None:
@@ -156,10 +157,10 @@ def atoms_per_step(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
 
 
 def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[NodeGroup, ...]:
-    """Keep what tensor parallelism cuts into ``devices`` equal parts divisible by it: heads, key and value heads, FFNs.
+    """Keep whatever tensor parallelism cuts into ``devices`` equal parts divisible: heads, key and value heads, FFNs.
 
-    A dimension that is a product (heads × width) is cut along its outermost factor. A group whose size is no multiple
-    stays whole, and what lies inside of it keeps the rest of the divisor.
+    A dimension that is a product (heads × width) is cut along its outermost factor. If that is no multiple of
+    ``devices``, the factor inside of it has to provide the rest. A group whose size is not divisible stays whole.
 
     Raises:
         TargetError: ``devices`` is no positive number.
@@ -178,7 +179,7 @@ def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[No
 
 
 def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
-    """For each group the number of its tie, shape ``(groups,)``; one that is not tied is alone in its own."""
+    """The number of each group's tie, shape ``(groups,)``; a group without a tie has its own number."""
     numbers: dict[object, int] = {}
     keys = [(i,) if group.tie is None else group.tie for i, group in enumerate(groups)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
@@ -187,15 +188,15 @@ def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
 def equalize_ties(
     groups: Sequence[NodeGroup], kept: Kept, by: str = "the layout"
 ) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
-    """Keep so many atoms in every group of a tie as the fullest one has, in multiples of the divisor.
+    """Keep as many atoms in every group of a tie as the largest one keeps, in multiples of the divisor.
 
-    Atoms that come back are zero, so nothing that the network computes changes.
+    The atoms that are kept in addition are zero, so the network computes the same.
 
     Args:
-        by: What asks for it.
+        by: What requires it, for the sentences.
 
     Returns:
-        What is kept, and for each tie that was uneven a sentence.
+        The atoms that are kept, and a sentence on each tie that was uneven.
     """
     most: dict[str, int] = {}
     prunable = [group for group in groups if group.prunable]
@@ -221,10 +222,10 @@ def equalize_ties(
 
 
 def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, list[int]]:
-    """A random choice of ``share`` of all atoms of the prunable groups, within the limits of each.
+    """A random choice of ``share`` of all atoms of the prunable groups, within the limits of each group.
 
     Raises:
-        TargetError: The groups would have to give up their last atoms.
+        TargetError: ``share`` would leave a group with fewer atoms than its minimum.
     """
     prunable = [group for group in groups if group.prunable]
     total = sum(group.size for group in prunable)
@@ -235,7 +236,7 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
     for tie, group, per in zip(ties.tolist(), prunable, atoms_per_step(prunable).tolist(), strict=True):
         members.setdefault(tie, []).append((group, per))
     order = {group.name: generator.permutation(group.size) for group in prunable}
-    # an atom goes with one of each group that it is tied to, and with others of its group as the divisor has it
+    # a step takes atoms of every group of a tie, in multiples of their divisor
     steps: list[tuple[int, int]] = []
     by = {tie: max(-(-group.divisor // per) for group, per in same) for tie, same in members.items()}
     for tie, same in members.items():

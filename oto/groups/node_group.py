@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Cut:
-    """One step into a dimension: see it as ``(before, middle, after)`` and take ``length`` of the middle."""
+    """One step into a dimension: view it as ``(before, middle, after)`` and take ``length`` entries of the middle."""
 
     before: int
     middle: int
@@ -51,7 +51,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """One axis of the network and all that names it.
+    """One axis of the network, with every slice of a parameter that it runs through.
 
     Attributes:
         name: Unique, stable for the same model: the first parameter slice it names.
@@ -59,9 +59,9 @@ class NodeGroup:
         slices: Every slice that disappears with an atom.
         zeros: The slices that must be zero for the removal to be exact; a subset of ``slices``.
         reason: Why the group stays whole; ``None`` if it is prunable.
-        cause: Index of the call that is the reason, if one is.
+        cause: Index of the call that is the reason, if a call is.
         min_kept: Least number of atoms to keep.
-        quiet: With all ``slices`` of an atom at zero, every gradient of them is exactly zero.
+        quiet: Whether all gradients of an atom's ``slices`` are exactly zero once these are zero.
         tie: Groups of the same tie keep equally many atoms, each its own; ``None`` if the count is free.
         divisor: The kept count is a multiple of this; it divides ``size``.
     """
@@ -83,9 +83,9 @@ class NodeGroup:
 
     @property
     def factor(self) -> str | None:
-        """What it is of a dimension that is a product: ``"[12]×64"`` are heads, ``"12×[64]"`` their width.
+        """Which factor of a dimension it is: ``"[12]×64"`` for heads, ``"12×[64]"`` for their width.
 
-        ``None`` if its atoms are the entries of the first dimension that it zeroes.
+        ``None`` if its atoms are the entries of the dimension themselves.
         """
         cuts = (self.zeros or self.slices)[0].cuts
         if not cuts or cuts[-1].before == cuts[-1].after == 1:
@@ -94,11 +94,11 @@ class NodeGroup:
         return "×".join(filter(None, (before, f"[{self.size}]", after)))
 
     def zero_(self, tensors: Mapping[str, Tensor], atoms: Tensor) -> None:
-        """Set the ``zeros`` of some atoms to zero, in place, past autograd.
+        """Set the ``zeros`` of some atoms to zero, in place, without autograd.
 
         Args:
             tensors: By the names of parameters; the model's own, or those of a copy.
-            atoms: Which ones, int64, on any device.
+            atoms: Indices of atoms, int64, on any device.
         """
         for piece in self.zeros if len(atoms) else ():
             clear_(piece.of(tensors[piece.parameter].detach()), atoms)
@@ -111,7 +111,7 @@ class NodeGroup:
         lines = [f"{self.name}: {atoms}, prunable, at least {self.min_kept} kept"]
         others = [piece for piece in self.slices if piece not in self.zeros]
         for word, pieces in (("zeroed", self.zeros), ("leaves", others)):
-            if pieces:  # `leaves` goes with an atom without having to be zero
+            if pieces:  # those after `leaves` are removed with an atom, and need not be zero
                 named = ", ".join(f"{piece.parameter}[{piece.dim}]" for piece in pieces[:5])
                 lines.append(f"  {word}  {named}{_more(pieces[5:])}")
         return "\n".join(lines)
@@ -122,14 +122,14 @@ def _more(rest: Sequence[Slice]) -> str:
 
 
 def computable(tensor: Tensor) -> Tensor:
-    """A tensor of 8-bit floats in float32, for torch computes next to nothing with them; any other one as it is."""
+    """A tensor of 8-bit floats in float32, since torch has few operators for them; any other one as it is."""
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def clear_(entries: Tensor, rows: Tensor) -> None:
-    """Bring rows to zero, whatever they are."""
+    """Set rows to zero, in place, whatever the dtype."""
     if computable(entries) is not entries:
-        entries = entries.view(torch.uint8)  # zero is eight bits that are not set
+        entries = entries.view(torch.uint8)  # zero has no bit set
     entries.index_fill_(0, rows.to(entries.device), 0)
 
 

@@ -1,4 +1,8 @@
-"""From terms to node groups and zero-invariant groups."""
+"""Find the node groups of a network: one for each axis that a parameter carries.
+
+Example: the hidden axis of ``fc2(relu(fc1(x)))`` is carried by the rows of ``fc1.weight``, by ``fc1.bias`` and by the
+columns of ``fc2.weight``. So it is a node group of three slices, of which the first two are zeroed.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ class Partition:
     """The node groups of a network.
 
     Attributes:
+        found: The terms of every dimension.
         groups: Every axis that a parameter carries, prunable or not, in the order of the parameters.
         axes: The axis of each group, by name.
     """
@@ -35,7 +40,7 @@ class Partition:
 
     @cached_property
     def graph(self) -> nx.DiGraph:
-        """Calls and leaves as nodes, data flow as edges; ``groups`` on each node names what it carries.
+        """Calls and leaves as nodes, data flow as edges; ``groups`` of each node are the groups that it carries.
 
         Nodes are called ``"node-12"`` (a call), ``"parameter fc.weight"``, ``"input 0"``, ``"output 0"``.
         """
@@ -62,8 +67,8 @@ def partition(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> 
     Args:
         strict_out_nodes: As for :func:`oto.axes.propagate.propagate`.
     """
-    found = propagate(graph, strict_out_nodes)
-    proofs = prove(found)
+    propagation = propagate(graph, strict_out_nodes)
+    proofs = prove(propagation)
     where: dict[Axis, list[Slice]] = {}
     reached, used = graph.read, set[Axis]()
     idle = Reason("the traced forward never uses it")
@@ -71,12 +76,12 @@ def partition(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> 
     for leaf in graph.leaves:
         if leaf.kind != "parameter":
             continue
-        for dim, term in enumerate(found.terms(leaf.value)):
+        for dim, term in enumerate(propagation.terms(leaf.value)):
             for axis, cuts in occurrences(term):
                 where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
                 if leaf.value in reached:
                     used.add(axis)
-    for axis in where.keys() - used:  # heads that only training uses lose what they read, and nothing of their own
+    for axis in where.keys() - used:  # heads that only training uses lose inputs, and nothing else
         axis.fixed = idle
     for axis, proof in proofs.items():
         if proof.zeros:
@@ -96,7 +101,7 @@ def partition(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> 
         reason, cause = (None, None) if axis.fixed is None else (axis.fixed.text, axis.fixed.node)
         groups.append(NodeGroup(names[axis], axis.size, tuple(slices), zeros, reason, cause, quiet=quiet))
     axes = {name: axis for axis, name in names.items()}
-    return Partition(found, tuple(groups), axes)
+    return Partition(propagation, tuple(groups), axes)
 
 
 def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
@@ -105,23 +110,23 @@ def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
 
 
 def trainable(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> Partition:
-    """The node groups of a traced model, and of what train mode does besides, if that costs no atoms.
+    """The node groups of a traced model, which hold in train mode too if that costs no atoms.
 
-    Where it does, the forward in eval mode alone counts, and ``untrained`` of the graph says so.
+    If it does, only the forward in eval mode is considered, and ``untrained`` of the graph says so.
     """
-    found = partition(graph, strict_out_nodes)
+    with_training = partition(graph, strict_out_nodes)
     if graph.trained is None:
-        return found
+        return with_training
     alone = partition(replace(graph, trained=None), strict_out_nodes)
-    both, one = (sum(g.size for g in own.groups if g.prunable) for own in (found, alone))
+    both, one = (sum(g.size for g in own.groups if g.prunable) for own in (with_training, alone))
     if both >= one:
-        return found
+        return with_training
     text = f"{one - both:,} of {one:,} zero-invariant groups would have to stay for what train mode does besides"
     return partition(replace(graph, trained=None, untrained=text), strict_out_nodes)
 
 
 def pruned_groups(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tuple[NodeGroup, ...]:
-    """Where ``groups`` lie in parameters that only hold the atoms in ``kept`` any more; the same groups otherwise."""
+    """The same groups, with their slices in parameters that hold only the atoms in ``kept``."""
     counts = {partition.axes[name]: len(atoms) for name, atoms in kept.items()}
     where: dict[Axis, list[Slice]] = {}
     for leaf in partition.found.graph.leaves:
@@ -141,7 +146,7 @@ def pruned_groups(partition: Partition, groups: Sequence[NodeGroup], kept: Kept)
 
 
 def occurrences(term: Term, counts: Mapping[Axis, int] = _WHOLE) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
-    """Every axis of a resolved term, and the strided view that leads to it; ``counts`` says how many atoms are left."""
+    """Every axis of a resolved term with the strided view of its atoms, if ``counts`` atoms of each are kept."""
     before, total = 1, count(term, counts)
     if not total:  # a parameter may be empty
         return
@@ -160,27 +165,27 @@ def occurrences(term: Term, counts: Mapping[Axis, int] = _WHOLE) -> Iterator[tup
         before *= own
 
 
-def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
+def _flow(propagation: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
     flow = nx.DiGraph()
     made_by: dict[int, str] = {}
 
     def carried(index: int) -> tuple[str, ...]:
-        terms = found.tape.tensors[index]
+        terms = propagation.tape.tensors[index]
         return tuple(dict.fromkeys(names[a] for t in terms for a in axes_of(resolve(t)) if a in names))
 
-    for leaf in found.graph.leaves:
+    for leaf in propagation.graph.leaves:
         made_by[leaf.value.index] = f"{leaf.kind} {leaf.name}"
         flow.add_node(
             made_by[leaf.value.index],
             kind=leaf.kind,
             shape=leaf.value.shape,
             module=leaf.name.rpartition(".")[0],
-            groups=carried(found.operands[leaf.value].index),
+            groups=carried(propagation.operands[leaf.value].index),
         )
-    for i, value in enumerate(found.graph.inputs):
+    for i, value in enumerate(propagation.graph.inputs):
         made_by[value.index] = f"input {i}"
         flow.add_node(f"input {i}", kind="input", shape=value.shape, module="", groups=())
-    for node in found.graph.nodes:
+    for node in propagation.graph.nodes:
         me = f"node-{node.index}"
         outputs = [value for value in node.outputs if value is not None]
         flow.add_node(
@@ -190,13 +195,13 @@ def _flow(found: Propagation, names: Mapping[Axis, str]) -> nx.DiGraph:
             module=node.module,
             source=node.source,
             shape=outputs[0].shape if outputs else (),
-            groups=tuple(dict.fromkeys(g for v in outputs for g in carried(found.operands[v].index))),
+            groups=tuple(dict.fromkeys(g for v in outputs for g in carried(propagation.operands[v].index))),
         )
         for value in node.inputs():
             flow.add_edge(made_by[value.index], me)
         for value in (*outputs, *(after for _, after in node.written)):
             made_by[value.index] = me
-    for i, value in enumerate(found.graph.outputs):
+    for i, value in enumerate(propagation.graph.outputs):
         flow.add_node(f"output {i}", kind="output", shape=value.shape, module="", groups=())
         flow.add_edge(made_by[value.index], f"output {i}")
     return flow

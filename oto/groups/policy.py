@@ -1,4 +1,7 @@
-"""What stays whole because somebody wants it to."""
+"""Policies: which node groups stay whole because a user asked for it, or because their parameters are frozen.
+
+Example: ``OTO(model, x, skip_patterns=["head.*"])`` keeps every group whole that would zero a parameter of ``head``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     Raises:
         UnknownParameterError: A pattern matches nothing; the message suggests the nearest name.
     """
-    found: list[str] = []
+    matches: list[str] = []
     for pattern in patterns:
         hits = _hits(pattern, names)
         if not hits:
@@ -34,12 +37,12 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
                 "  effect   nothing was marked\n"
                 "  to fix   use a name from model.named_parameters(), or a glob such as 'layer1.*.weight'"
             )
-        found += hits
-    return list(dict.fromkeys(found))
+        matches += hits
+    return list(dict.fromkeys(matches))
 
 
 Pattern: TypeAlias = str | type[nn.Module] | nn.Module
-"""What names parameters of a model: a name or glob of parameters or modules, a class of modules, or a module."""
+"""Names parameters of a model: a name or glob of parameters or modules, a class of modules, or a module."""
 
 
 def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
@@ -54,7 +57,7 @@ def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
     """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: list[str] = []
+    matches: list[str] = []
     for pattern in patterns:
         if isinstance(pattern, nn.Module):
             holders = [name for name, module in modules.items() if module is pattern]
@@ -69,9 +72,9 @@ def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
             )
         inside = [name for name in parameters if any(name.startswith(f"{h}." if h else "") for h in holders)]
         if inside:
-            found += inside
+            matches += inside
         elif isinstance(pattern, str):
-            found += matching([pattern], parameters)
+            matches += matching([pattern], parameters)
         elif isinstance(pattern, nn.Module):
             raise UnknownParameterError(
                 f"this {type(pattern).__name__} is no module with parameters of the model\n"
@@ -83,16 +86,16 @@ def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
                 f"no module of the model is a {pattern.__name__} with parameters\n"
                 f"  it has   {some(kinds, 12)}\n  effect   nothing was marked\n  to fix   use one of these classes"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(matches))
 
 
 def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
-    """The names of the outputs that are or match the patterns, or lie in one that does.
+    """The names of the outputs that match the patterns, or are inside of one that does.
 
     Raises:
         UnknownNodeError: There is none.
     """
-    found: set[str] = set()
+    matches: set[str] = set()
     for pattern in patterns:
         inside = [name for name in graph.output_names if name.startswith(f"{pattern}.")]
         hits = inside or _hits(pattern, graph.output_names)
@@ -102,8 +105,8 @@ def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
                 f"  it has   {some(graph.output_names, 12)}\n"
                 "  effect   nothing was analyzed\n  to fix   name some of these in strict_out_nodes"
             )
-        found.update(hits)
-    return frozenset(found)
+        matches.update(hits)
+    return frozenset(matches)
 
 
 def carried_by_nodes(ids: Iterable[str | int], flow: nx.DiGraph) -> set[str]:
@@ -166,18 +169,26 @@ def _nearest(wanted: str, names: Sequence[str]) -> str:
     return some(difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or names)
 
 
+def starred(name: str) -> str:
+    """The name of a parameter with stars for numbers, alike for repeated blocks; as it is, if nothing else names it.
+
+    >>> starred("blocks.3.fc1.weight"), starred("3.weight")
+    ('blocks.*.fc*.weight', '3.weight')
+    """
+    return re.sub(r"\d+", "*", name) if re.search(r"[^\W\d]", name.rpartition(".")[0]) else name
+
+
 def zeroing(groups: Iterable[NodeGroup], parameters: Iterable[str]) -> set[str]:
     """The groups that would zero entries of one of ``parameters``.
 
-    Entries that merely disappear, because what they read is gone, do not count: a layer's input shrinks with the layer
-    before it.
+    Entries that are removed without being zeroed, as the columns of the next layer are, do not count.
     """
     protected = set(parameters)
     return {g.name for g in groups if any(piece.parameter in protected for piece in g.zeros)}
 
 
 def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -> tuple[NodeGroup, ...]:
-    """The groups of these names stay whole; a mapping tells the index of the call that is the reason."""
+    """Let the groups of these names stay whole; a mapping gives the index of the call that is the reason for each."""
     causes = names if isinstance(names, Mapping) else dict.fromkeys(names)
     return tuple(
         replace(g, reason=reason, cause=causes[g.name]) if g.prunable and g.name in causes else g for g in groups
@@ -185,16 +196,16 @@ def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -
 
 
 def keep_but(groups: Sequence[NodeGroup], named: Container[str], flat: Container[str]) -> tuple[NodeGroup, ...]:
-    """Groups that would zero entries of another parameter than those in ``named`` stay whole.
+    """Let groups stay whole that would zero entries of any parameter that is not in ``named``.
 
-    Parameters of one dimension, which are in ``flat`` (biases, norms), go with the weights beside them.
+    Parameters of one dimension (biases, norms), which are in ``flat``, need not be named if the weights are.
     """
 
     def kept(group: NodeGroup) -> NodeGroup:
         zeroed = dict.fromkeys(piece.parameter for piece in group.zeros)
         others = [name for name in [n for n in zeroed if n not in flat] or zeroed if name not in named]
         if group.prunable and others:
-            names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in others)
+            names = dict.fromkeys(map(starred, others))
             return replace(group, reason=f"only does not name {some(names, 2)}")
         return group
 
@@ -205,38 +216,57 @@ FROZEN = "frozen"
 
 
 def keep_frozen(groups: Sequence[NodeGroup], graph: Graph) -> tuple[NodeGroup, ...]:
-    """Frozen parameters (``requires_grad=False``) are left as they are: groups that would zero one stay whole.
+    """Let groups stay whole that would zero a frozen parameter (``requires_grad=False``).
 
-    A frozen layer whose inputs disappear still shrinks with the layer before it, but nothing is written into it on the
-    way, so such a group is not quiet.
+    A frozen layer whose inputs are removed still shrinks with the layer before it. But its entries are not set to zero
+    while training, so such a group is not quiet.
     """
     frozen = frozenset(leaf.name for leaf in graph.leaves if leaf.frozen)
 
     def kept(group: NodeGroup) -> NodeGroup:
         held = [piece.parameter for piece in group.zeros if piece.parameter in frozen]
         if held and group.prunable:
-            names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in held)  # alike for repeated blocks
+            names = dict.fromkeys(map(starred, held))
             return replace(group, reason=f"{FROZEN}: it would zero {some(names, 2)}", quiet=False)
         return replace(group, quiet=group.quiet and not any(piece.parameter in frozen for piece in group.slices))
 
     return tuple(map(kept, groups))
 
 
-def frozen_part(groups: Iterable[NodeGroup]) -> str | None:
-    """How much stays whole because it is frozen, in a line for a message about a target, if anything does."""
-    held = [group for group in groups if (group.reason or "").startswith(FROZEN)]
-    if not held:
-        return None
-    names = dict.fromkeys(re.sub(r"\d+", "*", piece.parameter) for group in held for piece in group.zeros)
+def held_part(groups: Iterable[NodeGroup]) -> str | None:
+    """What stays whole because it is frozen, and what because a user asked for it: lines for a message about a target.
+
+    >>> from oto.groups.node_group import Slice
+    >>> print(held_part([NodeGroup("fc", 8, (Slice("fc.weight", 0, ()),), reason="skip_patterns names it")]))
+      asked   8 atoms of 1 node groups stay whole, since skip_patterns names it: fc.weight
+      to fix  take back what was asked: skip_patterns, only, marks, layout, tensor_parallel, min_kept
+    """
+    lines: list[str] = []
+    whole = [(group.reason, group) for group in groups if group.reason is not None]
+    if frozen := [group for reason, group in whole if reason.startswith(FROZEN)]:
+        since = "they would zero parameters without requires_grad"
+        lines += [_held("frozen", frozen, since), f"  to fix  {dict(REMEDIES)[_FROZEN]}"]
+    asked: dict[str, list[NodeGroup]] = {}
+    for reason, group in whole:
+        if re.search(_ASKED, reason):
+            asked.setdefault(re.sub("^only does not name .*", "only does not name them", reason), []).append(group)
+    lines += [_held("asked", own, reason) for reason, own in list(asked.items())[:4]]
+    lines += [f"  asked   {len(asked) - 4} more reasons, see oto.explain()"] * (len(asked) > 4)
+    lines += [f"  to fix  {dict(REMEDIES)[_ASKED]}"] * bool(asked)
+    return "\n".join(lines) or None
+
+
+def _held(word: str, groups: Sequence[NodeGroup], since: str) -> str:
+    names = dict.fromkeys(starred(piece.parameter) for group in groups for piece in group.zeros or group.slices)
+    atoms = sum(group.size for group in groups)
     return (
-        f"  frozen  {sum(group.size for group in held):,} atoms of {len(held)} node groups stay whole, since they would"
-        f" zero parameters without requires_grad: {some(names, 3)}\n"
-        f"  to fix  {dict(REMEDIES)['^frozen|no trainable']}"
+        f"  {word.ljust(6)}  {atoms:,} atoms of {len(groups)} node groups stay whole, since {since}: {some(names, 3)}"
     )
 
 
 def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Parameters that were frozen, and that were unfrozen, since the graph was traced, where it matters to a group."""
+    """Parameters that a group would zero and that were frozen since the graph was traced; and those that keep a group
+    whole and were unfrozen since."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     was = {leaf.name: leaf.frozen for leaf in graph.leaves if leaf.kind == "parameter"}
     zeroed = dict.fromkeys(piece.parameter for group in groups if group.prunable for piece in group.zeros)
@@ -250,11 +280,12 @@ def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) ->
 
 
 MinKept = int | float | Mapping[str, int | float]
-"""Atoms that a node group keeps: an int; a float is a share of its atoms; by name or glob of parameters or groups."""
+"""The least number of atoms that node groups keep: an int; a share of their atoms, a float; or a mapping from names or
+globs of parameters or groups to either."""
 
 
 def keep_at_least(groups: Sequence[NodeGroup], minimum: MinKept) -> tuple[NodeGroup, ...]:
-    """No group loses its last ``minimum`` atoms; one that has no more stays whole.
+    """Let every group keep at least ``minimum`` atoms; a group that has no more stays whole.
 
     Raises:
         TargetError: A number is negative, or a share above 1.
@@ -270,7 +301,7 @@ def keep_at_least(groups: Sequence[NodeGroup], minimum: MinKept) -> tuple[NodeGr
 
 
 def called(pattern: str, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
-    """The group of that name; else those whose name, or a parameter that they would zero, is or matches it.
+    """The group of that name; otherwise all groups whose name, or a parameter that they would zero, matches it.
 
     Raises:
         UnknownParameterError: There is none.
@@ -283,7 +314,7 @@ def called(pattern: str, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
 
 
 def atoms_of(asked: int | float, size: int, option: str) -> int:
-    """A number of atoms, or a share of ``size`` rounded up, as a number.
+    """The number of atoms that is asked for: an int itself, a float as a share of ``size``, rounded up.
 
     Raises:
         TargetError: It is negative, or a share above 1.
@@ -304,16 +335,18 @@ def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
     return replace(group, reason=f"it has no more than {least} atoms to keep")
 
 
-REMEDIES = (  # what a user may do about a reason, the most promising first
+_FROZEN, _ASKED = "^frozen|no trainable", "marked|^skip_|^only|^layout|no more than"
+
+REMEDIES = (  # patterns of reasons, each with what a user may do about it, the most promising first
     ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),
     (
-        "^frozen|no trainable",
+        _FROZEN,
         "set requires_grad_(True) before OTO(...) on what may be pruned; with adapters on a frozen model, prune both at"
         " once: OTO(..., prune_frozen=True).lhspg(...); or prune first and adapt the slim model, or merge first"
         " (docs/adapters.md)",
     ),
     (
-        "marked|^skip_|^only|^layout|no more than",
+        _ASKED,
         "take back what was asked: skip_patterns, only, marks, layout, tensor_parallel, min_kept",
     ),
     ("^its class", "OTO(..., allow_graph=True) prunes this too, and may end in a graph instead of the class"),
@@ -327,7 +360,7 @@ _IN_THE_NATURE = "of an input|kernel of a conv|it is empty|of places|carries it"
 
 
 def promise(reason: str) -> int:
-    """The place of a reason among all: first what a user can do something about, last what cannot be otherwise."""
+    """The rank of a reason: first those that a user can do something about, last those that nobody can change."""
     ours = (i for i, (text, _) in enumerate(REMEDIES) if re.search(text, reason))
     return next(ours, len(REMEDIES) + bool(re.search(_IN_THE_NATURE, reason)))
 

@@ -1,17 +1,17 @@
-"""What reads an axis with a weight, and could therefore take over what its removed atoms carried.
+"""Find the weights that read an axis, which may be changed to make up for atoms that are removed.
 
-A *reader* is a weight that some calls contract with computed tensors: ``y = W x``. Where entries of ``x`` go, the
-others can be made to stand for them, ``x_gone ≈ B x_kept + c``, and ``W`` takes that over (``optim/compensate.py``).
-Found from the graph alone: every step of the tape that sums over letters which one computed tensor and one tensor of
-parameters share is such a product, be it a linear layer, a convolution of any kind or an einsum. No weight is looked
-at.
+A *reader* is a weight that some calls contract with computed tensors: ``y = W x``. If entries of ``x`` are removed, the
+others can approximate them, ``x_removed ≈ B x_kept + c``, and that can be folded into ``W`` (``optim/compensate.py``).
+For example, ``fc2.weight`` reads what ``fc1`` computes. Readers are found from the graph alone: every step of the tape
+that sums over letters which one computed tensor and one tensor of parameters share is such a product, be it a linear
+layer, a convolution of any kind or an einsum. The values of weights do not matter.
 
-What cannot be taken over is told, each with its reason:
+Where nothing can be folded, there is a reason:
 
-* A norm or a mean over the axis: without the atom it gives other numbers for all that stay.
-* A weight that is computed (a low-rank product, a dequantized or normalized one), or read in another role too, as a
-  table of embeddings that is tied to the output layer: to change it would change something else.
-* A weight that is frozen.
+* A norm or a mean over the axis gives other numbers for all entries that stay.
+* A weight that is computed (a low-rank product, a dequantized or normalized one), or that has another role too (an
+  embedding table that is tied to the output layer), cannot be changed without changing something else.
+* A weight may be frozen.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ from oto.groups.partition import Partition
 from oto.trace.graph import Leaf, Node, Value
 
 PART = 2**23
-"""Entries of an unrolled convolution's input that are held at one time, where one image has no more."""
+"""Entries of an unrolled convolution's input that are in memory at one time, unless one image has more."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor is seen as ``(*batch, *rest, *kernel, *contracted)``.
+    """A view of a tensor as ``(*batch, *rest, *kernel, *contracted)``.
 
-    Dimensions are counted from the end, so that a tensor with more or fewer leading ones is seen alike.
+    Dimensions are counted from the end, so that tensors with more or fewer leading ones have the same layout.
 
     Attributes:
         splits: Dimensions that are products, outermost first, with the sizes of their factors.
-        batch: Dimensions that both factors and the result have, after the splits: groups of a convolution, experts.
-        kernel: Dimensions of a weight that are summed over, but not with the tensor: the kernel of a convolution.
-        contracted: Dimensions that are summed over together.
+        batch: Dimensions, after the splits, that both factors and the result have: groups of a convolution, experts.
+        kernel: Dimensions of a weight that are summed over, and that the tensor does not have: the kernel of a
+            convolution.
+        contracted: Dimensions of both that are summed over.
     """
 
     splits: tuple[tuple[int, tuple[int, ...]], ...]
@@ -65,7 +66,7 @@ class Layout:
         return tensor.permute(*self.batch, *rest, *self.kernel, *self.contracted)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """``(batch, rows, contracted)``, with dimensions of several in one; a copy where it has to be."""
+        """The view as ``(batch, rows, contracted)``, each flattened; a copy if memory does not allow for a view."""
         view = self.of(tensor)
         batch, last = len(self.batch), view.ndim - len(self.contracted)
         return view.reshape(prod(view.shape[:batch]), prod(view.shape[batch:last]), prod(view.shape[last:]))
@@ -87,7 +88,7 @@ class Window:
         return prod(self.kernel)
 
     def rows(self, x: Tensor) -> Tensor:
-        """What each place of the output meets of ``x (N, C, *size)``: ``(groups, places, C / groups · kernel)``."""
+        """Entries of ``x (N, C, *size)`` under the kernel at each place, ``(groups, places, C / groups · kernel)``."""
         n = len(self.kernel)
         x = torch.nn.functional.pad(x, [pad for by in reversed(self.padding) for pad in (by, by)])
         for dim, (k, by, apart) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
@@ -103,11 +104,11 @@ class Use:
 
     Attributes:
         node: The call.
-        source: The tensor that it reads.
-        place: Which of the tensors among its arguments that is, and which is the weight.
-        layout: How the tensor is seen.
+        source: The computed tensor.
+        place: Its index, and that of the weight, among the tensors of the call's arguments.
+        layout: The view of the tensor.
         window: How the weight slides along it, if it is the kernel of a convolution.
-        unrolled: Whether a row is all that the kernel meets at a place, and not a pixel.
+        unrolled: Whether a row is all entries under the kernel at one place, and not the channels of one pixel.
     """
 
     node: Node
@@ -118,7 +119,7 @@ class Use:
     unrolled: bool = False
 
     def rows(self, tensor: Tensor) -> Iterator[Tensor]:
-        """What it reads of its tensor, ``(batch, rows, n)``; unrolled, in parts of a size that memory can bear."""
+        """The rows of its tensor that it reads, ``(batch, rows, n)``; unrolled ones in parts that fit in memory."""
         if not self.unrolled or self.window is None:
             yield self.layout.rows(tensor)
         else:
@@ -133,14 +134,14 @@ class Reader:
 
     Attributes:
         parameter: Its name.
-        path: Views that lead from the parameter to the weight, each with the place among the results.
-        layout: How the weight is seen; its contracted entries are those of ``term``.
-        term: What the entries that it reads are made of.
-        groups: The prunable node groups in that.
-        uses: The calls that read with it. All that they read counts.
-        each: How many entries of each row there are for one of the term: those of an unrolled kernel.
-        shift: Where a constant may be added to what it gives: the name of a bias and 1, or of the running mean of the
-            norm behind it and -1.
+        path: Views that lead from the parameter to the weight, each with the index among the call's results.
+        layout: The view of the weight; its contracted entries are those of ``term``.
+        term: The term of the entries that it reads.
+        groups: The prunable node groups in the term.
+        uses: The calls that it is used by; statistics are taken over the inputs of all of them.
+        each: Entries of a row for each entry of the term: those of an unrolled kernel, or 1.
+        shift: Where a constant can be added to the result: the name of a bias and 1, or of the running mean of the norm
+            after it and -1.
     """
 
     parameter: str
@@ -154,19 +155,18 @@ class Reader:
 
     @property
     def sources(self) -> tuple[tuple[Value, Layout, Window | None], ...]:
-        """What it reads: readers that read the same share their statistics."""
+        """The tensors that it reads; readers with the same sources share their statistics."""
         return tuple((use.source, use.layout, use.window if use.unrolled else None) for use in self.uses)
 
     @property
     def width(self) -> int:
-        """Entries that each row of it reads."""
+        """Entries of each of its rows."""
         return size_of(self.term) * self.each
 
     @property
     def unrolled(self) -> Reader:
-        """The same, with the kernel of a convolution as entries: what it gives is then linear in a row, border and all.
-
-        It is itself where it slides along nothing.
+        """The same reader with the kernel of a convolution among the entries of its rows, so that the result is linear
+        in a row, at borders too; the reader itself if it has no kernel.
         """
         kernels = {use.window.size if use.window is not None else 1 for use in self.uses}
         if kernels == {1} or len(kernels) > 1 or self.each > 1:
@@ -176,11 +176,11 @@ class Reader:
         return replace(self, layout=layout, uses=uses, each=kernels.pop())
 
     def survivors(self, kept: Mapping[Axis, NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        """Which of the entries that it reads survive, as :func:`oto.axes.terms.survivors` has it."""
+        """Which of the entries that it reads survive, as in :func:`oto.axes.terms.survivors`."""
         return np.repeat(survivors(self.term, kept), self.each)
 
     def entries(self, axis: Axis) -> NDArray[np.int64]:
-        """The entries that each atom of an axis in its term has, shape ``(atoms, entries of each)``."""
+        """The entries of each atom of an axis in its term, shape ``(atoms, entries of each)``."""
         atoms = _atoms(self.term, axis)
         order = np.argsort(atoms, kind="stable")
         entries = order[np.count_nonzero(atoms < 0) :].reshape(axis.size, -1, 1)
@@ -188,7 +188,7 @@ class Reader:
         return unrolled.reshape(axis.size, -1)
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """The weight, as the calls get it; a view of the parameter."""
+        """The weight as the calls get it, which is a view of the parameter."""
         view = parameter.detach()
         for node, place in self.path:
             view = _called(node, view, place)
@@ -200,8 +200,8 @@ class Readers:
     """All readers of a network.
 
     Attributes:
-        found: In the order of the calls.
-        reasons: For groups of which something cannot be taken over, or nothing, why.
+        found: The readers, in the order of the calls.
+        reasons: Why some groups, or parts of them, cannot be folded into readers.
     """
 
     found: tuple[Reader, ...]
@@ -216,7 +216,7 @@ def readers(partition: Partition, groups: Iterable[NodeGroup], frozen: bool = Fa
     """Find the readers of all prunable node groups.
 
     Args:
-        groups: Node groups, after what users said of them.
+        groups: Node groups, after all policies.
         frozen: Whether frozen weights may be changed.
     """
     return _Search(partition, [group.name for group in groups if group.prunable], frozen).result()
@@ -224,7 +224,7 @@ def readers(partition: Partition, groups: Iterable[NodeGroup], frozen: bool = Fa
 
 @dataclass(eq=False)
 class _Weight:
-    """A weight in the making: where it lies in its parameter, and the calls that read with it."""
+    """A weight, as far as it is found: where it is in its parameter, and the calls that use it."""
 
     leaf: Leaf
     path: tuple[tuple[Node, int], ...]
@@ -237,15 +237,15 @@ class _Weight:
 class _Search:
     def __init__(self, partition: Partition, names: Collection[str], frozen: bool) -> None:
         self.partition, self.frozen = partition, frozen
-        self.found, self.graph = partition.found, partition.found.graph
+        self.propagation, self.graph = partition.found, partition.found.graph
         self.names: dict[Axis, str] = {partition.axes[name]: name for name in names}
         self.reasons: dict[str, dict[str, None]] = {name: {} for name in names}
         self.summed: set[Axis] = set()
-        self.maker = {step.output: step for step in self.found.tape.steps}
-        self.made = {v: (node, i) for node in self.graph.calls for i, v in enumerate(node.outputs) if v is not None}
+        self.maker = {step.output: step for step in self.propagation.tape.steps}
+        self.origin = {v: (node, i) for node in self.graph.calls for i, v in enumerate(node.outputs) if v is not None}
         self.leaves = {leaf.value: leaf for leaf in self.graph.leaves}
         self.users: dict[Value, list[Node]] = {}
-        for node in self.graph.nodes:  # what only training does besides is no part of what is to stay
+        for node in self.graph.nodes:  # calls of train mode alone do not count
             for value in node.inputs():
                 self.users.setdefault(value, []).append(node)
         self.dynamic = self._dynamic()
@@ -253,18 +253,18 @@ class _Search:
 
     def result(self) -> Readers:
         nodes = len(self.graph.nodes)
-        for step in self.found.tape.steps:
+        for step in self.propagation.tape.steps:
             read = [self._free(step, group) for group in step.summed]
             if any(read) and step.node < nodes:
                 axes = dict.fromkeys(axis for some in read for axis in some)
                 why = self._add(step)
                 for axis in axes if why else ():
                     self._refuse(axis, f"{self.graph.calls[step.node]}: {why}")
-        made = [reader for found in self.weights.values() if (reader := self._reader(found)) is not None]
+        readers = [reader for weight in self.weights.values() if (reader := self._reader(weight)) is not None]
         for axis, name in self.names.items():
-            if axis not in self.summed and not self.reasons[name] and not any(name in r.groups for r in made):
+            if axis not in self.summed and not self.reasons[name] and not any(name in r.groups for r in readers):
                 self._refuse(axis, "no weight reads it")
-        order = sorted(made, key=lambda reader: reader.uses[0].node.index)
+        order = sorted(readers, key=lambda reader: reader.uses[0].node.index)
         return Readers(tuple(order), {name: tuple(why) for name, why in self.reasons.items() if why})
 
     def _refuse(self, axis: Axis, why: str) -> None:
@@ -272,22 +272,22 @@ class _Search:
 
     def _dynamic(self) -> list[bool]:
         """Which tensors depend on the inputs."""
-        dynamic = [False] * len(self.found.tape.tensors)
+        dynamic = [False] * len(self.propagation.tape.tensors)
         runs = [self.graph] if self.graph.trained is None else [self.graph, self.graph.trained]
         for value in (value for run in runs for value in run.inputs):
-            dynamic[self.found.operands[value].index] = True
-        for step in self.found.tape.steps:
+            dynamic[self.propagation.operands[value].index] = True
+        for step in self.propagation.tape.steps:
             dynamic[step.output] = any(dynamic[i] for i in step.inputs)
         return dynamic
 
     def _free(self, step: Step, group: tuple[tuple[int, int], ...]) -> list[Axis]:
-        terms = (self.found.tape.tensors[step.inputs[i]][dim] for i, dim in group)
+        terms = (self.propagation.tape.tensors[step.inputs[i]][dim] for i, dim in group)
         return [axis for term in terms for axis in axes_of(resolve(term)) if axis in self.names]
 
     # --- products -----------------------------------------------------------------------------------------------------
 
     def _add(self, step: Step) -> str | None:
-        """Take a step down as the use of a weight; the reason if it is none."""
+        """Add a step as a use of a weight, or return the reason why it is none."""
         data = [i for i, tensor in enumerate(step.inputs) if self.dynamic[tensor]]
         if step.volume is None and len(step.inputs) > 1:
             return "a step of time, of which the next one reads"
@@ -301,9 +301,9 @@ class _Search:
         return self._product(step, data[0], 1 - data[0])
 
     def _product(self, step: Step, x: int, w: int) -> str | None:
-        node, tape = self.graph.calls[step.node], self.found.tape
+        node, tape = self.graph.calls[step.node], self.propagation.tape
         values = list(node.inputs())
-        places = {self.found.operands[value].index: i for i, value in enumerate(values)}
+        places = {self.propagation.operands[value].index: i for i, value in enumerate(values)}
         both = [dict(group) for group in step.summed if len(group) == 2]
         pairs = [(own[x], own[w]) for own in both]
         target = {out: dim for dim, (out,) in self._passing(step, w)}
@@ -326,10 +326,10 @@ class _Search:
                 return "it rearranges what it multiplies in a way that cannot be followed"
             layouts.append(layout)
             operands.append(walked[0])
-        found = self._weight(values[operands[1]])
-        if isinstance(found, str):
-            return found
-        leaf, path = found
+        weight = self._weight(values[operands[1]])
+        if isinstance(weight, str):
+            return weight
+        leaf, path = weight
         term = tuple(f for d, _ in pairs for f in resolve(tape.tensors[step.inputs[x]][d]))
         key = leaf.name, _lies(leaf, path)
         use = Use(node, values[operands[0]], (operands[0], operands[1]), layouts[0], _window(node))
@@ -347,7 +347,7 @@ class _Search:
     def _walk(
         self, index: int, node: int, places: dict[int, int]
     ) -> tuple[int, list[Callable[[Tensor], Tensor]]] | None:
-        """Back from a factor to the argument that it is a rearrangement of, and the rearrangements in their order."""
+        """The index of the argument that a factor is a rearrangement of, and the rearrangements in their order."""
         moves: list[Callable[[Tensor], Tensor]] = []
         while index not in places:
             step = self.maker.get(index)
@@ -361,7 +361,7 @@ class _Search:
         return places[index], moves
 
     def _move(self, step: Step) -> Callable[[Tensor], Tensor] | None:
-        before, after = (tuple(map(size_of, self.found.tape.tensors[i])) for i in (step.inputs[0], step.output))
+        before, after = (tuple(map(size_of, self.propagation.tape.tensors[i])) for i in (step.inputs[0], step.output))
         if prod(before) != prod(after):
             return None
         (routes,) = step.routes
@@ -376,10 +376,10 @@ class _Search:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def _weight(self, value: Value) -> tuple[Leaf, tuple[tuple[Node, int], ...]] | str:
-        """The parameter that a factor is a view of, and the views; the reason if it is none."""
+        """The parameter that a factor is a view of, and the views; or the reason why it is none."""
         path: list[tuple[Node, int]] = []
         while value not in self.leaves:
-            node, place = self.made.get(value, (None, 0))
+            node, place = self.origin.get(value, (None, 0))
             inputs = [] if node is None else list(node.inputs())
             if node is None or len(inputs) != 1 or not _is_view(node):
                 return "its weight is computed, or written to"
@@ -393,10 +393,10 @@ class _Search:
         return leaf, tuple(path)
 
     def _shift(self, step: Step, w: int, node: Node, weight: Value) -> tuple[str, int] | None:
-        """Where a constant can be added to the result, if every entry of that meets every entry of its row."""
-        sizes = [size_of(term) for term in self.found.tape.tensors[step.inputs[w]]]
+        """Where a constant can be added to the result, if each of its entries sums over a whole row of the weight."""
+        sizes = [size_of(term) for term in self.propagation.tape.tensors[step.inputs[w]]]
         met = prod(n for n, out in zip(sizes, step.routes[w], strict=True) if not out)
-        rows, out = prod(sizes) // met, prod(size_of(term) for term in self.found.tape.tensors[step.output])
+        rows, out = prod(sizes) // met, prod(size_of(term) for term in self.propagation.tape.tensors[step.output])
         if prod(map(size_of, step.volume or ())) != out * met or {"alpha", "beta"} & set(node.kwargs):
             return None
         held = [self.leaves[v] for v in node.inputs() if v is not weight and v in self.leaves]
@@ -405,21 +405,21 @@ class _Search:
         made = node.outputs[0]
         return None if made is None else self._behind(made, rows)
 
-    def _behind(self, made: Value, rows: int) -> tuple[str, int] | None:
-        """A bias that is added right behind, or the running mean of a batch norm."""
-        users = self.users.get(made, [])
-        if len(users) != 1 or made in self.graph.outputs:
+    def _behind(self, result: Value, rows: int) -> tuple[str, int] | None:
+        """A bias that is added to the result, or the running mean of a batch norm of it."""
+        users = self.users.get(result, [])
+        if len(users) != 1 or result in self.graph.outputs:
             return None
         (node,) = users
         given = _arguments(node)
-        if "batch_norm" in node.name and given.get("input") is made:
+        if "batch_norm" in node.name and given.get("input") is result:
             leaf = self.leaves.get(given.get("running_mean"))  # type: ignore[arg-type]
             if leaf is not None and leaf.kind == "buffer" and leaf.value.shape == (rows,) and leaf.names:
                 return (leaf.name, -1) if self._alone(leaf) else None
         if node.op is torch.ops.aten.add.Tensor and not node.kwargs:
-            other = [value for value in node.inputs() if value is not made]
+            other = [value for value in node.inputs() if value is not result]
             leaf = self.leaves.get(other[0]) if len(other) == 1 else None
-            if leaf is not None and self._may_shift(leaf, rows) and made.shape[-1] == rows:
+            if leaf is not None and self._may_shift(leaf, rows) and result.shape[-1] == rows:
                 return leaf.name, 1
         return None
 
@@ -435,7 +435,7 @@ class _Search:
         return len(self.users.get(leaf.value, [])) == 1
 
     def _reader(self, own: _Weight) -> Reader | None:
-        """What was found as a reader, unless something stands against it."""
+        """The reader of a weight, unless there is a reason against it."""
         axes = dict.fromkeys(axis for axis in axes_of(own.term) if axis in self.names)
         why = self._against(own, axes)
         if why is None:
@@ -447,51 +447,51 @@ class _Search:
 
     def _against(self, own: _Weight, axes: Collection[Axis]) -> str | None:
         if any(axis in self.summed for axis in axes):
-            return ""  # that is told already
-        read = {id(use.node) for found in self.weights.values() if found.leaf is own.leaf for use in found.uses}
+            return ""  # the reason is known already
+        read = {id(use.node) for weight in self.weights.values() if weight.leaf is own.leaf for use in weight.uses}
         others = [node for node in self._readings(own.leaf.value) if id(node) not in read]
         if others:
             return f"{own.leaf.name}: {others[0]} reads it too, in another way"
-        same = [found for found in self.weights.values() if found.leaf is own.leaf]
-        if len(same) > 1 and not _apart([found.path for found in same], own.leaf):
+        same = [weight for weight in self.weights.values() if weight.leaf is own.leaf]
+        if len(same) > 1 and not _apart([weight.path for weight in same], own.leaf):
             return f"{own.leaf.name}: parts of it that overlap are read in several ways"
         return None
 
     def _readings(self, value: Value) -> Iterator[Node]:
-        """All calls that do more with a tensor than take a view of it."""
+        """All calls that read a tensor, or a view of it, and are no views themselves."""
         for node in self.users.get(value, []):
             if _is_view(node) and len(list(node.inputs())) == 1:
-                for made in node.outputs:
-                    if made is not None:
-                        yield from self._readings(made)
+                for view in node.outputs:
+                    if view is not None:
+                        yield from self._readings(view)
             else:
                 yield node
 
 
 def _atoms(term: Term, axis: Axis) -> NDArray[np.int64]:
-    """Which atom of an axis each entry of a term belongs to, -1 if to none."""
-    found = np.full(1, -1, dtype=np.int64)
+    """The atom of an axis that each entry of a term belongs to, or -1."""
+    atom_of = np.full(1, -1, dtype=np.int64)
     for factor in resolve(term):
         if isinstance(factor, Axis):
             own = np.arange(axis.size) if factor is axis else np.full(factor.size, -1, dtype=np.int64)
         else:
             own = np.concatenate([_atoms(segment, axis) for segment in factor.segments])
-        found = np.maximum.outer(found, own).reshape(-1)
-    return found
+        atom_of = np.maximum.outer(atom_of, own).reshape(-1)
+    return atom_of
 
 
 def _is_view(node: Node) -> bool:
-    """Whether a call gives views of its argument, and nothing else."""
+    """Whether a call returns nothing but views of its argument."""
     schema = getattr(node.op, "_schema", None)
     shared = [] if schema is None else [a.alias_info for a in schema.arguments if a.alias_info is not None]
     return len(shared) == 1 and not shared[0].is_write
 
 
 def _called(node: Node, tensor: Tensor, place: int) -> Tensor:
-    """A call on another tensor in place of its only one; the result of that place."""
+    """The result with index ``place`` of a call that is made with ``tensor`` in place of its only tensor."""
     args, kwargs = tree_map_only(Value, lambda _: tensor, (node.args, dict(node.kwargs)))
-    found: Tensor = tree_leaves(node.op(*args, **kwargs))[place]
-    return found
+    result: Tensor = tree_leaves(node.op(*args, **kwargs))[place]
+    return result
 
 
 def _viewed(leaf: Leaf, path: tuple[tuple[Node, int], ...], numbered: bool = False) -> Tensor:
@@ -519,7 +519,7 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 
 def _window(node: Node) -> Window | None:
-    """How a convolution slides; ``None`` where a call is none, or a transposed one, or says its padding in a word."""
+    """The window of a convolution; ``None`` for other calls, for transposed ones and where padding is a word."""
     aten, given = torch.ops.aten, _arguments(node)
     if node.op not in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
         return None
@@ -538,7 +538,7 @@ def _layout(
     kernel: list[int],
     contracted: list[int],
 ) -> Layout | None:
-    """Where dimensions of a rearranged tensor lie in the tensor itself; ``None`` if they do not fill its dimensions."""
+    """The layout of a tensor, from dimensions of its rearrangement; ``None`` if these are not factors of its own."""
     whole = view = torch.empty(shape, device="meta")
     for move in moves:
         view = move(view)
@@ -552,13 +552,13 @@ def _layout(
             by_dim.setdefault(home, []).append((stride, n, which))
     at: dict[int, tuple[int, int]] = {}
     splits: dict[int, tuple[int, ...]] = {}
-    for home, found in by_dim.items():
-        found.sort(reverse=True)
-        if prod(n for _, n, _ in found) != whole.shape[home]:
+    for home, pieces in by_dim.items():
+        pieces.sort(reverse=True)
+        if prod(n for _, n, _ in pieces) != whole.shape[home]:
             return None
-        if len(found) > 1:
-            splits[home] = tuple(n for _, n, _ in found)
-        at.update((which, (home, i)) for i, (_, _, which) in enumerate(found))
+        if len(pieces) > 1:
+            splits[home] = tuple(n for _, n, _ in pieces)
+        at.update((which, (home, i)) for i, (_, _, which) in enumerate(pieces))
     factors = {home: len(splits.get(home, (0,))) for home in range(whole.ndim)}
     ends = {home: sum(factors[d] for d in range(home, whole.ndim)) for home in range(whole.ndim)}
 

@@ -24,7 +24,7 @@ from oto.atomic import concerns, locked, rewording_os_errors, scratch, sync
 from oto.errors import ArtifactError, EmitterError, MissingExtraError, OTOError, first_line, reraise_out_of_memory
 from oto.io.artifact import check_out_dir
 from oto.io.program import load_program, save_program
-from oto.slim.graph.program import export_program, other_examples, runnable
+from oto.slim.graph.program import export_program, other_examples, output_names, runnable
 from oto.slim.proof.compare import Check, checked, require, tolerance
 from oto.slim.proof.run import run
 
@@ -162,7 +162,9 @@ class _Onnx:
         import onnxruntime
 
         size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
-        torch.onnx.export(program, f=path, dynamo=True, external_data=size > _ONE_FILE, verbose=False)
+        made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+        _name_outputs(made.model.graph, program)
+        made.save(path, external_data=size > _ONE_FILE)
         onnx.checker.check_model(path, full_check=True)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         names = [entry.name for entry in session.get_inputs()]
@@ -172,6 +174,24 @@ class _Onnx:
             return [torch.from_numpy(y) for y in session.run(None, fed)]
 
         return call
+
+
+def _name_outputs(graph: Any, program: torch.export.ExportedProgram) -> None:
+    """Give the outputs of an ONNX graph the names that the model's own output has: keys, fields and indices.
+
+    What is an input as well, or is there twice, keeps its name, and so does what would be called like something else.
+
+    Args:
+        graph: That of ``onnx_ir``.
+    """
+    names = output_names(program)
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    taken |= {value.name for node in graph for value in node.outputs}
+    if len(names) == len(graph.outputs):
+        for value, name in zip(graph.outputs, names, strict=True):
+            if name not in taken and value.producer() is not None:
+                value.name = name
+                taken.add(name)
 
 
 class _Aoti:

@@ -34,7 +34,7 @@ from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made
 from oto.slim.copying import copied
-from oto.slim.edits import Edits, attribute, tensors_of
+from oto.slim.edits import Edits, attribute, owner_of, tensors_of
 from oto.slim.graph.program import export_program, other_examples, runnable
 from oto.slim.proof.compare import Check, checked, require
 from oto.slim.proof.float64 import dtype_of
@@ -180,9 +180,8 @@ def _state(source: Source) -> set[str]:
     graph, found = source.partition.found.graph, set[str]()
     for leaf in graph.leaves:
         for name in leaf.names if leaf.kind != "parameter" else ():
-            path, _, last = name.rpartition(".")
-            holder = source.model.get_submodule(path)
-            kept = last in holder._buffers and last not in holder._non_persistent_buffers_set
+            owner, last = owner_of(source.model, name)
+            kept = last in owner._buffers and last not in owner._non_persistent_buffers_set
             if not kept or attribute(source.model, name).shape != leaf.value.shape:
                 found.add(name)
     return found | graph.replaced
@@ -265,8 +264,7 @@ def _on_other_sizes(slim: nn.Module, read: nn.Module, given: Any) -> Iterator[Ch
 @contextmanager
 def _emptied(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """While inside, some tensors are empty."""
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-    held = [(module, name, getattr(module, name)) for module, name in places]
+    held = [(*owner_of(model, name), getattr(*owner_of(model, name))) for name in names]
     try:
         for module, name, tensor in held:
             empty = torch.empty(0, dtype=tensor.dtype)

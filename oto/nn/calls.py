@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from os import sep
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -106,23 +107,28 @@ class TracedSizes:
 
 # --- the lines that make it -------------------------------------------------------------------------------------------
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent.parent)
+_TORCH = f"{Path(torch.__file__).parent}{sep}"
+_HERE = f"{Path(__file__).parent.parent}{sep}"
+_FORMER = (_TORCH.removesuffix(sep), _HERE.removesuffix(sep))
+"""What sites of artifacts from before 0.2 leave out: packages whose names begin with ``torch`` too, as torchvision."""
 _OVERRIDDEN = str(Path(__file__).with_name("overridden.py"))
 _RUNS = re.compile(r"^(torch_dynamo_resume_in_)?run_overridden(_at_\d+)?$")
 _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
 
 
 @cache
-def line_of_site(file: str, number: int, name: str) -> str:
+def line_of_site(file: str, number: int, name: str, former: bool = False) -> str:
     """One line of a site: the name of the function and the text; empty for code that is not the user's.
 
     For modules of torch and of ours it is just ``"forward"``, so that what they call is never taken for what the user's
     line calls itself.
+
+    Args:
+        former: As in artifacts from before 0.2.
     """
     resumed = _RESUMED.match(name)
     name = resumed[1] if resumed else name
-    if file.startswith((_TORCH, _HERE)):
+    if file.startswith(_FORMER if former else (_TORCH, _HERE)):
         return "forward" if name in ("forward", "_oto_analyzed") else ""
     return f"{name}: {linecache.getline(file, number).strip() or number}"
 
@@ -155,11 +161,16 @@ def nesting() -> int:
     return _depth_of(lines_of(sys._getframe(1)))
 
 
-def site_of_call(depth: int) -> str:
-    """The site of the present call, in the overridden forward at this depth."""
+def site_of_call(depth: int, former: bool = False) -> str:
+    """The site of the present call, in the overridden forward at this depth; ``former`` as in :func:`line_of_site`."""
     if torch.compiler.is_dynamo_compiling():
-        return str(_compiled_site(depth))
-    return _site_of(lines_of(sys._getframe(1)), depth)
+        return str(_compiled_site(depth, former))
+    return _site_of(lines_of(sys._getframe(1)), depth, former)
+
+
+def may_be_former(site: str) -> bool:
+    """Whether a site may be of an artifact from before 0.2: code of a package such as torchvision has one such line."""
+    return "forward" in site.split("\n")
 
 
 def user_module(frame: FrameType | None) -> str | None:
@@ -177,15 +188,15 @@ def _compiled_depth() -> int:
 
 
 @constant
-def _compiled_site(depth: int) -> str:
-    return _site_of([*lines_of(sys._getframe(1)), *followed_lines()], depth)
+def _compiled_site(depth: int, former: bool) -> str:
+    return _site_of([*lines_of(sys._getframe(1)), *followed_lines()], depth, former)
 
 
 def _depth_of(places: Sequence[tuple[str, int, str]]) -> int:
     return sum(file == _OVERRIDDEN and bool(_RUNS.search(name)) for file, _, name in places)
 
 
-def _site_of(places: Sequence[tuple[str, int, str]], depth: int) -> str:
+def _site_of(places: Sequence[tuple[str, int, str]], depth: int, former: bool) -> str:
     begin = 0
     for i, (file, _, name) in enumerate(places):
         if file == _OVERRIDDEN and _RUNS.search(name):
@@ -193,4 +204,4 @@ def _site_of(places: Sequence[tuple[str, int, str]], depth: int) -> str:
             begin = i + 1
             if not depth:
                 break
-    return "\n".join(line for place in places[begin:] if (line := line_of_site(*place)))
+    return "\n".join(line for place in places[begin:] if (line := line_of_site(*place, former)))

@@ -35,6 +35,7 @@ from oto.nn.calls import (
     TracedSizes,
     first_tensor,
     is_tracing,
+    may_be_former,
     name_of,
     nesting,
     numbers_of,
@@ -262,6 +263,7 @@ class _Interception(TorchFunctionMode):
         self.depth = nesting()
         self.ends = {(_last(site), name) for site, named in calls.items() for name in named}
         self.names = {name for _, name in self.ends}
+        self.former = any(map(may_be_former, calls))
         self.seen: dict[tuple[str, str], int] = {}
         self.kept: dict[tuple[str, str, int], Any] = {}
         self.traced = TracedSizes() if is_tracing() else None
@@ -278,6 +280,8 @@ class _Interception(TorchFunctionMode):
         if name not in self.names:
             return func(*args, **kwargs)
         site = site_of_call(self.depth)
+        if self.former and name not in self.calls.get(site, {}) and (old := site_of_call(self.depth, True)) != site:
+            site = old if name in self.calls.get(old, {}) else site
         hows = self.calls.get(site, {}).get(name)
         if hows is None:
             if (_last(site), name) in self.ends:

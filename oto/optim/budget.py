@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oto.optim.choice import Choice
+from oto.optim.choice import Choice, places
 from oto.optim.entries import sent
 from oto.optim.target import Counts
 
@@ -158,10 +158,7 @@ def rest(choice: Choice, scores: Tensor, alive: Tensor) -> Tensor:
     group = np.repeat(np.arange(len(sizes)), sizes)
     counts = np.bincount(group[left], minlength=len(sizes)).astype(np.int64)
     surplus = counts - whole_counts(choice, counts)
-    order = np.lexsort((np.arange(len(values)), np.where(left, values, np.inf), group))
-    rank = np.empty(len(values), dtype=np.int64)
-    rank[order] = np.arange(len(values)) - (np.cumsum(sizes) - sizes)[group]
-    uneven = torch.from_numpy(left & (rank < surplus[group]))
+    uneven = torch.from_numpy(left & (places(np.where(left, values, np.inf), sizes) < surplus[group]))
     return uneven | choice.select(scores, alive.cpu() & ~uneven)
 
 

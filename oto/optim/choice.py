@@ -21,7 +21,7 @@ from oto.groups.align import Align
 from oto.groups.cost import Costs
 from oto.groups.layout import atoms_per_step, ties_of
 from oto.groups.node_group import NodeGroup
-from oto.groups.policy import MinKept, frozen_part
+from oto.groups.policy import MinKept, held_part
 from oto.optim.criteria import Criteria, published, read_criteria
 from oto.optim.kept import as_named
 from oto.optim.limits import FLOOR, align_of, divisors_of, least_of, prunable
@@ -134,14 +134,14 @@ class Choice(Criteria):
             full=sizes,
         )
         if asked.wants_less:
-            self._require_possible(min_kept, frozen_part(whole))
+            self._require_possible(min_kept, held_part(whole))
         return self
 
-    def _require_possible(self, min_kept: MinKept | None, frozen: str | None) -> None:
+    def _require_possible(self, min_kept: MinKept | None, held: str | None) -> None:
         """Refuse a target that nothing could meet, whatever the scores.
 
         Args:
-            frozen: What is to be said of groups that stay whole because they are frozen.
+            held: What stays whole because it is frozen, or because a user asked for it, in lines of its own.
         """
         if (self.least >= self.full).all():
             raise NothingPrunableError(
@@ -150,9 +150,9 @@ class Choice(Criteria):
                 + (f"; or lower min_kept={min_kept!r}" if min_kept is not None else "")
                 + (f"; or a smaller align={self.align!r}" if self.align != 1 else "")
                 + (f"; or a smaller group_divisible={self.divisible}" if self.divisible != 1 else "")
-                + (f"\n{frozen}" if frozen else "")
+                + (f"\n{held}" if held else "")
             )
-        self.target.require_reachable(self.least, frozen)
+        self.target.require_reachable(self.least, held)
         if any(self.multiples > [group.divisor for group in self.groups]):
             alive = torch.ones(int(self.full.sum()), dtype=torch.bool)
             self.require_near(~self.select(alive.float(), alive), alive.float())
@@ -163,27 +163,24 @@ class Choice(Criteria):
         return [group.size for group in self.groups]
 
     @cached_property
-    def _ties(self) -> Counts | None:
-        """For each node group the number of its tie; ``None`` if no two are tied."""
+    def tied(self) -> tuple[Counts, Counts]:
+        """For each node group the number of its tie, its own where it is not tied; and how many atoms it keeps for each
+        that the tie counts."""
         ties = ties_of(self.groups)
-        return ties if len(set(ties.tolist())) < len(ties) else None
+        if len(set(ties.tolist())) < len(ties):
+            return ties, atoms_per_step(self.groups)
+        return np.arange(len(ties)), np.ones(len(ties), dtype=np.int64)
 
-    @cached_property
-    def _per(self) -> Counts:
-        """How many atoms each node group keeps for each that its tie counts."""
-        return atoms_per_step(self.groups)
+    @property
+    def has_ties(self) -> bool:
+        """Whether any two node groups are tied."""
+        ties, _ = self.tied
+        return len(ties) > 0 and int(ties.max()) + 1 < len(ties)
 
     @cached_property
     def tied_measure(self) -> Measure:
         """The cost as a function of the counts of ties."""
-        return self.target.measure if self._ties is None else self.target.measure.tied(self._ties, self._per)
-
-    @property
-    def tied(self) -> tuple[Counts, Counts]:
-        """For each node group the number of its tie, its own where it is not tied; and how many atoms it keeps for each
-        that the tie counts."""
-        own = np.arange(len(self.groups)), np.ones(len(self.groups), dtype=np.int64)
-        return own if self._ties is None else (self._ties, self._per)
+        return self.target.measure.tied(*self.tied) if self.has_ties else self.target.measure
 
     def lowest(self, counts: Counts) -> Counts:
         """How many atoms each node group keeps in any case on the way from some counts to the goal."""
@@ -224,8 +221,7 @@ class Choice(Criteria):
                     by_cost,
                     worth,
                     self.scope != "local",
-                    self._ties,
-                    self._per,
+                    *(self.tied if self.has_ties else (None, None)),
                 )
             )
             found.append((goal - self.target.measure(self._counts(alive.cpu() & ~chosen)), chosen))
@@ -265,8 +261,8 @@ class Choice(Criteria):
     def _missed(self, left: Tensor, scores: Tensor) -> str | None:
         if self.scope == "local":  # all groups lose the same share, so none may take the odd step alone
             return None
-        ties = np.arange(len(self.groups)) if self._ties is None else self._ties
-        own = np.lcm([group.divisor for group in self.groups], self._per)
+        ties, per = self.tied
+        own = np.lcm([group.divisor for group in self.groups], per)
 
         def choose(goal: float) -> float:
             other = replace(self, target=replace(self.target, goal=goal))
@@ -337,7 +333,19 @@ def _rank(
 ) -> np.ndarray[Any, Any]:
     """For each atom the share of its full node group that is gone once it goes, in the order of the values."""
     group = np.repeat(np.arange(len(sizes)), sizes)
-    order = np.lexsort((np.arange(len(values)), np.where(left, values, -np.inf), group))
-    place = np.empty(len(values), dtype=np.int64)
-    place[order] = np.arange(len(values)) - (np.cumsum(sizes) - sizes)[group]
+    place = places(np.where(left, values, -np.inf), sizes)
     return (place + 1 + (full - sizes)[group]) / full[group]
+
+
+def places(values: np.ndarray[Any, Any], sizes: Counts) -> Counts:
+    """For each atom how many of its node group have a lower value; of equal ones the first is the lowest.
+
+    >>> places(np.array([3.0, 1.0, 2.0, 5.0, 5.0]), np.array([3, 2]))
+    array([2, 0, 1, 0, 1])
+    """
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    place = np.empty(len(values), dtype=np.int64)
+    place[np.lexsort((np.arange(len(values)), values, group))] = (
+        np.arange(len(values)) - (np.cumsum(sizes) - sizes)[group]
+    )
+    return place

@@ -64,6 +64,9 @@ PROBES = (0.25, 0.5, 0.75)
 
 SAMPLING_STEPS, MAX_CYCLES = 0.02, 10
 
+PUT_BACK = " put back; nothing is trained"
+LATEST = "these are the latest steps: as soon as a walk finds nothing new, pruning begins"
+
 
 class HESSOCRIC(HESSO):
     """HESSO that walks groups to zero before it gives them up; see the module docstring for the algorithm.
@@ -128,6 +131,19 @@ class HESSOCRIC(HESSO):
         """Number of walks that were begun."""
         cycle: int = self.walk["cycle"]
         return cycle
+
+    def plan(self) -> str:
+        """As in :class:`HESSO`, with the probes and walks that come before; print it."""
+        if not self.choice.target.wants_less or self.walk["over"]:
+            return super().plan()
+        first, walks = self.first_step, self.first_step + self._probes
+        probe = "probes: how much the loss depends on each layer; nothing is trained"
+        walk = (
+            f"at most {self.max_cycles} walks of {self.sampling_steps} steps: groups go to zero to be scored, and are"
+        )
+        before = [(0, first, "ordinary steps"), (first, walks, probe), (walks, self.schedule.start, walk + PUT_BACK)]
+        target, *_, rate = super().plan().splitlines()
+        return "\n".join([target, *self.schedule.lines(before), LATEST, rate])
 
     def sparse_step(self, t: int) -> None:
         """Ordinary, a probe, a step of a walk, or a step of HESSO."""

@@ -150,8 +150,7 @@ class DHSPG(HalfSpace):
     @property
     def penalty(self) -> tuple[float, float, float]:
         """λ, what it is amplified by, and its greatest multiple."""
-        adam = isinstance(self.base, torch.optim.Adam | torch.optim.AdamW)
-        defaults = (1e-2, 20.0, 1e3) if adam else (1e-3, 2.0, 10.0)
+        defaults = (self.default_lmbda, *((20.0, 1e3) if self.is_over_adam else (2.0, 10.0)))
         lmbda, amplify, coeff = (d if own is None else own for own, d in zip(self.asked_penalty, defaults, strict=True))
         return lmbda, amplify, coeff
 

@@ -311,6 +311,16 @@ class HalfSpace(HESSO):
         self.record(**self.ways)
 
     @property
+    def is_over_adam(self) -> bool:
+        """Whether Adam or AdamW is wrapped, whose steps do not get shorter with the gradient."""
+        return isinstance(self.base, torch.optim.Adam | torch.optim.AdamW)
+
+    @property
+    def default_lmbda(self) -> float:
+        """λ where none is given."""
+        return 1e-2 if self.is_over_adam else 1e-3
+
+    @property
     def least_lmbda(self) -> float:
         """The λ that penalized groups have at least, as their penalty begins."""
         raise NotImplementedError

@@ -30,8 +30,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from oto.errors import OptionError
 from oto.groups.node_group import NodeGroup
 from oto.optim.half_space import Epsilon, HalfSpace
@@ -108,7 +106,7 @@ class HSPG(HalfSpace):
         """λ at step ``t``."""
         asked = self.asked_lmbda
         if asked is None:
-            return 1e-2 if isinstance(self.base, torch.optim.Adam | torch.optim.AdamW) else 1e-3
+            return self.default_lmbda
         return asked(t) if callable(asked) else asked
 
     @property

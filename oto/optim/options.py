@@ -215,6 +215,17 @@ def besides(options: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
     return {name: value for name, value in options.items() if not any(name in names_of(kind) for kind in kinds)}
 
 
+ELSEWHERE = {
+    "flop": ("target_macs", "two FLOPs are one MAC, so a share of them is the same number"),
+    "sparsity": ("target_group_sparsity", "the share of zero-invariant groups that go"),
+    "pruning_ratio": ("target_group_sparsity", "the share of zero-invariant groups that go"),
+    "latency": ("target_latency_ms", "milliseconds of a forward pass"),
+    "memory": ("target_bytes", "the memory of parameters and buffers"),
+    "size": ("target_bytes", "the memory of parameters and buffers"),
+}
+"""How other libraries call what options ask for, each with the option and what it counts."""
+
+
 def refuse_unknown(options: Mapping[str, Any], known: Collection[str], name: str) -> None:
     """Refuse options that nobody takes, before anything else is said about the others.
 
@@ -234,12 +245,22 @@ def refuse_unknown(options: Mapping[str, Any], known: Collection[str], name: str
         takers = f"{name} and {getattr(_inner(options), '__name__', 'its base')} have"
     unknown = [option for option in options if option not in known] + [key for key in rest if key not in inner]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         raise OptionError(
-            f"{takers} no option {some(unknown)}\n"
-            "  effect  nothing was made\n"
-            f"  to fix  {f'perhaps {near[0]}= is meant' if near and near[0] != unknown[0] else 'leave it out'}"
+            f"{takers} no option {some(unknown)}\n  effect  nothing was made\n  to fix  {_meant(unknown[0], known)}"
         )
+
+
+def _meant(unknown: str, known: Collection[str]) -> str:
+    """What to say instead of an option that there is not.
+
+    >>> _meant("target_flops", ["target_macs"])
+    'target_macs= is meant: two FLOPs are one MAC, so a share of them is the same number'
+    """
+    for part, (option, why) in ELSEWHERE.items():
+        if unknown.lower().removeprefix("target_").startswith(part) and option in known:
+            return f"{option}= is meant: {why}"
+    near = difflib.get_close_matches(unknown, sorted(known), n=1)
+    return f"perhaps {near[0]}= is meant" if near and near[0] != unknown else "leave it out"
 
 
 def _inner(options: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ per micro-batch, and a call that a ``GradScaler`` skips does not count.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -131,8 +131,13 @@ class Schedule:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def lines(self) -> list[str]:
-        """What happens at which step."""
+    def lines(self, before: Sequence[tuple[int, int, str]] = ()) -> list[str]:
+        """What happens at which step.
+
+        Args:
+            before: What happens before the first period, where that is more than ordinary steps: the first step, the
+                one after the last, and a text for each part.
+        """
         bounds = [self.bounds(period) for period in range(self.periods)]
         lengths = sorted({end - first for first, end in bounds})
         chosen = [str(first) for first, _ in bounds]
@@ -146,8 +151,8 @@ class Schedule:
             (_steps(self.start, self.end), periods),
             (_steps(self.end - 1, self.end), "the last of them reach zero"),
         ]
-        if self.start:
-            rows.insert(0, (_steps(0, self.start), "ordinary steps"))
+        parts = before or [(0, self.start, "ordinary steps")]
+        rows[:0] = [(_steps(begin, end), what) for begin, end, what in parts if begin < end]
         if self.total_steps is None or self.total_steps > self.end:
             rows.append((_steps(self.end, self.total_steps), "training goes on with what is left"))
         width = max(len(when) for when, _ in rows)

@@ -1,4 +1,4 @@
-"""The model card of a folder that a model's own library loads."""
+"""The model card (``README.md``) of a folder that the model's own library loads with ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from oto.report.table import Described, cost_rows, subnet_lines
 
 
 class Saved(Described, Protocol):
-    """What a card says of a slim model."""
+    """The part of a slim model that a card needs."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -43,7 +43,7 @@ def card(subnet: Saved) -> str:
 
 
 READERS = ("transformers", "diffusers", "timm")
-"""Libraries that name themselves so in a model card."""
+"""Libraries that have these names in the ``library_name`` of a model card."""
 
 
 def _version(library: str) -> str:

@@ -1,6 +1,6 @@
 """Charts as inline SVG, drawn by matplotlib.
 
-Text stays text, and colors are the variables of the page around them, so a chart follows its dark mode and its font.
+Text stays text, and colors are CSS variables of the page, so a chart follows the page's dark mode and font.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from oto.errors import MissingExtraError
 
-# Colors that matplotlib writes down, and the variables of the page that take their place.
+# Colors as matplotlib writes them, and the CSS variables that replace them.
 INK, MUTED, SOFT, ACCENT, BAND = (f"#0a0b{n:02x}" for n in range(0x10, 0x15))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", SOFT: "--soft", ACCENT: "--accent", BAND: "--band"}
 WIDTH, NARROW = 3.2, 2.4
-"""Inches of a chart, and of one that stands beside others: on a page of any width its letters can be read."""
+"""Width in inches of a chart, and of one beside others: letters can be read on a page of any width."""
 
 
 def _figure(height: float, rows: int = 1, width: float = WIDTH) -> tuple[Any, Any]:
@@ -39,11 +39,11 @@ def _figure(height: float, rows: int = 1, width: float = WIDTH) -> tuple[Any, An
 
 
 def _svg(figure: Any, name: str, says: str) -> str:
-    """The figure for use inside a page.
+    """The figure as an element of a page.
 
     Args:
         name: Unique on the page; ids inside the figure begin with it.
-        says: What it shows, for those who do not see it.
+        says: What it shows, for screen readers.
     """
     from matplotlib import rc_context
 
@@ -54,7 +54,7 @@ def _svg(figure: Any, name: str, says: str) -> str:
 
 
 def embedded(svg: str, name: str, says: str) -> str:
-    """An SVG document as an element of a page: no prologue, no addresses of others, ids of its own, and a label."""
+    """An SVG document as an element of a page: no prologue and no external addresses, but unique ids and a label."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
@@ -69,7 +69,7 @@ def embedded(svg: str, name: str, says: str) -> str:
 
 
 def bars(name: str, before: int, after: Sequence[int], says: str) -> str:
-    """How many of ``before`` each of some equal layers keeps."""
+    """A bar for each of several equal layers: how many of ``before`` atoms it keeps."""
     figure, (ax,) = _figure(0.95, width=NARROW)
     places = range(len(after))
     ax.bar(places, [before] * len(after), 0.8, facecolor=SOFT, edgecolor=MUTED, linewidth=0.6)
@@ -83,10 +83,11 @@ def bars(name: str, before: int, after: Sequence[int], says: str) -> str:
 
 
 def shares(name: str, rows: Sequence[tuple[str, float, float, str]], says: str, own_scale: bool = False) -> str:
-    """A bar in a bar for each row: what it is called, before, after, and what is written to the right.
+    """A bar in a bar for each row.
 
     Args:
-        own_scale: Every row fills the width; else all are drawn to one scale.
+        rows: For each its label, the number before and after, and a text for the right side.
+        own_scale: Let every row fill the width; otherwise all have one scale.
     """
     figure, (ax,) = _figure(0.32 * len(rows) + 0.1, width=NARROW if own_scale else WIDTH)
     room = 38 if own_scale else 54  # letters in a row
@@ -106,7 +107,7 @@ def shares(name: str, rows: Sequence[tuple[str, float, float, str]], says: str, 
 
 
 def spread(name: str, milliseconds: Mapping[str, Sequence[float]], says: str) -> str:
-    """A box for each of some models: quartiles, and whiskers as far as the 5th and 95th percentile."""
+    """A box for each model: quartiles, with whiskers to the 5th and 95th percentile."""
     figure, (ax,) = _figure(0.36 * len(milliseconds) + 0.5)
     boxes = ax.boxplot(
         list(milliseconds.values()),
@@ -133,7 +134,7 @@ def curves(
     periods: Sequence[tuple[int, int]],
     says: str,
 ) -> str:
-    """Values over steps, each in its own axes, with the pruning periods shaded."""
+    """Values over steps, one plot below the other, with the pruning periods shaded."""
     figure, axes = _figure(1.05 * len(series) + 0.2, len(series))
     from matplotlib.ticker import EngFormatter
 

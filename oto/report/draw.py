@@ -1,8 +1,8 @@
 """A drawing of the graph: one color per node group, gray for what stays whole, repeated blocks drawn once.
 
-Three things keep a deep network readable. Calls that only move entries about (views, transposes, casts) are drawn as
-the edge they stand for; of neighboring blocks with the same calls in the same order (``layer.0`` … ``layer.11``) the
-first is drawn and the others share one box; and calls are framed by the block that they belong to.
+Three things keep the drawing of a deep network readable. Calls that only move entries (views, transposes, casts) are
+left out, and their edges are joined. Of neighboring blocks with the same calls in the same order (``layer.0`` …
+``layer.11``) the first is drawn, and the others share one box. And calls are framed by the block that they belong to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from oto.groups.cost import macs_by_node
 FORMATS = ("svg", "pdf", "png")
 GREY = "#e4e4e4"
 WHITE = "#ffffff"
-# calls that compute nothing: a picture without them says the same
+# calls that compute nothing, which are not drawn
 QUIET = {
     "view",
     "_unsafe_view",
@@ -186,28 +186,28 @@ def to_dot(
         picture.add_node(pydot.Node(_quoted(name), label=label, shape="box3d", fillcolor=WHITE if free else GREY))
     line = {*pairwise(dict.fromkeys(box[n] for n in nx.dag_longest_path(flow) if n in box))}
     for a, b in _edges(flow, box):
-        # the longest line is drawn straight, so that a deep network is a column and does not wander off to the side
+        # the longest path is drawn straight, so that a deep network is a column
         picture.add_edge(pydot.Edge(_quoted(a), _quoted(b), weight="100" if (a, b) in line else "1"))
     return picture
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """A light color per name; neighbors are far apart on the wheel.
+    """A light color for each name; those of neighbors differ clearly.
 
     >>> palette(["a", "b"])
     {'a': '#f5b8b8', 'b': '#b8c9f5'}
     """
     colors = {}
     for i, name in enumerate(names):
-        hue = i * 0.6180339887 % 1  # the golden ratio spreads any number of them
+        hue = i * 0.6180339887 % 1  # multiples of the golden ratio spread any number of hues
         rgb = colorsys.hls_to_rgb(hue, (0.84, 0.76, 0.9)[i // 12 % 3], 0.75)
         colors[name] = "#" + "".join(f"{round(255 * c):02x}" for c in rgb)
     return colors
 
 
 def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Runs of neighboring numbered blocks that make the same calls: by the name of the box that stands for the later
-    ones, the first of them and all the later."""
+    """Runs of neighboring numbered blocks that make the same calls: for the name of the box that replaces all but the
+    first of a run, the first one and the others."""
     calls: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
     for _, data in flow.nodes(data=True):
         if data["kind"] != "operator":
@@ -221,7 +221,7 @@ def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
     for block in calls:
         parent, _, number = block.rpartition(".")
         families.setdefault(parent, []).append(int(number))
-    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    boxes: dict[str, tuple[str, tuple[str, ...]]] = {}
     for parent, numbers in families.items():
 
         def name(i: int, parent: str = parent) -> str:
@@ -234,11 +234,11 @@ def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
             else:
                 runs.append([i])
         for first, *others in runs:
-            # one call is as short as the box that would stand for it
+            # a box is no shorter than a single call
             if others and len(calls[name(first)]) > 1:
                 box = f"like {name(first)}"
-                found[box] = (name(first), tuple(map(name, others)))
-    return found
+                boxes[box] = (name(first), tuple(map(name, others)))
+    return boxes
 
 
 def _drawn(data: Mapping[str, Any]) -> bool:
@@ -246,45 +246,45 @@ def _drawn(data: Mapping[str, Any]) -> bool:
 
 
 def _box(node: str, data: Mapping[str, Any], repeats: Mapping[str, tuple[str, tuple[str, ...]]]) -> str:
-    """The box that stands for a node: itself, or the one of the outermost repeated block that it is in."""
-    found = [
+    """The box of a node: its own, or that of the outermost run of repeated blocks that it is in."""
+    boxes = [
         (len(block), name)
         for name, (_, others) in repeats.items()
         for block in others
         if f"{data['module']}.".startswith(f"{block}.")
     ]
-    return min(found)[1] if found else node
+    return min(boxes)[1] if boxes else node
 
 
 def _edges(flow: nx.DiGraph, box: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """Edges between boxes, through whatever is not drawn."""
+    """Edges between boxes; those through nodes that are not drawn are joined."""
     sources: dict[str, dict[str, None]] = {}
-    found: dict[tuple[str, str], None] = {}
+    edges: dict[tuple[str, str], None] = {}
     for node in flow:  # calls come after what they read
         given = dict.fromkeys(s for p in flow.predecessors(node) for s in sources.get(p, {}))
         if node not in box:
             sources[node] = given
             continue
-        found.update(((a, box[node]), None) for a in given if a != box[node])
+        edges.update(((a, box[node]), None) for a in given if a != box[node])
         sources[node] = {box[node]: None}
-    return found
+    return edges
 
 
 def _blocks(flow: nx.DiGraph) -> set[str]:
-    """Numbered modules that named ones lie in, such as ``layer1.0``."""
-    found: set[str] = set()
+    """Numbered modules with named modules inside, such as ``layer1.0``."""
+    blocks: set[str] = set()
     for _, data in flow.nodes(data=True):
         parts = data["module"].split(".") if data["kind"] == "operator" else []
-        found.update(
+        blocks.update(
             ".".join(parts[:i])
             for i, (part, inner) in enumerate(pairwise(parts), 1)
             if part.isdigit() and not inner.isdigit()
         )
-    return found
+    return blocks
 
 
 def _block(module: str, blocks: set[str]) -> str:
-    """The outermost block that a module lies in."""
+    """The outermost block that a module is in."""
     parts = module.split(".")
     return next((p for i in range(1, len(parts) + 1) if (p := ".".join(parts[:i])) in blocks), "")
 

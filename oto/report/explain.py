@@ -1,4 +1,4 @@
-"""What can be removed, and for everything else the reason, the operator, the module and the source line."""
+"""The result of ``oto.explain``: what can be removed, and for all else the reason, operator, module and source line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from html import escape
 from math import prod
 from typing import Any
 
+from oto.errors import some
 from oto.groups import NodeGroup, Partition
-from oto.groups.policy import REMEDIES, promise
+from oto.groups.policy import REMEDIES, promise, starred
 from oto.report.table import columns, html
 from oto.trace.graph import Graph
 
@@ -28,11 +29,11 @@ class Whole:
     Attributes:
         group: Its name.
         size: Number of entries of the axis.
-        parameters: The parameter dimensions that it names, such as ``("fc.weight", 0)``.
+        parameters: The dimensions of parameters that it runs through, such as ``("fc.weight", 0)``.
         entries: Number of entries of these parameters.
-        reason: Why.
-        operator, module, source: The call that caused it, the path of its module (``""`` is the model itself) and the
-            line of the user's code; ``None`` if no call did.
+        reason: Why it stays whole.
+        operator, module, source: The call that is the reason, the path of its module (``""`` is the model itself) and
+            the line of the model's code that makes it; ``None`` if there is none.
     """
 
     group: str
@@ -47,17 +48,17 @@ class Whole:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the analysis found.
+    """What can be removed from a model, and why the rest stays whole.
 
     Attributes:
-        trace: How the model was followed, and what that means.
-        prunable: Number of prunable node groups; ``atoms`` counts their ZIGs.
-        share: Share of all parameter entries that lie along a prunable axis.
-        whole: Every other node group, and why.
-        unreached: Parameters that the traced forward never used.
+        trace: How the model was traced, and which inputs the graph holds for.
+        prunable, atoms: Number of prunable node groups, and of their zero-invariant groups.
+        share: Share of all parameter entries that are in parameters with a prunable dimension.
+        whole: All other node groups, each with its reason.
+        unreached: Parameters that the traced forward never uses.
         unknown: Operators without a rule.
-        search: Each decision of the search of what the model's class needs, if it was asked for: the line of the code,
-            what was seen and tried there, and what was settled.
+        search: If it was asked for, each decision of the search of what the model's class needs: the line of code, what
+            was seen and tried there, and what was chosen.
     """
 
     trace: str
@@ -85,7 +86,7 @@ class Explanation:
         return html([heading[0], *joined], left=range(2, 6), above=above)
 
     def _remedies(self) -> list[str]:
-        """What a user can do about the reasons, one line each."""
+        """What a user can do about the reasons, a line for each."""
         todo = sorted({promise(w.reason) for w in self.whole if promise(w.reason) < len(REMEDIES)})
         return [f"{'to fix' if place == 0 else ''}".ljust(8) + REMEDIES[i][1] for place, i in enumerate(todo)]
 
@@ -103,10 +104,10 @@ class Explanation:
 
 
 def explain(groups: Sequence[NodeGroup], partition: Partition, search: Iterable[object] = ()) -> Explanation:
-    """Sum up which axes may lose entries, and why the others may not.
+    """Explain which node groups are prunable, and why the others are not.
 
     Args:
-        search: The decisions of the search of a class, to be told as well.
+        search: The decisions of the search of a class, to be printed as well.
     """
     graph = partition.found.graph
     sizes = {leaf.name: prod(leaf.value.shape) for leaf in graph.leaves if leaf.kind == "parameter"}
@@ -145,30 +146,31 @@ def _table(whole: Sequence[Whole]) -> list[str]:
 
 
 def _cells(whole: Sequence[Whole]) -> list[tuple[tuple[str, ...], str]]:
-    """One row for all groups that differ only in the numbers of repeated blocks, each with its source line; a heading.
+    """A heading, and one row with its source line for all groups that differ only in the numbers of repeated blocks.
 
-    First what a user can do something about, last what cannot be otherwise; the weightiest first among each.
+    First come reasons that a user can do something about, last those that nobody can change; among equal ones, those
+    with the most entries come first.
     """
     rows: dict[tuple[str, ...], list[Whole]] = {}
     for w in whole:
-        place = "" if w.module is None else _stars(w.module) or "the model"
+        place = "" if w.module is None else re.sub(r"\d+", "*", w.module)
         rows.setdefault((w.reason, w.operator or "", place, w.source or ""), []).append(w)
-    weight = {key: sum(w.entries for w in some) for key, some in rows.items()}
+    weight = {key: sum(w.entries for w in alike) for key, alike in rows.items()}
     order = sorted(rows, key=lambda key: (promise(key[0]), -weight[key]))
     heading = ("entries", "groups", "stays whole because", "operator", "in", "parameters")
     cells: list[tuple[tuple[str, ...], str]] = [(heading, "")]
     for key in order:
-        names = _patterns([name for w in rows[key] for name, _ in w.parameters])
-        cells.append(((f"{weight[key]:,}", str(len(rows[key])), *key[:3], names), key[3]))
+        reason, operator, _, source = key
+        parameters = _patterns([name for w in rows[key] for name, _ in w.parameters])
+        modules = _patterns([_module(w.module) for w in rows[key] if w.module is not None])
+        cells.append(((f"{weight[key]:,}", str(len(rows[key])), reason, operator, modules, parameters), source))
     return cells
 
 
-def _stars(name: str) -> str:
-    """A name without the numbers of repeated blocks."""
-    return re.sub(r"\d+", "*", name)
+def _module(path: str) -> str:
+    return starred(f"{path}.").removesuffix(".") if path else "the model"
 
 
-def _patterns(names: Sequence[str]) -> str:
-    """Names with the numbers of repeated blocks taken out, cut after three."""
-    found = list(dict.fromkeys(map(_stars, names)))
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+def _patterns(names: Iterable[str]) -> str:
+    """Names of parameters with stars for the numbers of repeated blocks, cut after three."""
+    return some(dict.fromkeys(map(starred, names)), 3)

@@ -1,4 +1,4 @@
-"""One offline file about a slim model, for whoever was not there when it was made."""
+"""The report on a slim model: one HTML file that needs no network (``subnet.report("report.html")``)."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from oto.trace.outputs import tensors_in
 
 TEMPLATE = "report.html.j2"
 MOST = 12
-"""So many rows a chart of MACs has at most; the rest is one more."""
+"""Rows of a chart of MACs at most; all others share one more row."""
 
 
 @dataclass(frozen=True, eq=False)
 class Background:
-    """What a slim model was made from, and how: what a report shows besides the slim model.
+    """What a slim model was made from, for the report.
 
     Attributes:
         name: The class of the full model.
         target: What was asked for, if an optimizer was made.
-        history: What the optimizer wrote down while training; records with a ``step``, oldest first.
+        partition, groups: The analysis of the full model.
+        history: What the optimizer recorded in training: mappings with a ``step``, oldest first.
         periods: First step of each pruning period, and first step after it.
     """
 
@@ -60,7 +61,7 @@ def report(
 
     Args:
         history: Instead of the optimizer's own.
-        milliseconds: For the full and the slim model, what each of some forward passes on ``example`` took.
+        milliseconds: For the full and the slim model, the times of several forward passes on ``example``.
 
     Returns:
         ``path``.
@@ -132,7 +133,7 @@ def _speedup(milliseconds: Mapping[str, Sequence[float]]) -> float:
 
 
 def pattern(name: str) -> str:
-    """A name with the numbers of repeated blocks taken out.
+    """A name with stars for the numbers of repeated blocks.
 
     >>> pattern("encoder.layer.11.conv1.weight")
     'encoder.layer.*.conv1.weight'
@@ -141,45 +142,45 @@ def pattern(name: str) -> str:
 
 
 def _panels(widths: Sequence[tuple[str, int, int]]) -> list[dict[str, str]]:
-    """A chart for each family of repeated layers, and one for all that are not repeated."""
+    """A chart for each family of repeated layers, and charts for those that are not repeated."""
     families: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for name, before, after in widths:
         families.setdefault((pattern(name), before), []).append((name, after))
     alone = [(some[0][0], before, some[0][1]) for (_, before), some in families.items() if len(some) == 1]
-    found = []
+    panels = []
     for i, ((name, before), some) in enumerate(families.items()):
         if len(some) > 1:
-            left = [n for _, n in some]
-            bounds = f"{min(left):,}" if min(left) == max(left) else f"{min(left):,} to {max(left):,}"
-            says = f"{len(some)} layers of {before:,}; {bounds} left, {sum(left) / before / len(some):.0%} in all"
-            chart = charts.bars(f"width{i}", before, left, f"{name}: {says}. In order: {', '.join(map(str, left))}")
-            found.append({"title": name, "chart": chart, "says": says})
+            kept = [n for _, n in some]
+            bounds = f"{min(kept):,}" if min(kept) == max(kept) else f"{min(kept):,} to {max(kept):,}"
+            says = f"{len(some)} layers of {before:,}; {bounds} left, {sum(kept) / before / len(some):.0%} in all"
+            chart = charts.bars(f"width{i}", before, kept, f"{name}: {says}. In order: {', '.join(map(str, kept))}")
+            panels.append({"title": name, "chart": chart, "says": says})
     for i in range(0, len(alone), MOST):
         some_alone = alone[i : i + MOST]
         rows = [(name, before, after, f"{after:,} of {before:,}") for name, before, after in some_alone]
         says = f"{len(rows)} layer{'s' * (len(rows) > 1)} on {'their' if len(rows) > 1 else 'its'} own"
         spoken = f"{says}: " + "; ".join(f"{name} {text}" for name, _, _, text in rows)
         title = "Not repeated"
-        found.append({"title": title, "chart": charts.shares(f"alone{i}", rows, spoken, own_scale=True), "says": says})
-    return found
+        panels.append({"title": title, "chart": charts.shares(f"alone{i}", rows, spoken, own_scale=True), "says": says})
+    return panels
 
 
 def _macs(origin: Background, subnet: Described) -> dict[str, str]:
-    """MACs by module, repeated blocks together, the costliest first."""
+    """MACs by module, with repeated blocks in one row, the largest first."""
     nodes = origin.partition.found.graph.nodes
     kept = {name: len(atoms) for name, atoms in subnet.kept.items()}
-    full, left = macs_by_node(origin.partition), macs_by_node(origin.partition, kept)
+    full, slim = macs_by_node(origin.partition), macs_by_node(origin.partition, kept)
     places: dict[str, list[int]] = {}
     for index, macs in full.items():
         entry = places.setdefault(pattern(nodes[index].module) or "the model itself", [0, 0])
         entry[0] += macs
-        entry[1] += left[index]
+        entry[1] += slim[index]
     order = sorted(places.items(), key=lambda item: -item[1][0])
     shown = [(name, macs[0], macs[1]) for name, macs in order[:MOST]]
     if rest := order[MOST:]:
         shown.append((f"{len(rest)} others", sum(m[0] for _, m in rest), sum(m[1] for _, m in rest)))
     rows = [(name, a, b, f"{metric(a).strip()} to {metric(b).strip()}") for name, a, b in shown]
-    says = f"{metric(sum(full.values())).strip()} MACs before, {metric(sum(left.values())).strip()} after"
+    says = f"{metric(sum(full.values())).strip()} MACs before, {metric(sum(slim.values())).strip()} after"
     spoken = f"{says}. " + "; ".join(f"{name} {text}" for name, _, _, text in rows)
     if not rows:
         return {"chart": "", "says": "the model computes no products"}
@@ -206,7 +207,7 @@ def _records(history: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 
 def _training(history: Sequence[Mapping[str, Any]], periods: Sequence[tuple[int, int]]) -> dict[str, str] | None:
-    """Every number that the records hold, over steps."""
+    """All numbers in the records, over steps."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for record in history:
         for key, value in record.items():
@@ -231,7 +232,7 @@ def _short(x: float) -> str:
 
 
 def _drawing(origin: Background) -> tuple[str, str]:
-    """The drawing as an element of the page, or why there is none."""
+    """The drawing as an element of the page, and why there is none otherwise."""
     if shutil.which("dot") is None:
         return "", "The drawing is left out: graphviz was not installed where this was written."
     try:

@@ -1,4 +1,4 @@
-"""What compression without training has cost and won."""
+"""The result of compression without training (``oto.one_shot``): what was removed, and the held-out loss."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Portion:
 
     Attributes:
         groups: Their names.
-        atoms, size: How many atoms went, and how many there were.
-        readers: How many weights could take over.
+        atoms, size: How many atoms were removed, and how many there were.
+        readers: How many weights they could be folded into.
         before: The loss on the held-out batches before.
-        zeroed, folded: What it was after the atoms went, and when readers took over as well; ``None``: not measured.
-        kept: Which of the two it stayed at: ``"folded"`` or ``"zeroed"``.
-        norms: Whether batch norms were estimated anew.
-        unreached: Weights that no batch reached, so that they took nothing over.
+        zeroed, folded: The loss with the atoms at zero, and with them folded into readers; ``None``: not measured.
+        kept: Which of the two was kept: ``"folded"`` or ``"zeroed"``.
+        norms: Whether batch norms were estimated again.
+        unreached: Weights that no batch reached, so that nothing was folded into them.
     """
 
     groups: tuple[str, ...]
@@ -37,7 +37,7 @@ class Portion:
 
     @property
     def after(self) -> float | None:
-        """The loss that it stayed at."""
+        """The loss of what was kept."""
         return self.folded if self.kept == "folded" else self.zeroed
 
 
@@ -47,12 +47,12 @@ class OneShot:
 
     Attributes:
         target: What was asked for.
-        how: What the choice went by, and how the weights took over.
-        portions: The steps, along the depth of the network.
-        loss: On the held-out batches before and after; ``None`` where none were held out.
-        before, after: Costs of the full network and of what is left.
-        kept: How many atoms of each node group are left.
-        not_folded: For groups that lost atoms, why nothing, or not all, could take over.
+        how: How atoms were chosen, and how they were folded.
+        portions: The portions, from input to output.
+        loss: The loss on the held-out batches before and after; ``None`` if none were held out.
+        before, after: Costs of the full network and of the slim one.
+        kept: How many atoms each node group keeps.
+        not_folded: For groups that lost atoms, why they, or some of them, could not be folded.
     """
 
     target: str

@@ -1,4 +1,4 @@
-"""What a target would leave of each layer."""
+"""The result of ``oto.preview``: how many atoms of each layer a target would keep."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Width:
 
     Attributes:
         group: Its name.
-        before, after: Atoms in the full network, and those that would be left.
+        before, after: Atoms in the full network, and those that would be kept.
         macs_before, macs_after: MACs of all products that have the group as a factor. A product has several factors, so
             the sum over groups is more than the MACs of the network.
-        factor: What it is of a dimension that is a product, as :attr:`oto.groups.NodeGroup.factor` has it.
+        factor: Which factor of a dimension it is, as in :attr:`oto.groups.NodeGroup.factor`.
     """
 
     group: str
@@ -35,14 +35,14 @@ class Width:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a target would leave: print it, or take ``to_dict()``.
+    """What a target would keep: print it, or take ``to_dict()``.
 
     Attributes:
         target: What was asked for.
-        how: What the choice went by.
+        how: How atoms were chosen.
         widths: Every prunable node group.
-        before, after: Costs of the full network, and what would be left.
-        milliseconds: What a forward pass takes before and after, measured, where the target is in milliseconds.
+        before, after: Costs of the full network, and of the slim one.
+        milliseconds: The measured time of a forward pass before and after, if the target is in milliseconds.
     """
 
     target: str
@@ -54,7 +54,7 @@ class Preview:
 
     @property
     def kept(self) -> dict[str, int]:
-        """How many atoms of each node group would be left."""
+        """How many atoms each node group would keep."""
         return {width.group: width.after for width in self.widths}
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Preview:
         return html(self._cells(), above=above, below="\n".join(self._said())) + html(self._costs())
 
     def _said(self) -> list[str]:
-        """What the columns mean, where that is not plain."""
+        """Notes on columns that need them."""
         factors = [width.factor for width in self.widths if width.factor]
         lines = [
             "MACs with it: a product counts for each group that it runs through, so rows do not add up to the total"
@@ -81,7 +81,7 @@ class Preview:
         return lines
 
     def _cells(self) -> list[list[str]]:
-        """Widths, those of repeated blocks in one row."""
+        """A row for each width; those of repeated blocks share one."""
         rows: dict[tuple[str, str, int], list[Width]] = {}
         for width in self.widths:
             place = re.sub(r"(?<![/\d])\d+", "*", width.group), width.factor or "", width.before
@@ -117,15 +117,15 @@ def preview(
     costs: Costs,
     kept: Mapping[str, int],
     full: Cost,
-    left: Cost,
+    remaining: Cost,
     milliseconds: tuple[float, float] | None = None,
 ) -> Preview:
-    """Put the widths of all prunable groups together.
+    """Collect the widths of all prunable groups.
 
     Args:
-        kept: How many atoms of each group would be left; groups that it does not name are whole.
-        full, left: The costs of the full network and of what would be left.
-        milliseconds: What the two take, if that was measured.
+        kept: How many atoms each group would keep; groups that it does not name are whole.
+        full, remaining: The costs of the full network, and of the slim one.
+        milliseconds: The times of both, if they were measured.
     """
     counts = np.array([kept.get(name, size) for name, size in zip(costs.names, costs.sizes, strict=True)], np.int64)
     factors = {group.name: group.factor for group in groups}
@@ -134,4 +134,4 @@ def preview(
         Width(name, int(size), int(count), int(a), int(b), factors[name])
         for name, size, count, a, b in zip(costs.names, costs.sizes, counts, *through, strict=True)
     )
-    return Preview(target, how, widths, full, left, milliseconds)
+    return Preview(target, how, widths, full, remaining, milliseconds)

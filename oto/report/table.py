@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables of costs and results, for a terminal and for notebooks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from oto.slim.pickled import needs_oto
 from oto.slim.proof.compare import Check
 
 OF_THE_CLASS = ("module", "config")
-"""Emitters whose slim model is of the original class."""
+"""The emitters whose slim model is of the original class."""
 
 
 class Described(Protocol):
-    """What a table says of a slim model."""
+    """The part of a slim model that a table needs."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -42,7 +42,7 @@ class Described(Protocol):
 
 
 def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
-    """Rows of text with the columns of ``left`` to the left and the others to the right.
+    """Rows of text, with the columns in ``left`` aligned to the left and the others to the right.
 
     >>> print(columns([["", "before"], ["MACs", "12"]]))
           before
@@ -57,7 +57,7 @@ def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
 
 
 def html(rows: Sequence[Sequence[str]], left: Container[int] = (0,), above: str = "", below: str = "") -> str:
-    """Rows of text as a table for a notebook; the first is the heading, and lines of text may stand around it.
+    """Rows of text as an HTML table for a notebook; the first is the heading, and texts may be put around it.
 
     >>> html([["", "before"], ["MACs", "12"]])
     '<table><thead><tr><th></th><th>before</th></tr></thead><tbody><tr><td>MACs</td><td>12</td></tr></tbody></table>'
@@ -65,11 +65,11 @@ def html(rows: Sequence[Sequence[str]], left: Container[int] = (0,), above: str 
 
     def line(cells: Sequence[str], tag: str) -> str:
         style = ' style="text-align: left"'
-        made = (
+        tagged = (
             f"<{tag}{style if i in left and i else ''}>{escape(cell)}</{tag}>".replace("\n", "<br>")
             for i, cell in enumerate(cells)
         )
-        return f"<tr>{''.join(made)}</tr>"
+        return f"<tr>{''.join(tagged)}</tr>"
 
     head, *body = rows
     table = f"<thead>{line(head, 'th')}</thead><tbody>{''.join(line(cells, 'td') for cells in body)}</tbody>"
@@ -78,7 +78,7 @@ def html(rows: Sequence[Sequence[str]], left: Container[int] = (0,), above: str 
 
 
 def cost_rows(before: Cost, after: Cost) -> list[list[str]]:
-    """Costs of the full and of a slim network, with a heading."""
+    """Costs of the full and of the slim network, with a heading."""
 
     def row(name: str, a: int, b: int) -> list[str]:
         return [name, f"{a:,}", f"{b:,}", f"{100 * b / a:.1f} %" if a else "–"]
@@ -92,7 +92,7 @@ def cost_rows(before: Cost, after: Cost) -> list[list[str]]:
 
 
 def subnet_table(subnet: Described) -> str:
-    """What shrank, how it was proved, and where it is."""
+    """The costs of a slim model, how it was proved, and where it is saved."""
     return "\n".join([columns(cost_rows(subnet.cost_before, subnet.cost_after)), *subnet_lines(subnet)])
 
 
@@ -101,7 +101,7 @@ def _times(comparisons: int) -> str:
 
 
 def subnet_lines(subnet: Described) -> list[str]:
-    """How a slim model was proved, and where it is."""
+    """How a slim model was proved, its notes, and where it is saved."""
     worst: dict[str, Check] = {}
     for check in subnet.checks:
         if check.dtype not in worst or check.error > worst[check.dtype].error:

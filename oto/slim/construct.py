@@ -213,7 +213,7 @@ def _at_these_counts(source: Source) -> Made:
     stage("asking the class again, at these counts")
     groups = source.groups or source.partition.groups
     own, kept = at_counts(source.model, source.partition, groups, source.dummy_input, source.own, source.kept)
-    made = _of_its_class(replace(source, own=own, kept=kept))
+    made = _of_its_class(source.keeping(kept, own))
     more = {name: len(atoms) - len(source.kept[name]) for name, atoms in kept.items()}
     made.notes.extend(
         f"{count} zero atom{'s' * (count > 1)} of {name} {'were' if count > 1 else 'was'} kept, because the class takes"

@@ -199,6 +199,22 @@ def forget_idle(slim: nn.Module, edits: Edits) -> None:
             del edits.told[path]
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module, each by all of its names."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
+
+
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds what a dotted path names, and its name there: of ``"fc.weight"`` the ``fc``.
+
+    Raises:
+        AttributeError: There is no such module.
+    """
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
 def attribute(model: nn.Module, path: str) -> Tensor:
     """A parameter, buffer or plain tensor attribute by its dotted path."""
     parent, _, name = path.rpartition(".")

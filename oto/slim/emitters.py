@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from oto.axes.registry import known
 from oto.slim.config.emit import emit_stock
-from oto.slim.edits import Edits, forget_idle, pruned_tensor, pruned_tensors, slim_copy
+from oto.slim.edits import Edits, forget_idle, named_tensors, pruned_tensor, pruned_tensors, slim_copy
 from oto.slim.graph.emit import emit_graph
 from oto.slim.graph.replay import check_recording, emit_recording
 from oto.slim.own_class import plan_edits
@@ -91,7 +91,7 @@ def emit_exported(source: Source, exported: Exported) -> Emitted:
     def again(full: Source) -> Emitted:
         return emit_exported(full, export(full.model, full.dummy_input, known, exported.level))
 
-    return Emitted("graph", slim, None, _held(slim), compare, again, notes=notes)
+    return Emitted("graph", slim, None, named_tensors(slim), compare, again, notes=notes)
 
 
 def emit_recorded(source: Source) -> Emitted:
@@ -106,8 +106,4 @@ def emit_recorded(source: Source) -> Emitted:
     def compare(reference: Reference) -> list[Check]:
         return check_recording(reference, slim, source.partition, source.kept, notes)
 
-    return Emitted("recording", slim, None, _held(slim), compare, emit_recorded, notes=notes)
-
-
-def _held(graph: nn.Module) -> dict[str, Tensor]:
-    return dict([*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)])
+    return Emitted("recording", slim, None, named_tensors(slim), compare, emit_recorded, notes=notes)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oto.errors import VerificationError, first_line, reraise_out_of_memory, some
 from oto.progress import stage
-from oto.slim.edits import Edits, attribute, pruned_tensor, slim_copy
+from oto.slim.edits import Edits, attribute, named_tensors, pruned_tensor, slim_copy
 from oto.slim.proof import limits
 from oto.slim.proof.compare import Check, require
 from oto.slim.pruned_shapes import PrunedShapes
@@ -37,7 +37,7 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     require_held(source.model, emitted, source.pruned)
     checks = emitted.compare(reference) if checks is None else checks
     require(checks)
-    notes.extend(reference.full.notes)
+    notes.extend([*reference.full.notes, *reference.notes])
     notes.extend(limits.how_many_are_numbers(reference.partial))
     idle = limits.constant(reference.full)
     if idle:
@@ -55,8 +55,7 @@ def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> No
     Raises:
         VerificationError: It holds something else.
     """
-    slim: dict[str, Tensor] = dict(emitted.model.named_parameters(remove_duplicate=False))
-    slim.update(emitted.model.named_buffers(remove_duplicate=False))
+    slim = named_tensors(emitted.model)
     wrong: list[str] = []
     unknown: list[str] = []
     for leaf in pruned.found.graph.leaves:
@@ -103,8 +102,7 @@ def _with_random_constants(source: Source, emitted: Emitted, idle: list[int], no
     stage("an output is constant: comparing with random numbers in constant parameters")
     said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
     randomized = with_random_constants(source)
-    other = replace(source, model=randomized)
-    other.reference.brief = True
+    other = replace(source, model=randomized, brief=True)
     try:
         checks = emitted.again(other).compare(other.reference)
         require(checks)

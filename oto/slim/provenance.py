@@ -18,7 +18,7 @@ from oto.errors import EmitterError
 from oto.groups import Kept
 from oto.slim.config.solve import apply
 from oto.slim.config.unstated import refuse_saving
-from oto.slim.edits import Edits, attribute, module_at, slim_copy
+from oto.slim.edits import Edits, attribute, module_at, named_tensors, slim_copy
 from oto.trace.snapshot import state_of
 
 REMEMBERED = "_oto_origin"
@@ -174,7 +174,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     """
     made: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, tensor in named_tensors(model).items():
         if id(tensor) not in made:
             plain = tensor.layout is torch.strided and not tensor.is_quantized
             made[id(tensor)] = torch.empty_like(tensor.detach(), device="meta") if plain else tensor.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,7 @@ class Source:
         verify: Whether to compare at all.
         groups: The node groups that ``kept`` refers to, with their ties and divisors; those of the partition by
             default.
+        brief: Compare only in float64, where that is possible.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Source:
     float64: bool | str = "auto"
     verify: bool = True
     groups: Sequence[NodeGroup] = ()
+    brief: bool = False
 
     @cached_property
     def pruned(self) -> PrunedShapes:
@@ -57,7 +59,14 @@ class Source:
     def reference(self) -> Reference:
         """The full model, which everything made from it is compared with."""
         decides = self.partition.found.graph.mode == "real"
-        return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides)
+        return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides, brief=self.brief)
+
+    def keeping(self, kept: Kept, own: OwnClass | None) -> Source:
+        """The source with other counts. What was computed of the full model is still known, if it has all outputs."""
+        made = replace(self, kept=kept, own=own)
+        if "reference" in vars(self) and self.left is None:
+            vars(made)["reference"] = self.reference
+        return made
 
     @property
     def left(self) -> list[list[NDArray[np.bool_]]] | None:

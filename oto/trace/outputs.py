@@ -20,14 +20,19 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
 
 def named_tensors_in(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The same with the path of each tensor: keys, fields and indices, with dots between them."""
+    return ((path, leaf) for path, leaf in named_leaves(result, name) if isinstance(leaf, Tensor))
+
+
+def named_leaves(result: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The same with whatever else lies in an output."""
     items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(result, Tensor):
-        yield name, result
-    elif isinstance(result, Mapping):
+    if isinstance(result, Mapping):
         items = result.items()
     elif isinstance(result, list | tuple):
         items = zip(getattr(result, "_fields", range(len(result))), result, strict=True)
     elif dataclasses.is_dataclass(result) and not isinstance(result, type):
         items = ((field.name, getattr(result, field.name)) for field in dataclasses.fields(result))
+    else:
+        yield name, result
     for key, item in items:
-        yield from named_tensors_in(item, f"{name}.{key}" if name else str(key))
+        yield from named_leaves(item, f"{name}.{key}" if name else str(key))

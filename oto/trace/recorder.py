@@ -128,9 +128,13 @@ class Recorder(TorchDispatchMode):
             else:
                 args, result = (self.builder.current[source],), (id(tensor), tensor.shape, tensor.dtype)
                 self.builder.add(
-                    aten.alias.default, args, {}, [result], self.path[-1], user_line(), shared_keys=[source]
+                    aten.alias.default, args, {}, [result], self.path[-1], self._line(), shared_keys=[source]
                 )
         return self.builder.current[id(tensor)]
+
+    def _line(self) -> str:
+        """The line of the model's code that is running; empty in modules of torch that no code of a user calls."""
+        return "" if self.outside is None else user_line(self.outside)
 
     def valued(self, x: Any) -> Any:
         """Arguments with a value in place of each tensor."""
@@ -219,7 +223,7 @@ class Recorder(TorchDispatchMode):
                 results.append(None)
         if any(results) or writes:
             written, shared = (_keys_at(places, *given) if places else [] for places in effects(op))
-            self.builder.add(op, *values, results, self.path[-1], user_line(), written, shared)
+            self.builder.add(op, *values, results, self.path[-1], self._line(), written, shared)
         else:
             self.builder.ends.update(x for x in tree_leaves(values) if isinstance(x, Value))
 

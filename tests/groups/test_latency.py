@@ -125,7 +125,7 @@ def test_it_leaves_the_random_state_as_it_was() -> None:
 def test_a_table_is_no_longer_than_the_network_has_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation costs as much as there are monomials; `benchmarks/choice.py` times a choice of many."""
     torchvision = pytest.importorskip("torchvision")
-    monkeypatch.setattr(latency.Replay, "milliseconds", lambda self: [1.0] * len(self.found.graph.nodes))
+    monkeypatch.setattr(latency.Replay, "milliseconds", lambda self: [1.0] * len(self.propagation.graph.nodes))
     oto = OTO(torchvision.models.resnet50(weights=None), torch.randn(1, 3, 32, 32))
     table = latency_table(oto.partition, oto.costs, CPU)
     assert len(table.coefficients) <= len(oto.partition.found.graph.nodes)

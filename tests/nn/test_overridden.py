@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import linecache
+import sys
+import types
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -287,3 +292,52 @@ def test_code_that_has_changed_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ClassChangedError, match=r"has changed since TwoPaths was made slim") as raised:
         load_subnet(tmp_path, lambda: TwoPaths().double())
     assert "to fix" in str(raised.value)
+
+
+LIKE_TORCHVISION = """
+import torch
+from torch import nn
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = nn.Linear(8, 24), nn.Linear(24, 2)
+
+    def forward(self, x):
+        return self.out(self.cut(self.body(x).relu()))
+
+    def cut(self, h):
+        return h.view(h.shape[0], 4, 6).flip(1).view(-1, 24)
+"""
+
+
+def of_a_package_beside_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A class whose code lies in a package that is called like torch and something more."""
+    file = f"{Path(torch.__file__).parent}like/net.py"
+    home = types.ModuleType("torchlike_net")
+    home.__file__ = file
+    linecache.cache[file] = (len(LIKE_TORCHVISION), None, LIKE_TORCHVISION.splitlines(keepends=True), file)
+    exec(compile(LIKE_TORCHVISION, file, "exec"), vars(home))
+    monkeypatch.setitem(sys.modules, home.__name__, home)
+    return home.Head
+
+
+def test_code_of_packages_that_are_called_like_torch_is_a_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, x = of_a_package_beside_torch(monkeypatch), torch.randn(3, 8)
+    torch.manual_seed(0)
+    oto = OTO(kind(), x)
+    oto.random_set_zero_groups()
+    slim = oto.construct_subnet().model
+    expected, forward = slim(x), slim.forward
+    assert isinstance(forward, OverriddenForward) and slim.body.out_features == 12
+    assert all("forward: return self.out(self.cut(" in site for site in forward.calls)
+    # as artifacts had them: lines of such packages are left out, and their forwards are one word
+    former = {
+        "\n".join("forward" for line in site.split("\n") if line.startswith("forward")): named
+        for site, named in forward.calls.items()
+    }
+    assert set(former) == {"forward"}
+    forward.remove()
+    OverriddenForward(slim, former).install()
+    torch.testing.assert_close(slim(x), expected, rtol=0, atol=0)

@@ -95,6 +95,7 @@ class Adapted(nn.Module):
         return self.out(torch.relu(self.base(x) + self.up(self.down(x))))
 
 
+@pytest.mark.filterwarnings("ignore:HESSO chooses by gradients")
 def test_what_is_frozen_is_told_with_a_way_out_here_and_by_targets():
     oto = OTO(Adapted(), torch.randn(2, 8))
     remedy = r"frozen[^$]*to fix  set requires_grad_\(True\)[^$]*prune_frozen=True\)\.lhspg[^$]*docs/adapters\.md"

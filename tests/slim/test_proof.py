@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from oto.slim.proof import reach
 from oto.slim.proof.compare import checked, compared, require
 from oto.slim.proof.inputs import random_like
 from oto.slim.proof.reference import check
+from oto.slim.pruned_shapes import read_zeros
+from oto.slim.source import Source
 
 NAN, INF = float("nan"), float("inf")
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
@@ -360,3 +363,47 @@ def test_tensors_that_torch_does_not_compare_are_a_note():
 
     subnet = constructed(Sparse(), torch.randn(4, 8))
     assert any("the entries of table were not compared one by one" in note for note in subnet.notes), subnet.notes
+
+
+# What is known of the full model, and said of a slim one -------------------------------------------------------------
+
+
+def source_of(model: nn.Module, **options: object) -> Source:
+    oto = OTO(model.eval(), X, **options)
+    oto.random_set_zero_groups(0.5)
+    kept = read_zeros(oto.node_groups, oto.model)
+    return Source(oto.model, X, oto.partition, oto._analysis.form.own, kept)
+
+
+def test_notes_are_of_the_slim_model_that_was_compared_last():
+    reference = source_of(mlp()).reference
+    one, other = (copy.deepcopy(reference.model) for _ in range(2))
+    reference.check(one)
+    reference.notes.append("of the one")
+    reference.full.note("of the full one")
+    reference.check(one)
+    assert reference.notes == ["of the one"]
+    reference.check(other)
+    assert reference.notes == [] and "of the full one" in reference.full.notes
+
+
+def test_what_was_computed_of_the_full_model_is_kept_at_other_counts():
+    source = source_of(mlp())
+    source.reference.check(copy.deepcopy(source.model))
+    kept = {name: np.arange(len(atoms) + 1) for name, atoms in source.kept.items()}
+    other = source.keeping(kept, None)
+    assert other.kept is kept and other.own is None and other.pruned is not source.pruned
+    assert other.reference is source.reference and len(other.reference.full.own) > 1
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            h = self.net[:2](x)
+            return self.net[2:](h), h
+
+    strict = source_of(Hidden(), strict_out_nodes=True)  # outputs get thinner, too, so others are compared
+    kept = {name: np.arange(len(atoms) + 1) for name, atoms in strict.kept.items()}
+    assert strict.keeping(kept, None).reference is not strict.reference

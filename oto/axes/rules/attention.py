@@ -1,4 +1,4 @@
-"""Attention, whole. It is spelled out in the products and the softmax that it is made of."""
+"""Attention as one operator, described by the products and the softmax that it consists of."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def attention(
     call.fix(value, [-2], "attention normalizes over the positions")
     if dropout_p > 0:
         call.fix(scores, None, "attention drops weights at random")
-    # scores of zero still attend, evenly: only a zero value gives a zero
+    # where all scores are zero, the softmax is uniform, so only a zero in the values gives a zero
     weights = call.map(anything, scores)
     y = call.contract(f"{b}st,{v}tv->{b}sv", weights, value)
     return y if y.shape == call.shape else call.view(y, call.shape)
@@ -65,7 +65,7 @@ def attention(
     aten._scaled_dot_product_cudnn_attention,
 )
 def fused_attention(call: Call, query: Operand, key: Operand, value: Operand, *rest: Any, **named: Any) -> list[Any]:
-    """The kernels attention ends in; all but the result itself is bookkeeping of the backward pass."""
+    """The kernels that attention is computed by; all outputs but the first are for the backward pass."""
     arguments = call.node.op._schema.arguments  # type: ignore[attr-defined]
     given = {a.name: x for a, x in zip(arguments[3:], rest, strict=False)} | named
     mask = given.get("attn_mask") or given.get("attn_bias")
@@ -82,7 +82,7 @@ def fused_attention(call: Call, query: Operand, key: Operand, value: Operand, *r
 
 @rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten._safe_softmax)
 def softmax(call: Call, x: Operand, dim: int, *rest: Any, **named: Any) -> Operand:
-    """A zero still takes its share of the sum, so no entry along ``dim`` may go."""
+    """A zero still adds exp(0) to the sum, so no entry along ``dim`` may be removed."""
     if x.ndim:
         call.fix(x, [dim], "softmax normalizes over it")
     return call.map(anything, x)

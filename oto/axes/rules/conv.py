@@ -1,4 +1,8 @@
-"""Convolutions and their transposes."""
+"""Convolutions and transposed convolutions.
+
+Example: a convolution of 64 channels contracts its input with the second dimension of its weight; its output channels
+are the first dimension of the weight, and its bias.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +31,22 @@ def conv(
 ) -> Operand:
     """x (N, G·I, *size), weight (G·O, I, *kernel), bias (G·O,) -> (N, G·O, *size').
 
-    Whole groups may go, and the same entry of every group: the groups stay equally wide. Along a dimension whose
-    kernel is one entry that moves by one, nothing slides: places go to places, and some may go.
+    Whole groups may be removed, and the same entry of every group, so that groups stay equally wide. Along a dimension
+    with a kernel of size 1 and stride 1 the kernel does not slide: each place is computed from the same place of the
+    input, so places may be removed.
     """
     n = weight.ndim - 2
     still = [
-        k == 1 and by == 1 and (pad == 0 or isinstance(pad, str))  # "same" and "valid" are none then
+        k == 1 and by == 1 and (pad == 0 or isinstance(pad, str))  # "same" and "valid" pad nothing then
         for k, by, pad in zip(weight.shape[2:], _each(stride, n), _each(padding, n), strict=True)
     ]
-    # the kernel is met once for every position of the output
+    # the kernel is applied once for every position of the output
     met = "".join(letter for letter, stays in zip(SPACE, still, strict=False) if not stays)
     return convolve(call, x, weight, bias, groups, "oi", uncounted=met, still=still)
 
 
 def _each(given: Any, n: int) -> list[Any]:
-    """An argument for each of ``n`` dimensions; it may be one for all of them."""
+    """An argument for each of ``n`` dimensions, where one may be given for all."""
     each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     return each * n if len(each) == 1 else each
 
@@ -59,7 +64,7 @@ def conv_transpose(
     dilation: object = 1,
 ) -> Operand:
     """x (N, G·I, *size), weight (G·I, O, *kernel), bias (G·O,) -> (N, G·O, *size')."""
-    # the kernel is met once for every position of the input
+    # the kernel is applied once for every position of the input
     return convolve(call, x, weight, bias, groups, "io", uncounted=OUT)
 
 
@@ -76,7 +81,7 @@ def convolution(
     output_padding: object,
     groups: int,
 ) -> Operand:
-    """The operator that all convolutions become below autograd."""
+    """The operator that all convolutions are computed by below autograd."""
     if transposed:
         return conv_transpose(call, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return conv(call, x, weight, bias, stride, padding, dilation, groups)
@@ -93,7 +98,7 @@ def mkldnn_convolution(
     dilation: object,
     groups: int,
 ) -> Operand:
-    """What ``convolution`` becomes on a CPU."""
+    """The operator of ``convolution`` on a CPU."""
     return conv(call, x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -108,7 +113,7 @@ def cudnn_convolution(
     groups: int,
     *flags: object,
 ) -> Operand:
-    """What ``convolution`` becomes on a GPU; the bias is added afterwards."""
+    """The operator of ``convolution`` on a GPU; the bias is added afterwards."""
     return conv(call, x, weight, None, stride, padding, dilation, groups)
 
 
@@ -122,11 +127,12 @@ def convolve(
     uncounted: str,
     still: Sequence[bool] = (),
 ) -> Operand:
-    """All convolutions, once their arguments are sorted.
+    """Every kind of convolution, with its arguments in one order.
 
     Args:
-        channels: Spells the first two dimensions of the weight.
-        still: Whether the kernel stays where it is, for each dimension that it might slide along.
+        channels: The letters of the first two dimensions of the weight.
+        uncounted: The letters of dimensions that do not multiply the cost.
+        still: For each dimension of the kernel, whether it does not slide along it.
     """
     batched = x.ndim == weight.ndim
     x = x if batched else call.view(x, (1, *x.shape))

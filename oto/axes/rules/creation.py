@@ -1,4 +1,4 @@
-"""Tensors that come from nowhere. One that holds a single number everywhere may be made thinner; others stay."""
+"""Tensors that are made from sizes alone. One that is filled with a single number may be made thinner; others stay."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def new_full(call: Call, x: Operand, size: Any, value: Any, **named: Any) -> Ope
 
 @rule(aten.empty, aten.new_empty)
 def empty(call: Call, *args: Any, **named: Any) -> Operand:
-    """Anything everywhere; to be written over."""
+    """Unknown everywhere, until it is written to."""
     return _filled(call, "size", None)
 
 
@@ -68,7 +68,7 @@ def full_like(call: Call, x: Operand, value: Any, **named: Any) -> Operand:
 
 @rule(aten.empty_like)
 def empty_like(call: Call, x: Operand, **named: Any) -> Operand:
-    """Anything wherever x has an entry."""
+    """Unknown wherever x has an entry."""
     return call.map(lambda f: None, x)
 
 
@@ -91,5 +91,5 @@ def empty_like(call: Call, x: Operand, **named: Any) -> Operand:
     aten.blackman_window,
 )
 def counting(call: Call, *args: Any, **named: Any) -> Operand:
-    """Each entry depends on its place, or is drawn."""
+    """Each entry depends on its place, or is random."""
     return call.fresh(call.shape, "its entries depend on their places")

@@ -1,4 +1,4 @@
-"""Distances and lengths: sums over entries, to which a zero, or an entry that is the same on both sides, adds none."""
+"""Distances and norms: sums over entries, to which a zero, or an entry that is equal on both sides, adds nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def apart(*facts: Fact) -> Fact:
-    """The difference of two numbers: known where they are the same."""
+    """The difference of two facts: zero where they are equal, otherwise unknown."""
     return 0.0 if same(*facts) is not None else None
 
 
@@ -35,7 +35,8 @@ def _quotient(*facts: Fact) -> Fact:
 
 @rule(aten._weight_norm, aten._weight_norm_interface)
 def weight_norm(call: Call, v: Operand, g: Operand, dim: int = 0) -> Any:
-    """g · v / |v|, the length over all dimensions but ``dim``. Zeros have no direction: only g may be zero."""
+    """g · v / |v|, with the norm over all dimensions but ``dim``. Where v is all zero this is 0/0, so only g may be
+    zeroed."""
     if v.ndim and dim != -1:
         dim %= v.ndim
         length = call.reduce(v, [d for d in range(v.ndim) if d != dim], keepdim=True)
@@ -48,6 +49,6 @@ def weight_norm(call: Call, v: Operand, g: Operand, dim: int = 0) -> Any:
 
 @rule(aten.isin.Tensor_Tensor)
 def isin(call: Call, x: Operand, among: Operand, **named: Any) -> Operand:
-    """Entry by entry, among those of another tensor, all of which stay."""
+    """Whether each entry is among those of another tensor, all of which stay."""
     call.fix(among, None, "entries are looked for among its own")
     return call.map(anything, x)

@@ -1,4 +1,7 @@
-"""Look-ups: the dimension that is indexed stays, all others pass."""
+"""Look-ups by index: the dimension that is indexed stays whole, all others are passed on.
+
+Example: of an embedding table (V, D) the V rows stay, and any of the D columns may be removed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ PICKED = "its entries are picked by an index"
 
 
 def looked_up(index: Fact, x: Fact) -> Fact:
-    """What was looked up, whatever the index."""
+    """The fact of the table, whatever the index is."""
     return x
 
 
@@ -42,7 +45,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> list[Operand]:
-    """weight (V, D) -> (B, D), the sum, mean or maximum of each bag, and its bookkeeping."""
+    """weight (V, D) -> (B, D), the sum, mean or maximum of each bag, and outputs for the backward pass."""
     call.fix(weight, [0], PICKED)
     for x in (indices, offsets, per_sample_weights):
         if x is not None:
@@ -74,14 +77,14 @@ def index(call: Call, x: Operand, indices: Sequence[Operand | None]) -> Operand:
 def _index(call: Call, x: Operand, indices: list[Operand | None]) -> Operand:
     dtypes = iter(call.dtypes[1:])
     masks = [i is not None and next(dtypes) in (torch.bool, torch.uint8) for i in indices]
-    whole: list[Operand | None] = []  # one per dimension; a mask stands for as many dimensions as it has
+    whole: list[Operand | None] = []  # one per dimension of x; a mask indexes as many dimensions as it has
     picked: list[int] = []
     for i, mask in zip(indices, masks, strict=True):
         width = i.ndim if mask and i is not None else 1
         picked += range(len(whole), len(whole) + width) if i is not None else ()
         whole += [i] * width
     call.fix(x, picked, PICKED)
-    # the indices themselves must keep their places
+    # entries of the indices must keep their places
     given = [i for i in indices if i is not None]
     for i in given:
         call.fix(i, None, "it is an index")
@@ -111,7 +114,7 @@ def one_hot(call: Call, x: Operand, classes: int = -1) -> Operand:
 
 @rule(write_through)
 def written(call: Call, alias: Operand, source: Operand) -> Operand:
-    """What a tensor holds after another that shares its memory was written: what both agree on."""
+    """A tensor after one that shares its memory was written to: known where both facts are equal."""
     routes = tuple((d,) for d in range(alias.ndim))
     everywhere = tuple(range(alias.ndim))
     return call.step([alias, source], alias.terms, (routes, tuple(everywhere for _ in source.shape)), same)

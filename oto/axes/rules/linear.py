@@ -1,5 +1,7 @@
-"""Products. A letter names a dimension, the same letter twice is one dimension, a letter missing on the right is
-summed over."""
+"""Matrix products, written as in einsum: a letter names a dimension, one that is missing on the right is summed over.
+
+Example: ``mm`` is ``call.contract("mk,kn->mn", a, b)``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ aten = torch.ops.aten
 
 
 def letters(n: int) -> str:
-    """Letters for ``n`` dimensions that pass through; lower case is left to the rules."""
+    """Upper-case letters for ``n`` leading dimensions; lower-case ones are for the rules themselves."""
     return ascii_uppercase[:n]
 
 
@@ -60,7 +62,7 @@ def outer(call: Call, a: Operand, b: Operand) -> Operand:
 
 
 def _plus(call: Call, bias: Operand, product: Operand, beta: float) -> Operand:
-    if beta == 0:  # the shapes must fit, but what the bias holds is ignored
+    if beta == 0:  # the shapes must fit, but the values of the bias are ignored
         return call.map(lambda fact, _: fact, product, bias)
     return call.map(zero, product, bias)
 
@@ -100,11 +102,13 @@ def matmul(call: Call, a: Operand, b: Operand) -> Operand:
 
 @rule(aten.einsum)
 def einsum(call: Call, equation: str, xs: list[Operand], *, path: Any = None) -> Operand:
-    """Any number of operands; ``...`` is any number of dimensions that pass through."""
+    """Any number of operands; ``...`` is any number of leading dimensions."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     specs = left.split(",")
     used = set(equation)
-    spare = [c for c in map(chr, range(0x391, 0x3E9)) if c not in used]  # for the dots: letters nobody uses
+    spare = [
+        c for c in map(chr, range(0x391, 0x3E9)) if c not in used
+    ]  # letters that the equation does not use, for the dots
     dots = max((x.ndim - len(s.replace("...", "")) for s, x in zip(specs, xs, strict=True) if "..." in s), default=0)
     if not arrow:
         names = sorted({c for s in specs for c in s.replace("...", "")})
@@ -119,13 +123,13 @@ def einsum(call: Call, equation: str, xs: list[Operand], *, path: Any = None) ->
 
 @rule(aten.linalg_multi_dot, aten.chain_matmul)
 def multi_dot(call: Call, xs: list[Operand]) -> Operand:
-    """A chain of matrices, (A, B), (B, C), …, in the order that is the cheapest; a vector may begin and end it."""
+    """A chain of matrices, (A, B), (B, C), …, multiplied in the cheapest order; it may begin and end with a vector."""
     sizes = [1 if xs[0].ndim == 1 else xs[0].shape[0], *(x.shape[0] for x in xs[1:])]
     sizes.append(1 if xs[-1].ndim == 1 else xs[-1].shape[1])
 
     @cache
     def cheapest(i: int, j: int) -> tuple[int, int]:
-        """What it costs to multiply matrices ``i`` to ``j``, and the last of the left factor."""
+        """The cost of multiplying matrices ``i`` to ``j``, and the last matrix of the left factor."""
         if i == j:
             return 0, i
         ways = (

@@ -1,4 +1,4 @@
-"""Losses inside of a forward: distances add nothing where both sides are the same; what reads classes keeps them."""
+"""Losses inside of a forward. A distance adds nothing where both sides are equal; a loss over classes keeps all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def mse_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN) -> 
 
 @rule(aten.smooth_l1_loss)
 def smooth_l1_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN, beta: float = 1.0) -> Operand:
-    """Squares of differences up to ``beta``, their sizes beyond."""
+    """Squares of differences up to ``beta``, absolute values beyond."""
     return _distance(call, x, target, reduction, full_count.smooth_l1_loss, beta=beta)
 
 
@@ -49,7 +49,7 @@ def huber_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN, d
 
 
 def _entries(call: Call, reduction: int, *xs: Operand | None) -> Operand:
-    """Entry by entry, or over all of them; what is zero on both sides adds something."""
+    """A loss to which an entry that is zero on both sides adds something."""
     each = call.map(anything, *(x for x in xs if x is not None))
     if not reduction:
         return each
@@ -61,7 +61,7 @@ def _entries(call: Call, reduction: int, *xs: Operand | None) -> Operand:
 def binary_cross_entropy(
     call: Call, x: Operand, target: Operand, weight: Operand | None = None, reduction: int = MEAN
 ) -> Operand:
-    """Of probabilities."""
+    """The loss of probabilities."""
     return _entries(call, reduction, x, target, weight)
 
 
@@ -74,13 +74,13 @@ def binary_cross_entropy_with_logits(
     pos_weight: Operand | None = None,
     reduction: int = MEAN,
 ) -> Operand:
-    """Of logits: that of zero is log 2."""
+    """The loss of logits; of zero it is log 2."""
     return _entries(call, reduction, x, target, weight, pos_weight)
 
 
 @rule(aten.soft_margin_loss)
 def soft_margin_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN) -> Operand:
-    """log(1 + exp(-target · x)): that of zero is log 2."""
+    """log(1 + exp(-target · x)), which is log 2 for zero."""
     return _entries(call, reduction, x, target)
 
 

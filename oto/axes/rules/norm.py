@@ -1,7 +1,8 @@
 """Normalizations.
 
 Batch and instance norm treat each channel by itself. Layer, RMS and group norm divide by a count of entries: removing
-one that is zero is exact if the divisor stays the full count, so the thinner call is one of ``oto.nn.functional``.
+an entry that is zero is exact if the divisor stays the full count, so the thinner call is one of ``oto.nn.functional``.
+For example, the layer norm of 768 entries of which 700 are kept still divides by 768.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _scaled_plain(*facts: Fact) -> Fact:
 
 
 def _affine(call: Call, x: Operand, weight: Operand | None, bias: Operand | None, dim: int | None) -> Operand:
-    """norm(x)·weight + bias; the two lie along ``dim``, or along the last dimensions if it is ``None``."""
+    """norm(x)·weight + bias, along ``dim``, or along the last dimensions if it is ``None``."""
     if weight is None:
         return x if bias is None else call.map(anything, x, bias)
     if dim is not None:
@@ -48,12 +49,12 @@ def _by_channel(
     var: Operand | None,
     over: Sequence[int],
 ) -> Operand:
-    """Each channel by itself; statistics are taken ``over`` some dimensions, or none."""
+    """A norm of each channel by itself, with statistics ``over`` some dimensions, or running ones if there are none."""
     call.fix(x, over, "a norm takes statistics along it")
     for statistic in (mean, var):
         if statistic is not None:
             call.unify(x.terms[1], statistic.terms[0])
-    # by its own statistics a channel of zeros stays zero; running statistics may shift it
+    # with its own statistics a channel of zeros stays zero; running statistics may shift it
     y = call.map(zero if over else anything, x)
     return _affine(call, y, weight, bias, 1)
 
@@ -73,7 +74,7 @@ def batch_norm(
     over = [0, *range(2, x.ndim)] if training or running_mean is None else []
     if running_mean is not None or running_var is not None or not over:
         return _by_channel(call, x, weight, bias, running_mean, running_var, over)
-    # filters are standardized this way: an entry may go if it is zero and the divisor stays the full count
+    # filters are standardized this way: an entry may be removed if it is zero and the divisor stays the full count
     call.reduce(x, over)
     call.counted("a norm divides by the number of entries")
     given = {a.name: v for a, v in zip(call.node.op._schema.arguments, call.node.args, strict=False)}  # type: ignore[attr-defined]
@@ -149,7 +150,7 @@ def _layer(
     call.reduce(x, dims)
     if centered:
         y = _affine(call, call.map(anything, x), weight, bias, None)
-    else:  # x·rms(x)·weight: a zero on either side is a zero
+    else:  # x·rms(x)·weight is zero where either factor is
         y = call.map(product, x) if weight is None else call.map(product, x, weight)
     sizes = [Size(x.terms[d]) for d in dims]
     v = call.node.args
@@ -179,7 +180,7 @@ def layer_norm(
 def native_layer_norm(
     call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None, bias: Operand | None, eps: float
 ) -> list[Operand]:
-    """As layer_norm, with mean and rstd as further outputs; the thinner call cannot state the divisor."""
+    """As layer_norm, with mean and rstd as further outputs; a thinner call cannot be given the full count."""
     call.fix(x, range(x.ndim - len(normalized_shape), x.ndim), "native_layer_norm divides by the number of entries")
     y = _affine(call, call.map(anything, x), weight, bias, None)
     stats = call.reduce(x, range(x.ndim - len(normalized_shape), x.ndim), keepdim=True, fact=anything)
@@ -206,7 +207,7 @@ def group_norm(
 ) -> Operand:
     """x (N, G·I, *), weight and bias (G·I,); statistics over I and *, divided by the full I.
 
-    Whole groups may go, and an entry of I in every group at once.
+    Whole groups may be removed, and the same entry of I in every group at once.
     """
     call.fix(x, range(2, x.ndim), "a norm takes statistics along it")
     grouped = call.view(x, (x.shape[0], num_groups, x.shape[1] // num_groups, *x.shape[2:]))

@@ -1,7 +1,7 @@
 """Operators that work entry by entry.
 
-What a removed entry holds is found by running the operator on it: relu(0) = 0, sigmoid(0) = 1/2. A product needs one
-zero only.
+The value of a removed entry is found by running the operator on it: relu(0) = 0, sigmoid(0) = 1/2. For a product one
+zero is enough.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def addcmul(call: Call, x: Operand, a: Operand, b: Operand, *, value: float = 1)
 
 @rule(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 def where(call: Call, condition: Operand, x: Any, y: Any) -> Operand:
-    """Known where both agree, or where the condition is known."""
+    """Known where both sides are equal, or where the condition is known."""
     values = [v for v in (x, y) if isinstance(v, Operand)]
 
     def fact(*facts: Fact) -> Fact:
@@ -100,7 +100,7 @@ def where(call: Call, condition: Operand, x: Any, y: Any) -> Operand:
 
 @rule(aten.masked_fill)
 def masked_fill(call: Call, x: Operand, mask: Operand, value: Any) -> Operand:
-    """Known where the fill is what was there."""
+    """Known where the fill is equal to the value that was there."""
     if isinstance(value, Operand):
         return call.map(lambda f, m, v: same(f, _cast(v)), x, mask, value)
     return call.map(lambda f, m: same(f, call.constant(value)), x, mask)
@@ -118,7 +118,7 @@ def prelu(call: Call, x: Operand, weight: Operand) -> Operand:
 
 @rule(aten.glu)
 def glu(call: Call, x: Operand, dim: int = -1) -> Operand:
-    """The first half times the sigmoid of the second: entry i of both go together."""
+    """The first half times the sigmoid of the second: entry i of both halves is removed together."""
     half = x.shape[dim] // 2
     dims = [(d,) for d in range(x.ndim)]
 
@@ -136,7 +136,7 @@ def glu(call: Call, x: Operand, dim: int = -1) -> Operand:
     aten.softplus_backward, aten.leaky_relu_backward, aten.hardswish_backward,
 )  # fmt: skip
 def slope(call: Call, gradient: Operand, x: Operand, *args: Any, **kwargs: Any) -> Operand:
-    """The gradient times a slope, for models that take gradients in their forward."""
+    """The gradient times a derivative, for models that compute gradients in their forward."""
     value = evaluated(call.node.op, (gradient, x, *args), kwargs, call.dtypes)
 
     def fact(*facts: Fact) -> Fact:
@@ -150,14 +150,14 @@ DRAWN = "random numbers are drawn entry by entry"
 
 @rule(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
 def dropout(call: Call, x: Operand, p: float, train: bool) -> Any:
-    """Nothing happens, unless it is in training mode: then a missing entry would shift the numbers of all others."""
+    """Nothing happens outside of train mode; there, a missing entry would shift the random numbers of all others."""
     return call.opaque(DRAWN) if train and p > 0 else call.identity(x)
 
 
 @rule(aten.rrelu)
 def rrelu(call: Call, x: Operand, lower: float = 0.125, upper: float = 1 / 3, training: bool = False,
           *rest: Any) -> Any:  # fmt: skip
-    """A leaky relu of the mean slope, unless it is in training mode."""
+    """A leaky relu of the mean slope, outside of train mode."""
     if training and lower != upper:
         return call.opaque(DRAWN)
     return call.map(lambda f: 0.0 if f is not None and f == 0 else None, x)
@@ -184,19 +184,19 @@ def view_as_real(call: Call, x: Operand) -> Operand:
 def view_as_complex(call: Call, x: Operand) -> Operand:
     """The last dimension holds the real and the imaginary part."""
     call.fix(x, [-1], "it holds the real and the imaginary part")
-    # the two parts must lie side by side at even addresses
+    # in memory the two parts must lie side by side at even addresses
     call.relaid(full_count.view_as_complex, call.node.args[0])
     return call.move(x, x.terms[:-1], [(d,) for d in range(x.ndim - 1)], lambda f: 0.0 if f == 0 else None)
 
 
 def _cast(fact: Fact) -> Fact:
-    """Whole numbers survive every cast."""
+    """The fact after a cast; 0 and 1 are the same in every dtype."""
     return fact if fact is not None and fact in (0, 1) else None
 
 
 @rule(aten.to, aten._to_copy, aten.type_as, aten.cpu, aten.cuda, aten._cast_Float, aten.view.dtype)
 def cast(call: Call, x: Operand, *rest: Any, **named: Any) -> Operand:
-    """The same entries in another dtype or on another device; a view of the bits under a dtype of the same width."""
+    """The same entries in a different dtype or on a different device; or the same bits as a dtype of the same width."""
     if "view" in str(call.node.op):
         if call.shape != x.shape:
             call.fix(x, None, "its bytes are read under another width")

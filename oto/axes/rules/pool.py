@@ -1,4 +1,4 @@
-"""Pooling, resampling and padding: channels pass, positions stay."""
+"""Pooling, resampling and padding: channels may be removed, positions stay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def _pool(call: Call, x: Operand, n: int, fact: Any) -> list[Operand]:
-    """Slide along the last ``n`` dimensions; one output or two (values and indices)."""
+    """A window that slides along the last ``n`` dimensions; one output or two (values and indices)."""
     lead = x.ndim - n
     text = "it is pooled over"
     call.fix(x, range(lead, x.ndim), text)
@@ -45,7 +45,7 @@ def _dimensions(call: Call) -> int:
     aten.adaptive_max_pool3d,
 )
 def pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
-    """A window that holds one number only gives that number."""
+    """The maximum of a window that holds one number everywhere is that number."""
     return _pool(call, x, _dimensions(call), same)
 
 
@@ -71,7 +71,7 @@ def fractional_pool(call: Call, x: Operand, kernel: Any, size: Any, samples: Ope
     aten._adaptive_avg_pool3d,
 )
 def avg_pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
-    """A sum over the window, zeros of the padding included: only a zero is sure to stay what it is."""
+    """A sum over the window, with zeros of the padding: only zero is sure to give itself."""
     return _pool(call, x, _dimensions(call), zero)
 
 
@@ -90,7 +90,7 @@ def avg_pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
     aten._upsample_bicubic2d_aa,
 )
 def upsample(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
-    """Weighted sums along the positions; their weights add to 1 up to rounding, so only a zero is sure to stay."""
+    """Weighted sums over positions; the weights add to 1 only up to rounding, so only zero is sure to give itself."""
     return _pool(call, x, x.ndim - 2, zero)
 
 
@@ -108,7 +108,7 @@ def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float 
             T.fix(term, call.why("negative padding cuts through it"))
             cuts = [max(-before, 0), n - max(-before, 0) - max(-after, 0), max(-after, 0)]
             term = call.cut(term, cuts)[1]
-        # what is padded with a number may lose entries of the padding: channels that a shortcut does not have
+        # entries of a padding with a number may be removed, such as channels that a shortcut does not have
         sides = [
             T.axis(k, call.why("it is padding") if value is None else None) if k > 0 else None for k in (before, after)
         ]
@@ -125,7 +125,7 @@ def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float 
 
 @rule(aten.constant_pad_nd)
 def constant_pad(call: Call, x: Operand, pad: Sequence[int], value: float = 0) -> Operand:
-    """Padding other dimensions puts ``value`` beside what a removed entry holds."""
+    """Padding of other dimensions puts ``value`` beside the value of a removed entry."""
     return _padded(call, x, pad, lambda *facts: same(*facts, value), value)
 
 
@@ -177,7 +177,7 @@ def pixel_unshuffle(call: Call, x: Operand, r: int) -> Operand:
 
 @rule(aten.channel_shuffle, aten.native_channel_shuffle)
 def channel_shuffle(call: Call, x: Operand, groups: int) -> Operand:
-    """(N, G·K, *) -> (N, K·G, *); the number of groups cannot change, so they stay."""
+    """(N, G·K, *) -> (N, K·G, *); the call states the number of groups, so groups stay."""
     n, c, *rest = x.shape
     y = call.view(x, (n, groups, c // groups, *rest))
     call.fix(y, [1], "channel_shuffle names its number of groups")

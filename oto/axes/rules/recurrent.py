@@ -1,6 +1,6 @@
-"""Recurrent layers, whole. A hidden unit may go if all its gates are zero: its state then stays at zero.
+"""Recurrent layers as one operator. A hidden unit may be removed if all of its gates are zero: its state stays zero.
 
-All layers and directions share one state tensor, so unit ``j`` of one goes with unit ``j`` of all others.
+All layers and directions share one state tensor, so unit ``j`` of one is removed with unit ``j`` of all others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _decays(call: Call, gates: Operand, states: list[Operand]) -> Operand:
 
 
 def _lstm_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand]:
-    """c' = f·c + i·g, h' = o·tanh(c'): the output gate cannot wake a state of zero."""
+    """c' = f·c + i·g, h' = o·tanh(c'): a state of zero stays zero, whatever the output gate is."""
     c = _decays(call, gates, states[1:])
     return [call.map(zero, c), c]
 
@@ -38,7 +38,7 @@ def _gru_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand
 
 
 def _rnn_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand]:
-    """h' = tanh or relu of its only gate, whatever h was."""
+    """h' is tanh or relu of the only gate, which h is part of."""
     return [_decays(call, gates, [])]
 
 
@@ -60,12 +60,12 @@ def _direction(
     for bias in biases:
         own = call.map(zero, own, by_gate(bias))
     seen = [states]
-    # What holds after two steps holds after all: a state is zero for good, or never.
+    # two steps are enough: a state that is zero after both stays zero
     for i in range(2):
         h = seen[-1][0]
         into = call.contract("nh,gjh->ngj" if h.ndim == 2 else "tnh,gjh->tngj", h, w_hh)
         if i == 0:
-            call.tape.steps[-1].volume = None  # the second one stands for every step of time
+            call.tape.steps[-1].volume = None  # the second step is counted for all steps of time
         new = cell(call, call.map(zero, own, into), seen[-1])
         if w_hr:
             new[0] = call.contract("tnj,pj->tnp", new[0], w_hr[0])
@@ -99,19 +99,19 @@ def _recurrent(
         call.fix(state, [0], "it runs through the layers of a recurrent network")
         call.unify(state.terms[1], x.terms[1])
     if len(states) == 2 and states[0].shape[2] != states[1].shape[2]:
-        for state in states:  # the operator tells by its two sizes that there is a projection: they must stay apart
+        for state in states:  # the operator recognizes a projection by two sizes that differ, so they must not change
             call.fix(state, [2], "a projected state must differ in width from the hidden one")
     each = len(params) // (layers * directions)
     last: list[list[Operand]] = []
     for layer in range(layers):
-        made = []
+        outputs = []
         for direction in range(directions):
             i = layer * directions + direction
             own = [call.move(s, s.terms[1:], [(1,), (2,)]) for s in states]
             y, after = _direction(call, x, own, list(params[i * each : (i + 1) * each]), gates, cell, has_biases)
-            made.append(y)
+            outputs.append(y)
             last.append([call.view(s, (1, *s.shape)) for s in after])
-        x = call.cat(made, 2)
+        x = call.cat(outputs, 2)
     return x, [call.cat(list(of), 0) for of in zip(*last, strict=True)]
 
 
@@ -159,7 +159,7 @@ def packed(
     train: bool,
     bidirectional: bool,
 ) -> list[Operand | None]:
-    """x (S, I), the steps of sequences of different lengths one behind the other; states as for the others."""
+    """x (S, I), the steps of sequences of different lengths one after the other; states as in :func:`recurrent`."""
     if train and dropout > 0:
         return call.opaque("random numbers are drawn entry by entry")
     gates, cell = _KINDS[str(call.node.op).split(".")[1]]

@@ -1,4 +1,4 @@
-"""Reductions. A sum does not miss zeros; a mean does not either if it still divides by the full count."""
+"""Reductions. A sum is the same without its zeros; so is a mean that still divides by the full count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _dims(x: Operand, dim: Any) -> list[int]:
 
 @rule(aten.sum)
 def total(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
-    """A zero adds nothing; what else is the same in all removed entries is added as often as there are."""
+    """Zeros add nothing. Another value that all removed entries have is added once for each of them."""
     dims = _dims(x, dim)
     rest = call.rest(x, dims)
     if rest is not None:
@@ -39,7 +39,7 @@ def _added(x: Operand, dim: int, held: Uniform) -> dict[str, Any]:
 
 @rule(aten.mean)
 def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
-    """As a sum, and the divisor stays the full count."""
+    """As :func:`total`, divided by the full count."""
     dims = _dims(x, dim)
     rest = call.rest(x, dims)
     call.counted("a mean divides by the number of entries")
@@ -60,7 +60,7 @@ def mean(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtyp
 def vector_norm(
     call: Call, x: Operand, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Operand:
-    """As a sum, of powers of a positive finite order."""
+    """A sum of powers, as :func:`total`, if the order is positive and finite."""
     dims = _dims(x, dim)
     if not 0 < ord < float("inf"):
         call.fix(x, dims, "a norm of this order sees every entry")
@@ -73,7 +73,7 @@ def vector_norm(
 
 @rule(aten.norm)
 def norm(call: Call, x: Operand, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
-    """The older spelling of a vector norm."""
+    """The older name of a vector norm."""
     return vector_norm(call, x, 2 if p is None else p, dim, keepdim)
 
 
@@ -94,7 +94,7 @@ def _over(call: Call, x: Operand, dim: Any, keepdim: bool, text: str, fact: Any)
     aten.nanmedian,
 )
 def extreme(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
-    """A zero may be the largest entry, so none along the reduced dimensions may go."""
+    """A zero may be the largest entry, so none along the reduced dimensions may be removed."""
     return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", same)
 
 
@@ -118,13 +118,13 @@ def mode(call: Call, x: Operand, dim: int = -1, keepdim: bool = False) -> Any:
     aten.nanmean,
 )
 def selective(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
-    """What they give depends on entries that are zero too."""
+    """Reductions whose results depend on zeros, too."""
     return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", anything)
 
 
 @rule(aten.std, aten.var, aten.std_mean, aten.var_mean)
 def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
-    """A zero adds to a variance what it adds to the mean; the divisor stays the full count."""
+    """Removed zeros are accounted for by the mean and the divisor of the full count."""
     schema = call.node.op._schema.arguments  # type: ignore[attr-defined]
     given = {a.name: a.default_value for a in schema}
     given |= dict(zip((a.name for a in schema[1:]), args, strict=False)) | named
@@ -152,7 +152,7 @@ def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
         sizes=[Size(x.terms[d]) for d in dims],
         **({} if rest is None else _added(x, *rest)),
     )
-    # without a divisor it is not a number
+    # with no more entries than the correction it divides by zero
     facts = [zero if count > correction else lambda *_: NOT_FINITE, zero]
     return [call.reduce(x, dims, keepdim, fact, rest) for fact, _ in zip(facts, call.shapes, strict=False)]
 

@@ -1,5 +1,8 @@
-"""What routes tokens to experts and back: products by group, and writes by index. The dimension that is indexed stays,
-all others pass."""
+"""Routing of tokens to experts and back: grouped products, and reads and writes by index.
+
+The dimension that is indexed stays whole, all others are passed on. For example, ``gather`` along the tokens keeps all
+tokens, while channels may be removed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ GROUPED = "it is divided among the groups of a product"
 def grouped_mm(
     call: Call, a: Operand, b: Operand, offs: Operand | None = None, bias: Operand | None = None, out_dtype: Any = None
 ) -> Operand:
-    """Products of groups: rows of ``a`` (S, K), columns of ``b`` (K, S), or all of them along a dimension (E, ·, ·)."""
+    """Products by group: groups are rows of ``a`` (S, K), columns of ``b`` (K, S), or a dimension of them (E, ·, ·)."""
     if offs is not None:
         call.fix(offs, None, "it names the borders of groups")
     for x, along in ((a, 0), (b, 1)):
@@ -37,7 +40,7 @@ def grouped_mm(
     elif b.ndim == 3:
         call.fix(b, [0], GROUPED)
         y = call.contract("mk,ekn->mn", a, b, uncounted="e")
-    else:  # the contraction itself is divided
+    else:  # the dimension that is summed over is divided into groups
         call.fix(a, [1], GROUPED)
         call.fix(b, [0], GROUPED)
         groups = call.fixed(call.shape[0], GROUPED)
@@ -47,7 +50,7 @@ def grouped_mm(
             call.fix(bias, [0], GROUPED)
             bias = call.move(bias, bias.terms[1:], [(1,)])
         y = call.map(zero, y, bias)
-    # the kernel wants rows of whole 16 bytes, which a thinner tensor need not have
+    # the kernel requires rows of multiples of 16 bytes, which a thinner tensor may not have
     call.rewrite(full_count.grouped_mm, *call.node.args, **call.node.kwargs)
     call.watch(*a.terms, *b.terms)
     return y
@@ -55,7 +58,7 @@ def grouped_mm(
 
 @rule("transformers::grouped_mm_fallback")
 def grouped_rows(call: Call, a: Operand, b: Operand, offs: Operand) -> Operand:
-    """Rows (S, K) in groups, each with a matrix of its own of (E, K, N); of any width."""
+    """Rows (S, K) in groups, each with its own matrix of (E, K, N); of any width."""
     call.fix(offs, None, "it names the borders of groups")
     call.fix(a, [0], GROUPED)
     call.fix(b, [0], GROUPED)
@@ -63,14 +66,14 @@ def grouped_rows(call: Call, a: Operand, b: Operand, offs: Operand) -> Operand:
 
 
 def _others(call: Call, dim: int, x: Operand, *others: Operand) -> None:
-    """All dimensions but ``dim`` are met entry by entry."""
+    """Unify all dimensions but ``dim``, which the operator matches entry by entry."""
     for d in range(x.ndim):
         if d == dim:
             continue
         for other in others:
             if other.shape[d] == x.shape[d]:
                 call.unify(x.terms[d], other.terms[d])
-            else:  # only the first entries are met
+            else:  # only the first entries are read
                 call.fix(x, [d], PICKED)
                 call.fix(other, [d], PICKED)
 
@@ -78,7 +81,7 @@ def _others(call: Call, dim: int, x: Operand, *others: Operand) -> None:
 def _written(
     call: Call, x: Operand, dim: int, others: Sequence[Operand], values: Sequence[Operand], fact: Any
 ) -> Operand:
-    """``x`` with some entries along ``dim`` replaced or added to; ``others`` are met entry by entry elsewhere."""
+    """``x`` with some entries along ``dim`` replaced or added to; other dimensions match those of ``others``."""
     call.fix(x, [dim], PICKED)
     for other in others:
         call.fix(other, [dim], "it is written by index")
@@ -90,7 +93,7 @@ def _written(
 
 @rule(aten.gather)
 def gather(call: Call, x: Operand, dim: int, index: Operand, **named: Any) -> Operand:
-    """Each entry of the result names its own place in ``dim``; elsewhere it has the place that it comes from."""
+    """Each entry of the index gives the place in ``dim`` to read; along other dimensions places stay the same."""
     if not x.ndim or not index.ndim:
         call.fix(x, None, PICKED)
         call.fix(index, None, "it is an index")
@@ -112,7 +115,7 @@ def gather(call: Call, x: Operand, dim: int, index: Operand, **named: Any) -> Op
     aten.scatter_.reduce,
 )
 def scatter(call: Call, x: Operand, dim: int, index: Operand, source: Operand, *rest: Any, **named: Any) -> Operand:
-    """Each entry of ``source`` names its own place in ``dim`` of ``x``, where it is written or added."""
+    """Each entry of ``source`` is written or added to ``x`` at the place in ``dim`` that the index gives."""
     if not x.ndim or not index.ndim or not source.ndim:
         (y,) = call.opaque(PICKED)
         assert y is not None
@@ -123,7 +126,7 @@ def scatter(call: Call, x: Operand, dim: int, index: Operand, source: Operand, *
 
 @rule(aten.scatter.value, aten.scatter_.value)
 def scatter_value(call: Call, x: Operand, dim: int, index: Operand, value: Any) -> Operand:
-    """One number is written to every place that ``index`` names."""
+    """One number is written to every place that the index gives."""
     if not x.ndim or not index.ndim:
         (y,) = call.opaque(PICKED)
         assert y is not None
@@ -134,7 +137,7 @@ def scatter_value(call: Call, x: Operand, dim: int, index: Operand, value: Any) 
 
 @rule(aten.index_add, aten.index_copy)
 def index_add(call: Call, x: Operand, dim: int, index: Operand, source: Operand, *, alpha: float = 1) -> Operand:
-    """Slices of ``source`` are added, or written, to those of ``x`` along ``dim`` that an index vector names."""
+    """Slices of ``source`` are added or written to the slices of ``x`` along ``dim`` that an index vector gives."""
     call.fix(index, None, "it is an index")
     if not x.ndim or not source.ndim:
         (y,) = call.opaque(PICKED)
@@ -146,7 +149,7 @@ def index_add(call: Call, x: Operand, dim: int, index: Operand, source: Operand,
 
 @rule(aten.index_fill.int_Scalar, aten.index_fill_.int_Scalar)
 def index_fill(call: Call, x: Operand, dim: int, index: Operand, value: Any) -> Operand:
-    """One number is written to the slices along ``dim`` that an index vector names."""
+    """One number is written to the slices along ``dim`` that an index vector gives."""
     call.fix(index, None, "it is an index")
     constant = call.constant(value)
     if not x.ndim:
@@ -163,7 +166,7 @@ def index_put(
     accumulate: bool = False,
     unsafe: bool = False,
 ) -> Operand:
-    """``x[i, :, j] = values``: dimensions that are not indexed are met entry by entry."""
+    """``x[i, :, j] = values``: dimensions that are not indexed match those of the values."""
     dtypes = iter(call.dtypes[1:])
     given: list[tuple[Operand, bool] | None] = [
         None if i is None else (i, next(dtypes) in (torch.bool, torch.uint8)) for i in indices
@@ -171,18 +174,18 @@ def index_put(
     picked: list[int] = []
     free_dims: list[int] = []
     count = 0
-    for found in given:  # a mask stands for as many dimensions as it has
-        width = found[0].ndim if found is not None and found[1] else 1
-        (free_dims if found is None else picked).extend(range(count, count + width))
+    for indexer in given:  # a mask indexes as many dimensions as it has
+        width = indexer[0].ndim if indexer is not None and indexer[1] else 1
+        (free_dims if indexer is None else picked).extend(range(count, count + width))
         count += width
     free_dims += range(count, x.ndim)
     call.fix(x, picked, PICKED)
-    for found in given:
-        if found is not None:
-            call.fix(found[0], None, "it is an index")
-    shapes = [(1,) if found[1] else found[0].shape for found in given if found is not None]
+    for indexer in given:
+        if indexer is not None:
+            call.fix(indexer[0], None, "it is an index")
+    shapes = [(1,) if indexer[1] else indexer[0].shape for indexer in given if indexer is not None]
     n = len(torch.broadcast_shapes(*shapes))
-    # where the indexed dimensions stand in the values: in place if they are neighbors, else in front
+    # in the values, indexed dimensions are where they were if they are neighbors, and otherwise in front
     start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
     lead = [d for d in free_dims if d < start]
     order: list[int | None] = [*lead, *[None] * n, *(d for d in free_dims if d not in lead)]
@@ -213,7 +216,7 @@ def bilinear(call: Call, a: Operand, b: Operand, weight: Operand, bias: Operand 
 def solve_triangular(
     call: Call, a: Operand, b: Operand, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> Operand:
-    """a (*, N, N), b (*, N, K) -> (*, N, K), or b (*, K, N) if not ``left``; columns of zeros stay."""
+    """a (*, N, N), b (*, N, K) -> (*, N, K), or b (*, K, N) if not ``left``; columns of zeros give zeros."""
     solved = b.ndim - (2 if left else 1)
     call.fix(a, [-1, -2], "a system of equations is solved along it")
     call.fix(b, [solved], "a system of equations is solved along it")

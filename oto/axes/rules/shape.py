@@ -1,4 +1,7 @@
-"""Reshapes, permutations, concatenations and pieces: entries go elsewhere, none is mixed."""
+"""Reshapes, permutations, concatenations and splits: entries change places, and none are mixed.
+
+Example: ``x.view(b, t, 12, 64)`` splits an axis of 768 into 12 heads × 64.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ aten = torch.ops.aten
 
 
 def sizes_of(terms: Sequence[Term], given: Sequence[Any]) -> list[Any]:
-    """Size arguments: a ``-1`` stays what it is."""
+    """The size arguments of a call, with :class:`Size` in place of each number but -1."""
     return [n if isinstance(n, int) and n == -1 else Size(t) for n, t in zip(given, terms, strict=True)]
 
 
@@ -30,7 +33,7 @@ def view(call: Call, x: Operand, shape: Sequence[int], *rest: Any) -> Operand:
 
 @rule(aten.view_as, aten.reshape_as)
 def view_as(call: Call, x: Operand, other: Operand) -> Operand:
-    """The shape is read off another tensor, so both have the same terms."""
+    """The shape is that of another tensor, so both have the same terms."""
     y = call.view(x, call.shape)
     for a, b in zip(y.terms, other.terms, strict=True):
         call.unify(a, b)
@@ -54,7 +57,7 @@ def unflatten(call: Call, x: Operand, dim: int, sizes: Sequence[int]) -> Operand
 
 @rule(aten.squeeze, aten.unsqueeze, aten.squeeze_copy, aten.unsqueeze_copy)
 def squeeze(call: Call, x: Operand, dim: Any = None) -> Operand:
-    """Dimensions of size 1 come and go; one that is thinned down to size 1 does not."""
+    """Dimensions of size 1 are added or dropped; one that is thinned to size 1 must not be dropped."""
     if "unsqueeze" not in str(call.node.op):
         asked = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
         ones = [d for d in asked if x.ndim and x.shape[d] == 1]
@@ -65,7 +68,7 @@ def squeeze(call: Call, x: Operand, dim: Any = None) -> Operand:
 
 @rule(aten.permute)
 def permute(call: Call, x: Operand, dims: Sequence[int]) -> Operand:
-    """Dimensions in another order."""
+    """Dimensions in a different order."""
     return call.permute(x, dims)
 
 
@@ -95,7 +98,7 @@ def movedim(call: Call, x: Operand, source: Any, destination: Any) -> Operand:
 
 @rule(aten.expand, aten.broadcast_to)
 def expand(call: Call, x: Operand, shape: Sequence[int], **named: Any) -> Operand:
-    """Copies along dimensions of size 1 and along new ones; a copy may go like any other entry."""
+    """Copies along dimensions of size 1 and along new ones; a copy may be removed like any other entry."""
     y = _expand(call, x, call.shape)
     call.resize(size=sizes_of(y.terms, shape))
     return y
@@ -114,7 +117,7 @@ def _expand(call: Call, x: Operand, shape: Sequence[int]) -> Operand:
 
 @rule(aten.expand_as)
 def expand_as(call: Call, x: Operand, other: Operand) -> Operand:
-    """The shape is read off another tensor."""
+    """The shape is that of another tensor."""
     y = _expand(call, x, call.shape)
     for a, b in zip(y.terms, other.terms, strict=True):
         call.unify(a, b)
@@ -133,7 +136,7 @@ def broadcast_tensors(call: Call, xs: list[Operand]) -> list[Operand]:
 
 @rule(aten.repeat, aten.tile)
 def repeat(call: Call, x: Operand, repeats: Sequence[int]) -> Operand:
-    """Whole copies one behind the other: repeat × entry."""
+    """Whole copies one after the other: repeat × entry."""
     new = len(call.shape) - x.ndim
     counts = [T.axis(n) for n in (*[1] * (len(call.shape) - len(repeats)), *repeats)]
     terms = [c + (x.terms[d - new] if d >= new else ()) for d, c in enumerate(counts)]
@@ -147,7 +150,7 @@ def repeat(call: Call, x: Operand, repeats: Sequence[int]) -> Operand:
 def repeat_interleave(
     call: Call, x: Operand, repeats: int, dim: int | None = None, *, output_size: int | None = None
 ) -> Operand:
-    """Copies of each entry beside it: entry × repeat."""
+    """Copies of each entry next to it: entry × repeat."""
     if dim is None:
         x, dim = call.view(x, (-1,) if 0 in x.shape else (call.shape[0] // repeats,)), 0
     terms = list(x.terms)
@@ -159,13 +162,13 @@ def repeat_interleave(
 
 @rule(aten.cat, aten.concat, aten.concatenate)
 def cat(call: Call, xs: list[Operand], dim: int = 0) -> Operand:
-    """One behind the other; an empty vector may stand among them."""
+    """One after the other; an empty vector may be among them."""
     return call.cat([x for x in xs if x.shape != (0,)] or xs[:1], dim)
 
 
 @rule(aten.stack)
 def stack(call: Call, xs: list[Operand], dim: int = 0) -> Operand:
-    """One behind the other along a new dimension."""
+    """One after the other along a new dimension."""
     dim %= xs[0].ndim + 1
     return call.cat([call.view(x, (*x.shape[:dim], 1, *x.shape[dim:])) for x in xs], dim)
 
@@ -191,18 +194,18 @@ def _pieces(call: Call, x: Operand, dim: int, sizes: Sequence[int]) -> list[Oper
     aten.unsafe_split_with_sizes,
 )
 def pieces(call: Call, x: Operand, how: Any, dim: int = 0) -> list[Operand]:
-    """Consecutive pieces. Thinner pieces may differ in size, so each size is stated."""
+    """Consecutive pieces. Thinner pieces may differ in size, so the thinner call states each size."""
     if isinstance(how, Operand):
         call.fix(how, None, "it names the borders of pieces")
-    found = _pieces(call, x, dim, [shape[dim] for shape in call.shapes if shape is not None])
-    sizes = [Size(piece.terms[dim]) for piece in found]
+    parts = _pieces(call, x, dim, [shape[dim] for shape in call.shapes if shape is not None])
+    sizes = [Size(piece.terms[dim]) for piece in parts]
     call.rewrite(aten.split_with_sizes.default, call.node.args[0], sizes, dim)
-    return found
+    return parts
 
 
 @rule(aten.unbind)
 def unbind(call: Call, x: Operand, dim: int = 0) -> list[Operand]:
-    """Entries one by one, each a tensor of its own."""
+    """Each entry becomes a tensor."""
     call.fix(x, [dim], "its entries are used one by one")
     return [_drop(call, x, dim) for _ in call.shapes]
 
@@ -214,18 +217,18 @@ def _drop(call: Call, x: Operand, dim: int) -> Operand:
 
 @rule(aten.select)
 def select(call: Call, x: Operand, dim: int, index: int) -> Operand:
-    """One entry of ``dim``; the others may go."""
+    """One entry of ``dim``; the others may be removed."""
     n = x.shape[dim]
     index %= n
     before, _, _ = call.cut(x.terms[dim], [index, 1, n - index - 1])
     call.resize(index=Size(before) if index else 0)
-    call.watch(x.terms[dim])  # the index may be counted from the end
+    call.watch(x.terms[dim])  # as the index may be counted from the end
     return _drop(call, x, dim)
 
 
 @rule(aten.slice, aten.narrow)
 def slice_(call: Call, x: Operand, dim: int = 0, start: Any = None, end: int | None = None, step: int = 1) -> Operand:
-    """Consecutive entries; with a step, none of the dimension may go."""
+    """Consecutive entries; with a step, the dimension stays whole."""
     dim %= x.ndim
     n = x.shape[dim]
     if isinstance(start, Operand):
@@ -246,7 +249,7 @@ def slice_(call: Call, x: Operand, dim: int = 0, start: Any = None, end: int | N
             call.resize(start=begin, length=Size(terms[dim]))
         else:
             call.rewrite(aten.narrow.default, call.node.args[0], dim, begin, Size(terms[dim]))
-        call.watch(x.terms[dim])  # a place may be counted from the end
+        call.watch(x.terms[dim])  # as a place may be counted from the end
     return call.move(x, terms, [(d,) for d in range(x.ndim)])
 
 
@@ -260,13 +263,13 @@ def roll(call: Call, x: Operand, shifts: Any, dims: Any = ()) -> Operand:
 
 @rule(aten.diagonal, aten.diag, aten.diag_embed, aten.tril, aten.triu, aten.rot90, aten.trace)
 def square(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
-    """They relate the place in one dimension to the place in another."""
+    """Operators that relate the place in one dimension to the place in another."""
     return call.opaque("it is read along a diagonal")
 
 
 @rule(aten.meshgrid)
 def meshgrid(call: Call, xs: list[Operand], *, indexing: str = "ij") -> list[Operand]:
-    """Each vector along a dimension of its own, copied along the others."""
+    """Each vector is laid along its own dimension, and copied along the others."""
     order = list(range(len(xs)))
     if indexing == "xy" and len(xs) > 1:
         order[0], order[1] = 1, 0

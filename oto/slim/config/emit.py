@@ -17,7 +17,7 @@ from oto.groups import Kept, Partition
 from oto.slim.config.norms import Norm, eps_fields, fold, norms_that_count
 from oto.slim.config.recipe import Recipe
 from oto.slim.config.solve import solve, stock
-from oto.slim.edits import Edits, attribute, pruned_tensors
+from oto.slim.edits import Edits, attribute, named_tensors, pruned_tensors
 from oto.slim.proof.reference import Exact
 from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
@@ -89,7 +89,7 @@ def emit_stock(
         EmitterError: No config states the pruned shapes.
     """
     slim, edits, changed = build_from_config(model, partition, kept, recipe, held)
-    held = dict([*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)])
+    held = named_tensors(slim)
 
     saved = slim.state_dict().keys() if edits else held.keys()  # the constructor makes what no file holds
     made = {name for name, t in held.items() if name not in saved and t.is_floating_point()}

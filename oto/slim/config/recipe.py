@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from oto.errors import EmitterError, reraise_out_of_memory, some
+from oto.slim.edits import named_tensors
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,7 @@ PROBE = 6
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters and buffers."""
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tuple(t.shape) for name, t in held}
+    return {name: tuple(t.shape) for name, t in named_tensors(model).items()}
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from oto.axes.terms import Sum, Term, count, resolve, size_of
 from oto.errors import EmitterError, reraise_out_of_memory, some
 from oto.slim.config.recipe import MADE_WITH, Fields, Recipe, Shapes, Unfilled
-from oto.slim.edits import Edits, slim_copy
+from oto.slim.edits import Edits, named_tensors, owner_of, slim_copy
 from oto.slim.pruned_shapes import PrunedShapes
 
 MISFIT = float("inf")
@@ -171,7 +171,7 @@ def apply(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.M
 
 def fill(slim: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Replace the tensors of a module, keeping ties. What no file holds stays as the constructor made it."""
-    like = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    like = named_tensors(model)
     saved = slim.state_dict().keys()
     made: dict[int, nn.Parameter] = {}
     for name, old in list(slim.named_parameters(remove_duplicate=False)):
@@ -196,5 +196,4 @@ def _near(made: Tensor, held: Tensor) -> bool:
 
 
 def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, tensor)
+    setattr(*owner_of(model, path), tensor)

@@ -19,6 +19,7 @@ from oto.axes.terms import Axis, size_of, survivors
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
 from oto.groups.partition import occurrences
+from oto.slim.edits import owner_of
 from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
 from oto.slim.pruned_shapes import PrunedShapes
@@ -83,30 +84,20 @@ def pruned_module(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
             node.target = torch.ops.aten.reshape.default
     leaves, made = _leaves(exported), dict[int, Tensor]()
     # tensors are known by identity, so every old one is held until all are replaced
-    held = {n.target: _attribute(slim, n.target) for n in slim.graph.nodes if n.op == "get_attr"}
+    held = {n.target: getattr(*owner_of(slim, n.target)) for n in slim.graph.nodes if n.op == "get_attr"}
     for target, old in held.items():
-        parent, _, name = target.rpartition(".")
-        holder = slim.get_submodule(parent)
+        owner, name = owner_of(slim, target)
         if id(old) in leaves and id(old) not in made:
             new = pruned.prune(leaves[id(old)], old)
             made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         if id(old) in made:
-            setattr(holder, name, made[id(old)])
+            setattr(owner, name, made[id(old)])
     return slim
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    parent, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(parent), name)
 
 
 def _leaves(exported: Exported) -> dict[int, Leaf]:
     """The leaf of each tensor that the module holds, by identity."""
-    found: dict[int, Leaf] = {}
-    for leaf in exported.graph.leaves:
-        parent, _, name = leaf.name.rpartition(".")
-        found[id(getattr(exported.module.get_submodule(parent), name))] = leaf
-    return found
+    return {id(getattr(*owner_of(exported.module, leaf.name))): leaf for leaf in exported.graph.leaves}
 
 
 def carry_over(pruned: PrunedShapes, wanted: Mapping[Value, tuple[str, Sequence[NDArray[np.bool_]]]]) -> None:

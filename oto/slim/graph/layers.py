@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from oto._torch import OpOverload
 from oto.nn import GroupNorm, LayerNorm, RMSNorm
 from oto.nn import functional as full_count
+from oto.slim.edits import owner_of
 
 aten = torch.ops.aten
 
@@ -188,9 +189,8 @@ def _parts(tree: Any) -> list[Any]:
 
 
 def _found(module: nn.Module, target: Any) -> Any:
-    parent, _, name = str(target).rpartition(".")
     try:
-        return getattr(module.get_submodule(parent), name, None)
+        return getattr(*owner_of(module, str(target)), None)
     except AttributeError:
         return None
 

@@ -17,6 +17,7 @@ from oto.slim.graph.module import SlimGraph
 from oto.slim.proof.inputs import random_like
 from oto.trace import export as trace_export
 from oto.trace.inputs import arguments
+from oto.trace.outputs import named_leaves
 from oto.trace.takes import parameters_of
 
 MOST_ENTRIES = 2**30  # of an input that is drawn
@@ -43,6 +44,13 @@ def export_program(slim: nn.Module, dummy_input: Any) -> torch.export.ExportedPr
     """
     # a graph module states its own output types; inside another module it returns plain ones
     return trace_export.export_program(_Inside(slim), dummy_input, portable=True).program
+
+
+def output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """The names of a program's outputs: keys and fields with dots between them, and ``output_0`` for a mere index."""
+    result = tree_unflatten(list(program.graph_signature.user_outputs), program.call_spec.out_spec)
+    names = [name or "output" for name, leaf in named_leaves(result) if isinstance(leaf, str)]
+    return [f"output_{name}" if name.isdigit() else name for name in names]
 
 
 def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy_input: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -82,7 +83,14 @@ class Reference:
         decides: Whether the model branches on its values, such as which boxes are best. Between two that are equal up
             to rounding a slim model may decide differently; then it is compared under the decisions of the full one.
         brief: Compare only in float64, where that is possible.
+
+    Attributes:
+        notes: Limits of the comparisons with the slim model that was compared last; ``full.notes`` are those of any.
+        partial: Those of its comparisons in which only some entries were finite.
     """
+
+    notes: list[str]
+    partial: list[Check]
 
     def __init__(
         self,
@@ -97,7 +105,8 @@ class Reference:
         self.as_users_do = Input("the example, as users run it", dummy_input, as_users_do=True)
         self.full = FullModel(model, self.example, left, float64)
         self.decides, self.brief = decides, brief
-        self.partial: list[Check] = []  # comparisons in which only some entries were finite
+        self._latest: weakref.ref[nn.Module] | None = None
+        self.notes, self.partial = [], []
 
     @property
     def model(self) -> nn.Module:
@@ -123,6 +132,8 @@ class Reference:
 
     def check(self, slim: nn.Module, options: CheckOptions = CheckOptions()) -> list[Check]:
         """Compare a slim model with the full one."""
+        if self._latest is None or self._latest() is not slim:  # of the one before, nothing is to be said any more
+            self._latest, self.notes, self.partial = weakref.ref(slim), [], []
         try:
             return [check for check in self._checks(slim, options) if self._shows(check)]
         finally:
@@ -149,11 +160,17 @@ class Reference:
             checks += proofs
         return checks
 
+    def _note(self, text: str) -> None:
+        """Add a note on the slim model, once."""
+        log.info(text)
+        if text not in self.notes:
+            self.notes.append(text)
+
     def _shows(self, check: Check) -> bool:
         """Whether a comparison shows anything; a note says if it does not, or not for all entries."""
         if check.passed and not check.finite:
             why = "no entry of the outputs is finite" if check.entries else "the outputs are empty"
-            self.full.note(f"{check.what}, {check.dtype}: {why}, so nothing was compared")
+            self._note(f"{check.what}, {check.dtype}: {why}, so nothing was compared")
         elif check.passed and check.finite != check.entries:
             self.partial.append(check)
         return bool(check.finite) or not check.passed
@@ -233,7 +250,7 @@ class Reference:
         again = checked(f"{check.what}, as the full model decides", dtype, expected, found)
         if not again.passed:
             return check
-        self.full.note(
+        self._note(
             "left alone, the slim model decides differently where values are equal up to rounding, on some inputs"
         )
         return again
@@ -247,7 +264,7 @@ class Reference:
         again = checked(f"{check.what}, beside the full model without torch's fast paths", self.dtype, plain, found)
         if not again.passed:
             return check
-        self.full.note(
+        self._note(
             "in inference mode, torch's fast paths make the full model give something else, such as zeros for padding;"
             " the slim one gives what the full one gives without them"
         )
@@ -272,7 +289,7 @@ class Reference:
             another = options.in_float64()
         proofs = self._compare64(another, inputs, CheckOptions(f"{options.what}, made in float64,"))
         name, least = self.full.dtype_name, tolerance(self.dtype)
-        self.full.note(
+        self._note(
             f"{options.what} holds numbers that were computed in {name}, so one made in float64 was compared in its"
             f" place; of this one, {name} shows no difference below {least:.0e}"
         )
