@@ -58,15 +58,6 @@ class Place(NamedTuple):
             return into.copy_(self.view)
         return torch.index_select(self.view, 0, self.rows, out=into)
 
-    def subtract_(self, other: Tensor, factors: Tensor, rate: Rate) -> Tensor:
-        """``rows -= rate * factor * other``, with a factor of every atom, shape ``(N,)``; what the rows are then."""
-        own = self.read()
-        if isinstance(rate, Tensor) or rate:
-            own.addcmul_(other, (self.of(factors) * rate).to(own.dtype), value=-1)
-            if self.rows is not None:
-                self.write_(own)
-        return own
-
     def of(self, vector: Tensor) -> Tensor:
         """The numbers of these rows out of one number per atom, beside the view, in a shape that broadcasts over it."""
         own = sent(vector.narrow(0, self.first, self.view.shape[0]), self.view.device)
@@ -150,57 +141,37 @@ class Rows:
         """``||x_g||^2`` of every atom, or the sum over its slices of each one's times its rate; shape ``(N,)``."""
         return self._summed((sq_norm(place.read()) for place in self.places), rates)
 
-    def dot(self, others: Sequence[Tensor]) -> Tensor:
-        """``<x_g, y_g>`` of every atom, shape ``(N,)``; the others are as :meth:`copies` gives them."""
-        return self._summed(dot(p.read(), other) for p, other in zip(self.places, others, strict=True))
-
-    def remembered(self, into: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
-        """:meth:`copies` and :meth:`sq_norm`, in one go."""
-        made: list[Tensor] = []
-
-        def copied() -> Iterator[Tensor]:
-            for i, place in enumerate(self.places):
-                made.append(place.copy(None if into is None else into[i]))
-                yield sq_norm(made[-1])
-
-        return made, self._summed(copied())
-
     def scale_(self, factor: float) -> None:
         """Multiply them."""
         scale_(self.places, factor)
 
-    def moved(self, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``<x_g - y_g, y_g>`` and ``||x_g - y_g||^2`` of every atom, shape ``(N,)``; exact where both are close."""
-        along, sq = list[Tensor](), list[Tensor]()
-        for place, other in zip(self.places, others, strict=True):
-            change = place.view - other if place.rows is None else place.read().sub_(other)
-            along.append(dot(change, other))
-            sq.append(sq_norm(change))
-        return self._summed(along), self._summed(sq)
-
-    def subtract_(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> None:
-        """``x_g -= rate * factor_g * y_g``, with a factor of every atom, shape ``(N,)``, and a rate of every place."""
-        for place, other, rate in zip(self.places, others, rates, strict=True):
-            place.subtract_(other, factors, rate)
-
-    def subtracted_dot(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> Tensor:
-        """:meth:`subtract_`, and then :meth:`dot`, in one go."""
-        triples = zip(self.places, others, rates, strict=True)
-        return self._summed(dot(place.subtract_(other, factors, rate), other) for place, other, rate in triples)
-
     def zero_(self, which: Tensor | None = None) -> None:
         """Bring them to zero, whatever they are; only those of some atoms, bool, shape ``(N,)``, if that is given."""
+        if which is None or is_here(which):
+            zero_(self.places if which is None else self.among(which))
+        else:
+            self.mask_(which)
+
+    def among(self, which: Tensor) -> list[Place]:
+        """The rows of some atoms, bool, shape ``(N,)``. Synchronizes."""
+        found = list[Place]()
+        mask, ends = which.cpu(), dict[int, bool]()
         for place in self.places:
-            if which is None:
-                zero_([place])
-            elif is_here(place.view):
-                mask = which.narrow(0, place.first, place.view.shape[0]).cpu()
-                own = mask.nonzero()[:, 0] if place.rows is None else place.rows[mask[place.rows]]
-                zero_([place._replace(rows=own)] if len(own) else [])
-            else:  # which ones they are is not to be waited for
-                own = place.read().masked_fill_(place.of(which), 0)
-                if place.rows is not None:
-                    place.write_(own)
+            first, size = place.first, place.view.shape[0]
+            own = mask[first : first + size]
+            if (first, size) not in ends:
+                ends[first, size] = bool(own.any())
+            if ends[first, size]:
+                rows = own.nonzero()[:, 0] if place.rows is None else place.rows[sent(own, place.rows.device)[place.rows]]
+                found += [place._replace(rows=rows)] if len(rows) else []
+        return found
+
+    def mask_(self, which: Tensor) -> None:
+        """:meth:`zero_` of some atoms, where which ones they are is not to be waited for."""
+        for place in self.places:
+            own = place.read().masked_fill_(place.of(which), 0)
+            if place.rows is not None:
+                place.write_(own)
 
     def copies(self, into: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The rows of each place in memory of their own, which may be that of earlier copies."""

@@ -127,8 +127,10 @@ class HSPG(HalfSpace):
         else:
             x.remember_()
             self.descend()  # x̂_g = x_g - α d_g
-            inner = x.shrink_dot_(self.lmbda(t), self.open())  # x̂_g -= α λ x_g / ||x_g||
-            if t >= self.half_space_step:
+            if t < self.half_space_step:
+                x.shrink_(self.lmbda(t), self.open())  # x̂_g -= α λ x_g / ||x_g||
+            else:
+                inner = x.shrink_dot_(self.lmbda(t), self.open())  # the same
                 self.project_(inner / x.sq - x.epsilon)  # x̂_g = 0 if <x̂_g, x_g> < ε ||x_g||²
         self.end_step(t)
 

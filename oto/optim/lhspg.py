@@ -46,6 +46,7 @@ from oto.errors import OptionError
 from oto.groups.adapters import Adapter
 from oto.groups.node_group import NodeGroup
 from oto.optim.composed import Composed
+from oto.optim.copied import Copied
 from oto.optim.entries import Rows
 from oto.optim.hesso import HESSO
 from oto.optim.plan import REDUNDANT, Plan, rows_of
@@ -70,8 +71,7 @@ class LHSPG(HESSO):
         TargetError, NothingPrunableError, UnknownParameterError, NonFiniteParameterError: As in :class:`HESSO`.
     """
 
-    _redundant: tuple[Plan, Rows] | None = None
-    _before: list[Tensor] | None = None
+    _redundant: tuple[Plan, Copied] | None = None
 
     def __init__(
         self,
@@ -99,15 +99,15 @@ class LHSPG(HESSO):
             self.choose_redundant(self.schedule.share(t))
             self.absorb_()  # so that x_g is the whole operator
         x = self.redundant()
-        if not x:
+        if not x.rows:
             self.descend()
         else:
-            self._before, sq = x.remembered(self._before)
+            sq = x.remember_()
             self.descend()  # A, B <- A, B - α d
             self.absorb_()  # x̂_g = [x + γ B A]_g, B_g <- 0
             per_norm = torch.full_like(sq, 1 - self.schedule.factor(t))  # λ_g / ||x_g|| = 1 / (T - t)
-            inner = x.subtracted_dot(self._before, per_norm, [1.0] * len(x.places))  # x̂_g -= λ_g x_g / ||x_g||
-            x.zero_(inner <= self.epsilon * sq)  # x_g = 0 if <x̂_g, x_g> <= ε ||x_g||²
+            inner = x.subtract_dot_(per_norm, [1.0] * len(x.rows.places))  # x̂_g -= λ_g x_g / ||x_g||
+            x.rows.zero_(inner <= self.epsilon * sq)  # x_g = 0 if <x̂_g, x_g> <= ε ||x_g||²
         if self.schedule.ends_period(t):
             self.commit()
         self.zero_pruned_()
@@ -117,14 +117,14 @@ class LHSPG(HESSO):
         rows = [rows_of(own, REDUNDANT) for own in self._codes()]
         self.composed.absorb_(self.node_groups, rows, self.parameters())
 
-    def redundant(self) -> Rows:
-        """The entries of the redundant groups, all adapters merged."""
+    def redundant(self) -> Copied:
+        """The entries of the redundant groups, all adapters merged, and their copy."""
         plan = self._plan()
         if self._redundant is None or self._redundant[0] is not plan:
             rows = [rows_of(own, REDUNDANT) for own in self._codes()]
             groups = [self.composed.operators(group) for group in self.node_groups]
             entries = Rows.of(groups, rows, self.parameters(), in_blocks=True, device=self.atoms.device)
-            self._redundant, self._before = (plan, entries), None
+            self._redundant = plan, Copied(entries, None if self._redundant is None else self._redundant[1])
         return self._redundant[1]
 
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
