@@ -16,6 +16,8 @@ from torch import Tensor
 
 from oto.optim.entries import Place, Rate, Rows, dot, is_here, sent, sq_norm
 
+NOTHING = torch.empty(0)
+
 
 class Copied:
     """The entries of some atoms, and what they were when they were copied.
@@ -37,21 +39,24 @@ class Copied:
         sums = torch.empty(2, sum(self._counts), dtype=self._dtype, device=rows.device)
         self._sums = sums.unbind()
         self._index = self._atoms()
-        self._room, self._used = (torch.empty(0) if former is None else former._room), 0
+        self._room: Tensor = NOTHING if former is None else former._room
+        self._used = 0
         self._parts = self._parted()
 
     def _atoms(self) -> Tensor:
         """The atom of each row."""
-        own = [torch.arange(p.view.shape[0]) if p.rows is None else p.rows for p in self.rows.places]
-        both = zip(self.rows.places, own, strict=True)
-        return torch.cat([sent(rows, self.rows.device) + place.first for place, rows in both]) if own else torch.empty(0)
+        own = [torch.empty(0, dtype=torch.int64, device=self.rows.device)]
+        for place in self.rows.places:
+            rows = torch.arange(place.view.shape[0]) if place.rows is None else place.rows
+            own.append(sent(rows, self.rows.device) + place.first)
+        return torch.cat(own)
 
     def _parted(self) -> list[_Part]:
         places, device = self.rows.places, self.rows.device
         slots = list(zip(*(own.split(self._counts) for own in self._sums), strict=True)) if places else []
         flat = [is_here(p.view) and p.view.dtype == self._dtype and _is_matrix(p.view) for p in places]
         self._take([p for p, is_flat in zip(places, flat, strict=True) if is_flat])
-        most = max((p.view[: n].numel() for p, n, own in zip(places, self._counts, flat, strict=True) if own), default=0)
+        most = max((p.view[:n].numel() for p, n, own in zip(places, self._counts, flat, strict=True) if own), default=0)
         scratch = torch.empty(2, most, dtype=self._dtype)
         thin: dict[torch.dtype, list[int]] = {}
         parts = list[_Part]()
@@ -81,7 +86,7 @@ class Copied:
     @property
     def nbytes(self) -> int:
         """Of the copy."""
-        return sum(part.copy.nbytes for part in self._parts if part.copy is not None)
+        return sum(part.copy.nbytes for part in self._parts)
 
     def remember_(self) -> Tensor:
         """Copy the entries; ``||x_g||^2`` of every atom, shape ``(N,)``."""
@@ -135,18 +140,17 @@ class Copied:
 class _Part:
     """The rows of one place, however they lie."""
 
-    copy: Tensor | None = None
+    copy: Tensor = NOTHING
 
     def __init__(self, place: Place, span: tuple[int, int], slots: tuple[Tensor, Tensor]) -> None:
         self.place, self.span, self.slots = place, span, slots
 
     def remember(self) -> None:
-        self.copy = self.place.copy(self.copy)
+        self.copy = self.place.copy(None if self.copy is NOTHING else self.copy)
         self.slots[0].copy_(sq_norm(self.copy))
 
     def subtract(self, factors: Tensor) -> Tensor:
         """What the rows are then."""
-        assert self.copy is not None
         start, end = self.span
         own = self.place.read()
         by = sent(factors[start:end], own.device).to(own.dtype).reshape(-1, *[1] * (own.dim() - 1))
@@ -156,11 +160,9 @@ class _Part:
         return own
 
     def dot(self, own: Tensor, which: int) -> None:
-        assert self.copy is not None
         self.slots[which].copy_(dot(own, self.copy))
 
     def moved(self) -> None:
-        assert self.copy is not None
         change = self.place.view - self.copy if self.place.rows is None else self.place.read().sub_(self.copy)
         self.dot(change, 0)
         self.slots[1].copy_(sq_norm(change))
@@ -238,18 +240,15 @@ class _Thin(_Part):
         self.store(0, self.wide(self.copy).square())
 
     def subtract(self, factors: Tensor) -> Tensor:
-        assert self.copy is not None
         own = self.read().addcmul_(self.copy, factors[self.slots_of].to(self.copy.dtype), value=-1)
         for place, numbers in zip(self.places, own.split(self.counts), strict=True):
             place.write_(numbers)
         return own
 
     def dot(self, own: Tensor, which: int) -> None:
-        assert self.copy is not None
         self.store(which, self.wide(own) * self.wide(self.copy))
 
     def moved(self) -> None:
-        assert self.copy is not None
         change = self.read().sub_(self.copy)
         self.dot(change, 0)
         self.store(1, self.wide(change).square())

@@ -7,6 +7,7 @@ back from a device but where it says so. Sums are accumulated in float32 at leas
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,8 +20,9 @@ from torch import Tensor
 from oto.groups.node_group import NodeGroup, Slice, clear_
 
 BLOCK = 1 << 17
-"""Entries that are multiplied at a time on a CPU: a product of half a megabyte stays in its cache. A product of a whole
-tensor costs five times as much where the allocator asks the system for its memory, and gives it back, at every step."""
+"""Entries that are multiplied at a time on a CPU: a product of half a megabyte stays in its cache, and in memory that
+is held. Where an allocator asks the system for the memory of each product and gives it back, as it does until a program
+has freed larger pieces, every page of it is a fault: that costs three times as much as the product."""
 
 Rate = float | Tensor
 """What the entries of one parameter are multiplied with: a number, or a tensor of a single one."""
@@ -155,14 +157,15 @@ class Rows:
     def among(self, which: Tensor) -> list[Place]:
         """The rows of some atoms, bool, shape ``(N,)``. Synchronizes."""
         found = list[Place]()
-        mask, ends = which.cpu(), dict[int, bool]()
+        mask, any_of = which.cpu(), dict[tuple[int, int], bool]()
         for place in self.places:
-            first, size = place.first, place.view.shape[0]
-            own = mask[first : first + size]
-            if (first, size) not in ends:
-                ends[first, size] = bool(own.any())
-            if ends[first, size]:
-                rows = own.nonzero()[:, 0] if place.rows is None else place.rows[sent(own, place.rows.device)[place.rows]]
+            span = place.first, place.first + place.view.shape[0]
+            own = mask[slice(*span)]
+            if span not in any_of:
+                any_of[span] = bool(own.any())
+            if any_of[span]:
+                kept = None if place.rows is None else place.rows[sent(own, place.rows.device)[place.rows]]
+                rows = own.nonzero()[:, 0] if kept is None else kept
                 found += [place._replace(rows=rows)] if len(rows) else []
         return found
 
@@ -258,8 +261,30 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     both = _flat(left), _flat(right, left)
     if both[0] is None or both[1] is None:
         return _strided_dot(left, right)
-    sums = [(x.to(dtype) * y.to(dtype)).sum(1) for x, y in zip(_blocks(both[0]), _blocks(both[1]), strict=True)]
+    sums = [_product(x, y, dtype).sum(1) for x, y in zip(_blocks(both[0]), _blocks(both[1]), strict=True)]
     return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+class _Room(threading.local):
+    """Memory for one product at a time, of each thread."""
+
+    def __init__(self) -> None:
+        self.held: dict[torch.dtype, Tensor] = {}
+
+    def of(self, dtype: torch.dtype, size: int) -> Tensor:
+        if dtype not in self.held:
+            self.held[dtype] = torch.empty(BLOCK, dtype=dtype)
+        return self.held[dtype][:size]
+
+
+_ROOM = _Room()
+
+
+def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x * y``, of use until the next one is asked for."""
+    if not is_here(x) or x.numel() > BLOCK:
+        return x.to(dtype) * y.to(dtype)
+    return torch.mul(x.to(dtype), y.to(dtype), out=_ROOM.of(dtype, x.numel()).view(x.shape))
 
 
 def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
@@ -267,7 +292,7 @@ def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
     dtype = torch.promote_types(left.dtype, torch.float32)
     order = sorted(range(left.dim()), key=left.stride().__getitem__, reverse=True)
     left, right, own = left.permute(order), right.permute(order), order.index(0)
-    products = (x.to(dtype) * y.to(dtype) for x, y in zip(_blocks(left), _blocks(right), strict=True))
+    products = (_product(x, y, dtype) for x, y in zip(_blocks(left), _blocks(right), strict=True))
     if own == 0:
         return torch.cat([product.flatten(1).sum(1) for product in products])
     total = next(products).sum(0)

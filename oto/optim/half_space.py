@@ -26,20 +26,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from oto.errors import OptionError, TargetError
+from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.budget import Budget, rest
 from oto.optim.copied import Copied, are_alike
 from oto.optim.entries import Place, Rate, Rows, is_here, zero_
 from oto.optim.hesso import HESSO
+from oto.optim.options import HalfSpaceOptions, ProjectionOptions, besides
 from oto.optim.plan import PRUNED, REDUNDANT, Plan
-from oto.optim.schedule import Progress, Schedule, Steps, count_steps
+from oto.optim.schedule import Progress, count_steps
+from oto.optim.setup import schedule_of
+from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 PERIODS = 10
@@ -134,35 +138,26 @@ class HalfSpace(HESSO):
         params: Params,
         node_groups: Iterable[NodeGroup],
         *,
-        epsilon: Epsilon | None,
-        half_space_step: Steps | None,
-        start_pruning_step: Steps,
-        pruning_steps: Steps,
-        pruning_periods: int | None,
-        total_steps: Steps | None,
-        **options: Any,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
+        **options: Unpack[HalfSpaceOptions],
     ) -> None:
         if "pruning_exponent" in options:
             raise OptionError(
                 f"pruning_exponent has no effect on {type(self).__name__}: groups go as they leave half-spaces\n"
                 "  effect  nothing was made\n  to fix  leave it out"
             )
-        asked = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
-        if pruning_periods is None:
+        asked, first = schedule_of(options), options.get("half_space_step")
+        if options.get("pruning_periods") is None:
             asked = replace(asked, periods=max(min(PERIODS, asked.steps), 1))
-        self.epsilon = epsilons(epsilon, self.EPSILON)
+        self.epsilon = epsilons(options.get("epsilon"), self.EPSILON)
         self.half_space_step = asked.start + asked.steps * self.WAIT // 4
-        if half_space_step is not None:
-            self.half_space_step = count_steps("half_space_step", half_space_step, total_steps)
-        super().__init__(
-            params,
-            node_groups,
-            start_pruning_step=asked.start,
-            pruning_steps=asked.steps,
-            pruning_periods=asked.periods,
-            total_steps=total_steps,
-            **options,
-        )
+        if first is not None:
+            self.half_space_step = count_steps("half_space_step", first, options.get("total_steps"))
+        own = besides(options, ProjectionOptions) | {
+            "start_pruning_step": asked.start, "pruning_steps": asked.steps, "pruning_periods": asked.periods,
+        }  # fmt: skip
+        super().__init__(params, node_groups, costs=costs, latency=latency, **own)
         self._require_sound()
 
     def _require_sound(self) -> None:

@@ -37,20 +37,23 @@ Memory: one copy of the redundant entries, and one product ``B A`` at a time.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from oto.errors import OptionError
 from oto.groups.adapters import Adapter
+from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.composed import Composed
 from oto.optim.copied import Copied
 from oto.optim.entries import Rows
 from oto.optim.hesso import HESSO
+from oto.optim.options import LHSPGOptions, OperatorOptions, besides
 from oto.optim.plan import REDUNDANT, Plan, rows_of
 from oto.optim.saliency import Entries
+from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 
@@ -79,9 +82,11 @@ class LHSPG(HESSO):
         node_groups: Iterable[NodeGroup],
         *,
         adapters: Sequence[Adapter] = (),
-        epsilon: float = 0.0,
-        **options: Any,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
+        **options: Unpack[LHSPGOptions],
     ) -> None:
+        epsilon = options.get("epsilon", 0.0)
         if not 0 <= epsilon < 1:
             raise OptionError(
                 f"epsilon is {epsilon!r}; it is a number in [0, 1)\n  effect  nothing was made\n  to fix  leave it out"
@@ -90,7 +95,7 @@ class LHSPG(HESSO):
         self.composed = Composed(tuple(adapters))
         if options.get("saliency") is None:
             options["saliency"] = "magnitude"
-        super().__init__(params, node_groups, **options)
+        super().__init__(params, node_groups, costs=costs, latency=latency, **besides(options, OperatorOptions))
 
     def sparse_step(self, t: int) -> None:
         """Choose if a period begins, descend, shrink the redundant operators, project, keep the pruned ones at zero."""
