@@ -46,7 +46,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "rivals.jsonl"
 OURS = ("oto", "oto-cric", "oto-published", "random")
-SERIES = ("hspg", "dhspg", "dhspg-published")  # the other papers; λ has to suit the number of steps, see the docstring
+SERIES = ("hspg", "dhspg", "dhspg-published", "lhspg")  # the other papers; see the docstring
 # What carries all methods; the others the two best rivals and the dense one.
 ALL = ["dense", "dense-small", *OURS] + [
     f"tp-{criterion}-{scope}-{when}"

@@ -156,8 +156,8 @@ def tutorials_page() -> str:
     intro = """
         # Tutorials
 
-        Ten scripts that read like lessons. Each runs on two CPU cores in at most five minutes, with real data that is
-        at hand; `tutorials/README.md` has the commands of the full experiments, and what the papers report. What is
+        Eleven scripts that read like lessons. Each runs on two CPU cores in at most five minutes, with real data that
+        is at hand; `tutorials/README.md` has the commands of the full experiments, and what the papers report. What is
         shown here was printed by the scripts as they are (`make tutorials`).
     """
     lines = [inspect.cleandoc(intro), ""]

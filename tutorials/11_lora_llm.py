@@ -1,4 +1,4 @@
-"""Lesson 11: a small Llama whose weights are frozen gets slim while adapters learn, and recovers by its adapters.
+"""Lesson 11: a frozen Llama that gets slim while adapters learn, and recovers by them.
 
     python tutorials/11_lora_llm.py                           # 1 M parameters, about three minutes
     python tutorials/11_lora_llm.py --hidden 768 --layers 12 --heads 12 --kv-heads 4 --context 1024 --base-steps 20000 \
@@ -75,9 +75,9 @@ def main() -> None:
     flags.add_argument("--kv-heads", type=int, default=4)
     flags.add_argument("--context", type=int, default=128, help="letters that are seen at once")
     flags.add_argument("--rank", type=int, default=8, help="of the adapters")
-    flags.add_argument("--base-steps", type=int, default=240, help="the model that is then frozen is trained so long")
-    flags.add_argument("--steps", type=int, default=100, help="with adapters, while it is pruned")
-    flags.add_argument("--recovery-steps", type=int, default=100, help="of the slim adapters")
+    flags.add_argument("--base-steps", type=int, default=200, help="the model that is then frozen is trained so long")
+    flags.add_argument("--steps", type=int, default=80, help="with adapters, while it is pruned")
+    flags.add_argument("--recovery-steps", type=int, default=80, help="of the slim adapters")
     flags.add_argument("--batch-size", type=int, default=16)
     flags.add_argument("--test-batches", type=int, default=10)
     flags.add_argument("--lr", type=float, default=3e-3)

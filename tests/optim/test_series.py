@@ -209,7 +209,7 @@ def test_frozen_entries_are_not_penalised_but_go_with_their_group(name):
 # How it is called ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", [*SERIES, "lhspg"])
 def test_closures_and_scalers_and_accumulation(name):
     plain, closed, scaled, summed = (net() for _ in range(4))
     optimizers = [make(name, model) for model in (plain, closed, scaled, summed)]
@@ -234,7 +234,7 @@ def test_closures_and_scalers_and_accumulation(name):
         assert_same(other, plain)
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", [*SERIES, "lhspg"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_a_copy_trains_the_same(name, copied):
     model = net()
@@ -246,7 +246,7 @@ def test_a_copy_trains_the_same(name, copied):
     assert_same(model, other)
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", [*SERIES, "lhspg"])
 def test_averages_of_the_weights_get_the_same_zeros(name):
     model = net()
     optimizer, average = make(name, model), torch.optim.swa_utils.AveragedModel(net())
