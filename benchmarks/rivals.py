@@ -12,7 +12,8 @@ that is there, or that another process has in hand, is not run; so a run that wa
 share the work. All methods of a seed see the same initial weights, batches and learning rates. `rivals_tasks.py` says
 what is trained and how, `rivals_methods.py` how it gets smaller. `hspg` and `dhspg` are run by name only, with a λ for
 the number of steps: the table says which share of the groups that went left by half-space; where that is small, it is
-the choice that was measured.
+the choice that was measured. `lhspg` (for `minilm`) trains adapters on a frozen model, at `rate` times the task's
+learning rates; by name only, too.
 
 Choices (a default, an option) are made on `accuracy_holdout`: images that no training here sees. `accuracy` is that on
 the test set, and nothing is chosen by it.
@@ -46,7 +47,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "rivals.jsonl"
 OURS = ("oto", "oto-cric", "oto-published", "random")
-SERIES = ("hspg", "dhspg", "dhspg-published")  # the other papers; λ has to suit the number of steps, see the docstring
+SERIES = ("hspg", "dhspg", "dhspg-published", "lhspg")  # the other papers; see the docstring
 # What carries all methods; the others the two best rivals and the dense one.
 ALL = ["dense", "dense-small", *OURS] + [
     f"tp-{criterion}-{scope}-{when}"

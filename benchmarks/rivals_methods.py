@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,35 @@ def ours(make: str, **fixed: Any) -> Callable[..., Slim]:
         return Slim(subnet.model, {"kept": kept}, notes)
 
     return run
+
+
+def with_adapters(task: Task, model: nn.Module) -> Any:
+    """The model frozen, with adapters of rank 8 on all layers of matrices; the classifier is new, and learns whole."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    adapted = [name for name in layers if name != task.classifier]
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules=adapted, modules_to_save=[task.classifier])
+    return get_peft_model(model, settings)
+
+
+def lhspg(task: Task, data: Data, target: float, seed: int, options: dict[str, Any]) -> Slim:
+    """LHSPG on a frozen model with adapters, merged in the end; its share of the MACs is that of the merged model.
+
+    Adapters may learn faster than whole weights do: ``rate`` multiplies the learning rates of the task.
+    """
+    torch.manual_seed(seed)
+    rate, options = options.get("rate", 1.0), {k: v for k, v in options.items() if k != "rate"}
+    task = replace(task, lr=task.lr * rate)
+    model = with_adapters(task, task.network(1.0, task.pretrained))
+    oto = OTO(model, task.example(), prune_frozen=True)
+    chosen = task.optimizer_options() | {"target_macs": target, "total_steps": task.steps} | options
+    optimizer = oto.lhspg(**chosen)
+    train(task, model, data, optimizer, seed)
+    subnet = oto.construct_subnet()
+    kept = {name: _packed(atoms, _size(oto, name)) for name, atoms in subnet.kept.items()}
+    notes = {"emitter": subnet.emitter, "groups_at_zero": optimizer.num_pruned}
+    return Slim(subnet.model.merge_and_unload(), {"kept": kept, "adapters": True}, notes)
 
 
 def random_saliency(entries: Any) -> Tensor:
@@ -425,6 +454,7 @@ METHODS: dict[str, Method] = {
     "hspg": ours("hspg"),
     "dhspg": ours("dhspg"),
     "dhspg-published": ours("dhspg", saliency="dhspg"),
+    "lhspg": lhspg,
     "random": ours("hesso", saliency=random_saliency),
 } | {
     f"tp-{criterion}-{scope}-{when}": torch_pruning(criterion, scope, when)
@@ -441,7 +471,9 @@ def rebuilt(task: Task, how: Mapping[str, Any]) -> nn.Module:
         return task.network(how["scale"], False).eval()
     model = task.network()
     if "kept" in how:
-        oto = OTO(model, task.example())
+        adapted = how.get("adapters", False)
+        model = with_adapters(task, model) if adapted else model
+        oto = OTO(model, task.example(), prune_frozen=adapted)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for group in oto.node_groups:
@@ -449,7 +481,8 @@ def rebuilt(task: Task, how: Mapping[str, Any]) -> nn.Module:
                     gone = torch.from_numpy(np.flatnonzero(~_unpacked(how["kept"][group.name])))
                     for piece in group.zeros:
                         piece.of(parameters[piece.parameter]).index_fill_(0, gone, 0)
-        return oto.construct_subnet().model
+        slim = oto.construct_subnet().model
+        return slim.merge_and_unload() if adapted else slim
     select_(model)
     for name, source in how["sources"].items():
         model.get_submodule(name).source = torch.tensor(source)

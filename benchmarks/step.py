@@ -11,7 +11,8 @@ in milliseconds and their ratio. Gradients are made once; for pruned entries the
 averaged, with the criterion ``--saliency``; the steps of a walk (CRIC); the first step of a period; the other steps of
 a period, which shrink redundant groups (HESSO, CRIC) or penalize and test those that may go (HSPG all of them, DHSPG
 half), and keep pruned ones at zero; and after pruning. λ is 0 here, so that no group leaves and what is measured is the
-most that a step costs.
+most that a step costs. LHSPG has adapters of rank 8 on all linear layers of a frozen model (so BERT alone has a row of
+it), and beside it stands the wrapped step of these adapters, which is a hundredth of that of a whole model.
 
 With ``--training N`` the table is another one: what the sparse optimizer adds to a whole training step (forward,
 backward, SGD) on a batch of N, where it observes gradients, and where it penalizes. On one CPU thread seconds are those
@@ -24,21 +25,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from oto.groups.node_group import NodeGroup
-from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, SparseOptimizer
+from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG, SparseOptimizer
 from oto.optim.half_space import HalfSpace
 
+Analyze = Callable[[nn.Module, Tensor], Sequence[NodeGroup]]
 PHASES = ("before", "observed", "walk", "period start", "during", "after")
 METHODS: dict[str, tuple[type[SparseOptimizer], dict[str, object]]] = {
     "hesso": (HESSO, {}),
     "hesso_cric": (HESSOCRIC, {"max_cycles": 1}),
     "hspg": (HSPG, {"lmbda": 0.0, "saliency": "magnitude"}),
     "dhspg": (DHSPG, {"lmbda": 0.0}),
+    "lhspg": (LHSPG, {}),
 }
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}),
@@ -60,6 +63,24 @@ def bert_base() -> tuple[nn.Module, Tensor]:
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"resnet50": resnet50, "bert_base": bert_base}
+ADAPTED = ("bert_base",)
+"""Those that adapters are put on, for LHSPG."""
+
+
+def built(method: str, name: str) -> tuple[nn.Module, Tensor]:
+    """The model; for LHSPG frozen, with adapters."""
+    model, x = MODELS[name]()
+    if method == "lhspg":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    return model, x
+
+
+def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Models and optimizers that are measured together."""
+    for name in args.models:
+        yield from ((name, method) for method in args.methods if method != "lhspg" or name in ADAPTED)
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
@@ -76,7 +97,7 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 def gradients(model: nn.Module) -> None:
     source = torch.Generator().manual_seed(1)
-    for p in model.parameters():
+    for p in (p for p in model.parameters() if p.requires_grad):
         p.grad = (torch.randn(p.shape, generator=source) * 1e-3).to(p.device)
 
 
@@ -118,7 +139,8 @@ def phase_of(optimizer: SparseOptimizer, n: int, window: int) -> str:
 def made(
     method: str,
     model: nn.Module,
-    node_groups: Sequence[NodeGroup],
+    x: Tensor,
+    analyze: Analyze,
     window: int,
     saliency: str | None,
     **keywords: object,
@@ -129,22 +151,19 @@ def made(
         options = options | {"sampling_steps": window}
     if saliency is not None:
         options = {"saliency": saliency} | options
-    return kind(  # type: ignore[call-arg]
-        model.named_parameters(),
-        node_groups,
-        pruning_steps=5 * window,
-        pruning_periods=5,
-        target_group_sparsity=0.5,
-        average_steps=window,
-        **options,
-        **keywords,
-    )
+    options = options | {"pruning_steps": 5 * window, "pruning_periods": 5, "target_group_sparsity": 0.5}
+    options = options | {"average_steps": window} | keywords
+    if kind is LHSPG:
+        from oto import OTO
+
+        return OTO(model, x, prune_frozen=True).lhspg(**options)  # type: ignore[arg-type]
+    return kind(model.named_parameters(), analyze(model, x), **options)  # type: ignore[call-arg]
 
 
 def measure(
     method: str,
-    build: Callable[[], tuple[nn.Module, Tensor]],
-    analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]],
+    name: str,
+    analyze: Analyze,
     optimizer: str,
     mode: str,
     device: torch.device,
@@ -152,19 +171,19 @@ def measure(
     saliency: str | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Median seconds of a step in every phase that there is: of the wrapped optimizer, and of the sparse one."""
-    ours, x = build()
-    theirs, _ = build()
-    node_groups = analyze(ours, x)
+    ours, x = built(method, name)
+    theirs, _ = built(method, name)
     for model in (ours, theirs):
         model.to(device)
         gradients(model)
     cls, options = OPTIMIZERS[optimizer]
-    wrapped = cls(theirs.parameters(), **options, **MODES[mode])
+    wrapped = cls([p for p in theirs.parameters() if p.requires_grad], **options, **MODES[mode])
     window = max(rounds // 2, 2)
     sparse = made(
         method,
         ours,
-        node_groups,
+        x.to(device),
+        analyze,
         window,
         saliency,
         base=cls,
@@ -190,21 +209,21 @@ def measure(
 def training(
     method: str,
     name: str,
-    analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]],
+    analyze: Analyze,
     device: torch.device,
     batch: int,
     saliency: str | None,
     rounds: int = 3,
 ) -> dict[str, float]:
     """Median seconds of a training step (forward, backward, fused SGD), and what the sparse optimizer adds to it."""
-    model, x = MODELS[name]()
-    node_groups = analyze(model, x)
+    model, example = built(method, name)
     model.to(device)
     x = torch.randn(batch, 3, 224, 224) if name == "resnet50" else torch.randint(1000, (batch, 128))
     x = x.to(device)
     cls, options = OPTIMIZERS["sgd"]
-    optimizer = made(method, model, node_groups, 1000, saliency, base=cls, start_pruning_step=1, fused=True, **options)
-    penalizes = isinstance(optimizer, HalfSpace)
+    own = {"base": cls, "start_pruning_step": 1, "fused": True} | options
+    optimizer = made(method, model, example.to(device), analyze, 1000, saliency, **own)
+    penalizes = isinstance(optimizer, HalfSpace | LHSPG)
 
     def backward() -> None:
         optimizer.zero_grad()
@@ -227,16 +246,18 @@ def training(
     return {"whole": whole["backward"] + whole["step"], "step": whole["step"], "added": more}
 
 
-def memory(method: str, name: str, analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]]) -> tuple[int, int, int]:
+def memory(method: str, name: str, analyze: Analyze) -> tuple[int, int, int]:
     """Bytes of all parameters, of what a checkpoint holds of pruning, and of the copy that is held while penalizing."""
-    model, x = MODELS[name]()
+    model, x = built(method, name)
     gradients(model)
-    optimizer = made(method, model, analyze(model, x), 8, None, start_pruning_step=1, lr=1e-3)
+    optimizer = made(method, model, x, analyze, 8, None, start_pruning_step=1, lr=1e-3)
     held = 0
     for n in range(12):
         optimizer.step()
         if isinstance(optimizer, HalfSpace) and (x_ := optimizer.penalized(n)) is not None:
-            held = max(held, sum(own.nbytes for own in x_.before or ()))
+            held = max(held, x_.copied.nbytes)
+        if isinstance(optimizer, LHSPG):
+            held = max(held, optimizer.redundant().nbytes)
         if isinstance(optimizer, HESSOCRIC):
             held = max(held, sum(own.nbytes for own in optimizer.walk["saved"]))
     first = optimizer.param_groups[0]
@@ -251,7 +272,7 @@ def analysis(model: nn.Module, x: Tensor) -> Sequence[NodeGroup]:
     return OTO(model, x).node_groups  # type: ignore[no-any-return]
 
 
-def main(analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]] = analysis) -> None:
+def main(analyze: Analyze = analysis) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", default=1, type=int)
@@ -272,38 +293,33 @@ def main(analyze: Callable[[nn.Module, Tensor], Sequence[NodeGroup]] = analysis)
     )
     if args.memory:
         print("| model | optimizer | parameters, MB | in a checkpoint, MB | copy, MB |\n|---|---|--:|--:|--:|")
-        for name in args.models:
-            for method in args.methods:
-                torch.manual_seed(0)
-                cells = " | ".join(f"{number / 1e6:.2f}" for number in memory(method, name, analyze))
-                print(f"| {name} | {method} | {cells} |", flush=True)
+        for name, method in rows_of(args):
+            torch.manual_seed(0)
+            cells = " | ".join(f"{number / 1e6:.2f}" for number in memory(method, name, analyze))
+            print(f"| {name} | {method} | {cells} |", flush=True)
         return
     if args.training:
         print(
             "| model | batch | optimizer | training step | fused SGD | added | share |\n|---|--:|---|--:|--:|--:|--:|"
         )
-        for name in args.models:
-            for method in args.methods:
-                torch.manual_seed(0)
-                found = training(method, name, analyze, args.device, args.training, args.saliency)
-                cells = " | ".join(f"{1e3 * seconds:.1f}" for seconds in found.values())
-                share = found["added"] / found["whole"]
-                print(f"| {name} | {args.training} | {method} | {cells} | {share:.1%} |", flush=True)
+        for name, method in rows_of(args):
+            torch.manual_seed(0)
+            found = training(method, name, analyze, args.device, args.training, args.saliency)
+            cells = " | ".join(f"{1e3 * seconds:.1f}" for seconds in found.values())
+            share = found["added"] / found["whole"]
+            print(f"| {name} | {args.training} | {method} | {cells} | {share:.1%} |", flush=True)
         return
     print("| model | optimizer | over | " + " | ".join(PHASES) + " |\n|---|---|---|" + "---|" * len(PHASES))
-    for name in args.models:
-        for method in args.methods:
-            for optimizer in args.optimizers:
-                for mode in args.modes:
-                    torch.manual_seed(0)
-                    rows = measure(
-                        method, MODELS[name], analyze, optimizer, mode, args.device, args.rounds, args.saliency
-                    )
-                    cells = " | ".join(
-                        f"{1e3 * a:.2f} → {1e3 * b:.2f} ({b / a:.2f}×)" if (a := pair[0]) and (b := pair[1]) else "–"
-                        for pair in (rows.get(phase, (0.0, 0.0)) for phase in PHASES)
-                    )
-                    print(f"| {name} | {method} | {optimizer} {mode} | {cells} |", flush=True)
+    for name, method in rows_of(args):
+        for optimizer in args.optimizers:
+            for mode in args.modes:
+                torch.manual_seed(0)
+                rows = measure(method, name, analyze, optimizer, mode, args.device, args.rounds, args.saliency)
+                cells = " | ".join(
+                    f"{1e3 * a:.2f} → {1e3 * b:.2f} ({b / a:.2f}×)" if (a := pair[0]) and (b := pair[1]) else "–"
+                    for pair in (rows.get(phase, (0.0, 0.0)) for phase in PHASES)
+                )
+                print(f"| {name} | {method} | {optimizer} {mode} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

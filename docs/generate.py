@@ -156,7 +156,7 @@ def tutorials_page() -> str:
     intro = """
         # Tutorials
 
-        Ten scripts that read like lessons. Each runs on two CPU cores in at most five minutes, with real data that is
+        Scripts that read like lessons. Each runs on two CPU cores in at most five minutes, with real data that is
         at hand; `tutorials/README.md` has the commands of the full experiments, and what the papers report. What is
         shown here was printed by the scripts (`make tutorials` runs them); the page of a lesson says when, where, and
         whether the script was changed since.

@@ -57,6 +57,7 @@ SLIM = {
 OPTIM = {
     "entries": set(),  # the one door to tensors by group
     "followed": set(),
+    "copied": {"entries"},
     "plan": {"entries"},
     "saliency": {"entries"},
     "shrink": {"entries"},
@@ -84,11 +85,13 @@ OPTIM = {
     "compensate": set(),
     "hesso": {"base", "options", "setup", "target", "wrapped"},
     "cric": {"entries", "hesso", "options", "plan", "saliency", "schedule", "setup", "target", "wrapped"},
-    "half_space": {"budget", "entries", "hesso", "plan", "schedule", "wrapped"},
-    "hspg": {"half_space", "schedule", "wrapped"},
-    "dhspg": {"budget", "choice", "half_space", "plan", "schedule", "wrapped"},
+    "half_space": {
+        "budget", "copied", "entries", "hesso", "options", "plan", "schedule", "setup", "target", "wrapped",
+    },
+    "hspg": {"half_space", "options", "target", "wrapped"},
+    "dhspg": {"budget", "choice", "half_space", "options", "plan", "schedule", "target", "wrapped"},
     "composed": {"entries", "saliency"},  # a weight and its adapters are one operator
-    "lhspg": {"composed", "entries", "hesso", "plan", "saliency", "wrapped"},
+    "lhspg": {"composed", "copied", "entries", "hesso", "options", "plan", "saliency", "target", "wrapped"},
     "__init__": {"base", "choice", "cric", "dhspg", "hesso", "hspg", "lhspg", "saliency", "schedule", "target"},
 }  # fmt: skip
 

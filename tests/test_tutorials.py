@@ -223,6 +223,18 @@ def test_10_deploy(tmp_path: Path) -> None:
     assert load_subnet(tmp_path / "slim")(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_11_lora_llm(oto_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    text = run("11_lora_llm.py", tmp_path / "slim")
+    printed = checked(text, tmp_path / "slim", 0.75, "params")
+    assert printed("slim", "perplexity") < 60 and printed("recovered", "perplexity") < 60  # 65 letters
+    assert printed("recovered", "params") == printed("slim", "params")
+    assert re.search(r"^ +\S+ +32  whole  .*embed_tokens", text, re.MULTILINE)  # what matters most
+    assert "transformers and peft without oto: the same letters" in text
+    assert {path.suffix for path in (tmp_path / "slim_adapters").iterdir()} <= {".json", ".safetensors", ".md"}
+    assert (tmp_path / "slim_base" / "config.json").is_file()
+
+
 # What the default sizes printed is in docs/tutorials (`make tutorials`).
 
 BEST = {  # what a row must score at least, and by how much less than before it may, in the units of the table
@@ -235,6 +247,7 @@ BEST = {  # what a row must score at least, and by how much less than before it 
     "07_detection": ("F1", 40, None),
     "08_ddp": ("accuracy", 95, None),
     "09_your_own_operator": ("accuracy", 95, None),
+    "11_lora_llm": ("next letter", 37, None),
 }
 
 
@@ -356,7 +369,7 @@ def test_commands_name_flags_that_there_are() -> None:
 
 def test_every_tutorial_is_tested_and_listed() -> None:
     names = sorted(path.name for path in TUTORIALS.glob("[0-9]*.py"))
-    assert [name[:2] for name in names] == [f"{i:02d}" for i in range(1, 11)]
+    assert [name[:2] for name in names] == [f"{i:02d}" for i in range(1, 12)]
     here, listed = Path(__file__).read_text(), (TUTORIALS / "README.md").read_text()
     for name in names:
         assert f'"{name}"' in here and f"({name})" in listed

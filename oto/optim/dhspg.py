@@ -33,18 +33,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from oto.errors import OptionError
+from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.budget import Budget, rest
 from oto.optim.choice import Choice
-from oto.optim.half_space import Epsilon, HalfSpace
+from oto.optim.half_space import HalfSpace
+from oto.optim.options import DHSPGOptions, PartitionOptions, besides
 from oto.optim.plan import PRUNED, REDUNDANT, rows_of
-from oto.optim.schedule import LENGTH, START, Steps, count_steps
+from oto.optim.schedule import START, count_steps
+from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 TOLERANCE = 0.05
@@ -83,44 +86,27 @@ class DHSPG(HalfSpace):
         params: Params,
         node_groups: Iterable[NodeGroup],
         *,
-        lmbda: float | None = None,
-        lmbda_amplify: float | None = None,
-        hat_lmbda_coeff: float | None = None,
-        epsilon: Epsilon | None = None,
-        partition_step: Steps | None = None,
-        half_space_step: Steps | None = None,
-        warm_up_steps: Steps | None = None,
-        tolerance_group_sparsity: float | None = None,
-        start_pruning_step: Steps | None = None,
-        pruning_steps: Steps = LENGTH,
-        pruning_periods: int | None = None,
-        total_steps: Steps | None = None,
-        **options: Any,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
+        **options: Unpack[DHSPGOptions],
     ) -> None:
-        if partition_step is not None and start_pruning_step is not None:
+        starts = [
+            step for step in (options.get("partition_step"), options.get("start_pruning_step")) if step is not None
+        ]
+        if len(starts) > 1:
             raise OptionError(
                 "partition_step and start_pruning_step are the same\n"
                 "  effect  nothing was made\n  to fix  give one of them"
             )
-        start = next((step for step in (partition_step, start_pruning_step) if step is not None), START)
         self.published = options.get("saliency") == "dhspg"
-        self._check(lmbda, lmbda_amplify, hat_lmbda_coeff, tolerance_group_sparsity)
-        self.tolerance = (
-            (TOLERANCE if self.published else 0.0) if tolerance_group_sparsity is None else (tolerance_group_sparsity)
-        )
-        self.asked_penalty = lmbda, lmbda_amplify, hat_lmbda_coeff
-        self.warm_up_steps = 0 if warm_up_steps is None else count_steps("warm_up_steps", warm_up_steps, total_steps)
-        super().__init__(
-            params,
-            node_groups,
-            epsilon=epsilon,
-            half_space_step=half_space_step,
-            start_pruning_step=start,
-            pruning_steps=pruning_steps,
-            pruning_periods=pruning_periods,
-            total_steps=total_steps,
-            **options,
-        )
+        self.asked_penalty = options.get("lmbda"), options.get("lmbda_amplify"), options.get("hat_lmbda_coeff")
+        tolerance, warm_up = options.get("tolerance_group_sparsity"), options.get("warm_up_steps")
+        self._check(*self.asked_penalty, tolerance)
+        self.tolerance = tolerance if tolerance is not None else TOLERANCE if self.published else 0.0
+        total = options.get("total_steps")
+        self.warm_up_steps = 0 if warm_up is None else count_steps("warm_up_steps", warm_up, total)
+        own = besides(options, PartitionOptions) | {"start_pruning_step": starts[0] if starts else START}
+        super().__init__(params, node_groups, costs=costs, latency=latency, **own)
 
     def _check(self, lmbda: float | None, amplify: float | None, coeff: float | None, tolerance: float | None) -> None:
         low = lmbda is not None and not lmbda >= 0

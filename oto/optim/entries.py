@@ -7,6 +7,7 @@ back from a device but where it says so. Sums are accumulated in float32 at leas
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,8 +20,9 @@ from torch import Tensor
 from oto.groups.node_group import NodeGroup, Slice, clear_
 
 BLOCK = 1 << 17
-"""Entries that are multiplied at a time on a CPU: a product of half a megabyte stays in its cache. A product of a whole
-tensor costs five times as much where the allocator asks the system for its memory, and gives it back, at every step."""
+"""Entries that are multiplied at a time on a CPU: a product of half a megabyte stays in its cache, and in memory that
+is held. Where an allocator asks the system for the memory of each product and gives it back, as it does until a program
+has freed larger pieces, every page of it is a fault: that costs three times as much as the product."""
 
 Rate = float | Tensor
 """What the entries of one parameter are multiplied with: a number, or a tensor of a single one."""
@@ -57,15 +59,6 @@ class Place(NamedTuple):
         if self.rows is None:
             return into.copy_(self.view)
         return torch.index_select(self.view, 0, self.rows, out=into)
-
-    def subtract_(self, other: Tensor, factors: Tensor, rate: Rate) -> Tensor:
-        """``rows -= rate * factor * other``, with a factor of every atom, shape ``(N,)``; what the rows are then."""
-        own = self.read()
-        if isinstance(rate, Tensor) or rate:
-            own.addcmul_(other, (self.of(factors) * rate).to(own.dtype), value=-1)
-            if self.rows is not None:
-                self.write_(own)
-        return own
 
     def of(self, vector: Tensor) -> Tensor:
         """The numbers of these rows out of one number per atom, beside the view, in a shape that broadcasts over it."""
@@ -150,57 +143,38 @@ class Rows:
         """``||x_g||^2`` of every atom, or the sum over its slices of each one's times its rate; shape ``(N,)``."""
         return self._summed((sq_norm(place.read()) for place in self.places), rates)
 
-    def dot(self, others: Sequence[Tensor]) -> Tensor:
-        """``<x_g, y_g>`` of every atom, shape ``(N,)``; the others are as :meth:`copies` gives them."""
-        return self._summed(dot(p.read(), other) for p, other in zip(self.places, others, strict=True))
-
-    def remembered(self, into: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
-        """:meth:`copies` and :meth:`sq_norm`, in one go."""
-        made: list[Tensor] = []
-
-        def copied() -> Iterator[Tensor]:
-            for i, place in enumerate(self.places):
-                made.append(place.copy(None if into is None else into[i]))
-                yield sq_norm(made[-1])
-
-        return made, self._summed(copied())
-
     def scale_(self, factor: float) -> None:
         """Multiply them."""
         scale_(self.places, factor)
 
-    def moved(self, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``<x_g - y_g, y_g>`` and ``||x_g - y_g||^2`` of every atom, shape ``(N,)``; exact where both are close."""
-        along, sq = list[Tensor](), list[Tensor]()
-        for place, other in zip(self.places, others, strict=True):
-            change = place.view - other if place.rows is None else place.read().sub_(other)
-            along.append(dot(change, other))
-            sq.append(sq_norm(change))
-        return self._summed(along), self._summed(sq)
-
-    def subtract_(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> None:
-        """``x_g -= rate * factor_g * y_g``, with a factor of every atom, shape ``(N,)``, and a rate of every place."""
-        for place, other, rate in zip(self.places, others, rates, strict=True):
-            place.subtract_(other, factors, rate)
-
-    def subtracted_dot(self, others: Sequence[Tensor], factors: Tensor, rates: Sequence[Rate]) -> Tensor:
-        """:meth:`subtract_`, and then :meth:`dot`, in one go."""
-        triples = zip(self.places, others, rates, strict=True)
-        return self._summed(dot(place.subtract_(other, factors, rate), other) for place, other, rate in triples)
-
     def zero_(self, which: Tensor | None = None) -> None:
         """Bring them to zero, whatever they are; only those of some atoms, bool, shape ``(N,)``, if that is given."""
+        if which is None or is_here(which):
+            zero_(self.places if which is None else self.among(which))
+        else:
+            self.mask_(which)
+
+    def among(self, which: Tensor) -> list[Place]:
+        """The rows of some atoms, bool, shape ``(N,)``. Synchronizes."""
+        found = list[Place]()
+        mask, any_of = which.cpu(), dict[tuple[int, int], bool]()
         for place in self.places:
-            if which is None:
-                zero_([place])
-            elif is_here(place.view):
-                mask = which.narrow(0, place.first, place.view.shape[0]).cpu()
-                own = mask.nonzero()[:, 0] if place.rows is None else place.rows[mask[place.rows]]
-                zero_([place._replace(rows=own)] if len(own) else [])
-            else:  # which ones they are is not to be waited for
-                own = place.read().masked_fill_(place.of(which), 0)
-                if place.rows is not None:
-                    place.write_(own)
+            span = place.first, place.first + place.view.shape[0]
+            own = mask[slice(*span)]
+            if span not in any_of:
+                any_of[span] = bool(own.any())
+            if any_of[span]:
+                kept = None if place.rows is None else place.rows[sent(own, place.rows.device)[place.rows]]
+                rows = own.nonzero()[:, 0] if kept is None else kept
+                found += [place._replace(rows=rows)] if len(rows) else []
+        return found
+
+    def mask_(self, which: Tensor) -> None:
+        """:meth:`zero_` of some atoms, where which ones they are is not to be waited for."""
+        for place in self.places:
+            own = place.read().masked_fill_(place.of(which), 0)
+            if place.rows is not None:
+                place.write_(own)
 
     def copies(self, into: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The rows of each place in memory of their own, which may be that of earlier copies."""
@@ -287,8 +261,30 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     both = _flat(left), _flat(right, left)
     if both[0] is None or both[1] is None:
         return _strided_dot(left, right)
-    sums = [(x.to(dtype) * y.to(dtype)).sum(1) for x, y in zip(_blocks(both[0]), _blocks(both[1]), strict=True)]
+    sums = [_product(x, y, dtype).sum(1) for x, y in zip(_blocks(both[0]), _blocks(both[1]), strict=True)]
     return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+class _Room(threading.local):
+    """Memory for one product at a time, of each thread."""
+
+    def __init__(self) -> None:
+        self.held: dict[torch.dtype, Tensor] = {}
+
+    def of(self, dtype: torch.dtype, size: int) -> Tensor:
+        if dtype not in self.held:
+            self.held[dtype] = torch.empty(BLOCK, dtype=dtype)
+        return self.held[dtype][:size]
+
+
+_ROOM = _Room()
+
+
+def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x * y``, of use until the next one is asked for."""
+    if not is_here(x) or x.numel() > BLOCK:
+        return x.to(dtype) * y.to(dtype)
+    return torch.mul(x.to(dtype), y.to(dtype), out=_ROOM.of(dtype, x.numel()).view(x.shape))
 
 
 def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
@@ -296,7 +292,7 @@ def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
     dtype = torch.promote_types(left.dtype, torch.float32)
     order = sorted(range(left.dim()), key=left.stride().__getitem__, reverse=True)
     left, right, own = left.permute(order), right.permute(order), order.index(0)
-    products = (x.to(dtype) * y.to(dtype) for x, y in zip(_blocks(left), _blocks(right), strict=True))
+    products = (_product(x, y, dtype) for x, y in zip(_blocks(left), _blocks(right), strict=True))
     if own == 0:
         return torch.cat([product.flatten(1).sum(1) for product in products])
     total = next(products).sum(0)

@@ -26,19 +26,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from oto.errors import OptionError, TargetError
+from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.budget import Budget, rest
-from oto.optim.entries import Rate, Rows, is_here
+from oto.optim.copied import Copied, are_alike
+from oto.optim.entries import Place, Rate, Rows, is_here, zero_
 from oto.optim.hesso import HESSO
+from oto.optim.options import HalfSpaceOptions, ProjectionOptions, besides
 from oto.optim.plan import PRUNED, REDUNDANT, Plan
-from oto.optim.schedule import Progress, Schedule, Steps, count_steps
+from oto.optim.schedule import Progress, count_steps
+from oto.optim.setup import schedule_of
+from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 PERIODS = 10
@@ -55,53 +60,51 @@ class Penalized:
     """The groups that may still go, in one step after another.
 
     Attributes:
-        rows: Their entries.
+        copied: Their entries, and the one copy of what they were before the wrapped optimizer's step.
         rates: The learning rate of each slice, of this step; 0 where it is frozen.
         epsilon: Of every atom, shape ``(N,)``.
-        before: The entries before the wrapped optimizer's step: the one copy.
-        sq, norm: ``||x_g||²`` and ``||x_g||`` of then, shape ``(N,)``.
+        sq, norm: ``||x_g||²`` and ``||x_g||`` before the step, shape ``(N,)``.
     """
 
-    rows: Rows
+    copied: Copied
     rates: Sequence[Rate]
     epsilon: Tensor
-    before: list[Tensor] | None = None
     sq: Tensor = field(default_factory=lambda: torch.empty(0))
     norm: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    @property
+    def rows(self) -> Rows:
+        """Their entries."""
+        return self.copied.rows
+
     def remember_(self) -> None:
         """What the groups are before the step."""
-        self.before, self.sq = self.rows.remembered(self.before)
+        self.sq = self.copied.remember_()
         self.norm = self.sq.sqrt()
         self.epsilon = self.epsilon.to(self.sq)
 
     def shrink_(self, lmbda: float | Tensor, which: Tensor) -> None:
         """``x̂_g -= α λ_g x_g / ||x_g||`` of some atoms, bool, shape ``(N,)``; λ is one number, or one of every atom."""
-        assert self.before is not None
-        self.rows.subtract_(self.before, self._per_norm(lmbda, which), self.rates)
+        self.copied.subtract_(self._per_norm(lmbda, which), self.rates)
 
     def shrink_dot_(self, lmbda: float | Tensor, which: Tensor) -> Tensor:
         """:meth:`shrink_`, and ``<x̂_g, x_g>`` thereafter, shape ``(N,)``: while the entries are at hand."""
-        assert self.before is not None
-        return self.rows.subtracted_dot(self.before, self._per_norm(lmbda, which), self.rates)
+        return self.copied.subtract_dot_(self._per_norm(lmbda, which), self.rates)
 
     def _per_norm(self, lmbda: float | Tensor, which: Tensor) -> Tensor:
         return torch.where(which & (self.norm > 0), lmbda / self.norm, 0)
 
     def moved(self) -> tuple[Tensor, Tensor]:
         """``<x̂_g - x_g, x_g>`` and ``||x̂_g - x_g||²``, shape ``(N,)``."""
-        assert self.before is not None
-        return self.rows.moved(self.before)
+        return self.copied.moved()
 
     def rate(self) -> Tensor:
         """The learning rate of every group, shape ``(N,)``: the mean over its slices, weighted by ``||x||²``.
 
         To be asked before the wrapped optimizer's step.
         """
-        first, *others = self.rates
-        numbers = not any(isinstance(rate, Tensor) for rate in self.rates)
-        if all(rate is first or (numbers and rate == first) for rate in others):
-            return torch.ones_like(self.norm) * first
+        if are_alike(self.rates):
+            return torch.ones_like(self.norm) * self.rates[0]
         return self.rows.sq_norm(self.rates) / self.sq.clamp_min(torch.finfo(self.sq.dtype).tiny)
 
 
@@ -128,41 +131,33 @@ class HalfSpace(HESSO):
 
     _penalized: tuple[Plan, Penalized | None] | None = None
     _budget: tuple[Tensor, Budget | None] | None = None
+    _went: tuple[Tensor, Rows, list[Place]] | None = None
 
     def __init__(
         self,
         params: Params,
         node_groups: Iterable[NodeGroup],
         *,
-        epsilon: Epsilon | None,
-        half_space_step: Steps | None,
-        start_pruning_step: Steps,
-        pruning_steps: Steps,
-        pruning_periods: int | None,
-        total_steps: Steps | None,
-        **options: Any,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
+        **options: Unpack[HalfSpaceOptions],
     ) -> None:
         if "pruning_exponent" in options:
             raise OptionError(
                 f"pruning_exponent has no effect on {type(self).__name__}: groups go as they leave half-spaces\n"
                 "  effect  nothing was made\n  to fix  leave it out"
             )
-        asked = Schedule.of(start_pruning_step, pruning_steps, pruning_periods, total_steps)
-        if pruning_periods is None:
+        asked, first = schedule_of(options), options.get("half_space_step")
+        if options.get("pruning_periods") is None:
             asked = replace(asked, periods=max(min(PERIODS, asked.steps), 1))
-        self.epsilon = epsilons(epsilon, self.EPSILON)
+        self.epsilon = epsilons(options.get("epsilon"), self.EPSILON)
         self.half_space_step = asked.start + asked.steps * self.WAIT // 4
-        if half_space_step is not None:
-            self.half_space_step = count_steps("half_space_step", half_space_step, total_steps)
-        super().__init__(
-            params,
-            node_groups,
-            start_pruning_step=asked.start,
-            pruning_steps=asked.steps,
-            pruning_periods=asked.periods,
-            total_steps=total_steps,
-            **options,
-        )
+        if first is not None:
+            self.half_space_step = count_steps("half_space_step", first, options.get("total_steps"))
+        own = besides(options, ProjectionOptions) | {
+            "start_pruning_step": asked.start, "pruning_steps": asked.steps, "pruning_periods": asked.periods,
+        }  # fmt: skip
+        super().__init__(params, node_groups, costs=costs, latency=latency, **own)
         self._require_sound()
 
     def _require_sound(self) -> None:
@@ -192,11 +187,12 @@ class HalfSpace(HESSO):
     def penalized(self, t: int) -> Penalized | None:
         """The groups that may still go by themselves; ``None`` where there are none, or it is not the time."""
         if not self.choice.target.wants_less or not self.schedule.start <= t < self.last_period:
-            self._penalized = None  # with its copy of the entries
+            self._penalized = self._went = None  # with its copy of the entries
             return None
         plan = self._plan()
         if self._penalized is None or self._penalized[0] is not plan:
-            self._penalized = (plan, self._find_penalized())
+            former = None if self._penalized is None else self._penalized[1]
+            self._penalized = (plan, self._find_penalized(None if former is None else former.copied))
         found = self._penalized[1]
         if found is not None:
             found.rates = self._rates(found.rows.names)
@@ -242,8 +238,18 @@ class HalfSpace(HESSO):
             else:
                 self.scale_redundant_(self.schedule.factor(t))
         self.zero_pruned_()
-        if self.atoms is not self.settled and self._penalized is not None and self._penalized[1] is not None:
-            self._penalized[1].rows.zero_(self._gone())
+        found = None if self._penalized is None else self._penalized[1]
+        if found is not None and self.atoms is not self.settled:
+            self._keep_at_zero(found.rows)
+
+    def _keep_at_zero(self, rows: Rows) -> None:
+        """Those that went since they were read back."""
+        if not is_here(self.atoms):
+            rows.zero_(self._gone())
+            return
+        if self._went is None or self._went[0] is not self.atoms or self._went[1] is not rows:
+            self._went = self.atoms, rows, rows.among(self._gone())
+        zero_(self._went[2])
 
     def plan(self) -> str:
         """What happens at which step, and how much of a norm a penalty takes by then; print it."""
@@ -376,8 +382,8 @@ class HalfSpace(HESSO):
         """Which atoms went since they were read back, bool, shape ``(N,)``."""
         return (self.atoms == PRUNED) & (self.settled != PRUNED)
 
-    def _find_penalized(self) -> Penalized | None:
-        """Their entries, if the target allows for any as it was read back."""
+    def _find_penalized(self, former: Copied | None) -> Penalized | None:
+        """Their entries, if the target allows for any as it was read back; the memory of the last copy is reused."""
         rows, budget, device = self._penalised_rows(self._codes(self.settled)), self.budget(), self.atoms.device
         none = torch.zeros(self.num_atoms, dtype=torch.bool, device=device)
         if not any(map(len, rows)) or not (budget is None or budget.open(none).any()):
@@ -386,7 +392,7 @@ class HalfSpace(HESSO):
         entries = Rows.of(self.node_groups, whole, self.parameters(), in_blocks=True, device=device)
         sizes = torch.tensor(self.choice.sizes)
         epsilon = torch.tensor([self.epsilon[kind] for kind in self._kinds()], dtype=torch.float64)
-        return Penalized(entries, (), epsilon.repeat_interleave(sizes))
+        return Penalized(Copied(entries, former), (), epsilon.repeat_interleave(sizes))
 
     def _penalised_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """For each node group the atoms that are penalized, as they were read back."""

@@ -27,13 +27,15 @@ Where we differ from the paper and its released code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Unpack
 
 from oto.errors import OptionError
+from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
-from oto.optim.half_space import Epsilon, HalfSpace
-from oto.optim.schedule import LENGTH, START, Steps
+from oto.optim.half_space import HalfSpace
+from oto.optim.options import HSPGOptions, PenaltyOptions, besides
+from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 
@@ -68,39 +70,24 @@ class HSPG(HalfSpace):
         params: Params,
         node_groups: Iterable[NodeGroup],
         *,
-        lmbda: float | Callable[[int], float] | None = None,
-        epsilon: Epsilon | None = None,
-        half_space_step: Steps | None = None,
-        upper_group_sparsity: float | None = None,
-        start_pruning_step: Steps = START,
-        pruning_steps: Steps = LENGTH,
-        pruning_periods: int | None = None,
-        total_steps: Steps | None = None,
-        **options: Any,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
+        **options: Unpack[HSPGOptions],
     ) -> None:
+        lmbda, upper = options.get("lmbda"), options.get("upper_group_sparsity")
         if not callable(lmbda) and lmbda is not None and not lmbda >= 0:
             raise OptionError(
                 f"lmbda is {lmbda}; it is the weight of a penalty, at least 0\n  to fix  such as lmbda=1e-3"
             )
-        if upper_group_sparsity is not None:
+        if upper is not None:
             if options.get("target_group_sparsity") is not None:
                 raise OptionError(
                     "upper_group_sparsity and target_group_sparsity are the same\n"
                     "  effect  nothing was made\n  to fix  give one of them"
                 )
-            options["target_group_sparsity"] = upper_group_sparsity
+            options["target_group_sparsity"] = upper
         self.asked_lmbda = lmbda
-        super().__init__(
-            params,
-            node_groups,
-            epsilon=epsilon,
-            half_space_step=half_space_step,
-            start_pruning_step=start_pruning_step,
-            pruning_steps=pruning_steps,
-            pruning_periods=pruning_periods,
-            total_steps=total_steps,
-            **options,
-        )
+        super().__init__(params, node_groups, costs=costs, latency=latency, **besides(options, PenaltyOptions))
 
     def lmbda(self, t: int) -> float:
         """λ at step ``t``."""
@@ -125,8 +112,10 @@ class HSPG(HalfSpace):
         else:
             x.remember_()
             self.descend()  # x̂_g = x_g - α d_g
-            inner = x.shrink_dot_(self.lmbda(t), self.open())  # x̂_g -= α λ x_g / ||x_g||
-            if t >= self.half_space_step:
+            if t < self.half_space_step:
+                x.shrink_(self.lmbda(t), self.open())  # x̂_g -= α λ x_g / ||x_g||
+            else:
+                inner = x.shrink_dot_(self.lmbda(t), self.open())  # the same
                 self.project_(inner / x.sq - x.epsilon)  # x̂_g = 0 if <x̂_g, x_g> < ε ||x_g||²
         self.end_step(t)
 

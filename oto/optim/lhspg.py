@@ -37,19 +37,23 @@ Memory: one copy of the redundant entries, and one product ``B A`` at a time.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from oto.errors import OptionError
 from oto.groups.adapters import Adapter
+from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.composed import Composed
+from oto.optim.copied import Copied
 from oto.optim.entries import Rows
 from oto.optim.hesso import HESSO
+from oto.optim.options import LHSPGOptions, OperatorOptions, besides
 from oto.optim.plan import REDUNDANT, Plan, rows_of
 from oto.optim.saliency import Entries
+from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 
@@ -70,8 +74,7 @@ class LHSPG(HESSO):
         TargetError, NothingPrunableError, UnknownParameterError, NonFiniteParameterError: As in :class:`HESSO`.
     """
 
-    _redundant: tuple[Plan, Rows] | None = None
-    _before: list[Tensor] | None = None
+    _redundant: tuple[Plan, Copied] | None = None
 
     def __init__(
         self,
@@ -79,9 +82,11 @@ class LHSPG(HESSO):
         node_groups: Iterable[NodeGroup],
         *,
         adapters: Sequence[Adapter] = (),
-        epsilon: float = 0.0,
-        **options: Any,
+        costs: Costs | None = None,
+        latency: Measure | None = None,
+        **options: Unpack[LHSPGOptions],
     ) -> None:
+        epsilon = options.get("epsilon", 0.0)
         if not 0 <= epsilon < 1:
             raise OptionError(
                 f"epsilon is {epsilon!r}; it is a number in [0, 1)\n  effect  nothing was made\n  to fix  leave it out"
@@ -90,7 +95,7 @@ class LHSPG(HESSO):
         self.composed = Composed(tuple(adapters))
         if options.get("saliency") is None:
             options["saliency"] = "magnitude"
-        super().__init__(params, node_groups, **options)
+        super().__init__(params, node_groups, costs=costs, latency=latency, **besides(options, OperatorOptions))
 
     def sparse_step(self, t: int) -> None:
         """Choose if a period begins, descend, shrink the redundant operators, project, keep the pruned ones at zero."""
@@ -99,15 +104,15 @@ class LHSPG(HESSO):
             self.choose_redundant(self.schedule.share(t))
             self.absorb_()  # so that x_g is the whole operator
         x = self.redundant()
-        if not x:
+        if not x.rows:
             self.descend()
         else:
-            self._before, sq = x.remembered(self._before)
+            sq = x.remember_()
             self.descend()  # A, B <- A, B - α d
             self.absorb_()  # x̂_g = [x + γ B A]_g, B_g <- 0
             per_norm = torch.full_like(sq, 1 - self.schedule.factor(t))  # λ_g / ||x_g|| = 1 / (T - t)
-            inner = x.subtracted_dot(self._before, per_norm, [1.0] * len(x.places))  # x̂_g -= λ_g x_g / ||x_g||
-            x.zero_(inner <= self.epsilon * sq)  # x_g = 0 if <x̂_g, x_g> <= ε ||x_g||²
+            inner = x.subtract_dot_(per_norm, [1.0] * len(x.rows.places))  # x̂_g -= λ_g x_g / ||x_g||
+            x.rows.zero_(inner <= self.epsilon * sq)  # x_g = 0 if <x̂_g, x_g> <= ε ||x_g||²
         if self.schedule.ends_period(t):
             self.commit()
         self.zero_pruned_()
@@ -117,14 +122,14 @@ class LHSPG(HESSO):
         rows = [rows_of(own, REDUNDANT) for own in self._codes()]
         self.composed.absorb_(self.node_groups, rows, self.parameters())
 
-    def redundant(self) -> Rows:
-        """The entries of the redundant groups, all adapters merged."""
+    def redundant(self) -> Copied:
+        """The entries of the redundant groups, all adapters merged, and their copy."""
         plan = self._plan()
         if self._redundant is None or self._redundant[0] is not plan:
             rows = [rows_of(own, REDUNDANT) for own in self._codes()]
             groups = [self.composed.operators(group) for group in self.node_groups]
             entries = Rows.of(groups, rows, self.parameters(), in_blocks=True, device=self.atoms.device)
-            self._redundant, self._before = (plan, entries), None
+            self._redundant = plan, Copied(entries, None if self._redundant is None else self._redundant[1])
         return self._redundant[1]
 
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:

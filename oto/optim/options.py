@@ -142,32 +142,51 @@ class HESSOCRICOptions(HESSOOptions, CycleOptions, total=False):
     """Options of :class:`oto.optim.HESSOCRIC`."""
 
 
-class HSPGOptions(SparseOptions, total=False):
-    """Options of :class:`oto.optim.HSPG`."""
+class ProjectionOptions(TypedDict, total=False):
+    """When groups are at zero for good."""
 
-    lmbda: float | Callable[[int], float] | None
     epsilon: float | Mapping[str, float] | None
     half_space_step: Steps | None
+
+
+class HalfSpaceOptions(SparseOptions, ProjectionOptions, total=False):
+    """Options of :class:`oto.optim.half_space.HalfSpace`."""
+
+
+class PenaltyOptions(TypedDict, total=False):
+    """What all groups are penalized by."""
+
+    lmbda: float | Callable[[int], float] | None
     upper_group_sparsity: float | None
 
 
-class DHSPGOptions(SparseOptions, total=False):
-    """Options of :class:`oto.optim.DHSPG`."""
+class HSPGOptions(HalfSpaceOptions, PenaltyOptions, total=False):
+    """Options of :class:`oto.optim.HSPG`."""
+
+
+class PartitionOptions(TypedDict, total=False):
+    """Which groups are penalized, and by what."""
 
     lmbda: float | None
     lmbda_amplify: float | None
     hat_lmbda_coeff: float | None
-    epsilon: float | Mapping[str, float] | None
     partition_step: Steps | None
-    half_space_step: Steps | None
     warm_up_steps: Steps | None
     tolerance_group_sparsity: float | None
 
 
-class LHSPGOptions(SparseOptions, total=False):
-    """Options of :class:`oto.optim.LHSPG`."""
+class DHSPGOptions(HalfSpaceOptions, PartitionOptions, total=False):
+    """Options of :class:`oto.optim.DHSPG`."""
+
+
+class OperatorOptions(TypedDict, total=False):
+    """When a weight with its adapter is at zero for good."""
 
     epsilon: float
+
+
+class LHSPGOptions(SparseOptions, OperatorOptions, total=False):
+    """Options of :class:`oto.optim.LHSPG`."""
 
 
 def names_of(options: type) -> frozenset[str]:
@@ -181,27 +200,17 @@ def names_of(options: type) -> frozenset[str]:
 
 
 def keywords_of(taker: Callable[..., Any]) -> set[str]:
-    """The names of what a function, or a class, takes: those behind ``**options: Unpack[...]`` too, and of a class that
-    passes others on those of its bases.
+    """The names of what a function, or a class, takes; those behind ``**options: Unpack[...]`` too.
 
     >>> sorted(keywords_of(lambda model, scope="global": None))
     ['model', 'scope']
     """
-    makers = (
-        [vars(k)["__init__"] for k in taker.__mro__ if "__init__" in vars(k)] if isinstance(taker, type) else [taker]
-    )
     found: set[str] = set()
-    for maker in makers:
-        passed_on = False
-        for parameter in inspect.signature(maker, eval_str=True).parameters.values():
-            if get_origin(parameter.annotation) is Unpack:
-                found |= names_of(*get_args(parameter.annotation))
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                passed_on = True
-            else:
-                found.add(parameter.name)
-        if not passed_on:
-            break
+    for parameter in inspect.signature(taker, eval_str=True).parameters.values():
+        if get_origin(parameter.annotation) is Unpack:
+            found |= names_of(*get_args(parameter.annotation))
+        elif parameter.kind is not parameter.VAR_KEYWORD:
+            found.add(parameter.name)
     return found
 
 

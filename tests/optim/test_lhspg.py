@@ -17,6 +17,7 @@ from oto.errors import OptionError
 from oto.groups.adapters import Adapter, adapters
 from oto.optim import CRITERIA
 from oto.optim.saliency import raw_scores
+from tests.optim.test_series import BASES
 from tests.optim.toy import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
@@ -159,14 +160,22 @@ def test_merging_what_is_redundant_changes_no_output() -> None:
     assert not model[0].up.weight.equal(up)
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("base", [base for base in BASES if base != "muon"])  # which takes no biases
 def test_with_nothing_to_remove_every_step_is_the_wrapped_one(base: str) -> None:
     ours, theirs = net(), net()
-    _, optimizer = prepared(ours, variant=base, lr=0.01, target_group_sparsity=0.0)
-    wrapped = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}[base]
+    _, optimizer = prepared(ours, base=BASES[base], lr=0.01, target_group_sparsity=0.0)
     train(ours, optimizer, range(END))
-    train(theirs, getattr(torch.optim, wrapped)(theirs.parameters(), lr=0.01), range(END))
+    train(theirs, BASES[base](theirs.parameters(), lr=0.01), range(END))
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base != "muon"])
+def test_over_any_optimizer_the_target_is_met_and_adapters_learn(base: str) -> None:
+    model = net()
+    up = model[0].up.weight.clone()
+    _, optimizer = prepared(model, base=BASES[base], lr=0.01)
+    train(model, optimizer, range(END + 2))
+    assert optimizer.num_pruned == 11 and not model[0].up.weight.equal(up)
 
 
 @pytest.mark.parametrize("saliency", [None, "taylor_first_order"])

@@ -209,7 +209,7 @@ def test_frozen_entries_are_not_penalised_but_go_with_their_group(name):
 # How it is called ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", [*SERIES, "lhspg"])
 def test_closures_and_scalers_and_accumulation(name):
     plain, closed, scaled, summed = (net() for _ in range(4))
     optimizers = [make(name, model) for model in (plain, closed, scaled, summed)]
@@ -234,7 +234,7 @@ def test_closures_and_scalers_and_accumulation(name):
         assert_same(other, plain)
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", [*SERIES, "lhspg"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_a_copy_trains_the_same(name, copied):
     model = net()
@@ -246,7 +246,7 @@ def test_a_copy_trains_the_same(name, copied):
     assert_same(model, other)
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", [*SERIES, "lhspg"])
 def test_averages_of_the_weights_get_the_same_zeros(name):
     model = net()
     optimizer, average = make(name, model), torch.optim.swa_utils.AveragedModel(net())
@@ -341,15 +341,11 @@ def test_memory_is_one_copy_of_the_penalised_entries(name):
     model = net(torch.bfloat16)
     optimizer = make(name, model)
     train(model, optimizer, range(START + 1))
-    held = optimizer.penalized(START + 1).before
+    copied = optimizer.penalized(START + 1).copied
     going = (optimizer.settled != PRUNED) if name == "hspg" else (optimizer.settled == REDUNDANT)
     entries = [p[0].numel() for n, p in model.named_parameters() if not n.startswith("8")]
     first, second = (int(own.sum()) for own in going.split([8, 6]))
-    assert sum(own.numel() for own in held) == first * sum(entries[:4]) + second * sum(entries[4:])
-    assert {own.dtype for own in held} == {torch.bfloat16}
-    mine = [own.data_ptr() for own in held]
-    train(model, optimizer, range(START + 1, START + 4))
-    assert [own.data_ptr() for own in optimizer.penalized(START + 4).before] == mine  # no new ones at every step
+    assert copied.nbytes == 2 * (first * sum(entries[:4]) + second * sum(entries[4:]))  # bfloat16
     train(model, optimizer, range(START + 4, END))
     assert optimizer.penalized(END) is None
 
