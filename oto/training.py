@@ -92,7 +92,7 @@ def make(
     """
     refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
     options = by_first_names(analysis, options)
-    _compare_frozen(analysis)
+    compare_frozen(analysis)
     options = {"names": analysis.model.named_parameters(), **options, "align": align_for(analysis, options)}
     latency = latency_for(analysis, options)
     params = analysis.model.named_parameters() if params is None else params
@@ -147,7 +147,7 @@ def _is_plain(p: Tensor) -> bool:
     return type(p) in (Tensor, nn.Parameter) or hasattr(p, "full_tensor")  # sharded ones are numbers, too
 
 
-def _compare_frozen(analysis: Analysis) -> None:
+def compare_frozen(analysis: Analysis) -> None:
     """Refuse parameters that were frozen since the analysis; warn of those that are trained now."""
     frozen, unfrozen = frozen_since(analysis.groups, analysis.graph, analysis.model)
     if frozen and not analysis.prune_frozen:
