@@ -120,23 +120,33 @@ class Family:
         return value
 
     def backward(
-        self, forward: Forward, loss: Loss, scaler: torch.amp.GradScaler | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Forward and backward alone: call it for every micro-batch, with a loss that is divided by their number, and
-        then :meth:`update`. Arguments and result as for :meth:`step`; members learn as much of each micro-batch."""
+        self, forward: Forward, loss: Loss, scaler: torch.amp.GradScaler | None = None, *, mask: Tensor | None = None,
+        weight: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """Forward and backward alone, for a micro-batch; then :meth:`update` for all of them.
+
+        Args:
+            forward, loss, scaler, mask: As for :meth:`step`; ``loss`` divides by the number of micro-batches itself.
+            weight: What members learn from the full network is a mean over the micro-batch; it is multiplied by this:
+                one over the number of micro-batches.
+
+        Returns:
+            The full network's loss, detached.
+        """
         members, step = self._settled(), self.optimizer.clock
         output = forward(self.model)
         value = loss(output)
         _scaled(value, scaler).backward()
-        weight = self._sandwich.weight(step)
-        if members and weight > 0:
+        share = self._sandwich.weight(step)
+        if members and share > 0:
             taught = self._sandwich.taught(output)
             del output  # and all that it was computed from
             parameters = dict(self.model.named_parameters())
 
             def learn(net: nn.Module) -> None:
                 own = self._sandwich.loss(forward(net), taught, loss, mask)
-                _scaled(own * weight, scaler).backward()
+                own = own if self._sandwich.distillation is False else own * weight  # a task's loss is divided already
+                _scaled(own * share, scaler).backward()
 
             for index in self._sandwich.drawn(step, len(members)):
                 part = members[index].part
@@ -237,6 +247,11 @@ class Family:
             OptionError, TargetError: The ranking is not frozen; the target cannot be reached, or a member has it.
         """
         members, analysis = self.members, self._maker.analysis
+        if any(one.target == target for one in members):
+            raise OptionError(
+                f"the family has a member {target!r}\n  effect  nothing was cut\n"
+                "  to fix  ask for a target that no member has yet"
+            )
         choice = choice_for(analysis, {**self._how, **_named(target)}, "cut")
         masks = [self._mask(one) for one in members]
         outer = max(i for i, mask in enumerate(masks) if i == 0 or _costs(choice, mask) > choice.target.goal)

@@ -12,7 +12,15 @@ from oto.family import Family, make_family
 from oto.oneshot import Settings, one_shot
 from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG
 from oto.optim.compensate import RIDGE
-from oto.optim.options import DHSPGOptions, FamilyOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, LHSPGOptions, PreviewOptions
+from oto.optim.options import (
+    DHSPGOptions,
+    FamilyOptions,
+    HESSOCRICOptions,
+    HESSOOptions,
+    HSPGOptions,
+    LHSPGOptions,
+    PreviewOptions,
+)
 from oto.optim.wrapped import Params
 from oto.previewing import preview
 from oto.report.one_shot import OneShot

@@ -249,9 +249,7 @@ def build_subnet(
     return subnet
 
 
-def _built(
-    analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, known: Kept | None = None
-) -> Subnet:
+def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, known: Kept | None = None) -> Subnet:
     """The slim model of the analyzed model itself, without the background for reports."""
     require_values(analysis.model)
     stage("reading the zeros")

@@ -121,7 +121,7 @@ def _entries(source: Source, members: Sequence[ToSave]) -> tuple[dict[str, list[
                 vectors[level.tobytes()] = len(found)
                 found.append(torch.from_numpy(level))
             dims.append(vectors[level.tobytes()])
-        places.update({name: dims for name in leaf.names})
+        places.update(dict.fromkeys(leaf.names, dims))
     return places, found
 
 

@@ -344,9 +344,7 @@ _FILES = _entries(
     },
     closed=False,
 )
-_CHECKS = _list(
-    _entries({"what": _text, "dtype": _name, "error": _number(0), "tolerance": _number(0)}, closed=False)
-)
+_CHECKS = _list(_entries({"what": _text, "dtype": _name, "error": _number(0), "tolerance": _number(0)}, closed=False))
 _NUMBERS: dict[type[Any], Check] = {int: _number(), float: _number()}
 _TARGET = _either(
     "a number or an object",

@@ -1,4 +1,4 @@
-"""The members of a family inside one artifact: which they are, and how the tensors of one are read out of the full ones.
+"""The members of a family in one artifact: which they are, and how the tensors of one are read out of the full ones.
 
 ``model.safetensors`` holds the full weights, once. ``members.safetensors`` holds, for every dimension that gets
 thinner, how many members besides the full network hold each entry (members are nested, so one number says it for all),

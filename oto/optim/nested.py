@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Nested:
         for choice in choices:
             goals.setdefault(choice.target.unit, []).append(choice.target.goal)
         for unit, asked in goals.items():
-            if any(after >= before for before, after in zip(asked, asked[1:], strict=False)):
+            if any(after >= before for before, after in pairwise(asked)):
                 raise TargetError(
                     f"the targets in {unit} do not fall: {', '.join(f'{goal:,.6g}' for goal in asked)}\n"
                     "  effect  members are nested, each in the one before it\n"
@@ -114,6 +115,11 @@ def between(choice: Choice, scores: Tensor, outer: Tensor, inner: Tensor) -> Ten
     ranked = torch.where(inner, scores + (scores.max() - scores.min()) + 1, scores)
     kept: Tensor = outer & ~choice.select(ranked, outer)
     assert bool((kept >= inner).all()), "members are nested"
+    if torch.equal(kept, inner):
+        raise TargetError(
+            f"{choice.target}: no width between the next smaller member and the target\n"
+            "  effect  no member was cut\n  to fix  take the next smaller member, or ask for more"
+        )
     return kept
 
 
