@@ -158,12 +158,9 @@ class Family:
     def update(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """One step of the optimizer from the gradients that are there, which are cleared afterwards.
 
-        Of several processes the gradients are averaged first, and buffers are those of the first process.
+        Of several processes the gradients are averaged first, see :meth:`reduce`.
         """
-        if processes() > 1:
-            average_gradients_(self.optimizer.parameters().values())
-            held = [member.part.buffers for member in self._trained if member.part is not None]
-            share_from_first_([*self.model.buffers(), *(buffer for one in held for buffer in one.values())])
+        self.reduce()
         if scaler is None:
             self.optimizer.step()
         else:
@@ -171,6 +168,14 @@ class Family:
             scaler.update()
         self.optimizer.zero_grad()
         self._sorted = None
+
+    def reduce(self) -> None:
+        """Average the gradients over all processes, and take the buffers of the first one. :meth:`update` calls it; a
+        loop that steps the optimizer itself does so before."""
+        if processes() > 1:
+            average_gradients_(self.optimizer.parameters().values())
+            held = [member.part.buffers for member in self._trained if member.part is not None]
+            share_from_first_([*self.model.buffers(), *(buffer for one in held for buffer in one.values())])
 
     def _settled(self) -> list[FamilyMember]:
         """The members that are trained; none before the ranking is frozen. They are made when it is new."""

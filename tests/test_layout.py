@@ -229,7 +229,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "recovery": set(),
         "renamed": set(),
         "user_code": set(),
-        "integrations": {"distill", "recovery"},
+        "integrations": {"distill", "family", "recovery"},
         "given": set(),
         "knowledge": {"analysis"},  # what a group costs, and what it says to a user, meet here only
         "calibration": set(),
