@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -36,6 +37,7 @@ from oto.optim.options import (
 )
 from oto.optim.wrapped import Params
 from oto.previewing import by_first_names, choice_for
+from oto.report.family import MemberRow, report
 from oto.sandwich import Sandwich, average_gradients_, processes, refuse_sharded, share_from_first_
 from oto.subnet import Build, Emitter, Subnet
 from oto.training import Training, compare_frozen
@@ -45,15 +47,8 @@ Loss = Callable[[Any], Tensor]
 Result = TypeVar("Result")
 
 
-class Family:
-    """Several sizes of one network, trained together: the full network and a member for each target.
-
-    :meth:`oto.OTO.family` makes it. Once it is made, train with :meth:`step`; then :meth:`construct` gives all members
-    as slim models. What must be saved to resume is ``model.state_dict()`` and ``optimizer.state_dict()``.
-
-    Attributes:
-        optimizer: A ``torch.optim.Optimizer``, for learning-rate schedulers and checkpoints.
-    """
+class FamilyTraining:
+    """How a family is trained, and a member run; :class:`Family` has these methods."""
 
     def __init__(self, maker: Maker, optimizer: FamilyOptimizer, sandwich: Sandwich, how: Mapping[str, Any]) -> None:
         self.optimizer = optimizer
@@ -146,7 +141,7 @@ class Family:
             def learn(net: nn.Module) -> None:
                 own = self._sandwich.loss(forward(net), taught, loss, mask)
                 own = own if self._sandwich.distillation is False else own * weight  # a task's loss is divided already
-                _scaled(own * share, scaler).backward()
+                (own * share).backward()
 
             for index in self._sandwich.drawn(step, len(members)):
                 part = members[index].part
@@ -203,8 +198,6 @@ class Family:
         asked = [(choice.target.name, choice.target.asked) for choice in self.optimizer.nested.choices]
         return [number if name == "target_macs" else {name: number} for name, number in asked]
 
-    # Using it --------------------------------------------------------------------------------------------------------
-
     def run(self, member: Any, work: Callable[[nn.Module], Result]) -> Result:
         """What ``work`` makes of a member, without copying weights; in eval mode and without gradients.
 
@@ -225,9 +218,38 @@ class Family:
             for module, training in modes:
                 module.training = training
 
+
+class Family(FamilyTraining):
+    """Several sizes of one network, trained together: the full network and a member for each target.
+
+    :meth:`oto.OTO.family` makes it. Once it is made, train with :meth:`step`; then :meth:`construct` gives all members
+    as slim models. What must be saved to resume is ``model.state_dict()`` and ``optimizer.state_dict()``.
+
+    Attributes:
+        optimizer: A ``torch.optim.Optimizer``, for learning-rate schedulers and checkpoints.
+    """
+
     def evaluate(self, score: Callable[[nn.Module], float]) -> list[FamilyMember]:
         """The members with what each scores; print them. ``score`` takes a network in eval mode."""
         return [replace(one, score=float(self.run(i, score))) for i, one in enumerate(self.members)]
+
+    def report(
+        self, path: str | os.PathLike[str], members: Sequence[FamilyMember] | None = None, title: str | None = None
+    ) -> Path:
+        """Write one HTML file that needs no network: the members, and the curve of score against MACs.
+
+        Args:
+            path: The file.
+            members: What :meth:`evaluate` gave; without it there are no scores but those of members that were cut.
+            title: Instead of the name of the model's class.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed (``pip install 'oto[report]'``).
+        """
+        rows = [
+            MemberRow(str(m.target), m.cost, m.score, m.trained) for m in (self.members if members is None else members)
+        ]
+        return report(Path(path).expanduser(), title or type(self.model).__name__, rows)
 
     def cut(
         self,
@@ -251,33 +273,17 @@ class Family:
         Raises:
             OptionError, TargetError: The ranking is not frozen; the target cannot be reached, or a member has it.
         """
-        members, analysis = self.members, self._maker.analysis
-        if any(one.target == target for one in members):
-            raise OptionError(
-                f"the family has a member {target!r}\n  effect  nothing was cut\n"
-                "  to fix  ask for a target that no member has yet"
-            )
-        choice = choice_for(analysis, {**self._how, **_named(target)}, "cut")
-        masks = [self._mask(one) for one in members]
-        outer = max(i for i, mask in enumerate(masks) if i == 0 or _costs(choice, mask) > choice.target.goal)
-        inner = masks[outer + 1] if outer + 1 < len(members) else torch.zeros_like(masks[0])
-        kept = between(choice, self.optimizer.ranking, masks[outer], inner)
-        (made,) = self._maker.members([(target, self.optimizer.by_group(kept))], members[outer].part)
-        listed, notes = list(batches), tuple[str, ...]()
+        made = _cut(self._maker, self.members, self.optimizer, self._how, target)
+        listed = list(batches)
         if forward is not None and listed:
             estimate_norms_(made, dict(self.model.named_parameters()), listed, forward)
         elif has_norms(made):
-            notes = ("its batch norms have the statistics of the next larger member: cut(..., batches=, forward=)",)
-        made, self._sorted = replace(made, trained=False, notes=notes), None
-        self._cuts.append(made)
+            note = "its batch norms have the statistics of the next larger member: cut(..., batches=, forward=)"
+            made = replace(made, notes=(note,))
+        self._cuts, self._sorted = [*self._cuts, made], None
         if evaluate is not None:
             self._cuts[-1] = replace(made, score=float(self.run(target, evaluate)))
         return self._cuts[-1]
-
-    def _mask(self, member: FamilyMember) -> Tensor:
-        """What it keeps, bool, shape ``(N,)``."""
-        groups = self.optimizer.node_groups
-        return torch.cat([torch.from_numpy(np.isin(np.arange(g.size), member.kept[g.name])) for g in groups])
 
     def module(self, member: Any) -> nn.Module:
         """A member in eval mode that shares its weights with all others that this method gave, as views of one sorted
@@ -324,6 +330,31 @@ class Family:
             return subnets
         save(self._maker, members, subnets, place)
         return [replace(subnet, path=place) for subnet in subnets]
+
+
+def _cut(
+    maker: Maker, members: Sequence[FamilyMember], optimizer: FamilyOptimizer, how: Mapping[str, Any], target: Any
+) -> FamilyMember:
+    """A member between two others, or below the smallest.
+
+    Raises:
+        OptionError, TargetError: The family has it, or nothing lies between.
+    """
+    if any(one.target == target for one in members):
+        raise OptionError(
+            f"the family has a member {target!r}\n  effect  nothing was cut\n"
+            "  to fix  ask for a target that no member has yet"
+        )
+    choice = choice_for(maker.analysis, {**how, **_named(target)}, "cut")
+    masks = [
+        torch.cat([torch.from_numpy(np.isin(np.arange(g.size), one.kept[g.name])) for g in optimizer.node_groups])
+        for one in members
+    ]
+    outer = max(i for i, mask in enumerate(masks) if i == 0 or _costs(choice, mask) > choice.target.goal)
+    inner = masks[outer + 1] if outer + 1 < len(members) else torch.zeros_like(masks[0])
+    kept = between(choice, optimizer.ranking, masks[outer], inner)
+    (made,) = maker.members([(target, optimizer.by_group(kept))], members[outer].part)
+    return replace(made, trained=False)
 
 
 def make_family(analysis: Analysis, params: Params | None, options: Mapping[str, Any]) -> tuple[Training, Family]:

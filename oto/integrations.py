@@ -305,7 +305,7 @@ def train_family(trainer: Any, family: Family) -> None:
     """Let a ``transformers.Trainer`` train a family: every batch runs through the full network and through members.
 
     The trainer has the family's optimizer, ``Trainer(..., optimizers=(family.optimizer, scheduler))``, and all else as
-    it was: losses, clipping, accumulation, mixed precision, checkpoints. What it logs and evaluates is the full network.
+    it was: losses, clipping, accumulation, mixed precision, checkpoints. It logs and evaluates the full network.
     In lightning no such call is needed: set ``self.automatic_optimization = False``, and in ``training_step`` call
     ``family.backward(...)``, ``self.optimizers().step()`` and ``self.optimizers().zero_grad()``.
 

@@ -495,6 +495,15 @@ def test_members_are_evaluated(family: Family) -> None:
     assert family.model.training and "score" in str(found[1])
 
 
+def test_a_report_has_the_curve(family: Family, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scored = family.evaluate(lambda net: float(net.conv2.weight.shape[0]))
+    page = family.report(tmp_path / "family.html", scored, title="Net & <co>").read_text()
+    assert "A family of Net &amp; &lt;co>" in page and 'aria-label="1.0: 287,360 MACs, score 16; 0.75: ' in page
+    assert all(f"<td>{member.cost.macs:,}</td>" in page for member in family.members)
+    assert "<svg" not in family.report(tmp_path / "plain.html").read_text(), "without scores there is no curve"
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 

@@ -110,10 +110,7 @@ def between(choice: Choice, scores: Tensor, outer: Tensor, inner: Tensor) -> Ten
             f"{choice.target}: not between {choice.target.measure(_counts(outer, sizes)):,.6g} and {kept_least:,.6g}\n"
             "  effect  no member was cut\n  to fix  ask for a target that no member of the family has yet"
         )
-    # all of the smaller member ranks above the rest of each group, so that what goes first is not in it
-    scores = scores.double().cpu()
-    ranked = torch.where(inner, scores + (scores.max() - scores.min()) + 1, scores)
-    kept: Tensor = outer & ~choice.select(ranked, outer)
+    kept: Tensor = outer & ~choice.select(scores, outer)  # in each group the smaller member has the best of them
     assert bool((kept >= inner).all()), "members are nested"
     if torch.equal(kept, inner):
         raise TargetError(
