@@ -1,6 +1,6 @@
 """Lesson 14: a family of four sizes from one training, a small residual network on handwritten digits.
 
-    python tutorials/14_family.py                             # under two minutes
+    python tutorials/14_family.py                             # digits, under a minute
     python tutorials/14_family.py --data cifar10 --epochs 30 --device cuda
 
 The full network trains alone until it is settled which channels each member keeps; from then on members of 75, 50 and
@@ -59,7 +59,7 @@ def accuracy(model: nn.Module, images: Images) -> float:
 def main() -> None:
     flags = parser(__doc__, "14_family")
     flags.add_argument("--data", choices=["digits", "cifar10"], default="digits")
-    flags.add_argument("--epochs", type=int, default=20)
+    flags.add_argument("--epochs", type=int, default=10)
     flags.add_argument("--batch-size", type=int, default=64)
     flags.add_argument("--lr", type=float, default=0.1)
     args = start(flags, {"epochs": 4})
