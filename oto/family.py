@@ -141,7 +141,7 @@ class FamilyTraining:
             def learn(net: nn.Module) -> None:
                 own = self._sandwich.loss(forward(net), taught, loss, mask)
                 own = own if self._sandwich.distillation is False else own * weight  # a task's loss is divided already
-                (own * share).backward()
+                _scaled(own * share, scaler).backward()
 
             for index in self._sandwich.drawn(step, len(members)):
                 part = members[index].part
