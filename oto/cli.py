@@ -146,6 +146,9 @@ MaybeModel = Annotated[
     str | None, typer.Option("--model", "-m", metavar="MODEL", help=f"the full model: {HOW_TO_NAME}")
 ]
 ArtifactFolder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that construct_subnet or slim wrote")]
+MemberOption = Annotated[
+    str, typer.Option("--member", help="of a family: its target, such as 0.5, or its index; 0 is the largest")
+]
 Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", "-i", metavar="SHAPE", help="1x3x224x224, 1x128:int64:30522, mask=1x128:bool; repeatable"),
@@ -425,6 +428,7 @@ def _about(found: Artifact) -> str:
         "",
         columns(cost_rows(before, after)),
         "",
+        *_family(manifest),
         *(f"verified in {dtype}: largest relative error {error:.1e}" for dtype, error in worst.items()),
         *(f"note: {note}" for note in manifest["notes"]),
         "written by " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
@@ -432,6 +436,20 @@ def _about(found: Artifact) -> str:
         columns([[name, f"{stamp['size']:,} bytes"] for name, stamp in manifest["files"].items()]),
     ]
     return "\n".join(lines)
+
+
+def _family(manifest: Mapping[str, Any]) -> list[str]:
+    """The members of a family, the largest first, as a table."""
+    members = manifest.get("members", ())
+    if not members:
+        return []
+    rows = [["member", "target", "params", "MACs", "score", ""]]
+    for index, one in enumerate(members):
+        cost, score = one["cost"]["after"], one.get("score")
+        shown = "" if score is None else f"{score:g}"
+        how = "" if one.get("trained", True) else "cut without training"
+        rows.append([str(index), str(one["target"]), f"{cost['params']:,}", f"{cost['macs']:,}", shown, how])
+    return [columns(rows), ""]
 
 
 def _fields(kind: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -445,6 +463,7 @@ def verify(
     model: MaybeModel = None,
     input: Inputs = None,
     input_fn: InputFn = None,
+    member: MemberOption = "0",
     as_json: Json = False,
 ) -> None:
     """Check an artifact: its hashes, that it loads and runs; with --model, that its program computes what its class
@@ -453,7 +472,7 @@ def verify(
     Exit code 3 if anything is wrong with it.
     """
     try:
-        lines, data = _verified(artifact, model, input, input_fn)
+        lines, data = _verified(artifact, model, input, input_fn, member)
     except (DamagedArtifactError, VerificationError) as failure:
         _message("error", failure, as_json)
         raise typer.Exit(FOUND) from failure
@@ -461,12 +480,12 @@ def verify(
 
 
 def _verified(
-    folder: Path, model: str | None, inputs: list[str] | None, input_fn: str | None
+    folder: Path, model: str | None, inputs: list[str] | None, input_fn: str | None, member: str
 ) -> tuple[list[str], dict[str, Any]]:
     found = _opened(folder)
     files = found.manifest["files"]
     lines = [f"{len(files)} files are whole ({sum(stamp['size'] for stamp in files.values()):,} bytes)"]
-    full, slim, given = _loaded(found, model, inputs, input_fn)
+    full, slim, given = _loaded(found, model, inputs, input_fn, member)
     shapes = []
     for seed, example in enumerate((given, random_like(given, 0))):
         try:
@@ -528,9 +547,9 @@ def _load_full(full: nn.Module, found: Artifact) -> None:
 
 
 def _loaded(
-    found: Artifact, model: str | None, inputs: list[str] | None, input_fn: str | None
+    found: Artifact, model: str | None, inputs: list[str] | None, input_fn: str | None, member: str
 ) -> tuple[nn.Module | None, nn.Module, Any]:
-    """The full model, if one is named, the slim one, and an input for them."""
+    """The full model, if one is named, the slim one (of a family, a member), and an input for them."""
     full = None if model is None else named_model(model)
     if full is None and PROGRAM not in found.manifest["files"] and found.manifest["emitter"] in OF_THE_CLASS:
         raise GivenError(
@@ -538,7 +557,7 @@ def _loaded(
             "  effect  the slim model is loaded with its class\n"
             f"  to fix  --model package.module:function, which makes the full {found.manifest['model']['class']}"
         )
-    slim = load_subnet(found.folder, full)
+    slim = load_subnet(found.folder, full, member=_number("--member", member) or 0)
     if inputs or input_fn:
         return full, slim, named_input(inputs or (), input_fn)
     if PROGRAM in found.manifest["files"]:
@@ -555,6 +574,7 @@ def bench(
     seconds: Seconds = 5.0,
     threads: Threads = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    member: MemberOption = "0",
     as_json: Json = False,
 ) -> None:
     """Time forward passes of a slim model; with --model in turns with those of the full one.
@@ -563,7 +583,7 @@ def bench(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    full, slim, given = _loaded(_opened(artifact), model, input, input_fn)
+    full, slim, given = _loaded(_opened(artifact), model, input, input_fn, member)
     try:
         models = {name: m.to(device).eval() for name, m in (("full", full), ("slim", slim)) if m is not None}
         given = tree_map_only(Tensor, lambda t: t.to(device), given)
@@ -595,6 +615,7 @@ def export(
     model: MaybeModel = None,
     input: Inputs = None,
     input_fn: InputFn = None,
+    member: MemberOption = "0",
     as_json: Json = False,
 ) -> None:
     """Export a slim model, and check what was written in its own runtime.
@@ -603,7 +624,7 @@ def export(
     """
     if to not in FORMATS:
         raise GivenError(f"--to {to} is no format\n  to fix  --to {', --to '.join(FORMATS)}")
-    _, slim, given = _loaded(_opened(artifact), model, input, input_fn)
+    _, slim, given = _loaded(_opened(artifact), model, input, input_fn, member)
     target = out or Path(FORMATS[to])
     checks = export_model(slim, given, to, target)
     size, error = target.stat().st_size, max(c.error for c in checks)

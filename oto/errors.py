@@ -205,6 +205,10 @@ class NotItsClassWarning(UserWarning):
     """A slim model is a graph although the class was asked what it can do without; the message says why."""
 
 
+class CopiedWarning(UserWarning):
+    """A member of a family, or some of its weights, is a copy, since no view of the full weights can express it."""
+
+
 class LeftBehindWarning(UserWarning):
     """Tensors that were made to analyze a model are still somewhere where the next forward may meet them."""
 

@@ -1,6 +1,6 @@
 """``optimizer.progress`` where training is logged, and training after pruning in loops of others, in one line each.
 
-    from oto.integrations import distill, early_stopping, log_progress, mix, progress_dict
+    from oto.integrations import distill, early_stopping, log_progress, mix, progress_dict, train_family
 
     log_progress(trainer)                                                     # Hugging Face, before trainer.train()
     self.log_dict(progress_dict(self.optimizers()))                           # lightning, in training_step
@@ -9,6 +9,7 @@
     early_stopping(trainer, patience=3)                                       # Hugging Face or lightning
     distill(trainer, Distillation.of(model))                                  # Hugging Face
     mix(trainer, replay(new, old))                                            # Hugging Face or lightning
+    train_family(trainer, family)                                             # Hugging Face
 
 Nothing of these libraries is imported here before it is used.
 """
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from oto.distill import Distillation, SoftTargets
 from oto.errors import MissingExtraError, NotPrunedWarning, OptionError, some, users_level
+from oto.family import Family
 from oto.optim import SparseOptimizer
 from oto.recovery import Mixture
 
@@ -325,6 +327,59 @@ def _divided_already(trainer: Any, items: Any) -> bool:
 
 def _accumulated(trainer: Any) -> int:
     return int(getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps))
+
+
+def train_family(trainer: Any, family: Family) -> None:
+    """Let a ``transformers.Trainer`` train a family: every batch runs through the full network and through members.
+
+    The trainer has the family's optimizer, ``Trainer(..., optimizers=(family.optimizer, scheduler))``, and all else as
+    it was: losses, clipping, accumulation, mixed precision, checkpoints. It logs and evaluates the full network.
+    In lightning no such call is needed: set ``self.automatic_optimization = False``, and in ``training_step`` call
+    ``family.backward(...)``, ``self.optimizers().step()`` and ``self.optimizers().zero_grad()``.
+
+    Raises:
+        OptionError: The trainer is of another kind, has another optimizer, or shards parameters (DeepSpeed, FSDP).
+    """
+    if not hasattr(trainer, "training_step") or not hasattr(trainer, "accelerator"):
+        raise OptionError(
+            f"a {type(trainer).__name__} is no Trainer of transformers\n  effect  nothing was changed in it\n"
+            "  to fix  elsewhere call family.step(...) in your own loop"
+        )
+    sharded = getattr(trainer, "is_deepspeed_enabled", False) or getattr(trainer, "is_fsdp_enabled", False)
+    held = trainer.optimizer
+    if sharded or (held is not family.optimizer and getattr(held, "optimizer", None) is not family.optimizer):
+        raise OptionError(
+            "the Trainer "
+            + ("shards parameters" if sharded else "has another optimizer than the family")
+            + "\n  effect  members could not be trained by it; nothing was changed\n"
+            "  to fix  without deepspeed and fsdp, Trainer(..., optimizers=(family.optimizer, None))"
+        )
+
+    def training_step(model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
+        model.train()
+        inputs = trainer._prepare_inputs(inputs)
+        losses: list[Any] = []
+
+        def forward(net: nn.Module) -> Any:
+            with trainer.accelerator.autocast():
+                loss, output = trainer.compute_loss(
+                    net, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+            losses.append(loss)
+            return output
+
+        many = _accumulated(trainer)
+        steps = 1 if _divided_already(trainer, num_items_in_batch) else many
+        labels = inputs.get("labels")
+        positions = inputs.get("attention_mask") if getattr(labels, "ndim", 0) > 1 else None  # one label a token
+        value = family.backward(
+            forward, lambda _: losses.pop() / steps, trainer.accelerator.scaler, mask=positions, weight=1 / many
+        )
+        if trainer.accelerator.sync_gradients:
+            family.reduce()
+        return value
+
+    trainer.training_step = training_step
 
 
 def mix(

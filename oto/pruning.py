@@ -8,10 +8,19 @@ from typing import Any, Literal, Unpack
 from torch import Tensor, nn
 
 from oto.analysis import Analysis
+from oto.family import Family, make_family
 from oto.oneshot import Settings, one_shot
 from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG
 from oto.optim.compensate import RIDGE
-from oto.optim.options import DHSPGOptions, HESSOCRICOptions, HESSOOptions, HSPGOptions, LHSPGOptions, PreviewOptions
+from oto.optim.options import (
+    DHSPGOptions,
+    FamilyOptions,
+    HESSOCRICOptions,
+    HESSOOptions,
+    HSPGOptions,
+    LHSPGOptions,
+    PreviewOptions,
+)
 from oto.optim.wrapped import Params
 from oto.previewing import preview
 from oto.report.one_shot import OneShot
@@ -72,6 +81,35 @@ class Pruning:
         """
         self._analysis, self._training, optimizer = make_for_adapters(self._analysis, params, options)
         return optimizer
+
+    def family(self, *, params: Params | None = None, **options: Unpack[FamilyOptions]) -> Family:
+        """Several sizes from one training: the full network and a member for each target, nested in one another.
+
+        Train with ``family.step(forward, loss)`` in place of forward, backward and ``optimizer.step()``; then
+        ``family.construct(out_dir)``. See :class:`oto.family.Family`, and ``docs/family.md``.
+
+        Args:
+            params: By default all parameters of the model.
+            targets: The sizes besides the full network, the largest first: floats are shares of the MACs, mappings
+                any other target, such as ``{"target_latency_ms": 20}``. Each target is met from below.
+            total_steps: Number of steps that training takes, needed if anything is a share of it.
+            freeze_step: Step at which it is settled what each member keeps, .45 of all by default. Before it the full
+                network trains alone.
+            ramp_steps: Over how many steps after that what members count rises from zero to one, .05 by default.
+            networks_per_step: How many networks run in each step after that: the full one, the smallest member, and as
+                many others, drawn for each step, as are left of this number; 4 by default.
+            distillation: By default members learn from the full network's logits on the same batch. ``False``: from the
+                loss of the task; or a function of a member's output and the full network's that gives the loss.
+            temperature, class_dim: Of the logits: what they are divided by, and the dimension of the classes.
+            seed: Of the draw of members.
+            **options: How to choose, and the wrapped optimizer, as in :meth:`hesso`.
+
+        Raises:
+            OptionError: An option is invalid; parameters are spread over processes; or ``allow_graph=True`` was given.
+            TargetError, NothingPrunableError: A target cannot be reached, or they do not fall.
+        """
+        self._training, made = make_family(self._analysis, params, options)
+        return made
 
     def preview(
         self, *, batches: Iterable[Any] = (), loss: Callable[[nn.Module, Any], Tensor] | None = None,

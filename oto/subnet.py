@@ -224,19 +224,23 @@ class Build:
         return build
 
 
-def build_subnet(analysis: Analysis, model: Any, build: Build, optimizer: SparseOptimizer | None) -> Subnet:
+def build_subnet(
+    analysis: Analysis, model: Any, build: Build, optimizer: SparseOptimizer | None, kept: Kept | None = None
+) -> Subnet:
     """Make the slim model, prove it, and save it; see :meth:`oto.OTO.construct_subnet`.
 
     Args:
         analysis: The analysis of the model that the optimizer trained, if one was made.
         model: That model or a copy of it.
+        kept: The atoms to keep of every prunable group, where that is known; all others are zero in the model. By
+            default those that are not zero.
     """
     if build.out_dir is not None:
         names = files(build.emitter, analysis.allow_graph, build.program, build.save_full)
         check_out_dir(build.out_dir, [*names, *([REPORT] if build.report else [])])
     before = _files_in(build.out_dir)
     with stages("construct_subnet"):
-        subnet = replace(_built(analysis.of(model), build, optimizer), origin=_origin(analysis, optimizer))
+        subnet = replace(_built(analysis.of(model), build, optimizer, kept), origin=_origin(analysis, optimizer))
     if build.report and subnet.path is not None:
         with adding(subnet.path, REPORT) as file:
             subnet.report(file)
@@ -246,11 +250,12 @@ def build_subnet(analysis: Analysis, model: Any, build: Build, optimizer: Sparse
     return subnet
 
 
-def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) -> Subnet:
+def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, known: Kept | None = None) -> Subnet:
     """The slim model of the analyzed model itself, without the background for reports."""
     require_values(analysis.model)
     stage("reading the zeros")
-    zeros = read_zeros(analysis.groups, analysis.model)
+    zeros = read_zeros(analysis.groups, analysis.model)  # and refuses what is not finite
+    zeros = zeros if known is None else dict(known)
     kept, uneven = _even(analysis, zeros, build.align)
     recipe = _recipe(analysis, build.emitter)
     source = Source(
@@ -279,7 +284,8 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None) 
     if build.out_dir is not None:
         with undone(later):
             checks = checks + _saved(source, made, build, before, after)
-    if short := _short_of(analysis, optimizer, zeros):  # notes on what the layout or align= adds come beside it
+    short = _short_of(analysis, optimizer, zeros) if known is None else None
+    if short:  # notes on what the layout or align= adds come beside it
         warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
     notes = (*([short] if short else []), *uneven, *made.notes)
     return Subnet(

@@ -91,7 +91,7 @@ def make(
     """
     refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
     options = by_first_names(analysis, options)
-    _compare_frozen(analysis)
+    compare_frozen(analysis)
     options = {"names": analysis.model.named_parameters(), **options, "align": align_for(analysis, options)}
     latency = latency_for(analysis, options)
     params = analysis.model.named_parameters() if params is None else params
@@ -148,7 +148,7 @@ def _warn_of_adapters(analysis: Analysis, optimizer: SparseOptimizer) -> None:
         )
 
 
-def _compare_frozen(analysis: Analysis) -> None:
+def compare_frozen(analysis: Analysis) -> None:
     """Refuse parameters that were frozen since the analysis; warn of those that are trained now."""
     frozen, unfrozen = frozen_since(analysis.groups, analysis.graph, analysis.model)
     if frozen and not analysis.prune_frozen:

@@ -92,8 +92,9 @@ def test_the_page_of_a_lesson_has_all_of_its_code_and_what_it_printed() -> None:
 
 def test_pages_name_options_that_there_are() -> None:
     """An option in a page that no function takes would be a promise."""
-    from oto import OTO
+    from oto import OTO, load_subnet
     from oto.distill import Distillation, soft_targets
+    from oto.family import Family
     from oto.integrations import early_stopping, mix, progress_dict
     from oto.optim.options import keywords_of
     from oto.recovery import Mixture, replay, rewarmed
@@ -101,6 +102,7 @@ def test_pages_name_options_that_there_are() -> None:
     known = set()
     makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.hspg, OTO.dhspg, OTO.lhspg, OTO.preview, OTO.one_shot
     makers += OTO.construct_subnet, OTO.visualize
+    makers += OTO.family, Family.step, Family.backward, Family.cut, Family.construct, load_subnet
     makers += Distillation, Distillation.of, Distillation.forward, soft_targets, Mixture, replay, rewarmed
     for f in (*makers, progress_dict, early_stopping, mix):
         known |= keywords_of(f)

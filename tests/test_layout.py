@@ -49,6 +49,8 @@ SLIM = {
     "prove": {"edits", "proof", "pruned_shapes", "source"},
     "latency": {"edits", "graph", "own_class", "proof", "pruned_shapes"},
     "shrink": {"config", "edits", "own_class", "proof", "provenance", "pruned_shapes", "source"},
+    "member": {"edits", "pruned_shapes", "shrink", "source"},
+    "views": {"config", "edits", "own_class", "proof", "pruned_shapes", "source"},
     "construct": {"config", "edits", "emitters", "graph", "own_class", "proof", "prove", "provenance", "source"},
     "__init__": set(),
 }
@@ -83,6 +85,8 @@ OPTIM = {
     },
     "budget": {"choice", "entries", "target"},
     "compensate": set(),
+    "nested": {"choice", "target"},
+    "family": {"base", "nested", "options", "schedule", "wrapped"},
     "hesso": {"base", "options", "setup", "target", "wrapped"},
     "cric": {"entries", "hesso", "options", "plan", "saliency", "schedule", "setup", "target", "wrapped"},
     "half_space": {
@@ -194,6 +198,9 @@ TOP = {
     "__main__",
     "oneshot",
     "calibration",
+    "family",
+    "members",
+    "sandwich",
 }  # strings the stages together, and what stands on that
 
 
@@ -209,7 +216,10 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "adapters": set(),
         "atomic": set(),
         "api": {"analysis", "knowledge", "pruning", "shrinking", "subnet", "training"},
-        "pruning": {"analysis", "oneshot", "previewing", "training"},
+        "pruning": {"analysis", "family", "oneshot", "previewing", "training"},
+        "sandwich": {"distill"},  # how members are trained, which asks for no model
+        "members": {"analysis", "subnet"},
+        "family": {"analysis", "members", "previewing", "sandwich", "subnet", "training"},
         "analysis": {"adapters"},  # a model of peft is made as the one inside of it
         "clock": set(),
         "previewing": {"analysis"},
@@ -222,7 +232,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "recovery": set(),
         "renamed": set(),
         "user_code": set(),
-        "integrations": {"distill", "recovery"},
+        "integrations": {"distill", "family", "recovery"},
         "given": set(),
         "knowledge": {"analysis"},  # what a group costs, and what it says to a user, meet here only
         "calibration": set(),

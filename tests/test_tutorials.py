@@ -349,6 +349,23 @@ def test_07_takes_coco(tmp_path: Path) -> None:
     assert printed("before", "params") > 3e7 and "step 15," in text  # 5 of the 6 images, three times
 
 
+def test_14_family(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    text = run("14_family.py", tmp_path / "family")
+    printed = Printed(text)
+    assert list(printed.rows) == ["full", "75%", "50%", "25%"]
+    full = printed("full", "MACs")
+    for row, target in {"75%": 0.75, "50%": 0.5, "25%": 0.25}.items():
+        assert 0.9 * target < printed(row, "MACs") / full <= target
+        assert printed(row, "accuracy") > 60
+    files = {name: int(size.replace(",", "")) for name, size in re.findall(r"(\w+).safetensors ([\d,]+) bytes", text)}
+    assert files["members"] < 0.1 * files["model"] < 0.1 * (4 * printed("full", "params") + 16384)
+    assert "cut afterwards: 0.6: " in text and "cut without training" in text
+    held = re.search(r"in memory: 4 members, ([\d,]+) bytes", text)
+    assert held and int(held[1].replace(",", "")) < 1.1 * 4 * printed("full", "params"), "all members in one copy"
+    assert float(re.search(r"relative error (\S+)", text)[1]) < 1e-12  # type: ignore[index]
+
+
 def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(torch.randint(256, (height, width, 3), dtype=torch.uint8).numpy())
 
@@ -369,7 +386,7 @@ def test_commands_name_flags_that_there_are() -> None:
 
 def test_every_tutorial_is_tested_and_listed() -> None:
     names = sorted(path.name for path in TUTORIALS.glob("[0-9]*.py"))
-    assert [name[:2] for name in names] == [f"{i:02d}" for i in range(1, 12)]
+    assert [name[:2] for name in names] == [f"{i:02d}" for i in (*range(1, 12), 14)]
     here, listed = Path(__file__).read_text(), (TUTORIALS / "README.md").read_text()
     for name in names:
         assert f'"{name}"' in here and f"({name})" in listed

@@ -372,6 +372,26 @@ def survivors(term: Term, kept: Mapping[Axis, NDArray[np.bool_]]) -> NDArray[np.
     return alive
 
 
+def reordered(term: Term, orders: Mapping[Axis, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Which entry of a term comes where if the atoms of some axes are put in another order, int64, shape ``(size,)``.
+
+    Args:
+        orders: For an axis, which of its atoms comes first, second, ...; one that is not named stays as it is.
+    """
+    order = np.zeros(1, dtype=np.int64)
+    for factor in resolve(term):
+        if isinstance(factor, Axis):
+            own = orders[factor] if factor in orders else np.arange(factor.size)
+        else:
+            sizes = np.array([size_of(segment) for segment in factor.segments], dtype=np.int64)
+            offsets = np.cumsum(sizes) - sizes
+            own = np.concatenate(
+                [reordered(segment, orders) + offset for segment, offset in zip(factor.segments, offsets, strict=True)]
+            )
+        order = np.add.outer(order * len(own), own).reshape(-1)
+    return order
+
+
 def count(term: Term, kept: Mapping[Axis, int]) -> int:
     """How many entries of a resolved term survive, given how many atoms of each axis do."""
     total = 1

@@ -23,6 +23,7 @@ from oto.slim.edits import SIZES
 LARGEST = 2**31 - 1  # a size, a count, an index
 LONGEST = 2**20  # characters of a text; a site holds the lines of code that were running
 MOST_ROUNDS = 256  # each takes a copy of the model
+MOST_MEMBERS = 255  # of a family; levels are bytes
 MOST_BRACKETS = 2**21  # lists and objects in a text of JSON; one that is empty takes 64 bytes of memory
 
 Check = Callable[[str, Any], None]
@@ -343,6 +344,26 @@ _FILES = _entries(
     },
     closed=False,
 )
+_CHECKS = _list(_entries({"what": _text, "dtype": _name, "error": _number(0), "tolerance": _number(0)}, closed=False))
+_NUMBERS: dict[type[Any], Check] = {int: _number(), float: _number()}
+_TARGET = _either(
+    "a number or an object",
+    {**_NUMBERS, dict: _table(_either("a number or an object", {**_NUMBERS, dict: _table(_number())}))},
+)
+_MEMBER = _entries(
+    {},
+    {
+        "target": _TARGET,
+        "edits": _EDITS,
+        "checks": _CHECKS,
+        "notes": _list(_text),
+        "emitter": _one_of("config", "module"),
+        "cost": _entries({"before": _COST, "after": _COST}, closed=False),
+        "trained": _flag,
+        "score": _or_none(_number()),
+    },
+    closed=False,
+)
 _MANIFEST = _entries(
     {},
     {
@@ -353,15 +374,16 @@ _MANIFEST = _entries(
         "earlier": _list(_entries({"edits": _EDITS, "shapes": _SHAPES, "kept": _table(_ATOMS)}), MOST_ROUNDS),
         "edits": _EDITS,
         "kept": _table(_ATOMS),
-        "checks": _list(
-            _entries({"what": _text, "dtype": _name, "error": _number(0), "tolerance": _number(0)}, closed=False)
-        ),
+        "checks": _CHECKS,
         "no_program": _or_none(_text),
         "left_out": _list(_name),
         "notes": _list(_text),
         "emitter": _one_of("config", "module", "graph", "recording"),
         "why_graph": _or_none(_text),
         "cost": _entries({"before": _COST, "after": _COST}, closed=False),
+        "members": _list(_MEMBER, MOST_MEMBERS),
+        "levels": _table(_list(_integer(0, MOST_MEMBERS))),
+        "entries": _table(_list(_or_none(_COUNT), 64)),
     },
     closed=False,
 )

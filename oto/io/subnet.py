@@ -30,6 +30,7 @@ from oto.errors import (
     some,
 )
 from oto.io.artifact import Artifact, Draft, reading, writing
+from oto.io.members import MEMBERS, index_of, manifest_of_member, tensors_of_member
 from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made
@@ -162,7 +163,7 @@ def _read_back(draft: Draft, source: Source, made: Made) -> list[Check]:
 def _manifest(source: Source, made: Made) -> dict[str, Any]:
     """What the manifest says about a slim model, without its files and its proof."""
     first, earlier = _before(source, made)
-    state = _state(source)
+    state = state_names(source)
     names = [] if made.edits is None else [name for name in made.tensors if name not in state]
     return {
         "model": describe(first, names),
@@ -175,7 +176,7 @@ def _manifest(source: Source, made: Made) -> dict[str, Any]:
     }
 
 
-def _state(source: Source) -> set[str]:
+def state_names(source: Source) -> set[str]:
     """Names of tensors that a forward may replace or create: they may have any shape."""
     graph, found = source.partition.found.graph, set[str]()
     for leaf in graph.leaves:
@@ -299,8 +300,9 @@ def plain_edits(edits: Edits) -> dict[str, Any]:
 
 
 def load_subnet(
-    path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module] | None = None, strict: bool = True
-) -> nn.Module:
+    path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module] | None = None, strict: bool = True,
+    *, member: float | Mapping[str, Any] = 0,
+) -> nn.Module:  # fmt: skip
     """Load a slim model that ``OTO.construct_subnet`` saved.
 
     Nothing is unpickled. Every file is checked against its hash first. A model that was made slim several times still
@@ -312,6 +314,8 @@ def load_subnet(
             the ``meta`` device. Without it the exported program is loaded, which needs no class of yours; if the slim
             model is of its class, ``construct_subnet`` only writes one with ``program=True``.
         strict: Refuse a class whose code differs from the one that was saved.
+        member: Of a family (:meth:`oto.OTO.family`), which one: the target as it was given, such as ``0.5``, or an
+            index, where 0 is the largest.
 
     Returns:
         The slim model in eval mode, on the CPU: of the original class if the artifact was emitted that way, otherwise a
@@ -328,10 +332,12 @@ def load_subnet(
             f"{artifact.folder}: its manifest does not say what model it is of\n"
             "  effect  the artifact is not loaded\n  to fix  pass the folder given to construct_subnet"
         )
+    index = index_of(manifest, member, artifact.folder)
+    manifest = manifest_of_member(manifest, index)
     if model is None or manifest["emitter"] not in ("module", "config"):
         return _load_program(artifact)
     # what the file does not hold stays as the constructor made it
-    tensors = artifact.tensors(WEIGHTS)
+    tensors = artifact.tensors(WEIGHTS) if index == 0 else _tensors_of_member(artifact, index)
     make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
     given = model if isinstance(model, nn.Module) else make(model, tensors)
     try:
@@ -352,6 +358,18 @@ def load_subnet(
             "  to fix  write it again, with the version of oto that reads it"
         ) from failure
     return slim
+
+
+def _tensors_of_member(artifact: Artifact, index: int) -> dict[str, Tensor]:
+    """The tensors of a member of a family."""
+    full, held = artifact.tensors(WEIGHTS), artifact.tensors(MEMBERS)
+    try:
+        return tensors_of_member(full, held, artifact.manifest["entries"], index)
+    except (KeyError, IndexError, RuntimeError, TypeError) as failure:
+        raise DamagedArtifactError(
+            f"{artifact.path(MEMBERS)}: what it says of member {index} does not fit the full weights ({failure})\n"
+            "  effect  the artifact is not loaded\n  to fix  copy it again, or write it again"
+        ) from failure
 
 
 def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Module:

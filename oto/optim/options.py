@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, get_args, get_origin
 
 from torch import Tensor
@@ -187,6 +187,24 @@ class OperatorOptions(TypedDict, total=False):
 
 class LHSPGOptions(SparseOptions, OperatorOptions, total=False):
     """Options of :class:`oto.optim.LHSPG`."""
+
+
+class SandwichOptions(TypedDict, total=False):
+    """How the members of a family are trained."""
+
+    targets: Sequence[float | Mapping[str, Any]]
+    total_steps: Steps | None
+    freeze_step: Steps
+    ramp_steps: Steps
+    networks_per_step: int
+    distillation: bool | Callable[[Any, Any], Tensor]
+    temperature: float
+    class_dim: int
+    seed: int
+
+
+class FamilyOptions(SandwichOptions, ChoiceOptions, BaseOptions, total=False):
+    """Options of :meth:`oto.OTO.family`."""
 
 
 def names_of(options: type) -> frozenset[str]:

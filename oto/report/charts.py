@@ -148,3 +148,26 @@ def curves(
             ax.yaxis.set_major_formatter(EngFormatter())
     axes[-1].set_xlabel("step", fontsize=7.5, color=MUTED)
     return _svg(figure, name, says)
+
+
+def points(
+    name: str, x: Sequence[float], y: Sequence[float], marks: Sequence[str], labels: tuple[str, str], says: str
+) -> str:
+    """One value against another, joined by a line in the order of ``x``.
+
+    Args:
+        marks: What is written beside each point.
+        labels: Of the axes.
+    """
+    figure, (ax,) = _figure(2.0)
+    from matplotlib.ticker import EngFormatter
+
+    order = sorted(range(len(x)), key=x.__getitem__)
+    ax.plot([x[i] for i in order], [y[i] for i in order], color=ACCENT, linewidth=1.3, marker="o", markersize=4)
+    for i in order:
+        ax.annotate(marks[i], (x[i], y[i]), (3, 4), textcoords="offset points", fontsize=7, color=INK)
+    ax.xaxis.set_major_formatter(EngFormatter())
+    ax.margins(0.12, 0.15)
+    ax.set_xlabel(labels[0], fontsize=7.5, color=MUTED)
+    ax.set_ylabel(labels[1], fontsize=7.5, color=MUTED)
+    return _svg(figure, name, says)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,9 +74,18 @@ def check_training(
 def _compared(dtype: torch.dtype, pruned: PrunedShapes, full: Trained, slim: Trained) -> Check:
     leaves = {name: leaf for leaf in pruned.found.graph.leaves for name in leaf.names}
     held = full[1].keys() & slim[1].keys() & leaves.keys()  # a forward may register further ones
-    both = {name: (pruned.prune(leaves[name], full[1][name]), slim[1][name]) for name in held}
-    given = [*full[0], *(a for a, _ in both.values())], [*slim[0], *(b for _, b in both.values())]
+    both = {name: (pruned.prune(leaves[name], full[1][name]), slim[1][name]) for name in sorted(held)}
+    given = [*full[0], *_by_module(both, 0)], [*slim[0], *_by_module(both, 1)]
     return checked("slim in train mode", dtype, *given)
+
+
+def _by_module(buffers: Mapping[str, tuple[Tensor, Tensor]], which: int) -> list[Tensor]:
+    """The buffers of each module and dtype as one tensor, so that they are compared by the size of the largest: a
+    running mean of what has no mean is rounding alone, and counts beside the variance."""
+    found: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+    for name, pair in buffers.items():
+        found.setdefault((name.rpartition(".")[0], pair[0].dtype), []).append(pair[which].flatten())
+    return [torch.cat(own) for own in found.values()]
 
 
 def heads_in_training(

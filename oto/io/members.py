@@ -1,0 +1,104 @@
+"""The members of a family in one artifact: which they are, and how the tensors of one are read out of the full ones.
+
+``model.safetensors`` holds the full weights, once. ``members.safetensors`` holds, for every dimension that gets
+thinner, how many members besides the full network hold each entry (members are nested, so one number says it for all),
+and for each member the tensors that are its own: batch-norm statistics, and weights with a count folded into them.
+
+Example: the levels ``[2, 0, 1]`` of the rows of a weight: the full network has all three rows, member 1 rows 0 and 2,
+member 2 row 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oto.errors import ArtifactError, some
+
+MEMBERS = "members.safetensors"
+
+Places = Mapping[str, Sequence[int | None]]
+"""For each tensor that gets thinner, for each of its dimensions, the number of its levels; ``None``: it stays whole."""
+
+
+def index_of(manifest: Mapping[str, Any], asked: Any, folder: object) -> int:
+    """The index of a member in an artifact; 0 is the largest, and all that there is in one of no family.
+
+    Args:
+        asked: The member's index, an int; or its target as it was given.
+
+    Raises:
+        ArtifactError: There is no such member.
+    """
+    targets = [member["target"] for member in manifest.get("members", ())]
+    if isinstance(asked, int) and not isinstance(asked, bool):
+        if 0 <= asked < max(len(targets), 1):
+            return asked
+    elif asked in targets:
+        return targets.index(asked)
+    has = f"it has {some([repr(target) for target in targets])}" if targets else "it is of one slim model, of no family"
+    raise ArtifactError(
+        f"{folder} has no member {asked!r}: {has}\n"
+        "  effect  nothing is loaded\n"
+        "  to fix  "
+        + (
+            f"one of these targets, or an index from 0, the largest, to {len(targets) - 1}"
+            if targets
+            else "load it without member="
+        )
+    )
+
+
+def tensors_of_member(
+    full: Mapping[str, Tensor], held: Mapping[str, Tensor], places: Places, index: int
+) -> dict[str, Tensor]:
+    """The tensors of a member, by name, in memory of their own.
+
+    Args:
+        full: The tensors of the full network.
+        held: Those of ``members.safetensors``.
+        places: For each tensor and dimension, the number of its levels there; ``None``: all entries are kept.
+
+    Raises:
+        IndexError, KeyError: They do not belong together.
+    """
+    own = {name.removeprefix(f"{index}/"): tensor for name, tensor in held.items() if name.startswith(f"{index}/")}
+    found: dict[str, Tensor] = {}
+    made: dict[tuple[int, tuple[int | None, ...]], Tensor] = {}  # tied names share a tensor
+    for name, tensor in full.items():
+        dims = tuple(places.get(name, ()))
+        if name not in own and (id(tensor), dims) not in made:
+            levels = [None if i is None else held[f"entries/{i}"] for i in dims]
+            made[id(tensor), dims] = _selected(tensor, levels, index)
+        found[name] = own[name] if name in own else made[id(tensor), dims]
+    return found | {name: tensor for name, tensor in own.items() if name not in found}
+
+
+def _selected(tensor: Tensor, levels: Sequence[Tensor | None], index: int) -> Tensor:
+    if len(levels) > tensor.ndim:
+        raise IndexError(f"levels of {len(levels)} dimensions for a tensor of {tensor.ndim}")
+    whole = True
+    for dim, level in enumerate(levels):
+        if level is not None:
+            if level.shape != (tensor.shape[dim],):
+                raise IndexError(f"{list(level.shape)} levels for {tensor.shape[dim]} entries")
+            tensor, whole = tensor.index_select(dim, (level >= index).nonzero()[:, 0].to(tensor.device)), False
+    return tensor.clone() if whole else tensor
+
+
+def kept_of_member(manifest: Mapping[str, Any], index: int) -> dict[str, list[int]]:
+    """For each prunable group the atoms that a member keeps."""
+    return {
+        name: torch.tensor(levels).ge(index).nonzero()[:, 0].tolist() for name, levels in manifest["levels"].items()
+    }
+
+
+def manifest_of_member(manifest: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The manifest as if the member alone had been saved."""
+    if index == 0:
+        return dict(manifest)
+    own = manifest["members"][index]
+    return {**manifest, **own, "kept": kept_of_member(manifest, index)}

@@ -1,0 +1,120 @@
+"""The optimizer of a family: ordinary steps, and one step at which the ranking of all atoms is frozen.
+
+Nothing is brought to zero here. Up to ``freeze_step`` the full network trains alone; scores are averaged over the last
+steps before it, as for every sparse optimizer, and at that step the kept sets of all members are settled by one ranking
+(:mod:`oto.optim.nested`). After DεpS (Annavajjala et al., ECCV 2024), where the ranking is by the L1 norms of the
+consuming weights and members are prefixes; here it is HESSO's choice, which knows costs, and members are sets.
+
+What a checkpoint must hold lies in the first parameter group, as for every sparse optimizer: the frozen levels and
+scores, and the buffers (batch-norm statistics) of every member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oto.optim.base import SparseOptimizer
+from oto.optim.nested import Nested
+from oto.optim.options import BaseOptions
+from oto.optim.schedule import Schedule
+from oto.optim.wrapped import Params
+
+Buffers = Mapping[str, Tensor]
+"""The persistent buffers of a member, by name."""
+
+
+class FamilyOptimizer(SparseOptimizer):
+    """A torch optimizer that freezes the ranking of a family's members at one of its steps.
+
+    Args:
+        params: As in :class:`SparseOptimizer`.
+        nested: What the members are chosen by.
+        schedule: Its start is the step at which the ranking is frozen.
+        setup: Further plain values that a checkpoint must agree in.
+
+    Raises:
+        OptionError, UnknownParameterError, NonFiniteParameterError: As in :class:`SparseOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        nested: Nested,
+        schedule: Schedule,
+        setup: Mapping[str, Any],
+        **options: Unpack[BaseOptions],
+    ) -> None:
+        self.nested, self.setup = nested, dict(setup)
+        super().__init__(params, nested.smallest, schedule, **options)
+
+    def sparse_step(self, t: int) -> None:
+        """Descend; rank once, from the gradients and parameters of before that step."""
+        self.observe(self.schedule.until_choice(t))
+        if self.schedule.starts_period(t):
+            scores = self.scores()
+            first = self.param_groups[0]
+            first["oto_levels"] = self.nested.levels(scores)
+            first["oto_scores"] = scores.double().cpu()
+            self._forget_averages()
+        self.descend()
+
+    @property
+    def levels(self) -> Tensor | None:
+        """How many members besides the full network keep each atom, uint8, shape ``(N,)``; ``None`` until they are
+        settled."""
+        levels: Tensor | None = self.param_groups[0].get("oto_levels")
+        return levels
+
+    @property
+    def ranking(self) -> Tensor:
+        """The scores that the members were ranked by, float64, shape ``(N,)``."""
+        scores: Tensor = self.param_groups[0]["oto_scores"]
+        return scores
+
+    @property
+    def buffers(self) -> Sequence[Buffers]:
+        """The persistent buffers of every member, the largest first; what a checkpoint holds of them."""
+        held: Sequence[Buffers] = self.param_groups[0].get("oto_buffers", ())
+        return held
+
+    @buffers.setter
+    def buffers(self, held: Sequence[Buffers]) -> None:
+        self.param_groups[0]["oto_buffers"] = [dict(one) for one in held]
+
+    def by_group(self, kept: Tensor) -> dict[str, NDArray[np.int64]]:
+        """For each node group, the atoms that are kept: sorted int64 indices.
+
+        Args:
+            kept: Which are, bool, shape ``(N,)``.
+        """
+        sizes = [group.size for group in self.node_groups]
+        own = zip(self.node_groups, kept.cpu().split_with_sizes(sizes), strict=True)
+        return {group.name: np.flatnonzero(mask.numpy()) for group, mask in own}
+
+    def describe_setup(self) -> dict[str, Any]:
+        """As for every sparse optimizer, with all targets, and how members are trained."""
+        described = super().describe_setup()
+        described.pop(self.choice.target.name)
+        asked = [[choice.target.name, choice.target.asked] for choice in self.nested.choices]
+        return described | {"targets": asked} | self.setup
+
+    def plan(self) -> str:
+        """What happens at which step; print it."""
+        freeze, total = self.schedule.start, self.schedule.total_steps
+        lines = [str(choice.target) for choice in self.nested.choices]
+        lines.append(f"steps 0–{freeze}  the full network trains alone")
+        lines.append(f"step {freeze}  the ranking is frozen: {len(lines) - 1} members, each in the one before it")
+        until = "" if total is None else f"–{total}"
+        lines.append(f"steps {freeze + 1}{until}  the full network and members train together")
+        return "\n".join(lines)
+
+
+def levels_kept(levels: Tensor, member: int) -> Tensor:
+    """Which atoms a member keeps, bool, shape ``(N,)``; 0 is the full network, which keeps all."""
+    kept: Tensor = levels >= member
+    return kept

@@ -1,0 +1,125 @@
+"""Nested kept sets of one ranking: what each member of a family keeps, the largest first.
+
+All targets are chosen by the same scores. The largest member is chosen from all atoms, and every further one from what
+the member before it keeps, so ``K_1 > K_2 > ...`` holds by construction, and a target in between can still be cut
+later: it takes all of the next smaller member and the best of the rest.
+
+Example: of eight atoms a member of 6 keeps the six best by score and cost, one of 4 four of these six.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from oto.errors import TargetError
+from oto.optim.choice import Choice
+from oto.optim.target import Counts
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """What the members of a family are chosen by.
+
+    Attributes:
+        choices: One for each target, the largest first; they differ in their targets alone.
+    """
+
+    choices: tuple[Choice, ...]
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice]) -> Nested:
+        """The choices in the order of their targets.
+
+        Raises:
+            TargetError: There is none; one asks for all that there is; or two of one unit ask for the same.
+        """
+        if not choices:
+            raise TargetError("a family has no targets\n  to fix  such as targets=[0.75, 0.5, 0.25]")
+        for choice in choices:
+            if not choice.target.wants_less:
+                raise TargetError(
+                    f"{choice.target}: the full network is a member of every family\n"
+                    "  to fix  leave this target out; it is member 0"
+                )
+        goals: dict[str, list[float]] = {}
+        for choice in choices:
+            goals.setdefault(choice.target.unit, []).append(choice.target.goal)
+        for unit, asked in goals.items():
+            if any(after >= before for before, after in pairwise(asked)):
+                raise TargetError(
+                    f"the targets in {unit} do not fall: {', '.join(f'{goal:,.6g}' for goal in asked)}\n"
+                    "  effect  members are nested, each in the one before it\n"
+                    "  to fix  give them from the largest to the smallest, each once"
+                )
+        return cls(tuple(choices))
+
+    @property
+    def smallest(self) -> Choice:
+        """The choice of the smallest member, which states the criteria for all."""
+        return self.choices[-1]
+
+    def levels(self, scores: Tensor) -> Tensor:
+        """How many members besides the full network keep each atom, uint8, shape ``(N,)``, on the CPU.
+
+        Args:
+            scores: Importance of every atom, shape ``(N,)``.
+
+        Raises:
+            TargetError: A member would be as large as the one before it.
+        """
+        alive = torch.ones(len(scores), dtype=torch.bool)
+        levels = torch.zeros(len(scores), dtype=torch.uint8)
+        for choice in self.choices:
+            going = choice.select(scores, alive)
+            if not bool((going & alive).any()):
+                raise TargetError(
+                    f"{choice.target} is met already by the member before it\n"
+                    "  effect  two members of the family would be one\n"
+                    "  to fix  leave one of both targets out, or ask for targets that lie further apart"
+                )
+            alive = alive & ~going
+            levels += alive.to(torch.uint8)
+            choice.warn_of_collapse(alive)
+        return levels
+
+
+def between(choice: Choice, scores: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """What a further member keeps, bool, shape ``(N,)``, on the CPU.
+
+    Args:
+        choice: Its target.
+        scores: Importance of every atom, those that the members were ranked by, shape ``(N,)``.
+        outer, inner: What the next larger member keeps, and the next smaller one, bool, shape ``(N,)``: the further one
+            keeps all of ``inner``, and nothing besides ``outer``. Without a smaller one, ``inner`` is all ``False``.
+
+    Raises:
+        TargetError: The target lies outside of both.
+    """
+    sizes = choice.sizes
+    floor: Counts = _counts(inner, sizes)
+    if inner.any():
+        choice = replace(choice, least=floor, floor=floor)
+    kept_least, goal = choice.target.measure(choice.least), choice.target.goal
+    if not kept_least <= goal < choice.target.measure(_counts(outer, sizes)):
+        raise TargetError(
+            f"{choice.target}: not between {choice.target.measure(_counts(outer, sizes)):,.6g} and {kept_least:,.6g}\n"
+            "  effect  no member was cut\n  to fix  ask for a target that no member of the family has yet"
+        )
+    kept: Tensor = outer & ~choice.select(scores, outer)  # in each group the smaller member has the best of them
+    assert bool((kept >= inner).all()), "members are nested"
+    if torch.equal(kept, inner):
+        raise TargetError(
+            f"{choice.target}: no width between the next smaller member and the target\n"
+            "  effect  no member was cut\n  to fix  take the next smaller member, or ask for more"
+        )
+    return kept
+
+
+def _counts(kept: Tensor, sizes: list[int]) -> Counts:
+    counts: Counts = torch.stack([own.sum() for own in kept.cpu().split_with_sizes(sizes)]).numpy()
+    return counts

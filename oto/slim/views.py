@@ -1,0 +1,124 @@
+"""Members of a family in one memory: the full tensors with the kept sets sorted first, and members as views of them.
+
+If the atoms of every group are sorted by how many members keep them, a member keeps the first ones, and its tensors are
+``full[:k]`` along the dimensions that get thinner: views, which cost no memory, so that a server may hold all members
+and route by load. Sorting the atoms of a group changes the order of sums and nothing else, which is checked. A
+dimension that is a product or a sum of axes (the inner width of heads, a fused projection) cannot be cut from its
+front; there the member holds a copy.
+
+Example: of atoms ``[a b c d]`` with ``b, d`` in every member and ``a`` in the larger one, the order is ``[b d a c]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from oto.axes.terms import Axis, reordered
+from oto.slim.config.solve import apply
+from oto.slim.edits import Edits, attribute, slim_copy
+from oto.slim.own_class import plan_edits
+from oto.slim.proof.compare import require
+from oto.slim.proof.reference import CheckOptions, check
+from oto.slim.proof.run import learn
+from oto.slim.pruned_shapes import PrunedShapes
+from oto.slim.source import Source
+
+Orders = Mapping[str, NDArray[np.int64]]
+"""For each prunable group, which of its atoms comes first, second, ..."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A member whose tensors lie in those of the sorted full model.
+
+    Attributes:
+        net: The module, in eval mode.
+        copied: The names of parameters that are copies, since no view can express them.
+        copied_bytes: How many bytes these take.
+    """
+
+    net: nn.Module
+    copied: Sequence[str]
+    copied_bytes: int
+
+
+def sorted_copy(model: nn.Module, source: Source, orders: Orders) -> nn.Module:
+    """A copy of a model with the atoms of its groups in other orders.
+
+    Args:
+        source: What the analysis of the model is.
+    """
+    axes: dict[Axis, NDArray[np.int64]] = {source.partition.axes[name]: own for name, own in orders.items()}
+    tensors: dict[str, Tensor] = {}
+    found = source.partition.found
+    for leaf in found.graph.leaves:
+        if leaf.names:
+            made = attribute(model, leaf.names[0]).detach()
+            for dim, term in enumerate(found.terms(leaf.value)):
+                order = reordered(term, axes)
+                if (order != np.arange(len(order))).any():
+                    made = made.index_select(dim, torch.from_numpy(order).to(made.device))
+            made = made.clone() if made.data_ptr() == attribute(model, leaf.names[0]).data_ptr() else made
+            tensors.update(dict.fromkeys(leaf.names, made))
+    return slim_copy(model, tensors, Edits())
+
+
+def view_of(store: nn.Module, masked: nn.Module, plain: Source, orders: Orders) -> View:
+    """A member as a view of ``store``, proved to compute what ``masked`` does.
+
+    Args:
+        store: The full model, sorted.
+        masked: The full model, unsorted, in which all that the member does not keep is zero.
+        plain: What the member is made from; ``plain.model`` is ``store``, and ``plain.kept`` its atoms, unsorted.
+        orders: As the store was sorted.
+
+    Raises:
+        EmitterError: The class cannot express it.
+        VerificationError: Sorting changes what the model computes.
+    """
+    front = {name: np.arange(len(atoms)) for name, atoms in plain.kept.items()}
+    source = replace(plain, kept=front)
+    edits = plan_edits(store, source.pruned, source.own.unfolded if source.own is not None else None)
+    buffers = sorted_copy(masked, source, orders)  # the statistics of the member
+    tensors, copied, size = _tensors(store, buffers, source.pruned)
+    net = apply(store, tensors, edits).eval()
+    learn(net, edits, source.dummy_input)
+    require(check(masked, net, source.dummy_input, CheckOptions("view"), left=source.left))
+    return View(net, copied, size)
+
+
+def _tensors(store: nn.Module, masked: nn.Module, pruned: PrunedShapes) -> tuple[dict[str, Tensor], list[str], int]:
+    """A member's tensors, the names of those parameters that are copies, and their bytes."""
+    tensors: dict[str, Tensor] = {}
+    copied: list[str] = []
+    size = 0
+    for leaf in pruned.found.graph.leaves:
+        if not leaf.names:
+            continue
+        if leaf.kind != "parameter":
+            made = pruned.prune(leaf, attribute(masked, leaf.names[0]))
+        else:
+            full = attribute(store, leaf.names[0]).detach()
+            view = _front(full, pruned.entries(leaf))
+            made = pruned.prune(leaf, full) if view is None else view
+            if view is None:
+                copied.append(leaf.names[0])
+                size += made.nbytes
+        tensors.update(dict.fromkeys(leaf.names, made))
+    return tensors, copied, size
+
+
+def _front(full: Tensor, entries: Sequence[NDArray[np.bool_]]) -> Tensor | None:
+    """The entries as a view, if they are the first ones of every dimension."""
+    for dim, mask in enumerate(entries):
+        k = int(mask.sum())
+        if not mask[:k].all():
+            return None
+        full = full.narrow(dim, 0, k)
+    return full

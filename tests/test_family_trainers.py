@@ -1,0 +1,99 @@
+"""A family in the loops of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from oto import OTO
+from oto.errors import OptionError
+from oto.family import Family
+from oto.integrations import train_family
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::oto.errors.CollapseWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+STEPS = 8
+
+
+class Classifier(nn.Module):
+    """With the loss of its own that models of transformers give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 14), nn.GELU(), nn.Linear(14, 4))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Any]:
+        logits = self.body(x)
+        found = {"logits": logits}
+        return found if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), **found}
+
+
+def begin() -> Family:
+    torch.manual_seed(0)
+    oto = OTO(Classifier(), {"x": torch.randn(2, 6)})
+    family: Family = oto.family(
+        targets=[0.75, 0.5],
+        lr=0.05,
+        first_momentum=0.9,
+        total_steps=STEPS,
+        freeze_step=3,
+        ramp_steps=1,
+        average_steps=2,
+    )
+    return family
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(6, generator=draw), "labels": torch.tensor(i % 4)} for i in range(8 * STEPS)]
+
+
+def trainer_of(family: Family, folder: Path, accumulated: int = 1, **more: Any) -> Any:
+    args = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=8 // accumulated, gradient_accumulation_steps=accumulated,
+        num_train_epochs=1, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", max_grad_norm=0.0,
+        logging_strategy="no", remove_unused_columns=False, lr_scheduler_type="constant", **more,
+    )  # fmt: skip
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    schedule = torch.optim.lr_scheduler.ConstantLR(family.optimizer, 1.0)
+    return InOrder(family.model, args, train_dataset=rows(), optimizers=(family.optimizer, schedule))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_trainer_does_what_a_plain_loop_does(tmp_path: Path, accumulated: int) -> None:
+    plain = begin()
+    plain.model.train()
+    for step in range(STEPS):
+        part = rows()[8 * step : 8 * step + 8]
+        x, y = (torch.stack([row[name] for row in part]) for name in ("x", "labels"))
+        plain.step(lambda net, x=x, y=y: net(x, y), lambda output: output["loss"])
+    family = begin()
+    trainer = trainer_of(family, tmp_path, accumulated)
+    train_family(trainer, family)
+    trainer.train()
+    assert family.optimizer.clock == STEPS and len(family.members) == 3
+    for (name, p), q in zip(plain.model.named_parameters(), family.model.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_trainer_with_another_optimizer_is_refused(tmp_path: Path) -> None:
+    family, other = begin(), begin()
+    with pytest.raises(OptionError, match="has another optimizer than the family"):
+        train_family(trainer_of(other, tmp_path), family)
+    with pytest.raises(OptionError, match="is no Trainer of transformers"):
+        train_family(object(), family)
