@@ -59,7 +59,13 @@ Products = Iterator[tuple[float, Sequence[Term]]]
 
 def _params(partition: Partition, without: Collection[str] = ()) -> Products:
     leaves = _left(partition, without)
-    return ((1, partition.found.terms(leaf.value)) for leaf in leaves if leaf.kind == "parameter")
+    return ((1, _gated(partition, leaf)) for leaf in leaves if leaf.kind == "parameter")
+
+
+def _gated(partition: Partition, leaf: Leaf) -> Sequence[Term]:
+    """The terms of a tensor of the model, with the axes of the segments that it lies in."""
+    terms, gate = partition.found.terms(leaf.value), partition.gates.get(leaf)
+    return terms if gate is None else (*terms, gate)
 
 
 def _left(partition: Partition, without: Collection[str]) -> list[Leaf]:
@@ -68,8 +74,8 @@ def _left(partition: Partition, without: Collection[str]) -> list[Leaf]:
 
 def _bytes(partition: Partition, without: Collection[str] = ()) -> Products:
     leaves = _left(partition, without)
-    held = (leaf.value for leaf in leaves if leaf.kind in ("parameter", "buffer"))
-    return ((value.dtype.itemsize, partition.found.terms(value)) for value in held)
+    held = (leaf for leaf in leaves if leaf.kind in ("parameter", "buffer"))
+    return ((leaf.value.dtype.itemsize, _gated(partition, leaf)) for leaf in held)
 
 
 def _macs(partition: Partition) -> Products:
@@ -78,10 +84,11 @@ def _macs(partition: Partition) -> Products:
 
 def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
     """Every product of the forward in eval mode: the index of its node, and the terms of its volume."""
-    nodes = len(partition.found.graph.nodes)
+    nodes, gates = len(partition.found.graph.nodes), partition.gates
     for step in partition.found.tape.steps:
         if step.volume is not None and step.node < nodes:
-            yield step.node, step.volume
+            gate = gates.get(step.node)
+            yield step.node, step.volume if gate is None else (*step.volume, gate)
 
 
 def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[int, int]:

@@ -298,11 +298,15 @@ def atoms_of(asked: int | float, size: int, option: str) -> int:
 
 
 def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
+    if group.segment:  # it goes as a whole; how many stay is for min_depth to say
+        return group
     least = max(minimum, group.min_kept)
     if group.size > least or not group.prunable:
         return replace(group, min_kept=least)
     return replace(group, reason=f"it has no more than {least} atoms to keep")
 
+
+ERASE = "marked: compress_mode='erase' lets segments go, and nothing else"
 
 REMEDIES = (  # what a user may do about a reason, the most promising first
     ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),

@@ -11,6 +11,8 @@ from typing import Any
 
 from oto.groups import NodeGroup, Partition
 from oto.groups.policy import REMEDIES, promise
+from oto.groups.segments import Staying
+from oto.report.erasable import Branch, branch_of, told
 from oto.report.table import columns, html
 from oto.trace.graph import Graph
 
@@ -58,6 +60,7 @@ class Explanation:
         unknown: Operators without a rule.
         search: Each decision of the search of what the model's class needs, if it was asked for: the line of the code,
             what was seen and tried there, and what was settled.
+        staying: Residual and parallel branches that cannot go as a whole, and why; where segments may go.
     """
 
     trace: str
@@ -68,13 +71,15 @@ class Explanation:
     unreached: tuple[str, ...]
     unknown: tuple[str, ...]
     search: tuple[str, ...] = ()
+    staying: tuple[Branch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([*self._lines(), *_table(self.whole), *self._remedies(), *self.search])
+        staying = [f"stays: {told(branch)}" for branch in self.staying]
+        return "\n".join([*self._lines(), *_table(self.whole), *self._remedies(), *staying, *self.search])
 
     def _repr_html_(self) -> str:
         above = "\n".join(self._lines())
@@ -102,11 +107,17 @@ class Explanation:
         return lines
 
 
-def explain(groups: Sequence[NodeGroup], partition: Partition, search: Iterable[object] = ()) -> Explanation:
+def explain(
+    groups: Sequence[NodeGroup],
+    partition: Partition,
+    search: Iterable[object] = (),
+    staying: Iterable[Staying] = (),
+) -> Explanation:
     """Sum up which axes may lose entries, and why the others may not.
 
     Args:
         search: The decisions of the search of a class, to be told as well.
+        staying: The branches that cannot go, to be told as well.
     """
     graph = partition.found.graph
     sizes = {leaf.name: prod(leaf.value.shape) for leaf in graph.leaves if leaf.kind == "parameter"}
@@ -122,6 +133,7 @@ def explain(groups: Sequence[NodeGroup], partition: Partition, search: Iterable[
         tuple(leaf.name for leaf in graph.leaves if leaf.kind == "parameter" and leaf.value not in used),
         tuple(sorted({node.name for node in partition.found.unknown})),
         tuple(map(str, search)),
+        tuple(branch_of(branch, partition) for branch in staying),
     )
 
 

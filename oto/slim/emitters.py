@@ -7,6 +7,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from oto.axes.registry import known
+from oto.errors import EmitterError
 from oto.slim.config.emit import emit_stock
 from oto.slim.edits import Edits, forget_idle, pruned_tensor, pruned_tensors, slim_copy
 from oto.slim.graph.emit import emit_graph
@@ -27,6 +28,8 @@ def emit_config(source: Source) -> Emitted:
     Raises:
         EmitterError: No config states the pruned shapes.
     """
+    if gone := source.partition.erased(source.kept):
+        raise EmitterError(f"no config states that {gone[0].name} is left out")
     made = emit_stock(source.model, source.partition, source.kept, source.recipe)
 
     def compare(reference: Reference) -> list[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor, fx, nn
 
 from oto._torch import is_free, tree_leaves, tree_map_only
 from oto.axes.call import Size, Uniform
-from oto.axes.propagate import propagate
+from oto.axes.propagate import Propagation, propagate
 from oto.axes.terms import Axis, size_of, survivors
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
-from oto.groups.partition import occurrences
+from oto.groups.partition import Segment, occurrences
+from oto.groups.segments import branches
 from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
 from oto.slim.pruned_shapes import PrunedShapes
@@ -45,7 +46,9 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
         pruned, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
     )
     ranks = ranks_of(exported)
-    slim = SlimGraph(pruned_module(exported, pruned), exported.module.graph, exported.takes)
+    gone = partition.erased(kept)
+    module = pruned_module(exported, pruned, erased_in(pruned.found, gone) if gone else ())
+    slim = SlimGraph(module, exported.module.graph, exported.takes)
     name_leaves(slim, exported.module, ranks)
     slim.graph.lint()
     slim.recompile()
@@ -67,8 +70,52 @@ def ranks_of(exported: Exported) -> dict[fx.Node, int]:
     return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
 
 
-def pruned_module(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
-    """The exported module with pruned sizes and tensors; its graph is rewritten in place."""
+def erased_in(found: Propagation, gone: Sequence[Segment]) -> list[Segment]:
+    """The segments of an exported graph that write with the same parameters as some of the recorded one.
+
+    Raises:
+        EmitterError: The exported graph has no such segment.
+    """
+    there: dict[frozenset[str], list[Segment]] = {}
+    for segment in branches(found).segments:
+        there.setdefault(_writers(segment), []).append(segment)
+    found_in: list[Segment] = []
+    for segment in gone:
+        if not (same := there.get(_writers(segment))):
+            raise EmitterError(
+                f"the exported graph has no segment that ends at {segment.name}\n"
+                "  effect  no graph can be emitted without it\n"
+                "  to fix  keep it: skip_patterns=[...], and report the model"
+            )
+        found_in += same
+    return sorted(found_in, key=lambda segment: segment.joint)
+
+
+def _writers(segment: Segment) -> frozenset[str]:
+    return frozenset(name for leaf in segment.writers for name in leaf.names)
+
+
+def _erase(exported: Exported, segments: Iterable[Segment], slim: fx.GraphModule) -> None:
+    """Let joints give their other argument, and leave out what is not computed for anything then."""
+    for segment in segments:
+        node = exported.graph.nodes[segment.joint]
+        place = next(i for i, x in enumerate(node.args[:2]) if x is segment.left)
+        node.origin.replace_all_uses_with(node.origin.args[place])
+    slim.graph.eliminate_dead_code()
+    used = {n.target for n in slim.graph.nodes if n.op in ("get_attr", "call_module")}
+    held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
+    for name, _ in held:
+        if name not in used and name.rpartition(".")[0] not in used:
+            parent, _, last = name.rpartition(".")
+            delattr(slim.get_submodule(parent), last)
+
+
+def pruned_module(exported: Exported, pruned: PrunedShapes, erased: Sequence[Segment] = ()) -> fx.GraphModule:
+    """The exported module with pruned sizes and tensors; its graph is rewritten in place.
+
+    Args:
+        erased: Segments of its graph that are left out.
+    """
     source = exported.module
     slim = fx.GraphModule(source, source.graph)
     inputs = _tensors_of(exported)
@@ -76,6 +123,8 @@ def pruned_module(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
         rewrite = pruned.found.tape.rewrites.get(node.index)
         if rewrite is not None and pruned.changes(rewrite):
             _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), pruned, inputs)
+    if erased:
+        _erase(exported, erased, slim)
     follow_device(slim.graph)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
