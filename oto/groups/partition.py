@@ -30,6 +30,7 @@ class Segment:
         joint: Index of the addition that it goes into.
         edge: What goes into it from the segment.
         left: What the joint gives without the segment: its other argument.
+        made: What the joint gives.
         writers: The parameters that must be zero.
         body: Indices of the calls that only the joint reads the results of.
         leaves: The tensors of the model that only these calls read.
@@ -40,6 +41,7 @@ class Segment:
     joint: int
     edge: Value
     left: Value
+    made: Value
     writers: tuple[Leaf, ...]
     body: frozenset[int]
     leaves: tuple[Leaf, ...] = ()

@@ -30,7 +30,7 @@ from oto.axes.terms import Axis
 from oto.groups.node_group import NodeGroup, Slice
 from oto.groups.partition import Kept, Partition, Segment
 from oto.groups.policy import atoms_of, matching
-from oto.trace.graph import Graph, Leaf, Node, Value, write_through
+from oto.trace.graph import Graph, Leaf, Node, Value, effects, write_through
 
 aten = torch.ops.aten
 
@@ -66,11 +66,13 @@ class Edge:
         joint: The addition.
         value: What comes in.
         left: What the addition gives without it: its other argument.
+        made: What the addition gives.
     """
 
     joint: Node
     value: Value
     left: Value
+    made: Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ def branches(found: Propagation) -> Branches:
         kept = [segment for segment in own if _key(segment) in train]
         lost = [segment for segment in own if _key(segment) not in train]
         staying += [Staying(s.joint, s.name, "in train mode its result is read in another way, too") for s in lost]
-        own = [replace(s, body=s.body | train[_key(s)].body) for s in kept]
+        own = [replace(s, body=s.body | train[_key(s)].body | {train[_key(s)].joint}) for s in kept]
     readers = _readers(graph.calls)
     named: list[Segment] = []
     taken: dict[str, int] = {}
@@ -141,9 +143,10 @@ class _Run:
                     continue
                 value, left, made = node.args[place], node.args[1 - place], node.outputs[0]
                 scaled = place == 0 and node.kwargs.get("alpha", 1) != 1
-                alike = made is not None and made.shape == left.shape == value.shape and made.dtype == left.dtype
-                if alike and not scaled and value is not left:
-                    found.append(Edge(node, value, left))
+                if made is None or scaled or value is left:
+                    continue
+                if made.shape == left.shape == value.shape and made.dtype == left.dtype:
+                    found.append(Edge(node, value, left, made))
         return found
 
     def branches(self) -> tuple[list[Segment], list[Staying]]:
@@ -162,7 +165,8 @@ class _Run:
                 continue  # nothing in it is trained
             path = modules.ending(writers[0].name.rpartition(".")[0], body)
             if needed := self._needed(edge.value, writers):
-                segments.append(Segment(path, Axis(1), edge.joint.index, edge.value, edge.left, tuple(needed), body))
+                values = edge.value, edge.left, edge.made
+                segments.append(Segment(path, Axis(1), edge.joint.index, *values, tuple(needed), body))
             else:
                 staying.append(self._loud(edge, path, writers))
         at = {(segment.joint, segment.edge): segment for segment in segments}
@@ -350,6 +354,52 @@ def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]
             result[apart[0].name] = np.arange(1)
             back.append(apart[0].name)
     return result, back
+
+
+# --- what is left without them ----------------------------------------------------------------------------------------
+
+
+def not_computed(segments: Iterable[Segment]) -> frozenset[int]:
+    """The calls that are not made without some segments."""
+    return frozenset(index for segment in segments for index in (segment.joint, *segment.body))
+
+
+def overwritten(graph: Graph, segment: Segment, erased: Sequence[Segment]) -> bool:
+    """Whether a call would write into what the joint of a segment gives, or into its other argument, while the other
+    of the two, which is the same tensor without the segment, is read later.
+
+    Args:
+        erased: All segments that are left out.
+    """
+    gone = not_computed(erased)
+    nodes = [node for node in graph.nodes if node.index > segment.joint and node.index not in gone]
+    joints = [(s.left, s.made) for s in erased if s is not segment]
+    one, other = _aliases(graph, segment.left, joints), _aliases(graph, segment.made, joints)
+    last = {value: node.index for node in nodes for value in node.inputs()}
+    last.update((value, len(graph.calls)) for value in (*graph.outputs, *graph.ends))
+    for node in nodes:
+        for place, name in effects(node.op)[0]:
+            written = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+            for own, beside in ((one, other), (other, one)):
+                if written in own and any(last.get(value, -1) > node.index for value in beside):
+                    return True
+    return False
+
+
+def _aliases(graph: Graph, value: Value, joints: Iterable[tuple[Value, Value]]) -> set[Value]:
+    """The values that may share memory with one."""
+    sharing = nx.Graph(joints)
+    sharing.add_node(value)
+    for node in graph.nodes:
+        for place, name in (places for kind in effects(node.op) for places in kind):
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+            for x in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(x, Value):
+                    sharing.add_edges_from((x, made) for made in node.outputs if made is not None)
+        sharing.add_edges_from(node.written)
+        if node.op is write_through:
+            sharing.add_edge(node.args[0], node.outputs[0])
+    return set(nx.node_connected_component(sharing, value))
 
 
 # --- as node groups ---------------------------------------------------------------------------------------------------

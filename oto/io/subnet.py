@@ -297,7 +297,7 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str,
 
 def plain_edits(edits: Edits) -> dict[str, Any]:
     """The edits as plain data for JSON."""
-    return asdict(edits)
+    return edits.plain()
 
 
 def load_subnet(

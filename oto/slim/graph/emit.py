@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from oto.axes.terms import Axis, size_of, survivors
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
 from oto.groups.partition import Segment, occurrences
-from oto.groups.segments import branches
+from oto.groups.segments import branches, not_computed, overwritten
 from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
 from oto.slim.pruned_shapes import PrunedShapes
@@ -95,19 +95,39 @@ def _writers(segment: Segment) -> frozenset[str]:
     return frozenset(name for leaf in segment.writers for name in leaf.names)
 
 
-def _erase(exported: Exported, segments: Iterable[Segment], slim: fx.GraphModule) -> None:
+def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule) -> None:
     """Let joints give their other argument, and leave out what is not computed for anything then."""
+    gone = not_computed(segments)
+    origins = {node.origin for node in exported.graph.nodes if node.index in gone}
+    readers: dict[Value, list[Node]] = {}
+    for node in exported.graph.nodes:
+        for value in node.inputs():
+            readers.setdefault(value, []).append(node)
     for segment in segments:
-        node = exported.graph.nodes[segment.joint]
-        place = next(i for i, x in enumerate(node.args[:2]) if x is segment.left)
-        node.origin.replace_all_uses_with(node.origin.args[place])
-    slim.graph.eliminate_dead_code()
+        joint = exported.graph.nodes[segment.joint]
+        place = next(i for i, x in enumerate(joint.args[:2]) if x is segment.left)
+        left = joint.origin.args[place]
+        if overwritten(exported.graph, segment, segments):
+            with slim.graph.inserting_after(joint.origin):
+                left = slim.graph.call_function(aten.clone.default, (left,))
+        joint.origin.replace_all_uses_with(left, delete_user_cb=lambda user, own=left: user is not own)
+        for reader in readers.get(segment.made, []):  # one that was written to in place may be read by its old name
+            for ours, theirs in zip(*_arguments(reader), strict=True):
+                if ours is segment.made:
+                    reader.origin.replace_input_with(theirs, left)
+    ends = ("placeholder", "output")
+    slim.graph.eliminate_dead_code(lambda node: node.op in ends or (node.is_impure() and node not in origins))
     used = {n.target for n in slim.graph.nodes if n.op in ("get_attr", "call_module")}
-    held = [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]
-    for name, _ in held:
-        if name not in used and name.rpartition(".")[0] not in used:
-            parent, _, last = name.rpartition(".")
+    for name, _ in [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]:
+        parent, _, last = name.rpartition(".")
+        if name not in used and parent not in used:
             delattr(slim.get_submodule(parent), last)
+
+
+def _arguments(node: Node) -> tuple[list[Any], list[Any]]:
+    """The arguments of a call, and those of the fx node that it stands for."""
+    ours = tree_leaves((list(node.args), dict(node.kwargs)))
+    return ours, tree_leaves((list(node.origin.args), dict(node.origin.kwargs)))
 
 
 def pruned_module(exported: Exported, pruned: PrunedShapes, erased: Sequence[Segment] = ()) -> fx.GraphModule:
@@ -192,9 +212,7 @@ def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
     found: dict[Value, fx.Node] = {}
     for node in exported.graph.nodes:
         if node.origin is not None:
-            ours = tree_leaves((list(node.args), dict(node.kwargs)))
-            theirs = tree_leaves((list(node.origin.args), dict(node.origin.kwargs)))
-            found.update((a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Value))
+            found.update((a, b) for a, b in zip(*_arguments(node), strict=True) if isinstance(a, Value))
     return found
 
 
