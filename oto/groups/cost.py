@@ -179,9 +179,24 @@ class Polynomial:
 
     def marginal(self, counts: NDArray[np.int64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
         """What each count saves when it alone becomes smaller by ``fewer``; shapes ``(size,)``."""
+        if not counts.all():
+            return self._marginal_at_zeros(counts.astype(np.float64), fewer)
         now = np.maximum(counts, 1).astype(np.float64)
         before, after = (n[self._index] ** self._power for n in (now, now - fewer))
         saved = self._products(counts)[self._monomial] / before * (before - after)  # divides evenly
+        total: NDArray[np.float64] = np.bincount(self._index, saved, minlength=self.size).astype(np.float64)
+        return total
+
+
+    def _marginal_at_zeros(self, now: NDArray[np.float64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The same where some counts are zero, as those of segments may be: of these, what more of them would cost."""
+        filled = np.where(now == 0, 1.0, now)
+        products = self.coefficients * np.append(filled, 1.0)[self.factors].prod(axis=1)
+        is_zero = now[self._index] == 0
+        zeros = np.bincount(self._monomial, is_zero, minlength=len(products))
+        alone = zeros[self._monomial] == is_zero  # no other factor is zero
+        before, after = (n[self._index] ** self._power for n in (now, now - fewer))
+        saved = products[self._monomial] / filled[self._index] ** self._power * alone * (before - after)
         total: NDArray[np.float64] = np.bincount(self._index, saved, minlength=self.size).astype(np.float64)
         return total
 

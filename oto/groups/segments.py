@@ -308,12 +308,19 @@ def _inside(below: Mapping[object, Iterable[object]], top: object) -> Iterator[i
         todo += below.get(node, ())
 
 
+_SAME = {aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default, aten.alias.default, aten.detach.default}
+
+
 class Modules:
-    """The calls of a run by the modules that make them."""
+    """The calls of a run by the modules that make them, but for those that only hand on what they are given."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.calls: dict[str, set[int]] = {}
         for node in nodes:
+            if node.op in _SAME and {(x.shape, x.dtype) for x in node.inputs()} == {
+                (x.shape, x.dtype) for x in node.outputs if x is not None
+            }:
+                continue
             for path in _ancestors(node.module):
                 self.calls.setdefault(path, set()).add(node.index)
 

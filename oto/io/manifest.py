@@ -325,7 +325,7 @@ def _inner_path(where: str, value: Any) -> None:
         raise Refusal(f"{where} is empty, which stands for the model itself")
 
 
-# erased: what takes the place of modules, see oto.nn.Erased
+# erased: what takes the place of modules, see oto.nn.ErasedForward
 
 _WINDOW = _list(_tuple(_SIZE, _SIZE, _COUNT, _SIZE), 3)
 

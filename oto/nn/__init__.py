@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oto.nn.erased import Erased
+from oto.nn.erased import ErasedForward
 from oto.nn.modules import SWAPS, GroupNorm, LayerNorm, MultiheadAttention, RMSNorm, TransformerEncoder
 from oto.nn.overridden import OverriddenForward
 from oto.nn.untrained import Untrained
@@ -12,7 +12,7 @@ from oto.renamed import warn_of_former_name
 
 __all__ = [
     "SWAPS",
-    "Erased",
+    "ErasedForward",
     "GroupNorm",
     "LayerNorm",
     "MultiheadAttention",

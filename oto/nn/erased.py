@@ -1,12 +1,16 @@
-"""What takes the place of a module that is not run any more, because all that it wrote was zero."""
+"""The forward of a module that computes nothing any more, because all that it wrote was zero."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from oto.errors import ScriptError
 
 Recipe = Mapping[str, Any]
 """What a call gives, in the form of artifacts; tensors that it is given are called by the names of parameters.
@@ -18,30 +22,50 @@ Recipe = Mapping[str, Any]
 """
 
 
-class Erased(nn.Module):
-    """A module of the same signature that computes nothing, and gives what is left.
+class ErasedForward:
+    """The forward of a module that computes nothing, and gives what is left; it replaces ``module.forward``.
+
+    The module stays of its class, and has its signature, hooks and attributes; its tensors and children are ``None``.
 
     Args:
-        takes: The names of the positional parameters of the module in whose place it is.
+        kind: The class of the module.
+        takes: The names of the positional parameters of its forward.
         gives: What a call gives.
-        attributes: Numbers and texts that code around it may read.
 
     Example:
-        >>> Erased(["x"], {"given": "x"}, {})(torch.ones(2))
-        tensor([1., 1.])
+        >>> layer = nn.Linear(2, 2)
+        >>> ErasedForward(nn.Linear, ["input"], {"given": "input"}).install(layer)
+        >>> layer(torch.ones(2)), list(layer.parameters())
+        (tensor([1., 1.]), [])
     """
 
-    def __init__(self, takes: Sequence[str], gives: Recipe, attributes: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.takes, self.gives = tuple(takes), gives
-        for name, value in attributes.items():
-            setattr(self, name, value)
+    def __init__(self, kind: type[nn.Module], takes: Sequence[str], gives: Recipe) -> None:
+        self.kind, self.takes, self.gives = kind, tuple(takes), gives
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def install(self, module: nn.Module) -> None:
+        """Let a module compute nothing."""
+        for held in (module._parameters, module._buffers, module._modules):
+            held.update(dict.fromkeys(held))  # type: ignore[arg-type]
+        vars(module)["forward"] = self
+        vars(module)["extra_repr"] = partial(str, "computes nothing")  # that of the class may read its tensors
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(self.kind.forward)
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """Read by ``torch.jit.script``, which would compile the code of the class, so it is refused."""
+        raise ScriptError(f"the forward of {self.kind.__name__}: it computes nothing any more")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return made(self.gives, {**dict(zip(self.takes, args, strict=False)), **kwargs})
 
-    def extra_repr(self) -> str:
-        return "gives what it is given" if "given" in self.gives else "gives zeros"
+
+def is_erased(module: nn.Module) -> bool:
+    """Whether a module computes nothing any more."""
+    return isinstance(vars(module).get("forward"), ErasedForward)
 
 
 def made(recipe: Recipe, given: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oto.errors import EmitterError, reraise_out_of_memory
 from oto.groups import Partition
-from oto.nn import SWAPS, Erased, OverriddenForward, Untrained
+from oto.nn import SWAPS, ErasedForward, OverriddenForward, Untrained
 from oto.nn import modules as slim_layers
 from oto.nn.overridden import merge_rounds
 from oto.slim.copying import copied
@@ -36,7 +36,7 @@ class Edits:
         config: If the class is made anew from ``model.config`` instead, the fields that change.
         dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
         untrained: Why train mode is refused; empty if it is not.
-        erased: For each path of a module that is not run any more, the arguments of :class:`oto.nn.Erased`.
+        erased: For each path of a module that is not run any more, the arguments of :class:`oto.nn.ErasedForward`.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -106,7 +106,8 @@ def edited(slim: nn.Module, edits: Edits) -> nn.Module:
         module, calls = module_at(slim, path), edits.told.get(path, {})
         OverriddenForward(module, merge_rounds(before[path].calls, calls) if path in before else calls).install()
     for path, how in edits.erased.items():
-        _put(slim, path, _erased(module_at(slim, path), how))
+        module = module_at(slim, path)
+        ErasedForward(type(module), how["takes"], how["gives"]).install(module)
     for path, instead in edits.dropped.items():
         module_at(slim, path)
         _put(slim, path, nn.Identity() if instead == "identity" else None)
@@ -187,16 +188,6 @@ def _swapped(path: str, module: nn.Module, how: Mapping[str, Any]) -> nn.Module:
             raise EmitterError(f"{path}.{name} is {list(held.shape)}, which the thinner {how['class']} cannot hold")
         _put(new, name, held)
     return new.train(module.training)
-
-
-def _erased(module: nn.Module, how: Mapping[str, Any]) -> Erased:
-    """What takes the place of a module that is not run any more, with the numbers that code around it may read."""
-    plain = {name: x for name, x in vars(module).items() if isinstance(x, _ATTRIBUTES) and not name.startswith("_")}
-    instead = Erased(how["takes"], how["gives"], plain)
-    return instead.train(module.training)
-
-
-_ATTRIBUTES = (bool, int, float, str)
 
 
 def _put(model: nn.Module, path: str, new: Any) -> None:

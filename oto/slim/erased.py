@@ -31,7 +31,7 @@ class Plan:
     """How segments are left out of a class.
 
     Attributes:
-        erased: For each path of a module that is replaced, the arguments of :class:`oto.nn.Erased`.
+        erased: For each path of a module that is replaced, the arguments of :class:`oto.nn.ErasedForward`.
         needed: Segments that the class cannot do without.
     """
 
