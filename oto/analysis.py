@@ -98,9 +98,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.compress_mode not in MODES:
-            raise OptionError(
-                f"compress_mode is {self.compress_mode!r}; it is one of {', '.join(map(repr, MODES))}"
-            )
+            raise OptionError(f"compress_mode is {self.compress_mode!r}; it is one of {', '.join(map(repr, MODES))}")
         if self.layout not in LAYOUTS:
             raise OptionError(f"layout is {self.layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
 
@@ -349,9 +347,7 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
         return found
 
 
-def _with_segments(
-    analysis: Analysis, options: Options, skipped: list[str], only: list[str] | None
-) -> Analysis:
+def _with_segments(analysis: Analysis, options: Options, skipped: list[str], only: list[str] | None) -> Analysis:
     """The analysis in which segments may go, too, within what was said of their parameters."""
     partition, found = with_segments(analysis.partition)
     groups = segment_groups(partition, options.min_depth)

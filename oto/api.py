@@ -84,7 +84,9 @@ class OTO(Pruning):
     ) -> None:  # fmt: skip
         graph = allow_graph or former("everything", everything, "allow_graph") or False
         policies = skip_patterns, only, strict_out_nodes, min_kept, graph, prune_frozen, drop_unreached
-        self._analysis = analyze(model, dummy_input, Options(*policies, layout, tensor_parallel, compress_mode, min_depth))
+        self._analysis = analyze(
+            model, dummy_input, Options(*policies, layout, tensor_parallel, compress_mode, min_depth)
+        )
         self._training = Training()
         self._saved: Path | None = None  # the folder of the last artifact
 

@@ -187,7 +187,6 @@ class Polynomial:
         total: NDArray[np.float64] = np.bincount(self._index, saved, minlength=self.size).astype(np.float64)
         return total
 
-
     def _marginal_at_zeros(self, now: NDArray[np.float64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
         """The same where some counts are zero, as those of segments may be: of these, what more of them would cost."""
         filled = np.where(now == 0, 1.0, now)

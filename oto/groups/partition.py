@@ -67,8 +67,9 @@ class Partition:
         """For each call (by its index) and each tensor of the model that lie in segments, the axes of these."""
         found: dict[int | Leaf, Term] = {}
         for segment in self.segments:
-            for inside in (*segment.body, *segment.leaves):
-                found[inside] = (*found.get(inside, ()), segment.axis)
+            inside: list[int | Leaf] = [*segment.body, *segment.leaves]
+            for one in inside:
+                found[one] = (*found.get(one, ()), segment.axis)
         return found
 
     def erased(self, kept: Kept) -> list[Segment]:

@@ -34,7 +34,12 @@ from oto.trace.graph import Graph, Leaf, Node, Value, effects, write_through
 
 aten = torch.ops.aten
 
-ADDITIONS = {aten.add.Tensor: (0, 1), aten.add_.Tensor: (0, 1), aten.sub.Tensor: (1,), aten.sub_.Tensor: (1,)}
+ADDITIONS: Mapping[object, tuple[int, ...]] = {
+    aten.add.Tensor: (0, 1),
+    aten.add_.Tensor: (0, 1),
+    aten.sub.Tensor: (1,),
+    aten.sub_.Tensor: (1,),
+}
 """Operators that give what else they take where an argument is zero, and the arguments that may be."""
 
 UNLIKE = "what it is added to depends on other inputs, and may go, too"
@@ -443,16 +448,14 @@ def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeG
         among += [(run, least[run]) for run, members in runs.items() if segment.name in members and least.get(run)]
         zeros = tuple(piece for name, piece in pieces.items() if name in writers)
         made.append(
-            NodeGroup(
-                segment.name, 1, tuple(pieces.values()), zeros, min_kept=0, segment=True, among=tuple(among)
-            )
+            NodeGroup(segment.name, 1, tuple(pieces.values()), zeros, min_kept=0, segment=True, among=tuple(among))
         )
     return tuple(made)
 
 
 def _least(runs: Mapping[str, Sequence[str]], asked: MinDepth, names: Sequence[str]) -> dict[str, int]:
     """How many members each run keeps."""
-    least = {run: 1 for run in runs}
+    least = dict.fromkeys(runs, 1)
     for pattern, number in asked.items() if isinstance(asked, Mapping) else [("*", asked)] if names else []:
         hits = set(matching([pattern], names))
         for run, members in runs.items():

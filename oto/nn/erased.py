@@ -45,7 +45,7 @@ class ErasedForward:
     def install(self, module: nn.Module) -> None:
         """Let a module compute nothing."""
         for held in (module._parameters, module._buffers, module._modules):
-            held.update(dict.fromkeys(held))  # type: ignore[arg-type]
+            held.update(dict.fromkeys(held))
         vars(module)["forward"] = self
         vars(module)["extra_repr"] = partial(str, "computes nothing")  # that of the class may read its tensors
 
@@ -90,4 +90,8 @@ def convolved(x: Tensor, channels: int, window: Sequence[Sequence[int]]) -> tupl
     """The shape of what a convolution makes of ``x``, shape ``(N, C, *)`` or ``(C, *)``."""
     lead = x.shape[: x.ndim - len(window) - 1]
     sizes = zip(x.shape[x.ndim - len(window) :], window, strict=True)
-    return (*lead, channels, *((n + 2 * pad - far * (kernel - 1) - 1) // step + 1 for n, (kernel, step, pad, far) in sizes))
+    return (
+        *lead,
+        channels,
+        *((n + 2 * pad - far * (kernel - 1) - 1) // step + 1 for n, (kernel, step, pad, far) in sizes),
+    )

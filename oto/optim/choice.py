@@ -191,8 +191,8 @@ class Choice(Criteria):
             alive = torch.ones(sum(self.sizes), dtype=torch.bool)
             kept: Counts = np.minimum(self._counts(~self.select(alive.float(), alive)), counts)
             return kept
-        alive = np.repeat(counts > 0, self.sizes)  # of segments, the one atom; which of a set stay is settled by place
-        staying = staying_of(self.groups, np.zeros(len(alive)), alive)
+        left = np.repeat(counts > 0, self.sizes)  # of segments, the one atom; which of a set stay is settled by place
+        staying = staying_of(self.groups, np.zeros(len(left)), left)
         lowest: Counts = np.maximum(next(self._floors(self.target.goal)), staying)
         return lowest
 

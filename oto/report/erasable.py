@@ -74,10 +74,10 @@ class Erasable:
     def __str__(self) -> str:
         heading = f"{len(self.parts)} segments may go as a whole"
         lines = [heading, *([columns(self._rows(), left=(0, 1, 4))] if self.parts else [])]
-        return "\n".join([*lines, *(f"stays: {line}" for line in map(told, self.staying))])
+        return "\n".join([*lines, *(f"stays: {line}" for line in map(described, self.staying))])
 
     def _repr_html_(self) -> str:
-        return html(self._rows(), left=(0, 1, 4), below="\n".join(f"stays: {told(b)}" for b in self.staying))
+        return html(self._rows(), left=(0, 1, 4), below="\n".join(f"stays: {described(b)}" for b in self.staying))
 
     def _rows(self) -> list[list[str]]:
         rows = [["segment", "modules", "params", "MACs", "what becomes of the joint"]]
@@ -89,7 +89,7 @@ class Erasable:
         return rows
 
 
-def told(branch: Branch) -> str:
+def described(branch: Branch) -> str:
     """Why a branch cannot go, in a line."""
     place = "" if branch.operator is None else f" ({branch.operator} in {branch.module or 'the model'}"
     place += f", {branch.source})" if place and branch.source else ")" if place else ""

@@ -12,7 +12,7 @@ from typing import Any
 from oto.groups import NodeGroup, Partition
 from oto.groups.policy import REMEDIES, promise
 from oto.groups.segments import Staying
-from oto.report.erasable import Branch, branch_of, told
+from oto.report.erasable import Branch, branch_of, described
 from oto.report.table import columns, html
 from oto.trace.graph import Graph
 
@@ -78,7 +78,7 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        staying = [f"stays: {told(branch)}" for branch in self.staying]
+        staying = [f"stays: {described(branch)}" for branch in self.staying]
         return "\n".join([*self._lines(), *_table(self.whole), *self._remedies(), *staying, *self.search])
 
     def _repr_html_(self) -> str:

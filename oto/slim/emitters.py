@@ -10,7 +10,7 @@ from oto.axes.registry import known
 from oto.errors import EmitterError
 from oto.slim.config.emit import emit_stock
 from oto.slim.edits import Edits, forget_idle, pruned_tensor, pruned_tensors, slim_copy
-from oto.slim.erased import Plan, leaving_out, plan
+from oto.slim.erased import Erasures, leaving_out, plan
 from oto.slim.graph.emit import emit_graph
 from oto.slim.graph.replay import check_recording, emit_recording
 from oto.slim.own_class import plan_edits
@@ -62,7 +62,7 @@ def emit_class(source: Source) -> Emitted:
     return slim
 
 
-def erasures(source: Source, edits: Edits | None = None) -> Plan:
+def erasures(source: Source, edits: Edits | None = None) -> Erasures:
     """How the class leaves out the segments of which nothing is kept.
 
     Args:

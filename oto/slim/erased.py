@@ -27,7 +27,7 @@ _PLAIN = (int, float, str, bool, type(None))
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Erasures:
     """How segments are left out of a class.
 
     Attributes:
@@ -46,7 +46,7 @@ def plan(
     tensors: Mapping[str, Tensor],
     edits: Edits,
     dummy_input: Any,
-) -> Plan:
+) -> Erasures:
     """Find out which modules are replaced, and by what.
 
     Args:
@@ -74,7 +74,7 @@ def plan(
                 stuck |= modules.calls[inner]
             else:
                 erased[inner] = how
-    return Plan(erased, tuple(segment for segment in gone if not stuck.isdisjoint(segment.body)))
+    return Erasures(erased, tuple(segment for segment in gone if not stuck.isdisjoint(segment.body)))
 
 
 def leaving_out(edits: Edits, erased: Mapping[str, dict[str, Any]], model: nn.Module) -> Edits:

@@ -55,7 +55,9 @@ def test_a_residual_branch_is_a_segment():
     assert names(oto) == ["ways.0", "ways.1"]
     group = next(g for g in oto.node_groups if g.name == "ways.0")
     assert [piece.parameter for piece in group.zeros] == ["ways.0.2.weight", "ways.0.2.bias"]
-    assert {piece.parameter for piece in group.slices} == {f"ways.0.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
+    assert {piece.parameter for piece in group.slices} == {
+        f"ways.0.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")
+    }
     assert group.prunable and group.size == 1 and group.min_kept == 0
 
 
