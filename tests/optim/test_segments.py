@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from oto import OTO
+from oto.errors import OptionError, TargetError
 from oto.optim.choice import Choice
 from oto.optim.limits import staying_of
 from oto.optim.saliency import Entries, compared
@@ -111,3 +112,11 @@ def test_segments_are_compared_with_each_other():
     weight = [torch.ones(1, 2)]
     entries = [Entries([torch.ones(3, 2)], []), *(Entries(weight, [], segment=True) for _ in range(2))]
     assert compared(entries) == [3, 2]
+
+
+def test_what_is_not_there_yet_says_so():
+    oto = analyzed()
+    with pytest.raises(TargetError, match="target_latency_ms"):
+        oto.hesso(target_latency_ms=0.01, lr=0.1)
+    with pytest.raises(OptionError, match="segments"):
+        oto.one_shot(batches=[torch.randn(2, 4)], loss=lambda model, x: model(x).sum(), target_macs=0.5)
