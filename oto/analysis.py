@@ -38,6 +38,7 @@ from oto.errors import (
 from oto.groups import Cost, Costs, NodeGroup, Partition, cost, trainable
 from oto.groups.layout import LAYOUTS, apply_tensor_parallel, drawn, settled, tied
 from oto.groups.policy import (
+    ERASE,
     MinKept,
     Pattern,
     carried_by_nodes,
@@ -52,8 +53,10 @@ from oto.groups.policy import (
     require_prunable,
     zeroing,
 )
+from oto.groups.segments import Branches, MinDepth, segment_groups, with_segments
 from oto.progress import stages
 from oto.report.draw import draw
+from oto.report.erasable import Erasable, erasable
 from oto.report.explain import Explanation, explain
 from oto.slim.config.recipe import WRAPPED, Recipe
 from oto.slim.config.trial import stated
@@ -69,8 +72,13 @@ from oto.trace.state import ModelState, undone
 
 WRAPPED.append(makers_of_adapted)
 
+MODES = ("prune", "erase", "both")
+
 Layout: TypeAlias = Literal["free", "uniform", "stock"]
 """How repeated blocks are pruned together, see :class:`oto.OTO`."""
+
+CompressMode: TypeAlias = Literal["prune", "erase", "both"]
+"""Whether atoms go, or segments, or both, see :class:`oto.OTO`."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,12 @@ class Options:
     drop_unreached: bool = False
     layout: Layout | None = None
     tensor_parallel: int = 1
+    compress_mode: CompressMode = "prune"
+    min_depth: MinDepth = 1
 
     def __post_init__(self) -> None:
+        if self.compress_mode not in MODES:
+            raise OptionError(f"compress_mode is {self.compress_mode!r}; it is one of {', '.join(map(repr, MODES))}")
         if self.layout not in LAYOUTS:
             raise OptionError(f"layout is {self.layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
 
@@ -136,6 +148,7 @@ class Analysis:
         strict_out_nodes: Which outputs need not keep their size.
         allow_graph, prune_frozen, drop_unreached: As in :class:`oto.OTO`.
         first_cost: The cost of the model before it was made smaller while it trained; ``None`` if it was not.
+        branches: The segments and the branches that stay, if segments may go.
     """
 
     model: nn.Module
@@ -150,6 +163,7 @@ class Analysis:
     prune_frozen: bool
     drop_unreached: bool
     first_cost: Cost | None = None
+    branches: Branches | None = None
 
     @property
     def graph(self) -> Graph:
@@ -177,7 +191,14 @@ class Analysis:
 
     def explain(self, *, search: bool = False) -> Explanation:
         """What can be removed, and why the rest stays whole."""
-        return explain(self.groups, self.partition, self.form.decisions if search else ())
+        staying = () if self.branches is None else self.branches.staying
+        return explain(self.groups, self.partition, self.form.decisions if search else (), staying)
+
+    def erasable(self) -> Erasable:
+        """What may go as a whole, whether or not it is asked for."""
+        partition, found = (self.partition, self.branches) if self.branches else with_segments(self.partition)
+        assert found is not None
+        return erasable(partition, [group for group in self.groups if group.segment], found.staying)
 
     def coverage(self) -> dict[str, dict[str, int]]:
         """The operators of the model by the kind of rule that they have, with the number of calls."""
@@ -257,15 +278,18 @@ class Analysis:
         return replace(self, model=model, example=example)  # the rest holds no tensors, so it can be shared
 
     def __getstate__(self) -> dict[str, Any]:
-        found_anew = ("partition", "state", "costs")  # operators cannot be pickled
-        return {**{k: v for k, v in vars(self).items() if k not in found_anew}, "form": self.form.kind}
+        found_anew = ("partition", "state", "costs", "branches")  # operators cannot be pickled
+        kept = {k: v for k, v in vars(self).items() if k not in found_anew}
+        return {**kept, "form": self.form.kind, "branches": self.branches is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         with undone(left_before(self.model, self.example)):
             vars(self)["state"] = ModelState(self.model)
             graph = record(self.model, self.example, known, dead=not self.allow_graph, training=True)
-            vars(self)["partition"] = trainable(graph, self.strict_out_nodes)
+            partition = trainable(graph, self.strict_out_nodes)
+            found = with_segments(partition) if state.get("branches") else (partition, None)
+            vars(self)["partition"], vars(self)["branches"] = found
             kind: Any = self.form
             own = ask_the_class(self) if kind == "class" else None
             vars(self)["form"] = Form(kind, Recipe.of(self.model) if kind == "config" else None, own)
@@ -299,6 +323,8 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
         _warn_of_unknown(partition, model)
         groups = apply_tensor_parallel(groups, options.tensor_parallel)
         groups = tied(groups, model) if options.layout in ("uniform", "stock") else groups
+        if options.compress_mode == "erase":
+            groups = keep_whole(groups, [group.name for group in groups], ERASE)
         found = _in_form(
             options.layout,
             Analysis(
@@ -315,12 +341,24 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
                 options.drop_unreached,
             ),
         )
+        if options.compress_mode != "prune":
+            found = _with_segments(found, options, skipped, only)
         try:
             require_prunable(found.groups, graph)
         except NothingPrunableError as failure:
             failure.explanation = found.explain(search=True)
             raise
         return found
+
+
+def _with_segments(analysis: Analysis, options: Options, skipped: list[str], only: list[str] | None) -> Analysis:
+    """The analysis in which segments may go, too, within what was said of their parameters."""
+    partition, found = with_segments(analysis.partition)
+    groups = segment_groups(partition, options.min_depth)
+    groups = groups if options.prune_frozen else keep_frozen(groups, analysis.graph)
+    groups = _but_skipped(groups, skipped, analysis.graph)
+    groups = groups if only is None else _only(groups, only, analysis.graph, analysis.model)
+    return replace(analysis, partition=partition, branches=found, groups=(*analysis.groups, *groups))
 
 
 def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:

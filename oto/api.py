@@ -9,14 +9,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from oto.analysis import Layout, Options, analyze
+from oto.analysis import CompressMode, Layout, Options, analyze
 from oto.groups import Costs, NodeGroup, Partition
 from oto.groups.align import Align
 from oto.groups.policy import MinKept, Pattern
+from oto.groups.segments import MinDepth
 from oto.io.subnet import FULL, WEIGHTS
 from oto.knowledge import LEVELS, Knowledge, mark_by_knowledge
 from oto.pruning import Pruning
 from oto.renamed import former
+from oto.report.erasable import Erasable
 from oto.report.explain import Explanation
 from oto.shrinking import shrink
 from oto.subnet import Build, Emitter, Subnet, build_subnet
@@ -52,6 +54,11 @@ class OTO(Pruning):
             The slim model is of the stock class, see :meth:`Subnet.save_pretrained`. ``"stock"``: also, a width that is
             heads times the head width stays so. By default (``None`` or ``"free"``) every block has its own counts.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.
+        compress_mode: ``"prune"``: channels, heads and the like go. ``"erase"``: whole segments go, such as the branch
+            of a residual block, the attention or the MLP of a layer: see :meth:`erasable`. ``"both"``: all of them, in
+            one budget.
+        min_depth: How many segments of a run of repeated blocks stay, an int; or the share of them, a float; or a
+            mapping from globs of module paths to either.
         everything: The former name of ``allow_graph``.
 
     Raises:
@@ -73,10 +80,13 @@ class OTO(Pruning):
         only: Iterable[Pattern] | None = None, strict_out_nodes: bool | Iterable[str] = False, min_kept: MinKept = 1,
         allow_graph: bool = False, prune_frozen: bool = False, drop_unreached: bool = False,
         layout: Layout | None = None, tensor_parallel: int = 1, everything: bool | None = None,
+        compress_mode: CompressMode = "prune", min_depth: MinDepth = 1,
     ) -> None:  # fmt: skip
         graph = allow_graph or former("everything", everything, "allow_graph") or False
         policies = skip_patterns, only, strict_out_nodes, min_kept, graph, prune_frozen, drop_unreached
-        self._analysis = analyze(model, dummy_input, Options(*policies, layout, tensor_parallel))
+        self._analysis = analyze(
+            model, dummy_input, Options(*policies, layout, tensor_parallel, compress_mode, min_depth)
+        )
         self._training = Training()
         self._saved: Path | None = None  # the folder of the last artifact
 
@@ -162,6 +172,10 @@ class OTO(Pruning):
         its code, what was seen there, what was tried, and what was settled on.
         """
         return self._analysis.explain(search=search)
+
+    def erasable(self) -> Erasable:
+        """The segments that may go as a whole, what each saves, and why other branches stay: print it."""
+        return self._analysis.erasable()
 
     def coverage(self) -> dict[str, dict[str, int]]:
         """The operators of the model by the kind of rule that they have, with the number of calls."""

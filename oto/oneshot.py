@@ -388,6 +388,11 @@ def one_shot(
     if isinstance(asked := options.get("saliency"), str):
         comparable = COMPARABLE if asked == "sensitivity" else {}
         options = {**comparable, **options, "saliency": MEASURED.get(asked, asked)}
+    if analysis.partition.segments:
+        raise OptionError(
+            "one_shot removes atoms, and no segments (compress_mode)\n  effect  nothing was changed\n"
+            "  to fix  OTO(..., compress_mode='prune').one_shot(...), or train with oto.hesso(...)"
+        )
     data, choice = Data.of(batches, loss, holdout), choice_for(analysis, options, "one_shot")
     with stages("one_shot"):
         return compress(analysis, choice, data, settings)

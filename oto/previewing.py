@@ -87,11 +87,17 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
     It is corrected by measurements near the model that a choice by the weights alone would give.
 
     Raises:
-        TargetError: Latency cannot be measured, or not even the thinnest model is fast enough.
+        TargetError: Latency cannot be measured, or not even the thinnest model is fast enough; or segments may go.
     """
     goal, costs = options.get("target_latency_ms"), analysis.costs
     if goal is None:
         return None
+    if analysis.partition.segments:
+        raise TargetError(
+            "target_latency_ms cannot be met where segments may go (compress_mode): what a model takes without some is"
+            " not measured yet\n  effect  nothing was made\n"
+            "  to fix  ask for target_macs, target_params or target_bytes; or compress_mode='prune'"
+        )
     # refuses nonsense before anything is timed
     Target.of(picked(options, TargetOptions), costs.sizes, costs, costs.macs)
     limits = FROM_MAGNITUDE | {name: options[name] for name in (*LIMITS, "align") if name in options}

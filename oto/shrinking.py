@@ -45,6 +45,12 @@ def shrink(
         The analysis of the smaller model, and its training; unchanged if there is nothing to remove.
     """
     optimizer = training.inside(wrapper)
+    if analysis.partition.segments:
+        raise ShrinkError(
+            f"segments of this {type(analysis.model).__name__} may go (compress_mode), and they cannot leave while it"
+            " trains\n  effect  nothing was changed\n"
+            "  to fix  train to the end and construct_subnet(); or compress_mode='prune'"
+        )
     full = analysis.partition if training.partition is None else training.partition
     there = {name: np.flatnonzero(mask) for name, mask in optimizer.kept.items()}
     _require_of(analysis, optimizer, full, there)

@@ -16,6 +16,7 @@ from oto.errors import ArtifactError, EmitterError, NotPrunedWarning, OptionErro
 from oto.groups import Cost, Kept, cost
 from oto.groups.align import Align, multiples
 from oto.groups.layout import equalize_ties
+from oto.groups.segments import legal
 from oto.io.artifact import adding, check_out_dir
 from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
@@ -257,6 +258,8 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     zeros = read_zeros(analysis.groups, analysis.model)  # and refuses what is not finite
     zeros = zeros if known is None else dict(known)
     kept, uneven = _even(analysis, zeros, build.align)
+    kept, back = legal(analysis.partition, kept)
+    uneven += [f"{name}, which is zero, was kept: the network would come apart without it" for name in back]
     recipe = _recipe(analysis, build.emitter)
     source = Source(
         analysis.model,

@@ -41,11 +41,12 @@ SLIM = {
     "config": {"edits", "proof", "pruned_shapes"},  # what a field states is tried, and a trial is compared
     "graph": {"edits", "proof", "pruned_shapes"},
     "removed": {"edits", "proof"},
+    "erased": {"edits", "proof"},
     "provenance": {"config", "edits"},
     "pickled": {"provenance"},
     "state": {"proof"},
     "source": {"config", "edits", "own_class", "proof", "pruned_shapes"},
-    "emitters": {"config", "edits", "graph", "own_class", "proof", "pruned_shapes", "removed", "source"},
+    "emitters": {"config", "edits", "erased", "graph", "own_class", "proof", "pruned_shapes", "removed", "source"},
     "prove": {"edits", "proof", "pruned_shapes", "source"},
     "latency": {"edits", "graph", "own_class", "proof", "pruned_shapes"},
     "shrink": {"config", "edits", "own_class", "proof", "provenance", "pruned_shapes", "source"},
@@ -339,7 +340,7 @@ FORMER_NAMES = {
 KEPT_NAMES = {
     "Told": {"nn/told.py"},  # pickles from before 0.2 look there
     "told": {  # the fields of `Edits` are keys of an artifact
-        "slim/edits.py", "slim/construct.py", "slim/own_class/layers.py", "slim/proof/run.py",
+        "slim/edits.py", "slim/construct.py", "slim/erased.py", "slim/own_class/layers.py", "slim/proof/run.py",
     },
     "joined": {"report/explain.py"},  # rows of a table that are joined
 }  # fmt: skip

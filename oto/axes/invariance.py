@@ -227,6 +227,52 @@ def _fact(step: Step, dim: int, places: list[list[Place]], facts: Mapping[Place,
     return fact
 
 
+class Everywhere:
+    """What whole tensors hold, for every input: a number in all of their entries, or nothing known.
+
+    The facts of steps hold for an axis that every tensor has, of one entry, as well as for any other.
+    """
+
+    def __init__(self, found: Propagation) -> None:
+        self.steps = found.tape.steps
+        self.readers: dict[int, list[int]] = {}
+        self.always: dict[int, Fact] = {}
+        for i, step in enumerate(self.steps):
+            for tensor in dict.fromkeys(step.inputs):
+                self.readers.setdefault(tensor, []).append(i)
+            fact = self._fact(step, self.always)
+            if fact is not None:
+                self.always[step.output] = fact
+
+    def with_zeros(self, zeros: Iterable[int]) -> dict[int, Fact]:
+        """What changes once some tensors are zero, and nothing else is: the facts of those and of what follows."""
+        new: dict[int, Fact] = dict.fromkeys(zeros, 0.0)
+        facts = ChainMap(new, self.always)
+        ahead = sorted({i for tensor in new for i in self.readers.get(tensor, ())})
+        waiting = set(ahead)
+        while ahead:
+            i = heappop(ahead)
+            step = self.steps[i]
+            fact, before = self._fact(step, facts), facts.get(step.output)
+            if fact is not before and (type(fact) is not type(before) or fact != before):
+                new[step.output] = fact
+                for reader in self.readers.get(step.output, ()):
+                    if reader not in waiting:
+                        waiting.add(reader)
+                        heappush(ahead, reader)
+        return new
+
+    @staticmethod
+    def _fact(step: Step, facts: Mapping[int, Fact]) -> Fact:
+        given = [facts.get(tensor) for tensor in step.inputs]
+        return NOT_FINITE if any(map(_is_broken, given)) else step.fact(*given)
+
+
+def is_zero(fact: Fact) -> bool:
+    """Whether a fact is that of a zero."""
+    return _is_zero(_number(fact))
+
+
 def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
     """The places where a zero alone makes some value not finite.
 

@@ -53,10 +53,10 @@ def multiples(
         OptionError: ``align`` is no positive number, and no preset.
         UnknownParameterError: A glob of it matches no parameter.
     """
-    multiple_of = {g.name: lcm(g.divisor, divisible) if g.prunable else g.size for g in groups}
+    multiple_of = {g.name: lcm(g.divisor, divisible) if g.prunable and not g.segment else g.size for g in groups}
     places: dict[Place, list[tuple[NodeGroup, Slice]]] = {}
     for group in groups:
-        for piece in group.slices:
+        for piece in () if group.segment else group.slices:
             places.setdefault((piece.parameter, piece.dim), []).append((group, piece))
     needs = _needs(places, align, weights)
 

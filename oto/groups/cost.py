@@ -60,7 +60,13 @@ Products = Iterator[tuple[float, Sequence[Term]]]
 
 def _params(partition: Partition, without: Collection[str] = ()) -> Products:
     leaves = _left(partition, without)
-    return ((1, partition.found.terms(leaf.value)) for leaf in leaves if leaf.kind == "parameter")
+    return ((1, _gated(partition, leaf)) for leaf in leaves if leaf.kind == "parameter")
+
+
+def _gated(partition: Partition, leaf: Leaf) -> Sequence[Term]:
+    """The terms of a tensor of the model, with the axes of the segments that it lies in."""
+    terms, gate = partition.found.terms(leaf.value), partition.gates.get(leaf)
+    return terms if gate is None else (*terms, gate)
 
 
 def _left(partition: Partition, without: Collection[str]) -> list[Leaf]:
@@ -69,8 +75,8 @@ def _left(partition: Partition, without: Collection[str]) -> list[Leaf]:
 
 def _bytes(partition: Partition, without: Collection[str] = ()) -> Products:
     leaves = _left(partition, without)
-    held = (leaf.value for leaf in leaves if leaf.kind in ("parameter", "buffer"))
-    return ((value.dtype.itemsize, partition.found.terms(value)) for value in held)
+    held = (leaf for leaf in leaves if leaf.kind in ("parameter", "buffer"))
+    return ((leaf.value.dtype.itemsize, _gated(partition, leaf)) for leaf in held)
 
 
 def _macs(partition: Partition) -> Products:
@@ -79,10 +85,11 @@ def _macs(partition: Partition) -> Products:
 
 def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
     """Every product of the forward in eval mode: the index of its node, and the terms of its volume."""
-    nodes = len(partition.found.graph.nodes)
+    nodes, gates = len(partition.found.graph.nodes), partition.gates
     for step in partition.found.tape.steps:
         if step.volume is not None and step.node < nodes:
-            yield step.node, step.volume
+            gate = gates.get(step.node)
+            yield step.node, step.volume if gate is None else (*step.volume, gate)
 
 
 def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[int, int]:
@@ -177,9 +184,23 @@ class Polynomial:
 
     def marginal(self, counts: NDArray[np.int64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
         """How much is saved if one count alone gets smaller by ``fewer``, for each count; shapes ``(size,)``."""
+        if not counts.all():
+            return self._marginal_at_zeros(counts.astype(np.float64), fewer)
         now = np.maximum(counts, 1).astype(np.float64)
         before, after = (n[self._index] ** self._power for n in (now, now - fewer))
         saved = self._products(counts)[self._monomial] / before * (before - after)  # divides evenly
+        total: NDArray[np.float64] = np.bincount(self._index, saved, minlength=self.size).astype(np.float64)
+        return total
+
+    def _marginal_at_zeros(self, now: NDArray[np.float64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The same where some counts are zero, as those of segments may be: of these, what more of them would cost."""
+        filled = np.where(now == 0, 1.0, now)
+        products = self.coefficients * np.append(filled, 1.0)[self.factors].prod(axis=1)
+        is_zero = now[self._index] == 0
+        zeros = np.bincount(self._monomial, is_zero, minlength=len(products))
+        alone = zeros[self._monomial] == is_zero  # no other factor is zero
+        before, after = (n[self._index] ** self._power for n in (now, now - fewer))
+        saved = products[self._monomial] / filled[self._index] ** self._power * alone * (before - after)
         total: NDArray[np.float64] = np.bincount(self._index, saved, minlength=self.size).astype(np.float64)
         return total
 

@@ -68,12 +68,13 @@ def latency_table(partition: Partition, costs: Costs, device: torch.device, divi
             tensors = [partition.found.terms(value) for value in (*node.inputs(), *node.outputs) if value is not None]
             work, traffic = ([sum(_size(x, counts) for x in each) for counts in widths] for each in (macs, tensors))
             a, b, c = fitted([times[node.index] for times in timed], work, traffic)
+            gate = [partition.gates[node.index]] if node.index in partition.gates else []
             falls = b * work[0] + c * traffic[0]
             if (more := SLOPE * timed[0][node.index] - falls) > 0 and traffic[0]:
                 a, c = a - more, c + more / traffic[0]
-            yield a, ()
-            yield from ((b, terms) for terms in macs if b)
-            yield from ((c, terms) for terms in tensors if c)
+            yield a, gate
+            yield from ((b, [*terms, *gate]) for terms in macs if b)
+            yield from ((c, [*terms, *gate]) for terms in tensors if c)
 
     return polynomial(products(), {axis: i for i, axis in enumerate(axes)})
 

@@ -37,9 +37,16 @@ class Slice:
     dim: int
     cuts: tuple[Cut, ...]
 
+    @classmethod
+    def whole(cls, parameter: str, shape: Sequence[int]) -> Slice:
+        """All of a parameter as the entries of a single atom."""
+        return cls(parameter, 0, (Cut(1, 1, shape[0], 0, 1),) if shape else ())
+
     def of(self, tensor: Tensor) -> Tensor:
         """The view of ``tensor`` that holds the group's entries, shape ``(size, *rest)``; row ``a`` is atom ``a``."""
         dim = self.dim
+        if not tensor.ndim:  # one that is a number has no dimension to cut, and is whole
+            return tensor.unsqueeze(0)
         for cut in self.cuts:
             if cut.before != 1 or cut.after != 1:
                 tensor = tensor.unflatten(dim, (cut.before, cut.middle, cut.after))
@@ -64,6 +71,9 @@ class NodeGroup:
         quiet: Whether all gradients of an atom's ``slices`` are exactly zero once these are zero.
         tie: Groups of the same tie keep equally many atoms, each its own; ``None`` if the count is free.
         divisor: The kept count is a multiple of this; it divides ``size``.
+        segment: Whether its one atom is a segment (:mod:`oto.groups.segments`), which may go like any other atom, and
+            of which every slice is a whole parameter.
+        among: For a segment, the sets of segments that it is one of, each with the number of those that stay.
     """
 
     name: str
@@ -76,6 +86,8 @@ class NodeGroup:
     quiet: bool = False
     tie: str | None = None
     divisor: int = 1
+    segment: bool = False
+    among: tuple[tuple[str, int], ...] = ()
 
     @property
     def prunable(self) -> bool:
@@ -104,7 +116,7 @@ class NodeGroup:
             clear_(piece.of(tensors[piece.parameter].detach()), atoms)
 
     def __str__(self) -> str:
-        atoms = f"{self.size:,} atom{'s' * (self.size != 1)}"
+        atoms = "a segment" if self.segment else f"{self.size:,} atom{'s' * (self.size != 1)}"
         if not self.prunable:
             named = ", ".join(f"{piece.parameter}[{piece.dim}]" for piece in self.slices[:5])
             return f"{self.name}: {atoms}, whole because {self.reason}\n  of      {named}{_more(self.slices[5:])}"

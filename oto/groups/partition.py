@@ -18,10 +18,37 @@ from oto.axes.invariance import Exact, prove
 from oto.axes.propagate import Propagation, propagate
 from oto.axes.terms import Axis, Reason, Sum, Term, axes_of, count, resolve, survivors
 from oto.groups.node_group import Cut, NodeGroup, Slice
-from oto.trace.graph import Graph, Value
+from oto.trace.graph import Graph, Leaf, Value
 
 Kept = Mapping[str, NDArray[np.int64]]
 _WHOLE: Mapping[Axis, int] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A part of a network that is not computed once what it writes is zero; see :mod:`oto.groups.segments`.
+
+    Attributes:
+        name: The module that ends it; unique, and no node group's.
+        axis: Its axis of size 1, one more factor of the size of all that is in it.
+        joint: Index of the addition that it goes into.
+        edge: What goes into it from the segment.
+        left: What the joint gives without the segment: its other argument.
+        made: What the joint gives.
+        writers: The parameters that must be zero.
+        body: Indices of the calls that only the joint reads the results of.
+        leaves: The tensors of the model that only these calls read.
+    """
+
+    name: str
+    axis: Axis
+    joint: int
+    edge: Value
+    left: Value
+    made: Value
+    writers: tuple[Leaf, ...]
+    body: frozenset[int]
+    leaves: tuple[Leaf, ...] = ()
 
 
 @dataclass(eq=False)
@@ -31,12 +58,28 @@ class Partition:
     Attributes:
         found: The terms of every dimension.
         groups: Every axis that a parameter carries, prunable or not, in the order of the parameters.
-        axes: The axis of each group, by name.
+        axes: The axis of each group, and of each segment, by name.
+        segments: The parts that may go as a whole, if they were looked for.
     """
 
     found: Propagation
     groups: tuple[NodeGroup, ...]
     axes: Mapping[str, Axis]
+    segments: tuple[Segment, ...] = ()
+
+    @cached_property
+    def gates(self) -> Mapping[int | Leaf, Term]:
+        """For each call (by its index) and each tensor of the model that lie in segments, the axes of these."""
+        found: dict[int | Leaf, Term] = {}
+        for segment in self.segments:
+            inside: list[int | Leaf] = [*segment.body, *segment.leaves]
+            for one in inside:
+                found[one] = (*found.get(one, ()), segment.axis)
+        return found
+
+    def erased(self, kept: Kept) -> list[Segment]:
+        """The segments of which nothing is kept."""
+        return [segment for segment in self.segments if segment.name in kept and not len(kept[segment.name])]
 
     @cached_property
     def graph(self) -> nx.DiGraph:
@@ -44,7 +87,7 @@ class Partition:
 
         Nodes are called ``"node-12"`` (a call), ``"parameter fc.weight"``, ``"input 0"``, ``"output 0"``.
         """
-        return _flow(self.found, {axis: name for name, axis in self.axes.items()})
+        return _flow(self.found, {self.axes[group.name]: group.name for group in self.groups})
 
     def masks(self, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
         """For each group in ``kept``, which atoms survive."""

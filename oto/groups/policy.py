@@ -329,6 +329,8 @@ def atoms_of(asked: int | float, size: int, option: str) -> int:
 
 
 def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
+    if group.segment:  # it goes as a whole; how many stay is for min_depth to say
+        return group
     least = max(minimum, group.min_kept)
     if group.size > least or not group.prunable:
         return replace(group, min_kept=least)
@@ -336,6 +338,7 @@ def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
 
 
 _FROZEN, _ASKED = "^frozen|no trainable", "marked|^skip_|^only|^layout|no more than"
+ERASE = "marked: compress_mode='erase' lets segments go, and nothing else"
 
 REMEDIES = (  # patterns of reasons, each with what a user may do about it, the most promising first
     ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -112,6 +113,10 @@ def _name(where: str, value: Any) -> None:
 def _flag(where: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise _refuse(where, value, "true or false")
+
+
+def _any(where: str, value: Any) -> None:
+    """Nothing to check."""
 
 
 def _one_of(*values: str) -> Check:
@@ -321,6 +326,26 @@ def _inner_path(where: str, value: Any) -> None:
         raise Refusal(f"{where} is empty, which stands for the model itself")
 
 
+# erased: what takes the place of modules, see oto.nn.ErasedForward
+
+_WINDOW = _list(_tuple(_SIZE, _SIZE, _COUNT, _SIZE), 3)
+
+
+def _gives(where: str, value: Any) -> None:
+    """What a call gives: a tensor that it is given, zeros, a plain value, or some of these."""
+    kind = next((name for name in _GIVES if isinstance(value, dict) and name in value), "value")
+    _GIVES[kind](where, value)
+
+
+_GIVES: dict[str, Check] = {
+    "given": _entries({"given": _name}, {"copy": _flag}),
+    "zeros": _entries({"zeros": _name}, {"last": _COUNT, "channels": _COUNT, "window": _WINDOW}),
+    "items": _entries({"items": _list(_gives, 64)}, {"list": _flag}),
+    "value": _entries(
+        {"value": _either("a plain value", {bool: _flag, int: _number(), float: _number(), str: _text, NoneType: _any})}
+    ),
+}
+
 _KEY = _list(_either("a name or a place", {str: _name, int: _COUNT}), 16)
 _EDITS = _entries(
     {},
@@ -334,6 +359,7 @@ _EDITS = _entries(
         "config": _table(_number()),
         "dropped": _table(_one_of("none", "identity"), key=_inner_path),
         "untrained": _text,
+        "erased": _table(_entries({"takes": _list(_name, 256), "gives": _gives}), key=_inner_path),
     },
 )
 _COST = _entries(dict.fromkeys(("params", "macs", "bytes"), _integer(0, 2**63)), closed=False)

@@ -10,7 +10,7 @@ import os
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,7 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str,
 
 def plain_edits(edits: Edits) -> dict[str, Any]:
     """The edits as plain data for JSON."""
-    return asdict(edits)
+    return edits.plain()
 
 
 def load_subnet(

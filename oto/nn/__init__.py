@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from oto.nn.erased import ErasedForward
 from oto.nn.modules import SWAPS, GroupNorm, LayerNorm, MultiheadAttention, RMSNorm, TransformerEncoder
 from oto.nn.overridden import OverriddenForward
 from oto.nn.untrained import Untrained
@@ -11,6 +12,7 @@ from oto.renamed import warn_of_former_name
 
 __all__ = [
     "SWAPS",
+    "ErasedForward",
     "GroupNorm",
     "LayerNorm",
     "MultiheadAttention",

@@ -24,7 +24,7 @@ from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, held_part
 from oto.optim.criteria import Criteria, published, read_criteria
 from oto.optim.kept import as_named
-from oto.optim.limits import FLOOR, align_of, divisors_of, least_of, prunable
+from oto.optim.limits import FLOOR, align_of, divisors_of, least_of, prunable, staying_of
 from oto.optim.options import ChoiceOptions, names_of, refuse_unknown
 from oto.optim.saliency import WITHIN_GROUPS, name_of
 from oto.optim.select import select
@@ -188,7 +188,10 @@ class Choice(Criteria):
             alive = torch.ones(sum(self.sizes), dtype=torch.bool)
             kept: Counts = np.minimum(self._counts(~self.select(alive.float(), alive)), counts)
             return kept
-        return next(self._floors(self.target.goal))
+        left = np.repeat(counts > 0, self.sizes)  # of segments, the one atom; which of a set stay is settled by place
+        staying = staying_of(self.groups, np.zeros(len(left)), left)
+        lowest: Counts = np.maximum(next(self._floors(self.target.goal)), staying)
+        return lowest
 
     def select(self, scores: Tensor, alive: Tensor, share: float = 1.0) -> Tensor:
         """The atoms that go, bool, shape ``(N,)``, on the CPU.
@@ -208,13 +211,14 @@ class Choice(Criteria):
         if self.normalize in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
         found: list[tuple[float, Tensor]] = []
+        staying = staying_of(self.groups, values, left)
         for least in self._floors(goal):  # a lower one only where steps are too coarse to come near the goal above it
             chosen = torch.from_numpy(
                 select(
                     values,
                     left,
                     sizes,
-                    least,
+                    np.maximum(least, staying),
                     self.tied_measure,
                     goal,
                     self.multiples,

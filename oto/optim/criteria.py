@@ -20,6 +20,7 @@ from oto.optim.saliency import (
     Entries,
     Saliency,
     Weights,
+    compared,
     importance,
     name_of,
     raw_scores,
@@ -94,7 +95,7 @@ class Criteria:
         """
         sizes = [own.size for own in entries]
         raw = [averages[c] if c in averages else raw_scores(entries, c, alive.device) for c, _ in self.criteria]
-        scores = importance(raw, [weight for _, weight in self.criteria], alive, sizes, self.normalize)
+        scores = importance(raw, [weight for _, weight in self.criteria], alive, compared(entries), self.normalize)
         if self.within is None:
             return scores
         by = raw_scores(entries, self.within, alive.device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oto.groups.align import Align, multiples
 from oto.groups.cost import Costs
@@ -59,7 +60,31 @@ def divisors_of(
 
 
 def least_of(groups: Sequence[NodeGroup], divisors: Sequence[int], share: float = 0.0) -> Counts:
-    """Atoms that each node group keeps, shape ``(groups,)``: its least, and ``share`` of its atoms at least."""
+    """Atoms that each node group keeps, shape ``(groups,)``: its least, and ``share`` of its atoms at least.
+
+    A segment need not be kept; how many of them are follows from what they are among (:func:`staying_of`).
+    """
     least = [max(group.min_kept, int(np.ceil(share * group.size))) for group in groups]
     sized = zip(groups, least, divisors, strict=True)
-    return np.array([least_kept(group.size, own, by) for group, own, by in sized], dtype=np.int64)
+    kept = [group.min_kept if group.segment else least_kept(group.size, own, by) for group, own, by in sized]
+    return np.array(kept, dtype=np.int64)
+
+
+def staying_of(groups: Sequence[NodeGroup], scores: NDArray[np.float64], left: NDArray[np.bool_]) -> Counts:
+    """Segments that stay whatever goes, as counts, shape ``(groups,)``: of each set the best of those that are left.
+
+    Args:
+        scores, left: Importance of every atom, and whether it is left, shape ``(N,)``.
+    """
+    sets: dict[str, list[int]] = {}
+    numbers: dict[str, int] = {}
+    first = np.cumsum([0, *(group.size for group in groups)])
+    for i, group in enumerate(groups):
+        for name, number in group.among:
+            sets.setdefault(name, []).append(i)
+            numbers[name] = number
+    staying = np.zeros(len(groups), dtype=np.int64)
+    for name, members in sets.items():
+        there = [i for i in members if left[first[i]]]
+        staying[sorted(there, key=lambda i: (-scores[first[i]], i))[: numbers[name]]] = 1
+    return staying

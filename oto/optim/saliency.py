@@ -40,12 +40,14 @@ class Entries:
         gradients: The same views of the gradients; ``None`` where a parameter has none.
         readers: One view per slice that reads an atom rather than writes it, such as the columns of the next layer.
         convolved: Whether a convolution over two or more dimensions reads the atoms.
+        segment: Whether it is a segment, which is compared with the other segments where atoms are with their group.
     """
 
     weights: Sequence[Tensor]
     gradients: Sequence[Tensor | None]
     readers: Sequence[Tensor] = ()
     convolved: bool = False
+    segment: bool = False
 
     @classmethod
     def of(cls, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str] = ()) -> Entries:
@@ -60,6 +62,8 @@ class Entries:
             gradient = None if p.grad is None else piece.of(p.grad)
             weights.append(piece.of(p.data))
             gradients.append(-gradient if gradient is not None and piece.parameter in maximized else gradient)
+        if group.segment:
+            return cls(weights, gradients, segment=True)
         reading = [piece for piece in group.slices if piece not in group.zeros and piece.parameter in parameters]
         readers = [view for piece in reading if (view := piece.of(parameters[piece.parameter].data)).dim() > 1]
         return cls(weights, gradients, readers, any(parameters[piece.parameter].dim() > 3 for piece in reading))
@@ -215,6 +219,17 @@ def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.dev
     """A criterion for every atom, node group after node group, float32 at least, shape ``(N,)``."""
     raw = torch.cat([sent(criterion(entries), device) for entries in groups])
     return raw.to(torch.promote_types(raw.dtype, torch.float32))
+
+
+def compared(groups: Sequence[Entries]) -> list[int]:
+    """Atoms of each node group, with neighboring segments counted as one group: alone each would be its own average."""
+    sizes: list[int] = []
+    for i, entries in enumerate(groups):
+        if entries.segment and i and groups[i - 1].segment:
+            sizes[-1] += entries.size
+        else:
+            sizes.append(entries.size)
+    return sizes
 
 
 def importance(

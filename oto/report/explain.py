@@ -12,6 +12,8 @@ from typing import Any
 from oto.errors import some
 from oto.groups import NodeGroup, Partition
 from oto.groups.policy import REMEDIES, promise, starred
+from oto.groups.segments import Staying
+from oto.report.erasable import Branch, branch_of, described
 from oto.report.table import columns, html
 from oto.trace.graph import Graph
 
@@ -59,6 +61,7 @@ class Explanation:
         unknown: Operators without a rule.
         search: If it was asked for, each decision of the search of what the model's class needs: the line of code, what
             was seen and tried there, and what was chosen.
+        staying: Residual and parallel branches that cannot go as a whole, and why; where segments may go.
     """
 
     trace: str
@@ -69,13 +72,15 @@ class Explanation:
     unreached: tuple[str, ...]
     unknown: tuple[str, ...]
     search: tuple[str, ...] = ()
+    staying: tuple[Branch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([*self._lines(), *_table(self.whole), *self._remedies(), *self.search])
+        staying = [f"stays: {described(branch)}" for branch in self.staying]
+        return "\n".join([*self._lines(), *_table(self.whole), *self._remedies(), *staying, *self.search])
 
     def _repr_html_(self) -> str:
         above = "\n".join(self._lines())
@@ -103,11 +108,17 @@ class Explanation:
         return lines
 
 
-def explain(groups: Sequence[NodeGroup], partition: Partition, search: Iterable[object] = ()) -> Explanation:
+def explain(
+    groups: Sequence[NodeGroup],
+    partition: Partition,
+    search: Iterable[object] = (),
+    staying: Iterable[Staying] = (),
+) -> Explanation:
     """Explain which node groups are prunable, and why the others are not.
 
     Args:
         search: The decisions of the search of a class, to be printed as well.
+        staying: The branches that cannot go as a whole, to be printed as well.
     """
     graph = partition.found.graph
     sizes = {leaf.name: prod(leaf.value.shape) for leaf in graph.leaves if leaf.kind == "parameter"}
@@ -123,6 +134,7 @@ def explain(groups: Sequence[NodeGroup], partition: Partition, search: Iterable[
         tuple(leaf.name for leaf in graph.leaves if leaf.kind == "parameter" and leaf.value not in used),
         tuple(sorted({node.name for node in partition.found.unknown})),
         tuple(map(str, search)),
+        tuple(branch_of(branch, partition) for branch in staying),
     )
 
 

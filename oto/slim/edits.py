@@ -6,7 +6,7 @@ What changes is stated as plain data (:class:`Edits`), so an artifact can replay
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oto.errors import EmitterError, reraise_out_of_memory
 from oto.groups import Partition
-from oto.nn import SWAPS, OverriddenForward, Untrained
+from oto.nn import SWAPS, ErasedForward, OverriddenForward, Untrained
 from oto.nn import modules as slim_layers
 from oto.nn.overridden import merge_rounds
 from oto.slim.copying import copied
@@ -36,6 +36,7 @@ class Edits:
         config: If the class is made anew from ``model.config`` instead, the fields that change.
         dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
         untrained: Why train mode is refused; empty if it is not.
+        erased: For each path of a module that is not run any more, the arguments of :class:`oto.nn.ErasedForward`.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -45,6 +46,12 @@ class Edits:
     config: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
+    erased: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data; what an earlier version does not know is there only where it says something."""
+        plain = asdict(self)
+        return plain if self.erased else {name: value for name, value in plain.items() if name != "erased"}
 
 
 class Scale(Protocol):
@@ -98,6 +105,9 @@ def edited(slim: nn.Module, edits: Edits) -> nn.Module:
     for path in {**before, **edits.told} if edits != Edits() else ():
         module, calls = module_at(slim, path), edits.told.get(path, {})
         OverriddenForward(module, merge_rounds(before[path].calls, calls) if path in before else calls).install()
+    for path, how in edits.erased.items():
+        module = module_at(slim, path)
+        ErasedForward(type(module), how["takes"], how["gives"]).install(module)
     for path, instead in edits.dropped.items():
         module_at(slim, path)
         _put(slim, path, nn.Identity() if instead == "identity" else None)

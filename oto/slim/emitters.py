@@ -7,8 +7,10 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from oto.axes.registry import known
+from oto.errors import EmitterError
 from oto.slim.config.emit import emit_stock
 from oto.slim.edits import Edits, forget_idle, named_tensors, pruned_tensor, pruned_tensors, slim_copy
+from oto.slim.erased import Erasures, leaving_out, plan
 from oto.slim.graph.emit import emit_graph
 from oto.slim.graph.replay import check_recording, emit_recording
 from oto.slim.own_class import plan_edits
@@ -27,6 +29,8 @@ def emit_config(source: Source) -> Emitted:
     Raises:
         EmitterError: No config states the pruned shapes.
     """
+    if gone := source.partition.erased(source.kept):
+        raise EmitterError(f"no config states that {gone[0].name} is left out")
     made = emit_stock(source.model, source.partition, source.kept, source.recipe)
 
     def compare(reference: Reference) -> list[Check]:
@@ -44,14 +48,30 @@ def emit_class(source: Source) -> Emitted:
     pruned = source.pruned
     edits = plan_edits(source.model, pruned, source.own)
     gone: set[str] = set()
+    if source.partition.erased(source.kept):
+        found = erasures(source, edits)
+        edits = leaving_out(edits, found.erased, source.model)
+        gone = set(within([name for leaf in source.partition.found.graph.leaves for name in leaf.names], edits.erased))
     if source.drop_unreached:
         tensors = pruned_tensors(source.model, pruned)
         edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
-        gone = set(within(tensors, edits.dropped))
+        gone |= set(within(tensors, edits.dropped))
     slim = _emit_class(source, pruned, edits, gone)
     learn(slim.model, edits, source.dummy_input)
     forget_idle(slim.model, edits)
     return slim
+
+
+def erasures(source: Source, edits: Edits | None = None) -> Erasures:
+    """How the class leaves out the segments of which nothing is kept.
+
+    Args:
+        edits: Those of the thin copy.
+    """
+    edits = plan_edits(source.model, source.pruned, source.own) if edits is None else edits
+    tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
+    gone = source.partition.erased(source.kept)
+    return plan(source.model, source.partition, gone, tensors, edits, source.dummy_input)
 
 
 def _emit_class(source: Source, pruned: PrunedShapes, edits: Edits, gone: Collection[str]) -> Emitted:

@@ -134,8 +134,9 @@ def with_random_constants(source: Source) -> nn.Module:
     model, pruned = source.model, source.pruned
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
+    zero = {leaf for segment in source.partition.erased(source.kept) for leaf in segment.writers}
     for leaf in pruned.found.graph.leaves:
-        if not leaf.names:
+        if not leaf.names or leaf in zero:
             continue
         tensor = attribute(model, leaf.names[0]).detach()
         if leaf.kind == "parameter" and tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():

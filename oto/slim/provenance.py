@@ -8,7 +8,7 @@ repeated in the same order.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Round:
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
-        return {"edits": asdict(self.edits), "shapes": dict(self.shapes), "kept": dict(self.kept)}
+        return {"edits": self.edits.plain(), "shapes": dict(self.shapes), "kept": dict(self.kept)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,6 +117,8 @@ class Graph:
         replaced: Names of tensors that the forward replaces by others: state, of any shape.
         output_names: Where each output is in what ``forward`` returns: ``"logits"``, ``"hidden.0"``; ``"output"`` if it
             is all.
+        ends: Values that something else than a call reads: code that branches on one, or a tensor of the model that it
+            was written to.
     """
 
     nodes: tuple[Node, ...]
@@ -129,6 +131,7 @@ class Graph:
     dead: frozenset[int] = frozenset()
     replaced: frozenset[str] = frozenset()
     output_names: tuple[str, ...] = ()
+    ends: frozenset[Value] = frozenset()
 
     @property
     def calls(self) -> tuple[Node, ...]:
@@ -181,9 +184,8 @@ class Graph:
 
         inputs, outputs = tuple(map(here, other.inputs)), tuple(map(here, other.outputs))
         leaves = self.leaves + tuple(replace(leaf, value=here(leaf.value)) for leaf in more)
-        trained = Graph(
-            tuple(map(both, other.nodes)), leaves, inputs, outputs, other.mode, output_names=other.output_names
-        )
+        nodes, ends = tuple(map(both, other.nodes)), frozenset(map(here, other.ends))
+        trained = Graph(nodes, leaves, inputs, outputs, other.mode, output_names=other.output_names, ends=ends)
         return replace(self, leaves=leaves, trained=trained)
 
     def _values(self) -> Iterator[Value]:
@@ -359,12 +361,14 @@ class GraphBuilder:
             if self.current[key] is not leaf.value
         ]
         idle = self._idle({*ends, *written, *self.ends} if dead else {*ends, *written})
+        unread: frozenset[int] = frozenset()
         if dead:
-            unread = frozenset() if self.mode == "real" else frozenset(idle)
-            return Graph(tuple(self.nodes), tuple(self.leaves), tuple(self.inputs), ends, self.mode, dead=unread)
-        kept = [node for node in self.nodes if node.index not in idle]
-        nodes = tuple(replace(node, index=i) for i, node in enumerate(kept))
-        return Graph(nodes, tuple(self.leaves), tuple(self.inputs), ends, self.mode)
+            nodes, unread = tuple(self.nodes), frozenset() if self.mode == "real" else frozenset(idle)
+        else:
+            nodes = tuple(node for node in self.nodes if node.index not in idle)
+            nodes = tuple(replace(node, index=i) for i, node in enumerate(nodes))
+        leaves, inputs, read = tuple(self.leaves), tuple(self.inputs), frozenset(self.ends.union(written))
+        return Graph(nodes, leaves, inputs, ends, self.mode, dead=unread, ends=read)
 
     def _idle(self, used: set[Value]) -> set[int]:
         """The calls that no used value depends on; ``used`` is extended in place."""

@@ -14,11 +14,12 @@ from torch import Tensor, fx, nn
 
 from oto._torch import is_free, tree_leaves, tree_map_only
 from oto.axes.call import Size, Uniform
-from oto.axes.propagate import propagate
+from oto.axes.propagate import Propagation, propagate
 from oto.axes.terms import Axis, size_of, survivors
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
-from oto.groups.partition import occurrences
+from oto.groups.partition import Segment, occurrences
+from oto.groups.segments import branches, not_computed, overwritten
 from oto.slim.edits import owner_of
 from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
@@ -46,7 +47,9 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
         pruned, {leaf.value: (leaf.name, entries[leaf.name]) for leaf in exported.graph.leaves if leaf.name in entries}
     )
     ranks = ranks_of(exported)
-    slim = SlimGraph(pruned_module(exported, pruned), exported.module.graph, exported.takes)
+    gone = partition.erased(kept)
+    module = pruned_module(exported, pruned, erased_in(pruned.found, gone) if gone else ())
+    slim = SlimGraph(module, exported.module.graph, exported.takes)
     name_leaves(slim, exported.module, ranks)
     slim.graph.lint()
     slim.recompile()
@@ -68,8 +71,72 @@ def ranks_of(exported: Exported) -> dict[fx.Node, int]:
     return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
 
 
-def pruned_module(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
-    """The exported module with pruned sizes and tensors; its graph is rewritten in place."""
+def erased_in(found: Propagation, gone: Sequence[Segment]) -> list[Segment]:
+    """The segments of an exported graph that write with the same parameters as some of the recorded one.
+
+    Raises:
+        EmitterError: The exported graph has no such segment.
+    """
+    there: dict[frozenset[str], list[Segment]] = {}
+    for segment in branches(found).segments:
+        there.setdefault(_writers(segment), []).append(segment)
+    found_in: list[Segment] = []
+    for segment in gone:
+        if not (same := there.get(_writers(segment))):
+            raise EmitterError(
+                f"the exported graph has no segment that ends at {segment.name}\n"
+                "  effect  no graph can be emitted without it\n"
+                "  to fix  keep it: skip_patterns=[...], and report the model"
+            )
+        found_in += same
+    return sorted(found_in, key=lambda segment: segment.joint)
+
+
+def _writers(segment: Segment) -> frozenset[str]:
+    return frozenset(name for leaf in segment.writers for name in leaf.names)
+
+
+def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule) -> None:
+    """Let joints give their other argument, and leave out what is not computed for anything then."""
+    gone = not_computed(segments)
+    origins = {node.origin for node in exported.graph.nodes if node.index in gone}
+    readers: dict[Value, list[Node]] = {}
+    for node in exported.graph.nodes:
+        for value in node.inputs():
+            readers.setdefault(value, []).append(node)
+    for segment in segments:
+        joint = exported.graph.nodes[segment.joint]
+        place = next(i for i, x in enumerate(joint.args[:2]) if x is segment.left)
+        left = joint.origin.args[place]
+        if overwritten(exported.graph, segment, segments):
+            with slim.graph.inserting_after(joint.origin):
+                left = slim.graph.call_function(aten.clone.default, (left,))
+        joint.origin.replace_all_uses_with(left, delete_user_cb=lambda user, own=left: user is not own)
+        for reader in readers.get(segment.made, []):  # one that was written to in place may be read by its old name
+            for ours, theirs in zip(*_arguments(reader), strict=True):
+                if ours is segment.made:
+                    reader.origin.replace_input_with(theirs, left)
+    ends = ("placeholder", "output")
+    slim.graph.eliminate_dead_code(lambda node: node.op in ends or (node.is_impure() and node not in origins))
+    used = {n.target for n in slim.graph.nodes if n.op in ("get_attr", "call_module")}
+    for name, _ in [*slim.named_parameters(remove_duplicate=False), *slim.named_buffers(remove_duplicate=False)]:
+        parent, _, last = name.rpartition(".")
+        if name not in used and parent not in used:
+            delattr(slim.get_submodule(parent), last)
+
+
+def _arguments(node: Node) -> tuple[list[Any], list[Any]]:
+    """The arguments of a call, and those of the fx node that it stands for."""
+    ours = tree_leaves((list(node.args), dict(node.kwargs)))
+    return ours, tree_leaves((list(node.origin.args), dict(node.origin.kwargs)))
+
+
+def pruned_module(exported: Exported, pruned: PrunedShapes, erased: Sequence[Segment] = ()) -> fx.GraphModule:
+    """The exported module with pruned sizes and tensors; its graph is rewritten in place.
+
+    Args:
+        erased: Segments of its graph that are left out.
+    """
     source = exported.module
     slim = fx.GraphModule(source, source.graph)
     inputs = _tensors_of(exported)
@@ -77,6 +144,8 @@ def pruned_module(exported: Exported, pruned: PrunedShapes) -> fx.GraphModule:
         rewrite = pruned.found.tape.rewrites.get(node.index)
         if rewrite is not None and pruned.changes(rewrite):
             _apply(node, rewrite.op, rewrite.args, dict(rewrite.kwargs), pruned, inputs)
+    if erased:
+        _erase(exported, erased, slim)
     follow_device(slim.graph)
     for node in slim.graph.nodes:  # shapes seen at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
@@ -134,9 +203,7 @@ def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
     found: dict[Value, fx.Node] = {}
     for node in exported.graph.nodes:
         if node.origin is not None:
-            ours = tree_leaves((list(node.args), dict(node.kwargs)))
-            theirs = tree_leaves((list(node.origin.args), dict(node.origin.kwargs)))
-            found.update((a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Value))
+            found.update((a, b) for a, b in zip(*_arguments(node), strict=True) if isinstance(a, Value))
     return found
 
 

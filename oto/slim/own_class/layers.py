@@ -17,6 +17,7 @@ from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError
 from oto.nn import functional as full_count
 from oto.nn import modules as slim_layers
+from oto.nn.erased import is_erased
 from oto.nn.overrides import to_json
 from oto.slim.edits import Edits
 from oto.slim.own_class.placed import overrides_of
@@ -121,6 +122,8 @@ def plan_edits(model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = No
 
 def stock(module: nn.Module | None) -> type[Any] | None:
     """The class of ``torch.nn`` that a module is adapted as; ``None`` if there is none or its forward is the user's."""
+    if module is None or is_erased(module):
+        return None
     kind: type[Any] | None = next((base for base in type(module).__mro__ if base in STOCK), None)
     return kind if kind is not None and kind.forward is getattr(type(module), "forward", None) else None
 

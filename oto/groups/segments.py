@@ -1,0 +1,517 @@
+"""Segments: parts of a network that are not computed at all once what they write is zero (OTOv3, design §10).
+
+Where an addition takes something that is zero for every input, it gives what else it takes. So a *segment* is an edge
+into an addition, its *joint*, with
+
+* its *writers*: the last parameters on every path into the edge. With these at zero, and nothing else known, the facts
+  of :mod:`oto.axes.invariance` say that what comes in is zero everywhere;
+* its *body*: every call that reaches outputs through the edge only. These are the calls that the edge dominates on the
+  graph against the flow of data.
+
+All edges of a network are looked at together: dominators are found once, and a zero is followed only as far as it
+goes. Segments may lie in each other, and share writers: where the outer one is at zero, so is what writes it inside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oto.axes.invariance import Everywhere, is_zero
+from oto.axes.propagate import Propagation
+from oto.axes.terms import Axis
+from oto.groups.node_group import NodeGroup, Slice
+from oto.groups.partition import Kept, Partition, Segment
+from oto.groups.policy import atoms_of, matching
+from oto.trace.graph import Graph, Leaf, Node, Value, effects, write_through
+
+aten = torch.ops.aten
+
+ADDITIONS: Mapping[object, tuple[int, ...]] = {
+    aten.add.Tensor: (0, 1),
+    aten.add_.Tensor: (0, 1),
+    aten.sub.Tensor: (1,),
+    aten.sub_.Tensor: (1,),
+}
+"""Operators that give what else they take where an argument is zero, and the arguments that may be."""
+
+UNLIKE = "what it is added to depends on other inputs, and may go, too"
+_END = "end"
+
+
+@dataclass(frozen=True)
+class Staying:
+    """A branch that cannot go.
+
+    Attributes:
+        node: Index of the addition that it ends at.
+        path: The module that ends it.
+        reason: Why not.
+        cause: Index of the call that is the reason, if one is.
+    """
+
+    node: int
+    path: str
+    reason: str
+    cause: int | None = None
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An argument of an addition.
+
+    Attributes:
+        joint: The addition.
+        value: What comes in.
+        left: What the addition gives without it: its other argument.
+        made: What the addition gives.
+    """
+
+    joint: Node
+    value: Value
+    left: Value
+    made: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """The branches of a network: those that are segments, and those that stay, each with the reason."""
+
+    segments: tuple[Segment, ...]
+    staying: tuple[Staying, ...]
+
+
+def branches(found: Propagation) -> Branches:
+    """Find the segments of a network, in the order of their joints."""
+    graph = found.graph
+    own, staying = _Run(found, graph).branches()
+    if graph.trained is not None:  # in train mode, too, a segment has to be one
+        train = {_key(segment): segment for segment in _Run(found, graph.trained).branches()[0]}
+        kept = [segment for segment in own if _key(segment) in train]
+        lost = [segment for segment in own if _key(segment) not in train]
+        staying += [Staying(s.joint, s.name, "in train mode its result is read in another way, too") for s in lost]
+        own = [replace(s, body=s.body | train[_key(s)].body | {train[_key(s)].joint}) for s in kept]
+    readers = _readers(graph.calls)
+    named: list[Segment] = []
+    taken: dict[str, int] = {}
+    for segment in own:
+        inside = [leaf for leaf in graph.leaves if readers.get(leaf.value) and readers[leaf.value] <= segment.body]
+        if outside := [leaf for leaf in segment.writers if leaf not in inside]:
+            staying.append(Staying(segment.joint, segment.name, f"{outside[0].name} is read elsewhere, too"))
+            continue
+        taken[segment.name] = number = taken.get(segment.name, -1) + 1
+        name = f"{segment.name}+{number}" if number else segment.name
+        named.append(replace(segment, name=name, leaves=tuple(inside)))
+    return Branches(tuple(named), tuple(staying))
+
+
+def _key(segment: Segment) -> frozenset[Leaf]:
+    return frozenset(segment.writers)
+
+
+def _readers(calls: Iterable[Node]) -> dict[Value, set[int]]:
+    found: dict[Value, set[int]] = {}
+    for node in calls:
+        for value in node.inputs():
+            found.setdefault(value, set()).add(node.index)
+    return found
+
+
+class _Run:
+    """The branches of one run: of the network in eval mode, or of what train mode does."""
+
+    def __init__(self, found: Propagation, run: Graph) -> None:
+        self.found, self.run = found, run
+        self.dead = found.graph.dead | _unread_aliases(run)
+        self.nodes = [node for node in run.nodes if node.index not in self.dead]
+        self.calls = {node.index: node for node in self.nodes}
+        self.maker = {v: n for n in run.nodes for v in (*n.outputs, *(new for _, new in n.written)) if v is not None}
+        self.leaves = {leaf.value: leaf for leaf in found.graph.leaves}
+        self.readers = _readers(self.nodes)
+        self.everywhere = Everywhere(found)
+        self.feeds = self._feeds()
+
+    @cached_property
+    def edges(self) -> list[Edge]:
+        """The arguments of additions that give a tensor like both of their arguments."""
+        found: list[Edge] = []
+        for node in self.nodes:
+            for place in ADDITIONS.get(node.op, ()):
+                if len(node.args) < 2 or not all(isinstance(x, Value) for x in node.args[:2]):
+                    continue
+                value, left, made = node.args[place], node.args[1 - place], node.outputs[0]
+                scaled = place == 0 and node.kwargs.get("alpha", 1) != 1
+                if made is None or scaled or value is left:
+                    continue
+                if made.shape == left.shape == value.shape and made.dtype == left.dtype:
+                    found.append(Edge(node, value, left, made))
+        return found
+
+    def branches(self) -> tuple[list[Segment], list[Staying]]:
+        """The segments, named by what ends them, and the branches that stay; what they own is not known yet."""
+        segments, staying = list[Segment](), list[Staying]()
+        bodies = self._bodies()
+        modules = Modules(self.nodes)
+        for edge, body in zip(self.edges, bodies, strict=True):
+            maker = self.maker.get(edge.value)
+            if maker is None or maker.index not in body:
+                continue  # the trunk: what makes it is read elsewhere, too
+            if not self.feeds.get(edge.left):
+                continue  # the trunk, with a constant added to it
+            writers = self._last_parameters(edge.value)
+            if not any(self.readers[leaf.value] <= body for leaf in writers):
+                continue  # nothing in it is trained
+            path = modules.ending(writers[0].name.rpartition(".")[0], body)
+            if needed := self._needed(edge.value, writers):
+                values = edge.value, edge.left, edge.made
+                segments.append(Segment(path, Axis(1), edge.joint.index, *values, tuple(needed), body))
+            else:
+                staying.append(self._loud(edge, path, writers))
+        at = {(segment.joint, segment.edge): segment for segment in segments}
+        for segment in segments:  # of two that meet one may stay, whichever it is, and has to do for both
+            other = at.get((segment.joint, segment.left))
+            if other is not None and self.feeds.get(segment.edge) != self.feeds.get(other.edge):
+                staying.append(Staying(segment.joint, segment.name, UNLIKE, segment.joint))
+                del at[segment.joint, segment.edge], at[other.joint, other.edge]
+        return list(at.values()), staying
+
+    def _feeds(self) -> dict[Value, int]:
+        """For each value the inputs that it depends on, as bits."""
+        feeds = {value: 1 << i for i, value in enumerate(self.run.inputs)}
+        for node in self.run.nodes:
+            own = 0
+            for value in node.inputs():
+                own |= feeds.get(value, 0)
+            for made in (*node.outputs, *(after for _, after in node.written)):
+                if made is not None:
+                    feeds[made] = own
+        return feeds
+
+    def _bodies(self) -> list[frozenset[int]]:
+        """For each edge the calls that reach an end through it only."""
+        flow = nx.DiGraph()  # against the flow of data
+        at = {(edge.joint.index, edge.value): i for i, edge in enumerate(self.edges)}
+        read: set[int] = set()
+        for node in self.nodes:
+            for value in node.inputs():
+                maker = self.maker.get(value)
+                if maker is None or maker.index in self.dead:
+                    continue
+                read.add(maker.index)
+                number = at.get((node.index, value))
+                if number is None:
+                    flow.add_edge(node.index, maker.index)
+                else:
+                    flow.add_edge(node.index, ("edge", number))
+                    flow.add_edge(("edge", number), maker.index)
+        ends = {self.maker[v].index for v in (*self.run.outputs, *self.run.ends) if v in self.maker}
+        ends.update(node.index for node in self.nodes if node.index not in read)
+        flow.add_edges_from((_END, index) for index in sorted(ends))
+        below: dict[object, list[object]] = {}
+        for node, above in nx.immediate_dominators(flow, _END).items() if flow else ():
+            if node != above:
+                below.setdefault(above, []).append(node)
+        return [frozenset(_inside(below, ("edge", i))) for i in range(len(self.edges))]
+
+    def _last_parameters(self, value: Value) -> list[Leaf]:
+        """The last parameters on every path to a value."""
+        found: dict[Leaf, None] = {}
+        seen: set[Value] = set()
+        todo = [value]
+        while todo:
+            value = todo.pop()
+            node = self.maker.get(value)
+            if node is None or value in seen:
+                continue
+            seen.add(value)
+            inputs = list(dict.fromkeys(node.inputs()))
+            own = [leaf for x in inputs if not self.feeds.get(x) for leaf in self._parameters(x)]
+            found.update(dict.fromkeys(own))
+            if not own or not self._is_silenced(value, own):
+                todo += [x for x in reversed(inputs) if self.feeds.get(x)]
+        return list(found)
+
+    def _parameters(self, value: Value) -> Iterator[Leaf]:
+        """The parameters that a value is made of, which depends on no input."""
+        todo, seen = [value], set[Value]()
+        while todo:
+            value = todo.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if value in self.leaves and self.leaves[value].may_be_zeroed:
+                yield self.leaves[value]
+            elif value in self.maker:
+                todo += self.maker[value].inputs()
+
+    def _is_silenced(self, value: Value, zeros: Iterable[Leaf]) -> bool:
+        """Whether a value is zero for every input, once some parameters are."""
+        facts = self.everywhere.with_zeros(self.found.operands[leaf.value].index for leaf in zeros)
+        index = self.found.operands[value].index
+        return is_zero(facts.get(index, self.everywhere.always.get(index)))
+
+    def _loud(self, edge: Edge, path: str, writers: Sequence[Leaf]) -> Staying:
+        """Why an edge is no segment's."""
+        names = ", ".join(leaf.name for leaf in writers[:2]) + (", ..." if len(writers) > 2 else "")
+        cause = self._first_loud(edge.value, writers)
+        reason = f"with {names} at zero it need not be zero"
+        return Staying(edge.joint.index, path, reason, None if cause is None else cause.index)
+
+    def _first_loud(self, value: Value, writers: Iterable[Leaf]) -> Node | None:
+        """The call nearest to the writers after which a value is not known to be zero."""
+        facts = self.everywhere.with_zeros(self.found.operands[leaf.value].index for leaf in writers)
+        loud: Node | None = None
+        node = self.maker.get(value)
+        while node is not None:
+            loud = node
+            inputs = [x for x in node.inputs() if self.feeds.get(x)]
+            own = [x for x in inputs if not is_zero(facts.get(self.found.operands[x].index))]
+            node = self.maker.get(own[0]) if own and own[0] in self.maker and not _reads(node, writers) else None
+        return loud
+
+    def _needed(self, value: Value, writers: Sequence[Leaf]) -> list[Leaf]:
+        """The writers without those that need not be zero; none if the value is not zero whatever they are."""
+        tries = [list(writers), *([w for w in writers if w is not one] for one in writers if len(writers) > 1)]
+        needed = next((own for own in tries if self._is_silenced(value, own)), [])
+        for one in list(needed):
+            fewer = [leaf for leaf in needed if leaf is not one]
+            if fewer and self._is_silenced(value, fewer):
+                needed = fewer
+        return needed
+
+
+def _reads(node: Node, leaves: Iterable[Leaf]) -> bool:
+    return not {leaf.value for leaf in leaves}.isdisjoint(node.inputs())
+
+
+def _unread_aliases(run: Graph) -> set[int]:
+    """Markers of writes to tensors that nobody reads after them."""
+    used = {*run.outputs, *run.ends}
+    unread: set[int] = set()
+    for node in reversed(run.nodes):
+        if node.op is write_through and used.isdisjoint(node.outputs):
+            unread.add(node.index)
+        else:
+            used.update(node.inputs())
+    return unread
+
+
+def _inside(below: Mapping[object, Iterable[object]], top: object) -> Iterator[int]:
+    """All calls below a node of a tree."""
+    todo = [top]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, int):
+            yield node
+        todo += below.get(node, ())
+
+
+_SAME = {aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default, aten.alias.default, aten.detach.default}
+
+
+class Modules:
+    """The calls of a run by the modules that make them, but for those that only hand on what they are given."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.calls: dict[str, set[int]] = {}
+        for node in nodes:
+            if node.op in _SAME and {(x.shape, x.dtype) for x in node.inputs()} == {
+                (x.shape, x.dtype) for x in node.outputs if x is not None
+            }:
+                continue
+            for path in _ancestors(node.module):
+                self.calls.setdefault(path, set()).add(node.index)
+
+    def ending(self, path: str, body: frozenset[int]) -> str:
+        """The outermost module around one, all of whose calls lie in a body; itself if there is none."""
+        around = [outer for outer in _ancestors(path) if outer in self.calls and self.calls[outer] <= body]
+        return min(around, key=len, default=path)
+
+    def within(self, calls: Iterable[int]) -> list[str]:
+        """The outermost modules all of whose calls are among some."""
+        some = frozenset(calls)
+        inside = [path for path, own in self.calls.items() if path and own <= some]
+        return sorted(path for path in inside if not any(path.startswith(f"{outer}.") for outer in inside))
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    """``a.b`` -> ``""``, ``a``, ``a.b``."""
+    yield ""
+    parts = path.split(".") if path else []
+    yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+# --- which may go together --------------------------------------------------------------------------------------------
+
+
+def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    """What is kept, with segments that are zero where the network would come apart without them, and their names.
+
+    Every input stays read, and every joint has something to give. What comes back is zero, so nothing that the network
+    computes changes.
+    """
+    result, back = dict(kept), list[str]()
+    sets = [*_beside_each_other(partition), *_reading_inputs(partition)] if partition.segments else []
+    for _, members in sets:
+        gone = partition.erased(result)
+        apart = [s for s in gone if s.name in members and not any(s.joint in other.body for other in gone)]
+        if apart and len([s for s in gone if s.name in members]) == len(members):
+            result[apart[0].name] = np.arange(1)
+            back.append(apart[0].name)
+    return result, back
+
+
+# --- what is left without them ----------------------------------------------------------------------------------------
+
+
+def not_computed(segments: Iterable[Segment]) -> frozenset[int]:
+    """The calls that are not made without some segments."""
+    return frozenset(index for segment in segments for index in (segment.joint, *segment.body))
+
+
+def overwritten(graph: Graph, segment: Segment, erased: Sequence[Segment]) -> bool:
+    """Whether a call would write into what the joint of a segment gives, or into its other argument, while the other
+    of the two, which is the same tensor without the segment, is read later.
+
+    Args:
+        erased: All segments that are left out.
+    """
+    gone = not_computed(erased)
+    nodes = [node for node in graph.nodes if node.index > segment.joint and node.index not in gone]
+    joints = [(s.left, s.made) for s in erased if s is not segment]
+    one, other = _aliases(graph, segment.left, joints), _aliases(graph, segment.made, joints)
+    last = {value: node.index for node in nodes for value in node.inputs()}
+    last.update((value, len(graph.calls)) for value in (*graph.outputs, *graph.ends))
+    for node in nodes:
+        for place, name in effects(node.op)[0]:
+            written = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+            for own, beside in ((one, other), (other, one)):
+                if written in own and any(last.get(value, -1) > node.index for value in beside):
+                    return True
+    return False
+
+
+def _aliases(graph: Graph, value: Value, joints: Iterable[tuple[Value, Value]]) -> set[Value]:
+    """The values that may share memory with one."""
+    sharing = nx.Graph(joints)
+    sharing.add_node(value)
+    for node in graph.nodes:
+        for place, name in (places for kind in effects(node.op) for places in kind):
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+            for x in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(x, Value):
+                    sharing.add_edges_from((x, made) for made in node.outputs if made is not None)
+        sharing.add_edges_from(node.written)
+        if node.op is write_through:
+            sharing.add_edge(node.args[0], node.outputs[0])
+    return set(nx.node_connected_component(sharing, value))
+
+
+# --- as node groups ---------------------------------------------------------------------------------------------------
+
+
+def with_segments(partition: Partition) -> tuple[Partition, Branches]:
+    """The partition with its segments, and all branches."""
+    found = branches(partition.found)
+    names = {group.name for group in partition.groups}
+    clear = tuple(replace(s, name=f"{s.name}+") if s.name in names else s for s in found.segments)
+    axes = {**partition.axes, **{segment.name: segment.axis for segment in clear}}
+    return Partition(partition.found, partition.groups, axes, clear), replace(found, segments=clear)
+
+
+MinDepth = int | float | Mapping[str, int | float]
+"""Members that a run of repeated blocks keeps: an int; a float is a share of them; by globs of module paths."""
+
+
+def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeGroup, ...]:
+    """The node group of each segment: one atom, all of its writers zero, all of its parameters gone with it.
+
+    Raises:
+        TargetError, UnknownParameterError: ``min_depth`` means nothing, or names no segment.
+    """
+    sets = [*_beside_each_other(partition), *_reading_inputs(partition)]
+    runs = runs_of(partition.segments)
+    least = _least(runs, min_depth, [segment.name for segment in partition.segments])
+    made = []
+    for segment in partition.segments:
+        parameters = {leaf.name: leaf for leaf in segment.leaves if leaf.kind == "parameter"}
+        writers = {leaf.name for leaf in segment.writers}
+        pieces = {name: Slice.whole(name, leaf.value.shape) for name, leaf in parameters.items()}
+        among = [(name, 1) for name, members in sets if segment.name in members]
+        among += [(run, least[run]) for run, members in runs.items() if segment.name in members and least.get(run)]
+        zeros = tuple(piece for name, piece in pieces.items() if name in writers)
+        made.append(
+            NodeGroup(segment.name, 1, tuple(pieces.values()), zeros, min_kept=0, segment=True, among=tuple(among))
+        )
+    return tuple(made)
+
+
+def _least(runs: Mapping[str, Sequence[str]], asked: MinDepth, names: Sequence[str]) -> dict[str, int]:
+    """How many members each run keeps."""
+    least = dict.fromkeys(runs, 1)
+    for pattern, number in asked.items() if isinstance(asked, Mapping) else [("*", asked)] if names else []:
+        hits = set(matching([pattern], names))
+        for run, members in runs.items():
+            if not hits.isdisjoint(members):
+                least[run] = min(atoms_of(number, len(members), "min_depth"), len(members))
+    return least
+
+
+def runs_of(segments: Sequence[Segment]) -> dict[str, list[str]]:
+    """Segments of repeated blocks, by their paths with a star for the number that tells most of them apart."""
+    runs: dict[str, list[str]] = {}
+    for segment in segments:
+        for run in _stars(segment.name):
+            runs.setdefault(run, []).append(segment.name)
+    best: dict[str, list[str]] = {}
+    for segment in segments:
+        longest = max(_stars(segment.name), key=lambda run: len(runs[run]), default=None)
+        if longest is not None and len(runs[longest]) > 1:
+            best.setdefault(longest, []).append(segment.name)
+    return best
+
+
+def _stars(name: str) -> list[str]:
+    """A path with a star in place of one of its numbers, each in turn."""
+    parts = name.split(".")
+    return [".".join([*parts[:i], "*", *parts[i + 1 :]]) for i, part in enumerate(parts) if re.fullmatch(r"\d+", part)]
+
+
+def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
+    """Segments of one joint, of which one stays: it would have nothing to give."""
+    by_joint: dict[int, set[str]] = {}
+    for segment in partition.segments:
+        by_joint.setdefault(segment.joint, set()).add(segment.name)
+    for joint, members in by_joint.items():
+        if len(members) > 1:
+            yield f"into node-{joint}", members
+
+
+def _reading_inputs(partition: Partition) -> Iterator[tuple[str, set[str]]]:
+    """Segments without all of which an input would not be read any more, of which one stays."""
+    graph = partition.found.graph
+    beside = set().union(*(members for _, members in _beside_each_other(partition)), set())
+    cut = {(s.joint, s.edge): s for s in partition.segments if s.name not in beside}
+    for i, given in enumerate(graph.inputs):
+        whole, without = _reached(graph, given, {}), _reached(graph, given, cut)
+        if not whole.isdisjoint(graph.outputs) and without.isdisjoint(graph.outputs):
+            index = {node.index for node in graph.nodes if not without.isdisjoint(node.inputs())}
+            inside = [s for s in cut.values() if not index.isdisjoint(s.body)]
+            outermost = {s.name for s in inside if not any(s.body < other.body for other in inside)}
+            yield f"of input {i}", outermost
+
+
+def _reached(graph: Graph, value: Value, cut: Mapping[tuple[int, Value], Segment]) -> set[Value]:
+    """The values that depend on one, without some edges."""
+    reached = {value}
+    for node in graph.nodes:
+        if any(x in reached and (node.index, x) not in cut for x in node.inputs()):
+            reached.update(made for made in (*node.outputs, *(after for _, after in node.written)) if made is not None)
+    return reached

@@ -1,0 +1,131 @@
+"""Which parts of a network may go as a whole, what that saves, and why other branches stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from oto.groups import NodeGroup, Partition
+from oto.groups.cost import Cost, cost
+from oto.groups.segments import Modules, Staying
+from oto.report.table import columns, html
+
+
+@dataclass(frozen=True)
+class Part:
+    """A segment.
+
+    Attributes:
+        segment: Its name: the module that ends it.
+        modules: The outermost modules that are not run without it.
+        writers: The parameters that are zero then.
+        params, macs, bytes: What the network saves without it.
+        joint: What becomes of the addition that it goes into.
+        reason: Why it stays all the same; ``None`` if it may go.
+    """
+
+    segment: str
+    modules: tuple[str, ...]
+    writers: tuple[str, ...]
+    params: int
+    macs: int
+    bytes: int
+    joint: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual or parallel branch that cannot go.
+
+    Attributes:
+        branch: The module that ends it.
+        reason: Why.
+        operator, module, source: The call that is the reason, its module and the line of the user's code; ``None`` if
+            no call is.
+    """
+
+    branch: str
+    reason: str
+    operator: str | None = None
+    module: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Erasable:
+    """What may go as a whole: print it.
+
+    Attributes:
+        full: The costs of the full network.
+        parts: The segments, in the order of the network.
+        staying: Branches that cannot go.
+    """
+
+    full: Cost
+    parts: tuple[Part, ...]
+    staying: tuple[Branch, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        heading = f"{len(self.parts)} segments may go as a whole"
+        lines = [heading, *([columns(self._rows(), left=(0, 1, 4))] if self.parts else [])]
+        return "\n".join([*lines, *(f"stays: {line}" for line in map(described, self.staying))])
+
+    def _repr_html_(self) -> str:
+        return html(self._rows(), left=(0, 1, 4), below="\n".join(f"stays: {described(b)}" for b in self.staying))
+
+    def _rows(self) -> list[list[str]]:
+        rows = [["segment", "modules", "params", "MACs", "what becomes of the joint"]]
+        for part in self.parts:
+            more = f" and {len(part.modules) - 2} more" if len(part.modules) > 2 else ""
+            joint = part.joint if part.reason is None else f"stays: {part.reason}"
+            macs = f"{part.macs:,} ({part.macs / max(self.full.macs, 1):.1%})"
+            rows.append([part.segment, ", ".join(part.modules[:2]) + more, f"{part.params:,}", macs, joint])
+        return rows
+
+
+def described(branch: Branch) -> str:
+    """Why a branch cannot go, in a line."""
+    place = "" if branch.operator is None else f" ({branch.operator} in {branch.module or 'the model'}"
+    place += f", {branch.source})" if place and branch.source else ")" if place else ""
+    return f"{branch.branch or 'the model'}: {branch.reason}{place}"
+
+
+def erasable(partition: Partition, groups: Sequence[NodeGroup], staying: Sequence[Staying]) -> Erasable:
+    """Sum up the segments of a partition.
+
+    Args:
+        groups: Their node groups, after all policies.
+    """
+    graph, full = partition.found.graph, cost(partition)
+    modules, reasons = Modules(graph.nodes), {group.name: group.reason for group in groups}
+    parts = []
+    for segment in partition.segments:
+        without = cost(partition, {segment.name: 0})
+        joint = graph.calls[segment.joint]
+        parts.append(
+            Part(
+                segment.name,
+                tuple(modules.within(segment.body)),
+                tuple(leaf.name for leaf in segment.writers),
+                full.params - without.params,
+                full.macs - without.macs,
+                full.bytes - without.bytes,
+                f"the addition in {joint.module or 'the model'} gives its other argument",
+                reasons.get(segment.name),
+            )
+        )
+    return Erasable(full, tuple(parts), tuple(branch_of(s, partition) for s in staying))
+
+
+def branch_of(staying: Staying, partition: Partition) -> Branch:
+    """A branch that cannot go, with the call that is the reason."""
+    if staying.cause is None:
+        return Branch(staying.path, staying.reason)
+    node = partition.found.graph.calls[staying.cause]
+    return Branch(staying.path, staying.reason, node.name, node.module, node.source or None)

@@ -1,0 +1,205 @@
+"""Leave erased segments out of a copy of the user's module: what is not run any more is replaced by what gives zeros,
+or what it is given, in its own signature.
+
+A module is replaced if all of its calls are in erased segments, or are joints of these. What it takes and gives is
+learned by running the thin copy once; where that cannot be said for every size, its children are replaced instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oto.errors import EmitterError
+from oto.groups import Partition
+from oto.groups.partition import Segment
+from oto.groups.segments import Modules, not_computed, overwritten
+from oto.slim.edits import Edits, slim_copy
+from oto.slim.proof.run import run
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = (int, float, str, bool, type(None))
+
+
+@dataclass(frozen=True, eq=False)
+class Erasures:
+    """How segments are left out of a class.
+
+    Attributes:
+        erased: For each path of a module that is replaced, the arguments of :class:`oto.nn.ErasedForward`.
+        needed: Segments that the class cannot do without.
+    """
+
+    erased: Mapping[str, dict[str, Any]]
+    needed: tuple[Segment, ...]
+
+
+def plan(
+    model: nn.Module,
+    partition: Partition,
+    gone: Sequence[Segment],
+    tensors: Mapping[str, Tensor],
+    edits: Edits,
+    dummy_input: Any,
+) -> Erasures:
+    """Find out which modules are replaced, and by what.
+
+    Args:
+        gone: The segments that are left out.
+        tensors, edits: Those of the thin copy.
+    """
+    graph = partition.found.graph
+    modules = Modules(node for node in graph.calls if node.index not in graph.dead)
+    calls = not_computed(gone)
+    held = [segment for segment in gone if overwritten(graph, segment, gone)]
+    ends = {
+        path: {"copy": any(segment.joint in own for segment in held)}
+        for path, own in modules.calls.items()
+        if any(segment.joint in own for segment in gone)
+    }
+    learned = _Learned(ends, modules, calls)
+    thin = slim_copy(model, tensors, edits).eval()
+    learned.watch(thin)
+    run(thin, dummy_input)
+    erased: dict[str, dict[str, Any]] = {}
+    stuck: set[int] = set()
+    for path in modules.within(calls):
+        for inner, how in learned.outermost(thin, path):
+            if how is None:
+                stuck |= modules.calls[inner]
+            else:
+                erased[inner] = how
+    return Erasures(erased, tuple(segment for segment in gone if not stuck.isdisjoint(segment.body)))
+
+
+def leaving_out(edits: Edits, erased: Mapping[str, dict[str, Any]], model: nn.Module) -> Edits:
+    """The edits with modules replaced, and with nothing said of what is in them.
+
+    Raises:
+        EmitterError: Layers of several kinds are numbered, and a cache could not tell them apart.
+    """
+
+    def left(table: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: value for path, value in table.items() if not _is_inside(path, erased)}
+
+    stated = left(edits.stated)
+    for path, number in _renumbered(model, erased):
+        stated[path] = [*stated.get(path, []), [["layer_idx"], number]]
+    return replace(
+        edits,
+        attributes=left(edits.attributes),
+        swaps=left(edits.swaps),
+        stated=stated,
+        told=left(edits.told),
+        erased=dict(erased),
+    )
+
+
+def _is_inside(path: str, outer: Collection[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[: i + 1]) in outer for i in range(len(parts)))
+
+
+def _renumbered(model: nn.Module, erased: Collection[str]) -> Iterator[tuple[str, int]]:
+    """The places in a cache of the layers that are left, which are counted from zero without a gap."""
+    numbered: dict[type[nn.Module], dict[str, int]] = {}
+    for path, module in model.named_modules():
+        if type(number := vars(module).get("layer_idx")) is int:
+            numbered.setdefault(type(module), {})[path] = number
+    kinds = getattr(getattr(model, "config", None), "layer_types", None)
+    for places in numbered.values():
+        there = {path: n for path, n in places.items() if not _is_inside(path, erased)}
+        if len(there) == len(places):
+            continue
+        order = {n: i for i, n in enumerate(sorted(set(there.values())))}
+        for path, n in there.items():
+            if kinds is not None and n < len(kinds) and kinds[n] != kinds[order[n]]:
+                raise EmitterError(
+                    f"{path} would take the place of a layer of another kind in a cache (config.layer_types)\n"
+                    "  effect  the original class cannot be used without the layers before it"
+                )
+            if order[n] != n:
+                yield path, order[n]
+
+
+@dataclass(eq=False)
+class _Learned:
+    """What modules take and give.
+
+    Attributes:
+        ends: Paths of modules in which a joint gives its other argument, and whether as a copy.
+        calls: The calls that are not made.
+    """
+
+    ends: Mapping[str, Mapping[str, bool]]
+    modules: Modules
+    calls: frozenset[int]
+    found: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)
+
+    def watch(self, thin: nn.Module) -> None:
+        """Look at every module of a copy that is not run any more, when it runs for the last time."""
+        for path, module in thin.named_modules():
+            if path and self.modules.calls.get(path, {-1}) <= self.calls:
+
+                def see(module: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
+                    self.found.setdefault(path, []).append(self._seen(path, module, args, kwargs, result))
+
+                module.register_forward_hook(see, with_kwargs=True)
+
+    def outermost(self, thin: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """The outermost modules in one that can be replaced; with ``None``, one that cannot, and has no children."""
+        found = self.found.get(path, [None])
+        if found[0] is not None and all(how == found[0] for how in found):
+            yield path, found[0]
+            return
+        inner = [f"{path}.{name}" for name, _ in thin.get_submodule(path).named_children()]
+        inner = [child for child in inner if child in self.modules.calls]
+        if not inner:
+            yield path, None
+        for child in inner:
+            yield from self.outermost(thin, child)
+
+    def _seen(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> dict[str, Any] | None:
+        takes = [
+            name
+            for name, p in inspect.signature(type(module).forward).parameters.items()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ][1:]
+        named = {**dict(zip(takes, args, strict=False)), **kwargs}
+        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+        gives = self._recipe(path, module, tensors, result) if tensors and len(args) <= len(takes) else None
+        return None if gives is None else {"takes": takes, "gives": gives}
+
+    def _recipe(self, path: str, module: nn.Module, given: Mapping[str, Tensor], x: Any) -> dict[str, Any] | None:
+        """How a result follows from tensors; ``None`` if that is not known for every size."""
+        if type(x) in (tuple, list):
+            items = [self._recipe(path, module, given, item) for item in x]
+            return None if None in items else {"items": items, "list": isinstance(x, list)}
+        if isinstance(x, _PLAIN):
+            return {"value": x}
+        if not isinstance(x, Tensor):
+            return None
+        if path in self.ends:
+            same = [name for name, own in given.items() if x is own or _equal(x, own)]
+            copied = {"copy": True} if self.ends[path]["copy"] else {}
+            return {"given": same[0], **copied} if same else None
+        name, first = next(iter(given.items()))
+        if x.dtype != first.dtype:
+            return None
+        if x.shape == first.shape:
+            return {"zeros": name}
+        if isinstance(module, nn.Linear) or (x.ndim > 2 and x.shape[:-1] == first.shape[:-1]):  # tokens by features
+            return {"zeros": name, "last": x.shape[-1]}
+        if isinstance(module, _CONVOLUTIONS) and not isinstance(module.padding, str):
+            window = zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+            return {"zeros": name, "channels": x.shape[-len(module.kernel_size) - 1], "window": list(map(list, window))}
+        return None
+
+
+def _equal(x: Tensor, other: Tensor) -> bool:
+    return x.shape == other.shape and x.dtype == other.dtype and torch.equal(x, other)

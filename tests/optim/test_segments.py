@@ -1,0 +1,122 @@
+"""Segments and atoms in one budget: the target is met, some of every run stay, and every optimizer erases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from oto import OTO
+from oto.errors import OptionError, TargetError
+from oto.optim.choice import Choice
+from oto.optim.limits import staying_of
+from oto.optim.saliency import Entries, compared
+
+
+class Net(nn.Module):
+    def __init__(self, blocks=4):
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(blocks))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def analyzed(mode="both", **options):
+    torch.manual_seed(0)
+    return OTO(Net(), torch.randn(2, 4), compress_mode=mode, **options)
+
+
+def train(oto, optimizer, steps):
+    x, y = torch.randn(64, 4), torch.randint(0, 3, (64,))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(oto.model(x), y).backward()
+        optimizer.step()
+    return oto.construct_subnet()
+
+
+OPTIMIZERS = {
+    "hesso": {},
+    "hesso_cric": {"sampling_steps": 1, "max_cycles": 2},
+    "hspg": {},
+    "dhspg": {},
+}
+
+
+@pytest.mark.parametrize("mode", ["erase", "both"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_meets_a_target_with_segments(name, mode):
+    oto = analyzed(mode)
+    how = {"target_macs": 0.55, "lr": 0.05, "start_pruning_step": 2, "pruning_steps": 8}
+    optimizer = getattr(oto, name)(**how, **OPTIMIZERS[name])
+    subnet = train(oto, optimizer, 40)
+    assert subnet.cost_after.macs <= 0.55 * subnet.cost_before.macs
+    assert subnet.max_error <= 1e-10
+    gone = oto.partition.erased(subnet.kept)
+    assert len(gone) < 4, "one of the run stays"
+    if mode == "erase":
+        assert len(gone) == 3 or subnet.cost_after.macs >= 0.3 * subnet.cost_before.macs
+        assert all(
+            len(kept) == g.size
+            for g in oto.node_groups
+            if g.prunable and not g.segment
+            for kept in [subnet.kept[g.name]]
+        )
+
+
+def test_a_segment_counts_as_one_group():
+    oto = analyzed("erase")
+    subnet = train(oto, oto.hesso(target_group_sparsity=0.5, lr=0.05, start_pruning_step=2, pruning_steps=8), 12)
+    assert len(oto.partition.erased(subnet.kept)) == 2
+
+
+@pytest.mark.parametrize(("min_depth", "stay"), [(1, 1), (3, 3), (0.5, 2), ({"blocks.*": 2}, 2)])
+def test_some_of_a_run_stay_whatever_the_scores(min_depth, stay):
+    oto = analyzed("erase", min_depth=min_depth)
+    choice = Choice.of(oto.node_groups, {"target_group_sparsity": 1 - stay / 4}, costs=oto.costs, by_cost=0.0)
+    for seed in range(10):
+        scores = torch.rand(4, generator=torch.Generator().manual_seed(seed))
+        gone = choice.select(scores, torch.ones(4, dtype=torch.bool))
+        assert (~gone).sum() == stay and set(scores.argsort()[: 4 - stay].tolist()) == set(
+            gone.nonzero()[:, 0].tolist()
+        )
+
+
+def test_the_best_of_a_set_stay():
+    groups = [g for g in analyzed("erase", min_depth=2).node_groups if g.segment]
+    scores, left = np.array([3.0, 1.0, 2.0, 5.0]), np.array([True, True, True, False])
+    assert staying_of(groups, scores, left).tolist() == [1, 0, 1, 0]
+
+
+def test_channels_and_segments_share_a_budget():
+    """Where a whole branch matters little it goes; where only a few of its channels do, these stay."""
+    oto = analyzed()
+    choice = Choice.of(oto.node_groups, {"target_macs": 0.6}, costs=oto.costs)
+    names = [g.name for g in choice.groups]
+    scores = torch.cat([torch.full((g.size,), 10.0 if g.segment else 0.2) for g in choice.groups])
+    scores[sum(choice.sizes[: names.index("blocks.1")])] = 1e-3
+    kept = choice.counts(~choice.select(scores, torch.ones(len(scores), dtype=torch.bool)))
+    assert not kept["blocks.1"] and kept["blocks.0"] and kept["blocks.2"]
+    assert kept["blocks.1.0.weight"] == 12, "what costs nothing any more is left alone"
+    assert any(kept[group.name] < group.size for group in choice.groups if not group.segment)
+
+
+def test_segments_are_compared_with_each_other():
+    weight = [torch.ones(1, 2)]
+    entries = [Entries([torch.ones(3, 2)], []), *(Entries(weight, [], segment=True) for _ in range(2))]
+    assert compared(entries) == [3, 2]
+
+
+def test_what_is_not_there_yet_says_so():
+    oto = analyzed()
+    with pytest.raises(TargetError, match="target_latency_ms"):
+        oto.hesso(target_latency_ms=0.01, lr=0.1)
+    with pytest.raises(OptionError, match="segments"):
+        oto.one_shot(batches=[torch.randn(2, 4)], loss=lambda model, x: model(x).sum(), target_macs=0.5)
