@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from oto._torch import data_parallel_around
 from oto.analysis import Analysis, Form, ask_the_class
-from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, users_level
+from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, some, users_level
 from oto.groups import Kept, Partition, pruned_groups
 from oto.groups.layout import equalize_ties
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
+from oto.shards import sharded_names
 from oto.slim.config.recipe import Recipe
 from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
 from oto.slim.source import Source
@@ -45,6 +46,7 @@ def shrink(
         The analysis of the smaller model, and its training; unchanged if there is nothing to remove.
     """
     optimizer = training.inside(wrapper)
+    _refuse_sharded(analysis.model)
     full = analysis.partition if training.partition is None else training.partition
     there = {name: np.flatnonzero(mask) for name, mask in optimizer.kept.items()}
     _require_of(analysis, optimizer, full, there)
@@ -75,6 +77,18 @@ def shrink(
     recipe = Recipe.of(model) if after.form.kind == "config" else None
     after = replace(after, model=model, form=replace(after.form, recipe=recipe), state=ModelState(model))
     return after, replace(training, partition=full)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse parameters that are spread over processes: modules that were sharded cannot be sharded anew."""
+    if sharded := sharded_names(model):
+        raise ShrinkError(
+            f"{some(sharded)} of the {type(model).__name__} {'is' if len(sharded) == 1 else 'are'} spread over processes,"
+            " and torch cannot take that back to spread what is left\n"
+            "  effect  nothing was changed\n"
+            "  to fix  construct_subnet(...) on every process, then shard the slim model and train it with an optimizer"
+            " of its own (docs/distributed.md)"
+        )
 
 
 def _require_of(analysis: Analysis, optimizer: SparseOptimizer, full: Partition, there: Kept) -> None:

@@ -20,6 +20,7 @@ from oto.optim import LHSPG, SparseOptimizer
 from oto.optim.options import keywords_of, refuse_unknown
 from oto.optim.wrapped import Params
 from oto.previewing import align_for, by_first_names, latency_for
+from oto.shards import is_sharded, refuse_flattened, reshard
 
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
@@ -91,6 +92,8 @@ def make(
         TooLateError: Parameters that would be zeroed were frozen since the analysis.
     """
     refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
+    refuse_flattened(analysis.model)
+    reshard(analysis.model)
     options = by_first_names(analysis, options)
     _compare_frozen(analysis)
     options = {"names": analysis.model.named_parameters(), **options, "align": align_for(analysis, options)}
@@ -144,7 +147,7 @@ def _refuse_quantized(analysis: Analysis) -> None:
 
 
 def _is_plain(p: Tensor) -> bool:
-    return type(p) in (Tensor, nn.Parameter) or hasattr(p, "full_tensor")  # sharded ones are numbers, too
+    return type(p) in (Tensor, nn.Parameter) or is_sharded(p)  # these are numbers, too
 
 
 def _compare_frozen(analysis: Analysis) -> None:

@@ -39,7 +39,7 @@ Where we differ from the released code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -56,8 +56,10 @@ from oto.optim.plan import FREE, PRUNED, REDUNDANT, rows_of
 from oto.optim.saliency import Entries, importance, raw_scores
 from oto.optim.schedule import count_steps
 from oto.optim.setup import schedule_of
+from oto.optim.sums import Sums
 from oto.optim.target import Measure
 from oto.optim.wrapped import Params
+from oto.shards import any_sharded
 
 PROBES = (0.25, 0.5, 0.75)
 """Shares of a node group whose loss is probed."""
@@ -303,6 +305,10 @@ class HESSOCRIC(HESSO):
 
     def _entries_before(self) -> Iterator[Entries]:
         """The entries as they were put aside, with the gradients at what they are now."""
+        parameters = self.parameters()
+        if any_sharded(parameters.values()):
+            yield from self._sums_before(parameters).entries()
+            return
         saved = iter(self.walk["saved"])
         for own, entries in zip(self._codes(), self.entries(), strict=True):
             rows = rows_of(own, REDUNDANT)
@@ -310,6 +316,15 @@ class HESSOCRIC(HESSO):
                 weights = [w.index_copy(0, rows.to(w.device), next(saved).to(w.dtype)) for w in entries.weights]
                 entries = replace(entries, weights=weights)
             yield entries
+
+    def _sums_before(self, parameters: Mapping[str, Tensor]) -> Sums:
+        """The same where parameters are spread over processes; it takes a copy of what is here of those on the walk."""
+        chosen = [rows_of(own, REDUNDANT) for own in self._codes()]
+        walking = [group for group, rows in zip(self.node_groups, chosen, strict=True) if len(rows)]
+        names = {piece.parameter for group in walking for piece in group.zeros}
+        before = dict(parameters) | {name: parameters[name].detach().clone() for name in names}
+        Rows.of(self.node_groups, chosen, before).copy_(self.walk["saved"])
+        return replace(self.sums(parameters, self.maximized()), weights=before)
 
 
 def _relative(scores: Tensor, alive: Tensor) -> Tensor:
