@@ -43,6 +43,13 @@ def address(tensor: Tensor) -> int:
     return local(tensor).data_ptr()
 
 
+def gathered_tensor(tensor: Tensor) -> Tensor:
+    """All entries, on every process. Communicates; for small tensors."""
+    sharded: Any = tensor.detach()
+    entries: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
+    return entries
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which entries of a tensor each process of a mesh has.
@@ -81,6 +88,14 @@ class Layout:
             length: How many entries this one has, over all processes.
         """
         return _index(self, dim, dims, length)
+
+    def spread(self, own: Tensor, like: Tensor) -> Tensor:
+        """What this process has of a tensor, as one that is spread like another of its shape."""
+        from torch.distributed.tensor import DTensor
+
+        kept = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+        made: Tensor = DTensor.from_local(own, self.mesh, self.placements, **kept)
+        return made
 
     def summed(self, own: Tensor) -> Tensor:
         """The sum of what the processes have of a tensor of one shape; the same bits on all of them. Communicates."""
@@ -207,14 +222,19 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     reshard(model)
     first = is_first(model)
     made: dict[int, Tensor] = {}
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = named_tensors(model)
     for _, tensor in tensors:
         if id(tensor) not in made:
-            sharded: Any = tensor.detach()
-            entries = sharded.full_tensor() if is_sharded(tensor) else sharded
+            entries = gathered_tensor(tensor)
             made[id(tensor)] = entries.to("cpu", copy=True) if first else torch.empty(0)
             del entries
     return {name: made[id(tensor)] for name, tensor in tensors} if first else {}
+
+
+def named_tensors(model: nn.Module, kind: type[Tensor] = Tensor) -> list[tuple[str, Tensor]]:
+    """The parameters and buffers of a model of a class, by all their names."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [(name, tensor) for name, tensor in held if isinstance(tensor, kind)]
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:

@@ -1,0 +1,357 @@
+"""Parameters that are spread over two processes (FSDP2, tensor parallel): trained, chosen and zeroed as on one.
+
+The processes are started once. What each check says is put down by name, and a test asks for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from oto import OTO
+from oto.errors import EmitterError, ModelChangedError, OptionError, OTOError, ShrinkError, TargetError
+from tests.optim.test_distributed import GLOO, RANKS, begin, in_processes
+
+pytestmark = [GLOO, pytest.mark.filterwarnings("default:a process was killed")]
+
+CLOSE = 1e-12
+"""Float64, sums of at most some hundred terms in another order, over 50 steps of a network that does not diverge."""
+
+
+class Attention(nn.Module):
+    """Heads times width, a gate beside a value in one weight, and branches side by side: atoms in all forms."""
+
+    def __init__(self, width: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.heads = heads
+        # softmax does not see a bias of keys: its gradient is rounding alone, which Adam would make a step of
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=name != "k") for name in "qkv")
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 26), nn.Linear(13, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        h = self.norm(x)
+        q, k, v = (own(h).view(batch, length, self.heads, -1).transpose(1, 2) for own in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1)
+        x = x + self.out(mixed)
+        gate, value = self.up(x).chunk(2, -1)
+        return x + self.down(nn.functional.silu(gate) * value)
+
+
+class Net(nn.Module):
+    """Blocks of attention, convolutions whose outputs are joined, and a head of one row, which one process lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Attention(), Attention())
+        self.left, self.right = nn.Conv1d(12, 5, 1), nn.Conv1d(12, 6, 3, padding=1)
+        self.mix = nn.Conv1d(11, 7, 1)
+        self.head = nn.Linear(7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks(x).transpose(1, 2)
+        h = self.mix(nn.functional.gelu(torch.cat([self.left(h), self.right(h)], 1)))
+        y: Tensor = self.head(nn.functional.gelu(h).mean(-1))
+        return y
+
+
+class Adapted(nn.Linear):
+    """A frozen layer with an adapter."""
+
+    def __init__(self, given: nn.Linear) -> None:
+        super().__init__(given.in_features, given.out_features)
+        self.load_state_dict(given.state_dict())
+        self.weight.requires_grad_(False)
+        self.a, self.b = nn.Linear(given.in_features, 2, bias=False), nn.Linear(2, given.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.5 * self.b(self.a(x))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def adapted() -> Net:
+    model = net()
+    for block in model.blocks:
+        block.up, block.down = Adapted(block.up), Adapted(block.down)
+    return model.double()
+
+
+def batch(n: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """The batch of a step; of a process, its half."""
+    source = torch.Generator().manual_seed(n)
+    x, y = (torch.randn(shape, generator=source, dtype=torch.float64) for shape in ((4, 5, 12), (4, 1)))
+    return (x, y) if rank is None else (x[2 * rank : 2 * rank + 2], y[2 * rank : 2 * rank + 2])
+
+
+X = batch(0)[0][:1]
+
+
+def shard(model: nn.Module, **how: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, **how)
+    return fully_shard(model, **how)
+
+
+def train(model: nn.Module, optimizer: Any, steps: range, rank: int | None = None, clip: float | None = None) -> None:
+    for n in steps:
+        optimizer.zero_grad()
+        x, y = batch(n, rank)
+        nn.functional.mse_loss(model(x), y).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+
+def full(model: nn.Module) -> dict[str, Tensor]:
+    from oto.shards import gathered_tensor, reshard
+
+    reshard(model)
+    return {name: gathered_tensor(p).clone() for name, p in model.named_parameters()}
+
+
+def require_same(model: nn.Module, other: nn.Module, optimizer: Any, reference: Any) -> None:
+    assert optimizer.clock == reference.clock and optimizer.num_pruned == reference.num_pruned > 0
+    for name, atoms in reference.pruned_groups.items():
+        assert torch.equal(optimizer.pruned_groups[name], atoms), name
+    mine, theirs = full(model), full(other)
+    for name, p in theirs.items():
+        assert (mine[name] - p).abs().max() <= CLOSE, (name, float((mine[name] - p).abs().max()))
+        assert torch.equal(mine[name] == 0, p == 0), name
+
+
+TIMES = {"start_pruning_step": 6, "pruning_steps": 30, "pruning_periods": 3, "target_macs": 0.5}
+SOON = {**TIMES, "average_steps": 4, "lr": 0.02}
+MAKERS: dict[str, tuple[Callable[[], Net], dict[str, Any], Callable[[OTO], Any]]] = {
+    "hesso": (net, {}, lambda oto: oto.hesso(first_momentum=0.9, **SOON)),
+    "hesso adamw": (net, {}, lambda oto: oto.hesso(variant="adamw", **SOON)),
+    "hesso as published": (net, {}, lambda oto: oto.hesso(
+        saliency="hesso", lr=0.02, target_group_sparsity=0.4, **{k: v for k, v in TIMES.items() if k != "target_macs"}
+    )),
+    "path norm, uniform": (net, {"layout": "uniform"}, lambda oto: oto.hesso(saliency="path_norm", **SOON)),
+    "parameters": (net, {}, lambda oto: oto.hesso(**{k: v for k, v in SOON.items() if k != "target_macs"}, target_params=0.6)),
+    "hesso_cric": (net, {}, lambda oto: oto.hesso_cric(**SOON, sampling_steps=3, max_cycles=2)),
+    "hspg": (net, {}, lambda oto: oto.hspg(**SOON, lmbda=0.5, epsilon=0.9)),
+    "hspg adamw": (net, {}, lambda oto: oto.hspg(variant="adamw", **SOON, lmbda=0.5, epsilon=0.9)),
+    "dhspg": (net, {}, lambda oto: oto.dhspg(**SOON)),
+    "dhspg as published": (net, {}, lambda oto: oto.dhspg(
+        saliency="dhspg", lr=0.02, target_group_sparsity=0.4, **{k: v for k, v in TIMES.items() if k != "target_macs"}
+    )),
+    "lhspg": (adapted, {"prune_frozen": True}, lambda oto: oto.lhspg(**SOON)),
+    "lhspg taylor": (adapted, {"prune_frozen": True}, lambda oto: oto.lhspg(**SOON, saliency="taylor_first_order")),
+}  # fmt: skip
+
+
+@cache
+def analyzed(make: Callable[[], Net], **options: Any) -> OTO:
+    return OTO(make(), X, **options)
+
+
+def alone(name: str, steps: int = 50, clip: float | None = None) -> tuple[nn.Module, Any]:
+    """A model and its optimizer, trained in one process."""
+    make, options, optimizer_of = MAKERS[name]
+    oto = copy.deepcopy(analyzed(make, **options))
+    optimizer = optimizer_of(oto)
+    train(oto.model, optimizer, range(steps), clip=clip)
+    return oto.model, optimizer
+
+
+def spread(name: str, **how: Any) -> tuple[OTO, Any]:
+    """A model that was analyzed and then sharded, and its optimizer."""
+    make, options, optimizer_of = MAKERS[name]
+    oto = copy.deepcopy(analyzed(make, **options))
+    shard(oto.model, **how)
+    return oto, optimizer_of(oto)
+
+
+def equal(name: str, rank: int, **how: Any) -> None:
+    """50 steps on two processes are 50 steps on one."""
+    oto, optimizer = spread(name, **how)
+    assert str(optimizer) and optimizer.plan()
+    train(oto.model, optimizer, range(50), rank)
+    other, reference = alone(name)
+    require_same(oto.model, other, optimizer, reference)
+
+
+def equal_after(name: str, rank: int, meta: bool = False) -> None:
+    """The same where the model is analyzed once it is sharded, or before it has weights."""
+    make, options, optimizer_of = MAKERS[name]
+    weights = {name: p.detach().clone() for name, p in make().named_parameters()}
+    model = make()
+    before = OTO(model.to("meta"), X, **options) if meta else None
+    shard(model)
+    oto = OTO(model, X, **options) if before is None else before
+    if meta:
+        model.to_empty(device="cpu")
+        fill(model, weights)
+    optimizer = optimizer_of(oto)
+    train(model, optimizer, range(50), rank)
+    other, reference = alone(name)
+    require_same(model, other, optimizer, reference)
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements))  # type: ignore[attr-defined]
+
+
+def around_a_step(rank: int) -> None:
+    """Parameters that stay whole after a forward, clipping by the norm of all, two batches a step, forwards between."""
+    from torch.utils.checkpoint import checkpoint
+
+    other, reference = alone("hesso", clip=0.5)
+    oto, optimizer = spread("hesso", reshard_after_forward=False)
+    model: Any = oto.model
+    for block in model.blocks:
+        own = block.forward
+        block.forward = lambda x, own=own: checkpoint(own, x, use_reentrant=False)
+    for n in range(50):
+        optimizer.zero_grad()
+        x, y = batch(n, rank)
+        for last in (False, True):
+            model.set_requires_gradient_sync(last)
+            (nn.functional.mse_loss(model(x), y) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        if n % 7 == 0:
+            with torch.no_grad():
+                model(x)  # after which the outermost module holds whole parameters
+    require_same(model, other, optimizer, reference)
+
+
+def in_bfloat16(rank: int) -> None:
+    """Forwards in bfloat16, shards in float32: every process chooses the same, and zeros stay zero."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    make, _, optimizer_of = MAKERS["hesso adamw"]
+    model = make().float()
+    oto = OTO(model, X.float())
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    optimizer = optimizer_of(oto)
+    for n in range(50):
+        optimizer.zero_grad()
+        x, y = (t.float() for t in batch(n, rank))
+        nn.functional.mse_loss(model(x).float(), y).backward()
+        optimizer.step()
+    atoms = [torch.empty_like(optimizer.atoms) for _ in range(RANKS)]
+    dist.all_gather(atoms, optimizer.atoms)
+    assert optimizer.progress.over and torch.equal(*atoms) and (atoms[0] == 2).any()
+    weights = full(model)
+    for group in optimizer.node_groups:
+        for piece in group.zeros if group.name in optimizer.pruned_groups else ():
+            rows = piece.of(weights[piece.parameter]).index_select(0, optimizer.pruned_groups[group.name])
+            assert weights[piece.parameter].dtype == torch.float32 and not rows.any()
+
+
+def hybrid(rank: int) -> None:
+    """HSDP: replicas of shards. Two processes are two replicas, or two shards, of a mesh of two dimensions."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    for shape in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+        equal("hesso", rank, mesh=mesh)
+
+
+def small_sums_only(rank: int) -> None:
+    """What a choice and a step of a half-space send beside plain training: sums of one number per atom, nothing else."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sent(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[tuple[str, int]] = []
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(op)
+            if "c10d" in name and "wait_tensor" not in name:
+                sizes = [t.numel() for t in args if isinstance(t, Tensor)]
+                self.calls.append((name, max(sizes, default=0)))
+            return op(*args, **(kwargs or {}))
+
+    for name in ("hesso", "hspg"):
+        oto, optimizer = spread(name)
+        found = []
+        for n in range(40):
+            train_without_step(oto.model, optimizer, n, rank)
+            with Sent() as sent:
+                optimizer.step()
+            found.append(sent.calls)
+            assert all("all_reduce" in call and size <= optimizer.num_atoms for call, size in sent.calls), sent.calls
+        if name == "hesso":
+            ahead = 4  # steps that are averaged before the choice
+            expected = [1 if 2 <= n < 6 else 0 for n in range(6)]
+            assert [len(calls) for calls in found[:6]] == expected, (ahead, [len(calls) for calls in found])
+            assert sum(map(len, found[36:])) == 0, "once pruning is over nothing is sent"
+
+
+def train_without_step(model: nn.Module, optimizer: Any, n: int, rank: int) -> None:
+    optimizer.zero_grad()
+    x, y = batch(n, rank)
+    nn.functional.mse_loss(model(x), y).backward()
+
+
+CHECKS: dict[str, Callable[[int], None]] = {
+    **{name: lambda rank, name=name: equal(name, rank) for name in MAKERS},  # type: ignore[misc]
+    "after sharding": lambda rank: equal_after("hesso", rank),
+    "from meta": lambda rank: equal_after("hspg", rank, meta=True),
+    "adapters after sharding": lambda rank: equal_after("lhspg", rank),
+    "around a step": around_a_step,
+    "in bfloat16": in_bfloat16,
+    "hybrid": hybrid,
+    "small sums only": small_sums_only,
+}
+
+
+def work(rank: int, folder: str) -> None:
+    with open(f"{folder}/{rank}.txt", "w") as said:
+        os.dup2(said.fileno(), sys.stderr.fileno())
+    faulthandler.enable()
+    store = begin(rank, folder)
+    said_of: dict[str, str] = {}
+    for name in os.environ.get("OTO_SHARDED_CHECKS", "").split(",") if os.environ.get("OTO_SHARDED_CHECKS") else CHECKS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                CHECKS[name](rank)
+                said_of[name] = ""
+            except BaseException:
+                said_of[name] = traceback.format_exc(limit=-6)
+        dist.barrier()
+    torch.save(said_of, f"{folder}/{rank}.pt")
+    store.set(f"done{rank}", "")
+    store.wait([f"done{other}" for other in range(RANKS)])
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    folder = in_processes(work, tmp_path_factory)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(name: str, done: list[dict[str, str]]) -> None:
+    assert [said[name] for said in done] == ["", ""]
