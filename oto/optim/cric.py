@@ -46,7 +46,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from oto.errors import TargetError
+from oto.errors import OTOError, TargetError
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.entries import Rows
@@ -155,7 +155,7 @@ class HESSOCRIC(HESSO):
                 "over": False,
                 "over_at": 0,
                 "violating": mask,
-                "historical": mask,
+                "historical": mask.clone(),  # its own memory: a distributed checkpoint is loaded into both
                 "saved": [],
                 "still": torch.zeros(criteria, n, device=device),
                 "still_seen": torch.zeros(n, device=device),
@@ -175,6 +175,21 @@ class HESSOCRIC(HESSO):
             "tolerance": self.tolerance,
             "sensitivity": self.sensitivity,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in :class:`HESSO`.
+
+        Raises:
+            OTOError: Parameters are spread over processes, and a walk is under way.
+        """
+        if self.walk["saved"] and any_sharded(self.parameters().values()):
+            at = (self.clock - self.first_step - self._probes) % self.sampling_steps
+            raise OTOError(
+                f"a walk is under way, and what it put aside is spread over {type(self).__name__}s of several processes\n"
+                "  effect  a checkpoint would hold a part of it; nothing was saved\n"
+                f"  to fix  save when the walk is over: in {self.sampling_steps - at} steps"
+            )
+        return super().state_dict()
 
     def _keep_atoms(self, left: Tensor) -> None:
         super()._keep_atoms(left)

@@ -303,7 +303,8 @@ def small_sums_only(rank: int) -> None:
             found.append(sent.calls)
             assert all("all_reduce" in call and size <= optimizer.num_atoms for call, size in sent.calls), sent.calls
         if name == "hesso":
-            assert [len(calls) for calls in found[:6]] == [0, 0, 1, 1, 1, 1], "four steps are averaged for the choice"
+            # <x, g> is averaged over four steps; a choice asks for norms, too, and whether there are gradients
+            assert [len(calls) for calls in found[:8]] == [0, 0, 0, 1, 1, 1, 4, 0]
             assert sum(map(len, found[36:])) == 0, "once pruning is over nothing is sent"
 
 
@@ -404,6 +405,118 @@ def refused(rank: int) -> None:
             oto.hesso(**SOON)
 
 
+def saved(model: nn.Module, optimizer: Any, folder: Path, **how: Any) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, **how)
+
+
+def loaded(model: nn.Module, optimizer: Any, folder: Path, **how: Any) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder, **how)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+
+
+def checkpoints(name: str, rank: int, steps: tuple[int, ...] = (3, 12, 38)) -> None:
+    """Saved before, in and after a period, and loaded by two processes and by one: the same bits, to the end."""
+    through, optimizer = spread(name)
+    done, then = 0, {}
+    for at in steps:
+        train(through.model, optimizer, range(done, at), rank)
+        done = at
+        saved(through.model, optimizer, FOLDER / f"{name} {at}")
+        then[at] = full(through.model), optimizer.atoms
+    train(through.model, optimizer, range(done, 40), rank)
+    end = full(through.model)
+    for at in steps:
+        again, resumed = spread(name)
+        loaded(again.model, resumed, FOLDER / f"{name} {at}")
+        assert resumed.clock == at and torch.equal(resumed.atoms, then[at][1])
+        assert all(torch.equal(p, then[at][0][key]) for key, p in full(again.model).items())
+        if at == steps[1]:
+            train(again.model, resumed, range(at, 40), rank)
+            assert all(torch.equal(p, end[key]) for key, p in full(again.model).items())
+            assert torch.equal(resumed.atoms, optimizer.atoms)
+    oto = copy.deepcopy(analyzed(net))
+    alone_again = MAKERS[name][2](oto)
+    loaded(oto.model, alone_again, FOLDER / f"{name} {steps[1]}", no_dist=True)
+    train(oto.model, alone_again, range(steps[1], 40))
+    require_same(through.model, oto.model, optimizer, alone_again)
+
+
+def saved_on_a_walk(rank: int) -> None:
+    oto, optimizer = spread("hesso_cric")
+    train(oto.model, optimizer, range(12), rank)
+    with pytest.raises(OTOError, match="walk is under way[^$]*in 1 steps"):
+        optimizer.state_dict()
+    train(oto.model, optimizer, range(12, 13), rank)
+    assert optimizer.state_dict()
+
+
+class Parallel(nn.Module):
+    """Attention and a gated FFN whose sizes are read off the tensors, as those of models that run tensor parallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = (nn.Linear(6, 12, bias=False) for _ in range(2))
+        self.out = nn.Linear(12, 6)
+        self.gate, self.up = (nn.Linear(6, 10) for _ in range(2))
+        self.down = nn.Linear(10, 6)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, v = (own(h).view(*x.shape[:2], -1, 3).transpose(1, 2) for own in (self.q, self.v))
+        mixed = torch.softmax(q @ q.transpose(-1, -2), -1) @ v
+        x = x + self.out(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
+        x = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        y: Tensor = self.head(x.mean(1))
+        return y
+
+
+def in_parallel(rank: int) -> None:
+    """Tensor parallel: whole heads and columns of the FFN in each process, analyzed before and after."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def made() -> Parallel:
+        torch.manual_seed(0)
+        return Parallel().double()
+
+    def run(model: nn.Module, optimizer: Any) -> None:
+        for n in range(50):
+            optimizer.zero_grad()
+            x, y = batch(n)
+            nn.functional.mse_loss(model(x[..., :6]), y).backward()
+            optimizer.step()
+
+    plan = {name: ColwiseParallel() for name in ("q", "v", "gate", "up")}
+    plan |= {name: RowwiseParallel() for name in ("out", "down")}  # type: ignore[dict-item]
+    first = OTO(made(), X[..., :6], tensor_parallel=2)
+    for how in ("hesso", "hspg", "hesso_cric"):
+        options = MAKERS[how][2]
+        oto = copy.deepcopy(first)
+        alone, reference = oto.model, options(oto)
+        run(alone, reference)
+        for after in (False, True):
+            oto = copy.deepcopy(first)
+            model = oto.model
+            parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+            oto = OTO(model, X[..., :6], tensor_parallel=2) if after else oto
+            optimizer = options(oto)
+            run(model, optimizer)
+            require_same(model, alone, optimizer, reference)
+        small, subnet = copy.deepcopy(first).construct_subnet(model=alone), oto.construct_subnet()
+        assert subnet.cost_after == small.cost_after
+        even = [len(subnet.kept[group.name]) for group in optimizer.node_groups if group.divisor == 2]
+        assert even and all(count % 2 == 0 for count in even)
+
+
 CHECKS: dict[str, Callable[[int], None]] = {
     **{name: lambda rank, name=name: equal(name, rank) for name in MAKERS},  # type: ignore[misc]
     "after sharding": lambda rank: equal_after("hesso", rank),
@@ -413,6 +526,13 @@ CHECKS: dict[str, Callable[[int], None]] = {
     "in bfloat16": in_bfloat16,
     "hybrid": hybrid,
     "small sums only": small_sums_only,
+    **{
+        f"checkpoints of {name}": lambda rank, name=name: checkpoints(name, rank)  # type: ignore[misc]
+        for name in ("hesso adamw", "hspg")
+    },
+    "checkpoints of hesso_cric": lambda rank: checkpoints("hesso_cric", rank, (8, 13, 38)),
+    "saved on a walk": saved_on_a_walk,
+    "in parallel": in_parallel,
     "made slim": made_slim,
     "refused slim": refused_slim,
     "refused": refused,
