@@ -48,8 +48,8 @@ from torch import Tensor
 
 from oto.errors import OTOError, TargetError
 from oto.groups.cost import Costs
-from oto.groups.node_group import NodeGroup
-from oto.optim.entries import Rows
+from oto.groups.node_group import NodeGroup, Slice
+from oto.optim.entries import Place, Rows, place_of
 from oto.optim.hesso import HESSO
 from oto.optim.options import CycleOptions, HESSOCRICOptions, besides
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, rows_of
@@ -333,13 +333,16 @@ class HESSOCRIC(HESSO):
             yield entries
 
     def _sums_before(self, parameters: Mapping[str, Tensor]) -> Sums:
-        """The same where parameters are spread over processes; it takes a copy of what is here of those on the walk."""
-        chosen = [rows_of(own, REDUNDANT) for own in self._codes()]
-        walking = [group for group, rows in zip(self.node_groups, chosen, strict=True) if len(rows)]
-        names = {piece.parameter for group in walking for piece in group.zeros}
-        before = dict(parameters) | {name: parameters[name].detach().clone() for name in names}
-        Rows.of(self.node_groups, chosen, before).copy_(self.walk["saved"])
-        return replace(self.sums(parameters, self.maximized()), weights=before)
+        """The same where parameters are spread over processes."""
+        saved, aside, first = iter(self.walk["saved"]), dict[tuple[int, Slice], tuple[Place, Tensor]](), 0
+        for number, (group, codes) in enumerate(zip(self.node_groups, self._codes(), strict=True)):
+            rows = rows_of(codes, REDUNDANT)
+            for piece in group.zeros if len(rows) else ():
+                place = place_of(piece, parameters[piece.parameter].detach(), rows, group.size, first)
+                if place is not None:
+                    aside[number, piece] = place, next(saved)
+            first += group.size
+        return replace(self.sums(parameters, self.maximized()), aside=aside)
 
 
 def _relative(scores: Tensor, alive: Tensor) -> Tensor:

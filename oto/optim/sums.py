@@ -8,7 +8,7 @@ none of these is on a single process. So each is summed for all node groups in o
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oto.errors import OptionError
 from oto.groups.node_group import NodeGroup, Slice
-from oto.optim.entries import Total, dot, place_of, sq_norm, summed_in
+from oto.optim.entries import Place, Total, dot, place_of, sq_norm, summed_in
 from oto.optim.refusals import any_entry_of
 from oto.optim.saliency import Entries
 from oto.shards import Layout, is_sharded
@@ -35,6 +35,8 @@ class Sums:
         shapes: Of the parameters, over all processes.
         maximized: Parameters whose gradient is that of something to be made large.
         device: Where vectors of one number per atom lie.
+        aside: Of some slices of a node group, by its number, entries that are to be seen instead of the present ones, and
+            their place.
     """
 
     groups: Sequence[NodeGroup]
@@ -44,6 +46,7 @@ class Sums:
     shapes: Mapping[str, torch.Size]
     maximized: Container[str]
     device: torch.device
+    aside: Mapping[tuple[int, Slice], tuple[Place, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -127,21 +130,23 @@ class Sums:
         others: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """What a measure of the rows comes to, shape ``(N,)``, one tensor after another."""
-        found: dict[str, list[tuple[Slice, int, int]]] = {}
+        found: dict[str, list[tuple[int, Slice, int]]] = {}
         first = 0
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
             for piece in slices(group, tensors if others is None else others):
-                found.setdefault(piece.parameter, []).append((piece, group.size, first))
+                found.setdefault(piece.parameter, []).append((number, piece, first))
             first += group.size
         total = Total(first, self.device, self.layouts)
         for name, own in found.items():
             tensor = tensors[name].detach()
             other = tensor if others is None else others[name]
-            for piece, size, start in own:
-                place = place_of(piece, tensor, None, size, start)
-                beside = place if other is tensor else place_of(piece, other, None, size, start)
+            for number, piece, start in own:
+                place, beside = (place_of(piece, t, None, self.groups[number].size, start) for t in (tensor, other))
                 if place is not None and beside is not None:
-                    part = measure(place.read(), beside.read())
+                    rows = place.read()
+                    if tensors is self.weights and (aside := self.aside.get((number, piece))) is not None:
+                        rows = place._replace(view=_with(place.view, *aside)).read()
+                    part = measure(rows, beside.read())
                     total.add_(place, -part if others is not None and name in self.maximized else part)
         return total.over_processes()
 
@@ -216,6 +221,13 @@ class SpreadEntries(Entries):
     def dot(self) -> Tensor:  # type: ignore[override]
         """``<x_g, g_g>`` of every atom, shape ``(size,)``."""
         return self.sums.dot[self.own]
+
+
+def _with(view: Tensor, there: Place, entries: Tensor) -> Tensor:
+    """A copy of a view that has other entries at a place of it."""
+    made = view.clone()
+    there._replace(view=made).write_(entries)
+    return made
 
 
 def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
