@@ -1,7 +1,7 @@
 """Tensors of which each process holds a part (``DTensor``), and models that hold such.
 
-A *layout* says which entries of a tensor a process has. The rest of the library works on those entries as on any other
-tensor, and asks here for sums over all processes, which every process of the mesh has to ask for at the same place.
+A *sharding* says which entries of a tensor a process has. The rest of the library works on those entries as on any
+other tensor, and asks here for sums over all processes, which every process of the mesh has to ask for at one place.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def gathered_tensor(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Sharding:
     """Which entries of a tensor each process of a mesh has.
 
     Attributes:
@@ -63,13 +63,13 @@ class Layout:
     placements: tuple[Placement, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Layout | None:
+    def of(cls, tensor: Tensor) -> Sharding | None:
         """That of a tensor; ``None`` if every process has all of it."""
         if not is_sharded(tensor):
             return None
         sharded: DTensor = tensor  # type: ignore[assignment]
-        layout = cls(sharded.device_mesh, tuple(sharded.placements))
-        return layout if any(layout.parted) else None
+        sharding = cls(sharded.device_mesh, tuple(sharded.placements))
+        return sharding if any(sharding.parted) else None
 
     @property
     def parted(self) -> tuple[bool, ...]:
@@ -93,8 +93,9 @@ class Layout:
         """What this process has of a tensor, as one that is spread like another of its shape."""
         from torch.distributed.tensor import DTensor
 
-        kept = {"run_check": False, "shape": like.shape, "stride": like.stride()}
-        made: Tensor = DTensor.from_local(own, self.mesh, self.placements, **kept)
+        made: Tensor = DTensor.from_local(
+            own, self.mesh, self.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
         return made
 
     def summed(self, own: Tensor) -> Tensor:
@@ -108,13 +109,13 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def _index(layout: Layout, dim: int, dims: int, length: int) -> Tensor:
+def _index(sharding: Sharding, dim: int, dims: int, length: int) -> Tensor:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    numbers = torch.arange(length, device=layout.mesh.device_type)
+    numbers = torch.arange(length, device=sharding.mesh.device_type)
     shape = [length if d == dim else 1 for d in range(dims)]
-    alike = [own if getattr(own, "dim", None) == dim else Replicate() for own in layout.placements]
-    spread = distribute_tensor(numbers.reshape(shape), layout.mesh, alike, src_data_rank=None)
+    alike = [own if getattr(own, "dim", None) == dim else Replicate() for own in sharding.placements]
+    spread = distribute_tensor(numbers.reshape(shape), sharding.mesh, alike, src_data_rank=None)
     return spread.to_local().flatten().cpu()
 
 
@@ -127,11 +128,11 @@ def added_up(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.int64)
     numbers = torch.stack([number.to("cpu", torch.int64) for number in own])
-    layouts = [Layout.of(tensor) for tensor in tensors]
+    shardings = [Sharding.of(tensor) for tensor in tensors]
     total = torch.zeros_like(numbers)
-    for layout in dict.fromkeys(layouts):
-        mine = numbers * torch.tensor([other == layout for other in layouts])
-        total += mine if layout is None else layout.summed(mine)
+    for sharding in dict.fromkeys(shardings):
+        mine = numbers * torch.tensor([other == sharding for other in shardings])
+        total += mine if sharding is None else sharding.summed(mine)
     return total
 
 
@@ -145,8 +146,8 @@ def sharded_names(model: nn.Module) -> list[str]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let modules of ``fully_shard`` hold their shards again: after a forward without a backward the outermost one holds
-    whole parameters. Nothing is sent."""
+    """Let modules of ``fully_shard`` hold their shards again: after a forward without a backward the outermost one
+    holds whole parameters. Nothing is sent."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         for module in model.modules():
@@ -161,11 +162,11 @@ def refuse_flattened(model: nn.Module) -> None:
         OptionError: It is one of FSDP1 or DeepSpeed's ZeRO-3.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FullyShardedDataParallel):
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             raise OptionError(
-                f"{type(model).__name__} is wrapped by FullyShardedDataParallel (FSDP1), which lays all parameters end to"
-                " end and cuts them anywhere\n"
+                f"{type(model).__name__} is wrapped by FullyShardedDataParallel (FSDP1), which lays all parameters end"
+                " to end and cuts them anywhere\n"
                 "  effect  no process has rows of a weight that could be scored or zeroed; nothing was made\n"
                 "  to fix  torch.distributed.fsdp.fully_shard (FSDP2) instead: fully_shard(block) for every block, then"
                 " fully_shard(model); with accelerate or the HF Trainer, fsdp_version: 2"
@@ -173,8 +174,8 @@ def refuse_flattened(model: nn.Module) -> None:
     gone = [name for name, p in model.named_parameters() if hasattr(p, "ds_id") and p.numel() == 0]
     if gone:
         raise OptionError(
-            f"{some(gone)} of the {type(model).__name__} {'has' if len(gone) == 1 else 'have'} no entries here: DeepSpeed"
-            " (ZeRO-3) holds them elsewhere, cut anywhere\n"
+            f"{some(gone)} of the {type(model).__name__} {'has' if len(gone) == 1 else 'have'} no entries here:"
+            " DeepSpeed (ZeRO-3) holds them elsewhere, cut anywhere\n"
             "  effect  no process has rows of a weight that could be scored or zeroed; nothing was made\n"
             "  to fix  shard by torch.distributed.fsdp.fully_shard (FSDP2), or train with DistributedDataParallel"
         )
@@ -217,8 +218,8 @@ def whole(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Itera
 
 @torch.no_grad()
 def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of a model, by all their names, whole and on the CPU of the first process; an empty dict
-    on the others. One tensor is gathered at a time. Communicates: every process has to call it."""
+    """All parameters and buffers of a model, by all their names, whole and on the CPU of the first process; an empty
+    dict on the others. One tensor is gathered at a time. Communicates: every process has to call it."""
     reshard(model)
     first = is_first(model)
     made: dict[int, Tensor] = {}

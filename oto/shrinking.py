@@ -83,8 +83,8 @@ def _refuse_sharded(model: nn.Module) -> None:
     """Refuse parameters that are spread over processes: modules that were sharded cannot be sharded anew."""
     if sharded := sharded_names(model):
         raise ShrinkError(
-            f"{some(sharded)} of the {type(model).__name__} {'is' if len(sharded) == 1 else 'are'} spread over processes,"
-            " and torch cannot take that back to spread what is left\n"
+            f"{some(sharded)} of the {type(model).__name__} {'is' if len(sharded) == 1 else 'are'} spread over"
+            " processes, and torch cannot take that back to spread what is left\n"
             "  effect  nothing was changed\n"
             "  to fix  construct_subnet(...) on every process, then shard the slim model and train it with an optimizer"
             " of its own (docs/distributed.md)"

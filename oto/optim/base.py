@@ -290,7 +290,9 @@ class SparseOptimizer(Checkpointed):
         """Raise if nothing can be chosen by these: one is no number, or there are no gradients. Synchronizes."""
         require_finite(scores, self.node_groups, entries, self.clock)
         remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
-        if any_entry_of(p.grad for p in self.parameters().values()):  # what comes after the groups has one, and gives none on
+        if any_entry_of(
+            p.grad for p in self.parameters().values()
+        ):  # what comes after the groups has one, and gives none on
             remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
         require_gradients(self.node_groups, entries, self.atoms != PRUNED, averages, remedy)
         if not averages and not any_gradient(entries):

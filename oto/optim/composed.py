@@ -14,7 +14,7 @@ from oto.groups.node_group import NodeGroup, Slice
 from oto.optim.entries import place_of, zero_
 from oto.optim.saliency import Entries
 from oto.optim.sums import Sums, gradients_of
-from oto.shards import Layout, gathered_tensor
+from oto.shards import Sharding, gathered_tensor
 
 T = TypeVar("T")
 
@@ -160,15 +160,15 @@ def spread_product(adapter: Adapter, parameters: Mapping[str, Tensor]) -> Tensor
 
 def _spread(adapter: Adapter, up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
     """``B A`` as ``W`` is spread."""
-    layout = Layout.of(weight)
+    sharding = Sharding.of(weight)
     factors = {adapter.up: gathered_tensor(up), adapter.down: gathered_tensor(down)}
-    for dim in range(weight.dim()) if layout is not None else ():
+    for dim in range(weight.dim()) if sharding is not None else ():
         name, own = adapter.factor(dim) if dim < 2 else (adapter.down, dim)
-        if layout is not None and layout.parts(dim):
-            index = layout.index(dim, weight.dim(), weight.shape[dim]).to(factors[name].device)
+        if sharding is not None and sharding.parts(dim):
+            index = sharding.index(dim, weight.dim(), weight.shape[dim]).to(factors[name].device)
             factors[name] = factors[name].index_select(own, index)
     made = adapter.combined(factors[adapter.up], factors[adapter.down])
-    return made if layout is None else layout.spread(made, weight)
+    return made if sharding is None else sharding.spread(made, weight)
 
 
 def _spread_operator(adapters: Sequence[Adapter], parameters: Mapping[str, Tensor]) -> Tensor:

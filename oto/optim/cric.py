@@ -185,7 +185,7 @@ class HESSOCRIC(HESSO):
         if self.walk["saved"] and any_sharded(self.parameters().values()):
             at = (self.clock - self.first_step - self._probes) % self.sampling_steps
             raise OTOError(
-                f"a walk is under way, and what it put aside is spread over {type(self).__name__}s of several processes\n"
+                "a walk is under way, and what it put aside is spread over processes\n"
                 "  effect  a checkpoint would hold a part of it; nothing was saved\n"
                 f"  to fix  save when the walk is over: in {self.sampling_steps - at} steps"
             )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from oto.groups.node_group import NodeGroup, Slice, clear_
 from oto.optim.sharded import parts
-from oto.shards import Layout, local
+from oto.shards import Sharding, local
 
 BLOCK = 1 << 17
 """Entries that are multiplied at a time on a CPU: a product of half a megabyte stays in its cache. A product of a whole
@@ -41,14 +41,14 @@ class Place(NamedTuple):
         first: How many atoms the node groups before it have.
         atoms: Where a row of the view is only a part of an atom: the atom that it is a part of, counted over all node
             groups, int64. ``None``: row ``a`` is atom ``first + a``.
-        layout: Which processes have other entries of these atoms; ``None``: none has.
+        sharding: Which processes have other entries of these atoms; ``None``: none has.
     """
 
     view: Tensor
     rows: Tensor | None
     first: int = 0
     atoms: Tensor | None = None
-    layout: Layout | None = None
+    sharding: Sharding | None = None
 
     def read(self) -> Tensor:
         """The rows; a view where they are all."""
@@ -132,7 +132,7 @@ class Rows:
         names: The name of each place's tensor.
         atoms: How many atoms all node groups have, N.
         device: Where vectors of one number per atom lie.
-        layouts: Those of tensors that are spread over processes, with the dtype of sums over them: the same on every
+        shardings: Those of tensors that are spread over processes, with the dtype of sums over them: the same on every
             process, and in the same order, also where one has no entry.
     """
 
@@ -140,7 +140,7 @@ class Rows:
     names: Sequence[str]
     atoms: int
     device: torch.device
-    layouts: Mapping[Layout, torch.dtype] = field(default_factory=dict)
+    shardings: Mapping[Sharding, torch.dtype] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -164,22 +164,24 @@ class Rows:
             device: Where vectors of one number per atom lie.
         """
         places, names, first = list[Place](), list[str](), 0
-        layouts: dict[Layout, torch.dtype] = {}
+        shardings: dict[Sharding, torch.dtype] = {}
         for group, rows in zip(groups, chosen, strict=True):
             for piece in (group.zeros if slices is None else slices) if rows is None or len(rows) else ():
                 if piece.parameter in tensors:
                     tensor = tensors[piece.parameter].detach()
-                    if (layout := Layout.of(tensor)) is not None:
-                        layouts[layout] = torch.promote_types(layouts.get(layout, torch.float32), summed_in(tensor))
+                    if (sharding := Sharding.of(tensor)) is not None:
+                        shardings[sharding] = torch.promote_types(
+                            shardings.get(sharding, torch.float32), summed_in(tensor)
+                        )
                     here = place_of(piece, tensor, rows, group.size, first)
                     found = [] if here is None else list(here.blocks()) if in_blocks else [here]
                     places += found
                     names += [piece.parameter] * len(found)
             first += group.size
-        return cls(places, names, first, torch.device(device), layouts)
+        return cls(places, names, first, torch.device(device), shardings)
 
     def __bool__(self) -> bool:
-        return bool(self.places) or bool(self.layouts)
+        return bool(self.places) or bool(self.shardings)
 
     def sq_norm(self, rates: Sequence[Rate] | None = None) -> Tensor:
         """``||x_g||^2`` of every atom, or the sum over its slices of each one's times its rate; shape ``(N,)``."""
@@ -248,7 +250,7 @@ class Rows:
 
     def _summed(self, parts: Iterable[Tensor], rates: Sequence[Rate] | None = None) -> Tensor:
         """What the places of each atom come to, shape ``(N,)``."""
-        total = Total(self.atoms, self.device, self.layouts)
+        total = Total(self.atoms, self.device, self.shardings)
         for i, (place, part) in enumerate(zip(self.places, parts, strict=True)):
             total.add_(place, part if rates is None else part * rates[i])
         return total.over_processes()
@@ -258,21 +260,21 @@ class Total:
     """One number per atom, added up place after place, and over the processes that have entries of the same atoms.
 
     Args:
-        atoms, device, layouts: As in :class:`Rows`.
+        atoms, device, shardings: As in :class:`Rows`.
     """
 
-    def __init__(self, atoms: int, device: torch.device, layouts: Mapping[Layout, torch.dtype]) -> None:
+    def __init__(self, atoms: int, device: torch.device, shardings: Mapping[Sharding, torch.dtype]) -> None:
         self.atoms, self.device = atoms, device
         self.here: Tensor | None = None
         self.there = {
-            layout: torch.zeros(atoms, dtype=dtype, device=device) for layout, dtype in layouts.items()
+            sharding: torch.zeros(atoms, dtype=dtype, device=device) for sharding, dtype in shardings.items()
         }  # never of a wider dtype than the tensors: it is the same on a process that has no entry
 
     def add_(self, place: Place, part: Tensor) -> None:
         """Add a number of each row of a place."""
         part = sent(part, self.device)
-        if place.layout is not None:
-            place.add_(self.there[place.layout], part.to(self.there[place.layout].dtype))
+        if place.sharding is not None:
+            place.add_(self.there[place.sharding], part.to(self.there[place.sharding].dtype))
             return
         here = torch.zeros(self.atoms, dtype=part.dtype, device=self.device) if self.here is None else self.here
         self.here = here.to(torch.promote_types(here.dtype, part.dtype))
@@ -281,7 +283,7 @@ class Total:
     def over_processes(self) -> Tensor:
         """The sums, shape ``(N,)``. Communicates, if a tensor is spread over processes."""
         parts = [] if self.here is None else [self.here]
-        parts += [layout.summed(own) for layout, own in self.there.items()]
+        parts += [sharding.summed(own) for sharding, own in self.there.items()]
         if not parts:
             return torch.zeros(self.atoms, device=self.device)
         total = parts[0]
@@ -297,15 +299,15 @@ def place_of(piece: Slice, tensor: Tensor, rows: Tensor | None, size: int, first
         rows: The atoms, sorted int64 indices on any device; ``None``: all.
         size: How many the node group has; ``first``: how many those before it.
     """
-    layout = Layout.of(tensor)
+    sharding = Sharding.of(tensor)
     tensor = local(tensor)
-    if layout is None or not layout.parts(piece.dim):
+    if sharding is None or not sharding.parts(piece.dim):
         view = piece.of(tensor)
-        place = Place(view, None if rows is None else sent(rows, tensor.device), first, None, layout)
+        place = Place(view, None if rows is None else sent(rows, tensor.device), first, None, sharding)
     else:
-        view, chosen, begin, atoms = parts(piece, tensor, layout, rows, size)
+        view, chosen, begin, atoms = parts(piece, tensor, sharding, rows, size)
         atoms = None if atoms is None else atoms + first
-        place = Place(view, chosen, first + begin, atoms, layout)
+        place = Place(view, chosen, first + begin, atoms, sharding)
     many = len(place.view if place.rows is None else place.rows)
     return place if many and place.view.numel() else None
 

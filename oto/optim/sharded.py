@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from oto.groups.node_group import Slice
-from oto.shards import Layout
+from oto.shards import Sharding
 
 
 def parts(
-    piece: Slice, here: Tensor, layout: Layout, rows: Tensor | None, size: int
+    piece: Slice, here: Tensor, sharding: Sharding, rows: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor | None, int, Tensor | None]:
     """What this process has of some atoms of a slice, whose dimension is cut.
 
     Args:
         here: The entries of this process.
-        layout: How the tensor is spread.
+        sharding: How the tensor is spread.
         rows: The atoms, sorted int64 indices; ``None``: all.
         size: How many atoms the slice has.
 
@@ -31,7 +31,7 @@ def parts(
         of every row, ``None`` if one row after another is one atom after another.
     """
     view = here.movedim(piece.dim, 0)
-    owner = _owners(piece, layout, size, here.dim())
+    owner = _owners(piece, sharding, size, here.dim())
     own = owner >= 0
     if rows is not None:
         wanted = torch.zeros(size, dtype=torch.bool)
@@ -45,10 +45,10 @@ def parts(
 
 
 @lru_cache(maxsize=1024)
-def _owners(piece: Slice, layout: Layout, size: int, dims: int) -> Tensor:
+def _owners(piece: Slice, sharding: Sharding, size: int, dims: int) -> Tensor:
     """The atom of every entry along the slice's dimension that is here, -1 for none, int64, on the CPU."""
     length = piece.cuts[0].before * piece.cuts[0].middle * piece.cuts[0].after if piece.cuts else size
     atom = torch.full((length,), -1)
     entries = Slice("", 0, piece.cuts).of(torch.arange(length)).reshape(size, -1)
     atom[entries] = torch.arange(size)[:, None].expand_as(entries)
-    return atom[layout.index(piece.dim, dims, length)]
+    return atom[sharding.index(piece.dim, dims, length)]

@@ -20,7 +20,7 @@ from oto.groups.node_group import NodeGroup, Slice
 from oto.optim.entries import Place, Total, dot, place_of, sq_norm, summed_in
 from oto.optim.refusals import any_entry_of
 from oto.optim.saliency import Entries
-from oto.shards import Layout, is_sharded
+from oto.shards import Sharding, is_sharded
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +31,18 @@ class Sums:
         groups: The node groups.
         weights: Parameters by name, or what stands in their place; looked up one at a time.
         gradients: Their gradients, for those that have one, spread as they are.
-        layouts: How they are spread, as in :class:`oto.optim.entries.Rows`.
+        shardings: How they are spread, as in :class:`oto.optim.entries.Rows`.
         shapes: Of the parameters, over all processes.
         maximized: Parameters whose gradient is that of something to be made large.
         device: Where vectors of one number per atom lie.
-        aside: Of some slices of a node group, by its number, entries that are to be seen instead of the present ones, and
-            their place.
+        aside: Of some slices of a node group, by its number, entries that are to be seen instead of the present ones,
+            and their place.
     """
 
     groups: Sequence[NodeGroup]
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
-    layouts: Mapping[Layout, torch.dtype]
+    shardings: Mapping[Sharding, torch.dtype]
     shapes: Mapping[str, torch.Size]
     maximized: Container[str]
     device: torch.device
@@ -66,16 +66,16 @@ class Sums:
             maximized, device: See the attributes.
         """
         named = {p.parameter: None for group in groups for p in group.slices if p.parameter in parameters}
-        layouts: dict[Layout, torch.dtype] = {}
+        shardings: dict[Sharding, torch.dtype] = {}
         for name in named:
-            if (layout := Layout.of(parameters[name])) is not None:
+            if (sharding := Sharding.of(parameters[name])) is not None:
                 dtype = summed_in(parameters[name])
-                layouts[layout] = torch.promote_types(layouts.get(layout, dtype), dtype)
+                shardings[sharding] = torch.promote_types(shardings.get(sharding, dtype), dtype)
         if gradients is None:
             gradients = gradients_of({name: parameters[name] for name in named})
         shapes = {name: parameters[name].shape for name in named}
         weights = parameters if weights is None else weights
-        return cls(groups, weights, gradients, layouts, shapes, maximized, torch.device(device))
+        return cls(groups, weights, gradients, shardings, shapes, maximized, torch.device(device))
 
     def entries(self) -> list[Entries]:
         """Those of every node group."""
@@ -136,7 +136,7 @@ class Sums:
             for piece in slices(group, tensors if others is None else others):
                 found.setdefault(piece.parameter, []).append((number, piece, first))
             first += group.size
-        total = Total(first, self.device, self.layouts)
+        total = Total(first, self.device, self.shardings)
         for name, own in found.items():
             tensor = tensors[name].detach()
             other = tensor if others is None else others[name]
@@ -162,7 +162,7 @@ class SpreadEntries(Entries):
     own: slice
 
     @property
-    def weights(self) -> NoReturn:  # type: ignore[override]
+    def weights(self) -> NoReturn:
         """On no process.
 
         Raises:
@@ -189,7 +189,7 @@ class SpreadEntries(Entries):
         return sum(piece.of(whole)[0].numel() for piece, whole in wholes)
 
     @property
-    def convolved(self) -> bool:  # type: ignore[override]
+    def convolved(self) -> bool:
         """Whether a convolution over two or more dimensions reads the atoms."""
         return any(len(self.sums.shapes[piece.parameter]) > 3 for piece in self._reading)
 
@@ -203,22 +203,22 @@ class SpreadEntries(Entries):
         return self.sums.has_gradient
 
     @property
-    def weight_sq(self) -> Tensor:  # type: ignore[override]
+    def weight_sq(self) -> Tensor:
         """``||x_g||^2`` of every atom, shape ``(size,)``."""
         return self.sums.weight_sq[self.own]
 
     @property
-    def reader_sq(self) -> Tensor:  # type: ignore[override]
+    def reader_sq(self) -> Tensor:
         """Squared norm of what reads each atom, shape ``(size,)``; 1 where nothing with weights does."""
         return self.sums.reader_sq[self.own]
 
     @property
-    def gradient_sq(self) -> Tensor:  # type: ignore[override]
+    def gradient_sq(self) -> Tensor:
         """``||g_g||^2`` of every atom, shape ``(size,)``."""
         return self.sums.gradient_sq[self.own]
 
     @property
-    def dot(self) -> Tensor:  # type: ignore[override]
+    def dot(self) -> Tensor:
         """``<x_g, g_g>`` of every atom, shape ``(size,)``."""
         return self.sums.dot[self.own]
 

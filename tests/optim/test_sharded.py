@@ -11,8 +11,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from oto import OTO
-from oto.errors import EmitterError, ModelChangedError, OptionError, OTOError, ShrinkError, TargetError
+from oto.errors import ModelChangedError, OptionError, OTOError, ShrinkError, TargetError
 from tests.optim.test_distributed import GLOO, RANKS, begin, in_processes
 
 pytestmark = [GLOO, pytest.mark.filterwarnings("default:a process was killed")]
@@ -142,22 +142,22 @@ def require_same(model: nn.Module, other: nn.Module, optimizer: Any, reference: 
         assert torch.equal(mine[name] == 0, p == 0), name
 
 
-TIMES = {"start_pruning_step": 6, "pruning_steps": 30, "pruning_periods": 3, "target_macs": 0.5}
-SOON = {**TIMES, "average_steps": 4, "lr": 0.02}
+WHEN = {"start_pruning_step": 6, "pruning_steps": 30, "pruning_periods": 3}
+SOON = {**WHEN, "target_macs": 0.5, "average_steps": 4, "lr": 0.02}
 MAKERS: dict[str, tuple[Callable[[], Net], dict[str, Any], Callable[[OTO], Any]]] = {
     "hesso": (net, {}, lambda oto: oto.hesso(first_momentum=0.9, **SOON)),
     "hesso adamw": (net, {}, lambda oto: oto.hesso(variant="adamw", **SOON)),
     "hesso as published": (net, {}, lambda oto: oto.hesso(
-        saliency="hesso", lr=0.02, target_group_sparsity=0.4, **{k: v for k, v in TIMES.items() if k != "target_macs"}
+        saliency="hesso", lr=0.02, target_group_sparsity=0.4, **WHEN
     )),
     "path norm, uniform": (net, {"layout": "uniform"}, lambda oto: oto.hesso(saliency="path_norm", **SOON)),
-    "parameters": (net, {}, lambda oto: oto.hesso(**{k: v for k, v in SOON.items() if k != "target_macs"}, target_params=0.6)),
+    "parameters": (net, {}, lambda oto: oto.hesso(lr=0.02, target_params=0.6, **WHEN)),
     "hesso_cric": (net, {}, lambda oto: oto.hesso_cric(**SOON, sampling_steps=3, max_cycles=2)),
     "hspg": (net, {}, lambda oto: oto.hspg(**SOON, lmbda=0.5, epsilon=0.9)),
     "hspg adamw": (net, {}, lambda oto: oto.hspg(variant="adamw", **SOON, lmbda=0.5, epsilon=0.9)),
     "dhspg": (net, {}, lambda oto: oto.dhspg(**SOON)),
     "dhspg as published": (net, {}, lambda oto: oto.dhspg(
-        saliency="dhspg", lr=0.02, target_group_sparsity=0.4, **{k: v for k, v in TIMES.items() if k != "target_macs"}
+        saliency="dhspg", lr=0.02, target_group_sparsity=0.4, **WHEN
     )),
     "lhspg": (adapted, {"prune_frozen": True}, lambda oto: oto.lhspg(**SOON)),
     "lhspg taylor": (adapted, {"prune_frozen": True}, lambda oto: oto.lhspg(**SOON, saliency="taylor_first_order")),
@@ -278,7 +278,7 @@ def hybrid(rank: int) -> None:
 
 
 def small_sums_only(rank: int) -> None:
-    """What a choice and a step of a half-space send beside plain training: sums of one number per atom, nothing else."""
+    """What a choice and a step of a half-space send beside plain training: sums, a number per atom."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Sent(TorchDispatchMode):
@@ -318,7 +318,7 @@ def made_slim(rank: int) -> None:
     """The slim model is that of one process; it is sharded again and trained."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    other, reference = alone("hesso")
+    other, _ = alone("hesso")
     analysis = copy.deepcopy(analyzed(net))
     small = analysis.construct_subnet(model=other)
     oto, optimizer = spread("hesso")
@@ -342,9 +342,7 @@ def made_slim(rank: int) -> None:
     state = subnet.model.state_dict() if rank == 0 else {}
     shard(subnet.model)
     subnet.model.to_empty(device="cpu")
-    set_model_state_dict(
-        subnet.model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    )
+    set_model_state_dict(subnet.model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     plain = torch.optim.SGD(subnet.model.parameters(), lr=0.02)
     train(subnet.model, plain, range(50, 53), rank)
     alone_again = torch.optim.SGD(small.model.parameters(), lr=0.02)
@@ -379,15 +377,15 @@ def refused(rank: int) -> None:
     oto, optimizer = spread("hesso")
     with pytest.raises(ShrinkError, match="construct_subnet"):
         oto.shrink(optimizer)
-    with pytest.raises(TargetError, match="time a forward[^$]*target_macs"):
+    with pytest.raises(TargetError, match=r"time a forward[^$]*target_macs"):
         oto.hesso(lr=0.1, target_latency_ms=1e-3)
     odd = oto.hesso(**SOON, saliency=lambda entries: entries.weights[0].flatten(1).sum(1))
-    with pytest.raises(OptionError, match="spread over processes[^$]*weight_sq"):
+    with pytest.raises(OptionError, match=r"spread over processes[^$]*weight_sq"):
         train(oto.model, odd, range(8), rank)
     late = copy.deepcopy(analyzed(net))
     early = late.hesso(**SOON)
     shard(late.model)
-    with pytest.raises(ModelChangedError, match="then fully_shard[^$]*then the optimizer"):
+    with pytest.raises(ModelChangedError, match=r"then fully_shard[^$]*then the optimizer"):
         train(late.model, early, range(2), rank)
     assert oto.preview(target_macs=0.5)
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -452,7 +450,7 @@ def checkpoints(name: str, rank: int, steps: tuple[int, ...] = (3, 12, 38)) -> N
 def saved_on_a_walk(rank: int) -> None:
     oto, optimizer = spread("hesso_cric")
     train(oto.model, optimizer, range(12), rank)
-    with pytest.raises(OTOError, match="walk is under way[^$]*in 1 steps"):
+    with pytest.raises(OTOError, match=r"walk is under way[^$]*in 1 steps"):
         optimizer.state_dict()
     train(oto.model, optimizer, range(12, 13), rank)
     assert optimizer.state_dict()
@@ -479,95 +477,192 @@ class Parallel(nn.Module):
         return y
 
 
-def in_parallel(rank: int) -> None:
-    """Tensor parallel: whole heads and columns of the FFN in each process, analyzed before and after."""
-    from torch.distributed.device_mesh import init_device_mesh
+def parallel() -> Parallel:
+    torch.manual_seed(0)
+    return Parallel().double()
+
+
+def train_parallel(model: nn.Module, optimizer: Any, half: int | None = None) -> None:
+    for n in range(50):
+        optimizer.zero_grad()
+        x, y = batch(n, half)
+        nn.functional.mse_loss(model(x[..., :6]), y).backward()
+        optimizer.step()
+
+
+def parallelize(model: nn.Module, mesh: Any) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    def made() -> Parallel:
-        torch.manual_seed(0)
-        return Parallel().double()
+    plan: dict[str, Any] = {name: ColwiseParallel() for name in ("q", "v", "gate", "up")}
+    parallelize_module(model, mesh, plan | {name: RowwiseParallel() for name in ("out", "down")})
 
-    def run(model: nn.Module, optimizer: Any) -> None:
-        for n in range(50):
-            optimizer.zero_grad()
-            x, y = batch(n)
-            nn.functional.mse_loss(model(x[..., :6]), y).backward()
-            optimizer.step()
 
-    plan = {name: ColwiseParallel() for name in ("q", "v", "gate", "up")}
-    plan |= {name: RowwiseParallel() for name in ("out", "down")}  # type: ignore[dict-item]
-    first = OTO(made(), X[..., :6], tensor_parallel=2)
-    for how in ("hesso", "hspg", "hesso_cric"):
-        options = MAKERS[how][2]
+def in_parallel(rank: int, names: tuple[str, ...] = ("hesso",)) -> None:
+    """Tensor parallel: whole heads and columns of the FFN in each process, analyzed before and after."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    first = OTO(parallel(), X[..., :6], tensor_parallel=2)
+    for name in names:
         oto = copy.deepcopy(first)
-        alone, reference = oto.model, options(oto)
-        run(alone, reference)
+        other, reference = oto.model, MAKERS[name][2](oto)
+        train_parallel(other, reference)
         for after in (False, True):
             oto = copy.deepcopy(first)
             model = oto.model
-            parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+            parallelize(model, init_device_mesh("cpu", (RANKS,)))
             oto = OTO(model, X[..., :6], tensor_parallel=2) if after else oto
-            optimizer = options(oto)
-            run(model, optimizer)
-            require_same(model, alone, optimizer, reference)
-        small, subnet = copy.deepcopy(first).construct_subnet(model=alone), oto.construct_subnet()
+            optimizer = MAKERS[name][2](oto)
+            train_parallel(model, optimizer)
+            require_same(model, other, optimizer, reference)
+        small, subnet = copy.deepcopy(first).construct_subnet(model=other), oto.construct_subnet()
         assert subnet.cost_after == small.cost_after
         even = [len(subnet.kept[group.name]) for group in optimizer.node_groups if group.divisor == 2]
         assert even and all(count % 2 == 0 for count in even)
 
 
-CHECKS: dict[str, Callable[[int], None]] = {
-    **{name: lambda rank, name=name: equal(name, rank) for name in MAKERS},  # type: ignore[misc]
-    "after sharding": lambda rank: equal_after("hesso", rank),
-    "from meta": lambda rank: equal_after("hspg", rank, meta=True),
-    "adapters after sharding": lambda rank: equal_after("lhspg", rank),
+def in_two_dimensions(rank: int) -> None:
+    """Four processes: shards of two tensor parallel parts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    first = OTO(parallel(), X[..., :6])
+    for name in ("hesso", "hspg"):
+        oto, alone_too = copy.deepcopy(first), copy.deepcopy(first)
+        reference = MAKERS[name][2](alone_too)
+        train_parallel(alone_too.model, reference)
+        parallelize(oto.model, mesh["tensor"])
+        fully_shard(oto.model, mesh=mesh["data"])
+        optimizer = MAKERS[name][2](oto)
+        train_parallel(oto.model, optimizer, mesh.get_local_rank("data"))
+        require_same(oto.model, alone_too.model, optimizer, reference)
+
+
+def sharded_anew(rank: int) -> None:
+    """A checkpoint in the middle of a period goes from two shards to four, to one."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    oto, optimizer = spread("hspg", mesh=two)
+    for n in range(12):
+        train_without_step(oto.model, optimizer, n, rank % 2)
+        optimizer.step()
+    saved(oto.model, optimizer, FOLDER / "two")
+    then = full(oto.model)
+    four, of_four = spread("hspg")
+    loaded(four.model, of_four, FOLDER / "two")
+    saved(four.model, of_four, FOLDER / "four")
+    one = copy.deepcopy(analyzed(net))
+    of_one = MAKERS["hspg"][2](one)
+    loaded(one.model, of_one, FOLDER / "four", no_dist=True)
+    for other in (four.model, one.model):
+        assert all(torch.equal(p, then[name]) for name, p in full(other).items())
+    for own in (of_four, of_one):
+        assert own.clock == 12 and torch.equal(own.atoms, optimizer.atoms)
+        state = {name: own.state[p] for name, p in own.parameters().items() if p in own.state}
+        assert state.keys() == {n for n, p in optimizer.parameters().items() if p in optimizer.state}
+    require_moments(optimizer, of_four)
+    require_moments(optimizer, of_one)
+
+
+def require_moments(optimizer: Any, other: Any) -> None:
+    from oto.shards import gathered_tensor
+
+    theirs = other.parameters()
+    for name, p in optimizer.parameters().items():
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                assert torch.equal(gathered_tensor(value), gathered_tensor(other.state[theirs[name]][key])), (name, key)
+
+
+Check = Callable[[int], None]
+
+
+def named(names: Iterable[str]) -> dict[str, Check]:
+    return {name: partial(equal, name) for name in names}
+
+
+QUICK = ("hesso adamw", "hesso_cric", "hspg", "dhspg", "lhspg")
+CHECKS: dict[str, Check] = {
+    **named(QUICK),
+    "after sharding": partial(equal_after, "lhspg taylor"),
+    "from meta": partial(equal_after, "hspg adamw", meta=True),
     "around a step": around_a_step,
     "in bfloat16": in_bfloat16,
     "hybrid": hybrid,
     "small sums only": small_sums_only,
-    **{
-        f"checkpoints of {name}": lambda rank, name=name: checkpoints(name, rank)  # type: ignore[misc]
-        for name in ("hesso adamw", "hspg")
-    },
-    "checkpoints of hesso_cric": lambda rank: checkpoints("hesso_cric", rank, (8, 13, 38)),
+    "checkpoints": partial(checkpoints, "hspg"),
     "saved on a walk": saved_on_a_walk,
     "in parallel": in_parallel,
     "made slim": made_slim,
     "refused slim": refused_slim,
     "refused": refused,
 }
+LONG: dict[str, Check] = {
+    **named(MAKERS.keys() - QUICK),
+    "checkpoints of hesso adamw": partial(checkpoints, "hesso adamw"),
+    "checkpoints of hesso_cric": partial(checkpoints, "hesso_cric", steps=(8, 13, 38)),
+    "in parallel": partial(in_parallel, names=("hesso", "hspg", "hesso_cric")),
+}
+FOUR: dict[str, Check] = {"in two dimensions": in_two_dimensions, "sharded anew": sharded_anew}
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, checks: str, ranks: int) -> None:
     with open(f"{folder}/{rank}.txt", "w") as said:
         os.dup2(said.fileno(), sys.stderr.fileno())
     faulthandler.enable()
-    store = begin(rank, folder)
+    store = begin(rank, folder, ranks)
     global FOLDER
     FOLDER = Path(folder)
-    said_of: dict[str, str] = {}
-    for name in os.environ.get("OTO_SHARDED_CHECKS", "").split(",") if os.environ.get("OTO_SHARDED_CHECKS") else CHECKS:
+    heard: dict[str, str] = {}
+    for name, check in globals()[checks].items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                CHECKS[name](rank)
-                said_of[name] = ""
+                check(rank)
+                heard[name] = ""
             except BaseException:
-                said_of[name] = traceback.format_exc(limit=-6)
+                heard[name] = traceback.format_exc(limit=-6)
         dist.barrier()
-    torch.save(said_of, f"{folder}/{rank}.pt")
+    torch.save(heard, f"{folder}/{rank}.pt")
     store.set(f"done{rank}", "")
-    store.wait([f"done{other}" for other in range(RANKS)])
+    store.wait([f"done{other}" for other in range(ranks)])
     os._exit(0)
 
 
+def heard(checks: str, ranks: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder = in_processes(partial(work, checks=checks, ranks=ranks), tmp_path_factory, ranks)
+    said = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    return {name: [own[name] for own in said] for name in said[0]}
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = in_processes(work, tmp_path_factory)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return heard("CHECKS", RANKS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return heard("LONG", RANKS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return heard("FOUR", 4, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(name: str, done: list[dict[str, str]]) -> None:
-    assert [said[name] for said in done] == ["", ""]
+def test_two_processes(name: str, quick: dict[str, list[str]]) -> None:
+    assert quick[name] == ["", ""]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", LONG)
+def test_two_processes_at_length(name: str, long: dict[str, list[str]]) -> None:
+    assert long[name] == ["", ""]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes(name: str, four: dict[str, list[str]]) -> None:
+    assert four[name] == ["", "", "", ""]
