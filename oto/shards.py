@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from oto._torch import undistributed
 from oto.errors import OptionError, some
@@ -100,11 +101,12 @@ class Sharding:
 
     def summed(self, own: Tensor) -> Tensor:
         """The sum of what the processes have of a tensor of one shape; the same bits on all of them. Communicates."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        there = own.to(self.mesh.device_type)
-        over = [Partial() if parted else Replicate() for parted in self.parted]
-        total: Tensor = DTensor.from_local(there, self.mesh, over, run_check=False).full_tensor()
+        total = own.to(self.mesh.device_type, copy=True)
+        for dim, parted in enumerate(self.parted):
+            if parted:
+                dist.all_reduce(total, group=self.mesh.get_group(dim))
+        for dim in range(self.mesh.ndim) if self.mesh.ndim > 1 else ():  # one group's order may differ from another's
+            dist.broadcast(total, group=self.mesh.get_group(dim), group_src=0)
         return total.to(own.device)
 
 
@@ -275,7 +277,7 @@ def from_first(model: nn.Module, thing: Any) -> Any:
         return thing
     held = [thing]
     for dim in range(mesh.ndim):  # along the first dimension, then from there along the next one
-        torch.distributed.broadcast_object_list(held, group=mesh.get_group(dim), group_src=0)
+        dist.broadcast_object_list(held, group=mesh.get_group(dim), group_src=0)
     return held[0]
 
 
