@@ -163,7 +163,12 @@ def data_parallel_around(model: nn.Module) -> list[nn.parallel.DistributedDataPa
     return [wrapper for wrapper in found if any(module is model for module in wrapper.modules())]
 
 
-_SHARDING = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
+_SHARDING = (
+    "_is_fsdp_managed_module",
+    "_fsdp_use_orig_params",
+    "_distribute_module_applied",
+    "__composable_api_state_key",
+)
 
 
 @contextmanager

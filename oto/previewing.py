@@ -21,7 +21,7 @@ from oto.optim.preview import kept_now
 from oto.optim.target import Target
 from oto.report.preview import Preview
 from oto.report.preview import preview as table_of
-from oto.shards import sharded_names
+from oto.shards import refuse_sharded, sharded_names
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.trace.snapshot import preserved
 
@@ -39,6 +39,8 @@ def preview(
 ) -> Preview:
     """What a target would keep of each layer; see :meth:`oto.OTO.preview`."""
     batches = list(batches)
+    if batches:
+        refuse_sharded(analysis.model, "a preview by gradients of batches")
     choice = choice_for(analysis, {**({} if batches else FROM_MAGNITUDE), **options}, "preview")
     kept = _kept(analysis.model, choice, batches, loss)
     chosen = f"gradients of {len(batches)} batches" if batches else "the weights alone"

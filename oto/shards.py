@@ -147,6 +147,20 @@ def sharded_names(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters(remove_duplicate=False) if is_sharded(p)]
 
 
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Refuse something that needs whole weights in one process.
+
+    Raises:
+        OptionError: Parameters are spread over processes.
+    """
+    if names := sharded_names(model):
+        raise OptionError(
+            f"{some(names)} of the {type(model).__name__} {'is' if len(names) == 1 else 'are'} spread over processes\n"
+            f"  effect  {what} needs whole weights in one process, and nothing was done\n"
+            "  to fix  do it before the model is sharded"
+        )
+
+
 def reshard(model: nn.Module) -> None:
     """Let modules of ``fully_shard`` hold their shards again: after a forward without a backward the outermost one
     holds whole parameters. Nothing is sent."""

@@ -6,9 +6,9 @@
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-node:29500 \
         tutorials/13_fsdp2.py --hidden 4096 --layers 32 --heads 32 --kv-heads 8 --context 4096 --device cuda
 
-OTO comes first, on a model that has no weights yet (`meta`), then `fully_shard`, then the optimizer. Scores are summed
-over the processes, one number for each group, so that all choose the same; weights are never gathered while training. At
-the end they are, one by one, in the memory of the first process, which makes the slim model for all.
+OTO comes first, on a model that has no weights yet (`meta`), then `fully_shard`, then the optimizer. Scores are
+summed over the processes, one number for each group, so that all choose the same; no weight is gathered for it. At the
+end they are, one by one, in the memory of the first process, which makes the slim model for all.
 """
 
 from __future__ import annotations

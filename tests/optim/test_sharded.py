@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import gc
 import os
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +26,8 @@ from torch import distributed as dist
 
 from oto import OTO
 from oto.errors import ModelChangedError, OptionError, OTOError, ShrinkError, TargetError
+from oto.groups.node_group import Cut, Slice
+from oto.optim import sharded
 from tests.optim.test_distributed import GLOO, RANKS, begin, in_processes
 
 pytestmark = [GLOO, pytest.mark.filterwarnings("default:a process was killed")]
@@ -388,6 +393,10 @@ def refused(rank: int) -> None:
     with pytest.raises(ModelChangedError, match=r"then fully_shard[^$]*then the optimizer"):
         train(late.model, early, range(2), rank)
     assert oto.preview(target_macs=0.5)
+    with pytest.raises(OptionError, match="before the model is sharded"):
+        oto.preview(target_macs=0.5, batches=[batch(0)], loss=lambda model, b: model(b[0]).sum())
+    with pytest.raises(OptionError, match="before the model is sharded"):
+        oto.mark_unprunable_by_knowledge(batches=[batch(0)], loss=lambda model, b: model(b[0]).sum())
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for orig in (False, True):
@@ -575,6 +584,21 @@ def require_moments(optimizer: Any, other: Any) -> None:
                 assert torch.equal(gathered_tensor(value), gathered_tensor(other.state[theirs[name]][key])), (name, key)
 
 
+def nothing_whole_is_kept(rank: int) -> None:
+    """After sharding nothing holds a whole parameter, and no step gathers one beyond what a forward does."""
+    oto = copy.deepcopy(analyzed(net))
+    before = [weakref.ref(p) for p in oto.model.parameters()]
+    shard(oto.model)
+    gc.collect()
+    assert not any(p() is not None for p in before)
+    optimizer = MAKERS["hspg"][2](oto)
+    train(oto.model, optimizer, range(10), rank)
+    penalized = optimizer.penalized(9)
+    copied = sum(entries.numel() for entries in penalized.before)
+    here = sum(p.to_local().numel() for p in oto.model.parameters())
+    assert 0 < copied <= here, "the copy of a half-space is of what this process has"
+
+
 Check = Callable[[int], None]
 
 
@@ -591,6 +615,7 @@ CHECKS: dict[str, Check] = {
     "in bfloat16": in_bfloat16,
     "hybrid": hybrid,
     "small sums only": small_sums_only,
+    "nothing whole is kept": nothing_whole_is_kept,
     "checkpoints": partial(checkpoints, "hspg"),
     "saved on a walk": saved_on_a_walk,
     "in parallel": in_parallel,
@@ -666,3 +691,40 @@ def test_two_processes_at_length(name: str, long: dict[str, list[str]]) -> None:
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes(name: str, four: dict[str, list[str]]) -> None:
     assert four[name] == ["", "", "", ""]
+
+
+def test_parameters_that_deepspeed_holds_elsewhere_are_refused() -> None:
+    model = net()
+    oto = copy.deepcopy(analyzed(net))
+    for own in (model, oto.model):
+        p = own.head.weight  # type: ignore[union-attr]
+        p.data, p.ds_id = torch.empty(0, dtype=p.dtype), 7  # type: ignore[union-attr]
+    with pytest.raises(OptionError, match=r"head.weight[^$]*DeepSpeed \(ZeRO-3\)[^$]*fully_shard"):
+        OTO(model, X)
+    with pytest.raises(OptionError, match=r"head.weight[^$]*DeepSpeed \(ZeRO-3\)[^$]*fully_shard"):
+        oto.hesso(**SOON)
+
+
+@pytest.mark.parametrize("cuts", [(), (Cut(1, 12, 1, 0, 12),), (Cut(1, 4, 3, 0, 4),), (Cut(3, 4, 1, 1, 2),)])
+@pytest.mark.parametrize("part", [slice(0, 5), slice(5, 12), slice(12, 12), slice(3, 12, 4)])
+def test_parts_are_the_rows_of_atoms_that_are_here(
+    cuts: tuple[Cut, ...], part: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever rows a process has, all parts of an atom are found in them, by the view that one process would take."""
+    piece = Slice("p", 1, cuts)
+    whole = torch.arange(24.0).reshape(2, 12) + 1
+    size = len(piece.of(whole))
+    index = torch.arange(12)[part]
+    monkeypatch.setattr(sharded, "_owners", sharded._owners.__wrapped__)
+    there: Any = SimpleNamespace(index=lambda dim, dims, length: index)
+    for rows in (None, torch.arange(size)[::2]):
+        view, chosen, begin, atoms = sharded.parts(piece, whole[:, index], there, rows, size)
+        own = torch.arange(len(view)) if chosen is None else chosen
+        atom = begin + own if atoms is None else atoms[own]
+        total = torch.zeros(size).index_add_(0, atom, view[own].sum(1))
+        kept = torch.zeros_like(whole)
+        kept[:, index] = whole[:, index]
+        expected = piece.of(kept).reshape(size, -1).sum(1)
+        if rows is not None:
+            expected[[a for a in range(size) if a not in rows]] = 0
+        assert torch.equal(total, expected)
