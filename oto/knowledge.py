@@ -24,8 +24,8 @@ from oto.optim.composed import Composed
 from oto.optim.entries import Rows
 from oto.optim.saliency import magnitude
 from oto.progress import stage, stages
-from oto.shards import refuse_sharded
 from oto.report.table import columns
+from oto.shards import refuse_sharded
 from oto.trace.snapshot import preserved
 
 LEVELS = (0.25, 0.5)
