@@ -31,24 +31,28 @@ def parts(
         of every row, ``None`` if one row after another is one atom after another.
     """
     view = here.movedim(piece.dim, 0)
-    owner = _owners(piece, sharding, size, here.dim())
+    owner, begin, atoms = _owners(piece, sharding, size, here.dim(), here.device)
     own = owner >= 0
     if rows is not None:
         wanted = torch.zeros(size, dtype=torch.bool)
         wanted[rows.cpu()] = True
         own &= wanted[owner.clamp_min(0)]
     chosen = None if own.all() else own.nonzero()[:, 0].to(here.device)
-    begin = int(owner[0]) if len(owner) else 0
-    if begin >= 0 and torch.equal(owner, torch.arange(begin, begin + len(owner))):
-        return view, chosen, begin, None
-    return view, chosen, 0, owner.clamp_min(0).to(here.device)
+    return view, chosen, begin, atoms
 
 
 @lru_cache(maxsize=1024)
-def _owners(piece: Slice, sharding: Sharding, size: int, dims: int) -> Tensor:
-    """The atom of every entry along the slice's dimension that is here, -1 for none, int64, on the CPU."""
+def _owners(
+    piece: Slice, sharding: Sharding, size: int, dims: int, device: torch.device
+) -> tuple[Tensor, int, Tensor | None]:
+    """The atom of every entry along the slice's dimension that is here, -1 for none, int64, on the CPU; and how that is
+    said: by the first one, where they follow each other, or by all of them, on the device."""
     length = piece.cuts[0].before * piece.cuts[0].middle * piece.cuts[0].after if piece.cuts else size
     atom = torch.full((length,), -1)
     entries = Slice("", 0, piece.cuts).of(torch.arange(length)).reshape(size, -1)
     atom[entries] = torch.arange(size)[:, None].expand_as(entries)
-    return atom[sharding.index(piece.dim, dims, length)]
+    owner = atom[sharding.index(piece.dim, dims, length)]
+    begin = int(owner[0]) if len(owner) else 0
+    if begin >= 0 and torch.equal(owner, torch.arange(begin, begin + len(owner))):
+        return owner, begin, None
+    return owner, 0, owner.clamp_min(0).to(device)
