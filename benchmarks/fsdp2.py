@@ -6,7 +6,8 @@
 A Llama of random weights in float32, AdamW, one batch that is used again. Each method runs in processes of its own, so
 that peaks of memory (``ru_maxrss``; on CUDA, those of the allocator) are its own. The phases are: before pruning; the
 steps whose gradients are averaged for a choice; those that choose; the other steps of pruning (all groups penalized,
-for HSPG, or those that are to go); and after. Seconds are medians. Sums are counted where they are asked for
+for HSPG, or those that are to go); and after. Seconds are medians; on one CPU thread they are those of the process, so
+that other programs do not count. Sums are counted where they are asked for
 (``oto.shards``): how many, and of how many numbers.
 
 With ``--results`` a line of JSON is appended for each method, and methods that are there are not run again.
@@ -75,6 +76,7 @@ def measure(rank: int, folder: str, method: str, args: argparse.Namespace) -> No
 
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
+    clock = time.perf_counter if cuda or args.threads > 1 else time.process_time
     if cuda:
         torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", args.processes)
@@ -104,14 +106,14 @@ def measure(rank: int, folder: str, method: str, args: argparse.Namespace) -> No
         phase = "before" if n < 3 or oto is None else "averaged" if n < 6 else "pruning" if n < 14 else "after"
         phase = "choice" if oto is not None and optimizer.schedule.starts_period(n) else phase
         dist.barrier()
-        begin = time.perf_counter()
+        begin = clock()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if cuda:
             torch.cuda.synchronize()
         if n > 0:  # the first one makes the state
-            seconds.setdefault(phase, []).append(time.perf_counter() - begin)
+            seconds.setdefault(phase, []).append(clock() - begin)
         sent[phase] = sums.taken()
     peak = (
         torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
