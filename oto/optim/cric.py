@@ -39,7 +39,7 @@ Where we differ from the released code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -48,15 +48,15 @@ from torch import Tensor
 
 from oto.errors import OTOError, TargetError
 from oto.groups.cost import Costs
-from oto.groups.node_group import NodeGroup, Slice
-from oto.optim.entries import Place, Rows, place_of
+from oto.groups.node_group import NodeGroup
+from oto.optim.entries import Rows
 from oto.optim.hesso import HESSO
 from oto.optim.options import CycleOptions, HESSOCRICOptions, besides
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, rows_of
 from oto.optim.saliency import Entries, importance, raw_scores
 from oto.optim.schedule import count_steps
 from oto.optim.setup import schedule_of
-from oto.optim.sums import Sums
+from oto.optim.sums import put_aside
 from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 from oto.shards import any_sharded
@@ -65,6 +65,12 @@ PROBES = (0.25, 0.5, 0.75)
 """Shares of a node group whose loss is probed."""
 
 SAMPLING_STEPS, MAX_CYCLES = 0.02, 10
+
+_ON_A_WALK = (
+    "a walk is under way, and what it put aside is spread over processes\n"
+    "  effect  a checkpoint would hold a part of it; nothing was saved\n"
+    "  to fix  save when the walk is over: in {} steps"
+)
 
 
 class HESSOCRIC(HESSO):
@@ -184,11 +190,7 @@ class HESSOCRIC(HESSO):
         """
         if self.walk["saved"] and any_sharded(self.parameters().values()):
             at = (self.clock - self.first_step - self._probes) % self.sampling_steps
-            raise OTOError(
-                "a walk is under way, and what it put aside is spread over processes\n"
-                "  effect  a checkpoint would hold a part of it; nothing was saved\n"
-                f"  to fix  save when the walk is over: in {self.sampling_steps - at} steps"
-            )
+            raise OTOError(_ON_A_WALK.format(self.sampling_steps - at))
         return super().state_dict()
 
     def _keep_atoms(self, left: Tensor) -> None:
@@ -322,7 +324,9 @@ class HESSOCRIC(HESSO):
         """The entries as they were put aside, with the gradients at what they are now."""
         parameters = self.parameters()
         if any_sharded(parameters.values()):
-            yield from self._sums_before(parameters).entries()
+            chosen = [rows_of(own, REDUNDANT) for own in self._codes()]
+            aside = put_aside(self.node_groups, chosen, parameters, self.walk["saved"])
+            yield from replace(self.sums(parameters, self.maximized()), aside=aside).entries()
             return
         saved = iter(self.walk["saved"])
         for own, entries in zip(self._codes(), self.entries(), strict=True):
@@ -331,18 +335,6 @@ class HESSOCRIC(HESSO):
                 weights = [w.index_copy(0, rows.to(w.device), next(saved).to(w.dtype)) for w in entries.weights]
                 entries = replace(entries, weights=weights)
             yield entries
-
-    def _sums_before(self, parameters: Mapping[str, Tensor]) -> Sums:
-        """The same where parameters are spread over processes."""
-        saved, aside, first = iter(self.walk["saved"]), dict[tuple[int, Slice], tuple[Place, Tensor]](), 0
-        for number, (group, codes) in enumerate(zip(self.node_groups, self._codes(), strict=True)):
-            rows = rows_of(codes, REDUNDANT)
-            for piece in group.zeros if len(rows) else ():
-                place = place_of(piece, parameters[piece.parameter].detach(), rows, group.size, first)
-                if place is not None:
-                    aside[number, piece] = place, next(saved)
-            first += group.size
-        return replace(self.sums(parameters, self.maximized()), aside=aside)
 
 
 def _relative(scores: Tensor, alive: Tensor) -> Tensor:

@@ -223,6 +223,26 @@ class SpreadEntries(Entries):
         return self.sums.dot[self.own]
 
 
+def put_aside(
+    groups: Sequence[NodeGroup], chosen: Sequence[Tensor], tensors: Mapping[str, Tensor], saved: Sequence[Tensor]
+) -> dict[tuple[int, Slice], tuple[Place, Tensor]]:
+    """Where entries lie that were put aside, for :attr:`Sums.aside`.
+
+    Args:
+        groups, chosen, tensors: Those whose :meth:`oto.optim.entries.Rows.copies` were taken.
+        saved: The copies.
+    """
+    rest, first = iter(saved), 0
+    found: dict[tuple[int, Slice], tuple[Place, Tensor]] = {}
+    for number, (group, rows) in enumerate(zip(groups, chosen, strict=True)):
+        for piece in group.zeros if len(rows) else ():
+            place = place_of(piece, tensors[piece.parameter].detach(), rows, group.size, first)
+            if place is not None:
+                found[number, piece] = place, next(rest)
+        first += group.size
+    return found
+
+
 def _with(view: Tensor, there: Place, entries: Tensor) -> Tensor:
     """A copy of a view that has other entries at a place of it."""
     made = view.clone()
