@@ -114,7 +114,7 @@ def measure(rank: int, folder: str, method: str, args: argparse.Namespace) -> No
             torch.cuda.synchronize()
         if n > 0:  # the first one makes the state
             seconds.setdefault(phase, []).append(clock() - begin)
-        sent[phase] = sums.taken()
+        sent[phase] = max(sent.get(phase, (0, 0)), sums.taken())
     peak = (
         torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )

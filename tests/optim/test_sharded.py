@@ -312,6 +312,8 @@ def small_sums_only(rank: int) -> None:
             # <x, g> is averaged over four steps; a choice asks for norms, too, and whether there are gradients
             assert [len(calls) for calls in found[:8]] == [0, 0, 0, 1, 1, 1, 4, 0]
             assert sum(map(len, found[36:])) == 0, "once pruning is over nothing is sent"
+        else:
+            assert [len(calls) for calls in found[10:14]] == [2] * 4, "norms before, and products after a step"
 
 
 def train_without_step(model: nn.Module, optimizer: Any, n: int, rank: int) -> None:
@@ -395,8 +397,10 @@ def refused(rank: int) -> None:
     assert oto.preview(target_macs=0.5)
     with pytest.raises(OptionError, match="before the model is sharded"):
         oto.preview(target_macs=0.5, batches=[batch(0)], loss=lambda model, b: model(b[0]).sum())
+    unmade = copy.deepcopy(analyzed(net))
+    shard(unmade.model)
     with pytest.raises(OptionError, match="before the model is sharded"):
-        oto.mark_unprunable_by_knowledge(batches=[batch(0)], loss=lambda model, b: model(b[0]).sum())
+        unmade.mark_unprunable_by_knowledge(batches=[batch(0)], loss=lambda model, b: model(b[0]).sum())
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for orig in (False, True):
