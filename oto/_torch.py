@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -57,6 +58,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "undistributed",
     "unwrapped",
 ]
 
@@ -159,6 +161,47 @@ def data_parallel_around(model: nn.Module) -> list[nn.parallel.DistributedDataPa
         return []
     found: list[Any] = [held for held in gc.get_objects() if issubclass(type(held), kind)]
     return [wrapper for wrapper in found if any(module is model for module in wrapper.modules())]
+
+
+_SHARDING = (
+    "_is_fsdp_managed_module",
+    "_fsdp_use_orig_params",
+    "_distribute_module_applied",
+    "__composable_api_state_key",
+)
+
+
+@contextmanager
+def undistributed(model: nn.Module) -> Iterator[None]:
+    """While inside, modules are of the classes that they had before ``fully_shard``, and none has what that, or
+    ``parallelize_module``, has put on it: hooks, and a state that neither copies nor pickles. Parameters stay."""
+    kept = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    tables = [(held, dict(held)) for *_, own in kept for key, held in own.items() if held and key.endswith("_hooks")]
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    try:
+        for module, kind, own in kept:
+            if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+                module.__class__ = next(base for base in kind.__mro__ if not issubclass(base, fsdp.FSDPModule))
+            for key in [key for key in own if key.startswith(_SHARDING)]:
+                del vars(module)[key]
+        for held, content in tables:
+            for key in [key for key, hook in content.items() if _distributes(hook)]:
+                del held[key]
+        yield
+    finally:
+        for held, content in tables:
+            held.clear()
+            held.update(content)
+        for module, kind, own in kept:
+            module.__class__ = kind
+            vars(module).update({key: value for key, value in own.items() if key.startswith(_SHARDING)})
+
+
+def _distributes(hook: Any) -> bool:
+    """Whether a hook is one of ``torch.distributed``; some are held in a tuple or in an object around them."""
+    hook = getattr(hook, "hook", hook)
+    hook = getattr(hook, "func", hook)
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
 
 
 def holder(model: Any, names: Iterable[str]) -> nn.Module | None:

@@ -24,7 +24,6 @@ from oto.adapters import makers_of_adapted
 from oto.axes.registry import known
 from oto.errors import (
     DummyInputWarning,
-    EmitterError,
     NothingPrunableError,
     OptionError,
     TraceError,
@@ -54,10 +53,12 @@ from oto.groups.policy import (
     zeroing,
 )
 from oto.groups.segments import Branches, MinDepth, segment_groups, with_segments
+from oto.optim.entries import Rows
 from oto.progress import stages
 from oto.report.draw import draw
 from oto.report.erasable import Erasable, erasable
 from oto.report.explain import Explanation, explain
+from oto.shards import refuse_flattened, reshard, sharded_names, whole
 from oto.slim.config.recipe import WRAPPED, Recipe
 from oto.slim.config.trial import stated
 from oto.slim.config.unstated import nothing_states
@@ -244,9 +245,10 @@ class Analysis:
     def zero_random_(self, share: float, seed: int) -> None:
         """Zero a random choice of atoms of the model."""
         chosen = drawn(self.groups, share, seed)
+        reshard(self.model)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for group in self.groups:
-            group.zero_(parameters, torch.tensor(chosen.get(group.name, ()), dtype=torch.int64))
+        atoms = [torch.tensor(chosen.get(group.name, ()), dtype=torch.int64) for group in self.groups]
+        Rows.of(self.groups, atoms, parameters).zero_()
 
     # The analysis of other models -------------------------------------------------------------------------------------
 
@@ -255,7 +257,6 @@ class Analysis:
 
         Raises:
             UnknownParameterError: It is not a copy.
-            EmitterError: Its parameters are spread over processes.
         """
         shapes = {leaf.name: leaf.value.shape for leaf in self.graph.leaves if leaf.kind == "parameter"}
         inner = holder(model, shapes)
@@ -263,13 +264,6 @@ class Analysis:
         bad = [name for name, shape in shapes.items() if name not in found or tuple(found[name].shape) != shape]
         if inner is None or bad:
             raise _no_copy(model, self.model, bad)
-        if sharded := [name for name in shapes if hasattr(found[name], "full_tensor")]:
-            raise EmitterError(
-                f"parameters of {type(inner).__name__} are spread over processes: {some(sharded)}\n"
-                "  effect  no process has all zeros to read, and nothing was written\n"
-                "  to fix  gather the state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with"
-                " full_state_dict=True), load it into a copy of the model, and construct_subnet(model=copy)"
-            )
         then = {leaf.name: leaf.value.dtype for leaf in self.graph.leaves if leaf.name in found}
         return replace(self, model=inner, example=follow_model(self.example, then, self.device, found))
 
@@ -303,7 +297,16 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
     """
     model, example = unwrapped(_module(model)), Example.of(dummy_input)
     _refuse_quantized(model)
+    refuse_flattened(model)
     _warn_of_nan(example)
+    if not sharded_names(model):
+        return _analyzed(model, example, options)
+    with whole(model):  # on meta, so that nothing is gathered
+        found = _analyzed(model, example, options)
+    return replace(found, device=device_of(model.parameters()))
+
+
+def _analyzed(model: nn.Module, example: Example, options: Options) -> Analysis:
     with rewording(model, TraceError, "being looked through"):
         left = left_before(model, example)
     with undone(left):

@@ -256,7 +256,8 @@ class OTO(Pruning):
         free, in the model's dtype and in float64; on the example in inference mode, with torch's fast paths. What was
         saved is read back and compared. ``print(subnet)`` shows the limits of the result; if pruning has not finished,
         or nothing is zero, there is also a warning. The model may have been cast or moved since ``OTO(...)``: the
-        example follows it. Wrappers that trainers put around a ``forward``, such as autocast, are ignored.
+        example follows it. Wrappers that trainers put around a ``forward``, such as autocast, are ignored. Where
+        parameters are spread over processes (FSDP2), every process has to call it (``docs/distributed.md``).
 
         Args:
             out_dir: Folder for the artifact; nothing is saved if it is ``None``.

@@ -25,6 +25,7 @@ from oto.optim.entries import Rows
 from oto.optim.saliency import magnitude
 from oto.progress import stage, stages
 from oto.report.table import columns
+from oto.shards import refuse_sharded
 from oto.trace.snapshot import preserved
 
 LEVELS = (0.25, 0.5)
@@ -74,6 +75,7 @@ def mark_by_knowledge(
     levels: Sequence[float],
 ) -> tuple[Analysis, Knowledge]:
     """Measure, and keep the most sensitive whole; see :meth:`oto.OTO.mark_unprunable_by_knowledge`."""
+    refuse_sharded(analysis.model, "a measurement of what groups cost")
     held = list(batches)
     if not held or not callable(loss) or not 0 <= share < 1 or not levels or not all(0 < own < 1 for own in levels):
         raise OptionError(

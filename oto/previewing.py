@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.analysis import Analysis
-from oto.errors import NothingPrunableError, TargetError, first_line
+from oto.errors import NothingPrunableError, TargetError, first_line, some
 from oto.groups.align import ON_CUDA, Align
 from oto.optim import Choice
 from oto.optim.criteria import FROM_MAGNITUDE
@@ -21,6 +21,7 @@ from oto.optim.preview import kept_now
 from oto.optim.target import Target
 from oto.report.preview import Preview
 from oto.report.preview import preview as table_of
+from oto.shards import refuse_sharded, sharded_names
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.trace.snapshot import preserved
 
@@ -38,6 +39,8 @@ def preview(
 ) -> Preview:
     """What a target would keep of each layer; see :meth:`oto.OTO.preview`."""
     batches = list(batches)
+    if batches:
+        refuse_sharded(analysis.model, "a preview by gradients of batches")
     choice = choice_for(analysis, {**({} if batches else FROM_MAGNITUDE), **options}, "preview")
     kept = _kept(analysis.model, choice, batches, loss)
     chosen = f"gradients of {len(batches)} batches" if batches else "the weights alone"
@@ -97,6 +100,13 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
             "target_latency_ms cannot be met where segments may go (compress_mode): what a model takes without some is"
             " not measured yet\n  effect  nothing was made\n"
             "  to fix  ask for target_macs, target_params or target_bytes; or compress_mode='prune'"
+        )
+    if sharded := sharded_names(analysis.model):
+        raise TargetError(
+            f"{some(sharded)} of the {type(analysis.model).__name__} {'is' if len(sharded) == 1 else 'are'} spread over"
+            " processes, so no process can time a forward of it\n"
+            "  effect  nothing was made\n"
+            "  to fix  another target: target_macs=, target_params=, target_bytes= or target_group_sparsity="
         )
     # refuses nonsense before anything is timed
     Target.of(picked(options, TargetOptions), costs.sizes, costs, costs.macs)

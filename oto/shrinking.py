@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from oto._torch import data_parallel_around
 from oto.analysis import Analysis, Form, ask_the_class
-from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, users_level
+from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, some, users_level
 from oto.groups import Kept, Partition, pruned_groups
 from oto.groups.layout import equalize_ties
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
+from oto.shards import sharded_names
 from oto.slim.config.recipe import Recipe
 from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
 from oto.slim.source import Source
@@ -51,6 +52,7 @@ def shrink(
             " trains\n  effect  nothing was changed\n"
             "  to fix  train to the end and construct_subnet(); or compress_mode='prune'"
         )
+    _refuse_sharded(analysis.model)
     full = analysis.partition if training.partition is None else training.partition
     there = {name: np.flatnonzero(mask) for name, mask in optimizer.kept.items()}
     _require_of(analysis, optimizer, full, there)
@@ -83,6 +85,18 @@ def shrink(
     form = replace(after.form, recipe=recipe)
     after = replace(after, model=model, form=form, state=ModelState(model), first_cost=first)
     return after, replace(training, partition=full)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse parameters that are spread over processes: modules that were sharded cannot be sharded anew."""
+    if sharded := sharded_names(model):
+        raise ShrinkError(
+            f"{some(sharded)} of the {type(model).__name__} {'is' if len(sharded) == 1 else 'are'} spread over"
+            " processes, and torch cannot take that back to spread what is left\n"
+            "  effect  nothing was changed\n"
+            "  to fix  construct_subnet(...) on every process, then shard the slim model and train it with an optimizer"
+            " of its own (docs/distributed.md)"
+        )
 
 
 def _require_of(analysis: Analysis, optimizer: SparseOptimizer, full: Partition, there: Kept) -> None:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import nn
 
+from oto._torch import holder
 from oto.analysis import Analysis
-from oto.errors import ArtifactError, EmitterError, NotPrunedWarning, OptionError, rewording, some, users_level
+from oto.errors import (
+    ArtifactError,
+    EmitterError,
+    NotPrunedWarning,
+    OptionError,
+    OTOError,
+    first_line,
+    rewording,
+    some,
+    users_level,
+)
 from oto.groups import Cost, Kept, cost
 from oto.groups.align import Align, multiples
 from oto.groups.layout import equalize_ties
@@ -26,6 +39,7 @@ from oto.progress import stage, stages
 from oto.report.card import card
 from oto.report.html import Background, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
+from oto.shards import from_first, gathered, is_first, named_tensors, sharded_names, whole
 from oto.slim.config.recipe import Recipe
 from oto.slim.construct import Made, construct, require_values
 from oto.slim.latency import rounds
@@ -236,6 +250,51 @@ def build_subnet(
         kept: The atoms to keep of every prunable group, where that is known; all others are zero in the model. By
             default those that are not zero.
     """
+    inner = holder(model, [name for name, _ in analysis.model.named_parameters()])
+    if inner is None or not sharded_names(inner):
+        return _build(analysis, model, build, optimizer)
+    values = gathered(inner)
+    made: Subnet | None = None
+    failure: Exception | None = None
+    if is_first(inner):
+        try:
+            with whole(inner, values):
+                made = _build(analysis, inner, build, optimizer)
+        except Exception as raised:  # the other processes wait to be told
+            failure = raised
+    del values
+    shared = _shared(inner, made, failure)
+    return replace(shared, origin=_origin(analysis, optimizer)) if made is None else made
+
+
+def _shared(model: nn.Module, made: Subnet | None, failure: Exception | None) -> Subnet:
+    """What the first process made, on all of them: on the others the parameters of the slim model are on ``meta``.
+
+    Raises:
+        OTOError: The first process could not make it.
+    """
+    kind, said = (type(failure), str(failure)) if isinstance(failure, OTOError) else (EmitterError, repr(failure))
+    sent: Any = (kind, said)
+    if failure is not None or made is None:
+        sent = from_first(model, sent)
+    else:
+        empty = {name: torch.empty_like(p, device="meta") for name, p in named_tensors(made.model, nn.Parameter)}
+        try:
+            with whole(made.model, {**dict(named_tensors(made.model)), **empty}):
+                sent = from_first(model, replace(made, origin=None))
+        except (pickle.PicklingError, AttributeError, TypeError) as refused:  # before anything was sent
+            note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
+            light = replace(made, origin=None, model=nn.Module(), notes=(*made.notes, note), example=None)
+            sent = from_first(model, light)
+    if failure is not None:
+        raise failure
+    if isinstance(sent, Subnet):
+        return sent
+    raise sent[0](f"{sent[1]}\n  at      the first process, which makes the slim model for all")
+
+
+def _build(analysis: Analysis, model: Any, build: Build, optimizer: SparseOptimizer | None) -> Subnet:
+    """The same where all parameters are in this process."""
     if build.out_dir is not None:
         names = files(build.emitter, analysis.allow_graph, build.program, build.save_full)
         check_out_dir(build.out_dir, [*names, *([REPORT] if build.report else [])])

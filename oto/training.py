@@ -19,6 +19,7 @@ from oto.optim import LHSPG, SparseOptimizer
 from oto.optim.options import keywords_of, refuse_unknown
 from oto.optim.wrapped import Params
 from oto.previewing import align_for, by_first_names, latency_for
+from oto.shards import is_sharded, refuse_flattened, reshard
 
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
@@ -90,6 +91,8 @@ def make(
         TooLateError: Parameters that would be zeroed were frozen since the analysis.
     """
     refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
+    refuse_flattened(analysis.model)
+    reshard(analysis.model)
     options = by_first_names(analysis, options)
     compare_frozen(analysis)
     options = {"names": analysis.model.named_parameters(), **options, "align": align_for(analysis, options)}

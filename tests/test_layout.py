@@ -58,7 +58,8 @@ SLIM = {
 
 # Inside of `optim`: values and single subjects, then the choice, then what all optimizers share; a paper is a file.
 OPTIM = {
-    "entries": set(),  # the one door to tensors by group
+    "sharded": set(),
+    "entries": {"sharded"},  # the one door to tensors by group
     "followed": set(),
     "copied": {"entries"},
     "plan": {"entries"},
@@ -68,6 +69,7 @@ OPTIM = {
     "target": set(),
     "wrapped": set(),
     "refusals": {"saliency"},
+    "sums": {"entries", "refusals", "saliency"},  # what criteria see where no process has all entries of an atom
     "schedule": {"target"},
     "select": {"target"},
     "options": {"saliency", "schedule", "wrapped"},  # each spelled once
@@ -76,27 +78,27 @@ OPTIM = {
     "limits": {"options", "select", "target"},
     "steps": {"select", "target"},
     "choice": {"criteria", "kept", "limits", "options", "saliency", "select", "steps", "target"},
-    "preview": {"choice", "refusals", "saliency"},
+    "preview": {"choice", "refusals", "saliency", "sums"},
     "setup": {"choice", "options", "schedule", "target"},  # and read in one place
-    "wrapper": {"wrapped"},
+    "wrapper": {"refusals", "wrapped"},
     "checkpointed": {"choice", "plan", "schedule", "state", "wrapped", "wrapper"},
     "base": {
         "checkpointed", "choice", "entries", "followed", "options", "plan", "refusals", "saliency", "schedule",
-        "shrink", "state", "wrapped",
+        "shrink", "state", "sums", "wrapped",
     },
     "budget": {"choice", "entries", "target"},
     "compensate": set(),
     "nested": {"choice", "target"},
     "family": {"base", "nested", "options", "schedule", "wrapped"},
     "hesso": {"base", "options", "setup", "target", "wrapped"},
-    "cric": {"entries", "hesso", "options", "plan", "saliency", "schedule", "setup", "target", "wrapped"},
+    "cric": {"entries", "hesso", "options", "plan", "saliency", "schedule", "setup", "sums", "target", "wrapped"},
     "half_space": {
         "budget", "copied", "entries", "hesso", "options", "plan", "schedule", "setup", "target", "wrapped",
     },
     "hspg": {"half_space", "options", "target", "wrapped"},
     "dhspg": {"budget", "choice", "half_space", "options", "plan", "schedule", "target", "wrapped"},
-    "composed": {"entries", "saliency"},  # a weight and its adapters are one operator
-    "lhspg": {"composed", "copied", "entries", "hesso", "options", "plan", "saliency", "target", "wrapped"},
+    "composed": {"entries", "saliency", "sums"},  # a weight and its adapters are one operator
+    "lhspg": {"composed", "copied", "entries", "hesso", "options", "plan", "saliency", "sums", "target", "wrapped"},
     "__init__": {"base", "choice", "cric", "dhspg", "hesso", "hspg", "lhspg", "saliency", "schedule", "target"},
 }  # fmt: skip
 
@@ -239,6 +241,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "calibration": set(),
         "oneshot": {"analysis", "calibration", "previewing"},  # choice, compensation and report meet here only
         "progress": set(),
+        "shards": set(),
     }
 
 

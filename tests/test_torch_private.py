@@ -212,3 +212,40 @@ def test_the_code_of_an_operator_that_is_written_in_python():
     code = _torch.python_code(torch.ops.oto_tests.twice.default)
     assert code is not None and torch.equal(code(torch.ones(2)), torch.full((2,), 2.0))
     assert _torch.python_code(torch.ops.aten.add.Tensor) is None
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_modules_that_were_sharded_are_of_their_own_class_for_a_while():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        plain, sharded, parallel = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()) for _ in range(3))
+        seen = []
+        for model in (plain, sharded, parallel):
+            model[1].register_forward_hook(lambda *_: seen.append(1))
+        fully_shard(sharded[0])
+        fully_shard(sharded)
+        parallelize_module(parallel, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
+        for model in (sharded, parallel):
+            before = [
+                (type(m), {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()})
+                for m in model.modules()
+            ]
+            with _torch.undistributed(model):
+                for own, other in zip(model.modules(), plain.modules(), strict=True):
+                    assert type(own) is type(other) and vars(own).keys() == vars(other).keys()
+                    hooks = {key: len(x) for key, x in vars(own).items() if key.endswith("_hooks") and x}
+                    assert hooks == {key: len(x) for key, x in vars(other).items() if key.endswith("_hooks") and x}
+            assert before == [
+                (type(m), {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()})
+                for m in model.modules()
+            ]
+        assert isinstance(sharded, FSDPModule)
+        sharded(torch.ones(1, 2)).sum().backward()
+        assert seen
+    finally:
+        torch.distributed.destroy_process_group()

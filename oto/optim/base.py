@@ -29,11 +29,12 @@ from oto.errors import (
 from oto.groups.node_group import NodeGroup
 from oto.optim.checkpointed import Checkpointed
 from oto.optim.choice import Choice
-from oto.optim.entries import Place, Rows, sent, zero_
+from oto.optim.entries import Rows, place_of, zero_
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.options import BaseOptions
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
 from oto.optim.refusals import (
+    any_entry_of,
     refuse_sparse_gradients,
     require_finite,
     require_gradients,
@@ -44,7 +45,9 @@ from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
 from oto.optim.schedule import Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
 from oto.optim.state import left_like
+from oto.optim.sums import Sums
 from oto.optim.wrapped import Params, inside, keeps_own_state
+from oto.shards import address, any_sharded
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
@@ -246,9 +249,18 @@ class SparseOptimizer(Checkpointed):
     def entries(self) -> list[Entries]:
         """The ``zeros`` slices of every node group, with the direction of steepest ascent of the objective."""
         self.refuse_sparse_gradients()
-        parameters = self.parameters()
-        maximized = {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
+        parameters, maximized = self.parameters(), self.maximized()
+        if any_sharded(parameters.values()):
+            return self.sums(parameters, maximized).entries()
         return [self.entries_of(group, parameters, maximized) for group in self.node_groups]
+
+    def maximized(self) -> set[str]:
+        """Parameters whose gradient is that of something to be made large."""
+        return {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
+
+    def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
+        """What criteria see where parameters are spread over processes."""
+        return Sums.of(self.node_groups, parameters, maximized=maximized, device=self.atoms.device)
 
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
         """Those of one node group; where a paper sees other numbers than the parameters, these."""
@@ -278,8 +290,9 @@ class SparseOptimizer(Checkpointed):
         """Raise if nothing can be chosen by these: one is no number, or there are no gradients. Synchronizes."""
         require_finite(scores, self.node_groups, entries, self.clock)
         remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
-        trained = [p.grad for p in self.parameters().values() if p.grad is not None]
-        if any(bool(grad.any()) for grad in trained):  # what comes after the groups has one, and gives none on
+        if any_entry_of(
+            p.grad for p in self.parameters().values()
+        ):  # what comes after the groups has one, and gives none on
             remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
         require_gradients(self.node_groups, entries, self.atoms != PRUNED, averages, remedy)
         if not averages and not any_gradient(entries):
@@ -313,7 +326,8 @@ class SparseOptimizer(Checkpointed):
             for piece in (group.slices if self._is_quiet(group) else group.zeros) if len(rows) else ():
                 p = parameters.get(piece.parameter)
                 for moment in () if p is None else moments_of(p, self.state.get(p) or {}):
-                    zero_([Place(piece.of(moment), sent(rows, moment.device))])
+                    place = place_of(piece, moment, rows, group.size, 0)
+                    zero_([] if place is None else [place])
 
     @torch.no_grad()
     def zero_pruned_in(self, model: Any) -> None:
@@ -352,7 +366,7 @@ class SparseOptimizer(Checkpointed):
 
     def _plan(self) -> Plan:
         """What a step writes. Made anew when atoms change or a parameter has moved."""
-        atoms, pointers = self.settled, [p.data_ptr() for group in self.param_groups for p in group["params"]]
+        atoms, pointers = self.settled, [address(p) for group in self.param_groups for p in group["params"]]
         if self._planned is None or self._planned[0] is not atoms or self._planned[1] != pointers:
             quiet = [self._is_quiet(group) for group in self.node_groups]
             plan = Plan.of(self.node_groups, self._codes(atoms), self.parameters(), quiet)

@@ -10,9 +10,11 @@ from typing import Any, TypeVar, overload
 from torch import Tensor
 
 from oto.groups.adapters import Adapter
-from oto.groups.node_group import NodeGroup, Slice, clear_
-from oto.optim.entries import sent
+from oto.groups.node_group import NodeGroup, Slice
+from oto.optim.entries import place_of, zero_
 from oto.optim.saliency import Entries
+from oto.optim.sums import Sums, gradients_of
+from oto.shards import Sharding, gathered_tensor
 
 T = TypeVar("T")
 
@@ -98,11 +100,99 @@ class Composed:
         """
         for group, atoms in zip(groups, rows, strict=True):
             for piece, adapter, factor in self.pairs(group) if len(atoms) else ():
-                weight = piece.of(parameters[adapter.weight].detach())
-                added = piece.of(adapter.product(parameters))
-                own = sent(atoms, weight.device)
-                weight.index_add_(0, own, added.index_select(0, own).to(weight.dtype))
-                clear_(factor.of(parameters[factor.parameter].detach()), own)
+                weight = parameters[adapter.weight].detach()
+                added = spread_product(adapter, parameters)
+                there, beside = (place_of(piece, tensor, atoms, group.size, 0) for tensor in (weight, added))
+                if there is not None and beside is not None:
+                    there.write_(there.read() + beside.read().to(weight.dtype))
+                cleared = place_of(factor, parameters[factor.parameter].detach(), atoms, group.size, 0)
+                zero_([] if cleared is None else [cleared])
+
+    # Where parameters are spread over processes ------------------------------------------------------------------
+
+    def sums(
+        self, groups: Sequence[NodeGroup], parameters: Mapping[str, Tensor], maximized: Container[str], device: Any
+    ) -> Sums:
+        """What criteria see where parameters are spread over processes: as in :meth:`entries_of`."""
+        paired = {piece.parameter for group in groups for piece, _, _ in self.pairs(group)}
+        own = [self.operators(group) for group in groups]
+        gradients: dict[str, Callable[[], Tensor]] = {
+            name: partial(_same, gradient) for name, gradient in gradients_of(parameters).items() if name not in paired
+        }
+        signs = {name for name in parameters if name in maximized and name not in paired}
+        for name in paired:
+            signs |= {name} if self._by_weight[name][0].up in maximized else set()
+            trained = [a for a in self._by_weight[name] if _has_gradient(a, parameters)]
+            if trained:
+                gradients[name] = partial(_spread_gradient, trained, parameters)
+        weights = {
+            name: partial(_spread_operator, self._by_weight[name], parameters) if name in paired else partial(_same, p)
+            for name, p in parameters.items()
+        }
+        seen = Looked(weights), Looked(gradients)
+        return Sums.of(own, parameters, weights=seen[0], gradients=seen[1], maximized=signs, device=device)
+
+
+class Looked(Mapping[str, Tensor]):
+    """Tensors by name that are made as they are asked for, and not kept: each is as large as a weight."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.makers = makers
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.makers[name]()
+
+
+def spread_product(adapter: Adapter, parameters: Mapping[str, Tensor]) -> Tensor:
+    """``γ B A``, spread over processes as ``W`` is: the factors are gathered, which are small, and no product is."""
+    up, down, weight = (parameters[name].detach() for name in (adapter.up, adapter.down, adapter.weight))
+    return _spread(adapter, up, down, weight) * adapter.scale
+
+
+def _spread(adapter: Adapter, up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
+    """``B A`` as ``W`` is spread."""
+    sharding = Sharding.of(weight)
+    factors = {adapter.up: gathered_tensor(up), adapter.down: gathered_tensor(down)}
+    for dim in range(weight.dim()) if sharding is not None else ():
+        name, own = adapter.factor(dim) if dim < 2 else (adapter.down, dim)
+        if sharding is not None and sharding.parts(dim):
+            index = sharding.index(dim, weight.dim(), weight.shape[dim]).to(factors[name].device)
+            factors[name] = factors[name].index_select(own, index)
+    made = adapter.combined(factors[adapter.up], factors[adapter.down])
+    return made if sharding is None else sharding.spread(made, weight)
+
+
+def _spread_operator(adapters: Sequence[Adapter], parameters: Mapping[str, Tensor]) -> Tensor:
+    own = parameters[adapters[0].weight].detach()
+    total = own
+    for adapter in adapters:
+        total = total + spread_product(adapter, parameters).to(own.dtype)
+    return total
+
+
+def _spread_gradient(adapters: Sequence[Adapter], parameters: Mapping[str, Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for adapter in adapters:
+        up, down, weight = (parameters[name] for name in (adapter.up, adapter.down, adapter.weight))
+        assert up.grad is not None and down.grad is not None
+        pairs = (up.grad.detach(), down.detach()), (up.detach(), down.grad.detach())
+        first, second = (_spread(adapter, *pair, weight.detach()) for pair in pairs)
+        total = first + second if total is None else total + first + second
+    assert total is not None
+    return total
+
+
+def _has_gradient(adapter: Adapter, parameters: Mapping[str, Tensor]) -> bool:
+    return parameters[adapter.up].grad is not None and parameters[adapter.down].grad is not None
 
 
 def _same(given: T) -> T:

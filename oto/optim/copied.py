@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from oto.optim.entries import Place, Rate, Rows, dot, is_here, sent, sq_norm
+from oto.optim.entries import Place, Rate, Rows, Total, dot, is_here, sent, sq_norm
 
 NOTHING = torch.empty(0)
 
@@ -47,8 +47,9 @@ class Copied:
         """The atom of each row."""
         own = [torch.empty(0, dtype=torch.int64, device=self.rows.device)]
         for place in self.rows.places:
-            rows = torch.arange(place.view.shape[0]) if place.rows is None else place.rows
-            own.append(sent(rows, self.rows.device) + place.first)
+            atoms = torch.arange(place.view.shape[0]) + place.first if place.atoms is None else place.atoms
+            atoms = sent(atoms, self.rows.device)
+            own.append(atoms if place.rows is None else atoms[sent(place.rows, self.rows.device)])
         return torch.cat(own)
 
     def _parted(self) -> list[_Part]:
@@ -124,17 +125,14 @@ class Copied:
 
     def _total(self, which: int) -> Tensor:
         """The sums over the rows of each atom, in the order of the places."""
-        total = torch.zeros(self.rows.atoms, dtype=self._dtype, device=self.rows.device)
-        if is_here(total):
+        if is_here(self._index) and not self.rows.shardings:
+            total = torch.zeros(self.rows.atoms, dtype=self._dtype, device=self.rows.device)
             return total.index_add_(0, self._index, self._sums[which]) if self._parts else total
+        summed = Total(self.rows.atoms, self.rows.device, self.rows.shardings)
         parts = self._sums[which].split(self._counts) if self._parts else ()
         for place, part in zip(self.rows.places, parts, strict=True):  # all at once, they would come in any order
-            own = total.narrow(0, place.first, place.view.shape[0])
-            if place.rows is None:
-                own.add_(part)
-            else:
-                own.index_add_(0, sent(place.rows, own.device), part)
-        return total
+            summed.add_(place, part)
+        return summed.over_processes()
 
 
 class _Part:

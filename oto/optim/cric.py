@@ -46,7 +46,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from oto.errors import TargetError
+from oto.errors import OTOError, TargetError
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.entries import Rows
@@ -56,8 +56,10 @@ from oto.optim.plan import FREE, PRUNED, REDUNDANT, rows_of
 from oto.optim.saliency import Entries, importance, raw_scores
 from oto.optim.schedule import count_steps
 from oto.optim.setup import schedule_of
+from oto.optim.sums import put_aside
 from oto.optim.target import Measure
 from oto.optim.wrapped import Params
+from oto.shards import any_sharded
 
 PROBES = (0.25, 0.5, 0.75)
 """Shares of a node group whose loss is probed."""
@@ -66,6 +68,11 @@ SAMPLING_STEPS, MAX_CYCLES = 0.02, 10
 
 PUT_BACK = " put back; nothing is trained"
 LATEST = "these are the latest steps: as soon as a walk finds nothing new, pruning begins"
+_ON_A_WALK = (
+    "a walk is under way, and what it put aside is spread over processes\n"
+    "  effect  a checkpoint would hold a part of it; nothing was saved\n"
+    "  to fix  save when the walk is over: in {} steps"
+)
 
 
 class HESSOCRIC(HESSO):
@@ -169,7 +176,7 @@ class HESSOCRIC(HESSO):
                 "over": False,
                 "over_at": 0,
                 "violating": mask,
-                "historical": mask,
+                "historical": mask.clone(),  # its own memory: a distributed checkpoint is loaded into both
                 "saved": [],
                 "still": torch.zeros(criteria, n, device=device),
                 "still_seen": torch.zeros(n, device=device),
@@ -189,6 +196,17 @@ class HESSOCRIC(HESSO):
             "tolerance": self.tolerance,
             "sensitivity": self.sensitivity,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in :class:`HESSO`.
+
+        Raises:
+            OTOError: Parameters are spread over processes, and a walk is under way.
+        """
+        if self.walk["saved"] and any_sharded(self.parameters().values()):
+            at = (self.clock - self.first_step - self._probes) % self.sampling_steps
+            raise OTOError(_ON_A_WALK.format(self.sampling_steps - at))
+        return super().state_dict()
 
     def _keep_atoms(self, left: Tensor) -> None:
         super()._keep_atoms(left)
@@ -319,6 +337,12 @@ class HESSOCRIC(HESSO):
 
     def _entries_before(self) -> Iterator[Entries]:
         """The entries as they were put aside, with the gradients at what they are now."""
+        parameters = self.parameters()
+        if any_sharded(parameters.values()):
+            chosen = [rows_of(own, REDUNDANT) for own in self._codes()]
+            aside = put_aside(self.node_groups, chosen, parameters, self.walk["saved"])
+            yield from replace(self.sums(parameters, self.maximized()), aside=aside).entries()
+            return
         saved = iter(self.walk["saved"])
         for own, entries in zip(self._codes(), self.entries(), strict=True):
             rows = rows_of(own, REDUNDANT)

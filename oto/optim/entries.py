@@ -3,13 +3,17 @@
 Here rows of a slice are read and written, and sums over the entries of an atom are taken (:mod:`oto.optim.saliency`
 looks at slices with their gradients, too). All of it is a few calls per slice, never one per atom, and nothing is read
 back from a device but where it says so. Sums are accumulated in float32 at least.
+
+Of a tensor that is spread over processes (``DTensor``) the rows that are here are read and written
+(:func:`oto.optim.sharded.parts`), and a sum over the entries of an atom ends with one sum over the processes, of ``N``
+numbers. So every process takes the same sums in the same order, whether it has an entry of a slice or not.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oto.groups.node_group import NodeGroup, Slice, clear_
+from oto.optim.sharded import parts
+from oto.shards import Sharding, local
 
 BLOCK = 1 << 17
 """Entries that are multiplied at a time on a CPU: a product of half a megabyte stays in its cache, and in memory that
@@ -35,11 +41,16 @@ class Place(NamedTuple):
         view: Shape ``(size, *rest)``; row ``a`` is atom ``a`` of the node group.
         rows: Which ones, sorted int64 indices; ``None``: all.
         first: How many atoms the node groups before it have.
+        atoms: Where a row of the view is only a part of an atom: the atom that it is a part of, counted over all node
+            groups, int64. ``None``: row ``a`` is atom ``first + a``.
+        sharding: Which processes have other entries of these atoms; ``None``: none has.
     """
 
     view: Tensor
     rows: Tensor | None
     first: int = 0
+    atoms: Tensor | None = None
+    sharding: Sharding | None = None
 
     def read(self) -> Tensor:
         """The rows; a view where they are all."""
@@ -62,9 +73,26 @@ class Place(NamedTuple):
 
     def of(self, vector: Tensor) -> Tensor:
         """The numbers of these rows out of one number per atom, beside the view, in a shape that broadcasts over it."""
-        own = sent(vector.narrow(0, self.first, self.view.shape[0]), self.view.device)
+        own = self.beside(vector)
         own = own if self.rows is None else own.index_select(0, self.rows)
         return own.reshape(-1, *[1] * (self.view.dim() - 1))
+
+    def beside(self, vector: Tensor) -> Tensor:
+        """The number of every row of the view out of one number per atom."""
+        if self.atoms is not None:
+            return sent(vector, self.view.device).index_select(0, self.atoms)
+        return sent(vector.narrow(0, self.first, self.view.shape[0]), self.view.device)
+
+    def add_(self, total: Tensor, part: Tensor) -> None:
+        """Add a number of each of these rows to one number per atom."""
+        if self.atoms is not None:
+            own = self.atoms if self.rows is None else self.atoms.index_select(0, self.rows)
+            total.index_add_(0, sent(own, total.device), part.to(total.dtype))
+        elif self.rows is None:
+            total.narrow(0, self.first, self.view.shape[0]).add_(part)
+        else:
+            own = total.narrow(0, self.first, self.view.shape[0])
+            own.index_add_(0, sent(self.rows, total.device), part.to(total.dtype))
 
     def blocks(self) -> Iterator[Place]:
         """A few rows at a time, as many as a cache holds; all at once where there is none to mind."""
@@ -73,10 +101,12 @@ class Place(NamedTuple):
         count = len(view if self.rows is None else self.rows)
         size = max(BLOCK * len(view) // max(view.numel(), 1), 1) if is_here(view) else count
         for at in range(0, count, max(size, 1)):
-            if self.rows is None:
-                yield Place(view[at : at + size], None, self.first + at)
+            if self.rows is not None:
+                yield self._replace(view=view, rows=self.rows[at : at + size])
+            elif self.atoms is not None:
+                yield self._replace(view=view[at : at + size], atoms=self.atoms[at : at + size])
             else:
-                yield Place(view, self.rows[at : at + size], self.first)
+                yield self._replace(view=view[at : at + size], first=self.first + at)
 
     def first_entries(self) -> Place:
         """One entry of each of these atoms."""
@@ -95,12 +125,15 @@ class Rows:
         names: The name of each place's tensor.
         atoms: How many atoms all node groups have, N.
         device: Where vectors of one number per atom lie.
+        shardings: Those of tensors that are spread over processes, with the dtype of sums over them: the same on every
+            process, and in the same order, also where one has no entry.
     """
 
     places: Sequence[Place]
     names: Sequence[str]
     atoms: int
     device: torch.device
+    shardings: Mapping[Sharding, torch.dtype] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -124,20 +157,24 @@ class Rows:
             device: Where vectors of one number per atom lie.
         """
         places, names, first = list[Place](), list[str](), 0
+        shardings: dict[Sharding, torch.dtype] = {}
         for group, rows in zip(groups, chosen, strict=True):
             for piece in (group.zeros if slices is None else slices) if rows is None or len(rows) else ():
                 if piece.parameter in tensors:
                     tensor = tensors[piece.parameter].detach()
-                    own = None if rows is None else sent(rows, tensor.device)
-                    place = Place(piece.of(tensor), own, first)
-                    found = list(place.blocks()) if in_blocks else [place]
+                    if (sharding := Sharding.of(tensor)) is not None:
+                        shardings[sharding] = torch.promote_types(
+                            shardings.get(sharding, torch.float32), summed_in(tensor)
+                        )
+                    here = place_of(piece, tensor, rows, group.size, first)
+                    found = [] if here is None else list(here.blocks()) if in_blocks else [here]
                     places += found
                     names += [piece.parameter] * len(found)
             first += group.size
-        return cls(places, names, first, torch.device(device))
+        return cls(places, names, first, torch.device(device), shardings)
 
     def __bool__(self) -> bool:
-        return bool(self.places)
+        return bool(self.places) or bool(self.shardings)
 
     def sq_norm(self, rates: Sequence[Rate] | None = None) -> Tensor:
         """``||x_g||^2`` of every atom, or the sum over its slices of each one's times its rate; shape ``(N,)``."""
@@ -159,11 +196,16 @@ class Rows:
         found = list[Place]()
         mask, any_of = which.cpu(), dict[tuple[int, int], bool]()
         for place in self.places:
-            span = place.first, place.first + place.view.shape[0]
-            own = mask[slice(*span)]
-            if span not in any_of:
-                any_of[span] = bool(own.any())
-            if any_of[span]:
+            own, some = mask, True
+            if place.atoms is not None:
+                own = mask.index_select(0, place.atoms.cpu())
+            else:
+                span = place.first, place.first + place.view.shape[0]
+                own = mask[slice(*span)]
+                if span not in any_of:
+                    any_of[span] = bool(own.any())
+                some = any_of[span]
+            if some:
                 kept = None if place.rows is None else place.rows[sent(own, place.rows.device)[place.rows]]
                 rows = own.nonzero()[:, 0] if kept is None else kept
                 found += [place._replace(rows=rows)] if len(rows) else []
@@ -187,17 +229,72 @@ class Rows:
 
     def _summed(self, parts: Iterable[Tensor], rates: Sequence[Rate] | None = None) -> Tensor:
         """What the places of each atom come to, shape ``(N,)``."""
-        total: Tensor | None = None
+        total = Total(self.atoms, self.device, self.shardings)
         for i, (place, part) in enumerate(zip(self.places, parts, strict=True)):
-            part = sent(part if rates is None else part * rates[i], self.device)
-            total = torch.zeros(self.atoms, dtype=part.dtype, device=self.device) if total is None else total
-            total = total.to(torch.promote_types(total.dtype, part.dtype))
-            own = total.narrow(0, place.first, place.view.shape[0])
-            if place.rows is None:
-                own.add_(part)
-            else:
-                own.index_add_(0, sent(place.rows, self.device), part.to(total.dtype))
-        return torch.zeros(self.atoms, device=self.device) if total is None else total
+            total.add_(place, part if rates is None else part * rates[i])
+        return total.over_processes()
+
+
+class Total:
+    """One number per atom, added up place after place, and over the processes that have entries of the same atoms.
+
+    Args:
+        atoms, device, shardings: As in :class:`Rows`.
+    """
+
+    def __init__(self, atoms: int, device: torch.device, shardings: Mapping[Sharding, torch.dtype]) -> None:
+        self.atoms, self.device = atoms, device
+        self.here: Tensor | None = None
+        self.there = {
+            sharding: torch.zeros(atoms, dtype=dtype, device=device) for sharding, dtype in shardings.items()
+        }  # never of a wider dtype than the tensors: it is the same on a process that has no entry
+
+    def add_(self, place: Place, part: Tensor) -> None:
+        """Add a number of each row of a place."""
+        part = sent(part, self.device)
+        if place.sharding is not None:
+            place.add_(self.there[place.sharding], part.to(self.there[place.sharding].dtype))
+            return
+        here = torch.zeros(self.atoms, dtype=part.dtype, device=self.device) if self.here is None else self.here
+        self.here = here.to(torch.promote_types(here.dtype, part.dtype))
+        place.add_(self.here, part)
+
+    def over_processes(self) -> Tensor:
+        """The sums, shape ``(N,)``. Communicates, if a tensor is spread over processes."""
+        parts = [] if self.here is None else [self.here]
+        parts += [sharding.summed(own) for sharding, own in self.there.items()]
+        if not parts:
+            return torch.zeros(self.atoms, device=self.device)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+
+def place_of(piece: Slice, tensor: Tensor, rows: Tensor | None, size: int, first: int) -> Place | None:
+    """Where some atoms of a node group lie in a tensor; ``None`` if this process has no entry of them.
+
+    Args:
+        rows: The atoms, sorted int64 indices on any device; ``None``: all.
+        size: How many the node group has; ``first``: how many those before it.
+    """
+    sharding = Sharding.of(tensor)
+    tensor = local(tensor)
+    if sharding is None or not sharding.parts(piece.dim):
+        view = piece.of(tensor)
+        place = Place(view, None if rows is None else sent(rows, tensor.device), first, None, sharding)
+    else:
+        view, chosen, begin, atoms = parts(piece, tensor, sharding, rows, size)
+        atoms = None if atoms is None else atoms + first
+        place = Place(view, chosen, first + begin, atoms, sharding)
+    many = len(place.view if place.rows is None else place.rows)
+    return place if many and place.view.numel() else None
+
+
+def summed_in(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums over a tensor's entries."""
+    dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -221,11 +318,11 @@ def scale_(places: Iterable[Place], factor: float) -> None:
 
 def zero_(places: Iterable[Place]) -> None:
     """Write zeros; unlike multiplying by 0, this also clears NaN and infinity."""
-    for view, rows, _ in places:
-        if rows is None:
-            view.zero_()
+    for place in places:
+        if place.rows is None:
+            place.view.zero_()
         else:
-            clear_(view, rows)
+            clear_(place.view, place.rows)
 
 
 def any_entry(places: Iterable[Place]) -> bool:

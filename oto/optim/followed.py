@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from oto.errors import ModelChangedError, NoGradientWarning, UntrainedWarning, some, users_level
+from oto.shards import is_sharded, reshard
 
 CHECK_STEPS = 8
 """The model is looked at every so many steps, and whenever groups are chosen."""
@@ -66,6 +67,7 @@ class Followed:
         model = self.model()
         if model is None:
             return self
+        reshard(model)
         kind, now = type(model).__name__, dict(model.named_parameters(remove_duplicate=False))
         self._require_same(kind, now, parameters, needed)
         without = all(p.grad is None for p in parameters.values())
@@ -106,6 +108,12 @@ class Followed:
         gone = [name for name in self.trained if name not in now and name in needed]
         if not (replaced or gone):
             return
+        if any(is_sharded(now[name]) and not is_sharded(parameters[self.trained[name]]) for name in replaced):
+            raise ModelChangedError(
+                f"{some(replaced)} of the {kind} was spread over processes after the optimizer was made\n"
+                f"  effect  {_UNTRAINED}\n"
+                "  to fix  OTO(...), then fully_shard or parallelize_module, then the optimizer: oto.hesso(...)"
+            )
         there = set(now.values())
         if not replaced and all(parameters.get(self.trained[name]) in there for name in gone):
             said = "has another name than", "what is zeroed is not found by its name, so no slim model could be made"

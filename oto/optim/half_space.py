@@ -45,6 +45,7 @@ from oto.optim.schedule import Progress, count_steps
 from oto.optim.setup import schedule_of
 from oto.optim.target import Measure
 from oto.optim.wrapped import Params
+from oto.shards import any_sharded
 
 PERIODS = 10
 """How many times it is read back what has gone; the last period belongs to the choice."""
@@ -271,13 +272,16 @@ class HalfSpace(HESSO):
     def _reach(self) -> str:
         """Whether λ suits the number of steps. Synchronizes."""
         rate, steps = float(self.param_groups[0]["lr"]), self.last_period - self.schedule.start
-        entries = Rows.of(self.node_groups, [None] * len(self.node_groups), self.parameters(), device=self.atoms.device)
-        norm = float(entries.sq_norm().sqrt().median())
         taken = rate * self.least_lmbda * steps
-        return (
+        text = (
             f"penalty: at this learning rate ({rate:.3g}) λ = {self.least_lmbda:.3g} takes {taken:.3g} of a norm in"
-            f" {steps} steps, if no gradient holds it; the median norm is {norm:.3g}"
+            f" {steps} steps, if no gradient holds it"
         )
+        parameters = self.parameters()
+        if any_sharded(parameters.values()):  # what is printed by one process waits for no other
+            return f"{text}; norms are spread over processes"
+        entries = Rows.of(self.node_groups, [None] * len(self.node_groups), parameters, device=self.atoms.device)
+        return f"{text}; the median norm is {float(entries.sq_norm().sqrt().median()):.3g}"
 
     # The choice ------------------------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ from oto.optim.hesso import HESSO
 from oto.optim.options import LHSPGOptions, OperatorOptions, besides
 from oto.optim.plan import REDUNDANT, Plan, rows_of
 from oto.optim.saliency import Entries
+from oto.optim.sums import Sums
 from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
@@ -135,6 +136,10 @@ class LHSPG(HESSO):
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
         """A weight with its adapters, in the place of both."""
         return self.composed.entries_of(group, parameters, maximized)
+
+    def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
+        """As in :class:`HESSO`, of a weight with its adapters in the place of both."""
+        return self.composed.sums(self.node_groups, parameters, maximized, self.atoms.device)
 
     def describe_setup(self) -> dict[str, Any]:
         """As in :class:`HESSO`, with ε."""

@@ -12,6 +12,8 @@ from oto.errors import OptionError
 from oto.optim.choice import Choice
 from oto.optim.refusals import require_gradients
 from oto.optim.saliency import Entries, Saliency, raw_scores
+from oto.optim.sums import Sums
+from oto.shards import any_sharded
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Takes the model and a batch, and returns the loss."""
@@ -36,6 +38,8 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def entries() -> list[Entries]:
+        if any_sharded(parameters.values()):
+            return Sums.of(choice.groups, parameters).entries()
         return [Entries.of(group, parameters) for group in choice.groups]
 
     alive = torch.ones(sum(choice.sizes), dtype=torch.bool)

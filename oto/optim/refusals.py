@@ -19,6 +19,7 @@ from oto.errors import (
 )
 from oto.groups.node_group import NodeGroup, is_finite
 from oto.optim.saliency import Entries, Saliency, any_gradient, indistinct, name_of
+from oto.shards import added_up, any_sharded, local
 
 
 def require_parameters(groups: Iterable[NodeGroup], parameters: Mapping[str, Tensor]) -> None:
@@ -37,7 +38,9 @@ def require_parameters(groups: Iterable[NodeGroup], parameters: Mapping[str, Ten
                 "  to fix  pass every parameter, frozen ones too, or mark the group unprunable"
             )
     real = [name for name, p in parameters.items() if not p.is_meta]
-    finite = [is_finite(parameters[name]) for name in real]
+    finite = [is_finite(local(parameters[name])) for name in real]
+    if any_sharded(parameters.values()):
+        finite = list(added_up([parameters[name] for name in real], [~own for own in finite]) == 0)
     bad = [name for name, ok in zip(real, finite, strict=True) if not ok]
     if bad:
         raise NonFiniteParameterError(
@@ -61,6 +64,15 @@ def refuse_sparse_gradients(groups: Iterable[NodeGroup], parameters: Mapping[str
                 "  effect  saliency and zeroing need every entry of it\n"
                 "  to fix  make the layer with sparse=False, or mark its node group unprunable"
             )
+
+
+def any_entry_of(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether any of them has an entry that is not zero. Synchronizes, and communicates where they are spread over
+    processes; those that are not are looked at until one has an entry."""
+    there = [own for own in gradients if own is not None]
+    if not any_sharded(there):
+        return any(bool(own.any()) for own in there)
+    return bool(added_up(there, [local(own).any() for own in there]).any())
 
 
 def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequence[Entries], step: int) -> None:

@@ -74,6 +74,11 @@ class Entries:
         return len(self.weights[0])
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient has an entry that is not zero. Synchronizes."""
+        return any(bool(own.any()) for own in self.gradients if own is not None)
+
+    @property
     def count(self) -> int:
         """Entries of one atom."""
         return sum(weight[0].numel() for weight in self.weights)
@@ -105,7 +110,7 @@ class Entries:
 
 def any_gradient(groups: Iterable[Entries]) -> bool:
     """Whether a gradient of any node group has an entry that is not zero. Synchronizes."""
-    return any(bool(own.any()) for entries in groups for own in entries.gradients if own is not None)
+    return any(entries.has_gradient for entries in groups)
 
 
 Saliency = Callable[[Entries], Tensor]

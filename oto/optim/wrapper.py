@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from oto.optim.refusals import any_entry_of
 from oto.optim.wrapped import Params, build
 
 
@@ -51,7 +52,7 @@ class Wrapper(Optimizer):
             lr = group.get("lr", 1.0)
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:  # reading lr must not synchronize
                 return False
-        return not any(bool(p.grad.any()) for group in self.param_groups for p in group["params"] if p.grad is not None)
+        return not any_entry_of(p.grad for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters that belong to no node group, such as adapters or layers that were frozen; names may lack."""

@@ -55,7 +55,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return in_processes(work, tmp_path_factory)
 
 
-def in_processes(work: Callable[[int, str], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def in_processes(
+    work: Callable[[int, str], None], tmp_path_factory: pytest.TempPathFactory, ranks: int = RANKS
+) -> Path:
     """The folder in which the processes have put what they found.
 
     On fresh machines gloo has aborted a process twice, and never when somebody looked for the reason; so a process
@@ -65,7 +67,7 @@ def in_processes(work: Callable[[int, str], None], tmp_path_factory: pytest.Temp
     for _ in range(3):
         folder = tmp_path_factory.mktemp("ranks")
         try:
-            torch.multiprocessing.spawn(work, (str(folder),), RANKS)
+            torch.multiprocessing.spawn(work, (str(folder),), ranks)
         except ProcessExitedException as gone:
             if gone.signal_name is None:
                 raise

@@ -446,13 +446,6 @@ def test_a_model_whose_parameters_are_others_now():
         oto.construct_subnet()
 
 
-def test_a_model_that_is_spread_over_processes(monkeypatch):
-    oto = zeroed()
-    monkeypatch.setattr(nn.Parameter, "full_tensor", lambda self: self, raising=False)
-    with pytest.raises(EmitterError, match=r"spread over processes: .*up\.weight[^$]*gather"):
-        oto.construct_subnet()
-
-
 # What is shown meanwhile ---------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,300 @@
+"""Tensors of which each process holds a part (``DTensor``), and models that hold such.
+
+A *sharding* says which entries of a tensor a process has. The rest of the library works on those entries as on any
+other tensor, and asks here for sums over all processes, which every process of the mesh has to ask for at one place.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from oto._torch import undistributed
+from oto.errors import OptionError, some
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``; asked without an import that takes a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The entries that this process has, in the tensor's own memory; a plain tensor has all of them."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor.detach()
+    part: Tensor = sharded.to_local()
+    return part
+
+
+def address(tensor: Tensor) -> int:
+    """Where the entries of this process lie."""
+    return local(tensor).data_ptr()
+
+
+def gathered_tensor(tensor: Tensor) -> Tensor:
+    """All entries, on every process. Communicates; for small tensors."""
+    sharded: Any = tensor.detach()
+    entries: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
+    return entries
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which entries of a tensor each process of a mesh has.
+
+    Attributes:
+        mesh: The processes.
+        placements: For each dimension of the mesh, how the tensor is spread along it.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Sharding | None:
+        """That of a tensor; ``None`` if every process has all of it."""
+        if not is_sharded(tensor):
+            return None
+        sharded: DTensor = tensor  # type: ignore[assignment]
+        sharding = cls(sharded.device_mesh, tuple(sharded.placements))
+        return sharding if any(sharding.parted) else None
+
+    @property
+    def parted(self) -> tuple[bool, ...]:
+        """For each dimension of the mesh, whether its processes have different entries."""
+        return tuple(not placement.is_replicate() for placement in self.placements)
+
+    def parts(self, dim: int) -> bool:
+        """Whether processes have different entries along a dimension of the tensor."""
+        return any(getattr(placement, "dim", None) == dim for placement in self.placements)
+
+    def index(self, dim: int, dims: int, length: int) -> Tensor:
+        """Which entries along a dimension this process has, int64, on the CPU; nothing is sent for it.
+
+        Args:
+            dims: How many dimensions the tensor has.
+            length: How many entries this one has, over all processes.
+        """
+        return _index(self, dim, dims, length)
+
+    def spread(self, own: Tensor, like: Tensor) -> Tensor:
+        """What this process has of a tensor, as one that is spread like another of its shape."""
+        from torch.distributed.tensor import DTensor
+
+        made: Tensor = DTensor.from_local(
+            own, self.mesh, self.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        return made
+
+    def summed(self, own: Tensor) -> Tensor:
+        """The sum of what the processes have of a tensor of one shape; the same bits on all of them. Communicates."""
+        total = own.to(self.mesh.device_type, copy=True)
+        for dim, parted in enumerate(self.parted):
+            if parted:
+                dist.all_reduce(total, group=self.mesh.get_group(dim))
+        for dim in range(self.mesh.ndim) if self.mesh.ndim > 1 else ():  # one group's order may differ from another's
+            dist.broadcast(total, group=self.mesh.get_group(dim), group_src=0)
+        return total.to(own.device)
+
+
+@lru_cache(maxsize=256)
+def _index(sharding: Sharding, dim: int, dims: int, length: int) -> Tensor:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    numbers = torch.arange(length, device=sharding.mesh.device_type)
+    shape = [length if d == dim else 1 for d in range(dims)]
+    alike = [own if getattr(own, "dim", None) == dim else Replicate() for own in sharding.placements]
+    spread = distribute_tensor(numbers.reshape(shape), sharding.mesh, alike, src_data_rank=None)
+    return spread.to_local().flatten().cpu()
+
+
+def added_up(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> Tensor:
+    """A number of every tensor, added over the processes that have parts of it: int64, shape ``(len(tensors),)``.
+
+    Args:
+        own: Of each, the number of the part that is here, as a tensor without dimensions.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.int64)
+    numbers = torch.stack([number.to("cpu", torch.int64) for number in own])
+    shardings = [Sharding.of(tensor) for tensor in tensors]
+    total = torch.zeros_like(numbers)
+    for sharding in dict.fromkeys(shardings):
+        mine = numbers * torch.tensor([other == sharding for other in shardings])
+        total += mine if sharding is None else sharding.summed(mine)
+    return total
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def sharded_names(model: nn.Module) -> list[str]:
+    """The names of the parameters that are spread over processes, after :func:`reshard`."""
+    reshard(model)
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if is_sharded(p)]
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Refuse something that needs whole weights in one process.
+
+    Raises:
+        OptionError: Parameters are spread over processes.
+    """
+    if names := sharded_names(model):
+        raise OptionError(
+            f"{some(names)} of the {type(model).__name__} {'is' if len(names) == 1 else 'are'} spread over processes\n"
+            f"  effect  {what} needs whole weights in one process, and nothing was done\n"
+            "  to fix  do it before the model is sharded"
+        )
+
+
+def reshard(model: nn.Module) -> None:
+    """Let modules of ``fully_shard`` hold their shards again: after a forward without a backward the outermost one
+    holds whole parameters. Nothing is sent."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Refuse a model whose parameters have no rows any more.
+
+    Raises:
+        OptionError: It is one of FSDP1 or DeepSpeed's ZeRO-3.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            raise OptionError(
+                f"{type(model).__name__} is wrapped by FullyShardedDataParallel (FSDP1), which lays all parameters end"
+                " to end and cuts them anywhere\n"
+                "  effect  no process has rows of a weight that could be scored or zeroed; nothing was made\n"
+                "  to fix  torch.distributed.fsdp.fully_shard (FSDP2) instead: fully_shard(block) for every block, then"
+                " fully_shard(model); with accelerate or the HF Trainer, fsdp_version: 2"
+            )
+    gone = [name for name, p in model.named_parameters() if hasattr(p, "ds_id") and p.numel() == 0]
+    if gone:
+        raise OptionError(
+            f"{some(gone)} of the {type(model).__name__} {'has' if len(gone) == 1 else 'have'} no entries here:"
+            " DeepSpeed (ZeRO-3) holds them elsewhere, cut anywhere\n"
+            "  effect  no process has rows of a weight that could be scored or zeroed; nothing was made\n"
+            "  to fix  shard by torch.distributed.fsdp.fully_shard (FSDP2), or train with DistributedDataParallel"
+        )
+
+
+@contextmanager
+def whole(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """While inside, a model is one of a single process: of its own class, without hooks for distribution, and with
+    parameters that are no ``DTensor``.
+
+    Args:
+        values: Tensors to hold instead, by all names of the model's. By default those that are spread over processes
+            are on ``meta``, without entries, and all others are the model's own.
+    """
+    reshard(model)
+    made: dict[int, Tensor] = {}
+
+    def instead(name: str, tensor: Tensor) -> Tensor:
+        if values is None and not is_sharded(tensor):
+            return tensor
+        if id(tensor) not in made:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if values is None else values[name]
+            plain = not isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = new if plain else nn.Parameter(new, requires_grad=tensor.requires_grad)
+        return made[id(tensor)]
+
+    tables = [(path, table) for path, m in model.named_modules() for table in (m._parameters, m._buffers)]
+    before = [(table, dict(table)) for _, table in tables]
+    with undistributed(model):
+        try:
+            for path, table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = instead(f"{path}.{name}".removeprefix("."), tensor)
+            yield
+        finally:
+            for table, content in before:
+                table.update(content)
+
+
+@torch.no_grad()
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of a model, by all their names, whole and on the CPU of the first process; an empty
+    dict on the others. One tensor is gathered at a time. Communicates: every process has to call it."""
+    reshard(model)
+    first = is_first(model)
+    made: dict[int, Tensor] = {}
+    tensors = named_tensors(model)
+    for _, tensor in tensors:
+        if id(tensor) not in made:
+            entries = gathered_tensor(tensor)
+            made[id(tensor)] = entries.to("cpu", copy=True) if first else torch.empty(0)
+            del entries
+    return {name: made[id(tensor)] for name, tensor in tensors} if first else {}
+
+
+def named_tensors(model: nn.Module, kind: type[Tensor] = Tensor) -> list[tuple[str, Tensor]]:
+    """The parameters and buffers of a model of a class, by all their names."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [(name, tensor) for name, tensor in held if isinstance(tensor, kind)]
+
+
+def mesh_of(model: nn.Module) -> DeviceMesh | None:
+    """The processes over which parameters of a model are spread; ``None`` if none is.
+
+    Raises:
+        OptionError: There are several such meshes, none of which has the processes of all others.
+    """
+    meshes: dict[DeviceMesh, None] = {}
+    for p in model.parameters():
+        if is_sharded(p):
+            sharded: DTensor = p  # type: ignore[assignment]
+            meshes[sharded.device_mesh] = None
+    if not meshes:
+        return None
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    if any(not set(mesh.mesh.flatten().tolist()) <= set(largest.mesh.flatten().tolist()) for mesh in meshes):
+        raise OptionError(
+            f"parameters of {type(model).__name__} are spread over {len(meshes)} meshes, and none has all processes\n"
+            "  effect  no process can gather them all; nothing was made\n"
+            "  to fix  a mesh for all parameters (of more dimensions, if need be)"
+        )
+    return largest
+
+
+def is_first(model: nn.Module) -> bool:
+    """Whether this is the first process of a model's mesh."""
+    mesh = mesh_of(model)
+    where = None if mesh is None else mesh.get_coordinate()
+    return where is None or not any(where)
+
+
+def from_first(model: nn.Module, thing: Any) -> Any:
+    """What the first process of a model's mesh gives, on all of them; pickled on the way. Communicates."""
+    mesh = mesh_of(model)
+    if mesh is None:
+        return thing
+    held = [thing]
+    for dim in range(mesh.ndim):  # along the first dimension, then from there along the next one
+        dist.broadcast_object_list(held, group=mesh.get_group(dim), group_src=0)
+    return held[0]
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any tensor is spread over processes."""
+    return any(map(is_sharded, tensors))
