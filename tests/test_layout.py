@@ -191,6 +191,7 @@ TOP = {
     "__main__",
     "oneshot",
     "calibration",
+    "samples",
 }  # strings the stages together, and what stands on that
 
 
@@ -213,7 +214,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "training": {"analysis", "previewing"},
         "shrinking": {"analysis", "training"},
         "subnet": {"analysis"},
-        "cli": {"api", "given"},
+        "cli": {"api", "given", "samples"},
         "distill": set(),
         "errors": set(),
         "recovery": set(),
@@ -225,6 +226,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "calibration": set(),
         "oneshot": {"analysis", "calibration", "previewing"},  # choice, compensation and report meet here only
         "progress": set(),
+        "samples": {"given"},
     }
 
 
