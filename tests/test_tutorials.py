@@ -223,6 +223,14 @@ def test_10_deploy(tmp_path: Path) -> None:
     assert load_subnet(tmp_path / "slim")(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_15_one_shot(oto_data: Path, tmp_path: Path) -> None:
+    text = run("15_one_shot.py", tmp_path / "slim")
+    printed = checked(text, tmp_path / "slim", 0.7)
+    assert printed("before", "accuracy") > 85 and printed("recovered", "params") == printed("slim", "params")
+    after = [float(number) for number in re.findall(r"held-out loss \S+ before, (\S+) after", text)]
+    assert len(after) == 4 and after[1] < after[0], "what stays takes over"
+
+
 # What the default sizes printed is in docs/tutorials (`make tutorials`).
 
 BEST = {  # what a row must score at least, and by how much less than before it may, in the units of the table
@@ -235,6 +243,7 @@ BEST = {  # what a row must score at least, and by how much less than before it 
     "07_detection": ("F1", 40, None),
     "08_ddp": ("accuracy", 95, None),
     "09_your_own_operator": ("accuracy", 95, None),
+    "15_one_shot": ("accuracy", 80, 10),
 }
 
 
