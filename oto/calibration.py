@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import OptionError
+from oto.errors import OptionError, some
 from oto.groups import NodeGroup
 from oto.groups.readers import Reader
 from oto.optim.compensate import (
@@ -61,6 +61,27 @@ class Data:
                 "  to fix  give at least two batches, smaller ones if there is no more data; or holdout=0"
             )
         return cls(listed[: len(listed) - many], listed[len(listed) - many :], loss)
+
+
+def require_one_process(model: nn.Module, taker: str) -> None:
+    """Refuse what would have to be summed over ranks.
+
+    Raises:
+        OptionError: Parameters are sharded, or there are several processes.
+    """
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if sharded or (several and torch.distributed.get_world_size() > 1):
+        what = (
+            f"{some(sharded)} {'is' if len(sharded) == 1 else 'are'} sharded"
+            if sharded
+            else "there are several processes"
+        )
+        raise OptionError(
+            f"{taker} runs in one process, on whole parameters, and {what}\n"
+            "  effect  nothing was changed\n"
+            "  to fix  compress before the process group is made, or before the model is sharded; then distribute it"
+        )
 
 
 @contextmanager

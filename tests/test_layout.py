@@ -77,11 +77,12 @@ OPTIM = {
     "wrapper": {"wrapped"},
     "checkpointed": {"choice", "plan", "schedule", "state", "wrapped", "wrapper"},
     "base": {
-        "checkpointed", "choice", "entries", "followed", "options", "plan", "refusals", "saliency", "schedule",
+        "checkpointed", "choice", "entries", "fold", "followed", "options", "plan", "refusals", "saliency", "schedule",
         "shrink", "state", "wrapped",
     },
     "budget": {"choice", "entries", "target"},
     "compensate": set(),
+    "fold": {"compensate"},
     "hesso": {"base", "options", "setup", "target", "wrapped"},
     "cric": {"entries", "hesso", "options", "plan", "saliency", "schedule", "setup", "target", "wrapped"},
     "half_space": {"budget", "entries", "hesso", "plan", "schedule", "wrapped"},
@@ -211,7 +212,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "analysis": {"adapters"},  # a model of peft is made as the one inside of it
         "clock": set(),
         "previewing": {"analysis"},
-        "training": {"analysis", "previewing"},
+        "training": {"analysis", "calibration", "previewing"},
         "shrinking": {"analysis", "training"},
         "subnet": {"analysis"},
         "cli": {"api", "given", "samples"},
