@@ -85,9 +85,9 @@ def require_one_process(model: nn.Module, taker: str) -> None:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """If anything is raised inside, parameters and buffers are as they were."""
-    tensors = [*model.parameters(), *model.buffers()]
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """If anything is raised inside, these tensors are as they were."""
+    tensors = list(tensors)
     before = [t.detach().clone() for t in tensors]
     try:
         yield
@@ -143,6 +143,11 @@ class Calibrated:
     def saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
         """A copy of all that a fold may write to, and of batch norms; what is zeroed is so with and without a fold."""
         return {name: self.tensors[name].detach().clone() for name in touched(readers) | {*self._norm_buffers}}
+
+    def written(self, groups: Iterable[NodeGroup], readers: Iterable[Reader]) -> list[Tensor]:
+        """All that may be written to when some groups lose atoms and some readers take over."""
+        zeroed = {piece.parameter for group in groups for piece in group.zeros}
+        return [self.tensors[name] for name in sorted(zeroed | touched(readers) | {*self._norm_buffers})]
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -73,6 +73,16 @@ def sensitivity(entries: Weights) -> Tensor:
 MEASURED = {"obs": obs, "fluctuation": fluctuating, "sensitivity": sensitivity}
 """Ways to choose that look at what readers read."""
 
+Score = Callable[[Reader, Moments, Tensor, Tensor, float], Tensor]
+"""What each atom is worth to one reader, float64, shape ``(atoms,)``: of the reader, the moments of what it reads, its
+parameter, the entries of each atom, and the damping."""
+
+SCORES: dict[Callable[[Weights], Tensor], Score] = {
+    obs: lambda reader, moments, p, blocks, ridge: Surgeon.of(reader, moments, p, blocks, ridge).scores(),
+    fluctuating: lambda reader, moments, p, blocks, _: fluctuation(reader, moments, p, blocks),
+}
+"""How the atoms of a group are scored; ``"sensitivity"`` goes by the loss instead."""
+
 COMPARABLE: dict[str, Any] = {"normalize": "none", "by_cost": 1.0}
 """How a choice goes by ``"sensitivity"``, which is in the unit of the loss."""
 
@@ -129,17 +139,23 @@ class Compression:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def run(self) -> list[Portion]:
-        """Choose, fold, zero."""
+        """Choose, fold, zero; all is as it was if anything is raised.
+
+        Nothing is copied before the choice, which has gradients, and thereafter only what is written to: so at no time
+        is there more than one tensor beside each parameter.
+        """
         stage("choosing")
         going = self._choose()
         self.left = {group.name: np.ones(group.size, dtype=bool) for group in self.choice.groups}
         losing = [group for group in self.choice.groups if len(going[group.name])]
-        before, done = self.calibrated.held_loss(), []
-        packs = self._packs(losing)
-        for i, pack in enumerate(packs):
-            stage(f"portion {i + 1} of {len(packs)}")
-            done.append(self._portion(pack, going, before))
-            before = done[-1].after
+        readers = self.readers.of([group.name for group in losing]) if self.settings.compensate else []
+        with restored(self.calibrated.written(losing, readers)):
+            before, done = self.calibrated.held_loss(), list[Portion]()
+            packs = self._packs(losing)
+            for i, pack in enumerate(packs):
+                stage(f"portion {i + 1} of {len(packs)}")
+                done.append(self._portion(pack, going, before))
+                before = done[-1].after
         return done
 
     @property
@@ -257,9 +273,7 @@ class Compression:
 
     def _score(self, reader: Reader, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
         parameter, own = self.calibrated.tensors[reader.parameter], measured[key_of(reader)]
-        if self._measured is fluctuating:
-            return fluctuation(reader, own, parameter, self._blocks(reader, group))
-        return Surgeon.of(reader, own, parameter, self._blocks(reader, group), self.settings.ridge).scores()
+        return SCORES[self._measured](reader, own, parameter, self._blocks(reader, group), self.settings.ridge)
 
     def _loss_per_atom(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
         """What the loss rises by with each atom, when this group alone gives them up in their order and is folded.
@@ -396,8 +410,7 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     require_one_process(model, "one_shot")
     found = fitted_readers(readers(partition, analysis.groups, analysis.prune_frozen))
     job = Compression(Calibrated(model, data, settings.norms), partition, choice, found, settings)
-    with restored(model):
-        portions = job.run()
+    portions = job.run()
     losses = [x for portion in portions for x in (portion.before, portion.after)]
     loss = None if not losses or losses[0] is None or losses[-1] is None else (losses[0], losses[-1])
     kept = {name: int(own.sum()) for name, own in job.left.items()}
