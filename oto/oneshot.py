@@ -237,7 +237,10 @@ class Compression:
     def _choose(self) -> dict[str, NDArray[np.int64]]:
         """The atoms of each group that go; with ``"obs"`` their number counts."""
         if self._measured is None:
-            with preserved(self.calibrated.model):
+            wanted = {id(self.calibrated.tensors[piece.parameter]) for g in self.choice.groups for piece in g.zeros}
+            with preserved(self.calibrated.model):  # which puts back what wants a gradient
+                for p in self.calibrated.model.parameters():
+                    p.requires_grad_(p.requires_grad and id(p) in wanted)
                 batches = self.calibrated.data.calibration if self.choice.averaged else ()
                 left = left_now(self.choice, self.calibrated.model, batches, self.calibrated.data.loss)
         else:

@@ -337,6 +337,22 @@ def test_each_portion_is_shown_while_it_runs(caplog):
     assert said.index("choosing") < said.index("portion 1 of 2") < said.index("portion 2 of 2")
 
 
+def test_only_what_may_go_gets_a_gradient():
+    model, example, batches, loss = made("encoder")
+    model.zero_grad()
+    model.head.bias.requires_grad_(requires_grad=False)
+    seen = []
+
+    def watched(m, batch):
+        seen.append({name for name, p in m.named_parameters() if p.requires_grad})
+        return loss(m, batch)
+
+    OTO(model, example, only=["*linear1*"]).one_shot(target_macs=0.9, batches=batches, loss=watched)
+    written = {n for n, _ in model.named_parameters() if "linear1" in n}
+    assert seen[0] == written
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["head.bias"]
+
+
 def test_no_parameter_has_more_than_one_copy_beside_it(monkeypatch):
     """Gradients of the choice have gone before anything is copied, and what is not written to never is."""
     model, example, batches, loss = made("encoder")
