@@ -1,6 +1,6 @@
 """Lesson 15: a ResNet gets smaller without training, and what a short recovery adds.
 
-    python tutorials/15_one_shot.py                           # ResNet-20, 512 images to calibrate with, two minutes
+    python tutorials/15_one_shot.py                           # ResNet-20, 256 images to calibrate with, some minutes
     python tutorials/15_one_shot.py --model resnet56 --images 1024 --target-macs 0.5 --recover 20000 --device cuda
 
 You will see what zeroing alone costs, what is left once the weights that read a layer take over what its removed
@@ -38,7 +38,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def compressed(model: nn.Module, batches: list[Any], target: float, **how: Any) -> tuple[float, OTO]:
     """What is lost on the held-out batches by one way to compress a copy of a model."""
     oto = OTO(copy.deepcopy(model), batches[0][0][:1])
-    done = oto.one_shot(target_macs=target, batches=batches, loss=loss, **how)
+    done = oto.one_shot(target_macs=target, batches=batches, loss=loss, portions=6, **how)
     said = ", ".join(f"{name}={value!r}" for name, value in how.items()) or "as it comes"
     assert done.loss is not None  # a quarter of the batches is held out
     print(f"{said}: held-out loss {done.loss[0]:.3f} before, {done.loss[1]:.3f} after")
@@ -69,10 +69,10 @@ def recover(slim: nn.Module, full: nn.Module, x: Tensor, y: Tensor, args: Any) -
 def main() -> None:
     flags = parser(__doc__, "15_one_shot")
     flags.add_argument("--model", default="resnet20", choices=["resnet20", "resnet56"])
-    flags.add_argument("--images", type=int, default=512, help="to calibrate with, a quarter of them to check")
-    flags.add_argument("--recover", type=int, default=4096, help="images to train on afterwards, once")
-    flags.add_argument("--test-images", type=int, default=2000)
-    flags.add_argument("--batch-size", type=int, default=64)
+    flags.add_argument("--images", type=int, default=256, help="to calibrate with, a quarter of them to check")
+    flags.add_argument("--recover", type=int, default=2048, help="images to train on afterwards, once")
+    flags.add_argument("--test-images", type=int, default=1000)
+    flags.add_argument("--batch-size", type=int, default=32)
     flags.add_argument("--lr", type=float, default=0.01)
     flags.add_argument("--target-macs", type=float, default=0.7, help="share of the multiply-adds that is left")
     args = start(flags, {"images": 128, "recover": 128, "test_images": 200, "batch_size": 32})
