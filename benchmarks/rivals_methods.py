@@ -135,6 +135,9 @@ def ours(make: str, **fixed: Any) -> Callable[..., Slim]:
         example = task.example()
         oto = OTO(model, example)
         chosen = task.optimizer_options() | {"target_macs": target, "total_steps": task.steps} | fixed | options
+        if chosen.get("compensate"):
+            drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:512]
+            chosen["batches"] = [data.train.batch(index)[0] for index in drawn.split(128)]
         optimizer = getattr(oto, make)(**{key: value for key, value in chosen.items() if value is not None})
         train(task, model, data, optimizer, seed)
         subnet = oto.construct_subnet()

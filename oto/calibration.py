@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import OptionError
+from oto.errors import OptionError, some
 from oto.groups import NodeGroup
 from oto.groups.readers import Reader
 from oto.optim.compensate import (
@@ -64,10 +64,31 @@ class Data:
         return cls(listed[: len(listed) - many], listed[len(listed) - many :], loss)
 
 
+def require_one_process(model: nn.Module, taker: str) -> None:
+    """Refuse what would have to be summed over ranks.
+
+    Raises:
+        OptionError: Parameters are sharded, or there are several processes.
+    """
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if sharded or (several and torch.distributed.get_world_size() > 1):
+        what = (
+            f"{some(sharded)} {'is' if len(sharded) == 1 else 'are'} sharded"
+            if sharded
+            else "there are several processes"
+        )
+        raise OptionError(
+            f"{taker} runs in one process, on whole parameters, and {what}\n"
+            "  effect  nothing was changed\n"
+            "  to fix  compress before the process group is made, or before the model is sharded; then distribute it"
+        )
+
+
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """If anything is raised inside, parameters and buffers are as they were."""
-    tensors = [*model.parameters(), *model.buffers()]
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """If anything is raised inside, these tensors are as they were."""
+    tensors = list(tensors)
     before = [t.detach().clone() for t in tensors]
     try:
         yield
@@ -122,6 +143,11 @@ class Calibrated:
     def saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
         """A copy of all that a fold may write to, and of batch norms; what is zeroed is so with and without a fold."""
         return {name: self.tensors[name].detach().clone() for name in touched(readers) | {*self._norm_buffers}}
+
+    def written(self, groups: Iterable[NodeGroup], readers: Iterable[Reader]) -> list[Tensor]:
+        """All that may be written to when some groups lose atoms and some readers take over."""
+        zeroed = {piece.parameter for group in groups for piece in group.zeros}
+        return [self.tensors[name] for name in sorted(zeroed | touched(readers) | {*self._norm_buffers})]
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -43,6 +43,7 @@ from oto.errors import (
     out_of_memory,
     printable,
     reraise_out_of_memory,
+    some,
 )
 from oto.given import HOW_TO_NAME, load_weights, named_input, named_model
 from oto.groups import Cost
@@ -53,6 +54,7 @@ from oto.io.subnet import FULL, PROGRAM, load_subnet
 from oto.renamed import former_name
 from oto.report.explain import Explanation
 from oto.report.table import OF_THE_CLASS, columns, cost_rows
+from oto.samples import SUFFIXES, Samples
 from oto.slim.edits import named_tensors
 from oto.slim.graph.program import example_of, runnable
 from oto.slim.latency import rounds
@@ -163,6 +165,10 @@ Skip = Annotated[
 Only = Annotated[
     list[str] | None, typer.Option("--only", metavar="NAME", help="prune nothing else: a name or glob; repeatable")
 ]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(help="samples: tensors by name (.npz, .safetensors, .pt), labels among them; or a text (.txt)"),
+]
 AllowGraph = Annotated[
     bool,
     typer.Option(
@@ -184,6 +190,17 @@ Align = Annotated[
 MinKept = Annotated[
     str, typer.Option(help="what every group keeps at least: a number of atoms, or a share such as 0.1")
 ]
+TargetMacs = Annotated[str | None, typer.Option(help="what remains at most: 0.5 is a share, 500000 a number")]
+TargetParams = Annotated[str | None, typer.Option(help="likewise, of the parameters")]
+TargetBytes = Annotated[str | None, typer.Option(help="likewise, of the memory of parameters and buffers")]
+TargetLatency = Annotated[float | None, typer.Option(help="milliseconds of a forward pass, measured here")]
+TargetGroups = Annotated[float | None, typer.Option(help="share of the groups to remove")]
+TargetKept = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=SHARE", help="what groups keep, by name or glob: 'layer3.*=0.4'; repeatable"),
+]
+Scope = Annotated[str, typer.Option(help="global: one ranking; local: the same share of every group")]
+Divisible = Annotated[int, typer.Option(min=1, help="atoms (channels, heads) are multiples of this")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="minimum time to measure")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
@@ -224,11 +241,28 @@ def _analyzed(
     layout: str | None = None,
     only: list[str] | None = None,
 ) -> OTO:
+    model = _model(name, checkpoint, key, pretrained)
+    given = named_input(inputs or (), input_fn, model)
+    return _analysis(model, given, skip, allow_graph, min_kept, layout, only)
+
+
+def _model(name: str, checkpoint: Path | None, key: str | None, pretrained: bool) -> nn.Module:
     torch.manual_seed(0)  # so that two calls agree for a model with random weights
     model = named_model(name, pretrained)
     if checkpoint is not None:
         load_weights(model, checkpoint, key)
-    given = named_input(inputs or (), input_fn, model)
+    return model
+
+
+def _analysis(
+    model: nn.Module,
+    given: Any,
+    skip: list[str] | None,
+    allow_graph: bool,
+    min_kept: str = "1",
+    layout: str | None = None,
+    only: list[str] | None = None,
+) -> OTO:
     least = _number("--min-kept", min_kept)
     assert least is not None
     options: dict[str, Any] = {
@@ -251,6 +285,15 @@ def _shares(given: list[str] | None) -> dict[str, int | float] | None:
             )
         found[name] = share
     return found or None
+
+
+def _target(**targets: Any) -> dict[str, Any]:
+    """The one target that is given."""
+    asked = {name: value for name, value in targets.items() if value is not None}
+    if len(asked) != 1:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
+        raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
+    return asked
 
 
 # The commands --------------------------------------------------------------------------------------------------------
@@ -285,21 +328,14 @@ def preview(
     model: Model,
     input: Inputs = None,
     input_fn: InputFn = None,
-    target_macs: Annotated[
-        str | None, typer.Option(help="what remains at most: 0.5 is a share, 500000 a number")
-    ] = None,
-    target_params: Annotated[str | None, typer.Option(help="likewise, of the parameters")] = None,
-    target_bytes: Annotated[str | None, typer.Option(help="likewise, of the memory of parameters and buffers")] = None,
-    target_latency_ms: Annotated[
-        float | None, typer.Option(help="milliseconds of a forward pass, measured here")
-    ] = None,
-    target_group_sparsity: Annotated[float | None, typer.Option(help="share of the groups to remove")] = None,
-    target_kept: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=SHARE", help="what groups keep, by name or glob: 'layer3.*=0.4'; repeatable"),
-    ] = None,
-    scope: Annotated[str, typer.Option(help="global: one ranking; local: the same share of every group")] = "global",
-    group_divisible: Annotated[int, typer.Option(min=1, help="atoms (channels, heads) are multiples of this")] = 1,
+    target_macs: TargetMacs = None,
+    target_params: TargetParams = None,
+    target_bytes: TargetBytes = None,
+    target_latency_ms: TargetLatency = None,
+    target_group_sparsity: TargetGroups = None,
+    target_kept: TargetKept = None,
+    scope: Scope = "global",
+    group_divisible: Divisible = 1,
     align: Align = None,
     min_kept: MinKept = "1",
     checkpoint: Weights = None,
@@ -315,18 +351,14 @@ def preview(
 
     oto preview torchvision:resnet50 --input 1x3x224x224 --target-macs 0.5
     """
-    targets = {
-        "target_macs": _number("--target-macs", target_macs),
-        "target_params": _number("--target-params", target_params),
-        "target_bytes": _number("--target-bytes", target_bytes),
-        "target_latency_ms": target_latency_ms,
-        "target_group_sparsity": target_group_sparsity,
-        "target_kept": _shares(target_kept),
-    }
-    asked: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
-    if len(asked) != 1:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
-        raise GivenError(f"{len(asked)} targets are given\n  to fix  give one of {options}")
+    asked = _target(
+        target_macs=_number("--target-macs", target_macs),
+        target_params=_number("--target-params", target_params),
+        target_bytes=_number("--target-bytes", target_bytes),
+        target_latency_ms=target_latency_ms,
+        target_group_sparsity=target_group_sparsity,
+        target_kept=_shares(target_kept),
+    )
     analyzed = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, pretrained, min_kept, layout, only)
     asked |= {"scope": scope, "group_divisible": group_divisible, "align": _align(align)}
     found = analyzed.preview(**asked)
@@ -358,13 +390,18 @@ def visualize(
 
 @command
 def slim(
-    checkpoint: Annotated[Path, typer.Argument(help="weights with zeros: safetensors, or what torch.save wrote")],
     model: ModelOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the artifact")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="weights with zeros, or to compress (--one-shot): safetensors, or what torch.save wrote"),
+    ] = None,
     input: Inputs = None,
     input_fn: InputFn = None,
     key: Key = None,
+    pretrained: Pretrained = False,
     skip: Skip = None,
+    only: Only = None,
     allow_graph: AllowGraph = False,
     layout: Layout = None,
     align: Align = None,
@@ -375,18 +412,107 @@ def slim(
     save_pretrained: Annotated[
         Path | None, typer.Option(help="a new folder that from_pretrained loads; with --layout uniform")
     ] = None,
+    one_shot: Annotated[
+        bool, typer.Option("--one-shot", help="compress without training first; needs --calibrate and a target")
+    ] = False,
+    calibrate: Calibrate = None,
+    loss: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="the loss of a model and a batch of the file")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples of a batch")] = 32,
+    context: Annotated[int, typer.Option(min=2, help="tokens of each piece of a text")] = 512,
+    samples: Annotated[int, typer.Option(min=2, help="pieces that are taken of a text")] = 256,
+    holdout: Annotated[float, typer.Option(help="share of the batches that only checks")] = 0.25,
+    compensate: Annotated[str, typer.Option(help="affine, ridge, bias or none")] = "affine",
+    saliency: Annotated[
+        str | None, typer.Option(help="by default gradients; obs, sensitivity, fluctuation, magnitude, ...")
+    ] = None,
+    target_macs: TargetMacs = None,
+    target_params: TargetParams = None,
+    target_bytes: TargetBytes = None,
+    target_latency_ms: TargetLatency = None,
+    target_group_sparsity: TargetGroups = None,
+    target_kept: TargetKept = None,
+    scope: Scope = "global",
+    group_divisible: Divisible = 1,
+    min_kept: MinKept = "1",
+    device: Annotated[str, typer.Option(help="where to compress: cpu, cuda, ...")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Make the slim model of a checkpoint that was trained with oto, prove it equal, and save it.
 
     oto slim trained.pt --model package.module:make --input 1x3x32x32 --out slim
+
+    With --one-shot it compresses a checkpoint that was not, without training, by samples from a file:
+
+    oto slim --one-shot --model hf:folder --calibrate text.txt --target-macs 0.8 --layout uniform --out slim
     """
-    analyzed = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, layout=layout)
-    options: dict[str, Any] = {"emitter": emitter, "align": _align(align) or 1}
+    targets: dict[str, Any] = {
+        "target_macs": _number("--target-macs", target_macs),
+        "target_params": _number("--target-params", target_params),
+        "target_bytes": _number("--target-bytes", target_bytes),
+        "target_latency_ms": target_latency_ms,
+        "target_group_sparsity": target_group_sparsity,
+        "target_kept": _shares(target_kept),
+    }
+    if one_shot:
+        whole = _model(model, checkpoint, key, pretrained)
+        folder = model.removeprefix("hf:") if model.startswith("hf:") else None
+        given = Samples.read(_calibrating(calibrate), whole, folder, context, samples)
+        example = named_input(input or (), input_fn) if input or input_fn else given.example
+        whole, example, batches = _moved(device, whole, example, given.batches(batch_size))
+        analyzed = _analysis(whole, example, skip, allow_graph, min_kept, layout, only)
+        how: dict[str, Any] = {
+            "scope": scope,
+            "group_divisible": group_divisible,
+            "align": _align(align),
+            "saliency": saliency,
+        }
+        how |= {"holdout": holdout, "compensate": None if compensate == "none" else compensate}
+        done = analyzed.one_shot(batches=batches, loss=given.loss(loss), **_target(**targets), **how)
+    else:
+        _refuse_without_one_shot(checkpoint, calibrate=calibrate, loss=loss, saliency=saliency, **targets)
+        least = (pretrained, min_kept, layout, only)
+        analyzed, done = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, *least), None
+    options: dict[str, Any] = {"emitter": emitter, "align": 1 if one_shot else _align(align) or 1}
     subnet = analyzed.construct_subnet(out, program=program, save_full=save_full, report=report, **options)
     if save_pretrained is not None:
         subnet.save_pretrained(save_pretrained)
-    _result(subnet, subnet.to_dict(), as_json)
+    text, data = (str(subnet), {}) if done is None else (f"{done}\n\n{subnet}", {"one_shot": done.to_dict()})
+    _result(text, subnet.to_dict() | data, as_json)
+
+
+def _calibrating(file: Path | None) -> Path:
+    if file is None:
+        raise GivenError(
+            "--one-shot has no samples to go by\n"
+            f"  to fix  --calibrate FILE: tensors ({', '.join(SUFFIXES[:-1])}) or a text (.txt)"
+        )
+    return file
+
+
+def _refuse_without_one_shot(checkpoint: Path | None, **options: Any) -> None:
+    """Refuse what says how to compress, where nothing is to be compressed."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise GivenError(
+            f"{some(given)} {'says' if len(given) == 1 else 'say'} how to compress, and --one-shot is not given\n"
+            "  effect  the zeros of the checkpoint alone say what goes, so nothing was done\n"
+            "  to fix  add --one-shot; or leave it out"
+        )
+    if checkpoint is None:
+        raise GivenError(
+            "no checkpoint is given, and without zeros nothing goes\n"
+            "  to fix  oto slim trained.pt ...; or compress without training: --one-shot"
+        )
+
+
+def _moved(device: str, model: nn.Module, *tensors: Any) -> tuple[Any, ...]:
+    try:
+        return model.to(device), *tree_map_only(Tensor, lambda t: t.to(device), tensors)
+    except Exception as failure:  # of many kinds: no such device, one that is missing
+        reraise_out_of_memory(failure)
+        raise GivenError(f"the model cannot be moved to {device}: {first_line(failure)}") from failure
 
 
 @command

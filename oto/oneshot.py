@@ -17,33 +17,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from oto.analysis import Analysis
-from oto.calibration import Calibrated, Data, LossOf, restored, worse
-from oto.errors import OptionError, some
+from oto.calibration import Calibrated, Data, LossOf, require_one_process, restored, worse
+from oto.errors import OptionError
 from oto.groups import NodeGroup, Partition, cost
 from oto.groups.readers import Reader, Readers, readers
 from oto.optim import Choice
 from oto.optim.compensate import (
     KINDS,
-    WIDE,
     Key,
     Moments,
     SplitEntries,
     Surgeon,
-    fitted,
+    fitted_readers,
     fluctuation,
     fold_,
     greedy,
     key_of,
+    packed,
 )
 from oto.optim.entries import Rows
 from oto.optim.preview import left_by, left_now
@@ -53,9 +53,6 @@ from oto.previewing import choice_for
 from oto.progress import stage, stages
 from oto.report.one_shot import OneShot, Portion
 from oto.trace.snapshot import preserved
-
-ROOM = 2**30
-"""Bytes of second moments that are held at one time, where a single reader does not need more."""
 
 
 def obs(entries: Weights) -> Tensor:
@@ -75,6 +72,16 @@ def sensitivity(entries: Weights) -> Tensor:
 
 MEASURED = {"obs": obs, "fluctuation": fluctuating, "sensitivity": sensitivity}
 """Ways to choose that look at what readers read."""
+
+Score = Callable[[Reader, Moments, Tensor, Tensor, float], Tensor]
+"""What each atom is worth to one reader, float64, shape ``(atoms,)``: of the reader, the moments of what it reads, its
+parameter, the entries of each atom, and the damping."""
+
+SCORES: dict[Callable[[Weights], Tensor], Score] = {
+    obs: lambda reader, moments, p, blocks, ridge: Surgeon.of(reader, moments, p, blocks, ridge).scores(),
+    fluctuating: lambda reader, moments, p, blocks, _: fluctuation(reader, moments, p, blocks),
+}
+"""How the atoms of a group are scored; ``"sensitivity"`` goes by the loss instead."""
 
 COMPARABLE: dict[str, Any] = {"normalize": "none", "by_cost": 1.0}
 """How a choice goes by ``"sensitivity"``, which is in the unit of the loss."""
@@ -132,17 +139,23 @@ class Compression:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def run(self) -> list[Portion]:
-        """Choose, fold, zero."""
+        """Choose, fold, zero; all is as it was if anything is raised.
+
+        Nothing is copied before the choice, which has gradients, and thereafter only what is written to: so at no time
+        is there more than one tensor beside each parameter.
+        """
         stage("choosing")
         going = self._choose()
         self.left = {group.name: np.ones(group.size, dtype=bool) for group in self.choice.groups}
         losing = [group for group in self.choice.groups if len(going[group.name])]
-        before, done = self.calibrated.held_loss(), []
-        packs = self._packs(losing)
-        for i, pack in enumerate(packs):
-            stage(f"portion {i + 1} of {len(packs)}")
-            done.append(self._portion(pack, going, before))
-            before = done[-1].after
+        readers = self.readers.of([group.name for group in losing]) if self.settings.compensate else []
+        with restored(self.calibrated.written(losing, readers)):
+            before, done = self.calibrated.held_loss(), list[Portion]()
+            packs = self._packs(losing)
+            for i, pack in enumerate(packs):
+                stage(f"portion {i + 1} of {len(packs)}")
+                done.append(self._portion(pack, going, before))
+                before = done[-1].after
         return done
 
     @property
@@ -224,7 +237,10 @@ class Compression:
     def _choose(self) -> dict[str, NDArray[np.int64]]:
         """The atoms of each group that go; with ``"obs"`` their number counts."""
         if self._measured is None:
-            with preserved(self.calibrated.model):
+            wanted = {id(self.calibrated.tensors[piece.parameter]) for g in self.choice.groups for piece in g.zeros}
+            with preserved(self.calibrated.model):  # which puts back what wants a gradient
+                for p in self.calibrated.model.parameters():
+                    p.requires_grad_(p.requires_grad and id(p) in wanted)
                 batches = self.calibrated.data.calibration if self.choice.averaged else ()
                 left = left_now(self.choice, self.calibrated.model, batches, self.calibrated.data.loss)
         else:
@@ -238,7 +254,7 @@ class Compression:
     def _scores(self, weights: Sequence[Weights]) -> Tensor:
         """The measured criterion of every atom; where no reader tells, the magnitude."""
         found: dict[str, Tensor] = {}
-        for pack in _packed(self.choice.groups, self._room_of):
+        for pack in packed(self.choice.groups, self.readers):
             measured = self.calibrated.moments(self.readers.of([group.name for group in pack]))
             for group in pack if self._measured is sensitivity else ():
                 stage(f"what it costs to thin {group.name}")
@@ -260,9 +276,7 @@ class Compression:
 
     def _score(self, reader: Reader, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
         parameter, own = self.calibrated.tensors[reader.parameter], measured[key_of(reader)]
-        if self._measured is fluctuating:
-            return fluctuation(reader, own, parameter, self._blocks(reader, group))
-        return Surgeon.of(reader, own, parameter, self._blocks(reader, group), self.settings.ridge).scores()
+        return SCORES[self._measured](reader, own, parameter, self._blocks(reader, group), self.settings.ridge)
 
     def _loss_per_atom(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
         """What the loss rises by with each atom, when this group alone gives them up in their order and is folded.
@@ -358,7 +372,7 @@ class Compression:
         """Portions along the depth, each of about as many groups, whose moments fit in memory."""
         ordered = sorted(groups, key=self._depth)
         parts = np.array_split(np.arange(len(ordered)), min(self.settings.portions, max(len(ordered), 1)))
-        return [pack for part in parts for pack in _packed([ordered[i] for i in part], self._room_of)]
+        return [pack for part in parts for pack in packed([ordered[i] for i in part], self.readers)]
 
     def _depth(self, group: NodeGroup) -> int:
         """The first call that reads it; else the first that uses what writes it."""
@@ -370,10 +384,6 @@ class Compression:
         graph = self.partition.found.graph
         names = {leaf.value: leaf.name for leaf in graph.leaves}
         return {names[v]: n.index for n in reversed(graph.calls) for v in n.inputs() if v in names}
-
-    def _room_of(self, group: NodeGroup) -> dict[Key, int]:
-        """Bytes of the moments that it needs, by what they are of."""
-        return {key_of(r): r.width**2 * (4 if r.width > WIDE else 8) for r in self.readers.of([group.name])}
 
 
 def one_shot(
@@ -405,12 +415,10 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
         OptionError: Parameters are sharded, or there are several processes.
     """
     model, partition = analysis.model, analysis.partition
-    _require_one_process(model)
-    found = readers(partition, analysis.groups, analysis.prune_frozen)
-    found = replace(found, found=tuple(map(fitted, found.found)))
+    require_one_process(model, "one_shot")
+    found = fitted_readers(readers(partition, analysis.groups, analysis.prune_frozen))
     job = Compression(Calibrated(model, data, settings.norms), partition, choice, found, settings)
-    with restored(model):
-        portions = job.run()
+    portions = job.run()
     losses = [x for portion in portions for x in (portion.before, portion.after)]
     loss = None if not losses or losses[0] is None or losses[-1] is None else (losses[0], losses[-1])
     kept = {name: int(own.sum()) for name, own in job.left.items()}
@@ -421,37 +429,5 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     )
 
 
-def _require_one_process(model: nn.Module) -> None:
-    """Refuse what would have to be summed over ranks."""
-    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if sharded or (several and torch.distributed.get_world_size() > 1):
-        what = (
-            f"{some(sharded)} {'is' if len(sharded) == 1 else 'are'} sharded"
-            if sharded
-            else "there are several processes"
-        )
-        raise OptionError(
-            f"one_shot runs in one process, on whole parameters, and {what}\n"
-            "  effect  nothing was changed\n"
-            "  to fix  compress before the process group is made, or before the model is sharded; then distribute it"
-        )
-
-
 def _kept(left: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.int64]]:
     return {name: np.flatnonzero(own) for name, own in left.items()}
-
-
-def _packed(groups: Sequence[NodeGroup], room: Callable[[NodeGroup], Mapping[Key, int]]) -> list[list[NodeGroup]]:
-    """Groups one after the other, as many together as there is room for what they need."""
-    packs: list[list[NodeGroup]] = []
-    needed: dict[Key, int] = {}
-    for group in groups:
-        both = needed | dict(room(group))
-        if packs and sum(both.values()) <= ROOM:
-            packs[-1].append(group)
-            needed = both
-        else:
-            packs.append([group])
-            needed = dict(room(group))
-    return packs

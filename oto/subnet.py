@@ -252,14 +252,14 @@ def build_subnet(
     """
     inner = holder(model, [name for name, _ in analysis.model.named_parameters()])
     if inner is None or not sharded_names(inner):
-        return _build(analysis, model, build, optimizer)
+        return _build(analysis, model, build, optimizer, kept)
     values = gathered(inner)
     made: Subnet | None = None
     failure: Exception | None = None
     if is_first(inner):
         try:
             with whole(inner, values):
-                made = _build(analysis, inner, build, optimizer)
+                made = _build(analysis, inner, build, optimizer, kept)
         except Exception as raised:  # the other processes wait to be told
             failure = raised
     del values
@@ -293,7 +293,9 @@ def _shared(model: nn.Module, made: Subnet | None, failure: Exception | None) ->
     raise sent[0](f"{sent[1]}\n  at      the first process, which makes the slim model for all")
 
 
-def _build(analysis: Analysis, model: Any, build: Build, optimizer: SparseOptimizer | None) -> Subnet:
+def _build(
+    analysis: Analysis, model: Any, build: Build, optimizer: SparseOptimizer | None, kept: Kept | None
+) -> Subnet:
     """The same where all parameters are in this process."""
     if build.out_dir is not None:
         names = files(build.emitter, analysis.allow_graph, build.program, build.save_full)

@@ -10,16 +10,21 @@ from typing import Any, TypeVar
 
 from oto.adapters import refuse_layers_alone
 from oto.analysis import Analysis
+from oto.calibration import Calibrated, Data, require_one_process
 from oto.errors import NoGradientWarning, NotPrunedWarning, OptionError, ShrinkError, TooLateError, some, users_level
 from oto.groups import Partition
 from oto.groups.adapters import adapters, ranks_in
 from oto.groups.layout import settled
 from oto.groups.policy import frozen_since, keep_whole, require_prunable
+from oto.groups.readers import readers
 from oto.optim import LHSPG, SparseOptimizer
-from oto.optim.options import keywords_of, refuse_unknown
+from oto.optim.compensate import KINDS, fitted_readers
+from oto.optim.fold import Fold
+from oto.optim.options import FoldOptions, besides, keywords_of, picked, refuse_unknown
 from oto.optim.wrapped import Params
 from oto.previewing import align_for, by_first_names, latency_for
-from oto.shards import is_sharded, refuse_flattened, reshard
+from oto.shards import refuse_flattened, reshard
+from oto.trace.inputs import Example
 
 Sparse = TypeVar("Sparse", bound=SparseOptimizer)
 
@@ -93,7 +98,8 @@ def make(
     refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
     refuse_flattened(analysis.model)
     reshard(analysis.model)
-    options = by_first_names(analysis, options)
+    fold = _fold(analysis, picked(options, FoldOptions))
+    options = by_first_names(analysis, besides(options, FoldOptions))
     compare_frozen(analysis)
     options = {"names": analysis.model.named_parameters(), **options, "align": align_for(analysis, options)}
     latency = latency_for(analysis, options)
@@ -103,7 +109,51 @@ def make(
     optimizer.follow(analysis.model)
     if not isinstance(optimizer, LHSPG) and optimizer.choice.target.wants_less:
         _warn_of_adapters(analysis, optimizer)
+    if fold is not None:
+        optimizer.take_over(fold)
     return Training(weakref.ref(optimizer), analysis.partition), optimizer
+
+
+def _fold(analysis: Analysis, options: Mapping[str, Any]) -> Fold | None:
+    """How what stays takes over what goes, if it is asked for; the model is not kept alive.
+
+    Raises:
+        OptionError: An option means nothing or is missing, or there are several processes.
+        DummyInputError: A batch is nothing that the model can be called with, and there is no ``loss``.
+    """
+    kind, batches, loss = (options.get(name) for name in ("compensate", "batches", "loss"))
+    if kind is None:
+        if batches is None and loss is None:
+            return None
+        raise OptionError(
+            "batches= and loss= are what a fold is fitted to, and compensate= is not given\n"
+            "  effect  nothing was made\n  to fix  compensate='affine', or leave them out"
+        )
+    if kind not in KINDS:
+        raise OptionError(f"compensate is {kind!r}; it is None or one of {', '.join(map(repr, KINDS))}")
+    given = [] if batches is None else list(batches)
+    if not given:
+        raise OptionError(
+            f"compensate={kind!r} has no batches to fit by\n  effect  nothing was made\n"
+            "  to fix  batches=, a few inputs as for OTO(model, dummy_input)"
+        )
+    require_one_process(analysis.model, f"compensate={kind!r}")
+    forward = loss
+    if forward is None:
+        given = [Example.of(batch) for batch in given]
+        forward = lambda model, batch: model(*batch.args, **batch.kwargs)  # noqa: E731
+    found = readers(analysis.partition, analysis.groups, analysis.prune_frozen)
+    found, model, data = fitted_readers(found), weakref.ref(analysis.model), Data(given, (), forward)
+
+    def calibrated() -> Calibrated:
+        alive = model()
+        if alive is None:
+            raise OptionError(
+                "compensate= needs the model, which is there no more\n  to fix  keep the OTO or the model"
+            )
+        return Calibrated(alive, data, reestimate=False)
+
+    return Fold(kind, analysis.partition, found, lambda some: calibrated().moments(some), lambda: calibrated().tensors)
 
 
 def make_for_adapters(

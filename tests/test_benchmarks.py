@@ -281,20 +281,21 @@ def test_one_shot_writes_a_line_for_each_cell_and_a_table(
     rivals: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import one_shot
+    import one_shot_tasks
     import rivals_tasks
 
     small = replace(rivals.TASKS["resnet20"], build=lambda scale, pretrained: rivals_tasks.ResNet(8, scale))
-    monkeypatch.setitem(one_shot.TASKS, "resnet20", small)
+    monkeypatch.setitem(one_shot_tasks.TASKS, "resnet20", small)
     monkeypatch.setattr(one_shot, "RESULTS", tmp_path / "one_shot.jsonl")
     flags = ["--images", "16", "--batch", "4", "--targets", ".8", "--seeds", "0", "--methods", "flap", "oto, obs"]
     one_shot.main(flags)
     lines = one_shot.read()
-    assert [line["method"] for line in lines] == ["flap", "oto, obs"]
-    assert all(0.7 < line["macs_kept"] <= 0.8 and 0 <= line["test"] <= 100 for line in lines)
+    assert [line["method"] for line in lines] == ["dense", "flap", "oto, obs"]
+    assert all(0.7 < line["macs_kept"] <= 0.8 and 0 <= line["test"] <= 100 for line in lines[1:])
     one_shot.main(flags)
     assert one_shot.read() == lines, "what is there is not run again"
     text = (tmp_path / "one_shot.md").read_text()
-    assert f"| flap | {lines[0]['test']:.1f} |" in text and "| method | 80% |" in text
+    assert f"| flap | {one_shot.shown(lines[1]['test'])} |" in text and "| method | 80% |" in text
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
@@ -319,3 +320,62 @@ def test_adapters_at_equal_budget(monkeypatch: pytest.MonkeyPatch, oto_data: Pat
         assert 0.4 < lines[method]["params_kept"] <= 0.5
         assert 1 < lines[method]["recovered"] < 200  # 65 letters
     assert "| taylor, 12 steps after 4 | 0.5 | 1 | 0.5" in results.with_suffix(".md").read_text()
+
+
+@pytest.fixture
+def read_by_a_linear_layer() -> tuple[Any, ...]:
+    """A linear layer that reads six hidden units: its reader, their moments over 50 rows, itself, the units, rows."""
+    pytest.importorskip("torchvision")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import torch
+    from torch import nn
+
+    from oto import OTO
+    from oto.groups.readers import readers
+    from oto.optim.compensate import Moments
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = torch.randn(50, 4, dtype=torch.float64)
+    of = OTO(model, x[:1])
+    (reader,) = readers(of.partition, of.node_groups).found
+    rows = torch.relu(model[0](x)).detach()
+    return reader, Moments.of(rows[None]), model[2].weight.detach(), torch.arange(6)[:, None], rows
+
+
+def test_rivals_without_training_score_as_their_papers_say(read_by_a_linear_layer: tuple[Any, ...]) -> None:
+    import numpy as np
+    import one_shot_methods
+
+    from oto.oneshot import SCORES, obs
+
+    reader, moments, weight, units, rows = read_by_a_linear_layer
+    w, x = weight.numpy(), rows.numpy()
+    wanda = [sum(abs(w[i, j]) * np.linalg.norm(x[:, j]) for i in range(3)) for j in range(6)]
+    found = one_shot_methods.wanda_score(reader, moments, weight, units, 0.0)
+    np.testing.assert_allclose(found, wanda)
+    flap = np.array([np.var(x[:, j], ddof=1) * np.linalg.norm(w[:, j]) ** 2 for j in range(6)])
+    found = one_shot_methods.flap_score(reader, moments, weight, units, 0.0)
+    np.testing.assert_allclose(found, (flap - flap.mean()) / flap.std())
+    h = x.T @ x / len(x)
+    inverse = np.linalg.inv(h + 0.01 * np.diag(h).mean() * np.eye(6))
+    found = SCORES[obs](reader, moments, weight, units, 0.01)
+    np.testing.assert_allclose(found, [np.sum(w[:, j] ** 2) / inverse[j, j] for j in range(6)])
+
+
+def test_the_score_of_llm_pruner_is_of_the_loss_of_all_data() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import one_shot_methods
+    import torch
+    from torch import nn
+
+    from oto.optim.saliency import CRITERIA, Entries
+
+    assert {"taylor"} == one_shot_methods.AT_ONCE
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 6)
+    layer(torch.randn(9, 4)).square().mean().backward()
+    entries = Entries([layer.weight.data, layer.bias.data], [layer.weight.grad, layer.bias.grad])
+    by_hand = ((layer.weight * layer.weight.grad).sum(1) + layer.bias * layer.bias.grad).abs()
+    found = CRITERIA[str(one_shot_methods.METHODS["taylor"]["saliency"])](entries)
+    torch.testing.assert_close(found, by_hand.detach())

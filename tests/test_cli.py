@@ -327,3 +327,135 @@ def test_without_its_packages_it_says_what_to_install():
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "the command line needs typer, which is not installed\n  to fix  pip install 'oto[cli]'\n"
+
+
+# Compressing without training ----------------------------------------------------------------------------------------
+
+
+def samples(n=32):
+    torch.manual_seed(1)
+    x = torch.randn(n, 3, 8, 8)
+    return {"x": x, "y": (x.mean((1, 2, 3)) > 0).long() + 2 * (x[:, 0].mean((1, 2)) > 0).long()}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
+def test_one_shot_is_what_the_library_does(here, suffix):
+    from safetensors.torch import save_file
+
+    from oto.given import named_model
+
+    file, held = f"samples{suffix}", samples()
+    if suffix == ".npz":
+        import numpy as np
+
+        np.savez(file, **{name: t.numpy() for name, t in held.items()})
+    else:
+        (torch.save if suffix == ".pt" else save_file)(held, file)
+    torch.save(named_model("cli_net:make").state_dict(), "dense.pt")
+    told = as_json(
+        *("slim", "dense.pt", "-m", "cli_net:make", "--one-shot", "--calibrate", file, "--target-macs", "0.6"),
+        *("--batch-size", "8", "--saliency", "obs", "-o", "out"),
+    )
+    model = named_model("cli_net:make")
+    oto = OTO(model, held["x"][:1])
+    done = oto.one_shot(
+        batches=[{name: t[i : i + 8] for name, t in held.items()} for i in range(0, 32, 8)],
+        loss=lambda m, batch: torch.nn.functional.cross_entropy(m(batch["x"]), batch["y"]),
+        saliency="obs",
+        target_macs=0.6,
+    )
+    assert told["one_shot"]["kept"] == done.kept
+    assert told["one_shot"]["loss"] == pytest.approx(done.loss, rel=1e-4)
+    x = held["x"]
+    torch.testing.assert_close(load_subnet(here / "out")(x), oto.construct_subnet().model(x), atol=1e-4, rtol=1e-4)
+    text = call(
+        *("slim", "-m", "cli_net:make", "--one-shot", "--calibrate", file, "--target-kept", "2.*=0.5"),
+        *("--compensate", "none", "--holdout", "0.5", "-o", "out2", "--loss", "cli_net:loss"),
+    )
+    assert text.exit_code == 2 and "cli_net has no loss" in text.stderr
+    with (here / "cli_net.py").open("a") as f:
+        f.write("\ndef loss(model, batch):\n    return (model(batch['x'])[:, 0] - batch['y']).square().mean()\n")
+    sys.modules.pop("cli_net")
+    importlib.invalidate_caches()
+    text = call(
+        *("slim", "-m", "cli_net:make", "--one-shot", "--calibrate", file, "--target-kept", "2.*=0.5"),
+        *("--compensate", "none", "--batch-size", "8", "-o", "out2", "--loss", "cli_net:loss"),
+    )
+    assert text.exit_code == 0, text.output
+    assert "no fit; 3 batches to calibrate with, 1 held out" in text.stdout and "held-out loss" in text.stdout
+
+
+@pytest.fixture
+def language(here):
+    """A folder of a small model of the next token, and a text."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained("language")
+    letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz .,;:!?'\n-")}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="."))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained("language")
+    (here / "text.txt").write_text("it was the best of times, it was the worst of times.\n" * 20)
+    return here
+
+
+def test_one_shot_of_a_language_model_by_a_text(language):
+    told = as_json(
+        *("slim", "-m", "hf:language", "--one-shot", "--calibrate", "text.txt", "--target-macs", "0.8"),
+        *("--context", "32", "--samples", "12", "--batch-size", "3", "--layout", "uniform", "-o", "out"),
+        *("--save-pretrained", "small"),
+    )
+    assert told["emitter"] == "config" and (language / "small" / "config.json").is_file()
+    assert "3 batches to calibrate with, 1 held out" in told["one_shot"]["how"]
+    small = json.loads((language / "small" / "config.json").read_text())
+    assert small["intermediate_size"] < 64
+
+
+def test_mistakes_of_one_shot_are_told(language):
+    import numpy as np
+
+    np.savez("good.npz", **{name: t.numpy() for name, t in samples(8).items()})
+    np.savez("bare.npz", x=samples(8)["x"].numpy())
+    np.savez("odd.npz", x=samples(8)["x"].numpy(), y=np.zeros((8, 7), dtype=np.int64))
+    np.savez("uneven.npz", x=np.zeros((8, 3)), y=np.zeros(7))
+    np.savez("unknown.npz", a=np.zeros((8, 3)), b=np.zeros((8, 3)), y=np.zeros(8))
+    np.savez("objects.npz", x=np.array([None, "a"], dtype=object))
+    np.savez("twice.npz", x=np.zeros((8, 3)), y=np.zeros(8), target=np.zeros(8))
+    (language / "short.txt").write_text("it was")
+    (language / "data.csv").write_text("1,2")
+    net = "slim -m cli_net:make -o out --one-shot"
+    for words, code, said in [
+        (f"{net} --target-macs 0.5", 2, "--calibrate FILE"),
+        (f"{net} --calibrate good.npz", 2, "0 targets are given"),
+        (f"{net} --calibrate gone.npz --target-macs 0.5", 2, "there is no file gone.npz"),
+        (f"{net} --calibrate data.csv --target-macs 0.5", 2, "is of no format"),
+        (f"{net} --calibrate bare.npz --target-macs 0.5", 2, "says nothing of what should come out"),
+        (f"{net} --calibrate odd.npz --target-macs 0.5 --batch-size 2", 2, "no loss follows"),
+        (f"{net} --calibrate uneven.npz --target-macs 0.5", 2, "equally many in each"),
+        (f"{net} --calibrate unknown.npz --target-macs 0.5", 2, "has no argument a, b"),
+        (f"{net} --calibrate objects.npz --target-macs 0.5", 2, "cannot be read as plain arrays"),
+        (f"{net} --calibrate twice.npz --target-macs 0.5", 2, "could all be labels"),
+        (f"{net} --calibrate good.npz --target-macs 0.5 --loss cli_net", 2, "is no function"),
+        (f"{net} --calibrate good.npz --target-macs 0.5", 1, "at least two batches"),
+        (f"{net} --calibrate good.npz --target-macs 0.5 --device nowhere", 2, "cannot be moved to nowhere"),
+        (f"{net} --calibrate good.npz --target-macs 0.5 --compensate mean --batch-size 2", 1, "compensate is 'mean'"),
+        (f"{net} --calibrate text.txt --target-macs 0.5", 2, "names no tokenizer"),
+        ("slim -m hf:language -o out --one-shot --calibrate short.txt --target-macs 0.5", 2, "not two pieces of 512"),
+        ("slim -m cli_net:make -o out", 2, "no checkpoint is given"),
+        ("slim w.pt -m cli_net:make -o out --target-macs 0.5 --saliency obs", 2, "--one-shot is not given"),
+    ]:
+        done = call(*words.split())
+        assert done.exit_code == code, (words, done.output)
+        assert said in " ".join(done.stderr.split()) and "Traceback" not in done.output, words
+        assert done.stdout == "" and not (language / "out").exists()

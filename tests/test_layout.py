@@ -83,11 +83,12 @@ OPTIM = {
     "wrapper": {"refusals", "wrapped"},
     "checkpointed": {"choice", "plan", "schedule", "state", "wrapped", "wrapper"},
     "base": {
-        "checkpointed", "choice", "entries", "followed", "options", "plan", "refusals", "saliency", "schedule",
+        "checkpointed", "choice", "entries", "fold", "followed", "options", "plan", "refusals", "saliency", "schedule",
         "shrink", "state", "sums", "wrapped",
     },
     "budget": {"choice", "entries", "target"},
     "compensate": set(),
+    "fold": {"compensate"},
     "nested": {"choice", "target"},
     "family": {"base", "nested", "options", "schedule", "wrapped"},
     "hesso": {"base", "options", "setup", "target", "wrapped"},
@@ -204,6 +205,7 @@ TOP = {
     "family",
     "members",
     "sandwich",
+    "samples",
 }  # strings the stages together, and what stands on that
 
 
@@ -226,10 +228,10 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "analysis": {"adapters"},  # a model of peft is made as the one inside of it
         "clock": set(),
         "previewing": {"analysis"},
-        "training": {"adapters", "analysis", "previewing"},
+        "training": {"adapters", "analysis", "calibration", "previewing"},
         "shrinking": {"analysis", "training"},
         "subnet": {"analysis"},
-        "cli": {"api", "given"},
+        "cli": {"api", "given", "samples"},
         "distill": set(),
         "errors": set(),
         "recovery": set(),
@@ -242,6 +244,7 @@ def test_no_stage_knows_what_stands_on_it() -> None:
         "oneshot": {"analysis", "calibration", "previewing"},  # choice, compensation and report meet here only
         "progress": set(),
         "shards": set(),
+        "samples": {"given"},
     }
 
 

@@ -295,3 +295,76 @@ def test_half_precision_is_fitted_in_float64():
     of = OTO(model.bfloat16(), example.bfloat16())
     done = of.one_shot(target_macs=0.7, batches=half, loss=loss, saliency="obs")
     assert any(p.kept == "folded" for p in done.portions) and done.loss[1] < 1
+
+
+@pytest.mark.parametrize(
+    "target",
+    [{"target_bytes": 0.7}, {"target_group_sparsity": 0.3}, {"target_latency_ms": 1000.0}, {"target_macs": 1.0}],
+)
+def test_every_other_target(target):
+    model, example, batches, loss = made("cnn")
+    done = OTO(model, example).one_shot(**target, batches=batches, loss=loss, saliency="magnitude", portions=2)
+    if "target_bytes" in target:
+        assert done.after.bytes <= 0.7 * done.before.bytes
+    elif "target_group_sparsity" in target:
+        assert sum(done.kept.values()) <= 0.7 * 60 + 1  # of 12 + 2 × 24 channels
+    else:
+        assert done.after == done.before and not done.portions
+
+
+def test_what_lies_on_several_ranks_is_refused(monkeypatch):
+    model, example, batches, loss = made("cnn")
+    of, before = OTO(model, example), state(model)
+    asked = {"target_macs": 0.7, "batches": batches, "loss": loss}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(OptionError, match="there are several processes"):
+            of.one_shot(**asked)
+        with pytest.raises(OptionError, match="compensate='affine' runs in one process"):
+            of.hesso(lr=0.1, target_macs=0.5, total_steps=10, compensate="affine", batches=[example])
+    model.stem.weight.full_tensor = lambda: None  # as a DTensor has it
+    with pytest.raises(OptionError, match=r"stem\.weight is sharded"):
+        of.one_shot(**asked)
+    assert same(state(model), before)
+
+
+def test_each_portion_is_shown_while_it_runs(caplog):
+    model, example, batches, loss = made("cnn")
+    with caplog.at_level("DEBUG", logger="oto.progress"):
+        OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss, saliency="magnitude", portions=2)
+    said = [record.message for record in caplog.records if record.name == "oto.progress"]
+    assert said.index("choosing") < said.index("portion 1 of 2") < said.index("portion 2 of 2")
+
+
+def test_only_what_may_go_gets_a_gradient():
+    model, example, batches, loss = made("encoder")
+    model.zero_grad()
+    model.head.bias.requires_grad_(requires_grad=False)
+    seen = []
+
+    def watched(m, batch):
+        seen.append({name for name, p in m.named_parameters() if p.requires_grad})
+        return loss(m, batch)
+
+    OTO(model, example, only=["*linear1*"]).one_shot(target_macs=0.9, batches=batches, loss=watched)
+    written = {n for n, _ in model.named_parameters() if "linear1" in n}
+    assert seen[0] == written
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["head.bias"]
+
+
+def test_no_parameter_has_more_than_one_copy_beside_it(monkeypatch):
+    """Gradients of the choice have gone before anything is copied, and what is not written to never is."""
+    model, example, batches, loss = made("encoder")
+    model.zero_grad()
+    seen, real = [], oto.oneshot.restored
+
+    def copies(tensors):
+        tensors = list(tensors)
+        seen.append((sum(t.numel() for t in tensors), sum(p.grad is not None for p in model.parameters())))
+        return real(tensors)
+
+    monkeypatch.setattr(oto.oneshot, "restored", copies)
+    OTO(model, example, only=["*linear1*"]).one_shot(target_macs=0.9, batches=batches, loss=loss)
+    layers = sum(p.numel() for n, p in model.named_parameters() if "linear1" in n or "linear2" in n)
+    assert len(seen) == 1 and 0 < seen[0][0] <= layers and seen[0][1] == 0

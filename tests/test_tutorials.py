@@ -245,6 +245,14 @@ def test_11_lora_llm(oto_data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "slim_base" / "config.json").is_file()
 
 
+def test_15_one_shot(oto_data: Path, tmp_path: Path) -> None:
+    text = run("15_one_shot.py", tmp_path / "slim")
+    printed = checked(text, tmp_path / "slim", 0.7)
+    assert printed("before", "accuracy") > 85 and printed("recovered", "params") == printed("slim", "params")
+    after = [float(number) for number in re.findall(r"held-out loss \S+ before, (\S+) after", text)]
+    assert len(after) == 4 and after[1] < after[0], "what stays takes over"
+
+
 # What the default sizes printed is in docs/tutorials (`make tutorials`).
 
 BEST = {  # what a row must score at least, and by how much less than before it may, in the units of the table

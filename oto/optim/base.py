@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from oto._torch import holder
 from oto.errors import (
+    OptionError,
     ShrinkError,
     UnknownParameterError,
     some,
@@ -30,6 +31,7 @@ from oto.groups.node_group import NodeGroup
 from oto.optim.checkpointed import Checkpointed
 from oto.optim.choice import Choice
 from oto.optim.entries import Rows, place_of, zero_
+from oto.optim.fold import Fold
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.options import BaseOptions
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
@@ -90,6 +92,9 @@ class SparseOptimizer(Checkpointed):
     _planned: tuple[Tensor, list[int], Plan] | None = None
     _loud = False
     _followed: Followed | None = None
+    _fold: Fold | None = None
+    compensate: str | None = None
+    fold_at_choice = True  # or later, where a paper lets groups shrink in its own way first
 
     def __init__(self, params: Params, choice: Choice, schedule: Schedule, **options: Unpack[BaseOptions]) -> None:
         super().__init__(params, choice, schedule, options)
@@ -123,6 +128,8 @@ class SparseOptimizer(Checkpointed):
         if t == 0 and self.choice.target.wants_less:
             self.refuse_sparse_gradients()  # rather than when the first period begins
         self.look_at_model(t)
+        if (fold := self.fold()) is not None:
+            fold.go_on(self.param_groups[0])
         self.sparse_step(t)
         self.clock = t + 1
         return loss
@@ -166,6 +173,12 @@ class SparseOptimizer(Checkpointed):
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
         """
         self._share_base()
+        if self.compensate is not None:
+            raise ShrinkError(
+                f"compensate={self.compensate!r} knows what reads the groups of the full model, not of a smaller one\n"
+                "  effect  nothing was changed\n"
+                "  to fix  shrink by construct_subnet at the end; or train without compensate="
+            )
         if keeps_own_state(self.base) or inside(self.base):
             raise ShrinkError(
                 f"{type(self.base).__name__} keeps parameters and state of its own, beside param_groups and state\n"
@@ -240,9 +253,51 @@ class SparseOptimizer(Checkpointed):
         alive = self.atoms != PRUNED
         self.atoms = torch.where(alive, torch.where(chosen.to(alive.device), REDUNDANT, FREE), PRUNED).to(torch.uint8)
         self._forget_averages()
+        if self.fold_at_choice:
+            self.begin_fold()
         if final:
             self.choice.warn_of_miss(self.atoms == FREE)
             self.choice.warn_of_collapse(self.atoms == FREE)
+
+    # What stays takes over -------------------------------------------------------------------------------------------
+
+    def take_over(self, fold: Fold) -> None:
+        """Let what stays take over what goes, from the next choice on."""
+        self._fold, self.compensate = fold, fold.kind
+        self._fill_state()
+
+    def begin_fold(self) -> None:
+        """What stays begins to take over what shrinks from now on to the end of the period."""
+        period, fold = self.schedule.period(self.clock), self.fold()
+        if fold is None or period is None:
+            return
+        pairs = list(zip(self.node_groups, self._codes(), strict=True))
+        before = {group.name: (own != PRUNED).numpy() for group, own in pairs}
+        after = {group.name: (own == FREE).numpy() for group, own in pairs}
+        steps = self.schedule.bounds(period)[1] - self.clock
+        fold.begin(self.param_groups[0], self.node_groups, before, after, steps)
+
+    def fold(self) -> Fold | None:
+        """How what stays takes over, if it does.
+
+        Raises:
+            OptionError: It does, and this is a copy, which does not know the model.
+        """
+        if self._fold is None and self.compensate is not None:
+            raise OptionError(
+                f"compensate={self.compensate!r} needs the model, and a copy of an optimizer does not know it\n"
+                "  effect  no step was taken\n"
+                "  to fix  make a new one with the same options (oto.hesso(...)), and load the state_dict() into it"
+            )
+        return self._fold
+
+    def plan(self) -> str:
+        """What happens at which step, what the learning rate should do, and what takes over; print it."""
+        return super().plan() if self._fold is None else f"{super().plan()}\n{self._fold}"
+
+    def describe_setup(self) -> dict[str, Any]:
+        """As above, with what takes over."""
+        return super().describe_setup() | ({} if self.compensate is None else {"compensate": self.compensate})
 
     # What is looked at, and refused ----------------------------------------------------------------------------------
 

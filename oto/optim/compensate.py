@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -41,7 +41,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oto._torch import TorchDispatchMode, tree_leaves
-from oto.groups.readers import Reader, Use
+from oto.groups.node_group import NodeGroup
+from oto.groups.readers import Reader, Readers, Use
 
 KINDS = ("affine", "ridge", "bias")
 
@@ -53,6 +54,9 @@ WIDE = 4096
 
 UNROLLED = 1024
 """Convolutions are unrolled up to so many entries, channels times kernel."""
+
+ROOM = 2**30
+"""Bytes of second moments that are held at one time, where a single group does not need more."""
 
 Key = tuple[Any, ...]
 
@@ -140,9 +144,29 @@ def fitted(reader: Reader) -> Reader:
     return unrolled if unrolled.width <= UNROLLED else reader
 
 
+def fitted_readers(found: Readers) -> Readers:
+    """All of them, as they are fitted."""
+    return replace(found, found=tuple(map(fitted, found.found)))
+
+
 def key_of(reader: Reader) -> Key:
     """Readers of the same tensors share their moments."""
     return tuple((value.index, *how) for value, *how in reader.sources)
+
+
+def packed(groups: Sequence[NodeGroup], readers: Readers) -> list[list[NodeGroup]]:
+    """Groups one after the other, as many together as there is room for the moments of their readers."""
+    packs: list[list[NodeGroup]] = []
+    needed: dict[Key, int] = {}
+    for group in groups:
+        own = {key_of(r): r.width**2 * (4 if r.width > WIDE else 8) for r in readers.of([group.name])}
+        if packs and sum((needed | own).values()) <= ROOM:
+            packs[-1].append(group)
+            needed |= own
+        else:
+            packs.append([group])
+            needed = own
+    return packs
 
 
 @contextmanager

@@ -127,6 +127,7 @@ class HalfSpace(HESSO):
     """
 
     EPSILON: float = 0.95
+    fold_at_choice = False  # but in the last period, of what half-spaces have left
     WAIT: int = 1  # quarters of the pruning steps before groups are projected, by default
     WHO: str = "all groups that may go are penalized"
 
@@ -228,6 +229,7 @@ class HalfSpace(HESSO):
             self._record_cost()
             self.choose_rest()
             self._settle()
+            self.begin_fold()
         elif t > self.schedule.start:
             self._record_cost()
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, get_args, get_origin
 
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from oto.errors import OptionError, some
@@ -66,6 +67,14 @@ class ScheduleOptions(TypedDict, total=False):
     pruning_periods: int | None
     pruning_exponent: float | None
     total_steps: Steps | None
+
+
+class FoldOptions(TypedDict, total=False):
+    """How what stays takes over what goes; see :mod:`oto.optim.fold`."""
+
+    compensate: Literal["affine", "ridge", "bias"] | None
+    batches: Iterable[Any] | None
+    loss: Callable[[Module, Any], Any] | None
 
 
 class WrappedOptions(TypedDict, total=False):
@@ -121,7 +130,7 @@ class PreviewOptions(TargetOptions, ChoiceOptions, total=False):
     """What is chosen by, without a training."""
 
 
-class SparseOptions(TargetOptions, ChoiceOptions, ScheduleOptions, BaseOptions, total=False):
+class SparseOptions(TargetOptions, ChoiceOptions, ScheduleOptions, FoldOptions, BaseOptions, total=False):
     """What every sparse optimizer takes."""
 
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from oto.errors import OptionError, some
 from oto.groups.cost import Costs
 from oto.groups.node_group import NodeGroup
 from oto.optim.choice import Choice
-from oto.optim.options import ChoiceOptions, ScheduleOptions, SparseOptions, TargetOptions, besides, picked
+from oto.optim.options import (
+    ChoiceOptions,
+    FoldOptions,
+    ScheduleOptions,
+    SparseOptions,
+    TargetOptions,
+    besides,
+    picked,
+)
 from oto.optim.schedule import EXPONENT, LENGTH, START, Schedule
 from oto.optim.target import Measure
 
@@ -28,6 +37,12 @@ def read(
     Raises:
         TargetError, OptionError, NothingPrunableError, UnknownParameterError: As in :meth:`Choice.of`.
     """
+    if alone := picked(options, FoldOptions):
+        raise OptionError(
+            f"{some(alone)}: the optimizer alone does not know what reads its groups\n"
+            "  effect  nothing was made\n"
+            "  to fix  let an OTO make it: oto.hesso(compensate=..., batches=...)"
+        )
     schedule = schedule_of(options)
     asked, how = picked(options, TargetOptions), picked(options, ChoiceOptions)
     choice = Choice.of(node_groups, asked, costs=costs, latency=latency, **how)

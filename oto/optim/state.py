@@ -11,7 +11,8 @@ dropped by torch, tensors in ``state`` would be cast to the dtype of the paramet
 * ``oto_history``: ``history`` as JSON, as of the last ``state_dict()``;
 * ``oto_kept``: once the model was shrunk, which atoms of the full network it still has, bool of shape ``(full N,)``;
 * of HSPG and DHSPG ``oto_settled`` and ``oto_counts``, what was read back last, and ``oto_by_choice``, how many groups
-  went by the choice; of HESSO-CRIC ``oto_walk``.
+  went by the choice; of HESSO-CRIC ``oto_walk``;
+* within a period with ``compensate=``, ``oto_fold``: what readers take over at each step, and at how many still.
 """
 
 from __future__ import annotations
