@@ -43,6 +43,7 @@ class Pruning:
                 exactly one.
             scope, min_kept, group_divisible, align, saliency, normalize, within, by_cost, average_steps: How to choose.
             start_pruning_step, pruning_steps, pruning_periods, pruning_exponent, total_steps: When.
+            compensate, batches, loss: Whether what stays takes over what goes, and by which data that is fitted.
             variant, base, base_options, names, lr, weight_decay, first_momentum, second_momentum, dampening: The
                 wrapped optimizer; further keywords of torch's optimizers (``betas``, ``foreach``...) may be passed too.
         """

@@ -62,8 +62,8 @@ class HESSO(SparseOptimizer):
         total_steps: Number of steps that training takes, if anything is a share of it.
         compensate: ``"affine"``, ``"ridge"`` or ``"bias"``: at each choice what stays takes over what goes, by a least
             squares fit over ``batches``; see :mod:`oto.optim.fold`. Where :class:`oto.OTO` makes the optimizer.
-        batches: What that is fitted to: inputs as for ``OTO``; or anything, with ``loss``, which is called with the
-            model and a batch, and calls the model. They are held.
+        batches: What ``compensate`` is fitted to: inputs as for ``OTO``; or anything, with ``loss``. They are held.
+        loss: Called with the model and a batch, and calls the model.
         costs: Costs of the network, needed for all targets but ``target_group_sparsity``.
         latency: Milliseconds as a function of what is kept, needed for ``target_latency_ms``.
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
