@@ -62,3 +62,17 @@ def test_a_tensor_that_stands_for_none_yet_is_asked_for_again():
     assert not detour.agrees(1, 1, [(a[0], b[0])])
     detour.stands.update(pair)
     assert detour.agrees(1, 1, [(a[0], b[0])])
+
+
+def test_a_mask_of_the_lowest_number_hides_no_difference():
+    lowest = torch.finfo(torch.float64).min
+    detour, a, b = ways(
+        lambda x: (x / 3.0).masked_fill(x > 0, lowest),
+        lambda x: (x / 4.0).masked_fill(x > 0, lowest),
+    )
+    assert not detour.agrees(3, 3, [(a[2], b[2])])
+    detour, a, b = ways(
+        lambda x: (x / 4.0).masked_fill(x > 0, lowest),
+        lambda x: (x * 0.25).masked_fill(x > 0, lowest),
+    )
+    assert detour.agrees(3, 3, [(a[2], b[2])])

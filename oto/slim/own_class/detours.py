@@ -132,8 +132,12 @@ def _random(value: Value, generator: torch.Generator) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are equal up to rounding, relative to the largest of the entries that differ.
+
+    A mask writes the lowest number that there is, and nothing would differ by much beside that.
+    """
     if a.shape != b.shape or a.dtype != b.dtype or not a.numel() or not torch.isfinite(a).any():
         return False
-    return torch.allclose(
-        a, b, rtol=_TOLERANCE, atol=_TOLERANCE * float(a[torch.isfinite(a)].abs().max()), equal_nan=True
-    )
+    differ = (a != b) & ~(a.isnan() & b.isnan())
+    a, b = a[differ], b[differ]
+    return not a.numel() or bool((a - b).abs().max() <= _TOLERANCE * a.abs().max())
