@@ -18,7 +18,7 @@ from oto import OTO
 from oto.errors import NothingPrunableError, NotPrunedWarning, OptionError
 from oto.groups.cost import Polynomial
 from oto.groups.node_group import NodeGroup
-from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG, Choice
+from oto.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG, LHSPG, Choice
 from oto.optim.budget import Budget, rest, whole_counts
 from oto.optim.plan import PRUNED, REDUNDANT
 from tests.optim.toy import QuietGroup, assert_same, backward, count_zeros, groups, net, train, zero_atoms
@@ -32,6 +32,7 @@ SERIES = {
     "dhspg as published": (DHSPG, {"lmbda": 0.6, "pruning_periods": PERIODS, "saliency": "dhspg"}),
 }
 ALL = SERIES | {
+    "h2spg": (H2SPG, {"lmbda": 0.6, "lmbda_amplify": 4, "pruning_periods": PERIODS}),
     "hesso": (HESSO, {"pruning_periods": PERIODS}),
     "lhspg": (LHSPG, {"pruning_periods": PERIODS}),
     "hesso-cric": (HESSOCRIC, {"pruning_periods": PERIODS, "sampling_steps": 2, "max_cycles": 2}),
