@@ -80,6 +80,8 @@ class H2SPG(DHSPG):
     ) -> None:
         node_groups, number = tuple(node_groups), options.get("target_segments")
         own = besides(options, SearchOptions)
+        if options.get("saliency") == "dhspg":
+            own["tolerance_group_sparsity"] = 0.0  # the search says exactly what goes
         if number is not None:
             if all(own.get(name) is None for name in own if name.startswith("target_")):
                 own["target_group_sparsity"] = _share(node_groups, number)
@@ -89,7 +91,6 @@ class H2SPG(DHSPG):
                 )
         self.target_segments = number
         super().__init__(params, node_groups, costs=costs, latency=latency, **own)
-        self.tolerance = 0.0  # the search says exactly what goes
         if options.get("average_steps") is None:
             self.choice = replace(self.choice, average_steps=self.schedule.start + 1)
         if number is not None:

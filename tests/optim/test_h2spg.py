@@ -143,6 +143,30 @@ def test_a_slim_network_without_as_many_segments():
     assert len(oto.partition.erased(subnet.kept)) == 3 and subnet.max_error <= 1e-10
 
 
+def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted():
+    def started():
+        oto = analyzed()
+        how = {"saliency": "dhspg", "start_pruning_step": 4, "pruning_steps": 8, "lmbda": 2.0}
+        return oto, oto.h2spg(lr=0.05, target_segments=2, **how)
+
+    one, optimizer = started()
+    for t in range(12):
+        if t in (3, 6):  # in the warm-up, and in the middle of what follows
+            held = optimizer.state_dict(), one.model.state_dict()
+            one, optimizer = started()
+            optimizer.load_state_dict(held[0])
+            one.model.load_state_dict(held[1])
+        gradients(one, t)
+        optimizer.step()
+    whole, other = started()
+    for t in range(12):
+        gradients(whole, t)
+        other.step()
+    assert optimizer.num_pruned == other.num_pruned == 2
+    for p, q in zip(one.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_what_cannot_be_asked_for():
     oto = analyzed(min_depth=2)
     with pytest.raises(TargetError, match="more than 2 of 5 segments"):
