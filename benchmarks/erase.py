@@ -1,7 +1,7 @@
 """What segments cost to find, and what depth is worth beside width in milliseconds, without any training.
 
     OMP_NUM_THREADS=1 python benchmarks/erase.py analysis                    # the models of the zoo
-    OMP_NUM_THREADS=1 python benchmarks/erase.py analysis resnet50 llama --repeats 9
+    OMP_NUM_THREADS=1 python benchmarks/erase.py analysis resnet50 llama --repeats 25
     OMP_NUM_THREADS=1 python benchmarks/erase.py times                       # resnet56 and vit, half of the MACs
     OMP_NUM_THREADS=1 python benchmarks/erase.py times resnet56 --targets .75 .5 .25 --batch 64
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["analysis", "times"])
     parser.add_argument("models", nargs="*", help=f"analysis: {', '.join(ANALYZED)}; times: {', '.join(TIMED)}")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--targets", type=float, nargs="*", default=[0.5], help="shares of the MACs that are left")
     parser.add_argument("--graph", action="store_true", help="time what the graph emitter makes, too")
     parser.add_argument("--batch", type=int, default=1)

@@ -1,6 +1,6 @@
 """Lesson 12: a ResNet gets shallower, not only narrower, at the same number of multiply-adds.
 
-    python tutorials/12_depth.py                              # ResNet-56, 3,072 images twice, some minutes
+    python tutorials/12_depth.py                              # ResNet-56, 2,048 images twice, some minutes
     python tutorials/12_depth.py --images 50000 --epochs 60 --lr 0.05 --test-images 10000 --device cuda
 
 You will see which parts of a network can go as a whole, how they are compared with channels in one budget, and what
@@ -68,8 +68,8 @@ def train(oto: OTO, x: Tensor, y: Tensor, args: Any) -> list[str]:
 def main() -> None:
     flags = parser(__doc__, "12_depth")
     flags.add_argument("--model", default="resnet56", choices=["resnet20", "resnet56"])
-    flags.add_argument("--images", type=int, default=3072, help="training images; CIFAR-10 has 50,000")
-    flags.add_argument("--test-images", type=int, default=2000)
+    flags.add_argument("--images", type=int, default=2048, help="training images; CIFAR-10 has 50,000")
+    flags.add_argument("--test-images", type=int, default=1000)
     flags.add_argument("--epochs", type=int, default=2)
     flags.add_argument("--batch-size", type=int, default=64)
     flags.add_argument("--lr", type=float, default=0.01)
