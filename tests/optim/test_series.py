@@ -29,10 +29,10 @@ WHEN = {"start_pruning_step": START, "pruning_steps": STEPS}
 SERIES = {
     "hspg": (HSPG, {"lmbda": 1.0, "half_space_step": 3, "pruning_periods": PERIODS}),
     "dhspg": (DHSPG, {"lmbda": 0.6, "lmbda_amplify": 4, "pruning_periods": PERIODS}),
+    "h2spg": (H2SPG, {"lmbda": 0.6, "lmbda_amplify": 4, "pruning_periods": PERIODS}),
     "dhspg as published": (DHSPG, {"lmbda": 0.6, "pruning_periods": PERIODS, "saliency": "dhspg"}),
 }
 ALL = SERIES | {
-    "h2spg": (H2SPG, {"lmbda": 0.6, "lmbda_amplify": 4, "pruning_periods": PERIODS}),
     "hesso": (HESSO, {"pruning_periods": PERIODS}),
     "lhspg": (LHSPG, {"pruning_periods": PERIODS}),
     "hesso-cric": (HESSOCRIC, {"pruning_periods": PERIODS, "sampling_steps": 2, "max_cycles": 2}),
