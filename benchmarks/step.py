@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from oto.groups.node_group import NodeGroup
-from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG, SparseOptimizer
+from oto.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG, LHSPG, SparseOptimizer
 from oto.optim.half_space import HalfSpace
 
 Analyze = Callable[[nn.Module, Tensor], Sequence[NodeGroup]]
@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[type[SparseOptimizer], dict[str, object]]] = {
     "hesso_cric": (HESSOCRIC, {"max_cycles": 1}),
     "hspg": (HSPG, {"lmbda": 0.0, "saliency": "magnitude"}),
     "dhspg": (DHSPG, {"lmbda": 0.0}),
+    "h2spg": (H2SPG, {"lmbda": 0.0}),
     "lhspg": (LHSPG, {}),
 }
 OPTIMIZERS = {

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from oto.analysis import Analysis
 from oto.family import Family, make_family
 from oto.oneshot import Settings, one_shot
-from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG
+from oto.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG, LHSPG
 from oto.optim.compensate import RIDGE
 from oto.optim.options import (
     DHSPGOptions,
     FamilyOptions,
+    H2SPGOptions,
     HESSOCRICOptions,
     HESSOOptions,
     HSPGOptions,
@@ -70,6 +71,17 @@ class Pruning:
         ``tolerance_group_sparsity``, which are explained at :class:`oto.optim.DHSPG`.
         """
         self._training, optimizer = make(self._analysis, DHSPG, params, options)
+        return optimizer
+
+    def h2spg(self, *, params: Params | None = None, **options: Unpack[H2SPGOptions]) -> H2SPG:
+        """H2SPG of the third paper, of an ``OTO(..., compress_mode="erase")`` or ``"both"``. Options of :meth:`hesso`,
+        and ``target_segments``, ``lmbda``, ``lmbda_amplify``, ``hat_lmbda_coeff``, ``epsilon``, ``partition_step``,
+        ``half_space_step`` and ``warm_up_steps``, which are explained at :class:`oto.optim.H2SPG`.
+
+        With ``target_segments=K`` what goes is found as published, by trial removal; with any other target, at the
+        exact cost of each segment and channel.
+        """
+        self._training, optimizer = make(self._analysis, H2SPG, params, options)
         return optimizer
 
     def lhspg(self, *, params: Params | None = None, **options: Unpack[LHSPGOptions]) -> LHSPG:

@@ -100,7 +100,7 @@ def test_pages_name_options_that_there_are() -> None:
     from oto.recovery import Mixture, replay, rewarmed
 
     known = set()
-    makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.hspg, OTO.dhspg, OTO.lhspg, OTO.preview, OTO.one_shot
+    makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.hspg, OTO.dhspg, OTO.h2spg, OTO.lhspg, OTO.preview, OTO.one_shot
     makers += OTO.construct_subnet, OTO.visualize
     makers += OTO.family, Family.step, Family.backward, Family.cut, Family.construct, load_subnet
     makers += Distillation, Distillation.of, Distillation.forward, soft_targets, Mixture, replay, rewarmed

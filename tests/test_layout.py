@@ -98,9 +98,12 @@ OPTIM = {
     },
     "hspg": {"half_space", "options", "target", "wrapped"},
     "dhspg": {"budget", "choice", "half_space", "options", "plan", "schedule", "target", "wrapped"},
+    "h2spg": {"dhspg", "options", "target", "wrapped"},
     "composed": {"entries", "saliency", "sums"},  # a weight and its adapters are one operator
     "lhspg": {"composed", "copied", "entries", "hesso", "options", "plan", "saliency", "sums", "target", "wrapped"},
-    "__init__": {"base", "choice", "cric", "dhspg", "hesso", "hspg", "lhspg", "saliency", "schedule", "target"},
+    "__init__": {
+        "base", "choice", "cric", "dhspg", "h2spg", "hesso", "hspg", "lhspg", "saliency", "schedule", "target",
+    },
 }  # fmt: skip
 
 # and inside of the search of a class: values first, then what is known of a place, then what repairs it, then the loop

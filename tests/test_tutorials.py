@@ -245,6 +245,18 @@ def test_11_lora_llm(oto_data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "slim_base" / "config.json").is_file()
 
 
+def test_12_depth(oto_data: Path, tmp_path: Path) -> None:
+    text = run("12_depth.py", tmp_path / "slim")
+    printed = checked(text, tmp_path / "slim", 0.5)
+    assert printed("before", "accuracy") > 85
+    assert "9 segments may go as a whole" in text  # one in each block of a ResNet-20
+    gone = re.search(r"^segments that went: (.*)$", text, re.MULTILINE)
+    assert gone and re.fullmatch(r"layer\d\.\d\.bn2(, layer\d\.\d\.bn2)*", gone[1])
+    widths = printed("width only", "MACs") / printed("before", "MACs")
+    assert widths == pytest.approx(printed("slim", "MACs") / printed("before", "MACs"), abs=0.02), "at equal MACs"
+    assert "emitted as the original class" in text
+
+
 def test_15_one_shot(oto_data: Path, tmp_path: Path) -> None:
     text = run("15_one_shot.py", tmp_path / "slim")
     printed = checked(text, tmp_path / "slim", 0.7)

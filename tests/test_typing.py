@@ -13,9 +13,10 @@ import torch
 
 from oto import HESSO, OTO
 from oto.errors import OptionError
-from oto.optim import DHSPG, HESSOCRIC, HSPG, LHSPG
+from oto.optim import DHSPG, H2SPG, HESSOCRIC, HSPG, LHSPG
 from oto.optim.options import (
     DHSPGOptions,
+    H2SPGOptions,
     HESSOCRICOptions,
     HESSOOptions,
     HSPGOptions,
@@ -126,6 +127,8 @@ def test_a_users_script_is_checked_line_by_line(tmp_path: Path) -> None:
         (HSPG, HSPGOptions),
         (OTO.dhspg, DHSPGOptions),
         (DHSPG, DHSPGOptions),
+        (OTO.h2spg, H2SPGOptions),
+        (H2SPG, H2SPGOptions),
         (OTO.lhspg, LHSPGOptions),
         (LHSPG, LHSPGOptions),
     ],
@@ -141,6 +144,7 @@ def test_the_signature_says_what_there_is(method, options) -> None:
     [
         (HSPG, OTO.hspg, HSPGOptions),
         (DHSPG, OTO.dhspg, DHSPGOptions),
+        (H2SPG, OTO.h2spg, H2SPGOptions),
         (LHSPG, OTO.lhspg, LHSPGOptions),
     ],
 )

@@ -6,6 +6,7 @@ from oto.optim.base import SparseOptimizer
 from oto.optim.choice import Choice
 from oto.optim.cric import HESSOCRIC
 from oto.optim.dhspg import DHSPG
+from oto.optim.h2spg import H2SPG
 from oto.optim.hesso import HESSO
 from oto.optim.hspg import HSPG
 from oto.optim.lhspg import LHSPG
@@ -16,6 +17,7 @@ from oto.optim.target import Measure, Target
 __all__ = [
     "CRITERIA",
     "DHSPG",
+    "H2SPG",
     "HESSO",
     "HESSOCRIC",
     "HSPG",

@@ -173,19 +173,34 @@ class HSPGOptions(HalfSpaceOptions, PenaltyOptions, total=False):
     """Options of :class:`oto.optim.HSPG`."""
 
 
-class PartitionOptions(TypedDict, total=False):
-    """Which groups are penalized, and by what."""
+class ChosenOptions(TypedDict, total=False):
+    """What the groups that are to go are penalized by, and from when."""
 
     lmbda: float | None
     lmbda_amplify: float | None
     hat_lmbda_coeff: float | None
     partition_step: Steps | None
     warm_up_steps: Steps | None
+
+
+class PartitionOptions(ChosenOptions, total=False):
+    """Which groups are penalized, and by what."""
+
     tolerance_group_sparsity: float | None
 
 
 class DHSPGOptions(HalfSpaceOptions, PartitionOptions, total=False):
     """Options of :class:`oto.optim.DHSPG`."""
+
+
+class SearchOptions(TypedDict, total=False):
+    """What goes, as H2SPG is published."""
+
+    target_segments: int | None
+
+
+class H2SPGOptions(HalfSpaceOptions, ChosenOptions, SearchOptions, total=False):
+    """Options of :class:`oto.optim.H2SPG`."""
 
 
 class OperatorOptions(TypedDict, total=False):

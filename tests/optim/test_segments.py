@@ -47,6 +47,7 @@ OPTIMIZERS = {
     "hesso_cric": {"sampling_steps": 1, "max_cycles": 2},
     "hspg": {},
     "dhspg": {},
+    "h2spg": {},
 }
 
 

@@ -18,7 +18,7 @@ from oto import OTO
 from oto.errors import NothingPrunableError, NotPrunedWarning, OptionError
 from oto.groups.cost import Polynomial
 from oto.groups.node_group import NodeGroup
-from oto.optim import DHSPG, HESSO, HESSOCRIC, HSPG, LHSPG, Choice
+from oto.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG, LHSPG, Choice
 from oto.optim.budget import Budget, rest, whole_counts
 from oto.optim.plan import PRUNED, REDUNDANT
 from tests.optim.toy import QuietGroup, assert_same, backward, count_zeros, groups, net, train, zero_atoms
@@ -29,6 +29,7 @@ WHEN = {"start_pruning_step": START, "pruning_steps": STEPS}
 SERIES = {
     "hspg": (HSPG, {"lmbda": 1.0, "half_space_step": 3, "pruning_periods": PERIODS}),
     "dhspg": (DHSPG, {"lmbda": 0.6, "lmbda_amplify": 4, "pruning_periods": PERIODS}),
+    "h2spg": (H2SPG, {"lmbda": 0.6, "lmbda_amplify": 4, "pruning_periods": PERIODS}),
     "dhspg as published": (DHSPG, {"lmbda": 0.6, "pruning_periods": PERIODS, "saliency": "dhspg"}),
 }
 ALL = SERIES | {
