@@ -348,6 +348,7 @@ REMEDIES = (  # patterns of reasons, each with what a user may do about it, the 
         " once: OTO(..., prune_frozen=True).lhspg(...); or prune first and adapt the slim model, or merge first"
         " (docs/adapters.md)",
     ),
+    ("^marked: compress_mode", "compress_mode='both', or 'prune': nothing of this model can go as a whole"),
     (
         _ASKED,
         "take back what was asked: skip_patterns, only, marks, layout, tensor_parallel, min_kept",

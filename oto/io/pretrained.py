@@ -30,7 +30,7 @@ from oto.errors import ArtifactError, EmitterError, some
 from oto.io.artifact import NOT_SAVED, check_out_dir
 from oto.io.manifest import parse
 from oto.slim.config.recipe import Recipe
-from oto.slim.config.unstated import REMEDY, unlike
+from oto.slim.config.unstated import remedy, unlike
 
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """Files beside the weights that define how inputs are made: tokenizers and processors."""
@@ -173,7 +173,7 @@ def _require_stated(slim: nn.Module) -> None:
         )
     if Recipe.of(slim) is not None:
         return
-    raise EmitterError(f"{unlike(slim)}\n  effect  nothing was written\n{REMEDY}")
+    raise EmitterError(f"{unlike(slim)}\n  effect  nothing was written\n{remedy(slim)}")
 
 
 def _copy_beside(source: Path, folder: Path) -> None:

@@ -349,7 +349,7 @@ class SparseOptimizer(Checkpointed):
             p.grad for p in self.parameters().values()
         ):  # what comes after the groups has one, and gives none on
             remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
-        require_gradients(self.node_groups, entries, self.atoms != PRUNED, averages, remedy)
+        require_gradients(self.node_groups, entries, self.choice.costing(self.atoms != PRUNED), averages, remedy)
         if not averages and not any_gradient(entries):
             tell_of_no_gradient(remedy)
 

@@ -289,6 +289,18 @@ class Choice(Criteria):
         """
         return dict(zip((group.name for group in self.groups), self._counts(left).tolist(), strict=True))
 
+    def costing(self, left: Tensor) -> Tensor:
+        """Those of some atoms whose node group costs anything: what lies in a segment that has gone costs nothing.
+
+        Args:
+            left: Atoms that are unpruned, bool, shape ``(N,)``.
+        """
+        if not any(group.segment for group in self.groups):
+            return left
+        counts = self._counts(left)
+        costs = np.repeat(self.target.measure.marginal(counts, counts) > 0, self.sizes)
+        return left & torch.from_numpy(costs).to(left.device)
+
     def _counts(self, left: Tensor) -> Counts:
         return np.array([int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)], dtype=np.int64)
 

@@ -106,7 +106,7 @@ def require_gradients(
 
     Args:
         entries: The entries of every node group, with the gradients of now.
-        alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
+        alive: Whether an atom is still unpruned, and costs anything, bool, shape ``(N,)``.
         averages: All criteria that look at gradients, shape ``(N,)`` each.
         remedy: What to do where there are none at all.
 

@@ -72,7 +72,8 @@ class Erasable:
         return asdict(self)
 
     def __str__(self) -> str:
-        heading = f"{len(self.parts)} segments may go as a whole"
+        free = sum(part.reason is None for part in self.parts)
+        heading = f"{free} segment{'s' * (free != 1)} may go as a whole"
         lines = [heading, *([columns(self._rows(), left=(0, 1, 4))] if self.parts else [])]
         return "\n".join([*lines, *(f"stays: {line}" for line in map(described, self.staying))])
 

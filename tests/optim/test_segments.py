@@ -121,3 +121,14 @@ def test_what_is_not_there_yet_says_so():
         oto.hesso(target_latency_ms=0.01, lr=0.1)
     with pytest.raises(OptionError, match="segments"):
         oto.one_shot(batches=[torch.randn(2, 4)], loss=lambda model, x: model(x).sum(), target_macs=0.5)
+
+
+def test_what_lies_in_a_segment_that_has_gone_costs_nothing_and_needs_no_gradient():
+    choice = analyzed().hesso(lr=0.05, target_macs=0.4, total_steps=10).choice
+    left = torch.ones(sum(choice.sizes), dtype=torch.bool)
+    assert choice.costing(left).all()
+    of = dict(zip((group.name for group in choice.groups), left.split(list(choice.sizes)), strict=True))
+    gone = next(group.name for group in choice.groups if group.segment and "blocks.1" in group.name)
+    of[gone].fill_(False)
+    costing = choice.costing(left).split(list(choice.sizes))
+    assert {name for name, own in zip(of, costing, strict=True) if not own.all()} == {gone, "blocks.1.0.weight"}

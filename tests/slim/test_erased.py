@@ -15,7 +15,7 @@ from torch import nn
 
 import oto as library
 from oto import OTO
-from oto.errors import NothingPrunableError, ShrinkError
+from oto.errors import EmitterError, NothingPrunableError, ShrinkError
 from oto.nn import ErasedForward
 
 
@@ -261,6 +261,26 @@ def test_shrinking_while_it_trains_is_refused():
 
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")
+def test_no_folder_of_transformers_is_written_and_why(tmp_path):
+    model, x = llama(3)
+    oto = OTO(randomized(model), x, compress_mode="both", layout="uniform")
+    chosen = segments(oto)[1]
+    chosen.zero_(dict(model.named_parameters()), torch.tensor([0]))
+    subnet = oto.construct_subnet()
+    for save in (subnet.save_pretrained, subnet.model.save_pretrained):
+        with pytest.raises(
+            EmitterError, match=r"states what is left out: model\.layers\.0\.mlp(.|\n)*load_subnet"
+        ) as raised:
+            save(tmp_path / "slim")
+        assert "layout" not in str(raised.value)
+    assert not (tmp_path / "slim").exists()
+
+
+def test_where_nothing_can_go_as_a_whole_the_remedy_is_another_mode():
+    with pytest.raises(NothingPrunableError, match="to fix  compress_mode='both', or 'prune'"):
+        OTO(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3), compress_mode="erase")
+
+
 def test_a_language_model_generates_and_shows_its_states():
     model, x = llama()
     model = randomized(model)

@@ -16,9 +16,13 @@ from typing import Any
 from torch import nn
 
 from oto.errors import EmitterError, UnstatedWarning, some, users_level
+from oto.nn.erased import is_erased
 from oto.slim.config.recipe import Recipe, shapes_of
 
-REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
+_REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
+_OF_SEGMENTS = (
+    "  to fix  construct_subnet(out_dir), then load_subnet(out_dir, make_model); or OTO(..., compress_mode='prune')"
+)
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 """The folder name of a checkpoint of transformers' ``Trainer``, which is loaded into an existing model."""
@@ -54,11 +58,12 @@ class Unstated:
         if Recipe.of(module) is None:
             if CHECKPOINT.fullmatch(Path(save_directory).name) is None:
                 raise EmitterError(
-                    f"{unlike(module)}\n  effect  nothing was written: from_pretrained would refuse it\n{REMEDY}"
+                    f"{unlike(module)}\n  effect  nothing was written: from_pretrained would refuse it\n"
+                    f"{remedy(module)}"
                 )
             warnings.warn(
                 f"{unlike(module)}\n  effect  {save_directory} can be resumed from, and from_pretrained refuses it\n"
-                f"{REMEDY}",
+                f"{remedy(module)}",
                 UnstatedWarning,
                 stacklevel=users_level(),
             )
@@ -99,6 +104,8 @@ def nothing_states(model: nn.Module, layout: str | None, made: bool) -> str:
 def unlike(slim: Any) -> str:
     """How a model differs from the one that its config makes."""
     kind, config = type(slim).__name__, getattr(slim, "config", None)
+    if gone := outermost_erased(slim):
+        return f"no config of {kind} states what is left out: {some(gone, 3)}"
     if not callable(getattr(config, "to_dict", None)):
         return f"{kind} has sizes that nothing it is made from states"
     plain, own = Recipe(type(slim), config).shapes({}) or {}, shapes_of(slim)
@@ -108,3 +115,18 @@ def unlike(slim: Any) -> str:
         if own.get(name) != plain.get(name)
     ]
     return f"no field of the config of {kind} states its sizes: {some(wrong, 3)}"
+
+
+def remedy(slim: nn.Module) -> str:
+    """What to do instead: no layout states that segments have gone."""
+    return _OF_SEGMENTS if outermost_erased(slim) else _REMEDY
+
+
+def outermost_erased(slim: nn.Module) -> list[str]:
+    """The paths of modules in whose place nothing is computed, without those inside of others.
+
+    >>> outermost_erased(nn.Sequential(nn.Linear(2, 2)))
+    []
+    """
+    gone = [path for path, module in slim.named_modules() if is_erased(module)]
+    return [path for path in gone if not any(path.startswith(f"{other}.") for other in gone)]
