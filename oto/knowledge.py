@@ -136,7 +136,9 @@ class _Measurement:
             rows.copy_(before)
 
     def _least(self, group: NodeGroup, level: float) -> Tensor:
-        """The atoms with the least norm, as far as it may lose them."""
+        """The atoms with the least norm, as far as it may lose them; a segment goes as a whole or not at all."""
+        if group.segment:
+            return torch.zeros(1, dtype=torch.int64)
         norms = magnitude(self.composed.entries_of(group, self.parameters, ()))
         many = min(round(level * group.size), group.size - group.min_kept)
         return norms.argsort(stable=True)[:many].sort().values

@@ -141,13 +141,11 @@ def found_in(members: Sequence[FamilyMember], asked: Any) -> int:
     Raises:
         OptionError: There is none.
     """
-    if isinstance(asked, int) and not isinstance(asked, bool):
-        if -len(members) <= asked < len(members):
-            return asked % len(members)
-    else:
-        for index, member in enumerate(members):
-            if member.target == asked:
-                return index
+    if type(asked) is int and -len(members) <= asked < len(members):
+        return asked % len(members)
+    for index, member in enumerate(members):  # a number of MACs may be an int
+        if member.target == asked and isinstance(member.target, int) == isinstance(asked, int):
+            return index
     raise OptionError(
         f"this family has no member {asked!r}\n"
         f"  to fix  one of {some([repr(m.target) for m in members])}, or an index from 0, the largest, to"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,12 @@ from oto.errors import (
     TargetError,
 )
 from oto.family import Family
+from oto.io.members import index_of
+from oto.members import found_in
 from oto.sandwich import Sandwich
 from oto.slim.member import masked
 from tests.families import FREEZE, STEPS, Net, Plain, batch, family_of, train, trained
+from tests.io.forging import sealed
 
 pytestmark = pytest.mark.filterwarnings("ignore::oto.errors.CollapseWarning")
 WIDE = torch.float64
@@ -376,6 +380,51 @@ def test_levels_that_do_not_fit_are_refused(family: Family, tmp_path: Path) -> N
         draft.commit({k: v for k, v in artifact.manifest.items() if k not in left_out})
     with pytest.raises(DamagedArtifactError, match="does not fit the full weights"):
         load_subnet(tmp_path / "forged", Net, member=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("earlier", [{"edits": {"swaps": {"fc": {"class": "object", "arguments": {}}}}, "shapes": {}, "kept": {}}]),
+     ("model", {"class": 5}), ("left_out", 7), ("levels", 7)],
+)  # fmt: skip
+def test_what_a_manifest_says_of_a_member_is_a_closed_list(
+    key: str, value: Any, family: Family, tmp_path: Path
+) -> None:
+    """Entries that the manifest is checked for are not taken from a member, where nobody checks them."""
+    family.construct(tmp_path / "family")
+
+    def change(_: Path, manifest: dict[str, Any]) -> None:
+        manifest["members"][1][key] = value
+
+    sealed(tmp_path / "family", tmp_path / "forged", change)
+    slim = load_subnet(tmp_path / "forged", Net, member=1)
+    assert torch.equal(slim(images()), load_subnet(tmp_path / "family", Net, member=1)(images()))
+
+
+@pytest.mark.parametrize("key", ["target", "edits", "levels", "entries"])
+def test_a_family_without_what_says_which_member_is_which_is_damaged(key: str, family: Family, tmp_path: Path) -> None:
+    family.construct(tmp_path / "family")
+
+    def change(_: Path, manifest: dict[str, Any]) -> None:
+        (manifest if key in manifest and key != "edits" else manifest["members"][1]).pop(key)
+
+    sealed(tmp_path / "family", tmp_path / "forged", change)
+    with pytest.raises(DamagedArtifactError, match=f"no {key}"):
+        load_subnet(tmp_path / "forged", Net, member=1)
+
+
+def test_a_target_that_is_a_number_of_macs_names_its_member() -> None:
+    targets = [1.0, 40_000, {"target_params": 30}]
+    members = [SimpleNamespace(target=target) for target in targets]
+    manifest = {"members": [{"target": target} for target in targets]}
+    for index, target in enumerate(targets):
+        assert found_in(members, target) == found_in(members, index) == index  # type: ignore[arg-type]
+        assert index_of(manifest, target, "") == index_of(manifest, index, "") == index
+    for wrong in (True, 40_001, -4, None):
+        with pytest.raises(OptionError, match="no member"):
+            found_in(members, wrong)  # type: ignore[arg-type]
+        with pytest.raises(ArtifactError, match="no member"):
+            index_of(manifest, wrong, "")
 
 
 def test_a_member_is_a_view_of_one_sorted_copy_of_the_weights(family: Family) -> None:

@@ -97,8 +97,10 @@ class NodeGroup:
     def factor(self) -> str | None:
         """Which factor of a dimension it is: ``"[12]×64"`` for heads, ``"12×[64]"`` for their width.
 
-        ``None`` if its atoms are the entries of the dimension themselves.
+        ``None`` if its atoms are the entries of the dimension themselves, or it is a segment.
         """
+        if self.segment:
+            return None
         cuts = (self.zeros or self.slices)[0].cuts
         if not cuts or cuts[-1].before == cuts[-1].after == 1:
             return None

@@ -64,6 +64,9 @@ def require(manifest: Any) -> None:
     """
     require_files(manifest)
     _MANIFEST("", manifest)
+    for name in ("levels", "entries") if manifest.get("members") else ():
+        if name not in manifest:
+            raise Refusal(f"it has members and no {name}")
 
 
 def require_files(manifest: Any) -> None:
@@ -377,10 +380,8 @@ _TARGET = _either(
     {**_NUMBERS, dict: _table(_either("a number or an object", {**_NUMBERS, dict: _table(_number())}))},
 )
 _MEMBER = _entries(
-    {},
+    {"target": _TARGET, "edits": _EDITS},
     {
-        "target": _TARGET,
-        "edits": _EDITS,
         "checks": _CHECKS,
         "notes": _list(_text),
         "emitter": _one_of("config", "module"),

@@ -34,11 +34,11 @@ def index_of(manifest: Mapping[str, Any], asked: Any, folder: object) -> int:
         ArtifactError: There is no such member.
     """
     targets = [member["target"] for member in manifest.get("members", ())]
-    if isinstance(asked, int) and not isinstance(asked, bool):
-        if 0 <= asked < max(len(targets), 1):
-            return asked
-    elif asked in targets:
-        return targets.index(asked)
+    if type(asked) is int and 0 <= asked < max(len(targets), 1):
+        return asked
+    for index, target in enumerate(targets):  # a number of MACs may be an int
+        if target == asked and isinstance(target, int) == isinstance(asked, int):
+            return index
     has = f"it has {some([repr(target) for target in targets])}" if targets else "it is of one slim model, of no family"
     raise ArtifactError(
         f"{folder} has no member {asked!r}: {has}\n"
@@ -89,6 +89,10 @@ def _selected(tensor: Tensor, levels: Sequence[Tensor | None], index: int) -> Te
     return tensor.clone() if whole else tensor
 
 
+OWN = ("edits", "notes", "emitter", "checks", "cost")
+"""What the manifest says of each member in place of the largest; all else is of the family."""
+
+
 def kept_of_member(manifest: Mapping[str, Any], index: int) -> dict[str, list[int]]:
     """For each prunable group the atoms that a member keeps."""
     return {
@@ -100,5 +104,5 @@ def manifest_of_member(manifest: Mapping[str, Any], index: int) -> dict[str, Any
     """The manifest as if the member alone had been saved."""
     if index == 0:
         return dict(manifest)
-    own = manifest["members"][index]
+    own = {name: manifest["members"][index][name] for name in OWN if name in manifest["members"][index]}
     return {**manifest, **own, "kept": kept_of_member(manifest, index)}

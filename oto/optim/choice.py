@@ -24,7 +24,7 @@ from oto.groups.node_group import NodeGroup
 from oto.groups.policy import MinKept, held_part
 from oto.optim.criteria import Criteria, published, read_criteria
 from oto.optim.kept import as_named
-from oto.optim.limits import FLOOR, align_of, divisors_of, least_of, prunable, staying_of
+from oto.optim.limits import FLOOR, align_of, divisors_of, least_of, least_staying, prunable, staying_of
 from oto.optim.options import ChoiceOptions, names_of, refuse_unknown
 from oto.optim.saliency import WITHIN_GROUPS, name_of
 from oto.optim.select import select
@@ -152,7 +152,7 @@ class Choice(Criteria):
                 + (f"; or a smaller group_divisible={self.divisible}" if self.divisible != 1 else "")
                 + (f"\n{held}" if held else "")
             )
-        self.target.require_reachable(self.least, held)
+        self.target.require_reachable(least_staying(self.groups, self.least, self.target.measure), held)
         if any(self.multiples > [group.divisor for group in self.groups]):
             alive = torch.ones(int(self.full.sum()), dtype=torch.bool)
             self.require_near(~self.select(alive.float(), alive), alive.float())

@@ -59,18 +59,19 @@ class Copied:
         self._take([p for p, is_flat in zip(places, flat, strict=True) if is_flat])
         most = max((p.view[:n].numel() for p, n, own in zip(places, self._counts, flat, strict=True) if own), default=0)
         scratch = torch.empty(2, most, dtype=self._dtype)
-        thin: dict[torch.dtype, list[int]] = {}
-        parts = list[_Part]()
+        thin: dict[tuple[int, torch.dtype], list[int]] = {}
+        parts, turns = list[_Part](), _turns(self.rows.names, [place.view for place in places])
         ends = [0, *torch.tensor(self._counts).cumsum(0).tolist()]
         for i, place in enumerate(places):
             span = (ends[i], ends[i + 1])
             if place.view.dim() == 1 and place.view.device == device and not place.view.is_complex():
-                thin.setdefault(place.view.dtype, []).append(i)
+                thin.setdefault((turns[i], place.view.dtype), []).append(i)
             elif flat[i]:
                 parts.append(_Matrix(place, span, slots[i], scratch, self._room_for(place, self._counts[i])))
             else:
                 parts.append(_Part(place, span, slots[i]))
-        parts += [_Thin([(places[i], ends[i], ends[i + 1]) for i in own], self._sums) for own in thin.values()]
+        for key in sorted(thin, key=lambda key: key[0]):
+            parts.append(_Thin([(places[i], ends[i], ends[i + 1]) for i in thin[key]], self._sums))
         return parts
 
     def _take(self, places: Sequence[Place]) -> None:
@@ -207,7 +208,7 @@ class _Matrix(_Part):
 
 
 class _Thin(_Part):
-    """The places with one entry per row, of one dtype and device, as one vector."""
+    """Places with one entry per row, of one dtype and device, as one vector; no entry is in two of them."""
 
     def __init__(self, members: Sequence[tuple[Place, int, int]], sums: tuple[Tensor, ...]) -> None:
         self.places, self.sums = [place for place, *_ in members], sums
@@ -257,6 +258,25 @@ def are_alike(rates: Sequence[Rate]) -> bool:
     first, *others = rates or [0.0]
     numbers = not any(isinstance(rate, Tensor) for rate in rates)
     return all(rate is first or (numbers and rate == first) for rate in others)
+
+
+def _turns(names: Sequence[str], views: Sequence[Tensor]) -> list[int]:
+    """For each view of a tensor how many before it may hold an entry of it, one after the other: an entry is a part of
+    two atoms where a dimension is a product of two axes, and then is written twice. Looks at no entry.
+
+    >>> bias = torch.ones(6)
+    >>> _turns(["b", "b", "b", "c"], [bias[:3], bias[3:], bias, torch.ones(6)])
+    [0, 0, 1, 0]
+    """
+    held: dict[str, list[tuple[int, int, int]]] = {}
+    turns = list[int]()
+    for name, view in zip(names, views, strict=True):
+        first = view.storage_offset()
+        last = first + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+        others = held.setdefault(name, [])
+        turns.append(max((turn + 1 for a, b, turn in others if a <= last and first <= b), default=0))
+        others.append((first, last, turns[-1]))
+    return turns
 
 
 def _is_matrix(view: Tensor) -> bool:

@@ -127,6 +127,7 @@ class Rows:
         device: Where vectors of one number per atom lie.
         shardings: Those of tensors that are spread over processes, with the dtype of sums over them: the same on every
             process, and in the same order, also where one has no entry.
+        tensors: The names of all tensors that have entries of the atoms, the same on every process.
     """
 
     places: Sequence[Place]
@@ -134,6 +135,7 @@ class Rows:
     atoms: int
     device: torch.device
     shardings: Mapping[Sharding, torch.dtype] = field(default_factory=dict)
+    tensors: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -157,11 +159,12 @@ class Rows:
             device: Where vectors of one number per atom lie.
         """
         places, names, first = list[Place](), list[str](), 0
+        known: dict[str, None] = {}
         shardings: dict[Sharding, torch.dtype] = {}
         for group, rows in zip(groups, chosen, strict=True):
             for piece in (group.zeros if slices is None else slices) if rows is None or len(rows) else ():
                 if piece.parameter in tensors:
-                    tensor = tensors[piece.parameter].detach()
+                    tensor, known[piece.parameter] = tensors[piece.parameter].detach(), None
                     if (sharding := Sharding.of(tensor)) is not None:
                         shardings[sharding] = torch.promote_types(
                             shardings.get(sharding, torch.float32), summed_in(tensor)
@@ -171,7 +174,7 @@ class Rows:
                     places += found
                     names += [piece.parameter] * len(found)
             first += group.size
-        return cls(places, names, first, torch.device(device), shardings)
+        return cls(places, names, first, torch.device(device), shardings, tuple(known))
 
     def __bool__(self) -> bool:
         return bool(self.places) or bool(self.shardings)

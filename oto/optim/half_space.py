@@ -62,7 +62,8 @@ class Penalized:
 
     Attributes:
         copied: Their entries, and the one copy of what they were before the wrapped optimizer's step.
-        rates: The learning rate of each slice, of this step; 0 where it is frozen.
+        rates: The learning rate of each slice that is here, of this step; 0 where it is frozen.
+        everywhere: Those of all tensors, of this process or not.
         epsilon: Of every atom, shape ``(N,)``.
         sq, norm: ``||x_g||²`` and ``||x_g||`` before the step, shape ``(N,)``.
     """
@@ -70,6 +71,7 @@ class Penalized:
     copied: Copied
     rates: Sequence[Rate]
     epsilon: Tensor
+    everywhere: Sequence[Rate] = ()
     sq: Tensor = field(default_factory=lambda: torch.empty(0))
     norm: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -104,8 +106,8 @@ class Penalized:
 
         To be asked before the wrapped optimizer's step.
         """
-        if are_alike(self.rates):
-            return torch.ones_like(self.norm) * self.rates[0]
+        if are_alike(self.everywhere):  # or not on all processes, of which one may lack a tensor
+            return torch.ones_like(self.norm) * self.everywhere[0]
         return self.rows.sq_norm(self.rates) / self.sq.clamp_min(torch.finfo(self.sq.dtype).tiny)
 
 
@@ -197,7 +199,7 @@ class HalfSpace(HESSO):
             self._penalized = (plan, self._find_penalized(None if former is None else former.copied))
         found = self._penalized[1]
         if found is not None:
-            found.rates = self._rates(found.rows.names)
+            found.rates, found.everywhere = self._rates(found.rows.names), self._rates(found.rows.tensors)
         return found
 
     def open(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -87,4 +87,35 @@ def staying_of(groups: Sequence[NodeGroup], scores: NDArray[np.float64], left: N
     for name, members in sets.items():
         there = [i for i in members if left[first[i]]]
         staying[sorted(there, key=lambda i: (-scores[first[i]], i))[: numbers[name]]] = 1
+    return staying
+
+
+def least_staying(groups: Sequence[NodeGroup], least: Counts, measure: Callable[[Counts], float]) -> Counts:
+    """The least counts with the cheapest segments that stay in any case, shape ``(groups,)``: no choice leaves less.
+
+    Of sets that share segments only the first counts, for one segment may do for all of them.
+
+    Args:
+        least: Atoms that each node group keeps, for a segment none.
+        measure: The cost of counts.
+    """
+    sets: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        for name, _ in group.among:
+            sets.setdefault(name, []).append(i)
+    taken, apart = set[int](), set[str]()
+    for name, members in sets.items():
+        if taken.isdisjoint(members):
+            taken.update(members)
+            apart.add(name)
+    if not taken:
+        return least
+    first = np.cumsum([0, *(group.size for group in groups)])
+    cheap = np.zeros(first[-1])
+    for i in taken:
+        beside = least.copy()
+        beside[i] = 1
+        cheap[first[i]] = -measure(beside)
+    alone = [replace(g, among=tuple((name, n) for name, n in g.among if name in apart)) for g in groups]
+    staying: Counts = np.maximum(least, staying_of(alone, cheap, np.ones(len(cheap), dtype=bool)))
     return staying

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.optim import copied as module
 from oto.optim.copied import Copied, are_alike
-from oto.optim.entries import Rows
+from oto.optim.entries import Place, Rows
 
 SIZES = (6, 3)
 CHOSEN = [(None, None), ([1, 3, 4], [0, 2]), ([], [1]), ([2], None), ([], [])]
@@ -119,6 +119,20 @@ def test_every_slice_has_its_own_rate():
     copied.subtract_(torch.ones(9, dtype=torch.float64), rates)
     for name, rate in {"a": 0.5, "b": 0.25, "heads": 1.0, "conv": 0.0, "norm": 0.0, "bias": 0.0}.items():
         torch.testing.assert_close(held[name], before[name] * (1 - rate))
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_an_entry_that_is_a_part_of_two_atoms_is_changed_for_both(in_blocks):
+    """Heads and their width share a bias: of a shard each is one row after another, with the atom of every row."""
+    bias = torch.arange(1.0, 13, dtype=torch.float64)
+    atoms = torch.arange(12) // 4, 3 + torch.arange(12) % 4
+    places = [Place(bias, None, 0, own) for own in atoms]
+    places = [block for place in places for block in place.blocks()] if in_blocks else places
+    copied = Copied(Rows(places, ["bias"] * len(places), 7, torch.device("cpu")))
+    before, factors = bias.clone(), torch.linspace(0.1, 0.7, 7, dtype=torch.float64)
+    copied.remember_()
+    copied.subtract_(factors, [1.0] * len(places))
+    torch.testing.assert_close(bias, before * (1 - factors[atoms[0]] - factors[atoms[1]]))
 
 
 def test_rates_are_alike_without_being_read():

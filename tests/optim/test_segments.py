@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,15 @@ def test_the_best_of_a_set_stay():
     assert staying_of(groups, scores, left).tolist() == [1, 0, 1, 0]
 
 
+@pytest.mark.parametrize("asked", [{"target_macs": 0.1}, {"target_group_sparsity": 0.75}, {"target_params": 0.2}])
+def test_a_target_that_segments_that_stay_do_not_allow_is_refused(asked):
+    with pytest.raises(TargetError, match=r"are left|may go"):
+        analyzed("erase", min_depth=3).hesso(lr=0.1, start_pruning_step=1, pruning_steps=5, **asked)
+    assert analyzed("erase", min_depth=3).hesso(
+        lr=0.1, start_pruning_step=1, pruning_steps=5, target_group_sparsity=0.25
+    )
+
+
 def test_channels_and_segments_share_a_budget():
     """Where a whole branch matters little it goes; where only a few of its channels do, these stay."""
     oto = analyzed()
@@ -132,3 +143,18 @@ def test_what_lies_in_a_segment_that_has_gone_costs_nothing_and_needs_no_gradien
     of[gone].fill_(False)
     costing = choice.costing(left).split(list(choice.sizes))
     assert {name for name, own in zip(of, costing, strict=True) if not own.all()} == {gone, "blocks.1.0.weight"}
+
+
+def test_what_knowledge_says_of_a_segment_is_the_loss_without_it():
+    oto = analyzed("erase")
+    x = torch.randn(8, 4)
+
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    full = float(loss(oto.model, x).detach())
+    rise = {m.groups[0]: m.rise for m in oto.mark_unprunable_by_knowledge(batches=[x], loss=loss).found}
+    for group in (g for g in oto.node_groups if g.segment):
+        without = copy.deepcopy(oto.model)
+        group.zero_(dict(without.named_parameters()), torch.tensor([0]))
+        assert rise[group.name] == pytest.approx(float(loss(without, x).detach()) - full, rel=1e-4) != 0

@@ -249,6 +249,40 @@ def around_a_step(rank: int) -> None:
     require_same(model, other, optimizer, reference)
 
 
+def several_rates(rank: int) -> None:
+    """DHSPG with a learning rate for what one process lacks, and another for the rest: both take their mean."""
+
+    class Short(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(nn.Linear(12, 1), nn.Linear(1, 12))
+            self.up, self.down = nn.Linear(12, 8), nn.Linear(8, 1)
+            self.scale = nn.Parameter(torch.ones(1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = (x + self.blocks(x)).mean(1)
+            y: Tensor = self.down(torch.relu(self.up(x)) * self.scale)
+            return y
+
+    torch.manual_seed(1)
+    model = Short().double()
+    made = []
+    for net in (model, copy.deepcopy(model)):
+        oto = OTO(net, X)
+        if net is model:
+            shard(net)
+            assert net.scale.to_local().numel() == (8 if rank == 0 else 0)  # type: ignore[operator]
+        rates = {True: 0.01, False: 0.02}
+        groups = [
+            {"params": [(n, p) for n, p in net.named_parameters() if (n == "scale") == own], "lr": rates[own]}
+            for own in rates
+        ]
+        optimizer = oto.dhspg(params=groups, lr=0.02, target_macs=0.8, lmbda=0.1, warm_up_steps=0, **WHEN)
+        train(net, optimizer, range(50), rank if net is model else None)
+        made.append((net, optimizer))
+    require_same(made[0][0], made[1][0], made[0][1], made[1][1])
+
+
 def in_bfloat16(rank: int) -> None:
     """Forwards in bfloat16, shards in float32: every process chooses the same, and zeros stay zero."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -313,7 +347,7 @@ def small_sums_only(rank: int) -> None:
             assert [len(calls) for calls in found[:8]] == [0, 0, 0, 1, 1, 1, 4, 0]
             assert sum(map(len, found[36:])) == 0, "once pruning is over nothing is sent"
         else:
-            assert [len(calls) for calls in found[10:14]] == [2] * 4, "norms before, and products after a step"
+            assert [len(calls) for calls in found[11:15]] == [1, 1, 2, 2], "norms before a step, and products after it"
 
 
 def train_without_step(model: nn.Module, optimizer: Any, n: int, rank: int) -> None:
@@ -598,8 +632,9 @@ def nothing_whole_is_kept(rank: int) -> None:
     optimizer = MAKERS["hspg"][2](oto)
     train(oto.model, optimizer, range(10), rank)
     penalized = optimizer.penalized(9)
-    copied = sum(entries.numel() for entries in penalized.before)
-    here = sum(p.to_local().numel() for p in oto.model.parameters())
+    penalized.remember_()
+    copied = penalized.copied.nbytes
+    here = sum(p.to_local().nbytes for p in oto.model.parameters())
     assert 0 < copied <= here, "the copy of a half-space is of what this process has"
 
 
@@ -616,6 +651,7 @@ CHECKS: dict[str, Check] = {
     "after sharding": partial(equal_after, "lhspg taylor"),
     "from meta": partial(equal_after, "hspg adamw", meta=True),
     "around a step": around_a_step,
+    "several rates": several_rates,
     "in bfloat16": in_bfloat16,
     "hybrid": hybrid,
     "small sums only": small_sums_only,
