@@ -271,8 +271,8 @@ def _turns(names: Sequence[str], views: Sequence[Tensor]) -> list[int]:
     held: dict[str, list[tuple[int, int, int]]] = {}
     turns = list[int]()
     for name, view in zip(names, views, strict=True):
-        first = view.storage_offset()
-        last = first + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+        first = int(view.storage_offset())
+        last = first + sum((size - 1) * int(stride) for size, stride in zip(view.shape, view.stride(), strict=True))
         others = held.setdefault(name, [])
         turns.append(max((turn + 1 for a, b, turn in others if a <= last and first <= b), default=0))
         others.append((first, last, turns[-1]))
