@@ -162,7 +162,7 @@ def make_for_adapters(
     """LHSPG for an analyzed model with adapters, whose ranks stay whole from now on; the analysis with that.
 
     Raises:
-        OptionError: Frozen weights stay whole, or no adapter was found; or as :func:`make`.
+        OptionError: Frozen weights stay whole, no adapter was found, or segments may go; or as :func:`make`.
     """
     refuse_layers_alone(analysis.model)
     if not analysis.prune_frozen:
@@ -177,6 +177,11 @@ def make_for_adapters(
             "  effect  there is nothing that LHSPG would do better than HESSO, and nothing was made\n"
             "  to fix  put adapters on before OTO(...), not merged and not disabled; use_dora=False; dequantize the"
             " base; for other kinds merge first, and take oto.hesso(...) (docs/adapters.md)"
+        )
+    if analysis.partition.segments:  # what an adapter adds is a branch, too, and costs of the two would be mixed
+        raise OptionError(
+            "LHSPG does not let segments go (compress_mode): the branch of an adapter is one itself\n"
+            "  effect  nothing was made\n  to fix  OTO(..., compress_mode='prune', prune_frozen=True).lhspg(...)"
         )
     ranks = keep_whole(analysis.groups, ranks_in(analysis.groups, found), "it is the rank of an adapter")
     analysis = replace(analysis, groups=settled(ranks))

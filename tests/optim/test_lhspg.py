@@ -291,6 +291,8 @@ def test_it_says_what_it_needs() -> None:
     for epsilon in (-0.1, 1.0):
         with pytest.raises(OptionError, match="epsilon is"):
             prepared(net(), epsilon=epsilon)
+    with pytest.raises(OptionError, match=r"does not let segments go[^$]*compress_mode='prune'"):
+        OTO(net(), x, prune_frozen=True, compress_mode="both").lhspg(**options)
     with pytest.raises(OptionError, match="have no option adapters"):
         OTO(net(), x, prune_frozen=True).lhspg(adapters=(), **options)
 
