@@ -169,7 +169,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted():
 
 def test_what_cannot_be_asked_for():
     oto = analyzed(min_depth=2)
-    with pytest.raises(TargetError, match="more than 2 of 5 segments"):
+    with pytest.raises(TargetError, match="only 2 may go"):
         oto.h2spg(lr=0.1, target_segments=3, total_steps=100)
     with pytest.raises(TargetError, match="from 0 to 4"):
         oto.h2spg(lr=0.1, target_segments=5, total_steps=100)
