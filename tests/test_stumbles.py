@@ -136,7 +136,7 @@ def test_a_target_says_who_holds_what_cannot_go() -> None:
         ("sparsity", r"target_group_sparsity= is meant"),
         ("target_latency", r"target_latency_ms= is meant"),
         ("target_prams", r"perhaps target_params= is meant"),
-        ("batch_size", r"leave it out"),
+        ("workers", r"leave it out"),
     ],
 )
 def test_options_of_other_libraries_lead_to_ours(asked: str, meant: str) -> None:
