@@ -171,7 +171,7 @@ def test_what_is_erased_is_not_run():
     assert subnet.max_error == 0 and subnet.cost_after.macs < 0.7 * subnet.cost_before.macs
     for size in ((1, 3, 6, 11), (3, 3, 20, 5)):  # zeros of the right shape, whatever comes in
         given = torch.randn(size)
-        assert torch.equal(subnet.model(given), model(given))
+        torch.testing.assert_close(subnet.model(given), model(given))
     subnet.model.train()(x).sum().backward()
     assert all(p.grad is not None for p in subnet.model.parameters())
 
@@ -229,17 +229,17 @@ def test_saved_loaded_pickled_and_made_slim_again(tmp_path):
     model = randomized(Net())
     subnet = without(model, x, ["blocks.1.norm2", "blocks.0.conv1.weight"]).construct_subnet(tmp_path / "one")
     loaded = library.load_subnet(tmp_path / "one", Net())
-    assert torch.equal(loaded(x), model(x))
+    torch.testing.assert_close(loaded(x), model(x))  # thinner kernels may add up in another order
     held = io.BytesIO()
     torch.save(subnet.model, held)
     held.seek(0)
-    assert torch.equal(torch.load(held, weights_only=False)(x), model(x))
-    assert torch.equal(copy.deepcopy(subnet.model)(x), model(x))
+    torch.testing.assert_close(torch.load(held, weights_only=False)(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(subnet.model)(x), model(x))
     again = without(subnet.model, x, ["blocks.2.norm2"])
     assert sorted(s.name for s in again.partition.segments) == ["blocks.0.norm2", "blocks.2.norm2"]
     twice = again.construct_subnet(tmp_path / "two")
     loaded = library.load_subnet(tmp_path / "two", Net())
-    assert torch.equal(loaded(x), twice.model(x))
+    torch.testing.assert_close(loaded(x), twice.model(x))
     assert any(n.startswith("blocks.0") for n, _ in loaded.named_parameters())
     assert not [n for n, _ in loaded.named_parameters() if n[:9] in ("blocks.1.", "blocks.2.")]
 
