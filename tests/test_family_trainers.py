@@ -97,3 +97,47 @@ def test_a_trainer_with_another_optimizer_is_refused(tmp_path: Path) -> None:
         train_family(trainer_of(other, tmp_path), family)
     with pytest.raises(OptionError, match="is no Trainer of transformers"):
         train_family(object(), family)
+
+
+def test_lightning_needs_no_call(tmp_path: Path) -> None:
+    """As the docstring of `train_family` says: manual optimization, `backward`, and the optimizer's own calls."""
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, family: Family) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization = family.model, False
+            self.family = family
+
+        def training_step(self, batch: dict[str, torch.Tensor], _: int) -> None:
+            family, optimizer = self.family, self.optimizers()
+            family.backward(lambda net: net(**batch), lambda output: output["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            return self.family.optimizer
+
+    def loader(first: int = 0) -> Any:
+        return torch.utils.data.DataLoader(rows()[8 * first :], batch_size=8)  # type: ignore[arg-type]
+
+    def trainer(steps: int, **more: Any) -> Any:
+        return lightning.Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, **more,
+        )  # fmt: skip
+
+    plain = begin()
+    plain.model.train()
+    for batch in loader():
+        plain.step(lambda net, batch=batch: net(**batch), lambda output: output["loss"])  # type: ignore[misc]
+    whole, first = begin(), begin()
+    trainer(STEPS, enable_checkpointing=False).fit(Task(whole), loader())
+    keep = lightning.callbacks.ModelCheckpoint(tmp_path, "cut", every_n_train_steps=5, save_on_train_epoch_end=False)
+    trainer(5, callbacks=[keep]).fit(Task(first), loader())
+    resumed = begin()
+    trainer(STEPS, enable_checkpointing=False).fit(Task(resumed), loader(5), ckpt_path=tmp_path / "cut.ckpt")
+    for family in (whole, resumed):
+        assert family.optimizer.clock == STEPS and len(family.members) == 3
+        for p, q in zip(plain.model.parameters(), family.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from oto import OTO
+from oto.family import Family
 from oto.groups import Cost
 from oto.slim.edits import Edits
 from oto.slim.proof.compare import Check
@@ -23,13 +25,29 @@ jsonschema = pytest.importorskip("jsonschema")
 SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "oto.schema.json").read_text())
 
 
-@pytest.fixture(scope="module", params=["module", "graph", "recording"])
+@pytest.fixture(scope="module", params=["module", "graph", "recording", "family"])
 def manifest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    oto = OTO(Net(), torch.randn(2, 3), allow_graph=True)
-    oto.random_set_zero_groups(0.5)
     out = tmp_path_factory.mktemp("out") / request.param
-    oto.construct_subnet(out, emitter=request.param, program=True, save_full=True)
+    if request.param == "family":
+        trained().construct(out)
+    else:
+        oto = OTO(Net(), torch.randn(2, 3), allow_graph=True)
+        oto.random_set_zero_groups(0.5)
+        oto.construct_subnet(out, emitter=request.param, program=True, save_full=True)
     return json.loads((out / "oto.json").read_text())
+
+
+def trained() -> Family:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
+    targets: list[Any] = [0.75, {"target_params": 0.5}]
+    family: Family = OTO(net, torch.randn(2, 6)).family(targets=targets, lr=0.1, total_steps=4, freeze_step=1, average_steps=1)
+    for _ in range(2):
+        family.step(lambda net: net(torch.randn(4, 6)), lambda output: output.square().mean())
+    return family
+
+
+OF_A_FAMILY = {"members", "levels", "entries"}
 
 
 def validate(manifest: Any) -> None:
@@ -42,7 +60,7 @@ def test_the_schema_is_one() -> None:
 
 def test_a_manifest_is_valid_and_has_every_entry(manifest: Any) -> None:
     validate(manifest)
-    assert set(manifest) == set(SCHEMA["properties"])
+    assert set(manifest) == set(SCHEMA["properties"]) - (set() if "members" in manifest else OF_A_FAMILY)
 
 
 def objects(schema: Any) -> Any:
@@ -58,7 +76,7 @@ def test_what_is_listed_is_required_and_nothing_else_is_allowed() -> None:
     found = list(objects(SCHEMA))
     assert len(found) >= 8
     for schema in found:
-        optional = {"erased"}  # an earlier version reads edits without it
+        optional = OF_A_FAMILY if schema is SCHEMA else {"erased"}  # an earlier version reads edits without it
         assert (
             set(schema["required"]) == set(schema["properties"]) - optional and schema["additionalProperties"] is False
         )
@@ -80,6 +98,8 @@ def test_the_schema_lists_what_is_written(place: Any, kind: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(SCHEMA["properties"]))
 def test_another_or_a_missing_entry_is_not_valid(manifest: Any, name: str) -> None:
+    if name in OF_A_FAMILY and "members" not in manifest:
+        manifest = {**manifest, **dict.fromkeys(OF_A_FAMILY)}
     for change in ({name: object()}, {f"{name}s": 1}):
         with pytest.raises(jsonschema.ValidationError):
             validate({**manifest, **change})
@@ -97,6 +117,9 @@ def test_another_or_a_missing_entry_is_not_valid(manifest: Any, name: str) -> No
         lambda m: m["checks"][0].update(error="small"),
         lambda m: m["cost"]["after"].update(params=1.5),
         lambda m: m["kept"].update(x=[1, 1]),
+        lambda m: m.update(levels={"0": [-1]}, entries={}, members=m.get("members", [])),
+        lambda m: (m.pop("members", None), m.update(levels={})),  # of a family, without its members
+        lambda m: m.update(members=[], levels={}, entries={}),
     ],
 )
 def test_what_no_writer_writes_is_not_valid(manifest: Any, spoil: Any) -> None:
