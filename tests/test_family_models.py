@@ -24,7 +24,7 @@ pytestmark = [
 
 def resnet() -> tuple[Callable[[], nn.Module], Any]:
     models = pytest.importorskip("torchvision.models")
-    small = {"block": models.resnet.BasicBlock, "layers": [1, 1, 1, 1], "num_classes": 5}
+    small = {"block": models.resnet.BasicBlock, "layers": [2, 2, 1, 1], "num_classes": 5}
     return lambda: models.ResNet(**small), torch.randn(2, 3, 32, 32)
 
 
@@ -74,6 +74,8 @@ LONG = pytest.mark.zoo
         pytest.param(resnet, {}, id="resnet", marks=LONG),
         pytest.param(mobilenet, {}, id="mobilenet", marks=LONG),
         pytest.param(vit, {}, id="vit"),
+        pytest.param(vit, {"compress_mode": "both"}, id="vit-both"),
+        pytest.param(resnet, {"compress_mode": "erase"}, id="resnet-erase", marks=LONG),
         pytest.param(bert, {}, id="bert", marks=LONG),
         pytest.param(llama, {}, id="llama", marks=LONG),
         pytest.param(llama, {"layout": "uniform"}, id="llama-uniform", marks=LONG),
@@ -116,7 +118,12 @@ def test_every_member_is_exact(network: Any, options: dict[str, Any], tmp_path: 
             ):
                 assert torch.allclose(found, expected, rtol=1e-9, atol=1e-11 * float(expected.abs().max()))
             assert type(subnet.model) is type(model) is type(loaded)
-        if options:
+        assert "compress_mode" not in options or any(
+            group.segment and not len(member.kept[group.name])
+            for group in family._maker.analysis.groups
+            for member in family.members
+        ), "no segment went"
+        if "layout" in options:
             folder = tmp_path / "stock"
             subnets[1].save_pretrained(folder)
             stock = type(model).from_pretrained(folder, dtype=torch.float64).eval()

@@ -9,6 +9,7 @@ Example: of eight atoms a member of 6 keeps the six best by score and cost, one 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from oto.errors import TargetError
+from oto.errors import NotPrunedWarning, TargetError, users_level
 from oto.optim.choice import Choice
 from oto.optim.target import Counts
 
@@ -69,18 +70,20 @@ class Nested:
         Args:
             scores: Importance of every atom, shape ``(N,)``.
 
-        Raises:
-            TargetError: A member would be as large as the one before it.
+        Where the member before it is small enough already for a target, both keep the same, with a
+        :class:`NotPrunedWarning`: by then a good part of the training is done, and it must not be lost.
         """
         alive = torch.ones(len(scores), dtype=torch.bool)
         levels = torch.zeros(len(scores), dtype=torch.uint8)
         for choice in self.choices:
             going = choice.select(scores, alive)
             if not bool((going & alive).any()):
-                raise TargetError(
+                warnings.warn(
                     f"{choice.target} is met already by the member before it\n"
-                    "  effect  two members of the family would be one\n"
-                    "  to fix  leave one of both targets out, or ask for targets that lie further apart"
+                    "  effect  two members of the family are one, which is trained twice as often\n"
+                    "  to fix  leave one of both targets out, or ask for targets that lie further apart",
+                    NotPrunedWarning,
+                    stacklevel=users_level(),
                 )
             alive = alive & ~going
             levels += alive.to(torch.uint8)
