@@ -319,8 +319,6 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     zeros = read_zeros(analysis.groups, analysis.model)  # and refuses what is not finite
     zeros = zeros if known is None else dict(known)
     kept, uneven = _even(analysis, zeros, build.align)
-    kept, back = legal(analysis.partition, kept)
-    uneven += [f"{name}, which is zero, was kept: the network would come apart without it" for name in back]
     recipe = _recipe(analysis, build.emitter)
     source = Source(
         analysis.model,
@@ -374,13 +372,24 @@ def _recipe(analysis: Analysis, emitter: str) -> Recipe | None:
 
 
 def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str]]:
-    """The kept atoms after equalizing ties and rounding to multiples, and notes on the zero atoms that this keeps."""
+    """The kept atoms after equalizing ties and rounding to multiples, and notes on the zero atoms that this keeps, or
+    that the network would come apart without."""
     groups, asking = analysis.groups, "the layout"
     if align != 1:
         by = multiples(groups, align, analysis.costs.weights)
         groups = tuple(replace(group, divisor=own) for group, own in zip(groups, by, strict=True))
         asking = f"the layout and align={align!r}" if analysis.form.kind == "config" else f"align={align!r}"
-    return equalize_ties(groups, zeros, asking)
+    kept, uneven = equalize_ties(groups, zeros, asking)
+    kept, back = legal(analysis.partition, kept)
+    if not (gone := analysis.partition.erased(kept)):
+        return kept, uneven
+    # what lies in them is not computed, so nothing is to be as wide as it is; those that go together stay together
+    segments = {s.name: kept[s.name] for s in analysis.partition.segments if s.name in kept}
+    parameters = {name for segment in gone for leaf in segment.leaves for name in leaf.names}
+    idle = {g.name for g in groups if not g.segment and {piece.parameter for piece in g.slices} <= parameters}
+    kept, uneven = equalize_ties(groups, {**zeros, **segments}, asking, idle)
+    uneven += [f"{name}, which is zero, was kept: the network would come apart without it" for name in back]
+    return kept, uneven
 
 
 def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) -> list[Check]:
