@@ -82,13 +82,14 @@ OPTIM = {
     "setup": {"choice", "options", "schedule", "target"},  # and read in one place
     "wrapper": {"refusals", "wrapped"},
     "checkpointed": {"choice", "plan", "schedule", "state", "wrapped", "wrapper"},
+    "compensate": set(),
+    "fold": {"compensate"},
+    "compensating": {"checkpointed", "fold", "plan"},
     "base": {
-        "checkpointed", "choice", "entries", "fold", "followed", "options", "plan", "refusals", "saliency", "schedule",
+        "choice", "compensating", "entries", "followed", "options", "plan", "refusals", "saliency", "schedule",
         "shrink", "state", "sums", "wrapped",
     },
     "budget": {"choice", "entries", "target"},
-    "compensate": set(),
-    "fold": {"compensate"},
     "nested": {"choice", "target"},
     "family": {"base", "nested", "options", "schedule", "wrapped"},
     "hesso": {"base", "options", "setup", "target", "wrapped"},

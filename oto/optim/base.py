@@ -3,7 +3,8 @@
 A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, which always makes the update
 (:mod:`oto.optim.wrapper`). What must survive a checkpoint lies in its first parameter group
 (:mod:`oto.optim.checkpointed`). All else is derived from it, and rebuilt when it or the storage of a parameter changes,
-so no parameter is held outside of ``param_groups``. Parameters are found by ``param_names`` and position.
+so no parameter is held outside of ``param_groups``. Parameters are found by ``param_names`` and position. What remains
+may take over what pruned atoms carried (:mod:`oto.optim.compensating`).
 
 Writing zeros is the only cost of a step after pruning. It is one pass over the pruned entries, no matter what the
 wrapped optimizer does. Where node groups are proven *quiet*, even that can rest (see :meth:`zero_pruned_`).
@@ -21,17 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import holder
-from oto.errors import (
-    OptionError,
-    ShrinkError,
-    UnknownParameterError,
-    some,
-)
+from oto.errors import ShrinkError, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
-from oto.optim.checkpointed import Checkpointed
 from oto.optim.choice import Choice
+from oto.optim.compensating import Compensating
 from oto.optim.entries import Rows, place_of, zero_
-from oto.optim.fold import Fold
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.options import BaseOptions
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
@@ -59,7 +54,7 @@ DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 long for an exact zero, which would make the loops of Adam and AdamW half as slow again."""
 
 
-class SparseOptimizer(Checkpointed):
+class SparseOptimizer(Compensating):
     """A torch optimizer that wraps another one and acts on node groups.
 
     Subclasses define :meth:`sparse_step`. What goes is decided by ``choice``, when by ``schedule``.
@@ -92,9 +87,6 @@ class SparseOptimizer(Checkpointed):
     _planned: tuple[Tensor, list[int], Plan] | None = None
     _loud = False
     _followed: Followed | None = None
-    _fold: Fold | None = None
-    compensate: str | None = None
-    fold_at_choice = True  # or later, where a paper lets groups shrink in its own way first
 
     def __init__(self, params: Params, choice: Choice, schedule: Schedule, **options: Unpack[BaseOptions]) -> None:
         super().__init__(params, choice, schedule, options)
@@ -128,8 +120,7 @@ class SparseOptimizer(Checkpointed):
         if t == 0 and self.choice.target.wants_less:
             self.refuse_sparse_gradients()  # rather than when the first period begins
         self.look_at_model(t)
-        if (fold := self.fold()) is not None:
-            fold.go_on(self.param_groups[0])
+        self.go_on_folding()
         self.sparse_step(t)
         self.clock = t + 1
         return loss
@@ -173,12 +164,7 @@ class SparseOptimizer(Checkpointed):
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
         """
         self._share_base()
-        if self.compensate is not None:
-            raise ShrinkError(
-                f"compensate={self.compensate!r} knows what reads the groups of the full model, not of a smaller one\n"
-                "  effect  nothing was changed\n"
-                "  to fix  shrink by construct_subnet at the end; or train without compensate="
-            )
+        self.refuse_shrinking()
         if keeps_own_state(self.base) or inside(self.base):
             raise ShrinkError(
                 f"{type(self.base).__name__} keeps parameters and state of its own, beside param_groups and state\n"
@@ -258,46 +244,6 @@ class SparseOptimizer(Checkpointed):
         if final:
             self.choice.warn_of_miss(self.atoms == FREE)
             self.choice.warn_of_collapse(self.atoms == FREE)
-
-    # What stays takes over -------------------------------------------------------------------------------------------
-
-    def take_over(self, fold: Fold) -> None:
-        """Let what stays take over what goes, from the next choice on."""
-        self._fold, self.compensate = fold, fold.kind
-        self._fill_state()
-
-    def begin_fold(self) -> None:
-        """What stays begins to take over what shrinks from now on to the end of the period."""
-        period, fold = self.schedule.period(self.clock), self.fold()
-        if fold is None or period is None:
-            return
-        pairs = list(zip(self.node_groups, self._codes(), strict=True))
-        before = {group.name: (own != PRUNED).numpy() for group, own in pairs}
-        after = {group.name: (own == FREE).numpy() for group, own in pairs}
-        steps = self.schedule.bounds(period)[1] - self.clock
-        fold.begin(self.param_groups[0], self.node_groups, before, after, steps)
-
-    def fold(self) -> Fold | None:
-        """How what stays takes over, if it does.
-
-        Raises:
-            OptionError: It does, and this is a copy, which does not know the model.
-        """
-        if self._fold is None and self.compensate is not None:
-            raise OptionError(
-                f"compensate={self.compensate!r} needs the model, and a copy of an optimizer does not know it\n"
-                "  effect  no step was taken\n"
-                "  to fix  make a new one with the same options (oto.hesso(...)), and load the state_dict() into it"
-            )
-        return self._fold
-
-    def plan(self) -> str:
-        """What happens at which step, what the learning rate should do, and what takes over; print it."""
-        return super().plan() if self._fold is None else f"{super().plan()}\n{self._fold}"
-
-    def describe_setup(self) -> dict[str, Any]:
-        """As above, with what takes over."""
-        return super().describe_setup() | ({} if self.compensate is None else {"compensate": self.compensate})
 
     # What is looked at, and refused ----------------------------------------------------------------------------------
 
