@@ -85,9 +85,10 @@ OPTIM = {
     "compensate": set(),
     "fold": {"compensate"},
     "compensating": {"checkpointed", "fold", "plan"},
+    "choosing": {"compensating", "plan", "refusals", "saliency", "sums"},
     "base": {
-        "choice", "compensating", "entries", "followed", "options", "plan", "refusals", "saliency", "schedule",
-        "shrink", "state", "sums", "wrapped",
+        "choice", "choosing", "entries", "followed", "options", "plan", "refusals", "schedule", "shrink", "state",
+        "wrapped",
     },
     "budget": {"choice", "entries", "target"},
     "nested": {"choice", "target"},
