@@ -39,9 +39,10 @@ from oto.progress import stage, stages
 from oto.report.card import card
 from oto.report.html import Background, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
-from oto.shards import from_first, gathered, is_first, named_tensors, sharded_names, whole
+from oto.shards import from_first, gathered, is_first, sharded_names, whole
 from oto.slim.config.recipe import Recipe
 from oto.slim.construct import Made, construct, require_values
+from oto.slim.edits import named_tensors
 from oto.slim.latency import rounds
 from oto.slim.proof.compare import Check, require
 from oto.slim.proof.reference import FLOAT64
@@ -278,9 +279,10 @@ def _shared(model: nn.Module, made: Subnet | None, failure: Exception | None) ->
     if failure is not None or made is None:
         sent = from_first(model, sent)
     else:
-        empty = {name: torch.empty_like(p, device="meta") for name, p in named_tensors(made.model, nn.Parameter)}
+        parameters = made.model.named_parameters(remove_duplicate=False)
+        empty = {name: torch.empty_like(p, device="meta") for name, p in parameters}
         try:
-            with whole(made.model, {**dict(named_tensors(made.model)), **empty}):
+            with whole(made.model, named_tensors(made.model) | empty):
                 sent = from_first(model, replace(made, origin=None))
         except (pickle.PicklingError, AttributeError, TypeError) as refused:  # before anything was sent
             note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
@@ -335,7 +337,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
         analysis.groups,
     )
     gone = within(analysis.names, unreached(source.model, source.partition)) if analysis.drop_unreached else ()
-    before = analysis.cost() if analysis.first_cost is None else analysis.first_cost
+    before = analysis.cost() if analysis.first is None else analysis.first.cost
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
     built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
     with built, undone(later), preserved(analysis.model):
@@ -399,11 +401,11 @@ def _origin(analysis: Analysis, optimizer: SparseOptimizer | None) -> Background
     """What a report says about a model and its training."""
     name = type(analysis.model).__name__
     if optimizer is None:
-        return Background(name, analysis.partition, analysis.groups)
+        return Background(name, analysis.partition, analysis.groups, first=analysis.first)
     history, schedule = tuple(optimizer.history), optimizer.schedule  # training may go on
     periods = [schedule.bounds(period) for period in range(schedule.periods)]
     target = str(optimizer.choice.target)
-    return Background(name, analysis.partition, analysis.groups, target, history, periods)
+    return Background(name, analysis.partition, analysis.groups, target, history, periods, analysis.first)
 
 
 def _files_in(folder: Path | None) -> set[str]:
