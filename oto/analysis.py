@@ -35,6 +35,7 @@ from oto.errors import (
     users_level,
 )
 from oto.groups import Cost, Costs, NodeGroup, Partition, cost, trainable
+from oto.groups.cost import Extent
 from oto.groups.layout import LAYOUTS, apply_tensor_parallel, drawn, settled, tied
 from oto.groups.policy import (
     ERASE,
@@ -148,7 +149,7 @@ class Analysis:
         device: The device of its parameters then, if they were all on one.
         strict_out_nodes: Which outputs need not keep their size.
         allow_graph, prune_frozen, drop_unreached: As in :class:`oto.OTO`.
-        first_cost: The cost of the model before it was made smaller while it trained; ``None`` if it was not.
+        first: How large the model was before it was made smaller while it trained; ``None`` if it was not.
         branches: The segments and the branches that stay, if segments may go.
     """
 
@@ -163,7 +164,7 @@ class Analysis:
     allow_graph: bool
     prune_frozen: bool
     drop_unreached: bool
-    first_cost: Cost | None = None
+    first: Extent | None = None
     branches: Branches | None = None
 
     @property
