@@ -35,6 +35,7 @@ from oto.errors import (
     users_level,
 )
 from oto.groups import Cost, Costs, NodeGroup, Partition, cost, trainable
+from oto.groups.cost import Extent
 from oto.groups.layout import LAYOUTS, apply_tensor_parallel, drawn, settled, tied
 from oto.groups.policy import (
     ERASE,
@@ -60,7 +61,7 @@ from oto.report.erasable import Erasable, erasable
 from oto.report.explain import Explanation, explain
 from oto.shards import refuse_flattened, reshard, sharded_names, whole
 from oto.slim.config.recipe import WRAPPED, Recipe
-from oto.slim.config.trial import stated
+from oto.slim.config.trial import stated, stated_layers
 from oto.slim.config.unstated import nothing_states
 from oto.slim.own_class import OwnClass, limited, own_class
 from oto.slim.proof.inputs import device_of, follow_model
@@ -148,7 +149,7 @@ class Analysis:
         device: The device of its parameters then, if they were all on one.
         strict_out_nodes: Which outputs need not keep their size.
         allow_graph, prune_frozen, drop_unreached: As in :class:`oto.OTO`.
-        first_cost: The cost of the model before it was made smaller while it trained; ``None`` if it was not.
+        first: How large the model was before it was made smaller while it trained; ``None`` if it was not.
         branches: The segments and the branches that stay, if segments may go.
     """
 
@@ -163,7 +164,7 @@ class Analysis:
     allow_graph: bool
     prune_frozen: bool
     drop_unreached: bool
-    first_cost: Cost | None = None
+    first: Extent | None = None
     branches: Branches | None = None
 
     @property
@@ -274,10 +275,11 @@ class Analysis:
     def __getstate__(self) -> dict[str, Any]:
         found_anew = ("partition", "state", "costs", "branches")  # operators cannot be pickled
         kept = {k: v for k, v in vars(self).items() if k not in found_anew}
-        return {**kept, "form": self.form.kind, "branches": self.branches is not None}
+        depths = () if self.form.recipe is None else self.form.recipe.depths
+        return {**kept, "form": self.form.kind, "branches": self.branches is not None, "depths": depths}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update({name: value for name, value in state.items() if name != "depths"})
         with undone(left_before(self.model, self.example)):
             vars(self)["state"] = ModelState(self.model)
             graph = record(self.model, self.example, known, dead=not self.allow_graph, training=True)
@@ -286,7 +288,10 @@ class Analysis:
             vars(self)["partition"], vars(self)["branches"] = found
             kind: Any = self.form
             own = ask_the_class(self) if kind == "class" else None
-            vars(self)["form"] = Form(kind, Recipe.of(self.model) if kind == "config" else None, own)
+            recipe = Recipe.of(self.model) if kind == "config" else None
+            if recipe is not None:
+                recipe.depths = tuple(state.get("depths", ()))
+            vars(self)["form"] = Form(kind, recipe, own)
 
 
 def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
@@ -357,11 +362,20 @@ def _analyzed(model: nn.Module, example: Example, options: Options) -> Analysis:
 def _with_segments(analysis: Analysis, options: Options, skipped: list[str], only: list[str] | None) -> Analysis:
     """The analysis in which segments may go, too, within what was said of their parameters."""
     partition, found = with_segments(analysis.partition)
-    groups = segment_groups(partition, options.min_depth)
+    groups = _layers(analysis, partition, segment_groups(partition, options.min_depth))
     groups = groups if options.prune_frozen else keep_frozen(groups, analysis.graph)
     groups = _but_skipped(groups, skipped, analysis.graph)
     groups = groups if only is None else _only(groups, only, analysis.graph, analysis.model)
-    return replace(analysis, partition=partition, branches=found, groups=(*analysis.groups, *groups))
+    return replace(analysis, partition=partition, branches=found, groups=(*analysis.groups, *settled(groups)))
+
+
+def _layers(analysis: Analysis, partition: Partition, groups: tuple[NodeGroup, ...]) -> tuple[NodeGroup, ...]:
+    """The groups of segments; if a config states the sizes, only whole layers of a number that it states may go."""
+    if analysis.form.recipe is None:
+        return groups
+    tried = rewording(analysis.model, TraceError, "its class was made of fewer layers (layout)", "the analysis is done")
+    with tried, preserved(analysis.model), stages(f"OTO({type(analysis.model).__name__})"):
+        return stated_layers(analysis.model, partition, groups, analysis.example, analysis.form.recipe)
 
 
 def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:

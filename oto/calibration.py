@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import OptionError, some
+from oto.errors import OptionError
 from oto.groups import NodeGroup
 from oto.groups.readers import Reader
 from oto.optim.compensate import (
@@ -23,6 +24,7 @@ from oto.optim.compensate import (
     listening,
     touched,
 )
+from oto.shards import spread
 from oto.slim.edits import named_tensors
 from oto.trace.snapshot import preserved
 
@@ -70,16 +72,12 @@ def require_one_process(model: nn.Module, taker: str) -> None:
     Raises:
         OptionError: Parameters are sharded, or there are several processes.
     """
-    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if sharded or (several and torch.distributed.get_world_size() > 1):
-        what = (
-            f"{some(sharded)} {'is' if len(sharded) == 1 else 'are'} sharded"
-            if sharded
-            else "there are several processes"
-        )
+    where = spread(model)
+    if not where and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        where = "there are several processes"
+    if where:
         raise OptionError(
-            f"{taker} runs in one process, on whole parameters, and {what}\n"
+            f"{taker} runs in one process, on whole parameters, and {where}\n"
             "  effect  nothing was changed\n"
             "  to fix  compress before the process group is made, or before the model is sharded; then distribute it"
         )

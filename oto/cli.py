@@ -202,6 +202,33 @@ TargetKept = Annotated[
 Scope = Annotated[str, typer.Option(help="global: one ranking; local: the same share of every group")]
 Divisible = Annotated[int, typer.Option(min=1, help="atoms (channels, heads) are multiples of this")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object")]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="folder for the artifact")]
+Zeroed = Annotated[
+    Path | None,
+    typer.Argument(help="weights with zeros, or to compress (--one-shot): safetensors, or what torch.save wrote"),
+]
+Emitter = Annotated[str, typer.Option(help="auto, config, module, graph or recording")]
+Program = Annotated[bool, typer.Option(help="write model.pt2, which loads without the class")]
+SaveFull = Annotated[bool, typer.Option("--save-full", help="write the zeroed full weights too")]
+Report = Annotated[bool, typer.Option("--report", help="write report.html into the artifact")]
+SavePretrained = Annotated[
+    Path | None, typer.Option(help="a new folder that from_pretrained loads; with --layout uniform")
+]
+OneShotOption = Annotated[
+    bool, typer.Option("--one-shot", help="compress without training first; needs --calibrate and a target")
+]
+Loss = Annotated[
+    str | None, typer.Option(metavar="MODULE:FUNCTION", help="the loss of a model and a batch of the file")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="samples of a batch")]
+Context = Annotated[int, typer.Option(min=2, help="tokens of each piece of a text")]
+Pieces = Annotated[int, typer.Option(min=2, help="pieces that are taken of a text")]
+Holdout = Annotated[float, typer.Option(help="share of the batches that only checks")]
+Compensate = Annotated[str, typer.Option(help="affine, ridge, bias or none")]
+SaliencyOption = Annotated[
+    str | None, typer.Option(help="by default gradients; obs, sensitivity, fluctuation, magnitude, ...")
+]
+Device = Annotated[str, typer.Option(help="where to compress: cpu, cuda, ...")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="minimum time to measure")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 
@@ -287,8 +314,31 @@ def _shares(given: list[str] | None) -> dict[str, int | float] | None:
     return found or None
 
 
-def _target(**targets: Any) -> dict[str, Any]:
-    """The one target that is given."""
+def _targets(
+    macs: str | None,
+    params: str | None,
+    bytes: str | None,
+    latency_ms: float | None,
+    group_sparsity: float | None,
+    kept: list[str] | None,
+) -> dict[str, Any]:
+    """What the command line says of each target, by the library's keywords; ``None`` where it says nothing."""
+    return {
+        "target_macs": _number("--target-macs", macs),
+        "target_params": _number("--target-params", params),
+        "target_bytes": _number("--target-bytes", bytes),
+        "target_latency_ms": latency_ms,
+        "target_group_sparsity": group_sparsity,
+        "target_kept": _shares(kept),
+    }
+
+
+def _target(targets: Mapping[str, Any]) -> dict[str, Any]:
+    """The one target that is given.
+
+    Raises:
+        GivenError: There is none, or there are several.
+    """
     asked = {name: value for name, value in targets.items() if value is not None}
     if len(asked) != 1:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in targets)
@@ -351,14 +401,8 @@ def preview(
 
     oto preview torchvision:resnet50 --input 1x3x224x224 --target-macs 0.5
     """
-    asked = _target(
-        target_macs=_number("--target-macs", target_macs),
-        target_params=_number("--target-params", target_params),
-        target_bytes=_number("--target-bytes", target_bytes),
-        target_latency_ms=target_latency_ms,
-        target_group_sparsity=target_group_sparsity,
-        target_kept=_shares(target_kept),
-    )
+    targets = _targets(target_macs, target_params, target_bytes, target_latency_ms, target_group_sparsity, target_kept)
+    asked = _target(targets)
     analyzed = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, pretrained, min_kept, layout, only)
     asked |= {"scope": scope, "group_divisible": group_divisible, "align": _align(align)}
     found = analyzed.preview(**asked)
@@ -391,11 +435,8 @@ def visualize(
 @command
 def slim(
     model: ModelOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the artifact")],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(help="weights with zeros, or to compress (--one-shot): safetensors, or what torch.save wrote"),
-    ] = None,
+    out: OutFolder,
+    checkpoint: Zeroed = None,
     input: Inputs = None,
     input_fn: InputFn = None,
     key: Key = None,
@@ -405,28 +446,20 @@ def slim(
     allow_graph: AllowGraph = False,
     layout: Layout = None,
     align: Align = None,
-    emitter: Annotated[str, typer.Option(help="auto, config, module, graph or recording")] = "auto",
-    program: Annotated[bool, typer.Option(help="write model.pt2, which loads without the class")] = True,
-    save_full: Annotated[bool, typer.Option("--save-full", help="write the zeroed full weights too")] = False,
-    report: Annotated[bool, typer.Option("--report", help="write report.html into the artifact")] = False,
-    save_pretrained: Annotated[
-        Path | None, typer.Option(help="a new folder that from_pretrained loads; with --layout uniform")
-    ] = None,
-    one_shot: Annotated[
-        bool, typer.Option("--one-shot", help="compress without training first; needs --calibrate and a target")
-    ] = False,
+    emitter: Emitter = "auto",
+    program: Program = True,
+    save_full: SaveFull = False,
+    report: Report = False,
+    save_pretrained: SavePretrained = None,
+    one_shot: OneShotOption = False,
     calibrate: Calibrate = None,
-    loss: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="the loss of a model and a batch of the file")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="samples of a batch")] = 32,
-    context: Annotated[int, typer.Option(min=2, help="tokens of each piece of a text")] = 512,
-    samples: Annotated[int, typer.Option(min=2, help="pieces that are taken of a text")] = 256,
-    holdout: Annotated[float, typer.Option(help="share of the batches that only checks")] = 0.25,
-    compensate: Annotated[str, typer.Option(help="affine, ridge, bias or none")] = "affine",
-    saliency: Annotated[
-        str | None, typer.Option(help="by default gradients; obs, sensitivity, fluctuation, magnitude, ...")
-    ] = None,
+    loss: Loss = None,
+    batch_size: BatchSize = 32,
+    context: Context = 512,
+    samples: Pieces = 256,
+    holdout: Holdout = 0.25,
+    compensate: Compensate = "affine",
+    saliency: SaliencyOption = None,
     target_macs: TargetMacs = None,
     target_params: TargetParams = None,
     target_bytes: TargetBytes = None,
@@ -436,7 +469,7 @@ def slim(
     scope: Scope = "global",
     group_divisible: Divisible = 1,
     min_kept: MinKept = "1",
-    device: Annotated[str, typer.Option(help="where to compress: cpu, cuda, ...")] = "cpu",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Make the slim model of a checkpoint that was trained with oto, prove it equal, and save it.
@@ -447,39 +480,32 @@ def slim(
 
     oto slim --one-shot --model hf:folder --calibrate text.txt --target-macs 0.8 --layout uniform --out slim
     """
-    targets: dict[str, Any] = {
-        "target_macs": _number("--target-macs", target_macs),
-        "target_params": _number("--target-params", target_params),
-        "target_bytes": _number("--target-bytes", target_bytes),
-        "target_latency_ms": target_latency_ms,
-        "target_group_sparsity": target_group_sparsity,
-        "target_kept": _shares(target_kept),
-    }
+    targets = _targets(target_macs, target_params, target_bytes, target_latency_ms, target_group_sparsity, target_kept)
+    multiples, done = _align(align), None
     if one_shot:
-        whole = _model(model, checkpoint, key, pretrained)
-        folder = model.removeprefix("hf:") if model.startswith("hf:") else None
-        given = Samples.read(_calibrating(calibrate), whole, folder, context, samples)
-        example = named_input(input or (), input_fn) if input or input_fn else given.example
-        whole, example, batches = _moved(device, whole, example, given.batches(batch_size))
-        analyzed = _analysis(whole, example, skip, allow_graph, min_kept, layout, only)
-        how: dict[str, Any] = {
-            "scope": scope,
-            "group_divisible": group_divisible,
-            "align": _align(align),
-            "saliency": saliency,
-        }
-        how |= {"holdout": holdout, "compensate": None if compensate == "none" else compensate}
-        done = analyzed.one_shot(batches=batches, loss=given.loss(loss), **_target(**targets), **how)
+        full = _model(model, checkpoint, key, pretrained)
+        drawn = Samples.read(_calibrating(calibrate), full, _folder(model), context, samples)
+        example = named_input(input or (), input_fn) if input or input_fn else drawn.example
+        full, example, batches = _moved(device, full, example, drawn.batches(batch_size))
+        analyzed = _analysis(full, example, skip, allow_graph, min_kept, layout, only)
+        how: dict[str, Any] = {"scope": scope, "group_divisible": group_divisible, "align": multiples}
+        how |= {"saliency": saliency, "compensate": None if compensate == "none" else compensate}
+        done = analyzed.one_shot(batches=batches, loss=drawn.loss(loss), holdout=holdout, **_target(targets), **how)
     else:
         _refuse_without_one_shot(checkpoint, calibrate=calibrate, loss=loss, saliency=saliency, **targets)
-        least = (pretrained, min_kept, layout, only)
-        analyzed, done = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, *least), None
-    options: dict[str, Any] = {"emitter": emitter, "align": 1 if one_shot else _align(align) or 1}
+        least = pretrained, min_kept, layout, only
+        analyzed = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, *least)
+    options: dict[str, Any] = {"emitter": emitter, "align": 1 if one_shot or multiples is None else multiples}
     subnet = analyzed.construct_subnet(out, program=program, save_full=save_full, report=report, **options)
     if save_pretrained is not None:
         subnet.save_pretrained(save_pretrained)
     text, data = (str(subnet), {}) if done is None else (f"{done}\n\n{subnet}", {"one_shot": done.to_dict()})
     _result(text, subnet.to_dict() | data, as_json)
+
+
+def _folder(model: str) -> str | None:
+    """The folder of ``hf:folder``."""
+    return model.removeprefix("hf:") if model.startswith("hf:") else None
 
 
 def _calibrating(file: Path | None) -> Path:

@@ -38,13 +38,21 @@ from oto.optim.options import (
 from oto.optim.wrapped import Params
 from oto.previewing import by_first_names, choice_for
 from oto.report.family import MemberRow, report
-from oto.sandwich import Sandwich, average_gradients_, processes, refuse_sharded, share_from_first_
+from oto.sandwich import Sandwich, average_gradients_, processes, share_from_first_
+from oto.shards import refuse_sharded
 from oto.subnet import Build, Emitter, Subnet
 from oto.training import Training, compare_frozen
 
 Forward = Callable[[nn.Module], Any]
 Loss = Callable[[Any], Tensor]
 Result = TypeVar("Result")
+
+READ_OUT = "a member, whose parameters are read out of the full ones,"
+KEEP_WHOLE = (
+    "train the family with whole parameters in each process: call oto.family(...) on the plain model after"
+    " init_process_group, and let family.step average the gradients"
+)
+"""What needs whole parameters, and what helps (:func:`oto.shards.refuse_sharded`)."""
 
 
 class FamilyTraining:
@@ -178,7 +186,7 @@ class FamilyTraining:
         if levels is None:
             return []
         if self._made_for is None or self._made_for[0] is not levels or self._made_for[1] != device:
-            refuse_sharded(self.model)
+            refuse_sharded(self.model, READ_OUT, KEEP_WHOLE)
             targets = self.targets
             wanted = [
                 (target, self.optimizer.by_group(levels_kept(levels, number)))
@@ -365,7 +373,7 @@ def make_family(analysis: Analysis, params: Params | None, options: Mapping[str,
         TooLateError: Parameters that members lack entries of were frozen since the analysis.
     """
     refuse_unknown(options, names_of(FamilyOptions), "family")
-    refuse_sharded(analysis.model)
+    refuse_sharded(analysis.model, READ_OUT, KEEP_WHOLE)
     options = by_first_names(analysis, options)
     compare_frozen(analysis)
     targets = options.get("targets")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.analysis import Analysis
-from oto.errors import NothingPrunableError, TargetError, first_line, some
+from oto.errors import NothingPrunableError, TargetError, first_line
 from oto.groups.align import ON_CUDA, Align
 from oto.optim import Choice
 from oto.optim.criteria import FROM_MAGNITUDE
@@ -21,7 +21,7 @@ from oto.optim.preview import kept_now
 from oto.optim.target import Target
 from oto.report.preview import Preview
 from oto.report.preview import preview as table_of
-from oto.shards import refuse_sharded, sharded_names
+from oto.shards import refuse_sharded, spread
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.trace.snapshot import preserved
 
@@ -101,10 +101,9 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
             " not measured yet\n  effect  nothing was made\n"
             "  to fix  ask for target_macs, target_params or target_bytes; or compress_mode='prune'"
         )
-    if sharded := sharded_names(analysis.model):
+    if where := spread(analysis.model):
         raise TargetError(
-            f"{some(sharded)} of the {type(analysis.model).__name__} {'is' if len(sharded) == 1 else 'are'} spread over"
-            " processes, so no process can time a forward of it\n"
+            f"{where}, so no process can time a forward of it\n"
             "  effect  nothing was made\n"
             "  to fix  another target: target_macs=, target_params=, target_bytes= or target_group_sparsity="
         )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from oto._torch import tree_map_only
 from oto.distill import divergence, logits_of
@@ -178,19 +178,3 @@ def average_gradients_(parameters: Iterable[Tensor]) -> None:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
             p.grad.div_(processes())
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Refuse parameters that are spread over processes.
-
-    Raises:
-        OptionError: There are some.
-    """
-    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
-    if sharded:
-        raise OptionError(
-            f"{sharded[0]} is spread over processes (fully_shard, tensor parallelism)\n"
-            "  effect  a member's parameters are read out of the full ones, which no process has; nothing was made\n"
-            "  to fix  train the family with whole parameters in each process: call oto.family(...) on the plain model"
-            " after init_process_group, and let family.step average the gradients"
-        )

@@ -147,17 +147,30 @@ def sharded_names(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters(remove_duplicate=False) if is_sharded(p)]
 
 
-def refuse_sharded(model: nn.Module, what: str) -> None:
+def spread(model: nn.Module) -> str:
+    """Which parameters are spread over processes, as the beginning of a message; empty if none is.
+
+    Example:
+        ``"fc1.weight, fc2.weight of the Net are spread over processes"``
+    """
+    names = sharded_names(model)
+    if not names:
+        return ""
+    return f"{some(names)} of the {type(model).__name__} {'is' if len(names) == 1 else 'are'} spread over processes"
+
+
+def refuse_sharded(model: nn.Module, what: str, remedy: str = "do it before the model is sharded") -> None:
     """Refuse something that needs whole weights in one process.
+
+    Args:
+        what: The something, as in "a measurement of what groups cost".
 
     Raises:
         OptionError: Parameters are spread over processes.
     """
-    if names := sharded_names(model):
+    if where := spread(model):
         raise OptionError(
-            f"{some(names)} of the {type(model).__name__} {'is' if len(names) == 1 else 'are'} spread over processes\n"
-            f"  effect  {what} needs whole weights in one process, and nothing was done\n"
-            "  to fix  do it before the model is sharded"
+            f"{where}\n  effect  {what} needs whole weights in one process, and nothing was done\n  to fix  {remedy}"
         )
 
 
@@ -239,19 +252,13 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     reshard(model)
     first = is_first(model)
     made: dict[int, Tensor] = {}
-    tensors = named_tensors(model)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for _, tensor in tensors:
         if id(tensor) not in made:
             entries = gathered_tensor(tensor)
             made[id(tensor)] = entries.to("cpu", copy=True) if first else torch.empty(0)
             del entries
     return {name: made[id(tensor)] for name, tensor in tensors} if first else {}
-
-
-def named_tensors(model: nn.Module, kind: type[Tensor] = Tensor) -> list[tuple[str, Tensor]]:
-    """The parameters and buffers of a model of a class, by all their names."""
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [(name, tensor) for name, tensor in held if isinstance(tensor, kind)]
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:

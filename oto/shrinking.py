@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from oto._torch import data_parallel_around
 from oto.analysis import Analysis, Form, ask_the_class
-from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, some, users_level
+from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, users_level
 from oto.groups import Kept, Partition, pruned_groups
+from oto.groups.cost import Extent
 from oto.groups.layout import equalize_ties
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
-from oto.shards import sharded_names
+from oto.shards import spread
 from oto.slim.config.recipe import Recipe
 from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
 from oto.slim.source import Source
@@ -81,18 +82,17 @@ def shrink(
     for before, now in [(model, slim.model), *slim.averages]:
         become(before, now)
     recipe = Recipe.of(model) if after.form.kind == "config" else None
-    first = analysis.cost() if analysis.first_cost is None else analysis.first_cost
     form = replace(after.form, recipe=recipe)
-    after = replace(after, model=model, form=form, state=ModelState(model), first_cost=first)
+    first = analysis.first or Extent.of(analysis.partition, analysis.groups)
+    after = replace(after, model=model, form=form, state=ModelState(model), first=first)
     return after, replace(training, partition=full)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse parameters that are spread over processes: modules that were sharded cannot be sharded anew."""
-    if sharded := sharded_names(model):
+    if where := spread(model):
         raise ShrinkError(
-            f"{some(sharded)} of the {type(model).__name__} {'is' if len(sharded) == 1 else 'are'} spread over"
-            " processes, and torch cannot take that back to spread what is left\n"
+            f"{where}, and torch cannot take that back to spread what is left\n"
             "  effect  nothing was changed\n"
             "  to fix  construct_subnet(...) on every process, then shard the slim model and train it with an optimizer"
             " of its own (docs/distributed.md)"

@@ -39,9 +39,10 @@ from oto.progress import stage, stages
 from oto.report.card import card
 from oto.report.html import Background, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
-from oto.shards import from_first, gathered, is_first, named_tensors, sharded_names, whole
+from oto.shards import from_first, gathered, is_first, sharded_names, whole
 from oto.slim.config.recipe import Recipe
 from oto.slim.construct import Made, construct, require_values
+from oto.slim.edits import named_tensors
 from oto.slim.latency import rounds
 from oto.slim.proof.compare import Check, require
 from oto.slim.proof.reference import FLOAT64
@@ -278,9 +279,10 @@ def _shared(model: nn.Module, made: Subnet | None, failure: Exception | None) ->
     if failure is not None or made is None:
         sent = from_first(model, sent)
     else:
-        empty = {name: torch.empty_like(p, device="meta") for name, p in named_tensors(made.model, nn.Parameter)}
+        parameters = made.model.named_parameters(remove_duplicate=False)
+        empty = {name: torch.empty_like(p, device="meta") for name, p in parameters}
         try:
-            with whole(made.model, {**dict(named_tensors(made.model)), **empty}):
+            with whole(made.model, named_tensors(made.model) | empty):
                 sent = from_first(model, replace(made, origin=None))
         except (pickle.PicklingError, AttributeError, TypeError) as refused:  # before anything was sent
             note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
@@ -319,8 +321,6 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     zeros = read_zeros(analysis.groups, analysis.model)  # and refuses what is not finite
     zeros = zeros if known is None else dict(known)
     kept, uneven = _even(analysis, zeros, build.align)
-    kept, back = legal(analysis.partition, kept)
-    uneven += [f"{name}, which is zero, was kept: the network would come apart without it" for name in back]
     recipe = _recipe(analysis, build.emitter)
     source = Source(
         analysis.model,
@@ -335,7 +335,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
         analysis.groups,
     )
     gone = within(analysis.names, unreached(source.model, source.partition)) if analysis.drop_unreached else ()
-    before = analysis.cost() if analysis.first_cost is None else analysis.first_cost
+    before = analysis.cost() if analysis.first is None else analysis.first.cost
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
     built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
     with built, undone(later), preserved(analysis.model):
@@ -374,13 +374,24 @@ def _recipe(analysis: Analysis, emitter: str) -> Recipe | None:
 
 
 def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str]]:
-    """The kept atoms after equalizing ties and rounding to multiples, and notes on the zero atoms that this keeps."""
+    """The kept atoms after equalizing ties and rounding to multiples, and notes on the zero atoms that this keeps, or
+    that the network would come apart without."""
     groups, asking = analysis.groups, "the layout"
     if align != 1:
         by = multiples(groups, align, analysis.costs.weights)
         groups = tuple(replace(group, divisor=own) for group, own in zip(groups, by, strict=True))
         asking = f"the layout and align={align!r}" if analysis.form.kind == "config" else f"align={align!r}"
-    return equalize_ties(groups, zeros, asking)
+    kept, uneven = equalize_ties(groups, zeros, asking)
+    kept, back = legal(analysis.partition, kept)
+    if not (gone := analysis.partition.erased(kept)):
+        return kept, uneven
+    # what lies in them is not computed, so nothing is to be as wide as it is; those that go together stay together
+    segments = {s.name: kept[s.name] for s in analysis.partition.segments if s.name in kept}
+    parameters = {name for segment in gone for leaf in segment.leaves for name in leaf.names}
+    idle = {g.name for g in groups if not g.segment and {piece.parameter for piece in g.slices} <= parameters}
+    kept, uneven = equalize_ties(groups, {**zeros, **segments}, asking, idle)
+    uneven += [f"{name}, which is zero, was kept: the network would come apart without it" for name in back]
+    return kept, uneven
 
 
 def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) -> list[Check]:
@@ -399,11 +410,11 @@ def _origin(analysis: Analysis, optimizer: SparseOptimizer | None) -> Background
     """What a report says about a model and its training."""
     name = type(analysis.model).__name__
     if optimizer is None:
-        return Background(name, analysis.partition, analysis.groups)
+        return Background(name, analysis.partition, analysis.groups, first=analysis.first)
     history, schedule = tuple(optimizer.history), optimizer.schedule  # training may go on
     periods = [schedule.bounds(period) for period in range(schedule.periods)]
     target = str(optimizer.choice.target)
-    return Background(name, analysis.partition, analysis.groups, target, history, periods)
+    return Background(name, analysis.partition, analysis.groups, target, history, periods, analysis.first)
 
 
 def _files_in(folder: Path | None) -> set[str]:

@@ -82,13 +82,15 @@ OPTIM = {
     "setup": {"choice", "options", "schedule", "target"},  # and read in one place
     "wrapper": {"refusals", "wrapped"},
     "checkpointed": {"choice", "plan", "schedule", "state", "wrapped", "wrapper"},
-    "base": {
-        "checkpointed", "choice", "entries", "fold", "followed", "options", "plan", "refusals", "saliency", "schedule",
-        "shrink", "state", "sums", "wrapped",
-    },
-    "budget": {"choice", "entries", "target"},
     "compensate": set(),
     "fold": {"compensate"},
+    "compensating": {"checkpointed", "fold", "plan"},
+    "choosing": {"compensating", "plan", "refusals", "saliency", "sums"},
+    "base": {
+        "choice", "choosing", "entries", "followed", "options", "plan", "refusals", "schedule", "shrink", "state",
+        "wrapped",
+    },
+    "budget": {"choice", "entries", "target"},
     "nested": {"choice", "target"},
     "family": {"base", "nested", "options", "schedule", "wrapped"},
     "hesso": {"base", "options", "setup", "target", "wrapped"},

@@ -15,6 +15,8 @@ import oto.oneshot
 from oto import OTO
 from oto.errors import OptionError, TargetError
 from oto.groups import cost
+from oto.shards import gathered_tensor
+from tests.optim.test_distributed import GLOO, begin
 
 
 class Cnn(nn.Module):
@@ -323,10 +325,25 @@ def test_what_lies_on_several_ranks_is_refused(monkeypatch):
             of.one_shot(**asked)
         with pytest.raises(OptionError, match="compensate='affine' runs in one process"):
             of.hesso(lr=0.1, target_macs=0.5, total_steps=10, compensate="affine", batches=[example])
-    model.stem.weight.full_tensor = lambda: None  # as a DTensor has it
-    with pytest.raises(OptionError, match=r"stem\.weight is sharded"):
-        of.one_shot(**asked)
     assert same(state(model), before)
+
+
+@GLOO
+def test_sharded_parameters_are_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    begin(0, str(tmp_path), ranks=1)
+    try:
+        model, example, batches, loss = made("cnn")
+        of = OTO(model, example)
+        fully_shard(model.stem, mesh=init_device_mesh("cpu", (1,)))
+        before = {name: gathered_tensor(p).clone() for name, p in model.named_parameters()}
+        with pytest.raises(OptionError, match=r"^one_shot runs in one process.*stem\.bias of the Cnn are spread"):
+            of.one_shot(target_macs=0.7, batches=batches, loss=loss)
+        assert all(torch.equal(gathered_tensor(p), before[name]) for name, p in model.named_parameters())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_each_portion_is_shown_while_it_runs(caplog):

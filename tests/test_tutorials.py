@@ -18,6 +18,7 @@ from PIL import Image
 
 from oto import load_subnet
 from oto.io.artifact import reading
+from tests.processes import processes, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "tutorials"
@@ -47,24 +48,8 @@ class Printed:
         return self.names[: self.names.index("params")]
 
 
-def run(script: str, out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> str:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, *launcher, str(TUTORIALS / script), "--smoke", f"--out={out}", *flags],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=1800,
-        cwd=out.parent,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def run(script: str, out: Path, *flags: str, ranks: int = 0) -> str:
+    return run_script(TUTORIALS / script, "--smoke", f"--out={out}", *flags, cwd=out.parent, ranks=ranks)
 
 
 def needs_minilm() -> None:
@@ -179,8 +164,16 @@ def test_08_ddp(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     if not torch.distributed.is_available():
         pytest.skip("torch has no distributed")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
-    text = run("08_ddp.py", tmp_path / "slim", launcher=launcher)
+    launched = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(TUTORIALS / "08_ddp.py"))
+    done = subprocess.run(
+        [sys.executable, *launched, "--smoke", f"--out={tmp_path / 'slim'}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = done.stdout
     printed = checked(text, tmp_path / "slim", 0.4)
     assert printed("slim", "accuracy") > 80
     digests = re.search(r"2 processes, the same groups at zero: (\w+), (\w+)$", text, re.MULTILINE)
@@ -188,21 +181,15 @@ def test_08_ddp(tmp_path: Path) -> None:
 
 
 def test_08_says_how_to_start_it(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(TUTORIALS / "08_ddp.py")],
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k != "RANK"} | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 1 and done.stderr == "start it with: torchrun --nproc-per-node 2 tutorials/08_ddp.py\n"
+    (done,) = processes(TUTORIALS / "08_ddp.py", cwd=tmp_path)
+    assert done.code == 1 and done.err == "start it with: torchrun --nproc-per-node 2 tutorials/08_ddp.py\n"
 
 
 def test_13_fsdp2(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch was built without gloo")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
-    text = run("13_fsdp2.py", tmp_path / "slim", launcher=launcher)
+    text = run("13_fsdp2.py", tmp_path / "slim", ranks=2)
     checked(text, tmp_path / "slim", 0.6, unit="params", rounding={"next letter": 1.0})
     assert "2 processes go on with the slim model" in text
 

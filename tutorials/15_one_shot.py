@@ -35,10 +35,10 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def compressed(model: nn.Module, batches: list[Any], target: float, **how: Any) -> tuple[float, OTO]:
+def compressed(model: nn.Module, batches: list[Any], args: Any, **how: Any) -> tuple[float, OTO]:
     """What is lost on the held-out batches by one way to compress a copy of a model."""
     oto = OTO(copy.deepcopy(model), batches[0][0][:1])
-    done = oto.one_shot(target_macs=target, batches=batches, loss=loss, portions=6, **how)
+    done = oto.one_shot(target_macs=args.target_macs, batches=batches, loss=loss, portions=args.portions, **how)
     said = ", ".join(f"{name}={value!r}" for name, value in how.items()) or "as it comes"
     assert done.loss is not None  # a quarter of the batches is held out
     print(f"{said}: held-out loss {done.loss[0]:.3f} before, {done.loss[1]:.3f} after")
@@ -75,16 +75,17 @@ def main() -> None:
     flags.add_argument("--batch-size", type=int, default=32)
     flags.add_argument("--lr", type=float, default=0.01)
     flags.add_argument("--target-macs", type=float, default=0.7, help="share of the multiply-adds that is left")
-    args = start(flags, {"images": 128, "recover": 128, "test_images": 200, "batch_size": 32})
+    flags.add_argument("--portions", type=int, default=6, help="in how many it goes, each chosen anew")
+    args = start(flags, {"images": 128, "recover": 128, "test_images": 200, "batch_size": 32, "portions": 2})
     x, y, test_x, test_y = lesson_1.load(args.images + args.recover, args.test_images)
     here = [t[: args.images].to(args.device) for t in (x, y)]
     batches = list(zip(*(t.split(args.batch_size) for t in here), strict=True))
     full = lesson_1.pretrained(args.model).to(args.device).eval()
 
     # Zeroing alone; then with the fold; then ways to choose. None takes a step of training.
-    compressed(full, batches, args.target_macs, saliency="magnitude", compensate=None, norms=False)
-    compressed(full, batches, args.target_macs, saliency="magnitude")
-    ways = [compressed(full, batches, args.target_macs, **how) for how in ({}, {"saliency": "sensitivity"})]
+    compressed(full, batches, args, saliency="magnitude", compensate=None, norms=False)
+    compressed(full, batches, args, saliency="magnitude")
+    ways = [compressed(full, batches, args, **how) for how in ({}, {"saliency": "sensitivity"})]
     _, oto = min(ways, key=lambda way: way[0])  # by the held-out batches, not by the test images
 
     # From here on it is as after any training: zeros are taken out, and what is left is proved equal.

@@ -102,6 +102,35 @@ def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) ->
     return macs
 
 
+def macs_by_module(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The same by the name of the module that makes the calls, ``""`` for the model itself."""
+    nodes = partition.found.graph.nodes
+    macs: dict[str, int] = {}
+    for index, own in macs_by_node(partition, kept).items():
+        macs[nodes[index].module] = macs.get(nodes[index].module, 0) + own
+    return macs
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a network is, in plain numbers that outlive it.
+
+    Attributes:
+        cost: In all.
+        macs: Multiply–adds by module.
+        sizes: Atoms of each node group, by its name.
+    """
+
+    cost: Cost
+    macs: Mapping[str, int]
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, partition: Partition, groups: Iterable[NodeGroup]) -> Extent:
+        """That of an analyzed network."""
+        return cls(cost(partition), macs_by_module(partition), {group.name: group.size for group in groups})
+
+
 def weights(partition: Partition, of: str = "") -> frozenset[str]:
     """The parameters of two and more dimensions that a product (linear, convolution, matmul) multiplies with.
 

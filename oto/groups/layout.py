@@ -186,7 +186,7 @@ def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
 
 
 def equalize_ties(
-    groups: Sequence[NodeGroup], kept: Kept, by: str = "the layout"
+    groups: Sequence[NodeGroup], kept: Kept, by: str = "the layout", idle: Collection[str] = ()
 ) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     """Keep as many atoms in every group of a tie as the largest one keeps, in multiples of the divisor.
 
@@ -194,6 +194,7 @@ def equalize_ties(
 
     Args:
         by: What requires it, for the sentences.
+        idle: Groups that lie in what is not computed: whatever atoms they keep, they keep as many as the others.
 
     Returns:
         The atoms that are kept, and a sentence on each tie that was uneven.
@@ -204,13 +205,19 @@ def equalize_ties(
     for group, per in zip(prunable, steps, strict=True):
         n = min(-(-len(kept[group.name]) // group.divisor) * group.divisor, group.size)
         key = group.tie or group.name
-        most[key] = max(most.get(key, 0), -(-n // per))
+        if group.name not in idle:
+            most[key] = max(most.get(key, 0), -(-n // per))
     shared = {group.tie for group, per in zip(prunable, steps, strict=True) if per > 1}
     result, uneven = dict(kept), dict[str, int]()
     for group, per in zip(prunable, steps, strict=True):
-        own = kept[group.name]
-        missing = most[group.tie or group.name] * per - len(own)
-        if missing:
+        own, key = kept[group.name], group.tie or group.name
+        if key not in most:  # none of them is computed
+            continue
+        missing = most[key] * per - len(own)
+        if group.name in idle:
+            rest = np.setdiff1d(np.arange(group.size), own)
+            result[group.name] = np.sort(np.concatenate([own, rest])[: most[key] * per])
+        elif missing:
             zero = np.setdiff1d(np.arange(group.size), own)
             result[group.name] = np.sort(np.concatenate([own, zero[:missing]]))
             uneven[group.tie or group.name] = uneven.get(group.tie or group.name, 0) + missing
@@ -222,7 +229,8 @@ def equalize_ties(
 
 
 def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, list[int]]:
-    """A random choice of ``share`` of all atoms of the prunable groups, within the limits of each group.
+    """A random choice of ``share`` of all atoms of the prunable groups, within the limits of each group, and of sets of
+    segments of which some stay.
 
     Raises:
         TargetError: ``share`` would leave a group with fewer atoms than its minimum.
@@ -250,8 +258,14 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
             f"  to fix  ask for a share in [0, {room / total:.4f}]"
         )
     chosen: dict[str, list[int]] = {}
+    spare = Counter[str]()
+    for group in prunable:
+        for name, number in group.among:
+            spare[name] += 1 if name in spare else 1 - number
     for tie, begin in (steps[i] for i in generator.permutation(len(steps))):
-        if costs[tie] <= wanted:
+        sets = Counter(name for group, _ in members[tie] for name, _ in group.among)
+        if costs[tie] <= wanted and all(spare[name] >= n for name, n in sets.items()):
+            spare.subtract(sets)
             wanted -= costs[tie]
             for group, per in members[tie]:
                 chosen.setdefault(group.name, []).extend(order[group.name][begin * per :][: by[tie] * per].tolist())

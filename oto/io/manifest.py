@@ -334,6 +334,9 @@ def _inner_path(where: str, value: Any) -> None:
 _WINDOW = _list(_tuple(_SIZE, _SIZE, _COUNT, _SIZE), 3)
 
 
+_PLAIN = _either("a plain value", {bool: _flag, int: _number(), float: _number(), str: _text, NoneType: _any})
+
+
 def _gives(where: str, value: Any) -> None:
     """What a call gives: a tensor that it is given, zeros, a plain value, or some of these."""
     kind = next((name for name in _GIVES if isinstance(value, dict) and name in value), "value")
@@ -344,9 +347,7 @@ _GIVES: dict[str, Check] = {
     "given": _entries({"given": _name}, {"copy": _flag}),
     "zeros": _entries({"zeros": _name}, {"last": _COUNT, "channels": _COUNT, "window": _WINDOW}),
     "items": _entries({"items": _list(_gives, 64)}, {"list": _flag}),
-    "value": _entries(
-        {"value": _either("a plain value", {bool: _flag, int: _number(), float: _number(), str: _text, NoneType: _any})}
-    ),
+    "value": _entries({"value": _PLAIN}),
 }
 
 _KEY = _list(_either("a name or a place", {str: _name, int: _COUNT}), 16)
@@ -359,10 +360,11 @@ _EDITS = _entries(
         "swaps": _table(_swap),
         "stated": _table(_list(_tuple(_KEY, _number()))),
         "told": _table(_table(_table(_list(_HOW)), key=_text)),
-        "config": _table(_number()),
+        "config": _table(_either("a number or a list", {int: _number(), float: _number(), list: _list(_PLAIN, 4096)})),
         "dropped": _table(_one_of("none", "identity"), key=_inner_path),
         "untrained": _text,
         "erased": _table(_entries({"takes": _list(_name, 256), "gives": _gives}), key=_inner_path),
+        "layers": _table(_ATOMS, key=_inner_path),
     },
 )
 _COST = _entries(dict.fromkeys(("params", "macs", "bytes"), _integer(0, 2**63)), closed=False)

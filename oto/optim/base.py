@@ -1,9 +1,11 @@
-"""What every sparse optimizer shares: choosing, and writing zeros.
+"""What every sparse optimizer shares: how a step goes, and writing zeros.
 
 A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, which always makes the update
 (:mod:`oto.optim.wrapper`). What must survive a checkpoint lies in its first parameter group
 (:mod:`oto.optim.checkpointed`). All else is derived from it, and rebuilt when it or the storage of a parameter changes,
-so no parameter is held outside of ``param_groups``. Parameters are found by ``param_names`` and position.
+so no parameter is held outside of ``param_groups``. Parameters are found by ``param_names`` and position. Which
+atoms go is chosen in :mod:`oto.optim.choosing`, and what remains may take over what they carried
+(:mod:`oto.optim.compensating`).
 
 Writing zeros is the only cost of a step after pruning. It is one pass over the pruned entries, no matter what the
 wrapped optimizer does. Where node groups are proven *quiet*, even that can rest (see :meth:`zero_pruned_`).
@@ -11,7 +13,7 @@ wrapped optimizer does. Where node groups are proven *quiet*, even that can rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack, final
 
@@ -21,35 +23,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto._torch import holder
-from oto.errors import (
-    OptionError,
-    ShrinkError,
-    UnknownParameterError,
-    some,
-)
+from oto.errors import ShrinkError, UnknownParameterError, some
 from oto.groups.node_group import NodeGroup
-from oto.optim.checkpointed import Checkpointed
 from oto.optim.choice import Choice
+from oto.optim.choosing import Choosing
 from oto.optim.entries import Rows, place_of, zero_
-from oto.optim.fold import Fold
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.options import BaseOptions
-from oto.optim.plan import FREE, PRUNED, REDUNDANT, Plan, rows_of
-from oto.optim.refusals import (
-    any_entry_of,
-    refuse_sparse_gradients,
-    require_finite,
-    require_gradients,
-    require_parameters,
-    tell_of_no_gradient,
-)
-from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
+from oto.optim.plan import PRUNED, REDUNDANT, Plan, rows_of
+from oto.optim.refusals import require_parameters
 from oto.optim.schedule import Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
 from oto.optim.state import left_like
-from oto.optim.sums import Sums
 from oto.optim.wrapped import Params, inside, keeps_own_state
-from oto.shards import address, any_sharded
+from oto.shards import address
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
@@ -59,7 +46,7 @@ DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 long for an exact zero, which would make the loops of Adam and AdamW half as slow again."""
 
 
-class SparseOptimizer(Checkpointed):
+class SparseOptimizer(Choosing):
     """A torch optimizer that wraps another one and acts on node groups.
 
     Subclasses define :meth:`sparse_step`. What goes is decided by ``choice``, when by ``schedule``.
@@ -92,9 +79,6 @@ class SparseOptimizer(Checkpointed):
     _planned: tuple[Tensor, list[int], Plan] | None = None
     _loud = False
     _followed: Followed | None = None
-    _fold: Fold | None = None
-    compensate: str | None = None
-    fold_at_choice = True  # or later, where a paper lets groups shrink in its own way first
 
     def __init__(self, params: Params, choice: Choice, schedule: Schedule, **options: Unpack[BaseOptions]) -> None:
         super().__init__(params, choice, schedule, options)
@@ -128,8 +112,7 @@ class SparseOptimizer(Checkpointed):
         if t == 0 and self.choice.target.wants_less:
             self.refuse_sparse_gradients()  # rather than when the first period begins
         self.look_at_model(t)
-        if (fold := self.fold()) is not None:
-            fold.go_on(self.param_groups[0])
+        self.go_on_folding()
         self.sparse_step(t)
         self.clock = t + 1
         return loss
@@ -173,12 +156,7 @@ class SparseOptimizer(Checkpointed):
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
         """
         self._share_base()
-        if self.compensate is not None:
-            raise ShrinkError(
-                f"compensate={self.compensate!r} knows what reads the groups of the full model, not of a smaller one\n"
-                "  effect  nothing was changed\n"
-                "  to fix  shrink by construct_subnet at the end; or train without compensate="
-            )
+        self.refuse_shrinking()
         if keeps_own_state(self.base) or inside(self.base):
             raise ShrinkError(
                 f"{type(self.base).__name__} keeps parameters and state of its own, beside param_groups and state\n"
@@ -202,124 +180,7 @@ class SparseOptimizer(Checkpointed):
         first["oto_sums"] = first["oto_sums"][:, left]
         self.atoms = self.atoms[left]
 
-    # Choosing --------------------------------------------------------------------------------------------------------
-
-    def observe(self, ahead: int | None) -> None:
-        """Add the gradients of this step to the averages, if a choice is near enough.
-
-        Args:
-            ahead: Number of steps to the next choice; ``None`` if there is none.
-        """
-        averaged = self.choice.averaged
-        if ahead is None or ahead >= self.choice.average_steps or not averaged or not self.choice.target.wants_less:
-            return
-        first = self.param_groups[0]
-        entries = self.entries()
-        first["oto_sums"] = first["oto_sums"] + torch.stack(
-            [raw_scores(entries, criterion, self.atoms.device) for criterion in averaged]
-        )
-        first["oto_seen"] += 1
-
-    def scores(self) -> Tensor:
-        """Importance of every atom now, shape ``(N,)``.
-
-        Raises:
-            NonFiniteParameterError: A parameter or gradient holds NaN or infinity.
-            NoGradientError: The criterion needs gradients, and there are none.
-        """
-        first, averaged, alive = self.param_groups[0], self.choice.averaged, self.atoms != PRUNED
-        entries = self.entries()
-        if seen := first["oto_seen"]:
-            averages = {c: sums / seen for c, sums in zip(averaged, first["oto_sums"], strict=True)}
-        else:
-            averages = {c: raw_scores(entries, c, alive.device) for c in averaged}
-        scores = self.choice.scores(entries, alive, averages)
-        self.check_scores(entries, averages, scores)
-        return scores
-
-    def choose_redundant(self, share: float) -> None:
-        """Mark the atoms that are to be at zero when ``share`` of the way to the target is done."""
-        if not self.choice.target.wants_less:
-            return
-        self._record_cost()
-        self.mark_redundant(self.choice.select(self.scores(), self.atoms != PRUNED, share), final=share >= 1)
-
-    def mark_redundant(self, chosen: Tensor, final: bool = True) -> None:
-        """These atoms are to be at zero, bool, shape ``(N,)``; all others that are left are free.
-
-        Args:
-            final: Nothing is chosen after them.
-        """
-        alive = self.atoms != PRUNED
-        self.atoms = torch.where(alive, torch.where(chosen.to(alive.device), REDUNDANT, FREE), PRUNED).to(torch.uint8)
-        self._forget_averages()
-        if self.fold_at_choice:
-            self.begin_fold()
-        if final:
-            self.choice.warn_of_miss(self.atoms == FREE)
-            self.choice.warn_of_collapse(self.atoms == FREE)
-
-    # What stays takes over -------------------------------------------------------------------------------------------
-
-    def take_over(self, fold: Fold) -> None:
-        """Let what stays take over what goes, from the next choice on."""
-        self._fold, self.compensate = fold, fold.kind
-        self._fill_state()
-
-    def begin_fold(self) -> None:
-        """What stays begins to take over what shrinks from now on to the end of the period."""
-        period, fold = self.schedule.period(self.clock), self.fold()
-        if fold is None or period is None:
-            return
-        pairs = list(zip(self.node_groups, self._codes(), strict=True))
-        before = {group.name: (own != PRUNED).numpy() for group, own in pairs}
-        after = {group.name: (own == FREE).numpy() for group, own in pairs}
-        steps = self.schedule.bounds(period)[1] - self.clock
-        fold.begin(self.param_groups[0], self.node_groups, before, after, steps)
-
-    def fold(self) -> Fold | None:
-        """How what stays takes over, if it does.
-
-        Raises:
-            OptionError: It does, and this is a copy, which does not know the model.
-        """
-        if self._fold is None and self.compensate is not None:
-            raise OptionError(
-                f"compensate={self.compensate!r} needs the model, and a copy of an optimizer does not know it\n"
-                "  effect  no step was taken\n"
-                "  to fix  make a new one with the same options (oto.hesso(...)), and load the state_dict() into it"
-            )
-        return self._fold
-
-    def plan(self) -> str:
-        """What happens at which step, what the learning rate should do, and what takes over; print it."""
-        return super().plan() if self._fold is None else f"{super().plan()}\n{self._fold}"
-
-    def describe_setup(self) -> dict[str, Any]:
-        """As above, with what takes over."""
-        return super().describe_setup() | ({} if self.compensate is None else {"compensate": self.compensate})
-
-    # What is looked at, and refused ----------------------------------------------------------------------------------
-
-    def entries(self) -> list[Entries]:
-        """The ``zeros`` slices of every node group, with the direction of steepest ascent of the objective."""
-        self.refuse_sparse_gradients()
-        parameters, maximized = self.parameters(), self.maximized()
-        if any_sharded(parameters.values()):
-            return self.sums(parameters, maximized).entries()
-        return [self.entries_of(group, parameters, maximized) for group in self.node_groups]
-
-    def maximized(self) -> set[str]:
-        """Parameters whose gradient is that of something to be made large."""
-        return {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
-
-    def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
-        """What criteria see where parameters are spread over processes."""
-        return Sums.of(self.node_groups, parameters, maximized=maximized, device=self.atoms.device)
-
-    def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
-        """Those of one node group; where a paper sees other numbers than the parameters, these."""
-        return Entries.of(group, parameters, maximized)
+    # A model that is replaced ----------------------------------------------------------------------------------------
 
     def follow(self, model: nn.Module) -> None:
         """Compare the parameters of a model, which is not kept alive, with those that are trained, from now on."""
@@ -336,22 +197,6 @@ class SparseOptimizer(Checkpointed):
             needed = {piece.parameter for group in self.node_groups for piece in group.zeros}
             pruning = self.choice.target.wants_less and n < self.schedule.end
             self._followed, self._unseen = self._followed.look(self.parameters(), needed, pruning), False
-
-    def refuse_sparse_gradients(self) -> None:
-        """Raise if a parameter of a node group has a sparse gradient."""
-        refuse_sparse_gradients(self.node_groups, self.parameters())
-
-    def check_scores(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor], scores: Tensor) -> None:
-        """Raise if nothing can be chosen by these: one is no number, or there are no gradients. Synchronizes."""
-        require_finite(scores, self.node_groups, entries, self.clock)
-        remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
-        if any_entry_of(
-            p.grad for p in self.parameters().values()
-        ):  # what comes after the groups has one, and gives none on
-            remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
-        require_gradients(self.node_groups, entries, self.choice.costing(self.atoms != PRUNED), averages, remedy)
-        if not averages and not any_gradient(entries):
-            tell_of_no_gradient(remedy)
 
     # Writing ---------------------------------------------------------------------------------------------------------
 

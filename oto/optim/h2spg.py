@@ -59,7 +59,8 @@ class H2SPG(DHSPG):
         params: As in :class:`HESSO`, and so are all options that are not named here. ``saliency="dhspg"`` scores as
             published.
         node_groups: Node groups of the model, of an ``OTO(..., compress_mode="erase")`` or ``"both"``.
-        target_segments: How many segments go, as published, in place of the other targets; of ``"erase"``.
+        target_segments: How many segments go, as published, in place of the other targets; of ``"erase"``. Those that
+            a layout lets go together, such as those of a layer, count as one.
         lmbda, lmbda_amplify, hat_lmbda_coeff, epsilon, partition_step, half_space_step, warm_up_steps: As in
             :class:`DHSPG`.
         average_steps: Over how many steps until the search scores are averaged; by default all of them.
@@ -97,10 +98,12 @@ class H2SPG(DHSPG):
             self._require_possible(number)
 
     def _require_possible(self, number: int) -> None:
-        most = int(self.search(torch.zeros(self.num_atoms)).sum())
+        gone = self.search(torch.zeros(self.num_atoms)).tolist()
+        own = [_unit(group) for group in self.node_groups]
+        most = len({unit for unit, away in zip(own, gone, strict=True) if away})
         if most < number:
             raise TargetError(
-                f"target_segments is {number}, and without more than {most} of {self.num_atoms} segments the network"
+                f"target_segments is {number}, and without more than {most} of {len(set(own))} segments the network"
                 f" would come apart, or a run be shorter than min_depth\n  effect  nothing was made\n"
                 f"  to fix  at most target_segments={most}, or a smaller min_depth"
             )
@@ -119,15 +122,19 @@ class H2SPG(DHSPG):
         Args:
             scores: Importance of every segment, shape ``(N,)``; the lowest are the most redundant.
         """
-        removed: dict[str, int] = {}
-        for i in scores.cpu().argsort(stable=True).tolist():
+        units: dict[str, list[int]] = {}
+        for i, group in enumerate(self.node_groups):
+            units.setdefault(_unit(group), []).append(i)
+        score = torch.stack([scores.cpu()[own].mean() for own in units.values()])
+        together = list(units.values())
+        removed: list[list[int]] = []
+        for i in score.argsort(stable=True).tolist():
             if len(removed) == self.target_segments:
                 break
-            name = self.node_groups[i].name
-            if self.is_valid_without([*removed, name]):
-                removed[name] = i
+            if self.is_valid_without([self.node_groups[j].name for own in (*removed, together[i]) for j in own]):
+                removed.append(together[i])
         chosen = torch.zeros(self.num_atoms, dtype=torch.bool)
-        chosen[list(removed.values())] = True
+        chosen[[i for own in removed for i in own]] = True
         return chosen
 
     def is_valid_without(self, names: Collection[str]) -> bool:
@@ -140,6 +147,11 @@ class H2SPG(DHSPG):
     def describe_setup(self) -> dict[str, object]:
         """As in :class:`DHSPG`, with the number of segments."""
         return super().describe_setup() | {"target_segments": self.target_segments}
+
+
+def _unit(group: NodeGroup) -> str:
+    """What a segment goes together with: its tie, or it goes alone."""
+    return group.tie or group.name
 
 
 def _share(node_groups: Sequence[NodeGroup], number: int) -> float:
@@ -156,9 +168,10 @@ def _share(node_groups: Sequence[NodeGroup], number: int) -> float:
             "  effect  nothing was made\n"
             "  to fix  OTO(model, dummy_input, compress_mode='erase'), or a target such as target_macs=0.5"
         )
-    if type(number) is not int or not 0 <= number < len(groups):
+    units = len(set(map(_unit, groups)))
+    if type(number) is not int or not 0 <= number < units:
         raise TargetError(
-            f"target_segments is {number!r}; it is how many of the {len(groups)} segments go, and one stays\n"
-            f"  to fix  a whole number from 0 to {len(groups) - 1}"
+            f"target_segments is {number!r}; it is how many of the {units} segments go, and one stays\n"
+            f"  to fix  a whole number from 0 to {units - 1}"
         )
-    return (number + 0.5) / len(groups) if number else 0.0
+    return (number + 0.5) / units if number else 0.0

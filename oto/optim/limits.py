@@ -83,11 +83,23 @@ def staying_of(groups: Sequence[NodeGroup], scores: NDArray[np.float64], left: N
         for name, number in group.among:
             sets.setdefault(name, []).append(i)
             numbers[name] = number
+    beside = _beside(groups)
+    worth = [sum(scores[first[j]] for j in beside[i]) if group.among else 0.0 for i, group in enumerate(groups)]
     staying = np.zeros(len(groups), dtype=np.int64)
     for name, members in sets.items():
         there = [i for i in members if left[first[i]]]
-        staying[sorted(there, key=lambda i: (-scores[first[i]], i))[: numbers[name]]] = 1
+        for i in sorted(there, key=lambda i: (-worth[i], i))[: numbers[name]]:
+            staying[beside[i]] = 1
     return staying
+
+
+def _beside(groups: Sequence[NodeGroup]) -> list[list[int]]:
+    """For each node group the segments that go together with it, itself among them."""
+    ties: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        if group.segment and group.tie is not None:
+            ties.setdefault(group.tie, []).append(i)
+    return [ties.get(group.tie or "", [i]) if group.segment else [i] for i, group in enumerate(groups)]
 
 
 def least_staying(groups: Sequence[NodeGroup], least: Counts, measure: Callable[[Counts], float]) -> Counts:
@@ -110,11 +122,11 @@ def least_staying(groups: Sequence[NodeGroup], least: Counts, measure: Callable[
             apart.add(name)
     if not taken:
         return least
-    first = np.cumsum([0, *(group.size for group in groups)])
+    first, together = np.cumsum([0, *(group.size for group in groups)]), _beside(groups)
     cheap = np.zeros(first[-1])
     for i in taken:
         beside = least.copy()
-        beside[i] = 1
+        beside[together[i]] = 1
         cheap[first[i]] = -measure(beside)
     alone = [replace(g, among=tuple((name, n) for name, n in g.among if name in apart)) for g in groups]
     staying: Counts = np.maximum(least, staying_of(alone, cheap, np.ones(len(cheap), dtype=bool)))

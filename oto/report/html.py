@@ -16,7 +16,7 @@ import torch
 from oto.atomic import whole_file
 from oto.errors import MissingExtraError
 from oto.groups import NodeGroup, Partition
-from oto.groups.cost import macs_by_node
+from oto.groups.cost import Extent, macs_by_module
 from oto.report import charts
 from oto.report.draw import metric, to_dot
 from oto.report.table import OF_THE_CLASS, Described, cost_rows
@@ -34,9 +34,10 @@ class Background:
     Attributes:
         name: The class of the full model.
         target: What was asked for, if an optimizer was made.
-        partition, groups: The analysis of the full model.
+        partition, groups: The analysis of the model that was made slim.
         history: What the optimizer recorded in training: mappings with a ``step``, oldest first.
         periods: First step of each pruning period, and first step after it.
+        first: How large it was before it was made smaller while it trained; ``None`` if it was not.
     """
 
     name: str
@@ -45,6 +46,12 @@ class Background:
     target: str | None = None
     history: Sequence[Any] = ()
     periods: Sequence[tuple[int, int]] = ()
+    first: Extent | None = None
+
+    @property
+    def full(self) -> Extent:
+        """How large the full model was."""
+        return Extent.of(self.partition, self.groups) if self.first is None else self.first
 
 
 def report(
@@ -78,7 +85,9 @@ def report(
             f"a report needs {failure.name}, which is not installed\n  to fix  pip install 'oto[report]'"
         ) from failure
     drawing, no_drawing = _drawing(origin)
-    widths = [(g.name, g.size, len(subnet.kept[g.name])) for g in origin.groups if g.name in subnet.kept]
+    full = origin.full
+    sizes = {group.name: group.size for group in origin.groups} | dict(full.sizes)
+    widths = [(g.name, sizes[g.name], len(subnet.kept[g.name])) for g in origin.groups if g.name in subnet.kept]
     name = title or origin.name
     facts: dict[str, Any] = {
         "title": name,
@@ -167,14 +176,13 @@ def _panels(widths: Sequence[tuple[str, int, int]]) -> list[dict[str, str]]:
 
 def _macs(origin: Background, subnet: Described) -> dict[str, str]:
     """MACs by module, with repeated blocks in one row, the largest first."""
-    nodes = origin.partition.found.graph.nodes
     kept = {name: len(atoms) for name, atoms in subnet.kept.items()}
-    full, slim = macs_by_node(origin.partition), macs_by_node(origin.partition, kept)
+    full, slim = origin.full.macs, macs_by_module(origin.partition, kept)
     places: dict[str, list[int]] = {}
-    for index, macs in full.items():
-        entry = places.setdefault(pattern(nodes[index].module) or "the model itself", [0, 0])
-        entry[0] += macs
-        entry[1] += slim[index]
+    for name in full:
+        entry = places.setdefault(pattern(name) or "the model itself", [0, 0])
+        entry[0] += full[name]
+        entry[1] += slim.get(name, 0)
     order = sorted(places.items(), key=lambda item: -item[1][0])
     shown = [(name, macs[0], macs[1]) for name, macs in order[:MOST]]
     if rest := order[MOST:]:

@@ -37,6 +37,8 @@ class Edits:
         dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
         untrained: Why train mode is refused; empty if it is not.
         erased: For each path of a module that is not run any more, the arguments of :class:`oto.nn.ErasedForward`.
+        layers: If the class is made anew with fewer layers, for the path of each list of layers those that are left.
+            Tensors keep the names that they have in the full model.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -47,11 +49,25 @@ class Edits:
     dropped: dict[str, str] = field(default_factory=dict)
     untrained: str = ""
     erased: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, list[int]] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """As plain data; what an earlier version does not know is there only where it says something."""
         plain = asdict(self)
-        return plain if self.erased else {name: value for name, value in plain.items() if name != "erased"}
+        return {name: value for name, value in plain.items() if value or name not in ("erased", "layers")}
+
+
+def renumbered(name: str, layers: Mapping[str, Sequence[int]]) -> str | None:
+    """What a module or tensor of the full model is called where lists of layers are shorter; ``None`` if it is gone.
+
+    >>> renumbered("layers.2.fc.weight", {"layers": [0, 2]}), renumbered("layers.1.fc.weight", {"layers": [0, 2]})
+    ('layers.1.fc.weight', None)
+    """
+    for path, left in layers.items():
+        number, dot, rest = name.removeprefix(f"{path}.").partition(".")
+        if name.startswith(f"{path}.") and number.isdecimal():
+            return f"{path}.{list(left).index(int(number))}{dot}{rest}" if int(number) in left else None
+    return name
 
 
 class Scale(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oto.errors import VerificationError, first_line, reraise_out_of_memory, some
 from oto.progress import stage
-from oto.slim.edits import Edits, attribute, named_tensors, pruned_tensor, slim_copy
+from oto.slim.edits import Edits, attribute, named_tensors, pruned_tensor, renumbered, slim_copy
 from oto.slim.proof import limits
 from oto.slim.proof.compare import Check, require
 from oto.slim.pruned_shapes import PrunedShapes
@@ -43,7 +43,7 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     if idle:
         checks = checks + _with_random_constants(source, emitted, idle, notes)
     if checks and len(idle) < len(limits.floating(reference.full)):
-        notes.extend(reference.unreached(emitted.model, _pruned_parameters(emitted.model, source.pruned)))
+        notes.extend(reference.unreached(emitted.model, _pruned_parameters(emitted, source.pruned)))
     return checks
 
 
@@ -55,11 +55,12 @@ def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> No
     Raises:
         VerificationError: It holds something else.
     """
-    slim = named_tensors(emitted.model)
+    slim, layers = _named(emitted), emitted.edits.layers if emitted.edits is not None else {}
+    changed = {name for name in emitted.tensors if renumbered(name, layers) in emitted.changed}
     wrong: list[str] = []
     unknown: list[str] = []
     for leaf in pruned.found.graph.leaves:
-        names = [name for name in leaf.names if name in emitted.tensors and name not in emitted.changed]
+        names = [name for name in leaf.names if name in emitted.tensors and name not in changed]
         own = {id(slim[name]): name for name in names if name in slim}
         if own:
             wanted = pruned_tensor(model, pruned, leaf, emitted.scales.get(leaf.name, ()))
@@ -89,9 +90,17 @@ def _same(a: Tensor, b: Tensor) -> bool | None:
         return None
 
 
-def _pruned_parameters(slim: nn.Module, pruned: PrunedShapes) -> dict[str, nn.Parameter]:
+def _named(emitted: Emitted) -> dict[str, Tensor]:
+    """The tensors of a slim model by the names of the full one."""
+    held, layers = named_tensors(emitted.model), emitted.edits.layers if emitted.edits is not None else {}
+    names = {name: renumbered(name, layers) for name in emitted.tensors} if layers else dict(zip(held, held, strict=True))
+    return {name: held[new] for name, new in names.items() if new in held}
+
+
+def _pruned_parameters(emitted: Emitted, pruned: PrunedShapes) -> dict[str, nn.Parameter]:
     """The parameters of a slim model that have lost entries and that its forward reads in eval mode."""
-    read, own = pruned.found.graph.read, dict(slim.named_parameters(remove_duplicate=False))
+    own = {name: p for name, p in _named(emitted).items() if isinstance(p, nn.Parameter)}
+    read = pruned.found.graph.read
     leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.kind == "parameter" and leaf.value in read]
     smaller = [leaf for leaf in leaves if pruned.shape(leaf) != tuple(leaf.value.shape)]
     return {name: own[name] for leaf in smaller for name in leaf.names[:1] if name in own}

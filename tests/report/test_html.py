@@ -141,13 +141,37 @@ def test_the_verdict_says_what_was_compared(subnet):
     assert report_html._verdict(near, None).endswith("equal to the pruned full model to 2e-15 in float64")
 
 
-def test_macs_of_the_chart_are_those_of_the_table(subnet):
-    from oto.groups.cost import macs_by_node
+def charted(subnet, monkeypatch):
+    """The rows of the chart of MACs that the report on a subnet draws."""
+    drawn = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(charts, "shares", lambda name, rows, *_, **__: drawn.update({name: rows}))
+        report_html._macs(subnet.origin, subnet)
+    return drawn["macs"]
 
-    kept = {name: len(atoms) for name, atoms in subnet.kept.items()}
-    partition = subnet.origin.partition
-    assert sum(macs_by_node(partition).values()) == subnet.cost_before.macs
-    assert sum(macs_by_node(partition, kept).values()) == subnet.cost_after.macs
+
+def test_macs_of_the_chart_are_those_of_the_table(subnet, monkeypatch):
+    rows = charted(subnet, monkeypatch)
+    assert sum(before for _, before, _, _ in rows) == subnet.cost_before.macs
+    assert sum(after for _, _, after, _ in rows) == subnet.cost_after.macs
+
+
+def test_after_shrinking_the_full_model_is_the_one_from_before(monkeypatch, tmp_path):
+    oto = OTO(Net(), torch.randn(2, 6))
+    optimizer = oto.hesso(lr=1e-3, target_macs=0.6, start_pruning_step=1, pruning_steps=6, pruning_periods=3)
+    for step in range(8):
+        optimizer.zero_grad()
+        oto.model(torch.randn(2, 6)).square().sum().backward()
+        optimizer.step()
+        if step in (2, 4):
+            oto.shrink()
+    subnet = oto.construct_subnet()
+    rows = charted(subnet, monkeypatch)
+    full, slim = (sum(row[i] for row in rows) for i in (1, 2))
+    assert full == subnet.cost_before.macs == OTO(Net(), torch.randn(2, 6)).preview(target_macs=1.0).before.macs
+    assert slim == subnet.cost_after.macs <= 0.6 * full
+    page = subnet.report(tmp_path / "report.html").read_text()
+    assert "4 layers of 16; " in page, "the widths, too"
 
 
 def test_sections_without_facts_are_left_out(subnet, monkeypatch):

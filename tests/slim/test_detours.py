@@ -41,7 +41,8 @@ def test_calls_are_made_once_and_compared_as_often_as_is_asked():
     with Made() as made:
         assert detour.agrees(1, 1, [(a[0], b[0])]) and detour.agrees(2, 2, [(a[1], b[1])])
         assert detour.agrees(4, 4, [(a[3], b[3])]) and not detour.agrees(4, 4, [(a[3], b[2])])
-    assert made.ops.count(torch.ops.aten.sin.default) == made.ops.count(torch.ops.aten.cos.default) == 2  # of each side
+    # of each side, for each kind of numbers
+    assert made.ops.count(torch.ops.aten.sin.default) == made.ops.count(torch.ops.aten.cos.default) == 4
 
 
 def test_ways_of_other_lengths_agree_where_they_meet():
@@ -76,3 +77,36 @@ def test_a_mask_of_the_lowest_number_hides_no_difference():
         lambda x: (x * 0.25).masked_fill(x > 0, lowest),
     )
     assert detour.agrees(3, 3, [(a[2], b[2])])
+
+
+MASK = torch.ones(3, 3, dtype=torch.float64).tril()
+
+
+def masked(scale):
+    """Attention of a row to itself under a mask that is multiplied and added, whose scores are divided first."""
+    return lambda q, mask: ((q.mT @ q / scale) * mask + -1e4 * (1 - mask)).softmax(-1)
+
+
+def masked_ways(one, other):
+    graphs = [record(Masked(run), (torch.randn(2, 3), MASK)) for run in (one, other)]
+    stands = dict(zip(graphs[0].inputs, graphs[1].inputs, strict=True))
+    detour = Detour(graphs[0].nodes, graphs[1].nodes, stands, {}, PrunedShapes(None, {}), {})
+    return detour, *([node.outputs[0] for node in graph.nodes[:-1]] for graph in graphs)
+
+
+class Masked(Step):
+    def forward(self, x, mask):
+        return self.run(x, mask) * self.scale
+
+
+def test_a_mask_that_is_added_hides_no_scale():
+    """Drawn at random, the mask alone would decide every softmax."""
+    detour, a, b = masked_ways(masked(3.0), masked(4.0))
+    assert not detour.agrees(len(a), len(b), [(a[-1], b[-1])])
+    detour, a, b = masked_ways(masked(4.0), lambda q, mask: masked(1.0)(q * 0.5, mask))
+    assert detour.agrees(len(a), len(b), [(a[-1], b[-1])])
+
+
+def test_zeros_and_ones_alone_hide_no_difference_either():
+    detour, a, b = ways(lambda x: x.square(), lambda x: x.abs())
+    assert not detour.agrees(1, 1, [(a[0], b[0])])

@@ -5,7 +5,7 @@ Example: ``LlamaConfig(intermediate_size=11008)`` becomes ``LlamaConfig(intermed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition
+from oto.slim.config.depth import fewer, layers_left
 from oto.slim.config.norms import Norm, eps_fields, fold, norms_that_count
 from oto.slim.config.recipe import Recipe
 from oto.slim.config.solve import solve, stock
-from oto.slim.edits import Edits, attribute, named_tensors, pruned_tensors
+from oto.slim.edits import Edits, attribute, named_tensors, pruned_tensors, renumbered
 from oto.slim.proof.reference import Exact
 from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
@@ -37,26 +38,39 @@ def solved(
 
 def build_from_config(
     model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None, held: Mapping[str, Tensor] | None = None
-) -> tuple[nn.Module, dict[str, Any], set[str]]:
+) -> tuple[nn.Module, Edits, set[str]]:
     """The model's class made from an edited config, with the pruned tensors.
 
     Args:
         held: Pruned tensors that exist already, by the names of the model.
 
     Returns:
-        The model, the edits, and the names of the tensors that a factor was folded into.
+        The model, the edits, and the names, in it, of the tensors that a factor was folded into.
 
     Raises:
-        EmitterError: No config states the pruned shapes.
+        EmitterError: No config states the pruned shapes, or what is left out.
     """
     if recipe is None:
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
+    layers = layers_left(recipe, partition, kept)
     pruned = pruned_shapes(partition, kept)
     edits, norms = solved(model, partition, pruned, recipe)
     slim = stock(model, pruned_tensors(model, pruned, held=held), edits, recipe)
     with torch.no_grad():
         changed = fold(model, slim, partition, pruned, norms)
-    return slim, edits, changed
+    return _shallower(model, slim, Edits(config=edits), changed, recipe, layers)
+
+
+def _shallower(
+    model: nn.Module, slim: nn.Module, edits: Edits, changed: set[str], recipe: Recipe, layers: Mapping[str, list[int]]
+) -> tuple[nn.Module, Edits, set[str]]:
+    """The same with fewer layers, if some are gone: what a factor is folded into is settled with all of them."""
+    if not layers:
+        return slim, edits, changed
+    config = {**edits.config, **fewer(recipe, layers)}
+    made = stock(model, named_tensors(slim), config, recipe, layers)
+    names = {new for name in changed if (new := renumbered(name, layers)) is not None}
+    return made, Edits(config=config, layers={path: list(left) for path, left in layers.items()}), names
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +79,8 @@ class Restated:
 
     Attributes:
         edits: The edits that make it.
-        tensors: The tensors that a file of it holds.
-        changed: Names of those that a factor was folded into.
+        tensors: The tensors that a file of it holds, by the names of the full model.
+        changed: Names, in the slim model, of those that a factor was folded into.
         rounded: Makes these, and buffers that no file holds, for the proof in float64; ``None`` if there are none.
     """
 
@@ -91,13 +105,23 @@ def emit_stock(
     slim, edits, changed = build_from_config(model, partition, kept, recipe, held)
     held = named_tensors(slim)
 
-    saved = slim.state_dict().keys() if edits else held.keys()  # the constructor makes what no file holds
+    saved = slim.state_dict().keys() if edits.config else held.keys()  # the constructor makes what no file holds
     made = {name for name, t in held.items() if name not in saved and t.is_floating_point()}
 
     def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # weights with factors, and what a constructor computes
-        narrow = {name: t for name, t in held.items() if name not in changed} if full is model else None
+        same = {name: t for name, t in held.items() if name not in changed}
+        narrow = {_full_name(name, edits.layers): t for name, t in same.items()} if full is model else None
         exact = build_from_config(full, partition, kept, recipe, narrow)[0]
         return {name: attribute(exact, name) for name in changed | made}
 
-    tensors = {name: t for name, t in held.items() if name in saved}
-    return Restated(slim, Edits(config=edits), tensors, changed, rounded if changed | made else None)
+    tensors = {_full_name(name, edits.layers): t for name, t in held.items() if name in saved}
+    return Restated(slim, edits, tensors, changed, rounded if changed | made else None)
+
+
+def _full_name(name: str, layers: Mapping[str, Sequence[int]]) -> str:
+    """What a tensor is called in the full model: the reverse of :func:`oto.slim.edits.renumbered`."""
+    for path, left in layers.items():
+        number, dot, rest = name.removeprefix(f"{path}.").partition(".")
+        if name.startswith(f"{path}.") and number.isdecimal():
+            return f"{path}.{left[int(number)]}{dot}{rest}"
+    return name

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
 Fields = Mapping[str, Any]
-"""Values by dotted path in a config: ``hidden_size``, ``text_config.hidden_size``, ``widths.0``."""
+"""Values by dotted path in a config: ``hidden_size``, ``text_config.hidden_size``, ``widths.0``; or a list of which
+entries are left: ``layer_types``."""
 
 PROBE = 6
 """A value for an unset field, to see whether any shape depends on it."""
@@ -35,6 +36,25 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in named_tensors(model).items()}
 
 
+@dataclass(frozen=True)
+class Depth:
+    """A field of a config that states how many layers a list of the model has.
+
+    Attributes:
+        field: Its path.
+        layers: The path of the list.
+        number: How many there are.
+        lists: The paths of lists in the config that have an entry for each layer.
+        free: The layers that may go.
+    """
+
+    field: str
+    layers: str
+    number: int
+    lists: tuple[str, ...] = ()
+    free: tuple[int, ...] = ()
+
+
 @dataclass(eq=False)
 class Recipe:
     """A class and the config object that it was made from.
@@ -42,12 +62,14 @@ class Recipe:
     Attributes:
         device: The device on which it is built to compare shapes.
         stating: Fields that are known to state a size.
+        depths: Fields that state numbers of layers, if they were looked for.
     """
 
     kind: Callable[[Any], nn.Module]
     config: Any
     device: str = "meta"
     stating: set[str] = field(default_factory=set)
+    depths: tuple[Depth, ...] = ()
     _known: dict[tuple[tuple[str, Any], ...], Shapes | None] = field(default_factory=dict)
     _implied: dict[str, int] | None = None
 
@@ -82,6 +104,7 @@ class Recipe:
             except (KeyError, IndexError, ValueError) as failure:
                 name = getattr(self.kind, "__name__", "the model")
                 raise EmitterError(f"the config of {name} has no field {path!r} that may be {value!r}") from failure
+            value = list(value) if isinstance(value, list | tuple) else value
             if isinstance(held, list | dict):
                 held[last] = value  # type: ignore[index]
             else:
@@ -99,7 +122,8 @@ class Recipe:
         return {name: vars(self.edited(edits))[name] for name in names}
 
     def _may_be(self, held: Any, last: str | int, value: Any) -> bool:
-        """Whether a field may have a value: a size that is not larger, or any other number near the present one."""
+        """Whether a field may have a value: a size that is not larger, or any other number near the present one; for a
+        list, some of its entries."""
         if isinstance(held, list | dict):
             before = held[last]  # type: ignore[index]
         elif not str(last).isidentifier() or str(last).startswith("_"):
@@ -108,6 +132,9 @@ class Recipe:
             before = vars(held).get(last)
             if before is None:
                 return self._may_be_set(held, str(last)) and _is_size(value, max((PROBE, *self._widths())))
+        if isinstance(value, list | tuple):
+            rest = iter(before if isinstance(before, list) else ())
+            return all(any(one == own and type(one) is type(own) for own in rest) for one in value)
         if isinstance(before, float):
             return isinstance(value, float) and 0 < value <= max(before + 0.25, 1.0)
         return isinstance(before, int) and _is_size(value, before) and not isinstance(before, bool)
@@ -128,7 +155,7 @@ class Recipe:
 
     def shapes(self, edits: Fields) -> Shapes | None:
         """The shapes that an edited config gives after saving and loading it; ``None`` if it is refused."""
-        key = tuple(sorted(edits.items()))
+        key = tuple(sorted((path, tuple(v) if isinstance(v, list) else v) for path, v in edits.items()))
         if key not in self._known:
             try:
                 self._known[key] = shapes_of(self.make(self._as_read(edits), self.device))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from oto.axes.terms import Sum, Term, count, resolve, size_of
 from oto.errors import EmitterError, reraise_out_of_memory, some
 from oto.slim.config.recipe import MADE_WITH, Fields, Recipe, Shapes, Unfilled
-from oto.slim.edits import Edits, named_tensors, owner_of, slim_copy
+from oto.slim.edits import Edits, named_tensors, owner_of, renumbered, slim_copy
 from oto.slim.pruned_shapes import PrunedShapes
 
 MISFIT = float("inf")
@@ -131,8 +131,18 @@ def _distance(found: Shapes, wanted: Shapes) -> float:
     return total
 
 
-def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe: Recipe | None = None) -> nn.Module:
+def stock(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    edits: Fields,
+    recipe: Recipe | None = None,
+    layers: Mapping[str, Sequence[int]] | None = None,
+) -> nn.Module:
     """The class of ``model``, which may be on ``meta``, made from its edited config, with its tensors.
+
+    Args:
+        tensors: By their names in ``model``.
+        layers: Where the config states fewer layers, for the path of each list those that are left.
 
     Raises:
         EmitterError: The class cannot be made, or has other tensors.
@@ -141,6 +151,7 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
     recipe = recipe or Recipe.of(model)
     if recipe is None:
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
+    tensors, like = (_renamed(held, layers or {}) for held in (tensors, named_tensors(model)))
     made = {name: shape for name, shape in (recipe.shapes(edits) or {}).items() if name in tensors}
     wrong = [name for name, shape in made.items() if tuple(tensors[name].shape) != shape]
     if wrong or not made:  # checked before memory of such a size is allocated
@@ -151,7 +162,7 @@ def stock(model: nn.Module, tensors: Mapping[str, Tensor], edits: Fields, recipe
     except Exception as failure:
         reraise_out_of_memory(failure)
         raise EmitterError(f"{type(model).__name__} cannot be made from {dict(edits)}: {failure}") from failure
-    fill(slim, model, tensors)
+    fill(slim, like, tensors)
     for name in ("generation_config", "pretrained_cfg", "default_cfg"):  # how it is used, and no module
         if hasattr(model, name):
             setattr(slim, name, copy.deepcopy(getattr(model, name)))
@@ -166,12 +177,22 @@ def apply(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.M
     Raises:
         EmitterError: The class cannot be made, or the model cannot be copied.
     """
-    return stock(model, tensors, edits.config) if edits.config else slim_copy(model, tensors, edits)
+    if edits.config:
+        return stock(model, tensors, edits.config, layers=edits.layers)
+    return slim_copy(model, tensors, edits)
 
 
-def fill(slim: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the tensors of a module, keeping ties. What no file holds stays as the constructor made it."""
-    like = named_tensors(model)
+def _renamed(tensors: Mapping[str, Tensor], layers: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Tensors by the names that they have where lists of layers are shorter."""
+    return {new: tensor for name, tensor in tensors.items() if (new := renumbered(name, layers)) is not None}
+
+
+def fill(slim: nn.Module, like: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Replace the tensors of a module, keeping ties. What no file holds stays as the constructor made it.
+
+    Args:
+        like: The tensors of the model that it was made from; both by the names of ``slim``.
+    """
     saved = slim.state_dict().keys()
     made: dict[int, nn.Parameter] = {}
     for name, old in list(slim.named_parameters(remove_duplicate=False)):

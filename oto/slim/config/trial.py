@@ -21,8 +21,10 @@ from oto.groups.cost import weights
 from oto.groups.layout import as_wide_as_heads, atoms_per_step, settled
 from oto.groups.policy import keep_whole
 from oto.progress import stage
+from oto.slim.config.depth import UNSTATED as NO_LAYER
+from oto.slim.config.depth import depths, in_layers, layers_left
 from oto.slim.config.emit import Restated, emit_stock, solved
-from oto.slim.config.recipe import Keywords, Recipe
+from oto.slim.config.recipe import Depth, Keywords, Recipe
 from oto.slim.edits import attribute
 from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
@@ -90,6 +92,32 @@ def stated(
     found = keep_whole(trial.groups, whole, UNSTATED)
     per = atoms_per_step(found).tolist()
     return settled(replace(g, divisor=steps[_key(g)] * n) if g.prunable else g for g, n in zip(found, per, strict=True))
+
+
+def stated_layers(
+    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe
+) -> tuple[NodeGroup, ...]:
+    """Let those segments go together that make a layer, where a field of the config states how many layers there are.
+
+    All others stay whole. Each field is tried: about half of its layers are left out, and the class of fewer is
+    compared with the model in which they are zero. The fields that state it are noted in ``recipe``.
+
+    Args:
+        groups: The node groups of segments.
+    """
+    groups, found = in_layers(groups, partition, depths(recipe, model))
+    works: list[Depth] = []
+    for depth in found if any(group.prunable for group in groups) else ():
+        stage(f"layout: the class of fewer {depth.layers}")
+        for own in dict.fromkeys((depth, replace(depth, lists=()))):
+            recipe.depths = (own,)
+            if own.free and _Trial(model, partition, recipe, dummy_input, groups).lacks_layers(own):
+                works.append(own)
+                break
+    recipe.depths = tuple(works)
+    stay = [d for d in found if d.layers not in {own.layers for own in works}]
+    whole = [g.name for g in groups for d in stay if (g.tie or "").startswith(f"{d.layers}.")]
+    return keep_whole(groups, whole, NO_LAYER)
 
 
 def _in_whole_rows(partition: Partition, groups: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
@@ -189,17 +217,29 @@ class _Trial:
 
     def _failure(self, steps: Mapping[str, int]) -> Exception | None:
         """The exception of the class when some ties keep some multiple of their steps; ``None`` if all is well."""
-        kept = self._drawn(steps)
+        return self._failure_with(self._drawn(steps), dict(steps))
+
+    def _failure_with(self, kept: Kept, what: object) -> Exception | None:
         try:
             if on_meta(self.model):  # there is nothing to run
+                layers_left(self.recipe, self.partition, kept)
                 solved(self.model, self.partition, pruned_shapes(self.partition, kept), self.recipe)
             else:
                 self._compare(kept)
         except Exception as failure:  # anything that the user's own forward may raise at other sizes
             reraise_out_of_memory(failure)
-            log.info("the class cannot lose %s: %s", dict(steps), failure)
+            log.info("the class cannot lose %s: %s", what, failure)
             return failure
         return None
+
+    def lacks_layers(self, depth: Depth) -> bool:
+        """Whether the class of fewer layers computes the same: without about half of those that may go."""
+        draw = np.random.default_rng(0)
+        most = min(max(len(depth.free) // 2, 1), depth.number - 1)
+        gone = {f"{depth.layers}.{depth.free[i]}" for i in draw.permutation(len(depth.free))[:most].tolist()}
+        none = np.zeros(0, dtype=np.int64)
+        kept = {group.name: none for group in self.groups if group.tie in gone}
+        return self._failure_with(kept, sorted(gone)) is None
 
     def _drawn(self, steps: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
         """Random atoms to keep, a multiple of the step for each tie; few of many steps, as the class is built."""

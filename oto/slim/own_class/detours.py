@@ -2,14 +2,15 @@
 
 Some classes branch on sizes: if queries and values are equally wide a kernel repeats the keys itself, otherwise the
 code does; products of three matrices go in whichever order is cheaper. Neither is wrong. Both paths are run on the same
-random numbers, that of the full model with the sizes of the thinner one; equal results are no divergence.
+random numbers, that of the full model with the sizes of the thinner one; results that are equal for normal numbers and
+for zeros and ones are no divergence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,11 +25,19 @@ _TOLERANCE = 1e-9
 """For float64 and sums as long as in any layer; two paths that differ by more than rounding differ by 1e-3."""
 _LARGE = 1 << 24
 """Most entries of a tensor that is compared; a branch with a larger one counts as a divergence."""
+_SET = 0.7
+"""Share of the entries of a mask that are set: both kinds stand in every row, and most rows keep several."""
+
+Draw: TypeAlias = Callable[[Sequence[int], torch.Generator], Tensor]
 
 
 @dataclass(eq=False)
 class Detour:
-    """Two paths from the same tensors, run as far as needed; each call is made once.
+    """Two paths from the same tensors, run as far as needed; each call is made once for each kind of numbers.
+
+    Two kinds are drawn, because either may hide a difference. Normal ones in place of a mask's zeros and ones push
+    entries so far apart that a softmax has one winner, whatever the others are scaled by; zeros and ones alone are left
+    as they are by powers and absolute values.
 
     Attributes:
         full, slim: The calls of the full and of the slim model, from where they part.
@@ -46,13 +55,10 @@ class Detour:
     rewrites: Mapping[int, Rewrite]
 
     def __post_init__(self) -> None:
-        self._given: dict[Value, Tensor] = {}
-        self._generator = torch.Generator().manual_seed(0)
-        self._wanted = _Path(lambda value: self._slim_value(self.stands[value]))
-        self._found = _Path(self._slim_value)
+        self._trials = [_Trial(self, draw) for draw in (_normal, _coins)]
 
     def agrees(self, full: int, slim: int, results: Sequence[tuple[Value, Value]]) -> bool:
-        """Whether the first calls of each side give the same for random numbers, in float64.
+        """Whether the first calls of each side give the same for random numbers of each kind, in float64.
 
         Args:
             full, slim: How many calls of each side.
@@ -63,19 +69,35 @@ class Detour:
         """
         try:
             with torch.inference_mode():
-                for node in self.full[self._wanted.calls : full]:
-                    self._wanted.make(self.pruned.call(node, self.rewrites.get(node.index)), node)
-                for node in self.slim[self._found.calls : slim]:
-                    self._found.make((node.op, node.args, dict(node.kwargs)), node)
-                return all(_same(self._wanted.value(old), self._found.value(new)) for old, new in results)
+                return all(trial.agrees(full, slim, results) for trial in self._trials)
         except Exception as failure:  # only the user's code could run it, or an input cannot be drawn at random
             reraise_out_of_memory(failure)
             return False
 
+
+class _Trial:
+    """Both paths of a detour on the same numbers of one kind."""
+
+    def __init__(self, detour: Detour, draw: Draw) -> None:
+        self._detour, self._draw = detour, draw
+        self._given: dict[Value, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(0)
+        self._wanted = _Path(lambda value: self._slim_value(detour.stands[value]))
+        self._found = _Path(self._slim_value)
+
+    def agrees(self, full: int, slim: int, results: Sequence[tuple[Value, Value]]) -> bool:
+        """:meth:`Detour.agrees` for these numbers; raises what a call raises."""
+        at = self._detour
+        for node in at.full[self._wanted.calls : full]:
+            self._wanted.make(at.pruned.call(node, at.rewrites.get(node.index)), node)
+        for node in at.slim[self._found.calls : slim]:
+            self._found.make((node.op, node.args, dict(node.kwargs)), node)
+        return all(_same(self._wanted.value(old), self._found.value(new)) for old, new in results)
+
     def _slim_value(self, value: Value) -> Tensor:
-        value = self.itself.get(value, value)
+        value = self._detour.itself.get(value, value)
         if value not in self._given:
-            self._given[value] = _random(value, self._generator)
+            self._given[value] = _random(value, self._draw, self._generator)
         return self._given[value]
 
 
@@ -116,7 +138,16 @@ def _in_double(x: Any) -> Any:
     return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
 
-def _random(value: Value, generator: torch.Generator) -> Tensor:
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _coins(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Zeros and ones, as in a mask."""
+    return (torch.rand(shape, generator=generator) < _SET).double()
+
+
+def _random(value: Value, draw: Draw, generator: torch.Generator) -> Tensor:
     """A random tensor of the shape of another; booleans for booleans.
 
     Raises:
@@ -125,10 +156,10 @@ def _random(value: Value, generator: torch.Generator) -> Tensor:
     if torch.Size(value.shape).numel() > _LARGE:
         raise NotImplementedError(value)
     if value.dtype is torch.bool:
-        return torch.rand(value.shape, generator=generator) < 0.7
+        return torch.rand(value.shape, generator=generator) < _SET
     if not value.dtype.is_floating_point:
         raise NotImplementedError(value)
-    return torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    return draw(value.shape, generator)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

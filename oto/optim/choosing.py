@@ -1,0 +1,127 @@
+"""How an optimizer chooses: it scores every atom, now or averaged over steps, and marks those that are to go.
+
+::
+
+    self.observe(self.schedule.until_choice(t))         # at each step: add its gradients to the averages
+    if self.schedule.starts_period(t):
+        self.choose_redundant(self.schedule.share(t))   # mark; what a paper then does to them is its own
+
+The rule itself, from scores to atoms, is in :mod:`oto.optim.choice`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from oto.groups.node_group import NodeGroup
+from oto.optim.compensating import Compensating
+from oto.optim.plan import FREE, PRUNED, REDUNDANT
+from oto.optim.refusals import (
+    any_entry_of,
+    refuse_sparse_gradients,
+    require_finite,
+    require_gradients,
+    tell_of_no_gradient,
+)
+from oto.optim.saliency import Entries, Saliency, any_gradient, raw_scores
+from oto.optim.sums import Sums
+from oto.shards import any_sharded
+
+
+class Choosing(Compensating):
+    """A wrapping optimizer that chooses which atoms of its node groups go."""
+
+    def observe(self, ahead: int | None) -> None:
+        """Add the gradients of this step to the averages, if a choice is near enough.
+
+        Args:
+            ahead: Number of steps to the next choice; ``None`` if there is none.
+        """
+        averaged = self.choice.averaged
+        if ahead is None or ahead >= self.choice.average_steps or not averaged or not self.choice.target.wants_less:
+            return
+        first = self.param_groups[0]
+        entries = self.entries()
+        first["oto_sums"] = first["oto_sums"] + torch.stack(
+            [raw_scores(entries, criterion, self.atoms.device) for criterion in averaged]
+        )
+        first["oto_seen"] += 1
+
+    def scores(self) -> Tensor:
+        """Importance of every atom now, shape ``(N,)``.
+
+        Raises:
+            NonFiniteParameterError: A parameter or gradient holds NaN or infinity.
+            NoGradientError: The criterion needs gradients, and there are none.
+        """
+        first, averaged, alive = self.param_groups[0], self.choice.averaged, self.atoms != PRUNED
+        entries = self.entries()
+        if seen := first["oto_seen"]:
+            averages = {c: sums / seen for c, sums in zip(averaged, first["oto_sums"], strict=True)}
+        else:
+            averages = {c: raw_scores(entries, c, alive.device) for c in averaged}
+        scores = self.choice.scores(entries, alive, averages)
+        self.check_scores(entries, averages, scores)
+        return scores
+
+    def choose_redundant(self, share: float) -> None:
+        """Mark the atoms that are to be at zero when ``share`` of the way to the target is done."""
+        if not self.choice.target.wants_less:
+            return
+        self._record_cost()
+        self.mark_redundant(self.choice.select(self.scores(), self.atoms != PRUNED, share), final=share >= 1)
+
+    def mark_redundant(self, chosen: Tensor, final: bool = True) -> None:
+        """These atoms are to be at zero, bool, shape ``(N,)``; all others that are left are free.
+
+        Args:
+            final: Nothing is chosen after them.
+        """
+        alive = self.atoms != PRUNED
+        self.atoms = torch.where(alive, torch.where(chosen.to(alive.device), REDUNDANT, FREE), PRUNED).to(torch.uint8)
+        self._forget_averages()
+        if self.fold_at_choice:
+            self.begin_fold()
+        if final:
+            self.choice.warn_of_miss(self.atoms == FREE)
+            self.choice.warn_of_collapse(self.atoms == FREE)
+
+    # What is scored, and what cannot be ------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entries]:
+        """The ``zeros`` slices of every node group, with the direction of steepest ascent of the objective."""
+        self.refuse_sparse_gradients()
+        parameters, maximized = self.parameters(), self.maximized()
+        if any_sharded(parameters.values()):
+            return self.sums(parameters, maximized).entries()
+        return [self.entries_of(group, parameters, maximized) for group in self.node_groups]
+
+    def maximized(self) -> set[str]:
+        """Parameters whose gradient is that of something to be made large."""
+        return {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
+
+    def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
+        """What criteria see where parameters are spread over processes."""
+        return Sums.of(self.node_groups, parameters, maximized=maximized, device=self.atoms.device)
+
+    def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
+        """Those of one node group; where a paper sees other numbers than the parameters, these."""
+        return Entries.of(group, parameters, maximized)
+
+    def refuse_sparse_gradients(self) -> None:
+        """Raise if a parameter of a node group has a sparse gradient."""
+        refuse_sparse_gradients(self.node_groups, self.parameters())
+
+    def check_scores(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor], scores: Tensor) -> None:
+        """Raise if nothing can be chosen by these: one is no number, or there are no gradients. Synchronizes."""
+        require_finite(scores, self.node_groups, entries, self.clock)
+        remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
+        if any_entry_of(p.grad for p in self.parameters().values()):
+            # layers after the groups have gradients, and pass none on
+            remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
+        require_gradients(self.node_groups, entries, self.choice.costing(self.atoms != PRUNED), averages, remedy)
+        if not averages and not any_gradient(entries):
+            tell_of_no_gradient(remedy)
