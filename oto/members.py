@@ -28,6 +28,7 @@ from oto.errors import (
 )
 from oto.groups import Cost, Kept
 from oto.io.family import ToSave, save_family
+from oto.slim.emitters import without_needed
 from oto.slim.member import Member, masked
 from oto.slim.own_class import OwnClass
 from oto.slim.proof.compare import require
@@ -121,11 +122,19 @@ class Maker:
         found: list[FamilyMember] = []
         with built, undone(later), preserved(model):
             for target, kept in wanted:
-                copy = masked(model, here.partition, here.groups, kept, like)
-                source = Source(copy, here.example, here.partition, self.own, kept)
-                counts = {name: len(atoms) for name, atoms in kept.items()}
-                found.append(FamilyMember(target, kept, here.cost(counts), Member.of(source)))
+                found.append(self._made(here, target, kept, like))
         return found
+
+    def _made(self, here: Analysis, target: Any, kept: Kept, like: Member | None) -> FamilyMember:
+        def source_of(kept: Kept) -> Source:
+            copy = masked(here.model, here.partition, here.groups, kept, like)
+            return Source(copy, here.example, here.partition, self.own, kept)
+
+        source, needed = without_needed(source_of(kept))
+        source = source_of(source.kept) if needed else source  # what stays is not zero
+        cost = here.cost({name: len(atoms) for name, atoms in source.kept.items()})
+        notes = tuple(f"{name} stays, more than its target asks for: its class cannot do without it" for name in needed)
+        return FamilyMember(target, source.kept, cost, Member.of(source), notes=notes)
 
     def built(self, member: FamilyMember, build: Build) -> Subnet:
         """The slim model of a member, which owns its memory, verified against the masked full model."""

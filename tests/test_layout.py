@@ -49,7 +49,7 @@ SLIM = {
     "emitters": {"config", "edits", "erased", "graph", "own_class", "proof", "pruned_shapes", "removed", "source"},
     "prove": {"edits", "proof", "pruned_shapes", "source"},
     "latency": {"edits", "graph", "own_class", "proof", "pruned_shapes"},
-    "shrink": {"config", "edits", "own_class", "proof", "provenance", "pruned_shapes", "source"},
+    "shrink": {"config", "edits", "emitters", "own_class", "proof", "provenance", "pruned_shapes", "source"},
     "member": {"edits", "pruned_shapes", "shrink", "source"},
     "views": {"config", "edits", "own_class", "proof", "pruned_shapes", "source"},
     "construct": {"config", "edits", "emitters", "graph", "own_class", "proof", "prove", "provenance", "source"},

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 from torch import Tensor, nn
 
 from oto.axes.registry import known
@@ -32,7 +31,7 @@ from oto.groups import Kept
 from oto.progress import stage
 from oto.slim.config.readers import needed, said
 from oto.slim.edits import Edits, refuse_training
-from oto.slim.emitters import emit_class, emit_config, emit_exported, emit_recorded, erasures
+from oto.slim.emitters import emit_class, emit_config, emit_exported, emit_recorded, without_needed
 from oto.slim.graph.replay import RECORDED
 from oto.slim.own_class import at_counts
 from oto.slim.proof.compare import Check, require
@@ -232,7 +231,7 @@ def _of_its_class(source: Source, compared: bool = False) -> Made:
         compared: Compare on the example even if no proof is asked for.
     """
     stage("thinning the class")
-    source, needed = _without_what_it_needs(source)
+    source, needed = without_needed(source)
     emitted = emit_class(source)
     emitted.notes.extend(f"{name}, which is zero, is computed: its class cannot do without it" for name in needed)
     slim, edits = emitted.model, emitted.edits
@@ -250,16 +249,6 @@ def _of_its_class(source: Source, compared: bool = False) -> Made:
             emitted = replace(emitted, edits=replace(edits, untrained=untrained))
             refuse_training(slim, untrained)
     return _made_of_class(source, emitted, checks)
-
-
-def _without_what_it_needs(source: Source) -> tuple[Source, list[str]]:
-    """The source with segments kept that the class cannot leave out, though they are zero; and their names."""
-    needed: list[str] = []
-    while source.partition.erased(source.kept) and (more := erasures(source).needed):
-        needed += [segment.name for segment in more]
-        kept = {**source.kept, **{segment.name: np.arange(1) for segment in more}}
-        source = replace(source, kept=kept)
-    return source, needed
 
 
 def _made_of_class(source: Source, emitted: Emitted, checks: list[Check]) -> Made:

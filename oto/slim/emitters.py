@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
+import numpy as np
 from torch import Tensor, nn
 
 from oto.axes.registry import known
-from oto.errors import EmitterError
 from oto.slim.config.emit import emit_stock
 from oto.slim.edits import Edits, forget_idle, named_tensors, pruned_tensor, pruned_tensors, slim_copy
 from oto.slim.erased import Erasures, leaving_out, plan
@@ -44,12 +45,7 @@ def emit_class(source: Source) -> Emitted:
         EmitterError: The class cannot express it.
     """
     pruned = source.pruned
-    edits = plan_edits(source.model, pruned, source.own)
-    gone: set[str] = set()
-    if source.partition.erased(source.kept):
-        found = erasures(source, edits)
-        edits = leaving_out(edits, found.erased, source.model)
-        gone = set(within([name for leaf in source.partition.found.graph.leaves for name in leaf.names], edits.erased))
+    edits, gone = without_segments(source, plan_edits(source.model, pruned, source.own))
     if source.drop_unreached:
         tensors = pruned_tensors(source.model, pruned)
         edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
@@ -58,6 +54,29 @@ def emit_class(source: Source) -> Emitted:
     learn(slim.model, edits, source.dummy_input)
     forget_idle(slim.model, edits)
     return slim
+
+
+def without_segments(source: Source, edits: Edits) -> tuple[Edits, set[str]]:
+    """The edits with the segments left out of which nothing is kept, and the names of the tensors that go with them.
+
+    Args:
+        edits: Those of the thin copy.
+    """
+    if not source.partition.erased(source.kept):
+        return edits, set()
+    edits = leaving_out(edits, erasures(source, edits).erased, source.model)
+    names = [name for leaf in source.partition.found.graph.leaves for name in leaf.names]
+    return edits, set(within(names, edits.erased))
+
+
+def without_needed(source: Source) -> tuple[Source, list[str]]:
+    """The source with segments kept that the class cannot leave out, though they are zero; and their names."""
+    needed: list[str] = []
+    while source.partition.erased(source.kept) and (more := erasures(source).needed):
+        needed += [segment.name for segment in more]
+        kept = {**source.kept, **{segment.name: np.arange(1) for segment in more}}
+        source = replace(source, kept=kept)
+    return source, needed
 
 
 def erasures(source: Source, edits: Edits | None = None) -> Erasures:

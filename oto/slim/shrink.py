@@ -20,6 +20,7 @@ from oto.slim.config.recipe import Recipe, configs, fields
 from oto.slim.config.solve import apply, solve
 from oto.slim.config.unstated import Unstated
 from oto.slim.edits import Edits, attribute, pruned_tensors
+from oto.slim.emitters import without_segments
 from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
 from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
@@ -42,7 +43,7 @@ class Shrunk:
 
     Attributes:
         model: The slim model, of the original class and in the same mode as the full one.
-        parameters: For each parameter of the full model, its slim form.
+        parameters: For each parameter of the full model, its slim form; none of one that went with a segment.
         averages: Averages of the full model's weights, and their slim forms.
     """
 
@@ -76,9 +77,10 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     pruned = source.pruned
     try:
         edits = plan_edits(model, pruned, source.own.unfolded if source.own is not None else None)
+        edits, gone = without_segments(source, edits)
         if source.recipe is not None:
             _state_in_config(edits, model, source.recipe, pruned)
-        tensors = pruned_tensors(model, pruned)
+        tensors = {name: tensor for name, tensor in pruned_tensors(model, pruned).items() if name not in gone}
         slim = apply(model, tensors, edits)
         learn(slim, edits, source.dummy_input)
         require(check(model, slim, source.dummy_input, CheckOptions(batch=True), left=source.left))
@@ -97,6 +99,8 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     leaves = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
     parameters: dict[str, Entries] = {}
     for name, old in model.named_parameters():
+        if name in gone:
+            continue
         masks = pruned.entries(leaves[name])
         parameters[name] = [None if mask.all() else np.flatnonzero(mask) for mask in masks]
         if not torch.equal(attribute(slim, name).detach(), pruned.prune(leaves[name], old)):
@@ -111,7 +115,8 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     made: list[tuple[nn.Module, nn.Module]] = []
     for wrapper in averages:
         inner = _average_in(wrapper, model)
-        average = apply(inner, pruned_tensors(inner, pruned), edits)
+        held = {name: tensor for name, tensor in pruned_tensors(inner, pruned).items() if name not in gone}
+        average = apply(inner, held, edits)
         vars(average)[REMEMBERED] = origin_of(slim)
         made.append((inner, average))
     return Shrunk(slim, parameters, made)

@@ -41,7 +41,8 @@ def trained() -> Family:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
     targets: list[Any] = [0.75, {"target_params": 0.5}]
-    family: Family = OTO(net, torch.randn(2, 6)).family(targets=targets, lr=0.1, total_steps=4, freeze_step=1, average_steps=1)
+    schedule = {"total_steps": 4, "freeze_step": 1, "average_steps": 1}
+    family: Family = OTO(net, torch.randn(2, 6)).family(targets=targets, lr=0.1, **schedule)
     for _ in range(2):
         family.step(lambda net: net(torch.randn(4, 6)), lambda output: output.square().mean())
     return family
