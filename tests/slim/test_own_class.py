@@ -763,3 +763,23 @@ def test_an_adaptation_is_a_value():
     assert one == Adaptation(ties=(("a", "b"),)) and more.ties == (("a", "b", "c"),)
     assert more.whole == {"a": 7, "b": 7, "c": 7} and more.minimum == {"a": 2}
     assert more.with_whole({"a": 9}).whole["a"] == 7
+
+
+class ScaledByWidth(nn.Module):
+    """A norm of lucidrains' networks: two products on one line, of which one has a number."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.g = nn.Parameter(torch.rand(1, width, 1) + 0.5)
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * self.g * (x.shape[1] ** 0.5)
+
+
+def test_two_calls_of_one_line_need_not_have_as_many_numbers():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(3, 16, 1), ScaledByWidth(16), nn.SiLU(), nn.Conv1d(16, 16, 1), ScaledByWidth(16), nn.Conv1d(16, 4, 1)
+    )
+    _, subnet, oto = slimmed(net, torch.randn(2, 3, 5))
+    assert sizes(oto) == {"0.weight": 16, "3.weight": 16} and "0.weight" in subnet.kept

@@ -110,6 +110,8 @@ class FunctionCalls:
             return None
         call, own = self.recorded[at], self._numbers_of(node)
         aligned = list(call.numbers) == own
+        if places and max(places) >= len(own):
+            return None  # of another operator on the same line of code, with fewer numbers
         if rewrite is None:
             return Sizes(numbers=tuple((i, own[i]) for i in places), of=len(own)) if aligned and places else None
         args, kwargs = rewrite.args, dict(rewrite.kwargs)
