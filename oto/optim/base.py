@@ -172,6 +172,22 @@ class SparseOptimizer(Checkpointed):
         Raises:
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
         """
+        self.require_shrinkable()
+        states = sliced_state(moved, self.base)
+        follow(self.base, moved, states)
+        mask = torch.from_numpy(np.concatenate([left[group.name] for group in self.node_groups]))
+        self._keep_atoms(mask.to(self.atoms.device))
+        self.node_groups = tuple(groups)
+        self.choice = replace(self.choice, groups=self.node_groups)
+        self._renew()
+        self._unseen = True  # it holds the old parameters
+
+    def require_shrinkable(self) -> None:
+        """Refuse to go on with another model.
+
+        Raises:
+            ShrinkError: Something else than ``param_groups`` and ``state`` knows the present one.
+        """
         self._share_base()
         if self.compensate is not None:
             raise ShrinkError(
@@ -185,14 +201,6 @@ class SparseOptimizer(Checkpointed):
                 "  effect  it would go on with those of the full model, so nothing was changed\n"
                 "  to fix  shrink by construct_subnet at the end; or wrap a plain optimizer (SGD, AdamW...)"
             )
-        states = sliced_state(moved, self.base)
-        follow(self.base, moved, states)
-        mask = torch.from_numpy(np.concatenate([left[group.name] for group in self.node_groups]))
-        self._keep_atoms(mask.to(self.atoms.device))
-        self.node_groups = tuple(groups)
-        self.choice = replace(self.choice, groups=self.node_groups)
-        self._renew()
-        self._unseen = True  # it holds the old parameters
 
     def _keep_atoms(self, left: Tensor) -> None:
         """Forget all about the others."""

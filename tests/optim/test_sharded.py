@@ -165,6 +165,8 @@ MAKERS: dict[str, tuple[Callable[[], Net], dict[str, Any], Callable[[OTO], Any]]
     "dhspg as published": (net, {}, lambda oto: oto.dhspg(
         saliency="dhspg", lr=0.02, target_group_sparsity=0.4, **WHEN
     )),
+    "h2spg": (net, {"compress_mode": "erase"}, lambda oto: oto.h2spg(lr=0.02, target_segments=2, **WHEN)),
+    "segments and channels": (net, {"compress_mode": "both"}, lambda oto: oto.hesso(**SOON)),
     "lhspg": (adapted, {"prune_frozen": True}, lambda oto: oto.lhspg(**SOON)),
     "lhspg taylor": (adapted, {"prune_frozen": True}, lambda oto: oto.lhspg(**SOON, saliency="taylor_first_order")),
 }  # fmt: skip
@@ -417,7 +419,7 @@ def refused_slim(rank: int) -> None:
 def refused(rank: int) -> None:
     """Each says what to do."""
     oto, optimizer = spread("hesso")
-    with pytest.raises(ShrinkError, match="construct_subnet"):
+    with pytest.raises(ShrinkError, match="shard=f"):
         oto.shrink(optimizer)
     with pytest.raises(TargetError, match="cannot be reached"):  # the first process measures, and says so to all
         oto.hesso(lr=0.1, target_latency_ms=1e-3)

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch import nn
 
 from oto import OTO
-from oto.errors import TargetError
+from oto.errors import ShrinkError, TargetError
 from oto.shards import is_sharded, sharded_names
 from tests.optim import test_sharded as sharded
 from tests.optim.test_distributed import GLOO, RANKS
@@ -197,6 +197,7 @@ def by_the_trainer(rank: int) -> None:
             "transformer_layer_cls_to_wrap": ["Attention"],
             "state_dict_type": "SHARDED_STATE_DICT",
         },
+        "remove_unused_columns": False,
         "use_cpu": True,
         "report_to": [],
         "disable_tqdm": True,
@@ -245,20 +246,75 @@ def timed(rank: int) -> None:
     try:
         oto = copy.deepcopy(analyzed(net))
         shard(oto.model)
-        sizes = sum(group.size for group in oto.groups if group.prunable)
-        optimizer = oto.hesso(**{**MILLISECONDS, "target_latency_ms": 0.7 * (1 + sizes)})
+        goal = 0.7 * float(1 + oto._analysis.costs.sizes.sum())
+        optimizer = oto.hesso(**MILLISECONDS, target_latency_ms=goal)
         assert (len(calls) > 1 and all(calls)) if rank == 0 else not calls
         assert sharded_names(oto.model)
         train(oto.model, optimizer, range(50), rank)
         atoms = [torch.empty_like(optimizer.atoms) for _ in range(RANKS)]
         dist.all_gather(atoms, optimizer.atoms)
-        assert torch.equal(*atoms) and 0.5 * sizes < int((atoms[0] == 0).sum()) <= 0.7 * sizes + 1
-        assert "ms" in str(oto.preview(target_latency_ms=0.7 * (1 + sizes)))
+        assert torch.equal(*atoms) and 0.9 * goal < optimizer.progress.cost <= goal
+        assert "ms" in str(oto.preview(target_latency_ms=goal))
         Timer.__call__ = broken  # type: ignore[method-assign, assignment]
         with pytest.raises(ZeroDivisionError if rank == 0 else TargetError):
-            oto.hesso(**{**MILLISECONDS, "target_latency_ms": 1.0})
+            oto.hesso(**MILLISECONDS, target_latency_ms=1.0)
     finally:
         Timer.__call__ = plain  # type: ignore[method-assign]
+
+
+def shrunk(rank: int, name: str = "hesso adamw", at: tuple[int, ...] = (20, 40)) -> None:
+    """Pruned atoms leave in the middle of training, twice: as in one process. Blocks and model are sharded anew."""
+    oto, optimizer = spread(name)
+    other = copy.deepcopy(analyzed(net))
+    reference = MAKERS[name][2](other)
+    model, done = oto.model, 0
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
+    with pytest.raises(ShrinkError, match=r"spread over[^$]*shard=f"):
+        oto.shrink(optimizer)
+    for step in (*at, 50):
+        train(model, optimizer, range(done, step), rank)
+        train(other.model, reference, range(done, step))
+        if step in at:
+            with pytest.raises(ShrinkError, match="has not spread"):
+                oto.shrink(optimizer, shard=lambda model: None)
+            before = sum(p.numel() for p in model.parameters())
+            assert oto.shrink(optimizer, shard=shard) is model and optimizer.base.state is optimizer.state
+            other.shrink(reference)
+            assert sum(p.numel() for p in model.parameters()) < before
+        done = step
+    assert schedule.optimizer is optimizer and sharded_names(model) and optimizer.num_removed > 0
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in other.model.named_parameters()}
+    assert type(model).__mro__[1:] == type(shard(net())).__mro__[1:]
+    require_same(model, other.model, optimizer, reference)
+    subnet = oto.construct_subnet(sharded.FOLDER / f"shrunk {name}")
+    assert subnet.cost_after == other.construct_subnet().cost_after
+
+
+def shrunk_in_vain(rank: int) -> None:
+    """What the first process cannot make, every process says, and training goes on."""
+    from oto import shrinking
+
+    oto, optimizer = spread("hesso adamw")
+    train(oto.model, optimizer, range(20), rank)
+    plain, calls = shrinking.shrunk, []
+
+    def failing(*args: Any) -> Any:
+        calls.append(1)
+        raise ZeroDivisionError
+
+    shrinking.shrunk = failing
+    try:
+        with pytest.raises(ShrinkError if rank else ZeroDivisionError):
+            oto.shrink(optimizer, shard=shard)
+    finally:
+        shrinking.shrunk = plain
+    assert len(calls) == (rank == 0)
+    with pytest.raises(ShrinkError, match="averages="):
+        oto.shrink(optimizer, shard=shard, averages=[net()])
+    assert sharded_names(oto.model)
+    train(oto.model, optimizer, range(20, 50), rank)
+    other, reference = alone("hesso adamw")
+    require_same(oto.model, other, optimizer, reference)
 
 
 MILLISECONDS = {key: value for key, value in sharded.SOON.items() if key != "target_macs"}
@@ -270,6 +326,9 @@ def broken(timer: Any, counts: Any) -> float:
 
 CHECKS: dict[str, Check] = {
     "timed": timed,
+    "segments": partial(equal, "h2spg"),
+    "shrunk": shrunk,
+    "shrunk in vain": shrunk_in_vain,
     "offloaded": offloaded,
     "compiled": compiled,
     "all at once": all_at_once,
@@ -278,6 +337,8 @@ CHECKS: dict[str, Check] = {
     "by the Trainer": by_the_trainer,
 }
 LONG: dict[str, Check] = {
+    "shrunk, hspg": partial(shrunk, name="hspg adamw"),
+    "shrunk, dhspg": partial(shrunk, name="dhspg"),
     "compiled whole": partial(compiled, whole=True),
     "by accelerate, full": partial(by_accelerate, kind="FULL_STATE_DICT"),
 }
