@@ -394,7 +394,9 @@ def slim(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the artifact")],
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(help="weights with zeros, or to compress (--one-shot): safetensors, or what torch.save wrote"),
+        typer.Argument(
+            help="weights with zeros, or to compress (--one-shot): safetensors, its shards, or of torch.save"
+        ),
     ] = None,
     input: Inputs = None,
     input_fn: InputFn = None,

@@ -40,6 +40,7 @@ from oto.optim.refusals import (
     refuse_sparse_gradients,
     require_finite,
     require_gradients,
+    require_own_state,
     require_parameters,
     tell_of_no_gradient,
 )
@@ -337,10 +338,15 @@ class SparseOptimizer(Checkpointed):
         """Compare them, if it is time before step ``n``: the first one, one that chooses, or after a few steps.
 
         Raises:
-            ModelChangedError: A parameter of the model was replaced.
+            ModelChangedError: A parameter of the model was replaced, or there is state of others than the present ones.
         """
-        chooses = self.schedule.starts_period(n) or self.schedule.ends_period(n)
-        if self._followed is not None and (self._unseen or chooses or n % CHECK_STEPS == 0):
+        if not (self._unseen or self.schedule.starts_period(n) or self.schedule.ends_period(n) or n % CHECK_STEPS == 0):
+            return
+        if type(self.base).__module__.startswith("torch.optim"):  # others may have state by keys of their own
+            require_own_state(self.state, self.parameters(), type(self.base).__name__)
+        if self._followed is None:
+            self._unseen = False
+        else:
             needed = {piece.parameter for group in self.node_groups for piece in group.zeros}
             pruning = self.choice.target.wants_less and n < self.schedule.end
             self._followed, self._unseen = self._followed.look(self.parameters(), needed, pruning), False

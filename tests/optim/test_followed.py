@@ -127,6 +127,16 @@ def test_both_may_be_replaced_alike():
     assert optimizer.progress.over
 
 
+def test_state_of_parameters_that_are_gone_is_refused():
+    """As that of an optimizer which fills it when it is made, where accelerate shards afterwards (fsdp_version: 2)."""
+    model, _, optimizer = made(variant="adagrad")
+    assert optimizer.state
+    other_tensors(model)
+    optimizer.param_groups[0]["params"][:] = model.parameters()
+    with pytest.raises(ModelChangedError, match=r"Adagrad holds state of \d+ tensors[^$]*AdamW"):
+        train(model, optimizer, 1)
+
+
 def test_ties_are_known_by_each_name():
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 6)), torch.randn(4, 6)
     model[4].weight = nn.Parameter(model[0].weight.detach().T.clone())
