@@ -6,10 +6,10 @@
 
 The simulation is one process that is rank ``--rank`` of 64 in torch's fake process group, which sends nothing and says
 it did. The model is made and analyzed on ``meta`` and sharded by ``fully_shard``; the shards of this rank then lie in
-memory that is not touched before something is written there, so it is of zeros, and so are its gradients but for one
-entry. The optimizer is ``oto``'s own, around one whose step does nothing. Counted are all calls of ``c10d`` in a step,
-their bytes, and the tensors that the optimizer holds; where that is not what the formulas say the run ends with an
-error.
+memory that is not touched before something is written there, so it is of zeros, and so are its gradients, but for one
+entry of each. The optimizer is ``oto``'s own, around one whose step does nothing. Counted are all calls of ``c10d`` in
+a step, their bytes, and the tensors that the optimizer holds; where that is not what the formulas say the run ends
+with an error.
 
 Seconds are no measurement: bytes over ``--gigabits`` a second and GPU, the slowest link of the ring.
 The fake process group is private to torch, so it is used here alone.
@@ -130,8 +130,10 @@ def sharded(args: argparse.Namespace) -> tuple[Any, Any]:
     fully_shard(model)
     model.to_empty(device="cpu")
     for p in model.parameters():
-        if p.to_local().nbytes < 1 << 20:  # memory that was used before
-            p.to_local().detach().zero_()
+        own = p.to_local().detach()
+        if own.nbytes < 1 << 20:  # memory that was used before
+            own.zero_()
+        own.view(-1)[:1] = 1e-2
     return model, oto
 
 
@@ -146,8 +148,9 @@ def simulate(method: str, args: argparse.Namespace) -> dict[str, Any]:
     times |= {"pruning_periods": 1} if method == "hesso" else {"pruning_periods": 2, "lmbda": 0.0}
     optimizer = getattr(oto, method)(base=Still, **times)
     for p in model.parameters():
-        p.grad = DTensor.from_local(torch.zeros_like(p.to_local()), p.device_mesh, p.placements, run_check=False)
-    next(model.parameters()).grad.to_local()[:1, :1] = 1e-3
+        own = torch.zeros_like(p.to_local())
+        own.view(-1)[:1] = 1e-3
+        p.grad = DTensor.from_local(own, p.device_mesh, p.placements, run_check=False)
     calls: dict[str, dict[str, list[int]]] = {}
     seconds: dict[str, float] = {}
     copied = 0

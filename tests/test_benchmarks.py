@@ -384,22 +384,7 @@ def test_the_score_of_llm_pruner_is_of_the_loss_of_all_data() -> None:
     torch.testing.assert_close(found, by_hand.detach())
 
 
-SMALL = [
-    "--layers",
-    "2",
-    "--hidden",
-    "64",
-    "--ffn",
-    "96",
-    "--heads",
-    "4",
-    "--kv-heads",
-    "2",
-    "--vocab",
-    "128",
-    "--processes",
-    "8",
-]
+SMALL = {"layers": 2, "hidden": 64, "ffn": 96, "heads": 4, "kv-heads": 2, "vocab": 128, "processes": 8}
 
 
 @pytest.fixture
@@ -436,7 +421,8 @@ def test_a_plan_in_bytes(plans: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("method", ["hesso", "hspg", "dhspg"])
 def test_the_plan_describes_a_simulation(method: str, tmp_path: Path) -> None:
     """In a process of its own: it is one of many in a process group that sends nothing."""
-    command = [sys.executable, str(ROOT / "benchmarks/fsdp2_plan.py"), "--simulate", method, *SMALL]
+    command = [sys.executable, str(ROOT / "benchmarks/fsdp2_plan.py"), "--simulate", method]
+    command += [f"--{name}={number}" for name, number in SMALL.items()]
     results = tmp_path / "plan.jsonl"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, f"--results={results}"], capture_output=True, text=True, env=env)

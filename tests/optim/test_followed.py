@@ -23,7 +23,7 @@ def made(**options):
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     schedule = {"start_pruning_step": 2, "pruning_steps": 8, "pruning_periods": 2}
     oto = OTO(model, X)
-    return model, oto, oto.hesso(variant="adamw", lr=0.01, target_macs=0.6, **schedule | options)
+    return model, oto, oto.hesso(**{"variant": "adamw", "lr": 0.01, "target_macs": 0.6} | schedule | options)
 
 
 def train(model, optimizer, steps):
