@@ -161,6 +161,7 @@ def measure(name: str, method: str) -> dict[str, Any]:
         subnet = oto.construct_subnet(Path(folder) / "out", **OPTIONS[method])
         row["seconds"] = time.process_time() - start
         row["memory"] = peak() - before
+        row["peak"] = peak()  # of the whole process
         assert subnet.path is not None
         row["written"] = sum(path.stat().st_size for path in subnet.path.iterdir())
     row["slim_bytes"] = sum(p.nbytes for p in subnet.model.parameters())
@@ -268,7 +269,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = json.loads(result.stdout.splitlines()[-1])
             with RESULTS.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
-            print(model, method, f"{row.get('seconds', 0) / row['forward_s']:.1f} forwards", row.get("failure", ""))
+            whole = f"{row['peak'] / row['full_bytes']:.2f} x the full weights" if "peak" in row else ""
+            forwards = f"{row.get('seconds', 0) / row['forward_s']:.1f} forwards"
+            print(model, method, forwards, whole, row.get("failure", ""))
     PAGE.write_text(table(read()))
 
 

@@ -10,7 +10,11 @@ for HSPG, or those that are to go); and after. Seconds are medians; on one CPU t
 that other programs do not count. Sums are counted where they are asked for
 (``oto.shards``): how many, and of how many numbers.
 
-With ``--results`` a line of JSON is appended for each method, and methods that are there are not run again.
+With ``--results`` a line of JSON is appended for each method, and what is there with the same sizes is not run again,
+so a run that was stopped goes on::
+
+    OMP_NUM_THREADS=1 python benchmarks/fsdp2.py --hidden 1024 --layers 24 --heads 16 --kv-heads 16 --vocab 32000 \\
+        --results docs/benchmarks/fsdp2.jsonl
 """
 
 from __future__ import annotations
@@ -67,6 +71,11 @@ class Sums:
         return found
 
 
+def sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """What rows must agree in."""
+    return {name: value for name, value in vars(args).items() if name not in ("methods", "results")}
+
+
 def measure(rank: int, folder: str, method: str, args: argparse.Namespace) -> None:
     """One process."""
     from torch.distributed.fsdp import fully_shard
@@ -121,6 +130,8 @@ def measure(rank: int, folder: str, method: str, args: argparse.Namespace) -> No
     if rank == 0:
         found = {
             "method": method,
+            "sizes": sizes(args),
+            "torch": torch.__version__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "processes": args.processes,
             "atoms": 0 if oto is None else optimizer.num_atoms,
@@ -135,10 +146,12 @@ def measure(rank: int, folder: str, method: str, args: argparse.Namespace) -> No
 
 
 def rows(found: list[Mapping[str, Any]]) -> list[str]:
-    lines = ["| | peak, MB | " + " | ".join(f"{phase}, s" for phase in PHASES) + " | sums in these steps |"]
-    lines.append("|---|" + "---|" * (len(PHASES) + 2))
+    lines = ["| | peak, MB | × plain | " + " | ".join(f"{phase}, s" for phase in PHASES) + " | sums in these steps |"]
+    lines.append("|---|" + "--:|" * (len(PHASES) + 2) + "---|")
+    plain = next((own["peak_mb"] for own in found if own["method"] == "plain"), float("nan"))
     for own in found:
-        cells = [f"{own['peak_mb']:,.0f}", *(f"{own['seconds'][p]:.3f}" if p in own["seconds"] else "" for p in PHASES)]
+        cells = [f"{own['peak_mb']:,.0f}", f"{own['peak_mb'] / plain:.2f}"]
+        cells += [*(f"{own['seconds'][p]:.3f}" if p in own["seconds"] else "" for p in PHASES)]
         sent = [f"{own['sums'][p][0]}" if p in own["sums"] else "" for p in PHASES]
         lines.append(f"| {own['method']} | {' | '.join(cells)} | {', '.join(filter(None, sent))} |")
     atoms = {own["atoms"] for own in found if own["atoms"]}
@@ -159,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--results", type=Path, help="a file of lines of JSON to go on with")
     args = flags.parse_args(argv)
     known = [] if args.results is None or not args.results.exists() else args.results.read_text().splitlines()
-    found = {own["method"]: own for own in map(json.loads, known)}
+    found = {own["method"]: own for own in map(json.loads, known) if own["sizes"] == sizes(args)}
     for method in args.methods:
         if method not in found:
             with tempfile.TemporaryDirectory() as folder:

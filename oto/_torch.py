@@ -52,6 +52,7 @@ __all__ = [
     "nested_codegen",
     "python_code",
     "quiet",
+    "same_sharding",
     "substituted",
     "tree_flatten",
     "tree_leaves",
@@ -195,6 +196,16 @@ def undistributed(model: nn.Module) -> Iterator[None]:
         for module, kind, own in kept:
             module.__class__ = kind
             vars(module).update({key: value for key, value in own.items() if key.startswith(_SHARDING)})
+
+
+def same_sharding(model: nn.Module, other: nn.Module) -> None:
+    """Let torch find for ``model`` what ``fully_shard`` knows of ``other``, whose attributes it has taken over."""
+    from torch.distributed import _composable_state
+
+    known = _composable_state._module_state_mapping
+    known.pop(model, None)
+    if other in known:
+        known[model] = known[other]
 
 
 def _distributes(hook: Any) -> bool:

@@ -200,8 +200,9 @@ class OTO(Pruning):
         return self._analysis.draw(out_dir, view=view, vertical=vertical, **shown)
 
     def shrink(
-        self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None, averages: Iterable[Any] = ()
-    ) -> nn.Module:
+        self, optimizer: Any = None, *, like: Mapping[str, Any] | None = None, averages: Iterable[Any] = (),
+        shard: Callable[[nn.Module], Any] | None = None,
+    ) -> nn.Module:  # fmt: skip
         """Make the model slim in the middle of training: all pruned atoms are removed.
 
         Call it between two steps, as often as you like. Training continues as it would have, only cheaper, if the
@@ -214,6 +215,8 @@ class OTO(Pruning):
             optimizer: One that this ``OTO`` made, or a wrapper with it as ``.optimizer``; by default the last one made.
             like: The ``state_dict()`` of an optimizer that was shrunk: what it lacks is set to zero and removed.
             averages: Moving averages of the weights, or what holds them as ``.module`` or ``.ema``; made slim in place.
+            shard: Where parameters are spread over processes (FSDP2), what spreads those of a model, in place; then
+                every process has to call this (``docs/distributed.md``).
 
         Returns:
             The model; unchanged, with a ``NotPrunedWarning``, if there was never anything to remove.
@@ -223,7 +226,7 @@ class OTO(Pruning):
                 that cannot be sliced, or it or an average belongs to a different model. Nothing is changed.
             VerificationError: The slim model computes something else, in eval or train mode. Nothing is changed.
         """
-        self._analysis, self._training = shrink(self._analysis, self._training, optimizer, like, averages)
+        self._analysis, self._training = shrink(self._analysis, self._training, optimizer, like, averages, shard)
         return self.model
 
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:

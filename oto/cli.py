@@ -205,7 +205,7 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object")]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="folder for the artifact")]
 Zeroed = Annotated[
     Path | None,
-    typer.Argument(help="weights with zeros, or to compress (--one-shot): safetensors, or what torch.save wrote"),
+    typer.Argument(help="weights with zeros, or to compress (--one-shot): safetensors, its shards, or of torch.save"),
 ]
 Emitter = Annotated[str, typer.Option(help="auto, config, module, graph or recording")]
 Program = Annotated[bool, typer.Option(help="write model.pt2, which loads without the class")]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -231,8 +232,9 @@ def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
     for wrapper in WRAPPERS:
         if not wanted & tensors.keys() and all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): t for name, t in tensors.items()}
+    tensors = _in_their_memory(model, tensors)
     try:
-        found = model.load_state_dict(dict(tensors), strict=False)
+        found = model.load_state_dict(tensors, strict=False)
     except RuntimeError as failure:
         lines = [line.strip() for line in str(failure).splitlines()[1:4]]
         raise GivenError(f"{path} does not fit {type(model).__name__}:\n  " + "\n  ".join(lines)) from failure
@@ -245,6 +247,31 @@ def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
             f"{path} does not fit {type(model).__name__}: it {' and '.join(what)}\n"
             "  to fix  name the model that it was saved from, or another part of the file: --key NAME"
         )
+
+
+LARGE = 1 << 18
+"""Entries from which on a parameter takes the memory of a checkpoint in place of a copy."""
+
+
+def _in_their_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint to load, of which large ones are in the model's parameters already.
+
+    A file of safetensors is mapped into memory: a copy of what it holds would be beside it, and the model in memory
+    twice. Nothing is ever written to the file.
+    """
+    made, done, places = dict(tensors), set[int](), set[int]()
+    for name, held in model.state_dict(keep_vars=True).items():
+        own = tensors.get(name)
+        if own is None or type(held) is not nn.Parameter or held.numel() < LARGE:
+            continue
+        alike = own.shape == held.shape and own.dtype == held.dtype and own.device == held.device
+        alike = alike and own.layout == held.layout == torch.strided and own.is_contiguous() and held.is_contiguous()
+        if alike and id(held) not in done and own.data_ptr() not in places:  # what is tied there may not be here
+            done.add(id(held))
+            places.add(own.data_ptr())
+            held.data = own.detach()
+            made[name] = held  # copying it to itself does nothing
+    return made
 
 
 def _tied(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -279,6 +306,34 @@ def _file_of(path: Path) -> Path:
     raise GivenError(f"{path} is a folder without weights\n  to fix  pass a file that torch.save or safetensors wrote")
 
 
+INDEX = "model.safetensors.index.json"
+"""What transformers and huggingface_hub call the list of the shards of one model."""
+
+
+def _shards_in(path: Path) -> list[Path]:
+    """The files of a folder that hold one model between them, by its index; none if it has no index.
+
+    Raises:
+        GivenError: The index cannot be read, or a file that it names is not there.
+    """
+    if not (path / INDEX).is_file():
+        return []
+    try:
+        listed = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in listed.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        raise GivenError(
+            f"{path / INDEX} lists no shards: {first_line(failure)}\n"
+            "  to fix  save the model again, or name one file of weights"
+        ) from failure
+    gone = [name for name in names if Path(name).name != name or not (path / name).is_file()]
+    if gone:
+        raise GivenError(
+            f"{path} lacks {some(gone)}, which {INDEX} names\n  to fix  copy all files of the model into the folder"
+        )
+    return [path / name for name in names]
+
+
 def _why(failure: Exception) -> str:
     """What stands in a file besides tensors, where torch says that; its advice to read the file anyway is left out."""
     found = re.search(r"(?:GLOBAL|global:?|class:?) `?((?:\w+\.)+\w+)`?", str(failure))
@@ -293,6 +348,8 @@ def state_dict_of(path: str | Path, key: str | None = None) -> dict[str, Tensor]
     Raises:
         GivenError: The file cannot be read safely, or holds no state dict.
     """
+    if key is None and (shards := _shards_in(Path(path).expanduser())):
+        return {name: tensor for file in shards for name, tensor in state_dict_of(file).items()}
     file = _file_of(Path(path).expanduser())
     if not file.is_file():
         raise GivenError(f"there is no file {file}\n  to fix  pass a file that torch.save or safetensors wrote")

@@ -21,7 +21,7 @@ from oto.optim.preview import kept_now
 from oto.optim.target import Target
 from oto.report.preview import Preview
 from oto.report.preview import preview as table_of
-from oto.shards import refuse_sharded, spread
+from oto.shards import from_first, in_the_first, refuse_sharded
 from oto.slim.latency import Latency, Timer, measured_latency
 from oto.trace.snapshot import preserved
 
@@ -48,8 +48,7 @@ def preview(
         chosen += f"; sizes of dimensions in multiples (align={choice.align!r})"
     times = None
     if choice.target.name == "target_latency_ms":
-        timer, counts = timer_of(analysis), np.array(list(kept.values()), dtype=np.int64)
-        times = timer(analysis.costs.sizes), timer(counts)
+        times = _times(analysis, np.array(list(kept.values()), dtype=np.int64))
     said, costs = (str(choice.target), f"chosen by {chosen}"), (analysis.cost(), analysis.cost(kept))
     return table_of(*said, analysis.groups, analysis.costs, kept, *costs, times)
 
@@ -84,10 +83,22 @@ def timer_of(analysis: Analysis) -> Timer:
     return Timer(analysis.model, analysis.partition, analysis.costs, analysis.example)
 
 
+def _times(analysis: Analysis, counts: NDArray[np.int64]) -> tuple[float, float]:
+    """Milliseconds of the full model and of one with these counts; of the first process's model, if it is sharded."""
+    found: tuple[float, float] | None = None
+    with in_the_first(analysis.model) as here:
+        if here:
+            timer = timer_of(analysis.of(analysis.model))
+            found = timer(analysis.costs.sizes), timer(counts)
+    times: tuple[float, float] = from_first(analysis.model, found)
+    return times
+
+
 def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | None:
     """Milliseconds as a function of what the prunable groups keep, if the target is a latency.
 
-    It is corrected by measurements near the model that a choice by the weights alone would give.
+    It is corrected by measurements near the model that a choice by the weights alone would give. A model that is spread
+    over processes is gathered in the first one, which measures for all.
 
     Raises:
         TargetError: Latency cannot be measured, or not even the thinnest model is fast enough; or segments may go.
@@ -101,12 +112,6 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
             " not measured yet\n  effect  nothing was made\n"
             "  to fix  ask for target_macs, target_params or target_bytes; or compress_mode='prune'"
         )
-    if where := spread(analysis.model):
-        raise TargetError(
-            f"{where}, so no process can time a forward of it\n"
-            "  effect  nothing was made\n"
-            "  to fix  another target: target_macs=, target_params=, target_bytes= or target_group_sparsity="
-        )
     # refuses nonsense before anything is timed
     Target.of(picked(options, TargetOptions), costs.sizes, costs, costs.macs)
     limits = FROM_MAGNITUDE | {name: options[name] for name in (*LIMITS, "align") if name in options}
@@ -116,7 +121,9 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
         choice = Choice.of(analysis.groups, {"target_latency_ms": goal}, latency=latency, **limits)
         return np.array(list(kept_now(choice, analysis.model, (), None).values()), dtype=np.int64)
 
-    return measured_latency(timer_of(analysis), float(goal), least, choose, options.get("group_divisible", 1))
+    with in_the_first(analysis.model):
+        timer = timer_of(analysis.of(analysis.model))
+        return measured_latency(timer, float(goal), least, choose, options.get("group_divisible", 1))
 
 
 def align_for(analysis: Analysis, options: Mapping[str, Any]) -> Align:

@@ -47,7 +47,11 @@ def address(tensor: Tensor) -> int:
 def gathered_tensor(tensor: Tensor) -> Tensor:
     """All entries, on every process. Communicates; for small tensors."""
     sharded: Any = tensor.detach()
-    entries: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
+    if not is_sharded(tensor):
+        return tensor.detach()
+    if local(tensor).device.type != (kind := sharded.device_mesh.device_type):  # CPUOffloadPolicy
+        sharded = sharded.to(kind)
+    entries: Tensor = sharded.full_tensor()
     return entries
 
 
@@ -259,6 +263,26 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
             made[id(tensor)] = entries.to("cpu", copy=True) if first else torch.empty(0)
             del entries
     return {name: made[id(tensor)] for name, tensor in tensors} if first else {}
+
+
+@contextmanager
+def in_the_first(model: nn.Module) -> Iterator[bool]:
+    """While inside, a model that is spread over processes is whole in the first of them, on the device that it computes
+    on; elsewhere it is as it was.
+
+    Yields:
+        Whether this process has all of it. Communicates: every process has to come here.
+    """
+    if not sharded_names(model):
+        yield True
+        return
+    values, mesh = gathered(model), mesh_of(model)
+    if mesh is None or not is_first(model):
+        yield False
+        return
+    moved = {id(t): t.to(mesh.device_type) for t in values.values()}
+    with whole(model, {name: moved[id(t)] for name, t in values.items()}):
+        yield True
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from oto._torch import data_parallel_around
 from oto.analysis import Analysis, Form, ask_the_class
 from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, users_level
-from oto.groups import Kept, Partition, pruned_groups
+from oto.groups import Kept, NodeGroup, Partition, pruned_groups
 from oto.groups.cost import Extent
 from oto.groups.layout import equalize_ties
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
-from oto.shards import spread
+from oto.resharding import Shard, become_spread, in_every_process, spread_anew, without_averages
+from oto.shards import sharded_names, spread, whole
 from oto.slim.config.recipe import Recipe
 from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
 from oto.slim.source import Source
@@ -33,7 +35,12 @@ Left = Mapping[str, NDArray[np.bool_]]
 
 
 def shrink(
-    analysis: Analysis, training: Training, wrapper: Any, like: Mapping[str, Any] | None, averages: Iterable[Any]
+    analysis: Analysis,
+    training: Training,
+    wrapper: Any,
+    like: Mapping[str, Any] | None,
+    averages: Iterable[Any],
+    shard: Shard | None = None,
 ) -> tuple[Analysis, Training]:
     """Take pruned atoms out of a model, in place; see :meth:`oto.OTO.shrink`.
 
@@ -42,6 +49,7 @@ def shrink(
         training: The optimizer that was made last, and the analysis that it was made for.
         wrapper: The optimizer, or what wraps it; ``None`` is the one that was made last.
         like: The state dict of an optimizer that was shrunk, whose sizes to take.
+        shard: What spreads the smaller model over processes, if the model is.
 
     Returns:
         The analysis of the smaller model, and its training; unchanged if there is nothing to remove.
@@ -53,7 +61,9 @@ def shrink(
             " trains\n  effect  nothing was changed\n"
             "  to fix  train to the end and construct_subnet(); or compress_mode='prune'"
         )
-    _refuse_sharded(analysis.model)
+    if sharded := bool(sharded_names(analysis.model)):
+        _require_function(analysis.model, shard)
+        without_averages(averages, analysis.model)
     full = analysis.partition if training.partition is None else training.partition
     there = {name: np.flatnonzero(mask) for name, mask in optimizer.kept.items()}
     _require_of(analysis, optimizer, full, there)
@@ -69,11 +79,35 @@ def shrink(
         return analysis, training
     if like is not None:
         optimizer.zero_(left)
-    slim, after = _slim(analysis, _kept(analysis, optimizer, left), averages)
+    slim, after = (_slim_of_all if sharded else _slim)(analysis, _kept(analysis, optimizer, left), averages)
     pruned = pruned_groups(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
     if not optimizer.progress.over:
         require_there(pruned, after.groups)
+    _go_on(optimizer, analysis.model, slim, pruned, left, shard if sharded else None)
     model = analysis.model
+    recipe = Recipe.of(model) if after.form.kind == "config" else None
+    first = analysis.first or Extent.of(analysis.partition, analysis.groups)
+    form = replace(after.form, recipe=recipe)
+    with whole(model) if sharded else nullcontext():
+        state = ModelState(model)
+    after = replace(after, model=model, form=form, state=state, first=first)
+    return after, replace(training, partition=full)
+
+
+def _go_on(
+    optimizer: SparseOptimizer,
+    model: nn.Module,
+    slim: Shrunk,
+    pruned: Sequence[NodeGroup],
+    left: Left,
+    shard: Shard | None,
+) -> None:
+    """Let the optimizer, and the model itself, go on with the slim model's parameters."""
+    if shard is not None:
+        optimizer.require_shrinkable()  # before anything is spread
+        optimizer.shrink_(spread_anew(model, slim, shard), pruned, left)
+        become_spread(model, slim.model)
+        return
     moved = [Moved(n, p, slim.model.get_parameter(n), slim.parameters[n]) for n, p in model.named_parameters()]
     wrappers = data_parallel_around(model)
     optimizer.shrink_(moved, pruned, left)
@@ -81,21 +115,16 @@ def shrink(
         wrapper.register_forward_pre_hook(_refuse_stale)
     for before, now in [(model, slim.model), *slim.averages]:
         become(before, now)
-    recipe = Recipe.of(model) if after.form.kind == "config" else None
-    form = replace(after.form, recipe=recipe)
-    first = analysis.first or Extent.of(analysis.partition, analysis.groups)
-    after = replace(after, model=model, form=form, state=ModelState(model), first=first)
-    return after, replace(training, partition=full)
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    """Refuse parameters that are spread over processes: modules that were sharded cannot be sharded anew."""
-    if where := spread(model):
+def _require_function(model: nn.Module, shard: Shard | None) -> None:
+    """Refuse parameters that are spread over processes where nothing says how to spread what is left of them."""
+    if shard is None:
         raise ShrinkError(
-            f"{where}, and torch cannot take that back to spread what is left\n"
+            f"{spread(model)}, and torch does not tell how to spread what is left\n"
             "  effect  nothing was changed\n"
-            "  to fix  construct_subnet(...) on every process, then shard the slim model and train it with an optimizer"
-            " of its own (docs/distributed.md)"
+            "  to fix  oto.shrink(optimizer, shard=f) on every process, where f(model) shards it as before:"
+            " fully_shard for every block, then for the model itself"
         )
 
 
@@ -136,16 +165,45 @@ def _kept(analysis: Analysis, optimizer: SparseOptimizer, left: Left) -> Kept:
 
 def _slim(analysis: Analysis, kept: Kept, averages: Iterable[Any]) -> tuple[Shrunk, Analysis]:
     """The slim model, still as a separate module, and its analysis."""
-    model, form = analysis.model, analysis.form
-    later = left_since(analysis.state, model, analysis.example, analysis.names)
-    built = rewording(model, ShrinkError, "its slim form was built and verified", "the analysis is done")
-    with built, undone(later):
-        own = ask_the_class(analysis) if form.kind == "config" else form.own
-        source = Source(model, analysis.example, analysis.partition, own, kept, form.recipe)
+    with _building(analysis):
+        source = _source(analysis, kept)
         slim = shrunk(source, averages)
-        again = analyzed_again(slim.model, source, analysis.groups, analysis.allow_graph, form.kind == "class")
-    partition, groups, own = again
-    return slim, replace(analysis, partition=partition, groups=groups, form=Form(form.kind, form.recipe, own))
+        return slim, _analyzed(analysis, slim, source)
+
+
+def _slim_of_all(analysis: Analysis, kept: Kept, _: Iterable[Any]) -> tuple[Shrunk, Analysis]:
+    """The same where parameters are spread over processes: those of the slim model are on ``meta`` in all of them."""
+
+    def make() -> Shrunk:
+        here = analysis.of(analysis.model)
+        with _building(here):
+            return shrunk(_source(here, kept))
+
+    slim = in_every_process(analysis.model, make)
+    with whole(analysis.model), _building(analysis):
+        return slim, _analyzed(analysis, slim, _source(analysis, kept, ask=False))
+
+
+@contextmanager
+def _building(analysis: Analysis) -> Iterator[None]:
+    """While inside, the slim model is built; the model is put back."""
+    later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
+    built = rewording(analysis.model, ShrinkError, "its slim form was built and verified", "the analysis is done")
+    with built, undone(later):
+        yield
+
+
+def _source(analysis: Analysis, kept: Kept, ask: bool = True) -> Source:
+    own = ask_the_class(analysis) if ask and analysis.form.kind == "config" else analysis.form.own
+    return Source(analysis.model, analysis.example, analysis.partition, own, kept, analysis.form.recipe)
+
+
+def _analyzed(analysis: Analysis, slim: Shrunk, source: Source) -> Analysis:
+    form = analysis.form
+    partition, groups, own = analyzed_again(
+        slim.model, source, analysis.groups, analysis.allow_graph, form.kind == "class"
+    )
+    return replace(analysis, partition=partition, groups=groups, form=Form(form.kind, form.recipe, own))
 
 
 def _refuse_stale(wrapper: nn.Module, _: Any) -> None:

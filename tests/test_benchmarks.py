@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -379,3 +382,51 @@ def test_the_score_of_llm_pruner_is_of_the_loss_of_all_data() -> None:
     by_hand = ((layer.weight * layer.weight.grad).sum(1) + layer.bias * layer.bias.grad).abs()
     found = CRITERIA[str(one_shot_methods.METHODS["taylor"]["saliency"])](entries)
     torch.testing.assert_close(found, by_hand.detach())
+
+
+SMALL = {"layers": 2, "hidden": 64, "ffn": 96, "heads": 4, "kv-heads": 2, "vocab": 128, "processes": 8}
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import fsdp2_plan
+
+    return fsdp2_plan
+
+
+def test_a_plan_in_bytes(plans: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 1000 entries in bfloat16 on 4 processes, 800 of them prunable in 10 groups."""
+    plan = plans.Plan(1000, 800, 10, 4, 2)
+    assert (plan.shard(), plan.state(), plan.step()) == (2 * 2 * 250, 12 * 250, 3 * 2 * 1000 * 3 / 4)
+    assert plan.own("hesso") == 13 * 10 and plan.own("hspg", 2) == 17 * 10 + 2 * 200
+    assert plan.sent(4) == 4 * 40 * 2 * 3 / 4
+    calls = {"averaged": {"c10d::allreduce_": [40]}, "choice": {"c10d::allreduce_": [40] * 4}, "pruning": {}}
+    row = {"method": "hesso", "plan": vars(plan), "shard": 500, "held": 50, "criteria": 1, "copied": 0, "calls": calls}
+    plans.require(row)
+    for key, wrong in (("shard", 501), ("held", 90), ("copied", 401)):
+        with pytest.raises(AssertionError):
+            plans.require(row | {key: wrong})
+    for more in ([40] * 5, [44]):
+        with pytest.raises(AssertionError):
+            plans.require(row | {"calls": calls | {"choice": {"c10d::allreduce_": more}}})
+    with pytest.raises(AssertionError):
+        plans.require(row | {"calls": calls | {"pruning": {"c10d::allgather_": [1]}}})
+    (tmp_path / "plan.jsonl").write_text(json.dumps(row | {"config": {"layers": 2}}))
+    plans.main(["--table", f"--results={tmp_path}/plan.jsonl"])
+    assert "| hesso, 0.0 B of 2 layers, 10 groups | 0.00 |" in capsys.readouterr().out
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("method", ["hesso", "hspg", "dhspg"])
+def test_the_plan_describes_a_simulation(method: str, tmp_path: Path) -> None:
+    """In a process of its own: it is one of many in a process group that sends nothing."""
+    command = [sys.executable, str(ROOT / "benchmarks/fsdp2_plan.py"), "--simulate", method]
+    command += [f"--{name}={number}" for name, number in SMALL.items()]
+    results = tmp_path / "plan.jsonl"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, f"--results={results}"], capture_output=True, text=True, env=env)
+    assert not done.returncode, done.stderr
+    row = json.loads(results.read_text())
+    assert row["plan"]["processes"] == 8 and row["plan"]["atoms"] > 100
+    assert [sum(map(len, row["calls"][phase].values())) for phase in ("averaged", "choice")] == [1, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from oto import given
 from oto.errors import GivenError
 from oto.given import load_weights, named_input, state_dict_of
 
@@ -43,6 +45,56 @@ def test_tied_weights_may_be_saved_once(tmp_path):
     safetensors.torch.save_file({"0.weight": torch.eye(4)}, tmp_path / "x.safetensors")
     load_weights(model, tmp_path / "x.safetensors")
     assert torch.equal(model[1].weight, torch.eye(4))
+
+
+def test_large_tensors_stay_in_the_memory_of_the_file(tmp_path, monkeypatch):
+    """Nothing is there twice, ties stay ties, and what is written to the model is not in the file."""
+    monkeypatch.setattr(given, "LARGE", 8)
+
+    class Tied(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            if tied:
+                self.b.weight = self.a.weight
+
+    state = {"a.weight": torch.eye(4), "b.weight": torch.eye(4)}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    shared = torch.eye(4)
+    torch.save({"a.weight": shared, "b.weight": shared}, tmp_path / "x.pt")
+    for tied in (True, False):
+        for file in ("x.safetensors", "x.pt"):
+            model = Tied(tied).requires_grad_(False)
+            was = model.a.weight
+            before = was.data_ptr()
+            load_weights(model, tmp_path / file)
+            assert model.a.weight is was and was.data_ptr() != before, "the parameter, in other memory"
+            model.a.weight.zero_()
+            assert torch.equal(model.b.weight, torch.zeros(4, 4) if tied else torch.eye(4))
+            assert torch.equal(state_dict_of(tmp_path / file)["a.weight"], torch.eye(4))
+    model = Tied(False).to(torch.float64)
+    load_weights(model, tmp_path / "x.safetensors")
+    assert model.a.weight.dtype == torch.float64 and torch.equal(model.a.weight, torch.eye(4).double())
+
+
+def test_shards_of_one_model_are_found_by_their_index(tmp_path):
+    trained = mlp(1)
+    parts = {"model-1.safetensors": ["0.weight", "0.bias"], "model-2.safetensors": ["2.weight", "2.bias"]}
+    for file, names in parts.items():
+        safetensors.torch.save_file({name: trained.state_dict()[name] for name in names}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, names in parts.items() for name in names}}))
+    load_weights(model := mlp(), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(GivenError, match=r"lacks model-2\.safetensors"):
+        load_weights(mlp(), tmp_path)
+    index.write_text(json.dumps({"weight_map": {"0.weight": "../x.safetensors"}}))
+    with pytest.raises(GivenError, match=r"lacks \.\./x\.safetensors"):
+        load_weights(mlp(), tmp_path)
+    index.write_text("[]")
+    with pytest.raises(GivenError, match="lists no shards"):
+        load_weights(mlp(), tmp_path)
 
 
 def test_what_does_not_fit_is_told(tmp_path):

@@ -247,5 +247,16 @@ def test_modules_that_were_sharded_are_of_their_own_class_for_a_while():
         assert isinstance(sharded, FSDPModule)
         sharded(torch.ones(1, 2)).sum().backward()
         assert seen
+        other = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+        fully_shard(other)
+        sharded.__class__, sharded.__dict__ = type(other), other.__dict__
+        _torch.same_sharding(sharded, other)
+        sharded.unshard()
+        assert not any(hasattr(p, "full_tensor") for p in other.parameters())
+        other.reshard()
+        assert all(hasattr(p, "full_tensor") for p in sharded.parameters())
+        _torch.same_sharding(other, plain)  # what none has sharded is not
+        with pytest.raises(AssertionError):
+            other.unshard()
     finally:
         torch.distributed.destroy_process_group()

@@ -108,6 +108,7 @@ class Draft:
     target: Path
     notes: dict[str, Any] = field(default_factory=dict)
     committed: bool = False
+    _plain: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def file(self, name: str) -> Path:
         """The path to write a further file to."""
@@ -165,12 +166,12 @@ class Draft:
         path.chmod(mode)  # safetensors makes a file that nobody else may read
         self.notes[name] = {"ties": ties, "complex": complexes}
         self._require_written(path, plain)
+        self._plain[name] = plain
         return left_out
 
     def _require_written(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Compare a file with the tensors to be written, bit by bit, one tensor at a time."""
-        with safetensors.safe_open(path, "pt") as read:
-            wrong = [key for key in tensors if not _same_bits(read.get_tensor(key), tensors[key])]
+        """Compare a file with the tensors to be written, bit by bit."""
+        wrong = [key for key, tensor in tensors.items() if not _is_written(path, key, tensor)]
         if wrong:
             raise unwritable(
                 self.target, f"{path.name} reads back differently than it was written ({some(wrong)})", NOT_SAVED
@@ -179,6 +180,11 @@ class Draft:
     def load(self, name: str) -> dict[str, Tensor]:
         """Read back tensors that were written."""
         return _read_tensors(self.file(name), self.notes[name])
+
+    def written(self, name: str) -> dict[str, Tensor]:
+        """What :meth:`load` gives, in the memory that it was written from: the bits in the file were compared. Reading
+        a large file maps it into memory, beside the model that it is of."""
+        return _by_all_names(self._plain[name], self.notes[name])
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Seal the artifact and put it in place; files of an older one are deleted, foreign files stay.
@@ -533,6 +539,24 @@ def _require_own(folder: Path, names: Iterable[str], own: Container[str] | None 
     )
 
 
+_BLOCK = 1 << 24
+"""Bytes that are compared at a time: pages of a file count as memory of the process for as long as it is mapped."""
+
+
+def _is_written(path: Path, key: str, tensor: Tensor) -> bool:
+    """Whether a file holds this tensor by a name, bit for bit."""
+    if tensor.ndim == 0 or tensor.nbytes <= _BLOCK:
+        with safetensors.safe_open(path, "pt") as read:
+            return _same_bits(read.get_tensor(key), tensor)
+    for rows in torch.arange(len(tensor)).split(max(1, _BLOCK * len(tensor) // tensor.nbytes)):
+        begin, end = int(rows[0]), int(rows[-1]) + 1
+        with safetensors.safe_open(path, "pt") as read:
+            there = read.get_slice(key)
+            if there.get_shape() != list(tensor.shape) or not _same_bits(there[begin:end], tensor[begin:end]):
+                return False
+    return True
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -554,7 +578,12 @@ def _damaged(file: Path, what: str) -> DamagedArtifactError:
 
 
 def _read_tensors(path: Path, notes: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+    return _by_all_names(safetensors.torch.load_file(path), notes)
+
+
+def _by_all_names(held: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file by all their names, complex ones as such."""
+    tensors = dict(held)
     for key in notes["complex"]:
         tensors[key] = torch.view_as_complex(tensors[key])
     for key, source in notes["ties"].items():

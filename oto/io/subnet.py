@@ -144,7 +144,7 @@ def _before(source: Source, made: Made) -> tuple[nn.Module, tuple[Round, ...]]:
 
 
 def _read_back(draft: Draft, source: Source, made: Made) -> list[Check]:
-    """Check that the weights are equal bit for bit, fit back into the class, and compute the same.
+    """Check that the weights, which are in the file bit for bit, fit back into the class, and compute the same.
 
     Raises:
         VerificationError: They do not.
@@ -152,7 +152,7 @@ def _read_back(draft: Draft, source: Source, made: Made) -> list[Check]:
     assert made.edits is not None
     first, earlier = _before(source, made)
     device = next(source.model.parameters()).device
-    tensors = {name: t.to(device) for name, t in draft.load(WEIGHTS).items()}
+    tensors = {name: t.to(device) for name, t in draft.written(WEIGHTS).items()}
     edits = json.loads(json.dumps(plain_edits(made.edits)))
     loaded = rebuild(after_rounds(first, earlier) if earlier else source.model, tensors, edits)
     checks = source.reference.check(loaded, CheckOptions("reloaded", random=False, exact=False))

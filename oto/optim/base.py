@@ -31,7 +31,7 @@ from oto.optim.entries import Rows, place_of, zero_
 from oto.optim.followed import CHECK_STEPS, Followed
 from oto.optim.options import BaseOptions
 from oto.optim.plan import PRUNED, REDUNDANT, Plan, rows_of
-from oto.optim.refusals import require_parameters
+from oto.optim.refusals import require_own_state, require_parameters
 from oto.optim.schedule import Schedule
 from oto.optim.shrink import Moved, follow, sliced_state
 from oto.optim.state import left_like
@@ -155,14 +155,7 @@ class SparseOptimizer(Choosing):
         Raises:
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
         """
-        self._share_base()
-        self.refuse_shrinking()
-        if keeps_own_state(self.base) or inside(self.base):
-            raise ShrinkError(
-                f"{type(self.base).__name__} keeps parameters and state of its own, beside param_groups and state\n"
-                "  effect  it would go on with those of the full model, so nothing was changed\n"
-                "  to fix  shrink by construct_subnet at the end; or wrap a plain optimizer (SGD, AdamW...)"
-            )
+        self.require_shrinkable()
         states = sliced_state(moved, self.base)
         follow(self.base, moved, states)
         mask = torch.from_numpy(np.concatenate([left[group.name] for group in self.node_groups]))
@@ -171,6 +164,21 @@ class SparseOptimizer(Choosing):
         self.choice = replace(self.choice, groups=self.node_groups)
         self._renew()
         self._unseen = True  # it holds the old parameters
+
+    def require_shrinkable(self) -> None:
+        """Refuse to go on with another model.
+
+        Raises:
+            ShrinkError: Something else than ``param_groups`` and ``state`` knows the present one.
+        """
+        self._share_base()
+        self.refuse_shrinking()
+        if keeps_own_state(self.base) or inside(self.base):
+            raise ShrinkError(
+                f"{type(self.base).__name__} keeps parameters and state of its own, beside param_groups and state\n"
+                "  effect  it would go on with those of the full model, so nothing was changed\n"
+                "  to fix  shrink by construct_subnet at the end; or wrap a plain optimizer (SGD, AdamW...)"
+            )
 
     def _keep_atoms(self, left: Tensor) -> None:
         """Forget all about the others."""
@@ -190,10 +198,15 @@ class SparseOptimizer(Choosing):
         """Compare them, if it is time before step ``n``: the first one, one that chooses, or after a few steps.
 
         Raises:
-            ModelChangedError: A parameter of the model was replaced.
+            ModelChangedError: A parameter of the model was replaced, or there is state of others than the present ones.
         """
-        chooses = self.schedule.starts_period(n) or self.schedule.ends_period(n)
-        if self._followed is not None and (self._unseen or chooses or n % CHECK_STEPS == 0):
+        if not (self._unseen or self.schedule.starts_period(n) or self.schedule.ends_period(n) or n % CHECK_STEPS == 0):
+            return
+        if type(self.base).__module__.startswith("torch.optim"):  # others may have state by keys of their own
+            require_own_state(self.state, self.parameters(), type(self.base).__name__)
+        if self._followed is None:
+            self._unseen = False
+        else:
             needed = {piece.parameter for group in self.node_groups for piece in group.zeros}
             pruning = self.choice.target.wants_less and n < self.schedule.end
             self._followed, self._unseen = self._followed.look(self.parameters(), needed, pruning), False

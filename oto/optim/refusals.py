@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from oto.errors import (
+    ModelChangedError,
     NoGradientError,
     NoGradientWarning,
     NonFiniteParameterError,
@@ -47,6 +49,27 @@ def require_parameters(groups: Iterable[NodeGroup], parameters: Mapping[str, Ten
             f"NaN or infinity in {some(bad)}\n"
             "  effect  no zero of the model could be trusted\n"
             "  to fix  load sound weights before making the optimizer"
+        )
+
+
+def require_own_state(state: Mapping[Any, Any], parameters: Mapping[str, Tensor], kind: str) -> None:
+    """Refuse state that is of other parameters than the present ones, as that is which an optimizer fills before
+    accelerate shards the model (``fsdp_version: 2``) and puts other parameters into ``param_groups``.
+
+    Args:
+        kind: The wrapped optimizer's class.
+
+    Raises:
+        ModelChangedError: There is some.
+    """
+    own = set(parameters.values())
+    stale = sum(isinstance(key, Tensor) and bool(held) and key not in own for key, held in state.items())
+    if stale:
+        raise ModelChangedError(
+            f"{kind} holds state of {stale} tensors that are no parameters of its param_groups any more\n"
+            "  effect  it would fail, or begin anew; no step was taken\n"
+            "  to fix  with accelerate and fsdp_version: 2, a base that makes its state in its first step (SGD, Adam,"
+            " AdamW), not before; otherwise a new optimizer for the new parameters"
         )
 
 

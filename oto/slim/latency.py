@@ -18,7 +18,7 @@ from torch import distributed as dist
 from oto import clock
 from oto._torch import tree_leaves
 from oto.axes.registry import known
-from oto.errors import NotPrunedWarning, TargetError, reraise_out_of_memory, users_level
+from oto.errors import NotPrunedWarning, TargetError, first_line, reraise_out_of_memory, users_level
 from oto.groups import Costs, Partition
 from oto.groups.cost import Polynomial
 from oto.groups.latency import latency_table
@@ -175,14 +175,23 @@ def measured_latency(
         )
     found: list[Latency | TargetError | None] = [None]
     shared = dist.is_available() and dist.is_initialized()
+    failure: Exception | None = None
     if not shared or dist.get_rank() == 0:
         try:
             table = latency_table(timer.partition, timer.costs, timer.device, divisible)
             found[0] = confirmed(table, timer.costs.sizes, least, goal, choose, timer)
         except TargetError as refused:
             found[0] = refused
+        except Exception as raised:  # the other processes wait to be told
+            failure = raised
+            found[0] = TargetError(
+                f"target_latency_ms={goal:g}: the first process could not measure: {first_line(raised)}\n"
+                "  effect  nothing was made\n  to fix  see the error there; or ask for target_macs="
+            )
     if shared:
         dist.broadcast_object_list(found)
+    if failure is not None:
+        raise failure
     (result,) = found
     if isinstance(result, TargetError):
         raise result

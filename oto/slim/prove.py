@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from oto.errors import VerificationError, first_line, reraise_out_of_memory, some
 from oto.progress import stage
-from oto.slim.edits import Edits, attribute, named_tensors, pruned_tensor, renumbered, slim_copy
+from oto.slim.edits import Edits, Scale, attribute, named_tensors, pruned_tensor, renumbered, slim_copy
 from oto.slim.proof import limits
 from oto.slim.proof.compare import Check, require
 from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.source import Emitted, Source
+from oto.trace.graph import Leaf
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +66,9 @@ def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> No
         names = [name for name in leaf.names if name in emitted.tensors and name not in changed]
         own = {id(slim[name]): name for name in names if name in slim}
         if own:
-            wanted = pruned_tensor(model, pruned, leaf, emitted.scales.get(leaf.name, ()))
+            scales = emitted.scales.get(leaf.name, ())
             for name in own.values():
-                same = _same(wanted, slim[name].detach())
+                same = _holds(slim[name].detach(), model, pruned, leaf, scales)
                 (unknown if same is None else wrong).extend([] if same else [name])
     if unknown:
         emitted.notes.append(
@@ -77,6 +80,27 @@ def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> No
             "  effect  nothing was written\n"
             "  to fix  report the model; until then mark the groups concerned unprunable"
         )
+
+
+_BLOCK = 1 << 22
+"""Entries that are compared at a time, so that the kept ones of a large table are not in memory once more."""
+
+
+def _holds(own: Tensor, model: nn.Module, pruned: PrunedShapes, leaf: Leaf, scales: Sequence[Scale]) -> bool | None:
+    """Whether a slim tensor holds the kept entries of the full one; ``None`` if unknown."""
+    full = attribute(model, leaf.names[0])
+    if scales or own.layout != torch.strided or own.numel() <= _BLOCK or type(full.detach()) is not Tensor:
+        return _same(pruned_tensor(model, pruned, leaf, scales), own)
+    if own.shape != pruned.shape(leaf):
+        return False
+    rows = torch.from_numpy(np.flatnonzero(pruned.entries(leaf)[0])).to(full.device)
+    step, at = max(1, _BLOCK * len(own) // own.numel()), 0
+    for some_rows in rows.split(step):
+        wanted = pruned.prune(leaf, full.detach().index_select(0, some_rows), known=1)
+        if not (same := _same(wanted, own[at : at + len(some_rows)])):
+            return same
+        at += len(some_rows)
+    return True
 
 
 def _same(a: Tensor, b: Tensor) -> bool | None:

@@ -147,10 +147,14 @@ class PrunedShapes:
     def shape(self, leaf: Leaf) -> tuple[int, ...]:
         return self.sizes(leaf.value)
 
-    def prune(self, leaf: Leaf, tensor: Tensor) -> Tensor:
-        """The surviving entries of a leaf's tensor, in their own memory."""
+    def prune(self, leaf: Leaf, tensor: Tensor, known: int = 0) -> Tensor:
+        """The surviving entries of a leaf's tensor, in their own memory.
+
+        Args:
+            known: Of how many first dimensions the tensor has no others.
+        """
         pruned = tensor.detach()
-        for dim, mask in enumerate(self.entries(leaf)):
+        for dim, mask in list(enumerate(self.entries(leaf)))[known:]:
             if not mask.all():
                 pruned = pruned.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(pruned.device))
         whole = all(mask.all() for mask in self.entries(leaf))

@@ -23,7 +23,7 @@ def made(**options):
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     schedule = {"start_pruning_step": 2, "pruning_steps": 8, "pruning_periods": 2}
     oto = OTO(model, X)
-    return model, oto, oto.hesso(variant="adamw", lr=0.01, target_macs=0.6, **schedule | options)
+    return model, oto, oto.hesso(**{"variant": "adamw", "lr": 0.01, "target_macs": 0.6} | schedule | options)
 
 
 def train(model, optimizer, steps):
@@ -125,6 +125,16 @@ def test_both_may_be_replaced_alike():
     optimizer.param_groups[0]["params"][:] = model.parameters()
     train(model, optimizer, END)
     assert optimizer.progress.over
+
+
+def test_state_of_parameters_that_are_gone_is_refused():
+    """As that of an optimizer which fills it when it is made, where accelerate shards afterwards (fsdp_version: 2)."""
+    model, _, optimizer = made(variant="adagrad")
+    assert optimizer.state
+    other_tensors(model)
+    optimizer.param_groups[0]["params"][:] = model.parameters()
+    with pytest.raises(ModelChangedError, match=r"Adagrad holds state of \d+ tensors[^$]*AdamW"):
+        train(model, optimizer, 1)
 
 
 def test_ties_are_known_by_each_name():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from oto._torch import tree_map_only
 from oto.errors import first_line, some
+from oto.slim.proof.large import WithoutLarge, has_number
 from oto.slim.proof.run import run
 from oto.trace.inputs import arguments
 from oto.trace.outputs import tensors_in
@@ -71,9 +72,9 @@ def _with_gradient(
     names = {id(p): name for name, p in wanted.items()}
 
     def look(p: Tensor) -> None:  # as each gradient arrives, so that never all are in memory
-        assert p.grad is not None
-        grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-        if (torch.isfinite(grad) & (grad != 0)).any():
+        if p.grad is None:
+            return
+        if has_number(p.grad.to_dense() if p.grad.is_sparse else p.grad):
             reached.add(names[id(p)])
         p.grad = None
 
@@ -85,7 +86,8 @@ def _with_gradient(
             p.requires_grad_(id(p) in names)
         hooks = [p.register_post_accumulate_grad_hook(look) for p in wanted.values()]
         try:
-            outputs = [x for x in tensors_in(model(*args, **kwargs)) if x.requires_grad]
+            with WithoutLarge(wanted, reached):
+                outputs = [x for x in tensors_in(model(*args, **kwargs)) if x.requires_grad]
             if outputs:
                 torch.autograd.backward(outputs, [_direction(x) for x in outputs])
         finally:

@@ -1,0 +1,365 @@
+"""What surrounds FSDP2 in training: its policies, compilation, checkpoints written meanwhile, accelerate, the Trainer.
+
+As in ``test_sharded``, whose network and optimizers these are, the processes are started once.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from oto import OTO
+from oto.errors import ShrinkError, TargetError
+from oto.shards import is_sharded, sharded_names
+from tests.optim import test_sharded as sharded
+from tests.optim.test_distributed import GLOO, RANKS
+from tests.optim.test_sharded import (
+    MAKERS,
+    Check,
+    alone,
+    analyzed,
+    batch,
+    equal,
+    full,
+    heard,
+    loaded,
+    net,
+    require_same,
+    shard,
+    spread,
+    train,
+)
+
+pytestmark = [GLOO, pytest.mark.filterwarnings("default:a process was killed")]
+
+
+def offloaded(rank: int) -> None:
+    """Shards on the CPU; pinned memory needs an accelerator, as does the way from there."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    equal("hesso adamw", rank, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def compiled(rank: int, backend: str = "aot_eager", whole: bool = False) -> None:
+    """Blocks are compiled before they are sharded, as torchtitan does, or all of it afterwards."""
+    oto = copy.deepcopy(analyzed(net))
+    for block in oto.model.blocks if not whole else ():  # type: ignore[union-attr]
+        block.compile(backend=backend)
+    shard(oto.model)
+    optimizer = MAKERS["hesso"][2](oto)
+    train(torch.compile(oto.model, backend=backend) if whole else oto.model, optimizer, range(50), rank)
+    other, reference = alone("hesso")
+    require_same(oto.model, other, optimizer, reference)
+    subnet = oto.construct_subnet()
+    assert type(subnet.model) is sharded.Net and subnet.max_error < 1e-10
+
+
+def all_at_once(rank: int) -> None:
+    """bfloat16, offloading, compiled and checkpointed blocks, two batches a step, clipping: zeros and choices agree."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+    from torch.utils.checkpoint import checkpoint
+
+    model: Any = net().float()
+    oto = OTO(model, sharded.X.float())
+    for block in model.blocks:
+        own = block.forward
+        block.forward = lambda x, own=own: checkpoint(own, x, use_reentrant=False)
+        block.compile(backend="eager")
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(model, mp_policy=half, offload_policy=CPUOffloadPolicy(pin_memory=False), reshard_after_forward=False)
+    optimizer = MAKERS["hspg adamw"][2](oto)
+    for n in range(40):
+        optimizer.zero_grad()
+        x, y = (t.float() for t in batch(n, rank))
+        for last in (False, True):
+            model.set_requires_gradient_sync(last)
+            (nn.functional.mse_loss(model(x).float(), y) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    atoms = [torch.empty_like(optimizer.atoms) for _ in range(RANKS)]
+    dist.all_gather(atoms, optimizer.atoms)
+    assert optimizer.progress.over and torch.equal(*atoms) and (atoms[0] == 2).any()
+    weights = full(model)
+    for group in optimizer.node_groups:
+        for piece in group.zeros if group.name in optimizer.pruned_groups else ():
+            rows = piece.of(weights[piece.parameter]).index_select(0, optimizer.pruned_groups[group.name])
+            assert not rows.any()
+
+
+def saved_meanwhile(rank: int) -> None:
+    """A checkpoint is written while training goes on, and holds what was there when it was asked for."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    oto, optimizer = spread("hspg adamw")
+    train(oto.model, optimizer, range(12), rank)
+    then, atoms = full(oto.model), optimizer.atoms.clone()
+    weights, state = get_state_dict(oto.model, optimizer)
+    folder = sharded.FOLDER / "meanwhile"
+    # training sends by the group of all processes; two threads in one group would take each other's messages
+    writing: Any = dcp.async_save(
+        {"model": weights, "optimizer": state}, checkpoint_id=folder, process_group=dist.new_group(backend="gloo")
+    )
+    train(oto.model, optimizer, range(12, 20), rank)
+    writing.result()
+    train(oto.model, optimizer, range(20, 40), rank)
+    end = full(oto.model)
+    again, resumed = spread("hspg adamw")
+    loaded(again.model, resumed, folder)
+    assert resumed.clock == 12 and torch.equal(resumed.atoms, atoms)
+    assert all(torch.equal(p, then[name]) for name, p in full(again.model).items())
+    train(again.model, resumed, range(12, 40), rank)
+    assert all(torch.equal(p, end[name]) for name, p in full(again.model).items())
+
+
+def shard_on_the_cpu() -> None:
+    """Let accelerate shard here, too: where there is no accelerator it leaves ``fsdp_plugin`` aside without a word."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    rank = dist.get_rank()
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{RANKS}", "LOCAL_WORLD_SIZE": f"{RANKS}"}
+    made = AcceleratorState.__init__
+    if getattr(made, "here", False):
+        return
+
+    def init(state: Any, *args: Any, **options: Any) -> None:
+        made(state, *args, **options)
+        if (plugin := options.get("fsdp_plugin")) is not None:
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    init.here = True  # type: ignore[attr-defined]
+    AcceleratorState.__init__ = init
+
+
+def by_accelerate(rank: int, kind: str = "SHARDED_STATE_DICT") -> None:
+    """``prepare`` after the optimizer was made, ``save_state`` in a period, ``load_state``: the same bits."""
+    shard_on_the_cpu()
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    AcceleratorState._reset_state(True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Attention"],
+        state_dict_type=kind,
+    )
+    accelerator: Any = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert accelerator.is_fsdp2
+
+    def prepared() -> Any:
+        oto = copy.deepcopy(analyzed(net))
+        return oto, *accelerator.prepare(oto.model, MAKERS["hesso adamw"][2](oto))
+
+    oto, model, optimizer = prepared()
+    train(model, optimizer, range(12), rank)
+    accelerator.save_state(str(sharded.FOLDER / kind))
+    train(model, optimizer, range(12, 50), rank)
+    end = full(model)
+    other, reference = alone("hesso adamw")
+    require_same(model, other, optimizer.optimizer, reference)
+    assert oto.construct_subnet().max_error < 1e-10
+    accelerator.free_memory()
+    _, model, optimizer = prepared()
+    accelerator.load_state(str(sharded.FOLDER / kind))
+    assert optimizer.optimizer.clock == 12
+    train(model, optimizer, range(12, 50), rank)
+    assert all(torch.equal(p, end[name]) for name, p in full(model).items())
+    accelerator.free_memory()
+
+
+def by_the_trainer(rank: int) -> None:
+    """``fsdp_config={"version": 2}``; a run that is resumed from a checkpoint in a period ends with the same bits."""
+    shard_on_the_cpu()
+    from accelerate.state import AcceleratorState
+    from transformers import Trainer, TrainingArguments
+
+    pairs = [batch(n) for n in range(16)]
+    rows = [{"x": x, "labels": y} for xs, ys in pairs for x, y in zip(xs, ys, strict=True)]
+    arguments = {
+        "max_steps": 16,
+        "save_steps": 7,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["Attention"],
+            "state_dict_type": "SHARDED_STATE_DICT",
+        },
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+    def trained(resume: str | None = None) -> tuple[OTO, Any]:
+        AcceleratorState._reset_state(True)
+        oto = copy.deepcopy(analyzed(net))
+        optimizer = oto.hesso(
+            variant="adamw", lr=0.01, target_params=0.7, start_pruning_step=4, pruning_steps=8, pruning_periods=2
+        )
+        trainer: Any = Trainer(
+            oto.model,
+            TrainingArguments(str(sharded.FOLDER / "trainer"), **arguments),
+            train_dataset=rows,  # type: ignore[arg-type]
+            compute_loss_func=lambda y, labels, num_items_in_batch=None: nn.functional.mse_loss(y, labels),
+        )
+        trainer.optimizer = optimizer  # with fsdp the Trainer refuses optimizers=
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.optimizer.optimizer is optimizer
+        return oto, optimizer
+
+    oto, optimizer = trained()
+    assert optimizer.clock == 16 and optimizer.progress.over and optimizer.num_pruned > 0
+    assert sharded_names(oto.model)
+    end = full(oto.model)
+    again, resumed = trained(str(sharded.FOLDER / "trainer" / "checkpoint-7"))
+    assert torch.equal(resumed.atoms, optimizer.atoms) and resumed.clock == 16
+    assert all(torch.equal(p, end[name]) for name, p in full(again.model).items())
+    subnet = oto.construct_subnet()
+    assert subnet.cost_after.params < 0.75 * subnet.cost_before.params
+
+
+def timed(rank: int) -> None:
+    """A latency target: the first process measures, on a clock that the test sets, and all choose by that."""
+    from oto.slim.latency import Timer
+
+    calls: list[bool] = []
+
+    def milliseconds(timer: Timer, counts: Any) -> float:
+        calls.append(not any(map(is_sharded, timer.model.parameters())))
+        return float(1 + counts.sum())
+
+    plain = Timer.__call__
+    Timer.__call__ = milliseconds  # type: ignore[method-assign, assignment]
+    try:
+        oto = copy.deepcopy(analyzed(net))
+        shard(oto.model)
+        goal = 0.7 * float(1 + oto._analysis.costs.sizes.sum())
+        optimizer = oto.hesso(**MILLISECONDS, target_latency_ms=goal)
+        assert (len(calls) > 1 and all(calls)) if rank == 0 else not calls
+        assert sharded_names(oto.model)
+        train(oto.model, optimizer, range(50), rank)
+        atoms = [torch.empty_like(optimizer.atoms) for _ in range(RANKS)]
+        dist.all_gather(atoms, optimizer.atoms)
+        assert torch.equal(*atoms) and 0.9 * goal < optimizer.progress.cost <= goal
+        assert "ms" in str(oto.preview(target_latency_ms=goal))
+        Timer.__call__ = broken  # type: ignore[method-assign, assignment]
+        with pytest.raises(ZeroDivisionError if rank == 0 else TargetError):
+            oto.hesso(**MILLISECONDS, target_latency_ms=1.0)
+    finally:
+        Timer.__call__ = plain  # type: ignore[method-assign]
+
+
+def shrunk(rank: int, name: str = "hesso adamw", at: tuple[int, ...] = (20, 40)) -> None:
+    """Pruned atoms leave in the middle of training, twice: as in one process. Blocks and model are sharded anew."""
+    oto, optimizer = spread(name)
+    other = copy.deepcopy(analyzed(net))
+    reference = MAKERS[name][2](other)
+    model, done = oto.model, 0
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
+    with pytest.raises(ShrinkError, match=r"spread over[^$]*shard=f"):
+        oto.shrink(optimizer)
+    for step in (*at, 50):
+        train(model, optimizer, range(done, step), rank)
+        train(other.model, reference, range(done, step))
+        if step in at:
+            with pytest.raises(ShrinkError, match="has not spread"):
+                oto.shrink(optimizer, shard=lambda model: None)
+            before = sum(p.numel() for p in model.parameters())
+            assert oto.shrink(optimizer, shard=shard) is model and optimizer.base.state is optimizer.state
+            other.shrink(reference)
+            assert sum(p.numel() for p in model.parameters()) < before
+        done = step
+    assert schedule.optimizer is optimizer and sharded_names(model) and optimizer.num_removed > 0
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in other.model.named_parameters()}
+    assert type(model).__mro__[1:] == type(shard(net())).__mro__[1:]
+    require_same(model, other.model, optimizer, reference)
+    subnet = oto.construct_subnet(sharded.FOLDER / f"shrunk {name}")
+    assert subnet.cost_after == other.construct_subnet().cost_after
+
+
+def shrunk_in_vain(rank: int) -> None:
+    """What the first process cannot make, every process says, and training goes on."""
+    from oto import shrinking
+
+    oto, optimizer = spread("hesso adamw")
+    train(oto.model, optimizer, range(20), rank)
+    plain, calls = shrinking.shrunk, []
+
+    def failing(*args: Any) -> Any:
+        calls.append(1)
+        raise ZeroDivisionError
+
+    shrinking.shrunk = failing
+    try:
+        with pytest.raises(ShrinkError, match="the first process" if rank else "ZeroDivisionError"):
+            oto.shrink(optimizer, shard=shard)
+    finally:
+        shrinking.shrunk = plain
+    assert len(calls) == (rank == 0)
+    with pytest.raises(ShrinkError, match="averages="):
+        oto.shrink(optimizer, shard=shard, averages=[net()])
+    assert sharded_names(oto.model)
+    train(oto.model, optimizer, range(20, 50), rank)
+    other, reference = alone("hesso adamw")
+    require_same(oto.model, other, optimizer, reference)
+
+
+MILLISECONDS = {key: value for key, value in sharded.SOON.items() if key != "target_macs"}
+
+
+def broken(timer: Any, counts: Any) -> float:
+    raise ZeroDivisionError
+
+
+CHECKS: dict[str, Check] = {
+    "timed": timed,
+    "segments": partial(equal, "h2spg"),
+    "shrunk": shrunk,
+    "shrunk in vain": shrunk_in_vain,
+    "offloaded": offloaded,
+    "compiled": compiled,
+    "all at once": all_at_once,
+    "saved meanwhile": saved_meanwhile,
+    "by accelerate": by_accelerate,
+    "by the Trainer": by_the_trainer,
+}
+LONG: dict[str, Check] = {
+    "shrunk, hspg": partial(shrunk, name="hspg adamw"),
+    "shrunk, dhspg": partial(shrunk, name="dhspg"),
+    "compiled whole": partial(compiled, whole=True),
+    "by accelerate, full": partial(by_accelerate, kind="FULL_STATE_DICT"),
+}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return heard(CHECKS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return heard(LONG, tmp_path_factory)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(name: str, quick: dict[str, list[str]]) -> None:
+    assert quick[name] == [""] * RANKS
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", LONG)
+def test_two_processes_at_length(name: str, long: dict[str, list[str]]) -> None:
+    assert long[name] == [""] * RANKS
