@@ -180,6 +180,13 @@ Layout = Annotated[
     str | None,
     typer.Option(help="uniform: repeated blocks stay equal, stated by the config; stock: and as wide as their heads"),
 ]
+Mode = Annotated[
+    str,
+    typer.Option(
+        "--compress-mode",
+        help="prune: channels and heads go; erase: whole segments, such as layers; both: as the checkpoint was trained",
+    ),
+]
 Align = Annotated[
     list[str] | None,
     typer.Option(
@@ -240,10 +247,11 @@ def _analyzed(
     min_kept: str = "1",
     layout: str | None = None,
     only: list[str] | None = None,
+    mode: str = "prune",
 ) -> OTO:
     model = _model(name, checkpoint, key, pretrained)
     given = named_input(inputs or (), input_fn, model)
-    return _analysis(model, given, skip, allow_graph, min_kept, layout, only)
+    return _analysis(model, given, skip, allow_graph, min_kept, layout, only, mode)
 
 
 def _model(name: str, checkpoint: Path | None, key: str | None, pretrained: bool) -> nn.Module:
@@ -262,6 +270,7 @@ def _analysis(
     min_kept: str = "1",
     layout: str | None = None,
     only: list[str] | None = None,
+    mode: str = "prune",
 ) -> OTO:
     least = _number("--min-kept", min_kept)
     assert least is not None
@@ -269,6 +278,7 @@ def _analysis(
         "only": only or None,
         "min_kept": least,
         "layout": layout,
+        "compress_mode": mode,
     }  # OTO refuses invalid values
     return OTO(model, given, skip_patterns=skip or (), allow_graph=allow_graph, **options)
 
@@ -404,6 +414,7 @@ def slim(
     only: Only = None,
     allow_graph: AllowGraph = False,
     layout: Layout = None,
+    compress_mode: Mode = "prune",
     align: Align = None,
     emitter: Annotated[str, typer.Option(help="auto, config, module, graph or recording")] = "auto",
     program: Annotated[bool, typer.Option(help="write model.pt2, which loads without the class")] = True,
@@ -461,7 +472,7 @@ def slim(
         given = Samples.read(_calibrating(calibrate), whole, folder, context, samples)
         example = named_input(input or (), input_fn) if input or input_fn else given.example
         whole, example, batches = _moved(device, whole, example, given.batches(batch_size))
-        analyzed = _analysis(whole, example, skip, allow_graph, min_kept, layout, only)
+        analyzed = _analysis(whole, example, skip, allow_graph, min_kept, layout, only, compress_mode)
         how: dict[str, Any] = {
             "scope": scope,
             "group_divisible": group_divisible,
@@ -472,7 +483,7 @@ def slim(
         done = analyzed.one_shot(batches=batches, loss=given.loss(loss), **_target(**targets), **how)
     else:
         _refuse_without_one_shot(checkpoint, calibrate=calibrate, loss=loss, saliency=saliency, **targets)
-        least = (pretrained, min_kept, layout, only)
+        least = (pretrained, min_kept, layout, only, compress_mode)
         analyzed, done = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, *least), None
     options: dict[str, Any] = {"emitter": emitter, "align": 1 if one_shot else _align(align) or 1}
     subnet = analyzed.construct_subnet(out, program=program, save_full=save_full, report=report, **options)

@@ -42,9 +42,7 @@ def depths(recipe: Recipe, model: nn.Module) -> list[Depth]:
     return found
 
 
-def _shorter(
-    base: Mapping[str, Any], shapes: Mapping[str, Any], paths: Sequence[str], number: int
-) -> str | None:
+def _shorter(base: Mapping[str, Any], shapes: Mapping[str, Any], paths: Sequence[str], number: int) -> str | None:
     """The list of which the last layer is not there any more, if all else is as before."""
     gone = base.keys() - shapes.keys()
     if not gone or shapes.keys() - base.keys() or any(base[name] != shapes[name] for name in shapes):
@@ -97,7 +95,11 @@ def whole_layers(partition: Partition, depth: Depth, segments: Sequence[Segment]
         outer = [s for s in inside if not any(s.body < other.body for other in inside)]
         held = {name for segment in outer for leaf in segment.leaves for name in leaf.names}
         own = set(_below(names, depth.layers, layer))
-        if own and own <= held and held <= {name for leaf in leaves for name in _below(leaf.names, depth.layers, layer)}:
+        if (
+            own
+            and own <= held
+            and held <= {name for leaf in leaves for name in _below(leaf.names, depth.layers, layer)}
+        ):
             found[layer] = outer
     return found
 
