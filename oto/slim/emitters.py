@@ -7,7 +7,6 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from oto.axes.registry import known
-from oto.errors import EmitterError
 from oto.slim.config.emit import emit_stock
 from oto.slim.edits import Edits, forget_idle, named_tensors, pruned_tensor, pruned_tensors, slim_copy
 from oto.slim.erased import Erasures, leaving_out, plan

@@ -5,7 +5,7 @@ Used by the tests, by the documentation's table, and by hand::
     python -m tests.zoo.matrix transformers              # a whole zoo
     python -m tests.zoo.matrix transformers bert llama   # some of it
     python -m tests.zoo.matrix --why transformers bert   # what stays whole, and why
-    python -m tests.zoo.matrix --segments --record timm resnet18   # a third of all segments erased besides; nothing else
+    python -m tests.zoo.matrix --segments --record timm resnet18   # a third of all segments erased, too
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ computes in float64 is compared with the zeroed full model: on the example, on r
 * **other counts**: of so many choices (one group alone thinner, all but one, what an optimizer leaves at 70 % of the
   MACs) so many slim models are of the own class; each was compared on the example. What the class can do without was
   asked of the model as its library makes it, and once more after a forward, in train mode: {states}.
-* **segments**: with `compress_mode="both"`, a third of all segments (residual branches and the like) is erased at random
-  besides half of all ZIGs: how many went of how many; with a ✓ the slim model is of the own class, else it is a graph.
+* **segments**: with `compress_mode="both"`, a third of all segments (residual branches and the like) is erased at
+  random besides half of all ZIGs: how many went of how many; with a ✓ the slim model is of the own class, else a graph.
 * **error**: the largest difference of any comparison, relative to the largest entry of the output.
 """
 

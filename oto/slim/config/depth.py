@@ -1,8 +1,9 @@
 """Numbers of layers that a config states, found by trial: with one less, the class lacks the last of a list.
 
 A whole layer is gone where all of its parameters lie in segments that are (:mod:`oto.groups.segments`). The class that
-a config makes of fewer layers numbers those that are left anew, in lists of the config that have an entry for each layer
-(``layer_types``), too. Whether it computes the same without some is tried like a width (:mod:`oto.slim.config.trial`).
+a config makes of fewer layers numbers those that are left anew, and lists of the config that have an entry for each
+layer (``layer_types``) are as long. Whether it computes the same without some is tried like a width
+(:mod:`oto.slim.config.trial`).
 """
 
 from __future__ import annotations
