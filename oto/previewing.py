@@ -16,6 +16,7 @@ from oto.errors import NothingPrunableError, TargetError, first_line, some
 from oto.groups.align import ON_CUDA, Align
 from oto.optim import Choice
 from oto.optim.criteria import FROM_MAGNITUDE
+from oto.optim.limits import least_staying
 from oto.optim.options import ChoiceOptions, PreviewOptions, TargetOptions, names_of, picked, refuse_unknown
 from oto.optim.preview import kept_now
 from oto.optim.target import Target
@@ -90,17 +91,11 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
     It is corrected by measurements near the model that a choice by the weights alone would give.
 
     Raises:
-        TargetError: Latency cannot be measured, or not even the thinnest model is fast enough; or segments may go.
+        TargetError: Latency cannot be measured, or not even the thinnest model is fast enough.
     """
     goal, costs = options.get("target_latency_ms"), analysis.costs
     if goal is None:
         return None
-    if analysis.partition.segments:
-        raise TargetError(
-            "target_latency_ms cannot be met where segments may go (compress_mode): what a model takes without some is"
-            " not measured yet\n  effect  nothing was made\n"
-            "  to fix  ask for target_macs, target_params or target_bytes; or compress_mode='prune'"
-        )
     if sharded := sharded_names(analysis.model):
         raise TargetError(
             f"{some(sharded)} of the {type(analysis.model).__name__} {'is' if len(sharded) == 1 else 'are'} spread over"
@@ -111,7 +106,8 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
     # refuses nonsense before anything is timed
     Target.of(picked(options, TargetOptions), costs.sizes, costs, costs.macs)
     limits = FROM_MAGNITUDE | {name: options[name] for name in (*LIMITS, "align") if name in options}
-    least = Choice.of(analysis.groups, {"target_group_sparsity": 0.0}, **limits).least
+    limited = Choice.of(analysis.groups, {"target_group_sparsity": 0.0}, **limits)
+    least = least_staying(limited.groups, limited.least, costs.macs)
 
     def choose(latency: Latency) -> NDArray[np.int64]:
         choice = Choice.of(analysis.groups, {"target_latency_ms": goal}, latency=latency, **limits)
