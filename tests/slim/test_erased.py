@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import oto as library
 from oto import OTO
@@ -175,6 +176,38 @@ def test_what_is_erased_is_not_run():
         torch.testing.assert_close(subnet.model(given), model(given))
     subnet.model.train()(x).sum().backward()
     assert all(p.grad is not None for p in subnet.model.parameters())
+
+
+class Counted(TorchFunctionMode):
+    """The names of the functions of torch that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("conv2d", "batch_norm", "relu", "relu_", "__iadd__", "add_", "zeros_like", "new_zeros"):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Late(Net):
+    """The first block is given what no ReLU made, so the one behind its joint is left."""
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x).sin()).mean((2, 3)))
+
+
+def test_no_call_is_made_for_a_block_that_is_gone():
+    model, x = randomized(Late()), torch.randn(2, 3, 9, 9)
+    subnet = without(model, x, ["blocks.0.norm2", "blocks.1.norm2"]).construct_subnet()
+    with Counted() as seen:
+        subnet.model(x)
+    assert seen.names.count("conv2d") == 3 and seen.names.count("batch_norm") == 2
+    assert subnet.model.blocks[0].forward.gives == {"given": "x", "then": ["relu"]}
+    assert subnet.model.blocks[1].forward.gives == {"given": "x"}
+    assert seen.names.count("relu") + seen.names.count("relu_") == 3
+    assert not [name for name in seen.names if "zeros" in name] and subnet.max_error < 1e-12
 
 
 def test_strided_branches_too():

@@ -162,7 +162,7 @@ class Behind(nn.Module):
 
 @pytest.mark.parametrize("name", NETS)
 def test_what_has_a_bias_behind_it_is_no_segment(name):
-    """Each branch in turn gets a number behind it: with 0 nothing changes in what may go, with another that branch."""
+    """A number is put behind single branches, which no zero in them takes away."""
     model, x = made(name)
     oto = OTO(model, x, allow_graph=True)
     before = [segment.name for segment in with_segments(oto.partition)[0].segments]
