@@ -210,6 +210,7 @@ class _Run:
                     flow.add_edge(node.index, ("edge", number))
                     flow.add_edge(("edge", number), maker.index)
         ends = {self.maker[v].index for v in (*self.run.outputs, *self.run.ends) if v in self.maker}
+        ends.update(node.index for node in self.nodes if node.written and self.readers.keys().isdisjoint(_made(node)))
         flow.add_edges_from((_END, index) for index in sorted(ends))
         below: dict[object, list[object]] = {}
         for node, above in nx.immediate_dominators(flow, _END).items() if flow else ():
@@ -293,6 +294,11 @@ class _Run:
             if fewer and self._is_silenced(value, fewer):
                 needed = fewer
         return needed
+
+
+def _made(node: Node) -> Iterator[Value]:
+    """What a call gives, and what becomes of what it writes to."""
+    yield from (value for value in (*node.outputs, *(after for _, after in node.written)) if value is not None)
 
 
 def _reads(node: Node, leaves: Iterable[Leaf]) -> bool:
