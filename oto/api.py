@@ -50,7 +50,8 @@ class OTO(Pruning):
             By default these stay, with thinner inputs, and the slim model can be trained with them.
         layout: ``"uniform"``: repeated blocks keep the same number of everything, each its own best atoms, so that one
             number states it for all; and what ``model.config``, or the keywords of the function that
-            ``model.pretrained_cfg`` names, cannot state stays whole (an ``UnstatedWarning``, if they state nothing).
+            ``model.pretrained_cfg`` names, cannot state stays whole (an ``UnstatedWarning``, if they state nothing). Of
+            segments whole layers go, where the config states their number.
             The slim model is of the stock class, see :meth:`Subnet.save_pretrained`. ``"stock"``: also, a width that is
             heads times the head width stays so. By default (``None`` or ``"free"``) every block has its own counts.
         tensor_parallel: Number of devices that heads, key and value heads and FFNs stay divisible by.

@@ -180,6 +180,13 @@ Layout = Annotated[
     str | None,
     typer.Option(help="uniform: repeated blocks stay equal, stated by the config; stock: and as wide as their heads"),
 ]
+Mode = Annotated[
+    str,
+    typer.Option(
+        "--compress-mode",
+        help="prune: channels and heads go; erase: whole segments, such as layers; both: as the checkpoint was trained",
+    ),
+]
 Align = Annotated[
     list[str] | None,
     typer.Option(
@@ -267,10 +274,11 @@ def _analyzed(
     min_kept: str = "1",
     layout: str | None = None,
     only: list[str] | None = None,
+    mode: str = "prune",
 ) -> OTO:
     model = _model(name, checkpoint, key, pretrained)
     given = named_input(inputs or (), input_fn, model)
-    return _analysis(model, given, skip, allow_graph, min_kept, layout, only)
+    return _analysis(model, given, skip, allow_graph, min_kept, layout, only, mode)
 
 
 def _model(name: str, checkpoint: Path | None, key: str | None, pretrained: bool) -> nn.Module:
@@ -289,6 +297,7 @@ def _analysis(
     min_kept: str = "1",
     layout: str | None = None,
     only: list[str] | None = None,
+    mode: str = "prune",
 ) -> OTO:
     least = _number("--min-kept", min_kept)
     assert least is not None
@@ -296,6 +305,7 @@ def _analysis(
         "only": only or None,
         "min_kept": least,
         "layout": layout,
+        "compress_mode": mode,
     }  # OTO refuses invalid values
     return OTO(model, given, skip_patterns=skip or (), allow_graph=allow_graph, **options)
 
@@ -445,6 +455,7 @@ def slim(
     only: Only = None,
     allow_graph: AllowGraph = False,
     layout: Layout = None,
+    compress_mode: Mode = "prune",
     align: Align = None,
     emitter: Emitter = "auto",
     program: Program = True,
@@ -487,13 +498,13 @@ def slim(
         drawn = Samples.read(_calibrating(calibrate), full, _folder(model), context, samples)
         example = named_input(input or (), input_fn) if input or input_fn else drawn.example
         full, example, batches = _moved(device, full, example, drawn.batches(batch_size))
-        analyzed = _analysis(full, example, skip, allow_graph, min_kept, layout, only)
+        analyzed = _analysis(full, example, skip, allow_graph, min_kept, layout, only, compress_mode)
         how: dict[str, Any] = {"scope": scope, "group_divisible": group_divisible, "align": multiples}
         how |= {"saliency": saliency, "compensate": None if compensate == "none" else compensate}
         done = analyzed.one_shot(batches=batches, loss=drawn.loss(loss), holdout=holdout, **_target(targets), **how)
     else:
         _refuse_without_one_shot(checkpoint, calibrate=calibrate, loss=loss, saliency=saliency, **targets)
-        least = pretrained, min_kept, layout, only
+        least = pretrained, min_kept, layout, only, compress_mode
         analyzed = _analyzed(model, input, input_fn, skip, allow_graph, checkpoint, key, *least)
     options: dict[str, Any] = {"emitter": emitter, "align": 1 if one_shot or multiples is None else multiples}
     subnet = analyzed.construct_subnet(out, program=program, save_full=save_full, report=report, **options)

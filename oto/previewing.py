@@ -16,6 +16,7 @@ from oto.errors import NothingPrunableError, TargetError, first_line
 from oto.groups.align import ON_CUDA, Align
 from oto.optim import Choice
 from oto.optim.criteria import FROM_MAGNITUDE
+from oto.optim.limits import least_staying
 from oto.optim.options import ChoiceOptions, PreviewOptions, TargetOptions, names_of, picked, refuse_unknown
 from oto.optim.preview import kept_now
 from oto.optim.target import Target
@@ -101,21 +102,16 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
     over processes is gathered in the first one, which measures for all.
 
     Raises:
-        TargetError: Latency cannot be measured, or not even the thinnest model is fast enough; or segments may go.
+        TargetError: Latency cannot be measured, or not even the thinnest model is fast enough.
     """
     goal, costs = options.get("target_latency_ms"), analysis.costs
     if goal is None:
         return None
-    if analysis.partition.segments:
-        raise TargetError(
-            "target_latency_ms cannot be met where segments may go (compress_mode): what a model takes without some is"
-            " not measured yet\n  effect  nothing was made\n"
-            "  to fix  ask for target_macs, target_params or target_bytes; or compress_mode='prune'"
-        )
     # refuses nonsense before anything is timed
     Target.of(picked(options, TargetOptions), costs.sizes, costs, costs.macs)
     limits = FROM_MAGNITUDE | {name: options[name] for name in (*LIMITS, "align") if name in options}
-    least = Choice.of(analysis.groups, {"target_group_sparsity": 0.0}, **limits).least
+    limited = Choice.of(analysis.groups, {"target_group_sparsity": 0.0}, **limits)
+    least = least_staying(limited.groups, limited.least, costs.macs)
 
     def choose(latency: Latency) -> NDArray[np.int64]:
         choice = Choice.of(analysis.groups, {"target_latency_ms": goal}, latency=latency, **limits)

@@ -43,7 +43,7 @@ from oto.shards import from_first, gathered, is_first, sharded_names, whole
 from oto.slim.config.recipe import Recipe
 from oto.slim.construct import Made, construct, require_values
 from oto.slim.edits import named_tensors
-from oto.slim.latency import rounds
+from oto.slim.latency import as_promised, rounds
 from oto.slim.proof.compare import Check, require
 from oto.slim.proof.reference import FLOAT64
 from oto.slim.pruned_shapes import masks, read_zeros
@@ -348,10 +348,11 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     if build.out_dir is not None:
         with undone(later):
             checks = checks + _saved(source, made, build, before, after)
+    slow = _slow(analysis, made.model, optimizer) if known is None else None
     short = _short_of(analysis, optimizer, zeros) if known is None else None
     if short:  # notes on what the layout or align= adds come beside it
         warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
-    notes = (*([short] if short else []), *uneven, *made.notes)
+    notes = (*([short] if short else []), *([slow] if slow else []), *uneven, *made.notes)
     return Subnet(
         made.model,
         build.out_dir,
@@ -421,6 +422,16 @@ def _files_in(folder: Path | None) -> set[str]:
     return (
         {path.name for path in folder.iterdir() if path.is_file()} if folder is not None and folder.is_dir() else set()
     )
+
+
+def _slow(analysis: Analysis, slim: nn.Module, optimizer: SparseOptimizer | None) -> str | None:
+    """What is to be said of its time, if that was the target, pruning is over, and the full model is there."""
+    if optimizer is None or optimizer.choice.target.name != "target_latency_ms" or not optimizer.progress.over:
+        return None
+    target = optimizer.choice.target
+    if analysis.first_cost is not None or type(analysis.model) is not type(slim):
+        return None
+    return as_promised(analysis.model, slim, analysis.example, target.goal, target.full)
 
 
 def _short_of(analysis: Analysis, optimizer: SparseOptimizer | None, kept: Kept) -> str | None:

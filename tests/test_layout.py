@@ -48,7 +48,7 @@ SLIM = {
     "source": {"config", "edits", "own_class", "proof", "pruned_shapes"},
     "emitters": {"config", "edits", "erased", "graph", "own_class", "proof", "pruned_shapes", "removed", "source"},
     "prove": {"edits", "proof", "pruned_shapes", "source"},
-    "latency": {"edits", "graph", "own_class", "proof", "pruned_shapes"},
+    "latency": {"edits", "erased", "graph", "own_class", "proof", "pruned_shapes", "removed"},
     "shrink": {"config", "edits", "emitters", "own_class", "proof", "provenance", "pruned_shapes", "source"},
     "member": {"edits", "pruned_shapes", "shrink", "source"},
     "views": {"config", "edits", "own_class", "proof", "pruned_shapes", "source"},

@@ -15,7 +15,7 @@ goes. Segments may lie in each other, and share writers: where the outer one is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -198,13 +198,11 @@ class _Run:
         """For each edge the calls that reach an end through it only."""
         flow = nx.DiGraph()  # against the flow of data
         at = {(edge.joint.index, edge.value): i for i, edge in enumerate(self.edges)}
-        read: set[int] = set()
         for node in self.nodes:
             for value in node.inputs():
                 maker = self.maker.get(value)
                 if maker is None or maker.index in self.dead:
                     continue
-                read.add(maker.index)
                 number = at.get((node.index, value))
                 if number is None:
                     flow.add_edge(node.index, maker.index)
@@ -212,13 +210,24 @@ class _Run:
                     flow.add_edge(node.index, ("edge", number))
                     flow.add_edge(("edge", number), maker.index)
         ends = {self.maker[v].index for v in (*self.run.outputs, *self.run.ends) if v in self.maker}
-        ends.update(node.index for node in self.nodes if node.index not in read)
+        ends.update(node.index for node in self.nodes if node.written and self.readers.keys().isdisjoint(_made(node)))
         flow.add_edges_from((_END, index) for index in sorted(ends))
         below: dict[object, list[object]] = {}
         for node, above in nx.immediate_dominators(flow, _END).items() if flow else ():
             if node != above:
                 below.setdefault(above, []).append(node)
-        return [frozenset(_inside(below, ("edge", i))) for i in range(len(self.edges))]
+        bodies = [frozenset(_inside(below, ("edge", i))) for i in range(len(self.edges))]
+        unread = self._unread(nx.descendants(flow, _END) if _END in flow else set())
+        return [body | {index for index, made_of in unread.items() if not body.isdisjoint(made_of)} for body in bodies]
+
+    def _unread(self, reaching: Collection[object]) -> dict[int, set[int]]:
+        """The calls that no end is reached from, such as what a cache keeps, each with those that it is made of."""
+        unread: dict[int, set[int]] = {}
+        for node in self.nodes:
+            if node.index not in reaching:
+                makers = {self.maker[value].index for value in node.inputs() if value in self.maker}
+                unread[node.index] = makers.union(*(unread.get(index, ()) for index in makers))
+        return unread
 
     def _last_parameters(self, value: Value) -> list[Leaf]:
         """The last parameters on every path to a value."""
@@ -285,6 +294,11 @@ class _Run:
             if fewer and self._is_silenced(value, fewer):
                 needed = fewer
         return needed
+
+
+def _made(node: Node) -> Iterator[Value]:
+    """What a call gives, and what becomes of what it writes to."""
+    yield from (value for value in (*node.outputs, *(after for _, after in node.written)) if value is not None)
 
 
 def _reads(node: Node, leaves: Iterable[Leaf]) -> bool:

@@ -17,7 +17,7 @@ from oto.errors import EmitterError, VerificationError, some
 from oto.io.artifact import Draft, writing
 from oto.io.members import MEMBERS, Places, tensors_of_member
 from oto.io.subnet import NOT_ASKED, WEIGHTS, describe, plain_edits, rebuild, state_names
-from oto.slim.edits import attribute, tensors_of
+from oto.slim.edits import attribute, renumbered, tensors_of
 from oto.slim.proof.compare import checked, require
 from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.run import run
@@ -57,8 +57,10 @@ class ToSave:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
-        return {name: attribute(self.slim, name).detach() for name in self.origin.rounds[-1].shapes}
+        """Its tensors by the names of the full model."""
+        last = self.origin.rounds[-1]
+        names = {name: renumbered(name, last.edits.layers) for name in last.shapes}
+        return {name: attribute(self.slim, own).detach() for name, own in names.items() if own is not None}
 
 
 def files_of_family() -> list[str]:

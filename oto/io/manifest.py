@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from oto.nn.erased import THEN
 from oto.nn.overridden import COUNTED, UNIFORM
 from oto.slim.edits import SIZES
 
@@ -344,7 +345,7 @@ def _gives(where: str, value: Any) -> None:
 
 
 _GIVES: dict[str, Check] = {
-    "given": _entries({"given": _name}, {"copy": _flag}),
+    "given": _entries({"given": _name}, {"copy": _flag, "then": _list(_one_of(*THEN), 16)}),
     "zeros": _entries({"zeros": _name}, {"last": _COUNT, "channels": _COUNT, "window": _WINDOW}),
     "items": _entries({"items": _list(_gives, 64)}, {"list": _flag}),
     "value": _entries({"value": _PLAIN}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,22 @@ from oto.errors import ScriptError
 Recipe = Mapping[str, Any]
 """What a call gives, in the form of artifacts; tensors that it is given are called by the names of parameters.
 
-``{"given": name}``: that tensor; a copy of it, with ``"copy": True``.
+``{"given": name}``: that tensor; a copy of it, with ``"copy": True``; with ``"then": [...]`` what functions of
+:data:`THEN` make of it, one after the other.
 ``{"zeros": name}``: zeros of its shape; with ``"last": n`` so many in its last dimension; with ``"channels": n`` and
 ``"window": [[kernel, stride, padding, dilation], ...]`` what a convolution makes of its shape.
 ``{"items": [...], "list": False}``: a tuple, or a list, of such. ``{"value": x}``: a number, a text or ``None``.
 """
+
+
+THEN: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+}
+"""Functions that may be left of a block that computes nothing else; none writes into what it is given."""
 
 
 class ErasedForward:
@@ -75,6 +86,8 @@ def made(recipe: Recipe, given: Mapping[str, Any]) -> Any:
         return items if recipe.get("list") else tuple(items)
     if "given" in recipe:
         x = given[recipe["given"]]
+        for name in recipe.get("then", ()):
+            x = THEN[name](x)
         return x.clone() if recipe.get("copy") else x
     if "zeros" not in recipe:
         return recipe["value"]

@@ -174,4 +174,4 @@ def _share(node_groups: Sequence[NodeGroup], number: int) -> float:
             f"target_segments is {number!r}; it is how many of the {units} segments go, and one stays\n"
             f"  to fix  a whole number from 0 to {units - 1}"
         )
-    return (number + 0.5) / units if number else 0.0
+    return number / units + 0.5 / len(groups) if number else 0.0

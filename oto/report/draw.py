@@ -2,7 +2,8 @@
 
 Three things keep the drawing of a deep network readable. Calls that only move entries (views, transposes, casts) are
 left out, and their edges are joined. Of neighboring blocks with the same calls in the same order (``layer.0`` …
-``layer.11``) the first is drawn, and the others share one box. And calls are framed by the block that they belong to.
+``layer.11``) the first is drawn, and the others share one box. And calls are framed by the block that they belong to,
+and by the segments that they would go with; a segment that stays has a gray frame.
 """
 
 from __future__ import annotations
@@ -163,13 +164,15 @@ def to_dot(
     )
     picture.set_edge_defaults(color="#777777", arrowsize="0.6")
     frames: dict[str, Any] = {"": picture}
-    blocks = _blocks(flow)
+    blocks, around = _blocks(flow), _segments(partition)
     for node, name in box.items():
         if node == name:
             data = flow.nodes[node]
             block = _block(data["module"], blocks)
             label = _label(node, data, flow, display_params, macs, data["module"].removeprefix(block).lstrip("."))
             frame = _frame(block, frames, pydot)
+            for segment in around.get(node, ()):
+                frame = _dashed(segment, segment in prunable, frame, frames, pydot)
             frame.add_node(
                 pydot.Node(
                     _quoted(name),
@@ -287,6 +290,32 @@ def _block(module: str, blocks: set[str]) -> str:
     """The outermost block that a module is in."""
     parts = module.split(".")
     return next((p for i in range(1, len(parts) + 1) if (p := ".".join(parts[:i])) in blocks), "")
+
+
+def _segments(partition: Partition) -> dict[str, list[str]]:
+    """For each node the segments that it lies in, the outermost first."""
+    found: dict[str, list[str]] = {}
+    for segment in sorted(partition.segments, key=lambda segment: -len(segment.body)):
+        for index in segment.body:
+            found.setdefault(f"node-{index}", []).append(segment.name)
+    return found
+
+
+def _dashed(name: str, free: bool, inside: Any, frames: dict[str, Any], pydot: Any) -> Any:
+    """The cluster of a segment, in that of its block or of the segment around it."""
+    key = f"segment {name} in {inside.get_name()}"
+    if key not in frames:
+        frames[key] = pydot.Cluster(
+            re.sub(r"\W", "_", key),
+            label=_escaped(f"{name} may go" if free else f"{name} stays"),
+            color="#5a8f5a" if free else "#bbbbbb",
+            style="dashed",
+            fontname="Helvetica",
+            fontsize="10",
+            labeljust="l",
+        )
+        inside.add_subgraph(frames[key])
+    return frames[key]
 
 
 def _frame(path: str, frames: dict[str, Any], pydot: Any) -> Any:

@@ -1,8 +1,9 @@
 """Leave erased segments out of a copy of the user's module: what is not run any more is replaced by what gives zeros,
 or what it is given, in its own signature.
 
-A module is replaced if all of its calls are in erased segments, or are joints of these. What it takes and gives is
-learned by running the thin copy once; where that cannot be said for every size, its children are replaced instead.
+A module is replaced if all of its calls are in erased segments, or are joints of these; or if what is left of it are a
+few functions of what it is given, as the ReLU behind the joint of a ResNet's block. What it takes and gives is learned
+by running the thin copy once; where that cannot be said for every size, its children are replaced instead.
 """
 
 from __future__ import annotations
@@ -19,9 +20,24 @@ from oto.errors import EmitterError
 from oto.groups import Partition
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules, not_computed, overwritten
+from oto.nn.erased import THEN
 from oto.slim.edits import Edits, slim_copy
 from oto.slim.proof.run import run
+from oto.trace.graph import Graph, Value
 
+aten = torch.ops.aten
+
+_FUNCTIONS = {
+    aten.relu.default: "relu",
+    aten.relu_.default: "relu",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",
+}
+"""Operators that may be left of a block, by the names of :data:`oto.nn.erased.THEN`."""
+
+_POOLS = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool2d_with_indices.default}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN = (int, float, str, bool, type(None))
 
@@ -62,14 +78,17 @@ def plan(
         for path, own in modules.calls.items()
         if any(segment.joint in own for segment in gone)
     }
-    learned = _Learned(ends, modules, calls)
+    learned = _Learned(ends, modules, calls, _left(graph, modules, gone, calls))
     thin = slim_copy(model, tensors, edits).eval()
     learned.watch(thin)
     run(thin, dummy_input)
     erased: dict[str, dict[str, Any]] = {}
     stuck: set[int] = set()
+    for path in sorted(learned.functions, key=len):
+        if not _is_inside(path, erased) and (what := learned.whole(path)) is not None:
+            erased[path] = what
     for path in modules.within(calls):
-        for inner, how in learned.outermost(thin, path):
+        for inner, how in learned.outermost(thin, path) if not _is_inside(path, erased) else ():
             if how is None:
                 stuck |= modules.calls[inner]
             else:
@@ -127,6 +146,53 @@ def _renumbered(model: nn.Module, erased: Collection[str]) -> Iterator[tuple[str
                 yield path, order[n]
 
 
+def _left(
+    graph: Graph, modules: Modules, gone: Sequence[Segment], calls: Collection[int]
+) -> dict[str, tuple[str, ...]]:
+    """The modules of which functions of a joint's result are left, and these in their order.
+
+    A ReLU that writes into what it is given, and is given what a ReLU made, changes nothing, and is not among them.
+    """
+    nodes, trained = {node.index: node for node in graph.nodes}, {node.index: node for node in graph.calls}
+    at = {segment.joint: segment for segment in gone}
+    found: dict[str, tuple[str, ...]] = {}
+    for path, own in modules.calls.items():
+        every = sorted(own - set(calls))
+        rest = [i for i in every if i in nodes]
+        if not path or not rest or own.isdisjoint(at) or any(nodes[i].op not in _FUNCTIONS for i in rest):
+            continue
+        besides = [trained[i].op for i in every if i not in nodes]  # in train mode, which may drop entries out
+        if graph.trained is not None and besides != [nodes[i].op for i in rest]:
+            continue
+        last = at[max(own & at.keys())]
+        values = {last.made, *(new for _, new in nodes[last.joint].written)}
+        names: list[str] = []
+        for node in (nodes[i] for i in rest):
+            if len(node.args) != 1 or node.kwargs or node.args[0] not in values:
+                break
+            if node.op is not aten.relu_.default or names or not _is_rectified(graph, last.left, at):
+                names.append(_FUNCTIONS[node.op])
+            values = {v for v in (*node.outputs, *(new for _, new in node.written)) if v is not None}
+        else:
+            found[path] = tuple(names)
+    return found
+
+
+def _is_rectified(graph: Graph, value: Value, at: Mapping[int, Segment]) -> bool:
+    """Whether a value is what a ReLU made, as it is or through joints that are gone or pooling."""
+    maker = {v: n for n in graph.nodes for v in (*n.outputs, *(new for _, new in n.written)) if v is not None}
+    while (node := maker.get(value)) is not None:
+        if node.op in (aten.relu.default, aten.relu_.default):
+            return True
+        if node.index in at:
+            value = at[node.index].left
+        elif node.op in _POOLS:
+            value = node.args[0]
+        else:
+            return False
+    return False
+
+
 @dataclass(eq=False)
 class _Learned:
     """What modules take and give.
@@ -134,17 +200,19 @@ class _Learned:
     Attributes:
         ends: Paths of modules in which a joint gives its other argument, and whether as a copy.
         calls: The calls that are not made.
+        functions: Paths of modules of which some functions are left.
     """
 
     ends: Mapping[str, Mapping[str, bool]]
     modules: Modules
     calls: frozenset[int]
+    functions: Mapping[str, Sequence[str]]
     found: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)
 
     def watch(self, thin: nn.Module) -> None:
         """Look at every module of a copy that is not run any more, when it runs for the last time."""
         for path, module in thin.named_modules():
-            if path and self.modules.calls.get(path, {-1}) <= self.calls:
+            if path and (path in self.functions or self.modules.calls.get(path, {-1}) <= self.calls):
 
                 def see(module: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
                     self.found.setdefault(path, []).append(self._seen(path, module, args, kwargs, result))
@@ -153,9 +221,8 @@ class _Learned:
 
     def outermost(self, thin: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """The outermost modules in one that can be replaced; with ``None``, one that cannot, and has no children."""
-        found = self.found.get(path, [None])
-        if found[0] is not None and all(how == found[0] for how in found):
-            yield path, found[0]
+        if (how := self.whole(path)) is not None:
+            yield path, how
             return
         inner = [f"{path}.{name}" for name, _ in thin.get_submodule(path).named_children()]
         inner = [child for child in inner if child in self.modules.calls]
@@ -163,6 +230,11 @@ class _Learned:
             yield path, None
         for child in inner:
             yield from self.outermost(thin, child)
+
+    def whole(self, path: str) -> dict[str, Any] | None:
+        """How a module is replaced; ``None`` if that is not known, or differs from call to call."""
+        found = self.found.get(path, [None])
+        return found[0] if all(how == found[0] for how in found) else None
 
     def _seen(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> dict[str, Any] | None:
         takes = [
@@ -185,8 +257,9 @@ class _Learned:
         if not isinstance(x, Tensor):
             return None
         if path in self.ends:
-            same = [name for name, own in given.items() if x is own or _equal(x, own)]
-            copied = {"copy": True} if self.ends[path]["copy"] else {}
+            names = list(self.functions.get(path, ()))
+            same = [name for name, own in given.items() if (x is own and not names) or _equal(x, _made(own, names))]
+            copied = {"then": names} if names else {"copy": True} if self.ends[path]["copy"] else {}
             return {"given": same[0], **copied} if same else None
         name, first = next(iter(given.items()))
         if x.dtype != first.dtype:
@@ -199,6 +272,12 @@ class _Learned:
             window = zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
             return {"zeros": name, "channels": x.shape[-len(module.kernel_size) - 1], "window": list(map(list, window))}
         return None
+
+
+def _made(x: Tensor, names: Sequence[str]) -> Tensor:
+    for name in names if x.is_floating_point() else ():
+        x = THEN[name](x)
+    return x
 
 
 def _equal(x: Tensor, other: Tensor) -> bool:

@@ -22,11 +22,13 @@ from oto.errors import NotPrunedWarning, TargetError, first_line, reraise_out_of
 from oto.groups import Costs, Partition
 from oto.groups.cost import Polynomial
 from oto.groups.latency import latency_table
-from oto.slim.edits import pruned_tensors, slim_copy
+from oto.slim.edits import Edits, pruned_tensors, slim_copy
+from oto.slim.erased import leaving_out, plan
 from oto.slim.graph.emit import emit_graph
 from oto.slim.own_class import plan_edits
 from oto.slim.proof.run import run
 from oto.slim.pruned_shapes import pruned_shapes
+from oto.slim.removed import within
 from oto.trace.export import export
 from oto.trace.inputs import arguments
 from oto.trace.snapshot import preserved
@@ -235,13 +237,66 @@ def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int
     """
     pruned = pruned_shapes(partition, kept)
     try:
-        slim = slim_copy(model, pruned_tensors(model, pruned), plan_edits(model, pruned)).eval()
+        tensors, edits = pruned_tensors(model, pruned), plan_edits(model, pruned)
+        tensors, edits = _without_segments(model, partition, kept, tensors, edits, dummy_input)
+        slim = slim_copy(model, tensors, edits).eval()
         run(slim, dummy_input)
     except Exception as failure:  # anything that the user's own forward may raise at other sizes
         reraise_out_of_memory(failure)
         log.info("the original class does not fit, timing the graph: %s", failure)
         slim = emit_graph(export(model, dummy_input, known), partition, kept)
     return slim
+
+
+def _without_segments(
+    model: nn.Module,
+    partition: Partition,
+    kept: dict[str, NDArray[np.int64]],
+    tensors: dict[str, Tensor],
+    edits: Edits,
+    dummy_input: Any,
+) -> tuple[dict[str, Tensor], Edits]:
+    """The tensors and edits of a slim model that does not compute the segments of which nothing is kept.
+
+    They need not be zero in the model, so they are made zero here to see what is left of each module.
+    """
+    if not (gone := partition.erased(kept)):
+        return tensors, edits
+    zero = {name for segment in gone for leaf in segment.writers for name in leaf.names}
+    silent = {name: torch.zeros_like(t) if name in zero else t for name, t in tensors.items()}
+    edits = leaving_out(edits, plan(model, partition, gone, silent, edits, dummy_input).erased, model)
+    away = set(within(tensors, edits.erased))
+    return {name: tensor for name, tensor in silent.items() if name not in away}, edits
+
+
+MISSED = 1.1
+"""A slim model that takes this many times what was asked for has missed its target, and is told to have."""
+
+
+def as_promised(model: nn.Module, slim: nn.Module, dummy_input: Any, goal: float, full: float) -> str | None:
+    """What is to be said of the time that a slim model takes; ``None`` if it is what was asked for.
+
+    Both take turns, so that a machine that is slower or faster by now does not count.
+
+    Args:
+        goal: Milliseconds that were asked for.
+        full: What the full model took then.
+    """
+    pairs = zip(*rounds([model, slim], dummy_input), strict=True)
+    ratio: float = statistics.median(slim_time / full_time for full_time, slim_time in pairs)
+    if ratio > 1:
+        return (
+            f"the slim model is slower than the full one: {ratio:.2f} times its {full:.3g} ms. At this size a call's"
+            " overhead, or widths that kernels do not like, outweigh what is computed\n"
+            "  to fix  align=8 or 16; fewer calls (compress_mode='both'); or a larger batch, for which it may be faster"
+        )
+    if ratio * full <= MISSED * goal:
+        return None
+    return (
+        f"target_latency_ms={goal:g} is missed: measured in turns with the full model ({full:.3g} ms), the slim one"
+        f" takes {ratio * full:.3g} ms\n"
+        f"  to fix  ask for {goal * goal / (ratio * full):.3g}, as much less; measure on an idle machine"
+    )
 
 
 def rounds(models: list[nn.Module], dummy_input: Any, least: int = 5, seconds: float = 1.0) -> list[list[float]]:

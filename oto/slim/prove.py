@@ -117,7 +117,9 @@ def _same(a: Tensor, b: Tensor) -> bool | None:
 def _named(emitted: Emitted) -> dict[str, Tensor]:
     """The tensors of a slim model by the names of the full one."""
     held, layers = named_tensors(emitted.model), emitted.edits.layers if emitted.edits is not None else {}
-    names = {name: renumbered(name, layers) for name in emitted.tensors} if layers else dict(zip(held, held, strict=True))
+    names = (
+        {name: renumbered(name, layers) for name in emitted.tensors} if layers else dict(zip(held, held, strict=True))
+    )
     return {name: held[new] for name, new in names.items() if new in held}
 
 

@@ -113,3 +113,13 @@ def test_what_is_said_without_pydot(oto, tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match="pip install 'oto"):
         oto.visualize(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_segments_are_frames_in_that_of_their_block():
+    oto = OTO(tower(2), torch.randn(2, 3), compress_mode="both", skip_patterns=["1.1.*"])
+    dot = to_dot(oto.partition, oto.node_groups, "tower")
+    (block,) = dot.get_subgraphs()
+    (frame,) = block.get_subgraphs()
+    assert "1.0.down may go" in frame.get_label() and frame.get("style").strip('"') == "dashed"
+    assert len(frame.get_nodes()) == 4, "norm, up, relu, down: the addition is there without them, too"
+    assert not to_dot(OTO(tower(2), torch.randn(2, 3)).partition, (), "plain").get_subgraphs()[0].get_subgraphs()

@@ -15,7 +15,7 @@ from oto.errors import NotPrunedWarning, TargetError
 from oto.groups.cost import Polynomial, cost
 from oto.previewing import latency_for, timer_of
 from oto.slim import latency
-from oto.slim.latency import Latency, Timer, built, confirmed, rounds
+from oto.slim.latency import Latency, Timer, as_promised, built, confirmed, rounds
 
 
 def mlp(width: int = 64) -> nn.Module:
@@ -244,3 +244,42 @@ def test_a_latency_of_ties():
         assert together(np.array(counts)) == latency(np.array(counts)[ties])
     saved = together(np.array([7, 4])) - together(np.array([6, 4]))
     assert together.marginal(np.array([7, 4]), np.array([1, 0]))[0] == pytest.approx(saved)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        ways = (nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)) for _ in range(4))
+        self.ways, self.head = nn.ModuleList(ways), nn.Linear(256, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for way in self.ways:
+            x = x + way(x)
+        return self.head(x)
+
+
+@pytest.mark.usefixtures("clock_of_work")
+@pytest.mark.parametrize("mode", ["both", "erase"])
+def test_segments_take_their_time_with_them(mode) -> None:
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(32, 256)
+    oto = OTO(model, x, compress_mode=mode)
+    full = timer_of(oto._analysis)(oto.costs.sizes)
+    shown = oto.preview(target_latency_ms=0.55 * full)
+    kept = {name: np.arange(n) for name, n in shown.kept.items()}
+    gone = oto.partition.erased(kept)
+    slim = built(model, oto.partition, kept, x)
+    ratios = [b / a for a, b in zip(*rounds([model, slim], x), strict=True)]
+    assert np.median(ratios) <= 0.55 and (mode == "both" or len(gone) == 2)
+    names = {name for name, _ in slim.named_parameters()}
+    assert not [leaf.name for segment in gone for leaf in segment.leaves if leaf.name in names]
+    assert any(p.any() for n, p in model.named_parameters() if n.startswith("ways.0")), "the model is as it was"
+
+
+def test_a_promise_that_is_not_kept_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Linear(2, 2), torch.randn(1, 2)
+    for share, said in ((0.5, None), (0.54, None), (0.6, "asked? ask for 4.17"), (1.2, "slower than the full one")):
+        monkeypatch.setattr(latency, "rounds", lambda *_, share=share, **__: [[2.0] * 3, [2.0 * share] * 3])
+        text = as_promised(model, model, x, goal=5.0, full=10.0)
+        assert (text is None) == (said is None), text
+        assert said is None or said.removeprefix("asked? ") in text

@@ -5,6 +5,7 @@ Used by the tests, by the documentation's table, and by hand::
     python -m tests.zoo.matrix transformers              # a whole zoo
     python -m tests.zoo.matrix transformers bert llama   # some of it
     python -m tests.zoo.matrix --why transformers bert   # what stays whole, and why
+    python -m tests.zoo.matrix --segments --record timm resnet18   # a third of all segments erased, too
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import argparse
 import copy
 import importlib
 import logging
+import random
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +30,7 @@ from torch import nn
 from oto import OTO
 from oto.axes import terms as T
 from oto.errors import EmitterError, NothingPrunableError, OTOError, UnknownOpWarning, VerificationError
-from oto.groups import cost
+from oto.groups import NodeGroup, cost
 from oto.slim.copying import copied
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.float64 import double_input, in_double
@@ -80,6 +82,10 @@ class Result:
         changed: What ``OTO`` or ``construct_subnet`` left otherwise than it was; nothing should.
         failure: Why there is no result at all, as the last lines of a traceback; ``None`` if there is one.
         class_commit, graph_commit: The commit at which the class and other counts were asked, and the graph exported.
+        segments, erased: Segments that may go, and how many of them went, drawn at random, besides half of all atoms.
+        segments_class: Whether the slim model without them was of the model's own class, or else a graph.
+        segments_error: The error of that; ``None`` if none was built, and then ``segments_reason`` says why.
+        segments_commit: The commit at which that was tried; empty if it was not.
     """
 
     name: str
@@ -108,6 +114,12 @@ class Result:
     changed: str = ""
     class_commit: str = ""
     graph_commit: str = ""
+    segments: int = 0
+    erased: int = 0
+    segments_class: bool = False
+    segments_error: float | None = None
+    segments_reason: str | None = None
+    segments_commit: str = ""
 
     TOLERANCE: ClassVar = 1e-9  # float64; verification has its own for the dtype of a model that does not run in that
     SENSITIVE: ClassVar = 1e-6
@@ -123,6 +135,12 @@ class Result:
         """The largest; a replay in float64 stands for slim models of a narrower dtype."""
         built = [self.replay] if self.replay is not None else [self.module, self.graph, self.choice_error]
         return max((e for e in built if e is not None), default=0.0)
+
+    @property
+    def erases(self) -> bool:
+        """Whether a model without segments was compared with the zeroed one, or there are none, and all held."""
+        tried = self.segments_error is not None or not self.segments
+        return self.failure is None and tried and (self.segments_error or 0.0) <= self.TOLERANCE
 
     @property
     def costly(self) -> tuple[str, ...]:
@@ -146,11 +164,87 @@ class Result:
             ("module", self.module_reason),
             ("graph", self.graph_reason),
             ("counts", "; ".join(self.lost)),
+            ("segments", self._erased()),
             ("STATES", self.states),
             ("CHANGED", self.changed),
             ("FAILED", self.failure),
         ]
         return "\n".join([line, *(f"    {what}: {text}" for what, text in more if text)])
+
+    def _erased(self) -> str:
+        if not self.segments and not self.segments_reason:
+            return ""
+        form = "" if self.segments_error is None else " in its class" if self.segments_class else " as a graph"
+        said = f"{self.erased} of {self.segments} erased{form}"
+        error = "" if self.segments_error is None else f", {self.segments_error:.0e}"
+        return said + error + (f"; {self.segments_reason}" if self.segments_reason else "")
+
+
+def examine_segments(name: str, factory: Factory, *, share: float = 1 / 3, seed: int = 3) -> Result:
+    """Erase a random third of all segments besides half of all atoms, build the slim model and compare it.
+
+    Only the fields of segments are filled in, and ``failure``; never raises.
+    """
+    result = Result(name)
+    begin = time.process_time()
+    try:
+        _examine_segments(result, factory, share, seed)
+    except Exception as failure:
+        result.failure = _told(failure)
+    result.seconds = time.process_time() - begin
+    return result
+
+
+def _examine_segments(result: Result, factory: Factory, share: float, seed: int) -> None:
+    model, inputs = prepared(factory)
+    for graph in (False, True):  # the class may do without none of them; then a graph
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                oto = OTO(model, inputs, compress_mode="both", allow_graph=graph)
+        except NothingPrunableError as failure:
+            result.segments_reason = str(failure).splitlines()[0]
+            return
+        found = [group for group in oto.node_groups if group.segment and group.prunable]
+        result.segments = len(found)
+        if not found:
+            return
+        if not graph:
+            drawn = random.Random(seed).sample(found, max(1, round(len(found) * share)))
+            _zero_half(oto, drawn, seed)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                subnet = oto.construct_subnet(emitter="graph" if graph else "module")
+        except EmitterError as failure:
+            result.segments_reason = str(failure).splitlines()[0]
+            if isinstance(failure.__cause__, VerificationError):
+                result.segments_reason = " | ".join(line.strip() for line in str(failure.__cause__).splitlines()[1:5])
+            continue
+        errors = [c.error for c in subnet.checks if "as users run it" not in c.what and c.dtype == "float64"]
+        result.segments_error = max(errors, default=subnet.max_error)
+        result.segments_class, result.erased = not graph, len(oto.partition.erased(subnet.kept))
+        return
+
+
+def _zero_half(oto: OTO, segments: Sequence[NodeGroup], seed: int) -> None:
+    """Half of all atoms at zero, and these segments."""
+    parameters = dict(oto.model.named_parameters(remove_duplicate=False))
+    generator = torch.Generator().manual_seed(seed)
+    for group in oto.node_groups:
+        if group.prunable and not group.segment:
+            group.zero_(
+                parameters,
+                torch.randperm(group.size, generator=generator)[: min(group.size // 2, group.size - group.min_kept)],
+            )
+    for group in segments:
+        group.zero_(parameters, torch.tensor([0]))
+
+
+def _told(failure: Exception) -> str:
+    where = traceback.extract_tb(failure.__traceback__)[-1]
+    text = " | ".join(str(failure).splitlines()[:4])
+    return f"{type(failure).__name__}: {text} ({where.filename.rpartition('/')[2]}:{where.lineno})"
 
 
 def examine(
@@ -176,9 +270,7 @@ def examine(
     try:
         _examine(result, factory, kind if counts else None, share, seed, tuple(emitters))
     except Exception as failure:
-        where = traceback.extract_tb(failure.__traceback__)[-1]
-        text = " | ".join(str(failure).splitlines()[:4])
-        result.failure = f"{type(failure).__name__}: {text} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+        result.failure = _told(failure)
     result.seconds = time.process_time() - begin
     return result
 
@@ -366,6 +458,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--why", action="store_true")
     parser.add_argument("--no-graph", action="store_true")
+    parser.add_argument("--segments", action="store_true", help="erase a third of all segments besides, and do no more")
     parser.add_argument("--record", action="store_true", help="leave the results for `make support-matrix`")
     parser.add_argument("--part", default="0/1", help="every n-th model from the i-th on, as i/n")
     given = parser.parse_args()
@@ -376,6 +469,16 @@ def main() -> None:
     for name in given.names or list(factories)[first::step]:
         if given.why:
             print(f"{name}: {why(factories[name])}\n", flush=True)
+        elif given.segments:
+            result = examine_segments(name, factories[name])
+            print(
+                f"{result.name:28} {result.seconds:5.1f} s  {result.failure or result._erased() or 'no segments'}",
+                flush=True,
+            )
+            if given.record:
+                from .test_exact import written_segments
+
+                written_segments(given.zoo, result)
         else:
             emitters = ("module",) if given.no_graph else ("module", "graph")
             result = examine(name, factories[name], kind=given.zoo, emitters=emitters)

@@ -28,6 +28,9 @@ TITLES = {
 COUNTS = {"choices", "in_class", "lost", "choice_error", "states", "class_commit"}
 """What is known of other counts, which are not left in every run."""
 
+SEGMENTS = {"segments", "erased", "segments_class", "segments_error", "segments_reason", "segments_commit"}
+"""What is known of segments, which are erased in runs of their own."""
+
 HEAD = """\
 # Which models were tried, and what came of them
 
@@ -49,6 +52,8 @@ computes in float64 is compared with the zeroed full model: on the example, on r
 * **other counts**: of so many choices (one group alone thinner, all but one, what an optimizer leaves at 70 % of the
   MACs) so many slim models are of the own class; each was compared on the example. What the class can do without was
   asked of the model as its library makes it, and once more after a forward, in train mode: {states}.
+* **segments**: with `compress_mode="both"`, a third of all segments (residual branches and the like) is erased at
+  random besides half of all ZIGs: how many went of how many; with a ✓ the slim model is of the own class, else a graph.
 * **error**: the largest difference of any comparison, relative to the largest entry of the output.
 """
 
@@ -67,8 +72,10 @@ def results() -> Iterator[tuple[str, str, Result]]:
             path = RESULTS / f"{kind}-{name}.json"
             if path.exists():
                 new = {k: v for k, v in json.loads(path.read_text()).items() if v not in (None, "", [], ())}
+                new = new if "segments_commit" in new else {k: v for k, v in new.items() if k not in SEGMENTS}
                 tried = {k for e in ("module", "graph") if e in new or f"{e}_reason" in new for k in (e, f"{e}_reason")}
-                tried |= {"changed", "failure"} | (COUNTS if "choices" in new else set())
+                tried |= {"changed", "failure"} if "trace" in new or "failure" in new else set()
+                tried |= (COUNTS if "choices" in new else set()) | (SEGMENTS if "segments_commit" in new else set())
                 old = {k: v for k, v in record.get((kind, name), {}).items() if k not in tried}
                 record[kind, name] = old | new | {"kind": kind, "name": name}
     there = [(kind, name) for kind in TITLES for name in zoo(kind)]
@@ -103,6 +110,7 @@ def both(found: dict[str, list[Result]]) -> tuple[str, list[str]]:
     counted = {
         "The class, other counts, and states of the model": Counter(r.class_commit for r in everything),
         "Graphs": Counter(r.graph_commit for r in everything),
+        "Segments": Counter(r.segments_commit for r in everything),
     }
     sources = [
         f"* {title}: "
@@ -114,7 +122,8 @@ def both(found: dict[str, list[Result]]) -> tuple[str, list[str]]:
 
 
 def summary(found: dict[str, list[Result]]) -> Iterator[str]:
-    columns = ("models", "exact", "own class", "other counts", "graph", "neither: replayed", "nothing prunable")
+    columns = ("models", "exact", "own class", "other counts", "segments erased", "of these in the own class", "graph")
+    columns += ("neither: replayed", "nothing prunable")
     yield f"| zoo | {' | '.join(columns)} | mean prunable | of it by the own class | worst error |"
     yield f"|---|{'--:|' * (len(columns) + 3)}"
     everything = [result for those in found.values() for result in those]
@@ -129,9 +138,14 @@ def summary(found: dict[str, list[Result]]) -> Iterator[str]:
             count["none"] += not r.axes
             count["choices"] += r.choices
             count["in class"] += r.in_class
+            count["segmented"] += bool(r.segments_commit and r.segments)
+            count["erased"] += bool(r.segments_commit and r.segments) and r.erases
+            count["erased in class"] += r.segments_class
         asked = f"{count['class']} of {count['asked']}"
+        segmented = [f"{count['erased']} of {count['segmented']}", count["erased in class"]]
         others = f"{count['in class']} of {count['choices']}"
-        cells = [len(those), count["exact"], asked, others, *(count[key] for key in ("graph", "replay", "none"))]
+        last = (count[key] for key in ("graph", "replay", "none"))
+        cells = [len(those), count["exact"], asked, others, *segmented, *last]
         share = sum(r.share for r in those) / len(those)
         own = [min(r.class_share / r.share, 1) for r in those if r.share and r.asked]
         part = f"{sum(own) / len(own):.0%}" if own else ""
@@ -140,18 +154,26 @@ def summary(found: dict[str, list[Result]]) -> Iterator[str]:
 
 def section(kind: str, some: list[Result]) -> Iterator[str]:
     yield f"\n## {TITLES[kind]}\n"
-    yield "| model | parameters | prunable | class | groups | ZIGs | traced | graph | error |"
-    yield "|---|--:|--:|--:|--:|--:|---|:-:|--:|"
+    yield "| model | parameters | prunable | class | groups | ZIGs | traced | segments | graph | error |"
+    yield "|---|--:|--:|--:|--:|--:|---|--:|:-:|--:|"
     for r in some:
         traced = "data" if r.trace == "real" else "shapes"
         own = "" if r.module is None else f"{r.class_share:.0%}"
         cells: list[Any] = [r.name, f"{r.parameters:,}", f"{r.share:.0%}", own, r.axes, r.atoms, traced]
-        cells.append("✓" if r.graph is not None else "")
+        cells += [_segments(r), "✓" if r.graph is not None else ""]
         yield f"| {' | '.join(map(str, cells))} | {f'{r.error:.0e}' if r.axes else ''} |"
     notes = [f"* {r.name}: {r.graph_reason}" for r in some if r.graph is None and r.graph_reason and r.axes]
+    notes += [f"* {r.name}, segments: {r.segments_reason}" for r in some if r.segments and not r.segments_class]
     notes += [f"* {r.name}, class: {r.module_reason}" for r in some if r.module is None and r.module_reason]
     if notes:
         yield from ["", "Where a way does not do:", "", *notes]
+
+
+def _segments(r: Result) -> str:
+    """How many segments went of how many, if that was tried."""
+    if not r.segments_commit or not r.segments:
+        return "none" if r.segments_commit else ""
+    return f"{r.erased} of {r.segments}{' ✓' if r.segments_class else ''}"
 
 
 if __name__ == "__main__":

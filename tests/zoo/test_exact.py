@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from . import part
-from .matrix import ZOOS, examine, zoo
+from .matrix import ZOOS, examine, examine_segments, zoo
 from .packages_zoo import NEEDS
-from .table import DOCUMENT
+from .table import DOCUMENT, SEGMENTS
 
 # quick ones of every kind, by zoo: seconds each; whole architectures are marked "zoo"
 EVERY_RUN = {
@@ -58,7 +58,30 @@ def written(kind, result):
     result.class_commit = commit if result.choices else ""  # which are left in the zoo's long run
     result.graph_commit = commit if result.graph is not None or result.graph_reason else ""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{kind}-{result.name}.json").write_text(json.dumps(asdict(result), indent=1))
+    path = RESULTS / f"{kind}-{result.name}.json"
+    there = json.loads(path.read_text()) if path.exists() else {}
+    segments = {name: there[name] for name in SEGMENTS if name in there} if there.get("segments_commit") else {}
+    path.write_text(json.dumps(asdict(result) | segments, indent=1))
+
+
+def written_segments(kind, result):
+    """Leave what came of segments for the table, beside what is there of the same model."""
+    path = RESULTS / f"{kind}-{result.name}.json"
+    new = {name: getattr(result, name) for name in SEGMENTS} | {"segments_commit": part.commit()}
+    if result.failure is not None:
+        new |= {"segments_error": None, "segments_reason": result.failure}
+    there = json.loads(path.read_text()) if path.exists() else {"name": result.name}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(there | new, indent=1))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "name"), [("models", "bert"), ("papers", "nano_gpt")])
+def test_a_third_of_all_segments_erased(kind, name):
+    """Of the others ``python -m tests.zoo.matrix --segments --record`` tells, which takes a zoo, or models of one."""
+    result = examine_segments(name, zoo(kind)[name])
+    written_segments(kind, result)
+    assert result.erases, f"{result.failure or result._erased()}"
 
 
 @pytest.mark.filterwarnings("ignore")

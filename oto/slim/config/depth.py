@@ -1,8 +1,9 @@
 """Numbers of layers that a config states, found by trial: with one less, the class lacks the last of a list.
 
 A whole layer is gone where all of its parameters lie in segments that are (:mod:`oto.groups.segments`). The class that
-a config makes of fewer layers numbers those that are left anew, in lists of the config that have an entry for each layer
-(``layer_types``), too. Whether it computes the same without some is tried like a width (:mod:`oto.slim.config.trial`).
+a config makes of fewer layers numbers those that are left anew, and lists of the config that have an entry for each
+layer (``layer_types``) are as long. Whether it computes the same without some is tried like a width
+(:mod:`oto.slim.config.trial`).
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ def depths(recipe: Recipe, model: nn.Module) -> list[Depth]:
     return found
 
 
-def _shorter(
-    base: Mapping[str, Any], shapes: Mapping[str, Any], paths: Sequence[str], number: int
-) -> str | None:
+def _shorter(base: Mapping[str, Any], shapes: Mapping[str, Any], paths: Sequence[str], number: int) -> str | None:
     """The list of which the last layer is not there any more, if all else is as before."""
     gone = base.keys() - shapes.keys()
     if not gone or shapes.keys() - base.keys() or any(base[name] != shapes[name] for name in shapes):
@@ -97,7 +96,11 @@ def whole_layers(partition: Partition, depth: Depth, segments: Sequence[Segment]
         outer = [s for s in inside if not any(s.body < other.body for other in inside)]
         held = {name for segment in outer for leaf in segment.leaves for name in leaf.names}
         own = set(_below(names, depth.layers, layer))
-        if own and own <= held and held <= {name for leaf in leaves for name in _below(leaf.names, depth.layers, layer)}:
+        if (
+            own
+            and own <= held
+            and held <= {name for leaf in leaves for name in _below(leaf.names, depth.layers, layer)}
+        ):
             found[layer] = outer
     return found
 

@@ -233,10 +233,10 @@ class _Trial:
         return None
 
     def lacks_layers(self, depth: Depth) -> bool:
-        """Whether the class of fewer layers computes the same: without about half of those that may go."""
-        draw = np.random.default_rng(0)
-        most = min(max(len(depth.free) // 2, 1), depth.number - 1)
-        gone = {f"{depth.layers}.{depth.free[i]}" for i in draw.permutation(len(depth.free))[:most].tolist()}
+        """Whether the class of fewer layers computes the same: without about half of those that may go, the first one
+        among them, so that all others are numbered anew."""
+        others = np.random.default_rng(0).permutation(depth.free[1:])[: max(len(depth.free) // 2, 1) - 1].tolist()
+        gone = {f"{depth.layers}.{layer}" for layer in (depth.free[0], *others)}
         none = np.zeros(0, dtype=np.int64)
         kept = {group.name: none for group in self.groups if group.tie in gone}
         return self._failure_with(kept, sorted(gone)) is None

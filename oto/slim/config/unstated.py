@@ -21,7 +21,8 @@ from oto.slim.config.recipe import Recipe, shapes_of
 
 _REMEDY = '  to fix  OTO(..., layout="uniform") prunes what a config can state; else load_subnet(out_dir, make_model)'
 _OF_SEGMENTS = (
-    "  to fix  construct_subnet(out_dir), then load_subnet(out_dir, make_model); or OTO(..., compress_mode='prune')"
+    '  to fix  OTO(..., layout="uniform") lets whole layers go, of which a config states the number; or'
+    " construct_subnet(out_dir), then load_subnet(out_dir, make_model)"
 )
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -118,7 +119,7 @@ def unlike(slim: Any) -> str:
 
 
 def remedy(slim: nn.Module) -> str:
-    """What to do instead: no layout states that segments have gone."""
+    """What to do instead: only a layout states sizes, and of segments only that whole layers are gone."""
     return _OF_SEGMENTS if outermost_erased(slim) else _REMEDY
 
 
