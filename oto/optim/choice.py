@@ -323,11 +323,7 @@ class Choice(Criteria):
 
     def describe(self) -> dict[str, Any]:
         """The options as plain values, for a checkpoint to be compared by."""
-        layout: dict[str, list[int]] = {}  # for each tie how many groups it has, and the divisor of their counts
-        for group in self.groups:
-            if group.tie is not None or group.divisor > 1:
-                many, _ = layout.get(group.tie or group.name, (0, 0))
-                layout[group.tie or group.name] = [many + 1, group.divisor]
+        layout = _layout(self.groups)
         return (
             {
                 self.target.name: self.target.asked,
@@ -342,6 +338,16 @@ class Choice(Criteria):
             | ({"layout": layout} if layout else {})
             | ({} if self.align == 1 else {"align": self.multiples.tolist()})
         )
+
+
+def _layout(groups: Iterable[NodeGroup]) -> dict[str, list[int]]:
+    """For each tie how many groups it has, and the divisor of their counts; a group that has one alone is its own."""
+    layout: dict[str, list[int]] = {}
+    for group in groups:
+        if group.tie is not None or group.divisor > 1:
+            many, _ = layout.get(group.tie or group.name, (0, 0))
+            layout[group.tie or group.name] = [many + 1, group.divisor]
+    return layout
 
 
 def _rank(
