@@ -54,7 +54,7 @@ class Composed:
         return found
 
     def pairs(self, group: NodeGroup) -> Iterator[tuple[Slice, Adapter, Slice]]:
-        """The zeroed slices of weights with an adapter: each with it, and with the slice of its factor for the atoms."""
+        """The zeroed slices of weights that have an adapter, with it and the slice of its factor for the atoms."""
         for piece in group.zeros:
             for adapter in self._by_weight.get(piece.parameter, ()):
                 name, dim = adapter.factor(piece.dim)

@@ -58,7 +58,7 @@ class Wrapper(Optimizer):
         return not any_entry_of(p.grad for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters that belong to no node group, such as adapters or layers that were frozen; names are optional."""
+        """Add parameters that belong to no node group, such as adapters or layers once frozen; names are optional."""
         if any(param_group is group for group in self.base.param_groups):  # from Optimizer.__init__
             self.param_groups.append(param_group)
             return
