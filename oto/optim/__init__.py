@@ -1,4 +1,4 @@
-"""Groups -> a ``torch.optim.Optimizer`` that drives those that matter least for their cost to zero."""
+"""Sparse optimizers: each wraps a ``torch.optim.Optimizer`` and drives the least important groups to zero."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, which always makes the update
 (:mod:`oto.optim.wrapper`). What must survive a checkpoint lies in its first parameter group
 (:mod:`oto.optim.checkpointed`). All else is derived from it, and rebuilt when it or the storage of a parameter changes,
-so no parameter is held outside of ``param_groups``. Parameters are found by ``param_names`` and position. Which
+so no parameter is held outside of ``param_groups``; parameters are found by name and position. Which
 atoms go is chosen in :mod:`oto.optim.choosing`, and what remains may take over what they carried
 (:mod:`oto.optim.compensating`).
 
@@ -42,32 +42,32 @@ ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
 
 DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""State that an update is divided by. It moves nothing, so it is left alone: the square root of MKL takes ten times as
-long for an exact zero, which would make the loops of Adam and AdamW half as slow again."""
+"""State that an update is divided by. It moves nothing, so it is not cleared: MKL's square root takes ten times as long
+for an exact zero, which would slow down the loops of Adam and AdamW by half."""
 
 
 class SparseOptimizer(Choosing):
     """A torch optimizer that wraps another one and acts on node groups.
 
-    Subclasses define :meth:`sparse_step`. What goes is decided by ``choice``, when by ``schedule``.
+    Subclasses define :meth:`sparse_step`. ``choice`` decides what goes, ``schedule`` decides when.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups (dicts) whose ``params`` are named pairs or come with
-            ``param_names``. Frozen parameters belong in it too, or their node groups cannot be zeroed.
-        choice: Which node groups there are, and which of their atoms go.
+            ``param_names``. Include frozen parameters, or their node groups cannot be zeroed.
+        choice: The node groups, and which of their atoms go.
         schedule: When they go.
         names: Names for the parameters, where ``params`` or a ``base`` instance has none.
         variant: The name of an optimizer of ``torch.optim``, in any case. ``"sgd"`` needs ``lr``.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function that takes parameter groups.
-        base_options: Keywords of ``base`` that no optimizer of torch has; they may stand beside the others too.
+        base_options: Keywords of ``base`` that no optimizer of torch has; they may also be given directly.
         first_momentum: ``momentum`` of SGD, the first of Adam's ``betas``.
         second_momentum: The second of Adam's ``betas``.
         dampening: As in SGD.
         lr, weight_decay, foreach, fused, ...: For the wrapped optimizer; ``None`` is its default.
 
     Attributes:
-        history: Numbers by step, oldest first, such as ``{"step": 30, "MACs": 2e7, "loss": 0.4}``: what the network
-            costs, in the unit of the target, as each pruning period begins and ends, and what was given to
+        history: Numbers by step, oldest first, such as ``{"step": 30, "MACs": 2e7, "loss": 0.4}``: the cost of the
+            network, in the unit of the target, at the beginning and end of each pruning period, and what was given to
             :meth:`record`. Reports draw it; state dicts hold it.
 
     Raises:
@@ -88,7 +88,7 @@ class SparseOptimizer(Choosing):
     @final
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step: what the paper says, between what every step of a sparse optimizer needs.
+        """Take one step: that of the paper, with the checks and bookkeeping that all sparse optimizers share.
 
         Args:
             closure: Evaluates the model again and returns the loss; run once, with gradients enabled.
@@ -118,19 +118,19 @@ class SparseOptimizer(Choosing):
         return loss
 
     def sparse_step(self, t: int) -> None:
-        """Step ``t`` of the paper, from the gradients that are there to the parameters after it; autograd is off."""
+        """Step ``t`` of the paper: read the present gradients, update the parameters. Autograd is off."""
         raise NotImplementedError
 
     # A smaller model -------------------------------------------------------------------------------------------------
 
     def left_like(self, state_dict: Mapping[str, Any] | None) -> dict[str, NDArray[np.bool_]]:
-        """For each node group, which atoms of the model shrinking leaves: those that are not at zero for good.
+        """For each node group, which atoms of the model remain after shrinking: those that are not at zero for good.
 
         Args:
-            state_dict: That of an optimizer that was shrunk: leave what it has left.
+            state_dict: That of an optimizer whose model was shrunk: keep the same atoms as it did.
 
         Raises:
-            ShrinkError: It is of none that was shrunk, or has what this model lacks.
+            ShrinkError: Its model was not shrunk, or has atoms that this model lacks.
         """
         if state_dict is None:
             return {g.name: (own != PRUNED).numpy() for g, own in zip(self.node_groups, self._codes(), strict=True)}
@@ -138,19 +138,19 @@ class SparseOptimizer(Choosing):
 
     @torch.no_grad()
     def zero_(self, left: Mapping[str, NDArray[np.bool_]]) -> None:
-        """Bring all other atoms to zero at once, whatever they are."""
+        """Set all atoms to zero that are not in ``left``, whatever their state."""
         gone = [torch.from_numpy(np.flatnonzero(~left[group.name])) for group in self.node_groups]
         Rows.of(self.node_groups, gone, self.parameters()).zero_()
 
     def shrink_(
         self, moved: Sequence[Moved], groups: Sequence[NodeGroup], left: Mapping[str, NDArray[np.bool_]]
     ) -> None:
-        """Go on with a model of fewer atoms; see :mod:`oto.optim.shrink`.
+        """Continue with a model that has fewer atoms; see :mod:`oto.optim.shrink`.
 
         Args:
             moved: Every parameter of the model.
-            groups: The node groups as they lie in the smaller model, in the order of ``node_groups``.
-            left: For each node group, which of the atoms of the model are left.
+            groups: The node groups of the smaller model, in the order of ``node_groups``.
+            left: For each node group, which atoms of the model remain.
 
         Raises:
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
@@ -181,7 +181,7 @@ class SparseOptimizer(Choosing):
             )
 
     def _keep_atoms(self, left: Tensor) -> None:
-        """Forget all about the others."""
+        """Discard the state of all other atoms."""
         first = self.param_groups[0]
         kept = first.get("oto_kept", torch.ones_like(left))
         first["oto_kept"] = kept.masked_scatter(kept.to(left.device), left)
@@ -191,11 +191,11 @@ class SparseOptimizer(Choosing):
     # A model that is replaced ----------------------------------------------------------------------------------------
 
     def follow(self, model: nn.Module) -> None:
-        """Compare the parameters of a model, which is not kept alive, with those that are trained, from now on."""
+        """From now on, compare the parameters of a model with those that are trained. The model is not kept alive."""
         self._followed = Followed.of(model, self.parameters())
 
     def look_at_model(self, n: int) -> None:
-        """Compare them, if it is time before step ``n``: the first one, one that chooses, or after a few steps.
+        """Compare them before step ``n`` if it is the first one, one that chooses, or one in ``CHECK_STEPS``.
 
         Raises:
             ModelChangedError: A parameter of the model was replaced, or there is state of others than the present ones.
@@ -220,11 +220,11 @@ class SparseOptimizer(Choosing):
     def zero_pruned_(self) -> None:
         """Set the entries of pruned groups to zero.
 
-        A *quiet* group has all its slices at zero, those that write an atom and those that read it, and its analysis
-        proved that its gradients are then exactly zero. SGD, Adam and AdamW leave such entries where they are. So on
-        the CPU only the one-dimensional slices of quiet groups (biases, norms) are written at every step, and the
-        others once in a while. If one of the written entries was not zero, something outside of the proof moves them
-        (noise added to gradients, say): every group counts as loud from then on, this step included.
+        A pruned atom of a *quiet* group is zero in all its slices, those that write it and those that read it, and the
+        analysis proved that its gradients are then exactly zero. SGD, Adam and AdamW do not move such entries. So on
+        the CPU, only the one-dimensional slices of quiet groups (biases, norms) are written at every step; the others
+        are written once in a while. If one of the written entries was not zero, something that the proof does not
+        cover moves them, such as noise added to gradients. From then on, this step included, no group is quiet.
         """
         plan = self._plan()
         if plan.moved():
@@ -233,7 +233,7 @@ class SparseOptimizer(Choosing):
         plan.zero_pruned_(self.clock)
 
     def zero_moments_(self) -> None:
-        """Set what the wrapped optimizer would still move pruned entries by (momentum, first moments) to zero."""
+        """Clear the state by which the wrapped optimizer would still move pruned entries: momentum, first moments."""
         parameters, pruned = self.parameters(), [rows_of(own, PRUNED) for own in self._codes()]
         for group, rows in zip(self.node_groups, pruned, strict=True):
             for piece in (group.slices if self._is_quiet(group) else group.zeros) if len(rows) else ():
@@ -246,16 +246,16 @@ class SparseOptimizer(Choosing):
     def zero_pruned_in(self, model: Any) -> None:
         """Set the entries of pruned groups to zero in a copy of the model, such as a moving average of its weights.
 
-        An average only comes near zero, so its slim model would be as large as the full one. After the last period, and
-        before the average is evaluated or made slim, once is enough; while training, call it after each update.
+        An average only approaches zero, so its slim model would be as large as the full one. One call is enough, after
+        the last period and before the average is evaluated or made slim; in training, call it after each update.
 
         Args:
-            model: A module with the parameter names of the model; a wrapper of one, such as
-                ``torch.optim.swa_utils.AveragedModel``, ``timm.utils.ModelEmaV3`` or any object that has the module as
-                ``.module`` or ``.ema``; or a mapping from names to tensors, such as a ``state_dict()``.
+            model: A module with the parameter names of the model; a wrapper such as
+                ``torch.optim.swa_utils.AveragedModel``, ``timm.utils.ModelEmaV3`` or any object that holds the module
+                as ``.module`` or ``.ema``; or a mapping from names to tensors, such as a ``state_dict()``.
 
         Raises:
-            UnknownParameterError: It lacks a parameter that may be zeroed, or has it in another shape.
+            UnknownParameterError: It lacks a parameter that may be zeroed, or has it in a different shape.
         """
         names = {piece.parameter for group in self.node_groups for piece in group.zeros}
         shapes = {name: p.shape for name, p in self.parameters().items() if name in names}
@@ -263,7 +263,7 @@ class SparseOptimizer(Choosing):
         Rows.of(self.node_groups, [rows_of(own, PRUNED) for own in self._codes()], tensors).zero_()
 
     def commit(self) -> None:
-        """Redundant groups become pruned ones, and the wrapped optimizer forgets them."""
+        """Redundant atoms become pruned ones, and the wrapped optimizer discards its state for them."""
         codes = [own.masked_fill(own == REDUNDANT, PRUNED) for own in self._codes()]
         self.atoms = self.atoms.masked_fill(self.atoms == REDUNDANT, PRUNED)
         self._split = ((self.atoms, codes),)  # known without reading them back
@@ -274,11 +274,11 @@ class SparseOptimizer(Choosing):
         self._planned = None
 
     def _is_quiet(self, group: NodeGroup) -> bool:
-        # an attribute that the analysis may set; without it a group is loud, which is always right
+        # the analysis may set the attribute; a group without it is written at every step, which is always right
         return not self._loud and group.quiet and type(self.base) in ELEMENTWISE
 
     def _plan(self) -> Plan:
-        """What a step writes. Made anew when atoms change or a parameter has moved."""
+        """What a step writes. Rebuilt when the state of atoms changes or a parameter was moved in memory."""
         atoms, pointers = self.settled, [address(p) for group in self.param_groups for p in group["params"]]
         if self._planned is None or self._planned[0] is not atoms or self._planned[1] != pointers:
             quiet = [self._is_quiet(group) for group in self.node_groups]
@@ -291,12 +291,12 @@ def tensors_like(model: Any, shapes: Mapping[str, torch.Size], shrunk: bool) -> 
     """The tensors of a copy of a model, by the names of its parameters.
 
     Args:
-        model: A module, what wraps one, or a mapping from names to tensors.
-        shapes: What it must have.
-        shrunk: Whether the model was, which a copy of before was not.
+        model: A module, a wrapper of one, or a mapping from names to tensors.
+        shapes: The shapes that it must have, by name.
+        shrunk: Whether the model was shrunk; a copy from before would not fit.
 
     Raises:
-        UnknownParameterError: It lacks one, or has it in another shape.
+        UnknownParameterError: It lacks one, or has it in a different shape.
     """
     if isinstance(model, Mapping):
         tensors = {name.removeprefix("module."): tensor for name, tensor in model.items()} | dict(model)
@@ -317,7 +317,7 @@ def tensors_like(model: Any, shapes: Mapping[str, torch.Size], shrunk: bool) -> 
 def moments_of(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of ``state`` that drive ``p``, entry by entry.
 
-    Quantized ones (8-bit optimizers) are left out: they are not floating point, and their zero is not a zero.
+    Quantized ones (8-bit optimizers) are left out: they are not floating point, and their code 0 does not mean zero.
     """
     held = [value for key, value in state.items() if isinstance(value, Tensor) and key not in DIVISORS]
     return [moment for moment in held if moment.is_floating_point() and moment.shape == p.shape]

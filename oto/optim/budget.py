@@ -1,11 +1,11 @@
-"""How much may go by itself before the target is met, for papers whose groups leave at any step.
+"""How much may still go before the target is met, for papers whose groups go at any step.
 
-A choice (:mod:`oto.optim.select`) counts what is left on the CPU, with all it has to keep to: a target in any unit,
-multiples, ties, and floors. A paper that lets groups go when *they* are ready has to know at every step whether one
-more may, and must not read back from a device which ones went. So the counts are read once in a while, as a period
-begins, and become a :class:`Budget`: prices that never promise too much. Costs are sums of products of counts, so what
-several groups save together is at most what each would save alone, and those prices are added up until the next
-reading. What is left of the budget then is spent in the next period.
+A choice (:mod:`oto.optim.select`) counts on the CPU what remains, and respects a target in any unit, multiples, ties
+and floors. A paper that lets a group go when it leaves its half-space must know at every step whether one more may go,
+and must not read back from the device which ones went. So the counts are read once a period, as it begins, and turned
+into a :class:`Budget` of prices that never overestimate the savings: costs are sums of products of counts, so several
+groups save together at most what each would save alone. The prices are added up until the next reading. What remains of
+the budget is spent in the next period.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from oto.optim.entries import sent
 from oto.optim.target import Counts
 
 WHOLE = 1 << 40
-"""The cost of the full network, in the whole numbers that prices are counted in: their sums are the same everywhere."""
+"""The cost of the full network in the integers that prices are counted in, so that sums are the same on every
+device."""
 
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """What may go from some counts on. G node groups, T ties (a group that is not tied is alone in its own), N atoms.
+    """What may still go, starting from known counts. G node groups, T ties (an untied group is its own), N atoms.
 
-    A group closes *units*, of as many atoms as its count must be a multiple of; the first atom of a unit pays for it,
-    and where groups are tied, only in the one that closes it first: the others have to follow.
+    Atoms go in *units*, of as many as the count of their group must be a multiple of. The first atom of a unit pays for
+    all of it. In a tie only the group that is first to begin a unit pays; the others have to follow.
 
     Attributes:
         group: The node group of each atom, int64, shape ``(N,)``.
         tie: The tie of each node group, int64, shape ``(G,)``.
-        counts: Atoms that it has left, shape ``(G,)``.
-        whole: Those of them that a target counts: even within a tie, and multiples.
-        unit: Atoms of its units, shape ``(G,)``.
+        counts: Its remaining atoms, shape ``(G,)``.
+        whole: As many as a target counts: equal within a tie, and multiples.
+        unit: Atoms of a unit, shape ``(G,)``.
         most: How many atoms it may lose, shape ``(G,)``.
-        price: What a unit saves, of ``WHOLE``, int64, shape ``(T,)``.
-        left: By how much the cost is above the goal, of ``WHOLE``, an int64 of no dimension.
-        lost: How many atoms each lost since, and the model no longer has, shape ``(G,)``.
+        price: What a unit saves, where ``WHOLE`` is the full cost, int64, shape ``(T,)``.
+        left: How far the cost is above the goal, in the same unit, int64 without dimensions.
+        lost: How many atoms each has lost since because the model was shrunk, shape ``(G,)``.
     """
 
     group: Tensor
@@ -58,8 +59,8 @@ class Budget:
         """The budget of a choice, on the CPU.
 
         Args:
-            counts: How many atoms each node group had left when they were read.
-            lost: How many of those the model lost since, as it was shrunk.
+            counts: The remaining atoms of each node group when they were read.
+            lost: How many of those were removed since, when the model was shrunk.
         """
         ties, per = choice.tied
         whole = whole_counts(choice, counts)
@@ -70,7 +71,7 @@ class Budget:
         most = np.where(saved[ties] > 0, np.maximum(counts - floor, 0), 0)
         full, goal, now = choice.target.full, choice.target.goal, choice.target.measure(whole)
         group = np.repeat(np.arange(len(choice.sizes)), choice.sizes)
-        # rounding may not keep the last group from going: each price is off by half of one at most
+        # rounding must not keep the last group from going: each price is off by at most a half
         left = round((now - goal) / full * WHOLE) + len(group)
         numbers = (group, ties, counts, whole, choice.multiples, most, np.rint(saved / full * WHOLE), left, lost)
         return cls(*(torch.from_numpy(np.asarray(n, dtype=np.int64)) for n in numbers))
@@ -103,7 +104,7 @@ class Budget:
         queue = torch.where(candidates, order, torch.inf).argsort(stable=True)
         own = self.group[queue]
         place = torch.arange(len(queue), device=queue.device)
-        by_group = own.argsort(stable=True)  # node group after node group, so the first of each is where it always is
+        by_group = own.argsort(stable=True)  # node group after node group, so the first of each is at a known place
         first = torch.searchsorted(self.group, torch.arange(len(self.counts), device=queue.device))
         rank = torch.empty_like(place).scatter_(0, by_group, place - first[own[by_group]])
         away = self._away(gone)
@@ -121,19 +122,19 @@ class Budget:
         return self.lost.clone().index_add_(0, self.group, gone.to(torch.int64))
 
     def _closed(self, away: Tensor, of: Tensor | None = None) -> Tensor:
-        """How many units are closed once so many atoms of these node groups, or of all, are gone."""
+        """How many units have begun once this many atoms of the node groups ``of``, or of all, are gone."""
         counts, whole, unit = (x if of is None else x[of] for x in (self.counts, self.whole, self.unit))
         kept = (counts - away).clamp_min(0)
         closed = torch.div(whole + unit - 1, unit, rounding_mode="floor") - torch.div(kept, unit, rounding_mode="floor")
         return torch.where(kept >= whole, 0, closed)
 
     def _closed_ties(self, closed: Tensor) -> Tensor:
-        """The greatest number of closed units in each tie, shape ``(T,)``."""
+        """The greatest number of begun units in each tie, shape ``(T,)``."""
         return torch.zeros_like(self.price).scatter_reduce_(0, self.tie, closed, "amax")
 
 
 def whole_counts(choice: Choice, counts: Counts) -> Counts:
-    """What a target counts of these: in every tie as many as in the emptiest group, in multiples unless it is full."""
+    """The counts as a target sees them: those of the emptiest group of each tie, rounded to multiples unless full."""
     ties, _ = choice.tied
     units = counts // choice.multiples
     fewest = np.full(ties.max(initial=-1) + 1, np.iinfo(np.int64).max)
@@ -145,13 +146,14 @@ def whole_counts(choice: Choice, counts: Counts) -> Counts:
 
 
 def rest(choice: Choice, scores: Tensor, alive: Tensor) -> Tensor:
-    """What must go for the target to be met where some atoms went by themselves, bool, shape ``(N,)``, on the CPU.
+    """What must still go to meet the target after some atoms went by themselves, bool, shape ``(N,)``, on the CPU.
 
-    First the lowest scores of node groups whose count is uneven, or no multiple; then what the choice adds to that.
+    First the lowest scores of node groups whose count is not that of their tie, or no multiple; then what the choice
+    adds.
 
     Args:
         scores: Importance of every atom, shape ``(N,)``; higher is kept.
-        alive: Which atoms are left, bool, shape ``(N,)``.
+        alive: Which atoms remain, bool, shape ``(N,)``.
     """
     values, left = scores.double().cpu().numpy(), alive.cpu().numpy()
     sizes = np.array(choice.sizes, dtype=np.int64)
@@ -163,7 +165,7 @@ def rest(choice: Choice, scores: Tensor, alive: Tensor) -> Tensor:
 
 
 def _first_of(keys: Tensor) -> Tensor:
-    """Whether each key is the first of its kind."""
+    """Whether each key is the first with its value."""
     by_key = keys.argsort(stable=True)
     ordered = keys[by_key]
     first = torch.ones_like(ordered, dtype=torch.bool)

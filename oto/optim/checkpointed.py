@@ -1,4 +1,10 @@
-"""What became of every atom, how far pruning has come, and all of that in checkpoints; see :mod:`oto.optim.state`."""
+"""The state of every atom, the progress of pruning, and both in checkpoints.
+
+    optimizer.progress          # step 130 of 300, period 1 of 5: 0 of 1,216 groups are zero, 122 on their way; ...
+    optimizer.pruned_groups     # {"conv1.weight": tensor([3, 17])}
+
+What a checkpoint holds is described in :mod:`oto.optim.state`.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +35,12 @@ ENTRY_BY_ENTRY = (
     torch.optim.Adadelta,
     torch.optim.AdamW,
 )
-"""Optimizers that move an entry by its own gradient and state alone, so that those of pruned entries may be forgotten
-at any time."""
+"""Optimizers that update each entry from its own gradient and state alone; that of pruned entries may be cleared at any
+time."""
 
 
 class Checkpointed(Wrapper):
-    """A wrapping optimizer that knows what became of every atom of its node groups, and whose state dict holds it.
+    """A wrapping optimizer that records the state of every atom of its node groups, also in its state dict.
 
     Args:
         params, choice, schedule: As in :class:`oto.optim.SparseOptimizer`, and so is the attribute ``history``.
@@ -42,7 +48,7 @@ class Checkpointed(Wrapper):
     """
 
     _split: tuple[tuple[Tensor, list[Tensor]], ...] = ()
-    _unseen = True  # the model may have changed, as it may while a checkpoint is loaded
+    _unseen = True  # the model may have changed since it was last compared, for example while a checkpoint was loaded
 
     def __init__(self, params: Params, choice: Choice, schedule: Schedule, options: Mapping[str, Any]) -> None:
         self.choice, self.schedule, self.node_groups = choice, schedule, choice.groups
@@ -64,7 +70,7 @@ class Checkpointed(Wrapper):
 
     @property
     def atoms(self) -> Tensor:
-        """What became of every atom: FREE, REDUNDANT or PRUNED, uint8, shape ``(N,)``. Replaced, never written into."""
+        """The state of every atom: FREE, REDUNDANT or PRUNED, uint8, shape ``(N,)``. Never modified in place."""
         atoms: Tensor = self.param_groups[0]["oto_atoms"]
         return atoms
 
@@ -74,8 +80,11 @@ class Checkpointed(Wrapper):
 
     @property
     def settled(self) -> Tensor:
-        """The atoms that the plan of a step is made for. Where a paper lets some go at any step without reading back
-        which, those that were known last."""
+        """The state of the atoms that a step's plan is made from.
+
+        A paper may let atoms go at any step without reading back from the device which ones; then it is the state that
+        was read back last.
+        """
         return self.atoms
 
     @property
@@ -100,7 +109,7 @@ class Checkpointed(Wrapper):
 
     @property
     def progress(self) -> Progress:
-        """How far pruning has come: print it, or read its fields. Where the optimizer is wrapped, ask the inner one."""
+        """The progress of pruning: print it, or read its fields. If the optimizer is wrapped, ask the inner one."""
         redundant, target = sum(int((own == REDUNDANT).sum()) for own in self._codes()), self.choice.target
         counts = np.array([int((own != PRUNED).sum()) for own in self._codes()], dtype=np.int64)
         return Progress(
@@ -115,7 +124,7 @@ class Checkpointed(Wrapper):
         )
 
     def record(self, **numbers: float | Tensor) -> None:
-        """Note numbers of the step that comes next (a loss, an accuracy) in :attr:`history`.
+        """Add numbers of the coming step (a loss, an accuracy) to :attr:`history`.
 
         Args:
             **numbers: By name; tensors of one element are read, which waits for their device.
@@ -163,7 +172,7 @@ class Checkpointed(Wrapper):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def describe_setup(self) -> dict[str, Any]:
-        """What a checkpoint must agree in for its pruning to go on: plain values by option."""
+        """The options that a checkpoint must agree with for pruning to continue, as plain values by name."""
         schedule = self.schedule
         return {
             "optimizer": type(self).__name__,
@@ -190,15 +199,18 @@ class Checkpointed(Wrapper):
         return "\n".join([str(target), *self.schedule.lines(), rate])
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; momentum and first moments of pruned entries are zero in it, if each moves its own entry alone.
+        """As in torch.
 
-        Where the wrapped optimizer writes a state dict of its own (one that shards its state, or wraps another), it is
-        that one, with what pruning must know in its first parameter group.
+        Momentum and first moments of pruned entries are zero in it if the wrapped optimizer updates each entry from its
+        own state alone.
+
+        A wrapped optimizer that writes its own state dict (because it shards its state, or wraps another optimizer)
+        still does; what pruning needs is added to the first parameter group.
 
         Raises:
             OTOError: It has no parameter groups.
         """
-        if isinstance(self.base, ENTRY_BY_ENTRY):  # to others, rows that are gone are a part of what moves the rest
+        if isinstance(self.base, ENTRY_BY_ENTRY):  # elsewhere, the state of pruned rows also affects the other rows
             self.zero_moments_()
         self.param_groups[0]["oto_history"] = json.dumps(self.history)
         if not keeps_own_state(self.base):
@@ -211,11 +223,11 @@ class Checkpointed(Wrapper):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a state dict of the wrapped optimizer alone loads too, and pruning then starts afresh.
+        """As in torch. A state dict of the wrapped optimizer alone loads too; pruning then starts from the beginning.
 
         Raises:
-            SetupError: It was saved under another schedule or target, and by one of the two pruning has begun. Before
-                that it is a ``SetupWarning``, and the setup of this optimizer counts.
+            SetupError: It was saved under a different schedule or target, and pruning has begun under one of the two.
+                Before that it is a ``SetupWarning``, and the setup of this optimizer applies.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -226,7 +238,7 @@ class Checkpointed(Wrapper):
             require_same_atoms(saved, self.param_groups[0], self.num_atoms, self.num_removed)
             require_same_setup(saved, self.param_groups[0])
         if isinstance(state := state_dict.get("state"), Mapping):
-            state_dict["state"] = dict(state)  # a sharded optimizer takes out what it does not own
+            state_dict["state"] = dict(state)  # a sharded optimizer removes what it does not own
         self.base.load_state_dict(state_dict)
         self._share_base()
         if keeps_own_state(self.base):
@@ -241,7 +253,7 @@ class Checkpointed(Wrapper):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # all but what is derived, the hooks, and the `step` that a learning-rate scheduler puts on the instance
+        # without derived values, hooks, and the `step` that a learning-rate scheduler puts on the instance
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "step"}
 
     def _fill_state(self) -> None:
@@ -260,5 +272,5 @@ class Checkpointed(Wrapper):
         self.param_groups[0] |= {"oto_sums": torch.zeros(shape, device=self.atoms.device), "oto_seen": 0}
 
     def zero_moments_(self) -> None:
-        """What the wrapped optimizer would still move pruned entries by is set to zero, before it is saved."""
+        """Clear the state by which the wrapped optimizer would still move pruned entries, before it is saved."""
         raise NotImplementedError

@@ -1,6 +1,9 @@
-"""What to give up: a target, how importance is measured, and limits. The same for every sparse optimizer.
+"""What to remove: a target, a measure of importance, and limits. The same for every sparse optimizer.
 
-A paper's own file says *how* chosen groups reach zero; how many there are and which is decided here, from scores
+    choice = Choice.of(groups, {"target_macs": 0.5}, costs=costs, min_kept=0.2)
+    gone = choice.select(scores, alive)   # bool, an entry for each atom
+
+A paper's own file says *how* chosen groups reach zero. How many go, and which, is decided here, from scores
 (:mod:`oto.optim.saliency`), costs (:mod:`oto.optim.target`) and limits (:mod:`oto.optim.select`).
 """
 
@@ -33,8 +36,8 @@ from oto.optim.target import Counts, Measure, Target
 from oto.renamed import up_to_date
 
 FAR = 0.1
-"""A goal that steps would miss by more than this share of the full cost is no goal met: then groups of finer steps may
-fall below the floor."""
+"""If steps would miss the goal by more than this share of the full cost, groups with finer steps may fall below the
+floor."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,13 +46,13 @@ class Choice(Criteria):
 
     Attributes:
         groups: The prunable node groups.
-        target: How much is to be left.
+        target: How much may remain.
         scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
         divisible: A node group that loses atoms keeps a multiple of this many.
-        align: What the sizes of tensor dimensions are multiples of, as it was asked.
-        multiples: What the kept count of each node group that loses atoms is a multiple of, for all these reasons.
+        align: The multiples for sizes of tensor dimensions, as they were given.
+        multiples: What the kept count of each node group that loses atoms must be a multiple of, for all these reasons.
         least: Atoms that each node group keeps in any case.
-        floor: Atoms that each keeps unless the target asks for more.
+        floor: Atoms that each keeps unless the target cannot be met otherwise.
         full: Atoms that each had in the full network; ``groups`` has fewer once the model was shrunk.
         criteria, normalize, within, everywhere, by_cost, average_steps: As in :class:`oto.optim.criteria.Criteria`.
     """
@@ -81,32 +84,32 @@ class Choice(Criteria):
             target: The keywords of :meth:`Target.of`.
             costs, latency: See :meth:`Target.of`.
             scope: ``"global"`` or ``"local"``.
-            min_kept: Atoms that every node group keeps, an int; or the share of its atoms that it keeps, a float; or a
-                mapping from names or globs of parameters to either. By default, and where a mapping says nothing, a
-                fifth as far as the target allows.
-            group_divisible: A node group that loses atoms keeps a multiple of this many *atoms*, be they channels or
+            min_kept: The atoms that every node group keeps at least: a number (int), a share of its atoms (float), or a
+                mapping from names or globs of parameters to either. By default, and for groups that the mapping does
+                not name, a fifth as far as the target allows.
+            group_divisible: A node group that loses atoms keeps a multiple of this many *atoms*, such as channels or
                 heads.
             align: A dimension of a weight that gets smaller keeps a *size* (heads times their width) that is a multiple
-                of this: a number for all; a mapping from names or globs of parameters to numbers; or ``"gguf"`` (rows
+                of this: one number for all; a mapping from names or globs of parameters to numbers; or ``"gguf"`` (rows
                 of 32), ``"gguf-k"`` (rows of 256), ``"marlin"`` (rows of 128, other dimensions of 64), ``"cuda"`` (8).
-                Heads are free where their width is such a multiple already. By default 1; ``OTO`` takes 8 where the
+                Heads are free if their width is such a multiple already. By default 1; ``OTO`` takes 8 where the
                 parameters are on a CUDA device.
             saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
-                weights. ``"hesso"`` stands for all that HESSO does as published: its five criteria, of a single batch,
-                each divided by its norm over all groups, blind to cost and to the width of a layer; ``"dhspg"`` for
-                the two of DHSPG, likewise.
-            normalize, by_cost: See the attributes. By default 1 for the cost, and no normalization, if ``saliency`` is
-                in the unit of the loss as the two Taylor terms are; else scores are divided by their means over each
-                node group, and costs do not count: a magnitude per MAC empties layers that stand beside each other.
-            within: Where it is given, importance is shared out in all node groups; ``"none"``: each atom has the score
-                that was measured for it. By default ``"path_norm"`` in those that a convolution over images reads,
-                if nothing is said about ``saliency``, and else ``"none"``.
+                weights. ``"hesso"`` stands for everything that HESSO does as published: five criteria of a single
+                batch, each divided by its norm over all groups, regardless of costs and of the width of a layer.
+                ``"dhspg"`` stands for the two criteria of DHSPG, likewise.
+            normalize, by_cost: See the attributes. If ``saliency`` is in the unit of the loss, as the two Taylor terms
+                are, the defaults are 1 for the cost, and no normalization. Otherwise scores are divided by their means
+                over each node group, and costs do not count, since a magnitude per MAC empties parallel layers.
+            within: If given, importance is distributed in all node groups by this criterion; with ``"none"`` each atom
+                has the score that was measured for it. By default ``"path_norm"`` in groups that a convolution over
+                images reads, if ``saliency`` is not given; otherwise ``"none"``.
             average_steps: See the attributes; 32 by default, and 1 for ``saliency="hesso"`` and ``"dhspg"``.
 
         Raises:
-            TargetError: An option means nothing, or the target cannot be reached; or it is missed by more than 1 %
-                of the full cost, because widths keep to multiples.
-            OptionError: ``align`` is no positive number and no preset; or there is no such option.
+            TargetError: An option is invalid; the target cannot be reached; or it is missed by more than 1 % of the
+                full cost because widths have to be multiples.
+            OptionError: ``align`` is neither a positive number nor a preset; or an option is unknown.
             UnknownParameterError: A glob of ``align`` or ``min_kept`` matches nothing.
             NothingPrunableError: There is a target, but no node group may lose an atom.
         """
@@ -119,7 +122,7 @@ class Choice(Criteria):
         whole, named = [group for group in node_groups if not group.prunable], target.get("target_kept")
         wanted = as_named(named, groups, divisors, whole) if isinstance(named, Mapping) else None
         asked = Target.of(target, sizes, costs, latency, wanted)
-        # a limit of the user for every group takes the place of ours, as do counts that are named
+        # a user's limit for every group replaces ours, and so do named counts
         soft = 0.0 if published(options) or not (min_kept is None or isinstance(min_kept, Mapping)) else FLOOR
         self = cls(
             **criteria,
@@ -138,10 +141,10 @@ class Choice(Criteria):
         return self
 
     def _require_possible(self, min_kept: MinKept | None, held: str | None) -> None:
-        """Refuse a target that nothing could meet, whatever the scores.
+        """Refuse a target that cannot be met, whatever the scores.
 
         Args:
-            held: What stays whole because it is frozen, or because a user asked for it, in lines of its own.
+            held: Lines about what stays whole because it is frozen, or because the user asked for it.
         """
         if (self.least >= self.full).all():
             raise NothingPrunableError(
@@ -164,7 +167,7 @@ class Choice(Criteria):
 
     @cached_property
     def tied(self) -> tuple[Counts, Counts]:
-        """For each node group the number of its tie, its own where it is not tied; and how many atoms it keeps for each
+        """For each node group the number of its tie (an untied group is its own), and how many atoms it keeps for each
         that the tie counts."""
         ties = ties_of(self.groups)
         if len(set(ties.tolist())) < len(ties):
@@ -183,12 +186,12 @@ class Choice(Criteria):
         return self.target.measure.tied(*self.tied) if self.has_ties else self.target.measure
 
     def lowest(self, counts: Counts) -> Counts:
-        """How many atoms each node group keeps in any case on the way from some counts to the goal."""
-        if self.scope == "local":  # all lose the same share, so the numbers are settled
+        """How many atoms each node group keeps in any case on the way from the given counts to the goal."""
+        if self.scope == "local":  # all lose the same share, so the numbers are known
             alive = torch.ones(sum(self.sizes), dtype=torch.bool)
             kept: Counts = np.minimum(self._counts(~self.select(alive.float(), alive)), counts)
             return kept
-        left = np.repeat(counts > 0, self.sizes)  # of segments, the one atom; which of a set stay is settled by place
+        left = np.repeat(counts > 0, self.sizes)  # a segment has one atom; which of a set stay goes by position
         staying = staying_of(self.groups, np.zeros(len(left)), left)
         lowest: Counts = np.maximum(next(self._floors(self.target.goal)), staying)
         return lowest
@@ -198,7 +201,7 @@ class Choice(Criteria):
 
         Args:
             scores: Importance of every atom, shape ``(N,)``.
-            alive: Which atoms are left, bool, shape ``(N,)``.
+            alive: Which atoms remain, bool, shape ``(N,)``.
             share: How much of the way to the target to go.
         """
         values, left = scores.double().cpu().numpy(), alive.cpu().numpy()
@@ -212,7 +215,7 @@ class Choice(Criteria):
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
         found: list[tuple[float, Tensor]] = []
         staying = staying_of(self.groups, values, left)
-        for least in self._floors(goal):  # a lower one only where steps are too coarse to come near the goal above it
+        for least in self._floors(goal):  # lower floors only if steps are too coarse to come near the goal above
             chosen = torch.from_numpy(
                 select(
                     values,
@@ -234,7 +237,7 @@ class Choice(Criteria):
         return min(found, key=lambda tried: (tried[0] < 0, abs(tried[0])))[1]
 
     def _floors(self, goal: float) -> Iterator[Counts]:
-        """Floors on the way from ``floor`` to ``least``, as far as they allow for the goal, the highest first."""
+        """Floors between ``floor`` and ``least`` that allow for the goal, the highest first."""
         for halvings in range(8):
             between = self.least + (self.floor - self.least) // 2**halvings
             floor: Counts = np.minimum(-(-between // self.multiples) * self.multiples, self.full)
@@ -245,25 +248,25 @@ class Choice(Criteria):
         yield self.least
 
     def require_near(self, left: Tensor, scores: Tensor) -> None:
-        """Refuse a target that widths cannot come near to, because they change in large steps.
+        """Refuse a target that widths cannot come near, because they change in large steps.
 
         Args:
-            left: What a choice of now leaves, bool, shape ``(N,)``.
-            scores: What it was made from, shape ``(N,)``.
+            left: What the present choice leaves, bool, shape ``(N,)``.
+            scores: The scores it was made from, shape ``(N,)``.
 
         Raises:
-            TargetError: It is missed by more than 1 % of the full cost, because widths keep to multiples.
+            TargetError: It is missed by more than 1 % of the full cost because widths have to be multiples.
         """
         if text := self._missed(left, scores):
             raise TargetError(text)
 
     def warn_of_miss(self, left: Tensor) -> None:
-        """Tell of it where training has made the choice."""
+        """The same as a warning, for a choice that was made in training."""
         if text := self._missed(left, torch.ones(len(left))):
             warnings.warn(text, CollapseWarning, stacklevel=users_level())
 
     def _missed(self, left: Tensor, scores: Tensor) -> str | None:
-        if self.scope == "local":  # all groups lose the same share, so none may take the odd step alone
+        if self.scope == "local":  # all groups lose the same share, so none may take a further step alone
             return None
         ties, per = self.tied
         own = np.lcm([group.divisor for group in self.groups], per)
@@ -282,18 +285,18 @@ class Choice(Criteria):
         )
 
     def counts(self, left: Tensor) -> dict[str, int]:
-        """How many atoms of each node group are left.
+        """How many atoms of each node group remain.
 
         Args:
-            left: Which are, bool, shape ``(N,)``.
+            left: Which ones, bool, shape ``(N,)``.
         """
         return dict(zip((group.name for group in self.groups), self._counts(left).tolist(), strict=True))
 
     def costing(self, left: Tensor) -> Tensor:
-        """Those of some atoms whose node group costs anything: what lies in a segment that has gone costs nothing.
+        """The atoms whose node group costs anything: what lies in a segment that is gone costs nothing.
 
         Args:
-            left: Atoms that are unpruned, bool, shape ``(N,)``.
+            left: The atoms that are not pruned, bool, shape ``(N,)``.
         """
         if not any(group.segment for group in self.groups):
             return left
@@ -305,7 +308,7 @@ class Choice(Criteria):
         return np.array([int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)], dtype=np.int64)
 
     def warn_of_collapse(self, left: Tensor) -> None:
-        """Name the node groups that fell below the floor because the target could not be met otherwise."""
+        """Warn of node groups that fell below the floor because the target could not be met otherwise."""
         counts = self._counts(left).tolist()
         pruned = [
             f"{group.name} ({count} of {full})"
@@ -323,11 +326,7 @@ class Choice(Criteria):
 
     def describe(self) -> dict[str, Any]:
         """The options as plain values, for a checkpoint to be compared by."""
-        layout: dict[str, list[int]] = {}  # for each tie how many groups it has, and the divisor of their counts
-        for group in self.groups:
-            if group.tie is not None or group.divisor > 1:
-                many, _ = layout.get(group.tie or group.name, (0, 0))
-                layout[group.tie or group.name] = [many + 1, group.divisor]
+        layout = _layout(self.groups)
         return (
             {
                 self.target.name: self.target.asked,
@@ -344,17 +343,27 @@ class Choice(Criteria):
         )
 
 
+def _layout(groups: Iterable[NodeGroup]) -> dict[str, list[int]]:
+    """For each tie the number of its groups and the divisor of their counts; also for untied groups with a divisor."""
+    layout: dict[str, list[int]] = {}
+    for group in groups:
+        if group.tie is not None or group.divisor > 1:
+            many, _ = layout.get(group.tie or group.name, (0, 0))
+            layout[group.tie or group.name] = [many + 1, group.divisor]
+    return layout
+
+
 def _rank(
     values: np.ndarray[Any, Any], left: np.ndarray[Any, Any], sizes: Counts, full: Counts
 ) -> np.ndarray[Any, Any]:
-    """For each atom the share of its full node group that is gone once it goes, in the order of the values."""
+    """For each atom the share of its full node group that is gone once all with lower values, and itself, are."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     place = places(np.where(left, values, -np.inf), sizes)
     return (place + 1 + (full - sizes)[group]) / full[group]
 
 
 def places(values: np.ndarray[Any, Any], sizes: Counts) -> Counts:
-    """For each atom how many of its node group have a lower value; of equal ones the first is the lowest.
+    """For each atom the number of atoms in its node group with a lower value; of equal ones the first is the lowest.
 
     >>> places(np.array([3.0, 1.0, 2.0, 5.0, 5.0]), np.array([3, 2]))
     array([2, 0, 1, 0, 1])

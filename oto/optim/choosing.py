@@ -35,7 +35,7 @@ class Choosing(Compensating):
     """A wrapping optimizer that chooses which atoms of its node groups go."""
 
     def observe(self, ahead: int | None) -> None:
-        """Add the gradients of this step to the averages, if a choice is near enough.
+        """Add the scores of this step to the averages, if the next choice is at most ``average_steps`` away.
 
         Args:
             ahead: Number of steps to the next choice; ``None`` if there is none.
@@ -68,17 +68,18 @@ class Choosing(Compensating):
         return scores
 
     def choose_redundant(self, share: float) -> None:
-        """Mark the atoms that are to be at zero when ``share`` of the way to the target is done."""
+        """Mark the atoms that are to be zero once ``share`` of the way to the target is done."""
         if not self.choice.target.wants_less:
             return
         self._record_cost()
         self.mark_redundant(self.choice.select(self.scores(), self.atoms != PRUNED, share), final=share >= 1)
 
     def mark_redundant(self, chosen: Tensor, final: bool = True) -> None:
-        """These atoms are to be at zero, bool, shape ``(N,)``; all others that are left are free.
+        """Mark atoms as redundant; all others that are not pruned become free.
 
         Args:
-            final: Nothing is chosen after them.
+            chosen: The atoms that are to be zero, bool, shape ``(N,)``.
+            final: Whether this is the last choice.
         """
         alive = self.atoms != PRUNED
         self.atoms = torch.where(alive, torch.where(chosen.to(alive.device), REDUNDANT, FREE), PRUNED).to(torch.uint8)
@@ -100,15 +101,15 @@ class Choosing(Compensating):
         return [self.entries_of(group, parameters, maximized) for group in self.node_groups]
 
     def maximized(self) -> set[str]:
-        """Parameters whose gradient is that of something to be made large."""
+        """Parameters of groups with ``maximize``, whose gradients point uphill."""
         return {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
 
     def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
-        """What criteria see where parameters are spread over processes."""
+        """What criteria see if parameters are spread over processes."""
         return Sums.of(self.node_groups, parameters, maximized=maximized, device=self.atoms.device)
 
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
-        """Those of one node group; where a paper sees other numbers than the parameters, these."""
+        """Those of one node group. A paper may put other numbers in the place of the parameters."""
         return Entries.of(group, parameters, maximized)
 
     def refuse_sparse_gradients(self) -> None:
@@ -116,7 +117,7 @@ class Choosing(Compensating):
         refuse_sparse_gradients(self.node_groups, self.parameters())
 
     def check_scores(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor], scores: Tensor) -> None:
-        """Raise if nothing can be chosen by these: one is no number, or there are no gradients. Synchronizes."""
+        """Raise if nothing can be chosen by these: a score is not finite, or there are no gradients. Synchronizes."""
         require_finite(scores, self.node_groups, entries, self.clock)
         remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
         if any_entry_of(p.grad for p in self.parameters().values()):

@@ -1,8 +1,8 @@
-"""What stays takes over what goes: closed-form compensation of the weights that read an axis.
+"""Closed-form compensation: the weights that read an axis make up for the entries that are removed from it.
 
-A reader computes ``y = W x + b``. When the entries P of ``x`` go and S stay, the least-squares fit of what went by
-what stays, ``x_P ≈ B x_S + c``, is folded into it: ``W_S += W_P B`` and ``b += W_P c``. With the second moments of the
-input, ``M = E[x xᵀ]``, its mean ``μ`` and its covariance ``C = M - μ μᵀ``, the kinds are
+A reader computes ``y = W x + b``. When the entries P of ``x`` go and S stay, the removed entries are approximated by
+least squares, ``x_P ≈ B x_S + c``, and that is folded into the reader: ``W_S += W_P B`` and ``b += W_P c``. With the
+second moments of the input, ``M = E[x xᵀ]``, its mean ``μ`` and its covariance ``C = M - μ μᵀ``, the kinds are
 
 ========  ===========================  =============  ==========================================================
 kind      B                            c              as in
@@ -13,18 +13,18 @@ ridge     ``M_PS (M_SS + λI)⁻¹``       0              OBS (arXiv 2302.04089,
 bias      0                            ``μ_P``        FLAP (arXiv 2312.11983, equation 6)
 ========  ===========================  =============  ==========================================================
 
-where λ is ``ridge`` times the mean of the diagonal that it is added to. Where a reader has no bias, and no batch norm
-behind it whose running mean could take the constant, there is no ``c``: an affine fit is a ridge fit then, and ``bias``
-does nothing.
+where λ is ``ridge`` times the mean of the diagonal that it is added to. If a reader has no bias, and is followed by no
+batch norm whose running mean could absorb the constant, there is no ``c``: then an affine fit is a ridge fit, and
+``bias`` does nothing.
 
-The fit minimizes ``E||x_P - B x_S - c||²``, and with it ``E||y - y'||²`` of every linear reader at once, so readers of
-one tensor share it. A convolution of n channels is unrolled where its kernel is small: the fit is of all that the
-kernel meets at a place, which is the least-squares fit of its output. Where that would be too many numbers, O(n² k⁴),
-it is fitted per pixel, the same ``B`` for every entry of the kernel; its constant is then exact but for the border,
-where some of the kernel meets padding.
+The fit minimizes ``E||x_P - B x_S - c||²``, and thereby ``E||y - y'||²`` of every linear reader, so readers of the
+same tensor share it. A convolution of n channels with a small kernel is unrolled: the fit covers all entries that
+the kernel sees at a position, so it is the least-squares fit of its output. Where that would take too many numbers,
+O(n² k⁴), the fit is per pixel, with the same ``B`` for every entry of the kernel. The constant is then exact except at
+the border, where part of the kernel sees padding.
 
-Entries that the removal silences hold zero or meet zeros, so nothing they carried is left over, and the zeroed and
-folded model is what the slim model is proved against.
+Removed entries hold zero or are multiplied by zeros, so they no longer contribute. The zeroed and folded model is the
+one that the slim model is proved equal to.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ WIDE = 4096
 """Moments of more entries than this are held in float32."""
 
 UNROLLED = 1024
-"""Convolutions are unrolled up to so many entries, channels times kernel."""
+"""Convolutions are unrolled up to this many entries: channels times kernel."""
 
 ROOM = 2**30
-"""Bytes of second moments that are held at one time, where a single group does not need more."""
+"""Bytes of second moments that are held at a time, unless a single group needs more."""
 
 Key = tuple[Any, ...]
 
@@ -77,7 +77,7 @@ class Moments:
 
     @classmethod
     def of(cls, rows: Tensor) -> Moments:
-        """Of rows of shape ``(batch, rows, n)``."""
+        """The sums over rows of shape ``(batch, rows, n)``."""
         dtype = torch.float32 if rows.shape[-1] > WIDE or rows.device.type == "mps" else torch.float64
         rows = rows.to(dtype)
         return cls(rows.shape[1], rows.sum(1), rows.mT @ rows)
@@ -103,7 +103,7 @@ class Moments:
         return self.raw - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
     def fit(self, stay: Tensor, go: Tensor, kind: str, ridge: float) -> tuple[Tensor, Tensor]:
-        """``B``, shape ``(batch, go, stay)``, and ``c``, shape ``(batch, go)``, of some entries by those that stay."""
+        """Fit the entries ``go`` by those that ``stay``: ``B``, shape ``(batch, go, stay)``; ``c``, ``(batch, go)``."""
         if kind == "bias":
             return self.raw.new_zeros(len(self.raw), len(go), len(stay)), self.mean[:, go]
         matrix = self.centered if kind == "affine" else self.raw
@@ -115,7 +115,7 @@ class Moments:
 
 
 def _damped(matrix: Tensor, ridge: float) -> Tensor:
-    """With a share of the mean of its diagonal added to that; 1 where all of it is zero."""
+    """A matrix with a share of its mean diagonal added to the diagonal; 1 if that is zero."""
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
     by = torch.where(mean > 0, ridge * mean, torch.ones_like(mean))
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -123,7 +123,7 @@ def _damped(matrix: Tensor, ridge: float) -> Tensor:
 
 
 def _factor(matrix: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor; with more damping where rounding leaves no positive matrix."""
+    """The Cholesky factor, with more damping if rounding makes the matrix indefinite."""
     least = 10 * torch.finfo(matrix.dtype).eps
     for by in (ridge, *(max(ridge, least) * 10.0**power for power in range(1, 16))):
         factor: Tensor
@@ -139,23 +139,23 @@ def _solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
 
 
 def fitted(reader: Reader) -> Reader:
-    """As it is fitted: unrolled, if it is a convolution that is not too wide."""
+    """The form in which a reader is fitted: unrolled, if it is a convolution that is not too wide."""
     unrolled = reader.unrolled
     return unrolled if unrolled.width <= UNROLLED else reader
 
 
 def fitted_readers(found: Readers) -> Readers:
-    """All of them, as they are fitted."""
+    """All readers in the form in which they are fitted."""
     return replace(found, found=tuple(map(fitted, found.found)))
 
 
 def key_of(reader: Reader) -> Key:
-    """Readers of the same tensors share their moments."""
+    """What readers of the same tensors have in common: they share their moments."""
     return tuple((value.index, *how) for value, *how in reader.sources)
 
 
 def packed(groups: Sequence[NodeGroup], readers: Readers) -> list[list[NodeGroup]]:
-    """Groups one after the other, as many together as there is room for the moments of their readers."""
+    """The groups in packs, each as large as there is room for the moments of its readers."""
     packs: list[list[NodeGroup]] = []
     needed: dict[Key, int] = {}
     for group in groups:
@@ -171,21 +171,21 @@ def packed(groups: Sequence[NodeGroup], readers: Readers) -> list[list[NodeGroup
 
 @contextmanager
 def listening(readers: Iterable[Reader], parameters: Mapping[str, Tensor]) -> Iterator[dict[Key, Moments]]:
-    """While inside, the moments of what readers read are summed up. Nothing but forwards may happen, without gradients.
+    """While inside, add up the moments of what readers read. Only forward passes may run, without gradients.
 
     Yields:
-        By :func:`key_of`; one is missing as long as its readers have not been called.
+        The moments by :func:`key_of`; those of readers that were not called yet are missing.
     """
     found: dict[Key, Moments] = {}
     listener = _Listener(found)
     for key, reader in {key_of(reader): reader for reader in readers}.items():
         listener.hear(key, reader, reader.weight(parameters[reader.parameter]))
-    with torch.inference_mode(), listener:  # operators arrive whole, as they were when the model was followed
+    with torch.inference_mode(), listener:  # operators arrive undecomposed, as they did when the model was traced
         yield found
 
 
 class _Listener(TorchDispatchMode):
-    """Sees every call, and what is multiplied with the weights that it was told of."""
+    """Sees every call, and picks those that multiply with the weights of readers."""
 
     def __init__(self, found: dict[Key, Moments]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -222,7 +222,7 @@ def _lies(tensor: Tensor) -> object:
 
 @dataclass(frozen=True, eq=False)
 class SplitEntries:
-    """Which entries of a reader's input stay, and which go now; those that went before are neither."""
+    """Which entries of a reader's input stay and which go now. Those that went before are in neither."""
 
     stay: Tensor
     go: Tensor
@@ -240,17 +240,17 @@ def fold_(
     kind: str = "affine",
     ridge: float = RIDGE,
 ) -> list[str]:
-    """Let readers take over what the entries that go have carried, in place.
+    """Fold what the removed entries carried into their readers, in place.
 
     Args:
-        moments: What :func:`listening` has found.
+        moments: The result of :func:`listening`.
         entries: Which entries of each reader's input stay and go.
         tensors: Parameters and buffers, by name.
         kind: One of :data:`KINDS`.
         ridge: Damping.
 
     Returns:
-        The readers that no batch has reached, by the names of their parameters: they are as they were.
+        The names of readers that no batch reached; they are unchanged.
     """
     unreached, fits = [], dict[Any, tuple[Tensor, Tensor]]()
     for reader in readers:
@@ -287,7 +287,7 @@ def _fold_one(reader: Reader, tensors: Mapping[str, Tensor], stay: Tensor, go: T
 
 
 def touched(readers: Iterable[Reader]) -> set[str]:
-    """The names of all that :func:`fold_` may write to."""
+    """The names of all tensors that :func:`fold_` may write to."""
     return {name for r in readers for name in (r.parameter, *([r.shift[0]] if r.shift else []))}
 
 
@@ -298,7 +298,7 @@ def touched(readers: Iterable[Reader]) -> set[str]:
 class Surgeon:
     """The optimal brain surgeon of one reader, for atoms of several entries (ZipLM, arXiv 2302.04089, equation 2).
 
-    An atom costs ``tr(W_a [H⁻¹]_aa⁻¹ W_aᵀ)``, what the reader's output loses when the other atoms take over, with
+    An atom costs ``tr(W_a [H⁻¹]_aa⁻¹ W_aᵀ)``: the error of the reader's output after the others have taken over, with
     ``H = M + λI``. Once it has gone, ``W -= W_a [H⁻¹]_aa⁻¹ [H⁻¹]_a`` and ``H⁻¹ -= [H⁻¹]ᵀ_a [H⁻¹]_aa⁻¹ [H⁻¹]_a``.
 
     Attributes:
@@ -325,7 +325,7 @@ class Surgeon:
         return scores.cpu()
 
     def remove(self, atoms: Tensor) -> None:
-        """Let some atoms go, and the others take over."""
+        """Remove some atoms; the others take over."""
         at = self.blocks[atoms.to(self.blocks.device)].reshape(-1)
         own = torch.linalg.solve(self.inverse[:, at][:, :, at], self.inverse[:, at])
         self.rows -= self.rows[:, :, at] @ own
@@ -336,13 +336,13 @@ class Surgeon:
 
 
 def greedy(surgeons: Sequence[Surgeon], alive: NDArray[np.bool_], go: int, steps: int = 64) -> NDArray[np.int64]:
-    """The atoms that go, in their order: each is the cheapest to all readers once those before it have gone.
+    """The atoms to remove, in order: each costs the readers least once those before it are gone.
 
     Args:
-        surgeons: One for each reader of the atoms; they are worked with.
+        surgeons: One for each reader of the atoms; they are modified.
         alive: Which atoms are left, shape ``(atoms,)``.
         go: How many are to go.
-        steps: If they are more than this, several go at once.
+        steps: If more than this many go, several go at once.
     """
     gone: list[int] = []
     left = torch.from_numpy(alive.copy())

@@ -1,4 +1,4 @@
-"""A weight and its adapters as one operator, ``W + γ B A``: its entries by group, and moving them into the weight."""
+"""A weight and its adapters as one operator, ``W + γ B A``: its entries by group, and merging it into the weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class OnDemand(Sequence[T]):
-    """Items that are made as they are asked for, and not kept: each is as large as a weight."""
+    """Items that are made when they are asked for, and not kept, since each is as large as a weight."""
 
     def __init__(self, makers: Sequence[Callable[[], T]]) -> None:
         self.makers = makers
@@ -54,7 +54,7 @@ class Composed:
         return found
 
     def pairs(self, group: NodeGroup) -> Iterator[tuple[Slice, Adapter, Slice]]:
-        """Slices of weights that are zeroed, each with an adapter, and the slice of its factor for the same atoms."""
+        """The zeroed slices of weights that have an adapter, with it and the slice of its factor for the atoms."""
         for piece in group.zeros:
             for adapter in self._by_weight.get(piece.parameter, ()):
                 name, dim = adapter.factor(piece.dim)
@@ -64,7 +64,7 @@ class Composed:
                         break
 
     def operators(self, group: NodeGroup) -> NodeGroup:
-        """The group without slices of factors: they are a part of the weights that they are added to."""
+        """The group without slices of factors, which belong to the weights that they are added to."""
         parts = [factor for _, _, factor in self.pairs(group)]
         slices, zeros = (tuple(p for p in own if p not in parts) for own in (group.slices, group.zeros))
         return replace(group, slices=slices, zeros=zeros)
@@ -92,7 +92,7 @@ class Composed:
         return replace(plain, weights=of(operator, plain.weights), gradients=of(gradient, plain.gradients))
 
     def absorb_(self, groups: Sequence[NodeGroup], rows: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
-        """Move what the adapters add for some atoms into the weights; the operators stay what they are.
+        """Merge what the adapters add for some atoms into the weights; the operators do not change.
 
         Args:
             groups: Node groups.
@@ -134,7 +134,7 @@ class Composed:
 
 
 class Looked(Mapping[str, Tensor]):
-    """Tensors by name that are made as they are asked for, and not kept: each is as large as a weight."""
+    """Tensors by name that are made when they are asked for, and not kept, since each is as large as a weight."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
         self.makers = makers

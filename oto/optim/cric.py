@@ -1,40 +1,40 @@
 """HESSO-CRIC: the corrective redundancy identification cycle (arXiv 2409.09085).
 
-A score says what a zero-invariant group (ZIG) matters where it was measured: at its present value. A group may score
-low there and be indispensable all the same, which shows only on the way to zero. CRIC walks that way before anything
-is given up. It begins after ``start_pruning_step`` steps:
+A score says how much a zero-invariant group (ZIG) matters at its present value. A group may score low there and still
+be indispensable, which shows only on the way to zero. CRIC walks that way before anything is removed. After
+``start_pruning_step`` steps:
 
 1. *Layer sensitivity.* For each share in ``PROBES`` the least important atoms of every node group are brought halfway
-   to zero for one step, and what each node group adds to the change of the loss is read off the gradient there.
-2. *Cycles.* The ``violating`` set V holds the ZIGs that would be given up by all that is known. It is walked to zero
-   over ``sampling_steps`` steps while every group is scored at each of them; then its entries are put back. V joins
-   the ``historical`` set H. What would be given up *now* and is not in H is the next V. When there is nothing new,
-   or after ``max_cycles``, the cycles end.
-3. *Hybrid training.* HESSO's periods, in which redundant groups are chosen and shrunk to exactly zero, with what was
-   learnt on the walks: to the score that a group has then is added what its walk showed beyond the score it had there.
+   to zero for one step. The gradient at that point shows how much each node group contributes to the change of the
+   loss.
+2. *Cycles.* The ``violating`` set V holds the ZIGs that would be removed by what is known so far. It is walked to zero
+   over ``sampling_steps`` steps, at each of which every group is scored; then its entries are restored. V joins the
+   ``historical`` set H. The next V is what would be removed *now* and is not in H. The cycles end when that is empty,
+   or after ``max_cycles``.
+3. *Hybrid training.* HESSO's periods, in which redundant groups are chosen and shrunk to exactly zero. The score of a
+   group that was walked is raised by how much its score on the walk exceeded the one it had before.
 
-Termination: every cycle but the last adds a ZIG to H that was not in it, so there are at most as many cycles as
-ZIGs.
+Termination: every cycle except the last adds a new ZIG to H, so there are at most as many cycles as ZIGs.
 
-What is sampled for a group on its walk is the criterion of its entries *before* the walk with the gradient *on* it.
+A sample on a walk is the criterion of the entries *before* the walk with the gradient *on* it.
 For ``taylor_first_order`` at ``x(α) = α x`` that is ``|<x, g(α x)>|``, whose average over the walk estimates the
-change of the loss from ``x`` to zero, ``∫ <x, g(α x)> dα``, whatever the curvature. Samples are counted in multiples
-of their mean over all groups, since a network without V has larger gradients everywhere.
+change of the loss from ``x`` to zero, ``∫ <x, g(α x)> dα``, whatever the curvature. Samples are
+divided by their mean over all groups, since a network without V has larger gradients everywhere.
 
 Where we differ from the released code, and why:
 
-* Released code is off by one and puts V to zero at the first step of a cycle, so there is no walk.
+* Released code is off by one: it sets V to zero at the first step of a cycle, so there is no walk.
 * The next V is formed once, at the end of a walk, from the averages; released code adds what is lowest at each step,
   by a single batch.
-* The loss is never asked for: sensitivity is a midpoint rule on gradients, so no closure is needed, and one step tells
-  the share of every node group. Released code takes two steps for each node group and share.
-* What is redundant goes in as many portions as in HESSO, each chosen by scores of its own time beside the walks. As
-  published all is chosen at once, as with ``pruning_periods=1``.
-* Probes and walks only measure; nothing learns meanwhile, or all other parameters would settle for a network that
-  lacks what comes back. Released code trains on, and restores a full copy of the weights after each cycle; here only
-  the entries of V are kept aside, at most the share of weights that is to go (half the weights for half the groups).
-  Probes need no copy, for half of a number times two is that number. Statistics of batch norms do see both.
-* All of it survives a checkpoint, in the middle of a cycle too.
+* The loss is not needed: sensitivity is a midpoint rule on gradients, so there is no closure, and one step measures all
+  node groups. Released code takes two steps for each node group and share.
+* Redundant groups go in as many portions as in HESSO, each chosen by the walks and by scores of its own time. As
+  published, all are chosen at once; ``pruning_periods=1`` does that.
+* Probes and walks only measure. Nothing learns meanwhile, or all other parameters would adapt to a network without the
+  groups that are about to return. Released code trains on, and restores a full copy of the weights after each cycle.
+  Here only the entries of V are set aside: at most the share of weights that is to go. Probes need no copy, since
+  halving a number and doubling it is exact. The statistics of batch norms do see both.
+* All state survives a checkpoint, also in the middle of a cycle.
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ _ON_A_WALK = (
 
 
 class HESSOCRIC(HESSO):
-    """HESSO that walks groups to zero before it gives them up; see the module docstring for the algorithm.
+    """HESSO that first walks groups to zero to score them; see the module docstring for the algorithm.
 
     Args:
         params: As in :class:`HESSO`, and so are all options that are not named here.
         node_groups: Node groups of the model.
         sampling_steps: Number of steps of each walk; a float in [0, 1] is a share of ``total_steps``.
         max_cycles: Greatest number of walks.
-        tolerance: The cycles end when no more than this many new ZIGs would be given up.
-        sensitivity: How much the sensitivity of its layer counts beside the importance of a ZIG; 0 skips the probes.
+        tolerance: The cycles end when at most this many new ZIGs would be removed.
+        sensitivity: The weight of a layer's sensitivity beside the importance of a ZIG; 0 skips the probes.
         start_pruning_step, pruning_steps, pruning_periods, total_steps: As in :class:`HESSO`. Pruning takes place
             after the cycles, at ``start_pruning_step`` plus at most the steps of probes and walks.
 
@@ -124,18 +124,18 @@ class HESSOCRIC(HESSO):
 
     @property
     def _probes(self) -> int:
-        """Number of steps that probe, the first of which only prepares."""
+        """Number of steps that probe; the first of them only prepares."""
         return 1 + len(PROBES) if self.sensitivity and self.node_groups else 0
 
     @property
     def walk(self) -> dict[str, Any]:
-        """All that the cycles know; it lives in the first parameter group."""
+        """The state of the cycles; it is in the first parameter group."""
         found: dict[str, Any] = self.param_groups[0]["oto_walk"]
         return found
 
     @property
     def cycle(self) -> int:
-        """Number of walks that were begun."""
+        """Number of walks that have begun."""
         cycle: int = self.walk["cycle"]
         return cycle
 
@@ -214,7 +214,7 @@ class HESSOCRIC(HESSO):
         self._now(**{name: self.walk[name][..., left] for name in per_atom})
 
     def _now(self, **known: Any) -> None:
-        """Replace something that is known; tensors are never written into, so that saved states stay as they are."""
+        """Replace entries of the state. Tensors are never modified in place, so that saved states do not change."""
         self.param_groups[0]["oto_walk"] = self.walk | known
 
     # Probes ----------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class HESSOCRIC(HESSO):
         """Read the probe that was set at the step before, and set the next one."""
         if at > 0:
             self._read_probe()
-            self.scale_redundant_(2.0)  # exactly what was there, so no copy is needed
+            self.scale_redundant_(2.0)  # gives exactly the former values, so no copy is needed
             self._redundant(None)
         if at < len(PROBES):
             self._redundant(self._lowest(self.scores(), PROBES[at]))
@@ -241,7 +241,7 @@ class HESSOCRIC(HESSO):
         )
 
     def _read_probe(self) -> None:
-        """Add what an atom of each group costs: ``|Σ <x, g>| / atoms`` halfway to zero."""
+        """Add the sensitivity of each group, per atom: ``|Σ <x, g>| / atoms`` halfway to zero."""
         probed = (self.atoms == REDUNDANT).split_with_sizes(self.choice.sizes)
         sensitivity = self.walk["sensitivity"]
         changes = [
@@ -253,7 +253,7 @@ class HESSOCRIC(HESSO):
     # Walks -----------------------------------------------------------------------------------------------------------
 
     def _walk(self, t: int, n: int) -> None:
-        """Step ``t`` of a walk: sample, descend, go on towards zero; put everything back at the end."""
+        """Step ``t`` of a walk: sample, descend, go further towards zero; at the end restore everything."""
         if t == 0:
             first = self.cycle == 0
             self._put_aside(
@@ -268,12 +268,12 @@ class HESSOCRIC(HESSO):
             self._end_walk(n)
 
     def _sample(self, first: bool) -> None:
-        """Score every group, in multiples of their mean: what all others lose on a walk raises all scores alike."""
+        """Score every group relative to the mean of all, since a walk raises all other scores alike."""
         entries = list(self._entries_before())
         seen = torch.stack([raw_scores(entries, criterion, self.atoms.device) for criterion in self.choice.averaged])
         walk, violating = self.walk, self.atoms == REDUNDANT
         seen = _relative(seen, self.atoms != PRUNED)
-        whole = ~violating | first  # at the first step of a walk nothing is on its way yet
+        whole = ~violating | first  # at the first step of a walk nothing has been scaled yet
         self._now(
             still=walk["still"] + torch.where(whole, seen, 0),
             still_seen=walk["still_seen"] + whole,
@@ -281,7 +281,7 @@ class HESSOCRIC(HESSO):
         )
 
     def _end_walk(self, n: int) -> None:
-        """The next violating set is what would be given up now and was never walked."""
+        """The next violating set is what would be removed now and was never walked."""
         self._now(historical=self.walk["historical"] | (self.atoms == REDUNDANT))
         self._put_back()
         lowest = self.choice.select(self._known(), self.atoms != PRUNED).to(self.atoms.device)
@@ -292,11 +292,11 @@ class HESSOCRIC(HESSO):
             self.schedule = replace(self.schedule, start=n + 1)
 
     def scores(self) -> Tensor:
-        """Importance of every atom: by the walks once they are over."""
+        """Importance of every atom; after the walks, corrected by what they showed."""
         return self._known() if self.walk["over"] else super().scores()
 
     def _known(self) -> Tensor:
-        """Importance by what is seen now, and for a group that was walked, what its walk showed beyond that."""
+        """Importance by present scores, and for groups that were walked, what their walk showed beyond those."""
         walk, alive, first, choice = self.walk, self.atoms != PRUNED, self.param_groups[0], self.choice
         still = walk["still"] / walk["still_seen"].clamp(min=1)
         now = first["oto_sums"] if walk["over"] and first["oto_seen"] else still
@@ -317,7 +317,7 @@ class HESSOCRIC(HESSO):
     # What is on its way to zero and comes back -----------------------------------------------------------------------
 
     def _put_aside(self, chosen: Tensor) -> None:
-        """Keep the entries of some atoms, which may then be scaled."""
+        """Copy the entries of some atoms, which may then be scaled."""
         self._redundant(chosen)
         self._now(saved=self._redundant_rows().copies())
 
@@ -327,7 +327,7 @@ class HESSOCRIC(HESSO):
         self._now(saved=[])
 
     def _redundant(self, chosen: Tensor | None) -> None:
-        """These atoms may be scaled, and no others."""
+        """Let these atoms be scaled, and no others."""
         none = torch.full_like(self.atoms, FREE)
         self.atoms = none if chosen is None else torch.where(chosen.to(none.device), REDUNDANT, none)
 
@@ -336,7 +336,7 @@ class HESSOCRIC(HESSO):
         return Rows.of(self.node_groups, [rows_of(own, REDUNDANT) for own in self._codes()], self.parameters())
 
     def _entries_before(self) -> Iterator[Entries]:
-        """The entries as they were put aside, with the gradients at what they are now."""
+        """The entries as they were set aside, with the gradients at their present values."""
         parameters = self.parameters()
         if any_sharded(parameters.values()):
             chosen = [rows_of(own, REDUNDANT) for own in self._codes()]
@@ -353,6 +353,6 @@ class HESSOCRIC(HESSO):
 
 
 def _relative(scores: Tensor, alive: Tensor) -> Tensor:
-    """Scores in multiples of their mean over the atoms that are left, shape ``(..., N)``."""
+    """Scores divided by their mean over the remaining atoms, shape ``(..., N)``."""
     mean = (scores * alive).sum(-1, keepdim=True) / alive.sum()
     return scores / mean.clamp(min=torch.finfo(scores.dtype).tiny)

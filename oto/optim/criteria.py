@@ -1,4 +1,7 @@
-"""What importance is measured by, and what goes with that where nothing is said."""
+"""How importance is measured, and the defaults that go with each way.
+
+read_criteria({"saliency": "magnitude"})   # normalized by group means, costs do not count
+"""
 
 from __future__ import annotations
 
@@ -29,21 +32,21 @@ from oto.optim.saliency import (
 )
 
 DEFAULT: Weights = {"taylor_second_order": 1.0}
-"""Half the mean of ``<x, g>^2`` over many batches: how much the loss rises without the group, with the empirical
-Fisher matrix in the place of the Hessian (as in Optimal Brain Damage). In the unit of the loss, so that importance in
-one layer can be compared with that in another, and divided by a cost."""
+"""Half the mean of ``<x, g>^2`` over many batches: an estimate of how much the loss rises without the group, with the
+empirical Fisher matrix in place of the Hessian (as in Optimal Brain Damage). It is in the unit of the loss, so it can
+be compared between layers, and divided by a cost."""
 
 WITHIN = "path_norm"
-"""How the importance of a node group is shared out among its atoms. The sum over a group is measured well by a dozen
-batches; that of a single atom is not, and weights say more about it. That was measured on convolutional networks; in an
-encoder of sentences it is the other way round (`docs/benchmarks/rivals.md`)."""
+"""How the importance of a node group is distributed among its atoms. A dozen batches measure the sum over a group well,
+but not a single atom, about which the weights say more. That was measured on convolutional networks; in a sentence
+encoder it is the other way round (`docs/benchmarks/rivals.md`)."""
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
-"""The choice where there are no gradients."""
+"""The options of a choice without gradients."""
 
 
 class Defaults(NamedTuple):
-    """What holds where nothing is said."""
+    """The values of options that are not given."""
 
     normalize: str
     by_cost: float
@@ -55,8 +58,8 @@ DEFAULTS = {
     "of any unit": Defaults("mean", by_cost=0.0, average_steps=32),
     "as published": Defaults("all", by_cost=0.0, average_steps=1),
 }
-"""By the criteria: all in the unit of the loss; others too, where costs do not count, as a magnitude per MAC empties
-layers that stand beside each other; ``saliency="hesso"`` and ``"dhspg"``."""
+"""Defaults by kind of criteria: all in the unit of the loss; any others, for which costs do not count, since a
+magnitude per MAC empties parallel layers; and ``saliency="hesso"`` or ``"dhspg"``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +67,13 @@ class Criteria:
     """How the importance of atoms is measured, and how much costs count beside it.
 
     Attributes:
-        criteria: Saliency criteria and how much each counts.
+        criteria: Saliency criteria, each with its weight.
         normalize: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALIZE`.
-        within: The criterion of weights by which the importance of a node group is shared out among its atoms, or
-            ``None`` where each has its own.
-        everywhere: Whether that is so in all node groups, or only in those that a convolution reads.
-        by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; 0 is not at all.
-        average_steps: Criteria that look at gradients are averaged over this many steps before a choice.
+        within: The criterion of weights by which the importance of a node group is distributed among its atoms;
+            ``None`` if each atom has its own.
+        everywhere: Whether that applies to all node groups, or only to those that a convolution reads.
+        by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; with 0 not at all.
+        average_steps: Over how many steps before a choice criteria that use gradients are averaged.
     """
 
     criteria: tuple[tuple[Saliency, float], ...]
@@ -82,7 +85,7 @@ class Criteria:
 
     @property
     def averaged(self) -> list[Saliency]:
-        """The criteria that look at gradients."""
+        """The criteria that use gradients."""
         return [criterion for criterion, _ in self.criteria if criterion not in FROM_WEIGHTS]
 
     def scores(self, entries: Sequence[Entries], alive: Tensor, averages: Mapping[Saliency, Tensor]) -> Tensor:
@@ -91,7 +94,7 @@ class Criteria:
         Args:
             entries: The entries of every node group.
             alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
-            averages: Criteria that need not be computed, shape ``(N,)`` each.
+            averages: Criteria that are known already, shape ``(N,)`` each.
         """
         sizes = [own.size for own in entries]
         raw = [averages[c] if c in averages else raw_scores(entries, c, alive.device) for c, _ in self.criteria]
@@ -127,7 +130,7 @@ def read_criteria(options: ChoiceOptions) -> dict[str, Any]:
 
 
 def published(options: ChoiceOptions) -> bool:
-    """Whether all is to be as in a paper."""
+    """Whether everything is to be as published."""
     saliency = options.get("saliency")
     return isinstance(saliency, str) and saliency in AS_PUBLISHED
 

@@ -1,12 +1,12 @@
 """The optimizer of a family: ordinary steps, and one step at which the ranking of all atoms is frozen.
 
-Nothing is brought to zero here. Up to ``freeze_step`` the full network trains alone; scores are averaged over the last
-steps before it, as for every sparse optimizer, and at that step the kept sets of all members are settled by one ranking
+Nothing is set to zero here. Until ``freeze_step`` the full network trains alone. Scores are averaged over the last
+steps before it, as in every sparse optimizer, and at that step one ranking decides what all members keep
 (:mod:`oto.optim.nested`). After DεpS (Annavajjala et al., ECCV 2024), where the ranking is by the L1 norms of the
 consuming weights and members are prefixes; here it is HESSO's choice, which knows costs, and members are sets.
 
-What a checkpoint must hold lies in the first parameter group, as for every sparse optimizer: the frozen levels and
-scores, and the buffers (batch-norm statistics) of every member.
+As in every sparse optimizer, checkpointed state is in the first parameter group: the frozen levels and scores, and the
+buffers (batch-norm statistics) of every member.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class FamilyOptimizer(SparseOptimizer):
 
     Args:
         params: As in :class:`SparseOptimizer`.
-        nested: What the members are chosen by.
+        nested: How the members are chosen.
         schedule: Its start is the step at which the ranking is frozen.
-        setup: Further plain values that a checkpoint must agree in.
+        setup: Further plain values that a checkpoint must agree with.
 
     Raises:
         OptionError, UnknownParameterError, NonFiniteParameterError: As in :class:`SparseOptimizer`.
@@ -53,7 +53,7 @@ class FamilyOptimizer(SparseOptimizer):
         super().__init__(params, nested.smallest, schedule, **options)
 
     def sparse_step(self, t: int) -> None:
-        """Descend; rank once, from the gradients and parameters of before that step."""
+        """Descend; at one step rank first, by the gradients and parameters before it."""
         self.observe(self.schedule.until_choice(t))
         if self.schedule.starts_period(t):
             scores = self.scores()

@@ -1,19 +1,19 @@
-"""Compensation while training: at each choice the entries that stay take over what those that go carried.
+"""Compensation while training: after each choice, the atoms that stay gradually take over what the others carried.
 
-A choice marks atoms that arrive at zero with the last of the ``T`` steps of its period. From the batches it was given,
-a fold fits what they carry by what stays, ``x_P ≈ B x_S + c`` (:mod:`oto.optim.compensate`), and the weights that read
-them take that over in equal parts, as the atoms shrink in equal parts::
+A choice marks atoms that reach zero at the last of the ``T`` steps of its period. From the batches it was given, a fold
+fits what they carry by what stays, ``x_P ≈ B x_S + c`` (:mod:`oto.optim.compensate`). The weights that read them are
+changed in equal parts, just as the atoms shrink in equal parts::
 
     ΔW_S = W_P B,  Δb = W_P c               once, when the choice is made, before its step
     W_S += ΔW_S / T,  b += Δb / T           at the beginning of each step of the period
 
-so that after t steps atoms carry (T - t) / T of what they did, and the others t / T of it besides. With one step a
-period all is taken over at once. Where what a group gives is proportional to its entries (linear layer or convolution,
-ReLU; a batch norm in training) the sum is the same all along; else it is right at both ends. In between everything
-learns as ever.
+So after t steps the shrinking atoms carry (T - t) / T of what they did, and the others the remaining t / T. With one
+step a period everything is taken over at once. If what a group computes is proportional to its entries (a linear layer
+or convolution, ReLU, a batch norm in training), the sum is constant throughout; otherwise it is right at both ends.
+Meanwhile all parameters learn as usual.
 
-What is fitted are the activations of that moment in eval mode; nothing of the model, its batch norms or the random
-numbers of the training is touched by looking. Parts that are still to come survive a checkpoint (``oto_fold``).
+The fit uses the activations of that moment, in eval mode. It changes nothing of the model, its batch norms or the
+random numbers of the training. Parts that are still to come survive a checkpoint (``oto_fold``).
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from oto.optim.compensate import RIDGE, Key, Moments, SplitEntries, fold_, packe
 log = logging.getLogger(__name__)
 
 Left = Mapping[str, NDArray[np.bool_]]
-"""For each node group, which of its atoms are left."""
+"""For each node group, which of its atoms remain."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """How what stays takes over.
+    """How remaining atoms take over.
 
     Attributes:
         kind: One of :data:`oto.optim.compensate.KINDS`.
-        readers: Of all prunable node groups, as they are fitted.
-        moments: Of what some readers read, over the batches.
-        tensors: The parameters and buffers of the model now, by name.
+        readers: The readers of all prunable node groups, in the form in which they are fitted.
+        moments: Gives the moments of what some readers read, over the batches.
+        tensors: Gives the present parameters and buffers of the model, by name.
     """
 
     kind: str
@@ -58,12 +58,12 @@ class Fold:
     tensors: Callable[[], Mapping[str, Tensor]]
 
     def begin(self, first: dict[str, Any], groups: Sequence[NodeGroup], before: Left, after: Left, steps: int) -> None:
-        """Fit, take over the first part, and note the others in a parameter group.
+        """Fit, take over the first part, and store the others in a parameter group.
 
         Args:
             first: The parameter group.
-            before, after: What was left before the choice, and what will be.
-            steps: ``T``, in how many parts.
+            before, after: Which atoms remain before and after the choice.
+            steps: ``T``, the number of parts.
 
         Raises:
             OptionError: No batch reached a weight that reads what goes.
@@ -87,7 +87,7 @@ class Fold:
 
     @torch.no_grad()
     def changes(self, groups: Sequence[NodeGroup], before: Left, after: Left) -> dict[str, Tensor]:
-        """What tensors become more by when the atoms that go have gone, by name."""
+        """What must be added to tensors, by name, once the atoms are gone."""
         losing = [group for group in groups if (before[group.name] & ~after[group.name]).any()]
         tensors, copies, left = self.tensors(), dict[str, Tensor](), dict(before)
         unreached, reached = list[str](), 0

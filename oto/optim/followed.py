@@ -1,7 +1,7 @@
-"""Whether the model still has the parameters that its optimizer trains.
+"""Check that the model still has the parameters that its optimizer trains.
 
-A layer that is replaced after the optimizer was made is never trained, and what the optimizer zeroes is in the model no
-more. Names and identities tell; no tensor is read, so a look costs a fraction of a millisecond.
+A layer that replaces another after the optimizer was made is never trained, and what the optimizer zeroes is no longer
+part of the model. Only names and identities are compared, so a check takes a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from oto.errors import ModelChangedError, NoGradientWarning, UntrainedWarning, s
 from oto.shards import is_sharded, reshard
 
 CHECK_STEPS = 8
-"""The model is looked at every so many steps, and whenever groups are chosen."""
+"""The model is checked once in this many steps, and whenever groups are chosen."""
 
 
 _UNTRAINED = "the optimizer trains and zeroes what the model does not use, and what it uses is not trained"
@@ -25,13 +25,13 @@ _UNTRAINED = "the optimizer trains and zeroes what the model does not use, and w
 
 @dataclass(frozen=True)
 class Followed:
-    """A model, and what was known of it when it began to be followed.
+    """A model, and what was known of it when checks began.
 
     Attributes:
         model: Not kept alive.
-        trained: For each of its names of a parameter that is trained, the name that the optimizer has for it.
-        names: Of all its parameters.
-        frozen: Of those that were frozen.
+        trained: For each name of a trained parameter in the model, the name that the optimizer uses.
+        names: The names of all its parameters.
+        frozen: The names of those that were frozen.
         warned: Whether the user was warned that there are no gradients.
     """
 
@@ -43,7 +43,7 @@ class Followed:
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Mapping[str, Tensor]) -> Followed:
-        """The model as it is now, beside what is trained by name."""
+        """The model as it is now, with the parameters that are trained, by name."""
         own = {p: name for name, p in parameters.items()}
         found = dict(model.named_parameters(remove_duplicate=False))
         trained = {name: own[p] for name, p in found.items() if p in own}
@@ -54,15 +54,15 @@ class Followed:
         """Compare the model with the parameters that are trained now.
 
         Args:
-            parameters: Those by name.
+            parameters: The trained ones, by name.
             needed: Names whose entries are zeroed.
-            pruning: Whether any may still be chosen.
+            pruning: Whether anything may still be chosen.
 
         Returns:
-            What is to be compared with at the next look, so that nothing is told twice.
+            What the next check compares with, so that nothing is reported twice.
 
         Raises:
-            ModelChangedError: A parameter that was trained was replaced, or is gone and its entries are zeroed.
+            ModelChangedError: A trained parameter was replaced, or one whose entries are zeroed is gone.
         """
         model = self.model()
         if model is None:

@@ -1,4 +1,4 @@
-"""How many atoms each node group keeps, where that is said by names: ``target_kept``."""
+"""``target_kept``: how many atoms each node group keeps, given by names of parameters."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from oto.optim.target import Counts
 def as_named(
     kept: Mapping[str, float], groups: Sequence[NodeGroup], divisors: Sequence[int], whole: Sequence[NodeGroup] = ()
 ) -> Counts:
-    """How many atoms each node group keeps, where that is said by names: ``target_kept``.
+    """How many atoms each node group keeps, given by names of parameters.
 
     Args:
         kept: Names or globs of parameters or groups, each with a number of atoms or a share of them. Shares are rounded
-            up, to whole atoms and to the divisor; of several the greatest counts; what none names stays whole.
+            up, to whole atoms and to the divisor. Of several the greatest counts; groups that none names stay whole.
         groups, divisors: The prunable node groups, and what their kept counts are multiples of.
-        whole: The other ones.
+        whole: All other node groups.
 
     Raises:
-        TargetError: A number means nothing, is less than the group keeps anyway, or decides nothing.
+        TargetError: A number is invalid, is less than the group keeps anyway, or has no effect.
         UnknownParameterError: A name or glob matches nothing.
     """
     by = {group.name: divisor for group, divisor in zip(groups, divisors, strict=True)}
@@ -49,7 +49,7 @@ def as_named(
 
 
 def _require_so_many(pattern: str, number: float, named: Collection[NodeGroup]) -> None:
-    """Refuse a number of channels for what has fewer heads, or groups of channels."""
+    """Refuse a number of channels for a group that has fewer atoms: heads, or groups of channels."""
     if isinstance(number, int) and all(group.size < number for group in named):
         group = max(named, key=lambda group: group.size)
         raise TargetError(
@@ -73,7 +73,7 @@ def _require_free(pattern: str, held: Sequence[NodeGroup], free: Mapping[str, in
 def _require_followed(
     asked: Mapping[str, Mapping[str, int]], counts: Mapping[str, int], groups: Sequence[NodeGroup]
 ) -> None:
-    """Refuse what would be asked for in vain."""
+    """Refuse requests that would have no effect."""
     for pattern, wanted in asked.items():
         if wanted and all(counts[name] > n for name, n in wanted.items()):
             name, n = next(iter(wanted.items()))

@@ -1,7 +1,7 @@
 """LHSPG: LoRA half-space projected gradient (LoRAShear, arXiv 2310.18356, section 3.3, algorithm 2).
 
-A frozen weight ``x`` and its adapter ``γ B A`` are one operator. Groups go in periods, which begin by choosing those
-that matter least; in each of the ``T`` steps ``t`` of a period::
+A frozen weight ``x`` and its adapter ``γ B A`` are one operator. A period begins by choosing the groups that matter
+least. In each of its ``T`` steps ``t``::
 
     A, B <- a step of the wrapped optimizer
     for each redundant group g:
@@ -10,25 +10,25 @@ that matter least; in each of the ``T`` steps ``t`` of a period::
         x_g <- x̂_g    otherwise
     groups at zero stay there; all others learn through A and B
 
-Without a movement of the adapter, λ_g takes the same length at every step, and the group is at zero with the last one.
+If the adapter does not move, λ_g shortens the group by the same length at every step, and it reaches zero at the last.
 
 Where we differ from the paper and its released code, and why:
 
-* λ_g is not printed in the paper. Ours is the one that brings the norm linearly to zero over the period; whatever the
-  adapter adds, what is left when the period ends is zeroed.
-* ε is not printed either, and is 0: a group that is at zero on time has ``<x̂, x> / ||x||² = 1 - 1 / (T - t)``, so any
-  higher one projects it before its time, in the last ``1 / (1 - ε)`` steps. A group at zero is in no half-space, so it
-  stays there.
-* What goes, and how much at which period, is the library's choice, for its targets. The paper takes as many groups in
-  each period. By default it goes by the norm of ``x + γ B A`` over the mean of the node group: most weights of a group
-  are frozen, and have no gradient. Criteria of gradients see that of the product of the factors, where there is one.
+* λ_g is not given in the paper. Ours brings the norm linearly to zero over the period. Whatever the adapter adds, what
+  remains when the period ends is set to zero.
+* ε is not given either, and is 0: a group that reaches zero on time has ``<x̂, x> / ||x||² = 1 - 1 / (T - t)``, so a
+  larger ε would project it early, in the last ``1 / (1 - ε)`` steps. A group at zero is in no half-space, so it stays.
+* What goes in which period is the library's choice, for its targets. The paper removes equally many groups in each
+  period. The default criterion is the norm of ``x + γ B A`` over the mean of the node group, since most weights of a
+  group are frozen and have no gradient. Criteria that use gradients see that of the product of the factors, if any.
 * Important groups keep their adapters. The paper merges ``B A`` into them as each period ends; then the slim model
-  would have no adapters to be saved, and the merged model is the same. What redundant groups have is merged, as there.
-* Atoms are rows or columns: of the heads of an attention columns go, of ``x`` and of ``A``; then ``A_g <- 0``.
-* Where a weight or a factor is read twice (tied embeddings), or an adapter is of another kind, its rows of ``B`` are
-  entries of the group like all others.
-* What else a group zeroes (norms, biases, layers without an adapter, trained ones too) is a part of ``x_g``.
-* Merging passes by the dropout of an adapter, which is there in training alone.
+  would have no adapters to save, though the merged model is the same. Those of redundant groups are merged, as there.
+* Atoms may be rows or columns. Attention heads remove columns of ``x`` and of ``A``; then ``A_g <- 0``.
+* If a weight or a factor is read twice (tied embeddings), or an adapter is of a different kind, its rows of ``B`` are
+  ordinary entries of the group.
+* Everything else that a group zeroes (norms, biases, layers without an adapter, also trained ones) is a part of
+  ``x_g``.
+* Merging ignores the dropout of an adapter, which is active only in training.
 * Released LHSPG has no half-spaces and no λ: it scales the rows of ``x`` and of ``B``.
 
 Memory: one copy of the redundant entries, and one product ``B A`` at a time.
@@ -99,7 +99,7 @@ class LHSPG(HESSO):
         super().__init__(params, node_groups, costs=costs, latency=latency, **besides(options, OperatorOptions))
 
     def sparse_step(self, t: int) -> None:
-        """Choose if a period begins, descend, shrink the redundant operators, project, keep the pruned ones at zero."""
+        """Choose if a period begins, descend, shrink the redundant operators, project, keep pruned ones at zero."""
         self.observe(self.schedule.until_choice(t))
         if self.schedule.starts_period(t):
             self.choose_redundant(self.schedule.share(t))
@@ -119,12 +119,12 @@ class LHSPG(HESSO):
         self.zero_pruned_()
 
     def absorb_(self) -> None:
-        """What adapters add for redundant atoms goes into the weights."""
+        """Merge what adapters add for redundant atoms into the weights."""
         rows = [rows_of(own, REDUNDANT) for own in self._codes()]
         self.composed.absorb_(self.node_groups, rows, self.parameters())
 
     def redundant(self) -> Copied:
-        """The entries of the redundant groups, all adapters merged, and their copy."""
+        """The entries of the redundant groups with all adapters merged, and a copy of them."""
         plan = self._plan()
         if self._redundant is None or self._redundant[0] is not plan:
             rows = [rows_of(own, REDUNDANT) for own in self._codes()]
@@ -134,11 +134,11 @@ class LHSPG(HESSO):
         return self._redundant[1]
 
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
-        """A weight with its adapters, in the place of both."""
+        """As in :class:`HESSO`, with a weight and its adapters as one."""
         return self.composed.entries_of(group, parameters, maximized)
 
     def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
-        """As in :class:`HESSO`, of a weight with its adapters in the place of both."""
+        """As in :class:`HESSO`, with a weight and its adapters as one."""
         return self.composed.sums(self.node_groups, parameters, maximized, self.atoms.device)
 
     def describe_setup(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The options of sparse optimizers, each spelled once: for a reader, the completion of an IDE, and type checkers.
+"""The options of sparse optimizers, each defined once, for readers, IDEs and type checkers.
 
 A paper's optimizer takes them as ``**options: Unpack[HESSOOptions]``; one with options of its own extends
 :class:`SparseOptions`::
@@ -6,7 +6,7 @@ A paper's optimizer takes them as ``**options: Unpack[HESSOOptions]``; one with 
     class MyOptions(SparseOptions, total=False):
         epsilon: float
 
-What each of them means, stands at :class:`oto.optim.HESSO`; :mod:`oto.optim.setup` reads them.
+What each of them means is documented at :class:`oto.optim.HESSO`; :mod:`oto.optim.setup` reads them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from oto.optim.wrapped import VARIANTS, Base, Named
 
 
 class TargetOptions(TypedDict, total=False):
-    """How much is to be left; exactly one is given."""
+    """How much may remain; exactly one is given."""
 
     target_macs: int | float | None
     target_params: int | float | None
@@ -70,7 +70,7 @@ class ScheduleOptions(TypedDict, total=False):
 
 
 class FoldOptions(TypedDict, total=False):
-    """How what stays takes over what goes; see :mod:`oto.optim.fold`."""
+    """How remaining atoms take over what pruned ones carried; see :mod:`oto.optim.fold`."""
 
     compensate: Literal["affine", "ridge", "bias"] | None
     batches: Iterable[Any] | None
@@ -78,7 +78,7 @@ class FoldOptions(TypedDict, total=False):
 
 
 class WrappedOptions(TypedDict, total=False):
-    """Which optimizer is wrapped, and what all of them have or are given."""
+    """Which optimizer is wrapped, and the keywords that all of them have."""
 
     names: Named | None
     variant: str
@@ -92,7 +92,7 @@ class WrappedOptions(TypedDict, total=False):
 
 
 class TorchOptions(TypedDict, total=False):
-    """Further keywords of the optimizers of ``torch.optim``; each has some of them."""
+    """Further keywords of the optimizers in ``torch.optim``; each of those has some of them."""
 
     adjust_lr_fn: str | None
     alpha: float
@@ -123,11 +123,11 @@ class TorchOptions(TypedDict, total=False):
 
 
 class BaseOptions(WrappedOptions, TorchOptions, total=False):
-    """What makes the wrapped optimizer."""
+    """How to make the wrapped optimizer."""
 
 
 class PreviewOptions(TargetOptions, ChoiceOptions, total=False):
-    """What is chosen by, without a training."""
+    """What a choice without training goes by."""
 
 
 class SparseOptions(TargetOptions, ChoiceOptions, ScheduleOptions, FoldOptions, BaseOptions, total=False):
@@ -194,7 +194,7 @@ class DHSPGOptions(HalfSpaceOptions, PartitionOptions, total=False):
 
 
 class SearchOptions(TypedDict, total=False):
-    """What goes, as H2SPG is published."""
+    """What goes, in H2SPG as published."""
 
     target_segments: int | None
 
@@ -242,7 +242,7 @@ def names_of(options: type) -> frozenset[str]:
 
 
 def keywords_of(taker: Callable[..., Any]) -> set[str]:
-    """The names of what a function, or a class, takes; those behind ``**options: Unpack[...]`` too.
+    """The keywords of a function or class, including those of ``**options: Unpack[...]``.
 
     >>> sorted(keywords_of(lambda model, scope="global": None))
     ['model', 'scope']
@@ -257,12 +257,12 @@ def keywords_of(taker: Callable[..., Any]) -> set[str]:
 
 
 def picked(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Those that are in a ``TypedDict``."""
+    """The options that are in a ``TypedDict``."""
     return {name: value for name, value in options.items() if name in names_of(kind)}
 
 
 def besides(options: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
-    """Those that are in none of some."""
+    """The options that are in none of these."""
     return {name: value for name, value in options.items() if not any(name in names_of(kind) for kind in kinds)}
 
 
@@ -274,18 +274,18 @@ ELSEWHERE = {
     "memory": ("target_bytes", "the memory of parameters and buffers"),
     "size": ("target_bytes", "the memory of parameters and buffers"),
 }
-"""How other libraries call what options ask for, each with the option and what it counts."""
+"""What other libraries call our options: for each word the option, and what it counts."""
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Collection[str], name: str) -> None:
-    """Refuse options that nobody takes, before anything else is said about the others.
+    """Refuse options that nothing takes, before anything is said about the others.
 
     Args:
-        known: What the taker takes, which is called ``name``. Where it wraps an optimizer, keywords of that are known
-            too, and those of torch's others are not.
+        known: The options that are taken by what is called ``name``. If it wraps an optimizer, the keywords of that one
+            are known too; those of torch's other optimizers are not.
 
     Raises:
-        OptionError: It names them, and the nearest option that there is.
+        OptionError: There are some; it names them, and the option that is nearest.
     """
     inner = _takes(options) if "variant" in known else {}
     if inner is None:
@@ -302,7 +302,7 @@ def refuse_unknown(options: Mapping[str, Any], known: Collection[str], name: str
 
 
 def _meant(unknown: str, known: Collection[str]) -> str:
-    """What to say instead of an option that there is not.
+    """What to suggest instead of an unknown option.
 
     >>> _meant("target_flops", ["target_macs"])
     'target_macs= is meant: two FLOPs are one MAC, so a share of them is the same number'
@@ -315,13 +315,13 @@ def _meant(unknown: str, known: Collection[str]) -> str:
 
 
 def _inner(options: Mapping[str, Any]) -> Any:
-    """What makes the wrapped optimizer, if there is such a one."""
+    """The class or function that makes the wrapped optimizer, if it is known."""
     base = options.get("base")
     return VARIANTS.get(str(options.get("variant", "sgd")).lower()) if base is None else base
 
 
 def _takes(options: Mapping[str, Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The keywords of the wrapped optimizer; ``None`` if it takes any, or ``build`` has to tell what is wrong."""
+    """The keywords of the wrapped optimizer; ``None`` if it takes any, or if ``build`` has to say what is wrong."""
     inner = _inner(options)
     if inner is None or isinstance(inner, Optimizer):
         return None

@@ -1,4 +1,9 @@
-"""Which entries a step has to write: views into parameters, and the rows of redundant and pruned atoms."""
+"""Which entries a step writes: views into parameters, and the rows of redundant and pruned atoms.
+
+plan = Plan.of(groups, codes, parameters, quiet)
+plan.scale_redundant_(0.5)
+plan.zero_pruned_(step)
+"""
 
 from __future__ import annotations
 
@@ -11,23 +16,22 @@ from oto.groups.node_group import NodeGroup
 from oto.optim.entries import Place, Rows, any_entry, scale_, zero_
 
 FREE, REDUNDANT, PRUNED = 0, 1, 2
-"""What became of an atom: not chosen; chosen, on its way to zero; at zero for good."""
+"""The state of an atom: not chosen; chosen and on its way to zero; at zero for good."""
 
 HEAL_STEPS = 64
-"""Resting entries are written again every so many steps, a few tensors at a time."""
+"""Resting entries are rewritten once in this many steps, a few tensors at a time."""
 
 
 @dataclass
 class Plan:
-    """What a step has to write.
+    """What a step writes.
 
     Attributes:
         redundant: Entries to scale.
         pruned: Entries to zero at every step.
         resting: Entries of quiet node groups, which stay at zero by themselves.
-        watched: A few entries of each quiet node group, such as a bias. If the wrapped optimizer moves one of them, the
-            groups are not quiet.
-        fresh: Nothing was written yet.
+        watched: A few entries of each quiet node group, such as a bias. If one of them moves, no group counts as quiet.
+        fresh: Whether nothing has been written yet.
     """
 
     redundant: list[Place] = field(default_factory=list)
@@ -48,8 +52,8 @@ class Plan:
 
         Args:
             groups: Node groups.
-            codes: What became of the atoms of each, uint8, shape ``(size,)``, on the CPU.
-            parameters: Parameters by name. Constants that a group names are not among them, and never written.
+            codes: For each the state of its atoms, uint8, shape ``(size,)``, on the CPU.
+            parameters: Parameters by name. Constants that a group names are not among them, and are never written.
             quiet: For each group, whether its pruned entries stay at zero by themselves.
         """
         plan = cls()
@@ -67,7 +71,7 @@ class Plan:
         return plan
 
     def moved(self) -> bool:
-        """Whether an entry that should rest has moved, as far as the watched ones tell. CPU only."""
+        """Whether a watched entry has moved that should have stayed at zero. CPU only."""
         if self.fresh or not self.watched:
             return False
         return any_entry(self.watched)
@@ -82,5 +86,5 @@ class Plan:
 
 
 def rows_of(codes: Tensor, code: int) -> Tensor:
-    """Atoms with this code, sorted int64 indices."""
+    """The atoms in this state, sorted int64 indices."""
     return (codes == code).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The choice that would be made now, without a training."""
+"""The choice that would be made now, without training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oto.optim.sums import Sums
 from oto.shards import any_sharded
 
 Loss = Callable[[nn.Module, Any], Tensor]
-"""Takes the model and a batch, and returns the loss."""
+"""A function of the model and a batch that returns the loss."""
 
 
 def kept_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> dict[str, int]:
@@ -29,11 +29,11 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
 
     Args:
         model: Its gradients and buffers are written to.
-        batches: Batches over which criteria that look at gradients are averaged.
-        loss: Needed for batches.
+        batches: Data over which criteria that use gradients are averaged.
+        loss: Needed if there are batches.
 
     Raises:
-        NoGradientError: It has no gradient, and the choice goes by gradients.
+        NoGradientError: The choice goes by gradients, and the loss has none.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
 

@@ -1,4 +1,4 @@
-"""What a sparse optimizer refuses to go on with: each says where, the effect and the remedy."""
+"""Conditions under which a sparse optimizer refuses to continue; each message says where, the effect and the remedy."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from oto.shards import added_up, any_sharded, local
 
 
 def require_parameters(groups: Iterable[NodeGroup], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse an optimizer that lacks a parameter, or has an unsound one.
+    """Refuse an optimizer that lacks a parameter, or has one that is not finite.
 
     Raises:
-        UnknownParameterError: A prunable node group names one that is not there.
+        UnknownParameterError: A prunable node group names one that is missing.
         NonFiniteParameterError: One holds NaN or infinity.
     """
     for group in groups:
@@ -74,10 +74,10 @@ def require_own_state(state: Mapping[Any, Any], parameters: Mapping[str, Tensor]
 
 
 def refuse_sparse_gradients(groups: Iterable[NodeGroup], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse gradients of which saliency would not see every entry.
+    """Refuse sparse gradients, of which saliency would not see every entry.
 
     Raises:
-        OTOError: A parameter of a node group has a sparse one.
+        OTOError: The gradient of a node group's parameter is sparse.
     """
     for name in {piece.parameter for group in groups for piece in group.zeros}:
         gradient = parameters[name].grad
@@ -90,8 +90,8 @@ def refuse_sparse_gradients(groups: Iterable[NodeGroup], parameters: Mapping[str
 
 
 def any_entry_of(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether any of them has an entry that is not zero. Synchronizes, and communicates where they are spread over
-    processes; those that are not are looked at until one has an entry."""
+    """Whether any gradient has an entry that is not zero. Synchronizes; communicates if they are spread over processes.
+    Others are read one by one until such an entry is found."""
     there = [own for own in gradients if own is not None]
     if not any_sharded(there):
         return any(bool(own.any()) for own in there)
@@ -99,7 +99,7 @@ def any_entry_of(gradients: Iterable[Tensor | None]) -> bool:
 
 
 def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequence[Entries], step: int) -> None:
-    """Refuse to choose by scores that are no numbers. Synchronizes.
+    """Refuse to choose by scores that are not finite. Synchronizes.
 
     Raises:
         NonFiniteParameterError: A score is NaN or infinite.
@@ -123,15 +123,15 @@ def require_gradients(
     averages: Mapping[Saliency, Tensor],
     remedy: str,
 ) -> None:
-    """Refuse to choose by gradients where there are none; tell of node groups that none reaches.
+    """Refuse to choose by gradients if there are none; warn of node groups that no gradient reaches.
 
-    Synchronizes, so it belongs to steps that choose.
+    Synchronizes, so only steps that choose call it.
 
     Args:
-        entries: The entries of every node group, with the gradients of now.
+        entries: The entries of every node group, with the present gradients.
         alive: Whether an atom is still unpruned, and costs anything, bool, shape ``(N,)``.
-        averages: All criteria that look at gradients, shape ``(N,)`` each.
-        remedy: What to do where there are none at all.
+        averages: All criteria that use gradients, shape ``(N,)`` each.
+        remedy: What to do if there are no gradients at all.
 
     Raises:
         NoGradientError: No such criterion tells any two atoms of a node group apart, and every gradient is zero.
@@ -161,7 +161,7 @@ def require_gradients(
 
 
 def tell_of_no_gradient(remedy: str) -> None:
-    """Tell that groups are chosen by weights that nothing trains."""
+    """Warn that groups are chosen by weights that nothing trains."""
     warnings.warn(
         "every gradient of the prunable groups is zero or missing\n"
         "  effect  groups are chosen by weights that no step trains\n"

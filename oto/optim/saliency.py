@@ -1,6 +1,6 @@
 """How much a zero-invariant group (ZIG) matters: the criteria of HESSO (arXiv 2409.09085, section 3), made comparable.
 
-A criterion maps the entries of one node group to one score per atom, vectorised over the atoms; higher is kept. The
+A criterion maps the entries of one node group to one score per atom, vectorized over the atoms; higher is kept. The
 entries are those of the group's ``zeros`` slices, which is what pruning sets to zero. The gradient is ``p.grad`` as
 the optimizer finds it (with the sign turned under ``maximize``): unscaled, clipped if the user clipped it, without
 weight decay and without momentum.
@@ -8,13 +8,13 @@ weight decay and without momentum.
 Where we differ from the released code:
 
 * **Sign of the cosine.** Released HESSO scores ``cos(x, g) + 1`` and prunes the lowest, so it keeps the very groups
-  that descent already shrinks (``<x, g> > 0``). OTOv2's optimizer has it the other way; so have we: ``1 - cos(x, g)``.
-* **Gradient.** Released code uses the direction of its own Adam, which the wrapped optimizer does not show; the plain
+  that descent already shrinks (``<x, g> > 0``). OTOv2's optimizer does the opposite, and so do we: ``1 - cos(x, g)``.
+* **Gradient.** Released code uses the direction of its own Adam, which a wrapped optimizer does not expose; the plain
   gradient works with any.
 * **Norms.** What a criterion is divided by is an option (:data:`NORMALIZE`), and counts only atoms that are alive.
-  Released code divides by the L2 norm over all there ever were; ``normalize="all"`` is that over all that are alive.
-* **Averages.** Criteria that look at gradients are averaged over the steps before a choice: one batch is noise.
-* Sums are accumulated in float32 at least, also for half precision parameters.
+  Released code divides by the L2 norm over all atoms there ever were; ``normalize="all"`` counts those alive.
+* **Averages.** Criteria that use gradients are averaged over the steps before a choice: one batch is noise.
+* **Precision.** Sums are accumulated in float32 at least, also for parameters in half precision.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Entries:
         gradients: The same views of the gradients; ``None`` where a parameter has none.
         readers: One view per slice that reads an atom rather than writes it, such as the columns of the next layer.
         convolved: Whether a convolution over two or more dimensions reads the atoms.
-        segment: Whether it is a segment, which is compared with the other segments where atoms are with their group.
+        segment: Whether it is a segment. Segments are compared with each other, atoms with those of their group.
     """
 
     weights: Sequence[Tensor]
@@ -54,7 +54,7 @@ class Entries:
         """The entries of a node group, with the direction of steepest ascent of the objective.
 
         Args:
-            maximized: Parameters whose gradient is that of something to be made large.
+            maximized: Parameters whose objective is maximized, so that their gradients change sign.
         """
         weights, gradients = [], []
         for piece in group.zeros:
@@ -90,7 +90,7 @@ class Entries:
 
     @cached_property
     def reader_sq(self) -> Tensor:
-        """Squared norm of what reads each atom, shape ``(size,)``; 1 where nothing with weights does."""
+        """Squared norm of the weights that read each atom, shape ``(size,)``; 1 if there are none."""
         parts = [sq_norm(reader) for reader in self.readers]
         return torch.stack(parts).sum(0) if parts else torch.ones_like(self.weight_sq)
 
@@ -129,15 +129,15 @@ def avg_magnitude(entries: Entries) -> Tensor:
 
 
 def path_norm(entries: Entries) -> Tensor:
-    """``||x_g||^2 ||y_g||^2``, with ``y_g`` the weights that read the group: all paths through it, squared.
+    """``||x_g||^2 ||y_g||^2``, with ``y_g`` the weights that read the group: the squares of all paths through it.
 
-    Unlike a magnitude it stays as it is when what writes the group is scaled up and what reads it is scaled down.
+    Unlike a magnitude, it does not change when the writing weights are scaled up and the reading ones down.
     """
     return entries.weight_sq * entries.reader_sq
 
 
 def cosine_similarity(entries: Entries) -> Tensor:
-    """``1 - cos(x_g, g_g)``, in [0, 2]: high where descent makes the group grow; 1 where the angle is not defined."""
+    """``1 - cos(x_g, g_g)``, in [0, 2]: high where descent makes the group grow; 1 if the angle is undefined."""
     lengths = entries.weight_sq.sqrt() * entries.gradient_sq.sqrt()
     return 1 - (entries.dot / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp(-1, 1)
 
@@ -148,7 +148,7 @@ def taylor_first_order(entries: Entries) -> Tensor:
 
 
 def taylor_second_order(entries: Entries) -> Tensor:
-    """``<x_g, g_g>^2 / 2``: the second-order change, with ``g g^T`` in the place of the Hessian."""
+    """``<x_g, g_g>^2 / 2``: the second-order change, with ``g g^T`` in place of the Hessian."""
     return entries.dot.square() / 2
 
 
@@ -158,10 +158,10 @@ CRITERIA: dict[str, Saliency] = {
 }
 
 Weights = Mapping[str | Saliency, float]
-"""Criteria, by name or as functions, and how much each counts."""
+"""Criteria, by name or as functions, and their weights."""
 
 PUBLISHED: Weights = {name: 0.2 for name in CRITERIA if name != "path_norm"}
-"""The five criteria of HESSO count alike."""
+"""The five criteria of HESSO, with equal weights."""
 
 
 def angle(entries: Entries) -> Tensor:
@@ -178,7 +178,7 @@ AS_PUBLISHED: dict[str, Weights] = {"hesso": PUBLISHED, "dhspg": {angle: 0.5, in
 """The scores of a paper: criteria of one batch, each divided by its norm over all groups."""
 
 FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude, path_norm, inverse_magnitude)
-"""Criteria that look at no gradient, so there is nothing to average."""
+"""Criteria that use no gradient, so there is nothing to average."""
 
 OF_THE_LOSS: tuple[Saliency, ...] = (taylor_first_order, taylor_second_order)
 """Criteria in the unit of the loss, which can be compared between layers and divided by a cost."""
@@ -194,14 +194,14 @@ NORMALIZE = {
 
 
 WITHIN_GROUPS = ("mean", "max", "norm")
-"""What makes a score relative to its own node group."""
+"""The normalizations that make a score relative to its own node group."""
 
 
 def resolve(weights: Weights | str | Saliency) -> list[tuple[Saliency, float]]:
-    """The criteria as functions, in the given order; the name of a paper stands for its scores.
+    """The criteria as functions, in the given order. The name of a paper stands for its criteria.
 
     Raises:
-        TargetError: A name is unknown, or no criterion counts.
+        TargetError: A name is unknown, or all weights are zero.
     """
     if not isinstance(weights, Mapping):
         weights = AS_PUBLISHED[weights] if isinstance(weights, str) and weights in AS_PUBLISHED else {weights: 1.0}
@@ -216,7 +216,7 @@ def resolve(weights: Weights | str | Saliency) -> list[tuple[Saliency, float]]:
 
 
 def name_of(criterion: Saliency) -> str:
-    """What a criterion is called in messages and checkpoints."""
+    """The name of a criterion in messages and checkpoints."""
     return getattr(criterion, "__name__", type(criterion).__name__)
 
 
@@ -227,7 +227,7 @@ def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.dev
 
 
 def compared(groups: Sequence[Entries]) -> list[int]:
-    """Atoms of each node group, with neighboring segments counted as one group: alone each would be its own average."""
+    """Atoms of each node group; neighboring segments count as one group, since alone each would be its own average."""
     sizes: list[int] = []
     for i, entries in enumerate(groups):
         if entries.segment and i and groups[i - 1].segment:
@@ -240,17 +240,17 @@ def compared(groups: Sequence[Entries]) -> list[int]:
 def importance(
     raw: Sequence[Tensor], weights: Sequence[float], alive: Tensor, sizes: Sequence[int], normalize: str
 ) -> Tensor:
-    """Weighted sum of criteria that were made comparable.
+    """The weighted sum of normalized criteria.
 
     Args:
         raw: Each criterion for every atom, shape ``(N,)``.
-        weights: How much each counts.
+        weights: Their weights.
         alive: Whether an atom is still unpruned, bool, shape ``(N,)``: node group after node group.
         sizes: Atoms of each node group.
         normalize: A key of :data:`NORMALIZE`.
 
     Returns:
-        Shape ``(N,)``; without meaning where an atom is not alive.
+        Shape ``(N,)``; meaningless where an atom is not alive.
     """
     total = torch.zeros_like(raw[0])
     for values, weight in zip(raw, weights, strict=True):
@@ -271,7 +271,7 @@ def importance(
 
 
 def indistinct(raw: Sequence[Tensor], alive: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Which node groups have atoms, two or more, that no criterion tells apart: bool, shape ``(groups,)``.
+    """Which node groups have at least two atoms and no criterion that distinguishes them: bool, shape ``(groups,)``.
 
     Args:
         raw: Each criterion for every atom, shape ``(N,)``.
@@ -292,7 +292,7 @@ def indistinct(raw: Sequence[Tensor], alive: Tensor, sizes: Sequence[int]) -> Te
 
 
 def shared_out(scores: Tensor, by: Tensor, alive: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The sum of ``scores`` over each node group, shared out among its atoms in proportion to ``by``.
+    """The sum of ``scores`` over each node group, distributed among its atoms in proportion to ``by``.
 
     >>> scores, by = torch.tensor([1.0, 3.0, 5.0, 9.0]), torch.tensor([3.0, 1.0, 2.0, 9.0])
     >>> shared_out(scores, by, torch.tensor([True, True, True, False]), [2, 2])[:3]
@@ -303,7 +303,7 @@ def shared_out(scores: Tensor, by: Tensor, alive: Tensor, sizes: Sequence[int]) 
 
 
 def _over_group(values: Tensor, sizes: Sequence[int], how: str) -> Tensor:
-    """What each node group comes to, for every atom of it, shape ``(N,)``."""
+    """A statistic of each node group, repeated for its atoms, shape ``(N,)``."""
     size = torch.tensor(sizes, device=values.device)
     group = torch.arange(len(sizes), device=values.device).repeat_interleave(size, output_size=len(values))
     return values.new_zeros(len(sizes)).scatter_reduce_(0, group, values, how, include_self=False)[group]

@@ -15,13 +15,13 @@ from oto.errors import TargetError
 from oto.optim.target import shown
 
 START, LENGTH, PERIODS, EXPONENT = 0.01, 0.4, 5, 3.0
-"""When to prune by default: shares of all steps, how many times groups are chosen, and how much of it early."""
+"""When to prune by default: shares of all steps, the number of choices, and how early the first ones prune."""
 
 SHARES = ("start_pruning_step", "pruning_steps", "sampling_steps", "half_space_step", "partition_step", "warm_up_steps")
-"""Numbers of steps that may be shares of all."""
+"""Options that are numbers of steps, or shares of all steps."""
 
 Steps = SupportsFloat | SupportsIndex
-"""A number of steps: an int, one of numpy or torch too, or a float."""
+"""A number of steps: an int (of Python, numpy or torch), or a float that is a share."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Schedule:
         steps: Number of steps over which pruning is spread, at least ``periods``.
         periods: Number of times that redundant groups are chosen.
         total_steps: Number of steps that training takes, if it is known.
-        exponent: How much of the way is done early: ``1 - (1 - k / periods) ^ exponent`` after ``k`` periods; 1 is
-            evenly, 3 the schedule of Zhu and Gupta (arXiv 1710.01878, equation 1).
+        exponent: After ``k`` periods, ``1 - (1 - k / periods) ^ exponent`` of the way is done. 1 is even; 3 is the
+            schedule of Zhu and Gupta (arXiv 1710.01878, equation 1).
 
     Raises:
         TargetError: A number is no whole number, a period would have no step, or pruning would outlast training.
@@ -68,7 +68,7 @@ class Schedule:
             start: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
             steps: Number of steps over which pruning is spread; a float in [0, 1] is a share of ``total_steps``.
             periods: Number of times that redundant groups are chosen; ``None``: 5, or as many as there are steps.
-            total_steps: Number of steps that training takes, needed by shares only.
+            total_steps: Number of steps that training takes; only shares need it.
             exponent: As for the class.
 
         Raises:
@@ -83,8 +83,8 @@ class Schedule:
         """
         total = None if total_steps is None else _whole("total_steps", total_steps)
         first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
-        begin, end = round(first), round(first + length)  # so that shares of .3 and .7 are never a step more than all
-        if 0 < first < 1 < end:  # a share of few steps is one at least
+        begin, end = round(first), round(first + length)  # so that shares of .3 and .7 never exceed all steps
+        if 0 < first < 1 < end:  # a share of a few steps is at least one
             begin = 1
         if periods is None:
             periods = max(min(PERIODS, end - begin), 1)
@@ -135,8 +135,8 @@ class Schedule:
         """What happens at which step.
 
         Args:
-            before: What happens before the first period, where that is more than ordinary steps: the first step, the
-                one after the last, and a text for each part.
+            before: What happens before the first period, if not only ordinary steps: for each part its first step, the
+                step after its last one, and a text.
         """
         bounds = [self.bounds(period) for period in range(self.periods)]
         lengths = sorted({end - first for first, end in bounds})
@@ -208,7 +208,7 @@ class Schedule:
         return float(1 - (1 - (period + 1) / self.periods) ** self.exponent)
 
     def until_choice(self, step: int) -> int | None:
-        """Number of steps from ``step`` to the next one that chooses; ``None`` if there is none any more."""
+        """Number of steps from ``step`` to the next one that chooses; ``None`` after the last."""
         if step <= self.start:
             return self.start - step
         following = ((step - self.start) * self.periods - 1) // self.steps + 1  # the first period that starts later
@@ -217,18 +217,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far pruning has come.
+    """The progress of pruning.
 
     Attributes:
         step: Number of steps that were taken.
         schedule: When pruning happens.
         groups: Number of ZIGs that may be pruned.
-        redundant: Number of those on their way to zero.
-        pruned: Number of those at zero for good.
+        redundant: How many of those are on their way to zero.
+        pruned: How many are at zero for good.
         cost: What the network costs without them, in ``unit``.
-        goal: What it is to cost at most in the end.
+        goal: The most that it may cost in the end.
         unit: Such as ``"MACs"``.
-        ways: How many of the pruned went which way, where there are several.
+        ways: If there are several ways to zero, how many of the pruned ZIGs went each way.
 
     Example:
         >>> print(Progress(130, Schedule(100, 200, 5), 1216, redundant=122, pruned=0, cost=8e6, goal=4e6, unit="MACs"))
@@ -292,7 +292,7 @@ def _count(name: str, number: Steps, total: int | None) -> float:
 
 
 def _share(number: Steps) -> float | None:
-    """A float in [0, 1] stands for a share of all steps; the int 1 is one step."""
+    """A float in [0, 1] is a share of all steps; the int 1 is one step."""
     share: Any = number
     return float(share) if _index(number) is None and 0 <= float(share) <= 1 else None
 
@@ -302,7 +302,7 @@ def _index(number: Steps) -> int | None:
     integer: Any = number
     try:
         return operator.index(integer)
-    except TypeError:  # also from a tensor of a float, which has the method
+    except TypeError:  # a float tensor has the method, and raises this too
         return None
 
 

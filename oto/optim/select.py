@@ -1,21 +1,21 @@
-"""Which atoms go: scores, a measure of cost and limits -> a choice. Shared by every sparse optimizer.
+"""Choose the atoms to remove, from scores, a measure of cost and limits. Shared by every sparse optimizer.
 
-The choice looks for the least importance lost that brings the cost down to a goal. An atom wins what the network
-would save without it, and that falls as the layers around it get thinner. So atoms go in the order of their price::
+The choice brings the cost down to a goal and loses as little importance as possible. Removing an atom saves some of the
+cost, and the less, the thinner the layers around it are. So atoms go in the order of their price::
 
     price of an atom  =  worth of its node group · score / (what the network saves without it) ^ by_cost
 
-With ``by_cost = 1`` and scores in the unit of the loss this is the greedy solution of a knapsack: the least loss for
-the cost won. With ``by_cost = 0`` scores are compared as they are.
+With ``by_cost = 1`` and scores in the unit of the loss, this is the greedy solution of a knapsack problem: the least
+loss per cost saved. With ``by_cost = 0`` scores are compared directly.
 
-Everything is a handful of sorts over all atoms at once. Sorts are stable and ties fall to the first atom of the first
-node group, so every rank of a distributed run that has the same scores chooses the same atoms.
+All of it is a handful of sorts over all atoms at once. Sorts are stable, and equal scores go to the first atom of the
+first node group, so all ranks of a distributed run that have the same scores choose the same atoms.
 
-Node groups may be *tied*: what goes from one goes from all of its tie, from each what it can spare best. A tie is
-chosen from as one group whose atoms are as important, and save as much, as those of its groups are on average.
+Node groups may be *tied*: they lose equally many atoms, each those it can best spare. For the choice, a tie is a single
+group whose atoms are as important, and save as much, as those of its groups on average.
 
 With ``divisible = d > 1`` atoms leave a node group in *units*: the first unit brings the kept count to a multiple of
-``d``, every further one holds ``d`` atoms. A unit is as important as the most important atom that it holds.
+``d``, every further one has ``d`` atoms. A unit is as important as its most important atom.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from numpy.typing import NDArray
 from oto.optim.target import Counts, Measure
 
 NEAR, REFINEMENTS = 0.005, 8
-"""A choice that is this near to its goal, as a share of it, is not refined; how often it is, for how many groups."""
+"""A choice this near to its goal, as a share of the goal, is not refined; how often others are, for how many groups."""
 
 TOLERANCE, COMBINATIONS, TRIED = 0.01, 4096, 12
-"""A choice of coarse units that misses its goal by more than this share of the full cost is brought nearer to it: all
-combinations of widths are looked at, if they are so many at most; else moves between groups, as many of the largest and
-of the smallest steps as ``TRIED`` says."""
+"""A choice of coarse units that misses its goal by more than this share of the full cost is brought nearer. All
+combinations of widths are tried, if there are at most this many; else moves between groups, namely the ``TRIED``
+largest and the ``TRIED`` smallest steps."""
 
 ROUNDS = 16
-"""How often prices are set anew on the way from one cost to another."""
+"""How often prices are recomputed on the way from one cost to another."""
 
 
 def least_kept(size: int, min_kept: int, divisible: int) -> int:
@@ -53,14 +53,14 @@ def least_kept(size: int, min_kept: int, divisible: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What may go next, unit after unit: rising scores inside a node group, which units leave in this order.
+    """The units that may go. Those of a node group leave in the order of their scores, the lowest first.
 
     Attributes:
         group: The node group of each unit, or the tie.
         size: Atoms of each unit, in each group of a tie.
-        score: The highest score in each unit, rising inside a node group; the mean over a tie.
+        score: The highest score in each unit, increasing within a node group; the mean over a tie.
         price: The score times the worth of its node group; the mean over a tie.
-        order: All atoms that are left, node group after node group, rising scores inside.
+        order: All remaining atoms, node group after node group, with increasing scores within each.
     """
 
     group: NDArray[np.int64]
@@ -84,9 +84,9 @@ class Units:
         order, group = atoms[by_score], group[by_score]
         count = np.bincount(group, minlength=len(sizes))
         first = (np.cumsum(count) - count)[group]
-        rank = np.arange(len(order)) - first  # so many of the same group go before this one
+        rank = np.arange(len(order)) - first  # this many of the same group go before it
         by = divisible[group]
-        gone = count[group] - by * ((count[group] - rank - 1) // by)  # when this one's unit is gone
+        gone = count[group] - by * ((count[group] - rank - 1) // by)  # once its unit is gone
         last = np.flatnonzero(gone == rank + 1)
         begins = np.concatenate([[True], group[last][1:] != group[last][:-1]]) if len(last) else np.zeros(0, bool)
         ends = rank[last] + 1
@@ -97,7 +97,7 @@ class Units:
     def tied(self, ties: Counts, per: Counts) -> Units:
         """The units of ties, whose groups have the same units, of ``per`` atoms for each that the tie counts."""
         first = np.searchsorted(self.group, np.arange(len(ties)))
-        place = np.stack([ties[self.group], np.arange(len(self.group)) - first[self.group]])  # so many go before it
+        place = np.stack([ties[self.group], np.arange(len(self.group)) - first[self.group]])  # this many go before it
         (group, _), one, number = np.unique(place, axis=1, return_index=True, return_inverse=True)
         number = number.reshape(-1)
         many = np.bincount(number, minlength=len(one))
@@ -108,7 +108,7 @@ class Units:
 
 @dataclass(frozen=True, eq=False)
 class Limits:
-    """What may go of each node group; or of each tie, which counts for ``many`` node groups. Shapes ``(groups,)``."""
+    """What may go from each node group, or from each tie of ``many`` node groups. Shapes ``(groups,)``."""
 
     counts: Counts
     sizes: Counts
@@ -116,7 +116,7 @@ class Limits:
     many: Counts
 
     def tied(self, ties: Counts, per: Counts) -> Limits:
-        """Those of ties, whose groups keep ``per`` atoms for each that the tie counts."""
+        """The limits of ties, whose groups keep ``per`` atoms for each that the tie counts."""
         one, numbers = np.unique(ties, return_index=True)[1], np.bincount(ties)
         counts, sizes, least = self.counts // per, self.sizes // per, -(-self.least // per)
         if (counts != counts[one][ties]).any():
@@ -127,11 +127,11 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is chosen from, by what, and down to where.
+    """A choice to be made: from which units, by which prices, down to which cost.
 
     Attributes:
-        may_go: Whether a unit may go at all: its group keeps its least, and the network gets cheaper.
-        lost: The importance that goes with a unit.
+        may_go: Whether a unit may go at all: its group still keeps its least, and the network gets cheaper.
+        lost: The importance of all atoms of a unit.
     """
 
     units: Units
@@ -152,7 +152,7 @@ class Task:
 
 @dataclass(eq=False)
 class State:
-    """What is chosen so far: which units go, and how many atoms each node group (or tie) keeps."""
+    """The choice so far: which units go, and how many atoms each node group (or tie) keeps."""
 
     taken: NDArray[np.bool_]
     counts: Counts
@@ -176,18 +176,18 @@ def select(
 
     Args:
         scores: Importance of every atom, node group after node group, shape ``(N,)``; higher is kept.
-        left: Which atoms are left, bool, shape ``(N,)``. The others are gone, and not chosen again.
+        left: Which atoms remain, bool, shape ``(N,)``. The others are gone already, and are not chosen again.
         sizes: Atoms of each node group in the full network; their sum is N.
         least: Least number of atoms that each keeps.
-        measure: The cost as a function of the counts; of those of the ties, where there are any.
-        goal: The cost to come down to. If ``least`` forbids that, everything goes that may.
-        divisible: The kept count of a node group that loses atoms is a multiple of this; a number for all, or for each.
+        measure: The cost as a function of the counts of node groups; or of ties, if there are any.
+        goal: The cost to reach. If ``least`` forbids that, everything goes that may.
+        divisible: The kept count of a node group that loses atoms is a multiple of this; one number, or one for each.
         by_cost: How much costs count: the exponent in the price of an atom.
-        worth: What the scores of each node group are multiplied with, shape ``(groups,)``; 1 by default.
-        fill: Come as near to the goal as units allow: give back what fits under it once the last unit is gone, the most
+        worth: What the scores of each node group are multiplied by, shape ``(groups,)``; 1 by default.
+        fill: Come as near to the goal as units allow: after the last unit went, give back what still fits, the most
             important first, and swap a coarse unit for finer ones.
-        ties: For each node group the number of its tie, shape ``(groups,)``. Those of one tie have the same sizes and
-            divisors, and the same count left; they keep the same count.
+        ties: For each node group the number of its tie, shape ``(groups,)``. Groups of a tie have the same sizes,
+            divisors and remaining counts, and keep the same count.
         per: How many atoms each keeps for each that its tie counts, if not one: of what was said of ties all is so
             many times as large in it.
 
@@ -222,7 +222,7 @@ def select(
 
 
 def _lowest(order: NDArray[np.int64], sizes: Counts, gone: Counts) -> NDArray[np.bool_]:
-    """The first atoms of each node group in an order, as many as go; bool, shape ``(N,)``."""
+    """The first ``gone`` atoms of each node group in an order, bool, shape ``(N,)``."""
     group = np.repeat(np.arange(len(sizes)), sizes)[order]
     first = np.searchsorted(group, np.arange(len(sizes)))
     chosen = np.zeros(int(sizes.sum()), dtype=bool)
@@ -231,7 +231,7 @@ def _lowest(order: NDArray[np.int64], sizes: Counts, gone: Counts) -> NDArray[np
 
 
 def descend(task: Task, state: State) -> None:
-    """Take units, the lowest price first, until the goal is met. Prices are set anew on the way."""
+    """Take units, the lowest price first, until the goal is met. Prices are recomputed on the way."""
     start = task.measure(state.counts)
     for way in range(1, ROUNDS + 1) if task.by_cost else [ROUNDS]:
         goal = task.goal if way == ROUNDS else start - (start - task.goal) * way / ROUNDS
@@ -241,7 +241,7 @@ def descend(task: Task, state: State) -> None:
 
 
 def _queue(task: Task, state: State, without: int = -1) -> NDArray[np.int64]:
-    """What may go next, the lowest price first; nothing of one node group, if that is named."""
+    """The units that may go next, the lowest price first, except those of the node group ``without``."""
     units, counts = task.units, state.counts
     rest = np.flatnonzero(task.may_go & ~state.taken & (units.group != without))
     price = units.price[rest]
@@ -252,14 +252,14 @@ def _queue(task: Task, state: State, without: int = -1) -> NDArray[np.int64]:
 
 
 def refine(task: Task, state: State) -> None:
-    """Where units are coarse: one of the dearest that went last comes back, and cheaper ones go in its place."""
+    """If units are coarse, return one of the most expensive that went last, and take cheaper ones instead."""
     start = task.measure(task.limits.counts)
     for _ in range(REFINEMENTS if task.by_cost else 0):
         slack = task.goal - task.measure(state.counts)
         last = _last(state.taken, task.units, len(state.counts))
         if slack <= NEAR * task.goal or (last < 0).all():
             return
-        most = task.lost[state.taken].sum() * slack / (start - task.goal)  # no dearer than the average of what went
+        most = task.lost[state.taken].sum() * slack / (start - task.goal)  # at the average price of what went, or less
         best = min(_swaps(task, state, last, most), key=lambda tried: tried[:2], default=None)
         if best is None or best[0] >= slack:
             return
@@ -271,10 +271,10 @@ def refine(task: Task, state: State) -> None:
 def _swaps(
     task: Task, state: State, last: NDArray[np.int64], most: float
 ) -> Iterator[tuple[float, int, NDArray[np.int64], Counts]]:
-    """What is left to the goal, the group whose last unit comes back, what goes instead, and what is kept then.
+    """Swaps: the distance to the goal, the group whose last unit returns, what goes instead, and the kept counts.
 
     Args:
-        last: The unit of each group that went last.
+        last: For each group the unit that went last.
         most: How much more importance may be lost.
     """
     units, counts = task.units, state.counts
@@ -290,7 +290,7 @@ def _swaps(
 
 
 def _running(sizes: NDArray[np.int64], group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sums of ``sizes`` up to and with each unit, starting anew with each node group."""
+    """Cumulative sums of ``sizes`` within each node group."""
     total = np.cumsum(sizes)
     begins = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]])) if len(group) else np.zeros(0, int)
     lengths = np.diff(np.concatenate([begins, [len(group)]]))
@@ -303,7 +303,7 @@ def _sum(queue: NDArray[np.int64], units: Units, groups: int) -> Counts:
 
 
 def _fewest(queue: NDArray[np.int64], units: Units, counts: Counts, measure: Measure, goal: float) -> NDArray[np.int64]:
-    """The fewest units from the front of a queue that bring the cost down to the goal; all if that is not enough."""
+    """The fewest units from the front of a queue that reach the goal; all of them if none do."""
     few, many = 0, len(queue)
     while few < many:
         middle = (few + many) // 2
@@ -313,7 +313,7 @@ def _fewest(queue: NDArray[np.int64], units: Units, counts: Counts, measure: Mea
 
 
 def _last(taken: NDArray[np.bool_], units: Units, groups: int) -> NDArray[np.int64]:
-    """The unit of each group that went last, -1 where none did."""
+    """For each group the unit that went last, -1 if none did."""
     last = np.full(groups, -1)
     chosen = np.flatnonzero(taken)
     last[units.group[chosen]] = chosen  # units of a group lie in order, so the last one written is the last to go
@@ -321,7 +321,7 @@ def _last(taken: NDArray[np.bool_], units: Units, groups: int) -> NDArray[np.int
 
 
 def give_back(task: Task, state: State) -> None:
-    """Take units back, the most important first, as long as the cost stays under the goal."""
+    """Return units, the most important first, as long as the cost stays below the goal."""
     units, measure = task.units, task.measure
     while state.taken.any():
         last = _last(state.taken, units, len(state.counts))
@@ -336,10 +336,10 @@ def give_back(task: Task, state: State) -> None:
 
 
 def bring_nearer(task: Task, state: State, near: float) -> None:
-    """Where units are so coarse that the goal is missed: one group gets units back, and others give some instead.
+    """If units are so coarse that the goal is missed, return units of one group and take others instead.
 
-    Of the choices that end nearer than ``near`` the one is taken that loses least importance; of others the one that
-    ends nearest.
+    Among the choices that end nearer than ``near``, the one that loses least importance is taken; if there is none, the
+    one that ends nearest.
     """
     units, groups = task.units, len(state.counts)
     many = np.bincount(units.group[task.may_go], minlength=groups) + 1
@@ -370,7 +370,8 @@ def _combinations(units: Units, may_go: NDArray[np.bool_], many: NDArray[np.int6
 
 
 def _moves(task: Task, state: State) -> Iterator[NDArray[np.int64]]:
-    """What goes if one group gets its last units back, and another, or all others, give the fewest that it takes."""
+    """The units that go if one group gets its last units back and another one, or all others, lose the fewest
+    needed."""
     units, counts, measure, taken, may_go = task.units, state.counts, task.measure, state.taken, task.may_go
     groups = np.unique(units.group[may_go])
     largest = np.zeros_like(counts)

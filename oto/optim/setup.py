@@ -1,4 +1,7 @@
-"""Options of a sparse optimizer -> what it chooses by, when it does, and what makes the optimizer that it wraps."""
+"""Read the options of a sparse optimizer: what it chooses by, when, and how to make the optimizer that it wraps.
+
+choice, schedule, wrapped = read({"lr": 0.1, "target_macs": 0.5, "total_steps": 100}, groups, costs, None)
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def read(
     """Read what every sparse optimizer takes.
 
     Args:
-        options: Those that a paper adds are taken out before.
+        options: Without those that a paper adds.
         node_groups, costs, latency: As in :meth:`Choice.of`.
 
     Returns:
@@ -50,7 +53,7 @@ def read(
 
 
 def schedule_of(options: SparseOptions) -> Schedule:
-    """When groups go. What is published goes evenly."""
+    """When groups go: evenly if all is to be as published."""
     exponent = options.get("pruning_exponent")
     if exponent is None:
         exponent = 1.0 if options.get("saliency") == "hesso" else EXPONENT

@@ -1,7 +1,9 @@
-"""A model that gets smaller in the middle of training: the same optimizer goes on with the new parameters.
+"""Continue with the same optimizer when the model gets smaller in the middle of training.
 
-The optimizer object stays, with its parameter groups, their order and their options, so what holds it (learning-rate
-schedulers, ``GradScaler``, wrappers) goes on too. Each parameter is replaced in place, and its state is sliced like it.
+The optimizer object stays, with its parameter groups, their order and their options, so whatever holds it keeps
+working: learning-rate schedulers, ``GradScaler``, wrappers. Each parameter is replaced, its state sliced alike::
+
+    follow(optimizer, moved, sliced_state(moved, optimizer))
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Moved:
     Attributes:
         name: As the model has it.
         old, new: The tensors.
-        entries: For each dimension the entries that are left, sorted int64 indices; ``None`` where all are.
+        entries: For each dimension the entries that remain, sorted int64 indices; ``None`` if all do.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Moved:
     entries: Sequence[NDArray[np.int64] | None]
 
     def prune(self, tensor: Tensor) -> Tensor:
-        """The entries that are left of a tensor of the old shape, in memory of their own."""
+        """The remaining entries of a tensor of the old shape, in new memory."""
         made = taken(tensor.detach(), self.entries)
         return made.clone() if made is tensor or made.data_ptr() == tensor.data_ptr() else made
 
@@ -46,10 +48,10 @@ class Moved:
 
 
 def sliced_state(moved: Sequence[Moved], optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    """The state of every old parameter, as its new one has it. Nothing is changed.
+    """The state of every old parameter, sliced for the new one. Nothing is changed.
 
     Raises:
-        ShrinkError: There is state that has neither the shape of its parameter nor a single entry.
+        ShrinkError: Some state has neither the shape of its parameter nor a single entry.
     """
     return {m.old: _sliced(m, optimizer) for m in moved if m.old in optimizer.state}
 
@@ -62,7 +64,7 @@ def _sliced(moved: Moved, optimizer: Optimizer) -> dict[str, Any]:
     for key, value in state.items():
         plain = not isinstance(value, Tensor | Sequence | Mapping) or isinstance(value, str)
         if plain or (isinstance(value, Tensor) and value.numel() == 1 and moved.old.numel() > 1):
-            made[key] = value  # how many steps were taken, and the like
+            made[key] = value  # a number of steps, for example
         elif isinstance(value, Tensor) and value.shape == moved.old.shape and value.layout is torch.strided:
             made[key] = moved.prune(value)
         elif value is None or (not isinstance(value, Tensor) and not len(value)):
@@ -80,7 +82,7 @@ def _sliced(moved: Moved, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def follow(optimizer: Optimizer, moved: Sequence[Moved], states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Put new parameters in the place of the old ones, with the state that was sliced for them."""
+    """Replace old parameters by new ones, with the state that was sliced for them."""
     new = {m.old: m.new for m in moved}
     for group in optimizer.param_groups:
         group["params"][:] = [new.get(p, p) for p in group["params"]]

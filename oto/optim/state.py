@@ -1,18 +1,20 @@
-"""What of a sparse optimizer a checkpoint holds, and whether one fits.
+"""What a checkpoint holds of a sparse optimizer, and whether a checkpoint fits.
 
-A few entries of the first parameter group hold all that must survive (further top-level keys of a state dict would be
-dropped by torch, tensors in ``state`` would be cast to the dtype of the parameter):
+    optimizer.state_dict()["param_groups"][0]["oto_atoms"]   # 0, 1, 2: free, redundant, pruned
+
+All that must survive is in a few entries of the first parameter group. (torch would drop further top-level keys of a
+state dict, and would cast tensors in ``state`` to the dtype of the parameter.)
 
 * ``oto_step``: how many steps were taken, an int;
 * ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group;
-* ``oto_sums``, ``oto_seen``: saliency criteria of every atom, float of shape ``(criteria, N)``, summed over so many
-  steps;
-* ``oto_setup``: schedule and target as JSON, so that a checkpoint of another setup is noticed;
-* ``oto_history``: ``history`` as JSON, as of the last ``state_dict()``;
-* ``oto_kept``: once the model was shrunk, which atoms of the full network it still has, bool of shape ``(full N,)``;
-* of HSPG and DHSPG ``oto_settled`` and ``oto_counts``, what was read back last, and ``oto_by_choice``, how many groups
-  went by the choice; of HESSO-CRIC ``oto_walk``;
-* within a period with ``compensate=``, ``oto_fold``: what readers take over at each step, and at how many still.
+* ``oto_sums``, ``oto_seen``: saliency criteria of every atom, float of shape ``(criteria, N)``, summed over
+  ``oto_seen`` steps;
+* ``oto_setup``: schedule and target as JSON, so that a checkpoint from a different setup is noticed;
+* ``oto_history``: ``history`` as JSON, at the last ``state_dict()``;
+* ``oto_kept``: once the model was shrunk: which atoms of the full network it still has, bool of shape ``(full N,)``;
+* for HSPG and DHSPG, ``oto_settled`` and ``oto_counts``: what was last read back from the device; and
+  ``oto_by_choice``: how many groups went because they were chosen. For HESSO-CRIC, ``oto_walk``;
+* within a period, with ``compensate=``, ``oto_fold``: what readers take over at each step, and how many steps remain.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from oto.errors import OTOError, SetupError, SetupWarning, ShrinkError, some, us
 
 
 def ours(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a parameter group is about pruning."""
+    """The entries of a parameter group that are about pruning."""
     return {key: value for key, value in group.items() if key.startswith("oto_")}
 
 
 def with_ours(saved: Mapping[str, Any], first: Mapping[str, Any], base: Optimizer) -> dict[str, Any]:
-    """The state dict that a wrapped optimizer wrote itself, with what pruning must know in its first group.
+    """A state dict that the wrapped optimizer wrote itself, with what pruning needs added to its first group.
 
     Args:
         first: The first parameter group of the sparse optimizer.
@@ -62,7 +64,7 @@ def require_same_atoms(saved: Mapping[str, Any], here: Mapping[str, Any], atoms:
         atoms: How many the model has; ``removed``: how many it had before it was shrunk.
 
     Raises:
-        OTOError: It was saved before or after shrinking and this is not, or is of another model.
+        OTOError: One of the two models was shrunk and the other was not, or it is from a different model.
     """
     theirs, mine = saved.get("oto_kept"), here.get("oto_kept")
     left = f"{atoms} of {atoms + removed} groups"
@@ -91,18 +93,18 @@ def same_mask(left: Tensor, right: Tensor) -> bool:
 
 
 RENAMED = {"normalise": "normalize"}
-"""What state dicts of before 0.2 call otherwise."""
+"""Keys that had other names in state dicts from before 0.2."""
 
 
 def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Tell a checkpoint of another schedule or target.
+    """Refuse, or warn of, a checkpoint that was saved under a different schedule or target.
 
     Args:
         saved, here: The first parameter groups.
 
     Raises:
-        SetupError: By one of the two pruning has begun. Before that it is a ``SetupWarning``, and so it is where they
-            differ in ``align`` alone.
+        SetupError: Pruning has begun under one of the two. Before that, and where only ``align`` differs, it is a
+            ``SetupWarning``.
     """
     mine: dict[str, Any] = json.loads(here["oto_setup"])
     theirs: dict[str, Any] = json.loads(saved.get("oto_setup", "null")) or mine
@@ -130,14 +132,14 @@ def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
 
 
 def left_like(state_dict: Mapping[str, Any], have: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.bool_]]:
-    """For each node group, which atoms of the model an optimizer that was shrunk has left.
+    """For each node group, which atoms of this model remained in one that was shrunk.
 
     Args:
-        state_dict: Of that optimizer.
+        state_dict: That of the optimizer of the shrunk model.
         have: For each node group, which atoms of the full network the model has, bool.
 
     Raises:
-        ShrinkError: It is of none that was shrunk, or has what this model lacks.
+        ShrinkError: Its model was not shrunk, or has atoms that this model lacks.
     """
     sizes = [len(own) for own in have.values()]
     theirs = state_dict["param_groups"][0].get("oto_kept") if state_dict.get("param_groups") else None

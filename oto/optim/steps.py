@@ -1,7 +1,7 @@
-"""Steps in which widths may change, and targets that they are too coarse for.
+"""The steps in which widths change, and targets for which they are too coarse.
 
-A choice never costs more than its target, and gives back what still fits. So it misses by less than the smallest step
-that it took; where widths keep to multiples, that may be much.
+A choice never costs more than its target, and returns what still fits. So it misses the target by less than its
+smallest step. If widths have to be multiples, that may be a lot.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from oto.optim.target import Counts, Measure, Target, shown
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What each node group keeps, and how that may change; all of shape ``(groups,)``.
+    """What each node group keeps, and in which steps that changes; all of shape ``(groups,)``.
 
     Attributes:
         counts: Atoms that are kept.
         multiples: What a kept count is a multiple of, unless nothing goes.
-        finest: What it would be a multiple of if nobody asked for more.
-        most: Atoms that there are.
+        finest: What it would be a multiple of without requests by the user.
+        most: Atoms of the group.
         ties: The number of the tie of each group; those of one tie keep the same count.
     """
 
@@ -34,7 +34,7 @@ class Steps:
     ties: Counts
 
     def costs(self, measure: Measure, by: Counts) -> dict[int, float]:
-        """What it costs if one tie keeps a step more (or less, where ``by`` is negative), by its first group."""
+        """By the first group of each tie: what one more step costs, or saves if ``by`` is negative."""
         after = np.minimum(self.most, self.counts + by)
         found: dict[int, float] = {}
         for group in np.flatnonzero((after != self.counts) & (after > 0)):
@@ -45,13 +45,13 @@ class Steps:
 
 
 def missed(target: Target, steps: Steps, choose: Callable[[float], float]) -> tuple[int, str] | None:
-    """The node group of the largest step, and what to say, if a target is missed by more than it may be.
+    """If a target is missed by too much: the node group of the largest step, and the message.
 
-    By 1 % of the full cost it may be missed, by the smallest step that is allowed, and by any step as it would be if
-    nobody asked for multiples. Milliseconds have steps of their own.
+    It may be missed by 1 % of the full cost, by the smallest step allowed, and by any step as it would be without
+    requested multiples. Targets in milliseconds are not checked.
 
     Args:
-        choose: What a choice for another goal would leave.
+        choose: Gives the cost that a choice for a different goal would leave.
     """
     measure, full, goal = target.measure, target.full, target.goal
     now = measure(steps.counts)

@@ -1,8 +1,8 @@
-"""What criteria see of parameters that are spread over processes: sums over the entries of every atom.
+"""What criteria see if parameters are spread over processes: sums over the entries of every atom.
 
-A criterion makes one number out of the norms of an atom, of its gradient and of what reads it, and of their product;
-none of these is on a single process. So each is summed for all node groups in one go, once it is asked for: one sum of
-``N`` numbers over the processes.
+A criterion computes a score from the norms of an atom, of its gradient and of the weights that read it, and from the
+dot product of atom and gradient. No single process can compute these. So each is summed over the processes when it is
+first needed, for all node groups at once: one all-reduce of ``N`` numbers.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from oto.shards import Sharding, is_sharded
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Sums over the entries of every atom of all node groups, each taken when it is first asked for.
+    """Sums over the entries of every atom of all node groups, each computed when it is first needed.
 
     Attributes:
         groups: The node groups.
-        weights: Parameters by name, or what stands in their place; looked up one at a time.
+        weights: Parameters by name, or what takes their place; looked up one at a time.
         gradients: Their gradients, for those that have one, spread as they are.
         shardings: How they are spread, as in :class:`oto.optim.entries.Rows`.
         shapes: Of the parameters, over all processes.
         maximized: Parameters whose gradient is that of something to be made large.
         device: Where vectors of one number per atom lie.
-        aside: Of some slices of a node group, by its number, entries that are to be seen instead of the present ones,
-            and their place.
+        aside: By the number of a node group, entries of some slices to be seen instead of the present ones, with their
+            places.
     """
 
     groups: Sequence[NodeGroup]
@@ -62,7 +62,7 @@ class Sums:
         """For parameters by name.
 
         Args:
-            weights, gradients: What criteria see in their place, spread as they are.
+            weights, gradients: What criteria see in place of parameters and their gradients, spread in the same way.
             maximized, device: See the attributes.
         """
         named = {p.parameter: None for group in groups for p in group.slices if p.parameter in parameters}
@@ -91,7 +91,7 @@ class Sums:
 
     @cached_property
     def reader_sq(self) -> Tensor:
-        """Squared norm of what reads each atom, shape ``(N,)``; 1 where nothing with weights does."""
+        """Squared norm of the weights that read each atom, shape ``(N,)``; 1 if there are none."""
         total = self._summed(self._readers, self.weights, lambda x, _: sq_norm(x))
         read = [torch.full((g.size,), bool(self.readers(g)), device=self.device) for g in self.groups]
         return torch.where(torch.cat(read), total, 1) if read else total
@@ -129,7 +129,7 @@ class Sums:
         measure: Callable[[Tensor, Tensor], Tensor],
         others: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """What a measure of the rows comes to, shape ``(N,)``, one tensor after another."""
+        """A measure of the rows, summed, shape ``(N,)``; one tensor at a time."""
         found: dict[str, list[tuple[int, Slice, int]]] = {}
         first = 0
         for number, group in enumerate(self.groups):
@@ -152,7 +152,7 @@ class Sums:
 
 
 class SpreadEntries(Entries):
-    """What a criterion may look at of one node group whose parameters are spread over processes: sums, no entries."""
+    """What a criterion may use of a node group whose parameters are spread over processes: sums, but no entries."""
 
     def __init__(self, sums: Sums, group: NodeGroup, first: int) -> None:
         vars(self).update(sums=sums, group=group, own=slice(first, first + group.size))
@@ -163,7 +163,7 @@ class SpreadEntries(Entries):
 
     @property
     def weights(self) -> NoReturn:
-        """On no process.
+        """Not available: no process has them.
 
         Raises:
             OptionError: Always.
@@ -209,7 +209,7 @@ class SpreadEntries(Entries):
 
     @property
     def reader_sq(self) -> Tensor:
-        """Squared norm of what reads each atom, shape ``(size,)``; 1 where nothing with weights does."""
+        """Squared norm of the weights that read each atom, shape ``(size,)``; 1 if there are none."""
         return self.sums.reader_sq[self.own]
 
     @property
@@ -226,7 +226,7 @@ class SpreadEntries(Entries):
 def put_aside(
     groups: Sequence[NodeGroup], chosen: Sequence[Tensor], tensors: Mapping[str, Tensor], saved: Sequence[Tensor]
 ) -> dict[tuple[int, Slice], tuple[Place, Tensor]]:
-    """Where entries lie that were put aside, for :attr:`Sums.aside`.
+    """The places of entries that were put aside, for :attr:`Sums.aside`.
 
     Args:
         groups, chosen, tensors: Those whose :meth:`oto.optim.entries.Rows.copies` were taken.
@@ -244,7 +244,7 @@ def put_aside(
 
 
 def _with(view: Tensor, there: Place, entries: Tensor) -> Tensor:
-    """A copy of a view that has other entries at a place of it."""
+    """A copy of a view with other entries at one place."""
     made = view.clone()
     there._replace(view=made).write_(entries)
     return made

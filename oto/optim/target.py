@@ -1,7 +1,9 @@
-"""How much is to be left: a target in the unit that people have, and the measure that counts it.
+"""How much may remain: a target in a unit that users know, and the measure that counts it.
 
-Shared by every sparse optimizer. A measure gives a cost as a function of the number of atoms that each node group
-keeps, and what each group would save; :class:`oto.groups.cost.Polynomial` is one.
+    print(Target.of({"target_macs": 0.5}, sizes, costs))   # target_macs=0.5: at most 20,275,520 of 40,551,040 MACs
+
+Shared by every sparse optimizer. A measure gives the cost as a function of the number of atoms that each node group
+keeps, and what each group would save. :class:`oto.groups.cost.Polynomial` is one.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Measure(Protocol):
         ...
 
     def marginal(self, counts: Counts, fewer: Counts) -> NDArray[np.float64]:
-        """What each group saves when it alone keeps ``fewer`` atoms less; shapes ``(groups,)``."""
+        """What each group saves if it alone keeps ``fewer`` fewer atoms; shapes ``(groups,)``."""
         ...
 
     def tied(self, ties: Counts, per: Counts | None = None) -> Measure:
@@ -50,14 +52,14 @@ UNITS = {
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What a network is to cost at most.
+    """The most that a network may cost.
 
     Attributes:
-        name: The keyword that it was asked with.
-        asked: As it was asked: a number, or one for each name or glob.
-        goal: At most this much is left, in the unit of ``measure``.
+        name: The keyword that was given.
+        asked: Its value: a number, or one for each name or glob.
+        goal: The most that may remain, in the unit of ``measure``.
         full: What the full network costs.
-        measure: How the cost follows from the counts.
+        measure: The cost as a function of the counts.
     """
 
     name: str
@@ -84,10 +86,10 @@ class Target:
             sizes: Atoms of every prunable node group.
             costs: Costs of the network; needed for all but ``target_group_sparsity`` and ``target_kept``.
             latency: Milliseconds of the network; needed for ``target_latency_ms``.
-            kept: How many atoms each node group keeps by ``target_kept``.
+            kept: How many atoms each node group keeps, for ``target_kept``.
 
         Raises:
-            TargetError: None or several are given, or a number means nothing.
+            TargetError: None or several are given, or a value is invalid.
         """
         given = {name: asked[name] for name in (*UNITS, *asked) if asked.get(name) is not None}
         if len(given) != 1:
@@ -123,7 +125,7 @@ class Target:
 
     @property
     def unit(self) -> str:
-        """What is counted."""
+        """The unit of the cost, such as ``"MACs"``."""
         return UNITS[self.name]
 
     @property
@@ -132,17 +134,17 @@ class Target:
         return self.asked != 0 if self.name == "target_group_sparsity" else self.goal < self.full
 
     def after(self, share: float) -> float:
-        """What may be left when ``share`` of the way from the full network to the goal is done."""
+        """What may remain once ``share`` of the way from the full network to the goal is done."""
         return self.goal if share >= 1 else self.full - share * (self.full - self.goal)
 
     def require_reachable(self, least: Counts, besides: str | None = None) -> None:
         """Refuse a target that cannot be met with ``least`` atoms in every group.
 
         Args:
-            besides: What else is to be said about it, in lines of its own.
+            besides: Further lines for the message.
 
         Raises:
-            TargetError: It says what can be reached.
+            TargetError: It cannot; the message says what can.
         """
         bottom = self.measure(least)
         if bottom <= self.goal:
@@ -170,13 +172,13 @@ class Target:
 
     @property
     def _share(self) -> float | None:
-        """What was meant, most likely, by a small whole number: 1 is all, 50 is half."""
+        """The share that a small whole number most likely means: 1 is all, 50 is half."""
         if not isinstance(self.asked, int) or self.asked > 100 or self.name == "target_latency_ms":
             return None
         return 1.0 if self.asked == 1 else self.asked / 100
 
     def asking(self, cost: float) -> str:
-        """How to ask for a cost that can be reached, in the form in which the target was asked for."""
+        """The keyword and value that ask for a cost, in the form in which the target was given."""
         if self.name == "target_group_sparsity":
             return f"{self.name}={np.floor((self.full - cost) / self.full * 1e4) / 1e4:.4f}"
         if isinstance(self.asked, int):
@@ -191,7 +193,7 @@ class Target:
 
 
 def _measure(name: str, costs: Costs | None, latency: Measure | None) -> Measure:
-    """What a target counts, by its keyword."""
+    """The measure that belongs to a keyword."""
     of_costs: Measure | None = None if costs is None else getattr(costs, name.removeprefix("target_"), None)
     measure = latency if name == "target_latency_ms" else of_costs
     if measure is None:
@@ -203,7 +205,7 @@ def _measure(name: str, costs: Costs | None, latency: Measure | None) -> Measure
 
 
 def shown(number: float) -> str:
-    """A cost for people: whole numbers with separators, others with three digits.
+    """A cost as text: whole numbers with separators, others with three digits.
 
     >>> shown(1234567.8), shown(12.3456)
     ('1,234,568', '12.3')

@@ -1,4 +1,7 @@
-"""Named parameters and a choice of optimizer -> a real ``torch.optim.Optimizer`` whose parameter groups carry names."""
+"""Make the optimizer to wrap, with parameter groups that carry names.
+
+build(model.named_parameters(), {"variant": "sgd", "lr": 0.1, "first_momentum": 0.9})   # a torch.optim.SGD
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ VARIANTS: dict[str, type[Optimizer]] = {
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
 }
-"""Every optimizer of ``torch.optim``; case does not count."""
+"""Every optimizer of ``torch.optim`` by its name in lower case."""
 
 REFUSED = {
     "lbfgs": "it evaluates the loss several times in a step, and its history mixes all entries",
@@ -74,7 +77,7 @@ def build(params: Params, options: Mapping[str, Any]) -> Optimizer:
 
 
 MOMENTS = ("first_momentum", "second_momentum", "dampening")
-"""What has other names in other optimizers."""
+"""Options that go by different names in different optimizers."""
 
 
 def _of_base(
@@ -92,7 +95,7 @@ def _of_base(
 
 
 def keeps_own_state(base: Optimizer) -> bool:
-    """Whether an optimizer writes its state dict itself, as those do whose state is not all in ``.state``."""
+    """Whether an optimizer writes its own state dict, because some of its state is not in ``.state``."""
     return type(base).state_dict is not Optimizer.state_dict or "state_dict" in vars(base)
 
 
@@ -102,7 +105,7 @@ def inside(base: Optimizer) -> dict[str, Optimizer]:
 
 
 def _sound(base: Optimizer) -> Optimizer:
-    """Refuse what only looks like an optimizer, and tell of state that no checkpoint would hold.
+    """Refuse what only looks like an optimizer, and warn of state that no checkpoint would hold.
 
     Raises:
         OptionError: It lacks what every torch optimizer has, or it cannot prune.
@@ -151,7 +154,7 @@ def _variant(name: str) -> type[Optimizer]:
 
 
 def _translated(given: dict[str, float], takes: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """The moments under the names that the optimizer has for them; one that it has none for keeps ours."""
+    """The moments by the names that the optimizer uses; one that it does not know keeps our name."""
     own: dict[str, Any] = dict(given)
     if "betas" in takes and own.keys() & {"first_momentum", "second_momentum"}:
         first, second = takes["betas"].default

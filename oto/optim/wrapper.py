@@ -1,6 +1,9 @@
-"""A torch optimizer around another one, which takes the steps: both have the same parameter groups, state and defaults.
+"""A torch optimizer around another one, which makes the updates. Both share parameter groups, state and defaults.
 
-Learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like work as they do without it.
+So learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like work as they do with the wrapped one::
+
+    optimizer = oto.hesso(variant="adamw", lr=1e-3, target_macs=0.5)
+    optimizer.base   # a torch.optim.AdamW
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ class Wrapper(Optimizer):
     """An optimizer whose update is that of another one, its ``base``.
 
     Args:
-        params: As in :class:`oto.optim.SparseOptimizer`; every parameter gets a name.
-        options: What makes the other one, see :class:`oto.optim.options.BaseOptions`.
+        params: As in :class:`oto.optim.SparseOptimizer`; every parameter receives a name.
+        options: How to make the wrapped optimizer, see :class:`oto.optim.options.BaseOptions`.
     """
 
     def __init__(self, params: Params, options: Mapping[str, Any]) -> None:
@@ -33,7 +36,7 @@ class Wrapper(Optimizer):
         return {n: p for group in self.param_groups for n, p in zip(group["param_names"], group["params"], strict=True)}
 
     def descend(self) -> None:
-        """Let the wrapped optimizer take its step."""
+        """Let the wrapped optimizer make its update."""
         if self.base.param_groups is not self.param_groups:
             self.base.param_groups = self.param_groups
         if self.base.state is not self.state:
@@ -41,7 +44,7 @@ class Wrapper(Optimizer):
         self.base.step()
 
     def is_probe(self) -> bool:
-        """Whether this step only fills empty state: zero gradients, zero learning rate, as torch's checkpointing does.
+        """Whether this step only fills empty state, with zero gradients and a zero learning rate.
 
         ``torch.distributed.checkpoint`` takes such a step when it saves or loads an optimizer without state. It must
         leave no trace.
@@ -55,7 +58,7 @@ class Wrapper(Optimizer):
         return not any_entry_of(p.grad for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters that belong to no node group, such as adapters or layers that were frozen; names may lack."""
+        """Add parameters that belong to no node group, such as adapters or layers once frozen; names are optional."""
         if any(param_group is group for group in self.base.param_groups):  # from Optimizer.__init__
             self.param_groups.append(param_group)
             return
@@ -90,4 +93,4 @@ class Wrapper(Optimizer):
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
 
     def _renew(self) -> None:
-        """Parameters or atoms are other ones: forget what was derived from them."""
+        """Parameters or atoms were replaced: discard what was derived from them."""

@@ -141,28 +141,7 @@ def to_dot(
     macs = macs_by_node(partition) if display_flops else {}
     repeats = repeated_blocks(flow)
     box = {node: _box(node, data, repeats) for node, data in flow.nodes(data=True) if _drawn(data)}
-    picture = pydot.Dot(
-        graph_type="digraph",
-        rankdir="TB" if vertical else "LR",
-        labelloc="t",
-        fontname="Helvetica",
-        fontsize="16",
-        label=_escaped(_title(title, groups, by_node_groups)),
-        nodesep="0.2",
-        ranksep="0.25",
-        compound="true",
-    )
-    picture.set_node_defaults(
-        shape="box",
-        style="filled",
-        fontname="Helvetica",
-        fontsize="11",
-        color="#555555",
-        fillcolor=WHITE,
-        margin="0.12,0.05",
-        height="0.3",
-    )
-    picture.set_edge_defaults(color="#777777", arrowsize="0.6")
+    picture = _canvas(_title(title, groups, by_node_groups), vertical)
     frames: dict[str, Any] = {"": picture}
     blocks, around = _blocks(flow), _segments(partition)
     for node, name in box.items():
@@ -191,6 +170,35 @@ def to_dot(
     for a, b in _edges(flow, box):
         # the longest path is drawn straight, so that a deep network is a column
         picture.add_edge(pydot.Edge(_quoted(a), _quoted(b), weight="100" if (a, b) in line else "1"))
+    return picture
+
+
+def _canvas(title: str, vertical: bool) -> Any:
+    """An empty drawing, with the looks of its boxes and arrows."""
+    import pydot
+
+    picture = pydot.Dot(
+        graph_type="digraph",
+        rankdir="TB" if vertical else "LR",
+        labelloc="t",
+        fontname="Helvetica",
+        fontsize="16",
+        label=_escaped(title),
+        nodesep="0.2",
+        ranksep="0.25",
+        compound="true",
+    )
+    picture.set_node_defaults(
+        shape="box",
+        style="filled",
+        fontname="Helvetica",
+        fontsize="11",
+        color="#555555",
+        fillcolor=WHITE,
+        margin="0.12,0.05",
+        height="0.3",
+    )
+    picture.set_edge_defaults(color="#777777", arrowsize="0.6")
     return picture
 
 

@@ -77,13 +77,7 @@ def report(
         MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
         ArtifactError: The file cannot be written; what was there is as it was.
     """
-    try:
-        import jinja2
-        from markupsafe import Markup, escape
-    except ImportError as failure:
-        raise MissingExtraError(
-            f"a report needs {failure.name}, which is not installed\n  to fix  pip install 'oto[report]'"
-        ) from failure
+    environment = _environment()  # before anything is drawn
     drawing, no_drawing = _drawing(origin)
     full = origin.full
     sizes = {group.name: group.size for group in origin.groups} | dict(full.sizes)
@@ -108,19 +102,40 @@ def report(
         "load": _load(subnet),
         "versions": _versions(),
     }
-    environment = jinja2.Environment(
+    path = Path(path)
+    page = _page(environment, facts)
+    with whole_file(path) as draft:
+        draft.write_text(page, encoding="utf-8")
+    return path
+
+
+def _environment() -> Any:
+    """What fills in the template.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as failure:
+        raise MissingExtraError(
+            f"a report needs {failure.name}, which is not installed\n  to fix  pip install 'oto[report]'"
+        ) from failure
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    marked = {key: Markup(facts[key]) for key in ("drawing",)}
+
+
+def _page(environment: Any, facts: dict[str, Any]) -> str:
+    """The template, filled in. What we draw ourselves goes in as it is; all other text is escaped."""
+    from markupsafe import Markup, escape
+
     for panel in facts["panels"]:  # long names break at their dots
         panel["title"] = Markup(escape(panel["title"]).replace(".", Markup(".<wbr>")))
     for chart in (*facts["panels"], *filter(None, (facts["macs"], facts["latency"], facts["training"]))):
         chart["chart"] = Markup(chart["chart"])
-    page = environment.get_template(TEMPLATE).render({**facts, **marked})
-    path = Path(path)
-    with whole_file(path) as draft:
-        draft.write_text(page, encoding="utf-8")
-    return path
+    page: str = environment.get_template(TEMPLATE).render({**facts, "drawing": Markup(facts["drawing"])})
+    return page
 
 
 def _verdict(subnet: Described, milliseconds: Mapping[str, Sequence[float]] | None) -> str:

@@ -49,9 +49,15 @@ def thinned(model, x, share=0.5, seed=0, allow_graph=False, **options):
     return run(model, x), run(subnet.model, x), subnet
 
 
-@pytest.mark.parametrize("emitter", ["module", "graph"])
 @pytest.mark.parametrize(
-    "norm", [nn.LayerNorm, nn.RMSNorm, lambda n: nn.LayerNorm(n, elementwise_affine=True, bias=False)]
+    ("emitter", "norm"),
+    [
+        ("module", nn.LayerNorm),
+        ("graph", nn.LayerNorm),
+        ("module", nn.RMSNorm),
+        ("graph", nn.RMSNorm),
+        ("module", lambda n: nn.LayerNorm(n, elementwise_affine=True, bias=False)),
+    ],
 )
 def test_residual_width_heads_and_hidden_width(emitter, norm):
     full, slim, subnet = thinned(Residual(norm=norm), torch.randn(2, 7, 5), emitter=emitter)
@@ -70,8 +76,10 @@ def test_stock_modules_that_cannot_say_it_are_replaced():
     assert subnet.model.up.in_features == subnet.model.up.weight.shape[1] < 16
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 7}, {"bias": False}])
+@pytest.mark.parametrize(
+    ("options", "need_weights"),
+    [({}, True), ({}, False), ({"kdim": 6, "vdim": 7}, False), ({"bias": False}, True)],
+)
 def test_cross_attention_with_masks(options, need_weights):
     class Cross(nn.Module):
         def __init__(self):
