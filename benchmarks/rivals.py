@@ -5,6 +5,7 @@
     python benchmarks/rivals.py --methods oto --options 'oto:{"start_pruning_step": 0.1}'
     python benchmarks/rivals.py --tasks resnet20 --targets .6 --seeds 0 --methods hspg --options 'hspg:{"lmbda": 1.0}'
     python benchmarks/rivals.py --latency                       # of the slim networks, on a machine that is idle
+    python benchmarks/rivals.py --search --targets .6 --seeds 0 # which λ and ε; writes rivals_search.jsonl
     python benchmarks/rivals.py --table                         # docs/benchmarks/rivals.md from what is there
 
 Every cell (task, method, target, seed) is a line of `docs/benchmarks/rivals.jsonl`, written when it is done. A cell
@@ -16,7 +17,9 @@ the choice that was measured. `lhspg` (for `minilm`) trains adapters on a frozen
 learning rates; by name only, too.
 
 Choices (a default, an option) are made on `accuracy_holdout`: images that no training here sees. `accuracy` is that on
-the test set, and nothing is chosen by it.
+the test set, and nothing is chosen by it. `--search` never looks at the test set. It runs the options that
+`rivals_methods.GRIDS` has for a method, resumes like the cells, and names, among those whose hold-out accuracy is
+within half a point of the best, the one with most groups gone by half-space.
 """
 
 from __future__ import annotations
@@ -40,12 +43,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from rivals_methods import METHODS, accuracy, macs, params, rebuilt
+from rivals_methods import GRIDS, METHODS, accuracy, macs, params, rebuilt
 from rivals_tasks import TASKS, Task, channels_last
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "rivals.jsonl"
+SEARCHED = RESULTS.with_name("rivals_search.jsonl")
 OURS = ("oto", "oto-cric", "oto-published", "random")
 SERIES = ("hspg", "dhspg", "dhspg-published", "lhspg")  # the other papers; see the docstring
 # What carries all methods; the others the two best rivals and the dense one.
@@ -59,6 +63,7 @@ BEST = ["dense", "dense-small", *OURS, "tp-l1-global-portions", "tp-l2-global-po
 # Of the papers: a GPU's work, and the papers' own figures stand beside them.
 RECIPES = ("resnet18", "resnet50", "vgg16_bn", "resnet56_scratch")
 REPEATS = 40
+SLACK = 0.5  # points of hold-out accuracy that a larger share by half-space is worth; two seeds differ by .2 to .4
 TRIED = Path(__file__).with_name("rivals_tried.md")
 
 Line = dict[str, Any]
@@ -188,6 +193,58 @@ def machine() -> str:
         return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
+# ------------------------------------------------------------------------------------------------ search
+
+
+def tried(args: argparse.Namespace) -> Iterator[tuple[Line, Line]]:
+    """Cells and options of a search, those of all methods in turn."""
+    for method in args.methods or list(GRIDS):
+        for options in GRIDS[method]:
+            for cell in cells(argparse.Namespace(**vars(args) | {"methods": [method], "options": {method: options}})):
+                yield cell | {"kind": "search"}, options
+
+
+def search_of(cell: Line, options: Line, args: argparse.Namespace) -> Line | None:
+    """Accuracy on what is held out, and how many groups went which way; the test set is not looked at."""
+    with claimed(args.results, cell) as mine:
+        if not mine:
+            return None
+        task, method = of(cell, args.device), cell["method"].partition("[")[0]
+        data, used = task.data(), time.process_time()
+        slim = METHODS[method](task, data, cell["target"], cell["seed"], options)
+        return cell | {
+            "options": options,
+            "accuracy_holdout": accuracy(slim.model, data.holdout),
+            **slim.notes,
+            "cpu_minutes": round((time.process_time() - used) / 60, 2),
+            **where(args.device),
+        }
+
+
+def by_half_space(line: Line) -> float:
+    """Share of the groups at zero that left their half-spaces."""
+    return line["ways"]["by half-space"] / max(sum(line["ways"].values()), 1)
+
+
+def searched(lines: list[Line]) -> list[str]:
+    """A row for every options that were tried, and the one that is taken, in bold: by the rule of the docstring."""
+    rows = ["| task | target | options | seeds | hold-out | by half-space |", "|---|--:|---|--:|--:|--:|"]
+    found: dict[tuple[str, float, str], dict[str, list[Line]]] = {}
+    for line in lines:
+        key = line["task"], line["target"], line["method"].partition("[")[0]
+        found.setdefault(key, {}).setdefault(line["method"], []).append(line)
+    for (task, target, _), own in sorted(found.items(), reverse=True):
+        scores = {m: mean(rs, "accuracy_holdout") for m, rs in own.items()}
+        shares = {m: statistics.mean(map(by_half_space, rs)) for m, rs in own.items()}
+        best = max(scores.values())
+        taken = max((m for m in own if scores[m] >= best - SLACK), key=lambda m: shares[m])
+        for method in sorted(own, key=lambda m: -scores[m]):
+            bold = "**" if method == taken else ""
+            cells = f"{len(own[method])} | {scores[method]:.2f} | {shares[method]:.0%}"
+            rows.append(f"| {task} | {target:g} | {bold}{method}{bold} | {cells} |")
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ latency
 
 
@@ -285,7 +342,7 @@ def table(here: list[Line], dense: list[Line], target: float, times: dict[Any, L
         timed = next((times[identity(r)] for r in own if identity(r) in times), None)
         cells = [speed(timed, mode) if timed else "" for mode in ("eager", "compiled")]
         bold = "**" if method == "oto" else ""
-        ways = [r["ways"]["by half-space"] / max(sum(r["ways"].values()), 1) for r in own if "ways" in r]
+        ways = [by_half_space(r) for r in own if "ways" in r]
         left = f", {statistics.mean(ways):.0%} by half-space" if ways else ""
         rows.append(
             f"| {bold}{method}{bold}{left} | {len(own)} | "
@@ -346,24 +403,37 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="training examples; default: the task's")
     parser.add_argument("--epochs", type=int, help="default: the task's")
     parser.add_argument("--options", nargs="+", default=[], metavar="METHOD:JSON", help="keywords of a method")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--search", action="store_true", help="try the options of GRIDS instead, on what is held out")
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="where to train; latency is always that on the CPU")
     parser.add_argument("--batch", type=int, default=4, help="of --latency")
     parser.add_argument("--latency", action="store_true", help="only time the slim networks of the chosen cells")
     parser.add_argument("--table", action="store_true", help="only write the page")
     args = parser.parse_args(argv)
+    args.results = args.results or (SEARCHED if args.search else RESULTS)
     split = [text.partition(":") for text in args.options]
     args.options = {method: json.loads(options) for method, _, options in split}
     unknown = args.options.keys() - METHODS.keys()
     if unknown:
         parser.error(f"--options names {', '.join(sorted(unknown))}, which is no method")
+    if args.search and (missing := set(args.methods or ()) - GRIDS.keys()):
+        parser.error(f"--search has no options to try for {', '.join(sorted(missing))}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     torch.set_num_threads(args.threads)
+    if args.search:
+        for cell, options in tried(args):
+            line = None if args.table else search_of(cell, options, args)
+            if line is not None:
+                append(args.results, line)
+                said = "{method}: hold-out {accuracy_holdout:.2f} %, {ways}, {cpu_minutes} minutes of a core"
+                print(said.format(**line), flush=True)
+        print(*searched(read(args.results)), sep="\n")
+        return
     if not args.table:
         for cell in cells(args):
             line = latency_of(cell, args) if args.latency else accuracy_of(cell, args)

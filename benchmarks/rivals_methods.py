@@ -466,6 +466,25 @@ METHODS: dict[str, Method] = {
     for when in WHEN
 }
 
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "hspg": [
+        {"lmbda": 0.1, "epsilon": 0.99},
+        {"lmbda": 0.3, "epsilon": 0.99},
+        {"lmbda": 0.1, "epsilon": 0.995},
+        {"lmbda": 0.05, "epsilon": 0.995},
+        {"lmbda": 0.4},
+    ],
+    "dhspg": [
+        {"lmbda": 0.5, "hat_lmbda_coeff": 100, "epsilon": 0.99},
+        {"lmbda": 0.2, "hat_lmbda_coeff": 100, "epsilon": 0.99},
+        {"lmbda": 1.0, "hat_lmbda_coeff": 100},
+        {"lmbda": 0.1, "hat_lmbda_coeff": 100, "epsilon": 0.99},
+        {"lmbda": 0.1, "hat_lmbda_coeff": 100, "epsilon": 0.995},
+    ],
+}
+"""What `rivals.py --search` tries. A group leaves its half-space once a step takes 1 - ε of it, so a high ε lets groups
+of a norm of αλ / (1 - ε) go without all others being penalized for long."""
+
 
 def rebuilt(task: Task, how: Mapping[str, Any]) -> nn.Module:
     """A network of the shape of a slim one, with weights that mean nothing."""

@@ -4,6 +4,7 @@
     python benchmarks/step.py --device cuda
     python benchmarks/step.py --threads 1 --training 8
     python benchmarks/step.py --memory
+    python benchmarks/step.py --floor
 
 Both optimizers run in one process on two copies of the same parameters, step by step in turns; the table shows medians
 in milliseconds and their ratio. Gradients are made once; for pruned entries they are what back-propagation gives there
@@ -18,6 +19,10 @@ With ``--training N`` the table is another one: what the sparse optimizer adds t
 backward, SGD) on a batch of N, where it observes gradients, and where it penalizes. On one CPU thread seconds are those
 of the process, so that other programs do not count. ``--memory`` counts the bytes of tensors that an optimizer holds
 beside the state of the wrapped one: in a checkpoint, and while it penalizes.
+
+``--floor`` shows what of a step of HSPG calls of torch cannot do without, beside fused SGD: bare calls on the matrices
+of a model, block by block, without groups or atoms. They read and write 5 numbers for each entry, as many as SGD with
+momentum does; a row in bold is a whole step that does no more. The least of all rounds counts.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from torch import Tensor, nn
 
 from oto.groups.node_group import NodeGroup
 from oto.optim import DHSPG, H2SPG, HESSO, HESSOCRIC, HSPG, LHSPG, SparseOptimizer
+from oto.optim.entries import BLOCK
 from oto.optim.half_space import HalfSpace
 
 Analyze = Callable[[nn.Module, Tensor], Sequence[NodeGroup]]
@@ -267,6 +273,46 @@ def memory(method: str, name: str, analyze: Analyze) -> tuple[int, int, int]:
     return sum(p.nbytes for p in model.parameters()), kept, held
 
 
+def floor(name: str, rounds: int) -> list[tuple[str, int, float]]:
+    """What is called, numbers read and written for each entry, and the least seconds of it."""
+    model, _ = MODELS[name]()
+    gradients(model)
+    cls, options = OPTIMIZERS["sgd"]
+    wrapped = cls(model.parameters(), fused=True, **options)
+    wholes = [p.detach().flatten(1) for p in model.parameters() if p.dim() > 1]
+    rows = [part for own in wholes for part in own.split(max(BLOCK * len(own) // own.numel(), 1))]
+    copies = [
+        own.view_as(part)
+        for own, part in zip(
+            torch.empty(sum(map(Tensor.numel, rows))).split([part.numel() for part in rows]), rows, strict=True
+        )
+    ]
+    product, sums = torch.empty(max(map(Tensor.numel, rows))), [torch.empty(len(part)) for part in rows]
+    least = [torch.full((len(part), 1), 1e-9) for part in rows]
+
+    def copy(norms: bool) -> None:
+        for x, own, total in zip(rows, copies, sums, strict=True):
+            own.copy_(x)
+            if norms:
+                torch.linalg.vector_norm(own, dim=1, out=total)
+
+    def subtract(inner: bool) -> None:
+        for x, own, by, total in zip(rows, copies, least, sums, strict=True):
+            x.addcmul_(own, by, value=-1)
+            if inner:
+                torch.sum(torch.mul(x, own, out=product[: x.numel()].view_as(x)), 1, out=total)
+
+    calls: dict[str, tuple[int, Callable[[], object]]] = {
+        "fused SGD with momentum": (5, wrapped.step),
+        "copy before it": (2, lambda: copy(norms=False)),
+        "copy, and norms": (2, lambda: copy(norms=True)),
+        "subtract after it": (3, lambda: subtract(inner=False)),
+        "subtract, and inner products": (3, lambda: subtract(inner=True)),
+    }
+    times = [[timed(call, torch.device("cpu")) for _, call in calls.values()] for _ in range(rounds + 2)][2:]
+    return [(what, calls[what][0], min(own)) for what, own in zip(calls, zip(*times, strict=True), strict=True)]
+
+
 def analysis(model: nn.Module, x: Tensor) -> Sequence[NodeGroup]:
     from oto import OTO
 
@@ -284,6 +330,7 @@ def main(analyze: Analyze = analysis) -> None:
     parser.add_argument("--saliency", help="the criterion that is averaged; by default that of HESSO")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--training", type=int, metavar="N", help="beside whole training steps on batches of N")
+    parser.add_argument("--floor", action="store_true", help="what a step of HSPG cannot do without; CPU")
     parser.add_argument("--memory", action="store_true", help="bytes beside the state of the wrapped optimizer")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -298,6 +345,22 @@ def main(analyze: Analyze = analysis) -> None:
             torch.manual_seed(0)
             cells = " | ".join(f"{number / 1e6:.2f}" for number in memory(method, name, analyze))
             print(f"| {name} | {method} | {cells} |", flush=True)
+        return
+    if args.floor:
+        print("| model | call | ms | × fused SGD | GB/s |\n|---|---|--:|--:|--:|")
+        for name in args.models:
+            torch.manual_seed(0)
+            found = floor(name, args.rounds)
+            entries = sum(p.numel() for p in MODELS[name]()[0].parameters() if p.dim() > 1)
+            fused, bare, whole = found[0][2], found[1][2] + found[3][2], found[2][2] + found[4][2]
+            rows = [
+                *found,
+                ("**SGD, copy, subtract**", 10, fused + bare),
+                ("**the same with the sums**", 10, fused + whole),
+            ]
+            for what, numbers, seconds in rows:
+                rate = 4e-9 * numbers * entries / seconds
+                print(f"| {name} | {what} | {1e3 * seconds:.1f} | {seconds / fused:.2f} | {rate:.1f} |", flush=True)
         return
     if args.training:
         print(

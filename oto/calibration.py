@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from oto.errors import OptionError
 from oto.groups import NodeGroup
+from oto.groups.node_group import computable
 from oto.groups.readers import Reader
 from oto.optim.compensate import (
     Key,
@@ -24,6 +25,7 @@ from oto.optim.compensate import (
     listening,
     touched,
 )
+from oto.optim.entries import Place
 from oto.shards import spread
 from oto.slim.edits import named_tensors
 from oto.trace.snapshot import preserved
@@ -83,17 +85,60 @@ def require_one_process(model: nn.Module, taker: str) -> None:
         )
 
 
-@contextmanager
-def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """If anything is raised inside, these tensors are as they were."""
-    tensors = list(tensors)
-    before = [t.detach().clone() for t in tensors]
-    try:
-        yield
-    except BaseException:
+@dataclass(eq=False)
+class Undo:
+    """What tensors were before they were written to: some whole, of others the atoms that went.
+
+    Attributes:
+        whole: The first ones, by name.
+        steps: Where it lay, and what lay there, in the order of writing.
+    """
+
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    steps: list[tuple[Place, Tensor]] = field(default_factory=list)
+
+    def remember(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Copy some tensors, which are about to be written to; the copies, as the tensors are now."""
+        copies = {name: tensors[name].detach().clone() for name in names}
+        for name, copy in copies.items():
+            if name not in self.whole:
+                self.whole[name] = copy
+                self.steps.append((Place(_bits(tensors[name].detach()), None), _bits(copy)))
+        return copies
+
+    def remember_atoms(self, group: NodeGroup, tensors: Mapping[str, Tensor], atoms: Tensor) -> None:
+        """Copy what of a node group is about to be zeroed, where it is not copied yet."""
+        for piece in group.zeros if len(atoms) else ():
+            if piece.parameter not in self.whole:
+                view = piece.of(_bits(tensors[piece.parameter].detach()))
+                place = Place(view, atoms.to(view.device))
+                self.steps.append((place, place.copy()))
+
+    def put_back(self) -> None:
+        """All of it, the last written first."""
         with torch.no_grad():
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.data.copy_(old)
+            for place, before in reversed(self.steps):
+                place.write_(before)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all copies."""
+        return sum(before.nbytes for _, before in self.steps)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """8-bit floats as bytes, since torch has few operators for them."""
+    return tensor if computable(tensor) is tensor else tensor.view(torch.uint8)
+
+
+@contextmanager
+def undone() -> Iterator[Undo]:
+    """If anything is raised inside, all that was remembered is as it was."""
+    undo = Undo()
+    try:
+        yield undo
+    except BaseException:
+        undo.put_back()
         raise
 
 
@@ -138,14 +183,13 @@ class Calibrated:
         for group in pack:
             group.zero_(self.tensors, torch.from_numpy(going[group.name]))
 
-    def saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
-        """A copy of all that a fold may write to, and of batch norms; what is zeroed is so with and without a fold."""
-        return {name: self.tensors[name].detach().clone() for name in touched(readers) | {*self._norm_buffers}}
+    def writes(self, readers: Iterable[Reader]) -> set[str]:
+        """The names of all that a fold may write to, and of batch norms."""
+        return touched(readers) | {*self._norm_buffers}
 
-    def written(self, groups: Iterable[NodeGroup], readers: Iterable[Reader]) -> list[Tensor]:
-        """All that may be written to when some groups lose atoms and some readers take over."""
-        zeroed = {piece.parameter for group in groups for piece in group.zeros}
-        return [self.tensors[name] for name in sorted(zeroed | touched(readers) | {*self._norm_buffers})]
+    def saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
+        """A copy of that; what is zeroed is so with and without a fold."""
+        return {name: self.tensors[name].detach().clone() for name in self.writes(readers)}
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

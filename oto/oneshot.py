@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oto.analysis import Analysis
-from oto.calibration import Calibrated, Data, LossOf, require_one_process, restored, worse
+from oto.calibration import Calibrated, Data, LossOf, Undo, require_one_process, undone, worse
 from oto.errors import OptionError
 from oto.groups import NodeGroup, Partition, cost
 from oto.groups.readers import Reader, Readers, readers
@@ -141,20 +141,20 @@ class Compression:
     def run(self) -> list[Portion]:
         """Choose, fold, zero; all is as it was if anything is raised.
 
-        Nothing is copied before the choice, which has gradients, and thereafter only what is written to: so at no time
-        is there more than one tensor beside each parameter.
+        Nothing is copied before the choice, which has gradients, and thereafter only what is written to, as it is: of
+        what loses atoms, these. So at no time is there more than one tensor beside each parameter, but for those that
+        a portion folds.
         """
         stage("choosing")
         going = self._choose()
         self.left = {group.name: np.ones(group.size, dtype=bool) for group in self.choice.groups}
         losing = [group for group in self.choice.groups if len(going[group.name])]
-        readers = self.readers.of([group.name for group in losing]) if self.settings.compensate else []
-        with restored(self.calibrated.written(losing, readers)):
+        with undone() as undo:
             before, done = self.calibrated.held_loss(), list[Portion]()
             packs = self._packs(losing)
             for i, pack in enumerate(packs):
                 stage(f"portion {i + 1} of {len(packs)}")
-                done.append(self._portion(pack, going, before))
+                done.append(self._portion(pack, going, before, undo))
                 before = done[-1].after
         return done
 
@@ -174,7 +174,9 @@ class Compression:
             return next(name for name, criterion in MEASURED.items() if criterion is self._measured)
         return "gradients" if self.choice.averaged else "weights"
 
-    def _portion(self, pack: Sequence[NodeGroup], going: dict[str, NDArray[np.int64]], before: float | None) -> Portion:
+    def _portion(
+        self, pack: Sequence[NodeGroup], going: dict[str, NDArray[np.int64]], before: float | None, undo: Undo
+    ) -> Portion:
         names = [group.name for group in pack]
         readers = self.readers.of(names) if self.settings.compensate else []
         by_fit = self._measured in (obs, sensitivity)
@@ -187,7 +189,7 @@ class Compression:
         def entries(reader: Reader) -> SplitEntries:
             return SplitEntries.of(reader.survivors(old), reader.survivors(new))
 
-        tried = self._fold_and_zero(pack, going, readers, measured, entries)
+        tried = self._fold_and_zero(pack, going, readers, measured, entries, undo)
         self.left = after
         atoms, size = sum(len(going[name]) for name in names), sum(group.size for group in pack)
         return Portion(tuple(names), atoms, size, before=before, **tried)
@@ -199,18 +201,20 @@ class Compression:
         readers: Sequence[Reader],
         measured: Mapping[Key, Moments],
         entries: Callable[[Reader], SplitEntries],
+        undo: Undo,
     ) -> dict[str, Any]:
         """Fold and zero, or zero alone if that leaves a lower loss: what a :class:`Portion` says of it."""
-        saved, kind = self.calibrated.saved(readers), str(self.settings.compensate)
-        unreached = (
-            fold_(readers, measured, entries, self.calibrated.tensors, kind, self.settings.ridge) if readers else []
-        )
+        kind, tensors = str(self.settings.compensate), self.calibrated.tensors
+        saved = undo.remember(tensors, sorted(self.calibrated.writes(readers)))
+        for group in pack:
+            undo.remember_atoms(group, tensors, torch.from_numpy(going[group.name]))
+        unreached = fold_(readers, measured, entries, tensors, kind, self.settings.ridge) if readers else []
         many = len(readers) - len(unreached)
         self.calibrated.zero_(pack, going)
         norms, loss = self.calibrated.settle()
         zeroed, folded, kept = (None, loss, "folded") if many else (loss, None, "zeroed")
         if many and self.calibrated.data.held:
-            with_fold = {name: self.calibrated.tensors[name].detach().clone() for name in saved}
+            with_fold = {name: tensors[name].detach().clone() for name in saved}
             self.calibrated.put_back(saved)
             self.calibrated.zero_(pack, going)
             norms_of_zeroed, zeroed = self.calibrated.settle()

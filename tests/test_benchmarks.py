@@ -91,6 +91,41 @@ def test_a_cell_that_another_process_has_in_hand_is_left_to_it(rivals: Any, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_search_resumes_and_looks_at_what_is_held_out(
+    rivals: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [{"lmbda": 5.0, "pruning_periods": 2}, {"pruning_periods": 2}]
+    monkeypatch.setitem(rivals.GRIDS, "dhspg", options)
+    data, seen, real = rivals.TASKS["resnet20"].data(), [], rivals.accuracy
+    monkeypatch.setattr(rivals, "accuracy", lambda model, split: seen.append(split) or real(model, split))
+    flags = ["--search", "--tasks", "resnet20", "--targets", ".5", "--seeds", "0", "--methods", "dhspg"]
+    results = tmp_path / "search.jsonl"
+    for _ in range(2):
+        rivals.main([*flags, f"--results={results}"])
+    lines = rivals.read(results)
+    assert [line["options"] for line in lines] == options
+    assert seen == [data.holdout] * 2 and all("accuracy" not in line for line in lines)
+    assert capsys.readouterr().out.count("minutes of a core") == 2
+    assert rivals.parsed(flags).results == rivals.SEARCHED
+    with pytest.raises(SystemExit):
+        rivals.parsed(["--search", "--methods", "oto"])
+
+
+def test_a_search_takes_what_went_by_half_space_if_it_costs_little(rivals: Any) -> None:
+    def line(options: str, holdout: float, gone: int) -> Any:
+        ways = {"by half-space": gone, "by choice": 10 - gone}
+        name = f"hspg[{options}]"
+        return {"task": "resnet20", "target": 0.6, "method": name, "accuracy_holdout": holdout, "ways": ways}
+
+    lines = [line("a", 90.0, 2), line("b", 89.6, 6), line("c", 85.0, 9), line("b", 89.8, 8)]
+    rows = rivals.searched(lines)[2:]
+    assert rows == [
+        "| resnet20 | 0.6 | hspg[a] | 1 | 90.00 | 20% |",
+        "| resnet20 | 0.6 | **hspg[b]** | 2 | 89.70 | 70% |",
+        "| resnet20 | 0.6 | hspg[c] | 1 | 85.00 | 90% |",
+    ]
+
+
 def test_moments_of_what_stays_are_kept(rivals: Any) -> None:
     """What torch-pruning leaves of a parameter and of its momentum are the same entries."""
     from rivals_methods import Rival

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -370,18 +371,26 @@ def test_only_what_may_go_gets_a_gradient():
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["head.bias"]
 
 
-def test_no_parameter_has_more_than_one_copy_beside_it(monkeypatch):
-    """Gradients of the choice have gone before anything is copied, and what is not written to never is."""
+def test_what_is_copied_is_what_is_written_to(monkeypatch):
+    """What a fold writes to, and of others the atoms that go; gradients of the choice have gone by then."""
     model, example, batches, loss = made("encoder")
     model.zero_grad()
-    seen, real = [], oto.oneshot.restored
+    seen, real = [], oto.oneshot.undone
 
-    def copies(tensors):
-        tensors = list(tensors)
-        seen.append((sum(t.numel() for t in tensors), sum(p.grad is not None for p in model.parameters())))
-        return real(tensors)
+    @contextmanager
+    def copies():
+        assert all(p.grad is None for p in model.parameters())
+        with real() as undo:
+            yield undo
+            seen.append(undo)
 
-    monkeypatch.setattr(oto.oneshot, "restored", copies)
-    OTO(model, example, only=["*linear1*"]).one_shot(target_macs=0.9, batches=batches, loss=loss)
-    layers = sum(p.numel() for n, p in model.named_parameters() if "linear1" in n or "linear2" in n)
-    assert len(seen) == 1 and 0 < seen[0][0] <= layers and seen[0][1] == 0
+    monkeypatch.setattr(oto.oneshot, "undone", copies)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    done = OTO(model, example, only=["*linear1*"]).one_shot(target_macs=0.9, batches=batches, loss=loss)
+    ((undo,), now) = seen, dict(model.named_parameters())
+    folded = {name: p for name, p in now.items() if "linear2" in name}
+    assert set(undo.whole) == set(folded)
+    gone = sum(portion.atoms for portion in done.portions)
+    assert gone and undo.nbytes == sum(p.nbytes for p in folded.values()) + 4 * gone * (16 + 1)
+    undo.put_back()
+    assert all(p.equal(before[name]) for name, p in now.items())

@@ -32,7 +32,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -91,49 +90,49 @@ class Moments:
     def mean(self) -> Tensor:
         return self.first / self.count
 
-    @cached_property
+    @property
     def raw(self) -> Tensor:
-        """``E[x xᵀ]``."""
+        """``E[x xᵀ]``; made anew each time, as it is as large as all sums."""
         return self.second / self.count
 
-    @cached_property
-    def centered(self) -> Tensor:
-        """The covariance."""
-        mean = self.mean
-        return self.raw - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    @property
+    def variance(self) -> Tensor:
+        """The diagonal of the covariance, shape ``(batch, n)``."""
+        return self.second.diagonal(dim1=-2, dim2=-1) / self.count - self.mean.square()
 
     def fit(self, stay: Tensor, go: Tensor, kind: str, ridge: float) -> tuple[Tensor, Tensor]:
         """Fit the entries ``go`` by those that ``stay``: ``B``, shape ``(batch, go, stay)``; ``c``, ``(batch, go)``."""
+        mean = self.mean
         if kind == "bias":
-            return self.raw.new_zeros(len(self.raw), len(go), len(stay)), self.mean[:, go]
-        matrix = self.centered if kind == "affine" else self.raw
-        among, across = matrix[:, stay][:, :, stay], matrix[:, stay][:, :, go]
+            return mean.new_zeros(len(mean), len(go), len(stay)), mean[:, go]
+        rows = self.second[:, stay].div_(self.count)
+        if kind == "affine":
+            rows.baddbmm_(mean[:, stay, None], mean[:, None], alpha=-1)  # their rows of the covariance
+        among, across = rows[:, :, stay], rows[:, :, go]
+        del rows  # of n² numbers there are three at most: the sums, and what is factored before and after
         B = _solved(among, across, ridge).mT
         if kind == "ridge":
-            return B, self.mean.new_zeros(len(B), len(go))
-        return B, self.mean[:, go] - (B @ self.mean[:, stay].unsqueeze(-1)).squeeze(-1)
-
-
-def _damped(matrix: Tensor, ridge: float) -> Tensor:
-    """A matrix with a share of its mean diagonal added to the diagonal; 1 if that is zero."""
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    by = torch.where(mean > 0, ridge * mean, torch.ones_like(mean))
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return matrix + by[:, None, None] * eye
+            return B, mean.new_zeros(len(B), len(go))
+        return B, mean[:, go] - (B @ mean[:, stay].unsqueeze(-1)).squeeze(-1)
 
 
 def _factor(matrix: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor, with more damping if rounding makes the matrix indefinite."""
+    """The Cholesky factor, with a share of the mean of the diagonal added to that, 1 where all of it is zero; with more
+    damping if rounding makes the matrix indefinite. The matrix is written to."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    plain, mean = diagonal.clone(), diagonal.mean(-1, keepdim=True)
     least = 10 * torch.finfo(matrix.dtype).eps
     for by in (ridge, *(max(ridge, least) * 10.0**power for power in range(1, 16))):
         factor: Tensor
-        factor, wrong = torch.linalg.cholesky_ex(_damped(matrix, by))
+        diagonal.copy_(plain + torch.where(mean > 0, by * mean, 1.0))
+        factor, wrong = torch.linalg.cholesky_ex(matrix)
         if not bool(wrong.any()):
             break
     return factor
 
 
 def _solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
+    """``(among + λI)⁻¹ across``; ``among`` is written to."""
     solved: Tensor = torch.cholesky_solve(across, _factor(among, ridge))
     return solved
 
@@ -313,7 +312,7 @@ class Surgeon:
 
     @classmethod
     def of(cls, reader: Reader, moments: Moments, parameter: Tensor, blocks: Tensor, ridge: float = RIDGE) -> Surgeon:
-        rows = reader.layout.rows(reader.weight(parameter)).to(moments.raw, copy=True)
+        rows = reader.layout.rows(reader.weight(parameter)).to(moments.second, copy=True)
         return cls(rows, torch.cholesky_inverse(_factor(moments.raw, ridge)), blocks.to(rows.device))
 
     def scores(self) -> Tensor:
@@ -359,6 +358,6 @@ def greedy(surgeons: Sequence[Surgeon], alive: NDArray[np.bool_], go: int, steps
 
 def fluctuation(reader: Reader, moments: Moments, parameter: Tensor, blocks: Tensor) -> Tensor:
     """``Σ Var(x_e) ||W_e||²`` over the entries of each atom (FLAP, arXiv 2312.11983), float64, shape ``(atoms,)``."""
-    rows = reader.layout.rows(reader.weight(parameter)).to(moments.raw)
-    of_entry = (moments.centered.diagonal(dim1=-2, dim2=-1) * rows.square().sum(1)).sum(0)
+    rows = reader.layout.rows(reader.weight(parameter)).to(moments.second)
+    of_entry = (moments.variance * rows.square().sum(1)).sum(0)
     return of_entry[blocks.to(of_entry.device)].sum(-1).double().cpu()

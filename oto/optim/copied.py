@@ -106,7 +106,7 @@ class Copied:
         """:meth:`subtract_`, and ``<x̂_g, x_g>`` thereafter, shape ``(N,)``: while the entries are at hand."""
         factors = self._of_rows(factors, rates)
         for part in self._parts:
-            part.dot(part.subtract(factors), 0)
+            part.dot(part.subtract_read(factors), 0)
         return self._total(0)
 
     def moved(self) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,10 @@ class _Part:
         self.copy = self.place.copy(None if self.copy is NOTHING else self.copy)
         self.slots[0].copy_(sq_norm(self.copy))
 
-    def subtract(self, factors: Tensor) -> Tensor:
+    def subtract(self, factors: Tensor) -> None:
+        self.subtract_read(factors)
+
+    def subtract_read(self, factors: Tensor) -> Tensor:
         """What the rows are then."""
         start, end = self.span
         own = self.place.read()
@@ -190,7 +193,15 @@ class _Matrix(_Part):
             torch.index_select(self.view, 0, self.rows, out=self.copy)
         torch.linalg.vector_norm(self.copy, dim=1, out=self.slots[0]).square_()
 
-    def subtract(self, factors: Tensor) -> Tensor:
+    def subtract(self, factors: Tensor) -> None:
+        if self.rows is None:
+            self.subtract_read(factors)
+        else:  # two calls rather than three: nobody asks for the rows
+            start, end = self.span
+            shares = torch.mul(self.copy, factors[start:end, None], out=self.product)
+            self.view.index_add_(0, self.rows, shares, alpha=-1)
+
+    def subtract_read(self, factors: Tensor) -> Tensor:
         start, end = self.span
         own = self.read()
         own.addcmul_(self.copy, factors[start:end, None], value=-1)
@@ -238,7 +249,7 @@ class _Thin(_Part):
         self.copy = self.read()
         self.store(0, self.wide(self.copy).square())
 
-    def subtract(self, factors: Tensor) -> Tensor:
+    def subtract_read(self, factors: Tensor) -> Tensor:
         own = self.read().addcmul_(self.copy, factors[self.slots_of].to(self.copy.dtype), value=-1)
         for place, numbers in zip(self.places, own.split(self.counts), strict=True):
             place.write_(numbers)

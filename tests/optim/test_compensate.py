@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from oto import OTO
+from oto._torch import TorchDispatchMode, tree_leaves
 from oto.groups.readers import readers
-from oto.optim.compensate import SplitEntries, Surgeon, fold_, greedy, key_of, listening
+from oto.optim.compensate import Moments, SplitEntries, Surgeon, fold_, greedy, key_of, listening
 
 
 class Net(nn.Module):
@@ -398,6 +400,28 @@ def test_parts_of_a_weight_that_read_different_tensors_are_told_apart():
         model(x)
     for reader, read in zip(found.found, (torch.relu(model.a(x)), torch.tanh(model.b(x))), strict=True):
         torch.testing.assert_close(moments[key_of(reader)].raw[0], read.T @ read / 30)
+
+
+@pytest.mark.parametrize("kind", ["affine", "ridge"])
+def test_a_fit_holds_two_matrices_beside_the_sums(kind):
+    """What is factored, before and after; or the rows that stay, and what they have among themselves."""
+    moments, stay, go = Moments.of(torch.randn(1, 900, 300)), torch.arange(290), torch.arange(290, 300)
+    before, made, most = moments.second.clone(), [], 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            made.extend(weakref.ref(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            alive = {id(t): t for ref in made if (t := ref()) is not None and t.numel() > 40_000}
+            most = max(most, len({t.untyped_storage().data_ptr() for t in alive.values()} - {own}))
+            return out
+
+    own = moments.second.untyped_storage().data_ptr()
+    with Watch():
+        moments.fit(stay, go, kind, 0.01)
+    assert most == 2
+    assert moments.second.equal(before)
 
 
 def test_the_surgeon_takes_the_atom_that_costs_least_each_time():
