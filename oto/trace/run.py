@@ -19,7 +19,7 @@ from oto._torch import (
 from oto.errors import TraceError, some
 from oto.nn.overridden import OverriddenForward
 from oto.trace.decisions import Script
-from oto.trace.functions import LITERALS, FunctionCall, Functions
+from oto.trace.functions import LITERALS, FunctionCall, Functions, SizeReads
 from oto.trace.graph import Graph, GraphBuilder, Mode, Value
 from oto.trace.outputs import named_tensors_in
 from oto.trace.recorder import Recorder
@@ -55,18 +55,26 @@ class Ran:
         result: What ``forward`` returned.
         outputs: The tensors in it, by their paths.
         replaced: Names of tensors of the model that the forward replaced by others.
+        reads_sizes: As in :class:`Graph`.
     """
 
     recorder: Recorder
     result: Any
     outputs: Sequence[tuple[str, Tensor]]
     replaced: frozenset[str]
+    reads_sizes: bool
 
     def recording(self, dead: bool) -> Recording:
         builder = self.recorder.builder
         graph = builder.build([id(tensor) for _, tensor in self.outputs], dead)
         names = tuple(name or "output" for name, _ in self.outputs)
-        graph = dataclasses.replace(graph, replaced=self.replaced, output_names=names)
+        graph = dataclasses.replace(
+            graph,
+            replaced=self.replaced,
+            output_names=names,
+            reads_sizes=self.reads_sizes,
+            script=self.recorder.script,
+        )
         return Recording(graph, self.recorder.constants, self.result)
 
 
@@ -82,6 +90,7 @@ def run(
     script: Script | None = None,
     literals: list[FunctionCall] | None = None,
     bare: bool = False,
+    hollow: bool = False,
 ) -> Ran:
     modules = modules_by_path(model)
     held = Held(modules, bare)
@@ -91,7 +100,7 @@ def run(
         stack.enter_context(found.making_anew())
         builder = GraphBuilder("real" if way == "autograd" else way) if builder is None else builder
         recorder = Recorder(builder, known, modules, found)
-        recorder.script, recorder.fake = script, fake
+        recorder.script, recorder.fake, recorder.hollow = script, fake, hollow
         held.make(stand_in)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         with DisableTorchFunction():
@@ -103,7 +112,11 @@ def run(
             stack.enter_context(Functions(recorder, functions))
         if literals is not None:
             stack.enter_context(Functions(recorder, literals, LITERALS))
+        reads = SizeReads(builder)
+        if way == "meta" and functions is None and literals is None:
+            stack.enter_context(reads)
         result, replaced = held.call(model, run_args, run_kwargs)
+        reads_sizes = way != "meta" or not reads.none
         outputs = list(named_tensors_in(result))
         if not outputs:
             raise TraceError(_gives_no_tensor(model, result))
@@ -115,7 +128,7 @@ def run(
         builder.end(id(tensor))
     if builder.writes("parameter"):
         found.writes_parameters()
-    return Ran(recorder, result, outputs, frozenset(replaced))
+    return Ran(recorder, result, outputs, frozenset(replaced), reads_sizes)
 
 
 def in_analyzed_form(model: nn.Module) -> None:

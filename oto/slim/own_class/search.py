@@ -39,6 +39,7 @@ from oto.slim.own_class.repairs import (
 )
 from oto.slim.own_class.result import Decision, OwnClass
 from oto.slim.own_class.situation import Proposal, Situation
+from oto.slim.own_class.sizeless import one_try_suffices
 from oto.slim.own_class.trials import THIN, Kind, Trial, Trials
 from oto.slim.own_class.workbench import Workbench
 
@@ -90,6 +91,8 @@ def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup
     trials = Trials(partition, groups)
     bench = Workbench(model, partition, dummy_input)
     adaptation = Adaptation(ties=_ties_of(groups))
+    if one_try_suffices(bench, trials, adaptation):
+        return Search(bench, trials, adaptation).described()
     if not bench.is_reproducible:
         return OwnClass(adaptation.with_whole(dict.fromkeys(trials.free, 0)), bench.calls)
     return Search(bench, trials, adaptation.with_sizes(stated_by_code(bench, trials))).result()
@@ -163,7 +166,12 @@ class Search:
             right.clear()
             self._repair(Situation(self.bench, self.trials, self.adaptation, trial, divergence))
         if describes:
-            self._describe()
+            return self.described()
+        return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
+
+    def described(self) -> OwnClass:
+        """What the class needs, once all tries are right, with the attributes that no call needs."""
+        self._describe()
         return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
 
     def _next(self, right: set[Trial], last: Trial | None) -> Trial | None:
