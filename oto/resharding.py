@@ -25,7 +25,6 @@ from oto.shards import (
     is_first,
     is_sharded,
     local,
-    named_tensors,
     reshard,
     whole,
 )
@@ -76,7 +75,7 @@ def in_every_process(model: nn.Module, make: Callable[[], Shrunk]) -> Shrunk:
 def _empty(model: nn.Module) -> None:
     """Take the entries out of all parameters; ties stay."""
     made: dict[int, nn.Parameter] = {}
-    for name, p in named_tensors(model, nn.Parameter):
+    for name, p in model.named_parameters(remove_duplicate=False):
         owner, last = owner_of(model, name)
         empty = torch.empty_like(p, device="meta")
         owner._parameters[last] = made.setdefault(id(p), nn.Parameter(empty, p.requires_grad))
@@ -117,7 +116,7 @@ def spread_anew(model: nn.Module, slim: Shrunk, shard: Shard) -> list[Moved]:
     devices = {name: held.device for name, held in model.named_buffers(remove_duplicate=False)}
     buffers = list(slim.model.named_buffers(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}
-    for name, p in named_tensors(slim.model, nn.Parameter):
+    for name, p in slim.model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(p), []).append(name)
     shard(slim.model)
     left = [name for name, p in slim.model.named_parameters() if is_sharded(old[name]) and not is_sharded(p)]
