@@ -22,9 +22,11 @@ from oto.axes.registry import known
 from oto.errors import (
     EmitterError,
     NotItsClassWarning,
+    NotPrunedWarning,
     VerificationError,
     first_line,
     out_of_memory,
+    some,
     users_level,
 )
 from oto.groups import Kept
@@ -166,6 +168,7 @@ def _warn_of_a_graph(source: Source, refused: Mapping[str, Exception]) -> None:
         "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
         f"  to fix  {source.remedy}; the zeros of the model may stay, so no training is lost",
         NotItsClassWarning,
+        NotPrunedWarning,
         stacklevel=users_level(),
     )
 
@@ -234,6 +237,15 @@ def _of_its_class(source: Source, compared: bool = False) -> Made:
     source, needed = without_needed(source)
     emitted = emit_class(source)
     emitted.notes.extend(f"{name}, which is zero, is computed: its class cannot do without it" for name in needed)
+    if needed:
+        warnings.warn(
+            f"{some(needed)}, which {'is' if len(needed) == 1 else 'are'} zero, cannot be left out of a"
+            f" {type(source.model).__name__}\n"
+            "  effect  the slim model computes it, and is larger than what the target counted\n"
+            "  to fix  emitter='graph'; or skip_patterns=[...], so that something else goes",
+            NotPrunedWarning,
+            stacklevel=users_level(),
+        )
     slim, edits = emitted.model, emitted.edits
     assert edits is not None
     if compared or (not source.verify and source.own is None):  # nothing else shows whether the class works

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import oto as library
 from oto import OTO
-from oto.errors import EmitterError, NothingPrunableError, ShrinkError
+from oto.errors import EmitterError, NothingPrunableError, NotPrunedWarning, ShrinkError
 from oto.nn import ErasedForward
 
 
@@ -413,3 +413,34 @@ def test_random_networks(seed):
 @given(st.integers(0, 10_000), st.sampled_from(["module", "graph"]))
 def test_more_random_networks(seed, emitter):
     examine(seed, emitter)
+
+
+class Mean(nn.Module):
+    """Gives another rank than it is given, by nothing that could be said for every size."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+class Gated(nn.Module):
+    """A branch of one module's code, with a child that no other can take the place of."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.into, self.mean = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), Mean()
+        self.gate, self.last, self.head = nn.Linear(8, 8), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        made = self.into(x).relu()
+        made = made * self.gate(self.mean(made)).sigmoid()[..., None, None]
+        return self.head((x + self.last(made)).mean((2, 3)))
+
+
+def test_a_segment_that_its_class_cannot_leave_out_is_told():
+    oto = OTO(randomized(Gated()).double(), torch.randn(2, 3, 6, 6).double(), compress_mode="erase")
+    erase(oto, 1.0)
+    with pytest.warns(NotPrunedWarning, match=r"last, which is zero, cannot be left out of a Gated\n.*larger than"):
+        subnet = oto.construct_subnet(emitter="module")
+    assert subnet.max_error <= 1e-12 and len(subnet.kept["last"]) == 1
+    assert oto.construct_subnet(emitter="graph").cost_after.macs < subnet.cost_after.macs
