@@ -11,10 +11,10 @@
 Every cell (task, method, target, seed) is a line of `docs/benchmarks/rivals.jsonl`, written when it is done. A cell
 that is there, or that another process has in hand, is not run; so a run that was cut off resumes, and two processes
 share the work. All methods of a seed see the same initial weights, batches and learning rates. `rivals_tasks.py` says
-what is trained and how, `rivals_methods.py` how it gets smaller. `hspg` and `dhspg` are run by name only, with a λ for
-the number of steps: the table says which share of the groups that went left by half-space; where that is small, it is
-the choice that was measured. `lhspg` (for `minilm`) trains adapters on a frozen model, at `rate` times the task's
-learning rates; by name only, too.
+what is trained and how, `rivals_methods.py` how it gets smaller. `hspg` and `dhspg` are run by name only, with a λ that
+suits the number of steps: the table says which share of the groups that went left by half-space; where that is small,
+it is the choice that was measured. `lhspg` (for `minilm`) trains adapters on a frozen model, at `rate` times the
+task's learning rates; by name only, too.
 
 Choices (a default, an option) are made on `accuracy_holdout`: images that no training here sees. `accuracy` is that on
 the test set, and nothing is chosen by it. `--search` never looks at the test set. It runs the options that

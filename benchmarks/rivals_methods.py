@@ -123,10 +123,14 @@ def scale_for(task: Task, target: float) -> float:
 # ------------------------------------------------------------------------------------------------ ours
 
 
-def ours(make: str, **fixed: Any) -> Callable[..., Slim]:
+def ours(make: str, reach: float | None = None, **fixed: Any) -> Callable[..., Slim]:
     """An optimizer of ``OTO`` with its defaults, but for ``fixed`` and what ``--options`` says.
 
     An option that is null is not passed on.
+
+    Args:
+        reach: What λ would take of a norm in all steps of a task at its highest learning rate, from which λ follows:
+            that of a paper is made for hundreds of times as many steps.
     """
 
     def run(task: Task, data: Data, target: float, seed: int, options: dict[str, Any]) -> Slim:
@@ -134,7 +138,9 @@ def ours(make: str, **fixed: Any) -> Callable[..., Slim]:
         model = task.network(1.0, task.pretrained)
         example = task.example()
         oto = OTO(model, example)
-        chosen = task.optimizer_options() | {"target_macs": target, "total_steps": task.steps} | fixed | options
+        suited = {} if reach is None else {"lmbda": reach / (task.lr * task.steps)}
+        usual = task.optimizer_options() | {"target_macs": target, "total_steps": task.steps} | suited
+        chosen = usual | fixed | options
         if chosen.get("compensate"):
             drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:512]
             chosen["batches"] = [data.train.batch(index)[0] for index in drawn.split(128)]
@@ -145,9 +151,9 @@ def ours(make: str, **fixed: Any) -> Callable[..., Slim]:
         if counted != said:
             raise AssertionError(f"torch counts {counted:,} MACs in the slim model, oto says {said:,}")
         kept = {name: _packed(atoms, _size(oto, name)) for name, atoms in subnet.kept.items()}
-        notes = {"emitter": subnet.emitter}
+        notes: dict[str, Any] = {"emitter": subnet.emitter}
         if ways := getattr(optimizer, "ways", None):  # how many groups left their half-spaces, how many were chosen
-            notes["ways"] = ways
+            notes |= {"ways": ways, "lmbda": chosen.get("lmbda")}
         return Slim(subnet.model, {"kept": kept}, notes)
 
     return run
@@ -454,8 +460,8 @@ METHODS: dict[str, Method] = {
     "oto": ours("hesso"),
     "oto-cric": ours("hesso_cric"),
     "oto-published": ours("hesso", saliency="hesso", normalize="all"),
-    "hspg": ours("hspg"),
-    "dhspg": ours("dhspg"),
+    "hspg": ours("hspg", reach=3.51),  # λ = .3 and .5 on ResNet-20: of what was tried, by the rule of `--search`
+    "dhspg": ours("dhspg", reach=5.85, hat_lmbda_coeff=100),
     "dhspg-published": ours("dhspg", saliency="dhspg"),
     "lhspg": lhspg,
     "random": ours("hesso", saliency=random_saliency),
