@@ -329,7 +329,6 @@ CHECKS: dict[str, Check] = {
     "timed": timed,
     "segments": partial(equal, "h2spg"),
     "shrunk": shrunk,
-    "shrunk in vain": shrunk_in_vain,
     "offloaded": offloaded,
     "compiled": compiled,
     "all at once": all_at_once,
@@ -338,6 +337,7 @@ CHECKS: dict[str, Check] = {
     "by the Trainer": by_the_trainer,
 }
 LONG: dict[str, Check] = {
+    "shrunk in vain": shrunk_in_vain,
     "shrunk twice": partial(shrunk, at=(20, 40), end=50),
     "shrunk, hspg": partial(shrunk, name="hspg adamw", at=(20, 40), end=50),
     "shrunk, dhspg": partial(shrunk, name="dhspg", at=(20, 40), end=50),
