@@ -1,8 +1,8 @@
 """What pruning 70 billion parameters takes of 64 GPUs beside FSDP2: formulas, checked against a simulation.
 
-    python benchmarks/fsdp2_plan.py --simulate hesso --results plan.jsonl              # 70B, one of 64 ranks, 6 GB
-    python benchmarks/fsdp2_plan.py --simulate hspg --layers 10 --results plan.jsonl   # its copies are real memory
-    python benchmarks/fsdp2_plan.py --table --results plan.jsonl
+    python benchmarks/fsdp2_plan.py                                # the table, by the formulas: 70B on 64 GPUs
+    python benchmarks/fsdp2_plan.py --simulate hesso               # one of the 64 ranks, 6 GB of memory
+    python benchmarks/fsdp2_plan.py --simulate hspg --layers 10    # its copies are real memory
 
 The simulation is one process that is rank ``--rank`` of 64 in torch's fake process group, which sends nothing and says
 it did. The model is made and analyzed on ``meta`` and sharded by ``fully_shard``; the shards of this rank then lie in
@@ -78,6 +78,16 @@ class Plan:
         return 3 * self.entry * self.parameters * (self.processes - 1) / self.processes
 
 
+def formula(args: argparse.Namespace) -> Plan:
+    """Of a Llama in bfloat16: residual width, and of each layer the FFN, heads of keys, of queries, and their width."""
+    width = args.hidden // args.heads
+    attention = 2 * args.hidden * width * (args.heads + args.kv_heads)
+    layer = attention + 3 * args.hidden * args.ffn + 2 * args.hidden
+    parameters = 2 * args.vocab * args.hidden + args.layers * layer + args.hidden
+    atoms = args.hidden + args.layers * (args.ffn + args.kv_heads + args.heads + width)
+    return Plan(parameters, parameters - args.vocab * args.hidden, atoms, args.processes, 2)
+
+
 class Still(torch.optim.Optimizer):
     """One that leaves everything as it is."""
 
@@ -124,7 +134,7 @@ def sharded(args: argparse.Namespace) -> tuple[Any, Any]:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    oto = OTO(model, {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}, layout=args.layout)
+    oto = OTO(model, {"input_ids": torch.zeros(1, 8, dtype=torch.int64)})
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)
@@ -169,7 +179,7 @@ def simulate(method: str, args: argparse.Namespace) -> dict[str, Any]:
     first, here = optimizer.param_groups[0], [p.to_local() for p in model.parameters()]
     return {
         "method": method,
-        "config": {k: v for k, v in vars(args).items() if k in ("hidden", "layers", "ffn", "vocab", "layout")},
+        "config": {k: v for k, v in vars(args).items() if k in ("hidden", "layers", "ffn", "vocab")},
         "plan": asdict(
             Plan(
                 sum(p.numel() for p in model.parameters()),
@@ -190,9 +200,10 @@ def simulate(method: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def require(found: dict[str, Any]) -> None:
+def require(found: dict[str, Any], expected: Plan) -> None:
     """Refuse a simulation that the formulas do not describe."""
     plan, method = Plan(**found["plan"]), found["method"]
+    assert plan == expected, (plan, expected)
     assert found["shard"] * 2 == plan.shard(), (found["shard"], plan.shard())
     assert found["held"] == (1 + 4 * found["criteria"]) * plan.atoms <= plan.own(method, found["criteria"])
     assert found["copied"] <= plan.entry * plan.prunable / plan.processes
@@ -204,23 +215,21 @@ def require(found: dict[str, Any]) -> None:
         assert all(size <= 4 * plan.atoms for size in sizes), f"{phase}: {sizes}, {plan.atoms} atoms"
 
 
-def rows(found: list[dict[str, Any]], gigabits: float) -> list[str]:
+def rows(plan: Plan, gigabits: float) -> list[str]:
     """Markdown."""
     lines = [
-        "| | weights and gradients, GB | AdamW, GB | `oto`, GB | sums at a choice | sent at a choice, MB | s | in other"
-        " steps of pruning, MB | FSDP2 sends in a step, GB |",
+        "| | weights and gradients, GB | AdamW, GB | `oto`, GB | sent at a choice, MB | takes, s | in other steps of"
+        " pruning, MB | FSDP2 sends in a step, GB | takes, s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for own in found:
-        plan, method = Plan(**own["plan"]), own["method"]
-        sums = {phase: sum(map(len, calls.values())) for phase, calls in own["calls"].items()}
-        choice, pruning = plan.sent(sums["choice"]), plan.sent(sums.get("pruning", 0))
+    for method in METHODS:
+        choice, pruning = (plan.sent(SUMS[method][phase]) for phase in ("choice", "pruning"))
         lines.append(
-            f"| {method}, {plan.parameters / 1e9:.1f} B of {own['config']['layers']} layers, {plan.atoms:,} groups"
-            f" | {plan.shard() / 1e9:.2f} | {plan.state() / 1e9:.2f} | {plan.own(method, own['criteria']) / 1e9:.2f}"
-            f" | {sums['choice']} | {choice / 1e6:.0f} | {choice * 8e-9 / gigabits:.3f} | {pruning / 1e6:.0f}"
-            f" | {plan.step() / 1e9:.0f} |"
+            f"| {method} | {plan.shard() / 1e9:.2f} | {plan.state() / 1e9:.2f} | {plan.own(method) / 1e9:.2f}"
+            f" | {choice / 1e6:.0f} | {choice * 8e-9 / gigabits:.4f} | {pruning / 1e6:.0f}"
+            f" | {plan.step() / 1e9:.0f} | {plan.step() * 8e-9 / gigabits:.1f} |"
         )
+    lines.append(f"\n{plan.parameters:,} parameters, {plan.atoms:,} groups, {plan.processes} processes")
     return lines
 
 
@@ -231,19 +240,20 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {"hidden": 8192, "ffn": 28672, "layers": 80, "heads": 64, "kv-heads": 8, "vocab": 128256}
     for name, default in {**sizes, "processes": 64, "rank": 5}.items():
         flags.add_argument(f"--{name}", type=int, default=default)
-    flags.add_argument("--layout", default=None, choices=(None, "uniform", "stock"))
     flags.add_argument("--gigabits", type=float, default=400.0, help="of a GPU's link, a second")
     flags.add_argument("--simulate", choices=METHODS)
-    flags.add_argument("--table", action="store_true")
-    flags.add_argument("--results", type=Path, default=Path("plan.jsonl"), help="a file of lines of JSON")
+    flags.add_argument("--results", type=Path, help="a file that simulations add a line of JSON to")
     args = flags.parse_args(argv)
-    if args.simulate is not None:
-        found = simulate(args.simulate, args)
-        require(found)
+    if args.simulate is None:
+        print("\n".join(rows(formula(args), args.gigabits)))
+        return
+    found = simulate(args.simulate, args)
+    if args.results is not None:
         with args.results.open("a") as file:
             file.write(json.dumps(found) + "\n")
-    if args.table:
-        print("\n".join(rows([json.loads(line) for line in args.results.read_text().splitlines()], args.gigabits)))
+    require(found, formula(args))
+    sums = {phase: sum(map(len, calls.values())) for phase, calls in found["calls"].items()}
+    print(f"as the formulas say: {found['plan']['atoms']:,} groups, sums in a step: {sums}")
 
 
 if __name__ == "__main__":

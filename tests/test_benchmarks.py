@@ -430,7 +430,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fsdp2_plan
 
 
-def test_a_plan_in_bytes(plans: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_in_bytes(plans: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 1000 entries in bfloat16 on 4 processes, 800 of them prunable in 10 groups."""
     plan = plans.Plan(1000, 800, 10, 4, 2)
     assert (plan.shard(), plan.state(), plan.step()) == (2 * 2 * 250, 12 * 250, 3 * 2 * 1000 * 3 / 4)
@@ -438,18 +438,22 @@ def test_a_plan_in_bytes(plans: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert plan.sent(4) == 4 * 40 * 2 * 3 / 4
     calls = {"averaged": {"c10d::allreduce_": [40]}, "choice": {"c10d::allreduce_": [40] * 4}, "pruning": {}}
     row = {"method": "hesso", "plan": vars(plan), "shard": 500, "held": 50, "criteria": 1, "copied": 0, "calls": calls}
-    plans.require(row)
+    plans.require(row, plan)
+    with pytest.raises(AssertionError):
+        plans.require(row, replace(plan, atoms=11))
     for key, wrong in (("shard", 501), ("held", 90), ("copied", 401)):
         with pytest.raises(AssertionError):
-            plans.require(row | {key: wrong})
+            plans.require(row | {key: wrong}, plan)
     for more in ([40] * 5, [44]):
         with pytest.raises(AssertionError):
-            plans.require(row | {"calls": calls | {"choice": {"c10d::allreduce_": more}}})
+            plans.require(row | {"calls": calls | {"choice": {"c10d::allreduce_": more}}}, plan)
     with pytest.raises(AssertionError):
-        plans.require(row | {"calls": calls | {"pruning": {"c10d::allgather_": [1]}}})
-    (tmp_path / "plan.jsonl").write_text(json.dumps(row | {"config": {"layers": 2}}))
-    plans.main(["--table", f"--results={tmp_path}/plan.jsonl"])
-    assert "| hesso, 0.0 B of 2 layers, 10 groups | 0.00 |" in capsys.readouterr().out
+        plans.require(row | {"calls": calls | {"pruning": {"c10d::allgather_": [1]}}}, plan)
+    plans.main([])
+    said = capsys.readouterr().out
+    assert (
+        "70,553,706,496 parameters, 2,317,952 groups, 64 processes" in said and "| hspg | 4.41 | 13.23 | 2.20 |" in said
+    )
 
 
 @pytest.mark.zoo

@@ -107,6 +107,7 @@ def resumed(tmp_path: Path, name: str, deaths: tuple[Death, ...]) -> None:
     assert all(torch.equal(p, again[key]) for key, p in weights.items())
 
 
+@pytest.mark.zoo
 def test_killed_before_in_and_after_a_period(tmp_path: Path) -> None:
     resumed(tmp_path, "hesso", DEATHS)
 

@@ -56,12 +56,12 @@ class WithoutLarge(TorchFunctionMode):
 
 
 def _product(given: Mapping[str, Any], found: Found) -> Tensor:
-    y: Tensor = _Product.apply(given["input"], given["weight"], found)  # type: ignore[no-untyped-call]
+    y: Tensor = _Product.apply(given["input"], given["weight"], found)
     return y if given.get("bias") is None else y + given["bias"]
 
 
 def _lookup(given: Mapping[str, Any], found: Found) -> Tensor:
-    y: Tensor = _Lookup.apply(given["input"], given["weight"], given.get("padding_idx"), found)  # type: ignore[no-untyped-call]
+    y: Tensor = _Lookup.apply(given["input"], given["weight"], given.get("padding_idx"), found)
     return y
 
 
@@ -73,7 +73,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows, inputs = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         if any(has_number(part.t() @ inputs) for part in rows.split(max(1, LARGE // inputs.shape[-1]), 1)):
@@ -90,7 +90,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
         rows, where = ids.reshape(-1).unique(return_inverse=True)
         total = g.new_zeros(len(rows), g.shape[-1]).index_add_(0, where, g.reshape(-1, g.shape[-1]))
