@@ -258,14 +258,14 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
             f"  to fix  ask for a share in [0, {room / total:.4f}]"
         )
     chosen: dict[str, list[int]] = {}
-    spare = Counter[str]()
+    may_go = Counter[str]()
     for group in prunable:
         for name, number in group.among:
-            spare[name] += 1 if name in spare else 1 - number
+            may_go[name] += 1 if name in may_go else 1 - number
     for tie, begin in (steps[i] for i in generator.permutation(len(steps))):
         sets = Counter(name for group, _ in members[tie] for name, _ in group.among)
-        if costs[tie] <= wanted and all(spare[name] >= n for name, n in sets.items()):
-            spare.subtract(sets)
+        if costs[tie] <= wanted and all(may_go[name] >= n for name, n in sets.items()):
+            may_go.subtract(sets)
             wanted -= costs[tie]
             for group, per in members[tie]:
                 chosen.setdefault(group.name, []).extend(order[group.name][begin * per :][: by[tie] * per].tolist())

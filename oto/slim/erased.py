@@ -27,7 +27,7 @@ from oto.trace.graph import Graph, Value
 
 aten = torch.ops.aten
 
-_FUNCTIONS = {
+_FUNCTIONS: Mapping[object, str] = {
     aten.relu.default: "relu",
     aten.relu_.default: "relu",
     aten.sigmoid.default: "sigmoid",
@@ -37,7 +37,7 @@ _FUNCTIONS = {
 }
 """Operators that may be left of a block, by the names of :data:`oto.nn.erased.THEN`."""
 
-_POOLS = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool2d_with_indices.default}
+_POOLS: Collection[object] = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool2d_with_indices.default}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN = (int, float, str, bool, type(None))
 

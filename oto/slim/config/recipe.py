@@ -133,7 +133,7 @@ class Recipe:
             if before is None:
                 return self._may_be_set(held, str(last)) and _is_size(value, max((PROBE, *self._widths())))
         if isinstance(value, list | tuple):
-            rest = iter(before if isinstance(before, list) else ())
+            rest: Iterator[Any] = iter(before if isinstance(before, list) else ())
             return all(any(one == own and type(one) is type(own) for own in rest) for one in value)
         if isinstance(before, float):
             return isinstance(value, float) and 0 < value <= max(before + 0.25, 1.0)
