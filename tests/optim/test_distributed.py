@@ -19,7 +19,6 @@ from torch.multiprocessing import ProcessExitedException
 from oto import OTO
 from oto.errors import StaleWrapperError
 from tests.optim.toy import net
-from tests.processes import METHOD, server
 
 RANKS = 2
 SCHEDULE = {"start_pruning_step": 3, "pruning_steps": 6, "pruning_periods": 3, "average_steps": 4, "lr": 0.05}
@@ -68,8 +67,7 @@ def in_processes(
     for _ in range(3):
         folder = tmp_path_factory.mktemp("ranks")
         try:
-            server()  # so that they start in a moment
-            torch.multiprocessing.start_processes(work, (str(folder),), ranks, start_method=METHOD)
+            torch.multiprocessing.spawn(work, (str(folder),), ranks)
         except ProcessExitedException as gone:
             if gone.signal_name is None:
                 raise
