@@ -429,7 +429,7 @@ def _slow(analysis: Analysis, slim: nn.Module, optimizer: SparseOptimizer | None
     if optimizer is None or optimizer.choice.target.name != "target_latency_ms" or not optimizer.progress.over:
         return None
     target = optimizer.choice.target
-    if analysis.first_cost is not None or type(analysis.model) is not type(slim):
+    if analysis.first is not None or type(analysis.model) is not type(slim):
         return None
     return as_promised(analysis.model, slim, analysis.example, target.goal, target.full)
 

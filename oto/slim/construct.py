@@ -168,7 +168,6 @@ def _warn_of_a_graph(source: Source, refused: Mapping[str, Exception]) -> None:
         "  effect  it computes the same, and has neither the methods nor the attributes of the class\n"
         f"  to fix  {source.remedy}; the zeros of the model may stay, so no training is lost",
         NotItsClassWarning,
-        NotPrunedWarning,
         stacklevel=users_level(),
     )
 
