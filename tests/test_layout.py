@@ -125,7 +125,6 @@ SEARCH = {
     "workbench": {
         "adaptation", "attributes", "blocks", "compare", "layers", "overrides", "rescale", "result", "traced",
     },
-    "sizeless": {"adaptation", "layers", "trials", "workbench"},
     "situation": {"adaptation", "attributes", "compare", "trials", "workbench"},
     "candidates": {"attributes", "blocks", "layers", "rescale", "situation"},
     "repairs": {
@@ -133,8 +132,8 @@ SEARCH = {
         "situation", "traced", "trials",
     },
     "search": {
-        "adaptation", "attributes", "blocks", "compare", "layers", "repairs", "result", "situation", "sizeless",
-        "trials", "workbench",
+        "adaptation", "attributes", "blocks", "compare", "layers", "repairs", "result", "situation", "trials",
+        "workbench",
     },
     "__init__": {"layers", "result", "search"},
 }  # fmt: skip

@@ -115,4 +115,4 @@ _SIZELESS = {
     *(F.dropout, F.softmax, F.batch_norm, F.layer_norm, F.embedding),
     *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
 }
-"""Functions of torch written in Python that look at no width, though a pool looks at lengths."""
+"""Functions of torch written in Python that look at no width: a norm in train mode and a pool look at batch and length."""

@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from oto._torch import tree_leaves, tree_map_only
-from oto.trace.decisions import Script
 
 Mode: TypeAlias = Literal["meta", "fake", "real", "autograd", "export"]
 """How a graph comes about: of shapes; of shapes and devices; on data; on data, with gradients; by ``torch.export``."""
@@ -122,7 +121,6 @@ class Graph:
             was written to.
         reads_sizes: Whether Python code may have seen a size of a tensor, and so may do something else when tensors
             are thinner.
-        script: What the model decided by its data, if it was run on data, so that another run can repeat it.
     """
 
     nodes: tuple[Node, ...]
@@ -137,7 +135,6 @@ class Graph:
     output_names: tuple[str, ...] = ()
     ends: frozenset[Value] = frozenset()
     reads_sizes: bool = True
-    script: Script | None = None
 
     @property
     def calls(self) -> tuple[Node, ...]:

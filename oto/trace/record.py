@@ -81,8 +81,7 @@ def record(
         try:
             with preserved(model, dummy_input) as found:
                 in_analyzed_form(model)
-                script = Script() if way in ("real", "autograd") else None
-                graph = run(model, args, kwargs, known, way, found, script=script).recording(dead).graph
+                graph = run(model, args, kwargs, known, way, found).recording(dead).graph
         except Exception as failure:
             reraise_out_of_memory(failure)
             traceback.clear_frames(failure.__traceback__)  # they hold tensors
@@ -127,7 +126,6 @@ def follow(
     literals: list[FunctionCall] | None = None,
     found: Snapshot | None = None,
     bare: bool = False,
-    hollow: bool = False,
 ) -> tuple[tuple[Node, ...], Exception | None]:
     """Every call that ``model`` makes on the example, including dead ones, until it fails; and the failure, if any.
 
@@ -140,14 +138,13 @@ def follow(
         found: The snapshot to restore afterwards, if there is one: for a copy that is thrown away, that of the model.
         bare: Whether ``model`` is a copy that is restored by ``found`` and holds its tensors only in its modules and in
             their lists and dicts, so that they may be swapped there.
-        hollow: Whether real numbers need not be computed, as ``script`` holds all that is decided by them.
     """
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way, limit=limit)
     try:
         with preserved(model, dummy_input, found) as found:
             in_analyzed_form(model)
-            run(model, args, kwargs, known, way, found, builder, functions, script, literals, bare, hollow)
+            run(model, args, kwargs, known, way, found, builder, functions, script, literals, bare)
     except Exception as failure:  # anything that the user's own forward may raise
         reraise_out_of_memory(failure)
         return tuple(builder.nodes[:limit]), None if builder.full else failure

@@ -88,7 +88,6 @@ class Recorder(TorchDispatchMode):
         self.constants: dict[Value, Tensor] = {}
         self.script: Script | None = None
         self.fake: FakeTensorMode | None = None
-        self.hollow = False
         self.alive: list[Tensor] = []  # tensors are identified by id, so none may be freed during the run
         self.places: dict[int, _Place] = {}
         self.latest: dict[_Place, int] = {}
@@ -199,8 +198,6 @@ class Recorder(TorchDispatchMode):
             result = args[0] if self.shapes_only and op in _WRITES_FIRST else None
             if result is None and self.shapes_only:
                 result = result_of(op, args, kwargs, self.fake)
-            elif self.hollow:
-                result = result_of(op, args, kwargs, zero=True)
         if self.builder.mode == "real" and (whole or writes):
             self.found.spare((args, kwargs))
         if result is None and self.shapes_only and not whole:

@@ -68,13 +68,7 @@ class Ran:
         builder = self.recorder.builder
         graph = builder.build([id(tensor) for _, tensor in self.outputs], dead)
         names = tuple(name or "output" for name, _ in self.outputs)
-        graph = dataclasses.replace(
-            graph,
-            replaced=self.replaced,
-            output_names=names,
-            reads_sizes=self.reads_sizes,
-            script=self.recorder.script,
-        )
+        graph = dataclasses.replace(graph, replaced=self.replaced, output_names=names, reads_sizes=self.reads_sizes)
         return Recording(graph, self.recorder.constants, self.result)
 
 
@@ -90,7 +84,6 @@ def run(
     script: Script | None = None,
     literals: list[FunctionCall] | None = None,
     bare: bool = False,
-    hollow: bool = False,
 ) -> Ran:
     modules = modules_by_path(model)
     held = Held(modules, bare)
@@ -100,7 +93,7 @@ def run(
         stack.enter_context(found.making_anew())
         builder = GraphBuilder("real" if way == "autograd" else way) if builder is None else builder
         recorder = Recorder(builder, known, modules, found)
-        recorder.script, recorder.fake, recorder.hollow = script, fake, hollow
+        recorder.script, recorder.fake = script, fake
         held.make(stand_in)
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         with DisableTorchFunction():

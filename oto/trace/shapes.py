@@ -22,7 +22,7 @@ Shape = Sequence[int]
 
 
 def result_of(
-    op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], fake: FakeTensorMode | None = None, zero: bool = False
+    op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], fake: FakeTensorMode | None = None
 ) -> Tensor | None:
     """An empty tensor of the right shape and dtype, contiguous, because that can be viewed in every shape.
 
@@ -30,7 +30,6 @@ def result_of(
 
     Args:
         fake: The fake tensor mode of the result, if any.
-        zero: Give zeros, for tensors that have data.
     """
     of = _SHAPES.get(op)
     if of is None or not args:
@@ -43,7 +42,7 @@ def result_of(
         return None
     if fake is not None:
         return fake_empty(fake, shape, None, first.dtype, first.device)
-    return (torch.zeros if zero else torch.empty)(shape, dtype=first.dtype, device=first.device)
+    return torch.empty(shape, dtype=first.dtype, device=first.device)
 
 
 class Remembered:

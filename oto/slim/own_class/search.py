@@ -24,6 +24,7 @@ from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import merge_ties
 from oto.groups.policy import keep_whole
 from oto.progress import stage
+from oto.slim.own_class import sizeless
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.blocks import ancestors
@@ -39,7 +40,6 @@ from oto.slim.own_class.repairs import (
 )
 from oto.slim.own_class.result import Decision, OwnClass
 from oto.slim.own_class.situation import Proposal, Situation
-from oto.slim.own_class.sizeless import one_try_suffices
 from oto.slim.own_class.trials import THIN, Kind, Trial, Trials
 from oto.slim.own_class.workbench import Workbench
 
@@ -91,7 +91,7 @@ def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup
     trials = Trials(partition, groups)
     bench = Workbench(model, partition, dummy_input)
     adaptation = Adaptation(ties=_ties_of(groups))
-    if one_try_suffices(bench, trials, adaptation):
+    if sizeless.passes(bench, trials, adaptation):
         return Search(bench, trials, adaptation).described()
     if not bench.is_reproducible:
         return OwnClass(adaptation.with_whole(dict.fromkeys(trials.free, 0)), bench.calls)

@@ -20,7 +20,7 @@ _DROPS = (torch.ops.aten.squeeze, torch.ops.aten.squeeze_)
 """Operators that treat a dimension differently once it has one entry."""
 
 
-def one_try_suffices(bench: Workbench, trials: Trials, adaptation: Adaptation) -> bool:
+def passes(bench: Workbench, trials: Trials, adaptation: Adaptation) -> bool:
     """Whether the class, as it is, makes the right calls with any counts, as shown by one try.
 
     ``False`` says only that one try does not show it.

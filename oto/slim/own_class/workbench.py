@@ -49,7 +49,6 @@ class Workbench:
         full: The calls of the full model.
         calls: The torch functions that it calls, once :attr:`is_reproducible` was asked.
         is_traced: Whether the numbers among their arguments know the attributes that they came from.
-        is_hollow: Whether a copy that is run on data need not compute: what it decides by them is known.
         runs: How many times a thinner copy was run.
     """
 
@@ -63,7 +62,6 @@ class Workbench:
         self.is_traced = False
         self.mode = self.graph.mode
         self.script: Script | None = None
-        self.is_hollow = False
         self.full = Full(partition.found)
         self.calls = FunctionCalls(partition, [])
         self.layers = Layers.of(model, self.graph)
@@ -74,46 +72,38 @@ class Workbench:
     def is_reproducible(self) -> bool:
         """Whether the full model, run again, makes the calls that were recorded; sets the mode in which it does.
 
-        The decisions of a run on data are repeated: a thinner copy is to take the path of the full model, whatever its
-        tensors hold, and so is the full model itself, which may decide otherwise once it was trained or zeroed.
+        The decisions of a run on data are recorded: a thinner copy is to take the path of the full model, whatever its
+        tensors hold.
         """
-        if self.graph.mode != "real":
-            return self._follows(self.graph.mode, None)
-        if self.graph.script is not None:
-            self.is_hollow = True
-            if self._follows("real", self.graph.script):
+        data = self.graph.mode == "real"
+        for mode in ("real", "autograd") if data else (self.graph.mode,):
+            if self._follow_traced(mode, data):
+                self.is_traced = True
                 return True
-            self.is_hollow = False
-        ways: list[tuple[Mode, Script | None]] = [("real", self.graph.script), ("autograd", self.graph.script)]
-        return any(self._follows(*way) for way in (*ways, ("real", None), ("autograd", None)))
-
-    def _follows(self, mode: Mode, script: Script | None) -> bool:
-        self.is_traced = self._follow_traced(mode, script)
-        return self.is_traced or self._follow(self.model, mode, script)
+            if self._follow(self.model, mode, data):
+                return True
+        return False
 
     @cached_property
     def blocks(self) -> Blocks:
         """Which calls of the full model have the same place in repeated blocks."""
         return Blocks(self.graph, self.modules, self.calls.recorded)
 
-    def _follow_traced(self, mode: Mode, script: Script | None) -> bool:
+    def _follow_traced(self, mode: Mode, data: bool) -> bool:
         """The same for a copy whose integers remember which attributes they came from."""
         try:
             copy = self._copy
             with traced(copy.model, lambda module: stock(module) is not None):
-                return self._follow(copy.model, mode, script, copy)
+                return self._follow(copy.model, mode, data, copy)
         except Exception as failure:  # the class cannot be copied, or refuses to have attributes set
             reraise_out_of_memory(failure)
             vars(self).pop("_copy", None)
             return False
 
-    def _follow(self, model: nn.Module, mode: Mode, script: Script | None, copy: _Copy | None = None) -> bool:
+    def _follow(self, model: nn.Module, mode: Mode, data: bool, copy: _Copy | None = None) -> bool:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
-        if script is not None:
-            script.begin()
-        elif self.graph.mode == "real":
-            script = Script()
+        script = Script() if data else None
         calls, failure = follow(
             model,
             self.dummy_input,
@@ -124,7 +114,6 @@ class Workbench:
             literals=literals,
             found=None if copy is None else copy.found,
             bare=copy is not None and copy.is_swappable,
-            hollow=self.is_hollow,
         )
         if failure is not None or [call.op for call in calls] != [node.op for node in self.graph.nodes]:
             return False
@@ -162,7 +151,7 @@ class Workbench:
     def _run(self, edits: Edits, adaptation: Adaptation, pruned: PrunedShapes, limit: int | None) -> Run:
         literals: list[FunctionCall] = []
         if self.script is not None:
-            self.script.begin()
+            self.script.read = 0
         if self._copy.is_swappable:
             slim, found = self._copy.edited(edits, self._thin(pruned, adaptation, changed=True)), self._copy.found
         else:
@@ -177,7 +166,6 @@ class Workbench:
             literals=literals,
             found=found,
             bare=self._copy.is_swappable,
-            hollow=self.is_hollow,
         )
         return Run(calls, failure, literals, is_cut=failure is None and len(calls) == limit)
 
