@@ -119,8 +119,6 @@ class Graph:
             is all.
         ends: Values that something else than a call reads: code that branches on one, or a tensor of the model that it
             was written to.
-        reads_sizes: Whether Python code may have seen a size of a tensor, and so may do something else when tensors
-            are thinner.
     """
 
     nodes: tuple[Node, ...]
@@ -134,7 +132,6 @@ class Graph:
     replaced: frozenset[str] = frozenset()
     output_names: tuple[str, ...] = ()
     ends: frozenset[Value] = frozenset()
-    reads_sizes: bool = True
 
     @property
     def calls(self) -> tuple[Node, ...]:

@@ -19,7 +19,7 @@ from oto._torch import (
 from oto.errors import TraceError, some
 from oto.nn.overridden import OverriddenForward
 from oto.trace.decisions import Script
-from oto.trace.functions import LITERALS, FunctionCall, Functions, SizeReads
+from oto.trace.functions import LITERALS, FunctionCall, Functions
 from oto.trace.graph import Graph, GraphBuilder, Mode, Value
 from oto.trace.outputs import named_tensors_in
 from oto.trace.recorder import Recorder
@@ -55,20 +55,18 @@ class Ran:
         result: What ``forward`` returned.
         outputs: The tensors in it, by their paths.
         replaced: Names of tensors of the model that the forward replaced by others.
-        reads_sizes: As in :class:`Graph`.
     """
 
     recorder: Recorder
     result: Any
     outputs: Sequence[tuple[str, Tensor]]
     replaced: frozenset[str]
-    reads_sizes: bool
 
     def recording(self, dead: bool) -> Recording:
         builder = self.recorder.builder
         graph = builder.build([id(tensor) for _, tensor in self.outputs], dead)
         names = tuple(name or "output" for name, _ in self.outputs)
-        graph = dataclasses.replace(graph, replaced=self.replaced, output_names=names, reads_sizes=self.reads_sizes)
+        graph = dataclasses.replace(graph, replaced=self.replaced, output_names=names)
         return Recording(graph, self.recorder.constants, self.result)
 
 
@@ -105,11 +103,7 @@ def run(
             stack.enter_context(Functions(recorder, functions))
         if literals is not None:
             stack.enter_context(Functions(recorder, literals, LITERALS))
-        reads = SizeReads(builder)
-        if way == "meta" and functions is None and literals is None:
-            stack.enter_context(reads)
         result, replaced = held.call(model, run_args, run_kwargs)
-        reads_sizes = way != "meta" or not reads.none
         outputs = list(named_tensors_in(result))
         if not outputs:
             raise TraceError(_gives_no_tensor(model, result))
@@ -121,7 +115,7 @@ def run(
         builder.end(id(tensor))
     if builder.writes("parameter"):
         found.writes_parameters()
-    return Ran(recorder, result, outputs, frozenset(replaced), reads_sizes)
+    return Ran(recorder, result, outputs, frozenset(replaced))
 
 
 def in_analyzed_form(model: nn.Module) -> None:

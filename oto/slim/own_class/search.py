@@ -24,7 +24,6 @@ from oto.groups import Kept, NodeGroup, Partition
 from oto.groups.layout import merge_ties
 from oto.groups.policy import keep_whole
 from oto.progress import stage
-from oto.slim.own_class import sizeless
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import AttributePlace, SizeAttribute
 from oto.slim.own_class.blocks import ancestors
@@ -91,8 +90,6 @@ def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup
     trials = Trials(partition, groups)
     bench = Workbench(model, partition, dummy_input)
     adaptation = Adaptation(ties=_ties_of(groups))
-    if sizeless.passes(bench, trials, adaptation):
-        return Search(bench, trials, adaptation).described()
     if not bench.is_reproducible:
         return OwnClass(adaptation.with_whole(dict.fromkeys(trials.free, 0)), bench.calls)
     return Search(bench, trials, adaptation.with_sizes(stated_by_code(bench, trials))).result()
@@ -166,12 +163,7 @@ class Search:
             right.clear()
             self._repair(Situation(self.bench, self.trials, self.adaptation, trial, divergence))
         if describes:
-            return self.described()
-        return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
-
-    def described(self) -> OwnClass:
-        """What the class needs, once all tries are right, with the attributes that no call needs."""
-        self._describe()
+            self._describe()
         return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
 
     def _next(self, right: set[Trial], last: Trial | None) -> Trial | None:

@@ -47,7 +47,9 @@ class Workbench:
 
     Attributes:
         full: The calls of the full model.
-        calls: The torch functions that it calls, once :attr:`is_reproducible` was asked.
+        calls: The torch functions that it calls.
+        blocks: Which of its calls have the same place in repeated blocks.
+        is_reproducible: Whether the full model, run again, makes the calls that were recorded.
         is_traced: Whether the numbers among their arguments know the attributes that they came from.
         runs: How many times a thinner copy was run.
     """
@@ -64,12 +66,13 @@ class Workbench:
         self.script: Script | None = None
         self.full = Full(partition.found)
         self.calls = FunctionCalls(partition, [])
+        self.is_reproducible = self._follow_full()
+        self.blocks = Blocks(self.graph, self.modules, self.calls.recorded)
         self.layers = Layers.of(model, self.graph)
 
     # --- the full model -----------------------------------------------------------------------------------------------
 
-    @cached_property
-    def is_reproducible(self) -> bool:
+    def _follow_full(self) -> bool:
         """Whether the full model, run again, makes the calls that were recorded; sets the mode in which it does.
 
         The decisions of a run on data are recorded: a thinner copy is to take the path of the full model, whatever its
@@ -83,11 +86,6 @@ class Workbench:
             if self._follow(self.model, mode, data):
                 return True
         return False
-
-    @cached_property
-    def blocks(self) -> Blocks:
-        """Which calls of the full model have the same place in repeated blocks."""
-        return Blocks(self.graph, self.modules, self.calls.recorded)
 
     def _follow_traced(self, mode: Mode, data: bool) -> bool:
         """The same for a copy whose integers remember which attributes they came from."""
