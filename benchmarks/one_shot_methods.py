@@ -58,7 +58,7 @@ def flap_score(reader: Any, moments: Any, parameter: Tensor, blocks: Tensor, rid
     """``Var(X_j) ||W_:j||²``, meaned over the entries of an atom, standardized over the layer."""
     weight = reader.layout.rows(reader.weight(parameter)).to(moments.second)
     count = moments.count
-    variance = moments.centered.diagonal(dim1=-2, dim2=-1) * (count / max(count - 1, 1))
+    variance = moments.variance * (count / max(count - 1, 1))
     of_entry = (variance * weight.square().sum(1)).sum(0)
     score = of_entry[blocks.to(of_entry.device)].mean(-1).double().cpu()
     return (score - score.mean()) / score.std(correction=0).clamp_min(torch.finfo(score.dtype).tiny)

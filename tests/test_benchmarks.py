@@ -76,7 +76,9 @@ def test_a_cell_of_every_kind_is_run_once(rivals: Any, tmp_path: Path, capsys: p
     rivals.main([*flags[:6], "--methods", "dense-small", "--seeds", "1", flags[6]])
     assert len(rivals.read(results)) == len(METHODS) + 1, "a line of its own after the broken one"
     text = results.with_suffix(".md").read_text()
-    assert sum(by_method["hspg"]["ways"].values()) and "| hspg[pruning_periods=2], 0% by half-space | 1 |" in text
+    ways = by_method["hspg"]["ways"]
+    share = round(100 * ways["by half-space"] / sum(ways.values()))
+    assert f"| hspg[pruning_periods=2], {share}% by half-space | 1 |" in text
     assert "| dense-small | 2 |" in text and "| **oto** | 1 |" in text and "points over `" in text
 
 

@@ -101,7 +101,7 @@ def test_pages_name_options_that_there_are() -> None:
 
     known = set()
     makers = OTO, OTO.hesso, OTO.hesso_cric, OTO.hspg, OTO.dhspg, OTO.h2spg, OTO.lhspg, OTO.preview, OTO.one_shot
-    makers += OTO.construct_subnet, OTO.visualize
+    makers += OTO.construct_subnet, OTO.visualize, OTO.shrink
     makers += OTO.family, Family.step, Family.backward, Family.cut, Family.construct, load_subnet
     makers += Distillation, Distillation.of, Distillation.forward, soft_targets, Mixture, replay, rewarmed
     for f in (*makers, progress_dict, early_stopping, mix):

@@ -22,7 +22,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
 }
-Found = Callable[[], None]
+Notify = Callable[[], None]
 
 
 def has_number(grad: Tensor) -> bool:
@@ -55,19 +55,19 @@ class WithoutLarge(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _product(given: Mapping[str, Any], found: Found) -> Tensor:
+def _product(given: Mapping[str, Any], found: Notify) -> Tensor:
     y: Tensor = _Product.apply(given["input"], given["weight"], found)
     return y if given.get("bias") is None else y + given["bias"]
 
 
-def _lookup(given: Mapping[str, Any], found: Found) -> Tensor:
+def _lookup(given: Mapping[str, Any], found: Notify) -> Tensor:
     y: Tensor = _Lookup.apply(given["input"], given["weight"], given.get("padding_idx"), found)
     return y
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, found: Found) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, found: Notify) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.found = found
         return F.linear(x, weight)
@@ -83,7 +83,7 @@ class _Product(torch.autograd.Function):
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, found: Found) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, found: Notify) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.padding = None if padding is None else padding % len(weight)
         ctx.found = found
