@@ -339,8 +339,8 @@ CHECKS: dict[str, Check] = {
 LONG: dict[str, Check] = {
     "shrunk in vain": shrunk_in_vain,
     "shrunk twice": partial(shrunk, at=(20, 40), end=50),
-    "shrunk, hspg": partial(shrunk, name="hspg adamw", at=(20, 40), end=50),
-    "shrunk, dhspg": partial(shrunk, name="dhspg", at=(20, 40), end=50),
+    "shrunk, hspg": partial(shrunk, name="hspg adamw", at=(40,), end=50),
+    "shrunk, dhspg": partial(shrunk, name="dhspg", at=(40,), end=50),
     "compiled whole": partial(compiled, whole=True),
     "by accelerate, full": partial(by_accelerate, kind="FULL_STATE_DICT"),
 }
