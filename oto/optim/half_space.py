@@ -225,7 +225,6 @@ class HalfSpace(HESSO):
         """Read back what has gone; in the last period, choose what is still missing."""
         if not self.choice.target.wants_less:
             return
-        self.zero_moments_()
         self._settle()
         if t == self.last_period:
             self._record_cost()
@@ -237,6 +236,8 @@ class HalfSpace(HESSO):
 
     def end_step(self, t: int) -> None:
         """Shrink what the choice gave up, as HESSO does, and keep at zero what is."""
+        if self.choice.target.wants_less and self.schedule.starts_period(t):
+            self.zero_moments_()  # after the last gradient by which what was read back would move
         if t >= self.last_period:
             if self.schedule.ends_period(t):
                 self.commit()
@@ -346,6 +347,13 @@ class HalfSpace(HESSO):
         """The atoms as they were read back last."""
         atoms: Tensor = self.param_groups[0]["oto_settled"]
         return atoms
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch."""
+        saved = super().state_dict()
+        first = saved["param_groups"][0]  # two tensors, as a distributed checkpoint is read into each of them
+        first["oto_settled"] = first["oto_settled"].clone()
+        return saved
 
     def describe_setup(self) -> dict[str, Any]:
         """As in :class:`HESSO`, with the half-spaces."""

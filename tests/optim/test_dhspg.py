@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from oto.errors import OptionError, SetupError, TargetError
 from oto.optim import CRITERIA, DHSPG, Entries
 from oto.optim.saliency import AS_PUBLISHED
+from tests.optim import test_sharded as sharded
 from tests.optim.series import descend, noisy, quadratic
 from tests.optim.toy import count_zeros, groups, net, train, zero_atoms
 
@@ -255,3 +257,35 @@ def test_a_checkpoint_of_another_penalty_is_refused():
     other = DHSPG(net().named_parameters(), groups(), **TOY, lmbda=0.3)
     with pytest.raises(SetupError, match="lmbda: "):
         other.load_state_dict(optimizer.state_dict())
+
+
+def test_a_run_that_begins_anew_at_every_step_is_the_same_run():
+    """What left is moved by no gradient that was made while it was still read, so nothing has to be known of it."""
+    make, options, _ = sharded.MAKERS["hesso"]
+    soon = {"start_pruning_step": 2, "pruning_steps": 6, "pruning_periods": 2, "average_steps": 2}
+
+    def made():
+        oto = copy.deepcopy(sharded.analyzed(make, **options))
+        return oto.model, oto.dhspg(variant="adamw", **{**sharded.SOON, **soon})
+
+    whole, through = made()
+    sharded.train(whole, through, range(11))
+    model, optimizer = made()
+    for n in range(11):
+        sharded.train(model, optimizer, range(n, n + 1))
+        held = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        model, optimizer = made()
+        model.load_state_dict(held[0])
+        optimizer.load_state_dict(held[1])
+    assert through.ways["by half-space"] and through.ways["by choice"] and through.history == optimizer.history
+    for p, q in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_checkpoint_is_read_into_two_tensors():
+    """A distributed checkpoint is read into the tensors of a state dict: what was read back is not what goes now."""
+    optimizer = DHSPG(net().named_parameters(), groups(), **TOY)
+    assert optimizer.settled is optimizer.atoms
+    first = optimizer.state_dict()["param_groups"][0]
+    first["oto_settled"].fill_(1)
+    assert not first["oto_atoms"].any() and not optimizer.atoms.any()

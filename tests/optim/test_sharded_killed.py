@@ -112,12 +112,7 @@ def test_killed_before_in_and_after_a_period(tmp_path: Path) -> None:
     resumed(tmp_path, "hesso", DEATHS)
 
 
-NOT_YET = "columns that read what the choice removed are zeroed by a resumed run alone: the same function, other bits"
-
-
 @pytest.mark.zoo
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(reason=NOT_YET)) if name == "dhspg" else name for name in OF]
-)
+@pytest.mark.parametrize("name", OF)
 def test_killed_at_every_step(tmp_path: Path, name: str) -> None:
     resumed(tmp_path, name, tuple((n, n % RANKS, n % 3 == 0) for n in range(STEPS - 1)))
