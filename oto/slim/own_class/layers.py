@@ -6,11 +6,12 @@ swapped for :class:`oto.nn.LayerNorm`, which still divides by the full count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from oto.axes.call import Rewrite, Size
@@ -271,15 +272,7 @@ def _attention(layer: _Layer, edits: Edits) -> None:
         inner = [layer.entries("in_proj_weight")[1]] * 3
     else:
         rows, inner = ([layer.entries(name)[i] for name in names] for i in range(2))
-    parts = [own.reshape(shape) for own, shape in zip(rows, shapes, strict=True)]
-    kept = [part.any(1) for part in parts]
-    widths = [part.any(0) for part in parts]
-    whole = all(
-        np.array_equal(part, np.logical_and.outer(h, w)) and np.array_equal(h, kept[0])
-        for part, h, w in zip(parts, kept, widths, strict=True)
-    )
-    if not whole or not np.array_equal(widths[0], widths[1]):
-        raise EmitterError(f"the heads of {layer.path} would differ in width, which its thinner form cannot express")
+    kept, widths = _heads(layer, [own.reshape(shape) for own, shape in zip(rows, shapes, strict=True)])
     there = np.array(getattr(module, "heads", range(heads)))
     layer.swap(
         edits,
@@ -288,11 +281,11 @@ def _attention(layer: _Layer, edits: Edits) -> None:
         kdim=int(inner[1].sum()),
         vdim=int(inner[2].sum()),
         out_dim=int(layer.entries("out_proj.weight")[0].sum()),
-        num_heads=int(kept[0].sum()),
+        num_heads=int(kept.sum()),
         head_dim=int(widths[0].sum()),
         v_head_dim=int(widths[2].sum()),
         scale=getattr(module, "scale", width**-0.5),
-        heads=there[kept[0]].tolist(),
+        heads=there[kept].tolist(),
         full_heads=getattr(module, "full_heads", heads),
         packed=packed,
         bias=module.in_proj_bias is not None,
@@ -301,7 +294,26 @@ def _attention(layer: _Layer, edits: Edits) -> None:
         batch_first=module.batch_first,
     )
     out = layer.shape("out_proj.weight")
-    assert out is not None and out[1] == int(kept[0].sum()) * int(widths[2].sum())
+    assert out is not None and out[1] == int(kept.sum()) * int(widths[2].sum())
+
+
+def _heads(layer: _Layer, parts: Sequence[NDArray[np.bool_]]) -> tuple[NDArray[np.bool_], Sequence[NDArray[np.bool_]]]:
+    """The heads that stay, and the entries of each that do, of queries, keys and values.
+
+    Args:
+        parts: Which rows of queries, keys and values stay, each of shape (heads, width of a head).
+
+    Raises:
+        EmitterError: The rows that stay are not the same entries of the same heads.
+    """
+    kept, widths = parts[0].any(1), [part.any(0) for part in parts]
+    whole = all(
+        np.array_equal(part, np.logical_and.outer(kept, width)) and width.any()
+        for part, width in zip(parts, widths, strict=True)
+    )
+    if not whole or not np.array_equal(widths[0], widths[1]):
+        raise EmitterError(f"the heads of {layer.path} would differ in width, which its thinner form cannot express")
+    return kept, widths
 
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, slim_layers.LayerNorm, slim_layers.RMSNorm, slim_layers.GroupNorm)
