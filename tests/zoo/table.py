@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -27,6 +28,9 @@ TITLES = {
 
 COUNTS = {"choices", "in_class", "lost", "choice_error", "states", "class_commit"}
 """What is known of other counts, which are not left in every run."""
+
+MACHINE = re.compile(r"[^\s\"]*/site-packages/")
+"""Where packages lie on the machine of a run, which says nothing to others."""
 
 SEGMENTS = {"segments", "erased", "segments_class", "segments_error", "segments_reason", "segments_commit"}
 """What is known of segments, which are erased in runs of their own."""
@@ -71,7 +75,8 @@ def results() -> Iterator[tuple[str, str, Result]]:
         for name in zoo(kind):
             path = RESULTS / f"{kind}-{name}.json"
             if path.exists():
-                new = {k: v for k, v in json.loads(path.read_text()).items() if v not in (None, "", [], ())}
+                new = json.loads(MACHINE.sub("", path.read_text()))
+                new = {k: v for k, v in new.items() if v not in (None, "", [], ())}
                 new = new if "segments_commit" in new else {k: v for k, v in new.items() if k not in SEGMENTS}
                 tried = {k for e in ("module", "graph") if e in new or f"{e}_reason" in new for k in (e, f"{e}_reason")}
                 tried |= {"changed", "failure"} if "trace" in new or "failure" in new else set()
