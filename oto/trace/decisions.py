@@ -26,6 +26,10 @@ class Script:
     written: list[tuple[Any, list[Any]]] = dataclasses.field(default_factory=list)
     read: int | None = None
 
+    def begin(self) -> None:
+        """Repeat the decisions from the first one on."""
+        self.read = 0
+
     def take(self, op: Any, result: Any) -> Any:
         """Record a result, or replace it by that of the script."""
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)

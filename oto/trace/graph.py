@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from oto._torch import tree_leaves, tree_map_only
+from oto.trace.decisions import Script
 
 Mode: TypeAlias = Literal["meta", "fake", "real", "autograd", "export"]
 """How a graph comes about: of shapes; of shapes and devices; on data; on data, with gradients; by ``torch.export``."""
@@ -119,6 +120,7 @@ class Graph:
             is all.
         ends: Values that something else than a call reads: code that branches on one, or a tensor of the model that it
             was written to.
+        script: What the model decided by its data, if it was run on data, so that another run can repeat it.
     """
 
     nodes: tuple[Node, ...]
@@ -132,6 +134,7 @@ class Graph:
     replaced: frozenset[str] = frozenset()
     output_names: tuple[str, ...] = ()
     ends: frozenset[Value] = frozenset()
+    script: Script | None = None
 
     @property
     def calls(self) -> tuple[Node, ...]:

@@ -81,7 +81,8 @@ def record(
         try:
             with preserved(model, dummy_input) as found:
                 in_analyzed_form(model)
-                graph = run(model, args, kwargs, known, way, found).recording(dead).graph
+                script = Script() if way in ("real", "autograd") else None
+                graph = run(model, args, kwargs, known, way, found, script=script).recording(dead).graph
         except Exception as failure:
             reraise_out_of_memory(failure)
             traceback.clear_frames(failure.__traceback__)  # they hold tensors

@@ -66,7 +66,7 @@ class Ran:
         builder = self.recorder.builder
         graph = builder.build([id(tensor) for _, tensor in self.outputs], dead)
         names = tuple(name or "output" for name, _ in self.outputs)
-        graph = dataclasses.replace(graph, replaced=self.replaced, output_names=names)
+        graph = dataclasses.replace(graph, replaced=self.replaced, output_names=names, script=self.recorder.script)
         return Recording(graph, self.recorder.constants, self.result)
 
 

@@ -75,33 +75,37 @@ class Workbench:
     def _follow_full(self) -> bool:
         """Whether the full model, run again, makes the calls that were recorded; sets the mode in which it does.
 
-        The decisions of a run on data are recorded: a thinner copy is to take the path of the full model, whatever its
-        tensors hold.
+        The decisions of a run on data are those of the analysis, if it made them in the same way: a thinner copy is to
+        take that path whatever its tensors hold, and so is the full model, which may decide otherwise once it was
+        trained or zeroed.
         """
-        data = self.graph.mode == "real"
-        for mode in ("real", "autograd") if data else (self.graph.mode,):
-            if self._follow_traced(mode, data):
-                self.is_traced = True
-                return True
-            if self._follow(self.model, mode, data):
-                return True
-        return False
+        if self.graph.mode != "real":
+            return self._follows(self.graph.mode, None)
+        ways: list[tuple[Mode, Script | None]] = [("real", self.graph.script), ("autograd", self.graph.script)]
+        return any(self._follows(*way) for way in (*ways, ("real", None), ("autograd", None)))
 
-    def _follow_traced(self, mode: Mode, data: bool) -> bool:
+    def _follows(self, mode: Mode, script: Script | None) -> bool:
+        self.is_traced = self._follow_traced(mode, script)
+        return self.is_traced or self._follow(self.model, mode, script)
+
+    def _follow_traced(self, mode: Mode, script: Script | None) -> bool:
         """The same for a copy whose integers remember which attributes they came from."""
         try:
             copy = self._copy
             with traced(copy.model, lambda module: stock(module) is not None):
-                return self._follow(copy.model, mode, data, copy)
+                return self._follow(copy.model, mode, script, copy)
         except Exception as failure:  # the class cannot be copied, or refuses to have attributes set
             reraise_out_of_memory(failure)
             vars(self).pop("_copy", None)
             return False
 
-    def _follow(self, model: nn.Module, mode: Mode, data: bool, copy: _Copy | None = None) -> bool:
+    def _follow(self, model: nn.Module, mode: Mode, script: Script | None, copy: _Copy | None = None) -> bool:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
-        script = Script() if data else None
+        if script is not None:
+            script.begin()
+        elif self.graph.mode == "real":
+            script = Script()
         calls, failure = follow(
             model,
             self.dummy_input,
@@ -149,7 +153,7 @@ class Workbench:
     def _run(self, edits: Edits, adaptation: Adaptation, pruned: PrunedShapes, limit: int | None) -> Run:
         literals: list[FunctionCall] = []
         if self.script is not None:
-            self.script.read = 0
+            self.script.begin()
         if self._copy.is_swappable:
             slim, found = self._copy.edited(edits, self._thin(pruned, adaptation, changed=True)), self._copy.found
         else:
