@@ -22,6 +22,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_map, tree_unflatten
 from torch.utils._pytree import tree_leaves as leaves_of_any_tree
@@ -49,6 +50,7 @@ __all__ = [
     "holder",
     "is_free",
     "load_package",
+    "memory_of",
     "nested_codegen",
     "python_code",
     "quiet",
@@ -62,6 +64,18 @@ __all__ = [
     "undistributed",
     "unwrapped",
 ]
+
+
+def memory_of(t: torch.Tensor) -> tuple[Any, Any]:
+    """A key of the memory that a tensor lies in, which its views share, and what keeps the key from being used again.
+
+    The memory itself may be freed. A tensor without such memory, as a sparse one, is its own.
+    """
+    try:
+        memory = StorageWeakRef(t.untyped_storage())
+    except (RuntimeError, NotImplementedError):
+        return id(t), t
+    return memory.cdata, memory
 
 
 _LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter, torch.dtype, torch.device})

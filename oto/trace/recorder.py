@@ -205,7 +205,7 @@ class Recorder(TorchDispatchMode):
         elif result is None:
             result = op(*args, **kwargs)
         if self.script is not None:
-            result = self.script.take(op, result)
+            result = self.script.take(op, args, kwargs, result)
         with DisableTorchFunction():
             self._write_down(op, values, (args, named), result, writes)
         return result

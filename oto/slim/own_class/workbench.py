@@ -103,7 +103,7 @@ class Workbench:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
         if script is not None:
-            script.begin()
+            script.repeat()
         elif self.graph.mode == "real":
             script = Script()
         calls, failure = follow(
@@ -153,7 +153,7 @@ class Workbench:
     def _run(self, edits: Edits, adaptation: Adaptation, pruned: PrunedShapes, limit: int | None) -> Run:
         literals: list[FunctionCall] = []
         if self.script is not None:
-            self.script.begin()
+            self.script.repeat()
         if self._copy.is_swappable:
             slim, found = self._copy.edited(edits, self._thin(pruned, adaptation, changed=True)), self._copy.found
         else:

@@ -238,7 +238,7 @@ class Reference:
         script = Script()
         try:
             expected = self.full.under_decisions(given, wide, script)
-            script.begin()
+            script.repeat()
             found = self.full.run(slim, double_input(given.value) if wide else given.value, wide, script)
         except Exception as failure:  # it decides something that the full one does not
             reraise_out_of_memory(failure)

@@ -16,7 +16,7 @@ from oto.slim.proof.float64 import WIDER, throughout, widened, widening, without
 from oto.trace.decisions import Script
 from oto.trace.inputs import arguments
 from oto.trace.outputs import tensors_in
-from oto.trace.snapshot import Snapshot, preserved
+from oto.trace.snapshot import Snapshot, preserved, state_of
 
 
 class _Decided(TorchDispatchMode):
@@ -29,8 +29,9 @@ class _Decided(TorchDispatchMode):
         self.script = script
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
-        return result if op.namespace == "prim" else self.script.take(op, result)
+        kwargs = kwargs or {}
+        result = op(*args, **kwargs)
+        return result if op.namespace == "prim" else self.script.take(op, args, kwargs, result)
 
 
 def run(
@@ -51,6 +52,8 @@ def run(
     """
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
     decided = nullcontext() if script is None else _Decided(script)
+    if script is not None:
+        script.start([*module.parameters(), *state_of(module, args, kwargs)])
     with ExitStack() as stack:
         stack.enter_context(preserved(module, dummy_input, found))
         stack.enter_context(without_tf32())
