@@ -260,3 +260,19 @@ def test_modules_that_were_sharded_are_of_their_own_class_for_a_while():
             other.unshard()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_memory_has_a_key_that_views_share_and_no_other_gets():
+    x = torch.zeros(8)
+    key, kept = _torch.memory_of(x)
+    assert (
+        _torch.memory_of(x[2:].view(2, 3))[0]
+        == key
+        == _torch.memory_of(x.detach())[0]
+        != _torch.memory_of(x.clone())[0]
+    )
+    del x
+    assert all(_torch.memory_of(torch.zeros(8))[0] != key for _ in range(100))
+    assert kept is not None
+    sparse = torch.eye(3).to_sparse()
+    assert _torch.memory_of(sparse) == (id(sparse), sparse)

@@ -9,7 +9,7 @@ What no floating-point data lead to is no decision: a number that code makes of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,18 @@ class Script:
     """The decisions of a run on data: integers, booleans and numbers that leave torch, in order.
 
     A run that follows a script repeats them, so it takes the same path whatever its own tensors hold.
+
+    Attributes:
+        written: The calls, their results, and the floating-point numbers that they were given, if there is a measure.
+        read: How many decisions were repeated; ``None`` while they are recorded.
+        measure: How far apart two lists of tensors are.
+        apart: How far apart, at most, the numbers were from which both runs decided, where they have the same shape.
     """
 
-    written: list[tuple[Any, list[Any]]] = dataclasses.field(default_factory=list)
+    written: list[tuple[Any, list[Any], list[Tensor]]] = dataclasses.field(default_factory=list)
     read: int | None = None
+    measure: Callable[[Sequence[Tensor], Sequence[Tensor]], float] | None = None
+    apart: float = 0.0
     _data: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def repeat(self) -> None:
@@ -57,24 +65,41 @@ class Script:
     def take(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
         """Record a result, or replace it by that of the script."""
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
-        if not self._by_data(op, args, kwargs, leaves):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not self._by_data(op, args, kwargs, given, leaves):
             return result
         decides = [not isinstance(x, Tensor) or not _rounds(x) for x in leaves]
         if not any(decides):
             return result
+        numbers = [x for x in given if _rounds(x)] if self.measure is not None else []
         if self.read is None:
-            self.written.append((op, [x.clone() if isinstance(x, Tensor) else x for x in leaves]))
+            made = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+            self.written.append((op, made, [x.clone() for x in numbers]))
             return result
         if self.read < len(self.written) and self.written[self.read][0] is op:
+            _, before, then = self.written[self.read]
             self.read += 1
-            return self._repeated(op, result, leaves, decides, self.written[self.read - 1][1])
+            self._weigh(then, numbers)
+            return self._repeated(op, result, leaves, decides, before)
         return result
 
-    def _by_data(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Sequence[Any]) -> bool:
+    def _weigh(self, then: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+        """Take note of how far apart the numbers are from which two runs decide."""
+        alike = [(a, b) for a, b in zip(then, now, strict=False) if a.shape == b.shape and a.numel()]
+        if self.measure is not None and alike:
+            self.apart = max(self.apart, *(self.measure([a], [b]) for a, b in alike))
+
+    def _by_data(
+        self,
+        op: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        given: Sequence[Tensor],
+        leaves: Sequence[Any],
+    ) -> bool:
         """Whether the results of a call follow from data; if so, what they or the call's arguments hold then does."""
         if getattr(op, "overloadpacket", None) in _READ_SHAPES:
             return False
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         drawn = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
         if not drawn and not any(memory_of(x)[0] in self._data for x in given):
             return False

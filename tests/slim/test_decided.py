@@ -7,6 +7,8 @@ from torch import nn
 
 from oto import OTO
 from oto.slim.own_class import at_counts
+from oto.slim.proof.run import run
+from oto.trace.decisions import Script
 
 
 class Spoken(nn.Module):
@@ -39,6 +41,69 @@ class Routed(nn.Module):
             if len(rows):
                 out = out.index_add(0, rows, expert(x[rows]))
         return out
+
+
+class Averaged(nn.Module):
+    """A mean over a width, taken from a tensor that holds it; whether it doubles is decided by data."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 16), nn.Linear(1, 2)
+
+    def forward(self, x):
+        hidden = F.relu(self.into(x))
+        if hidden.sum().item() > 1e9:
+            hidden = hidden * 2
+        return self.out(hidden.sum(-1, keepdim=True) / int(torch.IntTensor([hidden.shape[-1]])[0]))
+
+
+def test_a_size_that_passes_through_a_tensor_is_not_repeated():
+    torch.manual_seed(0)
+    model, x = Averaged(), torch.randn(5, 4)
+    oto = OTO(model, x)
+    assert oto.partition.found.graph.mode == "real"
+    with torch.no_grad():
+        model.into.weight[:6] = model.into.bias[:6] = 0
+    subnet = oto.construct_subnet()
+    assert subnet.model.into.out_features == 10
+    torch.testing.assert_close(subnet.model(x), model(x))
+
+
+class Makes(nn.Module):
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, x):
+        self.made(x)
+        return x
+
+
+def written(x):
+    mask = torch.zeros(4)
+    mask[1:3] = x[0, :2]
+    return mask.nonzero()
+
+
+@pytest.mark.parametrize(
+    ("made", "decided"),
+    [
+        (lambda x: (x > 0).sum(), 2),
+        (written, 1),
+        (lambda x: x.argmax(), 1),
+        (lambda x: int(x.sum()), 1),
+        (lambda x: torch.rand(3).argmax(), 1),
+        (lambda x: torch.ones_like(x).long().sum(), 0),
+        (lambda x: int(torch.tensor(x.shape[0])), 0),
+        (lambda x: torch.arange(x.shape[0]) > 2, 0),
+        (lambda x: x.new_zeros(2).bool(), 0),
+        (lambda x: torch._shape_as_tensor(x).prod(), 0),
+    ],
+)
+def test_what_is_a_decision(made, decided):
+    script = Script()
+    run(Makes(made), torch.randn(4, 3), script=script)
+    assert len(script.written) == decided
 
 
 def zeroed(model, oto):

@@ -141,3 +141,40 @@ def test_what_is_decided_between_equals_is_decided_as_the_full_model_does():
     assert all(c.passed for c in made) and made[0].what == "slim on the example, as the full model decides"
     slim.out.weight.data[0, 0] += 0.1
     assert not any(c.passed for c in check(full, slim, x, float64=False, decides=True))
+
+
+class Divided(nn.Module):
+    """What it gives is divided by a whole number that it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.out = nn.Parameter(torch.full((4,), 2.0)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(x) / int(self.count.sum().round())
+
+
+def test_what_is_decided_by_other_numbers_is_wrong():
+    full = Divided()
+    slim, x = copy.deepcopy(full), torch.rand(50, 5)
+    slim.count.data[0] += 1
+    assert not any(c.passed for c in check(full, slim, x, decides=True))
+
+
+class Sized(nn.Module):
+    """What it gives is divided by its width, a tensor for a moment."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.out = width, nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(x) / int(torch.IntTensor([self.width])[0])
+
+
+def test_a_number_made_of_a_size_is_no_decision():
+    full, slim, x = Sized(8), Sized(4), torch.rand(50, 5)
+    slim.load_state_dict(full.state_dict())
+    assert not any(c.passed for c in check(full, slim, x, decides=True))
+    slim.width = 8
+    assert all(c.passed for c in check(full, slim, x, decides=True))
