@@ -80,7 +80,9 @@ class Script:
             _, before, then = self.written[self.read]
             self.read += 1
             self._weigh(then, numbers)
-            return self._repeated(op, result, leaves, decides, before)
+            repeated = self._repeated(op, result, leaves, decides, before)
+            self._data.update(memory_of(x) for x in leaves if isinstance(x, Tensor))  # some are others now
+            return repeated
         return result
 
     def _weigh(self, then: Sequence[Tensor], now: Sequence[Tensor]) -> None:

@@ -106,6 +106,19 @@ def test_what_is_a_decision(made, decided):
     assert len(script.written) == decided
 
 
+def test_what_follows_from_a_decision_is_repeated_too():
+    def made(x):
+        rows = (x[:, 0] > 0).nonzero().flatten()
+        found.append((rows[:2], torch.arange(4)[rows]))
+
+    found, script = [], Script()
+    run(Makes(made), torch.ones(4, 3), script=script)
+    script.repeat()
+    run(Makes(made), -torch.ones(4, 3), script=script)
+    assert script.read == len(script.written)
+    assert [x.tolist() for x in found[0]] == [x.tolist() for x in found[1]] == [[0, 1], [0, 1, 2, 3]]
+
+
 def zeroed(model, oto):
     """What the class needs once the first three atoms of each group are zero, and the atoms that it keeps."""
     analysis = oto._analysis
