@@ -49,6 +49,11 @@ class Script:
     apart: float = 0.0
     _data: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
+    @property
+    def branches(self) -> bool:
+        """Whether code was told numbers that follow from data, and may have branched on them."""
+        return any(not isinstance(x, Tensor) for _, made, _ in self.written for x in made)
+
     def repeat(self) -> None:
         """Repeat the decisions from the first one on."""
         self.read = 0

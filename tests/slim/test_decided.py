@@ -66,6 +66,7 @@ def test_a_size_that_passes_through_a_tensor_is_not_repeated():
         model.into.weight[:6] = model.into.bias[:6] = 0
     subnet = oto.construct_subnet()
     assert subnet.model.into.out_features == 10
+    assert any("looks at values" in note for note in subnet.notes)
     torch.testing.assert_close(subnet.model(x), model(x))
 
 

@@ -13,6 +13,7 @@ from oto.slim.proof.compare import Check
 from oto.slim.proof.full import FullModel
 from oto.slim.proof.inputs import differs
 from oto.slim.proof.reach import equal
+from oto.trace.decisions import Script
 
 
 def require_numbers(full: FullModel) -> None:
@@ -48,6 +49,13 @@ def how_many_are_numbers(partial: Sequence[Check]) -> list[str]:
         f"of the outputs {least.finite:,} of {least.entries:,} entries are finite ({least.what}, {least.dtype}): the"
         " others are known only to be NaN, or the same infinity, in both models"
     ]
+
+
+def other_paths(script: Script | None) -> list[str]:
+    """A note if the code of a model may take other paths on other data; none if it is the same for all."""
+    if script is None or not script.branches:
+        return []
+    return ["the model's code looks at values of its data: a path that no compared input took was not compared"]
 
 
 def floating(full: FullModel) -> list[int]:
