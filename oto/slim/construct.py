@@ -44,6 +44,7 @@ from oto.slim.prove import prove
 from oto.slim.provenance import Round, descend
 from oto.slim.source import Emitted, Source
 from oto.trace.export import LEVELS, export
+from oto.trace.replay import BUILT_IN
 from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
@@ -304,6 +305,14 @@ def _recorded(source: Source, refused: Refused) -> Made:
     why = [*why, RECORDED] if why else [f"it was asked for: {RECORDED}"]
     emitted = emit_recorded(source)
     checks = prove(source, emitted)
+    built_in = [note for note in emitted.notes if note.endswith(BUILT_IN)]
+    if (
+        refused and source.verify and len(built_in) == len(source.reference.random)
+    ):  # asked for by name, one may have it
+        raise EmitterError(
+            "it would hold numbers that follow from the values of the example, and give these for any other input"
+            " (emitter='recording' makes it)"
+        )
     return Made("recording", emitted.model, None, emitted.tensors, checks, "; ".join(why), emitted.notes, source.kept)
 
 

@@ -42,7 +42,8 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     require(checks)
     notes.extend([*reference.full.notes, *reference.notes])
     notes.extend(limits.how_many_are_numbers(reference.partial))
-    notes.extend(limits.other_paths(source.partition.found.graph.script))
+    if emitted.emitter != "recording":  # which says so itself
+        notes.extend(limits.other_paths(source.partition.found.graph.script))
     idle = limits.constant(reference.full)
     if idle:
         checks = checks + _with_random_constants(source, emitted, idle, notes)

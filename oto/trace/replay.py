@@ -23,6 +23,8 @@ from oto.trace.inputs import arguments
 from oto.trace.record import record_data
 from oto.trace.run import Recording
 
+BUILT_IN = "the model makes the same calls there, with other numbers or sizes than those that were built in"
+
 
 def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], mode: Mode) -> Exported:
     """Record ``model`` on the data of the example, and make a module from the calls.
@@ -64,7 +66,7 @@ def difference(one: Recording, other: Recording) -> str | None:
         a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*constants, strict=True)
     )
     if not same or calls(one.graph) != calls(other.graph):
-        return "the model makes the same calls there, with other numbers or sizes than those that were built in"
+        return BUILT_IN
     return None
 
 
