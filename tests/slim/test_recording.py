@@ -149,6 +149,22 @@ def test_numbers_and_tables_that_come_of_the_data_are_built_in_and_it_says_so():
         assert all("other numbers or sizes than those that were built in" in note for note in subnet.notes)
 
 
+def test_what_holds_for_the_example_alone_is_made_by_name_only():
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(1, 3)
+
+        def forward(self, x):
+            return self.b(torch.from_numpy(torch.relu(self.a(x)).detach().numpy().mean(1, keepdims=True)))
+
+    oto = OTO(Averaged().double(), X)
+    oto.random_set_zero_groups(0.5)
+    with pytest.raises(EmitterError, match="numbers that follow from the values of the example"):
+        oto.construct_subnet()
+    assert oto.construct_subnet(emitter="recording").emitter == "recording"
+
+
 def test_a_recording_that_is_wrong_is_not_handed_out(monkeypatch):
     from oto.slim.graph import emit as graph
 
