@@ -165,6 +165,10 @@ class ClassChangedError(ArtifactError):
     """The class given to ``load_subnet`` is not the one that was saved."""
 
 
+class OtherNumbersWarning(UserWarning):
+    """The model given to ``load_subnet`` holds other numbers than the one that was saved, and may compute others."""
+
+
 class DuplicateRuleError(OTOError):
     """An operator has two rules."""
 

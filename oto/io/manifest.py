@@ -399,7 +399,9 @@ _MANIFEST = _entries(
     {
         "versions": _table(_name),
         "model": _entries(
-            {"class": _name, "modules": _table(_name), "code": _table(_sha256), "full_shapes": _SHAPES}, closed=False
+            {"class": _name, "modules": _table(_name), "code": _table(_sha256), "full_shapes": _SHAPES},
+            {"numbers": _table(_table(_PLAIN))},
+            closed=False,
         ),
         "earlier": _list(_entries({"edits": _EDITS, "shapes": _SHAPES, "kept": _table(_ATOMS)}), MOST_ROUNDS),
         "edits": _EDITS,

@@ -8,10 +8,12 @@ import inspect
 import json
 import os
 import textwrap
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,12 @@ from oto.errors import (
     ClassChangedError,
     DamagedArtifactError,
     EmitterError,
+    OtherNumbersWarning,
     VerificationError,
     first_line,
     reraise_out_of_memory,
     some,
+    users_level,
 )
 from oto.io.artifact import Artifact, Draft, reading, writing
 from oto.io.members import MEMBERS, index_of, manifest_of_member, tensors_of_member
@@ -60,7 +64,19 @@ def describe(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
         "modules": kinds,
         "code": {_name(kind): digest for kind in own if (digest := _code(kind))},
         "full_shapes": {name: list(attribute(model, name).shape) for name in names},
+        "numbers": {path: held for path, module in model.named_modules() if (held := _numbers(module))},
     }
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """The numbers among a module's own attributes, and those that are not set, but for what a trainer switches."""
+    own = ((name, value) for name, value in vars(module).items() if not name.startswith("_") and name not in _SWITCHED)
+    return {
+        name: value for name, value in own if type(value) in (bool, int, float, NoneType) and abs(value or 0) <= 2**53
+    }
+
+
+_SWITCHED = {"training", "gradient_checkpointing"}
 
 
 def _name(kind: type[Any]) -> str:
@@ -433,8 +449,32 @@ def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> N
             fail(f"it has no {name}")
         elif list(tensor.shape) != shape:
             fail(f"{name} is {list(tensor.shape)}, and was {shape}")
+    _warn_of_other_numbers(saved.get("numbers", {}), given)
     if strict:
         now = describe(given, {})["code"]
         edited = [k for k, digest in saved["code"].items() if k in now and now[k] != digest]
         if edited:
             fail(f"the code of {some(sorted(edited))} changed since (strict=False accepts it)")
+
+
+def _warn_of_other_numbers(saved: Mapping[str, Mapping[str, Any]], given: nn.Module) -> None:
+    """Warn of attributes that were others in the model that was saved: arguments of its constructor, or what a first
+    forward leaves."""
+    modules = dict(given.named_modules())
+    apart = [
+        f"{path + '.' if path else ''}{name} was {was}, is {now[name]}"
+        for path, held in saved.items()
+        if path in modules
+        for now in [_numbers(modules[path])]
+        for name, was in held.items()
+        if name in now and now[name] != was
+    ]
+    if apart:
+        warnings.warn(
+            f"the {type(given).__name__} holds other numbers than the one that was saved: {some(apart)}\n"
+            "  effect  where its forward reads them, the slim model computes something else than what was verified\n"
+            "  to fix  make it with the same arguments; what a forward sets for itself, call it once for, or make it in"
+            " the constructor",
+            OtherNumbersWarning,
+            stacklevel=users_level(),
+        )

@@ -1,0 +1,90 @@
+"""What a class is told by numbers: a model that was made with others is loaded with a warning."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from oto import OTO, load_subnet
+from oto.errors import DamagedArtifactError, OtherNumbersWarning
+from tests.io.forging import sealed
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale=1.0, eps=1e-5):
+        super().__init__()
+        self.into, self.norm, self.out = nn.Linear(4, 16), nn.LayerNorm(4, eps=eps), nn.Linear(16, 2)
+        self.scale, self.gradient_checkpointing, self.calls = scale, False, None
+
+    def forward(self, x):
+        return self.out(torch.relu(self.into(self.norm(x)))) * self.scale
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(5, 4)
+    oto = OTO(model, x)
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(tmp_path / "out")
+    return tmp_path / "out", subnet.model, x
+
+
+def test_the_same_arguments_say_nothing(saved):
+    path, slim, x = saved
+    given = Scaled()
+    given.gradient_checkpointing, given.noticed = True, 3  # a trainer's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load_subnet(path, Scaled)(x), slim(x))
+        assert torch.equal(load_subnet(path, given)(x), slim(x))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda: Scaled(2.0), "scale was 1.0, is 2.0"),
+        (lambda: Scaled(eps=1e-3), "norm.eps was 1e-05, is 0.001"),
+    ],
+)
+def test_other_arguments_are_told(saved, given, said):
+    with pytest.warns(OtherNumbersWarning, match=said):
+        load_subnet(saved[0], given)
+
+
+class Once(nn.Module):
+    """Its first forward learns its width."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out, self.width = nn.Linear(4, 16), nn.Linear(1, 2), None
+
+    def forward(self, x):
+        hidden = torch.relu(self.into(x))
+        if self.width is None:
+            self.width = hidden.shape[-1]
+        return self.out(hidden.sum(-1, keepdim=True) / self.width)
+
+
+def test_what_a_first_forward_leaves_is_told(tmp_path):
+    torch.manual_seed(0)
+    model, x = Once(), torch.randn(5, 4)
+    model(x)
+    oto = OTO(model, x)
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(tmp_path / "out")
+    torch.testing.assert_close(subnet.model(x), model(x))
+    with pytest.warns(OtherNumbersWarning, match="width was 16, is None"):
+        load_subnet(tmp_path / "out", Once)
+
+
+def test_artifacts_without_them_are_read_and_others_are_refused(saved, tmp_path):
+    path, slim, x = saved
+    old = sealed(path, tmp_path / "old", lambda _, manifest: manifest["model"].pop("numbers"))
+    assert torch.equal(load_subnet(old, Scaled)(x), slim(x))
+    wrong = sealed(
+        path, tmp_path / "wrong", lambda _, manifest: manifest["model"].update(numbers={"norm": {"eps": []}})
+    )
+    with pytest.raises(DamagedArtifactError, match="numbers"):
+        load_subnet(wrong, Scaled)
