@@ -24,6 +24,7 @@ from oto._torch import (
 )
 from oto.errors import reraise_out_of_memory
 from oto.nn.calls import running
+from oto.nn.functional import grouped_mm
 from oto.trace.decisions import Script
 from oto.trace.graph import GraphBuilder, Value, effects
 from oto.trace.shapes import Remembered, result_of
@@ -43,6 +44,11 @@ _WRITES_FIRST = {
     aten.hardtanh_.default,
 }
 
+
+# a kernel that refuses some widths; a thinner copy calls the other, once its calls are overridden
+_OF_ANY_WIDTH: dict[Any, Callable[..., Tensor]] = (
+    {aten._grouped_mm.default: grouped_mm} if hasattr(aten, "_grouped_mm") else {}  # torch before 2.8 has none
+)
 
 _REMEMBERED = Remembered()
 
@@ -203,7 +209,7 @@ class Recorder(TorchDispatchMode):
         if result is None and self.shapes_only and not whole:
             result = _REMEMBERED.call(op, args, kwargs, self.fake)
         elif result is None:
-            result = op(*args, **kwargs)
+            result = _OF_ANY_WIDTH.get(op, op)(*args, **kwargs)
         if self.script is not None:
             result = self.script.take(op, args, kwargs, result)
         with DisableTorchFunction():

@@ -159,3 +159,33 @@ def test_an_expert_that_no_token_chooses_once_the_router_has_learned(then):
     assert all(expert[0].out_features == 5 for i, expert in enumerate(subnet.model.experts) if i == then)
     kept, own, found = zeroed(model, oto)
     assert not own.whole and all(list(found[name]) == list(atoms) for name, atoms in kept.items())
+
+
+class Experts(nn.Module):
+    """Rows in the order of their experts, whose products are one call; how many rows each has is decided by data."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(2, *shape) / 4) for shape in ((16, 24), (24, 16)))
+
+    def forward(self, x):
+        order = (x.sum(-1) > 0).long().sort()
+        ends = torch.bincount(order.values, minlength=2).cumsum(0).int()
+        if ends[0].item() < 0:
+            x = -x
+        hidden = F.relu(F.grouped_mm(x[order.indices], self.up, offs=ends))
+        return F.grouped_mm(hidden, self.down, offs=ends)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch before 2.10 has none")
+def test_a_kernel_that_refuses_a_width_is_overridden_before_it_meets_it():
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(8, 16)
+    oto = OTO(model, x)
+    assert oto.partition.found.graph.mode == "real"
+    with torch.no_grad():
+        model.up[:, :, :3] = 0
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        F.grouped_mm(x, model.up[:, :, 3:].contiguous(), offs=torch.tensor([4, 8], dtype=torch.int32))
+    kept, own, found = zeroed(model, oto)
+    assert not own.whole and all(list(found[name]) == list(atoms) for name, atoms in kept.items())
