@@ -14,19 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import same_sharding
-from oto.errors import OTOError, ShrinkError, some
+from oto.errors import ShrinkError, some
 from oto.optim.entries import taken
 from oto.optim.shrink import Moved
 from oto.shards import (
     Sharding,
     from_first,
-    gathered,
     gathered_tensor,
-    is_first,
     is_sharded,
     local,
+    made_by_first,
     reshard,
-    whole,
 )
 from oto.slim.edits import owner_of
 from oto.slim.shrink import Shrunk, become
@@ -44,32 +42,23 @@ def in_every_process(model: nn.Module, make: Callable[[], Shrunk]) -> Shrunk:
     Raises:
         OTOError: It could not be made, or not be sent.
     """
-    values = gathered(model)
-    made: Shrunk | None = None
-    failure: Exception | None = None
-    if is_first(model):
+
+    def emptied() -> Shrunk:
+        made = make()
+        _empty(made.model)
+        return made
+
+    def send(made: Shrunk) -> None:
         try:
-            with whole(model, values):
-                made = make()
-            _empty(made.model)
-        except Exception as raised:  # the other processes wait to be told
-            failure = raised
-    del values
-    kind, said = (type(failure), str(failure)) if isinstance(failure, OTOError) else (ShrinkError, repr(failure))
-    try:
-        sent = from_first(model, (kind, said) if made is None else made)
-    except Exception as unsent:  # pickle's, before anything was sent
-        failure = ShrinkError(
-            f"the slim {type(model).__name__} cannot be sent to the other processes: {unsent}\n"
-            "  effect  nothing was changed\n"
-            "  to fix  construct_subnet(...) at the end, and shard the slim model"
-        )
-        sent = from_first(model, (ShrinkError, str(failure)))
-    if failure is not None:
-        raise failure
-    if not isinstance(sent, Shrunk):
-        raise sent[0](f"{sent[1]}\n  at      the first process, which makes the slim model for all")
-    return sent
+            from_first(model, made)
+        except Exception as refused:  # pickle's, before anything was sent
+            raise ShrinkError(
+                f"the slim {type(model).__name__} cannot be sent to the other processes: {refused}\n"
+                "  effect  nothing was changed\n"
+                "  to fix  construct_subnet(...) at the end, and shard the slim model"
+            ) from refused
+
+    return made_by_first(model, emptied, send, ShrinkError)
 
 
 def _empty(model: nn.Module) -> None:

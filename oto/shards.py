@@ -7,22 +7,24 @@ other tensor, and asks here for sums over all processes, which every process of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from oto._torch import undistributed
-from oto.errors import OptionError, some
+from oto.errors import OptionError, OTOError, some
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
+
+T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -324,6 +326,43 @@ def from_first(model: nn.Module, thing: Any) -> Any:
     for dim in range(mesh.ndim):  # along the first dimension, then from there along the next one
         dist.broadcast_object_list(held, group=mesh.get_group(dim), group_src=0)
     return held[0]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What the first process tells the others when it could not make what they wait for."""
+
+    kind: type[OTOError]
+    message: str
+
+
+def made_by_first(model: nn.Module, make: Callable[[], T], send: Callable[[T], Any], otherwise: type[OTOError]) -> T:
+    """What the first process makes of the whole model, on all of them. If it fails, every process raises an error.
+
+    Communicates: every process of the mesh has to call it.
+
+    Args:
+        make: Called in the first process, while the model is whole there.
+        send: Gives to :func:`from_first` what the others are to have of it, once the model is spread over processes
+            again. What cannot be pickled fails before anything is sent.
+        otherwise: The error of the other processes if that of the first one is none of ``oto``'s.
+    """
+    values = gathered(model)
+    if is_first(model):
+        try:
+            with whole(model, values):
+                made = make()
+            del values
+            send(made)
+        except Exception as error:  # the other processes wait for what is sent
+            kind, message = (type(error), str(error)) if isinstance(error, OTOError) else (otherwise, repr(error))
+            from_first(model, _Failure(kind, message))
+            raise
+        return made
+    sent: T | _Failure = from_first(model, None)
+    if isinstance(sent, _Failure):
+        raise sent.kind(f"{sent.message}\n  at      the first process, which makes the slim model for all")
+    return sent
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
