@@ -162,29 +162,7 @@ class HalfSpace(HESSO):
             "start_pruning_step": asked.start, "pruning_steps": asked.steps, "pruning_periods": asked.periods,
         }  # fmt: skip
         super().__init__(params, node_groups, costs=costs, latency=latency, **own)
-        self._require_sound()
-
-    def _require_sound(self) -> None:
-        if any("lr" not in group for group in self.param_groups):
-            raise OptionError(
-                f"{type(self.base).__name__} has no learning rate (lr) in its parameter groups\n"
-                "  effect  a penalty could not be counted beside its steps\n"
-                "  to fix  wrap an optimizer that has one, or take oto.hesso(...)"
-            )
-        if not self.choice.target.wants_less:
-            return
-        if self.schedule.periods < 2:
-            raise TargetError(
-                f"pruning_periods is {self.schedule.periods}; {type(self).__name__} needs 2, for the last one belongs"
-                " to the choice\n  to fix  at least 2 periods and 2 pruning_steps"
-            )
-        if not self.schedule.start <= self.half_space_step < self.last_period:
-            raise TargetError(
-                f"half_space_step is {self.half_space_step}, and groups leave by half-spaces in steps"
-                f" {self.schedule.start}–{self.last_period - 1}\n"
-                "  effect  none would, and all would go by the choice, as in HESSO\n"
-                "  to fix  a step among these, or longer pruning (pruning_steps)"
-            )
+        require_sound(self)
 
     # What the papers say ---------------------------------------------------------------------------------------------
 
@@ -199,7 +177,8 @@ class HalfSpace(HESSO):
             self._penalized = (plan, self._find_penalized(None if former is None else former.copied))
         found = self._penalized[1]
         if found is not None:
-            found.rates, found.everywhere = self._rates(found.rows.names), self._rates(found.rows.tensors)
+            rows, groups = found.rows, self.param_groups
+            found.rates, found.everywhere = rates_of(groups, rows.names), rates_of(groups, rows.tensors)
         return found
 
     def open(self) -> Tensor:
@@ -405,28 +384,59 @@ class HalfSpace(HESSO):
         if not any(map(len, rows)) or not (budget is None or budget.open(none).any()):
             return None
         whole = [None if len(own) == group.size else own for group, own in zip(self.node_groups, rows, strict=True)]
-        entries = Rows.of(self.node_groups, whole, self.parameters(), in_blocks=True, device=device)
-        sizes = torch.tensor(self.choice.sizes)
-        epsilon = torch.tensor([self.epsilon[kind] for kind in self._kinds()], dtype=torch.float64)
-        return Penalized(Copied(entries, former), (), epsilon.repeat_interleave(sizes))
+        parameters, sizes = self.parameters(), torch.tensor(self.choice.sizes)
+        entries = Rows.of(self.node_groups, whole, parameters, in_blocks=True, device=device)
+        own = [self.epsilon[kind] for kind in kinds_of(self.node_groups, parameters)]
+        epsilon = torch.tensor(own, dtype=torch.float64).repeat_interleave(sizes)
+        return Penalized(Copied(entries, former), (), epsilon)
 
     def _penalised_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """For each node group the atoms that are penalized, as they were read back."""
         return [(own != PRUNED).nonzero()[:, 0] for own in codes]
 
-    def _kinds(self) -> list[str]:
-        """The kind of each node group."""
-        parameters = self.parameters()
-        most = [max(parameters[piece.parameter].dim() for piece in group.zeros) for group in self.node_groups]
-        return [KINDS[0] if dims > 2 else KINDS[1] if dims == 2 else KINDS[2] for dims in most]
 
-    def _rates(self, names: Sequence[str]) -> list[Rate]:
-        """The learning rate of each of these parameters, as it is now; 0 where one is frozen."""
-        rates: dict[str, Rate] = {}
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                rates[name] = group["lr"] if p.requires_grad else 0.0
-        return [rates[name] for name in names]
+def require_sound(optimizer: HalfSpace) -> None:
+    """Refuse an optimizer without a learning rate, and a schedule in which no half-space is ever asked.
+
+    Raises:
+        OptionError, TargetError: That is so.
+    """
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise OptionError(
+            f"{type(optimizer.base).__name__} has no learning rate (lr) in its parameter groups\n"
+            "  effect  a penalty could not be counted beside its steps\n"
+            "  to fix  wrap an optimizer that has one, or take oto.hesso(...)"
+        )
+    if not optimizer.choice.target.wants_less:
+        return
+    schedule, last = optimizer.schedule, optimizer.last_period
+    if schedule.periods < 2:
+        raise TargetError(
+            f"pruning_periods is {schedule.periods}; {type(optimizer).__name__} needs 2, for the last one belongs to the"
+            " choice\n  to fix  at least 2 periods and 2 pruning_steps"
+        )
+    if not schedule.start <= optimizer.half_space_step < last:
+        raise TargetError(
+            f"half_space_step is {optimizer.half_space_step}, and groups leave by half-spaces in steps"
+            f" {schedule.start}–{last - 1}\n"
+            "  effect  none would, and all would go by the choice, as in HESSO\n"
+            "  to fix  a step among these, or longer pruning (pruning_steps)"
+        )
+
+
+def kinds_of(node_groups: Sequence[NodeGroup], parameters: Mapping[str, Tensor]) -> list[str]:
+    """The kind of each node group."""
+    most = [max(parameters[piece.parameter].dim() for piece in group.zeros) for group in node_groups]
+    return [KINDS[0] if dims > 2 else KINDS[1] if dims == 2 else KINDS[2] for dims in most]
+
+
+def rates_of(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Rate]:
+    """The learning rate of each of these parameters, as it is now; 0 where one is frozen."""
+    rates: dict[str, Rate] = {}
+    for group in param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            rates[name] = group["lr"] if p.requires_grad else 0.0
+    return [rates[name] for name in names]
 
 
 def epsilons(asked: Epsilon | None, default: float) -> dict[str, float]:
