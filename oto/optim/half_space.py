@@ -412,8 +412,8 @@ def require_sound(optimizer: HalfSpace) -> None:
     schedule, last = optimizer.schedule, optimizer.last_period
     if schedule.periods < 2:
         raise TargetError(
-            f"pruning_periods is {schedule.periods}; {type(optimizer).__name__} needs 2, for the last one belongs to the"
-            " choice\n  to fix  at least 2 periods and 2 pruning_steps"
+            f"pruning_periods is {schedule.periods}; {type(optimizer).__name__} needs 2, for the last one belongs to"
+            " the choice\n  to fix  at least 2 periods and 2 pruning_steps"
         )
     if not schedule.start <= optimizer.half_space_step < last:
         raise TargetError(
