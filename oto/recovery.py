@@ -47,8 +47,8 @@ SMOOTHING = 1e-4
 class Rewarmed:
     """The learning rate of a step as a share of the largest: linear up, then a cosine down.
 
-    With ``t`` counted from 1, ``W = ceil(warmup · steps)`` and ``T = steps``: it is ``t / W`` up to ``W``, then ``floor
-    + (1 - floor) / 2 · (1 + cos(π (t - W) / (T - W)))``, and ``floor`` beyond ``T``.
+    Steps ``t`` are counted from 1, with ``W = ceil(warmup · steps)`` and ``T = steps``. Up to ``W`` it is ``t / W``,
+    then ``floor + (1 - floor) / 2 · (1 + cos(π (t - W) / (T - W)))``, and beyond ``T`` it stays at ``floor``.
 
     >>> factor = Rewarmed(steps=6, warmup=0.3, floor=0.1)
     >>> [round(factor(step), 3) for step in range(7)]
