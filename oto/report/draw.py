@@ -26,7 +26,7 @@ from oto.groups import NodeGroup, Partition
 from oto.groups.cost import macs_by_node
 
 FORMATS = ("svg", "pdf", "png")
-GREY = "#e4e4e4"
+GRAY = "#e4e4e4"
 WHITE = "#ffffff"
 # calls that compute nothing, which are not drawn
 QUIET = {
@@ -165,7 +165,7 @@ def to_dot(
         inside = {g for n, of in box.items() if of == name for g in flow.nodes[n]["groups"]}
         free = len(inside & prunable)
         label = _escaped(f"{_span(others)}\n{len(others)} more like {block}\n{free} prunable groups inside")
-        picture.add_node(pydot.Node(_quoted(name), label=label, shape="box3d", fillcolor=WHITE if free else GREY))
+        picture.add_node(pydot.Node(_quoted(name), label=label, shape="box3d", fillcolor=WHITE if free else GRAY))
     line = {*pairwise(dict.fromkeys(box[n] for n in nx.dag_longest_path(flow) if n in box))}
     for a, b in _edges(flow, box):
         # the longest path is drawn straight, so that a deep network is a column
@@ -351,7 +351,7 @@ def _style(data: Mapping[str, Any], prunable: set[str], colors: Mapping[str, str
     if data["kind"] in ("input", "output"):
         return {"shape": "ellipse", "fillcolor": WHITE}
     if not own:
-        return {"fillcolor": GREY}
+        return {"fillcolor": GRAY}
     if not colored:
         return {"fillcolor": WHITE}
     shades = [colors[g] for g in own[:8]]
