@@ -195,8 +195,9 @@ def analyzed(make: Callable[[], Net], **options: Any) -> OTO:
     return OTO(make(), X, **options)
 
 
+@cache
 def alone(name: str, steps: int = 50, clip: float | None = None) -> tuple[nn.Module, Any]:
-    """A model and its optimizer, trained in one process."""
+    """A model and its optimizer, trained in one process. Several checks have the same one, to compare with."""
     make, options, optimizer_of = MAKERS[name]
     oto = copy.deepcopy(analyzed(make, **options))
     optimizer = optimizer_of(oto)
