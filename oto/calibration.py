@@ -1,4 +1,10 @@
-"""A model and its batches, for work without training: what readers read, what the loss is, and how it was before."""
+"""A model and its batches, for work without training: moments of what readers read, losses, and undoing changes.
+
+data = Data.of(batches, loss, holdout=0.25)     # the last quarter of the batches is held out
+calibrated = Calibrated(model, data, reestimate=True)
+calibrated.moments(readers)                     # over the calibration batches
+calibrated.held_loss()                          # over those that were held out
+"""
 
 from __future__ import annotations
 
@@ -37,7 +43,7 @@ LossOf = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """Batches to calibrate with, batches to check with, and the loss."""
+    """Batches to calibrate with, held-out batches to check with, and the loss."""
 
     calibration: Sequence[Any]
     held: Sequence[Any]
@@ -45,10 +51,10 @@ class Data:
 
     @classmethod
     def of(cls, batches: Iterable[Any], loss: LossOf | None, holdout: float) -> Data:
-        """Hold some out: the last ones.
+        """Hold out a share of the batches, the last ones.
 
         Raises:
-            OptionError: There are too few, or no loss.
+            OptionError: There are too few batches, or there is no loss.
         """
         listed = list(batches)
         if not callable(loss):
@@ -69,7 +75,7 @@ class Data:
 
 
 def require_one_process(model: nn.Module, taker: str) -> None:
-    """Refuse what would have to be summed over ranks.
+    """Refuse work that would need sums over several processes.
 
     Raises:
         OptionError: Parameters are sharded, or there are several processes.
@@ -87,18 +93,18 @@ def require_one_process(model: nn.Module, taker: str) -> None:
 
 @dataclass(eq=False)
 class Undo:
-    """What tensors were before they were written to: some whole, of others the atoms that went.
+    """Copies of what is written to: of some tensors all, of others the atoms that are zeroed.
 
     Attributes:
-        whole: The first ones, by name.
-        steps: Where it lay, and what lay there, in the order of writing.
+        whole: The tensors that were copied as a whole, by name.
+        steps: Each place that was written to, with its former content, in the order of writing.
     """
 
     whole: dict[str, Tensor] = field(default_factory=dict)
     steps: list[tuple[Place, Tensor]] = field(default_factory=list)
 
     def remember(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        """Copy some tensors, which are about to be written to; the copies, as the tensors are now."""
+        """Copy some tensors before they are written to; returns the copies."""
         copies = {name: tensors[name].detach().clone() for name in names}
         for name, copy in copies.items():
             if name not in self.whole:
@@ -107,7 +113,7 @@ class Undo:
         return copies
 
     def remember_atoms(self, group: NodeGroup, tensors: Mapping[str, Tensor], atoms: Tensor) -> None:
-        """Copy what of a node group is about to be zeroed, where it is not copied yet."""
+        """Copy atoms of a node group before they are zeroed, unless their tensors were copied as a whole."""
         for piece in group.zeros if len(atoms) else ():
             if piece.parameter not in self.whole:
                 view = piece.of(_bits(tensors[piece.parameter].detach()))
@@ -115,25 +121,25 @@ class Undo:
                 self.steps.append((place, place.copy()))
 
     def put_back(self) -> None:
-        """All of it, the last written first."""
+        """Restore everything, the last written first."""
         with torch.no_grad():
             for place, before in reversed(self.steps):
                 place.write_(before)
 
     @property
     def nbytes(self) -> int:
-        """Of all copies."""
+        """Bytes of all copies."""
         return sum(before.nbytes for _, before in self.steps)
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """8-bit floats as bytes, since torch has few operators for them."""
+    """The tensor itself, but 8-bit floats as bytes, as torch has few operators for them."""
     return tensor if computable(tensor) is tensor else tensor.view(torch.uint8)
 
 
 @contextmanager
 def undone() -> Iterator[Undo]:
-    """If anything is raised inside, all that was remembered is as it was."""
+    """If anything is raised inside, restore all that was remembered."""
     undo = Undo()
     try:
         yield undo
@@ -144,10 +150,10 @@ def undone() -> Iterator[Undo]:
 
 @dataclass(eq=False)
 class Calibrated:
-    """A model on its way, with the batches that it is calibrated and checked with.
+    """A model that is being compressed, with the batches that it is calibrated and checked with.
 
     Attributes:
-        reestimate: Whether batch norms are estimated anew.
+        reestimate: Whether the statistics of batch norms are estimated again.
     """
 
     model: nn.Module
@@ -156,7 +162,7 @@ class Calibrated:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers, by every name."""
+        """Parameters and buffers, by all of their names."""
         return named_tensors(self.model)
 
     def moments(self, readers: Sequence[Reader]) -> dict[Key, Moments]:
@@ -184,11 +190,11 @@ class Calibrated:
             group.zero_(self.tensors, torch.from_numpy(going[group.name]))
 
     def writes(self, readers: Iterable[Reader]) -> set[str]:
-        """The names of all that a fold may write to, and of batch norms."""
+        """The names of all tensors that a fold may write to, and of the statistics of batch norms."""
         return touched(readers) | {*self._norm_buffers}
 
     def saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
-        """A copy of that; what is zeroed is so with and without a fold."""
+        """Copies of the tensors in :meth:`writes`. (Atoms that go are zeroed with or without a fold.)"""
         return {name: self.tensors[name].detach().clone() for name in self.writes(readers)}
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
@@ -197,7 +203,11 @@ class Calibrated:
                 self.tensors[name].data.copy_(old)
 
     def settle(self) -> tuple[bool, float | None]:
-        """Estimate batch norms anew, unless that makes it worse: whether they were, and the loss."""
+        """Estimate batch norms again, unless that makes the held-out loss worse.
+
+        Returns:
+            Whether they were estimated again, and the held-out loss.
+        """
         loss = self.held_loss()
         if not self.reestimate or not self._norms:
             return False, loss
@@ -232,7 +242,7 @@ class Calibrated:
 
 
 def worse(loss: float | None, than: float | None) -> bool:
-    """Whether a loss is no better than another; one that is not finite is none."""
+    """Whether a loss is not lower than another. NaN counts as worse; a loss that was not measured does not."""
     if loss is None or than is None:
         return False
     return not loss < than

@@ -1,19 +1,21 @@
-"""Distillation: a student learns to say what a teacher says. A loss, and nothing of the rest of ``oto``.
+"""Distillation: a student learns to give the outputs of a teacher. A loss that needs nothing of the rest of ``oto``.
 
     distill = Distillation.of(model)                                    # the full model as it is now
     loss = distill(model, x, lambda output: cross_entropy(output, y))   # any loop, lightning's training_step
     oto.integrations.distill(trainer, distill)                          # Hugging Face, before trainer.train()
 
-What is compared, ``KL(teacher || student)`` per position and averaged over positions:
+Three things can be compared, each at every position and averaged over positions:
 
-* **logits** (Hinton et al., arXiv 1503.02531): softmax of both at a temperature ``T``, times ``T²``, so that gradients
-  are of one size for every ``T``. The temperature is 1 by default, as in Minitron (arXiv 2408.11796).
-* **hidden states**: ``1 - cos(student, teacher)`` of the outputs of modules, after a projection where widths differ.
-* **attention**: the distributions over keys, head by head, or of the average over heads where the student has fewer.
+* **logits** (Hinton et al., arXiv 1503.02531): ``T² KL(teacher || student)`` of the softmax of both at a temperature
+  ``T``; the factor ``T²`` keeps gradients at one scale for every ``T``. By default ``T = 1``, as in Minitron (arXiv
+  2408.11796).
+* **hidden states**: ``1 - cos(student, teacher)`` of the outputs of modules, after a projection if widths differ.
+* **attention**: ``KL(teacher || student)`` of the distributions over keys, head by head, or averaged over heads if the
+  student has fewer.
 
-Where this is not the papers: Minitron scales the hidden states' part to the size of the logits' part, and leaves the
-task's loss out. Here each part has a fixed weight, and the task's loss has half of the total by default: before
-anything is pruned a model is its own teacher, so that without the task no gradient would say what may go.
+Where we differ from the papers: Minitron scales the part of the hidden states to the size of the logits' part, and
+leaves the task's loss out. Here each part has a fixed weight, and by default the task's loss is half of the total:
+before anything is pruned the model equals its teacher, so without the task no gradient would say what may go.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ from torch.func import functional_call
 from oto.errors import OptionError, some
 
 Captured = dict[str, list[Tensor]]
-"""What modules gave in a forward, a tensor a call, by name."""
+"""The outputs of modules in a forward, by name: one tensor for each call."""
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
 
 
 class SoftTargets(NamedTuple):
-    """What a teacher says, its ``k`` likeliest classes at each position. A ``DataLoader`` batches it as it is.
+    """The ``k`` most likely classes of a teacher at each position. A ``DataLoader`` can batch it.
 
     Attributes:
         log_probs: Logarithms of probabilities at the temperature, shape ``(..., k)``.
@@ -52,15 +54,15 @@ class SoftTargets(NamedTuple):
 
 
 def soft_targets(logits: Tensor, k: int, temperature: float = 1.0) -> SoftTargets:
-    """The ``k`` likeliest classes, to be stored instead of a teacher that is too large to be at hand.
+    """The ``k`` most likely classes, to be stored if the teacher is too large to run beside the student.
 
-    The probabilities are those among all classes; the loss takes what is left of 1 as one more class. To store them in
+    Probabilities are those among all classes; the loss treats what they lack of 1 as one more class. To store them in
     half precision: ``targets._replace(log_probs=targets.log_probs.half())``.
 
     Args:
-        logits: A teacher's, shape ``(..., classes)``.
-        k: How many; all of them give the same loss as the teacher itself.
-        temperature: That of the :class:`Distillation` which they are for.
+        logits: The teacher's logits, shape ``(..., classes)``.
+        k: Number of classes; with all of them the loss is that of the teacher itself.
+        temperature: The temperature of the :class:`Distillation` that uses them.
     """
     top = (_wide(logits.detach()) / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]))
     return SoftTargets(top.values, top.indices.int(), torch.tensor(float(temperature)))
@@ -70,7 +72,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     """``T² KL(softmax(teacher / T) || softmax(student / T))``, in float32 at least.
 
     Args:
-        student, teacher: Logits, shape ``(..., classes)``. A class that both give ``-inf`` counts nothing.
+        student, teacher: Logits, shape ``(..., classes)``. A class at ``-inf`` in both adds nothing.
 
     Returns:
         Shape ``(...,)``.
@@ -82,9 +84,9 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
 
 def divergence_from_top(student: Tensor, targets: SoftTargets, temperature: float = 1.0) -> Tensor:
-    """:func:`divergence` where only the likeliest classes are known: the others count as one class.
+    """:func:`divergence` from the most likely classes alone: all others count as one class.
 
-    It is at most the full divergence, and the same where all classes are known.
+    It is at most the full divergence, and equal to it if all classes are known.
 
     Args:
         student: Logits, shape ``(..., classes)``.
@@ -98,14 +100,14 @@ def divergence_from_top(student: Tensor, targets: SoftTargets, temperature: floa
     p = log_p.exp()
     divergence: Tensor = (p * (log_p - known).masked_fill(p == 0, 0)).sum(-1)
     if indices.shape[-1] < student.shape[-1]:
-        rest_p = (1 - p.sum(-1)).clamp_min(0)  # stored in half precision they may sum to more
-        rest_q = log_q.scatter(-1, indices, -torch.inf).logsumexp(-1)  # 1 - sum would cancel where little is left
+        rest_p = (1 - p.sum(-1)).clamp_min(0)  # those stored in half precision may sum to more than 1
+        rest_q = log_q.scatter(-1, indices, -torch.inf).logsumexp(-1)  # 1 - sum would cancel if little is left
         divergence += torch.special.xlogy(rest_p, rest_p) - rest_p * rest_q
     return divergence * temperature**2
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
-    """``1 - cos`` along a dimension, which is gone in the result; in float32 at least."""
+    """``1 - cos`` along a dimension, which the result does not have; in float32 at least."""
     similarity: Tensor = nn.functional.cosine_similarity(_wide(student), _wide(teacher), dim=dim)
     return 1 - similarity
 
@@ -114,7 +116,7 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """``KL(teacher || student)`` over keys.
 
     Args:
-        student, teacher: Probabilities, shape ``(N, heads, queries, keys)``. Where the numbers of heads differ, the
+        student, teacher: Probabilities, shape ``(N, heads, queries, keys)``. If the numbers of heads differ, the
             averages over heads are compared.
 
     Returns:
@@ -138,28 +140,30 @@ def _wide(x: Tensor) -> Tensor:
 class Distillation(nn.Module):
     """``(1 - weight) · task + weight · (logits · KL + hidden_weight · cosine + attention · KL)``.
 
-    The teacher is in eval mode, gets no gradients, and is none of this module's submodules: it is in no checkpoint, no
-    ``parameters()``, and is not moved with it. It runs before the student, so its activations are gone by then.
+    The teacher is in eval mode and gets no gradients. It is no submodule of this module, so it is in no checkpoint and
+    not among ``parameters()``, and does not move with this module. It runs before the student, so its activations are
+    freed by then.
 
     Args:
-        teacher: Any module that takes what the student takes, or ``None`` where targets are given with each batch.
+        teacher: Any module that takes what the student takes, or ``None`` if targets are given with each batch.
             :meth:`of` makes it from the model itself.
-        weight: Share of distillation in the loss, in [0, 1]. At 1 no task's loss is needed, which suits a model that
-            has been pruned; while a model is pruned, keep it below, for at first the teacher has nothing to teach.
+        weight: Share of distillation in the loss, in [0, 1]. With 1 no loss of a task is needed, which suits a model
+            that has been pruned. While a model is being pruned keep it below 1: at first the teacher has nothing to
+            teach.
         temperature: What logits are divided by before the softmax.
         logits, hidden_weight, attention: Weights of the three parts; 0 leaves a part out. Attention is read from
-            ``output.attentions``, as models of transformers give it (``output_attentions=True``).
-        hidden: Names of modules whose outputs are compared, or a map from the student's names to the teacher's.
-            A wrapper around the student, such as ``DistributedDataParallel``, is looked through; in a compiled model no
-            module is seen to run, so give the model itself where hidden states are asked for.
-        projections: By the student's name of a module: a module that maps what it gives to the teacher's width. Their
-            parameters are those of this module, ``distill.parameters()``, and need an optimizer; over several processes
-            their gradients are averaged. Without one, shapes that differ are an error.
-        dim, hidden_dim: The dimension of the classes, and of the features: 1 for images of class scores.
-        read: A function from an output to its logits, if it is neither a tensor, nor a tuple that begins with them, nor
-            has them as ``logits``.
+            ``output.attentions``, where models of transformers have it (``output_attentions=True``).
+        hidden: Names of modules whose outputs are compared, or a mapping from the student's names to the teacher's.
+            A wrapper around the student, such as ``DistributedDataParallel``, may stay. In a compiled model modules
+            cannot be observed, so pass the model that is not compiled if hidden states are compared.
+        projections: For names of the student's modules, a module that maps the output to the teacher's width. Their
+            parameters are those of this module, ``distill.parameters()``, and need an optimizer; with several processes
+            their gradients are averaged. Without a projection, shapes that differ are an error.
+        dim, hidden_dim: The dimension of the classes, and that of the features; 1 for images of class scores.
+        read: A function from an output to its logits, if the output is neither a tensor, nor a tuple that begins with
+            them, nor has them as ``logits``.
         offload: Keep the teacher's parameters where they are, say in CPU memory, and copy them to the device of the
-            inputs for its forward alone. Otherwise the teacher moves to the device of the first inputs, and stays.
+            inputs for its forward only. Otherwise the teacher moves to the device of the first inputs, and stays there.
 
     Raises:
         OptionError: A value is out of range, or nothing would be compared.
@@ -207,7 +211,7 @@ class Distillation(nn.Module):
             parameter.register_post_accumulate_grad_hook(_averaged)
         object.__setattr__(self, "teacher", None if teacher is None else teacher.eval())  # no submodule, see above
         self.parts: dict[str, Tensor] = {}
-        """The last call's parts, detached and without their weights, for logging."""
+        """The parts of the last loss, detached and not multiplied by their weights; for logging."""
 
     @classmethod
     def of(
@@ -218,18 +222,18 @@ class Distillation(nn.Module):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> Distillation:
-        """A copy of the model as it is now is the teacher.
+        """Distillation from a copy of the model as it is now.
 
         Args:
             model: The full model, before anything is pruned; it may be wrapped for several processes.
-            dtype: Of the copy's floating-point tensors, such as ``torch.bfloat16``. Inputs are cast to it.
-            device: Where the copy is made, such as ``"cpu"`` with ``offload=True``.
-            **options: Those of :class:`Distillation`.
+            dtype: Dtype of the copy's floating-point tensors, such as ``torch.bfloat16``. Inputs are cast to it.
+            device: Device of the copy, such as ``"cpu"`` with ``offload=True``.
+            **options: Options of :class:`Distillation`.
         """
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         copied: dict[int, Any] = {}
-        for tensor in [*model.parameters(), *model.buffers()]:  # one at a time: no second copy in the first dtype
+        for tensor in [*model.parameters(), *model.buffers()]:  # one by one, to hold no copy in the first dtype
             if type(tensor) in (nn.Parameter, Tensor):
                 to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 new = tensor.detach().to(device or tensor.device, to, copy=True)
@@ -246,26 +250,25 @@ class Distillation(nn.Module):
         mask: Tensor | None = None,
         count: Tensor | float | None = None,
     ) -> Tensor:
-        """Run both, and compare.
+        """Run teacher and student, and compare them.
 
         Args:
-            student: The model that is trained, with whatever wraps it.
+            student: The model that is trained, including its wrappers.
             inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments, as for ``OTO``.
-            loss: The task's loss of the student's output. Without it the output's own ``loss`` is taken.
-            targets: What the teacher said, if it is not to run; for logits alone.
-            mask: Which positions count, of the shape of the logits without their classes. Without it those of
-                ``inputs["attention_mask"]``, where there is one of that shape, and else all.
-            count: How many positions the whole step has, where batches of different lengths are accumulated: the sum
-                over positions is divided by it. Without it each batch counts alike, by its mean. Over several processes
-                it is the number of all of them, divided by how many processes there are. ``loss`` is not divided by
-                it: that is up to you.
+            loss: The task's loss, a function of the student's output; by default the output's own ``loss``.
+            targets: The teacher's stored outputs, instead of running it; for logits only.
+            mask: Which positions count, of the shape of the logits without their classes. By default
+                ``inputs["attention_mask"]``, if there is one of that shape; otherwise all count.
+            count: Number of positions of the whole step, if batches of different lengths are accumulated: the sum over
+                positions is divided by it. By default each batch contributes its mean. With several processes it is the
+                number of positions of all of them, divided by the number of processes. ``loss`` is not divided by it;
+                that is up to you.
 
         Returns:
-            The loss, a scalar. Of several processes each has its own; their gradients are to be averaged, as
-            ``DistributedDataParallel`` does.
+            The loss, a scalar. Each process has its own; average the gradients, as ``DistributedDataParallel`` does.
 
         Raises:
-            OptionError: What is to be compared is not there, or has another shape; or there is no task's loss.
+            OptionError: Something that is to be compared is missing or has a different shape, or the task has no loss.
         """
         args, kwargs = _arguments(inputs)
         ours, output = self.compare(
@@ -283,7 +286,7 @@ class Distillation(nn.Module):
         return self.combined(task, ours)
 
     def combined(self, task: Tensor, ours: Tensor) -> Tensor:
-        """The loss of a task's, and what :meth:`compare` gives."""
+        """The total of the task's loss and of what :meth:`compare` gives."""
         self.parts["task"] = task.detach()
         return (1 - self.weight) * task + self.weight * ours
 
@@ -297,10 +300,11 @@ class Distillation(nn.Module):
         mask: Tensor | None = None,
         count: Tensor | float | None = None,
     ) -> tuple[Tensor, Any]:
-        """Distillation's part alone, for a loop that runs the student by itself.
+        """The loss of distillation alone, for a loop that runs the student itself.
 
         Args:
-            run: Runs the student on the inputs, and returns its output.
+            student, inputs, targets, mask, count: As in :meth:`forward`.
+            run: Runs the student on the inputs and returns its output.
 
         Returns:
             The loss, and what ``run`` returned.
@@ -404,7 +408,7 @@ class Distillation(nn.Module):
         return divergence(student, teacher, self.temperature)
 
     def _is_of_another_temperature(self, targets: SoftTargets) -> bool:
-        """Whether targets were made at another temperature. A device is waited for once, with the first of them."""
+        """Whether targets were made at another temperature. Only the first check waits for a device."""
         if self._looked_at_temperature and not targets.temperature.is_cpu:
             return False
         self._looked_at_temperature = True
@@ -428,7 +432,7 @@ class Distillation(nn.Module):
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of an output: itself, its ``logits``, or the first tensor with dimensions of a tuple.
+    """The logits of an output: the output itself, its ``logits``, or in a tuple the first tensor that is no scalar.
 
     Raises:
         OptionError: There are none.
@@ -467,7 +471,7 @@ def _refuse_shapes(what: str, student: Sequence[int], teacher: Sequence[int]) ->
 
 
 def _at(values: Tensor, positions: Sequence[int] | None, mask: Tensor | None) -> Tensor:
-    """One value for each position of the logits: the average over what is finer, or the one average for all."""
+    """One value for each position of the logits: the average over further dimensions, or one average for all."""
     if positions is None or values.shape == positions:
         return values
     if values.shape[: len(positions)] != positions:
@@ -488,7 +492,7 @@ def _mean(values: Tensor, mask: Tensor | None, count: Tensor | float | None) -> 
 
 
 def _averaged(parameter: Tensor) -> None:
-    """Over all processes. What was accumulated before is the same on all of them, so it stays what it is."""
+    """Average a gradient over all processes. What was accumulated before is the same in all of them, so it stays."""
     if dist.is_available() and dist.is_initialized() and parameter.grad is not None:
         dist.all_reduce(parameter.grad)
         parameter.grad /= dist.get_world_size()
@@ -499,7 +503,7 @@ def _averaged(parameter: Tensor) -> None:
 
 @contextmanager
 def _capturing(model: nn.Module, names: Iterable[str]) -> Iterator[Captured]:
-    """Capture what modules give. Only inside: a forward that checkpointing repeats in the backward does not count."""
+    """While inside, capture the outputs of modules; a forward that checkpointing repeats later is not captured."""
     captured: Captured = {name: [] for name in names}
     hooks = [_named(model, name).register_forward_hook(_into(captured[name])) for name in captured]
     try:
@@ -529,7 +533,7 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 
 
 def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, and what is in it as long as that is one module."""
+    """The model, then its only child, the only child of that, and so on."""
     yield model
     while len(children := list(model.children())) == 1:
         (model,) = children
@@ -551,7 +555,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
-    """Floating-point tensors in a dtype."""
+    """The same tree, with floating-point tensors in a dtype."""
     if isinstance(tree, Tensor):
         return tree.to(dtype) if dtype is not None and tree.is_floating_point() else tree
     if isinstance(tree, Mapping):

@@ -1,8 +1,8 @@
 """A family from one run: ``oto.family(targets=[.75, .5, .25], ...)`` -> several slim models that share their weights.
 
-The full network trains alone until the ranking of its atoms is frozen; then members of several sizes, each nested in
-the next larger one, are trained with it on every batch (:mod:`oto.sandwich`). What each of them keeps is settled by
-:mod:`oto.optim.nested`, how it computes by :mod:`oto.slim.member`.
+The full network trains alone until the ranking of its atoms is frozen. From then on members of several sizes, each
+nested in the next larger one, are trained with it on every batch (:mod:`oto.sandwich`). :mod:`oto.optim.nested` chooses
+what each of them keeps, and :mod:`oto.slim.member` runs them.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ KEEP_WHOLE = (
     "train the family with whole parameters in each process: call oto.family(...) on the plain model after"
     " init_process_group, and let family.step average the gradients"
 )
-"""What needs whole parameters, and what helps (:func:`oto.shards.refuse_sharded`)."""
+"""For the message of :func:`oto.shards.refuse_sharded`: what needs whole parameters, and what to do."""
 
 
 class FamilyTraining:
-    """How a family is trained, and a member run; :class:`Family` has these methods."""
+    """The methods of :class:`Family` that train a family and run its members."""
 
     def __init__(self, maker: Maker, optimizer: FamilyOptimizer, sandwich: Sandwich, how: Mapping[str, Any]) -> None:
         self.optimizer = optimizer
@@ -74,7 +74,7 @@ class FamilyTraining:
 
     @property
     def members(self) -> list[FamilyMember]:
-        """All members, the largest first: the full network, those that were trained, and those that were cut.
+        """All members, the largest first: the full network, and those that were trained or cut.
 
         Raises:
             OptionError: The ranking is not frozen yet.
@@ -91,7 +91,7 @@ class FamilyTraining:
         return f"Family({type(self.model).__name__}) at step {self.optimizer.clock:,}\n{self.plan()}"
 
     def plan(self) -> str:
-        """What happens at which step; print it."""
+        """Which steps do what; to be printed."""
         ramp, networks = self._sandwich.ramp, self._sandwich.networks
         count = min(networks, len(self.optimizer.nested.choices) + 1)
         return f"{self.optimizer.plan()}\n{count} networks a step; what members count rises over {ramp} steps"
@@ -107,9 +107,9 @@ class FamilyTraining:
             forward: Runs a network on the batch and returns its output: ``lambda net: net(x)``. It is called with the
                 full network and with members; open ``torch.autocast`` in it for mixed precision.
             loss: The loss of an output, for the full network: ``lambda output: cross_entropy(output, y)``.
-            scaler: For float16.
-            mask: Which positions count where members learn from the full network's logits, of the shape of the logits
-                without the classes; such as ``labels != -100``. All by default.
+            scaler: The gradient scaler, for float16.
+            mask: If members learn from the full network's logits, the positions that count, such as ``labels != -100``:
+                of the shape of the logits without the classes. By default all.
 
         Returns:
             The full network's loss, detached.
@@ -126,12 +126,12 @@ class FamilyTraining:
         self, forward: Forward, loss: Loss, scaler: torch.amp.GradScaler | None = None, *, mask: Tensor | None = None,
         weight: float = 1.0,
     ) -> Tensor:  # fmt: skip
-        """Forward and backward alone, for a micro-batch; then :meth:`update` for all of them.
+        """Forward and backward of one micro-batch; after all of them call :meth:`update` once.
 
         Args:
-            forward, loss, scaler, mask: As for :meth:`step`; ``loss`` divides by the number of micro-batches itself.
-            weight: What members learn from the full network is a mean over the micro-batch; it is multiplied by this:
-                one over the number of micro-batches.
+            forward, loss, scaler, mask: As in :meth:`step`; ``loss`` itself divides by the number of micro-batches.
+            weight: One over the number of micro-batches. What members learn from the full network is a mean over the
+                micro-batch, and is multiplied by this.
 
         Returns:
             The full network's loss, detached.
@@ -143,7 +143,7 @@ class FamilyTraining:
         share = self._sandwich.weight(step)
         if members and share > 0:
             taught = self._sandwich.taught(output)
-            del output  # and all that it was computed from
+            del output  # with all that it was computed from
             parameters = dict(self.model.named_parameters())
 
             def learn(net: nn.Module) -> None:
@@ -159,9 +159,9 @@ class FamilyTraining:
         return value.detach()
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """One step of the optimizer from the gradients that are there, which are cleared afterwards.
+        """One step of the optimizer from the present gradients, which are cleared afterwards.
 
-        Of several processes the gradients are averaged first, see :meth:`reduce`.
+        With several processes the gradients are averaged first, see :meth:`reduce`.
         """
         self.reduce()
         if scaler is None:
@@ -173,15 +173,17 @@ class FamilyTraining:
         self._sorted = None
 
     def reduce(self) -> None:
-        """Average the gradients over all processes, and take the buffers of the first one. :meth:`update` calls it; a
-        loop that steps the optimizer itself does so before."""
+        """Average the gradients over all processes, and take the buffers of the first one.
+
+        :meth:`update` calls it. A loop that steps the optimizer itself has to call it before.
+        """
         if processes() > 1:
             average_gradients_(self.optimizer.parameters().values())
             held = [member.part.buffers for member in self._trained if member.part is not None]
             share_from_first_([*self.model.buffers(), *(buffer for one in held for buffer in one.values())])
 
     def _settled(self) -> list[FamilyMember]:
-        """The members that are trained; none before the ranking is frozen. They are made when it is new."""
+        """The members that are trained; none before the ranking is frozen. They are made once it is."""
         levels, device = self.optimizer.levels, next(self.model.parameters()).device
         if levels is None:
             return []
@@ -194,7 +196,7 @@ class FamilyTraining:
             ]
             self._trained, self._cuts, self._sorted = self._maker.members(wanted), [], None
             parts = [member.part for member in self._trained if member.part is not None]
-            for part, buffers in zip(parts, self.optimizer.buffers, strict=False):  # of a checkpoint
+            for part, buffers in zip(parts, self.optimizer.buffers, strict=False):  # those from a checkpoint
                 part.put_buffers(buffers)
             self.optimizer.buffers = [part.buffers for part in parts]
             self._made_for = (levels, device)
@@ -207,11 +209,11 @@ class FamilyTraining:
         return [number if name == "target_macs" else {name: number} for name, number in asked]
 
     def run(self, member: Any, work: Callable[[nn.Module], Result]) -> Result:
-        """What ``work`` makes of a member, without copying weights; in eval mode and without gradients.
+        """The result of ``work(network)`` for a member, in eval mode and without gradients; no weights are copied.
 
         Args:
             member: Its target as it was given, or its index; 0 is the largest.
-            work: Takes the network.
+            work: A function of the network.
         """
         members = self.members
         part, model = members[found_in(members, member)].part, self.model
@@ -230,15 +232,15 @@ class FamilyTraining:
 class Family(FamilyTraining):
     """Several sizes of one network, trained together: the full network and a member for each target.
 
-    :meth:`oto.OTO.family` makes it. Once it is made, train with :meth:`step`; then :meth:`construct` gives all members
-    as slim models. What must be saved to resume is ``model.state_dict()`` and ``optimizer.state_dict()``.
+    :meth:`oto.OTO.family` makes it. Train it with :meth:`step`; then :meth:`construct` gives all members as slim
+    models. To resume later, save ``model.state_dict()`` and ``optimizer.state_dict()``.
 
     Attributes:
         optimizer: A ``torch.optim.Optimizer``, for learning-rate schedulers and checkpoints.
     """
 
     def evaluate(self, score: Callable[[nn.Module], float]) -> list[FamilyMember]:
-        """The members with what each scores; print them. ``score`` takes a network in eval mode."""
+        """The members with their scores; to be printed. ``score`` is a function of a network in eval mode."""
         return [replace(one, score=float(self.run(i, score))) for i, one in enumerate(self.members)]
 
     def report(
@@ -248,8 +250,8 @@ class Family(FamilyTraining):
 
         Args:
             path: The file.
-            members: What :meth:`evaluate` gave; without it there are no scores but those of members that were cut.
-            title: Instead of the name of the model's class.
+            members: The result of :meth:`evaluate`; without it only members that were cut may have scores.
+            title: A title instead of the name of the model's class.
 
         Raises:
             MissingExtraError: matplotlib is not installed (``pip install 'oto[report]'``).
@@ -267,16 +269,16 @@ class Family(FamilyTraining):
         batches: Iterable[Any] = (),
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> FamilyMember:
-        """Cut a further member from a finished family, without training; it is nested in those around it.
+        """Cut one more member from a finished family, without training; it is nested in those around it.
 
         Args:
-            target: A share of MACs, or a mapping, as in ``targets=``; any that no member has yet.
-            evaluate: Takes the network in eval mode and returns how good it is.
-            batches, forward: To estimate the statistics of its batch norms with, ``forward(net, batch)``. Without them
-                it has those of the next larger member, and says so.
+            target: A share of MACs, or a mapping, as in ``targets=``; one that no member has yet.
+            evaluate: A function of the network in eval mode that returns its score.
+            batches, forward: What the statistics of its batch norms are estimated with, by ``forward(net, batch)``.
+                Without them it has those of the next larger member, and a note says so.
 
         Returns:
-            The member, which the family has from now on: print it.
+            The member, to be printed. The family has it from now on.
 
         Raises:
             OptionError, TargetError: The ranking is not frozen; the target cannot be reached, or a member has it.
@@ -294,11 +296,11 @@ class Family(FamilyTraining):
         return self._cuts[-1]
 
     def module(self, member: Any) -> nn.Module:
-        """A member in eval mode that shares its weights with all others that this method gave, as views of one sorted
-        copy of the full weights; a snapshot, so ask again after training on.
+        """A member in eval mode whose weights are views of one sorted copy of the full weights.
 
-        Weights that no view can express are copies, with a ``CopiedWarning`` that names them. To own its memory, or to
-        be saved, take what :meth:`construct` gives.
+        All members that this method returns share that copy. It is a snapshot: call the method again after training on.
+        Weights that no view can express are copied, with a ``CopiedWarning`` that names them. For a model that owns its
+        memory or is to be saved, use :meth:`construct`.
 
         Args:
             member: Its target as it was given, or its index; 0 is the largest.
@@ -319,8 +321,8 @@ class Family(FamilyTraining):
         """All members as slim models, the largest first, each verified against the masked full model.
 
         Args:
-            out_dir: Folder for one artifact that holds the shared weights once, and from which
-                ``load_subnet(out_dir, factory, member=0.5)`` loads any member; nothing is saved if it is ``None``.
+            out_dir: Folder for one artifact that holds the shared weights once; ``load_subnet(out_dir, factory,
+                member=0.5)`` loads any member from it. With ``None`` nothing is saved.
             emitter, float64, verify: As in :meth:`oto.OTO.construct_subnet`.
 
         Raises:
@@ -346,7 +348,7 @@ def _cut(
     """A member between two others, or below the smallest.
 
     Raises:
-        OptionError, TargetError: The family has it, or nothing lies between.
+        OptionError, TargetError: The family has such a member already, or there is no width between.
     """
     if any(one.target == target for one in members):
         raise OptionError(
@@ -369,8 +371,8 @@ def make_family(analysis: Analysis, params: Params | None, options: Mapping[str,
     """A family of an analyzed model; see :meth:`oto.OTO.family`.
 
     Raises:
-        OptionError, TargetError, NothingPrunableError: An option means nothing, or a target cannot be reached.
-        TooLateError: Parameters that members lack entries of were frozen since the analysis.
+        OptionError, TargetError, NothingPrunableError: An option is invalid, or a target cannot be reached.
+        TooLateError: Parameters of which members lack entries were frozen after the analysis.
     """
     refuse_unknown(options, names_of(FamilyOptions), "family")
     refuse_sharded(analysis.model, READ_OUT, KEEP_WHOLE)
@@ -399,12 +401,12 @@ def make_family(analysis: Analysis, params: Params | None, options: Mapping[str,
 
 
 def _named(target: Any) -> dict[str, Any]:
-    """A target by its keyword: a number is a share of the MACs, or a number of them."""
+    """A target with its keyword; a bare number is a share of the MACs, or a number of MACs."""
     return dict(target) if isinstance(target, Mapping) else {"target_macs": target}
 
 
 def _costs(choice: Choice, mask: Tensor) -> float:
-    """What the atoms of a mask cost, in the unit of a choice's target."""
+    """The cost of the atoms in a mask, in the unit of a choice's target."""
     return choice.target.measure(np.array(list(choice.counts(mask).values()), dtype=np.int64))
 
 

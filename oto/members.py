@@ -1,4 +1,4 @@
-"""The members of a family: how they are made from the frozen ranking, found by what users call them, and built slim."""
+"""The members of a family: make them from the frozen ranking, find them by target or index, and build them slim."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class FamilyMember:
     """One size of a family.
 
     Attributes:
-        target: As it was asked for: a share of the MACs, or a mapping such as ``{"target_latency_ms": 20}``; 1.0 for
-            the full network.
+        target: The target as it was given: a share of the MACs, or a mapping such as ``{"target_latency_ms": 20}``; 1.0
+            for the full network.
         kept: For each prunable group, the atoms that it keeps.
         cost: Parameters and MACs on the example input.
         part: The slim module, whose parameters are read out of the full ones; ``None`` for the full network.
         trained: Whether it took part in the training; ``False`` if it was cut afterwards.
-        score: What it scored when it was evaluated, if it was.
-        notes: What is to be known of it.
+        score: Its score, if it was evaluated.
+        notes: What a user should know about it.
     """
 
     target: Any
@@ -79,7 +79,7 @@ class Maker:
     """Makes members of an analyzed model.
 
     Attributes:
-        own: What the model's class needs to be thinner.
+        own: What has to change in a module of the model's class when its tensors are thinner.
     """
 
     analysis: Analysis
@@ -87,7 +87,7 @@ class Maker:
 
     @classmethod
     def of(cls, analysis: Analysis) -> Maker:
-        """Ask the class of the model, where that has not been done.
+        """Find out what the model's class needs, unless the analysis knows already.
 
         Raises:
             OptionError: Groups may go that the class cannot express.
@@ -106,14 +106,15 @@ class Maker:
         return FamilyMember(1.0, kept, self.analysis.cost())
 
     def members(self, wanted: Sequence[tuple[Any, Kept]], like: Member | None = None) -> list[FamilyMember]:
-        """Members by their targets and atoms, each proved to compute what the masked full model does.
+        """Make members, each proved to compute what the masked full model does.
 
         Args:
-            like: The member that they are cut from, whose buffers they have; the full network by default.
+            wanted: The target of each, and the atoms that it keeps.
+            like: The member that they are cut from, whose buffers they get; by default the full network.
 
         Raises:
-            ShrinkError: The class cannot express one.
-            VerificationError: One computes something else.
+            ShrinkError: The class cannot express a member.
+            VerificationError: A member computes something else.
         """
         here = self.analysis.of(self.analysis.model)
         model = here.model
@@ -137,7 +138,7 @@ class Maker:
         return FamilyMember(target, source.kept, cost, Member.of(source), notes=notes)
 
     def built(self, member: FamilyMember, build: Build) -> Subnet:
-        """The slim model of a member, which owns its memory, verified against the masked full model."""
+        """The slim model of a member, verified against the masked full model. It owns its memory."""
         analysis = self.analysis
         copy = masked(analysis.model, analysis.partition, analysis.groups, member.kept, member.part)
         subnet = build_subnet(analysis, copy.eval(), build, None, member.kept)
@@ -145,10 +146,10 @@ class Maker:
 
 
 def found_in(members: Sequence[FamilyMember], asked: Any) -> int:
-    """The index of a member: as it was asked for, or the index itself.
+    """The index of a member that is named by its target or by its index.
 
     Raises:
-        OptionError: There is none.
+        OptionError: There is no such member.
     """
     if type(asked) is int and -len(members) <= asked < len(members):
         return asked % len(members)
@@ -163,7 +164,7 @@ def found_in(members: Sequence[FamilyMember], asked: Any) -> int:
 
 
 def levels_of(kepts: Iterable[Kept], full: Kept) -> dict[str, NDArray[np.int64]]:
-    """For each group, how many of some members keep each of its atoms."""
+    """For each group, how many members keep each of its atoms."""
     levels = {name: np.zeros(len(atoms), dtype=np.int64) for name, atoms in full.items()}
     for kept in kepts:
         for name, atoms in kept.items():
@@ -173,11 +174,11 @@ def levels_of(kepts: Iterable[Kept], full: Kept) -> dict[str, NDArray[np.int64]]
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
-    """The full weights, with the atoms first that most members keep, so that members are views of them.
+    """The full weights, sorted so that atoms that most members keep come first: then members are views of them.
 
     Attributes:
-        store: The full network, sorted; ``None`` if it computes something else then.
-        orders: Which atom of each group comes first, second, ...
+        store: The full network with sorted weights; ``None`` if it computes something else.
+        orders: For each group, the atoms in their order.
     """
 
     maker: Maker
@@ -186,7 +187,7 @@ class Sorted:
 
     @classmethod
     def of(cls, maker: Maker, members: Sequence[FamilyMember]) -> Sorted:
-        """Sort a copy of the full weights, and prove that it computes what they do."""
+        """Sort a copy of the full weights, and prove that it computes the same."""
         levels = levels_of((one.kept for one in members[1:]), members[0].kept)
         orders = {name: np.argsort(-own, kind="stable") for name, own in levels.items()}
         here, store = maker.analysis.of(maker.analysis.model), None
@@ -196,11 +197,11 @@ class Sorted:
                 store = sorted_copy(here.model, source, orders).eval()
                 require(check(here.model, store, here.example, left=source.left))
         except (VerificationError, ShrinkError, EmitterError):
-            store = None  # a class in which places mean something
+            store = None  # a class in which the position of an atom matters
         return cls(maker, store, orders)
 
     def module(self, member: FamilyMember) -> nn.Module:
-        """A member as views of the store; a copy of its own, with a warning, where that cannot be."""
+        """A member as views of the store; if that is impossible, a copy, with a warning."""
         here = self.maker.analysis.of(self.maker.analysis.model)
         why = "its network computes something else when its atoms are in another order"
         if self.store is not None:
@@ -257,7 +258,7 @@ def save(maker: Maker, members: Sequence[FamilyMember], subnets: Sequence[Subnet
 
 
 def has_norms(member: FamilyMember) -> bool:
-    """Whether it has batch norms that keep statistics."""
+    """Whether a member has batch norms that keep statistics."""
     return member.part is not None and bool(_norms(member.part.net))
 
 
@@ -272,7 +273,7 @@ def estimate_norms_(
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any],
 ) -> bool:
-    """Average the statistics of a member's batch norms over batches; whether it has any."""
+    """Average the statistics of a member's batch norms over batches; returns whether it has batch norms."""
     if member.part is None:
         raise OptionError("the full network has its statistics from training\n  to fix  name another member")
     part = member.part

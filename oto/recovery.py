@@ -1,18 +1,18 @@
-"""Training after pruning: a learning rate that rises and falls once more, and data that make up for what was lost.
+"""Train on after pruning: a learning rate that rises and falls once more, and data chosen to recover what was lost.
 
-    schedule = rewarmed(optimizer, steps)                              # a scheduler of torch, stepped once a step
+    schedule = rewarmed(optimizer, steps)                              # a torch scheduler; step it after each step
     mixed = replay(new, old)                                           # 5 % of the samples are old ones
     for batch in mixed.loader(batch_size=8): ...
     mixed.update(source_losses(model, held, loss), before)             # every few hundred steps
 
 * **Re-warming, re-decaying, replay**: Ibrahim et al., Simple and Scalable Strategies to Continually Pre-train Large
-  Language Models, arXiv 2403.08763. Linearly over 1 % of the steps (0 to 2 % made no difference) to the largest rate of
-  pre-training, then along a cosine to a tenth of it. 5 % of old data where the new ones are alike, 25 % where they
-  differ much, out of the same budget; 1 % helps already. For distillation NVIDIA takes a fifth of pre-training's
-  largest rate.
+  Language Models, arXiv 2403.08763. The rate rises linearly over 1 % of the steps (0 to 2 % made no difference) to the
+  largest rate of pre-training, then falls along a cosine to a tenth of it. 5 % of the samples are old data if the new
+  ones are similar, 25 % if they differ much, out of the same budget; 1 % already helps. For distillation, NVIDIA takes
+  a fifth of pre-training's largest rate.
 * **Data by loss**: Sheared-LLaMA (Xia et al., arXiv 2310.06694) raises the shares of sources whose loss is above a
-  reference. LoRAShear (Chen et al., arXiv 2310.18356) draws more from those that pruning has hurt more, and keeps some
-  of each: the same with the full model's losses as the reference.
+  reference. LoRAShear (Chen et al., arXiv 2310.18356) draws more from sources that pruning has hurt more, and keeps
+  some of each; that is the same with the full model's losses as the reference.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from oto.errors import OptionError, some
 
 WARMUP, FLOOR = 0.01, 0.1
-"""Share of the steps that the learning rate rises for, and the share of its maximum that it ends with."""
+"""The share of the steps over which the learning rate rises, and the share of its maximum with which it ends."""
 
 WEAK, STRONG = 0.05, 0.25
-"""Shares of old data, where the new are alike, and where they differ much."""
+"""The share of old data if new data are similar, and if they differ much."""
 
 SMOOTHING = 1e-4
-"""The share that is spread evenly over all sources, so that each keeps some (the released code of Sheared-LLaMA)."""
+"""The share that is spread evenly over all sources, so that each keeps some (as in Sheared-LLaMA's released code)."""
 
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
@@ -45,10 +45,10 @@ SMOOTHING = 1e-4
 
 @dataclass
 class Rewarmed:
-    """The learning rate of a step, as a share of the largest: linear up, then a cosine down.
+    """The learning rate of a step as a share of the largest: linear up, then a cosine down.
 
-    With ``t`` counted from 1, ``W = ceil(warmup · steps)``, ``T = steps``: ``t / W`` up to ``W``, then
-    ``floor + (1 - floor) / 2 · (1 + cos(π (t - W) / (T - W)))``; beyond ``T`` it stays at ``floor``.
+    Steps ``t`` are counted from 1, with ``W = ceil(warmup · steps)`` and ``T = steps``. Up to ``W`` it is ``t / W``,
+    then ``floor + (1 - floor) / 2 · (1 + cos(π (t - W) / (T - W)))``, and beyond ``T`` it stays at ``floor``.
 
     >>> factor = Rewarmed(steps=6, warmup=0.3, floor=0.1)
     >>> [round(factor(step), 3) for step in range(7)]
@@ -68,7 +68,7 @@ class Rewarmed:
             )
 
     def __call__(self, step: int) -> float:
-        """The factor of a step, counted from 0 as schedulers do."""
+        """The factor of a step; steps are counted from 0, as schedulers do."""
         t, up = min(step + 1, self.steps), math.ceil(self.warmup * self.steps)
         if t <= up:
             return t / up
@@ -76,18 +76,19 @@ class Rewarmed:
 
 
 def rewarmed(optimizer: torch.optim.Optimizer, steps: int, *, warmup: float = WARMUP, floor: float = FLOOR) -> LambdaLR:
-    """A scheduler for the steps after pruning, from the optimizer's ``lr`` as the largest rate.
+    """A scheduler for the steps after pruning; the optimizer's ``lr`` is the largest rate.
 
-    ``Trainer(optimizers=(optimizer, rewarmed(optimizer, steps)))``; in lightning ``configure_optimizers`` returns
-    ``{"optimizer": optimizer, "lr_scheduler": {"scheduler": rewarmed(optimizer, steps), "interval": "step"}}``.
+    With a Trainer: ``Trainer(optimizers=(optimizer, rewarmed(optimizer, steps)))``. In lightning
+    ``configure_optimizers`` returns ``{"optimizer": optimizer, "lr_scheduler": {"scheduler": rewarmed(optimizer,
+    steps), "interval": "step"}}``.
 
     Args:
-        steps: How many steps it goes on.
-        warmup: Share of them that the rate rises for.
-        floor: What it ends with, as a share of the largest.
+        steps: Number of steps.
+        warmup: The share of them over which the rate rises.
+        floor: The rate at the end, as a share of the largest.
 
     Raises:
-        OptionError: There is no such schedule.
+        OptionError: An argument is out of range.
     """
     return LambdaLR(optimizer, Rewarmed(steps, warmup, floor))
 
@@ -101,17 +102,17 @@ def reweighted(
     reference: Mapping[str, float],
     smoothing: float = SMOOTHING,
 ) -> dict[str, float]:
-    """Sheared-LLaMA's update: ``w ← w · exp(max(loss - reference, 0))``, so that the shares sum to 1 again.
+    """Sheared-LLaMA's update: ``w ← w · exp(max(loss - reference, 0))``, divided by the sum of all shares.
 
-    Then ``w ← (1 - smoothing) w + smoothing / n``, as in its released code, which has no ``max``: there a source that
-    is better than its reference loses share faster.
+    Then ``w ← (1 - smoothing) w + smoothing / n``, as in the released code. That code has no ``max``, so there a source
+    that is better than its reference loses its share faster.
 
     >>> found = reweighted({"web": 0.5, "books": 0.5}, {"web": 2.0, "books": 3.0}, {"web": 2.5, "books": 2.0}, 0.0)
     >>> {name: round(share, 4) for name, share in found.items()}
     {'web': 0.2689, 'books': 0.7311}
 
     Raises:
-        OptionError: A loss or a reference is missing, or is no finite number.
+        OptionError: A loss or a reference is missing, or not finite.
     """
     for what, numbers in (("losses", losses), ("reference", reference)):
         if bad := [name for name in shares if not math.isfinite(numbers.get(name, math.nan))]:
@@ -127,22 +128,23 @@ def reweighted(
 
 
 class Mixture(Sampler[int]):
-    """Samples of several sources, by shares that may change while they are drawn.
+    """Draw samples from several sources, by shares that may change meanwhile.
 
-    It is a sampler over ``mixture.dataset``, the sources one after the other: each draw chooses a source by its share,
-    and takes the next sample of a shuffled pass over it; once all were taken, another pass begins. All processes draw
-    the same sequence, of which each takes its part.
+    This is a sampler for ``mixture.dataset``, in which the sources lie one after the other. Each draw chooses a source
+    by its share, and takes the next sample of a shuffled pass over that source; when all were taken, a new pass begins.
+    All processes draw the same sequence, and each takes its part of it.
 
     Args:
         sources: Datasets with a length, by name.
-        shares: One for each source; they are divided by their sum. By default those of the lengths.
-        length: How many samples an epoch has, over all processes; by default as many as there are.
-        seed: Of the draws.
-        rank, world: Which part of the samples this process takes, where nothing else splits them up. The Trainer of
-            transformers and accelerate do; with lightning, ``Trainer(use_distributed_sampler=False)``.
+        shares: One for each source; they are divided by their sum. By default in proportion to the lengths.
+        length: Number of samples of an epoch, over all processes; by default as many as the sources have.
+        seed: Seed of the draws.
+        rank, world: Which part of the samples this process takes, and the number of processes, if nothing else splits
+            the samples up. The Trainer of transformers and accelerate do; with lightning, give these and pass
+            ``Trainer(use_distributed_sampler=False)``.
 
     Raises:
-        OptionError: A source is empty, or the shares do not fit.
+        OptionError: A source is empty, or the shares do not fit the sources.
 
     Example:
         >>> mixed = Mixture({"new": range(100), "old": range(1000, 1010)}, {"new": 0.9, "old": 0.1}, length=8)
@@ -181,7 +183,7 @@ class Mixture(Sampler[int]):
         return {name: shares[name] / sum(shares.values()) for name in self.sizes}
 
     def __len__(self) -> int:
-        return self.length // self.world  # each process has as many, or one of them would wait for ever
+        return self.length // self.world  # all processes have equally many, or one would wait forever
 
     def __iter__(self) -> Iterator[int]:
         for n in range(len(self) * self.world):
@@ -202,42 +204,45 @@ class Mixture(Sampler[int]):
     def update(
         self, losses: Mapping[str, float], reference: Mapping[str, float], smoothing: float = SMOOTHING
     ) -> dict[str, float]:
-        """Draw more of what is worse than its reference from now on (:func:`reweighted`), and return the shares.
+        """From now on draw more from sources that are worse than their reference (:func:`reweighted`).
 
         Args:
-            losses: Of held-out data of each source, the same on all processes (:func:`source_losses`).
-            reference: What each loss should come to, such as the full model's.
+            losses: The loss of each source on held-out data, the same in all processes (:func:`source_losses`).
+            reference: What each loss should come to, such as that of the full model.
+
+        Returns:
+            The new shares.
         """
         self.shares = reweighted(self.shares, losses, reference, smoothing)
         return dict(self.shares)
 
     def loader(self, batch_size: int, **options: Any) -> DataLoader[Any]:
-        """A ``DataLoader`` that draws from it. With workers, batches that were asked for have the shares of before."""
+        """A ``DataLoader`` that draws from it. With workers, batches that were drawn ahead have the former shares."""
         return DataLoader(self.dataset, batch_size=batch_size, sampler=self, **options)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next draw depends on. A loader with workers has drawn ahead of what was trained on."""
+        """All that the next draw depends on. A loader with workers has drawn ahead of the training."""
         passes = {name: list(left) for name, left in self._passes.items()}
         return {"shares": dict(self.shares), "passes": passes, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict` of a mixture of the same sources."""
+        """Continue from a :meth:`state_dict` of a mixture of the same sources."""
         self.shares = self._checked(state["shares"])
         self._passes = {name: list(state["passes"][name]) for name in self.sizes}
         self._generator.set_state(state["generator"])
 
 
 def replay(new: Any, old: Any, share: float = WEAK, *, length: int | None = None, **options: Any) -> Mixture:
-    """New data, with some of the old ones in their place.
+    """New data, a share of which is replaced by old data.
 
     Args:
         new, old: Datasets with a length.
-        share: Of the old ones: 5 % where the new are alike, ``STRONG``, 25 %, where they differ much.
-        length: How many samples an epoch has; by default as many as there are new ones, so that replay costs nothing.
-        **options: Those of :class:`Mixture`.
+        share: The share of old data: 5 % if the new data are similar; ``STRONG``, 25 %, if they differ much.
+        length: Number of samples of an epoch; by default as many as there are new ones, so replay costs no time.
+        **options: Options of :class:`Mixture`.
     """
     if not 0 <= share <= 1:
-        raise OptionError(f"share is {share!r}; it is what part of the samples are old ones, in [0, 1]")
+        raise OptionError(f"share is {share!r}; it is the share of old samples, in [0, 1]")
     length = len(new) if length is None else length
     return Mixture({"new": new, "old": old}, {"new": 1 - share, "old": share}, length=length, **options)
 
@@ -246,11 +251,11 @@ def replay(new: Any, old: Any, share: float = WEAK, *, length: int | None = None
 def source_losses(
     model: nn.Module, held: Mapping[str, Iterable[Any]], loss: Callable[[nn.Module, Any], Tensor]
 ) -> dict[str, float]:
-    """The mean loss of each source's held-out batches, in eval mode; over all processes, if there are several.
+    """The mean loss of each source on held-out batches, in eval mode; over all processes, if there are several.
 
     Args:
-        held: Batches by source, of equal size, used for nothing else.
-        loss: Of the model and a batch, a mean, as for ``oto.one_shot``.
+        held: Batches of each source, by name; of equal size, and used for nothing else.
+        loss: A function of the model and a batch that gives a mean loss, as for ``oto.one_shot``.
 
     Raises:
         OptionError: A source has no batches.

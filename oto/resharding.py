@@ -1,8 +1,10 @@
-"""A model that is spread over processes gets smaller while it trains: made slim in one, then spread anew over all.
+"""Shrink a model that is spread over processes while it trains: ``oto.shrink(optimizer, shard=f)``.
 
-The first process makes and proves the slim model from parameters that are gathered one by one, as for
-:meth:`oto.OTO.construct_subnet`. Then all have it with empty parameters, shard it as the user says, and each takes its
-part of what is left of every old parameter, and of its state, which are gathered one at a time.
+1. Parameters are gathered one by one in the first process, which makes and proves the slim model, as in
+   :meth:`oto.OTO.construct_subnet`.
+2. All processes get the slim model without entries, and shard it by the user's function ``f``.
+3. Every old parameter and its optimizer state are gathered, one at a time, and each process takes its part of what is
+   left.
 """
 
 from __future__ import annotations
@@ -14,66 +16,55 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import same_sharding
-from oto.errors import OTOError, ShrinkError, some
+from oto.errors import ShrinkError, some
 from oto.optim.entries import taken
 from oto.optim.shrink import Moved
 from oto.shards import (
     Sharding,
     from_first,
-    gathered,
     gathered_tensor,
-    is_first,
     is_sharded,
     local,
+    made_by_first,
     reshard,
-    whole,
 )
 from oto.slim.edits import owner_of
 from oto.slim.shrink import Shrunk, become
 
 Shard = Callable[[nn.Module], Any]
-"""What spreads a model over processes, in place."""
+"""A function that spreads a model over processes, in place."""
 
 
 def in_every_process(model: nn.Module, make: Callable[[], Shrunk]) -> Shrunk:
-    """What the first process makes of the whole model, on all of them, with parameters on ``meta``.
+    """Make a slim model in the first process, and give it to all of them, with parameters on ``meta``.
 
     Args:
         make: Called in the first process, while the model is whole there.
 
     Raises:
-        OTOError: It could not be made, or not be sent.
+        OTOError: The slim model could not be made, or not be sent.
     """
-    values = gathered(model)
-    made: Shrunk | None = None
-    failure: Exception | None = None
-    if is_first(model):
+
+    def emptied() -> Shrunk:
+        made = make()
+        _empty(made.model)
+        return made
+
+    def send(made: Shrunk) -> None:
         try:
-            with whole(model, values):
-                made = make()
-            _empty(made.model)
-        except Exception as raised:  # the other processes wait to be told
-            failure = raised
-    del values
-    kind, said = (type(failure), str(failure)) if isinstance(failure, OTOError) else (ShrinkError, repr(failure))
-    try:
-        sent = from_first(model, (kind, said) if made is None else made)
-    except Exception as unsent:  # pickle's, before anything was sent
-        failure = ShrinkError(
-            f"the slim {type(model).__name__} cannot be sent to the other processes: {unsent}\n"
-            "  effect  nothing was changed\n"
-            "  to fix  construct_subnet(...) at the end, and shard the slim model"
-        )
-        sent = from_first(model, (ShrinkError, str(failure)))
-    if failure is not None:
-        raise failure
-    if not isinstance(sent, Shrunk):
-        raise sent[0](f"{sent[1]}\n  at      the first process, which makes the slim model for all")
-    return sent
+            from_first(model, made)
+        except Exception as refused:  # pickle's, before anything was sent
+            raise ShrinkError(
+                f"the slim {type(model).__name__} cannot be sent to the other processes: {refused}\n"
+                "  effect  nothing was changed\n"
+                "  to fix  construct_subnet(...) at the end, and shard the slim model"
+            ) from refused
+
+    return made_by_first(model, emptied, send, ShrinkError)
 
 
 def _empty(model: nn.Module) -> None:
-    """Take the entries out of all parameters; ties stay."""
+    """Replace all parameters by ones on ``meta``; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owner, last = owner_of(model, name)
@@ -82,15 +73,18 @@ def _empty(model: nn.Module) -> None:
 
 
 class Spread(Moved):
-    """One parameter of a model that is spread over processes, before and after. Every process has to ask."""
+    """One parameter before and after, of a model that is spread over processes.
+
+    Every process has to call the same methods.
+    """
 
     @property
     def whole(self) -> bool:
-        """Whether it stays as it was, and where it was."""
+        """Whether it keeps all of its entries, in the same processes."""
         return super().whole and Sharding.of(self.old) == Sharding.of(self.new)
 
     def prune(self, tensor: Tensor) -> Tensor:
-        """The entries that are left of a tensor of the old shape, spread as the new parameter is. Communicates."""
+        """What is left of a tensor of the old shape, spread like the new parameter. Communicates."""
         from torch.distributed.tensor import distribute_tensor
 
         left = taken(gathered_tensor(tensor), self.entries)
@@ -105,10 +99,10 @@ def spread_anew(model: nn.Module, slim: Shrunk, shard: Shard) -> list[Moved]:
     """Shard a slim model whose parameters are on ``meta``, and give each process its part of their entries.
 
     Args:
-        model: The model that it was made from, which stays as it is.
+        model: The model that it was made from; it is not changed.
 
     Raises:
-        ShrinkError: ``shard`` leaves a parameter that was spread over processes whole.
+        ShrinkError: ``shard`` leaves a parameter whole that was spread over processes.
     """
     reshard(model)
     old = dict(model.named_parameters())
@@ -127,7 +121,7 @@ def spread_anew(model: nn.Module, slim: Shrunk, shard: Shard) -> list[Moved]:
             "  to fix  pass the function that shards the model: fully_shard for every block, then for the model itself"
         )
     slim.model.to_empty(device=device)
-    for first, *others in aliases.values():  # it makes two of what is tied
+    for first, *others in aliases.values():  # to_empty makes two tensors of one that is tied
         for name in others:
             owner, last = owner_of(slim.model, name)
             owner._parameters[last] = slim.model.get_parameter(first)
@@ -148,10 +142,10 @@ def become_spread(model: nn.Module, slim: nn.Module) -> None:
 
 
 def without_averages(averages: Any, model: nn.Module) -> None:
-    """Refuse averages of weights beside a model that is spread over processes.
+    """Refuse averages of weights of a model that is spread over processes.
 
     Raises:
-        ShrinkError: There are some.
+        ShrinkError: There are averages.
     """
     if list(averages):
         raise ShrinkError(

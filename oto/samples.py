@@ -1,4 +1,4 @@
-"""Samples to calibrate with, as a command line names them: a file of tensors, or a text.
+"""Read samples to calibrate with from a file that a command line names: tensors, or a text.
 
 | a file            | is                                                                                       |
 |-------------------|------------------------------------------------------------------------------------------|
@@ -7,11 +7,11 @@
 | ``.pt``, ``.pth`` | tensors by name, as ``torch.save`` writes a dict of them                                 |
 | ``.txt``          | a text, which the tokenizer in the model's folder reads; cut into pieces of equal length |
 
-The first dimension of each tensor counts samples. Those named like arguments of ``forward`` are given to it by name; a
-single one of another name is its first argument. One that is called ``labels``, ``label``, ``y``, ``target`` or
-``targets`` is what should come out, and the loss follows from it: the one that the model itself returns where its
-``forward`` takes it; cross entropy for whole numbers; mean squared error for real ones. All else a function of the
-user's has to say.
+The first dimension of each tensor counts samples. Tensors named like arguments of ``forward`` are passed by name; if
+there is only one and its name is no argument, it is the first argument. A tensor called ``labels``, ``label``, ``y``,
+``target`` or ``targets`` holds the expected output, and decides the loss: the model's own, if ``forward`` takes an
+argument of that name; cross entropy if it holds integers; mean squared error if it holds real numbers. For any other
+loss the user passes a function.
 
 Nothing is unpickled that could run code.
 """
@@ -34,7 +34,7 @@ from oto.errors import GivenError, first_line, reraise_out_of_memory, some
 from oto.given import imported, state_dict_of
 
 LABELS = ("labels", "label", "y", "target", "targets")
-"""What the tensor is called that holds what should come out."""
+"""Names of the tensor that holds the expected output."""
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth", ".txt")
 
@@ -47,8 +47,8 @@ class Samples:
     """Tensors whose first dimension counts samples, by name.
 
     Attributes:
-        file: Where they are from.
-        model: What they are for.
+        file: The file that they were read from.
+        model: The model that they are for.
     """
 
     file: Path
@@ -60,12 +60,12 @@ class Samples:
         """Read a file.
 
         Args:
-            folder: Where the tokenizer of a text is; ``None`` if there is none.
-            length: Tokens of each piece of a text.
-            most: Pieces that are taken of a text, spread evenly over it.
+            folder: The folder of the tokenizer for a text; ``None`` if there is none.
+            length: Number of tokens in each piece of a text.
+            most: Largest number of pieces of a text; they are spread evenly over it.
 
         Raises:
-            GivenError: It cannot be read, or holds no samples for the model.
+            GivenError: The file cannot be read, or holds no samples for the model.
         """
         if not file.is_file():
             raise GivenError(f"there is no file {file}\n  to fix  one of {', '.join(SUFFIXES)}")
@@ -84,7 +84,7 @@ class Samples:
         return len(next(iter(self.tensors.values())))
 
     def batches(self, size: int) -> list[Batch]:
-        """All of them, in their order, so many at a time."""
+        """All samples in their order, in batches of a size."""
         parts = {name: tensor.split(size) for name, tensor in self.tensors.items()}
         return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
 
@@ -96,7 +96,7 @@ class Samples:
 
     @cached_property
     def labels(self) -> str | None:
-        """The name of the tensor that holds what should come out."""
+        """The name of the tensor that holds the expected output."""
         found = [name for name in LABELS if name in self.tensors]
         if len(found) > 1:
             raise GivenError(f"{self.file}: {some(found)} could all be labels\n  to fix  --loss module:function")
@@ -104,15 +104,15 @@ class Samples:
 
     @cached_property
     def inputs(self) -> list[str]:
-        """The names of the tensors that ``forward`` is given, labels left out."""
+        """The names of the tensors that are passed to ``forward``, without labels."""
         return [name for name in self.tensors if name != self.labels]
 
     @cached_property
     def by_name(self) -> bool:
-        """Whether ``forward`` is given them by name.
+        """Whether tensors are passed to ``forward`` by name.
 
         Raises:
-            GivenError: It has no arguments of these names, and they are several.
+            GivenError: There are several, and ``forward`` has no arguments of these names.
         """
         unknown = [name for name in self.inputs if name not in self._arguments]
         if unknown and len(self.inputs) > 1:
@@ -134,10 +134,10 @@ class Samples:
         """The loss of a model and a batch.
 
         Args:
-            named: ``module:function``, if the user has one; else it follows from the labels.
+            named: ``module:function``, if the user names one; otherwise the labels decide.
 
         Raises:
-            GivenError: It does not follow, or there is no such function.
+            GivenError: There is no such function, or the labels do not decide.
         """
         if named is not None:
             module, _, name = named.partition(":")
@@ -160,7 +160,7 @@ class Samples:
         return model(batch[self.inputs[0]])
 
     def _own(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss that the model computes of its labels."""
+        """The loss that the model computes from its labels."""
         output = self._output(model, batch, str(self.labels))
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
@@ -190,13 +190,13 @@ def _arrays(file: Path) -> Batch:
     try:
         with np.load(file, allow_pickle=False) as held:
             return {name: torch.from_numpy(np.ascontiguousarray(held[name])) for name in held.files}
-    except Exception as failure:  # of many kinds: zip, pickle, types that torch has not
+    except Exception as failure:  # there are many: of zip files, of pickles, of types that torch does not have
         reraise_out_of_memory(failure)
         raise GivenError(f"{file} cannot be read as plain arrays: {first_line(failure)}") from failure
 
 
 def _checked(file: Path, tensors: Batch) -> Batch:
-    """Tensors of equally many samples, at least two."""
+    """The tensors, if all have equally many samples and at least two."""
     counts = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in tensors.items()}
     if len({*counts.values()}) != 1 or min(counts.values()) < 2:
         held = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
@@ -208,7 +208,7 @@ def _checked(file: Path, tensors: Batch) -> Batch:
 
 
 def _require_next_token(file: Path, model: nn.Module, folder: str | None) -> None:
-    """Refuse a text for a model that is not trained to tell the next token: its labels would be another thing."""
+    """Refuse a text for a model that does not predict the next token, as its labels would be something else."""
     if folder is None:
         raise GivenError(
             f"{file} is a text, and the model names no tokenizer\n"
@@ -226,14 +226,14 @@ def _require_next_token(file: Path, model: nn.Module, folder: str | None) -> Non
 
 
 def _pieces(file: Path, folder: str, length: int, most: int) -> Batch:
-    """Pieces of a text, shape ``(pieces, length)``, which are inputs and labels."""
+    """Pieces of a text, shape ``(pieces, length)``, as inputs and as labels."""
     from transformers import AutoTokenizer
 
     try:
         text = file.read_text(encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
-    except Exception as failure:  # of many kinds: no tokenizer, no UTF-8
+    except Exception as failure:  # there are many: no tokenizer, no UTF-8
         reraise_out_of_memory(failure)
         raise GivenError(f"{file} cannot be read by the tokenizer of {folder}: {first_line(failure)}") from failure
     whole = ids[: len(ids) // length * length].view(-1, length)

@@ -1,12 +1,15 @@
-"""The steps of a family: which of its members run on a batch, what they learn from, and how much they count.
+"""The steps of a family: which members run on a batch, what they learn from, and the weight of their losses.
 
-After the ranking is frozen, every step runs the full network, the smallest member and, between them, as many others as
-asked for, all on the same batch (the *sandwich rule* of Yu and Huang, arXiv 1903.05134). The full network learns from
-the labels, the others from what it says (*in-place distillation*), as in DεpS (ECCV 2024), from which the *ramp* is
-too: what the members count rises from zero to one, so that the full network is not thrown off when they join.
+After the ranking is frozen, each step runs the full network, the smallest member, and as many members between as the
+user asks for, all on the same batch (the *sandwich rule* of Yu and Huang, arXiv 1903.05134). The full network learns
+from the labels, and the members from its outputs (*in-place distillation*), as in DεpS (ECCV 2024). The *ramp* is
+DεpS's, too: the weight of the members' losses rises from zero to one, so that the full network is not thrown off when
+they join.
 
-Here, other than in DεpS: which members run is drawn by the number of the step, so that a run that is resumed draws the
-same; and the members' gradients are summed, not averaged, as there.
+Example: with ``networks=4`` and members 1 to 5, a step may run the full network and members 2, 3 and 5.
+
+Where we differ from DεpS: the members are drawn by the number of the step, so that a resumed run draws the same ones;
+and their gradients are summed, while DεpS averages them.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from oto.errors import OptionError
 from oto.optim.schedule import Schedule, Steps
 
 FREEZE, RAMP = 0.45, 0.05
-"""When the ranking is frozen, and over how many steps what members count rises: shares of all steps."""
+"""When the ranking is frozen, and how long the weight of the members rises: shares of all steps."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,14 @@ class Sandwich:
     """How members are trained.
 
     Attributes:
-        freeze: Step at which the ranking is frozen.
-        ramp: Over how many steps what the members count rises from zero to one.
-        networks: How many networks run in each step after that, the full one and the smallest member among them.
-        distillation: Whether members learn from what the full network says, or from the task's loss; or a function of
-            the output of a member and of the full network's that gives the loss.
+        freeze: The step at which the ranking is frozen.
+        ramp: Number of steps over which the weight of the members rises from zero to one.
+        networks: Number of networks in each step after that, including the full one and the smallest member.
+        distillation: ``True``: members learn from the full network's output; ``False``: from the task's loss; or a
+            function that gives the loss of a member from its output and that of the full network.
         temperature: What logits are divided by before the softmax.
         class_dim: The dimension of the classes in the logits.
-        seed: Of the draw of the members between.
+        seed: Seed for the draw of the members between.
     """
 
     freeze: int
@@ -57,8 +60,8 @@ class Sandwich:
         """Read the options of :meth:`oto.OTO.family` that say when and how.
 
         Raises:
-            OptionError: One of them means nothing.
-            TargetError: A share comes without ``total_steps``, or a step lies beyond it.
+            OptionError: An option is invalid.
+            TargetError: A share of the steps is given without ``total_steps``, or a step lies beyond these.
         """
         total = options.get("total_steps")
         schedule = Schedule.of(options.get("freeze_step", FREEZE), 1, 1, total)
@@ -83,7 +86,7 @@ class Sandwich:
         return made, schedule
 
     def describe(self) -> dict[str, Any]:
-        """As plain values, for a checkpoint to be compared by."""
+        """The options as plain values, to compare with those in a checkpoint."""
         taught = self.distillation if isinstance(self.distillation, bool) else "a function"
         return {
             "ramp_steps": self.ramp,
@@ -94,7 +97,7 @@ class Sandwich:
         }
 
     def weight(self, step: int) -> float:
-        """What the members' losses are multiplied with at a step.
+        """The weight of the members' losses at a step.
 
         >>> [Sandwich(freeze=10, ramp=4).weight(step) for step in (10, 11, 13, 14, 20)]
         [0.0, 0.25, 0.75, 1.0, 1.0]
@@ -102,7 +105,7 @@ class Sandwich:
         return min(1.0, max(0.0, (step - self.freeze) / max(self.ramp, 1)))
 
     def drawn(self, step: int, members: int) -> list[int]:
-        """The members that run at a step besides the full network, 0 being the largest of them.
+        """The members that run at a step besides the full network; 0 is the largest of them.
 
         >>> Sandwich(10, 4, networks=2).drawn(11, 3), Sandwich(10, 4, networks=4).drawn(11, 3)
         ([2], [0, 1, 2])
@@ -112,7 +115,7 @@ class Sandwich:
         return [*sorted(draw.choice(members - 1, between, replace=False).tolist()), members - 1]
 
     def taught(self, output: Any) -> Any:
-        """What members are to learn of the full network's output, without its history."""
+        """What members learn from the full network's output, detached; ``None`` if they learn from the task."""
         if callable(self.distillation):
             return _detached(output)
         return logits_of(output).detach() if self.distillation else None
@@ -121,9 +124,9 @@ class Sandwich:
         """The loss of a member.
 
         Args:
-            output: Its output.
-            taught: What :meth:`taught` gave.
-            task: The loss of the largest.
+            output: The member's output.
+            taught: The result of :meth:`taught`.
+            task: The loss of the full network.
             mask: Which positions count, of the shape of the logits without their classes; all by default.
         """
         if callable(self.distillation):
@@ -152,20 +155,20 @@ def _detached(output: Any) -> Any:
 
 
 def processes() -> int:
-    """How many train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @torch.no_grad()
 def share_from_first_(tensors: Iterable[Tensor]) -> None:
-    """Take the values that the first process has, as ``DistributedDataParallel`` does."""
+    """Overwrite tensors with those of the first process, as ``DistributedDataParallel`` does."""
     for tensor in tensors if processes() > 1 else ():
         dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()
 def average_gradients_(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over all processes; a parameter that has one in some of them counts as zero in the others."""
+    """Average gradients over all processes. Where some processes have none for a parameter, theirs counts as zero."""
     if processes() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]

@@ -1,37 +1,45 @@
-"""Tensors of which each process holds a part (``DTensor``), and models that hold such.
+"""Tensors of which each process holds a part (``DTensor``), and models with such parameters.
 
-A *sharding* says which entries of a tensor a process has. The rest of the library works on those entries as on any
-other tensor, and asks here for sums over all processes, which every process of the mesh has to ask for at one place.
+A *sharding* says which entries of a tensor a process has. The rest of the library works on these entries as on any
+other tensor, and comes here for sums over processes::
+
+    sharding = Sharding.of(p)            # None if every process has all of p
+    own = local(p)                       # the entries of this process
+    total = sharding.summed(own.sum())   # the sum over all processes
+
+What is marked "Communicates" has to be called by every process of the mesh, in the same order.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from oto._torch import undistributed
-from oto.errors import OptionError, some
+from oto.errors import OptionError, OTOError, some
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
+T = TypeVar("T")
+
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``; asked without an import that takes a second."""
+    """Whether it is a ``DTensor``; without importing that class, which takes a second."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The entries that this process has, in the tensor's own memory; a plain tensor has all of them."""
+    """The entries that this process has, in the tensor's own memory; of a plain tensor all."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor.detach()
@@ -40,7 +48,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def address(tensor: Tensor) -> int:
-    """Where the entries of this process lie."""
+    """The address in memory of this process's entries."""
     return local(tensor).data_ptr()
 
 
@@ -60,7 +68,7 @@ class Sharding:
     """Which entries of a tensor each process of a mesh has.
 
     Attributes:
-        mesh: The processes.
+        mesh: The mesh of processes.
         placements: For each dimension of the mesh, how the tensor is spread along it.
     """
 
@@ -69,7 +77,7 @@ class Sharding:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Sharding | None:
-        """That of a tensor; ``None`` if every process has all of it."""
+        """The sharding of a tensor; ``None`` if every process has all of it."""
         if not is_sharded(tensor):
             return None
         sharded: DTensor = tensor  # type: ignore[assignment]
@@ -86,16 +94,16 @@ class Sharding:
         return any(getattr(placement, "dim", None) == dim for placement in self.placements)
 
     def index(self, dim: int, dims: int, length: int) -> Tensor:
-        """Which entries along a dimension this process has, int64, on the CPU; nothing is sent for it.
+        """Which entries along a dimension this process has, int64, on the CPU; does not communicate.
 
         Args:
-            dims: How many dimensions the tensor has.
-            length: How many entries this one has, over all processes.
+            dims: Number of dimensions of the tensor.
+            length: Number of entries along ``dim``, over all processes.
         """
         return _index(self, dim, dims, length)
 
     def spread(self, own: Tensor, like: Tensor) -> Tensor:
-        """What this process has of a tensor, as one that is spread like another of its shape."""
+        """A ``DTensor`` from the entries of this process, spread like another tensor of the same shape."""
         from torch.distributed.tensor import DTensor
 
         made: Tensor = DTensor.from_local(
@@ -104,12 +112,12 @@ class Sharding:
         return made
 
     def summed(self, own: Tensor) -> Tensor:
-        """The sum of what the processes have of a tensor of one shape; the same bits on all of them. Communicates."""
+        """The sum of ``own`` over the processes; the same bits in all of them. Communicates."""
         total = own.to(self.mesh.device_type, copy=True)
         for dim, parted in enumerate(self.parted):
             if parted:
                 dist.all_reduce(total, group=self.mesh.get_group(dim))
-        for dim in range(self.mesh.ndim) if self.mesh.ndim > 1 else ():  # one group's order may differ from another's
+        for dim in range(self.mesh.ndim) if self.mesh.ndim > 1 else ():  # groups may add up in different orders
             dist.broadcast(total, group=self.mesh.get_group(dim), group_src=0)
         return total.to(own.device)
 
@@ -126,10 +134,12 @@ def _index(sharding: Sharding, dim: int, dims: int, length: int) -> Tensor:
 
 
 def added_up(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> Tensor:
-    """A number of every tensor, added over the processes that have parts of it: int64, shape ``(len(tensors),)``.
+    """For each tensor the sum of a number over the processes that have parts of it: int64, shape ``(len(tensors),)``.
+
+    Communicates.
 
     Args:
-        own: Of each, the number of the part that is here, as a tensor without dimensions.
+        own: For each tensor the number for the part that is here, as a tensor without dimensions.
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.int64)
@@ -152,7 +162,7 @@ def sharded_names(model: nn.Module) -> list[str]:
 
 
 def spread(model: nn.Module) -> str:
-    """Which parameters are spread over processes, as the beginning of a message; empty if none is.
+    """Which parameters are spread over processes, as the beginning of a message; empty if none are.
 
     Example:
         ``"fc1.weight, fc2.weight of the Net are spread over processes"``
@@ -167,7 +177,7 @@ def refuse_sharded(model: nn.Module, what: str, remedy: str = "do it before the 
     """Refuse something that needs whole weights in one process.
 
     Args:
-        what: The something, as in "a measurement of what groups cost".
+        what: What it is, such as "a measurement of what groups cost".
 
     Raises:
         OptionError: Parameters are spread over processes.
@@ -179,8 +189,10 @@ def refuse_sharded(model: nn.Module, what: str, remedy: str = "do it before the 
 
 
 def reshard(model: nn.Module) -> None:
-    """Let modules of ``fully_shard`` hold their shards again: after a forward without a backward the outermost one
-    holds whole parameters. Nothing is sent."""
+    """Let modules of ``fully_shard`` hold their shards again.
+
+    After a forward without a backward the outermost module holds whole parameters. Does not communicate.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         for module in model.modules():
@@ -189,10 +201,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Refuse a model whose parameters have no rows any more.
+    """Refuse a model whose parameters no longer have rows.
 
     Raises:
-        OptionError: It is one of FSDP1 or DeepSpeed's ZeRO-3.
+        OptionError: The model is wrapped by FSDP1 or DeepSpeed's ZeRO-3.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
@@ -216,12 +228,12 @@ def refuse_flattened(model: nn.Module) -> None:
 
 @contextmanager
 def whole(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """While inside, a model is one of a single process: of its own class, without hooks for distribution, and with
-    parameters that are no ``DTensor``.
+    """While inside, treat a model as one of a single process: of its own class, without hooks for distribution, and
+    without ``DTensor`` parameters.
 
     Args:
-        values: Tensors to hold instead, by all names of the model's. By default those that are spread over processes
-            are on ``meta``, without entries, and all others are the model's own.
+        values: The tensors to hold meanwhile, by all of their names. By default those that are spread over processes
+            are replaced by ones on ``meta``, without entries, and all others stay.
     """
     reshard(model)
     made: dict[int, Tensor] = {}
@@ -251,8 +263,11 @@ def whole(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Itera
 
 @torch.no_grad()
 def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of a model, by all their names, whole and on the CPU of the first process; an empty
-    dict on the others. One tensor is gathered at a time. Communicates: every process has to call it."""
+    """All parameters and buffers of a model, whole, by all of their names.
+
+    In the first process they are on the CPU; in the others the dict is empty. One tensor is gathered at a time.
+    Communicates.
+    """
     reshard(model)
     first = is_first(model)
     made: dict[int, Tensor] = {}
@@ -268,10 +283,10 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def in_the_first(model: nn.Module) -> Iterator[bool]:
     """While inside, a model that is spread over processes is whole in the first of them, on the device that it computes
-    on; elsewhere it is as it was.
+    on; in the others it is unchanged. Communicates.
 
     Yields:
-        Whether this process has all of it. Communicates: every process has to come here.
+        Whether this process has all of the model.
     """
     if not sharded_names(model):
         yield True
@@ -286,10 +301,10 @@ def in_the_first(model: nn.Module) -> Iterator[bool]:
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """The processes over which parameters of a model are spread; ``None`` if none is.
+    """The mesh of processes over which parameters of a model are spread; ``None`` if none are.
 
     Raises:
-        OptionError: There are several such meshes, none of which has the processes of all others.
+        OptionError: There are several meshes, and none of them has the processes of all others.
     """
     meshes: dict[DeviceMesh, None] = {}
     for p in model.parameters():
@@ -316,7 +331,7 @@ def is_first(model: nn.Module) -> bool:
 
 
 def from_first(model: nn.Module, thing: Any) -> Any:
-    """What the first process of a model's mesh gives, on all of them; pickled on the way. Communicates."""
+    """The object that the first process of a model's mesh passes, in all of them; it is pickled. Communicates."""
     mesh = mesh_of(model)
     if mesh is None:
         return thing
@@ -324,6 +339,43 @@ def from_first(model: nn.Module, thing: Any) -> Any:
     for dim in range(mesh.ndim):  # along the first dimension, then from there along the next one
         dist.broadcast_object_list(held, group=mesh.get_group(dim), group_src=0)
     return held[0]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What the first process tells the others when it could not make what they wait for."""
+
+    kind: type[OTOError]
+    message: str
+
+
+def made_by_first(model: nn.Module, make: Callable[[], T], send: Callable[[T], Any], otherwise: type[OTOError]) -> T:
+    """What the first process makes of the whole model, on all of them. If it fails, every process raises an error.
+
+    Communicates: every process of the mesh has to call it.
+
+    Args:
+        make: Called in the first process, while the model is whole there.
+        send: Gives to :func:`from_first` what the others are to have of it, once the model is spread over processes
+            again. What cannot be pickled fails before anything is sent.
+        otherwise: The error of the other processes if that of the first one is none of ``oto``'s.
+    """
+    values = gathered(model)
+    if is_first(model):
+        try:
+            with whole(model, values):
+                made = make()
+            del values
+            send(made)
+        except Exception as error:  # the other processes wait for what is sent
+            kind, message = (type(error), str(error)) if isinstance(error, OTOError) else (otherwise, repr(error))
+            from_first(model, _Failure(kind, message))
+            raise
+        return made
+    sent: T | _Failure = from_first(model, None)
+    if isinstance(sent, _Failure):
+        raise sent.kind(f"{sent.message}\n  at      the first process, which makes the slim model for all")
+    return sent
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:

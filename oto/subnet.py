@@ -20,7 +20,6 @@ from oto.errors import (
     EmitterError,
     NotPrunedWarning,
     OptionError,
-    OTOError,
     first_line,
     rewording,
     some,
@@ -39,7 +38,7 @@ from oto.progress import stage, stages
 from oto.report.card import card
 from oto.report.html import Background, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
-from oto.shards import from_first, gathered, is_first, sharded_names, whole
+from oto.shards import from_first, made_by_first, sharded_names, whole
 from oto.slim.config.recipe import Recipe
 from oto.slim.construct import Made, construct, require_values
 from oto.slim.edits import named_tensors
@@ -254,45 +253,25 @@ def build_subnet(
     inner = holder(model, [name for name, _ in analysis.model.named_parameters()])
     if inner is None or not sharded_names(inner):
         return _build(analysis, model, build, optimizer, kept)
-    values = gathered(inner)
-    made: Subnet | None = None
-    failure: Exception | None = None
-    if is_first(inner):
-        try:
-            with whole(inner, values):
-                made = _build(analysis, inner, build, optimizer, kept)
-        except Exception as raised:  # the other processes wait to be told
-            failure = raised
-    del values
-    shared = _shared(inner, made, failure)
-    return replace(shared, origin=_origin(analysis, optimizer)) if made is None else made
+
+    def make() -> Subnet:
+        return _build(analysis, inner, build, optimizer, kept)
+
+    made = made_by_first(inner, make, lambda made: _send(inner, made), EmitterError)
+    return made if made.origin is not None else replace(made, origin=_origin(analysis, optimizer))
 
 
-def _shared(model: nn.Module, made: Subnet | None, failure: Exception | None) -> Subnet:
-    """What the first process made, on all of them: on the others the parameters of the slim model are on ``meta``.
-
-    Raises:
-        OTOError: The first process could not make it.
-    """
-    kind, said = (type(failure), str(failure)) if isinstance(failure, OTOError) else (EmitterError, repr(failure))
-    sent: Any = (kind, said)
-    if failure is not None or made is None:
-        sent = from_first(model, sent)
-    else:
-        parameters = made.model.named_parameters(remove_duplicate=False)
-        empty = {name: torch.empty_like(p, device="meta") for name, p in parameters}
-        try:
-            with whole(made.model, named_tensors(made.model) | empty):
-                sent = from_first(model, replace(made, origin=None))
-        except (pickle.PicklingError, AttributeError, TypeError) as refused:  # before anything was sent
-            note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
-            light = replace(made, origin=None, model=nn.Module(), notes=(*made.notes, note), example=None)
-            sent = from_first(model, light)
-    if failure is not None:
-        raise failure
-    if isinstance(sent, Subnet):
-        return sent
-    raise sent[0](f"{sent[1]}\n  at      the first process, which makes the slim model for all")
+def _send(model: nn.Module, made: Subnet) -> None:
+    """Give the other processes a slim model whose parameters are on ``meta``, without entries."""
+    light = replace(made, origin=None)
+    parameters = made.model.named_parameters(remove_duplicate=False)
+    empty = {name: torch.empty_like(p, device="meta") for name, p in parameters}
+    try:
+        with whole(made.model, named_tensors(made.model) | empty):
+            from_first(model, light)
+    except (pickle.PicklingError, AttributeError, TypeError) as refused:  # before anything was sent
+        note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
+        from_first(model, replace(light, model=nn.Module(), notes=(*made.notes, note), example=None))
 
 
 def _build(

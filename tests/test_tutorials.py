@@ -233,7 +233,7 @@ def test_11_lora_llm(oto_data: Path, tmp_path: Path) -> None:
 
 
 def test_12_depth(oto_data: Path, tmp_path: Path) -> None:
-    text = run("12_depth.py", tmp_path / "slim")
+    text = run("12_depth.py", tmp_path / "slim", "--images=320", "--test-images=100")
     printed = checked(text, tmp_path / "slim", 0.5)
     assert printed("before", "accuracy") > 85
     assert "9 segments may go as a whole" in text  # one in each block of a ResNet-20
@@ -245,7 +245,7 @@ def test_12_depth(oto_data: Path, tmp_path: Path) -> None:
 
 
 def test_15_one_shot(oto_data: Path, tmp_path: Path) -> None:
-    text = run("15_one_shot.py", tmp_path / "slim")
+    text = run("15_one_shot.py", tmp_path / "slim", "--images=64")
     printed = checked(text, tmp_path / "slim", 0.7)
     assert printed("before", "accuracy") > 85 and printed("recovered", "params") == printed("slim", "params")
     after = [float(number) for number in re.findall(r"held-out loss \S+ before, (\S+) after", text)]

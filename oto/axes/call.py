@@ -229,6 +229,34 @@ def _pure(op: Any) -> Any:
     return twin if takes[0] == takes[1] else None
 
 
+def _equal_runs(left: Sequence[int], right: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, int]]]:
+    """The shortest runs of dimensions of two shapes that have equal products: those of the left one, and the begin and
+    end of those of the right one.
+
+    >>> list(_equal_runs((2, 12), (2, 3, 4)))
+    [((0,), (0, 1)), ((1,), (1, 3))]
+    """
+    i = j = 0
+    while i < len(left) or j < len(right):
+        first, start = i, j
+        a = b = 1
+        while True:
+            if a == b and (i > first or j > start) and a > 1:
+                break
+            if a <= b and i < len(left):
+                a *= left[i]
+                i += 1
+            elif j < len(right):
+                b *= right[j]
+                j += 1
+            elif i < len(left):
+                a *= left[i]
+                i += 1
+            else:
+                break
+        yield tuple(range(first, i)), (start, j)
+
+
 class Call:
     """One node of the graph, as its rule sees it.
 
@@ -458,29 +486,11 @@ class Call:
             return self.fresh(shape, "it is empty")
         terms: list[Term] = [T.ONE] * len(shape)
         sources: list[tuple[int, ...]] = [()] * len(shape)
-        i = j = 0
-        while i < x.ndim or j < len(shape):  # pair the shortest runs of dimensions that have equal products
-            first, start = i, j
-            a = b = 1
-            while True:
-                if a == b and (i > first or j > start) and a > 1:
-                    break
-                if a <= b and i < x.ndim:
-                    a *= x.shape[i]
-                    i += 1
-                elif j < len(shape):
-                    b *= shape[j]
-                    j += 1
-                elif i < x.ndim:
-                    a *= x.shape[i]
-                    i += 1
-                else:
-                    break
-            run = tuple(range(first, i))
+        for run, (start, end) in _equal_runs(x.shape, shape):
             whole = tuple(f for d in run for f in x.terms[d])
-            if j > start:
-                terms[start:j] = self.split(whole, shape[start:j])
-                sources[start:j] = [run] * (j - start)
+            if end > start:
+                terms[start:end] = self.split(whole, shape[start:end])
+                sources[start:end] = [run] * (end - start)
         return self.move(x, terms, sources)
 
     def fresh(self, shape: Sequence[int], text: str | None, fact: Fact = None) -> Operand:

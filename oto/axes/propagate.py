@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 
@@ -56,57 +56,76 @@ def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, str
             (``Graph.output_names``) that are not fixed, whether another call reads them or not.
         strict: Raise when a rule fails, instead of keeping what it touches.
     """
-    tape = Tape()
-    operands: dict[Value, Operand] = {}
     coverage: dict[str, Counter[str]] = {"rule": Counter(), "fixed": Counter(), "unknown": Counter()}
-    propagation = Propagation(graph, tape, operands, coverage=coverage, strict_out_nodes=strict_out_nodes)
-    outside = Reason("its values were made outside torch, perhaps of what the model computed")
+    propagation = Propagation(graph, Tape(), {}, coverage=coverage, strict_out_nodes=strict_out_nodes)
     runs = [graph] if graph.trained is None else [graph, graph.trained]
+    reader = {v: node.index for node in reversed(graph.calls) if node.index not in graph.dead for v in node.inputs()}
+    _begin(propagation, runs, reader)
+    for node in graph.calls:
+        _follow(propagation, node, strict)
+    _fix_outputs(propagation, runs, reader)
+    return propagation
+
+
+def _begin(propagation: Propagation, runs: Sequence[Graph], reader: Mapping[Value, int]) -> None:
+    """The terms of what no call makes: parameters, buffers, constants and inputs.
+
+    Args:
+        reader: The index of the first call that reads a value.
+    """
+    graph, tape, operands = propagation.graph, propagation.tape, propagation.operands
+    outside = Reason("its values were made outside torch, perhaps of what the model computed")
     data = any(run.mode == "real" for run in runs)  # without data nothing can leave torch and come back
     for leaf in graph.leaves:
         loose = data and not leaf.names
         operands[leaf.value] = tape.tensor([T.axis(n, outside if loose else None) for n in leaf.value.shape])
-    reader = {v: node.index for node in reversed(graph.calls) if node.index not in graph.dead for v in node.inputs()}
     for value in (value for run in runs for value in run.inputs):
         given = Reason("it is a dimension of an input", reader.get(value))
         operands[value] = tape.tensor([T.axis(n, given) for n in value.shape])
-    for node in graph.calls:
-        call = Call(node, tape, operands, dead=node.index in graph.dead)
-        rule = find(node.op)
-        if rule is None:
+
+
+def _follow(propagation: Propagation, node: Node, strict: bool) -> None:
+    """Apply the rule of one call, or keep all that it touches."""
+    graph, tape, operands = propagation.graph, propagation.tape, propagation.operands
+    call = Call(node, tape, operands, dead=node.index in graph.dead)
+    rule = find(node.op)
+    if rule is None:
+        propagation.unknown.append(node)
+        outputs = call.opaque(f"no rule for {node.op}")
+    else:
+        try:
+            outputs = _apply(call, rule, operands)
+        except Exception as failure:
+            if strict:
+                raise
+            log.warning("the rule for %s does not fit this call: %r", node, failure)
             propagation.unknown.append(node)
-            outputs = call.opaque(f"no rule for {node.op}")
-        else:
-            try:
-                outputs = _apply(call, rule, operands)
-            except Exception as failure:
-                if strict:
-                    raise
-                log.warning("the rule for %s does not fit this call: %r", node, failure)
-                propagation.unknown.append(node)
-                outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
-        if call.dead:
-            tape.silence(call.steps)
-        answer = "unknown" if node in propagation.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
-        if (
-            node.index < len(graph.nodes) or answer == "unknown"
-        ):  # calls of train mode that eval mode makes too are not counted twice
-            coverage[answer][node.name] += 1
-        for output, operand in zip(node.outputs, outputs, strict=True):
-            if output is not None:
-                assert operand is not None
-                operands[output] = operand
-        for before, after in node.written:  # written to, but not returned: its content is unknown from here on
-            call.fix(operands[before], None, f"{node.op} writes to it")
-            operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
-    maker = {value: node.index for node in graph.calls for value in node.outputs if value is not None}
-    named = strict_out_nodes if isinstance(strict_out_nodes, frozenset) else frozenset()
+            outputs = call.opaque(f"the rule for {node.op} does not fit this call ({failure!r})")
+    if call.dead:
+        tape.silence(call.steps)
+    answer = "unknown" if node in propagation.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
+    # calls of train mode that eval mode makes too are not counted twice
+    if node.index < len(graph.nodes) or answer == "unknown":
+        propagation.coverage[answer][node.name] += 1
+    for output, operand in zip(node.outputs, outputs, strict=True):
+        if output is not None:
+            assert operand is not None
+            operands[output] = operand
+    for before, after in node.written:  # written to, but not returned: its content is unknown from here on
+        call.fix(operands[before], None, f"{node.op} writes to it")
+        operands[after] = call.fresh(after.shape, f"{node.op} writes to it")
+
+
+def _fix_outputs(propagation: Propagation, runs: Sequence[Graph], reader: Mapping[Value, int]) -> None:
+    """Keep every dimension of the outputs, but for those that ``strict_out_nodes`` frees."""
+    freed = propagation.strict_out_nodes
+    maker = {value: node.index for node in propagation.graph.calls for value in node.outputs if value is not None}
+    named = freed if isinstance(freed, frozenset) else frozenset()
     for run in runs:
         for value, name in zip(run.outputs, chain(run.output_names, repeat("")), strict=False):
-            free = name in named or (strict_out_nodes is True and value in reader)
-            for term in () if free else operands[value].terms:
+            free = name in named or (freed is True and value in reader)
+            for term in () if free else propagation.operands[value].terms:
                 T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
-    return propagation
 
 
 def _apply(call: Call, rule: object, operands: Mapping[Value, Operand]) -> list[Operand | None]:

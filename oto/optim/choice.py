@@ -83,28 +83,7 @@ class Choice(Criteria):
             node_groups: Node groups of the model; those that are not prunable are left alone.
             target: The keywords of :meth:`Target.of`.
             costs, latency: See :meth:`Target.of`.
-            scope: ``"global"`` or ``"local"``.
-            min_kept: The atoms that every node group keeps at least: a number (int), a share of its atoms (float), or a
-                mapping from names or globs of parameters to either. By default, and for groups that the mapping does
-                not name, a fifth as far as the target allows.
-            group_divisible: A node group that loses atoms keeps a multiple of this many *atoms*, such as channels or
-                heads.
-            align: A dimension of a weight that gets smaller keeps a *size* (heads times their width) that is a multiple
-                of this: one number for all; a mapping from names or globs of parameters to numbers; or ``"gguf"`` (rows
-                of 32), ``"gguf-k"`` (rows of 256), ``"marlin"`` (rows of 128, other dimensions of 64), ``"cuda"`` (8).
-                Heads are free if their width is such a multiple already. By default 1; ``OTO`` takes 8 where the
-                parameters are on a CUDA device.
-            saliency: Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to
-                weights. ``"hesso"`` stands for everything that HESSO does as published: five criteria of a single
-                batch, each divided by its norm over all groups, regardless of costs and of the width of a layer.
-                ``"dhspg"`` stands for the two criteria of DHSPG, likewise.
-            normalize, by_cost: See the attributes. If ``saliency`` is in the unit of the loss, as the two Taylor terms
-                are, the defaults are 1 for the cost, and no normalization. Otherwise scores are divided by their means
-                over each node group, and costs do not count, since a magnitude per MAC empties parallel layers.
-            within: If given, importance is distributed in all node groups by this criterion; with ``"none"`` each atom
-                has the score that was measured for it. By default ``"path_norm"`` in groups that a convolution over
-                images reads, if ``saliency`` is not given; otherwise ``"none"``.
-            average_steps: See the attributes; 32 by default, and 1 for ``saliency="hesso"`` and ``"dhspg"``.
+            **options: Those of :class:`oto.optim.options.ChoiceOptions`.
 
         Raises:
             TargetError: An option is invalid; the target cannot be reached; or it is missed by more than 1 % of the

@@ -1,9 +1,14 @@
-"""Rows and one copy of them: what entries were before a step, beside what the step makes of them.
+"""Keep a copy of some rows, to compare what a step made of them with what they were before.
 
-A model has hundreds of slices, most of them short (biases, norms), and a call of torch on a short one costs as much as
-reading a hundred kilobytes. So all that can be is looked up once: rows as matrices, memory for products, a place for
-each sum. Slices of one entry per atom are one vector. A step reads and writes each entry as often as its formula
-needs, a block at a time, so that what one call leaves in the cache the next one finds there.
+    copied = Copied(rows)
+    sq = copied.remember_()                            # copies x; ||x_g||² of every atom
+    ...                                                # a step, from x to x̂
+    inner = copied.subtract_dot_(factors, rates)       # x̂_g -= rate · factor_g · x_g, then <x̂_g, x_g>
+
+A model has hundreds of slices. Most are short (biases, norms), and calling torch on a short one costs as much as
+reading a hundred kilobytes. So whatever can be looked up once is: rows as matrices, memory for products, a place for
+each sum; and all slices with one entry per atom are handled as one vector. A step reads and writes each entry only as
+often as its formula needs, block by block, so that each call finds in the cache what the last one left there.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ class Copied:
 
     Args:
         rows: The entries; on a CPU best in blocks.
-        former: Its memory is taken over, and it is of no use any more.
+        former: A copy whose memory is taken over; it must not be used any more.
 
     Attributes:
         rows: The entries.
@@ -75,7 +80,7 @@ class Copied:
         return parts
 
     def _take(self, places: Sequence[Place]) -> None:
-        """Have memory for copies of all of these."""
+        """Allocate memory for copies of all of these, unless the former copy has enough."""
         size = sum(p.view.shape[1] * len(p.view if p.rows is None else p.rows) for p in places)
         if self._room.dtype != self._dtype or len(self._room) < size or not size:
             self._room = torch.empty(size, dtype=self._dtype)
@@ -87,36 +92,36 @@ class Copied:
 
     @property
     def nbytes(self) -> int:
-        """Of the copy."""
+        """Bytes of the copy."""
         return sum(part.copy.nbytes for part in self._parts)
 
     def remember_(self) -> Tensor:
-        """Copy the entries; ``||x_g||^2`` of every atom, shape ``(N,)``."""
+        """Copy the entries, and return ``||x_g||^2`` of every atom, shape ``(N,)``."""
         for part in self._parts:
             part.remember()
         return self._total(0)
 
     def subtract_(self, factors: Tensor, rates: Sequence[Rate]) -> None:
-        """``x̂_g -= rate * factor_g * x_g``, with a factor of every atom, shape ``(N,)``, and a rate of every place."""
+        """``x̂_g -= rate * factor_g * x_g``, with a factor per atom, shape ``(N,)``, and a rate per place."""
         factors = self._of_rows(factors, rates)
         for part in self._parts:
             part.subtract(factors)
 
     def subtract_dot_(self, factors: Tensor, rates: Sequence[Rate]) -> Tensor:
-        """:meth:`subtract_`, and ``<x̂_g, x_g>`` thereafter, shape ``(N,)``: while the entries are at hand."""
+        """:meth:`subtract_`, then return ``<x̂_g, x_g>``, shape ``(N,)``; both in one pass over the entries."""
         factors = self._of_rows(factors, rates)
         for part in self._parts:
             part.dot(part.subtract_read(factors), 0)
         return self._total(0)
 
     def moved(self) -> tuple[Tensor, Tensor]:
-        """``<x̂_g - x_g, x_g>`` and ``||x̂_g - x_g||^2``, shape ``(N,)``; exact where both are close."""
+        """``<x̂_g - x_g, x_g>`` and ``||x̂_g - x_g||^2``, shape ``(N,)``; exact even where x̂_g is close to x_g."""
         for part in self._parts:
             part.moved()
         return self._total(0), self._total(1)
 
     def _of_rows(self, factors: Tensor, rates: Sequence[Rate]) -> Tensor:
-        """What each row is multiplied with."""
+        """The number that each row is multiplied by."""
         own = factors.index_select(0, self._index)
         first = rates[0] if rates else 0.0
         if are_alike(rates):
@@ -131,13 +136,13 @@ class Copied:
             return total.index_add_(0, self._index, self._sums[which]) if self._parts else total
         summed = Total(self.rows.atoms, self.rows.device, self.rows.shardings)
         parts = self._sums[which].split(self._counts) if self._parts else ()
-        for place, part in zip(self.rows.places, parts, strict=True):  # all at once, they would come in any order
+        for place, part in zip(self.rows.places, parts, strict=True):  # one call for all would add in no fixed order
             summed.add_(place, part)
         return summed.over_processes()
 
 
 class _Part:
-    """The rows of one place, however they lie."""
+    """The rows of one place, however they lie in memory."""
 
     copy: Tensor = NOTHING
 
@@ -152,7 +157,7 @@ class _Part:
         self.subtract_read(factors)
 
     def subtract_read(self, factors: Tensor) -> Tensor:
-        """What the rows are then."""
+        """:meth:`subtract`, and the rows after it."""
         start, end = self.span
         own = self.place.read()
         by = sent(factors[start:end], own.device).to(own.dtype).reshape(-1, *[1] * (own.dim() - 1))
@@ -171,7 +176,7 @@ class _Part:
 
 
 class _Matrix(_Part):
-    """Rows on a CPU that lie one after another, each in one piece, in the dtype of the sums."""
+    """Contiguous rows on a CPU, in the dtype of the sums."""
 
     def __init__(
         self, place: Place, span: tuple[int, int], slots: tuple[Tensor, Tensor], scratch: Tensor, copy: Tensor
@@ -183,7 +188,7 @@ class _Matrix(_Part):
             self.own = held
 
     def read(self) -> Tensor:
-        """The rows; where they are not all, in memory that other parts use too."""
+        """The rows; if some are left out, a copy in memory that other parts use too."""
         return self.view if self.rows is None else torch.index_select(self.view, 0, self.rows, out=self.own)
 
     def remember(self) -> None:
@@ -196,7 +201,7 @@ class _Matrix(_Part):
     def subtract(self, factors: Tensor) -> None:
         if self.rows is None:
             self.subtract_read(factors)
-        else:  # two calls rather than three: nobody asks for the rows
+        else:  # two calls instead of three, as nobody asks for the rows
             start, end = self.span
             shares = torch.mul(self.copy, factors[start:end, None], out=self.product)
             self.view.index_add_(0, self.rows, shares, alpha=-1)
@@ -219,7 +224,7 @@ class _Matrix(_Part):
 
 
 class _Thin(_Part):
-    """Places with one entry per row, of one dtype and device, as one vector; no entry is in two of them."""
+    """Places with one entry per row, of one dtype and device, as one vector. No entry is in two of them."""
 
     def __init__(self, members: Sequence[tuple[Place, int, int]], sums: tuple[Tensor, ...]) -> None:
         self.places, self.sums = [place for place, *_ in members], sums
@@ -265,15 +270,17 @@ class _Thin(_Part):
 
 
 def are_alike(rates: Sequence[Rate]) -> bool:
-    """Whether all are the same number, or the same tensor; reads nothing back."""
+    """Whether all are the same number, or the same tensor; reads nothing back from a device."""
     first, *others = rates or [0.0]
     numbers = not any(isinstance(rate, Tensor) for rate in rates)
     return all(rate is first or (numbers and rate == first) for rate in others)
 
 
 def _turns(names: Sequence[str], views: Sequence[Tensor]) -> list[int]:
-    """For each view of a tensor how many before it may hold an entry of it, one after the other: an entry is a part of
-    two atoms where a dimension is a product of two axes, and then is written twice. Looks at no entry.
+    """For each view the turn in which it is written, so that no two views of one turn share an entry.
+
+    Where a dimension is a product of two axes, an entry belongs to two atoms and is written twice, one view after the
+    other. No entry is looked at: views whose spans of memory overlap are taken to share one.
 
     >>> bias = torch.ones(6)
     >>> _turns(["b", "b", "b", "c"], [bias[:3], bias[3:], bias, torch.ones(6)])
@@ -291,5 +298,5 @@ def _turns(names: Sequence[str], views: Sequence[Tensor]) -> list[int]:
 
 
 def _is_matrix(view: Tensor) -> bool:
-    """Whether rows lie one after another."""
+    """Whether it is a contiguous matrix of real numbers."""
     return view.dim() == 2 and view.is_contiguous() and not view.is_complex()

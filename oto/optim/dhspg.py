@@ -1,32 +1,33 @@
 """DHSPG: dual half-space projected gradient (OTOv2, ICLR 2023, arXiv 2303.06862, section 4, algorithm 2).
 
-Once, at ``partition_step``, the zero-invariant groups (ZIGs) that are to go are separated from those that stay; only
+At ``partition_step`` the zero-invariant groups (ZIGs) that are to go are separated, once, from those that stay. Only
 the former are penalized, each with a λ of its own, and projected when they leave their half-spaces::
 
     at partition_step:   G_p <- the groups to go, G_np <- the others
-    every step:          x̂ = x - α G                           for all groups; G is what the wrapped optimizer does
+    every step:          x̂ = x - α G                           for all groups; G is the wrapped optimizer's direction
     for g in G_p, from partition_step until the target is met:
         λ_g = λ
         if <x_g, G_g> < 0 and t >= warm_up_steps:              the step makes ||x_g|| grow
-            lo = -<x_g, G_g> / ||x_g||                         the least λ at which it shrinks, to first order
-            hi = -||G_g||² ||x_g|| / <x_g, G_g>                the greatest at which f still descends, to first order
-            λ_g = min(max(amplify · lo, λ), coeff · λ),        or (lo + hi) / 2 where that is hi or more
+            lo = -<x_g, G_g> / ||x_g||                         the least λ for which it shrinks, to first order
+            hi = -||G_g||² ||x_g|| / <x_g, G_g>                the greatest for which f still descends, to first order
+            λ_g = min(max(amplify · lo, λ), coeff · λ),        but (lo + hi) / 2 if that reaches hi
         x̂_g -= α λ_g x_g / ||x_g||
         x̂_g <- 0   if t >= half_space_step and <x̂_g, x_g> < ε ||x_g||²
     groups at zero stay there
 
-``lo <= hi`` is the inequality of Cauchy and Schwarz, ``<x, G>² <= ||x||² ||G||²``.
+``lo <= hi`` is the Cauchy–Schwarz inequality, ``<x, G>² <= ||x||² ||G||²``.
 
 Where we differ from the released code, and why:
 
-* G_p is what :mod:`oto.optim.choice` chooses for the target, in any unit, from averages over many batches. Published is
-  a score of one batch, the cosine of ``x`` and the gradient and the inverse of the mean magnitude:
-  ``dhspg(saliency="dhspg", target_group_sparsity=...)`` is that. There G_p holds ``tolerance_group_sparsity`` more than
-  has to go, and those that leave first go; where the choice says exactly what goes, there is nothing to tolerate.
-* The target is met exactly; :mod:`oto.optim.half_space` says how. Released code stops once it is passed.
-* G is what the wrapped optimizer did: ``(x - x̂) / α``. With AdamW that includes its decay, which released code leaves
-  out of the angle. The angle of ``saliency="dhspg"`` is that of the plain gradient.
-* Where slices of a group have several learning rates, α is their mean weighted by ``||x||²``.
+* G_p is what :mod:`oto.optim.choice` chooses for the target, in any unit, from averages over many batches. The
+  published score uses one batch: the cosine between ``x`` and the gradient, and the inverse of the mean magnitude.
+  ``dhspg(saliency="dhspg", target_group_sparsity=...)`` chooses by it. Then G_p exceeds the target by
+  ``tolerance_group_sparsity``, and the groups that leave first go; otherwise the choice says exactly what goes, and
+  there is nothing to tolerate.
+* The target is met exactly; :mod:`oto.optim.half_space` says how. Released code stops once the target is passed.
+* G is what the wrapped optimizer did: ``(x - x̂) / α``. With AdamW that includes its weight decay, which released code
+  leaves out of the angle. ``saliency="dhspg"`` takes the angle of the plain gradient.
+* If the slices of a group have different learning rates, α is their mean, weighted by ``||x||²``.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 TOLERANCE = 0.05
-"""How much more G_p holds than has to go, as a share of all, where it is chosen as published."""
+"""By how much G_p exceeds the target, as a share of all groups, if it is chosen as published."""
 
 
 class DHSPG(HalfSpace):
@@ -60,24 +61,27 @@ class DHSPG(HalfSpace):
     With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
 
     Args:
-        params: As in :class:`HESSO`, and so are all options that are not named here. ``saliency="dhspg"`` chooses as
+        params: As in :class:`HESSO`, like all options that are not named here. ``saliency="dhspg"`` chooses as
             published.
         node_groups: Node groups of the model.
-        lmbda: The least λ. By default 1e-3, and 1e-2 over Adam and AdamW; the next two 2 and 10, and 20 and 1000.
-        lmbda_amplify: By how much λ exceeds what is needed for a group to shrink.
-        hat_lmbda_coeff: The greatest λ, in multiples of ``lmbda``.
+        lmbda: The least λ; by default 1e-3, and 1e-2 over Adam and AdamW.
+        lmbda_amplify: How many times λ exceeds what is needed for a group to shrink; by default 2, and 20 over Adam and
+            AdamW.
+        hat_lmbda_coeff: The greatest λ, in multiples of ``lmbda``; by default 10, and 1000 over Adam and AdamW.
         epsilon: ε of the half-spaces, in [0, 1); 0.95 by default. A number, or one for each kind of group.
         partition_step: When the groups are separated; the original's name for ``start_pruning_step``.
         half_space_step: When projection begins; by default with the partition.
         warm_up_steps: Until this step every λ is the least one; by default until the partition.
-        tolerance_group_sparsity: With ``saliency="dhspg"`` alone: the share of all by which G_p exceeds the target.
-        start_pruning_step: When the groups are separated, and penalty begins.
+        tolerance_group_sparsity: Only with ``saliency="dhspg"``: the share of all groups by which G_p exceeds the
+            target; by default 0.05.
+        start_pruning_step: When the groups are separated, and the penalty begins.
         pruning_steps: Number of steps over which groups go.
-        pruning_periods: How often it is read back what has gone, by default 10; the last one belongs to the choice.
-        total_steps: As in :class:`HESSO`. Each number of steps that is a float in [0, 1] is a share of them.
+        pruning_periods: Number of periods, by default 10: what has gone is read back when one begins, and the last one
+            belongs to the choice.
+        total_steps: As in :class:`HESSO`. Any number of steps may be a float in [0, 1], a share of these.
 
     Raises:
-        OptionError: An option means nothing or has no effect, or the wrapped optimizer has no learning rate.
+        OptionError: An option is invalid or has no effect, or the wrapped optimizer has no learning rate.
         TargetError: ``half_space_step`` lies outside of pruning, or as in :class:`HESSO`.
     """
 
@@ -135,13 +139,13 @@ class DHSPG(HalfSpace):
 
     @property
     def penalty(self) -> tuple[float, float, float]:
-        """λ, what it is amplified by, and its greatest multiple."""
+        """λ, its amplification, and its greatest multiple."""
         defaults = (self.default_lmbda, *((20.0, 1e3) if self.is_over_adam else (2.0, 10.0)))
         lmbda, amplify, coeff = (d if own is None else own for own, d in zip(self.asked_penalty, defaults, strict=True))
         return lmbda, amplify, coeff
 
     def sparse_step(self, t: int) -> None:
-        """Partition once; descend, penalize the groups to go, project those that left their half-spaces."""
+        """Partition once; descend, penalize the groups to go, and project those that left their half-spaces."""
         self.observe(self.schedule.start - t if t <= self.schedule.start else None)
         if self.schedule.starts_period(t):
             if t == self.schedule.start:
@@ -163,10 +167,10 @@ class DHSPG(HalfSpace):
         self.end_step(t)
 
     def lmbdas(self, along: Tensor, moved_sq: Tensor, norm: Tensor, rate: Tensor, t: int) -> Tensor:
-        """λ of every group, shape ``(N,)``, from the interval in which the group shrinks and the loss descends.
+        """λ of every group, shape ``(N,)``, in the interval in which the group shrinks and the loss descends.
 
         Args:
-            along: ``-α <x_g, G_g>``; above 0 the wrapped optimizer's step makes the group grow.
+            along: ``-α <x_g, G_g>``; if it is positive, the wrapped optimizer's step makes the group grow.
             moved_sq: ``α² ||G_g||²``.
             norm: ``||x_g||``.
             rate: α of every group.
@@ -182,7 +186,7 @@ class DHSPG(HalfSpace):
         return torch.where((along > 0) & (rate > 0), own, lmbda)
 
     def partition(self) -> None:
-        """G_p is redundant from now on: what the choice gives up, and as published some more."""
+        """Make G_p redundant: what the choice gives up, and as published a tolerance more."""
         if not self.choice.target.wants_less:
             return
         if not self.tolerance:
@@ -202,7 +206,8 @@ class DHSPG(HalfSpace):
         return replace(self.choice, target=replace(target, goal=goal))
 
     def choose_rest(self) -> None:
-        """What of G_p is not at zero yet; as published, the least important as far as the target asks for it."""
+        """Leave redundant what of G_p is not at zero yet; as published, only as much as the target still lacks, the
+        least important first."""
         if not self.tolerance:
             return
         alive, ones = self.atoms != PRUNED, torch.ones(self.num_atoms)
@@ -214,13 +219,13 @@ class DHSPG(HalfSpace):
         self.mark_redundant(chosen)
 
     def budget(self) -> Budget | None:
-        """As in HSPG where G_p holds more than has to go; else all of it goes."""
+        """As in HSPG if G_p exceeds the target; otherwise ``None``, as all of it goes."""
         return super().budget() if self.tolerance else None
 
     def _may_go(self) -> Tensor:
         return self.atoms == REDUNDANT
 
-    def _penalised_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
+    def _penalized_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
         return [rows_of(own, REDUNDANT) for own in codes]
 
     def describe_setup(self) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""The one door to tensors by group: what papers and the choice see of entries are vectors of one number per atom.
+"""Read and write tensors group by group: the rest of ``optim`` goes through here.
 
-Here rows of a slice are read and written, and sums over the entries of an atom are taken (:mod:`oto.optim.saliency`
-looks at slices with their gradients, too). All of it is a few calls per slice, never one per atom, and nothing is read
-back from a device but where it says so. Sums are accumulated in float32 at least.
+Optimizers and the choice see vectors of one number per atom::
 
-Of a tensor that is spread over processes (``DTensor``) the rows that are here are read and written
-(:func:`oto.optim.sharded.parts`), and a sum over the entries of an atom ends with one sum over the processes, of ``N``
-numbers. So every process takes the same sums in the same order, whether it has an entry of a slice or not.
+    rows = Rows.of(groups, [None] * len(groups), parameters)      # all atoms of all groups
+    rows.sq_norm()                                                # ||x_g||², shape (N,)
+    rows.zero_(pruned)                                            # bool, shape (N,)
+
+Each takes a few calls per slice, never one per atom. Nothing is read back from a device unless the docstring says so
+("Synchronizes"). Sums are accumulated in float32 at least. (:mod:`oto.optim.saliency` looks at slices, too, together
+with their gradients.)
+
+If a tensor is spread over processes (``DTensor``), each process reads and writes the rows that it has
+(:func:`oto.optim.sharded.parts`), and a sum over the entries of an atom ends with one sum of ``N`` numbers over the
+processes. So every process takes part in the same sums in the same order, whether it has entries of a slice or not.
 """
 
 from __future__ import annotations
@@ -26,12 +32,12 @@ from oto.optim.sharded import parts
 from oto.shards import Sharding, local
 
 BLOCK = 1 << 17
-"""Entries that are multiplied at a time on a CPU: a product of half a megabyte stays in its cache, and in memory that
-is held. Where an allocator asks the system for the memory of each product and gives it back, as it does until a program
-has freed larger pieces, every page of it is a fault: that costs three times as much as the product."""
+"""How many entries are multiplied at a time on a CPU. A product of half a megabyte stays in the cache, and in memory
+that is kept for it. Otherwise the allocator may ask the system for the memory of each product and give it back (it does
+until a program has freed larger pieces), and the page faults cost three times as much as the product itself."""
 
 Rate = float | Tensor
-"""What the entries of one parameter are multiplied with: a number, or a tensor of a single one."""
+"""What the entries of one parameter are multiplied by: a number, or a tensor that holds a single one."""
 
 
 class Place(NamedTuple):
@@ -39,11 +45,11 @@ class Place(NamedTuple):
 
     Attributes:
         view: Shape ``(size, *rest)``; row ``a`` is atom ``a`` of the node group.
-        rows: Which ones, sorted int64 indices; ``None``: all.
+        rows: Which rows of the view, sorted int64 indices; ``None``: all.
         first: How many atoms the node groups before it have.
-        atoms: Where a row of the view is only a part of an atom: the atom that it is a part of, counted over all node
-            groups, int64. ``None``: row ``a`` is atom ``first + a``.
-        sharding: Which processes have other entries of these atoms; ``None``: none has.
+        atoms: The atom that each row of the view is a part of, counted over all node groups, int64; ``None``: row ``a``
+            is all of atom ``first + a``.
+        sharding: Which processes have other entries of these atoms; ``None``: none.
     """
 
     view: Tensor
@@ -53,11 +59,11 @@ class Place(NamedTuple):
     sharding: Sharding | None = None
 
     def read(self) -> Tensor:
-        """The rows; a view where they are all."""
+        """The rows; a view if they are all rows, else a copy."""
         return self.view if self.rows is None else self.view.index_select(0, self.rows)
 
     def write_(self, rows: Tensor) -> None:
-        """Put numbers in their place."""
+        """Overwrite the rows."""
         if self.rows is None:
             self.view.copy_(rows)
         else:
@@ -72,19 +78,19 @@ class Place(NamedTuple):
         return torch.index_select(self.view, 0, self.rows, out=into)
 
     def of(self, vector: Tensor) -> Tensor:
-        """The numbers of these rows out of one number per atom, beside the view, in a shape that broadcasts over it."""
+        """For one number per atom, those of these rows, on the view's device and in a shape that broadcasts over it."""
         own = self.beside(vector)
         own = own if self.rows is None else own.index_select(0, self.rows)
         return own.reshape(-1, *[1] * (self.view.dim() - 1))
 
     def beside(self, vector: Tensor) -> Tensor:
-        """The number of every row of the view out of one number per atom."""
+        """For one number per atom, that of every row of the view, on the view's device."""
         if self.atoms is not None:
             return sent(vector, self.view.device).index_select(0, self.atoms)
         return sent(vector.narrow(0, self.first, self.view.shape[0]), self.view.device)
 
     def add_(self, total: Tensor, part: Tensor) -> None:
-        """Add a number of each of these rows to one number per atom."""
+        """Add one number per row, ``part``, to one number per atom, ``total``."""
         if self.atoms is not None:
             own = self.atoms if self.rows is None else self.atoms.index_select(0, self.rows)
             total.index_add_(0, sent(own, total.device), part.to(total.dtype))
@@ -95,7 +101,7 @@ class Place(NamedTuple):
             own.index_add_(0, sent(self.rows, total.device), part.to(total.dtype))
 
     def blocks(self) -> Iterator[Place]:
-        """A few rows at a time, as many as a cache holds; all at once where there is none to mind."""
+        """The same rows in pieces that fit into a CPU's cache; in one piece on other devices."""
         view = _flat(self.view)
         view = self.view if view is None or self.view.is_complex() else view
         count = len(view if self.rows is None else self.rows)
@@ -123,11 +129,11 @@ class Rows:
     Attributes:
         places: Where they lie, slice after slice.
         names: The name of each place's tensor.
-        atoms: How many atoms all node groups have, N.
-        device: Where vectors of one number per atom lie.
-        shardings: Those of tensors that are spread over processes, with the dtype of sums over them: the same on every
-            process, and in the same order, also where one has no entry.
-        tensors: The names of all tensors that have entries of the atoms, the same on every process.
+        atoms: How many atoms all node groups have together, N.
+        device: The device of vectors of one number per atom.
+        shardings: How the tensors are spread over processes, with the dtype of sums over them; the same on every
+            process and in the same order, even if a process has no entry.
+        tensors: The names of all tensors that have entries of the atoms; the same on every process.
     """
 
     places: Sequence[Place]
@@ -152,11 +158,11 @@ class Rows:
 
         Args:
             groups: Node groups.
-            chosen: For each of them the atoms, sorted int64 indices on any device; ``None``: all.
-            tensors: By the names of parameters; what is not among them is left out.
-            slices: Which slices of them; by default those that are zeroed.
-            in_blocks: Each place holds no more than fits into a cache, so that one call finds there what another left.
-            device: Where vectors of one number per atom lie.
+            chosen: The atoms of each node group, sorted int64 indices on any device; ``None``: all.
+            tensors: The tensors by the names of parameters; slices of others are left out.
+            slices: Which slices to look at; by default those that are zeroed.
+            in_blocks: Split places so that each fits into a cache, where one call finds what another left.
+            device: The device of vectors of one number per atom.
         """
         places, names, first = list[Place](), list[str](), 0
         known: dict[str, None] = {}
@@ -180,15 +186,19 @@ class Rows:
         return bool(self.places) or bool(self.shardings)
 
     def sq_norm(self, rates: Sequence[Rate] | None = None) -> Tensor:
-        """``||x_g||^2`` of every atom, or the sum over its slices of each one's times its rate; shape ``(N,)``."""
+        """``||x_g||^2`` of every atom, shape ``(N,)``; with ``rates`` each slice's part is multiplied by its rate."""
         return self._summed((sq_norm(place.read()) for place in self.places), rates)
 
     def scale_(self, factor: float) -> None:
-        """Multiply them."""
+        """Multiply them by a number."""
         scale_(self.places, factor)
 
     def zero_(self, which: Tensor | None = None) -> None:
-        """Bring them to zero, whatever they are; only those of some atoms, bool, shape ``(N,)``, if that is given."""
+        """Write zeros, over NaN and infinity too.
+
+        Args:
+            which: The atoms to zero, bool, shape ``(N,)``; by default all.
+        """
         if which is None or is_here(which):
             zero_(self.places if which is None else self.among(which))
         else:
@@ -215,14 +225,14 @@ class Rows:
         return found
 
     def mask_(self, which: Tensor) -> None:
-        """:meth:`zero_` of some atoms, where which ones they are is not to be waited for."""
+        """:meth:`zero_` of some atoms, without reading back which ones."""
         for place in self.places:
             own = place.read().masked_fill_(place.of(which), 0)
             if place.rows is not None:
                 place.write_(own)
 
     def copies(self, into: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The rows of each place in memory of their own, which may be that of earlier copies."""
+        """Copies of the rows of each place, in the memory of earlier copies if these are given."""
         return [place.copy(None if into is None else into[i]) for i, place in enumerate(self.places)]
 
     def copy_(self, others: Iterable[Tensor]) -> None:
@@ -231,7 +241,7 @@ class Rows:
             place.write_(other)
 
     def _summed(self, parts: Iterable[Tensor], rates: Sequence[Rate] | None = None) -> Tensor:
-        """What the places of each atom come to, shape ``(N,)``."""
+        """The sum over the places of each atom, shape ``(N,)``."""
         total = Total(self.atoms, self.device, self.shardings)
         for i, (place, part) in enumerate(zip(self.places, parts, strict=True)):
             total.add_(place, part if rates is None else part * rates[i])
@@ -239,7 +249,7 @@ class Rows:
 
 
 class Total:
-    """One number per atom, added up place after place, and over the processes that have entries of the same atoms.
+    """One number per atom, added up place after place, then over the processes that have entries of the same atoms.
 
     Args:
         atoms, device, shardings: As in :class:`Rows`.
@@ -250,10 +260,10 @@ class Total:
         self.here: Tensor | None = None
         self.there = {
             sharding: torch.zeros(atoms, dtype=dtype, device=device) for sharding, dtype in shardings.items()
-        }  # never of a wider dtype than the tensors: it is the same on a process that has no entry
+        }  # of dtypes that follow from the tensors alone, so that processes without entries have the same
 
     def add_(self, place: Place, part: Tensor) -> None:
-        """Add a number of each row of a place."""
+        """Add one number for each row of a place."""
         part = sent(part, self.device)
         if place.sharding is not None:
             place.add_(self.there[place.sharding], part.to(self.there[place.sharding].dtype))
@@ -263,7 +273,7 @@ class Total:
         place.add_(self.here, part)
 
     def over_processes(self) -> Tensor:
-        """The sums, shape ``(N,)``. Communicates, if a tensor is spread over processes."""
+        """The sums, shape ``(N,)``. Communicates if a tensor is spread over processes."""
         parts = [] if self.here is None else [self.here]
         parts += [sharding.summed(own) for sharding, own in self.there.items()]
         if not parts:
@@ -279,7 +289,8 @@ def place_of(piece: Slice, tensor: Tensor, rows: Tensor | None, size: int, first
 
     Args:
         rows: The atoms, sorted int64 indices on any device; ``None``: all.
-        size: How many the node group has; ``first``: how many those before it.
+        size: How many atoms the node group has.
+        first: How many atoms the node groups before it have.
     """
     sharding = Sharding.of(tensor)
     tensor = local(tensor)
@@ -295,18 +306,18 @@ def place_of(piece: Slice, tensor: Tensor, rows: Tensor | None, size: int, first
 
 
 def summed_in(tensor: Tensor) -> torch.dtype:
-    """The dtype of sums over a tensor's entries."""
+    """The dtype in which a tensor's entries are summed."""
     dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
     return torch.promote_types(dtype, torch.float32)
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on another device. A copy to the CPU is waited for: its numbers may be read at once."""
+    """The tensor on another device. Only a copy to the CPU is waited for, as its numbers may be read at once."""
     return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def is_here(tensor: Tensor) -> bool:
-    """Whether a number of it can be looked at without waiting for a device."""
+    """Whether its numbers can be read without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
@@ -335,7 +346,8 @@ def any_entry(places: Iterable[Place]) -> bool:
 
 
 def taken(tensor: Tensor, entries: Sequence[NDArray[np.int64] | None]) -> Tensor:
-    """Some entries of every dimension, sorted int64 indices; ``None``: all. A copy, if any dimension shrinks."""
+    """The tensor with only some entries of each dimension, sorted int64 indices; ``None``: all. A copy if any is left
+    out."""
     for dim, own in enumerate(entries):
         if own is not None:
             tensor = tensor.index_select(dim, torch.from_numpy(own).to(tensor.device))
@@ -345,7 +357,7 @@ def taken(tensor: Tensor, entries: Sequence[NDArray[np.int64] | None]) -> Tensor
 def sq_norm(rows: Tensor) -> Tensor:
     """Squared L2 norm of every row, shape ``(size,)``."""
     flat = _flat(_real(rows))
-    if flat is None or not flat.is_contiguous():  # torch's norm is several times slower along strided rows
+    if flat is None or not flat.is_contiguous():  # torch's norm is several times slower on strided rows
         return dot(rows, rows)
     dtype = torch.promote_types(rows.real.dtype if rows.is_complex() else rows.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(flat.reshape(flat.shape[0], -1), dim=1, dtype=dtype)
@@ -353,7 +365,7 @@ def sq_norm(rows: Tensor) -> Tensor:
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
-    """Inner product of every row with the other's, shape ``(size,)``."""
+    """Inner product of every row with the same row of the other, shape ``(size,)``."""
     left, right = _real(left), _real(right)
     dtype = torch.promote_types(left.dtype, torch.float32)
     if left.dim() == 1:
@@ -366,7 +378,7 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Room(threading.local):
-    """Memory for one product at a time, of each thread."""
+    """Memory for one product at a time, one for each thread."""
 
     def __init__(self) -> None:
         self.held: dict[torch.dtype, Tensor] = {}
@@ -381,14 +393,14 @@ _ROOM = _Room()
 
 
 def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x * y``, of use until the next one is asked for."""
+    """``x * y``; valid until the next call, which may use the same memory."""
     if not is_here(x) or x.numel() > BLOCK:
         return x.to(dtype) * y.to(dtype)
     return torch.mul(x.to(dtype), y.to(dtype), out=_ROOM.of(dtype, x.numel()).view(x.shape))
 
 
 def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
-    """The same where a row does not lie in one piece: entries are read as they lie in memory, whosever they are."""
+    """:func:`dot` for rows that do not lie in one piece: entries are read in the order of memory, across rows."""
     dtype = torch.promote_types(left.dtype, torch.float32)
     order = sorted(range(left.dim()), key=left.stride().__getitem__, reverse=True)
     left, right, own = left.permute(order), right.permute(order), order.index(0)
@@ -402,7 +414,7 @@ def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Iterator[Tensor]:
-    """Some rows at a time, where there is a cache that they fit into."""
+    """The rows in pieces that fit into a CPU's cache; in one piece on other devices."""
     entries = rows.numel()
     if not is_here(rows) or entries <= BLOCK:
         yield rows
@@ -411,10 +423,10 @@ def _blocks(rows: Tensor) -> Iterator[Tensor]:
 
 
 def _flat(rows: Tensor, like: Tensor | None = None) -> Tensor | None:
-    """The rows as a matrix, in the order in which their entries lie in memory; ``None`` where strides forbid.
+    """The rows as a matrix, with entries in the order of memory; ``None`` if the strides do not allow it.
 
     Args:
-        like: The order of this one instead.
+        like: A tensor whose order of entries is taken instead.
     """
     if rows.dim() <= 2:
         own = rows if like is None else like
@@ -433,5 +445,5 @@ def _flat(rows: Tensor, like: Tensor | None = None) -> Tensor | None:
 
 
 def _real(rows: Tensor) -> Tensor:
-    """A complex entry as its two parts, which descend and vanish together."""
+    """Complex entries as their two parts, which are trained and become zero together."""
     return torch.view_as_real(rows) if rows.is_complex() else rows

@@ -1,25 +1,30 @@
 """What HSPG and DHSPG share: a penalty on the norms of groups, half-spaces, and a target that is met exactly.
 
-With ``x`` the entries of a group before a step and ``x̂`` those after it, the half-space of the group is
-``{z : <z, x> >= ε ||x||²}``. A group that a step takes out of it is brought to zero, for good.
+Let ``x`` be the entries of a group before a step, and ``x̂`` those after it. One step is::
 
-Neither paper counts: what goes is what leaves its half-space. Here a target is met, so
+    x̂ <- the wrapped optimizer's step from x
+    x̂ <- x̂ - α λ x / ||x||                  the penalty; α is the wrapped optimizer's learning rate
+    x̂ <- 0      if <x̂, x> < ε ||x||²        the step left the half-space {z : <z, x> >= ε ||x||²}
 
-* penalty and projection end at the target, and are never applied where nothing is to go. A node group that may lose no
-  more (a floor, a multiple, the target) is penalized no more. How much may still go is known at every step without
-  reading back which groups went (:mod:`oto.optim.budget`): that is done as a period begins.
-* of several groups that leave their half-spaces in one step those go first that are furthest out,
-  ``<x̂, x> / ||x||² - ε``, as many as may. Released HSPG draws lots, and counts the wrong number
-  (``n * (trial - upper)``, the excess, rather than the room that is left).
-* the last period belongs to the choice: what is then missing for the target is shrunk to exactly zero as in HESSO. How
-  many groups went which way, ``progress`` and ``history`` say.
+A group that is set to zero in this way stays at zero.
 
-The step itself is that of the wrapped optimizer, whatever it is, from ``x`` to ``x̂``. The penalty follows it,
-``x̂ -= α λ x / ||x||`` with its learning rate α, so it passes through no momentum and no preconditioner. A group at zero
-that was not projected has no penalty, and no half-space to leave. Parameters that are frozen are not penalized, but go
-to zero with their group.
+Neither paper counts groups: whatever leaves its half-space goes. Here a target is met exactly, so
 
-Memory: one copy of the penalized entries, in their own dtype.
+* penalty and projection stop at the target, and are not applied where nothing has to go. A node group that may lose no
+  more atoms (because of a floor, a multiple, or the target) is no longer penalized. How much may still go is known at
+  every step (:mod:`oto.optim.budget`); which groups went is read back from the device only when a period begins.
+* if several groups leave their half-spaces in one step, those that are furthest out, by ``<x̂, x> / ||x||² - ε``, go
+  first, and only as many as the target allows. Released HSPG picks them at random, and counts the wrong number
+  (``n * (trial - upper)``, the excess, instead of the room that is left).
+* the last period belongs to the choice: what is still missing for the target is chosen, and shrunk to exactly zero as
+  in HESSO. ``progress`` and ``history`` say how many groups went which way.
+
+The penalty comes after the wrapped optimizer's step, so it passes through no momentum and no preconditioner. A group
+that is at zero without having been projected has no penalty, and no half-space to leave. Frozen parameters are not
+penalized, but go to zero with their group.
+
+Memory: one copy of the penalized entries, in their own dtype; an entry that belongs to several groups is copied for
+each of them.
 """
 
 from __future__ import annotations
@@ -48,23 +53,23 @@ from oto.optim.wrapped import Params
 from oto.shards import any_sharded
 
 PERIODS = 10
-"""How many times it is read back what has gone; the last period belongs to the choice."""
+"""The default number of periods. At the start of each it is read back what has gone; the last one is the choice's."""
 
 KINDS = ("conv", "linear", "norm")
-"""Of node groups: what they zero has three dimensions and more, two, or one."""
+"""The kinds of node groups: the largest tensor that they zero has three dimensions or more, two, or one."""
 
 Epsilon = float | Mapping[str, float]
 
 
 @dataclass(eq=False)
 class Penalized:
-    """The groups that may still go, in one step after another.
+    """The groups that may still go, as steps see them.
 
     Attributes:
-        copied: Their entries, and the one copy of what they were before the wrapped optimizer's step.
-        rates: The learning rate of each slice that is here, of this step; 0 where it is frozen.
-        everywhere: Those of all tensors, of this process or not.
-        epsilon: Of every atom, shape ``(N,)``.
+        copied: Their entries, and one copy of what these were before the wrapped optimizer's step.
+        rates: The learning rate of each slice that this process has, at this step; 0 where it is frozen.
+        everywhere: The learning rates of all tensors, including those that only other processes have.
+        epsilon: ε of every atom, shape ``(N,)``.
         sq, norm: ``||x_g||²`` and ``||x_g||`` before the step, shape ``(N,)``.
     """
 
@@ -77,21 +82,26 @@ class Penalized:
 
     @property
     def rows(self) -> Rows:
-        """Their entries."""
+        """Where their entries are."""
         return self.copied.rows
 
     def remember_(self) -> None:
-        """What the groups are before the step."""
+        """Copy the entries before the step, and compute their norms."""
         self.sq = self.copied.remember_()
         self.norm = self.sq.sqrt()
         self.epsilon = self.epsilon.to(self.sq)
 
     def shrink_(self, lmbda: float | Tensor, which: Tensor) -> None:
-        """``x̂_g -= α λ_g x_g / ||x_g||`` of some atoms, bool, shape ``(N,)``; λ is one number, or one of every atom."""
+        """Apply the penalty, ``x̂_g -= α λ_g x_g / ||x_g||``.
+
+        Args:
+            lmbda: λ: one number, or one for every atom.
+            which: The atoms that are penalized, bool, shape ``(N,)``.
+        """
         self.copied.subtract_(self._per_norm(lmbda, which), self.rates)
 
     def shrink_dot_(self, lmbda: float | Tensor, which: Tensor) -> Tensor:
-        """:meth:`shrink_`, and ``<x̂_g, x_g>`` thereafter, shape ``(N,)``: while the entries are at hand."""
+        """:meth:`shrink_`, then return ``<x̂_g, x_g>``, shape ``(N,)``; both in one pass over the entries."""
         return self.copied.subtract_dot_(self._per_norm(lmbda, which), self.rates)
 
     def _per_norm(self, lmbda: float | Tensor, which: Tensor) -> Tensor:
@@ -104,9 +114,9 @@ class Penalized:
     def rate(self) -> Tensor:
         """The learning rate of every group, shape ``(N,)``: the mean over its slices, weighted by ``||x||²``.
 
-        To be asked before the wrapped optimizer's step.
+        Call it before the wrapped optimizer's step.
         """
-        if are_alike(self.everywhere):  # or not on all processes, of which one may lack a tensor
+        if are_alike(self.everywhere):  # asked of all tensors, so that every process takes the same branch
             return torch.ones_like(self.norm) * self.everywhere[0]
         return self.rows.sq_norm(self.rates) / self.sq.clamp_min(torch.finfo(self.sq.dtype).tiny)
 
@@ -115,22 +125,22 @@ class HalfSpace(HESSO):
     """A sparse optimizer whose groups leave by half-spaces; see the module docstring.
 
     Args:
-        params, node_groups: As in :class:`HESSO`, and so are all options that are not named here.
-        epsilon: ε of the half-spaces, in [0, 1): 0 is the weakest test. A number, or one for each kind of group
-            (``{"conv": 0.9, "linear": 0.0, "norm": 0.0}``, by what it zeroes); kinds left out keep the default.
+        params, node_groups: As in :class:`HESSO`, like all options that are not named here.
+        epsilon: ε of the half-spaces, in [0, 1): with 0 the fewest groups leave. A number, or one for each kind of
+            group (``{"conv": 0.9, "linear": 0.0, "norm": 0.0}``); kinds that are left out keep the default.
         half_space_step: The first step that projects; a float in [0, 1] is a share of ``total_steps``.
         start_pruning_step, pruning_steps, total_steps: As in :class:`HESSO`.
-        pruning_periods: How many times it is read back what has gone, at least 2: the last period belongs to the
-            choice. By default 10, or as many as there are pruning steps.
+        pruning_periods: Number of periods, at least 2. When a period begins, it is read back which groups have gone;
+            the last period belongs to the choice. By default 10, or as many as there are pruning steps.
 
     Raises:
-        OptionError: An option means nothing, or the wrapped optimizer has no learning rate.
+        OptionError: An option is invalid, or the wrapped optimizer has no learning rate.
         TargetError: ``half_space_step`` lies outside of pruning, or as in :class:`HESSO`.
     """
 
     EPSILON: float = 0.95
-    fold_at_choice = False  # but in the last period, of what half-spaces have left
-    WAIT: int = 1  # quarters of the pruning steps before groups are projected, by default
+    fold_at_choice = False  # readers take over in the last period, where the choice gives up what half-spaces left
+    WAIT: int = 1  # by default, projection begins after this many quarters of the pruning steps
     WHO: str = "all groups that may go are penalized"
 
     _penalized: tuple[Plan, Penalized | None] | None = None
@@ -148,7 +158,7 @@ class HalfSpace(HESSO):
     ) -> None:
         if "pruning_exponent" in options:
             raise OptionError(
-                f"pruning_exponent has no effect on {type(self).__name__}: groups go as they leave half-spaces\n"
+                f"pruning_exponent has no effect on {type(self).__name__}: groups go when they leave half-spaces\n"
                 "  effect  nothing was made\n  to fix  leave it out"
             )
         asked, first = schedule_of(options), options.get("half_space_step")
@@ -162,34 +172,12 @@ class HalfSpace(HESSO):
             "start_pruning_step": asked.start, "pruning_steps": asked.steps, "pruning_periods": asked.periods,
         }  # fmt: skip
         super().__init__(params, node_groups, costs=costs, latency=latency, **own)
-        self._require_sound()
-
-    def _require_sound(self) -> None:
-        if any("lr" not in group for group in self.param_groups):
-            raise OptionError(
-                f"{type(self.base).__name__} has no learning rate (lr) in its parameter groups\n"
-                "  effect  a penalty could not be counted beside its steps\n"
-                "  to fix  wrap an optimizer that has one, or take oto.hesso(...)"
-            )
-        if not self.choice.target.wants_less:
-            return
-        if self.schedule.periods < 2:
-            raise TargetError(
-                f"pruning_periods is {self.schedule.periods}; {type(self).__name__} needs 2, for the last one belongs"
-                " to the choice\n  to fix  at least 2 periods and 2 pruning_steps"
-            )
-        if not self.schedule.start <= self.half_space_step < self.last_period:
-            raise TargetError(
-                f"half_space_step is {self.half_space_step}, and groups leave by half-spaces in steps"
-                f" {self.schedule.start}–{self.last_period - 1}\n"
-                "  effect  none would, and all would go by the choice, as in HESSO\n"
-                "  to fix  a step among these, or longer pruning (pruning_steps)"
-            )
+        require_sound(self)
 
     # What the papers say ---------------------------------------------------------------------------------------------
 
     def penalized(self, t: int) -> Penalized | None:
-        """The groups that may still go by themselves; ``None`` where there are none, or it is not the time."""
+        """The groups that may still go by half-spaces; ``None`` if there are none, or if none may go at step ``t``."""
         if not self.choice.target.wants_less or not self.schedule.start <= t < self.last_period:
             self._penalized = self._went = None  # with its copy of the entries
             return None
@@ -199,7 +187,8 @@ class HalfSpace(HESSO):
             self._penalized = (plan, self._find_penalized(None if former is None else former.copied))
         found = self._penalized[1]
         if found is not None:
-            found.rates, found.everywhere = self._rates(found.rows.names), self._rates(found.rows.tensors)
+            rows, groups = found.rows, self.param_groups
+            found.rates, found.everywhere = rates_of(groups, rows.names), rates_of(groups, rows.tensors)
         return found
 
     def open(self) -> Tensor:
@@ -208,10 +197,10 @@ class HalfSpace(HESSO):
         return alive if budget is None else alive & budget.open(self._gone())
 
     def project_(self, further_out: Tensor) -> None:
-        """Bring groups to zero for good, the lowest first, as many as the target allows.
+        """Mark the groups that left their half-spaces as pruned, the furthest out first, as many as the target allows.
 
         Args:
-            further_out: ``<x̂_g, x_g> / ||x_g||² - ε``, shape ``(N,)``: below 0 a group has left its half-space.
+            further_out: ``<x̂_g, x_g> / ||x_g||² - ε``, shape ``(N,)``: a group below 0 has left its half-space.
         """
         going = (further_out < 0) & self._may_go()
         if is_here(going) and not going.any():
@@ -222,7 +211,7 @@ class HalfSpace(HESSO):
         self.atoms = torch.where(going, PRUNED, self.atoms).to(torch.uint8)
 
     def begin_period(self, t: int) -> None:
-        """Read back what has gone; in the last period, choose what is still missing."""
+        """Read back what has gone; at the start of the last period, choose what is still missing."""
         if not self.choice.target.wants_less:
             return
         self._settle()
@@ -235,9 +224,9 @@ class HalfSpace(HESSO):
             self._record_cost()
 
     def end_step(self, t: int) -> None:
-        """Shrink what the choice gave up, as HESSO does, and keep at zero what is."""
+        """Shrink what the choice gave up, as HESSO does, and keep what is pruned at zero."""
         if self.choice.target.wants_less and self.schedule.starts_period(t):
-            self.zero_moments_()  # after the last gradient by which what was read back would move
+            self.zero_moments_()  # what was read back gets no gradients any more; old ones are not to move it
         if t >= self.last_period:
             if self.schedule.ends_period(t):
                 self.commit()
@@ -249,7 +238,7 @@ class HalfSpace(HESSO):
             self._keep_at_zero(found.rows)
 
     def _keep_at_zero(self, rows: Rows) -> None:
-        """Those that went since they were read back."""
+        """Zero the groups that went since the atoms were last read back."""
         if not is_here(self.atoms):
             rows.zero_(self._gone())
             return
@@ -258,7 +247,7 @@ class HalfSpace(HESSO):
         zero_(self._went[2])
 
     def plan(self) -> str:
-        """What happens at which step, and how much of a norm a penalty takes by then; print it."""
+        """Which steps do what, and how much of a norm the penalty takes in total; to be printed."""
         schedule, last = self.schedule, self.last_period
         if not self.choice.target.wants_less:
             return super().plan()
@@ -275,7 +264,7 @@ class HalfSpace(HESSO):
         return "\n".join([str(self.choice.target), *steps, self._reach(), end])
 
     def _reach(self) -> str:
-        """Whether λ suits the number of steps. Synchronizes."""
+        """A line that shows whether λ suits the number of steps. Synchronizes."""
         rate, steps = float(self.param_groups[0]["lr"]), self.last_period - self.schedule.start
         taken = rate * self.least_lmbda * steps
         text = (
@@ -283,7 +272,7 @@ class HalfSpace(HESSO):
             f" {steps} steps, if no gradient holds it"
         )
         parameters = self.parameters()
-        if any_sharded(parameters.values()):  # what is printed by one process waits for no other
+        if any_sharded(parameters.values()):  # a plan is printed by one process, which cannot wait for the others
             return f"{text}; norms are spread over processes"
         entries = Rows.of(self.node_groups, [None] * len(self.node_groups), parameters, device=self.atoms.device)
         return f"{text}; the median norm is {float(entries.sq_norm().sqrt().median()):.3g}"
@@ -296,7 +285,7 @@ class HalfSpace(HESSO):
         return self.schedule.bounds(self.schedule.periods - 1)[0]
 
     def choose_rest(self) -> None:
-        """What is missing for the target is redundant, by the library's choice."""
+        """Mark as redundant what the target still lacks, by the scores of the choice."""
         alive = self.atoms != PRUNED
         if rest(self.choice, torch.ones(self.num_atoms), alive).any():
             chosen = rest(self.choice, self.scores(), alive)
@@ -305,7 +294,7 @@ class HalfSpace(HESSO):
         self.mark_redundant(chosen)
 
     def commit(self) -> None:
-        """As in HESSO; these groups went by the choice."""
+        """As in HESSO, and count these groups as gone by the choice."""
         self.param_groups[0]["oto_by_choice"] += sum(int((own == REDUNDANT).sum()) for own in self._codes())
         super().commit()
         self._settle()
@@ -318,7 +307,7 @@ class HalfSpace(HESSO):
 
     @property
     def progress(self) -> Progress:
-        """As in :class:`HESSO`, with how many groups went which way."""
+        """As in :class:`HESSO`, and how many groups went which way."""
         return replace(super().progress, ways=self.ways)
 
     def _record_cost(self) -> None:
@@ -332,26 +321,27 @@ class HalfSpace(HESSO):
 
     @property
     def default_lmbda(self) -> float:
-        """λ where none is given."""
+        """λ if none is given."""
         return 1e-2 if self.is_over_adam else 1e-3
 
     @property
     def least_lmbda(self) -> float:
-        """The λ that penalized groups have at least, as their penalty begins."""
+        """The smallest λ of a penalized group when the penalty begins."""
         raise NotImplementedError
 
     # State -----------------------------------------------------------------------------------------------------------
 
     @property
     def settled(self) -> Tensor:
-        """The atoms as they were read back last."""
+        """The state of every atom when it was last read back."""
         atoms: Tensor = self.param_groups[0]["oto_settled"]
         return atoms
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch."""
         saved = super().state_dict()
-        first = saved["param_groups"][0]  # two tensors, as a distributed checkpoint is read into each of them
+        # a distributed checkpoint is read into these tensors in place, so the two must not share their memory
+        first = saved["param_groups"][0]
         first["oto_settled"] = first["oto_settled"].clone()
         return saved
 
@@ -360,7 +350,7 @@ class HalfSpace(HESSO):
         return super().describe_setup() | {"epsilon": self.epsilon, "half_space_step": self.half_space_step}
 
     def budget(self) -> Budget | None:
-        """What may go from the counts that were read back last; ``None`` where every atom that is chosen may."""
+        """What may go, from the counts that were last read back; ``None`` if every atom that is chosen may go."""
         counts: Tensor = self.param_groups[0]["oto_counts"]
         if self._budget is None or self._budget[0] is not counts:
             self._budget = counts, Budget.of(self.choice, *np.array(counts.tolist())).to(self.atoms.device)
@@ -372,13 +362,13 @@ class HalfSpace(HESSO):
         first.setdefault("oto_by_choice", 0)
         if "oto_settled" not in first or "oto_counts" not in first:
             self._settle()
-        elif torch.equal(first["oto_settled"], first["oto_atoms"]):  # as it was when it was saved, most likely
+        elif torch.equal(first["oto_settled"], first["oto_atoms"]):  # most likely one tensor when it was saved
             first["oto_settled"] = first["oto_atoms"]
 
     def _settle(self) -> None:
-        """What is known of the atoms now is what the next steps go by."""
+        """Read the atoms back: the next steps go by their state as it is now."""
         counts = [int((own != PRUNED).sum()) for own in self._codes()]
-        # of each node group, how many there were, and how many of those the model lost since (it was shrunk)
+        # for each node group: how many atoms there are, and how many the model has lost since (it was shrunk)
         number = torch.tensor([counts, [0] * len(counts)], dtype=torch.int64)
         self.param_groups[0] |= {"oto_settled": self.atoms, "oto_counts": number}
 
@@ -391,49 +381,85 @@ class HalfSpace(HESSO):
         self.param_groups[0] |= {"oto_settled": settled, "oto_counts": number}
 
     def _may_go(self) -> Tensor:
-        """Which atoms are penalized, if the target allows; bool, shape ``(N,)``."""
+        """Which atoms may be penalized, as far as the target allows; bool, shape ``(N,)``."""
         return self.atoms != PRUNED
 
     def _gone(self) -> Tensor:
-        """Which atoms went since they were read back, bool, shape ``(N,)``."""
+        """Which atoms went since they were last read back, bool, shape ``(N,)``."""
         return (self.atoms == PRUNED) & (self.settled != PRUNED)
 
     def _find_penalized(self, former: Copied | None) -> Penalized | None:
-        """Their entries, if the target allows for any as it was read back; the memory of the last copy is reused."""
-        rows, budget, device = self._penalised_rows(self._codes(self.settled)), self.budget(), self.atoms.device
+        """The groups to penalize, or ``None`` if by the counts last read back none may go.
+
+        Args:
+            former: The last copy, whose memory is reused.
+        """
+        rows, budget, device = self._penalized_rows(self._codes(self.settled)), self.budget(), self.atoms.device
         none = torch.zeros(self.num_atoms, dtype=torch.bool, device=device)
         if not any(map(len, rows)) or not (budget is None or budget.open(none).any()):
             return None
         whole = [None if len(own) == group.size else own for group, own in zip(self.node_groups, rows, strict=True)]
-        entries = Rows.of(self.node_groups, whole, self.parameters(), in_blocks=True, device=device)
-        sizes = torch.tensor(self.choice.sizes)
-        epsilon = torch.tensor([self.epsilon[kind] for kind in self._kinds()], dtype=torch.float64)
-        return Penalized(Copied(entries, former), (), epsilon.repeat_interleave(sizes))
+        parameters, sizes = self.parameters(), torch.tensor(self.choice.sizes)
+        entries = Rows.of(self.node_groups, whole, parameters, in_blocks=True, device=device)
+        own = [self.epsilon[kind] for kind in kinds_of(self.node_groups, parameters)]
+        epsilon = torch.tensor(own, dtype=torch.float64).repeat_interleave(sizes)
+        return Penalized(Copied(entries, former), (), epsilon)
 
-    def _penalised_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
-        """For each node group the atoms that are penalized, as they were read back."""
+    def _penalized_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """For each node group the atoms that are penalized, by the states last read back."""
         return [(own != PRUNED).nonzero()[:, 0] for own in codes]
 
-    def _kinds(self) -> list[str]:
-        """The kind of each node group."""
-        parameters = self.parameters()
-        most = [max(parameters[piece.parameter].dim() for piece in group.zeros) for group in self.node_groups]
-        return [KINDS[0] if dims > 2 else KINDS[1] if dims == 2 else KINDS[2] for dims in most]
 
-    def _rates(self, names: Sequence[str]) -> list[Rate]:
-        """The learning rate of each of these parameters, as it is now; 0 where one is frozen."""
-        rates: dict[str, Rate] = {}
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                rates[name] = group["lr"] if p.requires_grad else 0.0
-        return [rates[name] for name in names]
+def require_sound(optimizer: HalfSpace) -> None:
+    """Refuse an optimizer without a learning rate, and a schedule in which no group could leave its half-space.
+
+    Raises:
+        OptionError: There is no learning rate.
+        TargetError: The schedule has fewer than two periods, or ``half_space_step`` lies outside of them.
+    """
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise OptionError(
+            f"{type(optimizer.base).__name__} has no learning rate (lr) in its parameter groups\n"
+            "  effect  a penalty could not be counted beside its steps\n"
+            "  to fix  wrap an optimizer that has one, or take oto.hesso(...)"
+        )
+    if not optimizer.choice.target.wants_less:
+        return
+    schedule, last = optimizer.schedule, optimizer.last_period
+    if schedule.periods < 2:
+        raise TargetError(
+            f"pruning_periods is {schedule.periods}; {type(optimizer).__name__} needs 2, for the last one belongs to"
+            " the choice\n  to fix  at least 2 periods and 2 pruning_steps"
+        )
+    if not schedule.start <= optimizer.half_space_step < last:
+        raise TargetError(
+            f"half_space_step is {optimizer.half_space_step}, and groups leave by half-spaces in steps"
+            f" {schedule.start}–{last - 1}\n"
+            "  effect  none would, and all would go by the choice, as in HESSO\n"
+            "  to fix  a step among these, or longer pruning (pruning_steps)"
+        )
+
+
+def kinds_of(node_groups: Sequence[NodeGroup], parameters: Mapping[str, Tensor]) -> list[str]:
+    """The kind of each node group."""
+    most = [max(parameters[piece.parameter].dim() for piece in group.zeros) for group in node_groups]
+    return [KINDS[0] if dims > 2 else KINDS[1] if dims == 2 else KINDS[2] for dims in most]
+
+
+def rates_of(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Rate]:
+    """The present learning rate of each of these parameters; 0 if it is frozen."""
+    rates: dict[str, Rate] = {}
+    for group in param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            rates[name] = group["lr"] if p.requires_grad else 0.0
+    return [rates[name] for name in names]
 
 
 def epsilons(asked: Epsilon | None, default: float) -> dict[str, float]:
-    """ε by kind of group.
+    """ε for each kind of group.
 
     Raises:
-        OptionError: A number lies outside of [0, 1), or there is no such kind.
+        OptionError: A number lies outside of [0, 1), or a kind is unknown.
     """
     own = dict(asked) if isinstance(asked, Mapping) else {} if asked is None else dict.fromkeys(KINDS, asked)
     unknown = [kind for kind in own if kind not in KINDS]

@@ -8,21 +8,21 @@ It minimizes ``Ψ(x) = f(x) + λ Σ_g ||x_g||``, the sum over zero-invariant gro
                                             x_g <- x̂_g    otherwise
     groups at zero stay there; what belongs to no group takes the ordinary step
 
-Why a projection does not hurt: outside of the half-space ``<∇Ψ_g, x_g> > (1 - ε) ||x_g||² / α``, so going to zero is a
-descent direction of Ψ, and for a gradient of Lipschitz constant L it lowers Ψ by at least ``(1 - ε) / α - L / 2`` times
-``||x_g||²``.
+Why a projection does not hurt: outside of the half-space ``<∇Ψ_g, x_g> > (1 - ε) ||x_g||² / α`` holds, so the way to
+zero is a descent direction of Ψ. If the gradient has the Lipschitz constant L, the projection lowers Ψ by at least
+``(1 - ε) / α - L / 2`` times ``||x_g||²``.
 
 Where we differ from the paper and its released code, and why:
 
-* A target is met exactly; :mod:`oto.optim.half_space` says what that means: penalty and projection end there, the
-  groups that are furthest out go first, and the choice adds what is missing in the last period. As published λ and ε
-  decide how many groups go, and only ``upper_group_sparsity`` limits them.
-* ``∇f`` is the direction of any torch optimizer, momentum and preconditioner included; the penalty is applied beside
-  it. The paper's is plain SGD, for which both are the same.
-* Before ``start_pruning_step`` steps are ordinary; the paper penalizes from the first one, which is
+* The target is met exactly (:mod:`oto.optim.half_space` says how): penalty and projection stop there, the groups that
+  are furthest out go first, and the choice adds what is missing in the last period. As published, λ and ε decide how
+  many groups go, and only ``upper_group_sparsity`` limits them.
+* In place of ``∇f`` stands the direction of any torch optimizer, with its momentum and preconditioner; the penalty is
+  applied after its step. The paper's optimizer is plain SGD, for which this is the same.
+* Steps before ``start_pruning_step`` are ordinary. The paper penalizes from the first step on; here that is
   ``start_pruning_step=0``.
 * ``x_g / ||x_g||`` is 0 for a group at zero; released code divides by ``||x_g|| + 1e-6`` in stage 1.
-* ε does not grow by itself. Released code for BERT raises that of linear layers where sparsity stands still.
+* ε is constant. Released code for BERT raises ε of linear layers while the sparsity stands still.
 """
 
 from __future__ import annotations
@@ -45,23 +45,24 @@ class HSPG(HalfSpace):
     With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
 
     Args:
-        params: As in :class:`HESSO`, and so are all options that are not named here.
+        params: As in :class:`HESSO`, like all options that are not named here.
         node_groups: Node groups of the model.
-        lmbda: λ of the penalty, or a function of the step that gives it; by default 1e-3, and 1e-2 over Adam and AdamW.
-            A group whose gradient does not hold it loses αλ of its norm at a step, so λ must suit the number of steps:
+        lmbda: λ of the penalty, or a function from the step to λ; by default 1e-3, and 1e-2 over Adam and AdamW. Where
+            no gradient holds it, the norm of a group falls by αλ a step, so λ must suit the number of steps:
             ``progress`` says how many groups went by their half-spaces, and how many had to be chosen in the end.
         epsilon: ε of the half-spaces, in [0, 1); 0.95 by default. A number, or one for each kind of group
             (``{"conv": 0.9, "linear": 0.0, "norm": 0.0}``).
-        half_space_step: When stage 2 begins; a float in [0, 1] is a share of ``total_steps``. By default when a quarter
-            of the pruning steps is over.
+        half_space_step: When stage 2 begins; a float in [0, 1] is a share of ``total_steps``. By default after a
+            quarter of the pruning steps.
         upper_group_sparsity: The original's name for ``target_group_sparsity``.
         start_pruning_step: When stage 1 begins.
         pruning_steps: Number of steps over which groups go.
-        pruning_periods: How often it is read back what has gone, by default 10; the last one belongs to the choice.
+        pruning_periods: Number of periods, by default 10: what has gone is read back when one begins, and the last one
+            belongs to the choice.
         total_steps: As in :class:`HESSO`.
 
     Raises:
-        OptionError: An option means nothing, or the wrapped optimizer has no learning rate.
+        OptionError: An option is invalid, or the wrapped optimizer has no learning rate.
         TargetError: ``half_space_step`` lies outside of pruning, or as in :class:`HESSO`.
     """
 
@@ -98,11 +99,11 @@ class HSPG(HalfSpace):
 
     @property
     def least_lmbda(self) -> float:
-        """λ as the penalty begins."""
+        """λ when the penalty begins."""
         return self.lmbda(self.schedule.start)
 
     def sparse_step(self, t: int) -> None:
-        """Descend, penalize all groups that may still go, project those that left their half-spaces."""
+        """Descend, penalize all groups that may still go, and project those that left their half-spaces."""
         self.observe(self.last_period - t if t <= self.last_period else None)
         if self.schedule.starts_period(t):
             self.begin_period(t)
@@ -115,7 +116,7 @@ class HSPG(HalfSpace):
             if t < self.half_space_step:
                 x.shrink_(self.lmbda(t), self.open())  # x̂_g -= α λ x_g / ||x_g||
             else:
-                inner = x.shrink_dot_(self.lmbda(t), self.open())  # the same
+                inner = x.shrink_dot_(self.lmbda(t), self.open())  # the same, and <x̂_g, x_g>
                 self.project_(inner / x.sq - x.epsilon)  # x̂_g = 0 if <x̂_g, x_g> < ε ||x_g||²
         self.end_step(t)
 

@@ -1,4 +1,7 @@
-"""What node groups keep in any case: their least, and what a kept count is a multiple of."""
+"""What node groups keep in any case: the least number of atoms, and what a kept count has to be a multiple of.
+
+Example: of 10 atoms with ``min_kept=3`` at least 3 are kept, and with ``align=4`` at least 4.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,17 @@ from oto.optim.select import least_kept
 from oto.optim.target import Counts
 
 FLOOR = 0.2
-"""No node group falls below this share of its atoms, unless the target cannot be met otherwise."""
+"""No node group falls below this share of its atoms unless the target cannot be met otherwise."""
 
 
 def prunable(node_groups: Sequence[NodeGroup], min_kept: MinKept | None) -> tuple[NodeGroup, ...]:
-    """The node groups that may lose atoms, with what they keep.
+    """The node groups that may lose atoms, with the least that they keep.
 
-    One that may lose none only because of ``min_kept`` stays among them, as costs are counted over these.
+    A group that may lose none only because of ``min_kept`` stays among them, as costs are counted over them.
 
     Raises:
-        TargetError, UnknownParameterError: ``min_kept`` means nothing, or names nothing.
+        TargetError: ``min_kept`` is invalid.
+        UnknownParameterError: A name in ``min_kept`` matches nothing.
     """
     groups = tuple(group for group in node_groups if group.prunable and group.size)
     if min_kept is None:
@@ -37,7 +41,7 @@ def prunable(node_groups: Sequence[NodeGroup], min_kept: MinKept | None) -> tupl
 
 
 def align_of(options: ChoiceOptions) -> Align:
-    """What sizes of dimensions are multiples of, as it was asked."""
+    """What sizes of dimensions are to be multiples of, as the user stated it."""
     align = options.get("align")
     return 1 if align is None else align
 
@@ -45,13 +49,14 @@ def align_of(options: ChoiceOptions) -> Align:
 def divisors_of(
     node_groups: Sequence[NodeGroup], groups: Sequence[NodeGroup], options: ChoiceOptions, costs: Costs | None
 ) -> list[int]:
-    """What the kept count of each of ``groups`` is a multiple of, if it loses atoms.
+    """What the kept count of each of ``groups`` has to be a multiple of, if it loses atoms.
 
     Args:
-        node_groups: All of the model.
+        node_groups: All node groups of the model.
 
     Raises:
-        OptionError, UnknownParameterError: ``align`` means nothing, or names nothing.
+        OptionError: ``align`` is invalid.
+        UnknownParameterError: A name in ``align`` matches nothing.
     """
     weights = None if costs is None else costs.weights
     every = multiples(node_groups, align_of(options), weights, options.get("group_divisible", 1))
@@ -60,9 +65,10 @@ def divisors_of(
 
 
 def least_of(groups: Sequence[NodeGroup], divisors: Sequence[int], share: float = 0.0) -> Counts:
-    """Atoms that each node group keeps, shape ``(groups,)``: its least, and ``share`` of its atoms at least.
+    """The fewest atoms that each node group keeps, shape ``(groups,)``: ``min_kept``, and at least a share of them.
 
-    A segment need not be kept; how many of them are follows from what they are among (:func:`staying_of`).
+    A segment need not be kept. How many segments are kept follows from the sets that they belong to
+    (:func:`staying_of`).
     """
     least = [max(group.min_kept, int(np.ceil(share * group.size))) for group in groups]
     sized = zip(groups, least, divisors, strict=True)
@@ -71,10 +77,11 @@ def least_of(groups: Sequence[NodeGroup], divisors: Sequence[int], share: float 
 
 
 def staying_of(groups: Sequence[NodeGroup], scores: NDArray[np.float64], left: NDArray[np.bool_]) -> Counts:
-    """Segments that stay whatever goes, as counts, shape ``(groups,)``: of each set the best of those that are left.
+    """The segments that have to stay, as counts, shape ``(groups,)``: the best that are left of each set.
 
     Args:
-        scores, left: Importance of every atom, and whether it is left, shape ``(N,)``.
+        scores: Importance of every atom, shape ``(N,)``.
+        left: Whether the atom is left, shape ``(N,)``.
     """
     sets: dict[str, list[int]] = {}
     numbers: dict[str, int] = {}
@@ -94,7 +101,7 @@ def staying_of(groups: Sequence[NodeGroup], scores: NDArray[np.float64], left: N
 
 
 def _beside(groups: Sequence[NodeGroup]) -> list[list[int]]:
-    """For each node group the segments that go together with it, itself among them."""
+    """For each node group the segments that go together with it, including itself."""
     ties: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         if group.segment and group.tie is not None:
@@ -103,12 +110,12 @@ def _beside(groups: Sequence[NodeGroup]) -> list[list[int]]:
 
 
 def least_staying(groups: Sequence[NodeGroup], least: Counts, measure: Callable[[Counts], float]) -> Counts:
-    """The least counts with the cheapest segments that stay in any case, shape ``(groups,)``: no choice leaves less.
+    """``least`` with the cheapest segments that have to stay, shape ``(groups,)``: no choice leaves less.
 
-    Of sets that share segments only the first counts, for one segment may do for all of them.
+    Of several sets that share segments only the first counts, as one segment may be enough for all of them.
 
     Args:
-        least: Atoms that each node group keeps, for a segment none.
+        least: The fewest atoms that each node group keeps; 0 for a segment.
         measure: The cost of counts.
     """
     sets: dict[str, list[int]] = {}

@@ -1,10 +1,11 @@
-"""Nested kept sets of one ranking: what each member of a family keeps, the largest first.
+"""Choose what each member of a family keeps, from one ranking: the sets are nested, the largest first.
 
-All targets are chosen by the same scores. The largest member is chosen from all atoms, and every further one from what
-the member before it keeps, so ``K_1 > K_2 > ...`` holds by construction, and a target in between can still be cut
-later: it takes all of the next smaller member and the best of the rest.
+The same scores are used for all targets. The largest member is chosen from all atoms, and each further one from what
+the member before it keeps, so ``K_1 > K_2 > ...`` holds by construction. A target in between can still be cut later: it
+keeps all of the next smaller member, and the best of the rest.
 
-Example: of eight atoms a member of 6 keeps the six best by score and cost, one of 4 four of these six.
+Example: of eight atoms, a member of size 6 keeps the six best by score and cost, and one of size 4 keeps four of these
+six.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from oto.optim.target import Counts
 
 @dataclass(frozen=True, eq=False)
 class Nested:
-    """What the members of a family are chosen by.
+    """The choices of all members of a family.
 
     Attributes:
-        choices: One for each target, the largest first; they differ in their targets alone.
+        choices: One for each target, the largest first; they differ only in their targets.
     """
 
     choices: tuple[Choice, ...]
 
     @classmethod
     def of(cls, choices: Sequence[Choice]) -> Nested:
-        """The choices in the order of their targets.
+        """Check the targets, which are given from the largest to the smallest.
 
         Raises:
-            TargetError: There is none; one asks for all that there is; or two of one unit ask for the same.
+            TargetError: There is no target, one of them removes nothing, or those of one unit do not fall.
         """
         if not choices:
             raise TargetError("a family has no targets\n  to fix  such as targets=[0.75, 0.5, 0.25]")
@@ -67,11 +68,11 @@ class Nested:
     def levels(self, scores: Tensor) -> Tensor:
         """How many members besides the full network keep each atom, uint8, shape ``(N,)``, on the CPU.
 
+        If the member before it already meets a target, both members keep the same atoms. That is a
+        :class:`NotPrunedWarning` and no error, as the training that was done by then must not be lost.
+
         Args:
             scores: Importance of every atom, shape ``(N,)``.
-
-        Where the member before it is small enough already for a target, both keep the same, with a
-        :class:`NotPrunedWarning`: by then a good part of the training is done, and it must not be lost.
         """
         alive = torch.ones(len(scores), dtype=torch.bool)
         levels = torch.zeros(len(scores), dtype=torch.uint8)
@@ -92,16 +93,16 @@ class Nested:
 
 
 def between(choice: Choice, scores: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-    """What a further member keeps, bool, shape ``(N,)``, on the CPU.
+    """What one more member keeps, between two others, bool, shape ``(N,)``, on the CPU.
 
     Args:
-        choice: Its target.
-        scores: Importance of every atom, those that the members were ranked by, shape ``(N,)``.
-        outer, inner: What the next larger member keeps, and the next smaller one, bool, shape ``(N,)``: the further one
-            keeps all of ``inner``, and nothing besides ``outer``. Without a smaller one, ``inner`` is all ``False``.
+        choice: The choice with the target of this member.
+        scores: Importance of every atom, by which the members were ranked, shape ``(N,)``.
+        outer: What the next larger member keeps, bool, shape ``(N,)``; the new one keeps nothing else.
+        inner: What the next smaller member keeps, which the new one keeps, too; all ``False`` if there is none.
 
     Raises:
-        TargetError: The target lies outside of both.
+        TargetError: The target does not lie between the two, or no width does.
     """
     sizes = choice.sizes
     floor: Counts = _counts(inner, sizes)

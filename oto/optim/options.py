@@ -49,14 +49,36 @@ class ChoiceOptions(RenamedOptions, total=False):
     """Which atoms go."""
 
     scope: Literal["global", "local"]
+    """``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms."""
     min_kept: MinKept | None
+    """The atoms that every node group keeps at least: a number (int), a share of its atoms (float), or a mapping from
+    names or globs of parameters to either. By default, and for groups that the mapping does not name, a fifth as far as
+    the target allows."""
     group_divisible: int
+    """A node group that loses atoms keeps a multiple of this many *atoms*, such as channels or heads."""
     align: Align | None
+    """A dimension of a weight that gets smaller keeps a *size* (heads times their width) that is a multiple of this:
+    one number for all; a mapping from names or globs of parameters to numbers; or ``"gguf"`` (rows of 32), ``"gguf-k"``
+    (rows of 256), ``"marlin"`` (rows of 128, other dimensions of 64), ``"cuda"`` (8). Heads are free if their width is
+    such a multiple already. By default 1; ``OTO`` takes 8 if the parameters are on a CUDA device."""
     saliency: Weights | str | Saliency | None
+    """Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to weights.
+    ``"hesso"`` stands for everything that HESSO does as published: five criteria of a single batch, each divided by its
+    norm over all groups, regardless of costs and of the width of a layer. ``"dhspg"`` stands for the two criteria of
+    DHSPG, likewise."""
     normalize: str | None
+    """What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALIZE`. By default nothing if ``saliency``
+    is in the unit of the loss, as the two Taylor terms are; otherwise its mean over each node group."""
     within: str | Saliency | None
+    """If given, importance is distributed in all node groups by this criterion; with ``"none"`` each atom has the score
+    that was measured for it. By default ``"path_norm"`` in groups that a convolution over images reads, if ``saliency``
+    is not given; otherwise ``"none"``."""
     by_cost: float | None
+    """How much the cost counts that an atom saves: the exponent in its price (:mod:`oto.optim.select`). By default 1 if
+    ``saliency`` is in the unit of the loss; otherwise 0, since a magnitude per MAC empties parallel layers."""
     average_steps: int | None
+    """Over how many steps before a choice criteria that use gradients are averaged; by default 32, and 1 for
+    ``saliency="hesso"`` and ``"dhspg"``."""
 
 
 class ScheduleOptions(TypedDict, total=False):

@@ -115,6 +115,13 @@ class Limits:
     least: Counts
     many: Counts
 
+    @classmethod
+    def of(cls, left: NDArray[np.bool_], sizes: Counts, least: Counts) -> Limits:
+        """The limits of node groups without ties."""
+        groups = np.arange(len(sizes))
+        counts = np.bincount(np.repeat(groups, sizes)[left], minlength=len(sizes))
+        return cls(counts, sizes, least, np.ones(len(sizes), dtype=np.int64))
+
     def tied(self, ties: Counts, per: Counts) -> Limits:
         """The limits of ties, whose groups keep ``per`` atoms for each that the tie counts."""
         one, numbers = np.unique(ties, return_index=True)[1], np.bincount(ties)
@@ -188,8 +195,8 @@ def select(
             important first, and swap a coarse unit for finer ones.
         ties: For each node group the number of its tie, shape ``(groups,)``. Groups of a tie have the same sizes,
             divisors and remaining counts, and keep the same count.
-        per: How many atoms each keeps for each that its tie counts, if not one: of what was said of ties all is so
-            many times as large in it.
+        per: How many atoms each node group keeps for each that its tie counts; by default 1. Its sizes, divisors and
+            counts are this many times those of its tie.
 
     Returns:
         Boolean array, shape ``(N,)``: the atoms that go.
@@ -204,8 +211,7 @@ def select(
     groups = len(sizes)
     by = np.broadcast_to(np.asarray(divisible, dtype=np.int64), groups)
     units = Units.of(scores, left, sizes, by, np.ones(groups) if worth is None else worth)
-    counts = np.bincount(np.repeat(np.arange(groups), sizes)[left], minlength=groups)
-    limits = Limits(counts, sizes, least, np.ones(groups, dtype=np.int64))
+    limits = Limits.of(left, sizes, least)
     if ties is not None:
         per = np.ones_like(sizes) if per is None else per
         units, limits = units.tied(ties, per), limits.tied(ties, per)

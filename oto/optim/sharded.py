@@ -1,7 +1,10 @@
-"""Slices of tensors that are spread over processes: which of the rows that are here belong to which atom.
+"""Find which rows of a tensor that is spread over processes are on this process, and to which atom each belongs.
 
-A view cannot cross the border of a shard, so along the dimension that is cut an index says for every row the atom that
-it is a part of. That is enough for any slice: heads times width, branches side by side, shards of unequal size or none.
+A view cannot reach into another process's shard. So along a dimension that is cut into shards, an index gives for every
+row the atom that it is a part of. This covers any slice: heads times width, branches side by side, and shards that are
+of unequal size or empty.
+
+Example: of 6 rows that are 3 heads times 2, a process that has rows 3 to 5 has one row of head 1 and both of head 2.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from oto.shards import Sharding
 def parts(
     piece: Slice, here: Tensor, sharding: Sharding, rows: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor | None, int, Tensor | None]:
-    """What this process has of some atoms of a slice, whose dimension is cut.
+    """What this process has of some atoms of a slice whose dimension is cut into shards.
 
     Args:
         here: The entries of this process.
@@ -27,8 +30,8 @@ def parts(
         size: How many atoms the slice has.
 
     Returns:
-        A view with the cut dimension first; which of its rows, ``None`` if all; the atom of the first row, and the atom
-        of every row, ``None`` if one row after another is one atom after another.
+        A view with the cut dimension first; the indices of its rows that belong to these atoms, ``None`` if all do; the
+        atom of the first row; and the atom of every row, ``None`` if each row is one atom, in order.
     """
     view = here.movedim(piece.dim, 0)
     owner, begin, atoms = _owners(piece, sharding, size, here.dim(), here.device)
@@ -45,8 +48,11 @@ def parts(
 def _owners(
     piece: Slice, sharding: Sharding, size: int, dims: int, device: torch.device
 ) -> tuple[Tensor, int, Tensor | None]:
-    """The atom of every entry along the slice's dimension that is here, -1 for none, int64, on the CPU; and how that is
-    said: by the first one, where they follow each other, or by all of them, on the device."""
+    """The atom of every entry along the slice's dimension on this process, int64, on the CPU, -1 for none.
+
+    With it, as in :func:`parts`: the first atom, and ``None`` if each entry is one atom, in order; otherwise all of
+    them, on the device.
+    """
     length = piece.cuts[0].before * piece.cuts[0].middle * piece.cuts[0].after if piece.cuts else size
     atom = torch.full((length,), -1)
     entries = Slice("", 0, piece.cuts).of(torch.arange(length)).reshape(size, -1)

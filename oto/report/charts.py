@@ -16,7 +16,7 @@ from oto.errors import MissingExtraError
 INK, MUTED, SOFT, ACCENT, BAND = (f"#0a0b{n:02x}" for n in range(0x10, 0x15))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", SOFT: "--soft", ACCENT: "--accent", BAND: "--band"}
 WIDTH, NARROW = 3.2, 2.4
-"""Width in inches of a chart, and of one beside others: letters can be read on a page of any width."""
+"""Width in inches of a chart, and of one beside others: small enough that text is readable on a page of any width."""
 
 
 def _figure(height: float, rows: int = 1, width: float = WIDTH) -> tuple[Any, Any]:
@@ -90,7 +90,7 @@ def shares(name: str, rows: Sequence[tuple[str, float, float, str]], says: str, 
         own_scale: Let every row fill the width; otherwise all have one scale.
     """
     figure, (ax,) = _figure(0.32 * len(rows) + 0.1, width=NARROW if own_scale else WIDTH)
-    room = 38 if own_scale else 54  # letters in a row
+    room = 38 if own_scale else 54  # characters in a row
     largest = max(before for _, before, _, _ in rows) or 1
     for place, (label, before, after, text) in enumerate(rows):
         scale = (before or 1) if own_scale else largest
@@ -156,8 +156,8 @@ def points(
     """One value against another, joined by a line in the order of ``x``.
 
     Args:
-        marks: What is written beside each point.
-        labels: Of the axes.
+        marks: A text beside each point.
+        labels: The labels of both axes.
     """
     figure, (ax,) = _figure(2.0)
     from matplotlib.ticker import EngFormatter

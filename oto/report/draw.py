@@ -26,7 +26,7 @@ from oto.groups import NodeGroup, Partition
 from oto.groups.cost import macs_by_node
 
 FORMATS = ("svg", "pdf", "png")
-GREY = "#e4e4e4"
+GRAY = "#e4e4e4"
 WHITE = "#ffffff"
 # calls that compute nothing, which are not drawn
 QUIET = {
@@ -165,7 +165,7 @@ def to_dot(
         inside = {g for n, of in box.items() if of == name for g in flow.nodes[n]["groups"]}
         free = len(inside & prunable)
         label = _escaped(f"{_span(others)}\n{len(others)} more like {block}\n{free} prunable groups inside")
-        picture.add_node(pydot.Node(_quoted(name), label=label, shape="box3d", fillcolor=WHITE if free else GREY))
+        picture.add_node(pydot.Node(_quoted(name), label=label, shape="box3d", fillcolor=WHITE if free else GRAY))
     line = {*pairwise(dict.fromkeys(box[n] for n in nx.dag_longest_path(flow) if n in box))}
     for a, b in _edges(flow, box):
         # the longest path is drawn straight, so that a deep network is a column
@@ -217,8 +217,11 @@ def palette(names: Sequence[str]) -> dict[str, str]:
 
 
 def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Runs of neighboring numbered blocks that make the same calls: for the name of the box that replaces all but the
-    first of a run, the first one and the others."""
+    """Find runs of neighboring numbered blocks that make the same calls.
+
+    Returns:
+        For the name of the box that stands for all blocks of a run but the first: that first block, and the others.
+    """
     calls: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
     for _, data in flow.nodes(data=True):
         if data["kind"] != "operator":
@@ -245,7 +248,7 @@ def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
             else:
                 runs.append([i])
         for first, *others in runs:
-            # a box is no shorter than a single call
+            # a single call takes no more room than the box that would replace it
             if others and len(calls[name(first)]) > 1:
                 box = f"like {name(first)}"
                 boxes[box] = (name(first), tuple(map(name, others)))
@@ -268,7 +271,7 @@ def _box(node: str, data: Mapping[str, Any], repeats: Mapping[str, tuple[str, tu
 
 
 def _edges(flow: nx.DiGraph, box: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """Edges between boxes; those through nodes that are not drawn are joined."""
+    """Edges between boxes; edges through nodes that are not drawn are joined."""
     sources: dict[str, dict[str, None]] = {}
     edges: dict[tuple[str, str], None] = {}
     for node in flow:  # calls come after what they read
@@ -301,7 +304,7 @@ def _block(module: str, blocks: set[str]) -> str:
 
 
 def _segments(partition: Partition) -> dict[str, list[str]]:
-    """For each node the segments that it lies in, the outermost first."""
+    """For each node the segments that contain it, the outermost first."""
     found: dict[str, list[str]] = {}
     for segment in sorted(partition.segments, key=lambda segment: -len(segment.body)):
         for index in segment.body:
@@ -310,7 +313,7 @@ def _segments(partition: Partition) -> dict[str, list[str]]:
 
 
 def _dashed(name: str, free: bool, inside: Any, frames: dict[str, Any], pydot: Any) -> Any:
-    """The cluster of a segment, in that of its block or of the segment around it."""
+    """The cluster of a segment, inside the cluster of its block or of the segment around it."""
     key = f"segment {name} in {inside.get_name()}"
     if key not in frames:
         frames[key] = pydot.Cluster(
@@ -348,7 +351,7 @@ def _style(data: Mapping[str, Any], prunable: set[str], colors: Mapping[str, str
     if data["kind"] in ("input", "output"):
         return {"shape": "ellipse", "fillcolor": WHITE}
     if not own:
-        return {"fillcolor": GREY}
+        return {"fillcolor": GRAY}
     if not colored:
         return {"fillcolor": WHITE}
     shades = [colors[g] for g in own[:8]]

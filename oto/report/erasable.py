@@ -19,10 +19,10 @@ class Part:
     Attributes:
         segment: Its name: the module that ends it.
         modules: The outermost modules that are not run without it.
-        writers: The parameters that are zero then.
+        writers: The parameters that are zero when it goes.
         params, macs, bytes: What the network saves without it.
-        joint: What becomes of the addition that it goes into.
-        reason: Why it stays all the same; ``None`` if it may go.
+        joint: What becomes of the addition that it ends in.
+        reason: Why it stays nevertheless; ``None`` if it may go.
     """
 
     segment: str
@@ -55,7 +55,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Erasable:
-    """What may go as a whole: print it.
+    """What may go as a whole; to be printed.
 
     Attributes:
         full: The costs of the full network.
@@ -98,10 +98,11 @@ def described(branch: Branch) -> str:
 
 
 def erasable(partition: Partition, groups: Sequence[NodeGroup], staying: Sequence[Staying]) -> Erasable:
-    """Sum up the segments of a partition.
+    """Summarize the segments of a partition.
 
     Args:
-        groups: Their node groups, after all policies.
+        groups: The node groups, after all policies.
+        staying: Branches that cannot go.
     """
     graph, full = partition.found.graph, cost(partition)
     modules, reasons = Modules(graph.nodes), {group.name: group.reason for group in groups}

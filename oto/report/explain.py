@@ -59,9 +59,9 @@ class Explanation:
         whole: All other node groups, each with its reason.
         unreached: Parameters that the traced forward never uses.
         unknown: Operators without a rule.
-        search: If it was asked for, each decision of the search of what the model's class needs: the line of code, what
-            was seen and tried there, and what was chosen.
-        staying: Residual and parallel branches that cannot go as a whole, and why; where segments may go.
+        search: On request, each decision of the search for what the model's class needs: the line of code, what was
+            seen and tried there, and what was chosen.
+        staying: If segments may go: the residual and parallel branches that cannot go as a whole, and why.
     """
 
     trace: str
@@ -117,8 +117,8 @@ def explain(
     """Explain which node groups are prunable, and why the others are not.
 
     Args:
-        search: The decisions of the search of a class, to be printed as well.
-        staying: The branches that cannot go as a whole, to be printed as well.
+        search: The decisions of the search of a class, to be printed, too.
+        staying: The branches that cannot go as a whole, to be printed, too.
     """
     graph = partition.found.graph
     sizes = {leaf.name: prod(leaf.value.shape) for leaf in graph.leaves if leaf.kind == "parameter"}

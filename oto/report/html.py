@@ -24,7 +24,7 @@ from oto.trace.outputs import tensors_in
 
 TEMPLATE = "report.html.j2"
 MOST = 12
-"""Rows of a chart of MACs at most; all others share one more row."""
+"""The most rows of a chart of MACs; all further modules share one more row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,11 @@ class Background:
 
     Attributes:
         name: The class of the full model.
-        target: What was asked for, if an optimizer was made.
+        target: The target, if an optimizer was made.
         partition, groups: The analysis of the model that was made slim.
         history: What the optimizer recorded in training: mappings with a ``step``, oldest first.
-        periods: First step of each pruning period, and first step after it.
-        first: How large it was before it was made smaller while it trained; ``None`` if it was not.
+        periods: The first step of each pruning period, and the first step after it.
+        first: The size before ``oto.shrink`` made it smaller during training; ``None`` if that was not called.
     """
 
     name: str
@@ -67,7 +67,7 @@ def report(
     """Write the report.
 
     Args:
-        history: Instead of the optimizer's own.
+        history: Records to show instead of the optimizer's.
         milliseconds: For the full and the slim model, the times of several forward passes on ``example``.
 
     Returns:
@@ -110,7 +110,7 @@ def report(
 
 
 def _environment() -> Any:
-    """What fills in the template.
+    """The environment of jinja2 that fills in the template.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -127,7 +127,7 @@ def _environment() -> Any:
 
 
 def _page(environment: Any, facts: dict[str, Any]) -> str:
-    """The template, filled in. What we draw ourselves goes in as it is; all other text is escaped."""
+    """The page. Charts and drawings go in as they are; all other text is escaped."""
     from markupsafe import Markup, escape
 
     for panel in facts["panels"]:  # long names break at their dots
@@ -166,7 +166,7 @@ def pattern(name: str) -> str:
 
 
 def _panels(widths: Sequence[tuple[str, int, int]]) -> list[dict[str, str]]:
-    """A chart for each family of repeated layers, and charts for those that are not repeated."""
+    """A chart for each set of repeated layers, and charts for the layers that are not repeated."""
     families: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for name, before, after in widths:
         families.setdefault((pattern(name), before), []).append((name, after))
@@ -230,7 +230,7 @@ def _records(history: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 
 def _training(history: Sequence[Mapping[str, Any]], periods: Sequence[tuple[int, int]]) -> dict[str, str] | None:
-    """All numbers in the records, over steps."""
+    """A chart of all numbers in the records over the steps; ``None`` if there are none."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for record in history:
         for key, value in record.items():
@@ -255,7 +255,7 @@ def _short(x: float) -> str:
 
 
 def _drawing(origin: Background) -> tuple[str, str]:
-    """The drawing as an element of the page, and why there is none otherwise."""
+    """The drawing as an element of the page; if there is none, an empty string and the reason."""
     if shutil.which("dot") is None:
         return "", "The drawing is left out: graphviz was not installed where this was written."
     try:

@@ -46,7 +46,7 @@ class OneShot:
     """A model that was compressed without training: print it, or take ``to_dict()``.
 
     Attributes:
-        target: What was asked for.
+        target: The target.
         how: How atoms were chosen, and how they were folded.
         portions: The portions, from input to output.
         loss: The loss on the held-out batches before and after; ``None`` if none were held out.

@@ -38,7 +38,7 @@ class Preview:
     """What a target would keep: print it, or take ``to_dict()``.
 
     Attributes:
-        target: What was asked for.
+        target: The target.
         how: How atoms were chosen.
         widths: Every prunable node group.
         before, after: Costs of the full network, and of the slim one.

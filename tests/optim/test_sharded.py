@@ -148,6 +148,24 @@ def require_same(model: nn.Module, other: nn.Module, optimizer: Any, reference: 
         assert torch.equal(mine[name] == 0, p == 0), name
 
 
+def agreed_atoms(optimizer: Any) -> Tensor:
+    """The states of all atoms, which must be the same in every process."""
+    atoms = [torch.empty_like(optimizer.atoms) for _ in range(dist.get_world_size())]
+    dist.all_gather(atoms, optimizer.atoms)
+    assert all(torch.equal(own, atoms[0]) for own in atoms)
+    return atoms[0]
+
+
+def require_agreement(model: nn.Module, optimizer: Any) -> None:
+    """Pruning is over, all processes pruned the same atoms, at least one, and whatever was pruned is zero."""
+    assert optimizer.progress.over and (agreed_atoms(optimizer) == 2).any()
+    weights = full(model)
+    for group in optimizer.node_groups:
+        for piece in group.zeros if group.name in optimizer.pruned_groups else ():
+            rows = piece.of(weights[piece.parameter]).index_select(0, optimizer.pruned_groups[group.name])
+            assert not rows.any(), (group.name, piece.parameter)
+
+
 WHEN = {"start_pruning_step": 6, "pruning_steps": 30, "pruning_periods": 3}
 SOON = {**WHEN, "target_macs": 0.5, "average_steps": 4, "lr": 0.02}
 MAKERS: dict[str, tuple[Callable[[], Net], dict[str, Any], Callable[[OTO], Any]]] = {
@@ -177,8 +195,9 @@ def analyzed(make: Callable[[], Net], **options: Any) -> OTO:
     return OTO(make(), X, **options)
 
 
+@cache
 def alone(name: str, steps: int = 50, clip: float | None = None) -> tuple[nn.Module, Any]:
-    """A model and its optimizer, trained in one process."""
+    """A model and its optimizer, trained in one process. Several checks have the same one, to compare with."""
     make, options, optimizer_of = MAKERS[name]
     oto = copy.deepcopy(analyzed(make, **options))
     optimizer = optimizer_of(oto)
@@ -300,14 +319,8 @@ def in_bfloat16(rank: int) -> None:
         x, y = (t.float() for t in batch(n, rank))
         nn.functional.mse_loss(model(x).float(), y).backward()
         optimizer.step()
-    atoms = [torch.empty_like(optimizer.atoms) for _ in range(RANKS)]
-    dist.all_gather(atoms, optimizer.atoms)
-    assert optimizer.progress.over and torch.equal(*atoms) and (atoms[0] == 2).any()
-    weights = full(model)
-    for group in optimizer.node_groups:
-        for piece in group.zeros if group.name in optimizer.pruned_groups else ():
-            rows = piece.of(weights[piece.parameter]).index_select(0, optimizer.pruned_groups[group.name])
-            assert weights[piece.parameter].dtype == torch.float32 and not rows.any()
+    require_agreement(model, optimizer)
+    assert all(weight.dtype == torch.float32 for weight in full(model).values())
 
 
 def hybrid(rank: int) -> None:

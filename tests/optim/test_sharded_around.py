@@ -23,6 +23,7 @@ from tests.optim.test_distributed import GLOO, RANKS
 from tests.optim.test_sharded import (
     MAKERS,
     Check,
+    agreed_atoms,
     alone,
     analyzed,
     batch,
@@ -31,6 +32,7 @@ from tests.optim.test_sharded import (
     heard,
     loaded,
     net,
+    require_agreement,
     require_same,
     shard,
     spread,
@@ -84,14 +86,7 @@ def all_at_once(rank: int) -> None:
             (nn.functional.mse_loss(model(x).float(), y) / 2).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-    atoms = [torch.empty_like(optimizer.atoms) for _ in range(RANKS)]
-    dist.all_gather(atoms, optimizer.atoms)
-    assert optimizer.progress.over and torch.equal(*atoms) and (atoms[0] == 2).any()
-    weights = full(model)
-    for group in optimizer.node_groups:
-        for piece in group.zeros if group.name in optimizer.pruned_groups else ():
-            rows = piece.of(weights[piece.parameter]).index_select(0, optimizer.pruned_groups[group.name])
-            assert not rows.any()
+    require_agreement(model, optimizer)
 
 
 def saved_meanwhile(rank: int) -> None:
@@ -252,9 +247,8 @@ def timed(rank: int) -> None:
         assert (len(calls) > 1 and all(calls)) if rank == 0 else not calls
         assert sharded_names(oto.model)
         train(oto.model, optimizer, range(37), rank)
-        atoms = [torch.empty_like(optimizer.atoms) for _ in range(RANKS)]
-        dist.all_gather(atoms, optimizer.atoms)
-        assert torch.equal(*atoms) and 0.9 * goal < optimizer.progress.cost <= goal
+        agreed_atoms(optimizer)
+        assert 0.9 * goal < optimizer.progress.cost <= goal
         assert "ms" in str(oto.preview(target_latency_ms=goal))
         Timer.__call__ = broken  # type: ignore[method-assign, assignment]
         with pytest.raises(ZeroDivisionError if rank == 0 else TargetError):

@@ -13,7 +13,7 @@ from torch import nn
 
 from oto import OTO
 from oto.errors import MissingExtraError, NoGraphvizWarning
-from oto.report.draw import GREY, repeated_blocks, to_dot
+from oto.report.draw import GRAY, repeated_blocks, to_dot
 
 pydot = pytest.importorskip("pydot")
 
@@ -71,7 +71,7 @@ def test_a_color_for_each_prunable_group_and_grey_for_the_rest(oto):
     assert relu.get_fillcolor() == up.get_fillcolor() != down.get_fillcolor()
     oto.skip_operators("relu")
     found = boxes(to_dot(oto.partition, oto.node_groups, "tower"))
-    assert next(n for n in found.values() if "relu" in n.get_label()).get_fillcolor() == GREY
+    assert next(n for n in found.values() if "relu" in n.get_label()).get_fillcolor() == GRAY
 
 
 def test_parameters_and_flops_on_demand(oto):

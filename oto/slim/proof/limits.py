@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oto._torch import tree_leaves
-from oto.errors import VerificationError, some
+from oto.errors import EmitterError, VerificationError, some
+from oto.nn import OverriddenForward
 from oto.slim.proof.compare import Check
 from oto.slim.proof.full import FullModel
 from oto.slim.proof.inputs import differs
 from oto.slim.proof.reach import equal
+from oto.slim.proof.run import run
 from oto.trace.decisions import Script
+from oto.trace.recorder import around_modules
 
 
 def require_numbers(full: FullModel) -> None:
@@ -38,6 +41,33 @@ def require_numbers(full: FullModel) -> None:
         "  effect  a wrong slim model would give the same, so no subnet is built\n"
         "  to fix  pass an example of finite numbers on which the outputs are finite too"
     )
+
+
+def require_own(full: FullModel, slim: nn.Module) -> None:
+    """Refuse a slim model whose forward runs the full one: a function assigned to ``forward`` may refer to that.
+
+    Raises:
+        EmitterError: It does.
+    """
+    patched = [
+        m for m in slim.modules() if "forward" in vars(m) and not isinstance(vars(m)["forward"], OverriddenForward)
+    ]
+    if not patched or slim is full.model:
+        return
+    own = {id(m) for m in slim.modules()}
+    theirs = {
+        id(m): name for name, m in full.model.named_modules() if id(m) not in own and any(True for _ in m.parameters())
+    }
+    met: list[str] = []
+    with around_modules(lambda module, _: met.extend([theirs[id(module)]] if id(module) in theirs else [])):
+        run(slim, full.example.value)
+    if met:
+        raise EmitterError(
+            f"a forward that was put into the model (model.forward = ...) runs {met[0] or 'the full model'} itself,"
+            " in the slim copy too\n"
+            "  effect  the slim model would compute with the full weights, so it is not returned\n"
+            "  to fix  remove it first (del model.forward), or assign a method: types.MethodType(f, model)"
+        )
 
 
 def how_many_are_numbers(partial: Sequence[Check]) -> list[str]:

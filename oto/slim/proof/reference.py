@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import EmitterError, VerificationError, first_line, reraise_out_of_memory, some
-from oto.nn import OverriddenForward
+from oto.errors import VerificationError, first_line, reraise_out_of_memory, some
 from oto.progress import stage
 from oto.slim.edits import attribute
 from oto.slim.proof import limits
@@ -28,7 +27,6 @@ from oto.slim.proof.memory import available
 from oto.slim.proof.reach import reached_by
 from oto.slim.proof.run import run
 from oto.trace.decisions import Script
-from oto.trace.recorder import around_modules
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +138,7 @@ class Reference:
             self.full.forget(slim)
 
     def _checks(self, slim: nn.Module, options: CheckOptions) -> list[Check]:
-        self._require_own(slim)
+        limits.require_own(self.full, slim)
         exact = options.exact and self.dtype != torch.float64
         brief = self.brief and exact and self.full.runs_in_float64()
         drawn = self._drawn(options, not brief) if options.random else []
@@ -364,34 +362,6 @@ class Reference:
             given.value for given in (self.example, *others[:1])
         ]  # the smallest batch first: it is enough if it reaches everything
         return reached_by(slim, wanted, inputs, available(self.model))
-
-    def _require_own(self, slim: nn.Module) -> None:
-        """Refuse a slim model whose forward runs the full one: a function assigned to ``forward`` may refer to that.
-
-        Raises:
-            EmitterError: It does.
-        """
-        patched = [
-            m for m in slim.modules() if "forward" in vars(m) and not isinstance(vars(m)["forward"], OverriddenForward)
-        ]
-        if not patched or slim is self.model:
-            return
-        own = {id(m) for m in slim.modules()}
-        full = {
-            id(m): name
-            for name, m in self.model.named_modules()
-            if id(m) not in own and any(True for _ in m.parameters())
-        }
-        met: list[str] = []
-        with around_modules(lambda module, _: met.extend([full[id(module)]] if id(module) in full else [])):
-            run(slim, self.example.value)
-        if met:
-            raise EmitterError(
-                f"a forward that was put into the model (model.forward = ...) runs {met[0] or 'the full model'} itself,"
-                " in the slim copy too\n"
-                "  effect  the slim model would compute with the full weights, so it is not returned\n"
-                "  to fix  remove it first (del model.forward), or assign a method: types.MethodType(f, model)"
-            )
 
 
 def _rounds_to(exact: Tensor, own: Tensor) -> bool:
