@@ -390,6 +390,12 @@ def not_computed(segments: Iterable[Segment]) -> frozenset[int]:
     return frozenset(index for segment in segments for index in (segment.joint, *segment.body))
 
 
+def idle(partition: Partition, groups: Iterable[NodeGroup], kept: Kept) -> set[str]:
+    """The node groups that lie in segments of which nothing is kept, so that nothing of them is computed."""
+    inside = {name for segment in partition.erased(kept) for leaf in segment.leaves for name in leaf.names}
+    return {g.name for g in groups if not g.segment and {piece.parameter for piece in g.slices} <= inside}
+
+
 def overwritten(graph: Graph, segment: Segment, erased: Sequence[Segment]) -> bool:
     """Whether a call would write into what the joint of a segment gives, or into its other argument, while the other
     of the two, which is the same tensor without the segment, is read later.
