@@ -417,7 +417,9 @@ class HalfSpace(HESSO):
     def _kinds(self) -> list[str]:
         """The kind of each node group."""
         parameters = self.parameters()
-        most = [max(parameters[piece.parameter].dim() for piece in group.zeros) for group in self.node_groups]
+        most = [
+            max((parameters[piece.parameter].dim() for piece in group.zeros), default=0) for group in self.node_groups
+        ]
         return [KINDS[0] if dims > 2 else KINDS[1] if dims == 2 else KINDS[2] for dims in most]
 
     def _rates(self, names: Sequence[str]) -> list[Rate]:

@@ -20,7 +20,7 @@ from oto.errors import EmitterError
 from oto.groups import Partition
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules, not_computed, overwritten
-from oto.nn.erased import THEN
+from oto.nn.erased import THEN, is_erased
 from oto.slim.edits import Edits, slim_copy
 from oto.slim.proof.run import run
 from oto.trace.graph import Graph, Value
@@ -128,7 +128,7 @@ def _renumbered(model: nn.Module, erased: Collection[str]) -> Iterator[tuple[str
     """The places in a cache of the layers that are left, which are counted from zero without a gap."""
     numbered: dict[type[nn.Module], dict[str, int]] = {}
     for path, module in model.named_modules():
-        if type(number := vars(module).get("layer_idx")) is int:
+        if type(number := vars(module).get("layer_idx")) is int and not is_erased(module):
             numbered.setdefault(type(module), {})[path] = number
     kinds = getattr(getattr(model, "config", None), "layer_types", None)
     for places in numbered.values():

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import oto as library
 from oto import OTO
-from oto.errors import EmitterError, NothingPrunableError, NotPrunedWarning, ShrinkError
+from oto.errors import EmitterError, NothingPrunableError, NotPrunedWarning
 from oto.nn import ErasedForward
 
 
@@ -286,13 +286,6 @@ def test_artifacts_of_plain_pruning_are_as_they_were(tmp_path):
     assert '"erased"' not in (tmp_path / "one" / "oto.json").read_text()
 
 
-def test_shrinking_while_it_trains_is_refused():
-    oto = OTO(Net(), torch.randn(2, 3, 9, 9), compress_mode="both")
-    optimizer = oto.hesso(target_macs=0.5, lr=0.1, start_pruning_step=1, pruning_steps=2)
-    with pytest.raises(ShrinkError, match="segments"):
-        oto.shrink(optimizer)
-
-
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")
 def test_no_folder_of_transformers_is_written_and_why(tmp_path):
@@ -328,6 +321,15 @@ def test_a_language_model_generates_and_shows_its_states():
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_layers_in_a_cache_are_counted_anew_each_time():
+    model, x = llama()
+    once = without(randomized(model), x, ["model.layers.1.self_attn"]).construct_subnet().model
+    slim = without(once, x, ["model.layers.2.self_attn"]).construct_subnet().model
+    assert [slim.model.layers[i].self_attn.layer_idx for i in (0, 3)] == [0, 1]
+    settings_ = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(x["input_ids"])}
+    assert torch.equal(model.generate(x["input_ids"], **settings_), slim.generate(x["input_ids"], **settings_))
 
 
 # --- random networks --------------------------------------------------------------------------------------------------
