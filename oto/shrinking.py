@@ -170,10 +170,12 @@ def _left(
     return {name: np.isin(np.arange(len(own)), even[name]) for name, own in left.items()}
 
 
-def _with_needed(analysis: Analysis, optimizer: SparseOptimizer, left: Left, needed: Collection[str]) -> Left:
+def _with_needed(
+    analysis: Analysis, optimizer: SparseOptimizer, left: Left, needed: Collection[str]
+) -> dict[str, NDArray[np.bool_]]:
     """What remains, with the segments that the class cannot leave out; these stay at zero."""
     if not needed:
-        return left
+        return dict(left)
     made = parts(optimizer.node_groups, analysis.groups)
     stays = [name for name, own in made.items() if any(part.name in needed for part in own)]
     _tell_of_zeros(analysis, stays, f"a {type(analysis.model).__name__} cannot do without")
