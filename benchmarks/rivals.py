@@ -7,6 +7,7 @@
     python benchmarks/rivals.py --latency                       # of the slim networks, on a machine that is idle
     python benchmarks/rivals.py --search --targets .6 --seeds 0 # which λ and ε; writes rivals_search.jsonl
     python benchmarks/rivals.py --table                         # docs/benchmarks/rivals.md from what is there
+    python benchmarks/rivals.py --erase --tasks resnet56        # at equal milliseconds, see rivals_erase.py
 
 Every cell (task, method, target, seed) is a line of `docs/benchmarks/rivals.jsonl`, written when it is done. A cell
 that is there, or that another process has in hand, is not run; so a run that was cut off resumes, and two processes
@@ -423,6 +424,12 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--erase" in argv:
+        import rivals_erase
+
+        argv.remove("--erase")
+        return rivals_erase.main(argv)
     args = parsed(argv)
     torch.set_num_threads(args.threads)
     if args.search:

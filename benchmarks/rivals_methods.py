@@ -501,7 +501,7 @@ def rebuilt(task: Task, how: Mapping[str, Any]) -> nn.Module:
     if "kept" in how:
         adapted = how.get("adapters", False)
         model = with_adapters(task, model) if adapted else model
-        oto = OTO(model, task.example(), prune_frozen=adapted)
+        oto = OTO(model, task.example(), prune_frozen=adapted, compress_mode=how.get("mode", "prune"))
         parameters = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for group in oto.node_groups:

@@ -60,6 +60,7 @@ from oto.report.draw import draw
 from oto.report.erasable import Erasable, erasable
 from oto.report.explain import Explanation, explain
 from oto.shards import refuse_flattened, reshard, sharded_names, whole
+from oto.slim.asked import needed
 from oto.slim.config.recipe import WRAPPED, Recipe
 from oto.slim.config.trial import stated, stated_layers
 from oto.slim.config.unstated import nothing_states
@@ -366,7 +367,21 @@ def _with_segments(analysis: Analysis, options: Options, skipped: list[str], onl
     groups = groups if options.prune_frozen else keep_frozen(groups, analysis.graph)
     groups = _but_skipped(groups, skipped, analysis.graph)
     groups = groups if only is None else _only(groups, only, analysis.graph, analysis.model)
+    for name, why in _needed(analysis, partition, groups).items():
+        groups = keep_whole(groups, [name], why)
     return replace(analysis, partition=partition, branches=found, groups=(*analysis.groups, *settled(groups)))
+
+
+def _needed(analysis: Analysis, partition: Partition, groups: Iterable[NodeGroup]) -> dict[str, str]:
+    """The segments that the class cannot leave out, if the slim model is to be of it, and why."""
+    free = {group.name for group in groups if group.prunable}
+    segments = [segment for segment in partition.segments if segment.name in free]
+    if not segments or analysis.form.kind != "class":
+        return {}
+    model = analysis.model
+    asked = rewording(model, TraceError, "it was asked what its class can leave out", "the analysis is done")
+    with asked, stages(f"OTO({type(model).__name__})"):
+        return needed(model, partition, segments, analysis.example)
 
 
 def _layers(analysis: Analysis, partition: Partition, groups: tuple[NodeGroup, ...]) -> tuple[NodeGroup, ...]:

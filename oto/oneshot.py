@@ -1,11 +1,15 @@
 """A smaller model without training: choose, let what stays take over, estimate batch norms anew, zero.
 
 1. **Choose** all that goes, on the full model: by gradients, by the loss of the least-squares fit (``"obs"``), by how
-   much the inputs of the readers vary (``"fluctuation"``), or by weights.
-2. Go through the node groups that lose atoms, portion by portion along the depth of the network. Each portion sees
+   much the inputs of the readers vary (``"fluctuation"``), or by weights. Segments and atoms share one budget. Where a
+   criterion looks at readers, of which a segment has none, a segment goes by how much the loss rises without it.
+2. Zero the **segments** that go. Nothing takes over what they add, so they are first: all fits are then to what the
+   network without them computes, also those of weights that read a tensor before a segment and another after it. What
+   lies in them needs no fit.
+3. Go through the node groups that lose atoms, portion by portion along the depth of the network. Each portion sees
    what the pruned and folded layers before it give: without that, errors pile up. With ``"obs"`` the atoms of a portion
    are chosen here, one after the other; how many each group loses is settled before.
-3. In each portion: collect the second moments of what its readers read, **fold** (:mod:`oto.optim.compensate`), zero,
+4. In each portion: collect the second moments of what its readers read, **fold** (:mod:`oto.optim.compensate`), zero,
    and estimate batch norms anew. Whether that helped is measured on batches that were used for nothing else; a fold
    that did not, and norms that did not, are undone. A fit that nobody checks may destroy a model: what a token carries
    on average is not what the one that is read carries.
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +35,7 @@ from oto.calibration import Calibrated, Data, LossOf, Undo, require_one_process,
 from oto.errors import OptionError
 from oto.groups import NodeGroup, Partition, cost
 from oto.groups.readers import Reader, Readers, readers
+from oto.groups.segments import idle, not_computed
 from oto.optim import Choice
 from oto.optim.compensate import (
     KINDS,
@@ -88,6 +93,8 @@ COMPARABLE: dict[str, Any] = {"normalize": "none", "by_cost": 1.0}
 
 LEVELS = (0.25, 0.5, 0.75)
 """Shares of its atoms that each group loses alone, to see what the loss makes of it."""
+
+NO_FOLD = "what a segment adds is taken over by nothing"
 
 TINY = 1e-9
 """The least that an atom costs; a fit may even help."""
@@ -151,7 +158,12 @@ class Compression:
         losing = [group for group in self.choice.groups if len(going[group.name])]
         with undone() as undo:
             before, done = self.calibrated.held_loss(), list[Portion]()
-            packs = self._packs(losing)
+            if erased := [group for group in losing if group.segment]:
+                stage("segments")
+                done.append(self._erase(erased, going, before, undo))
+                before = done[-1].after
+            uncomputed = idle(self.partition, losing, _kept(self.left))
+            packs = self._packs([g for g in losing if not g.segment and g.name not in uncomputed])
             for i, pack in enumerate(packs):
                 stage(f"portion {i + 1} of {len(packs)}")
                 done.append(self._portion(pack, going, before, undo))
@@ -173,6 +185,23 @@ class Compression:
         if self._measured is not None:
             return next(name for name, criterion in MEASURED.items() if criterion is self._measured)
         return "gradients" if self.choice.averaged else "weights"
+
+    def _erase(
+        self, segments: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]], before: float | None, undo: Undo
+    ) -> Portion:
+        """Zero the segments that go, and forget the readers in them, whose results nobody sees."""
+
+        def no_entries(reader: Reader) -> SplitEntries:
+            raise AssertionError("no weight reads a segment")
+
+        tried = self._fold_and_zero(segments, going, [], {}, no_entries, undo)
+        names = tuple(group.name for group in segments)
+        self.left |= {name: self._without(name, going[name]) for name in names}
+        gone = not_computed(self.partition.erased(_kept(self.left)))
+        seen = [r for r in self.readers.found if any(use.node.index not in gone for use in r.uses)]
+        self.readers = replace(self.readers, found=tuple(seen))
+        many = sum(group.segment for group in self.choice.groups)
+        return Portion(names, len(names), many, before=before, segments=True, **tried)
 
     def _portion(
         self, pack: Sequence[NodeGroup], going: dict[str, NDArray[np.int64]], before: float | None, undo: Undo
@@ -258,7 +287,8 @@ class Compression:
     def _scores(self, weights: Sequence[Weights]) -> Tensor:
         """The measured criterion of every atom; where no reader tells, the magnitude."""
         found: dict[str, Tensor] = {}
-        for pack in packed(self.choice.groups, self.readers):
+        atoms = [group for group in self.choice.groups if not group.segment]
+        for pack in packed(atoms, self.readers):
             measured = self.calibrated.moments(self.readers.of([group.name for group in pack]))
             for group in pack if self._measured is sensitivity else ():
                 stage(f"what it costs to thin {group.name}")
@@ -267,13 +297,17 @@ class Compression:
                 own = [self._score(reader, group, measured) for reader in self._reached(group, measured)]
                 if own:
                     found[group.name] = torch.stack(own).sum(0).float()
-        if not found:
+        if atoms and not found:
             raise OptionError(
                 f"no batch reached a weight that reads what may go, and saliency={self._by!r} looks at what it reads\n"
                 "  effect  nothing was changed\n"
                 "  to fix  a loss that calls the model, and no autocast in it, which multiplies copies of the weights:"
                 " cast the model instead"
             )
+        for group in self.choice.groups:
+            if group.segment:
+                stage(f"what it costs to leave out {group.name}")
+                found[group.name] = self._loss_of_segment(group)
         return torch.cat(
             [found.get(g.name, magnitude(w).float().cpu()) for g, w in zip(self.choice.groups, weights, strict=True)]
         )
@@ -304,6 +338,11 @@ class Compression:
         scores = np.empty(group.size)
         scores[order] = np.interp(np.arange(group.size) + 0.5, middles, slopes)
         return torch.from_numpy(scores).float()
+
+    def _loss_of_segment(self, segment: NodeGroup) -> Tensor:
+        """What the loss rises by without a segment alone, shape ``(1,)``."""
+        rise = self._loss_without(segment, np.arange(1), [], {}) - self.calibrated.calibration_loss
+        return torch.tensor([max(rise, TINY)])
 
     def _order(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> NDArray[np.int64]:
         """All atoms of a group, the first to go first: the surgeon's order, else by magnitude."""
@@ -402,11 +441,6 @@ def one_shot(
     if isinstance(asked := options.get("saliency"), str):
         comparable = COMPARABLE if asked == "sensitivity" else {}
         options = {**comparable, **options, "saliency": MEASURED.get(asked, asked)}
-    if analysis.partition.segments:
-        raise OptionError(
-            "one_shot removes atoms, and no segments (compress_mode)\n  effect  nothing was changed\n"
-            "  to fix  OTO(..., compress_mode='prune').one_shot(...), or train with oto.hesso(...)"
-        )
     data, choice = Data.of(batches, loss, holdout), choice_for(analysis, options, "one_shot")
     with stages("one_shot"):
         return compress(analysis, choice, data, settings)
@@ -427,7 +461,8 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     loss = None if not losses or losses[0] is None or losses[-1] is None else (losses[0], losses[-1])
     kept = {name: int(own.sum()) for name, own in job.left.items()}
     lost = {name for portion in portions for name in portion.groups}
-    not_folded = {name: why for name, why in job.readers.reasons.items() if name in lost and settings.compensate}
+    reasons = job.readers.reasons | {segment.name: (NO_FOLD,) for segment in partition.segments}
+    not_folded = {name: why for name, why in reasons.items() if name in lost and settings.compensate}
     return OneShot(
         str(choice.target), job.how, tuple(portions), loss, cost(partition), cost(partition, kept), kept, not_folded
     )

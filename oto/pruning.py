@@ -148,11 +148,12 @@ class Pruning:
     ) -> OneShot:  # fmt: skip
         """Compress the model without training, in place: print the result, then :meth:`construct_subnet` as usual.
 
-        What is removed is chosen at once, on the full model. Then, in portions from input to output, the atoms that go
-        are folded into the weights that read them, by a least-squares fit over the batches, batch norms are estimated
-        again, and the atoms are set to zero. A fold that does not lower the loss on the held-out batches is undone.
-        It takes a few forward passes over all batches for each portion, and memory for a copy of the model plus n²
-        numbers for n entries of a layer's input. Pass a few hundred samples of the kind that the model is for.
+        What is removed is chosen at once, on the full model; segments among it are set to zero first. Then, in portions
+        from input to output, the atoms that go are folded into the weights that read them, by a least-squares fit over
+        the batches, batch norms are estimated again, and the atoms are set to zero. A fold that does not lower the loss
+        on the held-out batches is undone. It takes a few forward passes over all batches for each portion, and memory
+        for a copy of the model plus n² numbers for n entries of a layer's input. Pass a few hundred samples of the kind
+        that the model is for.
 
         Args:
             batches, loss: Batches to calibrate and to check with. ``loss`` takes the model, in eval mode, and a batch.

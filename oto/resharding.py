@@ -128,7 +128,7 @@ def spread_anew(model: nn.Module, slim: Shrunk, shard: Shard) -> list[Moved]:
     for name, held in buffers:
         owner, last = owner_of(slim.model, name)
         owner._buffers[last] = held.to(devices.get(name, device))
-    moved: list[Moved] = [Spread(n, p, slim.model.get_parameter(n), slim.parameters[n]) for n, p in old.items()]
+    moved: list[Moved] = [Spread(n, old[n], slim.model.get_parameter(n), own) for n, own in slim.parameters.items()]
     with torch.no_grad():
         for m in moved:
             local(m.new).copy_(local(m.prune(m.old)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from oto._torch import data_parallel_around
 from oto.analysis import Analysis, Form, ask_the_class
-from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, users_level
+from oto.errors import NotPrunedWarning, ShrinkError, StaleWrapperError, rewording, some, users_level
 from oto.groups import Kept, NodeGroup, Partition, pruned_groups
 from oto.groups.cost import Extent
 from oto.groups.layout import equalize_ties
+from oto.groups.segments import idle
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
 from oto.resharding import Shard, become_spread, in_every_process, spread_anew, without_averages
@@ -55,19 +56,13 @@ def shrink(
         The analysis of the smaller model, and its training; unchanged if there is nothing to remove.
     """
     optimizer = training.inside(wrapper)
-    if analysis.partition.segments:
-        raise ShrinkError(
-            f"segments of this {type(analysis.model).__name__} may go (compress_mode), and they cannot leave while it"
-            " trains\n  effect  nothing was changed\n"
-            "  to fix  train to the end and construct_subnet(); or compress_mode='prune'"
-        )
     if sharded := bool(sharded_names(analysis.model)):
         _require_function(analysis.model, shard)
         without_averages(averages, analysis.model)
     full = analysis.partition if training.partition is None else training.partition
     there = {name: np.flatnonzero(mask) for name, mask in optimizer.kept.items()}
     _require_of(analysis, optimizer, full, there)
-    left = _left(optimizer, like)
+    left = _left(analysis, optimizer, full, like)
     if all(own.all() for own in left.values()):
         if like is None and not optimizer.num_removed:
             warnings.warn(
@@ -80,12 +75,20 @@ def shrink(
     if like is not None:
         optimizer.zero_(left)
     slim, after = (_slim_of_all if sharded else _slim)(analysis, _kept(analysis, optimizer, left), averages)
+    left = _with_needed(analysis, optimizer, left, slim.needed)
+    if all(own.all() for own in left.values()):
+        return analysis, training
+    rest = {name: atoms[left[name]] for name, atoms in there.items()}
+    inside = idle(full, optimizer.node_groups, rest)
+    left = {name: own & (name not in inside) for name, own in left.items()}
     pruned = pruned_groups(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
     if not optimizer.progress.over:
         require_there(pruned, after.groups)
     _go_on(optimizer, analysis.model, slim, pruned, left, shard if sharded else None)
     model = analysis.model
     recipe = Recipe.of(model) if after.form.kind == "config" else None
+    if recipe is not None and after.form.recipe is not None:
+        recipe.depths = after.form.recipe.depths
     first = analysis.first or Extent.of(analysis.partition, analysis.groups)
     form = replace(after.form, recipe=recipe)
     with whole(model) if sharded else nullcontext():
@@ -103,14 +106,16 @@ def _go_on(
     shard: Shard | None,
 ) -> None:
     """Let the optimizer, and the model itself, go on with the slim model's parameters."""
+    old = dict(model.named_parameters())
+    gone = [p for name, p in old.items() if name not in slim.parameters]
     if shard is not None:
         optimizer.require_shrinkable()  # before anything is spread
-        optimizer.shrink_(spread_anew(model, slim, shard), pruned, left)
+        optimizer.shrink_(spread_anew(model, slim, shard), pruned, left, gone)
         become_spread(model, slim.model)
         return
-    moved = [Moved(n, p, slim.model.get_parameter(n), slim.parameters[n]) for n, p in model.named_parameters()]
+    moved = [Moved(n, old[n], slim.model.get_parameter(n), own) for n, own in slim.parameters.items()]
     wrappers = data_parallel_around(model)
-    optimizer.shrink_(moved, pruned, left)
+    optimizer.shrink_(moved, pruned, left, gone)
     for wrapper in wrappers:
         wrapper.register_forward_pre_hook(_refuse_stale)
     for before, now in [(model, slim.model), *slim.averages]:
@@ -146,20 +151,55 @@ def _require_of(analysis: Analysis, optimizer: SparseOptimizer, full: Partition,
         )
 
 
-def _left(optimizer: SparseOptimizer, like: Mapping[str, Any] | None) -> Left:
+def _left(
+    analysis: Analysis, optimizer: SparseOptimizer, full: Partition, like: Mapping[str, Any] | None
+) -> dict[str, NDArray[np.bool_]]:
     """What remains when all pruned atoms are removed, or those that a state dict does not have."""
     left = optimizer.left_like(like)
     if like is not None:
         return left
+    groups = optimizer.node_groups
+    if analysis.form.kind == "config":
+        layers = [g.name for g in groups if g.segment and not left[g.name].all()]
+        left |= {name: np.ones_like(left[name]) for name in layers}
+        if layers:
+            _tell_of_zeros(analysis, layers, "the config of a model in training cannot state that they are gone")
     # groups of a tie keep the same number of atoms
-    even, _ = equalize_ties(optimizer.node_groups, {name: np.flatnonzero(own) for name, own in left.items()})
+    kept = {name: np.flatnonzero(own) for name, own in left.items()}
+    even, _ = equalize_ties(groups, kept, idle=idle(full, groups, kept))
     return {name: np.isin(np.arange(len(own)), even[name]) for name, own in left.items()}
+
+
+def _with_needed(
+    analysis: Analysis, optimizer: SparseOptimizer, left: Left, needed: Collection[str]
+) -> dict[str, NDArray[np.bool_]]:
+    """What remains, with the segments that the class cannot leave out; these stay at zero."""
+    if not needed:
+        return dict(left)
+    made = parts(optimizer.node_groups, analysis.groups)
+    stays = [name for name, own in made.items() if any(part.name in needed for part in own)]
+    _tell_of_zeros(analysis, stays, f"a {type(analysis.model).__name__} cannot do without")
+    return {**left, **{name: np.ones_like(left[name]) for name in stays}}
+
+
+def _tell_of_zeros(analysis: Analysis, names: Sequence[str], why: str) -> None:
+    """Warn of segments that are at zero, and are computed all the same."""
+    warnings.warn(
+        f"{some(names)} {'is' if len(names) == 1 else 'are'} at zero, and {'stays' if len(names) == 1 else 'stay'} in"
+        f" the {type(analysis.model).__name__}: {why}\n"
+        "  effect  the model computes it on; it stays at zero, and all else that was to go is gone\n"
+        "  to fix  nothing: construct_subnet at the end takes out what can be, with emitter='graph' all of it",
+        NotPrunedWarning,
+        stacklevel=users_level(),
+    )
 
 
 def _kept(analysis: Analysis, optimizer: SparseOptimizer, left: Left) -> Kept:
     """The same by the groups of the model; a group of the optimizer may consist of several of them."""
     made = parts(optimizer.node_groups, analysis.groups)
-    losing = [group.name for group in optimizer.node_groups if not left[group.name].all()]
+    # of what lies in a segment that is gone nothing may be left, and nobody asks
+    groups = [group for group in optimizer.node_groups if group.segment or left[group.name].any()]
+    losing = [group.name for group in groups if not left[group.name].all()]
     return {part.name: np.flatnonzero(left[name]) for name in losing for part in made[name]}
 
 
@@ -199,11 +239,16 @@ def _source(analysis: Analysis, kept: Kept, ask: bool = True) -> Source:
 
 
 def _analyzed(analysis: Analysis, slim: Shrunk, source: Source) -> Analysis:
-    form = analysis.form
-    partition, groups, own = analyzed_again(
-        slim.model, source, analysis.groups, analysis.allow_graph, form.kind == "class"
+    form, needed = analysis.form, {name: np.arange(1) for name in slim.needed}
+    source = replace(source, kept={**source.kept, **needed})
+    again = analyzed_again(slim.model, source, analysis.groups, analysis.allow_graph, form.kind == "class")
+    return replace(
+        analysis,
+        partition=again.partition,
+        groups=again.groups,
+        branches=again.branches,
+        form=Form(form.kind, form.recipe, again.own),
     )
-    return replace(analysis, partition=partition, groups=groups, form=Form(form.kind, form.recipe, own))
 
 
 def _refuse_stale(wrapper: nn.Module, _: Any) -> None:

@@ -28,7 +28,7 @@ from oto.errors import (
 from oto.groups import Cost, Kept, cost
 from oto.groups.align import Align, multiples
 from oto.groups.layout import equalize_ties
-from oto.groups.segments import legal
+from oto.groups.segments import idle, legal
 from oto.io.artifact import adding, check_out_dir
 from oto.io.export import export_model
 from oto.io.pretrained import save_pretrained
@@ -363,13 +363,11 @@ def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str
         asking = f"the layout and align={align!r}" if analysis.form.kind == "config" else f"align={align!r}"
     kept, uneven = equalize_ties(groups, zeros, asking)
     kept, back = legal(analysis.partition, kept)
-    if not (gone := analysis.partition.erased(kept)):
+    if not analysis.partition.erased(kept):
         return kept, uneven
     # what lies in them is not computed, so nothing is to be as wide as it is; those that go together stay together
     segments = {s.name: kept[s.name] for s in analysis.partition.segments if s.name in kept}
-    parameters = {name for segment in gone for leaf in segment.leaves for name in leaf.names}
-    idle = {g.name for g in groups if not g.segment and {piece.parameter for piece in g.slices} <= parameters}
-    kept, uneven = equalize_ties(groups, {**zeros, **segments}, asking, idle)
+    kept, uneven = equalize_ties(groups, {**zeros, **segments}, asking, idle(analysis.partition, groups, kept))
     uneven += [f"{name}, which is zero, was kept: the network would come apart without it" for name in back]
     return kept, uneven
 

@@ -13,7 +13,7 @@ from oto.analysis import Analysis
 from oto.calibration import Calibrated, Data, require_one_process
 from oto.errors import NoGradientWarning, NotPrunedWarning, OptionError, ShrinkError, TooLateError, some, users_level
 from oto.groups import Partition
-from oto.groups.adapters import adapters, ranks_in
+from oto.groups.adapters import adapters, halves_in, ranks_in
 from oto.groups.layout import settled
 from oto.groups.policy import frozen_since, keep_whole, require_prunable
 from oto.groups.readers import readers
@@ -162,7 +162,7 @@ def make_for_adapters(
     """LHSPG for an analyzed model with adapters, whose ranks stay whole from now on; the analysis with that.
 
     Raises:
-        OptionError: Frozen weights stay whole, no adapter was found, or segments may go; or as :func:`make`.
+        OptionError: Frozen weights stay whole, or no adapter was found; or as :func:`make`.
     """
     refuse_layers_alone(analysis.model)
     if not analysis.prune_frozen:
@@ -178,13 +178,9 @@ def make_for_adapters(
             "  to fix  put adapters on before OTO(...), not merged and not disabled; use_dora=False; dequantize the"
             " base; for other kinds merge first, and take oto.hesso(...) (docs/adapters.md)"
         )
-    if analysis.partition.segments:  # what an adapter adds is a branch, too, and costs of the two would be mixed
-        raise OptionError(
-            "LHSPG does not let segments go (compress_mode): the branch of an adapter is one itself\n"
-            "  effect  nothing was made\n  to fix  OTO(..., compress_mode='prune', prune_frozen=True).lhspg(...)"
-        )
-    ranks = keep_whole(analysis.groups, ranks_in(analysis.groups, found), "it is the rank of an adapter")
-    analysis = replace(analysis, groups=settled(ranks))
+    groups = keep_whole(analysis.groups, ranks_in(analysis.groups, found), "it is the rank of an adapter")
+    groups = keep_whole(groups, halves_in(groups, found), "with the other half of an adapted layer it is one operator")
+    analysis = replace(analysis, groups=settled(groups))
     require_prunable(analysis.groups, analysis.graph)
     return analysis, *make(analysis, LHSPG, params, options, adapters=found)
 

@@ -93,6 +93,63 @@ def test_a_cell_that_another_process_has_in_hand_is_left_to_it(rivals: Any, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_equal_time_is_found_trained_and_timed(
+    rivals: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import rivals_erase
+    import rivals_tasks
+
+    small = rivals.TASKS["resnet20"]
+    deeper = replace(small, name="resnet56", build=lambda scale, _: rivals_tasks.ResNet(14, scale))
+    monkeypatch.setitem(rivals.TASKS, "resnet56", deeper)
+    monkeypatch.setitem(rivals_erase.DEPTHS, "resnet56", 2)
+    for name, value in {"HALVINGS": 2, "ROUNDS": 3, "EXAMPLES": 32}.items():
+        monkeypatch.setattr(rivals_erase, name, value)
+    results = tmp_path / "erase.jsonl"
+    chosen = ["dense", "both", "depth-macs", "width-half-macs", "shortgpt", "blockpruner", "narrow", "shallow"]
+    flags = ["--erase", "--tasks", "resnet56", "--times", ".8", "--seeds", "0", f"--results={results}", "--methods"]
+    rivals.main([*flags, *chosen])
+    done = {line["method"]: line for line in rivals.read(results) if line["kind"] == "accuracy"}
+    assert set(done) == set(chosen)
+    segments = {f"layer{stage}.{block}.bn2" for stage in (1, 2, 3) for block in (0, 1)}
+    assert set(done["shortgpt"]["gone"]) < segments and set(done["blockpruner"]["gone"]) < segments
+    assert done["depth-macs"]["gone"] and done["shortgpt"]["size"] and done["shallow"]["rebuild"] == {"depth": 1}
+    assert not done["width-half-macs"]["gone"] and done["width-half-macs"]["macs_kept"] <= 0.5
+    sizes = [line for line in rivals.read(results) if line["kind"] == "size"]
+    task = rivals.TASKS["resnet56"]
+    for method, line in done.items():
+        model = rivals_erase.again(task, line["rebuild"])
+        assert rivals.macs(model, task.example()) == line["macs"], method
+    rivals.main([*flags, *chosen])
+    assert [line for line in rivals.read(results) if line["kind"] == "size"] == sizes, "they are found once"
+    rivals.main([*flags, *chosen, "--latency", "--rounds", "3"])
+    timed = [line for line in rivals.read(results) if line["kind"] == "time"]
+    assert len(timed) == len(chosen) and len({line["dense_ms"] for line in timed}) == 1, "in one process"
+    text = results.with_suffix(".md").read_text()
+    assert "| **both**" in text and "points over `blockpruner`" in text and "(bar: -1)" in text
+
+
+def test_blocks_are_measured_by_what_they_do(rivals: Any) -> None:
+    import rivals_erase
+    import rivals_tasks
+
+    small = rivals.TASKS["resnet20"]
+    task = replace(small, build=lambda scale, _: rivals_tasks.ResNet(20, scale))
+    oto = rivals_erase.analyzed(task, 0, "erase")
+    oto.model.eval()
+    with torch.no_grad():
+        for name in ("layer2.2.bn2", "layer1.1.bn2"):
+            bn = oto.model.get_submodule(name)
+            bn.weight.mul_(1e-4 if name == "layer2.2.bn2" else 1e-2)
+    assert rivals_erase.by_influence(task, oto, task.data())[:2] == ["layer2.2.bn2", "layer1.1.bn2"]
+    before = {name: p.clone() for name, p in oto.model.named_parameters()}
+    order = rivals_erase.by_loss(task, oto, task.data())
+    assert all(torch.equal(p, before[n]) for n, p in oto.model.named_parameters())
+    kept = {group.name for group in rivals_erase.free(oto)} - set(order)
+    assert kept and not any(rivals_erase.valid(rivals_erase.free(oto), [*order, name]) for name in kept)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_search_resumes_and_looks_at_what_is_held_out(
     rivals: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ SLIM = {
     "graph": {"edits", "proof", "pruned_shapes"},
     "removed": {"edits", "proof"},
     "erased": {"edits", "proof"},
+    "asked": {"edits", "erased"},
     "provenance": {"config", "edits"},
     "pickled": {"provenance"},
     "state": {"proof"},

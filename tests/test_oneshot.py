@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from tests.optim.test_distributed import GLOO, begin
 class Cnn(nn.Module):
     """Residual blocks with norms that count."""
 
-    def __init__(self):
+    def __init__(self, blocks=2):
         super().__init__()
         self.stem = nn.Conv2d(3, 12, 3, padding=1)
         self.blocks = nn.ModuleList(
@@ -34,7 +36,7 @@ class Cnn(nn.Module):
                 nn.Conv2d(24, 12, 1, bias=False),
                 nn.BatchNorm2d(12),
             )
-            for _ in range(2)
+            for _ in range(blocks)
         )
         self.head = nn.Linear(12, 5)
 
@@ -170,6 +172,103 @@ def test_uniform_blocks_stay_uniform():
     oto.one_shot(target_macs=0.8, batches=batches, loss=loss, saliency="obs")
     subnet = oto.construct_subnet()
     assert subnet.emitter == "config" and subnet.config["intermediate_size"] < 64
+
+
+@pytest.mark.parametrize("mode", ["erase", "both"])
+@pytest.mark.parametrize("saliency", ["obs", "fluctuation", "sensitivity", "magnitude", None])
+def test_segments_and_channels_in_one_budget(mode, saliency):
+    torch.manual_seed(0)
+    batches = images()
+    model = learned(Cnn(4), batches, of_classes).double()
+    batches = [(x.double(), y) for x, y in batches]
+    oto = OTO(model, batches[0][0][:1], compress_mode=mode, min_kept=0.7)
+    share = 0.6 if mode == "erase" else 0.35  # which channels alone do not meet
+    done = oto.one_shot(target_macs=share, batches=batches, loss=of_classes, saliency=saliency, portions=3)
+    assert done.after.macs <= share * done.before.macs
+    gone = [name for name, kept in done.kept.items() if not kept]
+    assert gone and set(gone) < {f"blocks.{i}" for i in range(4)}, "one of the run stays"
+    first, *rest = done.portions
+    assert first.segments and sorted(first.groups) == sorted(gone) and first.size == 4 and not first.readers
+    assert (mode == "both" or not rest) and not any(portion.segments for portion in rest)
+    inside = {f"{name}.0.weight" for name in gone}
+    assert not any(inside & set(portion.groups) for portion in rest), "what is not computed needs no fit"
+    assert [p.before for p in rest] == [p.after for p in done.portions[:-1]] and done.portions[-1].after == done.loss[1]
+    assert f"{len(gone)} of 4 segments" in str(done) and "taken over by nothing" in str(done)
+    subnet = oto.construct_subnet()
+    assert type(subnet.model) is Cnn and subnet.cost_after == done.after and subnet.max_error <= 1e-12
+    with torch.no_grad():
+        seen = sum(float(of_classes(subnet.model, batch)) for batch in batches[-2:]) / 2
+        for x, _ in batches:
+            torch.testing.assert_close(subnet.model(x), model(x), rtol=0, atol=1e-11)
+    assert seen == pytest.approx(done.loss[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("saliency", ["obs", "sensitivity"])
+def test_a_segment_that_does_nothing_goes_first(saliency):
+    torch.manual_seed(0)
+    batches = images()
+    model = learned(Cnn(4), batches, of_classes)
+    nn.init.constant_(model.blocks[2][4].weight, 1e-6)
+    nn.init.constant_(model.blocks[2][4].bias, 1e-6)
+    oto = OTO(model, batches[0][0][:1], compress_mode="erase")
+    done = oto.one_shot(target_macs=0.85, batches=batches, loss=of_classes, saliency=saliency)
+    assert done.portions[0].groups == ("blocks.2",)
+
+
+def test_readers_in_segments_that_are_gone_are_not_fitted():
+    """The stem's channels are read by every block: by those that are gone, too, and what these get counts no more."""
+    torch.manual_seed(0)
+    batches = images()
+    oto = OTO(learned(Cnn(4), batches, of_classes), batches[0][0][:1], compress_mode="both")
+    done = oto.one_shot(target_macs=0.35, batches=batches, loss=of_classes, saliency="obs", portions=1)
+    gone = sum(not kept for kept in done.kept.values())
+    both = done.portions[1]
+    assert gone and {"stem.weight"} < set(both.groups)
+    assert both.readers == 2 * (4 - gone) + 1, "two convolutions of each block that stays, and the head"
+
+
+def test_what_lies_in_a_segment_that_is_gone_is_not_fitted(monkeypatch):
+    torch.manual_seed(0)
+    batches = images()
+    oto = OTO(learned(Cnn(3), batches, of_classes), batches[0][0][:1], compress_mode="both")
+    chosen = {"blocks.1": [0], "blocks.1.0.weight": range(12), "blocks.2.0.weight": range(9)}
+
+    def choose(self):
+        return {group.name: np.array(chosen.get(group.name, ()), dtype=np.int64) for group in self.choice.groups}
+
+    monkeypatch.setattr(sys.modules["oto.oneshot"].Compression, "_choose", choose)
+    done = oto.one_shot(target_macs=0.6, batches=batches, loss=of_classes)
+    assert [portion.groups for portion in done.portions] == [("blocks.1",), ("blocks.2.0.weight",)]
+    assert oto.construct_subnet().cost_after == done.after
+
+
+def test_whole_layers_without_training():
+    model, example, batches, loss = made("llama")
+    oto = OTO(model, example, compress_mode="both", layout="uniform")
+    done = oto.one_shot(target_macs=0.5, batches=batches, loss=loss)
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "config" and subnet.cost_after == done.after
+    assert done.after.macs <= 0.5 * done.before.macs
+
+
+@pytest.mark.parametrize("after", [9, 14])
+def test_segments_come_back_if_anything_is_raised(after):
+    torch.manual_seed(0)
+    batches = images()
+    model, calls, zeroed = learned(Cnn(4), batches, of_classes), [], []
+    before = state(model)
+
+    def fails(m, batch):
+        calls.append(batch)
+        zeroed.append(any(not block[4].weight.any() for block in m.blocks))
+        if len(calls) > after:
+            raise RuntimeError("no more")
+        return of_classes(m, batch)
+
+    oto = OTO(model, batches[0][0][:1], compress_mode="both")
+    with pytest.raises(RuntimeError, match="no more"):
+        oto.one_shot(target_macs=0.2, batches=batches, loss=fails)
+    assert any(zeroed) and same(state(model), before)
 
 
 def test_gradients_mode_and_numbers_drawn_are_left_as_they_were():

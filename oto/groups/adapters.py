@@ -69,8 +69,19 @@ def adapters(graph: Graph) -> tuple[Adapter, ...]:
 def ranks_in(groups: Sequence[NodeGroup], adapters: Sequence[Adapter]) -> dict[str, None]:
     """Names of the prunable groups whose atoms are ranks of adapters."""
     ranks = {(a.down, 0) for a in adapters} | {(a.up, 1) for a in adapters}
-    own = [g for g in groups if g.prunable and any((p.parameter, p.dim) in ranks for p in g.slices)]
+    atoms = [g for g in groups if g.prunable and not g.segment]
+    own = [g for g in atoms if any((p.parameter, p.dim) in ranks for p in g.slices)]
     return dict.fromkeys(group.name for group in own)
+
+
+def halves_in(groups: Sequence[NodeGroup], adapters: Sequence[Adapter]) -> dict[str, None]:
+    """Names of the segments that end at the addition of an adapter: the weight without it, or it without the weight."""
+    found: dict[str, None] = {}
+    for group in groups:
+        zeros = {piece.parameter for piece in group.zeros}
+        if group.segment and any((a.weight in zeros) != (a.up in zeros) for a in adapters):
+            found[group.name] = None
+    return found
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,14 @@ def atoms_per_step(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
     """How many atoms of each group one step of its tie is, shape ``(groups,)``; 1 if all of its sizes are equal."""
     common: dict[str, int] = {}
     for group in groups:
-        if group.tie is not None:
-            common[group.tie] = gcd(common.get(group.tie, 0), group.size)
-    return np.array([1 if g.tie is None else g.size // max(common[g.tie], 1) for g in groups], dtype=np.int64)
+        if (tie := _tie(group)) is not None:
+            common[tie] = gcd(common.get(tie, 0), group.size)
+    return np.array([1 if (tie := _tie(g)) is None else g.size // common[tie] for g in groups], dtype=np.int64)
+
+
+def _tie(group: NodeGroup) -> str | None:
+    """The tie of a node group; none of one that went with a segment, and has no atom to be counted with others."""
+    return group.tie if group.size else None
 
 
 def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[NodeGroup, ...]:
@@ -181,7 +186,7 @@ def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[No
 def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
     """The number of each group's tie, shape ``(groups,)``; a group without a tie has its own number."""
     numbers: dict[object, int] = {}
-    keys = [(i,) if group.tie is None else group.tie for i, group in enumerate(groups)]
+    keys = [(i,) if _tie(group) is None else group.tie for i, group in enumerate(groups)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
@@ -200,7 +205,7 @@ def equalize_ties(
         The atoms that are kept, and a sentence on each tie that was uneven.
     """
     most: dict[str, int] = {}
-    prunable = [group for group in groups if group.prunable]
+    prunable = [group for group in groups if group.prunable and group.size]
     steps = atoms_per_step(prunable).tolist()
     for group, per in zip(prunable, steps, strict=True):
         n = min(-(-len(kept[group.name]) // group.divisor) * group.divisor, group.size)

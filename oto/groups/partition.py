@@ -169,18 +169,27 @@ def trainable(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> 
 
 
 def pruned_groups(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tuple[NodeGroup, ...]:
-    """The same groups, with their slices in parameters that hold only the atoms in ``kept``."""
+    """The same groups, with their slices in parameters that hold only the atoms in ``kept``, without those that went
+    with a segment of which nothing is kept."""
     counts = {partition.axes[name]: len(atoms) for name, atoms in kept.items()}
+    gone = {leaf for segment in partition.erased(kept) for leaf in segment.leaves}
+    whole: dict[str, Slice] = {}
     where: dict[Axis, list[Slice]] = {}
     for leaf in partition.found.graph.leaves:
-        if leaf.kind == "parameter":
-            for dim, term in enumerate(partition.found.terms(leaf.value)):
+        if leaf.kind == "parameter" and leaf not in gone:
+            terms = partition.found.terms(leaf.value)
+            whole[leaf.name] = Slice.whole(leaf.name, [count(resolve(term), counts) for term in terms])
+            for dim, term in enumerate(terms):
                 for axis, cuts in occurrences(term, counts):
                     where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
 
     def pruned(group: NodeGroup) -> NodeGroup:
         axis = partition.axes[group.name]
-        slices = tuple(where[axis])
+        if group.segment:
+            there = [whole[piece.parameter] for piece in group.slices if piece.parameter in whole]
+            slices = tuple(there) if counts.get(axis, 1) else ()
+        else:
+            slices = tuple(where.get(axis, ()))
         places = {(piece.parameter, piece.dim) for piece in group.zeros}
         zeros = tuple(piece for piece in slices if (piece.parameter, piece.dim) in places)
         return replace(group, size=counts.get(axis, group.size), slices=slices, zeros=zeros)

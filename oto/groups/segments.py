@@ -42,6 +42,14 @@ ADDITIONS: Mapping[object, tuple[int, ...]] = {
 }
 """Operators that give what else they take where an argument is zero, and the arguments that may be."""
 
+TOGETHER: Mapping[object, str] = {
+    aten.cat.default: "it is laid beside others (cat)",
+    aten.stack.default: "it is laid beside others (stack)",
+}
+"""Operators that take branches, and of which nothing is known that would be left without one."""
+
+ELSEWHERE = "its result is read elsewhere, too"
+UNTRAINED = "nothing in it is trained, so nothing of it can become zero"
 UNLIKE = "what it is added to depends on other inputs, and may go, too"
 _END = "end"
 
@@ -65,19 +73,21 @@ class Staying:
 
 @dataclass(frozen=True)
 class Edge:
-    """An argument of an addition.
+    """An argument of an addition, or of what else takes branches.
 
     Attributes:
         joint: The addition.
         value: What comes in.
         left: What the addition gives without it: its other argument.
         made: What the addition gives.
+        why: Why the addition would not give its other argument without this one; ``None`` if it would.
     """
 
     joint: Node
     value: Value
     left: Value
     made: Value
+    why: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,18 +150,21 @@ class _Run:
 
     @cached_property
     def edges(self) -> list[Edge]:
-        """The arguments of additions that give a tensor like both of their arguments."""
+        """The arguments of additions, and of what lays branches beside each other."""
         found: list[Edge] = []
         for node in self.nodes:
-            for place in ADDITIONS.get(node.op, ()):
+            made = node.outputs[0] if node.outputs else None
+            if node.op in TOGETHER and made is not None:
+                values = list(dict.fromkeys(x for x in node.inputs() if self.feeds.get(x)))
+                beside = enumerate(values) if len(values) > 1 else ()
+                found += [Edge(node, x, values[i - 1], made, TOGETHER[node.op]) for i, x in beside]
+                continue
+            for place in (0, 1) if node.op in ADDITIONS else ():
                 if len(node.args) < 2 or not all(isinstance(x, Value) for x in node.args[:2]):
                     continue
-                value, left, made = node.args[place], node.args[1 - place], node.outputs[0]
-                scaled = place == 0 and node.kwargs.get("alpha", 1) != 1
-                if made is None or scaled or value is left:
-                    continue
-                if made.shape == left.shape == value.shape and made.dtype == left.dtype:
-                    found.append(Edge(node, value, left, made))
+                value, left = node.args[place], node.args[1 - place]
+                if made is not None and value is not left:
+                    found.append(Edge(node, value, left, made, _why_not(node, place, value, left, made)))
         return found
 
     def branches(self) -> tuple[list[Segment], list[Staying]]:
@@ -161,15 +174,21 @@ class _Run:
         modules = Modules(self.nodes)
         for edge, body in zip(self.edges, bodies, strict=True):
             maker = self.maker.get(edge.value)
-            if maker is None or maker.index not in body:
-                continue  # the trunk: what makes it is read elsewhere, too
-            if not self.feeds.get(edge.left):
+            if maker is None or not self.feeds.get(edge.left):
                 continue  # the trunk, with a constant added to it
+            if edge.why is not None and not self.feeds.get(edge.value):
+                continue  # such a constant
+            if maker.index not in body:  # the trunk, or a branch
+                staying += self._read_elsewhere(edge, maker)
+                continue
             writers = self._last_parameters(edge.value)
             if not any(self.readers[leaf.value] <= body for leaf in writers):
-                continue  # nothing in it is trained
+                staying += self._untrained(edge, body, writers, modules)
+                continue
             path = modules.ending(writers[0].name.rpartition(".")[0], body)
-            if needed := self._needed(edge.value, writers):
+            if edge.why is not None:
+                staying.append(Staying(edge.joint.index, path, edge.why, edge.joint.index))
+            elif needed := self._needed(edge.value, writers):
                 values = edge.value, edge.left, edge.made
                 segments.append(Segment(path, Axis(1), edge.joint.index, *values, tuple(needed), body))
             else:
@@ -181,6 +200,40 @@ class _Run:
                 staying.append(Staying(segment.joint, segment.name, UNLIKE, segment.joint))
                 del at[segment.joint, segment.edge], at[other.joint, other.edge]
         return list(at.values()), staying
+
+    def _read_elsewhere(self, edge: Edge, maker: Node) -> list[Staying]:
+        """Why a branch stays of which more than the addition reads the result; of the trunk, nothing."""
+        if edge.joint.op in TOGETHER or edge.value in self._before(edge.left, edge.value):
+            return []  # what it is added to is made of it
+        before = self._before(edge.left)
+        own = [
+            leaf for leaf in self._last_parameters(edge.value) if self.readers[leaf.value].isdisjoint(before.values())
+        ]
+        others = self.readers[edge.value] - {edge.joint.index}
+        return [Staying(edge.joint.index, maker.module, ELSEWHERE, min(others, default=None))] if own else []
+
+    def _before(self, value: Value, until: Value | None = None) -> dict[Value, int]:
+        """What a value is made of, each with the call that made it; no further than to another value."""
+        found, todo = dict[Value, int](), [value]
+        while todo:
+            value = todo.pop()
+            if value in found or (until is not None and until in found):
+                continue
+            node = self.maker.get(value)
+            found[value] = -1 if node is None else node.index
+            todo += [] if node is None or value is until else node.inputs()
+        return found
+
+    def _untrained(self, edge: Edge, body: frozenset[int], writers: Sequence[Leaf], modules: Modules) -> list[Staying]:
+        """Why a branch stays of which nothing can be zeroed; nothing is said of what is no module's."""
+        shared = next((leaf for leaf in writers if not self.readers[leaf.value].isdisjoint(body)), None)
+        inside = modules.within(body)
+        if shared is not None:
+            path = modules.ending(shared.name.rpartition(".")[0], body)
+            return [Staying(edge.joint.index, path, f"{shared.name} is read elsewhere, too")]
+        if not inside or not writers:
+            return []
+        return [Staying(edge.joint.index, inside[-1], UNTRAINED)]
 
     def _feeds(self) -> dict[Value, int]:
         """For each value the inputs that it depends on, as bits."""
@@ -296,6 +349,17 @@ class _Run:
         return needed
 
 
+def _why_not(node: Node, place: int, value: Value, left: Value, made: Value) -> str | None:
+    """Why an addition does not give its other argument where one is zero."""
+    if place not in ADDITIONS[node.op]:
+        return "what is taken off it would be left with another sign"
+    if place == 0 and node.kwargs.get("alpha", 1) != 1:
+        return f"what it is added to is taken {node.kwargs['alpha']} times"
+    if not made.shape == left.shape == value.shape:
+        return "it is broadcast, or what it is added to is"
+    return None if made.dtype == left.dtype else "what it is added to has another dtype than their sum"
+
+
 def _made(node: Node) -> Iterator[Value]:
     """What a call gives, and what becomes of what it writes to."""
     yield from (value for value in (*node.outputs, *(after for _, after in node.written)) if value is not None)
@@ -388,6 +452,12 @@ def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]
 def not_computed(segments: Iterable[Segment]) -> frozenset[int]:
     """The calls that are not made without some segments."""
     return frozenset(index for segment in segments for index in (segment.joint, *segment.body))
+
+
+def idle(partition: Partition, groups: Iterable[NodeGroup], kept: Kept) -> set[str]:
+    """The node groups that lie in segments of which nothing is kept, so that nothing of them is computed."""
+    inside = {name for segment in partition.erased(kept) for leaf in segment.leaves for name in leaf.names}
+    return {g.name for g in groups if not g.segment and {piece.parameter for piece in g.slices} <= inside}
 
 
 def overwritten(graph: Graph, segment: Segment, erased: Sequence[Segment]) -> bool:

@@ -13,7 +13,7 @@ wrapped optimizer does. Where node groups are proven *quiet*, even that can rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack, final
 
@@ -143,21 +143,26 @@ class SparseOptimizer(Choosing):
         Rows.of(self.node_groups, gone, self.parameters()).zero_()
 
     def shrink_(
-        self, moved: Sequence[Moved], groups: Sequence[NodeGroup], left: Mapping[str, NDArray[np.bool_]]
+        self,
+        moved: Sequence[Moved],
+        groups: Sequence[NodeGroup],
+        left: Mapping[str, NDArray[np.bool_]],
+        gone: Collection[Tensor] = (),
     ) -> None:
         """Continue with a model that has fewer atoms; see :mod:`oto.optim.shrink`.
 
         Args:
-            moved: Every parameter of the model.
+            moved: Every parameter of the smaller model.
             groups: The node groups of the smaller model, in the order of ``node_groups``.
             left: For each node group, which atoms of the model remain.
+            gone: Parameters of the model that went with a segment.
 
         Raises:
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
         """
         self.require_shrinkable()
         states = sliced_state(moved, self.base)
-        follow(self.base, moved, states)
+        follow(self.base, moved, states, gone)
         mask = torch.from_numpy(np.concatenate([left[group.name] for group in self.node_groups]))
         self._keep_atoms(mask.to(self.atoms.device))
         self.node_groups = tuple(groups)

@@ -292,7 +292,7 @@ class Choice(Criteria):
         pruned = [
             f"{group.name} ({count} of {full})"
             for group, count, floor, full in zip(self.groups, counts, self.floor, self.full, strict=True)
-            if count < floor
+            if group.size and count < floor  # one without atoms went with a segment
         ]
         if pruned:
             warnings.warn(

@@ -442,7 +442,7 @@ def require_sound(optimizer: HalfSpace) -> None:
 
 def kinds_of(node_groups: Sequence[NodeGroup], parameters: Mapping[str, Tensor]) -> list[str]:
     """The kind of each node group."""
-    most = [max(parameters[piece.parameter].dim() for piece in group.zeros) for group in node_groups]
+    most = [max((parameters[piece.parameter].dim() for piece in group.zeros), default=0) for group in node_groups]
     return [KINDS[0] if dims > 2 else KINDS[1] if dims == 2 else KINDS[2] for dims in most]
 
 

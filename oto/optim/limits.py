@@ -91,11 +91,15 @@ def staying_of(groups: Sequence[NodeGroup], scores: NDArray[np.float64], left: N
             sets.setdefault(name, []).append(i)
             numbers[name] = number
     beside = _beside(groups)
-    worth = [sum(scores[first[j]] for j in beside[i]) if group.among else 0.0 for i, group in enumerate(groups)]
+    there = [group.size > 0 and bool(left[first[i]]) for i, group in enumerate(groups)]
+
+    def worth(i: int) -> float:
+        return float(sum(scores[first[j]] for j in beside[i] if there[j]))
+
     staying = np.zeros(len(groups), dtype=np.int64)
     for name, members in sets.items():
-        there = [i for i in members if left[first[i]]]
-        for i in sorted(there, key=lambda i: (-worth[i], i))[: numbers[name]]:
+        members = [i for i in members if there[i]]
+        for i in sorted(members, key=lambda i: (-worth(i), i))[: numbers[name]]:
             staying[beside[i]] = 1
     return staying
 

@@ -56,6 +56,8 @@ class Entries:
         Args:
             maximized: Parameters whose objective is maximized, so that their gradients change sign.
         """
+        if not group.size:  # it went with a segment
+            return cls([torch.empty(0, 1)], [None], segment=group.segment)
         weights, gradients = [], []
         for piece in group.zeros:
             p = parameters[piece.parameter]
@@ -222,7 +224,7 @@ def name_of(criterion: Saliency) -> str:
 
 def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.device) -> Tensor:
     """A criterion for every atom, node group after node group, float32 at least, shape ``(N,)``."""
-    raw = torch.cat([sent(criterion(entries), device) for entries in groups])
+    raw = torch.cat([sent(criterion(entries), device) for entries in groups if entries.size])
     return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 
@@ -282,13 +284,13 @@ def indistinct(raw: Sequence[Tensor], alive: Tensor, sizes: Sequence[int]) -> Te
     tensor([ True, False])
     """
     size = torch.tensor(sizes, device=alive.device)
-    first = size.cumsum(0) - size
+    first = (size.cumsum(0) - size).clamp_max(max(len(alive) - 1, 0))  # a group may have no atom left
     found = _over_group(alive.float(), sizes, "sum")[first] > 1
     for values in raw:
         high = _over_group(torch.where(alive, values, -torch.inf), sizes, "amax")
         low = _over_group(torch.where(alive, values, torch.inf), sizes, "amin")
         found &= (high == low)[first]
-    return found
+    return found & (size > 0)
 
 
 def shared_out(scores: Tensor, by: Tensor, alive: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -1,14 +1,15 @@
 """Continue with the same optimizer when the model gets smaller in the middle of training.
 
 The optimizer object stays, with its parameter groups, their order and their options, so whatever holds it keeps
-working: learning-rate schedulers, ``GradScaler``, wrappers. Each parameter is replaced, its state sliced alike::
+working: learning-rate schedulers, ``GradScaler``, wrappers. Each parameter is replaced, its state sliced alike; one
+that went with a segment leaves its group::
 
     follow(optimizer, moved, sliced_state(moved, optimizer))
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,13 +82,26 @@ def _sliced(moved: Moved, optimizer: Optimizer) -> dict[str, Any]:
     return made
 
 
-def follow(optimizer: Optimizer, moved: Sequence[Moved], states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Replace old parameters by new ones, with the state that was sliced for them."""
-    new = {m.old: m.new for m in moved}
+def follow(
+    optimizer: Optimizer,
+    moved: Sequence[Moved],
+    states: Mapping[Tensor, dict[str, Any]],
+    gone: Collection[Tensor] = (),
+) -> None:
+    """Replace old parameters by new ones, with the state that was sliced for them.
+
+    Args:
+        gone: Old parameters that went with a segment: they leave their parameter groups, with their state.
+    """
+    new, away = {m.old: m.new for m in moved}, set(gone)
     for group in optimizer.param_groups:
-        group["params"][:] = [new.get(p, p) for p in group["params"]]
+        left = [i for i, p in enumerate(group["params"]) if p not in away]
+        names = group.get("param_names")
+        if names is not None:
+            names[:] = [names[i] for i in left]
+        group["params"][:] = [new.get(p, p) for p in (group["params"][i] for i in left)]
     for m in moved:
         m.new.grad = None if m.old.grad is None else m.prune(m.old.grad)
-    held = [(new.get(p, p), states.get(p, state)) for p, state in optimizer.state.items()]
+    held = [(new.get(p, p), states.get(p, state)) for p, state in optimizer.state.items() if p not in away]
     optimizer.state.clear()
     optimizer.state.update(held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,10 +76,10 @@ class Erasable:
         free = sum(part.reason is None for part in self.parts)
         heading = f"{free} segment{'s' * (free != 1)} may go as a whole"
         lines = [heading, *([columns(self._rows(), left=(0, 1, 4))] if self.parts else [])]
-        return "\n".join([*lines, *(f"stays: {line}" for line in map(described, self.staying))])
+        return "\n".join([*lines, *lines_of(self.staying)])
 
     def _repr_html_(self) -> str:
-        return html(self._rows(), left=(0, 1, 4), below="\n".join(f"stays: {described(b)}" for b in self.staying))
+        return html(self._rows(), left=(0, 1, 4), below="\n".join(lines_of(self.staying)))
 
     def _rows(self) -> list[list[str]]:
         rows = [["segment", "modules", "params", "MACs", "what becomes of the joint"]]
@@ -90,7 +91,16 @@ class Erasable:
         return rows
 
 
-def described(branch: Branch) -> str:
+def lines_of(staying: Sequence[Branch]) -> list[str]:
+    """Why branches cannot go: a line for all that differ only in the numbers of repeated blocks."""
+    alike: dict[str, list[Branch]] = {}
+    for branch in staying:
+        alike.setdefault(re.sub(r"\d+", "*", f"{branch.branch} {branch.reason} {branch.module}"), []).append(branch)
+    more = [f" (and {len(own) - 1} like it)" if len(own) > 1 else "" for own in alike.values()]
+    return [f"stays: {_described(own[0])}{rest}" for own, rest in zip(alike.values(), more, strict=True)]
+
+
+def _described(branch: Branch) -> str:
     """Why a branch cannot go, in a line."""
     place = "" if branch.operator is None else f" ({branch.operator} in {branch.module or 'the model'}"
     place += f", {branch.source})" if place and branch.source else ")" if place else ""

@@ -13,7 +13,7 @@ from oto.errors import some
 from oto.groups import NodeGroup, Partition
 from oto.groups.policy import REMEDIES, promise, starred
 from oto.groups.segments import Staying
-from oto.report.erasable import Branch, branch_of, described
+from oto.report.erasable import Branch, branch_of, lines_of
 from oto.report.table import columns, html
 from oto.trace.graph import Graph
 
@@ -79,8 +79,8 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        staying = [f"stays: {described(branch)}" for branch in self.staying]
-        return "\n".join([*self._lines(), *_table(self.whole), *self._remedies(), *staying, *self.search])
+        lines = [*self._lines(), *_table(self.whole), *self._remedies(), *lines_of(self.staying), *self.search]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         above = "\n".join(self._lines())

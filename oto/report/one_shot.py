@@ -22,6 +22,7 @@ class Portion:
         kept: Which of the two was kept: ``"folded"`` or ``"zeroed"``.
         norms: Whether batch norms were estimated again.
         unreached: Weights that no batch reached, so that nothing was folded into them.
+        segments: Whether they are segments, one atom each, of as many as may go; these went before all else.
     """
 
     groups: tuple[str, ...]
@@ -34,6 +35,7 @@ class Portion:
     kept: str
     norms: bool
     unreached: tuple[str, ...] = ()
+    segments: bool = False
 
     @property
     def after(self) -> float | None:
@@ -84,7 +86,7 @@ class OneShot:
             cells.append(
                 [
                     f"{portion.groups[0]}{more}",
-                    f"{portion.atoms:,} of {portion.size:,}",
+                    f"{portion.atoms:,} of {portion.size:,}" + " segments" * portion.segments,
                     str(portion.readers),
                     *losses,
                     portion.kept + (", norms anew" if portion.norms else ""),

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from oto.errors import EmitterError
 from oto.groups import Partition
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules, not_computed, overwritten
-from oto.nn.erased import THEN
+from oto.nn.erased import THEN, is_erased
 from oto.slim.edits import Edits, slim_copy
 from oto.slim.proof.run import run
 from oto.trace.graph import Graph, Value
@@ -78,7 +79,7 @@ def plan(
         for path, own in modules.calls.items()
         if any(segment.joint in own for segment in gone)
     }
-    learned = _Learned(ends, modules, calls, _left(graph, modules, gone, calls))
+    learned = Learned(ends, modules, calls, _left(graph, modules, gone, calls))
     thin = slim_copy(model, tensors, edits).eval()
     learned.watch(thin)
     run(thin, dummy_input)
@@ -107,7 +108,7 @@ def leaving_out(edits: Edits, erased: Mapping[str, dict[str, Any]], model: nn.Mo
         return {path: value for path, value in table.items() if not _is_inside(path, erased)}
 
     stated = left(edits.stated)
-    for path, number in _renumbered(model, erased):
+    for path, number in renumbered(model, erased):
         stated[path] = [*stated.get(path, []), [["layer_idx"], number]]
     return replace(
         edits,
@@ -124,11 +125,11 @@ def _is_inside(path: str, outer: Collection[str]) -> bool:
     return any(".".join(parts[: i + 1]) in outer for i in range(len(parts)))
 
 
-def _renumbered(model: nn.Module, erased: Collection[str]) -> Iterator[tuple[str, int]]:
+def renumbered(model: nn.Module, erased: Collection[str]) -> Iterator[tuple[str, int]]:
     """The places in a cache of the layers that are left, which are counted from zero without a gap."""
     numbered: dict[type[nn.Module], dict[str, int]] = {}
     for path, module in model.named_modules():
-        if type(number := vars(module).get("layer_idx")) is int:
+        if type(number := vars(module).get("layer_idx")) is int and not is_erased(module):
             numbered.setdefault(type(module), {})[path] = number
     kinds = getattr(getattr(model, "config", None), "layer_types", None)
     for places in numbered.values():
@@ -194,7 +195,7 @@ def _is_rectified(graph: Graph, value: Value, at: Mapping[int, Segment]) -> bool
 
 
 @dataclass(eq=False)
-class _Learned:
+class Learned:
     """What modules take and give.
 
     Attributes:
@@ -209,18 +210,24 @@ class _Learned:
     functions: Mapping[str, Sequence[str]]
     found: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)
 
-    def watch(self, thin: nn.Module) -> None:
-        """Look at every module of a copy that is not run any more, when it runs for the last time."""
+    def watch(self, thin: nn.Module) -> list[RemovableHandle]:
+        """Look at every module of a model that is not run any more, when it runs for the last time."""
+        handles: list[RemovableHandle] = []
         for path, module in thin.named_modules():
             if path and (path in self.functions or self.modules.calls.get(path, {-1}) <= self.calls):
 
                 def see(module: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
                     self.found.setdefault(path, []).append(self._seen(path, module, args, kwargs, result))
 
-                module.register_forward_hook(see, with_kwargs=True)
+                handles.append(module.register_forward_hook(see, with_kwargs=True))
+        return handles
 
     def outermost(self, thin: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
-        """The outermost modules in one that can be replaced; with ``None``, one that cannot, and has no children."""
+        """The outermost modules in one that can be replaced; with ``None``, one that cannot, and has no children.
+
+        Args:
+            thin: Any model whose modules have the same paths.
+        """
         if (how := self.whole(path)) is not None:
             yield path, how
             return

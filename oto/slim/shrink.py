@@ -16,11 +16,12 @@ from oto._torch import holder
 from oto.axes.registry import known
 from oto.errors import EmitterError, ShrinkError, VerificationError, first_line, reraise_out_of_memory, some
 from oto.groups import NodeGroup, Partition, Slice, pruned_groups, trainable
+from oto.groups.segments import Branches, idle, segment_groups, with_segments
 from oto.slim.config.recipe import Recipe, configs, fields
 from oto.slim.config.solve import apply, solve
 from oto.slim.config.unstated import Unstated
 from oto.slim.edits import Edits, attribute, pruned_tensors
-from oto.slim.emitters import without_segments
+from oto.slim.emitters import without_needed, without_segments
 from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
 from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
@@ -45,11 +46,13 @@ class Shrunk:
         model: The slim model, of the original class and in the same mode as the full one.
         parameters: For each parameter of the full model, its slim form; none of one that went with a segment.
         averages: Averages of the full model's weights, and their slim forms.
+        needed: Names of segments that the class cannot leave out; it computes them, though they are zero.
     """
 
     model: nn.Module
     parameters: Mapping[str, Entries]
     averages: Sequence[tuple[nn.Module, nn.Module]]
+    needed: Sequence[str] = ()
 
 
 def become(model: nn.Module, slim: nn.Module) -> None:
@@ -73,9 +76,10 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
             state it; or an average does not belong to this model.
         VerificationError: The slim model computes something else.
     """
-    model, partition, kept = source.model, source.partition, source.kept
-    pruned = source.pruned
+    model, partition = source.model, source.partition
     try:
+        source, needed = without_needed(source)
+        kept, pruned = source.kept, source.pruned
         edits = plan_edits(model, pruned, source.own.unfolded if source.own is not None else None)
         edits, gone = without_segments(source, edits)
         if source.recipe is not None:
@@ -119,12 +123,27 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
         average = apply(inner, held, edits)
         vars(average)[REMEMBERED] = origin_of(slim)
         made.append((inner, average))
-    return Shrunk(slim, parameters, made)
+    return Shrunk(slim, parameters, made, needed)
+
+
+@dataclass(frozen=True, eq=False)
+class Again:
+    """The analysis of a slim model.
+
+    Attributes:
+        partition, groups, branches: As in :class:`oto.analysis.Analysis`.
+        own: What its class needs, if that was searched.
+    """
+
+    partition: Partition
+    groups: tuple[NodeGroup, ...]
+    branches: Branches | None
+    own: OwnClass | None
 
 
 def analyzed_again(
     slim: nn.Module, source: Source, groups: Sequence[NodeGroup], allow_graph: bool, asked: bool
-) -> tuple[Partition, tuple[NodeGroup, ...], OwnClass | None]:
+) -> Again:
     """The analysis of a slim model, in which only groups may lose atoms that could before.
 
     Args:
@@ -133,14 +152,20 @@ def analyzed_again(
         allow_graph: Whether to prune also what the class cannot express.
         asked: Whether to search for what the class needs.
     """
-    before = source.partition
-    graph = record(slim, source.dummy_input, known, dead=not allow_graph, training=True)
-    found = trainable(graph, before.found.strict_out_nodes)
-    left = same_groups(pruned_groups(before, groups, source.kept), found.groups)
+    before, given = source.partition, source.dummy_input
+    graph = record(slim, given, known, dead=not allow_graph, training=True)
+    alone, branches = trainable(graph, before.found.strict_out_nodes), None
+    found, made = alone, alone.groups
+    if any(group.segment for group in groups):
+        found, branches = with_segments(alone)
+        made = (*made, *segment_groups(found))
+    inside = {**source.kept, **{name: np.arange(0) for name in idle(before, groups, source.kept)}}
+    left = same_groups(pruned_groups(before, groups, inside), made)
     if not asked:
-        return found, left, None
-    own = own_class(slim, found, left, source.dummy_input)
-    return found, limited(left, own), own
+        return Again(found, left, branches, None)
+    atoms, segments = left[: len(alone.groups)], left[len(alone.groups) :]
+    own = own_class(slim, alone, atoms, given)
+    return Again(found, (*limited(atoms, own), *segments), branches, own)
 
 
 def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: PrunedShapes) -> None:
@@ -209,8 +234,12 @@ def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, li
     """For each node group of one analysis, the groups of a finer analysis of the same model that it consists of.
 
     A slim model may be analyzed more finely: the widths of query and value are one group if a single weight holds both
-    in equal parts, and two if they are stated separately. A group that does not consist of others is left out.
+    in equal parts, and two if they are stated separately. A group that does not consist of others is left out. A
+    segment is the one of the same parameters.
     """
+    segments = {frozenset(piece.parameter for piece in part.slices): part for part in fine if part.segment}
+    same = {g.name: segments.get(frozenset(piece.parameter for piece in g.slices)) for g in whole if g.segment}
+    whole, fine = ([group for group in groups if not group.segment] for groups in (whole, fine))
     labels = {group.name: labels_of(group) for group in whole}
     holders: dict[tuple[str, int], list[NodeGroup]] = {}
     for group in whole:
@@ -234,7 +263,7 @@ def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, li
         name: made
         for name, made in found.items()
         if all(np.array_equal(covered[name][place], mask) for place, mask in labels[name].items())
-    }
+    } | {name: [part] for name, part in same.items() if part is not None}
 
 
 def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
@@ -259,6 +288,7 @@ def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tupl
             quiet=group.quiet and old.quiet,
             tie=old.tie,
             divisor=old.divisor,
+            among=old.among,  # how many of a run stay was counted in the full model
         )
 
     return tuple(map(restricted, after))

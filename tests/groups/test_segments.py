@@ -115,21 +115,53 @@ class Odd(nn.Module):
 
 
 STAYS = {
-    "it is returned, too": lambda m, x: (m.head(x + (v := m.a(x))), v),
-    "its weight is read elsewhere": lambda m, x: m.head(m.a(x + m.a(x))),
-    "a product, no sum": lambda m, x: m.head(x * m.a(x)),
-    "it is broadcast": lambda m, x: m.head(x + m.a(x).mean(-1, keepdim=True)),
-    "another dtype": lambda m, x: m.head((x.half() + m.a(x)).float()),
-    "twice the other": lambda m, x: m.head(torch.add(m.a(x), x, alpha=2)),
-    "nothing else is there": lambda m, x: m.head(m.a(x)),
-    "a constant is": lambda m, x: m.head(m.a(x) + m.b.weight[0]),
-    "taken off it": lambda m, x: m.head(m.a(x) - x),
+    "it is returned, too": (lambda m, x: (m.head(x + (v := m.a(x))), v), "a: its result is read elsewhere, too"),
+    "its weight is read elsewhere": (lambda m, x: m.head(m.a(x + m.a(x))), "a: a.weight is read elsewhere, too"),
+    "a product, no sum": (lambda m, x: m.head(x * m.a(x)), None),
+    "it is broadcast": (lambda m, x: m.head(x + m.a(x).mean(-1, keepdim=True)), "a: it is broadcast"),
+    "another dtype": (lambda m, x: m.head((x.half() + m.a(x)).float()), "a: what it is added to has another dtype"),
+    "twice the other": (lambda m, x: m.head(torch.add(m.a(x), x, alpha=2)), "a: what it is added to is taken 2 times"),
+    "nothing else is there": (lambda m, x: m.head(m.a(x)), None),
+    "a constant is": (lambda m, x: m.head(m.a(x) + m.b.weight[0]), None),
+    "taken off it": (lambda m, x: m.head(m.a(x) - x), "a: what is taken off it would be left with another sign"),
+    "beside others": (
+        lambda m, x: m.head(torch.cat([m.a(x).relu()[:, :2], m.b(x)[:, :2]], 1)),
+        "a: it is laid beside others (cat) (aten.cat.default in the model",
+    ),
+    "beside each other, added": (
+        lambda m, x: m.head(torch.stack([m.a(x), m.b(x)]).sum(0)),
+        "a: it is laid beside others (stack)",
+    ),
 }
 
 
 @pytest.mark.parametrize("how", STAYS)
-def test_what_is_no_segment(how):
-    assert not names(found(Odd(STAYS[how]), torch.randn(4, 4)))
+def test_what_is_no_segment_and_why(how):
+    forward, why = STAYS[how]
+    oto = found(Odd(forward), torch.randn(4, 4))
+    assert not names(oto)
+    for said in (str(oto.explain()), str(oto.erasable())):
+        assert f"stays: {why}" in said if why else "stays: " not in said
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.pools = nn.ModuleList(nn.AvgPool1d(3, 1, 1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for pool in self.pools:
+            x = x + pool(x)
+        return self.head(x)
+
+
+def test_branches_without_parameters_say_so_once():
+    oto = found(Pooled(), torch.randn(2, 4))
+    assert len(oto.explain().staying) == 3 and not names(oto)
+    said = [line for line in str(oto.explain()).splitlines() if line.startswith("stays: ")]
+    assert said == ["stays: pools.0: nothing in it is trained, so nothing of it can become zero (and 2 like it)"]
 
 
 def test_a_frozen_writer_stays_with_the_reason():

@@ -291,8 +291,6 @@ def test_it_says_what_it_needs() -> None:
     for epsilon in (-0.1, 1.0):
         with pytest.raises(OptionError, match="epsilon is"):
             prepared(net(), epsilon=epsilon)
-    with pytest.raises(OptionError, match=r"does not let segments go[^$]*compress_mode='prune'"):
-        OTO(net(), x, prune_frozen=True, compress_mode="both").lhspg(**options)
     with pytest.raises(OptionError, match="have no option adapters"):
         OTO(net(), x, prune_frozen=True).lhspg(adapters=(), **options)
 
@@ -374,6 +372,79 @@ def bert(**options):
     model = small("BertForSequenceClassification", "BertConfig", num_labels=3)
     config = peft.LoraConfig(r=4, target_modules=["query", "value", "dense"], task_type="SEQ_CLS", **options)
     return peft.get_peft_model(model, config)
+
+
+class Residual(nn.Module):
+    """Branches whose last layer is a frozen one with an adapter."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 12), nn.Linear(12, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(Low(12, 16), nn.GELU(), Low(16, 12)) for _ in range(blocks))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def residual() -> Residual:
+    torch.manual_seed(0)
+    return Residual().double()
+
+
+def test_a_segment_is_a_group_of_the_box() -> None:
+    """As step by step above, with all of a branch's last weight and its adapter as the one group."""
+    model, plain = residual(), residual()
+    oto = OTO(model, torch.zeros(1, 8, dtype=torch.float64), prune_frozen=True, compress_mode="erase")
+    optimizer = oto.lhspg(lr=0.3, target_macs=0.8, start_pruning_step=2, pruning_steps=5, pruning_periods=1)
+    assert [g.name for g in oto.node_groups if g.segment and g.prunable] == ["blocks.0", "blocks.1", "blocks.2"]
+    halves = {g.name for g in oto.node_groups if g.segment and "with the other half" in (g.reason or "")}
+    assert halves == {f"blocks.{i}.{j}.{half}" for i in range(3) for j in (0, 2) for half in ("base", "up")}
+    p = dict(plain.named_parameters())
+    going: list[str] = []
+
+    def operator(name: str) -> torch.Tensor:
+        own = {key: p[f"{name}.2.{key}"] for key in ("base.weight", "base.bias", "up.weight", "down.weight")}
+        own["base.weight"] += SCALE * own["up.weight"] @ own["down.weight"]
+        own["up.weight"].zero_()
+        return torch.cat([own["base.weight"].flatten(), own["base.bias"]])
+
+    for t in range(9):
+        backward(model, t)
+        optimizer.step()
+        backward(plain, t)
+        with torch.no_grad():
+            left = 7 - t if 2 <= t < 7 else 0  # T - t
+            going = list(optimizer.redundant_groups) if t == 2 else going
+            before = [operator(name) for name in going] if left else []
+            for own in p.values():
+                if own.grad is not None:
+                    own -= 0.3 * own.grad
+            for name, x in zip(going, before, strict=False):
+                new = operator(name) - x / left
+                new = torch.zeros_like(new) if new @ x <= 0 else new
+                p[f"{name}.2.base.weight"][:], p[f"{name}.2.base.bias"][:] = new[:-12].view(12, 16), new[-12:]
+            for name in going if t >= 6 else ():
+                for key in ("base.weight", "base.bias", "up.weight"):
+                    p[f"{name}.2.{key}"].zero_()
+        for name, own in model.named_parameters():
+            torch.testing.assert_close(own, p[name], rtol=0, atol=1e-12)
+    assert len(going) == 1
+    subnet = oto.construct_subnet()
+    assert [s.name for s in oto.partition.erased(subnet.kept)] == going and subnet.max_error <= 1e-12
+
+
+def test_segments_and_rows_in_one_budget() -> None:
+    model = residual()
+    oto = OTO(model, torch.zeros(1, 8, dtype=torch.float64), prune_frozen=True, compress_mode="both")
+    optimizer = oto.lhspg(lr=0.1, target_macs=0.4, **WHEN)
+    train(model, optimizer, range(END + 2))
+    assert {name for name in optimizer.pruned_groups if name.count(".") == 1} & {f"blocks.{i}" for i in range(3)}
+    subnet = oto.construct_subnet()
+    assert subnet.cost_after.macs <= 0.4 * subnet.cost_before.macs and subnet.max_error <= 1e-12
+    assert "computes nothing" in str(subnet.model)
 
 
 MODELS = {

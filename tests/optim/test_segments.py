@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from oto import OTO
-from oto.errors import OptionError, TargetError
+from oto.errors import TargetError
 from oto.optim.choice import Choice
 from oto.optim.limits import staying_of
 from oto.optim.saliency import Entries, compared
@@ -124,12 +124,6 @@ def test_segments_are_compared_with_each_other():
     weight = [torch.ones(1, 2)]
     entries = [Entries([torch.ones(3, 2)], []), *(Entries(weight, [], segment=True) for _ in range(2))]
     assert compared(entries) == [3, 2]
-
-
-def test_what_is_not_there_yet_says_so():
-    oto = analyzed()
-    with pytest.raises(OptionError, match="segments"):
-        oto.one_shot(batches=[torch.randn(2, 4)], loss=lambda model, x: model(x).sum(), target_macs=0.5)
 
 
 def test_what_lies_in_a_segment_that_has_gone_costs_nothing_and_needs_no_gradient():

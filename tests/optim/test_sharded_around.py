@@ -260,8 +260,9 @@ def timed(rank: int) -> None:
 def shrunk(rank: int, name: str = "hesso adamw", at: tuple[int, ...] = (20,), end: int = 28) -> None:
     """Pruned atoms leave in the middle of training: as in one process. Blocks and model are sharded anew."""
     oto, optimizer = spread(name)
-    other = copy.deepcopy(analyzed(net))
-    reference = MAKERS[name][2](other)
+    make, options, optimizer_of = MAKERS[name]
+    other = copy.deepcopy(analyzed(make, **options))
+    reference = optimizer_of(other)
     model, done = oto.model, 0
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
     with pytest.raises(ShrinkError, match=r"spread over[^$]*shard=f"):
@@ -335,6 +336,8 @@ LONG: dict[str, Check] = {
     "shrunk twice": partial(shrunk, at=(20, 40), end=50),
     "shrunk, hspg": partial(shrunk, name="hspg adamw", at=(40,), end=50),
     "shrunk, dhspg": partial(shrunk, name="dhspg", at=(40,), end=50),
+    "shrunk, segments": partial(shrunk, name="h2spg", at=(40,), end=50),
+    "shrunk, segments and channels": partial(shrunk, name="segments and channels", at=(20, 40), end=50),
     "compiled whole": partial(compiled, whole=True),
     "by accelerate, full": partial(by_accelerate, kind="FULL_STATE_DICT"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import oto as library
 from oto import OTO
-from oto.errors import EmitterError, NothingPrunableError, NotPrunedWarning, ShrinkError
+from oto.errors import EmitterError, NothingPrunableError, NotPrunedWarning
 from oto.nn import ErasedForward
 
 
@@ -286,13 +287,6 @@ def test_artifacts_of_plain_pruning_are_as_they_were(tmp_path):
     assert '"erased"' not in (tmp_path / "one" / "oto.json").read_text()
 
 
-def test_shrinking_while_it_trains_is_refused():
-    oto = OTO(Net(), torch.randn(2, 3, 9, 9), compress_mode="both")
-    optimizer = oto.hesso(target_macs=0.5, lr=0.1, start_pruning_step=1, pruning_steps=2)
-    with pytest.raises(ShrinkError, match="segments"):
-        oto.shrink(optimizer)
-
-
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")
 def test_no_folder_of_transformers_is_written_and_why(tmp_path):
@@ -328,6 +322,15 @@ def test_a_language_model_generates_and_shows_its_states():
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_layers_in_a_cache_are_counted_anew_each_time():
+    model, x = llama()
+    once = without(randomized(model), x, ["model.layers.1.self_attn"]).construct_subnet().model
+    slim = without(once, x, ["model.layers.2.self_attn"]).construct_subnet().model
+    assert [slim.model.layers[i].self_attn.layer_idx for i in (0, 3)] == [0, 1]
+    settings_ = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(x["input_ids"])}
+    assert torch.equal(model.generate(x["input_ids"], **settings_), slim.generate(x["input_ids"], **settings_))
 
 
 # --- random networks --------------------------------------------------------------------------------------------------
@@ -437,8 +440,75 @@ class Gated(nn.Module):
         return self.head((x + self.last(made)).mean((2, 3)))
 
 
+def test_a_segment_that_its_class_cannot_leave_out_stays_whole_with_the_reason():
+    model, x = randomized(Gated()), torch.randn(2, 3, 6, 6)
+    before = [len(module._forward_hooks) for module in model.modules()]
+    oto = OTO(model, x, compress_mode="both")
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+    (group,) = [group for group in oto.node_groups if group.segment]
+    assert not group.prunable and group.reason.startswith("its class cannot leave it out: what mean gives")
+    assert "its class cannot leave it out" in str(oto.erasable()) and "mean gives" in str(oto.explain())
+    optimizer = oto.hesso(target_macs=0.5, lr=0.1, start_pruning_step=0, pruning_steps=1, saliency="magnitude")
+    model(x).sum().backward()
+    optimizer.step()
+    subnet = oto.construct_subnet()
+    assert type(subnet.model) is Gated and subnet.cost_after.macs <= 0.5 * subnet.cost_before.macs
+    with pytest.raises(NothingPrunableError, match=r"its class cannot leave it out(.*\n)*.*allow_graph=True"):
+        OTO(model, x, compress_mode="erase")
+    assert OTO(model.to("meta"), x.to("meta"), compress_mode="both").node_groups[-1].prunable, "that has no data to ask"
+
+
+class Cached(nn.Module):
+    """Layers that a cache knows by their numbers, of several kinds."""
+
+    def __init__(self, kinds):
+        super().__init__()
+        self.config = SimpleNamespace(layer_types=kinds)
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in kinds)
+        for i, layer in enumerate(self.layers):
+            layer.layer_idx = i
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def test_layers_that_would_change_places_in_a_cache_stay_whole():
+    x = torch.randn(2, 4)
+    groups = [g for g in OTO(Cached(["a", "b", "b"]), x, compress_mode="both").node_groups if g.segment]
+    assert [group.prunable for group in groups] == [False, True, True]
+    assert "layers.1 would take the place of a layer of another kind" in groups[0].reason
+    same = OTO(Cached(["a", "a", "a"]), x, compress_mode="both")
+    assert len(segments(same)) == 3
+
+
+class Inside(nn.Module):
+    """A block that can be left out as a whole, though not module by module."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.gate, self.last = Mean(), nn.Linear(8, 8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x + self.last(x) * self.gate(self.mean(x)).sigmoid()[..., None, None]
+
+
+def test_a_block_around_it_may_do_what_a_module_cannot():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Inside(), Inside(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 3, 6, 6).double()
+    model = randomized(model).double()
+    oto = OTO(model, x, compress_mode="both")
+    assert [group.name for group in segments(oto)] == ["2.last", "3.last"]
+    subnet = without(model, x, ["2.last"]).construct_subnet()
+    assert subnet.emitter == "module" and subnet.max_error <= 1e-12
+    assert not list(subnet.model[2].parameters())
+
+
 def test_a_segment_that_its_class_cannot_leave_out_is_told():
-    oto = OTO(randomized(Gated()).double(), torch.randn(2, 3, 6, 6).double(), compress_mode="erase")
+    oto = OTO(randomized(Gated()).double(), torch.randn(2, 3, 6, 6).double(), compress_mode="erase", allow_graph=True)
     erase(oto, 1.0)
     with pytest.warns(NotPrunedWarning, match=r"last, which is zero, cannot be left out of a Gated\n.*larger than"):
         subnet = oto.construct_subnet(emitter="module")
