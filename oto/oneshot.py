@@ -191,10 +191,7 @@ class Compression:
     ) -> Portion:
         """Zero the segments that go, and forget the readers in them, whose results nobody sees."""
 
-        def no_entries(reader: Reader) -> SplitEntries:
-            raise AssertionError("no weight reads a segment")
-
-        tried = self._fold_and_zero(segments, going, [], {}, no_entries, undo)
+        tried = self._fold_and_zero(segments, going, [], {}, _nothing, undo)
         names = tuple(group.name for group in segments)
         self.left |= {name: self._without(name, going[name]) for name in names}
         gone = not_computed(self.partition.erased(_kept(self.left)))
@@ -466,6 +463,10 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     return OneShot(
         str(choice.target), job.how, tuple(portions), loss, cost(partition), cost(partition, kept), kept, not_folded
     )
+
+
+def _nothing(reader: Reader) -> SplitEntries:
+    raise AssertionError("no weight reads a segment")
 
 
 def _kept(left: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.int64]]:

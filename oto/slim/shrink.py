@@ -102,9 +102,7 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
         ) from failure
     leaves = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
     parameters: dict[str, Entries] = {}
-    for name, old in model.named_parameters():
-        if name in gone:
-            continue
+    for name, old in [(name, p) for name, p in model.named_parameters() if name not in gone]:
         masks = pruned.entries(leaves[name])
         parameters[name] = [None if mask.all() else np.flatnonzero(mask) for mask in masks]
         if not torch.equal(attribute(slim, name).detach(), pruned.prune(leaves[name], old)):
