@@ -110,7 +110,8 @@ class Target:
         if name == "target_group_sparsity":
             if not 0 <= number < 1:
                 raise TargetError(f"{name} is {value}; it is the share of groups to remove, in [0, 1)")
-            return cls(name, number, atoms - int(atoms * number), atoms, count)
+            pruned = int(atoms * number + 1e-6)  # .29 of 100 is 28.999999999999996
+            return cls(name, number, atoms - pruned, atoms, count)
         measure = _measure(name, costs, latency)
         full = measure(sizes)
         if isinstance(number, int) or name == "target_latency_ms":

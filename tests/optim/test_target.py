@@ -231,3 +231,8 @@ def test_milliseconds_go_by_whatever_measures_them():
     assert (target.full, target.goal, target.unit) == (4.0, 2.5, "ms")
     with pytest.raises(TargetError, match=r"allows 2\.5 of 4 ms, but 3 .* are left"):
         target.require_reachable(np.array([2, 2]))
+
+
+def test_a_share_of_groups_is_that_of_its_digits():
+    goal = Target.of({"target_group_sparsity": 0.29}, np.array([60, 40]), None).goal
+    assert goal == 71  # 0.29 * 100 is 28.999999999999996
