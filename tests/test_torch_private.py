@@ -179,6 +179,10 @@ def test_the_lines_that_the_compiler_follows_are_known():
     assert names == ["outer", "inner"]
 
 
+def test_a_constant_is_marked_as_torch_does_it():
+    assert vars(_torch.constant(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
+
+
 @pytest.mark.zoo  # the C++ compiler takes its time
 def test_a_compiled_package_is_called_as_the_model(tmp_path):
     packed = io.BytesIO()
