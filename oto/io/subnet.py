@@ -76,7 +76,7 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
     }
 
 
-_SWITCHED = {"training", "gradient_checkpointing"}
+_SWITCHED = {"training", "gradient_checkpointing", "momentum"}  # of batch norms: no output follows from it
 
 
 def _name(kind: type[Any]) -> str:
