@@ -263,3 +263,22 @@ def test_what_no_config_could_state_does_not_shrink():
     with pytest.raises(ShrinkError, match=r"no config can state a LlamaForCausalLM(.*\n)*.*skip_patterns"):
         oto.shrink(optimizer)
     assert torch.equal(model.eval()(**x).logits, before) and model.config.intermediate_size == 48
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (8, 1)])
+def test_query_heads_of_a_kv_head_are_stated_by_what_only_another_path_reads(heads, kv_heads):
+    """Llama leaves grouped queries to the kernel; once keys and values differ in width, its class repeats them."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=heads, num_key_value_heads=kv_heads,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    oto = OTO(model, {"input_ids": torch.randint(64, (2, 9))})
+    queries = [group for group in oto.node_groups if group.name.endswith("o_proj.weight")]
+    assert [group.size for group in queries] == [heads // kv_heads] * 2
+    assert all(group.prunable for group in queries)
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "module"
+    assert any(len(subnet.kept[group.name]) < group.size for group in queries)

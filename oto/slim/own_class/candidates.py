@@ -180,9 +180,19 @@ class Candidates:
         return sorted(combined, key=lambda chosen: -len(chosen))
 
     def _single(self) -> Sequence[Sequence[Choice]]:
-        """One attribute of the module, or of one around it, for any nearby size."""
-        sizes = [*self.stated, *self._near]
-        return [[o] for far in (False, True) for sized in sizes for o in self.places(*sized, far)][:_OF_A_KIND]
+        """One attribute of the module, of what it holds, or of a module around it, for any nearby size, each once."""
+        found: dict[tuple[AttributePlace, Term], Sequence[Choice]] = {}
+        for far in (False, True):
+            for label, term in (*self.stated, *self._near):
+                for place, _ in self.places(label, term, far):
+                    found.setdefault((place, resolve(term)), [(place, label)])
+        own = sorted(found.values(), key=self._is_held_inside)
+        return own[:_OF_A_KIND]
+
+    def _is_held_inside(self, chosen: Sequence[Choice]) -> bool:
+        """Whether an attribute is one of an object that the module holds, such as a config, or of a module around."""
+        ((place, _),) = chosen
+        return len(place.key) > 1 or place.module not in self.paths
 
     def _factors(self) -> Sequence[Sequence[Choice]]:
         """Pairs of attributes whose product is a size that the call states."""
