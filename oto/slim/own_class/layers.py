@@ -306,7 +306,8 @@ def _heads(layer: _Layer, parts: Sequence[NDArray[np.bool_]]) -> tuple[NDArray[n
     Raises:
         EmitterError: The rows that stay are not the same entries of the same heads.
     """
-    kept, widths = parts[0].any(1), [part.any(0) for part in parts]
+    kept: NDArray[np.bool_] = np.any(parts[0], axis=1)
+    widths: list[NDArray[np.bool_]] = [np.any(part, axis=0) for part in parts]
     whole = all(
         np.array_equal(part, np.logical_and.outer(kept, width)) and width.any()
         for part, width in zip(parts, widths, strict=True)
