@@ -2,14 +2,16 @@
 
 Example: which boxes a detector keeps; a slim model that differs by rounding might keep another one.
 
-What no floating-point data lead to is no decision: a number that code makes of a size, such as
-``torch.tensor(x.shape[1]).item()``, is computed by each run for itself, or a slim model would be told the full one's.
+Only a call that makes something else of floating-point data decides: a comparison, an index, a number that leaves
+torch. What follows from its result is computed by each run for itself. So is a number that code makes of a size, such
+as ``torch.tensor(x.shape[1]).item()``, or a slim model would be told the full one's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ class Script:
         written: The calls, their results, and the floating-point numbers that they were given, if there is a measure.
         read: How many decisions were repeated; ``None`` while they are recorded.
         measure: How far apart two lists of tensors are.
-        apart: How far apart, at most, the numbers were from which both runs decided, where they have the same shape.
+        apart: How far apart, at most, the numbers were from which both runs decided, where they have the same shape;
+            infinite if whole numbers that they were cut to are further apart than by rounding.
     """
 
     written: list[tuple[Any, list[Any], list[Tensor]]] = dataclasses.field(default_factory=list)
@@ -49,34 +52,34 @@ class Script:
     apart: float = 0.0
     _data: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
-    @property
-    def branches(self) -> bool:
-        """Whether code was told numbers that follow from data, and may have branched on them."""
-        return any(not isinstance(x, Tensor) for _, made, _ in self.written for x in made)
-
     def repeat(self) -> None:
         """Repeat the decisions from the first one on."""
         self.read = 0
 
-    def start(self, held: Iterable[Tensor]) -> None:
-        """A run begins.
+    @contextmanager
+    def running(self, held: Iterable[Tensor]) -> Iterator[None]:
+        """While inside, a run is made.
 
         Args:
             held: What its numbers come from: inputs, parameters, buffers and other state. Whole numbers among them are
                 the same in every run.
         """
         self._data = dict(memory_of(t) for t in held if _rounds(t))
+        try:
+            yield
+        finally:
+            self._data = {}
 
     def take(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
         """Record a result, or replace it by that of the script."""
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and _rounds(x)]
         if not self._by_data(op, args, kwargs, given, leaves):
             return result
         decides = [not isinstance(x, Tensor) or not _rounds(x) for x in leaves]
         if not any(decides):
             return result
-        numbers = [x for x in given if _rounds(x)] if self.measure is not None else []
+        numbers = given if self.measure is not None else []
         if self.read is None:
             made = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
             self.written.append((op, made, [x.clone() for x in numbers]))
@@ -84,17 +87,9 @@ class Script:
         if self.read < len(self.written) and self.written[self.read][0] is op:
             _, before, then = self.written[self.read]
             self.read += 1
-            self._weigh(then, numbers)
-            repeated = self._repeated(op, result, leaves, decides, before)
-            self._data.update(memory_of(x) for x in leaves if isinstance(x, Tensor))  # some are others now
-            return repeated
+            self._weigh(op, (then, numbers), (before, leaves))
+            return self._repeated(op, result, leaves, decides, before)
         return result
-
-    def _weigh(self, then: Sequence[Tensor], now: Sequence[Tensor]) -> None:
-        """Take note of how far apart the numbers are from which two runs decide."""
-        alike = [(a, b) for a, b in zip(then, now, strict=False) if a.shape == b.shape and a.numel()]
-        if self.measure is not None and alike:
-            self.apart = max(self.apart, *(self.measure([a], [b]) for a, b in alike))
 
     def _by_data(
         self,
@@ -104,17 +99,31 @@ class Script:
         given: Sequence[Tensor],
         leaves: Sequence[Any],
     ) -> bool:
-        """Whether the results of a call follow from data; if so, what they or the call's arguments hold then does."""
+        """Whether the results of a call follow from data; if so, the memory of those that are floating-point holds
+        data from then on, and that of what it writes to."""
         if getattr(op, "overloadpacket", None) in _READ_SHAPES:
             return False
         drawn = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
         if not drawn and not any(memory_of(x)[0] in self._data for x in given):
             return False
-        self._data.update(memory_of(x) for x in leaves if isinstance(x, Tensor))
         schema = getattr(op, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            self._data.update(memory_of(x) for x in _written(schema, args, kwargs))
+        written = _written(schema, args, kwargs) if schema is not None and schema.is_mutable else []
+        self._data.update(memory_of(x) for x in (*leaves, *written) if isinstance(x, Tensor) and _rounds(x))
         return True
+
+    def _weigh(
+        self, op: Any, numbers: tuple[Sequence[Tensor], Sequence[Tensor]], made: tuple[Sequence[Any], Sequence[Any]]
+    ) -> None:
+        """Take note of how far apart the numbers are from which two runs decide, and what they cut them to."""
+        if self.measure is None:
+            return
+        alike = [(a, b) for a, b in zip(*numbers, strict=False) if a.shape == b.shape and a.numel()]
+        if alike:
+            self.apart = max(self.apart, *(self.measure([a], [b]) for a, b in alike))
+        if getattr(op, "overloadpacket", None) in (aten._to_copy, aten.to):  # of one scale, as others hide a small one
+            for a, b in zip(*made, strict=False):
+                if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and _further(a, b):
+                    self.apart = float("inf")
 
     @staticmethod
     def _repeated(op: Any, result: Any, leaves: list[Any], decides: Sequence[bool], before: Sequence[Any]) -> Any:
@@ -138,6 +147,12 @@ class Script:
 
 def _rounds(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
+
+
+def _further(a: Tensor, b: Tensor) -> bool:
+    """Whether entries of two integer tensors are further apart than numbers that differ by rounding are cut to."""
+    wide = [x.to(torch.float64) for x in (a, b)]
+    return bool(((wide[0] - wide[1]).abs() > 1 + 1e-3 * wide[0].abs()).any())
 
 
 def _written(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

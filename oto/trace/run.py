@@ -96,8 +96,10 @@ def run(
         run_args, run_kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
         with DisableTorchFunction():
             held.write_down(recorder, (run_args, run_kwargs))
-            if script is not None:
-                script.start([*held.made.values(), *state_of(model, run_args, run_kwargs)])
+        if script is not None:
+            with DisableTorchFunction():
+                data = [*held.made.values(), *state_of(model, run_args, run_kwargs)]
+            stack.enter_context(script.running(data))
         stack.enter_context(standing_in(model, held.made, deep=not bare))
         stack.enter_context(recorder.following(modules, sys._getframe()))
         stack.enter_context(recorder)

@@ -1,11 +1,15 @@
 """A class whose path is decided by data: asked again at other counts, it decides as it did when it was analyzed."""
 
+import copy
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from oto import OTO
+from oto.errors import EmitterError
 from oto.slim.own_class import at_counts
 from oto.slim.proof.run import run
 from oto.trace.decisions import Script
@@ -89,7 +93,7 @@ def written(x):
 @pytest.mark.parametrize(
     ("made", "decided"),
     [
-        (lambda x: (x > 0).sum(), 2),
+        (lambda x: (x > 0).sum(), 1),  # a sum of what was decided decides nothing
         (written, 1),
         (lambda x: x.argmax(), 1),
         (lambda x: int(x.sum()), 1),
@@ -105,6 +109,62 @@ def test_what_is_a_decision(made, decided):
     script = Script()
     run(Makes(made), torch.randn(4, 3), script=script)
     assert len(script.written) == decided
+
+
+def mixed(x, width):
+    return torch.stack([x.sum(-1).argmax().int(), torch.IntTensor([width])[0]])[1]
+
+
+def written_beside(x, width):
+    sizes = torch.IntTensor([0, width])
+    sizes[0] = x.sum(-1).argmax()
+    return sizes[1]
+
+
+def cut_together(x, width):
+    return torch.stack([x.abs().sum() * 1e4, torch.IntTensor([width])[0].float()]).long()[1]
+
+
+def switched(x, width):
+    return torch.where(x[0, 0] < 1e9, torch.IntTensor([width])[0], 1)
+
+
+class Divides(nn.Module):
+    """What it gives is divided by a width that met data on its way."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.into, self.out, self.by = nn.Linear(4, 16), nn.Linear(1, 2), by
+
+    def forward(self, x):
+        hidden = F.relu(self.into(x))
+        return self.out(hidden.sum(-1, keepdim=True) / int(self.by(x, hidden.shape[-1])))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by", [mixed, written_beside, cut_together, switched])
+def test_a_size_among_decisions_is_not_repeated(by):
+    torch.manual_seed(0)
+    model, x = Divides(by), torch.randn(5, 4)
+    oto = OTO(model, x)
+    with torch.no_grad():
+        model.into.weight[:6] = model.into.bias[:6] = 0
+    try:
+        subnet = oto.construct_subnet()
+    except EmitterError:
+        return
+    torch.testing.assert_close(subnet.model(x), model(x))
+
+
+def test_a_slim_model_of_decisions_is_copied_and_freed():
+    torch.manual_seed(0)
+    oto = OTO(Averaged(), torch.randn(5, 4))
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    for _ in range(3):
+        copy.deepcopy((subnet, oto.partition))
+        gc.collect()
+    assert not oto.partition.found.graph.script._data
 
 
 class Chosen(nn.Module):

@@ -83,7 +83,7 @@ def how_many_are_numbers(partial: Sequence[Check]) -> list[str]:
 
 def other_paths(script: Script | None) -> list[str]:
     """A note if the code of a model may take other paths on other data; none if it is the same for all."""
-    if script is None or not script.branches:
+    if script is None or not script.written:
         return []
     return ["the model's code looks at values of its data: a path that no compared input took was not compared"]
 

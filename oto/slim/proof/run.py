@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ class _Decided(TorchDispatchMode):
         return result if op.namespace == "prim" else self.script.take(op, args, kwargs, result)
 
 
+@contextmanager
+def _deciding(script: Script | None, module: nn.Module, given: Any) -> Iterator[None]:
+    """While inside, the decisions of a run are those of a script, or recorded in it; with ``None``, its own."""
+    if script is None:
+        yield
+        return
+    with script.running([*module.parameters(), *state_of(module, given)]), _Decided(script):
+        yield
+
+
 def run(
     module: nn.Module,
     dummy_input: Any,
@@ -51,9 +62,6 @@ def run(
         fast: Run as users do: in inference mode, with torch's fast paths, and no dispatch mode of this package.
     """
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
-    decided = nullcontext() if script is None else _Decided(script)
-    if script is not None:
-        script.start([*module.parameters(), *state_of(module, args, kwargs)])
     with ExitStack() as stack:
         stack.enter_context(preserved(module, dummy_input, found))
         stack.enter_context(without_tf32())
@@ -67,11 +75,11 @@ def run(
                     buffer.data = widened(buffer.data)
             stack.enter_context(torch.inference_mode())  # composite operators are not decomposed then
             stack.enter_context(widening())
-            stack.enter_context(decided)
+            stack.enter_context(_deciding(script, module, (args, kwargs)))
             return [widened(t.detach()) for t in tensors_in(module(*args, **kwargs))]
         stack.enter_context(torch.no_grad())
         stack.enter_context(throughout(module))
-        stack.enter_context(decided)
+        stack.enter_context(_deciding(script, module, (args, kwargs)))
         return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 
