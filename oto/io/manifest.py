@@ -338,6 +338,14 @@ _WINDOW = _list(_tuple(_SIZE, _SIZE, _COUNT, _SIZE), 3)
 _PLAIN = _either("a plain value", {bool: _flag, int: _number(), float: _number(), str: _text, NoneType: _any})
 
 
+def _held(where: str, value: Any, depth: int = 3) -> None:
+    """A plain value, or a list of such."""
+    if isinstance(value, list) and depth:
+        _list(lambda inside, item: _held(inside, item, depth - 1), 64)(where, value)
+    else:
+        _PLAIN(where, value)
+
+
 def _gives(where: str, value: Any) -> None:
     """What a call gives: a tensor that it is given, zeros, a plain value, or some of these."""
     kind = next((name for name in _GIVES if isinstance(value, dict) and name in value), "value")
@@ -400,7 +408,7 @@ _MANIFEST = _entries(
         "versions": _table(_name),
         "model": _entries(
             {"class": _name, "modules": _table(_name), "code": _table(_sha256), "full_shapes": _SHAPES},
-            {"numbers": _table(_table(_PLAIN))},
+            {"numbers": _table(_table(_held))},
             closed=False,
         ),
         "earlier": _list(_entries({"edits": _EDITS, "shapes": _SHAPES, "kept": _table(_ATOMS)}), MOST_ROUNDS),

@@ -69,14 +69,32 @@ def describe(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
-    """The numbers among a module's own attributes, and those that are not set, but for what a trainer switches."""
-    own = ((name, value) for name, value in vars(module).items() if not name.startswith("_") and name not in _SWITCHED)
-    return {
-        name: value for name, value in own if type(value) in (bool, int, float, NoneType) and abs(value or 0) <= 2**53
-    }
+    """The plain values among a module's own attributes, as JSON has them, but for those that no output follows from."""
+    idle = set(_IDLE)
+    if isinstance(module, DROPOUTS):
+        idle.add("p")
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        idle.add("momentum")
+    own = ((name, value) for name, value in vars(module).items() if not name.startswith("_") and name not in idle)
+    plain = {name: _plain(value) for name, value in own}
+    return {name: value for name, value in plain.items() if value is not _OTHER}
 
 
-_SWITCHED = {"training", "gradient_checkpointing", "momentum"}  # of batch norms: no output follows from it
+_IDLE = ("training", "gradient_checkpointing", "grad_checkpointing", "name_or_path")
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_OTHER = object()
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """A number, a short text, or a short list of such; :data:`_OTHER` for anything else."""
+    if type(value) in (bool, int, float, NoneType):
+        return value if abs(value or 0) <= 2**53 else _OTHER
+    if type(value) is str:
+        return value if len(value) < 256 else _OTHER
+    if type(value) in (tuple, list) and depth and len(value) <= 64:
+        items = [_plain(item, depth - 1) for item in value]
+        return _OTHER if any(item is _OTHER for item in items) else items
+    return _OTHER
 
 
 def _name(kind: type[Any]) -> str:

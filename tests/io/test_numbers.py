@@ -12,8 +12,9 @@ from tests.io.forging import sealed
 
 
 class Scaled(nn.Module):
-    def __init__(self, scale=1.0, eps=1e-5):
+    def __init__(self, scale=1.0, eps=1e-5, kind="relu", taps=(1, 1)):
         super().__init__()
+        self.kind, self.taps, self.drop = kind, taps, nn.Dropout(0.1)
         self.into, self.norm, self.out = nn.Linear(4, 16), nn.LayerNorm(4, eps=eps), nn.Linear(16, 2)
         self.scale, self.gradient_checkpointing, self.calls = scale, False, None
 
@@ -34,7 +35,7 @@ def saved(tmp_path):
 def test_the_same_arguments_say_nothing(saved):
     path, slim, x = saved
     given = Scaled()
-    given.gradient_checkpointing, given.noticed = True, 3  # a trainer's
+    given.gradient_checkpointing, given.noticed, given.drop.p = True, 3, 0.0  # a trainer's
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(load_subnet(path, Scaled)(x), slim(x))
@@ -46,6 +47,8 @@ def test_the_same_arguments_say_nothing(saved):
     [
         (lambda: Scaled(2.0), "scale was 1.0, is 2.0"),
         (lambda: Scaled(eps=1e-3), "norm.eps was 1e-05, is 0.001"),
+        (lambda: Scaled(kind="tanh"), "kind was relu, is tanh"),
+        (lambda: Scaled(taps=(1, 2)), r"taps was \[1, 1\], is \[1, 2\]"),
     ],
 )
 def test_other_arguments_are_told(saved, given, said):
@@ -84,7 +87,7 @@ def test_artifacts_without_them_are_read_and_others_are_refused(saved, tmp_path)
     old = sealed(path, tmp_path / "old", lambda _, manifest: manifest["model"].pop("numbers"))
     assert torch.equal(load_subnet(old, Scaled)(x), slim(x))
     wrong = sealed(
-        path, tmp_path / "wrong", lambda _, manifest: manifest["model"].update(numbers={"norm": {"eps": []}})
+        path, tmp_path / "wrong", lambda _, manifest: manifest["model"].update(numbers={"norm": {"eps": {}}})
     )
     with pytest.raises(DamagedArtifactError, match="numbers"):
         load_subnet(wrong, Scaled)
