@@ -167,6 +167,21 @@ def test_a_slim_model_of_decisions_is_copied_and_freed():
     assert not oto.partition.found.graph.script._data
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_a_buffer_decides_is_a_decision_in_every_precision(wide):
+    class Buffered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("level", torch.tensor(0.5))
+
+        def forward(self, x):
+            return x * int(self.level * 10)
+
+    script = Script()
+    run(Buffered(), torch.randn(4, 3), wide=wide, script=script)
+    assert len(script.written) == 1
+
+
 class Chosen(nn.Module):
     def forward(self, x):
         rows = x[:, 0].nonzero().flatten()[:3]
