@@ -80,7 +80,8 @@ def table(lines: list[Line]) -> str:
         own, problem = [line for line in lines if line["task"] == name], PROBLEMS[name]()
         targets = sorted({line["target"] for line in own} - {1.0}, reverse=True)
         samples = ", ".join(str(n) for n in sorted({line["images"] for line in own}))
-        before = "".join(f" Dense: {line['test']:.4g}." for line in own if line["method"] == "dense")
+        dense = dict.fromkeys(f" Dense: {line['test']:.4g}." for line in own if line["method"] == "dense")
+        before = "".join(dense)
         text += [f"## {problem.title}", "", f"{problem.score}; {samples} samples to calibrate with.{before}", ""]
         text += ["| method | " + " | ".join(f"{t:.0%}" for t in targets) + " |", "|---|" + "---|" * len(targets)]
         for method in (m for m in METHODS if any(line["method"] == m for line in own)):
