@@ -260,7 +260,7 @@ class Learned:
             items = [self._recipe(path, module, given, item) for item in x]
             return None if None in items else {"items": items, "list": isinstance(x, list)}
         if isinstance(x, _PLAIN):
-            return {"value": x}
+            return None if _is_a_size(x, given) else {"value": x}
         if not isinstance(x, Tensor):
             return None
         if path in self.ends:
@@ -279,6 +279,11 @@ class Learned:
             window = zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
             return {"zeros": name, "channels": x.shape[-len(module.kernel_size) - 1], "window": list(map(list, window))}
         return None
+
+
+def _is_a_size(x: Any, given: Mapping[str, Tensor]) -> bool:
+    """Whether a number may be a size of what a module is given, and so another one for another input."""
+    return type(x) is int and any(x in own.shape or x == own.numel() for own in given.values())
 
 
 def _made(x: Tensor, names: Sequence[str]) -> Tensor:

@@ -507,6 +507,42 @@ def test_a_block_around_it_may_do_what_a_module_cannot():
     assert not list(subnet.model[2].parameters())
 
 
+class Sized(nn.Module):
+    """A branch that gives a number, too."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.up, self.down, self.number = nn.Linear(8, 16), nn.Linear(16, 8), number
+
+    def forward(self, x):
+        return self.down(self.up(x).relu()), x.shape[1] if self.number is None else self.number, True, None
+
+
+class Counting(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(Sized(number) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            made, n, *_ = block(x)
+            x = x + made
+        return self.head(x).sum(1) / n
+
+
+@pytest.mark.parametrize("number", [None, 7])
+def test_a_number_that_may_be_a_size_of_the_input_is_counted_anew(number):
+    model, x = Counting(number).double(), torch.randn(2, 5, 4).double()
+    oto = without(model, x, ["blocks.2"])
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "module" and not list(subnet.model.blocks[2].parameters())
+    assert isinstance(subnet.model.blocks[2].forward, ErasedForward) == (number == 7)
+    other = torch.randn(3, 9, 4).double()
+    torch.testing.assert_close(subnet.model(other), model(other))
+
+
 def test_a_segment_that_its_class_cannot_leave_out_is_told():
     oto = OTO(randomized(Gated()).double(), torch.randn(2, 3, 6, 6).double(), compress_mode="erase", allow_graph=True)
     erase(oto, 1.0)
