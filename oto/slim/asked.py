@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from oto._torch import tree_map_only
 from oto.axes.registry import known
 from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.groups import Partition
@@ -22,7 +23,7 @@ from oto.groups.partition import Segment
 from oto.groups.segments import Modules
 from oto.slim.edits import Edits, slim_copy, tensors_of
 from oto.slim.erased import Learned, failure_without, has_fast_path, leaving_out, outermost, plan_each, renumbered
-from oto.trace.inputs import Example
+from oto.trace.inputs import Example, arguments
 from oto.trace.record import follow
 from oto.trace.stand_ins import on_meta
 
@@ -76,7 +77,10 @@ def _failing(
     def without(modules: Mapping[str, dict[str, Any]]) -> Exception | None:
         failure: Exception | None
         try:
-            copy = slim_copy(model, tensors, leaving_out(Edits(), modules, model))
+            edits = leaving_out(Edits(), modules, model)
+            if mode == "meta" and not fast and _runs_on_meta(model, tensors, edits, dummy_input):
+                return None
+            copy = slim_copy(model, tensors, edits)
         except EmitterError as failure:
             return failure
         failure = follow(copy, dummy_input, known, mode)[1]
@@ -101,6 +105,23 @@ def _failing(
         for name, failure in failures.items()
         if not isinstance(failure, EmitterError)  # of a copy, or of numbers in a cache, which is told apart
     }
+
+
+def _runs_on_meta(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits, dummy_input: Example) -> bool:
+    """Whether a copy runs with shapes only: faster than to record it."""
+    light = slim_copy(model, {name: _empty(t) for name, t in tensors.items()}, edits).eval()
+    args, kwargs = tree_map_only(Tensor, _empty, arguments(dummy_input))
+    try:
+        with torch.device("meta"), torch.no_grad():
+            light(*args, **kwargs)
+    except Exception as failure:  # anything that the user's own forward may raise
+        reraise_out_of_memory(failure)
+        return False
+    return True
+
+
+def _empty(t: Tensor) -> Tensor:
+    return torch.empty_like(t, device="meta")
 
 
 def _stuck(model: nn.Module, partition: Partition, segments: Sequence[Segment], dummy_input: Example) -> set[str]:
