@@ -214,19 +214,20 @@ class Additions(TorchFunctionMode):
     def __init__(self, names: Sequence[str], model: nn.Module) -> None:
         super().__init__()
         self.found: dict[str, tuple[Tensor, Tensor]] = {}
-        self.made: dict[int, str] = {}
+        self.made: dict[int, tuple[str, Tensor]] = {}
         self.handles = [
             model.get_submodule(name).register_forward_hook(lambda m, x, y, name=name: self.see(name, y))
             for name in names
         ]
 
     def see(self, name: str, y: Any) -> None:
-        self.made[(y[0] if isinstance(y, tuple) else y).data_ptr()] = name
+        made = y[0] if isinstance(y, tuple) else y
+        self.made[made.data_ptr()] = name, made  # kept alive, or another tensor may get its memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         adding = getattr(func, "__name__", "") in ("add", "__add__", "__radd__", "add_", "__iadd__")
         given = [x for x in args[:2] if isinstance(x, Tensor)] if adding else []
-        hits = [self.made.get(x.data_ptr()) for x in given]
+        hits = [self.made[x.data_ptr()][0] if x.data_ptr() in self.made else None for x in given]
         before = [x.clone() for x in given] if any(hits) else []
         result = func(*args, **(kwargs or {}))
         if len(before) == 2:

@@ -190,7 +190,6 @@ class Compression:
         self, segments: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]], before: float | None, undo: Undo
     ) -> Portion:
         """Zero the segments that go, and forget the readers in them, whose results nobody sees."""
-
         tried = self._fold_and_zero(segments, going, [], {}, _nothing, undo)
         names = tuple(group.name for group in segments)
         self.left |= {name: self._without(name, going[name]) for name in names}
@@ -301,10 +300,12 @@ class Compression:
                 "  to fix  a loss that calls the model, and no autocast in it, which multiplies copies of the weights:"
                 " cast the model instead"
             )
+        rises: dict[str, float] = {}
         for group in self.choice.groups:
             if group.segment:
                 stage(f"what it costs to leave out {group.name}")
-                found[group.name] = self._loss_of_segment(group)
+                rises[group.name] = self._loss_of_segment(group)
+        found |= {name: torch.tensor([score]) for name, score in in_order(rises).items()}
         return torch.cat(
             [found.get(g.name, magnitude(w).float().cpu()) for g, w in zip(self.choice.groups, weights, strict=True)]
         )
@@ -336,10 +337,9 @@ class Compression:
         scores[order] = np.interp(np.arange(group.size) + 0.5, middles, slopes)
         return torch.from_numpy(scores).float()
 
-    def _loss_of_segment(self, segment: NodeGroup) -> Tensor:
-        """What the loss rises by without a segment alone, shape ``(1,)``."""
-        rise = self._loss_without(segment, np.arange(1), [], {}) - self.calibrated.calibration_loss
-        return torch.tensor([max(rise, TINY)])
+    def _loss_of_segment(self, segment: NodeGroup) -> float:
+        """What the loss rises by without a segment alone."""
+        return self._loss_without(segment, np.arange(1), [], {}) - self.calibrated.calibration_loss
 
     def _order(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> NDArray[np.int64]:
         """All atoms of a group, the first to go first: the surgeon's order, else by magnitude."""
@@ -471,3 +471,14 @@ def _nothing(reader: Reader) -> SplitEntries:
 
 def _kept(left: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.int64]]:
     return {name: np.flatnonzero(own) for name, own in left.items()}
+
+
+def in_order(rises: Mapping[str, float]) -> dict[str, float]:
+    """Positive scores in the order of what the loss rises by; without some it falls, and these come first.
+
+    >>> low, lower, high = in_order({"a": -1.0, "b": -2.0, "c": 0.5}).values()
+    >>> 0 < lower < low < high
+    True
+    """
+    falling = sorted((name for name, rise in rises.items() if rise <= TINY), key=lambda name: rises[name])
+    return dict(rises) | {name: TINY * (i + 1) / len(falling) for i, name in enumerate(falling)}

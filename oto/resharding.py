@@ -105,7 +105,8 @@ def spread_anew(model: nn.Module, slim: Shrunk, shard: Shard) -> list[Moved]:
         ShrinkError: ``shard`` leaves a parameter whole that was spread over processes.
     """
     reshard(model)
-    old = dict(model.named_parameters())
+    old = dict(model.named_parameters(remove_duplicate=False))
+    former = {p: name for name, p in model.named_parameters()}
     device = next(local(p).device for p in old.values() if is_sharded(p))
     devices = {name: held.device for name, held in model.named_buffers(remove_duplicate=False)}
     buffers = list(slim.model.named_buffers(remove_duplicate=False))
@@ -128,7 +129,9 @@ def spread_anew(model: nn.Module, slim: Shrunk, shard: Shard) -> list[Moved]:
     for name, held in buffers:
         owner, last = owner_of(slim.model, name)
         owner._buffers[last] = held.to(devices.get(name, device))
-    moved: list[Moved] = [Spread(n, old[n], slim.model.get_parameter(n), own) for n, own in slim.parameters.items()]
+    moved: list[Moved] = [
+        Spread(n, old[n], slim.model.get_parameter(n), own, former[old[n]]) for n, own in slim.parameters.items()
+    ]
     with torch.no_grad():
         for m in moved:
             local(m.new).copy_(local(m.prune(m.old)))

@@ -374,7 +374,9 @@ def made_by_first(model: nn.Module, make: Callable[[], T], send: Callable[[T], A
         return made
     sent: T | _Failure = from_first(model, None)
     if isinstance(sent, _Failure):
-        raise sent.kind(f"{sent.message}\n  at      the first process, which makes the slim model for all")
+        error = sent.kind.__new__(sent.kind)  # a class may put its argument into a text of its own
+        error.args = (f"{sent.message}\n  at      the first process, which makes the slim model for all",)
+        raise error
     return sent
 
 

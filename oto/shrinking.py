@@ -25,7 +25,7 @@ from oto.optim.shrink import Moved
 from oto.resharding import Shard, become_spread, in_every_process, spread_anew, without_averages
 from oto.shards import sharded_names, spread, whole
 from oto.slim.config.recipe import Recipe
-from oto.slim.shrink import Shrunk, analyzed_again, become, parts, require_there, shrunk
+from oto.slim.shrink import Shrunk, analyzed_again, become, names_of, parts, require_there, shrunk
 from oto.slim.source import Source
 from oto.slim.state import left_since
 from oto.trace.state import ModelState, undone
@@ -81,7 +81,8 @@ def shrink(
     rest = {name: atoms[left[name]] for name, atoms in there.items()}
     inside = idle(full, optimizer.node_groups, rest)
     left = {name: own & (name not in inside) for name, own in left.items()}
-    pruned = pruned_groups(full, optimizer.node_groups, {name: atoms[left[name]] for name, atoms in there.items()})
+    rest = {name: atoms[left[name]] for name, atoms in there.items()}
+    pruned = pruned_groups(full, optimizer.node_groups, rest, names_of(slim.model))
     if not optimizer.progress.over:
         require_there(pruned, after.groups)
     _go_on(optimizer, analysis.model, slim, pruned, left, shard if sharded else None)
@@ -106,14 +107,16 @@ def _go_on(
     shard: Shard | None,
 ) -> None:
     """Let the optimizer, and the model itself, go on with the slim model's parameters."""
-    old = dict(model.named_parameters())
-    gone = [p for name, p in old.items() if name not in slim.parameters]
+    old = dict(model.named_parameters(remove_duplicate=False))
+    there = {old[name] for name in slim.parameters}
+    gone = [p for p in model.parameters() if p not in there]
     if shard is not None:
         optimizer.require_shrinkable()  # before anything is spread
         optimizer.shrink_(spread_anew(model, slim, shard), pruned, left, gone)
         become_spread(model, slim.model)
         return
-    moved = [Moved(n, old[n], slim.model.get_parameter(n), own) for n, own in slim.parameters.items()]
+    former = {p: name for name, p in model.named_parameters()}
+    moved = [Moved(n, old[n], slim.model.get_parameter(n), own, former[old[n]]) for n, own in slim.parameters.items()]
     wrappers = data_parallel_around(model)
     optimizer.shrink_(moved, pruned, left, gone)
     for wrapper in wrappers:
@@ -142,7 +145,8 @@ def _require_of(analysis: Analysis, optimizer: SparseOptimizer, full: Partition,
     names: dict[Tensor, str] = {p: name for name, p in analysis.model.named_parameters()}
     known, own = set(names.values()), optimizer.parameters().items()
     foreign = [name for name, p in own if name in known and names.get(p) != name]
-    expected = [group.slices for group in pruned_groups(full, optimizer.node_groups, there)]
+    own_names = names_of(analysis.model)
+    expected = [group.slices for group in pruned_groups(full, optimizer.node_groups, there, own_names)]
     if foreign or expected != [group.slices for group in optimizer.node_groups]:
         raise ShrinkError(
             f"the {type(optimizer).__name__} is not over the parameters of this {type(analysis.model).__name__}\n"

@@ -268,10 +268,13 @@ def _send(model: nn.Module, made: Subnet) -> None:
     empty = {name: torch.empty_like(p, device="meta") for name, p in parameters}
     try:
         with whole(made.model, named_tensors(made.model) | empty):
-            from_first(model, light)
-    except (pickle.PicklingError, AttributeError, TypeError) as refused:  # before anything was sent
+            pickle.dumps(light)
+    except Exception as refused:  # objects of extensions raise what they like; nothing was sent
         note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
         from_first(model, replace(light, model=nn.Module(), notes=(*made.notes, note), example=None))
+    else:
+        with whole(made.model, named_tensors(made.model) | empty):
+            from_first(model, light)
 
 
 def _build(

@@ -6,7 +6,7 @@ columns of ``fc2.weight``. So it is a node group of three slices, of which the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -168,29 +168,39 @@ def trainable(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> 
     return partition(replace(graph, trained=None, untrained=text), strict_out_nodes)
 
 
-def pruned_groups(partition: Partition, groups: Sequence[NodeGroup], kept: Kept) -> tuple[NodeGroup, ...]:
+def pruned_groups(
+    partition: Partition, groups: Sequence[NodeGroup], kept: Kept, present: Collection[str] | None = None
+) -> tuple[NodeGroup, ...]:
     """The same groups, with their slices in parameters that hold only the atoms in ``kept``, without those that went
-    with a segment of which nothing is kept."""
+    with a segment of which nothing is kept.
+
+    Args:
+        present: All names of the parameters that are left; one that is tied may have lost the first of its names. By
+            default none is lost.
+    """
     counts = {partition.axes[name]: len(atoms) for name, atoms in kept.items()}
     gone = {leaf for segment in partition.erased(kept) for leaf in segment.leaves}
+    now: dict[str, str] = {}
     whole: dict[str, Slice] = {}
     where: dict[Axis, list[Slice]] = {}
     for leaf in partition.found.graph.leaves:
-        if leaf.kind == "parameter" and leaf not in gone:
+        name = next((own for own in leaf.names if present is None or own in present), None)
+        if leaf.kind == "parameter" and leaf not in gone and name is not None:
             terms = partition.found.terms(leaf.value)
-            whole[leaf.name] = Slice.whole(leaf.name, [count(resolve(term), counts) for term in terms])
+            now |= dict.fromkeys(leaf.names, name)
+            whole[name] = Slice.whole(name, [count(resolve(term), counts) for term in terms])
             for dim, term in enumerate(terms):
                 for axis, cuts in occurrences(term, counts):
-                    where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
+                    where.setdefault(axis, []).append(Slice(name, dim, cuts))
 
     def pruned(group: NodeGroup) -> NodeGroup:
         axis = partition.axes[group.name]
         if group.segment:
-            there = [whole[piece.parameter] for piece in group.slices if piece.parameter in whole]
+            there = [whole[now[piece.parameter]] for piece in group.slices if piece.parameter in now]
             slices = tuple(there) if counts.get(axis, 1) else ()
         else:
             slices = tuple(where.get(axis, ()))
-        places = {(piece.parameter, piece.dim) for piece in group.zeros}
+        places = {(now.get(piece.parameter), piece.dim) for piece in group.zeros}
         zeros = tuple(piece for piece in slices if (piece.parameter, piece.dim) in places)
         return replace(group, size=counts.get(axis, group.size), slices=slices, zeros=zeros)
 

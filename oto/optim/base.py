@@ -33,7 +33,7 @@ from oto.optim.options import BaseOptions
 from oto.optim.plan import PRUNED, REDUNDANT, Plan, rows_of
 from oto.optim.refusals import require_own_state, require_parameters
 from oto.optim.schedule import Schedule
-from oto.optim.shrink import Moved, follow, sliced_state
+from oto.optim.shrink import Moved, follow, renamed_in, sliced_state
 from oto.optim.state import left_like
 from oto.optim.wrapped import Params, inside, keeps_own_state
 from oto.shards import address
@@ -163,6 +163,8 @@ class SparseOptimizer(Choosing):
         self.require_shrinkable()
         states = sliced_state(moved, self.base)
         follow(self.base, moved, states, gone)
+        if self._followed is not None:
+            self._followed = self._followed.renamed(renamed_in(moved))
         mask = torch.from_numpy(np.concatenate([left[group.name] for group in self.node_groups]))
         self._keep_atoms(mask.to(self.atoms.device))
         self.node_groups = tuple(groups)

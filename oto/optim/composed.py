@@ -74,6 +74,8 @@ class Composed:
         factors moves their product (LoRAPrune, arXiv 2305.18403, equation 9, without the term of second order)."""
         alone = self.operators(group)
         plain = Entries.of(alone, parameters, maximized)
+        if not group.size:  # it went with a segment
+            return plain
         paired = {piece for piece, _, _ in self.pairs(group)}
 
         def operator(piece: Slice) -> Tensor:

@@ -50,6 +50,10 @@ class Followed:
         frozen = frozenset(name for name, p in found.items() if not p.requires_grad)
         return cls(weakref.ref(model), trained, frozenset(found), frozen)
 
+    def renamed(self, names: Mapping[str, str]) -> Followed:
+        """The same where the optimizer has new names for some parameters."""
+        return replace(self, trained={name: names.get(own, own) for name, own in self.trained.items()})
+
     def look(self, parameters: Mapping[str, Tensor], needed: Container[str], pruning: bool) -> Followed:
         """Compare the model with the parameters that are trained now.
 

@@ -28,15 +28,17 @@ class Moved:
     """One parameter, before and after.
 
     Attributes:
-        name: As the model has it.
+        name: As the smaller model has it.
         old, new: The tensors.
         entries: For each dimension the entries that remain, sorted int64 indices; ``None`` if all do.
+        former: As the model had it before: another name of a tied one, if what held it by that went with a segment.
     """
 
     name: str
     old: Tensor
     new: Tensor
     entries: Sequence[NDArray[np.int64] | None]
+    former: str = ""
 
     def prune(self, tensor: Tensor) -> Tensor:
         """The remaining entries of a tensor of the old shape, in new memory."""
@@ -82,6 +84,11 @@ def _sliced(moved: Moved, optimizer: Optimizer) -> dict[str, Any]:
     return made
 
 
+def renamed_in(moved: Sequence[Moved]) -> dict[str, str]:
+    """The new names of parameters that lost their first one."""
+    return {m.former: m.name for m in moved if m.former not in ("", m.name)}
+
+
 def follow(
     optimizer: Optimizer,
     moved: Sequence[Moved],
@@ -93,12 +100,12 @@ def follow(
     Args:
         gone: Old parameters that went with a segment: they leave their parameter groups, with their state.
     """
-    new, away = {m.old: m.new for m in moved}, set(gone)
+    new, away, renamed = {m.old: m.new for m in moved}, set(gone), renamed_in(moved)
     for group in optimizer.param_groups:
         left = [i for i, p in enumerate(group["params"]) if p not in away]
         names = group.get("param_names")
         if names is not None:
-            names[:] = [names[i] for i in left]
+            names[:] = [renamed.get(names[i], names[i]) for i in left]
         group["params"][:] = [new.get(p, p) for p in (group["params"][i] for i in left)]
     for m in moved:
         m.new.grad = None if m.old.grad is None else m.prune(m.old.grad)

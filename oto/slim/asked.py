@@ -1,26 +1,29 @@
 """Which segments a class can leave out, asked before anything is trained: what it cannot leave out stays whole.
 
-The model is run once without data, and every module that lies in a segment says what it takes and gives. Whether each
-segment can be left out follows from that, for one segment after the other, without a further run. Only where a module
-gives something that does not follow from shapes, the segment is left out of a copy with data, as
-:mod:`oto.slim.erased` will do it: there a module around it may do what it cannot.
+The model is run once without data, and every module that lies in a segment says what it takes and gives. Then a copy of
+it is run without data and without all segments that this leaves, since code around one may read its weight, or what its
+forward leaves behind; only if that fails, they are left out one by one. What could not be left out so is left out of a
+copy with data, as :mod:`oto.slim.erased` will do it: there a module around it may do what it cannot.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from oto._torch import tree_map_only
 from oto.axes.registry import known
 from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.groups import Partition
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules
-from oto.slim.edits import Edits, tensors_of
-from oto.slim.erased import Learned, plan, renumbered
-from oto.trace.inputs import Example
+from oto.slim.edits import Edits, slim_copy, tensors_of
+from oto.slim.erased import Learned, failure_without, has_fast_path, leaving_out, outermost, plan_each, renumbered
+from oto.trace.inputs import Example, arguments
 from oto.trace.record import follow
 from oto.trace.stand_ins import on_meta
 
@@ -44,30 +47,110 @@ def needed(model: nn.Module, partition: Partition, segments: list[Segment], dumm
     if failure is not None:
         log.info("the class was not asked what it can leave out: %s", first_line(failure))
         return {}
-    found: dict[str, str] = {}
+    doubts: dict[str, str] = {}
+    erased: dict[str, dict[str, dict[str, Any]]] = {}
     for segment in segments:
         replaced = [one for path in modules.within(segment.body) for one in learned.outermost(model, path)]
         stuck = next((path for path, how in replaced if how is None), None)
-        if stuck is not None and not _is_left_out(model, partition, segment, dummy_input):
-            found[segment.name] = f"{NEEDED}: what {stuck} gives does not follow from the shape of what it is given"
-        elif why := _why_not_renumbered(model, [path for path, _ in replaced]):
+        if stuck is not None:
+            doubts[segment.name] = f"what {stuck} gives does not follow from the shape of what it is given"
+        else:
+            erased[segment.name] = {path: how for path, how in replaced if how is not None}
+    doubts |= _failing(model, partition, erased, dummy_input)
+    cannot = _stuck(model, partition, [segment for segment in segments if segment.name in doubts], dummy_input)
+    found: dict[str, str] = {}
+    for segment in segments:
+        if segment.name in cannot:
+            found[segment.name] = f"{NEEDED}: {doubts[segment.name]}"
+        elif why := _why_not_renumbered(model, modules.within(segment.body)):
             found[segment.name] = f"{NEEDED}: {why}"
     return found
 
 
-def _is_left_out(model: nn.Module, partition: Partition, segment: Segment, dummy_input: Example) -> bool:
-    """Whether a copy with data can do without a segment; it is believed of one that has no data."""
-    if on_meta(model):
-        return True
-    zero = {name for leaf in segment.writers for name in leaf.names}
-    tensors = tensors_of(model, partition)
-    tensors |= {name: torch.zeros_like(tensors[name]) for name in zero}
+def _failing(
+    model: nn.Module, partition: Partition, erased: Mapping[str, dict[str, dict[str, Any]]], dummy_input: Example
+) -> dict[str, str]:
+    """The segments without which a copy fails when it is run without data, and why."""
+    tensors, mode = tensors_of(model, partition), partition.found.graph.mode
+    fast = has_fast_path(model) and not on_meta(model)
+
+    def without(modules: Mapping[str, dict[str, Any]]) -> Exception | None:
+        failure: Exception | None
+        try:
+            edits = leaving_out(Edits(), modules, model)
+            if mode == "meta" and not fast and _runs_on_meta(model, tensors, edits, dummy_input):
+                return None
+            copy = slim_copy(model, tensors, edits)
+        except EmitterError as failure:
+            return failure
+        failure = follow(copy, dummy_input, known, mode)[1]
+        if failure is None and fast:  # not taken without data
+            failure = failure_without(model, modules, tensors, Edits(), dummy_input)
+        return failure
+
+    joints = {segment.name: partition.found.graph.calls[segment.joint].module for segment in partition.segments}
+    rounds: list[dict[str, str]] = []
+    for name in erased:
+        # one that is gone may keep a layer off its fast path, which reads the weights of another
+        free = next((own for own in rounds if not fast or joints[name] not in own.values()), None)
+        if free is None:
+            rounds.append(free := {})
+        free[name] = joints[name]
+    failures: dict[str, Exception] = {}
+    for names in rounds:
+        if without(outermost(erased[name] for name in names)) is not None:
+            failures |= {name: failure for name in names if (failure := without(erased[name])) is not None}
+    return {
+        name: f"without it a {type(model).__name__} fails: {first_line(failure)}"
+        for name, failure in failures.items()
+        if not isinstance(failure, EmitterError)  # of a copy, or of numbers in a cache, which is told apart
+    }
+
+
+def _runs_on_meta(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits, dummy_input: Example) -> bool:
+    """Whether a copy runs with shapes only: faster than to record it."""
+    light = slim_copy(model, {name: _empty(t) for name, t in tensors.items()}, edits).eval()
+    args, kwargs = tree_map_only(Tensor, _empty, arguments(dummy_input))
     try:
-        return not plan(model, partition, [segment], tensors, Edits(), dummy_input).needed
+        with torch.device("meta"), torch.no_grad():
+            light(*args, **kwargs)
     except Exception as failure:  # anything that the user's own forward may raise
         reraise_out_of_memory(failure)
-        log.info("%s was not left out of a copy: %s", segment.name, first_line(failure))
         return False
+    return True
+
+
+def _empty(t: Tensor) -> Tensor:
+    return torch.empty_like(t, device="meta")
+
+
+def _stuck(model: nn.Module, partition: Partition, segments: Sequence[Segment], dummy_input: Example) -> set[str]:
+    """The segments that a copy with data cannot do without; it is believed of one that has no data that it can."""
+    if on_meta(model) or not segments:
+        return set()
+    zero = {name for segment in segments for leaf in segment.writers for name in leaf.names}
+    tensors = tensors_of(model, partition)
+    tensors |= {name: torch.zeros_like(tensors[name]) for name in zero}
+
+    def fails(erased: Mapping[str, dict[str, Any]]) -> bool:
+        try:
+            failure = failure_without(model, erased, tensors, Edits(), dummy_input)
+        except EmitterError:
+            return False
+        return failure is not None
+
+    try:
+        each = plan_each(model, partition, segments, tensors, dummy_input)
+    except Exception as failure:  # anything that the user's own forward may raise
+        reraise_out_of_memory(failure)
+        log.info("%s was not copied without its segments: %s", type(model).__name__, first_line(failure))
+        return {segment.name for segment in segments}
+    plans = {segment.name: how for segment, how in zip(segments, each, strict=True)}
+    found = {name for name, how in plans.items() if how.needed}
+    rest = {name: how.erased for name, how in plans.items() if name not in found}
+    if rest and fails(outermost(rest.values())):
+        found |= {name for name, erased in rest.items() if len(rest) == 1 or fails(erased)}
+    return found
 
 
 def _why_not_renumbered(model: nn.Module, paths: list[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -9,9 +10,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from oto.axes.registry import known
+from oto.errors import EmitterError, first_line, some
 from oto.slim.config.emit import emit_stock
 from oto.slim.edits import Edits, forget_idle, named_tensors, pruned_tensor, pruned_tensors, slim_copy
-from oto.slim.erased import Erasures, leaving_out, plan
+from oto.slim.erased import Erasures, failure_without, leaving_out, plan
 from oto.slim.graph.emit import emit_graph
 from oto.slim.graph.replay import check_recording, emit_recording
 from oto.slim.own_class import plan_edits
@@ -22,6 +24,8 @@ from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.removed import left_out, within
 from oto.slim.source import Emitted, Source
 from oto.trace.export import LEVELS, Exported, export
+
+log = logging.getLogger(__name__)
 
 
 def emit_config(source: Source) -> Emitted:
@@ -72,11 +76,39 @@ def without_segments(source: Source, edits: Edits) -> tuple[Edits, set[str]]:
 def without_needed(source: Source) -> tuple[Source, list[str]]:
     """The source with segments kept that the class cannot leave out, though they are zero; and their names."""
     needed: list[str] = []
-    while source.partition.erased(source.kept) and (more := erasures(source).needed):
-        needed += [segment.name for segment in more]
-        kept = {**source.kept, **{segment.name: np.arange(1) for segment in more}}
-        source = replace(source, kept=kept)
+    while gone := source.partition.erased(source.kept):
+        found = erasures(source)
+        more = [segment.name for segment in found.needed]
+        if not more and _fails_without(source, found):
+            alone = [_keeping(source, [other.name for other in gone if other is not segment]) for segment in gone]
+            stuck = [(own, erasures(own)) for own in alone]
+            more = [
+                segment.name
+                for segment, (own, how) in zip(gone, stuck, strict=True)
+                if how.needed or _fails_without(own, how)
+            ] or [segment.name for segment in gone]
+        if not more:
+            break
+        needed += more
+        source = _keeping(source, more)
     return source, needed
+
+
+def _keeping(source: Source, segments: Collection[str]) -> Source:
+    return replace(source, kept={**source.kept, **{name: np.arange(1) for name in segments}})
+
+
+def _fails_without(source: Source, how: Erasures) -> bool:
+    """Whether code around what is left out cannot do without it."""
+    edits = plan_edits(source.model, source.pruned, source.own)
+    tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
+    try:
+        failure = failure_without(source.model, how.erased, tensors, edits, source.dummy_input)
+    except EmitterError:  # it is told when the class is thinned
+        return False
+    if failure is not None:
+        log.info("%s fails without %s: %s", type(source.model).__name__, some(list(how.erased)), first_line(failure))
+    return failure is not None
 
 
 def erasures(source: Source, edits: Edits | None = None) -> Erasures:

@@ -9,7 +9,7 @@ by running the thin copy once; where that cannot be said for every size, its chi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from oto.errors import EmitterError
+from oto.errors import EmitterError, reraise_out_of_memory
 from oto.groups import Partition
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules, not_computed, overwritten
@@ -70,8 +70,86 @@ def plan(
         gone: The segments that are left out.
         tensors, edits: Those of the thin copy.
     """
+    modules = _modules(partition.found.graph)
+    learned = _learned(partition.found.graph, modules, gone)
+    thin = slim_copy(model, tensors, edits).eval()
+    learned.watch(thin)
+    run(thin, dummy_input)
+    return _decided(learned, thin, gone)
+
+
+def plan_each(
+    model: nn.Module, partition: Partition, segments: Sequence[Segment], tensors: Mapping[str, Tensor], dummy_input: Any
+) -> list[Erasures]:
+    """The same for every segment alone, learned in a single run.
+
+    Args:
+        tensors: Those of the model, in which what all of the segments write is zero.
+    """
     graph = partition.found.graph
-    modules = Modules(node for node in graph.calls if node.index not in graph.dead)
+    modules = _modules(graph)
+    each = [_learned(graph, modules, [segment]) for segment in segments]
+    ends: dict[str, dict[str, bool]] = {}
+    functions: dict[str, Sequence[str]] = {}
+    for one in each:
+        ends |= {path: {"copy": how["copy"] or (path in ends and ends[path]["copy"])} for path, how in one.ends.items()}
+        functions |= one.functions
+    every = Learned(ends, modules, not_computed(segments), functions)
+    thin = slim_copy(model, tensors, Edits()).eval()
+    every.watch(thin)
+    run(thin, dummy_input)
+    return [
+        _decided(replace(one, found=every.found), thin, [segment]) for one, segment in zip(each, segments, strict=True)
+    ]
+
+
+def failure_without(
+    model: nn.Module,
+    erased: Mapping[str, dict[str, Any]],
+    tensors: Mapping[str, Tensor],
+    edits: Edits,
+    dummy_input: Any,
+) -> Exception | None:
+    """What a copy raises when some modules compute nothing, such as where code around one reads its weight.
+
+    Args:
+        tensors, edits: Those of the thin copy.
+
+    Raises:
+        EmitterError: Layers of several kinds are numbered, as for :func:`leaving_out`.
+    """
+    left = leaving_out(edits, erased, model)
+    try:
+        thin = slim_copy(model, tensors, left).eval()
+        run(thin, dummy_input)
+        if has_fast_path(thin):
+            run(thin, dummy_input, fast=True)
+    except Exception as failure:  # anything that the user's own forward may raise
+        reraise_out_of_memory(failure)
+        return failure
+    return None
+
+
+def has_fast_path(model: nn.Module) -> bool:
+    """Whether layers of torch read the weights of their children, in eval mode, to decide on a faster kernel."""
+    return any(isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) for module in model.modules())
+
+
+def outermost(erased: Iterable[Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """What is replaced for any of several segments, without what lies in another of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, how in sorted((item for own in erased for item in own.items()), key=lambda item: len(item[0])):
+        if not _is_inside(path, found):
+            found[path] = how
+    return found
+
+
+def _modules(graph: Graph) -> Modules:
+    return Modules(node for node in graph.calls if node.index not in graph.dead)
+
+
+def _learned(graph: Graph, modules: Modules, gone: Sequence[Segment]) -> Learned:
+    """What is to be learned of the modules, to leave some segments out."""
     calls = not_computed(gone)
     held = [segment for segment in gone if overwritten(graph, segment, gone)]
     ends = {
@@ -79,16 +157,18 @@ def plan(
         for path, own in modules.calls.items()
         if any(segment.joint in own for segment in gone)
     }
-    learned = Learned(ends, modules, calls, _left(graph, modules, gone, calls))
-    thin = slim_copy(model, tensors, edits).eval()
-    learned.watch(thin)
-    run(thin, dummy_input)
+    return Learned(ends, modules, calls, _left(graph, modules, gone, calls))
+
+
+def _decided(learned: Learned, thin: nn.Module, gone: Sequence[Segment]) -> Erasures:
+    """How segments are left out, by what was learned."""
+    modules = learned.modules
     erased: dict[str, dict[str, Any]] = {}
     stuck: set[int] = set()
     for path in sorted(learned.functions, key=len):
         if not _is_inside(path, erased) and (what := learned.whole(path)) is not None:
             erased[path] = what
-    for path in modules.within(calls):
+    for path in modules.within(learned.calls):
         for inner, how in learned.outermost(thin, path) if not _is_inside(path, erased) else ():
             if how is None:
                 stuck |= modules.calls[inner]
@@ -260,7 +340,7 @@ class Learned:
             items = [self._recipe(path, module, given, item) for item in x]
             return None if None in items else {"items": items, "list": isinstance(x, list)}
         if isinstance(x, _PLAIN):
-            return {"value": x}
+            return None if _is_a_size(x, given) else {"value": x}
         if not isinstance(x, Tensor):
             return None
         if path in self.ends:
@@ -279,6 +359,11 @@ class Learned:
             window = zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
             return {"zeros": name, "channels": x.shape[-len(module.kernel_size) - 1], "window": list(map(list, window))}
         return None
+
+
+def _is_a_size(x: Any, given: Mapping[str, Tensor]) -> bool:
+    """Whether a number may be a size of what a module is given, and so another one for another input."""
+    return type(x) is int and any(x in own.shape or x == own.numel() for own in given.values())
 
 
 def _made(x: Tensor, names: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from oto._torch import holder
 from oto.axes.registry import known
@@ -44,7 +44,8 @@ class Shrunk:
 
     Attributes:
         model: The slim model, of the original class and in the same mode as the full one.
-        parameters: For each parameter of the full model, its slim form; none of one that went with a segment.
+        parameters: For each parameter that is left, by the first name that is left of it, its slim form. One that is
+            tied is gone only if all that hold it went with segments.
         averages: Averages of the full model's weights, and their slim forms.
         needed: Names of segments that the class cannot leave out; it computes them, though they are zero.
     """
@@ -102,7 +103,11 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
         ) from failure
     leaves = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
     parameters: dict[str, Entries] = {}
-    for name, old in [(name, p) for name, p in model.named_parameters() if name not in gone]:
+    left: dict[int, tuple[str, Tensor]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name not in gone:
+            left.setdefault(id(p), (name, p))
+    for name, old in left.values():
         masks = pruned.entries(leaves[name])
         parameters[name] = [None if mask.all() else np.flatnonzero(mask) for mask in masks]
         if not torch.equal(attribute(slim, name).detach(), pruned.prune(leaves[name], old)):
@@ -158,12 +163,17 @@ def analyzed_again(
         found, branches = with_segments(alone)
         made = (*made, *segment_groups(found))
     inside = {**source.kept, **{name: np.arange(0) for name in idle(before, groups, source.kept)}}
-    left = same_groups(pruned_groups(before, groups, inside), made)
+    left = same_groups(pruned_groups(before, groups, inside, names_of(slim)), made)
     if not asked:
         return Again(found, left, branches, None)
     atoms, segments = left[: len(alone.groups)], left[len(alone.groups) :]
     own = own_class(slim, alone, atoms, given)
     return Again(found, (*limited(atoms, own), *segments), branches, own)
+
+
+def names_of(model: nn.Module) -> frozenset[str]:
+    """All names of the parameters of a model."""
+    return frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
 
 
 def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: PrunedShapes) -> None:
@@ -233,10 +243,10 @@ def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, li
 
     A slim model may be analyzed more finely: the widths of query and value are one group if a single weight holds both
     in equal parts, and two if they are stated separately. A group that does not consist of others is left out. A
-    segment is the one of the same parameters.
+    segment is the one of the same parameters, or of these and others, which it shared with a segment that is gone.
     """
-    segments = {frozenset(piece.parameter for piece in part.slices): part for part in fine if part.segment}
-    same = {g.name: segments.get(frozenset(piece.parameter for piece in g.slices)) for g in whole if g.segment}
+    segments = [part for part in fine if part.segment]
+    same = {group.name: _same_segment(group, segments) for group in whole if group.segment}
     whole, fine = ([group for group in groups if not group.segment] for groups in (whole, fine))
     labels = {group.name: labels_of(group) for group in whole}
     holders: dict[tuple[str, int], list[NodeGroup]] = {}
@@ -262,6 +272,19 @@ def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, li
         for name, made in found.items()
         if all(np.array_equal(covered[name][place], mask) for place, mask in labels[name].items())
     } | {name: [part] for name, part in same.items() if part is not None}
+
+
+def _same_segment(group: NodeGroup, segments: Sequence[NodeGroup]) -> NodeGroup | None:
+    written, own = ({piece.parameter for piece in pieces} for pieces in (group.zeros, group.slices))
+    if not own:  # it is gone
+        return None
+    like = [(part, {piece.parameter for piece in part.slices}) for part in segments]
+    like = [
+        (part, theirs)
+        for part, theirs in like
+        if theirs >= own and {piece.parameter for piece in part.zeros} == written
+    ]
+    return min(like, key=lambda found: len(found[1]))[0] if like else None
 
 
 def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:

@@ -217,6 +217,44 @@ def test_shrinking_while_it_trains_stays_on_the_trajectory() -> None:
     assert runs[0][0].construct_subnet().cost_after == runs[1][0].construct_subnet().cost_after
 
 
+class Around(nn.Module):
+    """Branches of frozen layers with adapters, which may go as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(Low(6, 10), nn.GELU(), Low(10, 6)) for _ in range(4))
+
+    def forward(self, x):
+        x = self.into(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("mode", ["erase", "both"])
+def test_segments_leave_before_the_choices_are_over(mode) -> None:
+    runs = []
+    for at in ((), (START + 6, START + 11)):
+        torch.manual_seed(0)
+        model, losses = Around().double(), []
+        oto = OTO(model, torch.zeros(1, 8, dtype=torch.float64), compress_mode=mode, prune_frozen=True)
+        options = {"target_macs": 0.5, "variant": "adamw", "lr": 0.02}
+        optimizer = oto.lhspg(**options, **WHEN)
+        for n in range(END + 3):
+            losses.append(backward(model, n).item())
+            optimizer.step()
+            if n in at:
+                oto.shrink(optimizer)
+                assert mode == "both" or len(list(model.parameters())) < len(list(Around().parameters()))
+        subnet = oto.construct_subnet()
+        x = batch(0)[0]
+        torch.testing.assert_close(subnet.model(x), model(x))
+        runs.append((losses, subnet))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-9)
+    assert runs[1][1].emitter == "module" and runs[1][1].cost_after == runs[0][1].cost_after
+
+
 # What criteria see ---------------------------------------------------------------------------------------------------
 
 

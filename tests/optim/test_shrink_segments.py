@@ -228,3 +228,60 @@ def test_layers_that_a_config_states_go_at_the_end():
     subnet = oto.construct_subnet()
     assert subnet.emitter == "config" and subnet.model.config.depth < Config().depth
     assert subnet.cost_after.macs <= 0.2 * subnet.cost_before.macs
+
+
+class Normed(nn.Module):
+    """A branch with the weights of a norm that other branches have too."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.norm.weight, self.norm.bias = norm.weight, norm.bias
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Tied(nn.Module):
+    def __init__(self, pairs=2):
+        super().__init__()
+        norms = [nn.LayerNorm(8) for _ in range(pairs)]
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(Normed(norm) for norm in norms for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("at", [(8,), (8, 25)], ids=["once", "twice"])
+@pytest.mark.parametrize("gone", [(0,), (0, 1)], ids=["one", "all"])
+@pytest.mark.parametrize("mode", ["erase", "both"])
+def test_a_tied_parameter_is_gone_only_with_all_that_hold_it(gone, at, mode):
+    def run_until(shrinking):
+        way = Way(make=Tied, mode=mode, options=ADAMW, target=0.9 - 0.2 * len(gone), min_kept=0.9)
+        with torch.no_grad():
+            for i in gone:
+                for p in way.model.blocks[i].down.parameters():
+                    p.mul_(1e-3)
+        names = [group.name for group in way.optimizer.node_groups]
+        atoms = list(way.optimizer.atoms.split(way.optimizer.choice.sizes))
+        for i in gone:
+            atoms[names.index(f"blocks.{i}")] = torch.full((1,), 2, dtype=atoms[0].dtype)
+        way.optimizer.atoms = torch.cat(atoms)
+        way.optimizer.zero_pruned_()
+        return way.until(30, shrinking)
+
+    full, slim = run_until(()), run_until(at)
+    (group,) = slim.optimizer.param_groups
+    assert group["param_names"] == owned(slim) and group["params"] == list(slim.model.parameters())
+    assert "blocks.0.norm.weight" not in owned(slim)
+    assert ("blocks.1.norm.weight" in owned(slim)) == ("blocks.1" in slim.segments)
+    assert "blocks.1" not in slim.segments or gone == (0,)
+    assert max(abs(a - b) for a, b in zip(full.losses, slim.losses, strict=True)) <= 1e-9
+    one, two = full.oto.construct_subnet(), slim.oto.construct_subnet()
+    assert two.emitter == "module" and one.cost_after.macs == two.cost_after.macs
+    assert [p.shape for p in one.model.parameters()] == [p.shape for p in two.model.parameters()]
+    assert relative_error(run(one.model, slim.x), run(two.model, slim.x)) <= 1e-9

@@ -485,6 +485,87 @@ def test_layers_that_would_change_places_in_a_cache_stay_whole():
     assert len(segments(same)) == 3
 
 
+class Encoders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.into, self.head = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.head(self.layers(self.into(x)).mean(1))
+
+
+class Leaving(nn.Module):
+    """A branch that leaves something behind, which the code around it reads."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.layer, self.last = nn.Linear(8, width), None
+
+    def forward(self, x):
+        self.last = x
+        return self.layer(x)
+
+
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList([Leaving(), Leaving(), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            made = block(x)
+            x = x + made
+            x = x + block.last * 0.5 if isinstance(block, Leaving) else x
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "names", "reads"),
+    [
+        (Encoders, (2, 5, 4), [f"layers.layers.{i}.linear2" for i in range(3)], "has no attribute 'device'"),
+        (Reading, (2, 4), ["blocks.0", "blocks.1"], "unsupported operand"),
+    ],
+)
+def test_what_code_around_it_reads_is_asked_for_before_training(make, shape, names, reads):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(shape)
+    oto = OTO(model, x, compress_mode="erase")
+    kept = [group for group in oto.node_groups if group.segment and not group.prunable]
+    assert [group.name for group in kept] == names
+    assert all(f"without it a {make.__name__} fails" in group.reason and reads in group.reason for group in kept)
+    assert OTO(make().to("meta"), x.to("meta"), compress_mode="erase").node_groups[-1].prunable, "it has no data to ask"
+    free = segments(oto)
+    for group in free:
+        group.zero_(dict(model.named_parameters()), torch.tensor([0]))
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "module" and not any(len(subnet.kept[group.name]) for group in free)
+
+
+@pytest.mark.parametrize(("make", "shape", "name"), [(Encoders, (2, 5, 4), "layers.layers.1.linear2")])
+def test_what_code_around_it_reads_stays_at_zero_where_it_was_not_asked(make, shape, name, monkeypatch):
+    monkeypatch.setattr("oto.analysis.needed", lambda *given: {})
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(shape)
+    oto = OTO(model, x, compress_mode="erase")
+    optimizer = oto.hesso(variant="sgd", lr=0.01, target_macs=0.5, start_pruning_step=0, pruning_steps=1)
+    codes = torch.zeros_like(optimizer.atoms)
+    at = torch.cumsum(torch.tensor([g.size for g in optimizer.node_groups]), 0).tolist()
+    names = [group.name for group in optimizer.node_groups]
+    for gone in (name, "layers.layers.2.self_attn"):
+        codes[at[names.index(gone)] - 1] = 2
+    optimizer.atoms = codes
+    optimizer.zero_pruned_()
+    expected = model(x).detach()
+    with pytest.warns(NotPrunedWarning, match=f"{name} is at zero, and stays in the {make.__name__}"):
+        oto.shrink(optimizer)
+    torch.testing.assert_close(model(x), expected)
+    assert not list(model.layers.layers[2].self_attn.parameters())
+
+
 class Inside(nn.Module):
     """A block that can be left out as a whole, though not module by module."""
 
@@ -505,6 +586,42 @@ def test_a_block_around_it_may_do_what_a_module_cannot():
     subnet = without(model, x, ["2.last"]).construct_subnet()
     assert subnet.emitter == "module" and subnet.max_error <= 1e-12
     assert not list(subnet.model[2].parameters())
+
+
+class Sized(nn.Module):
+    """A branch that gives a number, too."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.up, self.down, self.number = nn.Linear(8, 16), nn.Linear(16, 8), number
+
+    def forward(self, x):
+        return self.down(self.up(x).relu()), x.shape[1] if self.number is None else self.number, True, None
+
+
+class Counting(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(Sized(number) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            made, n, *_ = block(x)
+            x = x + made
+        return self.head(x).sum(1) / n
+
+
+@pytest.mark.parametrize("number", [None, 7])
+def test_a_number_that_may_be_a_size_of_the_input_is_counted_anew(number):
+    model, x = Counting(number).double(), torch.randn(2, 5, 4).double()
+    oto = without(model, x, ["blocks.2"])
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "module" and not list(subnet.model.blocks[2].parameters())
+    assert isinstance(subnet.model.blocks[2].forward, ErasedForward) == (number == 7)
+    other = torch.randn(3, 9, 4).double()
+    torch.testing.assert_close(subnet.model(other), model(other))
 
 
 def test_a_segment_that_its_class_cannot_leave_out_is_told():
