@@ -374,9 +374,9 @@ def made_by_first(model: nn.Module, make: Callable[[], T], send: Callable[[T], A
         return made
     sent: T | _Failure = from_first(model, None)
     if isinstance(sent, _Failure):
-        error = sent.kind.__new__(sent.kind)  # a class may put its argument into a text of its own
-        error.args = (f"{sent.message}\n  at      the first process, which makes the slim model for all",)
-        raise error
+        failure = sent.kind.__new__(sent.kind)  # a class may put its argument into a text of its own
+        failure.args = (f"{sent.message}\n  at      the first process, which makes the slim model for all",)
+        raise failure
     return sent
 
 

@@ -25,6 +25,7 @@ from oto.slim.edits import Edits, slim_copy, tensors_of
 from oto.slim.erased import Learned, failure_without, has_fast_path, leaving_out, outermost, plan_each, renumbered
 from oto.trace.inputs import Example, arguments
 from oto.trace.record import follow
+from oto.trace.snapshot import preserved
 from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
@@ -75,18 +76,17 @@ def _failing(
     fast = has_fast_path(model) and not on_meta(model)
 
     def without(modules: Mapping[str, dict[str, Any]]) -> Exception | None:
-        failure: Exception | None
         try:
             edits = leaving_out(Edits(), modules, model)
             if mode == "meta" and not fast and _runs_on_meta(model, tensors, edits, dummy_input):
                 return None
             copy = slim_copy(model, tensors, edits)
-        except EmitterError as failure:
-            return failure
-        failure = follow(copy, dummy_input, known, mode)[1]
-        if failure is None and fast:  # not taken without data
-            failure = failure_without(model, modules, tensors, Edits(), dummy_input)
-        return failure
+        except EmitterError as refused:
+            return refused
+        failed = follow(copy, dummy_input, known, mode)[1]
+        if failed is None and fast:  # not taken without data
+            failed = failure_without(model, modules, tensors, Edits(), dummy_input)
+        return failed
 
     joints = {segment.name: partition.found.graph.calls[segment.joint].module for segment in partition.segments}
     rounds: list[dict[str, str]] = []
@@ -112,7 +112,7 @@ def _runs_on_meta(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits,
     light = slim_copy(model, {name: _empty(t) for name, t in tensors.items()}, edits).eval()
     args, kwargs = tree_map_only(Tensor, _empty, arguments(dummy_input))
     try:
-        with torch.device("meta"), torch.no_grad():
+        with preserved(light, dummy_input), torch.device("meta"), torch.no_grad():
             light(*args, **kwargs)
     except Exception as failure:  # anything that the user's own forward may raise
         reraise_out_of_memory(failure)
