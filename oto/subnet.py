@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import warnings
@@ -268,7 +269,7 @@ def _send(model: nn.Module, made: Subnet) -> None:
     empty = {name: torch.empty_like(p, device="meta") for name, p in parameters}
     try:
         with whole(made.model, named_tensors(made.model) | empty):
-            pickle.dumps(light)
+            pickle.Pickler(io.BytesIO()).dump(light)
     except Exception as refused:  # objects of extensions raise what they like; nothing was sent
         note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
         from_first(model, replace(light, model=nn.Module(), notes=(*made.notes, note), example=None))
