@@ -43,6 +43,7 @@ from typing import Any
 
 import rivals_methods as methods
 import torch
+from rivals import deviation, mean, spread
 from rivals_tasks import TASKS, Data, ResNet, Task, ViT
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -599,19 +600,6 @@ def verdicts(task: str, here: list[Line]) -> Iterator[str]:
 def time_kept(own: Sequence[Line]) -> float | None:
     found = [r["time"]["time_kept"] for r in own if r["time"]]
     return statistics.mean(found) if found else None
-
-
-def mean(own: Sequence[Line], key: str) -> float:
-    return statistics.mean(r[key] for r in own)
-
-
-def deviation(own: Sequence[Line]) -> float:
-    return statistics.stdev(r["accuracy"] for r in own) if len(own) > 1 else 0.0
-
-
-def spread(own: Sequence[Line], key: str) -> str:
-    values = [r[key] for r in own]
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 # ------------------------------------------------------------------------------------------------ command

@@ -78,9 +78,7 @@ def shrink(
     left = _with_needed(analysis, optimizer, left, slim.needed)
     if all(own.all() for own in left.values()):
         return analysis, training
-    rest = {name: atoms[left[name]] for name, atoms in there.items()}
-    inside = idle(full, optimizer.node_groups, rest)
-    left = {name: own & (name not in inside) for name, own in left.items()}
+    left = _without_idle(full, optimizer, there, left)
     rest = {name: atoms[left[name]] for name, atoms in there.items()}
     pruned = pruned_groups(full, optimizer.node_groups, rest, names_of(slim.model))
     if not optimizer.progress.over:
@@ -184,6 +182,15 @@ def _with_needed(
     stays = [name for name, own in made.items() if any(part.name in needed for part in own)]
     _tell_of_zeros(analysis, stays, f"a {type(analysis.model).__name__} cannot do without")
     return {**left, **{name: np.ones_like(left[name]) for name in stays}}
+
+
+def _without_idle(
+    full: Partition, optimizer: SparseOptimizer, there: Mapping[str, NDArray[np.int64]], left: Left
+) -> dict[str, NDArray[np.bool_]]:
+    """What remains, without the groups that lie in a segment that is gone."""
+    rest = {name: atoms[left[name]] for name, atoms in there.items()}
+    inside = idle(full, optimizer.node_groups, rest)
+    return {name: own & (name not in inside) for name, own in left.items()}
 
 
 def _tell_of_zeros(analysis: Analysis, names: Sequence[str], why: str) -> None:

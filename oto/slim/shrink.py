@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,21 +101,7 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
             "  effect  training cannot go on with a slim model of this class; nothing was changed\n"
             f"  to fix  {source.remedy}"
         ) from failure
-    leaves = {name: leaf for leaf in partition.found.graph.leaves for name in leaf.names}
-    parameters: dict[str, Entries] = {}
-    left: dict[int, tuple[str, Tensor]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if name not in gone:
-            left.setdefault(id(p), (name, p))
-    for name, old in left.values():
-        masks = pruned.entries(leaves[name])
-        parameters[name] = [None if mask.all() else np.flatnonzero(mask) for mask in masks]
-        if not torch.equal(attribute(slim, name).detach(), pruned.prune(leaves[name], old)):
-            raise ShrinkError(
-                f"the slim {type(model).__name__} holds {name} in another form, scaled for a norm over fewer entries\n"
-                "  effect  the optimizer's state would not fit it; nothing was changed\n"
-                "  to fix  keep it whole: OTO(..., skip_patterns=[...])"
-            )
+    parameters = _parameters(model, slim, pruned, gone)
     training = check_training(model, slim, source.dummy_input, partition, kept)
     require([] if training is None else [training])
     descend(slim, model, Round.of(edits, tensors, kept))
@@ -169,6 +155,30 @@ def analyzed_again(
     atoms, segments = left[: len(alone.groups)], left[len(alone.groups) :]
     own = own_class(slim, alone, atoms, given)
     return Again(found, (*limited(atoms, own), *segments), branches, own)
+
+
+def _parameters(model: nn.Module, slim: nn.Module, pruned: PrunedShapes, gone: Collection[str]) -> dict[str, Entries]:
+    """The entries that are left of each parameter, by the first name that is left of it.
+
+    Raises:
+        ShrinkError: The slim model holds something else than these entries.
+    """
+    leaves = {name: leaf for leaf in pruned.found.graph.leaves for name in leaf.names}
+    left: dict[int, tuple[str, Tensor]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name not in gone:
+            left.setdefault(id(p), (name, p))
+    found: dict[str, Entries] = {}
+    for name, old in left.values():
+        masks = pruned.entries(leaves[name])
+        found[name] = [None if mask.all() else np.flatnonzero(mask) for mask in masks]
+        if not torch.equal(attribute(slim, name).detach(), pruned.prune(leaves[name], old)):
+            raise ShrinkError(
+                f"the slim {type(model).__name__} holds {name} in another form, scaled for a norm over fewer entries\n"
+                "  effect  the optimizer's state would not fit it; nothing was changed\n"
+                "  to fix  keep it whole: OTO(..., skip_patterns=[...])"
+            )
+    return found
 
 
 def names_of(model: nn.Module) -> frozenset[str]:
