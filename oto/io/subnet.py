@@ -70,18 +70,20 @@ def describe(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
     """The plain values among a module's own attributes, as JSON has them, but for those that no output follows from."""
-    idle = set(_IDLE)
-    if isinstance(module, DROPOUTS):
-        idle.add("p")
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        idle.add("momentum")
+    idle = {*_IDLE, *(name for name, kinds in _IDLE_OF.items() if isinstance(module, kinds))}
     own = ((name, value) for name, value in vars(module).items() if not name.startswith("_") and name not in idle)
     plain = {name: _plain(value) for name, value in own}
     return {name: value for name, value in plain.items() if value is not _OTHER}
 
 
 _IDLE = ("training", "gradient_checkpointing", "grad_checkpointing", "name_or_path")
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_IDLE_OF: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "p": (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    "momentum": (
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    ),
+}
 _OTHER = object()
 
 
