@@ -217,7 +217,7 @@ class OTO(Pruning):
             like: The ``state_dict()`` of an optimizer that was shrunk: what it lacks is set to zero and removed.
             averages: Moving averages of the weights, or what holds them as ``.module`` or ``.ema``; made slim in place.
             shard: Where parameters are spread over processes (FSDP2), what spreads those of a model, in place; then
-                every process has to call this (``docs/distributed.md``).
+                every process has to call this (``docs/distributed.md``). It is called with every average, too.
 
         Returns:
             The model; unchanged, with a ``NotPrunedWarning``, if there was never anything to remove.

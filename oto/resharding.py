@@ -1,15 +1,17 @@
 """Shrink a model that is spread over processes while it trains: ``oto.shrink(optimizer, shard=f)``.
 
 1. Parameters are gathered one by one in the first process, which makes and proves the slim model, as in
-   :meth:`oto.OTO.construct_subnet`.
-2. All processes get the slim model without entries, and shard it by the user's function ``f``.
-3. Every old parameter and its optimizer state are gathered, one at a time, and each process takes its part of what is
-   left.
+   :meth:`oto.OTO.construct_subnet`, and slim forms of ``averages=`` without their entries.
+2. All processes get the slim model and averages without entries, and shard each by the user's function ``f``.
+3. Every old parameter, its optimizer state and its averages are gathered, one at a time, and each process takes its
+   part of what is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,32 +25,40 @@ from oto.shards import (
     Sharding,
     from_first,
     gathered_tensor,
+    is_fully_sharded,
     is_sharded,
     local,
     made_by_first,
     reshard,
+    whole,
 )
 from oto.slim.edits import owner_of
-from oto.slim.shrink import Shrunk, become
+from oto.slim.shrink import Entries, Shrunk, average_in, become
 
 Shard = Callable[[nn.Module], Any]
 """A function that spreads a model over processes, in place."""
 
 
-def in_every_process(model: nn.Module, make: Callable[[], Shrunk]) -> Shrunk:
+def in_every_process(model: nn.Module, averages: Sequence[nn.Module], make: Callable[[], Shrunk]) -> Shrunk:
     """Make a slim model in the first process, and give it to all of them, with parameters on ``meta``.
 
     Args:
-        make: Called in the first process, while the model is whole there.
+        averages: Averages of its weights, as :func:`averages_of` gives them.
+        make: Called in the first process, while the model is whole there, and averages have parameters on ``meta``.
 
     Raises:
         OTOError: The slim model could not be made, or not be sent.
     """
 
     def emptied() -> Shrunk:
-        made = make()
-        _empty(made.model)
-        return made
+        with ExitStack() as without_entries:
+            for average in averages:
+                without_entries.enter_context(whole(average))
+            made = make()
+        slim = [own for _, own in made.averages]
+        for own in (made.model, *slim):
+            _empty(own)
+        return replace(made, averages=[(nn.Module(), own) for own in slim])  # each process has averages of its own
 
     def send(made: Shrunk) -> None:
         try:
@@ -60,7 +70,8 @@ def in_every_process(model: nn.Module, make: Callable[[], Shrunk]) -> Shrunk:
                 "  to fix  construct_subnet(...) at the end, and shard the slim model"
             ) from refused
 
-    return made_by_first(model, emptied, send, ShrinkError)
+    made = made_by_first(model, emptied, send, ShrinkError)
+    return replace(made, averages=[(own, slim) for own, (_, slim) in zip(averages, made.averages, strict=True)])
 
 
 def _empty(model: nn.Module) -> None:
@@ -95,11 +106,12 @@ class Spread(Moved):
         return sharding.spread(spread.to_local().to(local(self.new).device, copy=True), self.new)
 
 
-def spread_anew(model: nn.Module, slim: Shrunk, shard: Shard) -> list[Moved]:
+def spread_anew(model: nn.Module, slim: nn.Module, parameters: Mapping[str, Entries], shard: Shard) -> list[Moved]:
     """Shard a slim model whose parameters are on ``meta``, and give each process its part of their entries.
 
     Args:
-        model: The model that it was made from; it is not changed.
+        model: The model, or the average, that it was made from; it is not changed.
+        parameters: The entries that are left of each parameter, as in :class:`oto.slim.shrink.Shrunk`.
 
     Raises:
         ShrinkError: ``shard`` leaves a parameter whole that was spread over processes.
@@ -109,28 +121,28 @@ def spread_anew(model: nn.Module, slim: Shrunk, shard: Shard) -> list[Moved]:
     former = {p: name for name, p in model.named_parameters()}
     device = next(local(p).device for p in old.values() if is_sharded(p))
     devices = {name: held.device for name, held in model.named_buffers(remove_duplicate=False)}
-    buffers = list(slim.model.named_buffers(remove_duplicate=False))
+    buffers = list(slim.named_buffers(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}
-    for name, p in slim.model.named_parameters(remove_duplicate=False):
+    for name, p in slim.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(p), []).append(name)
-    shard(slim.model)
-    left = [name for name, p in slim.model.named_parameters() if is_sharded(old[name]) and not is_sharded(p)]
+    shard(slim)
+    left = [name for name, p in slim.named_parameters() if is_sharded(old[name]) and not is_sharded(p)]
     if left:
         raise ShrinkError(
             f"shard= has not spread {some(left)} of the slim {type(model).__name__} over processes\n"
             "  effect  each process would hold all of it; nothing was changed\n"
             "  to fix  pass the function that shards the model: fully_shard for every block, then for the model itself"
         )
-    slim.model.to_empty(device=device)
+    slim.to_empty(device=device)
     for first, *others in aliases.values():  # to_empty makes two tensors of one that is tied
         for name in others:
-            owner, last = owner_of(slim.model, name)
-            owner._parameters[last] = slim.model.get_parameter(first)
+            owner, last = owner_of(slim, name)
+            owner._parameters[last] = slim.get_parameter(first)
     for name, held in buffers:
-        owner, last = owner_of(slim.model, name)
+        owner, last = owner_of(slim, name)
         owner._buffers[last] = held.to(devices.get(name, device))
     moved: list[Moved] = [
-        Spread(n, old[n], slim.model.get_parameter(n), own, former[old[n]]) for n, own in slim.parameters.items()
+        Spread(n, old[n], slim.get_parameter(n), own, former[old[n]]) for n, own in parameters.items()
     ]
     with torch.no_grad():
         for m in moved:
@@ -144,15 +156,25 @@ def become_spread(model: nn.Module, slim: nn.Module) -> None:
     same_sharding(model, slim)
 
 
-def without_averages(averages: Any, model: nn.Module) -> None:
-    """Refuse averages of weights of a model that is spread over processes.
+def averages_of(model: nn.Module, averages: Iterable[Any]) -> list[nn.Module]:
+    """The averages of a model's weights, which have to be spread over processes as the model is.
 
     Raises:
-        ShrinkError: There are averages.
+        ShrinkError: One belongs to another model, or is not spread like this one.
     """
-    if list(averages):
-        raise ShrinkError(
-            f"averages= of a {type(model).__name__} that is spread over processes are not made slim\n"
-            "  effect  nothing was changed\n"
-            "  to fix  oto.shrink(optimizer, shard=...) without them, and begin a new average"
-        )
+    found = []
+    for wrapper in averages:
+        inner = average_in(wrapper, model)
+        reshard(inner)
+        theirs = dict(inner.named_parameters())
+        other = [n for n, p in model.named_parameters() if Sharding.of(p) != Sharding.of(theirs[n])]
+        if other or (wrapper is not inner and is_fully_sharded(wrapper)):
+            what = f"has {some(other)} spread in another way" if other else "was given to fully_shard itself"
+            raise ShrinkError(
+                f"the {type(wrapper).__name__} {what} than the {type(model).__name__}\n"
+                "  effect  it cannot follow what each process keeps; nothing was changed\n"
+                "  to fix  make the average before the model is sharded, and shard the module that it holds in the same"
+                " way: average = AveragedModel(model), f(average.module), f(model)"
+            )
+        found.append(inner)
+    return found

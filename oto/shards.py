@@ -193,11 +193,16 @@ def reshard(model: nn.Module) -> None:
 
     After a forward without a backward the outermost module holds whole parameters. Does not communicate.
     """
+    for module in model.modules():
+        if is_fully_sharded(module):
+            owner: Any = module
+            owner.reshard()
+
+
+def is_fully_sharded(module: Any) -> bool:
+    """Whether ``fully_shard`` was called with this very module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def refuse_flattened(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from oto.groups.layout import equalize_ties
 from oto.groups.segments import idle
 from oto.optim import SparseOptimizer
 from oto.optim.shrink import Moved
-from oto.resharding import Shard, become_spread, in_every_process, spread_anew, without_averages
+from oto.resharding import Shard, averages_of, become_spread, in_every_process, spread_anew
 from oto.shards import sharded_names, spread, whole
 from oto.slim.config.recipe import Recipe
 from oto.slim.shrink import Shrunk, analyzed_again, become, names_of, parts, require_there, shrunk
@@ -58,7 +58,7 @@ def shrink(
     optimizer = training.inside(wrapper)
     if sharded := bool(sharded_names(analysis.model)):
         _require_function(analysis.model, shard)
-        without_averages(averages, analysis.model)
+        averages = averages_of(analysis.model, averages)
     full = analysis.partition if training.partition is None else training.partition
     there = {name: np.flatnonzero(mask) for name, mask in optimizer.kept.items()}
     _require_of(analysis, optimizer, full, there)
@@ -110,8 +110,12 @@ def _go_on(
     gone = [p for p in model.parameters() if p not in there]
     if shard is not None:
         optimizer.require_shrinkable()  # before anything is spread
-        optimizer.shrink_(spread_anew(model, slim, shard), pruned, left, gone)
-        become_spread(model, slim.model)
+        moved = spread_anew(model, slim.model, slim.parameters, shard)
+        for before, now in slim.averages:
+            spread_anew(before, now, slim.parameters, shard)
+        optimizer.shrink_(moved, pruned, left, gone)
+        for before, now in [(model, slim.model), *slim.averages]:
+            become_spread(before, now)
         return
     former = {p: name for name, p in model.named_parameters()}
     moved = [Moved(n, old[n], slim.model.get_parameter(n), own, former[old[n]]) for n, own in slim.parameters.items()]
@@ -222,15 +226,16 @@ def _slim(analysis: Analysis, kept: Kept, averages: Iterable[Any]) -> tuple[Shru
         return slim, _analyzed(analysis, slim, source)
 
 
-def _slim_of_all(analysis: Analysis, kept: Kept, _: Iterable[Any]) -> tuple[Shrunk, Analysis]:
-    """The same where parameters are spread over processes: those of the slim model are on ``meta`` in all of them."""
+def _slim_of_all(analysis: Analysis, kept: Kept, averages: Iterable[Any]) -> tuple[Shrunk, Analysis]:
+    """The same where parameters are spread over processes: those of what is slim are on ``meta`` in all of them."""
+    averages = list(averages)
 
     def make() -> Shrunk:
         here = analysis.of(analysis.model)
         with _building(here):
-            return shrunk(_source(here, kept))
+            return shrunk(_source(here, kept), averages)
 
-    slim = in_every_process(analysis.model, make)
+    slim = in_every_process(analysis.model, averages, make)
     with whole(analysis.model), _building(analysis):
         return slim, _analyzed(analysis, slim, _source(analysis, kept, ask=False))
 

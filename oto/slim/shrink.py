@@ -107,7 +107,7 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     descend(slim, model, Round.of(edits, tensors, kept))
     made: list[tuple[nn.Module, nn.Module]] = []
     for wrapper in averages:
-        inner = _average_in(wrapper, model)
+        inner = average_in(wrapper, model)
         held = {name: tensor for name, tensor in pruned_tensors(inner, pruned).items() if name not in gone}
         average = apply(inner, held, edits)
         vars(average)[REMEMBERED] = origin_of(slim)
@@ -220,7 +220,7 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: Pru
                 edits.stated.setdefault(module, []).append([key, value])
 
 
-def _average_in(wrapper: Any, model: nn.Module) -> nn.Module:
+def average_in(wrapper: Any, model: nn.Module) -> nn.Module:
     """The average of a model's weights that a wrapper holds, or that it is itself."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
     inner = holder(wrapper, shapes)

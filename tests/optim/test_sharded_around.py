@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from oto import OTO
 from oto.errors import ShrinkError, TargetError
@@ -32,6 +33,7 @@ from tests.optim.test_sharded import (
     heard,
     loaded,
     net,
+    parallel,
     require_agreement,
     require_same,
     shard,
@@ -286,6 +288,48 @@ def shrunk(rank: int, name: str = "hesso adamw", at: tuple[int, ...] = (20,), en
     assert subnet.cost_after == other.construct_subnet().cost_after
 
 
+def averaged(rank: int) -> None:
+    """Averages of weights follow the model, spread over processes as it is, and are those of one process."""
+    made = []
+    for own in (rank, None):
+        oto = copy.deepcopy(analyzed(net))
+        average: Any = AveragedModel(oto.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        for model in (oto.model, average.module) if own is not None else ():
+            shard(model)
+        optimizer = MAKERS["hesso adamw"][2](oto)
+        for n in range(40):
+            if n == 20:
+                oto.shrink(optimizer, shard=shard, averages=[average])
+            train(oto.model, optimizer, range(n, n + 1), own)
+            average.update_parameters(oto.model)
+        optimizer.zero_pruned_in(average)
+        made.append((average, optimizer, oto.construct_subnet(model=average)))
+    (average, optimizer, subnet), (other, reference, small) = made
+    assert len(sharded_names(average.module)) == len(list(average.module.parameters()))
+    require_same(average.module, other.module, optimizer, reference)
+    assert torch.allclose(average(sharded.X), other(sharded.X), rtol=0, atol=sharded.CLOSE)
+    assert subnet.cost_after == small.cost_after
+
+
+def averages_in_vain(rank: int) -> None:
+    """What is no average of this model, or is not spread like it, every process refuses; training goes on."""
+    oto, optimizer = spread("hesso adamw")
+    train(oto.model, optimizer, range(20), rank)
+    from torch.distributed.fsdp import fully_shard
+
+    whole, other, wrapped = net(), parallel(), AveragedModel(net())
+    shard(wrapped.module)
+    fully_shard(wrapped)
+    with pytest.raises(ShrinkError, match=r"Net has blocks\.0\.[^$]*spread in another way[^$]*f\(average\.module\)"):
+        oto.shrink(optimizer, shard=shard, averages=[whole])
+    with pytest.raises(ShrinkError, match="Parallel holds no average of this"):
+        oto.shrink(optimizer, shard=shard, averages=[other])
+    with pytest.raises(ShrinkError, match="AveragedModel was given to fully_shard itself"):
+        oto.shrink(optimizer, shard=shard, averages=[wrapped])
+    train(oto.model, optimizer, range(20, 28), rank)
+    require_same(oto.model, alone("hesso adamw", steps=28)[0], optimizer, alone("hesso adamw", steps=28)[1])
+
+
 def shrunk_in_vain(rank: int) -> None:
     """What the first process cannot make, every process says, and training goes on."""
     from oto import shrinking
@@ -305,8 +349,6 @@ def shrunk_in_vain(rank: int) -> None:
     finally:
         shrinking.shrunk = plain
     assert len(calls) == (rank == 0)
-    with pytest.raises(ShrinkError, match="averages="):
-        oto.shrink(optimizer, shard=shard, averages=[net()])
     assert sharded_names(oto.model)
     train(oto.model, optimizer, range(20, 28), rank)
     other, reference = alone("hesso adamw", steps=28)
@@ -324,6 +366,7 @@ CHECKS: dict[str, Check] = {
     "timed": timed,
     "segments": partial(equal, "h2spg"),
     "shrunk": shrunk,
+    "averaged": averaged,
     "offloaded": offloaded,
     "compiled": compiled,
     "all at once": all_at_once,
@@ -333,6 +376,7 @@ CHECKS: dict[str, Check] = {
 }
 LONG: dict[str, Check] = {
     "shrunk in vain": shrunk_in_vain,
+    "averages in vain": averages_in_vain,
     "shrunk twice": partial(shrunk, at=(20, 40), end=50),
     "shrunk, hspg": partial(shrunk, name="hspg adamw", at=(40,), end=50),
     "shrunk, dhspg": partial(shrunk, name="dhspg", at=(40,), end=50),
