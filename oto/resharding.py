@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from oto._torch import same_sharding
-from oto.errors import ShrinkError, some
+from oto.errors import ShrinkError, first_line, some
 from oto.optim.entries import taken
 from oto.optim.shrink import Moved
 from oto.shards import (
@@ -29,6 +29,7 @@ from oto.shards import (
     is_sharded,
     local,
     made_by_first,
+    require_sendable,
     reshard,
     whole,
 )
@@ -62,13 +63,14 @@ def in_every_process(model: nn.Module, averages: Sequence[nn.Module], make: Call
 
     def send(made: Shrunk) -> None:
         try:
-            from_first(model, made)
-        except Exception as refused:  # pickle's, before anything was sent
+            require_sendable(made)
+        except Exception as refused:  # objects of extensions raise what they like
             raise ShrinkError(
-                f"the slim {type(model).__name__} cannot be sent to the other processes: {refused}\n"
+                f"the slim {type(model).__name__} cannot be sent to the other processes: {first_line(refused)}\n"
                 "  effect  nothing was changed\n"
                 "  to fix  construct_subnet(...) at the end, and shard the slim model"
             ) from refused
+        from_first(model, made)
 
     made = made_by_first(model, emptied, send, ShrinkError)
     return replace(made, averages=[(own, slim) for own, (_, slim) in zip(averages, made.averages, strict=True)])

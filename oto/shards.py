@@ -12,6 +12,7 @@ What is marked "Communicates" has to be called by every process of the mesh, in 
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -344,6 +345,14 @@ def from_first(model: nn.Module, thing: Any) -> Any:
     for dim in range(mesh.ndim):  # along the first dimension, then from there along the next one
         dist.broadcast_object_list(held, group=mesh.get_group(dim), group_src=0)
     return held[0]
+
+
+def require_sendable(thing: Any) -> None:
+    """Raise whatever pickle raises for a thing that :func:`from_first` could not send, or that others could not read.
+
+    After a message that cannot be read the processes would no longer wait for the same ones.
+    """
+    pickle.loads(pickle.dumps(thing))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +37,7 @@ from oto.progress import stage, stages
 from oto.report.card import card
 from oto.report.html import Background, report
 from oto.report.table import cost_rows, html, subnet_lines, subnet_table
-from oto.shards import from_first, made_by_first, sharded_names, whole
+from oto.shards import from_first, made_by_first, require_sendable, sharded_names, whole
 from oto.slim.config.recipe import Recipe
 from oto.slim.construct import Made, construct, require_values
 from oto.slim.edits import named_tensors
@@ -269,7 +267,7 @@ def _send(model: nn.Module, made: Subnet) -> None:
     empty = {name: torch.empty_like(p, device="meta") for name, p in parameters}
     try:
         with whole(made.model, named_tensors(made.model) | empty):
-            pickle.Pickler(io.BytesIO()).dump(light)
+            require_sendable(light)
     except Exception as refused:  # objects of extensions raise what they like; nothing was sent
         note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
         from_first(model, replace(light, model=nn.Module(), notes=(*made.notes, note), example=None))

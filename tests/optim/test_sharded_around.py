@@ -9,6 +9,7 @@ import copy
 import os
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from oto import OTO
 from oto.errors import ShrinkError, TargetError
-from oto.shards import is_sharded, sharded_names
+from oto.shards import _Failure, is_sharded, sharded_names
 from tests.optim import test_sharded as sharded
 from tests.optim.test_distributed import GLOO, RANKS
 from tests.optim.test_sharded import (
@@ -330,6 +331,50 @@ def averages_in_vain(rank: int) -> None:
     require_same(oto.model, alone("hesso adamw", steps=28)[0], optimizer, alone("hesso adamw", steps=28)[1])
 
 
+class Odd(sharded.Net):
+    """It holds a thing that other processes cannot have."""
+
+    def __init__(self, thing: Any) -> None:
+        super().__init__()
+        self.thing = thing
+
+
+class Unreadable:
+    """It can be pickled, and the pickle not be read."""
+
+    def __deepcopy__(self, memo: Any) -> Unreadable:
+        return self
+
+    def __reduce__(self) -> Any:
+        return int, ("seven",)
+
+
+def not_sent(rank: int) -> None:
+    """A slim model that holds what cannot be sent: the first process finds that before it sends anything."""
+    for thing, said in ((lambda: 7, "lambda"), (Unreadable(), "invalid literal for int")):
+        torch.manual_seed(0)
+        oto = OTO(Odd(thing).double(), sharded.X)
+        shard(oto.model)
+        optimizer = oto.hesso(lr=0.02, target_params=0.7, start_pruning_step=0, pruning_steps=2, pruning_periods=1)
+        train(oto.model, optimizer, range(3), rank)
+        before = full(oto.model)
+        with (
+            mock.patch.object(dist, "broadcast_object_list", wraps=dist.broadcast_object_list) as sent,
+            pytest.raises(ShrinkError, match=rf"cannot be sent[^$]*{said}[^$]*nothing was changed") as refusal,
+        ):
+            oto.shrink(optimizer, shard=shard)
+        (call,) = sent.call_args_list
+        assert isinstance(call.args[0][0], _Failure), "the refusal is all that is sent"
+        assert rank == 0 or "the first process" in str(refusal.value)
+        assert all(torch.equal(p, before[name]) for name, p in full(oto.model).items())
+        subnet = oto.construct_subnet()
+        if rank == 0:
+            assert type(subnet.model) is Odd and subnet.model.thing is thing
+        else:
+            assert type(subnet.model) is nn.Module and any("not sent" in n and said in n for n in subnet.notes)
+        train(oto.model, optimizer, range(3, 5), rank)
+
+
 def shrunk_in_vain(rank: int) -> None:
     """What the first process cannot make, every process says, and training goes on."""
     from oto import shrinking
@@ -367,6 +412,7 @@ CHECKS: dict[str, Check] = {
     "segments": partial(equal, "h2spg"),
     "shrunk": shrunk,
     "averaged": averaged,
+    "not sent": not_sent,
     "offloaded": offloaded,
     "compiled": compiled,
     "all at once": all_at_once,
