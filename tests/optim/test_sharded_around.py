@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from oto import OTO
@@ -331,6 +331,56 @@ def averages_in_vain(rank: int) -> None:
     require_same(oto.model, alone("hesso adamw", steps=28)[0], optimizer, alone("hesso adamw", steps=28)[1])
 
 
+class Tied(nn.Module):
+    """A language model whose embedding is its head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(17, 12)
+        self.blocks = nn.Sequential(*(sharded.Attention() for _ in range(2)))
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 17, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.blocks(self.embed(tokens))))
+        return y
+
+
+def tied(rank: int) -> None:
+    """Segments and channels of a model whose embedding is its head are chosen and taken out as in one process."""
+    torch.manual_seed(0)
+    tokens = torch.randint(17, (40, 4, 6))
+    first = OTO(Tied().double(), tokens[0], compress_mode="both")
+    made = []
+    for own in (rank, None):
+        oto = copy.deepcopy(first)
+        model: Any = oto.model
+        average: Any = AveragedModel(model)
+        for spread_too in (model, average.module) if own is not None else ():
+            shard(spread_too)
+        optimizer = oto.hesso(variant="adamw", **{**sharded.SOON, "target_macs": 0.3})
+        for n in range(40):
+            if n == 36:  # pruning is over
+                oto.shrink(optimizer, shard=shard, averages=[average])
+            optimizer.zero_grad()
+            x = tokens[n] if own is None else tokens[n, 2 * own : 2 * own + 2]
+            nn.functional.cross_entropy(model(x[:, :-1]).mT, x[:, 1:]).backward()
+            optimizer.step()
+            average.update_parameters(model)
+        assert all(m.embed.weight is m.head.weight for m in (model, average.module))
+        made.append((oto, optimizer, average.module))
+    (oto, optimizer, average), (other, reference, plain) = made
+    agreed_atoms(optimizer)
+    for mine, theirs in ((oto.model, other.model), (average, plain)):
+        require_same(mine, theirs, optimizer, reference)
+    subnet, small = oto.construct_subnet(), other.construct_subnet()
+    assert len(list(small.model.parameters())) < len(list(first.model.parameters())), "a segment is gone"
+    assert subnet.cost_after == small.cost_after and subnet.model.embed.weight is subnet.model.head.weight
+    if rank == 0:
+        for name, p in small.model.named_parameters():
+            assert (subnet.model.get_parameter(name) - p).abs().max() <= sharded.CLOSE, name
+
+
 class Odd(sharded.Net):
     """It holds a thing that other processes cannot have."""
 
@@ -411,7 +461,7 @@ CHECKS: dict[str, Check] = {
     "timed": timed,
     "segments": partial(equal, "h2spg"),
     "shrunk": shrunk,
-    "averaged": averaged,
+    "tied": tied,
     "not sent": not_sent,
     "offloaded": offloaded,
     "compiled": compiled,
@@ -422,6 +472,7 @@ CHECKS: dict[str, Check] = {
 }
 LONG: dict[str, Check] = {
     "shrunk in vain": shrunk_in_vain,
+    "averaged": averaged,
     "averages in vain": averages_in_vain,
     "shrunk twice": partial(shrunk, at=(20, 40), end=50),
     "shrunk, hspg": partial(shrunk, name="hspg adamw", at=(40,), end=50),
