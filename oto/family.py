@@ -41,7 +41,7 @@ from oto.report.family import MemberRow, report
 from oto.sandwich import Sandwich, average_gradients_, processes, share_from_first_
 from oto.shards import refuse_sharded
 from oto.subnet import Build, Emitter, Subnet
-from oto.training import Training, compare_frozen
+from oto.training import Training, compare_frozen, require_named
 
 Forward = Callable[[nn.Module], Any]
 Loss = Callable[[Any], Tensor]
@@ -372,11 +372,13 @@ def make_family(analysis: Analysis, params: Params | None, options: Mapping[str,
 
     Raises:
         OptionError, TargetError, NothingPrunableError: An option is invalid, or a target cannot be reached.
-        TooLateError: Parameters of which members lack entries were frozen after the analysis.
+        ModelChangedError, TooLateError: Parameters of which members lack entries were renamed or frozen after the
+            analysis.
     """
     refuse_unknown(options, names_of(FamilyOptions), "family")
     refuse_sharded(analysis.model, READ_OUT, KEEP_WHOLE)
     options = by_first_names(analysis, options)
+    require_named(analysis)
     compare_frozen(analysis)
     targets = options.get("targets")
     if not isinstance(targets, Sequence) or isinstance(targets, str):

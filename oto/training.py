@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 from oto.adapters import refuse_layers_alone
 from oto.analysis import Analysis
 from oto.calibration import Calibrated, Data, require_one_process
-from oto.errors import NoGradientWarning, NotPrunedWarning, OptionError, ShrinkError, TooLateError, some, users_level
+from oto.errors import (
+    ModelChangedError,
+    NoGradientWarning,
+    NotPrunedWarning,
+    OptionError,
+    ShrinkError,
+    TooLateError,
+    some,
+    users_level,
+)
 from oto.groups import Partition
 from oto.groups.adapters import adapters, halves_in, ranks_in
 from oto.groups.layout import settled
@@ -93,11 +102,12 @@ def make(
 
     Raises:
         OptionError: ``kind`` has no such option.
-        TooLateError: Parameters that would be zeroed were frozen since the analysis.
+        ModelChangedError, TooLateError: Parameters that would be zeroed were renamed or frozen since the analysis.
     """
     refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
     refuse_flattened(analysis.model)
     reshard(analysis.model)
+    require_named(analysis)
     fold = _fold(analysis, picked(options, FoldOptions))
     options = by_first_names(analysis, besides(options, FoldOptions))
     compare_frozen(analysis)
@@ -199,6 +209,23 @@ def _warn_of_adapters(analysis: Analysis, optimizer: SparseOptimizer) -> None:
             " saliency='magnitude'",
             NoGradientWarning,
             stacklevel=users_level(),
+        )
+
+
+def require_named(analysis: Analysis) -> None:
+    """Refuse a model whose parameters have other names than in the analysis, as they get from a module put around some.
+
+    Raises:
+        ModelChangedError: What would be zeroed is not found by its name.
+    """
+    zeroed = dict.fromkeys(piece.parameter for group in analysis.groups if group.prunable for piece in group.zeros)
+    there = dict(analysis.model.named_parameters(remove_duplicate=False))
+    if gone := [name for name in zeroed if name not in there]:
+        raise ModelChangedError(
+            f"{type(analysis.model).__name__} has no {some(gone)} any more, as it had when OTO(...) was made\n"
+            "  effect  what is to be zeroed is not found by its name; nothing was made\n"
+            "  to fix  change the model first (checkpoint_wrapper, block = torch.compile(block), new layers), then"
+            " OTO(...); block.compile() keeps names, and may come later"
         )
 
 

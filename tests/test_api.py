@@ -15,6 +15,7 @@ from torch import nn
 from oto import OTO, load_subnet
 from oto.errors import (
     DummyInputWarning,
+    ModelChangedError,
     NothingPrunableError,
     NotPrunedWarning,
     OptionError,
@@ -347,6 +348,20 @@ def test_freezing_after_the_analysis_is_refused_where_it_matters():
     anything = OTO(model, X, prune_frozen=True)
     model[0].requires_grad_(False)
     anything.hesso(**SCHEDULE)
+
+
+def test_names_that_changed_after_the_analysis_are_refused():
+    model = net()
+    oto = OTO(model, X)
+    model[0].compile(backend="eager")  # which keeps names
+    oto.hesso(**SCHEDULE)
+    model[0] = torch.compile(model[0], backend="eager")
+    for make in (lambda: oto.hesso(**SCHEDULE), lambda: oto.family(targets=[0.5], lr=0.1, total_steps=9)):
+        with pytest.raises(
+            ModelChangedError, match=r"no 0\.weight, 0\.bias any more[^$]*block\.compile\(\) keeps names"
+        ):
+            make()
+    OTO(model, X).hesso(**SCHEDULE)
 
 
 def test_unfreezing_after_the_analysis_is_reported():
