@@ -628,6 +628,37 @@ def sharded_anew(rank: int) -> None:
     require_moments(optimizer, of_one)
 
 
+def shrunk_in_replicas(rank: int) -> None:
+    """HSDP on four processes: a model and an average that get smaller in the middle are those of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.optim.swa_utils import AveragedModel
+
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    made = []
+    for mesh in (two, None):
+        oto = copy.deepcopy(analyzed(net))
+        average: Any = AveragedModel(oto.model)
+        for model in (oto.model, average.module) if mesh is not None else ():
+            shard(model, mesh=mesh)
+        optimizer = MAKERS["hesso adamw"][2](oto)
+        for n in range(28):
+            if n == 20:
+                oto.shrink(optimizer, shard=partial(shard, mesh=mesh), averages=[average])
+            optimizer.zero_grad()
+            x, y = batch(n) if mesh is None else (part[rank : rank + 1] for part in batch(n))
+            nn.functional.mse_loss(oto.model(x), y).backward()
+            optimizer.step()
+            average.update_parameters(oto.model)
+        made.append((oto, optimizer, average.module))
+    (oto, optimizer, average), (other, reference, plain) = made
+    for mine, theirs in ((full(oto.model), full(other.model)), (full(average), full(plain))):
+        for name, p in theirs.items():
+            assert (mine[name] - p).abs().max() <= CLOSE, name
+    assert torch.equal(agreed_atoms(optimizer), reference.atoms) and optimizer.num_removed > 0
+    subnet = oto.construct_subnet()
+    assert subnet.cost_after == other.construct_subnet().cost_after and subnet.model.head.weight.is_meta == (rank > 0)
+
+
 def require_moments(optimizer: Any, other: Any) -> None:
     from oto.shards import gathered_tensor
 
@@ -685,7 +716,11 @@ LONG: dict[str, Check] = {
     "checkpoints of hesso_cric": partial(checkpoints, "hesso_cric", steps=(8, 13, 38)),
     "in parallel": partial(in_parallel, names=("hesso", "hspg", "hesso_cric")),
 }
-FOUR: dict[str, Check] = {"in two dimensions": in_two_dimensions, "sharded anew": sharded_anew}
+FOUR: dict[str, Check] = {
+    "in two dimensions": in_two_dimensions,
+    "sharded anew": sharded_anew,
+    "shrunk in replicas": shrunk_in_replicas,
+}
 
 
 def work(rank: int, folder: str, checks: dict[str, Check], ranks: int) -> None:

@@ -37,6 +37,7 @@ from tests.optim.test_sharded import (
     parallel,
     require_agreement,
     require_same,
+    saved,
     shard,
     spread,
     train,
@@ -312,6 +313,30 @@ def averaged(rank: int) -> None:
     assert subnet.cost_after == small.cost_after
 
 
+def resumed_slim(rank: int) -> None:
+    """A checkpoint of a shrunk model goes on with the same bits, in a run that begins with the full one."""
+    oto, optimizer = spread("hesso adamw")
+    train(oto.model, optimizer, range(20), rank)
+    oto.shrink(optimizer, shard=shard)
+    train(oto.model, optimizer, range(20, 24), rank)
+    folder, like = sharded.FOLDER / "slim in a period", optimizer.state_dict()
+    saved(oto.model, optimizer, folder)
+    train(oto.model, optimizer, range(24, 40), rank)
+    again, resumed = spread("hesso adamw")
+    again.shrink(resumed, like=like, shard=shard)
+    loaded(again.model, resumed, folder)
+    assert resumed.clock == 24
+    train(again.model, resumed, range(24, 40), rank)
+    end = full(oto.model)
+    assert all(torch.equal(p, end[name]) for name, p in full(again.model).items())
+    one = copy.deepcopy(analyzed(net))
+    of_one = MAKERS["hesso adamw"][2](one)
+    one.shrink(of_one, like=like)
+    loaded(one.model, of_one, folder, no_dist=True)
+    train(one.model, of_one, range(24, 40))
+    require_same(oto.model, one.model, optimizer, of_one)
+
+
 def averages_in_vain(rank: int) -> None:
     """What is no average of this model, or is not spread like it, every process refuses; training goes on."""
     oto, optimizer = spread("hesso adamw")
@@ -474,6 +499,7 @@ LONG: dict[str, Check] = {
     "shrunk in vain": shrunk_in_vain,
     "averaged": averaged,
     "averages in vain": averages_in_vain,
+    "resumed slim": resumed_slim,
     "shrunk twice": partial(shrunk, at=(20, 40), end=50),
     "shrunk, hspg": partial(shrunk, name="hspg adamw", at=(40,), end=50),
     "shrunk, dhspg": partial(shrunk, name="dhspg", at=(40,), end=50),
