@@ -381,7 +381,7 @@ def _needed(analysis: Analysis, partition: Partition, groups: Iterable[NodeGroup
     model = analysis.model
     asked = rewording(model, TraceError, "it was asked what its class can leave out", "the analysis is done")
     with asked, stages(f"OTO({type(model).__name__})"):
-        return needed(model, partition, segments, analysis.example)
+        return needed(model, partition, segments, analysis.example, analysis.form.own)
 
 
 def _layers(analysis: Analysis, partition: Partition, groups: tuple[NodeGroup, ...]) -> tuple[NodeGroup, ...]:

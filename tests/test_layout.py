@@ -42,7 +42,7 @@ SLIM = {
     "graph": {"edits", "proof", "pruned_shapes"},
     "removed": {"edits", "proof"},
     "erased": {"edits", "proof"},
-    "asked": {"edits", "erased"},
+    "asked": {"edits", "erased", "own_class", "pruned_shapes"},
     "provenance": {"config", "edits"},
     "pickled": {"provenance"},
     "state": {"proof"},

@@ -27,6 +27,7 @@ from oto.axes.terms import Axis, Reason
 from oto.trace.graph import Leaf
 
 Place = tuple[int, int]  # (tensor, dimension)
+PRODUCES, READS = 1, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +65,16 @@ def prove(propagation: Propagation) -> dict[Axis, Exact]:
         for dim, axes in enumerate(carried[index]):
             for axis in axes:
                 owned.setdefault(axis, []).append((leaf, dim, (index, dim)))
-    dynamic = _dynamic(propagation)
+    dynamic = dynamic_tensors(propagation)
     proofs: dict[Axis, Exact] = {}
     for axis in dict.fromkeys(a for places in carried for axes in places for a in axes):
         if axis not in owned:
             axis.fixed = Reason("no parameter carries it")
             continue
         steps = visits.get(axis, [])
-        roles = _roles(steps, dynamic)
-        produce, read = 1, 2
-        producers = [own for own in owned[axis] if roles.get(own[2], 0) & produce]
-        readers = [own for own in owned[axis] if not roles.get(own[2], 0) & produce and roles.get(own[2], 0) & read]
+        roles = roles_of(steps, dynamic)
+        producers = [own for own in owned[axis] if roles.get(own[2], 0) & PRODUCES]
+        readers = [own for own in owned[axis] if not roles.get(own[2], 0) & PRODUCES and roles.get(own[2], 0) & READS]
         obstacle: Step | None = None
         tries = [("producers", producers), ("readers", readers), ("both", producers + readers)]
         # a filter that is divided by its own norm must not be zero, but the factor that scales it may
@@ -145,7 +145,7 @@ def visits_of(propagation: Propagation) -> tuple[dict[Axis, list[Visit]], list[l
     return visits, carried
 
 
-def _dynamic(propagation: Propagation) -> list[bool]:
+def dynamic_tensors(propagation: Propagation) -> list[bool]:
     """Which tensors depend on the inputs."""
     dynamic = [False] * len(propagation.tape.tensors)
     trained = propagation.graph.trained
@@ -156,13 +156,17 @@ def _dynamic(propagation: Propagation) -> list[bool]:
     return dynamic
 
 
-def _roles(visits: list[Visit], dynamic: list[bool]) -> dict[Place, int]:
-    """Whether a tensor made of parameters alone produces the axis (1), reads it (2), or both (3)."""
+def roles_of(visits: list[Visit], dynamic: list[bool]) -> dict[Place, int]:
+    """Whether a tensor made of parameters alone produces the axis, reads it, or both.
+
+    Args:
+        dynamic: For each tensor, whether it depends on the inputs.
+    """
     roles: dict[Place, int] = {}
     for visit in reversed(visits):
         output = visit.step.output
         for dim, places in visit.outputs:
-            role = 1 if dynamic[output] else roles.get((output, dim), 0)
+            role = PRODUCES if dynamic[output] else roles.get((output, dim), 0)
             for place in (p for group in places for p in group):
                 if not dynamic[place[0]]:
                     roles[place] = roles.get(place, 0) | role
@@ -170,7 +174,7 @@ def _roles(visits: list[Visit], dynamic: list[bool]) -> dict[Place, int]:
             beside_data = any(dynamic[tensor] for tensor, _ in group)
             for place in group:
                 if not dynamic[place[0]]:
-                    roles[place] = roles.get(place, 0) | (2 if beside_data else 1)
+                    roles[place] = roles.get(place, 0) | (READS if beside_data else PRODUCES)
     return roles
 
 

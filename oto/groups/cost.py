@@ -47,7 +47,7 @@ def cost(partition: Partition, kept: Mapping[str, int] | None = None, without: C
     Args:
         without: Names of parameters and buffers that are left out.
     """
-    counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
+    counts = partition.counts(kept or {})
 
     def total(products: Products) -> int:
         return sum(int(weight) * prod(count(resolve(term), counts) for term in terms) for weight, terms in products)
@@ -56,6 +56,7 @@ def cost(partition: Partition, kept: Mapping[str, int] | None = None, without: C
 
 
 Products = Iterator[tuple[float, Sequence[Term]]]
+_NOTHING: Mapping[Axis, Term] = {}
 
 
 def _params(partition: Partition, without: Collection[str] = ()) -> Products:
@@ -95,7 +96,7 @@ def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
 def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[int, int]:
     """Multiply–adds of each call that has any, by the index of its node, if each group in ``kept`` keeps this many
     atoms; others are whole."""
-    counts: dict[Axis, int] = {partition.axes[name]: n for name, n in (kept or {}).items()}
+    counts = partition.counts(kept or {})
     macs: dict[int, int] = {}
     for node, volume in _products(partition):
         macs[node] = macs.get(node, 0) + prod(count(resolve(term), counts) for term in volume)
@@ -256,7 +257,9 @@ class Costs:
         """Write the costs out as polynomials; groups that are not prunable count as whole."""
         prunable = [group for group in groups if group.prunable and group.size]
         index = {partition.axes[group.name]: i for i, group in enumerate(prunable)}
-        params, macs, in_bytes = (polynomial(products(partition), index) for products in (_params, _macs, _bytes))
+        params, macs, in_bytes = (
+            polynomial(products(partition), index, partition.going) for products in (_params, _macs, _bytes)
+        )
         sizes = np.array([g.size for g in prunable], dtype=np.int64)
         return cls(tuple(g.name for g in prunable), sizes, params, macs, in_bytes, weights(partition))
 
@@ -268,8 +271,12 @@ class Costs:
 _Sparse = dict[tuple[int, ...], float]
 
 
-def polynomial(products: Products, index: Mapping[Axis, int]) -> Polynomial:
-    """A sum of coefficients times products of sizes, in the counts of the axes in ``index``."""
+def polynomial(products: Products, index: Mapping[Axis, int], going: Mapping[Axis, Term] = _NOTHING) -> Polynomial:
+    """A sum of coefficients times products of sizes, in the counts of the axes in ``index``.
+
+    Args:
+        going: For each axis that has no atom left without some segments, the axes of these.
+    """
     total: _Sparse = {}
     known: dict[Term, _Sparse] = {}
 
@@ -280,7 +287,8 @@ def polynomial(products: Products, index: Mapping[Axis, int]) -> Polynomial:
 
     def factor(part: object) -> _Sparse:
         if isinstance(part, Axis):
-            return {(index[part],): 1} if part in index else {(): part.size}
+            indices = tuple(sorted(index[axis] for axis in (part, *going.get(part, ())) if axis in index))
+            return {indices: 1 if part in index else part.size}
         added: _Sparse = {}
         for segment in part.segments:  # type: ignore[attr-defined]
             _add(added, spelled(segment), 1)

@@ -76,7 +76,7 @@ def latency_table(partition: Partition, costs: Costs, device: torch.device, divi
             yield from ((b, [*terms, *gate]) for terms in macs if b)
             yield from ((c, [*terms, *gate]) for terms in tensors if c)
 
-    return polynomial(products(), {axis: i for i, axis in enumerate(axes)})
+    return polynomial(products(), {axis: i for i, axis in enumerate(axes)}, partition.going)
 
 
 def _width(size: int, share: float, divisible: int) -> int:

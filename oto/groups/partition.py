@@ -31,13 +31,16 @@ class Segment:
     Attributes:
         name: The module that ends it; unique, and no node group's.
         axis: Its axis of size 1, one more factor of the size of all that is in it.
-        joint: Index of the addition that it goes into.
+        joint: Index of the addition that it goes into, or of the first concatenation.
         edge: What goes into it from the segment.
-        left: What the joint gives without the segment: its other argument.
+        left: What an addition gives without the segment: its other argument. Of a concatenation, another argument.
         made: What the joint gives.
         writers: The parameters that must be zero.
         body: Indices of the calls that only the joint reads the results of.
         leaves: The tensors of the model that only these calls read.
+        into: Indices of the concatenations that it goes into; none if it is added.
+        axes: What it is laid beside others with: axes that have no atom left without it. None if it is added.
+        behind: What else must be zero, as where a norm behind a concatenation would make something of zeros.
     """
 
     name: str
@@ -49,6 +52,9 @@ class Segment:
     writers: tuple[Leaf, ...]
     body: frozenset[int]
     leaves: tuple[Leaf, ...] = ()
+    into: frozenset[int] = frozenset()
+    axes: tuple[Axis, ...] = ()
+    behind: tuple[Slice, ...] = ()
 
 
 @dataclass(eq=False)
@@ -77,9 +83,24 @@ class Partition:
                 found[one] = (*found.get(one, ()), segment.axis)
         return found
 
+    @cached_property
+    def going(self) -> Mapping[Axis, Term]:
+        """For each axis that has no atom left without some segments, the axes of these."""
+        found: dict[Axis, Term] = {}
+        for segment in self.segments:
+            for axis in segment.axes:
+                found[axis] = (*found.get(axis, ()), segment.axis)
+        return found
+
     def erased(self, kept: Kept) -> list[Segment]:
         """The segments of which nothing is kept."""
         return [segment for segment in self.segments if segment.name in kept and not len(kept[segment.name])]
+
+    def counts(self, kept: Mapping[str, int]) -> dict[Axis, int]:
+        """For each group in ``kept``, how many atoms of its axis survive, without those that go with a segment."""
+        counts = {self.axes[name]: n for name, n in kept.items()}
+        gone = {segment.axis for segment in self.segments if kept.get(segment.name) == 0}
+        return counts | {axis: 0 for axis, own in self.going.items() if not gone.isdisjoint(own)}
 
     @cached_property
     def graph(self) -> nx.DiGraph:
@@ -90,12 +111,14 @@ class Partition:
         return _flow(self.found, {self.axes[group.name]: group.name for group in self.groups})
 
     def masks(self, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
-        """For each group in ``kept``, which atoms survive."""
+        """For each group in ``kept``, which atoms survive, without those that go with a segment."""
         masks = {}
         for name, indices in kept.items():
             axis = self.axes[name]
             masks[axis] = np.zeros(axis.size, dtype=bool)
             masks[axis][indices] = True
+        for axis in (axis for segment in self.erased(kept) for axis in segment.axes):
+            masks[axis] = np.zeros(axis.size, dtype=bool)
         return masks
 
     def entries(self, value: Value, kept: Kept) -> list[NDArray[np.bool_]]:
@@ -178,7 +201,7 @@ def pruned_groups(
         present: All names of the parameters that are left; one that is tied may have lost the first of its names. By
             default none is lost.
     """
-    counts = {partition.axes[name]: len(atoms) for name, atoms in kept.items()}
+    counts = partition.counts({name: len(atoms) for name, atoms in kept.items()})
     gone = {leaf for segment in partition.erased(kept) for leaf in segment.leaves}
     now: dict[str, str] = {}
     whole: dict[str, Slice] = {}

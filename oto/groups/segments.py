@@ -8,6 +8,11 @@ into an addition, its *joint*, with
 * its *body*: every call that reaches outputs through the edge only. These are the calls that the edge dominates on the
   graph against the flow of data.
 
+Where a concatenation takes it, what it gives is as many entries shorter without it: the *axes* of the segment are
+those of its own entries, of which no atom is left, so that all that reads them gets thinner as it would for fewer
+channels. That is exact if no step behind the concatenation notices zeros there, and possible if these axes are nobody
+else's and something is left beside them (:mod:`oto.groups.beside`).
+
 All edges of a network are looked at together: dominators are found once, and a zero is followed only as far as it
 goes. Segments may lie in each other, and share writers: where the outer one is at zero, so is what writes it inside.
 """
@@ -27,6 +32,7 @@ from numpy.typing import NDArray
 from oto.axes.invariance import Everywhere, is_zero
 from oto.axes.propagate import Propagation
 from oto.axes.terms import Axis
+from oto.groups.beside import CAT, Beside, CannotGo
 from oto.groups.node_group import NodeGroup, Slice
 from oto.groups.partition import Kept, Partition, Segment
 from oto.groups.policy import atoms_of, matching
@@ -43,14 +49,14 @@ ADDITIONS: Mapping[object, tuple[int, ...]] = {
 """Operators that give what else they take where an argument is zero, and the arguments that may be."""
 
 TOGETHER: Mapping[object, str] = {
-    aten.cat.default: "it is laid beside others (cat)",
-    aten.stack.default: "it is laid beside others (stack)",
+    aten.stack.default: "it is laid beside others along an axis of their number (stack), and that has to stay whole",
 }
 """Operators that take branches, and of which nothing is known that would be left without one."""
 
 ELSEWHERE = "its result is read elsewhere, too"
 UNTRAINED = "nothing in it is trained, so nothing of it can become zero"
 UNLIKE = "what it is added to depends on other inputs, and may go, too"
+UNLIKE_BESIDE = "what it is laid beside (cat) depends on other inputs"
 _END = "end"
 
 
@@ -81,6 +87,7 @@ class Edge:
         left: What the addition gives without it: its other argument.
         made: What the addition gives.
         why: Why the addition would not give its other argument without this one; ``None`` if it would.
+        into: If it is an argument of concatenations, the indices of all of these; the joint is the first.
     """
 
     joint: Node
@@ -88,6 +95,7 @@ class Edge:
     left: Value
     made: Value
     why: str | None = None
+    into: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +115,9 @@ def branches(found: Propagation) -> Branches:
         kept = [segment for segment in own if _key(segment) in train]
         lost = [segment for segment in own if _key(segment) not in train]
         staying += [Staying(s.joint, s.name, "in train mode its result is read in another way, too") for s in lost]
-        own = [replace(s, body=s.body | train[_key(s)].body | {train[_key(s)].joint}) for s in kept]
+        own = [_in_both(segment, train[_key(segment)]) for segment in kept]
     readers = _readers(graph.calls)
+    beside = Beside(found)
     named: list[Segment] = []
     taken: dict[str, int] = {}
     for segment in own:
@@ -116,14 +125,39 @@ def branches(found: Propagation) -> Branches:
         if outside := [leaf for leaf in segment.writers if leaf not in inside]:
             staying.append(Staying(segment.joint, segment.name, f"{outside[0].name} is read elsewhere, too"))
             continue
+        segment = replace(segment, leaves=tuple(inside))
+        if segment.into:
+            try:
+                segment = beside.proved(segment)
+            except CannotGo as why:
+                staying.append(Staying(segment.joint, segment.name, why.reason, why.cause))
+                continue
         taken[segment.name] = number = taken.get(segment.name, -1) + 1
-        name = f"{segment.name}+{number}" if number else segment.name
-        named.append(replace(segment, name=name, leaves=tuple(inside)))
+        named.append(replace(segment, name=f"{segment.name}+{number}" if number else segment.name))
     return Branches(tuple(named), tuple(staying))
 
 
-def _key(segment: Segment) -> frozenset[Leaf]:
-    return frozenset(segment.writers)
+def _key(segment: Segment) -> tuple[bool, frozenset[Leaf]]:
+    return bool(segment.into), frozenset(segment.writers)
+
+
+def _in_both(segment: Segment, train: Segment) -> Segment:
+    """A segment of eval mode, with what it is in train mode."""
+    joint = frozenset[int]() if train.into else {train.joint}
+    return replace(segment, body=segment.body | train.body | joint, into=segment.into | train.into)
+
+
+def feeds_of(run: Graph) -> dict[Value, int]:
+    """For each value of a run the inputs that it depends on, as bits."""
+    feeds = {value: 1 << i for i, value in enumerate(run.inputs)}
+    for node in run.nodes:
+        own = 0
+        for value in node.inputs():
+            own |= feeds.get(value, 0)
+        for made in (*node.outputs, *(after for _, after in node.written)):
+            if made is not None:
+                feeds[made] = own
+    return feeds
 
 
 def _readers(calls: Iterable[Node]) -> dict[Value, set[int]]:
@@ -146,12 +180,12 @@ class _Run:
         self.leaves = {leaf.value: leaf for leaf in found.graph.leaves}
         self.readers = _readers(self.nodes)
         self.everywhere = Everywhere(found)
-        self.feeds = self._feeds()
+        self.feeds = feeds_of(run)
 
     @cached_property
     def edges(self) -> list[Edge]:
         """The arguments of additions, and of what lays branches beside each other."""
-        found: list[Edge] = []
+        found = self._concatenated()
         for node in self.nodes:
             made = node.outputs[0] if node.outputs else None
             if node.op in TOGETHER and made is not None:
@@ -165,6 +199,22 @@ class _Run:
                 value, left = node.args[place], node.args[1 - place]
                 if made is not None and value is not left:
                     found.append(Edge(node, value, left, made, _why_not(node, place, value, left, made)))
+        return sorted(found, key=lambda edge: edge.joint.index)
+
+    def _concatenated(self) -> list[Edge]:
+        """The arguments of concatenations that have others; one edge for an argument of several."""
+        where: dict[Value, list[tuple[Node, Value]]] = {}
+        for node in self.nodes:
+            values = list(dict.fromkeys(x for x in node.inputs() if self.feeds.get(x))) if node.op is CAT else []
+            for i, value in enumerate(values if len(values) > 1 else ()):
+                where.setdefault(value, []).append((node, values[i - 1]))
+        found: list[Edge] = []
+        for value, nodes in where.items():
+            (first, left), made = nodes[0], nodes[0][0].outputs[0]
+            same = {self.feeds[x] for node, _ in nodes for x in node.inputs() if self.feeds.get(x)}
+            why = UNLIKE_BESIDE if len(same) > 1 else None
+            if made is not None:
+                found.append(Edge(first, value, left, made, why, tuple(node.index for node, _ in nodes)))
         return found
 
     def branches(self) -> tuple[list[Segment], list[Staying]]:
@@ -189,13 +239,13 @@ class _Run:
             if edge.why is not None:
                 staying.append(Staying(edge.joint.index, path, edge.why, edge.joint.index))
             elif needed := self._needed(edge.value, writers):
-                values = edge.value, edge.left, edge.made
-                segments.append(Segment(path, Axis(1), edge.joint.index, *values, tuple(needed), body))
+                values, into = (edge.value, edge.left, edge.made), frozenset(edge.into)
+                segments.append(Segment(path, Axis(1), edge.joint.index, *values, tuple(needed), body, into=into))
             else:
                 staying.append(self._loud(edge, path, writers))
         at = {(segment.joint, segment.edge): segment for segment in segments}
         for segment in segments:  # of two that meet one may stay, whichever it is, and has to do for both
-            other = at.get((segment.joint, segment.left))
+            other = None if segment.into else at.get((segment.joint, segment.left))
             if other is not None and self.feeds.get(segment.edge) != self.feeds.get(other.edge):
                 staying.append(Staying(segment.joint, segment.name, UNLIKE, segment.joint))
                 del at[segment.joint, segment.edge], at[other.joint, other.edge]
@@ -203,7 +253,7 @@ class _Run:
 
     def _read_elsewhere(self, edge: Edge, maker: Node) -> list[Staying]:
         """Why a branch stays of which more than the addition reads the result; of the trunk, nothing."""
-        if edge.joint.op in TOGETHER or edge.value in self._before(edge.left, edge.value):
+        if edge.into or edge.joint.op in TOGETHER or edge.value in self._before(edge.left, edge.value):
             return []  # what it is added to is made of it
         before = self._before(edge.left)
         own = [
@@ -235,22 +285,11 @@ class _Run:
             return []
         return [Staying(edge.joint.index, inside[-1], UNTRAINED)]
 
-    def _feeds(self) -> dict[Value, int]:
-        """For each value the inputs that it depends on, as bits."""
-        feeds = {value: 1 << i for i, value in enumerate(self.run.inputs)}
-        for node in self.run.nodes:
-            own = 0
-            for value in node.inputs():
-                own |= feeds.get(value, 0)
-            for made in (*node.outputs, *(after for _, after in node.written)):
-                if made is not None:
-                    feeds[made] = own
-        return feeds
-
     def _bodies(self) -> list[frozenset[int]]:
         """For each edge the calls that reach an end through it only."""
         flow = nx.DiGraph()  # against the flow of data
-        at = {(edge.joint.index, edge.value): i for i, edge in enumerate(self.edges)}
+        each = ((edge.into or (edge.joint.index,), edge.value) for edge in self.edges)
+        at = {(index, value): i for i, (joints, value) in enumerate(each) for index in joints}
         for node in self.nodes:
             for value in node.inputs():
                 maker = self.maker.get(value)
@@ -439,7 +478,7 @@ def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]
     sets = [*_beside_each_other(partition), *_reading_inputs(partition)] if partition.segments else []
     for _, members in sets:
         gone = partition.erased(result)
-        apart = [s for s in gone if s.name in members and not any(s.joint in other.body for other in gone)]
+        apart = [s for s in gone if s.name in members and not any(_joints(s) <= other.body for other in gone)]
         if apart and len([s for s in gone if s.name in members]) == len(members):
             result[apart[0].name] = np.arange(1)
             back.append(apart[0].name)
@@ -450,14 +489,26 @@ def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]
 
 
 def not_computed(segments: Iterable[Segment]) -> frozenset[int]:
-    """The calls that are not made without some segments."""
-    return frozenset(index for segment in segments for index in (segment.joint, *segment.body))
+    """The calls that are not made without some segments; concatenations are, with fewer arguments."""
+    return frozenset().union(*(s.body if s.into else s.body | {s.joint} for s in segments))
+
+
+def _joints(segment: Segment) -> frozenset[int]:
+    """The additions and concatenations that a segment goes into."""
+    return segment.into or frozenset({segment.joint})
 
 
 def idle(partition: Partition, groups: Iterable[NodeGroup], kept: Kept) -> set[str]:
-    """The node groups that lie in segments of which nothing is kept, so that nothing of them is computed."""
-    inside = {name for segment in partition.erased(kept) for leaf in segment.leaves for name in leaf.names}
-    return {g.name for g in groups if not g.segment and {piece.parameter for piece in g.slices} <= inside}
+    """The node groups that lie in segments of which nothing is kept, so that nothing of them is computed, or that these
+    lay beside others."""
+    gone = partition.erased(kept)
+    inside = {name for segment in gone for leaf in segment.leaves for name in leaf.names}
+    axes = {axis for segment in gone for axis in segment.axes}
+    return {
+        g.name
+        for g in groups
+        if not g.segment and (partition.axes[g.name] in axes or {piece.parameter for piece in g.slices} <= inside)
+    }
 
 
 def overwritten(graph: Graph, segment: Segment, erased: Sequence[Segment]) -> bool:
@@ -469,7 +520,7 @@ def overwritten(graph: Graph, segment: Segment, erased: Sequence[Segment]) -> bo
     """
     gone = not_computed(erased)
     nodes = [node for node in graph.nodes if node.index > segment.joint and node.index not in gone]
-    joints = [(s.left, s.made) for s in erased if s is not segment]
+    joints = [(s.left, s.made) for s in erased if s is not segment and not s.into]
     one, other = _aliases(graph, segment.left, joints), _aliases(graph, segment.made, joints)
     last = {value: node.index for node in nodes for value in node.inputs()}
     last.update((value, len(graph.calls)) for value in (*graph.outputs, *graph.ends))
@@ -517,6 +568,8 @@ MinDepth = int | float | Mapping[str, int | float]
 def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeGroup, ...]:
     """The node group of each segment: one atom, all of its writers zero, all of its parameters gone with it.
 
+    Columns that read what it is laid beside others go with it, too, and are none of its slices: they need not be zero.
+
     Raises:
         TargetError, UnknownParameterError: ``min_depth`` means nothing, or names no segment.
     """
@@ -530,10 +583,9 @@ def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeG
         pieces = {name: Slice.whole(name, leaf.value.shape) for name, leaf in parameters.items()}
         among = [(name, 1) for name, members in sets if segment.name in members]
         among += [(run, least[run]) for run, members in runs.items() if segment.name in members and least.get(run)]
-        zeros = tuple(piece for name, piece in pieces.items() if name in writers)
-        made.append(
-            NodeGroup(segment.name, 1, tuple(pieces.values()), zeros, min_kept=0, segment=True, among=tuple(among))
-        )
+        zeros = *(piece for name, piece in pieces.items() if name in writers), *segment.behind
+        slices = *pieces.values(), *segment.behind
+        made.append(NodeGroup(segment.name, 1, slices, zeros, min_kept=0, segment=True, among=tuple(among)))
     return tuple(made)
 
 
@@ -572,9 +624,15 @@ def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
     """Segments of one joint, of which one stays: it would have nothing to give."""
     by_joint: dict[int, set[str]] = {}
     for segment in partition.segments:
-        by_joint.setdefault(segment.joint, set()).add(segment.name)
-    for joint, members in by_joint.items():
-        if len(members) > 1:
+        for joint in _joints(segment):
+            by_joint.setdefault(joint, set()).add(segment.name)
+    graph = partition.found.graph
+    feeds = feeds_of(graph) if any(segment.into for segment in partition.segments) else {}
+    for joint, members in sorted(by_joint.items()):
+        if joint >= len(graph.nodes):  # of train mode
+            continue
+        node = graph.nodes[joint]
+        if len(members) >= (len({x for x in node.inputs() if feeds.get(x)}) if node.op is CAT else 2):
             yield f"into node-{joint}", members
 
 
@@ -582,12 +640,12 @@ def _reading_inputs(partition: Partition) -> Iterator[tuple[str, set[str]]]:
     """Segments without all of which an input would not be read any more, of which one stays."""
     graph = partition.found.graph
     beside = set().union(*(members for _, members in _beside_each_other(partition)), set())
-    cut = {(s.joint, s.edge): s for s in partition.segments if s.name not in beside}
+    cut = {(joint, s.edge): s for s in partition.segments if s.name not in beside for joint in _joints(s)}
     for i, given in enumerate(graph.inputs):
         whole, without = _reached(graph, given, {}), _reached(graph, given, cut)
         if not whole.isdisjoint(graph.outputs) and without.isdisjoint(graph.outputs):
             index = {node.index for node in graph.nodes if not without.isdisjoint(node.inputs())}
-            inside = [s for s in cut.values() if not index.isdisjoint(s.body)]
+            inside = [s for s in dict.fromkeys(cut.values()) if not index.isdisjoint(s.body)]
             outermost = {s.name for s in inside if not any(s.body < other.body for other in inside)}
             yield f"of input {i}", outermost
 

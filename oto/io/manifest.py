@@ -347,7 +347,8 @@ def _held(where: str, value: Any, depth: int = 3) -> None:
 
 
 def _gives(where: str, value: Any) -> None:
-    """What a call gives: a tensor that it is given, zeros, a plain value, or some of these."""
+    """What a call gives: a tensor that it is given, zeros, nothing to lay beside others, a plain value, or some of
+    these."""
     kind = next((name for name in _GIVES if isinstance(value, dict) and name in value), "value")
     _GIVES[kind](where, value)
 
@@ -355,6 +356,7 @@ def _gives(where: str, value: Any) -> None:
 _GIVES: dict[str, Check] = {
     "given": _entries({"given": _name}, {"copy": _flag, "then": _list(_one_of(*THEN), 16)}),
     "zeros": _entries({"zeros": _name}, {"last": _COUNT, "channels": _COUNT, "window": _WINDOW}),
+    "empty": _entries({"empty": _name}),
     "items": _entries({"items": _list(_gives, 64)}, {"list": _flag}),
     "value": _entries({"value": _PLAIN}),
 }

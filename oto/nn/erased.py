@@ -19,6 +19,7 @@ Recipe = Mapping[str, Any]
 :data:`THEN` make of it, one after the other.
 ``{"zeros": name}``: zeros of its shape; with ``"last": n`` so many in its last dimension; with ``"channels": n`` and
 ``"window": [[kernel, stride, padding, dilation], ...]`` what a convolution makes of its shape.
+``{"empty": name}``: an empty vector in its dtype, which ``torch.cat`` passes over.
 ``{"items": [...], "list": False}``: a tuple, or a list, of such. ``{"value": x}``: a number, a text or ``None``.
 """
 
@@ -89,6 +90,8 @@ def made(recipe: Recipe, given: Mapping[str, Any]) -> Any:
         for name in recipe.get("then", ()):
             x = THEN[name](x)
         return x.clone() if recipe.get("copy") else x
+    if "empty" in recipe:
+        return given[recipe["empty"]].new_empty(0)
     if "zeros" not in recipe:
         return recipe["value"]
     x = given[recipe["zeros"]]

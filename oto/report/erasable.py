@@ -9,6 +9,7 @@ from typing import Any
 
 from oto.groups import NodeGroup, Partition
 from oto.groups.cost import Cost, cost
+from oto.groups.partition import Segment
 from oto.groups.segments import Modules, Staying
 from oto.report.table import columns, html
 
@@ -22,7 +23,7 @@ class Part:
         modules: The outermost modules that are not run without it.
         writers: The parameters that are zero when it goes.
         params, macs, bytes: What the network saves without it.
-        joint: What becomes of the addition that it ends in.
+        joint: What becomes of the addition that it ends in, or of the concatenations.
         reason: Why it stays nevertheless; ``None`` if it may go.
     """
 
@@ -128,11 +129,19 @@ def erasable(partition: Partition, groups: Sequence[NodeGroup], staying: Sequenc
                 full.params - without.params,
                 full.macs - without.macs,
                 full.bytes - without.bytes,
-                f"the addition in {joint.module or 'the model'} gives its other argument",
+                _after(joint.module or "the model", segment),
                 reasons.get(segment.name),
             )
         )
     return Erasable(full, tuple(parts), tuple(branch_of(s, partition) for s in staying))
+
+
+def _after(where: str, segment: Segment) -> str:
+    """What becomes of what a segment ends in."""
+    if not segment.into:
+        return f"the addition in {where} gives its other argument"
+    more = f" and {len(segment.into) - 1} more" if len(segment.into) > 1 else ""
+    return f"the concatenation in {where}{more} gets shorter, and what reads it narrower"
 
 
 def branch_of(staying: Staying, partition: Partition) -> Branch:

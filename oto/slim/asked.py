@@ -4,14 +4,18 @@ The model is run once without data, and every module that lies in a segment says
 it is run without data and without all segments that this leaves, since code around one may read its weight, or what its
 forward leaves behind; only if that fails, they are left out one by one. What could not be left out so is left out of a
 copy with data, as :mod:`oto.slim.erased` will do it: there a module around it may do what it cannot.
+
+Of segments that are laid beside others the copy also lacks the columns that read them. As many go at once as may; only if
+the copy fails, they are left out one by one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +24,20 @@ from oto.axes.registry import known
 from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.groups import Partition
 from oto.groups.partition import Segment
-from oto.groups.segments import Modules
-from oto.slim.edits import Edits, slim_copy, tensors_of
-from oto.slim.erased import Learned, failure_without, has_fast_path, leaving_out, outermost, plan_each, renumbered
+from oto.groups.segments import Modules, legal
+from oto.slim.edits import Edits, pruned_tensors, slim_copy, tensors_of
+from oto.slim.erased import (
+    Learned,
+    beside,
+    failure_without,
+    has_fast_path,
+    leaving_out,
+    outermost,
+    plan_each,
+    renumbered,
+)
+from oto.slim.own_class import OwnClass, plan_edits
+from oto.slim.pruned_shapes import pruned_shapes
 from oto.trace.inputs import Example, arguments
 from oto.trace.record import follow
 from oto.trace.snapshot import preserved
@@ -33,13 +48,19 @@ log = logging.getLogger(__name__)
 NEEDED = "its class cannot leave it out"
 
 
-def needed(model: nn.Module, partition: Partition, segments: list[Segment], dummy_input: Example) -> dict[str, str]:
-    """The segments that a class cannot do without, each alone, and why; none where it cannot be asked."""
+def needed(
+    model: nn.Module, partition: Partition, segments: list[Segment], dummy_input: Example, own: OwnClass | None = None
+) -> dict[str, str]:
+    """The segments that a class cannot do without, each alone, and why; none where it cannot be asked.
+
+    Args:
+        own: What the class needs, if it was searched.
+    """
     graph = partition.found.graph
     modules = Modules(node for node in graph.calls if node.index not in graph.dead)
     bodies = frozenset(index for segment in segments for index in segment.body)
-    learned = Learned({}, modules, bodies, {})
-    handles = learned.watch(model)
+    added, laid = Learned({}, modules, bodies, {}), Learned({}, modules, bodies, {}, beside(segments))
+    handles = [*added.watch(model), *laid.watch(model)]
     try:
         _, failure = follow(model, dummy_input, known, graph.mode)
     finally:
@@ -51,14 +72,19 @@ def needed(model: nn.Module, partition: Partition, segments: list[Segment], dumm
     doubts: dict[str, str] = {}
     erased: dict[str, dict[str, dict[str, Any]]] = {}
     for segment in segments:
+        learned = laid if segment.into else added
         replaced = [one for path in modules.within(segment.body) for one in learned.outermost(model, path)]
         stuck = next((path for path, how in replaced if how is None), None)
         if stuck is not None:
             doubts[segment.name] = f"what {stuck} gives does not follow from the shape of what it is given"
         else:
             erased[segment.name] = {path: how for path, how in replaced if how is not None}
-    doubts |= _failing(model, partition, erased, dummy_input)
-    cannot = _stuck(model, partition, [segment for segment in segments if segment.name in doubts], dummy_input)
+    apart = {segment.name for segment in segments if segment.into}
+    doubts |= _failing(model, partition, {name: how for name, how in erased.items() if name not in apart}, dummy_input)
+    rest = [segment for segment in segments if segment.name in doubts and segment.name not in apart]
+    cannot = _stuck(model, partition, rest, dummy_input) | (apart & doubts.keys())
+    failing = _failing_beside(model, partition, {n: erased[n] for n in erased if n in apart}, dummy_input, own)
+    doubts, cannot = doubts | failing, cannot | failing.keys()
     found: dict[str, str] = {}
     for segment in segments:
         if segment.name in cannot:
@@ -105,6 +131,51 @@ def _failing(
         for name, failure in failures.items()
         if not isinstance(failure, EmitterError)  # of a copy, or of numbers in a cache, which is told apart
     }
+
+
+def _failing_beside(
+    model: nn.Module,
+    partition: Partition,
+    erased: Mapping[str, dict[str, dict[str, Any]]],
+    dummy_input: Example,
+    own: OwnClass | None,
+) -> dict[str, str]:
+    """The segments laid beside others without which a thin copy fails when it is run, and why."""
+
+    def without(names: Sequence[str]) -> Exception | None:
+        pruned = pruned_shapes(partition, {name: np.arange(0) for name in names})
+        modules = outermost(erased[name] for name in names)
+        try:
+            edits = leaving_out(plan_edits(model, pruned, own), modules, model)
+        except EmitterError as refused:
+            return refused
+        light = {
+            name: torch.empty(pruned.shape(leaf), dtype=leaf.value.dtype, device="meta")
+            for leaf in partition.found.graph.leaves
+            for name in leaf.names
+        }
+        if _runs_on_meta(model, light, edits, dummy_input) or on_meta(model):
+            return None
+        return failure_without(model, modules, pruned_tensors(model, pruned), edits, dummy_input)
+
+    failures: dict[str, Exception] = {}
+    for names in _rounds(partition, list(erased)):
+        if without(names) is not None:
+            failures |= {name: failure for name in names if (failure := without([name])) is not None}
+    return {
+        name: f"without it a {type(model).__name__} fails: {first_line(failure)}"
+        for name, failure in failures.items()
+        if not isinstance(failure, EmitterError)
+    }
+
+
+def _rounds(partition: Partition, names: list[str]) -> Iterator[list[str]]:
+    """Segments that may go together, until each was among some."""
+    while names:
+        _, back = legal(partition, {name: np.arange(0) for name in names})
+        together = [name for name in names if name not in back]
+        yield together
+        names = [name for name in names if name in back]
 
 
 def _runs_on_meta(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits, dummy_input: Example) -> bool:

@@ -4,6 +4,9 @@ or what it is given, in its own signature.
 A module is replaced if all of its calls are in erased segments, or are joints of these; or if what is left of it are a
 few functions of what it is given, as the ReLU behind the joint of a ResNet's block. What it takes and gives is learned
 by running the thin copy once; where that cannot be said for every size, its children are replaced instead.
+
+A module of a segment that is laid beside others gives an empty vector, which ``torch.cat`` passes over, whatever the
+shapes of the rest. Such a segment is still in the thin copy that is run to learn of it: no layer has no channel.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ def plan_each(
     for one in each:
         ends |= {path: {"copy": how["copy"] or (path in ends and ends[path]["copy"])} for path, how in one.ends.items()}
         functions |= one.functions
-    every = Learned(ends, modules, not_computed(segments), functions)
+    every = Learned(ends, modules, not_computed(segments), functions, beside(segments))
     thin = slim_copy(model, tensors, Edits()).eval()
     every.watch(thin)
     run(thin, dummy_input)
@@ -148,16 +151,21 @@ def _modules(graph: Graph) -> Modules:
     return Modules(node for node in graph.calls if node.index not in graph.dead)
 
 
+def beside(segments: Iterable[Segment]) -> frozenset[int]:
+    """The calls that are not made for what is laid beside others."""
+    return frozenset().union(*(segment.body for segment in segments if segment.into))
+
+
 def _learned(graph: Graph, modules: Modules, gone: Sequence[Segment]) -> Learned:
     """What is to be learned of the modules, to leave some segments out."""
-    calls = not_computed(gone)
-    held = [segment for segment in gone if overwritten(graph, segment, gone)]
+    calls, added = not_computed(gone), [segment for segment in gone if not segment.into]
+    held = [segment for segment in added if overwritten(graph, segment, gone)]
     ends = {
         path: {"copy": any(segment.joint in own for segment in held)}
         for path, own in modules.calls.items()
-        if any(segment.joint in own for segment in gone)
+        if any(segment.joint in own for segment in added)
     }
-    return Learned(ends, modules, calls, _left(graph, modules, gone, calls))
+    return Learned(ends, modules, calls, _left(graph, modules, added, calls), beside(gone))
 
 
 def _decided(learned: Learned, thin: nn.Module, gone: Sequence[Segment]) -> Erasures:
@@ -282,12 +290,14 @@ class Learned:
         ends: Paths of modules in which a joint gives its other argument, and whether as a copy.
         calls: The calls that are not made.
         functions: Paths of modules of which some functions are left.
+        beside: The calls that are not made for what is laid beside others.
     """
 
     ends: Mapping[str, Mapping[str, bool]]
     modules: Modules
     calls: frozenset[int]
     functions: Mapping[str, Sequence[str]]
+    beside: frozenset[int] = frozenset()
     found: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)
 
     def watch(self, thin: nn.Module) -> list[RemovableHandle]:
@@ -351,6 +361,8 @@ class Learned:
         name, first = next(iter(given.items()))
         if x.dtype != first.dtype:
             return None
+        if self.modules.calls.get(path, {-1}) <= self.beside:
+            return {"empty": name}
         if x.shape == first.shape:
             return {"zeros": name}
         if isinstance(module, nn.Linear) or (x.ndim > 2 and x.shape[:-1] == first.shape[:-1]):  # tokens by features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +104,10 @@ def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule
     for node in exported.graph.nodes:
         for value in node.inputs():
             readers.setdefault(value, []).append(node)
+    _shorten(exported, segments, gone)
     for segment in segments:
+        if segment.into:
+            continue
         joint = exported.graph.nodes[segment.joint]
         place = next(i for i, x in enumerate(joint.args[:2]) if x is segment.left)
         left = joint.origin.args[place]
@@ -123,6 +126,17 @@ def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule
         parent, _, last = name.rpartition(".")
         if name not in used and parent not in used:
             delattr(slim.get_submodule(parent), last)
+
+
+def _shorten(exported: Exported, segments: Iterable[Segment], gone: Collection[int]) -> None:
+    """Let concatenations do without segments."""
+    away: dict[int, set[Value]] = {}
+    for segment in segments:
+        for index in segment.into - gone:
+            away.setdefault(index, set()).add(segment.edge)
+    for joint in (exported.graph.nodes[index] for index in away):
+        given = zip(joint.args[0], joint.origin.args[0], strict=True)
+        joint.origin.args = ([own for value, own in given if value not in away[joint.index]], *joint.origin.args[1:])
 
 
 def _arguments(node: Node) -> tuple[list[Any], list[Any]]:

@@ -1,0 +1,188 @@
+"""What becomes of a concatenation without one of its arguments, if that is zero for every input.
+
+The dimension that it lays its arguments along is a sum of terms (:mod:`oto.axes.terms`), in which the argument has its
+own. Without any atom of the axes of that term the sum is shorter, and so is every parameter that reads it. A branch may
+go so if
+
+* these axes are its own: outside of what computes it they only occur in such sums, in which all that it is laid beside
+  is found, too;
+* behind it, where its entries are zero, no step notices if they are not there. That is the proof of
+  :mod:`oto.axes.invariance`, which begins here at the argument instead of at the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from oto.axes.call import Fact
+from oto.axes.invariance import PRODUCES, Place, Visit, dynamic_tensors, follow, roles_of, visits_of
+from oto.axes.propagate import Propagation
+from oto.axes.terms import Axis, Term, axes_of, resolve
+from oto.groups.node_group import Cut, Slice
+from oto.groups.partition import Segment, occurrences
+from oto.trace.graph import Leaf, Node
+
+CAT = torch.ops.aten.cat.default
+"""The operator that lays tensors one after the other."""
+
+
+class CannotGo(Exception):
+    """A concatenation needs one of its arguments; never leaves this package.
+
+    Attributes:
+        cause: Index of the call that is the reason, if one is.
+    """
+
+    def __init__(self, reason: str, cause: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.cause = reason, cause
+
+
+@dataclass(eq=False)
+class Beside:
+    """A network whose branches are laid beside others."""
+
+    found: Propagation
+
+    def proved(self, segment: Segment) -> Segment:
+        """A segment with its axes, and with what has to be zero besides what writes it.
+
+        Raises:
+            CannotGo: It is not proved that the concatenations do without it.
+        """
+        branch = _Branch(self, segment)
+        axes = branch.axes()
+        behind = tuple(piece for axis in axes for piece in branch.behind(axis))
+        return replace(segment, axes=axes, behind=behind)
+
+    @cached_property
+    def visits(self) -> Mapping[Axis, list[Visit]]:
+        """For each axis that may be removed the steps that touch it."""
+        return self._followed[0]
+
+    @cached_property
+    def places(self) -> Mapping[Axis, list[Place]]:
+        """For each axis that may be removed the dimensions of tensors that carry it."""
+        found: dict[Axis, list[Place]] = {}
+        for tensor, dims in enumerate(self._followed[1]):
+            for dim, axes in enumerate(dims):
+                for axis in axes:
+                    found.setdefault(axis, []).append((tensor, dim))
+        return found
+
+    @cached_property
+    def makers(self) -> Mapping[int, int]:
+        """The call that makes each tensor."""
+        return {step.output: step.node for step in self.found.tape.steps}
+
+    @cached_property
+    def dynamic(self) -> list[bool]:
+        """Which tensors depend on the inputs."""
+        return dynamic_tensors(self.found)
+
+    @cached_property
+    def _followed(self) -> tuple[dict[Axis, list[Visit]], list[list[tuple[Axis, ...]]]]:
+        return visits_of(self.found)
+
+
+class _Branch:
+    """One branch, and the concatenations that it goes into."""
+
+    def __init__(self, network: Beside, segment: Segment) -> None:
+        self.network, self.found, self.body = network, network.found, segment.body
+        self.joints = [self.found.graph.calls[index] for index in sorted(segment.into)]
+        made = {value for node in self.found.graph.calls if node.index in self.body for value in node.outputs if value}
+        self.inside = {self.found.operands[leaf.value].index for leaf in segment.leaves}
+        self.inside |= {tensor for tensor, node in network.makers.items() if node in self.body}
+        self.edges = list(dict.fromkeys(x for node in self.joints for x in node.inputs() if x in made))
+        self.dim = _dim(self.joints[0])
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Those of which no atom is left without it."""
+        if any(_dim(node) != self.dim for node in self.joints):
+            raise CannotGo("it is laid beside others along several dimensions (cat)", self.joints[-1].index)
+        own = {axis for value in self.edges for axis in axes_of(self.found.terms(value)[self.dim])}
+        self.others = [self._others(node, own) for node in self.joints]
+        axes = dict.fromkeys(a for value in self.edges for a in self._gone(self.found.terms(value)[self.dim]))
+        return tuple(axes)
+
+    def behind(self, axis: Axis) -> list[Slice]:
+        """What has to be zero behind the concatenation, so that no step notices if zeros of an axis are not there.
+
+        Raises:
+            CannotGo: Some step would, whatever is zero.
+        """
+        steps = self.network.visits.get(axis, [])
+        rest = [visit for visit in steps if visit.step.node not in self.body]
+        silent: dict[Place, Fact] = {(self.found.operands[value].index, self.dim): 0.0 for value in self.edges}
+        failed = follow(rest, dict(silent))
+        if failed is None:
+            return []
+        roles = roles_of(steps, self.network.dynamic)
+        leaves = {self.found.operands[leaf.value].index: leaf for leaf in self.found.graph.leaves if leaf.may_be_zeroed}
+        places = [(tensor, dim) for tensor, dim in self.network.places.get(axis, ()) if tensor not in self.inside]
+        zeros = [place for place in places if place[0] in leaves and roles.get(place, 0) & PRODUCES]
+        if not zeros or follow(rest, silent | dict.fromkeys(zeros, 0.0)) is not None:
+            raise CannotGo("behind what it is laid beside others (cat) zeros need not be zero any more", failed.node)
+        return [piece for tensor, dim in zeros for piece in self._whole(leaves[tensor], dim, axis)]
+
+    def _whole(self, leaf: Leaf, dim: int, axis: Axis) -> Iterator[Slice]:
+        """The entries of all atoms of an axis in a dimension of a parameter, as those of a single atom."""
+        for own, cuts in occurrences(self.found.terms(leaf.value)[dim]):
+            if own is axis:
+                last = cuts[-1]
+                yield Slice(leaf.name, dim, (*cuts[:-1], Cut(1, 1, last.before * last.middle * last.after, 0, 1)))
+
+    def _others(self, node: Node, own: Collection[Axis]) -> set[Axis]:
+        """The axes that a concatenation lays beside those of the branch."""
+        found: set[Axis] = set()
+        for value in node.inputs():
+            if value not in self.edges and value.shape != (0,):
+                axes = set(axes_of(self.found.terms(value)[self.dim]))
+                if not axes or not axes.isdisjoint(own):
+                    what = "has the same channels" if axes else "is one entry wide"
+                    raise CannotGo(f"what it is laid beside (cat) {what}", node.index)
+                found |= axes
+        return found
+
+    def _gone(self, term: Term) -> list[Axis]:
+        """Axes without whose atoms no entry of a term is left."""
+        why = CannotGo("it is one entry wide along what it is laid beside others (cat)", self.joints[0].index)
+        for i, factor in enumerate(term):
+            try:
+                if not isinstance(factor, Axis):
+                    return [axis for segment in factor.segments for axis in self._gone(segment)]
+                self._require_own(factor)
+                return [factor]
+            except CannotGo as reason:
+                why = why if i else reason
+        raise why
+
+    def _require_own(self, axis: Axis) -> None:
+        """Refuse an axis that is found elsewhere, or not beside all that the branch is laid beside."""
+        if axis.fixed is not None:
+            reason = f"it is laid beside others (cat), and its channels stay whole: {axis.fixed.text}"
+            raise CannotGo(reason, axis.fixed.node)
+        for tensor, dim in self.network.places.get(axis, ()):
+            if tensor not in self.inside:
+                self._require_beside(axis, self.found.tape.tensors[tensor][dim], tensor)
+
+    def _require_beside(self, axis: Axis, term: Term, tensor: int) -> None:
+        for factor in resolve(term):
+            axes = set(axes_of((factor,)))
+            if axis in axes and (factor is axis or not any(others <= axes for others in self.others)):
+                maker = self.network.makers.get(tensor)
+                where = "" if maker is None else f" of {self.found.graph.calls[maker].module or 'the model'}"
+                reason = f"it is laid beside others (cat), and its channels are those{where}, too"
+                raise CannotGo(reason, maker)
+
+
+def _dim(node: Node) -> int:
+    """The dimension that a concatenation lays its arguments along."""
+    dim: int = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    ranks = {len(value.shape) for value in node.inputs() if value.shape != (0,)}
+    return dim % max(ranks)
