@@ -56,7 +56,7 @@ def cost(partition: Partition, kept: Mapping[str, int] | None = None, without: C
 
 
 Products = Iterator[tuple[float, Sequence[Term]]]
-_NOTHING: Mapping[Axis, Term] = {}
+_NOTHING: Mapping[Axis, tuple[Axis, ...]] = {}
 
 
 def _params(partition: Partition, without: Collection[str] = ()) -> Products:
@@ -271,7 +271,9 @@ class Costs:
 _Sparse = dict[tuple[int, ...], float]
 
 
-def polynomial(products: Products, index: Mapping[Axis, int], going: Mapping[Axis, Term] = _NOTHING) -> Polynomial:
+def polynomial(
+    products: Products, index: Mapping[Axis, int], going: Mapping[Axis, tuple[Axis, ...]] = _NOTHING
+) -> Polynomial:
     """A sum of coefficients times products of sizes, in the counts of the axes in ``index``.
 
     Args:

@@ -31,15 +31,16 @@ class Segment:
     Attributes:
         name: The module that ends it; unique, and no node group's.
         axis: Its axis of size 1, one more factor of the size of all that is in it.
-        joint: Index of the addition that it goes into, or of the first concatenation.
+        joint: Index of the addition that it goes into, or of the first concatenation or stack.
         edge: What goes into it from the segment.
-        left: What an addition gives without the segment: its other argument. Of a concatenation, another argument.
+        left: What an addition gives without the segment: its other argument. Of another joint, another argument.
         made: What the joint gives.
         writers: The parameters that must be zero.
         body: Indices of the calls that only the joint reads the results of.
         leaves: The tensors of the model that only these calls read.
-        into: Indices of the concatenations that it goes into; none if it is added.
-        axes: What it is laid beside others with: axes that have no atom left without it. None if it is added.
+        into: Indices of the joints that are computed without it, too, if it is concatenated or stacked; none if it is
+            added.
+        axes: What it is concatenated with others by: axes that have no atom left without it. None in other joints.
         behind: What else must be zero, as where a norm behind a concatenation would make something of zeros.
     """
 
@@ -84,9 +85,9 @@ class Partition:
         return found
 
     @cached_property
-    def going(self) -> Mapping[Axis, Term]:
+    def going(self) -> Mapping[Axis, tuple[Axis, ...]]:
         """For each axis that has no atom left without some segments, the axes of these."""
-        found: dict[Axis, Term] = {}
+        found: dict[Axis, tuple[Axis, ...]] = {}
         for segment in self.segments:
             for axis in segment.axes:
                 found[axis] = (*found.get(axis, ()), segment.axis)

@@ -11,7 +11,8 @@ into an addition, its *joint*, with
 Where a concatenation takes it, what it gives is as many entries shorter without it: the *axes* of the segment are
 those of its own entries, of which no atom is left, so that all that reads them gets thinner as it would for fewer
 channels. That is exact if no step behind the concatenation notices zeros there, and possible if these axes are nobody
-else's and something is left beside them (:mod:`oto.groups.beside`).
+else's and something is left beside them (:mod:`oto.groups.beside`). A stack takes zeros in its place, of the shape of
+its other arguments.
 
 All edges of a network are looked at together: dominators are found once, and a zero is followed only as far as it
 goes. Segments may lie in each other, and share writers: where the outer one is at zero, so is what writes it inside.
@@ -48,15 +49,13 @@ ADDITIONS: Mapping[object, tuple[int, ...]] = {
 }
 """Operators that give what else they take where an argument is zero, and the arguments that may be."""
 
-TOGETHER: Mapping[object, str] = {
-    aten.stack.default: "it is laid beside others along an axis of their number (stack), and that has to stay whole",
-}
-"""Operators that take branches, and of which nothing is known that would be left without one."""
+TOGETHER = (CAT, aten.stack.default)
+"""Operators that lay branches beside each other."""
 
 ELSEWHERE = "its result is read elsewhere, too"
 UNTRAINED = "nothing in it is trained, so nothing of it can become zero"
 UNLIKE = "what it is added to depends on other inputs, and may go, too"
-UNLIKE_BESIDE = "what it is laid beside (cat) depends on other inputs"
+UNLIKE_BESIDE = "what it is laid beside depends on other inputs"
 _END = "end"
 
 
@@ -87,7 +86,7 @@ class Edge:
         left: What the addition gives without it: its other argument.
         made: What the addition gives.
         why: Why the addition would not give its other argument without this one; ``None`` if it would.
-        into: If it is an argument of concatenations, the indices of all of these; the joint is the first.
+        into: If it is an argument of concatenations or a stack, the indices of all of these; the joint is the first.
     """
 
     joint: Node
@@ -126,7 +125,7 @@ def branches(found: Propagation) -> Branches:
             staying.append(Staying(segment.joint, segment.name, f"{outside[0].name} is read elsewhere, too"))
             continue
         segment = replace(segment, leaves=tuple(inside))
-        if segment.into:
+        if graph.calls[segment.joint].op is CAT:
             try:
                 segment = beside.proved(segment)
             except CannotGo as why:
@@ -185,14 +184,9 @@ class _Run:
     @cached_property
     def edges(self) -> list[Edge]:
         """The arguments of additions, and of what lays branches beside each other."""
-        found = self._concatenated()
+        found = self._beside_others()
         for node in self.nodes:
             made = node.outputs[0] if node.outputs else None
-            if node.op in TOGETHER and made is not None:
-                values = list(dict.fromkeys(x for x in node.inputs() if self.feeds.get(x)))
-                beside = enumerate(values) if len(values) > 1 else ()
-                found += [Edge(node, x, values[i - 1], made, TOGETHER[node.op]) for i, x in beside]
-                continue
             for place in (0, 1) if node.op in ADDITIONS else ():
                 if len(node.args) < 2 or not all(isinstance(x, Value) for x in node.args[:2]):
                     continue
@@ -201,18 +195,20 @@ class _Run:
                     found.append(Edge(node, value, left, made, _why_not(node, place, value, left, made)))
         return sorted(found, key=lambda edge: edge.joint.index)
 
-    def _concatenated(self) -> list[Edge]:
-        """The arguments of concatenations that have others; one edge for an argument of several."""
-        where: dict[Value, list[tuple[Node, Value]]] = {}
-        for node in self.nodes:
-            values = list(dict.fromkeys(x for x in node.inputs() if self.feeds.get(x))) if node.op is CAT else []
+    def _beside_others(self) -> list[Edge]:
+        """The arguments of concatenations and stacks that have others; one edge for an argument of several."""
+        where: dict[tuple[object, Value], list[tuple[Node, Value]]] = {}
+        for node in (node for node in self.nodes if node.op in TOGETHER):
+            values = list(dict.fromkeys(x for x in node.inputs() if self.feeds.get(x)))
             for i, value in enumerate(values if len(values) > 1 else ()):
-                where.setdefault(value, []).append((node, values[i - 1]))
+                where.setdefault((node.op, value), []).append((node, values[i - 1]))
         found: list[Edge] = []
-        for value, nodes in where.items():
+        for (op, value), nodes in where.items():
             (first, left), made = nodes[0], nodes[0][0].outputs[0]
-            same = {self.feeds[x] for node, _ in nodes for x in node.inputs() if self.feeds.get(x)}
-            why = UNLIKE_BESIDE if len(same) > 1 else None
+            inputs = [x for node, _ in nodes for x in node.inputs() if self.feeds.get(x)]
+            why = UNLIKE_BESIDE if len({self.feeds[x] for x in inputs}) > 1 else None
+            if op is not CAT and {(x.shape, x.dtype) for x in inputs} != {(value.shape, value.dtype)}:
+                why = "what it is stacked with has another dtype"
             if made is not None:
                 found.append(Edge(first, value, left, made, why, tuple(node.index for node, _ in nodes)))
         return found
@@ -253,7 +249,7 @@ class _Run:
 
     def _read_elsewhere(self, edge: Edge, maker: Node) -> list[Staying]:
         """Why a branch stays of which more than the addition reads the result; of the trunk, nothing."""
-        if edge.into or edge.joint.op in TOGETHER or edge.value in self._before(edge.left, edge.value):
+        if edge.into or edge.value in self._before(edge.left, edge.value):
             return []  # what it is added to is made of it
         before = self._before(edge.left)
         own = [
@@ -489,12 +485,12 @@ def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]
 
 
 def not_computed(segments: Iterable[Segment]) -> frozenset[int]:
-    """The calls that are not made without some segments; concatenations are, with fewer arguments."""
+    """The calls that are not made without some segments; concatenations and stacks are, without what these give."""
     return frozenset().union(*(s.body if s.into else s.body | {s.joint} for s in segments))
 
 
 def _joints(segment: Segment) -> frozenset[int]:
-    """The additions and concatenations that a segment goes into."""
+    """The additions, concatenations and stacks that a segment goes into."""
     return segment.into or frozenset({segment.joint})
 
 
@@ -632,7 +628,7 @@ def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
         if joint >= len(graph.nodes):  # of train mode
             continue
         node = graph.nodes[joint]
-        if len(members) >= (len({x for x in node.inputs() if feeds.get(x)}) if node.op is CAT else 2):
+        if len(members) >= (len({x for x in node.inputs() if feeds.get(x)}) if node.op in TOGETHER else 2):
             yield f"into node-{joint}", members
 
 

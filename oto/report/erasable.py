@@ -140,6 +140,8 @@ def _after(where: str, segment: Segment) -> str:
     """What becomes of what a segment ends in."""
     if not segment.into:
         return f"the addition in {where} gives its other argument"
+    if not segment.axes:
+        return f"the stack in {where} takes zeros in its place"
     more = f" and {len(segment.into) - 1} more" if len(segment.into) > 1 else ""
     return f"the concatenation in {where}{more} gets shorter, and what reads it narrower"
 

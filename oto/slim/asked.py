@@ -5,8 +5,8 @@ it is run without data and without all segments that this leaves, since code aro
 forward leaves behind; only if that fails, they are left out one by one. What could not be left out so is left out of a
 copy with data, as :mod:`oto.slim.erased` will do it: there a module around it may do what it cannot.
 
-Of segments that are laid beside others the copy also lacks the columns that read them. As many go at once as may; only if
-the copy fails, they are left out one by one.
+Of segments that are concatenated with others the copy also lacks the columns that read them. As many go at once as may;
+only if the copy fails, they are left out one by one.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def needed(
     doubts: dict[str, str] = {}
     erased: dict[str, dict[str, dict[str, Any]]] = {}
     for segment in segments:
-        learned = laid if segment.into else added
+        learned = laid if segment.axes else added
         replaced = [one for path in modules.within(segment.body) for one in learned.outermost(model, path)]
         stuck = next((path for path, how in replaced if how is None), None)
         if stuck is not None:
             doubts[segment.name] = f"what {stuck} gives does not follow from the shape of what it is given"
         else:
             erased[segment.name] = {path: how for path, how in replaced if how is not None}
-    apart = {segment.name for segment in segments if segment.into}
+    apart = {segment.name for segment in segments if segment.axes}
     doubts |= _failing(model, partition, {name: how for name, how in erased.items() if name not in apart}, dummy_input)
     rest = [segment for segment in segments if segment.name in doubts and segment.name not in apart]
     cannot = _stuck(model, partition, rest, dummy_input) | (apart & doubts.keys())
@@ -140,7 +140,7 @@ def _failing_beside(
     dummy_input: Example,
     own: OwnClass | None,
 ) -> dict[str, str]:
-    """The segments laid beside others without which a thin copy fails when it is run, and why."""
+    """The segments concatenated with others without which a thin copy fails when it is run, and why."""
 
     def without(names: Sequence[str]) -> Exception | None:
         pruned = pruned_shapes(partition, {name: np.arange(0) for name in names})

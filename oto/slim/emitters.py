@@ -118,7 +118,7 @@ def erasures(source: Source, edits: Edits | None = None) -> Erasures:
         edits: Those of the thin copy.
     """
     gone = source.partition.erased(source.kept)
-    if beside := [segment.name for segment in gone if segment.into]:  # no layer has no channel, so these are run once
+    if beside := [segment.name for segment in gone if segment.axes]:  # no layer has no channel, so these are run once
         source, edits = _keeping(source, beside), None
     edits = plan_edits(source.model, source.pruned, source.own) if edits is None else edits
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})

@@ -5,8 +5,8 @@ A module is replaced if all of its calls are in erased segments, or are joints o
 few functions of what it is given, as the ReLU behind the joint of a ResNet's block. What it takes and gives is learned
 by running the thin copy once; where that cannot be said for every size, its children are replaced instead.
 
-A module of a segment that is laid beside others gives an empty vector, which ``torch.cat`` passes over, whatever the
-shapes of the rest. Such a segment is still in the thin copy that is run to learn of it: no layer has no channel.
+A module of a segment that is concatenated with others gives an empty vector, which ``torch.cat`` passes over, whatever
+the shapes of the rest. Such a segment is still in the thin copy that is run to learn of it: no layer has no channel.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def _modules(graph: Graph) -> Modules:
 
 
 def beside(segments: Iterable[Segment]) -> frozenset[int]:
-    """The calls that are not made for what is laid beside others."""
-    return frozenset().union(*(segment.body for segment in segments if segment.into))
+    """The calls that are not made for what is concatenated with others."""
+    return frozenset().union(*(segment.body for segment in segments if segment.axes))
 
 
 def _learned(graph: Graph, modules: Modules, gone: Sequence[Segment]) -> Learned:
@@ -290,7 +290,7 @@ class Learned:
         ends: Paths of modules in which a joint gives its other argument, and whether as a copy.
         calls: The calls that are not made.
         functions: Paths of modules of which some functions are left.
-        beside: The calls that are not made for what is laid beside others.
+        beside: The calls that are not made for what is concatenated with others.
     """
 
     ends: Mapping[str, Mapping[str, bool]]

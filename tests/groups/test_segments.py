@@ -125,12 +125,12 @@ STAYS = {
     "a constant is": (lambda m, x: m.head(m.a(x) + m.b.weight[0]), None),
     "taken off it": (lambda m, x: m.head(m.a(x) - x), "a: what is taken off it would be left with another sign"),
     "beside others": (
-        lambda m, x: m.head(torch.cat([m.a(x).relu()[:, :2], m.b(x)[:, :2]], 1)),
-        "a: it is laid beside others (cat) (aten.cat.default in the model",
+        lambda m, x: m.head(torch.cat([m.a(x).relu()[:, :2], m.b(x)[:, :2]], 1).cumsum(1)),
+        "a: it is laid beside others (cat), and its channels stay whole",
     ),
-    "beside each other, added": (
-        lambda m, x: m.head(torch.stack([m.a(x), m.b(x)]).sum(0)),
-        "a: it is laid beside others (stack)",
+    "stacked, with a number behind it": (
+        lambda m, x: m.head(torch.stack([m.a(x) + 1, m.b(x) + 1]).sum(0)),
+        "a: with a.weight, a.bias at zero it need not be zero",
     ),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from oto.axes.propagate import Propagation, propagate
 from oto.axes.terms import Axis, size_of, survivors
 from oto.errors import EmitterError
 from oto.groups import Kept, Partition, Slice
+from oto.groups.beside import CAT
 from oto.groups.partition import Segment, occurrences
 from oto.groups.segments import branches, not_computed, overwritten
 from oto.slim.edits import owner_of
@@ -104,7 +105,7 @@ def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule
     for node in exported.graph.nodes:
         for value in node.inputs():
             readers.setdefault(value, []).append(node)
-    _shorten(exported, segments, gone)
+    _without(exported, segments, gone)
     for segment in segments:
         if segment.into:
             continue
@@ -128,15 +129,20 @@ def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule
             delattr(slim.get_submodule(parent), last)
 
 
-def _shorten(exported: Exported, segments: Iterable[Segment], gone: Collection[int]) -> None:
-    """Let concatenations do without segments."""
+def _without(exported: Exported, segments: Iterable[Segment], gone: frozenset[int]) -> None:
+    """Let concatenations do without segments, and stacks take zeros for them."""
     away: dict[int, set[Value]] = {}
     for segment in segments:
         for index in segment.into - gone:
             away.setdefault(index, set()).add(segment.edge)
     for joint in (exported.graph.nodes[index] for index in away):
-        given = zip(joint.args[0], joint.origin.args[0], strict=True)
-        joint.origin.args = ([own for value, own in given if value not in away[joint.index]], *joint.origin.args[1:])
+        given = list(zip(joint.args[0], joint.origin.args[0], strict=True))
+        left = [own for value, own in given if value not in away[joint.index]]
+        if joint.op is not CAT:
+            with joint.origin.graph.inserting_before(joint.origin):
+                zeros = joint.origin.graph.call_function(aten.zeros_like.default, (left[0],))
+            left = [zeros if value in away[joint.index] else own for value, own in given]
+        joint.origin.args = (left, *joint.origin.args[1:])
 
 
 def _arguments(node: Node) -> tuple[list[Any], list[Any]]:
