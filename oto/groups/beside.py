@@ -22,9 +22,9 @@ from oto.axes.call import Fact
 from oto.axes.invariance import PRODUCES, Place, Visit, dynamic_tensors, follow, roles_of, visits_of
 from oto.axes.propagate import Propagation
 from oto.axes.terms import Axis, Term, axes_of, resolve
-from oto.groups.node_group import Cut, Slice
+from oto.groups.node_group import Slice
 from oto.groups.partition import Segment, occurrences
-from oto.trace.graph import Leaf, Node
+from oto.trace.graph import Leaf, Node, Value
 
 CAT = torch.ops.aten.cat.default
 """The operator that lays tensors one after the other."""
@@ -96,14 +96,18 @@ class _Branch:
         self.network, self.found, self.body = network, network.found, segment.body
         self.joints = [self.found.graph.calls[index] for index in sorted(segment.into)]
         made = {value for node in self.found.graph.calls if node.index in self.body for value in node.outputs if value}
-        self.inside = {self.found.operands[leaf.value].index for leaf in segment.leaves}
+        self.inside = {self._index(leaf.value) for leaf in segment.leaves}
         self.inside |= {tensor for tensor, node in network.makers.items() if node in self.body}
         self.edges = list(dict.fromkeys(x for node in self.joints for x in node.inputs() if x in made))
-        self.dim = _dim(self.joints[0])
+        self.dim = dim_of(self.joints[0])
+
+    def _index(self, value: Value) -> int:
+        """The tensor of a value."""
+        return self.found.operands[value].index
 
     def axes(self) -> tuple[Axis, ...]:
         """Those of which no atom is left without it."""
-        if any(_dim(node) != self.dim for node in self.joints):
+        if any(dim_of(node) != self.dim for node in self.joints):
             raise CannotGo("it is laid beside others along several dimensions (cat)", self.joints[-1].index)
         own = {axis for value in self.edges for axis in axes_of(self.found.terms(value)[self.dim])}
         self.others = [self._others(node, own) for node in self.joints]
@@ -118,12 +122,12 @@ class _Branch:
         """
         steps = self.network.visits.get(axis, [])
         rest = [visit for visit in steps if visit.step.node not in self.body]
-        silent: dict[Place, Fact] = {(self.found.operands[value].index, self.dim): 0.0 for value in self.edges}
+        silent: dict[Place, Fact] = {(self._index(value), self.dim): 0.0 for value in self.edges}
         failed = follow(rest, dict(silent))
         if failed is None:
             return []
         roles = roles_of(steps, self.network.dynamic)
-        leaves = {self.found.operands[leaf.value].index: leaf for leaf in self.found.graph.leaves if leaf.may_be_zeroed}
+        leaves = {self._index(leaf.value): leaf for leaf in self.found.graph.leaves if leaf.may_be_zeroed}
         places = [(tensor, dim) for tensor, dim in self.network.places.get(axis, ()) if tensor not in self.inside]
         zeros = [place for place in places if place[0] in leaves and roles.get(place, 0) & PRODUCES]
         if not zeros or follow(rest, silent | dict.fromkeys(zeros, 0.0)) is not None:
@@ -134,14 +138,13 @@ class _Branch:
         """The entries of all atoms of an axis in a dimension of a parameter, as those of a single atom."""
         for own, cuts in occurrences(self.found.terms(leaf.value)[dim]):
             if own is axis:
-                last = cuts[-1]
-                yield Slice(leaf.name, dim, (*cuts[:-1], Cut(1, 1, last.before * last.middle * last.after, 0, 1)))
+                yield Slice(leaf.name, dim, cuts).as_one()
 
     def _others(self, node: Node, own: Collection[Axis]) -> set[Axis]:
         """The axes that a concatenation lays beside those of the branch."""
         found: set[Axis] = set()
         for value in node.inputs():
-            if value not in self.edges and value.shape != (0,):
+            if value not in self.edges and 0 not in value.shape:
                 axes = set(axes_of(self.found.terms(value)[self.dim]))
                 if not axes or not axes.isdisjoint(own):
                     what = "has the same channels" if axes else "is one entry wide"
@@ -176,13 +179,17 @@ class _Branch:
             axes = set(axes_of((factor,)))
             if axis in axes and (factor is axis or not any(others <= axes for others in self.others)):
                 maker = self.network.makers.get(tensor)
-                where = "" if maker is None else f" of {self.found.graph.calls[maker].module or 'the model'}"
-                reason = f"it is laid beside others (cat), and its channels are those{where}, too"
-                raise CannotGo(reason, maker)
+                if maker is None:
+                    where = next(
+                        (x.name for x in self.found.graph.leaves if self._index(x.value) == tensor), "an input"
+                    )
+                else:
+                    where = self.found.graph.calls[maker].module or "the model"
+                raise CannotGo(f"it is laid beside others (cat), and its channels are those of {where}, too", maker)
 
 
-def _dim(node: Node) -> int:
+def dim_of(node: Node) -> int:
     """The dimension that a concatenation lays its arguments along."""
     dim: int = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    ranks = {len(value.shape) for value in node.inputs() if value.shape != (0,)}
+    ranks = {len(value.shape) for value in node.inputs() if 0 not in value.shape}
     return dim % max(ranks)

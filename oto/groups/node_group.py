@@ -8,7 +8,7 @@ OTOv2, section 4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ class Slice:
         """All of a parameter as the entries of a single atom."""
         return cls(parameter, 0, (Cut(1, 1, shape[0], 0, 1),) if shape else ())
 
+    def as_one(self) -> Slice:
+        """The entries of all atoms as those of a single one."""
+        *outer, last = self.cuts
+        return replace(self, cuts=(*outer, Cut(1, 1, last.before * last.middle * last.after, 0, 1)))
+
     def of(self, tensor: Tensor) -> Tensor:
         """The view of ``tensor`` that holds the group's entries, shape ``(size, *rest)``; row ``a`` is atom ``a``."""
         dim = self.dim
@@ -72,7 +77,7 @@ class NodeGroup:
         tie: Groups of the same tie keep equally many atoms, each its own; ``None`` if the count is free.
         divisor: The kept count is a multiple of this; it divides ``size``.
         segment: Whether its one atom is a segment (:mod:`oto.groups.segments`), which may go like any other atom, and
-            of which every slice is a whole parameter.
+            of which every slice is a whole parameter, or of entries behind a concatenation that have to be zero, too.
         among: For a segment, the sets of segments that it is one of, each with the number of those that stay.
     """
 

@@ -217,10 +217,16 @@ def pruned_groups(
                 for axis, cuts in occurrences(term, counts):
                     where.setdefault(axis, []).append(Slice(name, dim, cuts))
 
+    segments = {segment.axis: segment for segment in partition.segments}
+
     def pruned(group: NodeGroup) -> NodeGroup:
         axis = partition.axes[group.name]
         if group.segment:
-            there = [whole[now[piece.parameter]] for piece in group.slices if piece.parameter in now]
+            behind = {(now.get(piece.parameter), piece.dim) for piece in segments[axis].behind}
+            names = [now[piece.parameter] for piece in group.slices if piece.parameter in now]
+            there = [whole[name] for name in names if name not in {own for own, _ in behind}]
+            beside = [piece for own in segments[axis].axes for piece in where.get(own, ())]
+            there += [piece.as_one() for piece in beside if (piece.parameter, piece.dim) in behind]
             slices = tuple(there) if counts.get(axis, 1) else ()
         else:
             slices = tuple(where.get(axis, ()))

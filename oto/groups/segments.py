@@ -199,7 +199,7 @@ class _Run:
         """The arguments of concatenations and stacks that have others; one edge for an argument of several."""
         where: dict[tuple[object, Value], list[tuple[Node, Value]]] = {}
         for node in (node for node in self.nodes if node.op in TOGETHER):
-            values = list(dict.fromkeys(x for x in node.inputs() if self.feeds.get(x)))
+            values = list(dict.fromkeys(x for x in node.inputs() if self.feeds.get(x) and 0 not in x.shape))
             for i, value in enumerate(values if len(values) > 1 else ()):
                 where.setdefault((node.op, value), []).append((node, values[i - 1]))
         found: list[Edge] = []
@@ -628,7 +628,9 @@ def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
         if joint >= len(graph.nodes):  # of train mode
             continue
         node = graph.nodes[joint]
-        if len(members) >= (len({x for x in node.inputs() if feeds.get(x)}) if node.op in TOGETHER else 2):
+        if len(members) >= (
+            len({x for x in node.inputs() if feeds.get(x) and 0 not in x.shape}) if node.op in TOGETHER else 2
+        ):
             yield f"into node-{joint}", members
 
 

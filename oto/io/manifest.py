@@ -355,7 +355,9 @@ def _gives(where: str, value: Any) -> None:
 
 _GIVES: dict[str, Check] = {
     "given": _entries({"given": _name}, {"copy": _flag, "then": _list(_one_of(*THEN), 16)}),
-    "zeros": _entries({"zeros": _name}, {"last": _COUNT, "channels": _COUNT, "window": _WINDOW}),
+    "zeros": _entries(
+        {"zeros": _name}, {"last": _COUNT, "channels": _COUNT, "window": _WINDOW, "none": _integer(-64, -1)}
+    ),
     "empty": _entries({"empty": _name}),
     "items": _entries({"items": _list(_gives, 64)}, {"list": _flag}),
     "value": _entries({"value": _PLAIN}),

@@ -18,7 +18,8 @@ Recipe = Mapping[str, Any]
 ``{"given": name}``: that tensor; a copy of it, with ``"copy": True``; with ``"then": [...]`` what functions of
 :data:`THEN` make of it, one after the other.
 ``{"zeros": name}``: zeros of its shape; with ``"last": n`` so many in its last dimension; with ``"channels": n`` and
-``"window": [[kernel, stride, padding, dilation], ...]`` what a convolution makes of its shape.
+``"window": [[kernel, stride, padding, dilation], ...]`` what a convolution makes of its shape; with ``"none": dim``
+none along a dimension, counted from the last, -1. An empty vector stays one.
 ``{"empty": name}``: an empty vector in its dtype, which ``torch.cat`` passes over.
 ``{"items": [...], "list": False}``: a tuple, or a list, of such. ``{"value": x}``: a number, a text or ``None``.
 """
@@ -95,6 +96,11 @@ def made(recipe: Recipe, given: Mapping[str, Any]) -> Any:
     if "zeros" not in recipe:
         return recipe["value"]
     x = given[recipe["zeros"]]
+    if x.shape == (0,):
+        return x
+    if "none" in recipe:
+        dim = x.ndim + recipe["none"]
+        return x.new_zeros((*x.shape[:dim], 0, *x.shape[dim + 1 :]))
     if "last" in recipe:
         return x.new_zeros((*x.shape[:-1], recipe["last"]))
     if "channels" in recipe:

@@ -59,7 +59,7 @@ def needed(
     graph = partition.found.graph
     modules = Modules(node for node in graph.calls if node.index not in graph.dead)
     bodies = frozenset(index for segment in segments for index in segment.body)
-    added, laid = Learned({}, modules, bodies, {}), Learned({}, modules, bodies, {}, beside(segments))
+    added, laid = Learned({}, modules, bodies, {}), Learned({}, modules, bodies, {}, beside(graph, segments))
     handles = [*added.watch(model), *laid.watch(model)]
     try:
         _, failure = follow(model, dummy_input, known, graph.mode)

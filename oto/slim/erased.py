@@ -5,8 +5,9 @@ A module is replaced if all of its calls are in erased segments, or are joints o
 few functions of what it is given, as the ReLU behind the joint of a ResNet's block. What it takes and gives is learned
 by running the thin copy once; where that cannot be said for every size, its children are replaced instead.
 
-A module of a segment that is concatenated with others gives an empty vector, which ``torch.cat`` passes over, whatever
-the shapes of the rest. Such a segment is still in the thin copy that is run to learn of it: no layer has no channel.
+A module of a segment that is concatenated with others gives no entry along that dimension; or an empty vector, which
+``torch.cat`` passes over, where its other sizes do not follow from what it is given. Such a segment is still in the
+thin copy that is run to learn of it: no layer has no channel.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from oto.errors import EmitterError, reraise_out_of_memory
 from oto.groups import Partition
+from oto.groups.beside import dim_of
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules, not_computed, overwritten
 from oto.nn.erased import THEN, is_erased
@@ -97,7 +99,7 @@ def plan_each(
     for one in each:
         ends |= {path: {"copy": how["copy"] or (path in ends and ends[path]["copy"])} for path, how in one.ends.items()}
         functions |= one.functions
-    every = Learned(ends, modules, not_computed(segments), functions, beside(segments))
+    every = Learned(ends, modules, not_computed(segments), functions, beside(graph, segments))
     thin = slim_copy(model, tensors, Edits()).eval()
     every.watch(thin)
     run(thin, dummy_input)
@@ -151,9 +153,13 @@ def _modules(graph: Graph) -> Modules:
     return Modules(node for node in graph.calls if node.index not in graph.dead)
 
 
-def beside(segments: Iterable[Segment]) -> frozenset[int]:
-    """The calls that are not made for what is concatenated with others."""
-    return frozenset().union(*(segment.body for segment in segments if segment.axes))
+def beside(graph: Graph, segments: Iterable[Segment]) -> dict[int, int]:
+    """The calls that are not made for what is concatenated with others, each with that dimension, counted from -1."""
+    found: dict[int, int] = {}
+    for segment in sorted((s for s in segments if s.axes), key=lambda segment: len(segment.body)):
+        joint = graph.calls[segment.joint]
+        found.update(dict.fromkeys(segment.body, dim_of(joint) - len(segment.made.shape)))
+    return found
 
 
 def _learned(graph: Graph, modules: Modules, gone: Sequence[Segment]) -> Learned:
@@ -165,7 +171,7 @@ def _learned(graph: Graph, modules: Modules, gone: Sequence[Segment]) -> Learned
         for path, own in modules.calls.items()
         if any(segment.joint in own for segment in added)
     }
-    return Learned(ends, modules, calls, _left(graph, modules, added, calls), beside(gone))
+    return Learned(ends, modules, calls, _left(graph, modules, added, calls), beside(graph, gone))
 
 
 def _decided(learned: Learned, thin: nn.Module, gone: Sequence[Segment]) -> Erasures:
@@ -290,14 +296,14 @@ class Learned:
         ends: Paths of modules in which a joint gives its other argument, and whether as a copy.
         calls: The calls that are not made.
         functions: Paths of modules of which some functions are left.
-        beside: The calls that are not made for what is concatenated with others.
+        beside: The calls that are not made for what is concatenated with others, each with that dimension.
     """
 
     ends: Mapping[str, Mapping[str, bool]]
     modules: Modules
     calls: frozenset[int]
     functions: Mapping[str, Sequence[str]]
-    beside: frozenset[int] = frozenset()
+    beside: Mapping[int, int] = field(default_factory=dict)
     found: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)
 
     def watch(self, thin: nn.Module) -> list[RemovableHandle]:
@@ -361,16 +367,32 @@ class Learned:
         name, first = next(iter(given.items()))
         if x.dtype != first.dtype:
             return None
-        if self.modules.calls.get(path, {-1}) <= self.beside:
-            return {"empty": name}
+        if (own := self.modules.calls.get(path, {-1})) <= self.beside.keys():
+            return _nothing(module, name, first, x, self.beside[max(own)])
         if x.shape == first.shape:
             return {"zeros": name}
         if isinstance(module, nn.Linear) or (x.ndim > 2 and x.shape[:-1] == first.shape[:-1]):  # tokens by features
             return {"zeros": name, "last": x.shape[-1]}
-        if isinstance(module, _CONVOLUTIONS) and not isinstance(module.padding, str):
-            window = zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
-            return {"zeros": name, "channels": x.shape[-len(module.kernel_size) - 1], "window": list(map(list, window))}
-        return None
+        return _windowed(module, name, x.shape[-len(module.kernel_size) - 1]) if _has_window(module) else None
+
+
+def _has_window(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """Whether a module is a convolution whose sizes follow from those that it is given."""
+    return isinstance(module, _CONVOLUTIONS) and not isinstance(module.padding, str)
+
+
+def _windowed(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, name: str, channels: int) -> dict[str, Any]:
+    window = zip(module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+    return {"zeros": name, "channels": channels, "window": list(map(list, window))}
+
+
+def _nothing(module: nn.Module, name: str, given: Tensor, x: Tensor, dim: int) -> dict[str, Any]:
+    """A result without any entry along a dimension."""
+    if x.ndim == given.ndim >= -dim and all(x.shape[i] == given.shape[i] for i in range(-x.ndim, 0) if i != dim):
+        return {"zeros": name, "none": dim}
+    if _has_window(module) and dim == -len(module.kernel_size) - 1:
+        return _windowed(module, name, 0)
+    return {"empty": name}
 
 
 def _is_a_size(x: Any, given: Mapping[str, Tensor]) -> bool:

@@ -263,10 +263,15 @@ def _without_segments(
     if not (gone := partition.erased(kept)):
         return tensors, edits
     zero = {name for segment in gone for leaf in segment.writers for name in leaf.names}
-    silent = {name: torch.zeros_like(t) if name in zero else t for name, t in tensors.items()}
-    edits = leaving_out(edits, plan(model, partition, gone, silent, edits, dummy_input).erased, model)
+    shown, shown_edits = tensors, edits
+    if beside := {segment.name: np.arange(1) for segment in gone if segment.axes}:  # no layer has no channel
+        pruned = pruned_shapes(partition, {**kept, **beside})
+        shown, shown_edits = pruned_tensors(model, pruned), plan_edits(model, pruned)
+    silent = {name: torch.zeros_like(t) if name in zero else t for name, t in shown.items()}
+    edits = leaving_out(edits, plan(model, partition, gone, silent, shown_edits, dummy_input).erased, model)
     away = set(within(tensors, edits.erased))
-    return {name: tensor for name, tensor in silent.items() if name not in away}, edits
+    left = {name: tensor for name, tensor in tensors.items() if name not in away}
+    return {name: torch.zeros_like(t) if name in zero else t for name, t in left.items()}, edits
 
 
 MISSED = 1.1

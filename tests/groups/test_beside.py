@@ -1,4 +1,4 @@
-"""Branches into a concatenation: what may go is proved, what stays has a reason, and what is saved is counted exactly."""
+"""Branches into a concatenation: what may go is proved, what stays has a reason, what is saved is counted exactly."""
 
 from __future__ import annotations
 
@@ -302,5 +302,10 @@ def test_what_is_legal_keeps_something_in_every_joint(seed):
         if node.index not in away and node.op is torch.ops.aten.cat.default:
             sizes = [partition.entries(value, kept)[-1].sum() for value in node.inputs()]
             assert sum(sizes) == partition.entries(node.outputs[0], kept)[-1].sum() > 0
+    alive = set(partition.found.graph.inputs)
+    for node in (node for node in partition.found.graph.nodes if node.index not in away):
+        if any(value in alive and all(m.any() for m in partition.entries(value, kept)) for value in node.inputs()):
+            alive.update(node.outputs)
+    assert alive.issuperset(partition.found.graph.outputs), "the outputs still depend on the input"
     left = cost(partition, {name: len(own) for name, own in kept.items()})
     assert 0 < left.params <= cost(partition).params

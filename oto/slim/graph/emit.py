@@ -105,7 +105,6 @@ def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule
     for node in exported.graph.nodes:
         for value in node.inputs():
             readers.setdefault(value, []).append(node)
-    _without(exported, segments, gone)
     for segment in segments:
         if segment.into:
             continue
@@ -120,6 +119,7 @@ def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule
             for ours, theirs in zip(*_arguments(reader), strict=True):
                 if ours is segment.made:
                     reader.origin.replace_input_with(theirs, left)
+    _without(exported, segments, gone)
     ends = ("placeholder", "output")
     slim.graph.eliminate_dead_code(lambda node: node.op in ends or (node.is_impure() and node not in origins))
     used = {n.target for n in slim.graph.nodes if n.op in ("get_attr", "call_module")}
