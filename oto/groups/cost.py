@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain, combinations
 from math import prod
 
 import numpy as np
@@ -52,16 +53,39 @@ def cost(partition: Partition, kept: Mapping[str, int] | None = None, without: C
     def total(products: Products) -> int:
         return sum(int(weight) * prod(count(resolve(term), counts) for term in terms) for weight, terms in products)
 
+    gone = {axis for axis, n in counts.items() if not n}
+    away = [leaf for leaf, sets in partition.shared.items() if not any(gone.isdisjoint(own) for own in sets)]
+    without = {*without, *(leaf.name for leaf in away)}
     return Cost(total(_params(partition, without)), total(_macs(partition)), total(_bytes(partition, without)))
 
 
-Products = Iterator[tuple[float, Sequence[Term]]]
+Products = Iterable[tuple[float, Sequence[Term]]]
+HELD = ("parameter", "buffer")
+"""The kinds of tensors whose bytes count."""
+
+MOST_SHARED = 6
+"""A tensor that more segments read counts as there in a polynomial, whose terms double with each of them."""
+
 _NOTHING: Mapping[Axis, tuple[Axis, ...]] = {}
 
 
 def _params(partition: Partition, without: Collection[str] = ()) -> Products:
     leaves = _left(partition, without)
     return ((1, _gated(partition, leaf)) for leaf in leaves if leaf.kind == "parameter")
+
+
+def _unshared(partition: Partition) -> Iterator[tuple[Leaf, int, Sequence[Term]]]:
+    """What is to be added for tensors of the model that several segments read, which are gone where all of these are.
+
+    Where a, b, c are 1 for segments that are there, it is there 1 - (1 - a) (1 - b) (1 - c) times, and not once.
+    """
+    for leaf, sets in partition.shared.items():
+        terms = partition.found.terms(leaf.value)
+        if len(sets) <= MOST_SHARED:
+            yield leaf, -1, terms
+            for many in range(1, len(sets) + 1):
+                for some in combinations(sets, many):
+                    yield leaf, 1 if many % 2 else -1, (*terms, tuple(frozenset().union(*some)))
 
 
 def _gated(partition: Partition, leaf: Leaf) -> Sequence[Term]:
@@ -76,7 +100,7 @@ def _left(partition: Partition, without: Collection[str]) -> list[Leaf]:
 
 def _bytes(partition: Partition, without: Collection[str] = ()) -> Products:
     leaves = _left(partition, without)
-    held = (leaf for leaf in leaves if leaf.kind in ("parameter", "buffer"))
+    held = (leaf for leaf in leaves if leaf.kind in HELD)
     return ((leaf.value.dtype.itemsize, _gated(partition, leaf)) for leaf in held)
 
 
@@ -257,8 +281,12 @@ class Costs:
         """Write the costs out as polynomials; groups that are not prunable count as whole."""
         prunable = [group for group in groups if group.prunable and group.size]
         index = {partition.axes[group.name]: i for i, group in enumerate(prunable)}
+        shared = list(_unshared(partition))
+        some = [(sign, terms) for leaf, sign, terms in shared if leaf.kind == "parameter"]
+        wide = [(sign * leaf.value.dtype.itemsize, terms) for leaf, sign, terms in shared if leaf.kind in HELD]
         params, macs, in_bytes = (
-            polynomial(products(partition), index, partition.going) for products in (_params, _macs, _bytes)
+            polynomial(chain(products(partition), more), index, partition.going)
+            for products, more in ((_params, some), (_macs, ()), (_bytes, wide))
         )
         sizes = np.array([g.size for g in prunable], dtype=np.int64)
         return cls(tuple(g.name for g in prunable), sizes, params, macs, in_bytes, weights(partition))

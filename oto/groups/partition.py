@@ -85,6 +85,26 @@ class Partition:
         return found
 
     @cached_property
+    def shared(self) -> Mapping[Leaf, tuple[frozenset[Axis], ...]]:
+        """For each tensor of the model that only segments read, and no single one: the axes of the segments around each
+        of its readers. It is gone where one of every set is."""
+        around: dict[int, set[Axis]] = {}
+        for segment in self.segments:
+            for index in segment.body:
+                around.setdefault(index, set()).add(segment.axis)
+        single = {leaf for segment in self.segments for leaf in segment.leaves}
+        readers: dict[Value, list[frozenset[Axis]]] = {}
+        for node in self.found.graph.calls if around else ():
+            for value in node.inputs():
+                readers.setdefault(value, []).append(frozenset(around.get(node.index, ())))
+        found: dict[Leaf, tuple[frozenset[Axis], ...]] = {}
+        for leaf in self.found.graph.leaves:
+            sets = dict.fromkeys(readers.get(leaf.value, ()))
+            if sets and all(sets) and leaf not in single:
+                found[leaf] = tuple(own for own in sets if not any(other < own for other in sets))
+        return found
+
+    @cached_property
     def going(self) -> Mapping[Axis, tuple[Axis, ...]]:
         """For each axis that has no atom left without some segments, the axes of these."""
         found: dict[Axis, tuple[Axis, ...]] = {}

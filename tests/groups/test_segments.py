@@ -7,6 +7,7 @@ import pickle
 import random
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -397,3 +398,37 @@ def test_it_is_told_as_a_table():
     (first, _) = table.to_dict()["parts"]
     assert first["modules"] == ("ways.0",) and first["params"] == 8 * 6 + 6 + 6 * 8 + 8 and first["macs"] == 2 * 96
     assert not branches(OTO(Residual(), torch.randn(2, 4)).partition.found).staying
+
+
+class Tied(nn.Module):
+    """Branches that share a norm."""
+
+    def __init__(self, ways=3):
+        super().__init__()
+        self.norm, self.stem = nn.LayerNorm(8), nn.Linear(4, 8)
+        self.ways, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(ways)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for way in self.ways:
+            x = x + way(self.norm(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("ways", [2, 3, 8])
+def test_a_norm_that_segments_share_goes_with_the_last_of_them(ways):
+    torch.manual_seed(0)
+    model = Tied(ways)
+    oto = found(model, torch.randn(2, 4))
+    assert len(names(oto)) == ways
+    for many in (0, 1, ways - 1, ways):
+        kept = dict.fromkeys(names(oto)[:many], 0)
+        left = cost(oto.partition, kept)
+        assert left.params == 4 * 8 + 8 + 3 * 8 + 3 + (ways - many) * 72 + 16 * (many < ways)
+        assert left.bytes == 4 * left.params
+        counts = np.array([kept.get(name, size) for name, size in zip(oto.costs.names, oto.costs.sizes, strict=True)])
+        assert oto.costs.at(counts) == left or (ways > 6 and many == ways)
+    for group in (group for group in oto.node_groups if group.segment):
+        group.zero_(dict(model.named_parameters()), torch.tensor([0]))
+    subnet = oto.construct_subnet()
+    assert sum(p.numel() for p in subnet.model.parameters()) == subnet.cost_after.params == 67
