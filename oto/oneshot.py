@@ -263,6 +263,18 @@ class Compression:
         """The criterion that is measured at readers, if the choice goes by one."""
         return next((c for c, _ in self.choice.criteria if c in MEASURED.values()), None)
 
+    def require_comparable(self) -> None:
+        """Refuse to compare atoms by what readers' outputs lose with segments by what the loss rises by."""
+        kinds = {group.segment for group in self.choice.groups}
+        if self._measured in SCORES and len(kinds) > 1:
+            raise OptionError(
+                f"saliency={self._by!r} scores atoms by the outputs of what reads them, which no segment has a share in:"
+                " the two cannot be compared\n"
+                "  effect  nothing was changed\n"
+                "  to fix  saliency='sensitivity', or none: both are in the unit of the loss; or OTO(...,"
+                " compress_mode='prune'), or 'erase'"
+            )
+
     def _choose(self) -> dict[str, NDArray[np.int64]]:
         """The atoms of each group that go; with ``"obs"`` their number counts."""
         if self._measured is None:
@@ -447,12 +459,14 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     """Compress a model in place; it is as it was if anything is raised.
 
     Raises:
-        OptionError: Parameters are sharded, or there are several processes.
+        OptionError: Parameters are sharded, or there are several processes; or atoms and segments would be compared by
+            different things.
     """
     model, partition = analysis.model, analysis.partition
     require_one_process(model, "one_shot")
     found = fitted_readers(readers(partition, analysis.groups, analysis.prune_frozen))
     job = Compression(Calibrated(model, data, settings.norms), partition, choice, found, settings)
+    job.require_comparable()
     portions = job.run()
     losses = [x for portion in portions for x in (portion.before, portion.after)]
     loss = None if not losses or losses[0] is None or losses[-1] is None else (losses[0], losses[-1])

@@ -164,7 +164,8 @@ class Pruning:
             norms: Estimate batch norms again.
             **options: A target and how to choose, as in :meth:`preview`. ``saliency`` may also be ``"obs"`` (what the
                 fit loses, atom after atom), ``"sensitivity"`` (how much the loss rises when a group alone gets thinner)
-                or ``"fluctuation"`` (how much the read values vary). By default, gradients of the batches are used.
+                or ``"fluctuation"`` (how much the read values vary); with ``compress_mode="both"`` neither ``"obs"``
+                nor ``"fluctuation"``. By default, gradients of the batches are used.
 
         Raises:
             OptionError, TargetError: There are too few batches, an option is invalid, or there are several

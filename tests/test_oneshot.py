@@ -174,8 +174,23 @@ def test_uniform_blocks_stay_uniform():
     assert subnet.emitter == "config" and subnet.config["intermediate_size"] < 64
 
 
-@pytest.mark.parametrize("mode", ["erase", "both"])
-@pytest.mark.parametrize("saliency", ["obs", "fluctuation", "sensitivity", "magnitude", None])
+@pytest.mark.parametrize("saliency", ["obs", "fluctuation"])
+def test_what_looks_at_readers_does_not_compare_channels_with_segments(saliency):
+    torch.manual_seed(0)
+    batches = images()
+    model = Cnn(3)
+    before = state(model)
+    oto = OTO(model, batches[0][0][:1], compress_mode="both")
+    with pytest.raises(OptionError, match=f"saliency='{saliency}'.*cannot be compared(.|\n)*saliency='sensitivity'"):
+        oto.one_shot(target_macs=0.5, batches=batches, loss=of_classes, saliency=saliency)
+    assert same(state(model), before)
+
+
+IN_ONE_BUDGET = [("erase", s) for s in ("obs", "fluctuation", "sensitivity", "magnitude", None)]
+IN_ONE_BUDGET += [("both", s) for s in ("sensitivity", "magnitude", None)]
+
+
+@pytest.mark.parametrize(("mode", "saliency"), IN_ONE_BUDGET)
 def test_segments_and_channels_in_one_budget(mode, saliency):
     torch.manual_seed(0)
     batches = images()
@@ -220,7 +235,7 @@ def test_readers_in_segments_that_are_gone_are_not_fitted():
     torch.manual_seed(0)
     batches = images()
     oto = OTO(learned(Cnn(4), batches, of_classes), batches[0][0][:1], compress_mode="both")
-    done = oto.one_shot(target_macs=0.35, batches=batches, loss=of_classes, saliency="obs", portions=1)
+    done = oto.one_shot(target_macs=0.35, batches=batches, loss=of_classes, saliency="magnitude", portions=1)
     gone = sum(not kept for kept in done.kept.values())
     both = done.portions[1]
     assert gone and {"stem.weight"} < set(both.groups)
