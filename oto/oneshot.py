@@ -268,8 +268,8 @@ class Compression:
         kinds = {group.segment for group in self.choice.groups}
         if self._measured in SCORES and len(kinds) > 1:
             raise OptionError(
-                f"saliency={self._by!r} scores atoms by the outputs of what reads them, which no segment has a share in:"
-                " the two cannot be compared\n"
+                f"saliency={self._by!r} scores atoms by the outputs of what reads them, and no segment has a share in"
+                " these: the two cannot be compared\n"
                 "  effect  nothing was changed\n"
                 "  to fix  saliency='sensitivity', or none: both are in the unit of the loss; or OTO(...,"
                 " compress_mode='prune'), or 'erase'"

@@ -40,6 +40,11 @@ FAR = 0.1
 floor."""
 
 
+CHEAPER = (0.5, 1.0, 2.0, 8.0)
+"""Of segments of which one has to stay it is the best; if the target cannot be met so, importance is divided by cost
+to these powers, and at last it is the cheapest."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Choice(Criteria):
     """Which zero-invariant groups (ZIGs) go.
@@ -193,8 +198,7 @@ class Choice(Criteria):
         if self.normalize in WITHIN_GROUPS:  # a score of 1 is worth what an average atom of the full group costs
             worth = self.target.measure.marginal(self.full, np.ones_like(sizes)) ** by_cost
         found: list[tuple[float, Tensor]] = []
-        staying = staying_of(self.groups, values, left)
-        for least in self._floors(goal):  # lower floors only if steps are too coarse to come near the goal above
+        for least, staying in self._limits(goal, values, left):
             chosen = torch.from_numpy(
                 select(
                     values,
@@ -214,6 +218,26 @@ class Choice(Criteria):
             if 0 <= found[-1][0] <= FAR * self.target.full or self.scope == "local":
                 break
         return min(found, key=lambda tried: (tried[0] < 0, abs(tried[0])))[1]
+
+    def _limits(
+        self, goal: float, values: np.ndarray[Any, Any], left: np.ndarray[Any, Any]
+    ) -> Iterator[tuple[Counts, Counts]]:
+        """Floors, and the segments that have to stay: the best of each set, or cheaper ones if the goal is missed so.
+
+        Lower floors are only for steps too coarse to come near the goal above.
+        """
+        staying = staying_of(self.groups, values, left)
+        for least in self._floors(goal):
+            yield least, staying
+        least, before = self.least, staying
+        if not staying.any() or self.target.measure(np.maximum(least, staying)) <= goal:
+            return
+        saves = np.repeat(self.target.measure.marginal(self.full, np.ones_like(self.full)), self.sizes)
+        for prices in (*(values / np.maximum(saves, 1e-12) ** power for power in CHEAPER), -saves):
+            staying = staying_of(self.groups, prices, left)
+            if (staying != before).any():
+                yield least, staying
+            before = staying
 
     def _floors(self, goal: float) -> Iterator[Counts]:
         """Floors between ``floor`` and ``least`` that allow for the goal, the highest first."""

@@ -315,3 +315,18 @@ def test_what_is_timed_is_of_the_class():
     kept = {group.name: torch.arange(group.size).numpy() for group in oto.node_groups if group.prunable}
     kept["first.two"] = kept["first.two"][:0]
     assert type(built(copy.deepcopy(model), oto.partition, kept, x)) is Net
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cheaper_branch_stays_where_the_better_one_misses_the_target(seed):
+    """Of each concatenation one stays; which one is left to importance only if the target can be met so."""
+    model, x = made("inception")
+    oto = OTO(model, x, compress_mode="erase")
+    torch.manual_seed(seed)
+    optimizer = oto.hesso(variant="adam", lr=1e-2, target_macs=0.45, total_steps=16)
+    big = dict(model.named_parameters())["second.two.1.norm.weight"]
+    big.data.mul_(100)  # the dearest of them is the best
+    trained(optimizer, model)
+    subnet = oto.construct_subnet()
+    assert subnet.cost_after.macs <= 0.45 * subnet.cost_before.macs
