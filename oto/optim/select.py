@@ -253,7 +253,8 @@ def _queue(task: Task, state: State, without: int = -1) -> NDArray[np.int64]:
     price = units.price[rest]
     if task.by_cost:
         each = task.measure.marginal(counts, np.minimum(counts, 1)) / task.limits.many
-        price = price / (np.maximum(each, np.finfo(float).tiny) ** task.by_cost)[units.group[rest]]
+        with np.errstate(over="ignore"):  # what wins nothing goes last
+            price = price / (np.maximum(each, np.finfo(float).tiny) ** task.by_cost)[units.group[rest]]
     return rest[np.argsort(price, kind="stable")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -317,16 +318,12 @@ def test_what_is_timed_is_of_the_class():
     assert type(built(copy.deepcopy(model), oto.partition, kept, x)) is Net
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(4))
-def test_the_cheaper_branch_stays_where_the_better_one_misses_the_target(seed):
+@pytest.mark.parametrize("share", [0.45, 0.35, 0.3])
+def test_the_cheaper_branch_stays_where_the_better_one_misses_the_target(share):
     """Of each concatenation one stays; which one is left to importance only if the target can be met so."""
     model, x = made("inception")
-    oto = OTO(model, x, compress_mode="erase")
-    torch.manual_seed(seed)
-    optimizer = oto.hesso(variant="adam", lr=1e-2, target_macs=0.45, total_steps=16)
-    big = dict(model.named_parameters())["second.two.1.norm.weight"]
-    big.data.mul_(100)  # the dearest of them is the best
-    trained(optimizer, model)
-    subnet = oto.construct_subnet()
-    assert subnet.cost_after.macs <= 0.45 * subnet.cost_before.macs
+    choice = OTO(model, x, compress_mode="erase").hesso(lr=1e-2, target_macs=share, total_steps=16).choice
+    saves = torch.from_numpy(choice.target.measure.marginal(choice.full, np.ones_like(choice.full)))
+    gone = choice.select(saves**3, torch.ones(len(saves), dtype=torch.bool))  # the dearest are the best
+    counts = np.array([n for own in (~gone).split(choice.sizes) for n in [int(own.sum())]])
+    assert choice.target.measure(counts) <= choice.target.goal
