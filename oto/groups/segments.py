@@ -472,12 +472,15 @@ def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]
     """
     result, back = dict(kept), list[str]()
     sets = [*_beside_each_other(partition), *_reading_inputs(partition)] if partition.segments else []
-    for _, members in sets:
-        gone = partition.erased(result)
-        apart = [s for s in gone if s.name in members and not any(_joints(s) <= other.body for other in gone)]
-        if apart and len([s for s in gone if s.name in members]) == len(members):
-            result[apart[0].name] = np.arange(1)
-            back.append(apart[0].name)
+    before = -1
+    while before < len(back):  # what lies in a segment does not matter until that is back
+        before = len(back)
+        for _, members in sets:
+            gone = partition.erased(result)
+            apart = [s for s in gone if s.name in members and not any(_joints(s) <= other.body for other in gone)]
+            if apart and len([s for s in gone if s.name in members]) == len(members):
+                result[apart[0].name] = np.arange(1)
+                back.append(apart[0].name)
     return result, back
 
 
