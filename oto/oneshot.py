@@ -32,7 +32,7 @@ from torch import Tensor
 
 from oto.analysis import Analysis
 from oto.calibration import Calibrated, Data, LossOf, Undo, require_one_process, undone, worse
-from oto.errors import OptionError
+from oto.errors import NonFiniteParameterError, OptionError
 from oto.groups import NodeGroup, Partition, cost
 from oto.groups.readers import Reader, Readers, readers
 from oto.groups.segments import idle, not_computed
@@ -158,6 +158,7 @@ class Compression:
         losing = [group for group in self.choice.groups if len(going[group.name])]
         with undone() as undo:
             before, done = self.calibrated.held_loss(), list[Portion]()
+            _require_number(before)
             if erased := [group for group in losing if group.segment]:
                 stage("segments")
                 done.append(self._erase(erased, going, before, undo))
@@ -477,6 +478,16 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     return OneShot(
         str(choice.target), job.how, tuple(portions), loss, cost(partition), cost(partition, kept), kept, not_folded
     )
+
+
+def _require_number(loss: float | None) -> None:
+    """Refuse to judge by a loss that is NaN or infinite before anything goes; ``None`` if nothing is held out."""
+    if loss is not None and not math.isfinite(loss):
+        raise NonFiniteParameterError(
+            f"the loss of the held-out batches is {loss}\n"
+            "  effect  nobody could tell whether a fit helps; nothing was changed\n"
+            "  to fix  look for NaN in the weights, the batches and the loss of each batch; or holdout=0"
+        )
 
 
 def _nothing(reader: Reader) -> SplitEntries:

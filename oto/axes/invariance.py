@@ -10,7 +10,8 @@ keeps the zero; ``fc2`` sums over units, to which it then adds nothing. With a s
 17 of ``fc2.weight`` has to be zero instead.
 
 If zero producers do not make an axis exact, zero readers are tried (the columns that read it), then both. If neither
-works the axis is fixed, with the step that stood in the way.
+works the axis is fixed, with the step that stood in the way. A forward may write into parameters, as weight constraints
+do: what has to be zero has to be so after it, too.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def prove(propagation: Propagation) -> dict[Axis, Exact]:
             for axis in axes:
                 owned.setdefault(axis, []).append((leaf, dim, (index, dim)))
     dynamic = dynamic_tensors(propagation)
+    after = _after(propagation)
     proofs: dict[Axis, Exact] = {}
     for axis in dict.fromkeys(a for places in carried for axes in places for a in axes):
         if axis not in owned:
@@ -76,6 +78,7 @@ def prove(propagation: Propagation) -> dict[Axis, Exact]:
         producers = [own for own in owned[axis] if roles.get(own[2], 0) & PRODUCES]
         readers = [own for own in owned[axis] if not roles.get(own[2], 0) & PRODUCES and roles.get(own[2], 0) & READS]
         obstacle: Step | None = None
+        lost: Leaf | None = None
         tries = [("producers", producers), ("readers", readers), ("both", producers + readers)]
         # a filter that is divided by its own norm must not be zero, but the factor that scales it may
         breaking = _breaking(steps, [place for _, _, place in producers])
@@ -85,14 +88,21 @@ def prove(propagation: Propagation) -> dict[Axis, Exact]:
         for by, zeros in tries:
             if not zeros:
                 continue
-            failed = follow(steps, dict.fromkeys((place for _, _, place in zeros), 0.0))
+            facts: dict[Place, Fact] = dict.fromkeys((place for _, _, place in zeros), 0.0)
+            failed = follow(steps, facts)
+            rewritten = [leaf for leaf, dim, (tensor, _) in zeros if not _is_zero(facts.get((after[tensor], dim)))]
+            if failed is None and rewritten:
+                lost = lost or rewritten[0]
+                continue
             if failed is None:
                 quiet = follow(steps, dict.fromkeys((place for _, _, place in owned[axis]), 0.0), True) is None
                 proofs[axis] = Exact(axis, tuple((leaf, dim) for leaf, dim, _ in zeros), by, quiet)
                 break
             obstacle = obstacle or failed
         else:
-            if obstacle is None:
+            if lost is not None:
+                axis.fixed = Reason(f"the forward itself writes into {lost.name}, where zeros would not stay")
+            elif obstacle is None:
                 axis.fixed = Reason("no parameter could be zeroed to silence it")
             else:
                 node = propagation.graph.calls[obstacle.node]
@@ -143,6 +153,14 @@ def visits_of(propagation: Propagation) -> tuple[dict[Axis, list[Visit]], list[l
             for axis in dict.fromkeys(a for i, d in letter for a in carried[step.inputs[i]][d]):
                 at(axis).summed.append([(step.inputs[i], d) for i, d in letter if axis in carried[step.inputs[i]][d]])
     return visits, carried
+
+
+def _after(propagation: Propagation) -> dict[int, int]:
+    """The tensor that each parameter is after a forward, which the next one reads: itself, unless it was written to."""
+    graph = propagation.graph
+    written = {**graph.overwritten, **(graph.trained.overwritten if graph.trained else {})}
+    tensors = {leaf.value: propagation.operands[leaf.value].index for leaf in graph.leaves}
+    return {tensor: propagation.operands[written.get(value, value)].index for value, tensor in tensors.items()}
 
 
 def dynamic_tensors(propagation: Propagation) -> list[bool]:

@@ -126,6 +126,9 @@ def _fix_outputs(propagation: Propagation, runs: Sequence[Graph], reader: Mappin
             free = name in named or (freed is True and value in reader)
             for term in () if free else propagation.operands[value].terms:
                 T.fix(term, Reason("it is a dimension of an output", maker.get(value)))
+        for value in run.enclosed:
+            for term in () if freed is True and value in reader else propagation.operands[value].terms:
+                T.fix(term, Reason("it is a dimension of a tensor in an object that is returned", maker.get(value)))
 
 
 def _apply(call: Call, rule: object, operands: Mapping[Value, Operand]) -> list[Operand | None]:

@@ -238,7 +238,10 @@ def _write_program(
     # class with counts folded into its weights, which the dtype of the file rounds
     rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.scales))
     itself = rounded or full.model is slim
-    against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
+    graph = source.partition.found.graph
+    against = full.reference
+    if itself:
+        against = Reference(slim, full.dummy_input, None, source.float64, stateful=graph.stateful)
 
     def prove(read: nn.Module) -> list[Check]:
         return against.check(read, CheckOptions("reloaded program", batch=True, notes=[])) if source.verify else []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oto.errors import OptionError
 from oto.optim.choice import Choice
-from oto.optim.refusals import require_gradients
+from oto.optim.refusals import require_finite, require_gradients
 from oto.optim.saliency import Entries, Saliency, raw_scores
 from oto.optim.sums import Sums
 from oto.shards import any_sharded
@@ -34,6 +34,7 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
 
     Raises:
         NoGradientError: The choice goes by gradients, and the loss has none.
+        NonFiniteParameterError: As in :func:`left_by`.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
@@ -65,9 +66,14 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
 
 
 def left_by(choice: Choice, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor]) -> Tensor:
-    """Which atoms a choice would leave, bool, shape ``(N,)``; ``averages`` as in :meth:`Choice.scores`."""
+    """Which atoms a choice would leave, bool, shape ``(N,)``; ``averages`` as in :meth:`Choice.scores`.
+
+    Raises:
+        NonFiniteParameterError: A weight, or what was measured on batches, is NaN or infinite.
+    """
     alive = torch.ones(sum(choice.sizes), dtype=torch.bool)
     scores = choice.scores(entries, alive, averages)
+    require_finite(scores, choice.groups, entries, None)
     left = ~choice.select(scores, alive)
     choice.require_near(left, scores)
     choice.warn_of_collapse(left)

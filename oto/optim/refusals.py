@@ -98,8 +98,11 @@ def any_entry_of(gradients: Iterable[Tensor | None]) -> bool:
     return bool(added_up(there, [local(own).any() for own in there]).any())
 
 
-def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequence[Entries], step: int) -> None:
+def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequence[Entries], step: int | None) -> None:
     """Refuse to choose by scores that are not finite. Synchronizes.
+
+    Args:
+        step: The step of training that chooses; ``None`` where nothing is trained.
 
     Raises:
         NonFiniteParameterError: A score is NaN or infinite.
@@ -108,11 +111,13 @@ def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequenc
         return
     sums = [own.weight_sq + own.gradient_sq for own in entries]
     bad = [g.name for g, own in zip(groups, sums, strict=True) if not own.isfinite().all()]
+    trained = "lower the learning rate, clip gradients, or use a GradScaler, which skips such steps"
+    given = "look for NaN in the weights, the batches and the loss of each batch"
     raise NonFiniteParameterError(
-        f"NaN or infinity in {f'the parameters or gradients of {some(bad)}' if bad else 'a saliency'}, "
-        f"at step {step}\n"
+        f"NaN or infinity in {f'the parameters or gradients of {some(bad)}' if bad else 'a saliency'}"
+        f"{'' if step is None else f', at step {step}'}\n"
         "  effect  redundant groups cannot be chosen\n"
-        "  to fix  lower the learning rate, clip gradients, or use a GradScaler, which skips such steps"
+        f"  to fix  {given if step is None else trained}"
     )
 
 

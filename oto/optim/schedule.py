@@ -84,6 +84,8 @@ class Schedule:
         total = None if total_steps is None else _whole("total_steps", total_steps)
         first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
         begin, end = round(first), round(first + length)  # so that shares of .3 and .7 never exceed all steps
+        if float(length).is_integer():  # of 13.5 and 14.5, round() makes 14 and 14
+            end = begin + round(length)
         if 0 < first < 1 < end:  # a share of a few steps is at least one
             begin = 1
         if periods is None:

@@ -39,7 +39,7 @@ from oto.slim.own_class import at_counts
 from oto.slim.proof.compare import Check, require
 from oto.slim.proof.limits import require_numbers
 from oto.slim.proof.reference import CheckOptions, check
-from oto.slim.proof.train_mode import heads_in_training
+from oto.slim.proof.train_mode import differs_in_training, heads_in_training
 from oto.slim.prove import prove
 from oto.slim.provenance import Round, descend
 from oto.slim.source import Emitted, Source
@@ -256,6 +256,9 @@ def _of_its_class(source: Source, compared: bool = False) -> Made:
             source.model, slim, source.dummy_input, source.partition, source.kept, bool(edits.told)
         )
         checks = [*checks, *proofs]
+        if not proofs and not untrained:
+            told = differs_in_training(source.model, slim, source.dummy_input, source.partition, source.kept)
+            emitted.notes.extend([told] if told else [])
         if untrained:
             emitted.notes.append(f"train mode is refused: {untrained}")
             emitted = replace(emitted, edits=replace(edits, untrained=untrained))

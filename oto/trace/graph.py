@@ -8,7 +8,7 @@ calls read ``%5``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from inspect import isfunction
@@ -118,6 +118,10 @@ class Graph:
         replaced: Names of tensors that the forward replaces by others: state, of any shape.
         output_names: Where each output is in what ``forward`` returns: ``"logits"``, ``"hidden.0"``; ``"output"`` if it
             is all.
+        stateful: Whether the forward leaves something in the model that a later one may read.
+        overwritten: The value of each tensor of the model that was written to, by the value before.
+        enclosed: Values in objects that the forward returns, such as a distribution. They are outputs, too, but are not
+            compared. (A cache, which it takes in as well, is state.)
         ends: Values that something else than a call reads: code that branches on one, or a tensor of the model that it
             was written to.
         script: What the model decided by its data, if it was run on data, so that another run can repeat it.
@@ -132,7 +136,10 @@ class Graph:
     untrained: str | None = None
     dead: frozenset[int] = frozenset()
     replaced: frozenset[str] = frozenset()
+    stateful: bool = False
+    overwritten: Mapping[Value, Value] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
+    enclosed: tuple[Value, ...] = ()
     ends: frozenset[Value] = frozenset()
     script: Script | None = None
 
@@ -188,7 +195,18 @@ class Graph:
         inputs, outputs = tuple(map(here, other.inputs)), tuple(map(here, other.outputs))
         leaves = self.leaves + tuple(replace(leaf, value=here(leaf.value)) for leaf in more)
         nodes, ends = tuple(map(both, other.nodes)), frozenset(map(here, other.ends))
-        trained = Graph(nodes, leaves, inputs, outputs, other.mode, output_names=other.output_names, ends=ends)
+        overwritten = {here(before): here(after) for before, after in other.overwritten.items()}
+        trained = Graph(
+            nodes,
+            leaves,
+            inputs,
+            outputs,
+            other.mode,
+            overwritten=overwritten,
+            output_names=other.output_names,
+            enclosed=tuple(map(here, other.enclosed)),
+            ends=ends,
+        )
         return replace(self, leaves=leaves, trained=trained)
 
     def _values(self) -> Iterator[Value]:
@@ -240,6 +258,7 @@ class GraphBuilder:
     inputs: list[Value] = field(default_factory=list)
     held: list[Hashable] = field(default_factory=list)
     ends: set[Value] = field(default_factory=set)
+    kept: set[Value] = field(default_factory=set)
     count: int = 0
     limit: int | None = None
 
@@ -334,8 +353,9 @@ class GraphBuilder:
         self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source, origin))
 
     def end(self, key: Hashable) -> None:
-        """Mark the present value of a tensor as read by code other than calls, or kept."""
+        """Mark the present value of a tensor as kept by the model, or in an object that it returns."""
         self.ends.add(self.current[key])
+        self.kept.add(self.current[key])
 
     def _join(self, keys: list[Hashable]) -> None:
         family: dict[Hashable, None] = {}
@@ -344,34 +364,39 @@ class GraphBuilder:
         for key in family:
             self.families[key] = family
 
-    def writes(self, kind: str) -> bool:
-        """Whether a tensor of the model, of this kind, was written to."""
+    def has_changed(self, keys: Iterable[Hashable]) -> bool:
+        """Whether any of some tensors is not as the model held it before."""
+        before = {leaf.value for leaf in self.leaves}
+        return any(self.current[key] not in before for key in keys)
+
+    def writes(self, kind: str | None = None) -> bool:
+        """Whether a tensor of the model, of this kind or of any, was written to."""
         held = zip(self.held, self.leaves, strict=True)
-        return any(leaf.kind == kind and self.current[key] is not leaf.value for key, leaf in held)
+        return any(kind in (None, leaf.kind) and self.current[key] is not leaf.value for key, leaf in held)
 
     def build(self, outputs: Sequence[Hashable], dead: bool = False) -> Graph:
         """The finished graph.
 
         Args:
-            dead: Keep calls whose results reach neither an output nor a tensor of the model. Where no data was
-                computed, nothing else can have read them, except those marked with :meth:`end`.
+            dead: Keep calls whose results reach neither an output nor anything that is kept (:meth:`end`). Where no
+                data was computed, nothing else can have read them, except code that they gave a number to.
         """
         ends = tuple(self.current[key] for key in outputs)
         # a tensor of the model that was written to counts as an output
-        written = [
-            self.current[key]
+        written = {
+            leaf.value: self.current[key]
             for key, leaf in zip(self.held, self.leaves, strict=True)
             if self.current[key] is not leaf.value
-        ]
-        idle = self._idle({*ends, *written, *self.ends} if dead else {*ends, *written})
+        }
+        idle = self._idle({*ends, *written.values(), *(self.ends if dead else self.kept)})
         unread: frozenset[int] = frozenset()
         if dead:
             nodes, unread = tuple(self.nodes), frozenset() if self.mode == "real" else frozenset(idle)
         else:
             nodes = tuple(node for node in self.nodes if node.index not in idle)
             nodes = tuple(replace(node, index=i) for i, node in enumerate(nodes))
-        leaves, inputs, read = tuple(self.leaves), tuple(self.inputs), frozenset(self.ends.union(written))
-        return Graph(nodes, leaves, inputs, ends, self.mode, dead=unread, ends=read)
+        leaves, inputs, read = tuple(self.leaves), tuple(self.inputs), frozenset(self.ends.union(written.values()))
+        return Graph(nodes, leaves, inputs, ends, self.mode, dead=unread, overwritten=written, ends=read)
 
     def _idle(self, used: set[Value]) -> set[int]:
         """The calls that no used value depends on; ``used`` is extended in place."""

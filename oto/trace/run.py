@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,14 +22,16 @@ from oto.nn.overridden import OverriddenForward
 from oto.trace.decisions import Script
 from oto.trace.functions import LITERALS, FunctionCall, Functions
 from oto.trace.graph import Graph, GraphBuilder, Mode, Value
-from oto.trace.outputs import named_tensors_in
+from oto.trace.outputs import named_leaves, named_tensors_in
 from oto.trace.recorder import Recorder
 from oto.trace.snapshot import (
     Snapshot,
     modules_by_path,
     modules_of,
+    plain_values,
     standing_in,
     state_of,
+    tensors_reached,
 )
 from oto.trace.stand_ins import Held, stand_ins
 
@@ -55,18 +58,29 @@ class Ran:
         result: What ``forward`` returned.
         outputs: The tensors in it, by their paths.
         replaced: Names of tensors of the model that the forward replaced by others.
+        stateful: Whether the forward left something in the model that a later one may read.
+        enclosed: The tensors in objects that the forward returned, without those that it takes in.
     """
 
     recorder: Recorder
     result: Any
     outputs: Sequence[tuple[str, Tensor]]
     replaced: frozenset[str]
+    stateful: bool
+    enclosed: Sequence[Tensor]
 
     def recording(self, dead: bool) -> Recording:
         builder = self.recorder.builder
         graph = builder.build([id(tensor) for _, tensor in self.outputs], dead)
         names = tuple(name or "output" for name, _ in self.outputs)
-        graph = dataclasses.replace(graph, replaced=self.replaced, output_names=names, script=self.recorder.script)
+        graph = dataclasses.replace(
+            graph,
+            replaced=self.replaced,
+            stateful=self.stateful,
+            enclosed=tuple(builder.current[id(tensor)] for tensor in self.enclosed),
+            output_names=names,
+            script=self.recorder.script,
+        )
         return Recording(graph, self.recorder.constants, self.result)
 
 
@@ -107,19 +121,41 @@ def run(
             stack.enter_context(Functions(recorder, functions))
         if literals is not None:
             stack.enter_context(Functions(recorder, literals, LITERALS))
+        before = plain_values(model)
         result, replaced = held.call(model, run_args, run_kwargs)
         outputs = list(named_tensors_in(result))
         if not outputs:
             raise TraceError(_gives_no_tensor(model, result))
-        kept = [t for t in state_of(model, result, run_args, run_kwargs) if id(t) in builder.current]
+        kept = [t for t in state_of(model) if id(t) in builder.current]
         kept += replaced.values()
+        stateful = builder.writes() or builder.has_changed(id(t) for t in kept) or _differ(model, before)
+        kept += [t for t in tensors_reached(result, run_args, run_kwargs) if id(t) in builder.current]
+        enclosed = [t for t in _enclosed(model, result, (run_args, run_kwargs)) if id(t) in builder.current]
     for tensor in (*(tensor for _, tensor in outputs), *kept):
         recorder.see(tensor)
     for tensor in kept:
         builder.end(id(tensor))
     if builder.writes("parameter"):
         found.writes_parameters()
-    return Ran(recorder, result, outputs, frozenset(replaced))
+    return Ran(recorder, result, outputs, frozenset(replaced), stateful, enclosed)
+
+
+def _enclosed(model: nn.Module, result: Any, given: Any) -> list[Tensor]:
+    """The tensors in objects of a result that are no state: the forward takes nothing of that name or kind."""
+    taken = set(signature(model.forward).parameters)
+    kinds = {type(leaf) for _, leaf in named_leaves(given)}
+    objects = [
+        leaf
+        for path, leaf in named_leaves(result)
+        if not isinstance(leaf, Tensor) and type(leaf) not in kinds and taken.isdisjoint(path.split("."))
+    ]
+    return tensors_reached(*objects)
+
+
+def _differ(model: nn.Module, before: Mapping[tuple[int, str], Any]) -> bool:
+    """Whether a plain attribute of a module is another than before."""
+    now = plain_values(model)
+    return now.keys() != before.keys() or any(value is not now[key] and value != now[key] for key, value in before.items())
 
 
 def in_analyzed_form(model: nn.Module) -> None:

@@ -395,8 +395,22 @@ def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
         also: Further objects that may hold some, such as a cache that a forward takes or returns.
     """
     buffers = (t for module in modules_of(model) for t in module._buffers.values())
-    others = reached(also, (nn.Module, *_CODE))
-    return [x for x in (*buffers, *surroundings(model), *others) if isinstance(x, Tensor)]
+    return [x for x in (*buffers, *surroundings(model)) if isinstance(x, Tensor)] + tensors_reached(*also)
+
+
+def plain_values(model: nn.Module) -> dict[tuple[int, str], Any]:
+    """The attributes of modules that are plain numbers, texts or ``None``, by the id of the module and their name."""
+    return {
+        (id(module), name): value
+        for module in modules_of(model)
+        for name, value in vars(module).items()
+        if type(value) in _NOTHING
+    }
+
+
+def tensors_reached(*things: Any) -> list[Tensor]:
+    """The tensors that objects such as a cache hold, without those of modules."""
+    return [x for x in reached(things, (nn.Module, *_CODE)) if isinstance(x, Tensor)]
 
 
 @contextmanager

@@ -73,12 +73,13 @@ class FullModel:
     # --- running ------------------------------------------------------------------------------------------------------
 
     def run(
-        self, module: nn.Module, value: Any, wide: bool = False, script: Script | None = None, fast: bool = False
+        self, module: nn.Module, given: Input, wide: bool = False, script: Script | None = None, fast: bool = False
     ) -> Outputs:
         """Run this model or a slim one; the snapshot of what it holds is taken only once."""
         if id(module) not in self._found:
             self._found[id(module)] = module, Snapshot(module, self.example.value)
-        return run(module, value, wide, self._found[id(module)][1], script, fast)
+        value = double_input(given.value) if wide or module is self.copy64 else given.value
+        return run(module, value, wide, self._found[id(module)][1], script, fast, given.again)
 
     def forget(self, module: nn.Module) -> None:
         """Drop the snapshot of a module, so that a new one is taken when it runs again."""
@@ -95,7 +96,7 @@ class FullModel:
         if own or self.dtype == torch.float64:  # without fast paths it would be computed in float64 throughout
             return True
         try:
-            outputs = self.run(self.model, self.example.value, fast=True)
+            outputs = self.run(self.model, self.example, fast=True)
         except Exception as failure:  # inference mode has rules of its own
             reraise_out_of_memory(failure)
             log.info("the full model does not run in inference mode: %s", first_line(failure))
@@ -107,7 +108,7 @@ class FullModel:
         """Its outputs in its own dtype; ``None`` if it does not take the input."""
         fast = self.is_fast(given)  # this may already have run it on the example
         if given not in self.own:
-            self.own[given] = self.expected(given, lambda: self.run(self.model, given.value, fast=fast))
+            self.own[given] = self.expected(given, lambda: self.run(self.model, given, fast=fast))
         return self.own[given]
 
     def outputs64(self, given: Input) -> Outputs | None:
@@ -119,8 +120,7 @@ class FullModel:
     def under_decisions(self, given: Input, wide: bool, script: Script) -> Outputs | None:
         """Its outputs, while the decisions that depend on values are recorded in a script."""
         full = self.copy64 if wide and self.copy64 is not None else self.model
-        value = double_input(given.value) if wide else given.value
-        return self.expected(given, lambda: self.run(full, value, wide and full is self.model, script))
+        return self.expected(given, lambda: self.run(full, given, wide and full is self.model, script))
 
     def expected(self, given: Input, give: Callable[[], Outputs]) -> Outputs | None:
         """The outputs that a slim model should have; ``None`` if the full one does not take the input."""
@@ -171,8 +171,7 @@ class FullModel:
         return self.float64 is True or free is None or needed < free
 
     def _run64(self, given: Input) -> Outputs:
-        value = double_input(given.value)
-        return self.run(self.model, value, wide=True) if self.copy64 is None else self.run(self.copy64, value)
+        return self.run(self.model, given, wide=True) if self.copy64 is None else self.run(self.copy64, given)
 
     def _start_float64(self) -> None:
         self.wide[self.example] = None

@@ -21,12 +21,14 @@ class Input:
         value: The arguments for the model.
         as_users_do: Whether models run on it in inference mode, with torch's fast paths.
         optional: Whether a slim model that does not take it only causes a note, not an error.
+        again: Whether the second of two calls counts, which may read what the first one left in the model.
     """
 
     name: str
     value: Any = field(compare=False, repr=False)
     as_users_do: bool = field(default=False, compare=False)
     optional: bool = field(default=False, compare=False)
+    again: bool = field(default=False, compare=False)
 
 
 def batch_size(example: Any) -> int | None:

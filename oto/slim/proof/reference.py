@@ -81,6 +81,8 @@ class Reference:
         decides: Whether the model branches on its values, such as which boxes are best. Between two that are equal up
             to rounding a slim model may decide differently; then it is compared under the decisions of the full one.
         brief: Compare only in float64, where that is possible.
+        stateful: Whether a forward leaves something in the model that a later one may read; then a second call is
+            compared, too.
 
     Attributes:
         notes: Limits of the comparisons with the slim model that was compared last; ``full.notes`` are those of any.
@@ -98,8 +100,10 @@ class Reference:
         float64: bool | str = "auto",
         decides: bool = False,
         brief: bool = False,
+        stateful: bool = False,
     ) -> None:
         self.example = Input("the example", dummy_input)
+        self.again = [Input("the example, called again", dummy_input, again=True)] if stateful else []
         self.as_users_do = Input("the example, as users run it", dummy_input, as_users_do=True)
         self.full = FullModel(model, self.example, left, float64)
         self.decides, self.brief = decides, brief
@@ -142,17 +146,18 @@ class Reference:
         exact = options.exact and self.dtype != torch.float64
         brief = self.brief and exact and self.full.runs_in_float64()
         drawn = self._drawn(options, not brief) if options.random else []
+        again = self.again if options.random else []
         checks: list[Check] = []
         if not brief:
             stage(f"{options.what}: comparing in {self.full.dtype_name}")
             fast = [self.as_users_do] if self.full.has_fast_paths and options.random else []
-            checks = self._compare(slim, [self.example, *fast, *drawn, *self._of_other_sizes(options)], options)
+            checks = self._compare(slim, [self.example, *fast, *again, *drawn, *self._of_other_sizes(options)], options)
         if exact and self.full.runs_in_float64():
             stage(f"{options.what}: comparing in float64")
             wide = [given for given in drawn if not given.optional] or (self.random[:1] if drawn else [])
             if self.dtype in HALF and not brief:  # a pass in float64 takes as long as ten in half precision
                 wide = []
-            proofs = self._prove(slim, [self.example, *wide], options)
+            proofs = self._prove(slim, [self.example, *again, *wide], options)
             if all(proof.passed for proof in proofs):
                 checks = [self._but_for_rounding(check) for check in checks]
             checks += proofs
@@ -206,7 +211,7 @@ class Reference:
             if expected is None:
                 continue
             try:
-                found = self.full.run(slim, given.value, fast=self.full.is_fast(given))
+                found = self.full.run(slim, given, fast=self.full.is_fast(given))
             except Exception as failure:
                 reraise_out_of_memory(failure)
                 if options.notes is None or not given.optional:
@@ -237,7 +242,7 @@ class Reference:
         try:
             expected = self.full.under_decisions(given, wide, script)
             script.repeat()
-            found = self.full.run(slim, double_input(given.value) if wide else given.value, wide, script)
+            found = self.full.run(slim, given, wide, script)
         except Exception as failure:  # it decides something that the full one does not
             reraise_out_of_memory(failure)
             log.info("under the decisions of the full model: %s", failure)
@@ -308,17 +313,17 @@ class Reference:
             for given in inputs:
                 expected = self.full.outputs64(given)
                 if expected is not None:
-                    found = self._run64(slim, double_input(given.value))
+                    found = self._run64(slim, given)
                     made = checked(f"{options.what} on {given.name}", torch.float64, expected, found)
                     checks.append(self._as_the_full_decides(made, slim, given, wide=True))
         return checks
 
-    def _run64(self, slim: nn.Module, value: Any) -> list[Tensor]:
+    def _run64(self, slim: nn.Module, given: Input) -> list[Tensor]:
         try:
-            return self.full.run(slim, value, wide=True)
+            return self.full.run(slim, given, wide=True)
         except Exception as failure:  # the model's code may compare dtypes itself
             reraise_out_of_memory(failure)
-            return run(in_double(slim), value)
+            return run(in_double(slim), double_input(given.value), again=given.again)
 
     @contextmanager
     def _exact_values(self, slim: nn.Module, rounded: Exact | None) -> Iterator[None]:
@@ -357,7 +362,7 @@ class Reference:
         """Notes on the parameters of a slim model that no output depends on, on the inputs that were compared."""
         stage("what the inputs reach")
         own = self.full.own
-        others = [g for g in own if g not in (self.as_users_do, self.example) and own[g] is not None]
+        others = [g for g in own if g not in (self.as_users_do, self.example, *self.again) and own[g] is not None]
         inputs = [
             given.value for given in (self.example, *others[:1])
         ]  # the smallest batch first: it is enough if it reaches everything

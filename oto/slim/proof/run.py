@@ -15,7 +15,7 @@ from oto.nn.overridden import learning
 from oto.slim.edits import Edits
 from oto.slim.proof.float64 import WIDER, throughout, widened, widening, without_tf32
 from oto.trace.decisions import Script
-from oto.trace.inputs import arguments
+from oto.trace.inputs import Arguments, arguments
 from oto.trace.outputs import tensors_in
 from oto.trace.snapshot import Snapshot, preserved, state_of
 
@@ -52,6 +52,7 @@ def run(
     found: Snapshot | None = None,
     script: Script | None = None,
     fast: bool = False,
+    again: bool = False,
 ) -> list[Tensor]:
     """The output tensors of a module in eval mode, on a copy of the input; a float64 module runs in it throughout.
 
@@ -60,15 +61,16 @@ def run(
         found: As for :func:`oto.trace.snapshot.preserved`.
         script: Records the decisions that depend on values, or repeats recorded ones.
         fast: Run as users do: in inference mode, with torch's fast paths, and no dispatch mode of this package.
+        again: Give what a second call gives, which may read what the first one left in the module.
     """
-    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
+    (args, kwargs), first = _own(dummy_input), _own(dummy_input) if again else None
     with ExitStack() as stack:
         stack.enter_context(preserved(module, dummy_input, found))
         stack.enter_context(without_tf32())
         if fast:
             torch.backends.mha.set_fastpath_enabled(True)  # ``preserved`` puts it back
             stack.enter_context(torch.inference_mode())
-            return [t.detach() for t in tensors_in(module(*args, **kwargs))]
+            return [t.detach() for t in tensors_in(_last(module, first, args, kwargs))]
         if wide:
             for buffer in module.buffers():  # what is written into them must not be rounded; put back afterwards
                 if buffer.dtype in WIDER and not buffer.is_meta:
@@ -76,11 +78,23 @@ def run(
             stack.enter_context(torch.inference_mode())  # composite operators are not decomposed then
             stack.enter_context(widening())
             stack.enter_context(_deciding(script, module, (args, kwargs)))
-            return [widened(t.detach()) for t in tensors_in(module(*args, **kwargs))]
+            return [widened(t.detach()) for t in tensors_in(_last(module, first, args, kwargs))]
         stack.enter_context(torch.no_grad())
         stack.enter_context(throughout(module))
         stack.enter_context(_deciding(script, module, (args, kwargs)))
-        return [t.detach() for t in tensors_in(module(*args, **kwargs))]
+        return [t.detach() for t in tensors_in(_last(module, first, args, kwargs))]
+
+
+def _own(dummy_input: Any) -> Arguments:
+    copied: Arguments = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(dummy_input))
+    return copied
+
+
+def _last(module: nn.Module, first: Arguments | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module gives, after a call with other arguments if there are any."""
+    if first is not None:
+        module(*first[0], **first[1])
+    return module(*args, **kwargs)
 
 
 def learn(slim: nn.Module, edits: Edits, dummy_input: Any) -> None:

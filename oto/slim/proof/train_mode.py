@@ -110,6 +110,28 @@ def heads_in_training(
     return [] if made is None else [made], ""
 
 
+def differs_in_training(full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept) -> str:
+    """What to tell of a slim model that computes something else in train mode than the full one; empty if it does not,
+    or if that cannot be said: the full one does not run in train mode, or not twice alike."""
+    try:
+        made = check_training(full, slim, dummy_input, partition, kept)
+        if made is None or made.passed or not _repeats(full, dummy_input):
+            return ""
+        said = f"by {made.error:.1e}"
+    except ShrinkError as failure:
+        said = first_line(failure)
+    return (
+        f"in train mode it differs from the full one: {said}. What a forward does only while it trains was not analyzed;"
+        " keep whole what that reads (skip_patterns=), if the slim model is to be trained"
+    )
+
+
+def _repeats(full: nn.Module, dummy_input: Any) -> bool:
+    """Whether a model gives the same in train mode once more; numbers that are not torch's may be random."""
+    one, other = trained(full, dummy_input), trained(full, dummy_input)
+    return checked("", dtype_of(full), one[0], other[0]).passed
+
+
 Trained = tuple[list[Tensor], dict[str, Tensor]]
 """Outputs, and buffers after the forward."""
 
