@@ -154,8 +154,10 @@ def _enclosed(model: nn.Module, result: Any, given: Any) -> list[Tensor]:
 
 def _differ(model: nn.Module, before: Mapping[tuple[int, str], Any]) -> bool:
     """Whether a plain attribute of a module is another than before."""
-    now = plain_values(model)
-    return now.keys() != before.keys() or any(value is not now[key] and value != now[key] for key, value in before.items())
+    now = plain_values(model)  # compared one by one, as NaN is another than itself
+    return now.keys() != before.keys() or any(
+        now[key] is not value and now[key] != value for key, value in before.items()
+    )
 
 
 def in_analyzed_form(model: nn.Module) -> None:

@@ -121,8 +121,8 @@ def differs_in_training(full: nn.Module, slim: nn.Module, dummy_input: Any, part
     except ShrinkError as failure:
         said = first_line(failure)
     return (
-        f"in train mode it differs from the full one: {said}. What a forward does only while it trains was not analyzed;"
-        " keep whole what that reads (skip_patterns=), if the slim model is to be trained"
+        f"in train mode it differs from the full one: {said}. What a forward does only while it trains was not"
+        " analyzed; keep whole what that reads (skip_patterns=), if the slim model is to be trained"
     )
 
 
