@@ -32,6 +32,7 @@ from oto.optim.compensate import (
     touched,
 )
 from oto.optim.entries import Place
+from oto.optim.refusals import require_loss
 from oto.shards import spread
 from oto.slim.edits import named_tensors
 from oto.trace.snapshot import preserved
@@ -182,8 +183,11 @@ class Calibrated:
 
     def loss_over(self, batches: Sequence[Any]) -> float:
         with preserved(self.model), torch.no_grad():
-            losses = [float(self.data.loss(self.model, batch)) for batch in batches]
-        return sum(losses) / len(losses)
+            losses = [self.data.loss(self.model, batch) for batch in batches]
+            for value in losses:
+                if not isinstance(value, int | float):  # without a gradient a number does
+                    require_loss(value)
+        return sum(map(float, losses)) / len(losses)
 
     def zero_(self, pack: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]]) -> None:
         for group in pack:

@@ -118,7 +118,11 @@ class FamilyTraining:
             OptionError: Members cannot learn from the output; see ``distillation=``.
             ShrinkError, VerificationError: A member cannot be made; the message says why.
         """
-        value = self.backward(forward, loss, scaler, mask=mask)
+        try:
+            value = self.backward(forward, loss, scaler, mask=mask)
+        except Exception:
+            self.optimizer.zero_grad()  # a batch that is tried again must not count twice
+            raise
         self.update(scaler)
         return value
 

@@ -81,6 +81,13 @@ class Sandwich:
                 f"networks_per_step is {made.networks!r}; it counts the full network and the smallest member, so it is"
                 " at least 2"
             )
+        if not (isinstance(made.distillation, bool) or callable(made.distillation)):
+            raise OptionError(
+                f"distillation is {made.distillation!r}; it is True, False, or a function of a member's output and what"
+                " the full network gave"
+            )
+        if type(made.seed) is not int or made.seed < 0:
+            raise OptionError(f"seed is {made.seed!r}; it is an int, at least 0")
         if not made.temperature > 0:
             raise OptionError(f"temperature is {made.temperature!r}; logits are divided by it, so it is above 0")
         return made, schedule

@@ -603,3 +603,35 @@ def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
             oto.family(targets=[0.5], lr=0.1, total_steps=9)
     finally:
         dist.destroy_process_group()
+
+
+def test_every_number_of_steps_has_a_step_at_which_the_ranking_freezes():
+    oto = OTO(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(1, 8))
+    for total in (1, 2, 5, 30, 70, 110, 1550, 3750, *range(3, 60, 7)):
+        family = oto.family(targets=[0.5], variant="sgd", lr=0.1, total_steps=total)
+        assert 0 <= family.optimizer.schedule.start < total
+
+
+@pytest.mark.parametrize("options", [{"distillation": "x"}, {"seed": "a"}])
+def test_options_that_mean_nothing_are_refused_at_once(options):
+    oto = OTO(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(1, 8))
+    with pytest.raises(OptionError, match=next(iter(options))):
+        oto.family(targets=[0.5], variant="sgd", lr=0.1, total_steps=10, **options)
+
+
+def test_a_batch_that_failed_counts_once_when_it_is_tried_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    family = OTO(model, torch.randn(1, 8)).family(targets=[0.5], variant="sgd", lr=0.1, total_steps=10, freeze_step=2)
+    x = torch.randn(4, 8)
+    for _ in range(4):
+        family.step(lambda net: net(x), lambda out: out.square().mean())
+
+    def fails(net):
+        if net is not model:
+            raise RuntimeError("out of luck")
+        return net(x)
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        family.step(fails, lambda out: out.square().mean())
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import oto.calibration
 import oto.oneshot
 from oto import OTO
-from oto.errors import OptionError, TargetError
+from oto.errors import NonFiniteParameterError, OptionError, TargetError
 from oto.groups import cost
 from oto.shards import gathered_tensor
 from tests.optim.test_distributed import GLOO, begin
@@ -508,3 +508,35 @@ def test_what_is_copied_is_what_is_written_to(monkeypatch):
     assert gone and undo.nbytes == sum(p.nbytes for p in folded.values()) + 4 * gone * (16 + 1)
     undo.put_back()
     assert all(p.equal(before[name]) for name, p in now.items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("weight", "NaN or infinity in the parameters or gradients"),
+        ("batch", "NaN or infinity"),
+        ("held", "the loss of the held-out batches is nan"),
+        ("float", "loss\\(model, batch\\) gives a float"),
+        ("vector", r"gives a tensor of the shape \[4\]"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_and_nothing_changes(spoil, said):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    batches = [torch.randn(4, 6) for _ in range(8)]
+    if spoil == "weight":
+        model[0].weight.data[0, 0] = float("nan")
+    if spoil in ("batch", "held"):
+        batches[0 if spoil == "batch" else -1][0, 0] = float("nan")
+    losses = {
+        "float": lambda m, b: m(b).square().mean().item(),
+        "vector": lambda m, b: m(b).square().mean(1),
+    }
+    oto = OTO(model, batches[1][:1])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((NonFiniteParameterError, OptionError), match=said):
+        oto.one_shot(target_macs=0.5, batches=batches, loss=losses.get(spoil, lambda m, b: m(b).square().mean()))
+    assert all(torch.equal(now.nan_to_num(), before[name].nan_to_num()) for name, now in model.state_dict().items())
+    if spoil != "held":
+        with pytest.raises((NonFiniteParameterError, OptionError), match=said):
+            oto.preview(target_macs=0.5, batches=batches, loss=losses.get(spoil, lambda m, b: m(b).square().mean()))

@@ -343,7 +343,7 @@ class _Run:
             if value in seen:
                 continue
             seen.add(value)
-            if value in self.leaves and self.leaves[value].may_be_zeroed:
+            if value in self.leaves and self.leaves[value].may_be_zeroed and value not in self.run.overwritten:
                 yield self.leaves[value]
             elif value in self.maker:
                 todo += self.maker[value].inputs()

@@ -339,8 +339,10 @@ _PLAIN = _either("a plain value", {bool: _flag, int: _number(), float: _number()
 
 
 def _held(where: str, value: Any, depth: int = 3) -> None:
-    """A plain value, or a list of such."""
-    if isinstance(value, list) and depth:
+    """A plain value, or a list or an object of such."""
+    if isinstance(value, dict) and depth:
+        _table(lambda inside, item: _held(inside, item, depth - 1))(where, value)
+    elif isinstance(value, list) and depth:
         _list(lambda inside, item: _held(inside, item, depth - 1), 64)(where, value)
     else:
         _PLAIN(where, value)

@@ -8,12 +8,10 @@ import inspect
 import json
 import os
 import textwrap
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -26,15 +24,14 @@ from oto.errors import (
     ClassChangedError,
     DamagedArtifactError,
     EmitterError,
-    OtherNumbersWarning,
     VerificationError,
     first_line,
     reraise_out_of_memory,
     some,
-    users_level,
 )
 from oto.io.artifact import Artifact, Draft, reading, writing
 from oto.io.members import MEMBERS, index_of, manifest_of_member, tensors_of_member
+from oto.io.numbers import numbers_of, warn_of_other_numbers
 from oto.io.program import load_program, save_program
 from oto.progress import stage
 from oto.slim.construct import Made
@@ -64,39 +61,8 @@ def describe(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
         "modules": kinds,
         "code": {_name(kind): digest for kind in own if (digest := _code(kind))},
         "full_shapes": {name: list(attribute(model, name).shape) for name in names},
-        "numbers": {path: held for path, module in model.named_modules() if (held := _numbers(module))},
+        "numbers": {path: held for path, module in model.named_modules() if (held := numbers_of(module))},
     }
-
-
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    """The plain values among a module's own attributes, as JSON has them, but for those that no output follows from."""
-    idle = {*_IDLE, *(name for name, kinds in _IDLE_OF.items() if isinstance(module, kinds))}
-    own = ((name, value) for name, value in vars(module).items() if not name.startswith("_") and name not in idle)
-    plain = {name: _plain(value) for name, value in own}
-    return {name: value for name, value in plain.items() if value is not _OTHER}
-
-
-_IDLE = ("training", "gradient_checkpointing", "grad_checkpointing", "name_or_path")
-_IDLE_OF: Mapping[str, tuple[type[nn.Module], ...]] = {
-    "p": (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-    "momentum": (
-        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    ),
-}
-_OTHER = object()
-
-
-def _plain(value: Any, depth: int = 3) -> Any:
-    """A number, a short text, or a short list of such; :data:`_OTHER` for anything else."""
-    if type(value) in (bool, int, float, NoneType):
-        return value if abs(value or 0) <= 2**53 else _OTHER
-    if type(value) is str:
-        return value if len(value) < 256 else _OTHER
-    if type(value) in (tuple, list) and depth and len(value) <= 64:
-        items = [_plain(item, depth - 1) for item in value]
-        return _OTHER if any(item is _OTHER for item in items) else items
-    return _OTHER
 
 
 def _name(kind: type[Any]) -> str:
@@ -238,10 +204,7 @@ def _write_program(
     # class with counts folded into its weights, which the dtype of the file rounds
     rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.scales))
     itself = rounded or full.model is slim
-    graph = source.partition.found.graph
-    against = full.reference
-    if itself:
-        against = Reference(slim, full.dummy_input, None, source.float64, stateful=graph.stateful)
+    against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
 
     def prove(read: nn.Module) -> list[Check]:
         return against.check(read, CheckOptions("reloaded program", batch=True, notes=[])) if source.verify else []
@@ -472,32 +435,9 @@ def _require_same(saved: Mapping[str, Any], given: nn.Module, strict: bool) -> N
             fail(f"it has no {name}")
         elif list(tensor.shape) != shape:
             fail(f"{name} is {list(tensor.shape)}, and was {shape}")
-    _warn_of_other_numbers(saved.get("numbers", {}), given)
+    warn_of_other_numbers(saved.get("numbers", {}), given)
     if strict:
         now = describe(given, {})["code"]
         edited = [k for k, digest in saved["code"].items() if k in now and now[k] != digest]
         if edited:
             fail(f"the code of {some(sorted(edited))} changed since (strict=False accepts it)")
-
-
-def _warn_of_other_numbers(saved: Mapping[str, Mapping[str, Any]], given: nn.Module) -> None:
-    """Warn of attributes that were others in the model that was saved: arguments of its constructor, or what a first
-    forward leaves."""
-    modules = dict(given.named_modules())
-    apart = [
-        f"{path + '.' if path else ''}{name} was {was}, is {now[name]}"
-        for path, held in saved.items()
-        if path in modules
-        for now in [_numbers(modules[path])]
-        for name, was in held.items()
-        if name in now and now[name] != was
-    ]
-    if apart:
-        warnings.warn(
-            f"the {type(given).__name__} holds other numbers than the one that was saved: {some(apart)}\n"
-            "  effect  where its forward reads them, the slim model computes something else than what was verified\n"
-            "  to fix  make it with the same arguments; what a forward sets for itself, call it once for, or make it in"
-            " the constructor",
-            OtherNumbersWarning,
-            stacklevel=users_level(),
-        )

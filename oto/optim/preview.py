@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oto.errors import OptionError
 from oto.optim.choice import Choice
-from oto.optim.refusals import require_finite, require_gradients
+from oto.optim.refusals import require_finite, require_gradients, require_loss
 from oto.optim.saliency import Entries, Saliency, raw_scores
 from oto.optim.sums import Sums
 from oto.shards import any_sharded
@@ -53,7 +53,9 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
                     " such as lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
                 )
             model.zero_grad()
-            loss(model, batch).backward()
+            value = loss(model, batch)
+            require_loss(value)
+            value.backward()
             with torch.no_grad():
                 own = entries()
                 seen = [raw_scores(own, criterion, alive.device) for criterion in choice.averaged]

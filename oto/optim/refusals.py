@@ -14,6 +14,7 @@ from oto.errors import (
     NoGradientError,
     NoGradientWarning,
     NonFiniteParameterError,
+    OptionError,
     OTOError,
     UnknownParameterError,
     some,
@@ -118,6 +119,22 @@ def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequenc
         f"{'' if step is None else f', at step {step}'}\n"
         "  effect  redundant groups cannot be chosen\n"
         f"  to fix  {given if step is None else trained}"
+    )
+
+
+def require_loss(loss: Any) -> None:
+    """Refuse what ``loss(model, batch)`` gives if it is no tensor of one number.
+
+    Raises:
+        OptionError: It is something else.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return
+    what = f"a tensor of the shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    raise OptionError(
+        f"loss(model, batch) gives {what}; it has to be a tensor of one number, of which the gradient is taken\n"
+        "  effect  nothing was changed\n"
+        "  to fix  return the mean over the batch, without .item()"
     )
 
 

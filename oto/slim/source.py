@@ -58,9 +58,8 @@ class Source:
     @cached_property
     def reference(self) -> Reference:
         """The full model, which everything made from it is compared with."""
-        graph = self.partition.found.graph
-        how = {"decides": graph.mode == "real", "brief": self.brief, "stateful": graph.stateful}
-        return Reference(self.model, self.dummy_input, self.left, self.float64, **how)
+        decides = self.partition.found.graph.mode == "real"
+        return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides, brief=self.brief)
 
     def keeping(self, kept: Kept, own: OwnClass | None) -> Source:
         """The source with other counts. What was computed of the full model is still known, if it has all outputs."""

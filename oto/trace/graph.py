@@ -8,7 +8,7 @@ calls read ``%5``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from inspect import isfunction
@@ -118,7 +118,6 @@ class Graph:
         replaced: Names of tensors that the forward replaces by others: state, of any shape.
         output_names: Where each output is in what ``forward`` returns: ``"logits"``, ``"hidden.0"``; ``"output"`` if it
             is all.
-        stateful: Whether the forward leaves something in the model that a later one may read.
         overwritten: The value of each tensor of the model that was written to, by the value before.
         enclosed: Values in objects that the forward returns, such as a distribution. They are outputs, too, but are not
             compared. (A cache, which it takes in as well, is state.)
@@ -136,7 +135,6 @@ class Graph:
     untrained: str | None = None
     dead: frozenset[int] = frozenset()
     replaced: frozenset[str] = frozenset()
-    stateful: bool = False
     overwritten: Mapping[Value, Value] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
     enclosed: tuple[Value, ...] = ()
@@ -364,15 +362,10 @@ class GraphBuilder:
         for key in family:
             self.families[key] = family
 
-    def has_changed(self, keys: Iterable[Hashable]) -> bool:
-        """Whether any of some tensors is not as the model held it before."""
-        before = {leaf.value for leaf in self.leaves}
-        return any(self.current[key] not in before for key in keys)
-
-    def writes(self, kind: str | None = None) -> bool:
-        """Whether a tensor of the model, of this kind or of any, was written to."""
+    def writes(self, kind: str) -> bool:
+        """Whether a tensor of the model, of this kind, was written to."""
         held = zip(self.held, self.leaves, strict=True)
-        return any(kind in (None, leaf.kind) and self.current[key] is not leaf.value for key, leaf in held)
+        return any(leaf.kind == kind and self.current[key] is not leaf.value for key, leaf in held)
 
     def build(self, outputs: Sequence[Hashable], dead: bool = False) -> Graph:
         """The finished graph.

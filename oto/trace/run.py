@@ -28,7 +28,6 @@ from oto.trace.snapshot import (
     Snapshot,
     modules_by_path,
     modules_of,
-    plain_values,
     standing_in,
     state_of,
     tensors_reached,
@@ -58,7 +57,6 @@ class Ran:
         result: What ``forward`` returned.
         outputs: The tensors in it, by their paths.
         replaced: Names of tensors of the model that the forward replaced by others.
-        stateful: Whether the forward left something in the model that a later one may read.
         enclosed: The tensors in objects that the forward returned, without those that it takes in.
     """
 
@@ -66,7 +64,6 @@ class Ran:
     result: Any
     outputs: Sequence[tuple[str, Tensor]]
     replaced: frozenset[str]
-    stateful: bool
     enclosed: Sequence[Tensor]
 
     def recording(self, dead: bool) -> Recording:
@@ -76,7 +73,6 @@ class Ran:
         graph = dataclasses.replace(
             graph,
             replaced=self.replaced,
-            stateful=self.stateful,
             enclosed=tuple(builder.current[id(tensor)] for tensor in self.enclosed),
             output_names=names,
             script=self.recorder.script,
@@ -121,15 +117,12 @@ def run(
             stack.enter_context(Functions(recorder, functions))
         if literals is not None:
             stack.enter_context(Functions(recorder, literals, LITERALS))
-        before = plain_values(model)
         result, replaced = held.call(model, run_args, run_kwargs)
         outputs = list(named_tensors_in(result))
         if not outputs:
             raise TraceError(_gives_no_tensor(model, result))
-        kept = [t for t in state_of(model) if id(t) in builder.current]
+        kept = [t for t in state_of(model, result, run_args, run_kwargs) if id(t) in builder.current]
         kept += replaced.values()
-        stateful = builder.writes() or builder.has_changed(id(t) for t in kept) or _differ(model, before)
-        kept += [t for t in tensors_reached(result, run_args, run_kwargs) if id(t) in builder.current]
         enclosed = [t for t in _enclosed(model, result, (run_args, run_kwargs)) if id(t) in builder.current]
     for tensor in (*(tensor for _, tensor in outputs), *kept):
         recorder.see(tensor)
@@ -137,7 +130,7 @@ def run(
         builder.end(id(tensor))
     if builder.writes("parameter"):
         found.writes_parameters()
-    return Ran(recorder, result, outputs, frozenset(replaced), stateful, enclosed)
+    return Ran(recorder, result, outputs, frozenset(replaced), enclosed)
 
 
 def _enclosed(model: nn.Module, result: Any, given: Any) -> list[Tensor]:
@@ -150,14 +143,6 @@ def _enclosed(model: nn.Module, result: Any, given: Any) -> list[Tensor]:
         if not isinstance(leaf, Tensor) and type(leaf) not in kinds and taken.isdisjoint(path.split("."))
     ]
     return tensors_reached(*objects)
-
-
-def _differ(model: nn.Module, before: Mapping[tuple[int, str], Any]) -> bool:
-    """Whether a plain attribute of a module is another than before."""
-    now = plain_values(model)  # compared one by one, as NaN is another than itself
-    return now.keys() != before.keys() or any(
-        now[key] is not value and now[key] != value for key, value in before.items()
-    )
 
 
 def in_analyzed_form(model: nn.Module) -> None:

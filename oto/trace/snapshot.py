@@ -139,10 +139,12 @@ class Snapshot:
 
     Attributes:
         made: Weak references to the tensors that were made in between.
+        changed: Whether a run left something in the model, or in what it was given, that another one may read.
     """
 
     def __init__(self, model: nn.Module, given: Any = None) -> None:
         self.made: list[weakref.ref[Tensor]] = []
+        self.changed = False
         self._kind = type(model)
         self._own: dict[int, tuple[Any, dict[Any, Any]]] = {}
         self._code: dict[int, tuple[Any, dict[Any, Any]]] = {}
@@ -242,13 +244,16 @@ class Snapshot:
 
     def put_back(self) -> None:
         """Restore everything."""
+        self.changed |= bool(self._spared) or any(map(len, self._empty))
         with torch.inference_mode():
             for mine, spared in self._spared.values():
                 mine.copy_(spared)
         for t, same, wanted, grad, copy in self._tensors:
             if not _same_memory(t, same):
+                self.changed = True
                 t.data = same
             if copy is not None and not _equal(copy, t):
+                self.changed = True
                 with torch.inference_mode():
                     t.copy_(copy)
             if t.is_leaf and t.requires_grad != wanted:
@@ -259,7 +264,7 @@ class Snapshot:
             if holder:
                 holder.clear()
         for holder, content in self._own.values():
-            _restore(holder, content, lambda value: False)
+            self.changed |= not _OURS.issuperset(_restore(holder, content, lambda value: False))
         for holder, content in self._code.values():
             _restore(holder, content, _no_tensor)
 
@@ -398,16 +403,6 @@ def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
     return [x for x in (*buffers, *surroundings(model)) if isinstance(x, Tensor)] + tensors_reached(*also)
 
 
-def plain_values(model: nn.Module) -> dict[tuple[int, str], Any]:
-    """The attributes of modules that are plain numbers, texts or ``None``, by the id of the module and their name."""
-    return {
-        (id(module), name): value
-        for module in modules_of(model)
-        for name, value in vars(module).items()
-        if type(value) in _NOTHING
-    }
-
-
 def tensors_reached(*things: Any) -> list[Tensor]:
     """The tensors that objects such as a cache hold, without those of modules."""
     return [x for x in reached(things, (nn.Module, *_CODE)) if isinstance(x, Tensor)]
@@ -524,12 +519,16 @@ def _forget(cache: Any) -> None:
     _FORGOT[cache] = _FORGOT.get(cache, 0) + 1
 
 
-def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool]) -> None:
-    """Restore what a container held, if it now holds something that is not ``wanted`` there."""
+_OURS = frozenset({"training", "forward", "_compiled_call_impl"})
+"""What :func:`preserved` itself changes in modules."""
+
+
+def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool]) -> list[Any]:
+    """Restore what a container held, if it now holds something that is not ``wanted`` there; the keys that differed."""
     now = holder if isinstance(holder, dict) else content_of(holder)
     same = len(now) == len(before) and all(map(operator.is_, dict.values(now), before.values()))
     if same and (not isinstance(holder, dict) or all(map(operator.is_, holder, before))):
-        return
+        return []
     now = content_of(holder)
     gone = object()
     changed = [key for key in now | before if now.get(key, gone) is not before.get(key, gone)]
@@ -537,7 +536,7 @@ def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool])
     if isinstance(holder, _lru_cache_wrapper):
         _forget(holder)  # its entries cannot be restored one by one
     elif not unwanted and wanted(gone):
-        return
+        return changed
     elif isinstance(holder, list | deque | set):
         holder.clear()
         (holder.update if isinstance(holder, set) else holder.extend)(before.values())
@@ -559,6 +558,7 @@ def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool])
         if list(holder) != list(before) and holder.keys() == before.keys():
             for key in before:
                 kind.__setitem__(holder, key, kind.pop(holder, key))
+    return changed
 
 
 def _no_tensor(x: Any) -> bool:

@@ -1,7 +1,9 @@
 """What a class is told by numbers: a model that was made with others is loaded with a warning."""
 
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,12 +84,55 @@ def test_what_a_first_forward_leaves_is_told(tmp_path):
         load_subnet(tmp_path / "out", Once)
 
 
+class Fourier(nn.Module):
+    """Random constants in a list, a private factor, a table of numbers, and a tensor that the first forward keeps."""
+
+    def __init__(self, seed=0, factor=0.5, power=2.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.bands = [torch.randn(4, 8, generator=generator) for _ in range(2)]
+        self._factor, self.powers, self.last = np.float32(factor), {"first": power}, None
+        self.into, self.out = nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        self.last = torch.cat([torch.sin(x @ band) ** self.powers["first"] for band in self.bands], 1)
+        return self.out(torch.relu(self.into(self.last))) * float(self._factor)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seed": 1}, r"bands was \['tensor of float32 \[4, 8\], \w+', .* is \['tensor of"),
+        ({"factor": 0.25}, "_factor was 0.5, is 0.25"),
+        ({"power": 3.0}, "powers was {'first': 2.0}, is {'first': 3.0}"),
+        ({}, None),
+    ],
+)
+def test_constant_tensors_and_numbers_in_containers_are_compared(tmp_path, given, said):
+    torch.manual_seed(0)
+    model, x = Fourier(), torch.randn(5, 4)
+    model(x)  # its .last is no argument, and nothing is said of it
+    oto = OTO(model, x)
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet(tmp_path / "out")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", OtherNumbersWarning)
+        loaded = load_subnet(tmp_path / "out", Fourier(**given))
+    assert len(told) == (said is not None)
+    if said is None:
+        assert torch.equal(loaded(x), subnet.model(x))
+    else:
+        assert re.search(said, str(told[0].message))
+
+
 def test_artifacts_without_them_are_read_and_others_are_refused(saved, tmp_path):
     path, slim, x = saved
     old = sealed(path, tmp_path / "old", lambda _, manifest: manifest["model"].pop("numbers"))
     assert torch.equal(load_subnet(old, Scaled)(x), slim(x))
     wrong = sealed(
-        path, tmp_path / "wrong", lambda _, manifest: manifest["model"].update(numbers={"norm": {"eps": {}}})
+        path,
+        tmp_path / "wrong",
+        lambda _, manifest: manifest["model"].update(numbers={"norm": {"eps": {"a": {"b": {"c": {}}}}}}),
     )
     with pytest.raises(DamagedArtifactError, match="numbers"):
         load_subnet(wrong, Scaled)

@@ -80,6 +80,11 @@ class FullModel:
         value = double_input(given.value) if wide or module is self.copy64 else given.value
         return run(module, value, wide, self._found[id(module)][1], script, fast, given.again)
 
+    def changes(self, slim: nn.Module) -> bool:
+        """Whether a run of this model or of a slim one left something behind that the next one may read."""
+        seen = [self._found[id(module)][1] for module in (self.model, slim) if id(module) in self._found]
+        return any(found.changed for found in seen)
+
     def forget(self, module: nn.Module) -> None:
         """Drop the snapshot of a module, so that a new one is taken when it runs again."""
         self._found.pop(id(module), None)

@@ -81,8 +81,6 @@ class Reference:
         decides: Whether the model branches on its values, such as which boxes are best. Between two that are equal up
             to rounding a slim model may decide differently; then it is compared under the decisions of the full one.
         brief: Compare only in float64, where that is possible.
-        stateful: Whether a forward leaves something in the model that a later one may read; then a second call is
-            compared, too.
 
     Attributes:
         notes: Limits of the comparisons with the slim model that was compared last; ``full.notes`` are those of any.
@@ -100,10 +98,9 @@ class Reference:
         float64: bool | str = "auto",
         decides: bool = False,
         brief: bool = False,
-        stateful: bool = False,
     ) -> None:
         self.example = Input("the example", dummy_input)
-        self.again = [Input("the example, called again", dummy_input, again=True)] if stateful else []
+        self.again = Input("the example, called again", dummy_input, again=True)
         self.as_users_do = Input("the example, as users run it", dummy_input, as_users_do=True)
         self.full = FullModel(model, self.example, left, float64)
         self.decides, self.brief = decides, brief
@@ -146,12 +143,13 @@ class Reference:
         exact = options.exact and self.dtype != torch.float64
         brief = self.brief and exact and self.full.runs_in_float64()
         drawn = self._drawn(options, not brief) if options.random else []
-        again = self.again if options.random else []
         checks: list[Check] = []
         if not brief:
             stage(f"{options.what}: comparing in {self.full.dtype_name}")
             fast = [self.as_users_do] if self.full.has_fast_paths and options.random else []
-            checks = self._compare(slim, [self.example, *fast, *again, *drawn, *self._of_other_sizes(options)], options)
+            checks = self._compare(slim, [self.example, *fast, *drawn, *self._of_other_sizes(options)], options)
+        again = [self.again] if options.random and self.full.changes(slim) else []
+        checks += self._compare(slim, again, options)
         if exact and self.full.runs_in_float64():
             stage(f"{options.what}: comparing in float64")
             wide = [given for given in drawn if not given.optional] or (self.random[:1] if drawn else [])
@@ -362,7 +360,7 @@ class Reference:
         """Notes on the parameters of a slim model that no output depends on, on the inputs that were compared."""
         stage("what the inputs reach")
         own = self.full.own
-        others = [g for g in own if g not in (self.as_users_do, self.example, *self.again) and own[g] is not None]
+        others = [g for g in own if g not in (self.as_users_do, self.example, self.again) and own[g] is not None]
         inputs = [
             given.value for given in (self.example, *others[:1])
         ]  # the smallest batch first: it is enough if it reaches everything

@@ -1,0 +1,127 @@
+"""What modules hold besides parameters and buffers: numbers, texts and constant tensors among their attributes.
+
+A class that is made with other ones computes something else, and no shape shows it. So the manifest has those of the
+model that was saved, and :func:`oto.load_subnet` compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from oto.errors import OtherNumbersWarning, some, users_level
+
+_IDLE = ("training", "gradient_checkpointing", "grad_checkpointing", "name_or_path", "default_cfg", "pretrained_cfg")
+"""Attributes that no output follows from."""
+
+_IDLE_OF: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "p": (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    "momentum": (
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    ),
+}
+_OTHER = object()
+_TENSOR = "tensor of "
+_LARGE = 1 << 22
+"""Entries of a tensor beyond which it is not looked at."""
+
+
+def numbers_of(module: nn.Module) -> dict[str, Any]:
+    """What is known of a module's own attributes, as JSON has it: numbers, short texts, tensors as a digest, and short
+    lists and dicts of these.
+
+    Of private attributes only fractions and tensors: the rest are mostly flags, which forwards and libraries set.
+    """
+    idle = {*_IDLE, *(name for name, kinds in _IDLE_OF.items() if isinstance(module, kinds))}
+    plain = {name: _plain(value) for name, value in vars(module).items() if name not in idle}
+    return {
+        name: value
+        for name, value in plain.items()
+        if value is not _OTHER and (not name.startswith("_") or type(value) is float or _is_tensor(value))
+    }
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """A value as JSON has it; :data:`_OTHER` for anything else."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) in (bool, int, float, NoneType):
+        return value if abs(value or 0) <= 2**53 else _OTHER
+    if type(value) is str:
+        return value if len(value) < 256 else _OTHER
+    if isinstance(value, Tensor | np.ndarray):
+        return _digest(value)
+    if type(value) in (tuple, list) and depth and len(value) <= 64:
+        items = [_plain(item, depth - 1) for item in value]
+        return _OTHER if any(item is _OTHER for item in items) else items
+    if type(value) is dict and depth and len(value) <= 64:
+        known = {key: _plain(item, depth - 1) for key, item in value.items() if type(key) is str}
+        return {key: item for key, item in known.items() if item is not _OTHER} or _OTHER
+    return _OTHER
+
+
+def _digest(value: Tensor | np.ndarray[Any, Any]) -> Any:
+    """What tells a constant tensor from others of its shape."""
+    tensor = value.detach() if isinstance(value, Tensor) else value
+    if tensor.size == 0 if isinstance(tensor, np.ndarray) else tensor.is_meta or tensor.layout != torch.strided:
+        return _OTHER
+    if (tensor.size if isinstance(tensor, np.ndarray) else tensor.numel()) > _LARGE:
+        return _OTHER
+    try:
+        held = tensor if isinstance(tensor, np.ndarray) else tensor.cpu().contiguous().view(torch.uint8).numpy()
+        digest = hashlib.sha256(np.ascontiguousarray(held).tobytes()).hexdigest()[:12]
+    except (RuntimeError, TypeError):  # subclasses without ordinary memory
+        return _OTHER
+    return f"{_TENSOR}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, {digest}"
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value) is str and value.startswith(_TENSOR)
+
+
+def _differ(was: Any, now: Any) -> bool:
+    """Whether two values of :func:`numbers_of` are others. A tensor that only one model has is what a forward keeps."""
+    if _is_tensor(was) or _is_tensor(now):
+        return _is_tensor(was) and _is_tensor(now) and was != now
+    if isinstance(was, dict) and isinstance(now, dict):
+        return any(_differ(value, now.get(key)) for key, value in was.items())
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        return any(map(_differ, was, now))
+    return bool(was != now)
+
+
+def warn_of_other_numbers(saved: Mapping[str, Mapping[str, Any]], given: nn.Module) -> None:
+    """Warn of attributes that were others in the model that was saved: arguments of its constructor, or what a first
+    forward leaves."""
+    modules = dict(given.named_modules())
+    apart = [
+        f"{path + '.' if path else ''}{name} was {was}, is {now[name]}"
+        for path, held in saved.items()
+        if path in modules
+        for now in [_with_empty(modules[path])]
+        for name, was in held.items()
+        if name in now and _differ(was, now[name])
+    ]
+    if apart:
+        warnings.warn(
+            f"the {type(given).__name__} holds other numbers than the one that was saved: {some(apart)}\n"
+            "  effect  where its forward reads them, the slim model computes something else than what was verified\n"
+            "  to fix  make it with the same arguments; what a forward sets for itself, call it once for, or make it in"
+            " the constructor; random tensors belong in buffers",
+            OtherNumbersWarning,
+            stacklevel=users_level(),
+        )
+
+
+def _with_empty(module: nn.Module) -> dict[str, Any]:
+    """The numbers of a module, and its empty dicts, which a first forward may fill."""
+    empty: dict[str, Any] = {name: {} for name, value in vars(module).items() if type(value) is dict and not value}
+    return empty | numbers_of(module)
