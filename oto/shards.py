@@ -12,6 +12,7 @@ What is marked "Communicates" has to be called by every process of the mesh, in 
 
 from __future__ import annotations
 
+import io
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -352,7 +353,10 @@ def require_sendable(thing: Any) -> None:
 
     After a message that cannot be read the processes would no longer wait for the same ones.
     """
-    pickle.loads(pickle.dumps(thing))
+    held = io.BytesIO()
+    pickle.Pickler(held).dump(thing)
+    held.seek(0)
+    pickle.Unpickler(held).load()
 
 
 @dataclass(frozen=True)

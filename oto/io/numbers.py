@@ -88,9 +88,11 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _differ(was: Any, now: Any) -> bool:
-    """Whether two values of :func:`numbers_of` are others. A tensor that only one model has is what a forward keeps."""
+    """Whether two values of :func:`numbers_of` are others. A tensor that only one model has, or of another
+    shape, is what a forward keeps."""
     if _is_tensor(was) or _is_tensor(now):
-        return _is_tensor(was) and _is_tensor(now) and was != now
+        alike = _is_tensor(was) and _is_tensor(now) and was.rpartition(",")[0] == now.rpartition(",")[0]
+        return alike and was != now
     if isinstance(was, dict) and isinstance(now, dict):
         return any(_differ(value, now.get(key)) for key, value in was.items())
     if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
