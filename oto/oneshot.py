@@ -262,19 +262,7 @@ class Compression:
     @property
     def _measured(self) -> Any:
         """The criterion that is measured at readers, if the choice goes by one."""
-        return next((c for c, _ in self.choice.criteria if c in MEASURED.values()), None)
-
-    def require_comparable(self) -> None:
-        """Refuse to compare atoms by what readers' outputs lose with segments by what the loss rises by."""
-        kinds = {group.segment for group in self.choice.groups}
-        if self._measured in SCORES and len(kinds) > 1:
-            raise OptionError(
-                f"saliency={self._by!r} scores atoms by the outputs of what reads them, and no segment has a share in"
-                " these: the two cannot be compared\n"
-                "  effect  nothing was changed\n"
-                "  to fix  saliency='sensitivity', or none: both are in the unit of the loss; or OTO(...,"
-                " compress_mode='prune'), or 'erase'"
-            )
+        return _measured_by(self.choice)
 
     def _choose(self) -> dict[str, NDArray[np.int64]]:
         """The atoms of each group that go; with ``"obs"`` their number counts."""
@@ -465,9 +453,9 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     """
     model, partition = analysis.model, analysis.partition
     require_one_process(model, "one_shot")
+    _require_comparable(choice)
     found = fitted_readers(readers(partition, analysis.groups, analysis.prune_frozen))
     job = Compression(Calibrated(model, data, settings.norms), partition, choice, found, settings)
-    job.require_comparable()
     portions = job.run()
     losses = [x for portion in portions for x in (portion.before, portion.after)]
     loss = None if not losses or losses[0] is None or losses[-1] is None else (losses[0], losses[-1])
@@ -478,6 +466,25 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
     return OneShot(
         str(choice.target), job.how, tuple(portions), loss, cost(partition), cost(partition, kept), kept, not_folded
     )
+
+
+def _measured_by(choice: Choice) -> Any:
+    """The criterion that is measured at readers, if a choice goes by one."""
+    return next((c for c, _ in choice.criteria if c in MEASURED.values()), None)
+
+
+def _require_comparable(choice: Choice) -> None:
+    """Refuse to compare atoms by what readers' outputs lose with segments by what the loss rises by."""
+    measured = _measured_by(choice)
+    if measured in SCORES and len({group.segment for group in choice.groups}) > 1:
+        name = next(name for name, criterion in MEASURED.items() if criterion is measured)
+        raise OptionError(
+            f"saliency={name!r} scores atoms by the outputs of what reads them, and no segment has a share in these:"
+            " the two cannot be compared\n"
+            "  effect  nothing was changed\n"
+            "  to fix  saliency='sensitivity', or none: both are in the unit of the loss; or OTO(...,"
+            " compress_mode='prune'), or 'erase'"
+        )
 
 
 def _require_number(loss: float | None) -> None:

@@ -69,18 +69,16 @@ def _plain(value: Any, depth: int = 3) -> Any:
 
 
 def _digest(value: Tensor | np.ndarray[Any, Any]) -> Any:
-    """What tells a constant tensor from others of its shape."""
-    tensor = value.detach() if isinstance(value, Tensor) else value
-    if tensor.size == 0 if isinstance(tensor, np.ndarray) else tensor.is_meta or tensor.layout != torch.strided:
-        return _OTHER
-    if (tensor.size if isinstance(tensor, np.ndarray) else tensor.numel()) > _LARGE:
-        return _OTHER
+    """What tells a constant tensor or array from others of its shape; :data:`_OTHER` without ordinary memory."""
     try:
-        held = tensor if isinstance(tensor, np.ndarray) else tensor.cpu().contiguous().view(torch.uint8).numpy()
-        digest = hashlib.sha256(np.ascontiguousarray(held).tobytes()).hexdigest()[:12]
-    except (RuntimeError, TypeError):  # subclasses without ordinary memory
+        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        if tensor.is_meta or not 0 < tensor.numel() <= _LARGE:
+            return _OTHER
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    except (RuntimeError, NotImplementedError, TypeError):  # sparse, quantized, subclasses; arrays of objects
         return _OTHER
-    return f"{_TENSOR}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, {digest}"
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return f"{_TENSOR}{str(tensor.dtype).removeprefix('torch.')} {list(value.shape)}, {digest}"
 
 
 def _is_tensor(value: Any) -> bool:

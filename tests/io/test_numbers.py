@@ -87,22 +87,24 @@ def test_what_a_first_forward_leaves_is_told(tmp_path):
 class Fourier(nn.Module):
     """Random constants in a list, a private factor, a table of numbers, and a tensor that the first forward keeps."""
 
-    def __init__(self, seed=0, factor=0.5, power=2.0):
+    def __init__(self, seed=0, factor=0.5, power=2.0, gain=1.0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.bands = [torch.randn(4, 8, generator=generator) for _ in range(2)]
         self._factor, self.powers, self.last = np.float32(factor), {"first": power}, None
+        self.gain, self.table = torch.tensor(gain), np.arange(16, dtype=np.float32)[::-1]
         self.into, self.out = nn.Linear(16, 16), nn.Linear(16, 2)
 
     def forward(self, x):
         self.last = torch.cat([torch.sin(x @ band) ** self.powers["first"] for band in self.bands], 1)
-        return self.out(torch.relu(self.into(self.last))) * float(self._factor)
+        return self.out(torch.relu(self.into(self.last))) * float(self._factor) * self.gain
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"seed": 1}, r"bands was \['tensor of float32 \[4, 8\], \w+', .* is \['tensor of"),
+        ({"gain": 2.0}, r"gain was tensor of float32 \[\], \w+, is tensor of"),
         ({"factor": 0.25}, "_factor was 0.5, is 0.25"),
         ({"power": 3.0}, "powers was {'first': 2.0}, is {'first': 3.0}"),
         ({}, None),

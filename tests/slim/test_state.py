@@ -131,6 +131,23 @@ def test_what_training_alone_computes_is_compared(what):
     assert len(told) == (what != "nothing")
 
 
+class Normed(OnlyInTraining):
+    """It does not train on a single sample."""
+
+    def __init__(self, what):
+        super().__init__(what)
+        self.norm = nn.BatchNorm1d(16)
+
+    def hidden(self, x):
+        return self.norm(super().hidden(x))
+
+
+def test_training_is_compared_where_an_example_is_too_small_for_it():
+    oto = OTO(Normed("shift"), torch.randn(1, 10))
+    oto.random_set_zero_groups(0.5)
+    assert any("in train mode it differs" in note for note in oto.construct_subnet().notes)
+
+
 class Found:
     def __init__(self, boxes):
         self.boxes = boxes

@@ -34,11 +34,7 @@ def check_training(
     Raises:
         ShrinkError: The slim model fails where the full one runs.
     """
-    first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
-    tries = [dummy_input]
-    if first.ndim:  # batch norm wants more than one value per channel
-        tries.append(random_like(dummy_input, 0, max(2, first.shape[0])))
-    for given in tries:
+    for given in _tries(dummy_input):
         try:
             expected = trained(full, given)
         except Exception as failure:  # whatever a forward may need for training
@@ -69,6 +65,12 @@ def check_training(
             return made
         return _compared(torch.float64, pruned, expected, found)
     return None
+
+
+def _tries(dummy_input: Any) -> list[Any]:
+    """The inputs to train on: the example, and one of several samples, as batch norm wants more than one value."""
+    first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
+    return [dummy_input, *([random_like(dummy_input, 0, max(2, first.shape[0]))] if first.ndim else [])]
 
 
 def _compared(dtype: torch.dtype, pruned: PrunedShapes, full: Trained, slim: Trained) -> Check:
@@ -132,8 +134,14 @@ def differs_in_training(full: nn.Module, slim: nn.Module, dummy_input: Any, part
 
 def _repeats(full: nn.Module, dummy_input: Any) -> bool:
     """Whether a model gives the same in train mode once more; numbers that are not torch's may be random."""
-    one, other = trained(full, dummy_input), trained(full, dummy_input)
-    return checked("", dtype_of(full), one[0], other[0]).passed
+    for given in _tries(dummy_input):
+        try:
+            one, other = trained(full, given), trained(full, given)
+        except Exception as failure:  # as for the comparison, which takes the first input that it trains on
+            reraise_out_of_memory(failure)
+            continue
+        return checked("", dtype_of(full), one[0], other[0]).passed
+    return False
 
 
 Trained = tuple[list[Tensor], dict[str, Tensor]]
