@@ -692,15 +692,12 @@ def named(names: Iterable[str]) -> dict[str, Check]:
     return {name: partial(equal, name) for name in names}
 
 
-QUICK = ("hesso adamw", "hesso_cric", "hspg", "dhspg", "lhspg")
+QUICK = ("hesso adamw", "hesso_cric", "hspg", "dhspg")
 CHECKS: dict[str, Check] = {
     **named(QUICK),
     "after sharding": partial(equal_after, "lhspg taylor"),
-    "from meta": partial(equal_after, "hspg adamw", meta=True),
     "around a step": around_a_step,
     "several rates": several_rates,
-    "in bfloat16": in_bfloat16,
-    "hybrid": hybrid,
     "small sums only": small_sums_only,
     "nothing whole is kept": nothing_whole_is_kept,
     "checkpoints": partial(checkpoints, "hspg"),
@@ -712,9 +709,12 @@ CHECKS: dict[str, Check] = {
 }
 LONG: dict[str, Check] = {
     **named(MAKERS.keys() - QUICK),
+    "from meta": partial(equal_after, "hspg adamw", meta=True),
+    "in bfloat16": in_bfloat16,
+    "hybrid": hybrid,
     "checkpoints of hesso adamw": partial(checkpoints, "hesso adamw"),
     "checkpoints of hesso_cric": partial(checkpoints, "hesso_cric", steps=(8, 13, 38)),
-    "in parallel": partial(in_parallel, names=("hesso", "hspg", "hesso_cric")),
+    "in parallel": partial(in_parallel, names=("hesso", "hspg", "dhspg", "hesso_cric")),
 }
 FOUR: dict[str, Check] = {
     "in two dimensions": in_two_dimensions,

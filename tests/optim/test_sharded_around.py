@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -290,6 +291,46 @@ def shrunk(rank: int, name: str = "hesso adamw", at: tuple[int, ...] = (20,), en
     assert subnet.cost_after == other.construct_subnet().cost_after
 
 
+def llama_in_bfloat16(rank: int) -> None:
+    """A class of transformers whose config states its sizes: half precision, smaller in between, a stock folder."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=32))
+    text = torch.randint(64, (30, 2, 2, 12), generator=torch.Generator().manual_seed(0))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def spread_out(model: Any) -> None:
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=half)
+        fully_shard(model, mp_policy=half)
+
+    oto = OTO(model, {"input_ids": text[0, 0]}, layout="uniform")
+    spread_out(model)
+    optimizer = oto.hesso(
+        variant="adamw", lr=1e-3, target_macs=0.6, start_pruning_step=2, pruning_steps=24, pruning_periods=3
+    )
+    for n, ids in enumerate(text[:, rank]):
+        if n == 15:
+            before = sum(p.numel() for p in model.parameters())
+            oto.shrink(optimizer, shard=spread_out)
+            assert sum(p.numel() for p in model.parameters()) < before
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    require_agreement(model, optimizer)
+    subnet = oto.construct_subnet()
+    assert subnet.cost_after.macs <= 0.6 * subnet.cost_before.macs and subnet.emitter == "config"
+    if rank == 0:
+        subnet.save_pretrained(sharded.FOLDER / "stock")
+        slim = AutoModelForCausalLM.from_pretrained(sharded.FOLDER / "stock")
+        ids = text[0, 0]
+        assert torch.allclose(slim(ids).logits, subnet.model(ids).logits, atol=1e-6)
+
+
 def averaged(rank: int) -> None:
     """Averages of weights follow the model, spread over processes as it is, and are those of one process."""
     made = []
@@ -488,17 +529,18 @@ CHECKS: dict[str, Check] = {
     "shrunk": shrunk,
     "tied": tied,
     "not sent": not_sent,
-    "offloaded": offloaded,
     "compiled": compiled,
     "all at once": all_at_once,
-    "saved meanwhile": saved_meanwhile,
-    "by accelerate": by_accelerate,
     "by the Trainer": by_the_trainer,
 }
 LONG: dict[str, Check] = {
+    "offloaded": offloaded,
+    "saved meanwhile": saved_meanwhile,
+    "by accelerate": by_accelerate,
     "shrunk in vain": shrunk_in_vain,
     "averaged": averaged,
     "averages in vain": averages_in_vain,
+    "Llama in bfloat16": llama_in_bfloat16,
     "resumed slim": resumed_slim,
     "shrunk twice": partial(shrunk, at=(20, 40), end=50),
     "shrunk, hspg": partial(shrunk, name="hspg adamw", at=(40,), end=50),
@@ -506,6 +548,7 @@ LONG: dict[str, Check] = {
     "shrunk, segments": partial(shrunk, name="h2spg", at=(40,), end=50),
     "shrunk, segments and channels": partial(shrunk, name="segments and channels", at=(20, 40), end=50),
     "compiled whole": partial(compiled, whole=True),
+    **({"compiled by inductor": partial(compiled, backend="inductor")} if shutil.which("g++") else {}),
     "by accelerate, full": partial(by_accelerate, kind="FULL_STATE_DICT"),
 }
 
