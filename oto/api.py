@@ -214,7 +214,7 @@ class OTO(Pruning):
 
         Args:
             optimizer: One that this ``OTO`` made, or a wrapper with it as ``.optimizer``; by default the last one made.
-            like: The ``state_dict()`` of an optimizer that was shrunk: what it lacks is set to zero and removed.
+            like: The ``state_dict()`` of the optimizer of another run: what it lacks is set to zero and removed.
             averages: Moving averages of the weights, or what holds them as ``.module`` or ``.ema``; made slim in place.
             shard: Where parameters are spread over processes (FSDP2), what spreads those of a model, in place; then
                 every process has to call this (``docs/distributed.md``). It is called with every average, too.

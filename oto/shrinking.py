@@ -49,7 +49,7 @@ def shrink(
         analysis: The analysis of the present model.
         training: The optimizer that was made last, and the analysis that it was made for.
         wrapper: The optimizer, or what wraps it; ``None`` is the one that was made last.
-        like: The state dict of an optimizer that was shrunk, whose sizes to take.
+        like: The state dict of the optimizer of another run, whose sizes to take.
         shard: What spreads the smaller model over processes, if the model is.
 
     Returns:

@@ -130,7 +130,7 @@ class SparseOptimizer(Choosing):
             state_dict: That of an optimizer whose model was shrunk: keep the same atoms as it did.
 
         Raises:
-            ShrinkError: Its model was not shrunk, or has atoms that this model lacks.
+            ShrinkError: It is of another model, or of one that has atoms which this model lacks.
         """
         if state_dict is None:
             return {g.name: (own != PRUNED).numpy() for g, own in zip(self.node_groups, self._codes(), strict=True)}

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -132,23 +133,26 @@ def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
 
 
 def left_like(state_dict: Mapping[str, Any], have: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.bool_]]:
-    """For each node group, which atoms of this model remained in one that was shrunk.
+    """For each node group, which atoms of this model remained in one that was shrunk; all, if it was not.
 
     Args:
-        state_dict: That of the optimizer of the shrunk model.
+        state_dict: That of the other model's optimizer.
         have: For each node group, which atoms of the full network the model has, bool.
 
     Raises:
-        ShrinkError: Its model was not shrunk, or has atoms that this model lacks.
+        ShrinkError: It is of another model, or of one that has atoms which this model lacks.
     """
     sizes = [len(own) for own in have.values()]
-    theirs = state_dict["param_groups"][0].get("oto_kept") if state_dict.get("param_groups") else None
+    first = state_dict["param_groups"][0] if state_dict.get("param_groups") else {}
+    theirs = first.get("oto_kept")
+    if theirs is None and len(first.get("oto_atoms", ())) == sum(sizes):
+        theirs = torch.ones(sum(sizes), dtype=torch.bool)  # shrink had found nothing to remove there, or was not called
     if theirs is None or len(theirs) != sum(sizes):
         raise ShrinkError(
             "the state dict says nothing of what was left of this model: "
-            + ("its optimizer was not shrunk" if theirs is None else f"it is of one of {len(theirs)} groups")
+            + ("it is of no optimizer of this OTO" if theirs is None else f"it is of one of {len(theirs)} groups")
             + "\n  effect  nothing was changed\n"
-            "  to fix  pass the state_dict() of the optimizer after oto.shrink(); one of before is only loaded"
+            "  to fix  pass the state_dict() of the optimizer that oto made for this model"
         )
     masks = zip(have.items(), theirs.cpu().split_with_sizes(sizes), strict=True)
     left = {name: (own, mask.numpy()) for (name, own), mask in masks}

@@ -291,8 +291,12 @@ def test_checkpoints_of_other_models_are_refused():
         two.optimizer.load_state_dict(after)
     with pytest.raises(OTOError, match="saved before the model was shrunk"):
         one.optimizer.load_state_dict(before)
-    with pytest.raises(ShrinkError, match="its optimizer was not shrunk"):
-        two.oto.shrink(two.optimizer, like=before)
+    whole = two.oto.model
+    assert two.oto.shrink(two.optimizer, like=before) is whole and not two.optimizer.num_removed  # all is left there
+    with pytest.raises(ShrinkError, match="more left than this one"):
+        one.oto.shrink(one.optimizer, like=before)
+    with pytest.raises(ShrinkError, match="no optimizer of this OTO"):
+        two.oto.shrink(two.optimizer, like=torch.optim.SGD(two.model.parameters(), lr=0.1).state_dict())
     three = Run(resnet, IMAGES, SGD).until(START + 5).shrink()
     with pytest.raises(OTOError, match="and not the same"):
         one.optimizer.load_state_dict(three.optimizer.state_dict())
