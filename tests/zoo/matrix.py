@@ -262,6 +262,7 @@ def examine(
     Args:
         kind: The zoo that the model is of.
         counts: Leave other counts, and ask in other states of the model, too.
+        emitters: The forms of slim models; a graph is made of what the class cannot do without, in any case.
 
     A verification failure is told apart from an emitter that cannot express the model: the error is then the one found.
     """
@@ -336,7 +337,7 @@ def _examine(
     untouched.load_state_dict(model.state_dict())
     seen = Seen(model)
     for emitter, source in (("module", bound), ("graph", oto)):
-        if emitter not in emitters or source is None:
+        if source is None or (emitter not in emitters and bound is not None):
             continue
         error, reason = None, None
         try:

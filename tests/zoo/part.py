@@ -3,7 +3,9 @@
 ``--zoo-part 3/4`` takes the third of four parts of the zoo's models, and always the models that are new. Of the other
 long tests it takes a part too, of at most :data:`OTHERS`. The parts are told apart by a hash of the name, so a test
 stays in its part whatever else is added. ``--zoo-part auto/4`` takes the part by the commit's hash, so that runs on
-consecutive commits take turns by chance, and the same commit always takes the same part.
+consecutive commits take turns by chance, and the same commit always takes the same part. A part also exports its models
+as graphs, which takes about as long as all the rest; a run of the whole zoo does so for every :data:`GRAPHS`-th model,
+in turns by the commit, and for those that have no slim model of their own class.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NEW = 10  # a model is new for so many commits
 OTHERS = 4  # long tests that are no models of the zoo are divided into so many parts at most
+GRAPHS = 3  # of so many models one is exported as a graph in a run of the whole zoo
 
 
 def parse(text: str) -> tuple[int, int]:
@@ -41,6 +44,11 @@ def home(name: str, of: int) -> int:
 def takes(k: int, of: int, test: str) -> bool:
     """Whether part ``k`` takes a long test that is no model."""
     return home(test, min(of, OTHERS)) == (k - 1) % min(of, OTHERS) + 1
+
+
+def has_graph(name: str, whole: bool) -> bool:
+    """Whether a run exports a model as a graph, too."""
+    return not whole or home(name, GRAPHS) == int(_git("rev-parse", "HEAD")[:8] or "0", 16) % GRAPHS + 1
 
 
 def seen_before() -> set[str] | None:

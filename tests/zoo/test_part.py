@@ -54,6 +54,15 @@ def test_new_models_are_always_taken(monkeypatch):
         assert {"models-resnet18", "models-bert"} <= set(taken(f"{k}/4", monkeypatch, seen)[0])
 
 
+def test_every_model_is_a_graph_in_one_of_some_runs_of_the_whole(monkeypatch):
+    made = []
+    for commit in range(part.GRAPHS):
+        monkeypatch.setattr(part, "_git", lambda *words, commit=commit: f"{commit:08x}fff")
+        made += [name for name in NAMES if part.has_graph(name, whole=True)]
+        assert all(part.has_graph(name, whole=False) for name in NAMES)
+    assert Counter(made) == Counter(NAMES)
+
+
 def test_without_a_part_the_whole_is_taken(monkeypatch):
     assert taken(None, monkeypatch, set()) == (NAMES, OTHERS)
 
