@@ -39,7 +39,7 @@ Where we differ from the released code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -54,7 +54,7 @@ from oto.optim.hesso import HESSO
 from oto.optim.options import CycleOptions, HESSOCRICOptions, besides
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, rows_of
 from oto.optim.saliency import Entries, importance, raw_scores
-from oto.optim.schedule import count_steps
+from oto.optim.schedule import Schedule, count_steps
 from oto.optim.setup import schedule_of
 from oto.optim.sums import put_aside
 from oto.optim.target import Measure
@@ -183,9 +183,12 @@ class HESSOCRIC(HESSO):
                 "walked": torch.zeros(criteria, n, device=device),
                 "sensitivity": torch.zeros(len(self.node_groups), device=device),
             }
+        self.schedule = self.schedule_in(self.param_groups[0])
+
+    def schedule_in(self, first: Mapping[str, Any]) -> Schedule:
+        """It begins when the walks end; as long as that is not known, when they end at the latest."""
         latest = self.first_step + self._probes + self.max_cycles * self.sampling_steps
-        # at the latest, as long as it is not known; refused if it does not fit into total_steps
-        self.schedule = replace(self.schedule, start=self.walk["over_at"] if self.walk["over"] else latest)
+        return replace(self.schedule, start=first["oto_walk"]["over_at"] if first["oto_walk"]["over"] else latest)
 
     def describe_setup(self) -> dict[str, Any]:
         """As in :class:`HESSO`, with the cycles; when pruning begins is not known beforehand."""
