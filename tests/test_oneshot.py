@@ -406,6 +406,19 @@ def test_a_choice_by_what_is_read_needs_something_to_be_read(saliency):
     assert "no batch reached blocks.0.3.weight" in str(done)
 
 
+@pytest.mark.parametrize("saliency", ["obs", "fluctuation"])
+def test_where_no_weight_can_tell_the_reason_is_that_and_not_the_batches(saliency):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.ReLU())
+    model = nn.Sequential(*model, nn.Conv2d(8, 2, 1))
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(
+        OptionError, match=r"no group has such weights: 0.weight, 2.weight reads it in one with 0.weight/1"
+    ):
+        OTO(model, x).one_shot(
+            target_macs=0.7, batches=[x, x], loss=lambda m, b: m(b).square().mean(), saliency=saliency
+        )
+
+
 def test_half_precision_is_fitted_in_float64():
     model, example, batches, loss = made("cnn")
     half = [(x.bfloat16(), y) for x, y in batches]
