@@ -295,6 +295,7 @@ class Compression:
                 if own:
                     found[group.name] = torch.stack(own).sum(0).float()
         if atoms and not found:
+            self._require_readers(atoms)
             raise OptionError(
                 f"no batch reached a weight that reads what may go, and saliency={self._by!r} looks at what it reads\n"
                 "  effect  nothing was changed\n"
@@ -310,6 +311,17 @@ class Compression:
         return torch.cat(
             [found.get(g.name, magnitude(w).float().cpu()) for g, w in zip(self.choice.groups, weights, strict=True)]
         )
+
+    def _require_readers(self, atoms: Sequence[NodeGroup]) -> None:
+        """Refuse groups of which none is read by a weight that could take over."""
+        if not self.readers.of([group.name for group in atoms]):
+            name, why = next((g.name, own[0]) for g in atoms if (own := self.readers.reasons.get(g.name)))
+            raise OptionError(
+                f"saliency={self._by!r} looks at what the weights that read a group make of it, and no group has such"
+                f" weights: {name}, {why}\n"
+                "  effect  nothing was changed\n"
+                "  to fix  leave saliency out, which goes by gradients, or choose by 'sensitivity' or 'magnitude'"
+            )
 
     def _score(self, reader: Reader, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
         parameter, own = self.calibrated.tensors[reader.parameter], measured[key_of(reader)]

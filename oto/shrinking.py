@@ -81,7 +81,7 @@ def shrink(
     left = _without_idle(full, optimizer, there, left)
     rest = {name: atoms[left[name]] for name, atoms in there.items()}
     pruned = pruned_groups(full, optimizer.node_groups, rest, names_of(slim.model))
-    if not optimizer.progress.over:
+    if not _is_over(optimizer, like):
         require_there(pruned, after.groups)
     _go_on(optimizer, analysis.model, slim, pruned, left, shard if sharded else None)
     model = analysis.model
@@ -94,6 +94,14 @@ def shrink(
         state = ModelState(model)
     after = replace(after, model=model, form=form, state=state, first=first)
     return after, replace(training, partition=full)
+
+
+def _is_over(optimizer: SparseOptimizer, like: Mapping[str, Any] | None) -> bool:
+    """Whether no group will lose atoms any more: here, or in the run that a state dict is of."""
+    if like is None:
+        return optimizer.progress.over
+    first = like["param_groups"][0]
+    return bool(first["oto_step"] >= optimizer.schedule_in(first).end)
 
 
 def _go_on(

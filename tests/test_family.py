@@ -465,6 +465,43 @@ def test_what_no_view_can_express_is_a_copy_that_says_so() -> None:
     assert net.out.bias.data_ptr() == full.out.bias.data_ptr() and net.value.out_features == 12
 
 
+class Ways(nn.Module):
+    """Branches side by side, and residual ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.ways = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(18, 24), nn.ReLU(), nn.Linear(24, 18)) for _ in range(3))
+        self.fc = nn.Linear(18, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([way(x) for way in self.ways], 1).relu().mean((2, 3))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x)
+
+
+@pytest.mark.filterwarnings("ignore::oto.errors.CopiedWarning")  # the width of a concatenation
+def test_a_member_without_whole_segments_is_a_view_too() -> None:
+    torch.manual_seed(0)
+    oto = OTO(Ways().double(), images(), compress_mode="erase")
+    when = {"total_steps": STEPS, "freeze_step": FREEZE, "average_steps": 2}
+    family = oto.family(targets=[0.7, 0.4], lr=0.05, **when)  # type: ignore[arg-type]
+    train(family, dtype=WIDE)
+    for i in (1, 2):
+        gone = [name for name, kept in family.members[i].kept.items() if not len(kept)]
+        net = family.module(i)
+        assert gone and sum(p.numel() for p in net.parameters()) == family.members[i].cost.params
+        for seed in range(3):
+            x = torch.randn(5, 3, 8, 8, dtype=WIDE, generator=torch.Generator().manual_seed(seed))
+            net.eval()
+            assert torch.allclose(net(x), family.run(i, lambda own: own(x)), rtol=1e-10, atol=1e-12)  # noqa: B023
+        shared = {p.untyped_storage().data_ptr() for p in family.module(0).parameters()}
+        assert shared & {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+
 class Places(nn.Module):
     """Every hidden unit has a weight by its place, which no parameter holds: sorted, it computes something else."""
 

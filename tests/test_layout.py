@@ -52,7 +52,7 @@ SLIM = {
     "latency": {"edits", "erased", "graph", "own_class", "proof", "pruned_shapes", "removed"},
     "shrink": {"config", "edits", "emitters", "own_class", "proof", "provenance", "pruned_shapes", "source"},
     "member": {"edits", "pruned_shapes", "shrink", "source"},
-    "views": {"config", "edits", "own_class", "proof", "pruned_shapes", "source"},
+    "views": {"config", "edits", "emitters", "own_class", "proof", "pruned_shapes", "source"},
     "construct": {"config", "edits", "emitters", "graph", "own_class", "proof", "prove", "provenance", "source"},
     "__init__": set(),
 }

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import oto.calibration
 import oto.oneshot
 from oto import OTO
-from oto.errors import NonFiniteParameterError, OptionError, TargetError
+from oto.errors import NoGradientError, NonFiniteParameterError, OptionError, TargetError
 from oto.groups import cost
 from oto.shards import gathered_tensor
 from tests.optim.test_distributed import GLOO, begin
@@ -404,6 +404,30 @@ def test_a_choice_by_what_is_read_needs_something_to_be_read(saliency):
     assert same(state(model), before)
     done = OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=cast, saliency="magnitude")
     assert "no batch reached blocks.0.3.weight" in str(done)
+
+
+def test_a_loss_without_a_gradient_is_refused_and_no_grad_around_it_does_not_matter():
+    model, example, batches, loss = made("cnn")
+    before = state(model)
+    with pytest.raises(NoGradientError, match=r"has no gradient.*\n  effect  nothing was chosen\n  to fix  no detach"):
+        OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=lambda m, b: loss(m, b).detach())
+    assert same(state(model), before)
+    with torch.no_grad():
+        done = OTO(model, example).one_shot(target_macs=0.7, batches=batches, loss=loss)
+    assert done.after.macs <= 0.7 * done.before.macs
+
+
+@pytest.mark.parametrize("saliency", ["obs", "fluctuation"])
+def test_where_no_weight_can_tell_the_reason_is_that_and_not_the_batches(saliency):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.ReLU())
+    model = nn.Sequential(*model, nn.Conv2d(8, 2, 1))
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(
+        OptionError, match=r"no group has such weights: 0.weight, 2.weight reads it in one with 0.weight/1"
+    ):
+        OTO(model, x).one_shot(
+            target_macs=0.7, batches=[x, x], loss=lambda m, b: m(b).square().mean(), saliency=saliency
+        )
 
 
 def test_half_precision_is_fitted_in_float64():

@@ -441,13 +441,14 @@ class _Search:
         if why is None:
             names = tuple(self.names[axis] for axis in axes)
             return Reader(own.leaf.name, own.path, own.layout, own.term, names, tuple(own.uses), own.shift)
-        for axis in axes if why else ():
-            self._refuse(axis, why)
+        for axis in axes:
+            if axis not in self.summed:  # of those the reason is known already
+                self._refuse(axis, why)
         return None
 
     def _against(self, own: _Weight, axes: Collection[Axis]) -> str | None:
-        if any(axis in self.summed for axis in axes):
-            return ""  # the reason is known already
+        if summed := [self.names[axis] for axis in axes if axis in self.summed]:
+            return f"{own.leaf.name} reads it in one with {summed[0]}, which is summed over without a weight"
         read = {id(use.node) for weight in self.weights.values() if weight.leaf is own.leaf for use in weight.uses}
         others = [node for node in self._readings(own.leaf.value) if id(node) not in read]
         if others:

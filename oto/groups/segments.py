@@ -318,14 +318,15 @@ class _Run:
         return unread
 
     def _last_parameters(self, value: Value) -> list[Leaf]:
-        """The last parameters on every path to a value."""
+        """The last parameters on every path to a value; none on a path through what is zero anyway, such as what a
+        module gives that computes nothing."""
         found: dict[Leaf, None] = {}
         seen: set[Value] = set()
         todo = [value]
         while todo:
             value = todo.pop()
             node = self.maker.get(value)
-            if node is None or value in seen:
+            if node is None or value in seen or self._is_silenced(value, ()):
                 continue
             seen.add(value)
             inputs = list(dict.fromkeys(node.inputs()))

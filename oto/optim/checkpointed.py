@@ -123,6 +123,10 @@ class Checkpointed(Wrapper):
             target.unit,
         )
 
+    def schedule_in(self, first: Mapping[str, Any]) -> Schedule:
+        """When pruning happens in a run, by the first parameter group of its state dict."""
+        return self.schedule
+
     def record(self, **numbers: float | Tensor) -> None:
         """Add numbers of the coming step (a loss, an accuracy) to :attr:`history`.
 

@@ -12,11 +12,12 @@ The rule itself, from scores to atoms, is in :mod:`oto.optim.choice`.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from oto.groups.node_group import NodeGroup
+from oto.groups.node_group import NodeGroup, Slice
 from oto.optim.compensating import Compensating
 from oto.optim.plan import FREE, PRUNED, REDUNDANT
 from oto.optim.refusals import (
@@ -98,7 +99,28 @@ class Choosing(Compensating):
         parameters, maximized = self.parameters(), self.maximized()
         if any_sharded(parameters.values()):
             return self.sums(parameters, maximized).entries()
-        return [self.entries_of(group, parameters, maximized) for group in self.node_groups]
+        return [self.entries_of(group, parameters, maximized) for group in self.computed_groups()]
+
+    def computed_groups(self) -> list[NodeGroup]:
+        """The node groups, without slices of what lies in a segment at zero for good: nothing reads them there."""
+        gone: set[str] = set()
+        for group, atoms in zip(self.node_groups, self._codes(), strict=True) if self._has_segments else ():
+            if group.segment and group.size and bool((atoms == PRUNED).all()):
+                shapes = {piece.parameter: self.parameters()[piece.parameter].shape for piece in group.slices}
+                # of entries behind a concatenation only some belong to the segment
+                gone |= {
+                    own.parameter for own in group.slices if own == Slice.whole(own.parameter, shapes[own.parameter])
+                }
+
+        def read(group: NodeGroup) -> NodeGroup:
+            left = [piece for piece in group.slices if piece.parameter not in gone or piece in group.zeros]
+            return group if group.segment else replace(group, slices=tuple(left))
+
+        return list(map(read, self.node_groups)) if gone else list(self.node_groups)
+
+    @property
+    def _has_segments(self) -> bool:
+        return any(group.segment for group in self.node_groups)
 
     def maximized(self) -> set[str]:
         """Parameters of groups with ``maximize``, whose gradients point uphill."""
@@ -106,7 +128,7 @@ class Choosing(Compensating):
 
     def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
         """What criteria see if parameters are spread over processes."""
-        return Sums.of(self.node_groups, parameters, maximized=maximized, device=self.atoms.device)
+        return Sums.of(self.computed_groups(), parameters, maximized=maximized, device=self.atoms.device)
 
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
         """Those of one node group. A paper may put other numbers in the place of the parameters."""

@@ -39,7 +39,7 @@ Where we differ from the released code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -54,7 +54,7 @@ from oto.optim.hesso import HESSO
 from oto.optim.options import CycleOptions, HESSOCRICOptions, besides
 from oto.optim.plan import FREE, PRUNED, REDUNDANT, rows_of
 from oto.optim.saliency import Entries, importance, raw_scores
-from oto.optim.schedule import count_steps
+from oto.optim.schedule import Schedule, count_steps
 from oto.optim.setup import schedule_of
 from oto.optim.sums import put_aside
 from oto.optim.target import Measure
@@ -104,6 +104,8 @@ class HESSOCRIC(HESSO):
         steps = options.get("sampling_steps", SAMPLING_STEPS)
         self.first_step = schedule_of(options).start
         self.sampling_steps = count_steps("sampling_steps", steps, options.get("total_steps"))
+        if self.sampling_steps == 0 and float(steps) > 0:  # a share of a few steps is at least one
+            self.sampling_steps = 1
         self.max_cycles, self.tolerance = options.get("max_cycles", MAX_CYCLES), options.get("tolerance", 0)
         self.sensitivity = options.get("sensitivity", 1.0)
         if self.sampling_steps < 1:
@@ -183,9 +185,33 @@ class HESSOCRIC(HESSO):
                 "walked": torch.zeros(criteria, n, device=device),
                 "sensitivity": torch.zeros(len(self.node_groups), device=device),
             }
+        self.schedule = self.schedule_in(self.param_groups[0])
+
+    def schedule_in(self, first: Mapping[str, Any]) -> Schedule:
+        """It begins when the walks end; as long as that is not known, when they end at the latest."""
         latest = self.first_step + self._probes + self.max_cycles * self.sampling_steps
-        # at the latest, as long as it is not known; refused if it does not fit into total_steps
-        self.schedule = replace(self.schedule, start=self.walk["over_at"] if self.walk["over"] else latest)
+        total = self.schedule.total_steps
+        if total is not None and not first["oto_walk"]["over"] and latest + self.schedule.steps > total:
+            raise TargetError(
+                f"pruning would last from step {latest} to step {latest + self.schedule.steps - 1}, after probes and at"
+                f" most {self.max_cycles} walks of {self.sampling_steps} steps, but training ends after"
+                f" total_steps={total}\n"
+                "  effect  groups would be left that never reach zero\n"
+                f"  to fix  {self._shorter(latest + self.schedule.steps - total)}"
+            )
+        return replace(self.schedule, start=first["oto_walk"]["over_at"] if first["oto_walk"]["over"] else latest)
+
+    def _shorter(self, over: int) -> str:
+        """What to ask for, so that pruning ends ``over`` steps earlier."""
+        cycles = self.max_cycles - -(-over // self.sampling_steps)
+        ways = [f"max_cycles={cycles} or fewer"] if cycles >= 1 else []
+        ways += [f"start_pruning_step={self.first_step - over} or less"] if over <= self.first_step else []
+        least = self.schedule.steps - over
+        ways += [f"pruning_steps={least} or fewer"] if least >= self.schedule.periods else []
+        return (
+            ", or ".join(ways)
+            or f"train for {over} more steps, or fewer and shorter walks (max_cycles, sampling_steps)"
+        )
 
     def describe_setup(self) -> dict[str, Any]:
         """As in :class:`HESSO`, with the cycles; when pruning begins is not known beforehand."""

@@ -139,7 +139,7 @@ class LHSPG(HESSO):
 
     def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
         """As in :class:`HESSO`, with a weight and its adapters as one."""
-        return self.composed.sums(self.node_groups, parameters, maximized, self.atoms.device)
+        return self.composed.sums(self.computed_groups(), parameters, maximized, self.atoms.device)
 
     def describe_setup(self) -> dict[str, Any]:
         """As in :class:`HESSO`, with ε."""

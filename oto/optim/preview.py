@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oto.errors import OptionError
+from oto.errors import NoGradientError, OptionError
 from oto.optim.choice import Choice
 from oto.optim.refusals import require_finite, require_gradients, require_loss
 from oto.optim.saliency import Entries, Saliency, raw_scores
@@ -53,9 +53,17 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
                     " such as lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
                 )
             model.zero_grad()
-            value = loss(model, batch)
-            require_loss(value)
-            value.backward()
+            with torch.enable_grad():
+                value = loss(model, batch)
+                require_loss(value)
+                if not value.requires_grad:
+                    raise NoGradientError(
+                        "loss(model, batch) has no gradient, and the choice goes by gradients\n"
+                        "  effect  nothing was chosen\n"
+                        "  to fix  no detach(), torch.no_grad() or torch.inference_mode() in or around it; or choose by"
+                        " weights: saliency='magnitude'"
+                    )
+                value.backward()
             with torch.no_grad():
                 own = entries()
                 seen = [raw_scores(own, criterion, alive.device) for criterion in choice.averaged]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -328,15 +329,19 @@ def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tupl
 def require_there(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> None:
     """Refuse a slim model in which a node group that could lose more atoms no longer can.
 
+    A segment could not, where so many of those of its joint or its run are gone that the others have to stay.
+
     Raises:
         ShrinkError: There is one.
     """
     made = parts(before, after)
+    members = Counter(name for group in before if group.size for name, _ in group.among)
     lost = [
         group.name
         for group in before
         if group.prunable
         and group.size > group.min_kept
+        and not any(members[name] <= number for name, number in group.among)
         and not (group.name in made and all(part.prunable for part in made[group.name]))
     ]
     if lost:

@@ -11,7 +11,7 @@ Example: of atoms ``[a b c d]`` with ``b, d`` in every member and ``a`` in the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from oto.axes.terms import Axis, reordered
 from oto.slim.config.solve import apply
 from oto.slim.edits import Edits, attribute, slim_copy
+from oto.slim.emitters import without_segments
 from oto.slim.own_class import plan_edits
 from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
@@ -85,21 +86,26 @@ def view_of(store: nn.Module, masked: nn.Module, plain: Source, orders: Orders) 
     front = {name: np.arange(len(atoms)) for name, atoms in plain.kept.items()}
     source = replace(plain, kept=front)
     edits = plan_edits(store, source.pruned, source.own.unfolded if source.own is not None else None)
-    buffers = sorted_copy(masked, source, orders)  # the statistics of the member
-    tensors, copied, size = _tensors(store, buffers, source.pruned)
+    zeroed = sorted_copy(masked, source, orders)  # with the statistics of the member
+    edits, gone = without_segments(replace(source, model=zeroed), edits)
+    tensors, copied, size = _tensors(store, zeroed, source.pruned, gone)
     net = apply(store, tensors, edits).eval()
     learn(net, edits, source.dummy_input)
     require(check(masked, net, source.dummy_input, CheckOptions("view"), left=source.left))
     return View(net, copied, size)
 
 
-def _tensors(store: nn.Module, masked: nn.Module, pruned: PrunedShapes) -> tuple[dict[str, Tensor], list[str], int]:
-    """A member's tensors, the names of those parameters that are copies, and their bytes."""
+def _tensors(
+    store: nn.Module, masked: nn.Module, pruned: PrunedShapes, gone: Collection[str]
+) -> tuple[dict[str, Tensor], list[str], int]:
+    """A member's tensors but for those that are gone with segments, the names of those parameters that are copies, and
+    their bytes."""
     tensors: dict[str, Tensor] = {}
     copied: list[str] = []
     size = 0
     for leaf in pruned.found.graph.leaves:
-        if not leaf.names:
+        names = [name for name in leaf.names if name not in gone]
+        if not names:
             continue
         if leaf.kind != "parameter":
             made = pruned.prune(leaf, attribute(masked, leaf.names[0]))
@@ -108,9 +114,9 @@ def _tensors(store: nn.Module, masked: nn.Module, pruned: PrunedShapes) -> tuple
             view = _front(full, pruned.entries(leaf))
             made = pruned.prune(leaf, full) if view is None else view
             if view is None:
-                copied.append(leaf.names[0])
+                copied.append(names[0])
                 size += made.nbytes
-        tensors.update(dict.fromkeys(leaf.names, made))
+        tensors.update(dict.fromkeys(names, made))
     return tensors, copied, size
 
 

@@ -268,6 +268,23 @@ def test_options_that_mean_nothing_are_refused(options, message):
         cric(net(), **options)
 
 
+def test_a_share_of_a_few_steps_is_a_walk_of_one_step():
+    short = {"total_steps": 24, "start_pruning_step": 1, "max_cycles": 4}
+    model = net()
+    options = {key: value for key, value in (OPTIONS | short).items() if key != "sampling_steps"}
+    assert HESSOCRIC(model.named_parameters(), groups(), **options).sampling_steps == 1
+    assert cric(net(), **short, sampling_steps=0.02).schedule.end == 1 + 4 + 4 + 4
+
+
+def test_what_does_not_fit_says_what_would():
+    with pytest.raises(TargetError, match=r"from step 18 to step 21.*4 walks of 3 steps[^$]*max_cycles=2 or fewer$"):
+        cric(net(), total_steps=17, max_cycles=4)
+    assert cric(net(), total_steps=17, max_cycles=2).schedule.end <= 17
+    with pytest.raises(TargetError, match=r"start_pruning_step=1 or less$"):
+        cric(net(), total_steps=12, max_cycles=1)
+    assert cric(net(), total_steps=12, max_cycles=1, start_pruning_step=1).schedule.end == 12
+
+
 def test_a_checkpoint_of_hesso_is_refused():
     from .toy import hesso
 

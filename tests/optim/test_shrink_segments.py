@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from oto import OTO, load_subnet
-from oto.errors import NotPrunedWarning
+from oto.errors import NotPrunedWarning, ShrinkError
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
 from tests.optim.test_segments import Net
@@ -285,3 +285,115 @@ def test_a_tied_parameter_is_gone_only_with_all_that_hold_it(gone, at, mode):
     assert two.emitter == "module" and one.cost_after.macs == two.cost_after.macs
     assert [p.shape for p in one.model.parameters()] == [p.shape for p in two.model.parameters()]
     assert relative_error(run(one.model, slim.x), run(two.model, slim.x)) <= 1e-9
+
+
+class Mixture(nn.Module):
+    """Experts that are added up one after the other, each weighed by a gate; the scale would silence all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.scale, self.gate = nn.Parameter(torch.ones(8)), nn.Linear(8, 4, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12, bias=False), nn.ReLU(), nn.Linear(12, 8, bias=False)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        h = x * self.scale
+        weights = self.gate(h).softmax(-1)
+        y = self.experts[0](h)
+        for i in (1, 2, 3):
+            y = y + weights[..., i : i + 1] * self.experts[i](h)
+        return self.head(x + y)
+
+
+class Side(nn.Module):
+    """Where ``a`` is left out, its zeros get the shape of what it was given, which ties the two widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pre, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.pre(x).relu()
+        return self.head(x + 0.5 * self.a(h) + self.b(h).tanh())
+
+
+class Images(nn.Module):
+    """A convolution reads the stem inside of a segment, and another one behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+        self.block = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1))
+
+    def forward(self, x):
+        x = self.stem(x.view(-1, 1, 1, 4).expand(-1, -1, 6, -1).repeat(1, 1, 1, 2))
+        return self.head(self.last(x + self.block(x)).mean((2, 3)))
+
+
+def gone(way, *names):
+    """Let segments be at zero for good, and nothing else."""
+    optimizer, codes = way.optimizer, way.optimizer._codes()
+    for group, own in zip(optimizer.node_groups, codes, strict=True):
+        own[:] = 2 if group.name in names else 0
+        group.zero_(optimizer.parameters(), torch.arange(group.size if group.name in names else 0))
+    optimizer.atoms = torch.cat(codes)
+
+
+def test_sums_of_what_is_left_can_go_on_losing_it():
+    way = Way(make=Mixture, target=0.5)
+    assert len(way.segments) == 7  # each expert, the sums of the first two and three, and all of it
+    gone(way, "gate")
+    way.oto.shrink(way.optimizer)  # all others can go on losing atoms, or it is refused
+    assert len(way.segments) == 5 and not way.model.experts[1].state_dict()
+    again = OTO(way.model, way.x, compress_mode="erase")
+    segments = [group for group in again.node_groups if group.segment and group.prunable]
+    assert not any(piece.parameter == "scale" for group in segments for piece in group.zeros)
+
+
+def test_the_last_of_a_concatenation_has_to_stay_anyway():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ways = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU()) for _ in range(3))
+            self.head = nn.Linear(18, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat([way(x) for way in self.ways], 1))
+
+    way = Way(make=Beside, mode="erase", target=0.5)
+    first, second, _ = way.segments
+    gone(way, first, second)
+    way.oto.shrink(way.optimizer)
+    assert way.model.head.in_features == 6 and not way.segments
+
+
+def test_what_was_shrunk_after_pruning_resumes_though_widths_are_tied_in_it():
+    one = Way(make=Side, target=0.6).until(START + STEPS)
+    gone(one, one.segments[0])
+    early = Way(make=Side, target=0.6)
+    gone(early, early.segments[0])
+    with pytest.raises(ShrinkError, match="once pruning is over"):
+        early.oto.shrink(early.optimizer)
+    one.oto.shrink(one.optimizer)
+    saved = {"model": one.model.state_dict(), "optimizer": one.optimizer.state_dict()}
+    two = Way(make=Side, target=0.6)
+    two.oto.shrink(two.optimizer, like=saved["optimizer"])
+    two.model.load_state_dict(saved["model"])
+    two.optimizer.load_state_dict(saved["optimizer"])
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_what_reads_a_channel_in_a_segment_that_is_gone_does_not_count():
+    way = Way(make=Images)
+    gone(way, "block")
+    read = []
+    for _ in range(2):
+        entries = zip(way.optimizer.node_groups, way.optimizer.entries(), strict=True)
+        read += [own.reader_sq for group, own in entries if group.name == "stem.weight"]
+        way.oto.shrink(way.optimizer)
+    assert torch.equal(*read)

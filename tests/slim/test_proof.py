@@ -154,6 +154,18 @@ def test_random_inputs_are_drawn_from_numbers():
     assert random_like(torch.full((3,), NAN), 0).isnan().all()
 
 
+@pytest.mark.parametrize(("seed", "batch"), [(0, None), (1, None), (0, 6)])
+def test_a_random_input_is_another_one_where_the_example_was_drawn_with_the_same_seed(seed, batch):
+    torch.manual_seed(seed)
+    image = torch.randn(4, 3, 8, 8)
+    torch.manual_seed(seed)
+    ids = torch.randint(0, 10, (4, 64))
+    drawn = random_like(image, seed, batch), random_like(ids, seed, batch)
+    assert (drawn[0][:4] - image).abs().mean() > 0.9
+    assert (drawn[1][:4] == ids).float().mean() < 0.3
+    assert torch.equal(random_like(ids, seed, batch), drawn[1])
+
+
 # What holds other tensors --------------------------------------------------------------------------------------------
 
 
