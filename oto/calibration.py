@@ -70,7 +70,8 @@ class Data:
             raise OptionError(
                 f"{len(listed)} batches are given, of which {many} would be held out\n"
                 "  effect  nothing was changed\n"
-                "  to fix  give at least two batches, smaller ones if there is no more data; or holdout=0"
+                "  to fix  give at least two batches, smaller ones if there is no more data (on the command line,"
+                " --batch-size); or holdout=0"
             )
         return cls(listed[: len(listed) - many], listed[len(listed) - many :], loss)
 

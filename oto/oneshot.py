@@ -52,8 +52,8 @@ from oto.optim.compensate import (
 )
 from oto.optim.entries import Rows
 from oto.optim.preview import left_by, left_now
+from oto.optim.saliency import AS_PUBLISHED, CRITERIA, magnitude
 from oto.optim.saliency import Entries as Weights
-from oto.optim.saliency import magnitude
 from oto.previewing import choice_for
 from oto.progress import stage, stages
 from oto.report.one_shot import OneShot, Portion
@@ -449,6 +449,9 @@ def one_shot(
 ) -> OneShot:
     """Compress a model in place; see :meth:`oto.OTO.one_shot`."""
     if isinstance(asked := options.get("saliency"), str):
+        if asked not in {*MEASURED, *CRITERIA, *AS_PUBLISHED}:
+            names = ", ".join([*MEASURED, *AS_PUBLISHED, *CRITERIA])
+            raise OptionError(f"no saliency of one_shot is called {asked!r}\n  to fix  one of {names}, or a function")
         comparable = COMPARABLE if asked == "sensitivity" else {}
         options = {**comparable, **options, "saliency": MEASURED.get(asked, asked)}
     data, choice = Data.of(batches, loss, holdout), choice_for(analysis, options, "one_shot")

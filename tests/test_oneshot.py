@@ -367,6 +367,10 @@ def test_refusals_change_nothing():
         ({"compensate": "mean"}, "compensate is 'mean'"),
         ({"ridge": -1.0}, "ridge is"),
         ({"portions": 0}, "portions is"),
+        (
+            {"saliency": "size"},
+            "no saliency of one_shot is called 'size'[^$]*one of obs, fluctuation, sensitivity, hesso",
+        ),
         ({"lr": 0.1}, "lr"),
     ]:
         with pytest.raises(OptionError, match=match):

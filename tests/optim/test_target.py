@@ -165,6 +165,10 @@ def test_the_share_of_groups_that_a_message_names_is_never_rounded_up():
         ({"target_macs": 1}, "1 is a number of MACs, 1.0 would be a share"),
         ({"target_group_sparsity": 1.0}, r"share of groups to remove, in \[0, 1\)"),
         ({"target_group_sparsity": -0.1}, r"share of groups to remove, in \[0, 1\)"),
+        (
+            {"target_group_sparsity": 1e-9},
+            r"groups is less than one[^$]*nothing would be removed[^$]*ask for 0\.\d+ or",
+        ),
     ],
 )
 def test_a_target_that_means_nothing_is_refused(cnn, asked, message):
