@@ -442,6 +442,12 @@ class Modules:
             for path in _ancestors(node.module):
                 self.calls.setdefault(path, set()).add(node.index)
 
+    @classmethod
+    def of(cls, graph: Graph) -> Modules:
+        """All calls that an output, or what the model keeps, depends on, but for those that only count."""
+        counting = _counting(graph)
+        return cls(node for node in graph.calls if node.index not in graph.dead and node.index not in counting)
+
     def ending(self, path: str, body: frozenset[int]) -> str:
         """The outermost module around one, all of whose calls lie in a body; itself if there is none."""
         around = [outer for outer in _ancestors(path) if outer in self.calls and self.calls[outer] <= body]
@@ -452,6 +458,26 @@ class Modules:
         some = frozenset(calls)
         inside = [path for path, own in self.calls.items() if path and own <= some]
         return sorted(path for path in inside if not any(path.startswith(f"{outer}.") for outer in inside))
+
+
+def _counting(graph: Graph) -> set[int]:
+    """The calls of train mode that only count how often a module has run, such as the batches of a batch norm.
+
+    All that they read and write is a tensor of the model that no other call reads, nor any code: it was without data.
+    So nobody misses them with the module.
+    """
+    train = graph.trained
+    if train is None or train.mode not in ("meta", "fake"):
+        return set()
+    mine, readers = {leaf.value for leaf in graph.leaves}, _readers(graph.calls)
+    read = {*readers, *train.outputs, *train.enclosed}
+    return {
+        node.index
+        for node in train.nodes
+        if effects(node.op)[0]
+        and all(value in mine and readers[value] == {node.index} for value in node.inputs())
+        and read.isdisjoint(_made(node))
+    }
 
 
 def _ancestors(path: str) -> Iterator[str]:

@@ -57,7 +57,7 @@ def needed(
         own: What the class needs, if it was searched.
     """
     graph = partition.found.graph
-    modules = Modules(node for node in graph.calls if node.index not in graph.dead)
+    modules = Modules.of(graph)
     bodies = frozenset(index for segment in segments for index in segment.body)
     added, laid = Learned({}, modules, bodies, {}), Learned({}, modules, bodies, {}, beside(graph, segments))
     handles = [*added.watch(model), *laid.watch(model)]

@@ -75,7 +75,7 @@ def plan(
         gone: The segments that are left out.
         tensors, edits: Those of the thin copy.
     """
-    modules = _modules(partition.found.graph)
+    modules = Modules.of(partition.found.graph)
     learned = _learned(partition.found.graph, modules, gone)
     thin = slim_copy(model, tensors, edits).eval()
     learned.watch(thin)
@@ -92,7 +92,7 @@ def plan_each(
         tensors: Those of the model, in which what all of the segments write is zero.
     """
     graph = partition.found.graph
-    modules = _modules(graph)
+    modules = Modules.of(graph)
     each = [_learned(graph, modules, [segment]) for segment in segments]
     ends: dict[str, dict[str, bool]] = {}
     functions: dict[str, Sequence[str]] = {}
@@ -147,10 +147,6 @@ def outermost(erased: Iterable[Mapping[str, dict[str, Any]]]) -> dict[str, dict[
         if not _is_inside(path, found):
             found[path] = how
     return found
-
-
-def _modules(graph: Graph) -> Modules:
-    return Modules(node for node in graph.calls if node.index not in graph.dead)
 
 
 def beside(graph: Graph, segments: Iterable[Segment]) -> dict[int, int]:
