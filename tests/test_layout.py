@@ -41,8 +41,9 @@ SLIM = {
     "config": {"edits", "proof", "pruned_shapes"},  # what a field states is tried, and a trial is compared
     "graph": {"edits", "proof", "pruned_shapes"},
     "removed": {"edits", "proof"},
-    "erased": {"edits", "proof"},
-    "asked": {"edits", "erased", "own_class", "pruned_shapes"},
+    "called": set(),
+    "erased": {"called", "edits", "proof"},
+    "asked": {"called", "edits", "erased", "own_class", "pruned_shapes"},
     "provenance": {"config", "edits"},
     "pickled": {"provenance"},
     "state": {"proof"},

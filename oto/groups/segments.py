@@ -116,11 +116,16 @@ def branches(found: Propagation) -> Branches:
         staying += [Staying(s.joint, s.name, "in train mode its result is read in another way, too") for s in lost]
         own = [_in_both(segment, train[_key(segment)]) for segment in kept]
     readers = _readers(graph.calls)
+    reads: dict[int, list[int]] = {}  # the leaves that a call reads, by their places
+    for place, leaf in enumerate(graph.leaves):
+        for index in readers.get(leaf.value, ()):
+            reads.setdefault(index, []).append(place)
     beside = Beside(found)
     named: list[Segment] = []
     taken: dict[str, int] = {}
     for segment in own:
-        inside = [leaf for leaf in graph.leaves if readers.get(leaf.value) and readers[leaf.value] <= segment.body]
+        read = sorted({place for index in segment.body for place in reads.get(index, ())})
+        inside = [leaf for leaf in map(graph.leaves.__getitem__, read) if readers[leaf.value] <= segment.body]
         if outside := [leaf for leaf in segment.writers if leaf not in inside]:
             staying.append(Staying(segment.joint, segment.name, f"{outside[0].name} is read elsewhere, too"))
             continue
@@ -498,15 +503,18 @@ def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]
     """
     result, back = dict(kept), list[str]()
     sets = [*_beside_each_other(partition), *_reading_inputs(partition)] if partition.segments else []
-    before = -1
+    before, gone = -1, partition.erased(result)
     while before < len(back):  # what lies in a segment does not matter until that is back
         before = len(back)
         for _, members in sets:
-            gone = partition.erased(result)
-            apart = [s for s in gone if s.name in members and not any(_joints(s) <= other.body for other in gone)]
-            if apart and len([s for s in gone if s.name in members]) == len(members):
-                result[apart[0].name] = np.arange(1)
-                back.append(apart[0].name)
+            own = [segment for segment in gone if segment.name in members]
+            if len(own) < len(members):
+                continue
+            apart = next((s for s in own if not any(_joints(s) <= other.body for other in gone)), None)
+            if apart is not None:
+                result[apart.name] = np.arange(1)
+                back.append(apart.name)
+                gone = partition.erased(result)
     return result, back
 
 
