@@ -126,6 +126,11 @@ class Form:
     own: OwnClass | None = None
 
     @property
+    def settled(self) -> Form:
+        """The same without the copy on which the class was tried."""
+        return self if self.own is None else replace(self, own=replace(self.own, copy=None))
+
+    @property
     def decisions(self) -> Iterable[object]:
         """The decisions of the search of the class, to print."""
         if self.own is not None:
@@ -353,9 +358,11 @@ def _analyzed(model: nn.Module, example: Example, options: Options) -> Analysis:
                 options.prune_frozen,
                 options.drop_unreached,
             ),
+            keeps=options.compress_mode != "prune",
         )
         if options.compress_mode != "prune":
             found = _with_segments(found, options, skipped, only, calls)
+            found = replace(found, form=found.form.settled)
         try:
             require_prunable(found.groups, graph)
         except NothingPrunableError as failure:
@@ -399,7 +406,7 @@ def _layers(analysis: Analysis, partition: Partition, groups: tuple[NodeGroup, .
         return stated_layers(analysis.model, partition, groups, analysis.example, analysis.form.recipe)
 
 
-def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
+def _in_form(layout: Layout | None, analysis: Analysis, keeps: bool) -> Analysis:
     """Decide on the form of the slim model, and keep whole what that form cannot express: a config comes first, if a
     layout asks for one and it states any size; then a graph, if ``allow_graph``; then the class."""
     if layout in ("uniform", "stock"):
@@ -410,7 +417,7 @@ def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
         warnings.warn(text, UnstatedWarning, stacklevel=users_level())
     if analysis.allow_graph:
         return analysis
-    own = ask_the_class(analysis)
+    own = ask_the_class(analysis, keeps)
     return replace(analysis, groups=limited(analysis.groups, own), form=Form("class", own=own))
 
 
@@ -421,12 +428,12 @@ def _stated(analysis: Analysis, recipe: Recipe | None, layout: Layout) -> tuple[
         return stated(model, analysis.partition, analysis.groups, analysis.example, recipe, layout == "stock")
 
 
-def ask_the_class(analysis: Analysis) -> OwnClass:
-    """What a slim model of the model's own class needs."""
+def ask_the_class(analysis: Analysis, keeps: bool = False) -> OwnClass:
+    """What a slim model of the model's own class needs; with the copy on which it was tried, if it is kept."""
     model = analysis.model
     asked = rewording(model, TraceError, "it was asked what its class can do without", "the analysis is done")
     with asked, stages(f"OTO({type(model).__name__})"):
-        return own_class(model, analysis.partition, analysis.groups, analysis.example)
+        return own_class(model, analysis.partition, analysis.groups, analysis.example, keeps)
 
 
 def _but_skipped(groups: tuple[NodeGroup, ...], skipped: list[str], graph: Graph) -> tuple[NodeGroup, ...]:

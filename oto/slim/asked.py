@@ -18,14 +18,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oto.axes.registry import known
 from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.groups import Partition
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules, legal
-from oto.slim.called import Call
+from oto.slim.called import Taken
 from oto.slim.edits import Edits, pruned_tensors, slim_copy, tensors_of
 from oto.slim.erased import (
     Learned,
@@ -39,8 +39,9 @@ from oto.slim.erased import (
 )
 from oto.slim.own_class import OwnClass, plan_edits
 from oto.slim.pruned_shapes import pruned_shapes
+from oto.trace.graph import Leaf
 from oto.trace.inputs import Example
-from oto.trace.light import empty, failure_on_meta
+from oto.trace.light import failure_on_meta
 from oto.trace.record import follow
 from oto.trace.snapshot import Snapshot
 from oto.trace.stand_ins import on_meta
@@ -57,7 +58,7 @@ def needed(
     partition: Partition,
     segments: list[Segment],
     dummy_input: Example,
-    calls: Mapping[str, Sequence[Call]],
+    calls: Mapping[str, Sequence[Taken]],
     own: OwnClass | None = None,
 ) -> dict[str, str]:
     """The segments that a class cannot do without, each alone, and why; none where it cannot be asked.
@@ -123,7 +124,7 @@ class _Asking:
             modules = outermost(erased[name] for name in names)
             try:
                 edits = leaving_out(Edits(), modules, model)
-                if mode == "meta" and not fast and self._runs_on_meta(tensors, edits):
+                if mode == "meta" and not fast and self._runs_on_meta({}, edits):
                     return None
                 copy = slim_copy(model, tensors, edits)
             except EmitterError as refused:
@@ -151,14 +152,11 @@ class _Asking:
         def without(names: Sequence[str]) -> Exception | None:
             pruned = pruned_shapes(partition, {name: np.arange(0) for name in names})
             modules = outermost(erased[name] for name in names)
-            light = {
-                name: torch.empty(pruned.shape(leaf), dtype=leaf.value.dtype, device="meta")
-                for leaf in partition.found.graph.leaves
-                for name in leaf.names
-            }
+            shapes = {leaf: pruned.shape(leaf) for leaf in partition.found.graph.leaves}
+            thin = {leaf: shape for leaf, shape in shapes.items() if tuple(shape) != leaf.value.shape}
             try:
                 edits = leaving_out(plan_edits(model, pruned, self.own), modules, model)
-                if self._runs_on_meta(light, edits) or on_meta(model):
+                if self._runs_on_meta(thin, edits) or on_meta(model):
                     return None
             except EmitterError as refused:
                 return refused
@@ -167,10 +165,22 @@ class _Asking:
         rounds = _rounds(partition, list(erased))
         return self._why(failures for names in rounds for failures in _alone(names, without).items())
 
-    def _runs_on_meta(self, tensors: Mapping[str, Tensor], edits: Edits) -> bool:
-        """Whether a copy runs with shapes only: faster than to record it."""
-        light = slim_copy(self.model, {name: empty(t) for name, t in tensors.items()}, edits)
-        return failure_on_meta(light, self.dummy_input, self.held) is None
+    def _runs_on_meta(self, shapes: Mapping[Leaf, Sequence[int]], edits: Edits) -> bool:
+        """Whether a copy runs with shapes only: faster than to record it.
+
+        Args:
+            shapes: Those of tensors of the model that differ.
+        """
+        copy = None if self.own is None else self.own.copy
+        light = {
+            name: torch.empty(shapes.get(leaf, leaf.value.shape), dtype=leaf.value.dtype, device="meta")
+            for leaf in self.partition.found.graph.leaves
+            if copy is None or leaf in shapes or leaf.kind == "constant"  # whose numbers such a copy holds
+            for name in leaf.names[: None if copy is None else 1]
+        }
+        if copy is None:
+            return failure_on_meta(slim_copy(self.model, light, edits), self.dummy_input, self.held) is None
+        return failure_on_meta(copy.edited(edits, light), self.dummy_input, copy.found) is None
 
     def _why(self, failures: Iterable[tuple[str, Exception]]) -> dict[str, str]:
         return {

@@ -40,7 +40,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Taken:
     """A call of a module, with a :class:`Shape` in place of each tensor."""
 
     args: tuple[Any, ...]
@@ -52,7 +52,7 @@ class Calls:
     """The calls of each module, by its first path, in the run that was watched last."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[Call]] = {}
+        self.found: dict[str, list[Taken]] = {}
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -72,7 +72,7 @@ class Calls:
     def _see(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         with DisableTorchFunction():  # our own looks at tensors are no calls of the model
             named = {name: _shape(x) for name, x in kwargs.items()}
-            self.found.setdefault(path, []).append(Call(tuple(map(_shape, args)), named, _shape(result)))
+            self.found.setdefault(path, []).append(Taken(tuple(map(_shape, args)), named, _shape(result)))
 
 
 def _shape(x: Any) -> Any:

@@ -27,7 +27,7 @@ from oto.groups.beside import dim_of
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules, not_computed, overwritten
 from oto.nn.erased import THEN, is_erased
-from oto.slim.called import PLAIN, Call, Shape
+from oto.slim.called import PLAIN, Shape, Taken
 from oto.slim.edits import Edits, slim_copy
 from oto.slim.proof.run import run
 from oto.trace.graph import Graph, Value
@@ -316,7 +316,7 @@ class Learned:
                 handles.append(module.register_forward_hook(see, with_kwargs=True))
         return handles
 
-    def read(self, model: nn.Module, calls: Mapping[str, Sequence[Call]]) -> None:
+    def read(self, model: nn.Module, calls: Mapping[str, Sequence[Taken]]) -> None:
         """Learn from a run that was watched; it says nothing of the functions that are left, which need numbers."""
         for path, own in calls.items():
             if self._is_gone(path):
