@@ -495,14 +495,19 @@ def _ancestors(path: str) -> Iterator[str]:
 # --- which may go together --------------------------------------------------------------------------------------------
 
 
-def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+def legal(
+    partition: Partition, kept: Kept, sets: Sequence[tuple[str, set[str]]] | None = None
+) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     """What is kept, with segments that are zero where the network would come apart without them, and their names.
 
     Every input stays read, and every joint has something to give. What comes back is zero, so nothing that the network
     computes changes.
+
+    Args:
+        sets: :func:`not_all`, if it is known.
     """
     result, back = dict(kept), list[str]()
-    sets = [*_beside_each_other(partition), *_reading_inputs(partition)] if partition.segments else []
+    sets = not_all(partition) if sets is None else sets
     before, gone = -1, partition.erased(result)
     while before < len(back):  # what lies in a segment does not matter until that is back
         before = len(back)
@@ -516,6 +521,14 @@ def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]
                 back.append(apart.name)
                 gone = partition.erased(result)
     return result, back
+
+
+def not_all(partition: Partition) -> list[tuple[str, set[str]]]:
+    """The sets of segments of which one stays, each by a name."""
+    if not partition.segments:
+        return []
+    beside = list(_beside_each_other(partition))
+    return [*beside, *_reading_inputs(partition, {name for _, members in beside for name in members})]
 
 
 # --- what is left without them ----------------------------------------------------------------------------------------
@@ -606,7 +619,7 @@ def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeG
     Raises:
         TargetError, UnknownParameterError: ``min_depth`` means nothing, or names no segment.
     """
-    sets = [*_beside_each_other(partition), *_reading_inputs(partition)]
+    sets = not_all(partition)
     runs = runs_of(partition.segments)
     least = _least(runs, min_depth, [segment.name for segment in partition.segments])
     made = []
@@ -671,10 +684,13 @@ def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
             yield f"into node-{joint}", members
 
 
-def _reading_inputs(partition: Partition) -> Iterator[tuple[str, set[str]]]:
-    """Segments without all of which an input would not be read any more, of which one stays."""
+def _reading_inputs(partition: Partition, beside: set[str]) -> Iterator[tuple[str, set[str]]]:
+    """Segments without all of which an input would not be read any more, of which one stays.
+
+    Args:
+        beside: Those that do not all go anyway, as they are laid beside each other.
+    """
     graph = partition.found.graph
-    beside = set().union(*(members for _, members in _beside_each_other(partition)), set())
     cut = {(joint, s.edge): s for s in partition.segments if s.name not in beside for joint in _joints(s)}
     for i, given in enumerate(graph.inputs):
         whole, without = _reached(graph, given, {}), _reached(graph, given, cut)

@@ -24,7 +24,7 @@ from oto.axes.registry import known
 from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.groups import Partition
 from oto.groups.partition import Segment
-from oto.groups.segments import Modules, legal
+from oto.groups.segments import Modules, legal, not_all
 from oto.slim.called import Taken
 from oto.slim.edits import Edits, pruned_tensors, slim_copy, tensors_of
 from oto.slim.erased import (
@@ -69,10 +69,12 @@ def needed(
     """
     graph = partition.found.graph
     modules = Modules.of(graph)
-    bodies = frozenset(index for segment in segments for index in segment.body)
-    added, laid = Learned({}, modules, bodies, {}), Learned({}, modules, bodies, {}, beside(graph, segments))
-    added.read(model, calls)
-    laid.read(model, calls)
+    added, laid = (
+        Learned({}, modules, frozenset(index for segment in some for index in segment.body), {}, beside(graph, some))
+        for some in ([s for s in segments if not s.axes], [s for s in segments if s.axes])
+    )
+    for learned in (added, laid):
+        learned.read(model, calls)
     doubts: dict[str, str] = {}
     erased: dict[str, dict[str, dict[str, Any]]] = {}
     for segment in segments:
@@ -201,8 +203,9 @@ def _alone(names: Sequence[str], without: Callable[[Sequence[str]], Exception | 
 
 def _rounds(partition: Partition, names: list[str]) -> Iterator[list[str]]:
     """Segments that may go together, until each was among some."""
+    sets = not_all(partition) if names else []
     while names:
-        _, back = legal(partition, {name: np.arange(0) for name in names})
+        _, back = legal(partition, {name: np.arange(0) for name in names}, sets)
         together = [name for name in names if name not in back]
         yield together
         names = [name for name in names if name in back]

@@ -303,6 +303,7 @@ class Learned:
     functions: Mapping[str, Sequence[str]]
     beside: Mapping[int, int] = field(default_factory=dict)
     found: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)
+    takes: dict[type[nn.Module], list[str]] = field(default_factory=dict, repr=False)
 
     def watch(self, thin: nn.Module) -> list[RemovableHandle]:
         """Look at every module of a model that is not run any more, when it runs for the last time."""
@@ -348,15 +349,18 @@ class Learned:
         return found[0] if all(how == found[0] for how in found) else None
 
     def _seen(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> dict[str, Any] | None:
-        takes = [
-            name
-            for name, p in inspect.signature(type(module).forward).parameters.items()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ][1:]
+        takes = self._takes(type(module))
         named = {**dict(zip(takes, args, strict=False)), **kwargs}
         tensors = {name: x for name, x in named.items() if isinstance(x, Tensor | Shape)}
         gives = self._recipe(path, module, tensors, result) if tensors and len(args) <= len(takes) else None
         return None if gives is None else {"takes": takes, "gives": gives}
+
+    def _takes(self, kind: type[nn.Module]) -> list[str]:
+        """The positional parameters of a forward."""
+        if kind not in self.takes:
+            parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+            self.takes[kind] = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        return self.takes[kind]
 
     def _recipe(self, path: str, module: nn.Module, given: Mapping[str, Given], x: Any) -> dict[str, Any] | None:
         """How a result follows from tensors; ``None`` if that is not known for every size."""

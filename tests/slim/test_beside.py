@@ -231,6 +231,50 @@ def test_batch_norms_that_count_their_batches_are_no_reason_to_stay():
     assert all(p.grad is not None for p in subnet.model.parameters())
 
 
+class Counted(Dense):
+    runs = 0
+
+    def forward(self, x):
+        Counted.runs += 1
+        return super().forward(x)
+
+
+def test_all_segments_are_asked_for_in_one_run():
+    model, x = Counted().eval(), torch.randn(2, 3, 8, 8)
+    runs = []
+    for mode in ("prune", "both"):
+        Counted.runs = 0
+        oto = OTO(model, x, compress_mode=mode)
+        runs.append(Counted.runs)
+    assert len(segments(oto)) == 3 and runs[1] - runs[0] == 1
+    assert oto._analysis.form.own.copy is None, "what it was asked on is not kept"
+
+
+class Peeking(Net):
+    """Looks at the weight of a single branch, which alone has to stay for that."""
+
+    runs = 0
+
+    def forward(self, x):
+        Peeking.runs += 1
+        assert self.first.one.conv.weight.ndim == 4
+        return super().forward(x)
+
+
+def test_a_branch_that_fails_among_many_is_the_only_one_that_stays():
+    (plain, x), model = made("inception"), Peeking().double().eval()
+    runs = []
+    for mode in ("prune", "both"):
+        Peeking.runs = 0
+        oto = OTO(model, x, compress_mode=mode)
+        runs.append(Peeking.runs)
+    whole = {group.name for group in segments(OTO(plain, x, compress_mode="both"))}
+    reasons = {group.name: group.reason for group in oto.node_groups if group.segment and not group.prunable}
+    assert whole - {group.name for group in segments(oto)} == {"first.one"} == reasons.keys(), reasons
+    assert "its class cannot leave it out: without it a Peeking fails" in reasons["first.one"]
+    assert runs[1] - runs[0] < len(whole)
+
+
 def test_it_is_saved_loaded_exported_and_trained(tmp_path):
     model, x = made("inception")
     oto = OTO(model.float(), x.float(), compress_mode="both")
