@@ -10,6 +10,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,7 @@ from oto.report.erasable import Erasable, erasable
 from oto.report.explain import Explanation, explain
 from oto.shards import refuse_flattened, reshard, sharded_names, whole
 from oto.slim.asked import needed
+from oto.slim.called import Calls
 from oto.slim.config.recipe import WRAPPED, Recipe
 from oto.slim.config.trial import stated, stated_layers
 from oto.slim.config.unstated import nothing_states
@@ -122,6 +124,11 @@ class Form:
     kind: Literal["config", "class", "graph"]
     recipe: Recipe | None = None
     own: OwnClass | None = None
+
+    @property
+    def settled(self) -> Form:
+        """The same without the copy on which the class was tried."""
+        return self if self.own is None else replace(self, own=replace(self.own, copy=None))
 
     @property
     def decisions(self) -> Iterable[object]:
@@ -318,8 +325,10 @@ def _analyzed(model: nn.Module, example: Example, options: Options) -> Analysis:
     with undone(left):
         skipped = parameters_of(_listed(options.skip_patterns), model)
         only = None if options.only is None else parameters_of(_listed(options.only), model)
+        calls = Calls()
+        watching = nullcontext if options.compress_mode == "prune" else calls.watching
         with rewording(model, TraceError, "being followed on the dummy input"):
-            graph = record(model, example, known, dead=not options.allow_graph, training=True)
+            graph = record(model, example, known, not options.allow_graph, training=True, watching=watching)
         state, strict = ModelState(model), options.strict_out_nodes
         strict = strict if isinstance(strict, bool) else outputs_called(_listed(strict), graph)
         with rewording(model, TraceError, "being analyzed", "it was followed on the dummy input"):
@@ -349,9 +358,11 @@ def _analyzed(model: nn.Module, example: Example, options: Options) -> Analysis:
                 options.prune_frozen,
                 options.drop_unreached,
             ),
+            keeps=options.compress_mode != "prune",
         )
         if options.compress_mode != "prune":
-            found = _with_segments(found, options, skipped, only)
+            found = _with_segments(found, options, skipped, only, calls)
+            found = replace(found, form=found.form.settled)
         try:
             require_prunable(found.groups, graph)
         except NothingPrunableError as failure:
@@ -360,19 +371,21 @@ def _analyzed(model: nn.Module, example: Example, options: Options) -> Analysis:
         return found
 
 
-def _with_segments(analysis: Analysis, options: Options, skipped: list[str], only: list[str] | None) -> Analysis:
+def _with_segments(
+    analysis: Analysis, options: Options, skipped: list[str], only: list[str] | None, calls: Calls
+) -> Analysis:
     """The analysis in which segments may go, too, within what was said of their parameters."""
     partition, found = with_segments(analysis.partition)
     groups = _layers(analysis, partition, segment_groups(partition, options.min_depth))
     groups = groups if options.prune_frozen else keep_frozen(groups, analysis.graph)
     groups = _but_skipped(groups, skipped, analysis.graph)
     groups = groups if only is None else _only(groups, only, analysis.graph, analysis.model)
-    for name, why in _needed(analysis, partition, groups).items():
+    for name, why in _needed(analysis, partition, groups, calls).items():
         groups = keep_whole(groups, [name], why)
     return replace(analysis, partition=partition, branches=found, groups=(*analysis.groups, *settled(groups)))
 
 
-def _needed(analysis: Analysis, partition: Partition, groups: Iterable[NodeGroup]) -> dict[str, str]:
+def _needed(analysis: Analysis, partition: Partition, groups: Iterable[NodeGroup], calls: Calls) -> dict[str, str]:
     """The segments that the class cannot leave out, if the slim model is to be of it, and why."""
     free = {group.name for group in groups if group.prunable}
     segments = [segment for segment in partition.segments if segment.name in free]
@@ -381,7 +394,7 @@ def _needed(analysis: Analysis, partition: Partition, groups: Iterable[NodeGroup
     model = analysis.model
     asked = rewording(model, TraceError, "it was asked what its class can leave out", "the analysis is done")
     with asked, stages(f"OTO({type(model).__name__})"):
-        return needed(model, partition, segments, analysis.example, analysis.form.own)
+        return needed(model, partition, segments, analysis.example, calls.found, analysis.form.own)
 
 
 def _layers(analysis: Analysis, partition: Partition, groups: tuple[NodeGroup, ...]) -> tuple[NodeGroup, ...]:
@@ -393,7 +406,7 @@ def _layers(analysis: Analysis, partition: Partition, groups: tuple[NodeGroup, .
         return stated_layers(analysis.model, partition, groups, analysis.example, analysis.form.recipe)
 
 
-def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
+def _in_form(layout: Layout | None, analysis: Analysis, keeps: bool) -> Analysis:
     """Decide on the form of the slim model, and keep whole what that form cannot express: a config comes first, if a
     layout asks for one and it states any size; then a graph, if ``allow_graph``; then the class."""
     if layout in ("uniform", "stock"):
@@ -404,7 +417,7 @@ def _in_form(layout: Layout | None, analysis: Analysis) -> Analysis:
         warnings.warn(text, UnstatedWarning, stacklevel=users_level())
     if analysis.allow_graph:
         return analysis
-    own = ask_the_class(analysis)
+    own = ask_the_class(analysis, keeps)
     return replace(analysis, groups=limited(analysis.groups, own), form=Form("class", own=own))
 
 
@@ -415,12 +428,12 @@ def _stated(analysis: Analysis, recipe: Recipe | None, layout: Layout) -> tuple[
         return stated(model, analysis.partition, analysis.groups, analysis.example, recipe, layout == "stock")
 
 
-def ask_the_class(analysis: Analysis) -> OwnClass:
-    """What a slim model of the model's own class needs."""
+def ask_the_class(analysis: Analysis, keeps: bool = False) -> OwnClass:
+    """What a slim model of the model's own class needs; with the copy on which it was tried, if it is kept."""
     model = analysis.model
     asked = rewording(model, TraceError, "it was asked what its class can do without", "the analysis is done")
     with asked, stages(f"OTO({type(model).__name__})"):
-        return own_class(model, analysis.partition, analysis.groups, analysis.example)
+        return own_class(model, analysis.partition, analysis.groups, analysis.example, keeps)
 
 
 def _but_skipped(groups: tuple[NodeGroup, ...], skipped: list[str], graph: Graph) -> tuple[NodeGroup, ...]:

@@ -12,8 +12,9 @@ go so if
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,8 +22,8 @@ import torch
 from oto.axes.call import Fact
 from oto.axes.invariance import PRODUCES, Place, Visit, dynamic_tensors, follow, roles_of, visits_of
 from oto.axes.propagate import Propagation
-from oto.axes.terms import Axis, Term, axes_of, resolve
-from oto.groups.node_group import Slice
+from oto.axes.terms import Axis, Sum, Term, axes_of, resolve
+from oto.groups.node_group import Cut, Slice
 from oto.groups.partition import Segment, occurrences
 from oto.trace.graph import Leaf, Node, Value
 
@@ -47,6 +48,10 @@ class Beside:
     """A network whose branches are laid beside others."""
 
     found: Propagation
+    _terms: dict[Place, Term] = field(default_factory=dict, init=False)
+    _sums: dict[Sum, frozenset[Axis]] = field(default_factory=dict, init=False)
+    _arguments: dict[int, tuple[dict[Value, frozenset[Axis]], Counter[Axis]]] = field(default_factory=dict, init=False)
+    _cuts: dict[Place, dict[Axis, list[tuple[Cut, ...]]]] = field(default_factory=dict, init=False)
 
     def proved(self, segment: Segment) -> Segment:
         """A segment with its axes, and with what has to be zero besides what writes it.
@@ -85,6 +90,45 @@ class Beside:
         return dynamic_tensors(self.found)
 
     @cached_property
+    def leaves(self) -> Mapping[int, Leaf]:
+        """The tensors of the model by their index."""
+        return {self.found.operands[leaf.value].index: leaf for leaf in self.found.graph.leaves}
+
+    def term(self, tensor: int, dim: int) -> Term:
+        """What a dimension of a tensor is made of; looked up once, as many branches meet there."""
+        if (tensor, dim) not in self._terms:
+            self._terms[tensor, dim] = resolve(self.found.tape.tensors[tensor][dim])
+        return self._terms[tensor, dim]
+
+    def axes_in(self, term: Term) -> frozenset[Axis]:
+        """All axes of a resolved term."""
+        if len(term) != 1 or isinstance(term[0], Axis):
+            return frozenset(axes_of(term))
+        if term[0] not in self._sums:
+            self._sums[term[0]] = frozenset(axes_of(term))
+        return self._sums[term[0]]
+
+    def arguments(self, node: Node, dim: int) -> tuple[Mapping[Value, frozenset[Axis]], Mapping[Axis, int]]:
+        """The axes of each argument of a concatenation, and of how many arguments each axis is one."""
+        if node.index not in self._arguments:
+            given = {value: self.axes_in(self.along(value, dim)) for value in node.inputs() if 0 not in value.shape}
+            self._arguments[node.index] = given, Counter(axis for axes in given.values() for axis in axes)
+        return self._arguments[node.index]
+
+    def along(self, value: Value, dim: int) -> Term:
+        """What a value is made of in a dimension."""
+        return self.term(self.found.operands[value].index, dim)
+
+    def cuts(self, tensor: int, dim: int) -> Mapping[Axis, list[tuple[Cut, ...]]]:
+        """Where the atoms of each axis are in a dimension of a tensor."""
+        if (tensor, dim) not in self._cuts:
+            made: dict[Axis, list[tuple[Cut, ...]]] = {}
+            self._cuts[tensor, dim] = made
+            for axis, cuts in occurrences(self.term(tensor, dim)):
+                made.setdefault(axis, []).append(cuts)
+        return self._cuts[tensor, dim]
+
+    @cached_property
     def _followed(self) -> tuple[dict[Axis, list[Visit]], list[list[tuple[Axis, ...]]]]:
         return visits_of(self.found)
 
@@ -100,6 +144,7 @@ class _Branch:
         self.inside |= {tensor for tensor, node in network.makers.items() if node in self.body}
         self.edges = list(dict.fromkeys(x for node in self.joints for x in node.inputs() if x in made))
         self.dim = dim_of(self.joints[0])
+        self.alone: dict[Sum, bool] = {}
 
     def _index(self, value: Value) -> int:
         """The tensor of a value."""
@@ -109,9 +154,9 @@ class _Branch:
         """Those of which no atom is left without it."""
         if any(dim_of(node) != self.dim for node in self.joints):
             raise CannotGo("it is laid beside others along several dimensions (cat)", self.joints[-1].index)
-        own = {axis for value in self.edges for axis in axes_of(self.found.terms(value)[self.dim])}
+        own = frozenset().union(*(self.network.axes_in(self.network.along(value, self.dim)) for value in self.edges))
         self.others = [self._others(node, own) for node in self.joints]
-        axes = dict.fromkeys(a for value in self.edges for a in self._gone(self.found.terms(value)[self.dim]))
+        axes = dict.fromkeys(a for value in self.edges for a in self._gone(self.network.along(value, self.dim)))
         return tuple(axes)
 
     def behind(self, axis: Axis) -> list[Slice]:
@@ -127,30 +172,31 @@ class _Branch:
         if failed is None:
             return []
         roles = roles_of(steps, self.network.dynamic)
-        leaves = {self._index(leaf.value): leaf for leaf in self.found.graph.leaves if leaf.may_be_zeroed}
         places = [(tensor, dim) for tensor, dim in self.network.places.get(axis, ()) if tensor not in self.inside]
-        zeros = [place for place in places if place[0] in leaves and roles.get(place, 0) & PRODUCES]
+        zeros = [place for place in places if self._may_be_zeroed(place[0]) and roles.get(place, 0) & PRODUCES]
         if not zeros or follow(rest, silent | dict.fromkeys(zeros, 0.0)) is not None:
             raise CannotGo("behind what it is laid beside others (cat) zeros need not be zero any more", failed.node)
-        return [piece for tensor, dim in zeros for piece in self._whole(leaves[tensor], dim, axis)]
+        # the entries of all of its atoms, as those of a single atom
+        return [
+            Slice(self.network.leaves[tensor].name, dim, cuts).as_one()
+            for tensor, dim in zeros
+            for cuts in self.network.cuts(tensor, dim).get(axis, ())
+        ]
 
-    def _whole(self, leaf: Leaf, dim: int, axis: Axis) -> Iterator[Slice]:
-        """The entries of all atoms of an axis in a dimension of a parameter, as those of a single atom."""
-        for own, cuts in occurrences(self.found.terms(leaf.value)[dim]):
-            if own is axis:
-                yield Slice(leaf.name, dim, cuts).as_one()
+    def _may_be_zeroed(self, tensor: int) -> bool:
+        return tensor in self.network.leaves and self.network.leaves[tensor].may_be_zeroed
 
-    def _others(self, node: Node, own: Collection[Axis]) -> set[Axis]:
+    def _others(self, node: Node, own: Collection[Axis]) -> Set[Axis]:
         """The axes that a concatenation lays beside those of the branch."""
-        found: set[Axis] = set()
-        for value in node.inputs():
-            if value not in self.edges and 0 not in value.shape:
-                axes = set(axes_of(self.found.terms(value)[self.dim]))
-                if not axes or not axes.isdisjoint(own):
-                    what = "has the same channels" if axes else "is one entry wide"
-                    raise CannotGo(f"what it is laid beside (cat) {what}", node.index)
-                found |= axes
-        return found
+        given, counts = self.network.arguments(node, self.dim)
+        mine = [given[value] for value in self.edges if value in given]
+        if all(given.values()) and all(counts[axis] == sum(axis in axes for axes in mine) for axis in own):
+            return counts.keys() - own
+        for value, axes in given.items():
+            if value not in self.edges and (not axes or not axes.isdisjoint(own)):
+                what = "has the same channels" if axes else "is one entry wide"
+                raise CannotGo(f"what it is laid beside (cat) {what}", node.index)
+        return counts.keys() - own
 
     def _gone(self, term: Term) -> list[Axis]:
         """Axes without whose atoms no entry of a term is left."""
@@ -171,21 +217,26 @@ class _Branch:
             reason = f"it is laid beside others (cat), and its channels stay whole: {axis.fixed.text}"
             raise CannotGo(reason, axis.fixed.node)
         for tensor, dim in self.network.places.get(axis, ()):
-            if tensor not in self.inside:
-                self._require_beside(axis, self.found.tape.tensors[tensor][dim], tensor)
-
-    def _require_beside(self, axis: Axis, term: Term, tensor: int) -> None:
-        for factor in resolve(term):
-            axes = set(axes_of((factor,)))
-            if axis in axes and (factor is axis or not any(others <= axes for others in self.others)):
-                maker = self.network.makers.get(tensor)
+            if tensor not in self.inside and not self._is_beside(axis, self.network.term(tensor, dim)):
+                maker, leaf = self.network.makers.get(tensor), self.network.leaves.get(tensor)
                 if maker is None:
-                    where = next(
-                        (x.name for x in self.found.graph.leaves if self._index(x.value) == tensor), "an input"
-                    )
+                    where = "an input" if leaf is None else leaf.name
                 else:
                     where = self.found.graph.calls[maker].module or "the model"
                 raise CannotGo(f"it is laid beside others (cat), and its channels are those of {where}, too", maker)
+
+    def _is_beside(self, axis: Axis, term: Term) -> bool:
+        """Whether an axis is found in a term only beside all that the branch is laid beside."""
+        for factor in term:
+            if factor is axis:
+                return False
+            if isinstance(factor, Sum):
+                axes = self.network.axes_in((factor,))
+                if factor not in self.alone:
+                    self.alone[factor] = not any(others <= axes for others in self.others)
+                if axis in axes and self.alone[factor]:
+                    return False
+        return True
 
 
 def dim_of(node: Node) -> int:

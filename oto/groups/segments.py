@@ -116,11 +116,16 @@ def branches(found: Propagation) -> Branches:
         staying += [Staying(s.joint, s.name, "in train mode its result is read in another way, too") for s in lost]
         own = [_in_both(segment, train[_key(segment)]) for segment in kept]
     readers = _readers(graph.calls)
+    reads: dict[int, list[int]] = {}  # the leaves that a call reads, by their places
+    for place, leaf in enumerate(graph.leaves):
+        for index in readers.get(leaf.value, ()):
+            reads.setdefault(index, []).append(place)
     beside = Beside(found)
     named: list[Segment] = []
     taken: dict[str, int] = {}
     for segment in own:
-        inside = [leaf for leaf in graph.leaves if readers.get(leaf.value) and readers[leaf.value] <= segment.body]
+        read = sorted({place for index in segment.body for place in reads.get(index, ())})
+        inside = [leaf for leaf in map(graph.leaves.__getitem__, read) if readers[leaf.value] <= segment.body]
         if outside := [leaf for leaf in segment.writers if leaf not in inside]:
             staying.append(Staying(segment.joint, segment.name, f"{outside[0].name} is read elsewhere, too"))
             continue
@@ -443,6 +448,12 @@ class Modules:
             for path in _ancestors(node.module):
                 self.calls.setdefault(path, set()).add(node.index)
 
+    @classmethod
+    def of(cls, graph: Graph) -> Modules:
+        """All calls that an output, or what the model keeps, depends on, but for those that only count."""
+        counting = _counting(graph)
+        return cls(node for node in graph.calls if node.index not in graph.dead and node.index not in counting)
+
     def ending(self, path: str, body: frozenset[int]) -> str:
         """The outermost module around one, all of whose calls lie in a body; itself if there is none."""
         around = [outer for outer in _ancestors(path) if outer in self.calls and self.calls[outer] <= body]
@@ -455,6 +466,26 @@ class Modules:
         return sorted(path for path in inside if not any(path.startswith(f"{outer}.") for outer in inside))
 
 
+def _counting(graph: Graph) -> set[int]:
+    """The calls of train mode that only count how often a module has run, such as the batches of a batch norm.
+
+    All that they read and write is a tensor of the model that no other call reads, nor any code: it was without data.
+    So nobody misses them with the module.
+    """
+    train = graph.trained
+    if train is None or train.mode not in ("meta", "fake"):
+        return set()
+    mine, readers = {leaf.value for leaf in graph.leaves}, _readers(graph.calls)
+    read = {*readers, *train.outputs, *train.enclosed}
+    return {
+        node.index
+        for node in train.nodes
+        if effects(node.op)[0]
+        and all(value in mine and readers[value] == {node.index} for value in node.inputs())
+        and read.isdisjoint(_made(node))
+    }
+
+
 def _ancestors(path: str) -> Iterator[str]:
     """``a.b`` -> ``""``, ``a``, ``a.b``."""
     yield ""
@@ -465,24 +496,40 @@ def _ancestors(path: str) -> Iterator[str]:
 # --- which may go together --------------------------------------------------------------------------------------------
 
 
-def legal(partition: Partition, kept: Kept) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+def legal(
+    partition: Partition, kept: Kept, sets: Sequence[tuple[str, set[str]]] | None = None
+) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     """What is kept, with segments that are zero where the network would come apart without them, and their names.
 
     Every input stays read, and every joint has something to give. What comes back is zero, so nothing that the network
     computes changes.
+
+    Args:
+        sets: :func:`not_all`, if it is known.
     """
     result, back = dict(kept), list[str]()
-    sets = [*_beside_each_other(partition), *_reading_inputs(partition)] if partition.segments else []
-    before = -1
+    sets = not_all(partition) if sets is None else sets
+    before, gone = -1, partition.erased(result)
     while before < len(back):  # what lies in a segment does not matter until that is back
         before = len(back)
         for _, members in sets:
-            gone = partition.erased(result)
-            apart = [s for s in gone if s.name in members and not any(_joints(s) <= other.body for other in gone)]
-            if apart and len([s for s in gone if s.name in members]) == len(members):
-                result[apart[0].name] = np.arange(1)
-                back.append(apart[0].name)
+            own = [segment for segment in gone if segment.name in members]
+            if len(own) < len(members):
+                continue
+            apart = next((s for s in own if not any(_joints(s) <= other.body for other in gone)), None)
+            if apart is not None:
+                result[apart.name] = np.arange(1)
+                back.append(apart.name)
+                gone = partition.erased(result)
     return result, back
+
+
+def not_all(partition: Partition) -> list[tuple[str, set[str]]]:
+    """The sets of segments of which one stays, each by a name."""
+    if not partition.segments:
+        return []
+    beside = list(_beside_each_other(partition))
+    return [*beside, *_reading_inputs(partition, {name for _, members in beside for name in members})]
 
 
 # --- what is left without them ----------------------------------------------------------------------------------------
@@ -573,7 +620,7 @@ def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeG
     Raises:
         TargetError, UnknownParameterError: ``min_depth`` means nothing, or names no segment.
     """
-    sets = [*_beside_each_other(partition), *_reading_inputs(partition)]
+    sets = not_all(partition)
     runs = runs_of(partition.segments)
     least = _least(runs, min_depth, [segment.name for segment in partition.segments])
     made = []
@@ -638,10 +685,13 @@ def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
             yield f"into node-{joint}", members
 
 
-def _reading_inputs(partition: Partition) -> Iterator[tuple[str, set[str]]]:
-    """Segments without all of which an input would not be read any more, of which one stays."""
+def _reading_inputs(partition: Partition, beside: set[str]) -> Iterator[tuple[str, set[str]]]:
+    """Segments without all of which an input would not be read any more, of which one stays.
+
+    Args:
+        beside: Those that do not all go anyway, as they are laid beside each other.
+    """
     graph = partition.found.graph
-    beside = set().union(*(members for _, members in _beside_each_other(partition)), set())
     cut = {(joint, s.edge): s for s in partition.segments if s.name not in beside for joint in _joints(s)}
     for i, given in enumerate(graph.inputs):
         whole, without = _reached(graph, given, {}), _reached(graph, given, cut)

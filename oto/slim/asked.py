@@ -1,30 +1,31 @@
 """Which segments a class can leave out, asked before anything is trained: what it cannot leave out stays whole.
 
-The model is run once without data, and every module that lies in a segment says what it takes and gives. Then a copy of
-it is run without data and without all segments that this leaves, since code around one may read its weight, or what its
-forward leaves behind; only if that fails, they are left out one by one. What could not be left out so is left out of a
-copy with data, as :mod:`oto.slim.erased` will do it: there a module around it may do what it cannot.
+What every module that lies in a segment takes and gives is known from the run that was analyzed. A copy of the model is
+run without data and without all segments that this leaves, since code around one may read its weight, or what its
+forward leaves behind; only if that fails, half of them are left out, and so on. What could not be left out so is left
+out of a copy with data, as :mod:`oto.slim.erased` will do it: there a module around it may do what it cannot.
 
-Of segments that are concatenated with others the copy also lacks the columns that read them. As many go at once as may;
-only if the copy fails, they are left out one by one.
+Of segments that are concatenated with others the copy also lacks the columns that read them. As many go at once as may.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from oto._torch import tree_map_only
 from oto.axes.registry import known
 from oto.errors import EmitterError, first_line, reraise_out_of_memory
 from oto.groups import Partition
 from oto.groups.partition import Segment
-from oto.groups.segments import Modules, legal
+from oto.groups.segments import Modules, legal, not_all
+from oto.slim.called import Taken
 from oto.slim.edits import Edits, pruned_tensors, slim_copy, tensors_of
 from oto.slim.erased import (
     Learned,
@@ -38,37 +39,42 @@ from oto.slim.erased import (
 )
 from oto.slim.own_class import OwnClass, plan_edits
 from oto.slim.pruned_shapes import pruned_shapes
-from oto.trace.inputs import Example, arguments
+from oto.trace.graph import Leaf
+from oto.trace.inputs import Example
+from oto.trace.light import failure_on_meta
 from oto.trace.record import follow
-from oto.trace.snapshot import preserved
+from oto.trace.snapshot import Snapshot
 from oto.trace.stand_ins import on_meta
 
 log = logging.getLogger(__name__)
+
+_Erased: TypeAlias = Mapping[str, dict[str, dict[str, Any]]]
 
 NEEDED = "its class cannot leave it out"
 
 
 def needed(
-    model: nn.Module, partition: Partition, segments: list[Segment], dummy_input: Example, own: OwnClass | None = None
+    model: nn.Module,
+    partition: Partition,
+    segments: list[Segment],
+    dummy_input: Example,
+    calls: Mapping[str, Sequence[Taken]],
+    own: OwnClass | None = None,
 ) -> dict[str, str]:
     """The segments that a class cannot do without, each alone, and why; none where it cannot be asked.
 
     Args:
+        calls: What each module took and gave in the run that was analyzed.
         own: What the class needs, if it was searched.
     """
     graph = partition.found.graph
-    modules = Modules(node for node in graph.calls if node.index not in graph.dead)
-    bodies = frozenset(index for segment in segments for index in segment.body)
-    added, laid = Learned({}, modules, bodies, {}), Learned({}, modules, bodies, {}, beside(graph, segments))
-    handles = [*added.watch(model), *laid.watch(model)]
-    try:
-        _, failure = follow(model, dummy_input, known, graph.mode)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if failure is not None:
-        log.info("the class was not asked what it can leave out: %s", first_line(failure))
-        return {}
+    modules = Modules.of(graph)
+    added, laid = (
+        Learned({}, modules, frozenset(index for segment in some for index in segment.body), {}, beside(graph, some))
+        for some in ([s for s in segments if not s.axes], [s for s in segments if s.axes])
+    )
+    for learned in (added, laid):
+        learned.read(model, calls)
     doubts: dict[str, str] = {}
     erased: dict[str, dict[str, dict[str, Any]]] = {}
     for segment in segments:
@@ -80,119 +86,129 @@ def needed(
         else:
             erased[segment.name] = {path: how for path, how in replaced if how is not None}
     apart = {segment.name for segment in segments if segment.axes}
-    doubts |= _failing(model, partition, {name: how for name, how in erased.items() if name not in apart}, dummy_input)
+    asking = _Asking(model, partition, dummy_input, own)
+    doubts |= asking.failing({name: how for name, how in erased.items() if name not in apart})
     rest = [segment for segment in segments if segment.name in doubts and segment.name not in apart]
     cannot = _stuck(model, partition, rest, dummy_input) | (apart & doubts.keys())
-    failing = _failing_beside(model, partition, {n: erased[n] for n in erased if n in apart}, dummy_input, own)
+    failing = asking.failing_beside({name: how for name, how in erased.items() if name in apart})
     doubts, cannot = doubts | failing, cannot | failing.keys()
     found: dict[str, str] = {}
+    numbered = any("layer_idx" in vars(module) for module in model.modules())
     for segment in segments:
         if segment.name in cannot:
             found[segment.name] = f"{NEEDED}: {doubts[segment.name]}"
-        elif why := _why_not_renumbered(model, modules.within(segment.body)):
+        elif numbered and (why := _why_not_renumbered(model, modules.within(segment.body))):
             found[segment.name] = f"{NEEDED}: {why}"
     return found
 
 
-def _failing(
-    model: nn.Module, partition: Partition, erased: Mapping[str, dict[str, dict[str, Any]]], dummy_input: Example
-) -> dict[str, str]:
-    """The segments without which a copy fails when it is run without data, and why."""
-    tensors, mode = tensors_of(model, partition), partition.found.graph.mode
-    fast = has_fast_path(model) and not on_meta(model)
+@dataclass(eq=False)
+class _Asking:
+    """A class that is asked by copies which are thrown away."""
 
-    def without(modules: Mapping[str, dict[str, Any]]) -> Exception | None:
-        try:
-            edits = leaving_out(Edits(), modules, model)
-            if mode == "meta" and not fast and _runs_on_meta(model, tensors, edits, dummy_input):
-                return None
-            copy = slim_copy(model, tensors, edits)
-        except EmitterError as refused:
-            return refused
-        failed = follow(copy, dummy_input, known, mode)[1]
-        if failed is None and fast:  # not taken without data
-            failed = failure_without(model, modules, tensors, Edits(), dummy_input)
-        return failed
+    model: nn.Module
+    partition: Partition
+    dummy_input: Example
+    own: OwnClass | None
 
-    joints = {segment.name: partition.found.graph.calls[segment.joint].module for segment in partition.segments}
-    rounds: list[dict[str, str]] = []
-    for name in erased:
-        # one that is gone may keep a layer off its fast path, which reads the weights of another
-        free = next((own for own in rounds if not fast or joints[name] not in own.values()), None)
-        if free is None:
-            rounds.append(free := {})
-        free[name] = joints[name]
-    failures: dict[str, Exception] = {}
-    for names in rounds:
-        if without(outermost(erased[name] for name in names)) is not None:
-            failures |= {name: failure for name in names if (failure := without(erased[name])) is not None}
-    return {
-        name: f"without it a {type(model).__name__} fails: {first_line(failure)}"
-        for name, failure in failures.items()
-        if not isinstance(failure, EmitterError)  # of a copy, or of numbers in a cache, which is told apart
-    }
+    @cached_property
+    def held(self) -> Snapshot:
+        """Snapshot of what the model holds, some of which its copies share."""
+        return Snapshot(self.model, self.dummy_input)
 
+    def failing(self, erased: _Erased) -> dict[str, str]:
+        """The segments without which a copy fails when it is run without data, and why."""
+        model, mode = self.model, self.partition.found.graph.mode
+        tensors = tensors_of(model, self.partition)
+        fast = has_fast_path(model) and not on_meta(model)
 
-def _failing_beside(
-    model: nn.Module,
-    partition: Partition,
-    erased: Mapping[str, dict[str, dict[str, Any]]],
-    dummy_input: Example,
-    own: OwnClass | None,
-) -> dict[str, str]:
-    """The segments concatenated with others without which a thin copy fails when it is run, and why."""
+        def without(names: Sequence[str]) -> Exception | None:
+            modules = outermost(erased[name] for name in names)
+            try:
+                edits = leaving_out(Edits(), modules, model)
+                if mode == "meta" and not fast and self._runs_on_meta({}, edits):
+                    return None
+                copy = slim_copy(model, tensors, edits)
+            except EmitterError as refused:
+                return refused
+            failed = follow(copy, self.dummy_input, known, mode)[1]
+            if failed is None and fast:  # not taken without data
+                failed = failure_without(model, modules, tensors, Edits(), self.dummy_input)
+            return failed
 
-    def without(names: Sequence[str]) -> Exception | None:
-        pruned = pruned_shapes(partition, {name: np.arange(0) for name in names})
-        modules = outermost(erased[name] for name in names)
-        try:
-            edits = leaving_out(plan_edits(model, pruned, own), modules, model)
-        except EmitterError as refused:
-            return refused
+        calls = self.partition.found.graph.calls
+        joints = {segment.name: calls[segment.joint].module for segment in self.partition.segments}
+        rounds: list[dict[str, str]] = []
+        for name in erased:
+            # one that is gone may keep a layer off its fast path, which reads the weights of another
+            free = next((own for own in rounds if not fast or joints[name] not in own.values()), None)
+            if free is None:
+                rounds.append(free := {})
+            free[name] = joints[name]
+        return self._why(failures for names in rounds for failures in _alone(list(names), without).items())
+
+    def failing_beside(self, erased: _Erased) -> dict[str, str]:
+        """The segments concatenated with others without which a thin copy fails when it is run, and why."""
+        model, partition = self.model, self.partition
+
+        def without(names: Sequence[str]) -> Exception | None:
+            pruned = pruned_shapes(partition, {name: np.arange(0) for name in names})
+            modules = outermost(erased[name] for name in names)
+            shapes = {leaf: pruned.shape(leaf) for leaf in partition.found.graph.leaves}
+            thin = {leaf: shape for leaf, shape in shapes.items() if tuple(shape) != leaf.value.shape}
+            try:
+                edits = leaving_out(plan_edits(model, pruned, self.own), modules, model)
+                if self._runs_on_meta(thin, edits) or on_meta(model):
+                    return None
+            except EmitterError as refused:
+                return refused
+            return failure_without(model, modules, pruned_tensors(model, pruned), edits, self.dummy_input)
+
+        rounds = _rounds(partition, list(erased))
+        return self._why(failures for names in rounds for failures in _alone(names, without).items())
+
+    def _runs_on_meta(self, shapes: Mapping[Leaf, Sequence[int]], edits: Edits) -> bool:
+        """Whether a copy runs with shapes only: faster than to record it.
+
+        Args:
+            shapes: Those of tensors of the model that differ.
+        """
+        copy = None if self.own is None else self.own.copy
         light = {
-            name: torch.empty(pruned.shape(leaf), dtype=leaf.value.dtype, device="meta")
-            for leaf in partition.found.graph.leaves
-            for name in leaf.names
+            name: torch.empty(shapes.get(leaf, leaf.value.shape), dtype=leaf.value.dtype, device="meta")
+            for leaf in self.partition.found.graph.leaves
+            if copy is None or leaf in shapes or leaf.kind == "constant"  # whose numbers such a copy holds
+            for name in leaf.names[: None if copy is None else 1]
         }
-        if _runs_on_meta(model, light, edits, dummy_input) or on_meta(model):
-            return None
-        return failure_without(model, modules, pruned_tensors(model, pruned), edits, dummy_input)
+        if copy is None:
+            return failure_on_meta(slim_copy(self.model, light, edits), self.dummy_input, self.held) is None
+        return failure_on_meta(copy.edited(edits, light), self.dummy_input, copy.found) is None
 
-    failures: dict[str, Exception] = {}
-    for names in _rounds(partition, list(erased)):
-        if without(names) is not None:
-            failures |= {name: failure for name in names if (failure := without([name])) is not None}
-    return {
-        name: f"without it a {type(model).__name__} fails: {first_line(failure)}"
-        for name, failure in failures.items()
-        if not isinstance(failure, EmitterError)
-    }
+    def _why(self, failures: Iterable[tuple[str, Exception]]) -> dict[str, str]:
+        return {
+            name: f"without it a {type(self.model).__name__} fails: {first_line(failure)}"
+            for name, failure in failures
+            if not isinstance(failure, EmitterError)  # of a copy, or of numbers in a cache, which is told apart
+        }
+
+
+def _alone(names: Sequence[str], without: Callable[[Sequence[str]], Exception | None]) -> dict[str, Exception]:
+    """Of segments without which a copy may fail those without which alone it does, found by halves."""
+    failure = without(names)
+    if failure is None or len(names) == 1:
+        return {} if failure is None else {names[0]: failure}
+    half = len(names) // 2
+    return _alone(names[:half], without) | _alone(names[half:], without)
 
 
 def _rounds(partition: Partition, names: list[str]) -> Iterator[list[str]]:
     """Segments that may go together, until each was among some."""
+    sets = not_all(partition) if names else []
     while names:
-        _, back = legal(partition, {name: np.arange(0) for name in names})
+        _, back = legal(partition, {name: np.arange(0) for name in names}, sets)
         together = [name for name in names if name not in back]
         yield together
         names = [name for name in names if name in back]
-
-
-def _runs_on_meta(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits, dummy_input: Example) -> bool:
-    """Whether a copy runs with shapes only: faster than to record it."""
-    light = slim_copy(model, {name: _empty(t) for name, t in tensors.items()}, edits).eval()
-    args, kwargs = tree_map_only(Tensor, _empty, arguments(dummy_input))
-    try:
-        with preserved(light, dummy_input), torch.device("meta"), torch.no_grad():
-            light(*args, **kwargs)
-    except Exception as failure:  # anything that the user's own forward may raise
-        reraise_out_of_memory(failure)
-        return False
-    return True
-
-
-def _empty(t: Tensor) -> Tensor:
-    return torch.empty_like(t, device="meta")
 
 
 def _stuck(model: nn.Module, partition: Partition, segments: Sequence[Segment], dummy_input: Example) -> set[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from oto.groups.beside import dim_of
 from oto.groups.partition import Segment
 from oto.groups.segments import Modules, not_computed, overwritten
 from oto.nn.erased import THEN, is_erased
+from oto.slim.called import PLAIN, Shape, Taken
 from oto.slim.edits import Edits, slim_copy
 from oto.slim.proof.run import run
 from oto.trace.graph import Graph, Value
@@ -45,7 +46,8 @@ _FUNCTIONS: Mapping[object, str] = {
 
 _POOLS: Collection[object] = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool2d_with_indices.default}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PLAIN = (int, float, str, bool, type(None))
+
+Given: TypeAlias = Tensor | Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,7 @@ def plan(
         gone: The segments that are left out.
         tensors, edits: Those of the thin copy.
     """
-    modules = _modules(partition.found.graph)
+    modules = Modules.of(partition.found.graph)
     learned = _learned(partition.found.graph, modules, gone)
     thin = slim_copy(model, tensors, edits).eval()
     learned.watch(thin)
@@ -92,7 +94,7 @@ def plan_each(
         tensors: Those of the model, in which what all of the segments write is zero.
     """
     graph = partition.found.graph
-    modules = _modules(graph)
+    modules = Modules.of(graph)
     each = [_learned(graph, modules, [segment]) for segment in segments]
     ends: dict[str, dict[str, bool]] = {}
     functions: dict[str, Sequence[str]] = {}
@@ -147,10 +149,6 @@ def outermost(erased: Iterable[Mapping[str, dict[str, Any]]]) -> dict[str, dict[
         if not _is_inside(path, found):
             found[path] = how
     return found
-
-
-def _modules(graph: Graph) -> Modules:
-    return Modules(node for node in graph.calls if node.index not in graph.dead)
 
 
 def beside(graph: Graph, segments: Iterable[Segment]) -> dict[int, int]:
@@ -305,18 +303,29 @@ class Learned:
     functions: Mapping[str, Sequence[str]]
     beside: Mapping[int, int] = field(default_factory=dict)
     found: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)
+    takes: dict[type[nn.Module], list[str]] = field(default_factory=dict, repr=False)
 
     def watch(self, thin: nn.Module) -> list[RemovableHandle]:
         """Look at every module of a model that is not run any more, when it runs for the last time."""
         handles: list[RemovableHandle] = []
         for path, module in thin.named_modules():
-            if path and (path in self.functions or self.modules.calls.get(path, {-1}) <= self.calls):
+            if path and self._is_gone(path):
 
                 def see(module: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
                     self.found.setdefault(path, []).append(self._seen(path, module, args, kwargs, result))
 
                 handles.append(module.register_forward_hook(see, with_kwargs=True))
         return handles
+
+    def read(self, model: nn.Module, calls: Mapping[str, Sequence[Taken]]) -> None:
+        """Learn from a run that was watched; it says nothing of the functions that are left, which need numbers."""
+        for path, own in calls.items():
+            if self._is_gone(path):
+                module = model.get_submodule(path)
+                self.found[path] = [self._seen(path, module, call.args, call.kwargs, call.result) for call in own]
+
+    def _is_gone(self, path: str) -> bool:
+        return path in self.functions or self.modules.calls.get(path, {-1}) <= self.calls
 
     def outermost(self, thin: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """The outermost modules in one that can be replaced; with ``None``, one that cannot, and has no children.
@@ -340,28 +349,31 @@ class Learned:
         return found[0] if all(how == found[0] for how in found) else None
 
     def _seen(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> dict[str, Any] | None:
-        takes = [
-            name
-            for name, p in inspect.signature(type(module).forward).parameters.items()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ][1:]
+        takes = self._takes(type(module))
         named = {**dict(zip(takes, args, strict=False)), **kwargs}
-        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor | Shape)}
         gives = self._recipe(path, module, tensors, result) if tensors and len(args) <= len(takes) else None
         return None if gives is None else {"takes": takes, "gives": gives}
 
-    def _recipe(self, path: str, module: nn.Module, given: Mapping[str, Tensor], x: Any) -> dict[str, Any] | None:
+    def _takes(self, kind: type[nn.Module]) -> list[str]:
+        """The positional parameters of a forward."""
+        if kind not in self.takes:
+            parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+            self.takes[kind] = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        return self.takes[kind]
+
+    def _recipe(self, path: str, module: nn.Module, given: Mapping[str, Given], x: Any) -> dict[str, Any] | None:
         """How a result follows from tensors; ``None`` if that is not known for every size."""
         if type(x) in (tuple, list):
             items = [self._recipe(path, module, given, item) for item in x]
             return None if None in items else {"items": items, "list": isinstance(x, list)}
-        if isinstance(x, _PLAIN):
+        if isinstance(x, PLAIN):
             return None if _is_a_size(x, given) else {"value": x}
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor | Shape):
             return None
         if path in self.ends:
             names = list(self.functions.get(path, ()))
-            same = [name for name, own in given.items() if (x is own and not names) or _equal(x, _made(own, names))]
+            same = [name for name, own in given.items() if (x is own and not names) or _gives(x, own, names)]
             copied = {"then": names} if names else {"copy": True} if self.ends[path]["copy"] else {}
             return {"given": same[0], **copied} if same else None
         name, first = next(iter(given.items()))
@@ -386,7 +398,7 @@ def _windowed(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, name: str, channels: in
     return {"zeros": name, "channels": channels, "window": list(map(list, window))}
 
 
-def _nothing(module: nn.Module, name: str, given: Tensor, x: Tensor, dim: int) -> dict[str, Any]:
+def _nothing(module: nn.Module, name: str, given: Given, x: Given, dim: int) -> dict[str, Any]:
     """A result without any entry along a dimension."""
     if x.ndim == given.ndim >= -dim and all(x.shape[i] == given.shape[i] for i in range(-x.ndim, 0) if i != dim):
         return {"zeros": name, "none": dim}
@@ -395,16 +407,15 @@ def _nothing(module: nn.Module, name: str, given: Tensor, x: Tensor, dim: int) -
     return {"empty": name}
 
 
-def _is_a_size(x: Any, given: Mapping[str, Tensor]) -> bool:
+def _is_a_size(x: Any, given: Mapping[str, Given]) -> bool:
     """Whether a number may be a size of what a module is given, and so another one for another input."""
     return type(x) is int and any(x in own.shape or x == own.numel() for own in given.values())
 
 
-def _made(x: Tensor, names: Sequence[str]) -> Tensor:
-    for name in names if x.is_floating_point() else ():
-        x = THEN[name](x)
-    return x
-
-
-def _equal(x: Tensor, other: Tensor) -> bool:
-    return x.shape == other.shape and x.dtype == other.dtype and torch.equal(x, other)
+def _gives(x: Given, own: Given, names: Sequence[str]) -> bool:
+    """Whether a tensor holds what functions make of another one."""
+    if not isinstance(x, Tensor) or not isinstance(own, Tensor):
+        return False  # of shapes nothing is known
+    for name in names if own.is_floating_point() else ():
+        own = THEN[name](own)
+    return x.shape == own.shape and x.dtype == own.dtype and torch.equal(x, own)

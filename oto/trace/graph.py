@@ -402,10 +402,16 @@ class GraphBuilder:
         return idle
 
 
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+
 def _gather(x: Any, found: list[Value]) -> None:
     """The values among arguments; a pytree takes ten times as long."""
-    if isinstance(x, Value):
+    kind = type(x)
+    if kind is Value:
         found.append(x)
+    elif kind in _PLAIN:  # most are, and whether something is a mapping takes long to ask
+        return
     elif isinstance(x, (tuple, list)):
         for item in x:
             _gather(item, found)

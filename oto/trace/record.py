@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def record(
     known: Callable[[Any], bool] = lambda op: True,
     dead: bool = False,
     training: bool = False,
+    watching: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
 ) -> Graph:
     """Trace ``model`` on one example input.
 
@@ -56,6 +58,7 @@ def record(
         known: Whether an operator is recorded as it is. A composite operator that is not known is decomposed.
         dead: Keep calls whose results reach no output; the model's class makes them anyway.
         training: If some parameters are not reached in eval mode, record train mode too.
+        watching: What is around each run in eval mode; the last one is that which is recorded.
 
     Raises:
         DummyInputError: ``dummy_input`` is of the wrong type.
@@ -82,7 +85,8 @@ def record(
             with preserved(model, dummy_input) as found:
                 in_analyzed_form(model)
                 script = Script() if way in ("real", "autograd") else None
-                graph = run(model, args, kwargs, known, way, found, script=script).recording(dead).graph
+                with watching(model):
+                    graph = run(model, args, kwargs, known, way, found, script=script).recording(dead).graph
         except Exception as failure:
             reraise_out_of_memory(failure)
             traceback.clear_frames(failure.__traceback__)  # they hold tensors

@@ -135,6 +135,19 @@ class Stacked(nn.Module):
         return self.head(torch.cat([x.amax(1), (x.softmax(1) * x).sum(1)], 1).mean((2, 3)))
 
 
+class Trained(Net):
+    """With a head that only training uses, so that batch norms are seen to count their batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux = nn.Linear(17, 4)
+
+    def forward(self, x):
+        x = self.first(self.stem(x))
+        y = self.head(self.second(self.shorter(x)).mean((2, 3)))
+        return (y, self.aux(x.mean((2, 3)))) if self.training else y
+
+
 def torchvision(name):
     import torchvision.models
 
@@ -202,6 +215,64 @@ def test_what_is_gone_computes_nothing_and_gives_no_channel():
     assert [seen[path][1] for path in ("first", "shorter", "second")] == [13, 17, 15]
     assert seen["first.two"] == (2, 0, 8, 8) and seen["second.wide.0"] == (2, 0, 4, 4)
     assert seen["shorter.two"] == (0,), "what halves the resolution does not know it any more"
+
+
+def test_batch_norms_that_count_their_batches_are_no_reason_to_stay():
+    torch.manual_seed(0)
+    model, x = Trained().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    oto = OTO(model, x, compress_mode="both")
+    plain, _ = made("inception")
+    assert segments(oto) and len(segments(oto)) == len(segments(OTO(plain, x, compress_mode="both")))
+    subnet = without(model, oto, "first.two", "second.pool")
+    assert subnet.max_error <= 1e-9 and "slim in train mode" in [check.what for check in subnet.checks]
+    assert not [name for name, _ in subnet.model.named_buffers() if name.startswith(("first.two", "second.pool"))]
+    y, aux = subnet.model.train()(x)
+    (y.sum() + aux.sum()).backward()
+    assert all(p.grad is not None for p in subnet.model.parameters())
+
+
+class Counted(Dense):
+    runs = 0
+
+    def forward(self, x):
+        Counted.runs += 1
+        return super().forward(x)
+
+
+def test_all_segments_are_asked_for_in_one_run():
+    model, x = Counted().eval(), torch.randn(2, 3, 8, 8)
+    runs = []
+    for mode in ("prune", "both"):
+        Counted.runs = 0
+        oto = OTO(model, x, compress_mode=mode)
+        runs.append(Counted.runs)
+    assert len(segments(oto)) == 3 and runs[1] - runs[0] == 1
+    assert oto._analysis.form.own.copy is None, "what it was asked on is not kept"
+
+
+class Peeking(Net):
+    """Looks at the weight of a single branch, which alone has to stay for that."""
+
+    runs = 0
+
+    def forward(self, x):
+        Peeking.runs += 1
+        assert self.first.one.conv.weight.ndim == 4
+        return super().forward(x)
+
+
+def test_a_branch_that_fails_among_many_is_the_only_one_that_stays():
+    (plain, x), model = made("inception"), Peeking().double().eval()
+    runs = []
+    for mode in ("prune", "both"):
+        Peeking.runs = 0
+        oto = OTO(model, x, compress_mode=mode)
+        runs.append(Peeking.runs)
+    whole = {group.name for group in segments(OTO(plain, x, compress_mode="both"))}
+    reasons = {group.name: group.reason for group in oto.node_groups if group.segment and not group.prunable}
+    assert whole - {group.name for group in segments(oto)} == {"first.one"} == reasons.keys(), reasons
+    assert "its class cannot leave it out: without it a Peeking fails" in reasons["first.one"]
+    assert runs[1] - runs[0] < len(whole)
 
 
 def test_it_is_saved_loaded_exported_and_trained(tmp_path):

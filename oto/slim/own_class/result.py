@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from oto.slim.own_class.adaptation import Adaptation, Rescale, Tie
 from oto.slim.own_class.overrides import FunctionCalls
+from oto.slim.own_class.swapped import Copy
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class OwnClass:
         adaptation: What is set, folded, overridden, tied or kept whole.
         calls: The torch functions that the class calls, some of which may have to be overridden.
         steps: The decisions of the search, in order.
+        copy: The copy on which it was searched, if it is asked for more.
     """
 
     adaptation: Adaptation
     calls: FunctionCalls
     steps: tuple[Decision, ...] = field(default=())
+    copy: Copy | None = None
 
     @property
     def whole(self) -> Mapping[str, int | None]:

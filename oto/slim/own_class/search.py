@@ -81,18 +81,22 @@ known attribute; what limits the groups if none of these helps; and for given co
 atoms."""
 
 
-def own_class(model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any) -> OwnClass:
+def own_class(
+    model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, keeps: bool = False
+) -> OwnClass:
     """Find out what the class of ``model`` needs in order to be thinner.
 
     Args:
         groups: Node groups; only the prunable ones may get thinner.
+        keeps: Also keep the copy on which it was searched.
     """
     trials = Trials(partition, groups)
     bench = Workbench(model, partition, dummy_input)
     adaptation = Adaptation(ties=_ties_of(groups))
     if not bench.is_reproducible:
         return OwnClass(adaptation.with_whole(dict.fromkeys(trials.free, 0)), bench.calls)
-    return Search(bench, trials, adaptation.with_sizes(stated_by_code(bench, trials))).result()
+    found = Search(bench, trials, adaptation.with_sizes(stated_by_code(bench, trials))).result()
+    return replace(found, copy=bench.copy) if keeps else found
 
 
 def at_counts(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -15,8 +11,7 @@ from torch import Tensor, nn
 from oto.axes.registry import known
 from oto.errors import reraise_out_of_memory
 from oto.groups import Partition
-from oto.slim.copying import closed_over
-from oto.slim.edits import Edits, attribute, edited, pruned_tensor, slim_copy, tensors_of
+from oto.slim.edits import Edits, attribute, pruned_tensor, slim_copy, tensors_of
 from oto.slim.numbers import Key
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.attributes import numbers
@@ -26,13 +21,14 @@ from oto.slim.own_class.layers import DeclinedError, Layers, edits_of, stock
 from oto.slim.own_class.overrides import FunctionCalls
 from oto.slim.own_class.rescale import Uses
 from oto.slim.own_class.result import OwnClass
+from oto.slim.own_class.swapped import Copy
 from oto.slim.own_class.traced import traced
 from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.decisions import Script
 from oto.trace.functions import FunctionCall
 from oto.trace.graph import Graph, Mode
 from oto.trace.record import follow
-from oto.trace.snapshot import Snapshot, content_of, modules_of, surroundings
+from oto.trace.snapshot import Snapshot
 
 AHEAD = 64
 """Calls beyond a divergence after which a try is cut: enough to see that it is gone, and few beside a whole run."""
@@ -99,7 +95,7 @@ class Workbench:
             vars(self).pop("_copy", None)
             return False
 
-    def _follow(self, model: nn.Module, mode: Mode, script: Script | None, copy: _Copy | None = None) -> bool:
+    def _follow(self, model: nn.Module, mode: Mode, script: Script | None, copy: Copy | None = None) -> bool:
         functions: list[FunctionCall] = []
         literals: list[FunctionCall] = []
         if script is not None:
@@ -172,13 +168,19 @@ class Workbench:
         return Run(calls, failure, literals, is_cut=failure is None and len(calls) == limit)
 
     @cached_property
-    def _copy(self) -> _Copy:
+    def _copy(self) -> Copy:
         """The copy that is run, first with traced integers, then thinner.
 
         Raises:
             EmitterError: The model cannot be copied.
         """
-        return _Copy.of(slim_copy(self.model, self._whole(), Edits()), self.dummy_input)
+        return Copy.of(slim_copy(self.model, self._whole(), Edits()), self.dummy_input)
+
+    @property
+    def copy(self) -> Copy | None:
+        """The copy that was run, if others may change it and put it back; it holds no data then."""
+        made: Copy | None = vars(self).get("_copy")
+        return made if made is not None and made.is_swappable and self.graph.mode != "real" else None
 
     def _thin(self, pruned: PrunedShapes, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
         """A thinner tensor for each one of the model; where no data are needed, only constants hold any.
@@ -233,74 +235,3 @@ class Workbench:
     def first_in(self, path: str) -> int:
         """The first call that a module makes."""
         return next((n.index for n in self.graph.nodes if path in ancestors(n.module)), 0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Copy:
-    """A copy of the model that is changed in place, and put back.
-
-    Attributes:
-        found: Snapshot of what it holds.
-        holders: See :func:`_holders`.
-        kinds: The class of each module.
-        is_swappable: Whether its tensors can be swapped for others; else each try has a copy of its own.
-    """
-
-    model: nn.Module
-    found: Snapshot
-    holders: Mapping[int, list[tuple[Any, Any]]]
-    kinds: list[tuple[nn.Module, type[nn.Module]]]
-    is_swappable: bool
-
-    @classmethod
-    def of(cls, model: nn.Module, dummy_input: Any) -> _Copy:
-        holders, kinds = _holders(model), [(module, type(module)) for module in modules_of(model)]
-        return cls(model, Snapshot(model, dummy_input), holders, kinds, not _holds_elsewhere(model, holders))
-
-    def edited(self, edits: Edits, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The copy with its tensors replaced and its modules edited, until it is put back."""
-        for module, kind in self.kinds:  # an encoder in which a layer was swapped has a different class
-            if type(module) is not kind:
-                module.__class__ = kind
-        try:
-            for name, new in tensors.items():
-                old = attribute(self.model, name)
-                kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                for holder, key in self.holders[id(old)]:
-                    holder[key] = kept
-            return edited(self.model, edits)
-        except BaseException:
-            self.found.put_back()
-            raise
-
-
-def _holders(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
-    """For each tensor, by its id, the dicts and lists of modules that hold it, each with the key or index."""
-    found: dict[int, list[tuple[Any, Any]]] = {}
-    for module in modules_of(model):
-        held = vars(module)
-        lists = [value for value in held.values() if type(value) in (list, dict)]
-        for holder in (held, *lists):
-            for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
-                if isinstance(value, Tensor):
-                    found.setdefault(id(value), []).append((holder, key))
-    return found
-
-
-def _holds_elsewhere(model: nn.Module, holders: Mapping[int, Any]) -> bool:
-    """Whether functions, objects or nested containers of a model also hold tensors of it."""
-    known = {id(holder) for places in holders.values() for holder, _ in places}
-    return any(
-        isinstance(value, Tensor) and id(value) in holders
-        for holder in surroundings(model)
-        if id(holder) not in known
-        for value in _content(holder)
-    )
-
-
-def _content(holder: Any) -> Iterable[Any]:
-    if isinstance(holder, FunctionType):
-        return closed_over(holder).values()
-    if isinstance(holder, dict | list | deque | CellType):
-        return content_of(holder).values()
-    return holder if isinstance(holder, tuple | set | frozenset) else getattr(holder, "__dict__", {}).values()
