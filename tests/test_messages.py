@@ -348,6 +348,12 @@ def test_what_torch_export_says_is_cut():
     assert len(text) < 900 and "u0" not in text
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_scripted_module_is_named():
+    with message(TraceError, r"^1 is TorchScript \(RecursiveScriptModule\)"):
+        OTO(nn.Sequential(nn.Linear(4, 8), torch.jit.script(nn.Linear(8, 2))), X)
+
+
 def test_a_lazy_module_that_never_ran():
     with message(TraceError, r"have no shape yet: 0\.weight, 0\.bias") as caught:
         OTO(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), X)

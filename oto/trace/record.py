@@ -65,9 +65,11 @@ def record(
         TraceError: ``forward`` fails on the example.
     """
     args, kwargs = arguments(dummy_input)
-    if isinstance(model, torch.jit.ScriptModule):
+    scripted = [(n, type(m).__name__) for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        where, kind = scripted[0]
         raise TraceError(
-            f"the model is TorchScript ({type(model).__name__}), whose parameters cannot be identified while it runs\n"
+            f"{where or 'the model'} is TorchScript ({kind}), whose parameters cannot be identified while it runs\n"
             "  effect   there is nothing to analyze; the model is as it was\n"
             "  to fix   pass the Python module that it was made from"
         )
