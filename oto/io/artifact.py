@@ -184,7 +184,8 @@ class Draft:
     def written(self, name: str) -> dict[str, Tensor]:
         """The result of :meth:`load`, but in the original memory, since the bits in the file have been compared.
 
-        Reading a large file would map it into memory beside the model."""
+        Reading a large file would map it into memory beside the model.
+        """
         return _by_all_names(self._plain[name], self.notes[name])
 
     def commit(self, manifest: Mapping[str, Any]) -> None:

@@ -108,8 +108,8 @@ _GRAMMAR = (
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Save a program without its example inputs.
 
-    The file is made in memory, which takes as much as the weights, no more than reading it back. Written to disk by
-    torch, the end of the zip is written in a destructor, which kills the process if the disk is full.
+    The file is made in memory, which takes as much as the weights, no more than reading it back. If torch wrote to the
+    disk, it would write the end of the zip in a destructor, which kills the process if the disk is full.
 
     Raises:
         ArtifactError: The program cannot be serialized, or something in it could only be pickled.

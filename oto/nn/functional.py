@@ -278,7 +278,8 @@ def _in_place(y: Tensor, other: Tensor) -> bool:
     """Whether an operator on both tensors may write its result into ``y``, to which nothing else refers.
 
     Without further memory, a chain of operators is as fast as the stock kernel. False if autograd needs ``y``, and
-    while tracing for another runtime, where the graph must not contain writes, with or without gradients."""
+    while tracing for another runtime, where the graph must not contain writes, with or without gradients.
+    """
     if torch.is_grad_enabled() or is_tracing():
         return False
     return torch.promote_types(y.dtype, other.dtype) == y.dtype

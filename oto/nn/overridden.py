@@ -186,7 +186,8 @@ modules because they are restored after a run."""
 def learning(model: nn.Module) -> Iterator[None]:
     """Context manager in which runs record what identifies overridden calls: the Python module and the code's numbers.
 
-    Later runs must state the same numbers. Numbers that the code gets right are no longer overridden."""
+    Later runs must state the same numbers. Numbers that the code gets right are no longer overridden.
+    """
     global _LEARNED
     forwards = [m.forward for m in model.modules() if isinstance(m.forward, OverriddenForward)]
     learned_by: dict[int, dict[Time, Override]] = {}

@@ -33,7 +33,8 @@ Result = TypeVar("Result")
 class _Held(nn.Module):
     """Runs a function on a module, so that the swapped parameters stay in place until it returns.
 
-    That includes a backward, which may run parts of the forward again (gradient checkpointing)."""
+    That includes a backward, which may run parts of the forward again (gradient checkpointing).
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -148,7 +148,8 @@ def _enclosed(model: nn.Module, result: Any, given: Any) -> list[Tensor]:
 def in_analyzed_form(model: nn.Module) -> None:
     """Switch modules with a separate form for the analysis (modules of ``oto.nn``, overridden forwards) to that form.
 
-    It lasts until the model is restored."""
+    It lasts until the model is restored.
+    """
     for module in modules_of(model):
         forward = vars(module).get("forward")
         if hasattr(type(module), "_oto_analyzed"):

@@ -188,7 +188,8 @@ class Snapshot:
     def making_anew(self) -> Iterator[None]:
         """Context manager that bypasses function caches with tensors, so that the calls that make a table are recorded.
 
-        The caches themselves stay: what they hold may be random or learned, and a second call may not reproduce it."""
+        The caches themselves stay: what they hold may be random or learned, and a second call may not reproduce it.
+        """
         held = [holder for holder, _ in self._code.values()]
         caches = [x for x in held if isinstance(x, _lru_cache_wrapper) and x.cache_info().currsize]
         caches = [x for x in caches if self._keeps_tensors(x)]

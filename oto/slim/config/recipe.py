@@ -112,8 +112,9 @@ class Recipe:
         return config
 
     def as_given(self, edits: Fields) -> dict[str, Any]:
-        """The edits in the form that the model's maker accepts: keywords with their whole values for a function,
-        otherwise dotted paths in the config object.
+        """The edits in the form that the model's maker accepts.
+
+        For a function these are keywords with their whole values, otherwise dotted paths in the config object.
         """
         if not isinstance(self.config, Keywords):
             return dict(edits)

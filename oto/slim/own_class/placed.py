@@ -68,7 +68,7 @@ def _has_rest(how: Override) -> TypeGuard[FullCount]:
 
 
 def _recounts(node: Node, rewrite: Rewrite | None, pruned: PrunedShapes, changed: Set[str]) -> bool:
-    """Whether a call must state a count or split sizes; the latter also if an attribute of an outer module changes."""
+    """Whether a call must state a count or split sizes; the latter also if an attribute of its modules changes."""
     if rewrite is None or pruned.changes(rewrite):
         return rewrite is not None
     return rewrite.op is aten.split_with_sizes.default and not changed.isdisjoint(ancestors(node.module))

@@ -169,7 +169,7 @@ class FullModel:
         self.wide.clear()
 
     def fits_twice(self, slim: nn.Module) -> bool:
-        """Whether float64 copies of both models fit in memory; always true if float64 was requested."""
+        """Whether float64 copies of both models fit in memory; assumed if that is unknown or float64 was requested."""
         free = available(self.model)
         needed = 8 * sum(p.numel() for module in (self.model, slim) for p in module.parameters())
         return self.float64 is True or free is None or needed < free

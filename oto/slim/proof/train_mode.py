@@ -84,7 +84,8 @@ def _compared(dtype: torch.dtype, pruned: PrunedShapes, full: Trained, slim: Tra
 def _by_module(buffers: Mapping[str, tuple[Tensor, Tensor]], which: int) -> list[Tensor]:
     """The buffers of each module and dtype as one tensor, so that errors are relative to the largest of them.
 
-    A running mean of values that average to zero holds only rounding errors; beside the variance these do not count."""
+    A running mean of values that average to zero holds only rounding errors; beside the variance these do not count.
+    """
     found: dict[tuple[str, torch.dtype], list[Tensor]] = {}
     for name, pair in buffers.items():
         found.setdefault((name.rpartition(".")[0], pair[0].dtype), []).append(pair[which].flatten())
@@ -116,7 +117,8 @@ def heads_in_training(
 def differs_in_training(full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept) -> str:
     """A note that a slim model differs from the full one in train mode.
 
-    Empty if it does not differ, or if the full model does not run in train mode or is not reproducible there."""
+    Empty if it does not differ, or if the full model does not run in train mode or is not reproducible there.
+    """
     try:
         made = check_training(full, slim, dummy_input, partition, kept)
         if made is None or made.passed or not _repeats(full, dummy_input):
