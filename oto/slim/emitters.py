@@ -61,7 +61,7 @@ def emit_class(source: Source) -> Emitted:
 
 
 def without_segments(source: Source, edits: Edits) -> tuple[Edits, set[str]]:
-    """The edits that also leave out segments of which nothing is kept, and the names of the tensors removed with them.
+    """The edits that also leave out segments that are removed whole, and the names of the tensors removed with them.
 
     Args:
         edits: The edits of the thin copy.
@@ -104,7 +104,7 @@ def _fails_without(source: Source, how: Erasures) -> bool:
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
     try:
         failure = failure_without(source.model, how.erased, tensors, edits, source.dummy_input)
-    except EmitterError:  # it is told when the class is thinned
+    except EmitterError:  # reported when the class is thinned
         return False
     if failure is not None:
         log.info("%s fails without %s: %s", type(source.model).__name__, some(list(how.erased)), first_line(failure))
@@ -112,13 +112,13 @@ def _fails_without(source: Source, how: Erasures) -> bool:
 
 
 def erasures(source: Source, edits: Edits | None = None) -> Erasures:
-    """How the class leaves out the segments of which nothing is kept.
+    """How the class leaves out the segments that are removed whole.
 
     Args:
         edits: The edits of the thin copy.
     """
     gone = source.partition.erased(source.kept)
-    if beside := [segment.name for segment in gone if segment.axes]:  # no layer has no channel, so these are run once
+    if beside := [segment.name for segment in gone if segment.axes]:  # a layer needs a channel, so keep one here
         source, edits = _keeping(source, beside), None
     edits = plan_edits(source.model, source.pruned, source.own) if edits is None else edits
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})

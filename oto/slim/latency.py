@@ -256,7 +256,7 @@ def _without_segments(
     edits: Edits,
     dummy_input: Any,
 ) -> tuple[dict[str, Tensor], Edits]:
-    """The tensors and edits of a slim model that does not compute the segments of which nothing is kept.
+    """The tensors and edits of a slim model that does not compute segments that are removed whole.
 
     These need not be zero in the model, so they are zeroed here to see what is left of each module.
     """
@@ -264,7 +264,7 @@ def _without_segments(
         return tensors, edits
     zero = {name for segment in gone for leaf in segment.writers for name in leaf.names}
     shown, shown_edits = tensors, edits
-    if beside := {segment.name: np.arange(1) for segment in gone if segment.axes}:  # no layer has no channel
+    if beside := {segment.name: np.arange(1) for segment in gone if segment.axes}:  # a layer needs a channel
         pruned = pruned_shapes(partition, {**kept, **beside})
         shown, shown_edits = pruned_tensors(model, pruned), plan_edits(model, pruned)
     silent = {name: torch.zeros_like(t) if name in zero else t for name, t in shown.items()}
