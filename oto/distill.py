@@ -1,4 +1,4 @@
-"""Distillation: a student learns to give the outputs of a teacher. A loss that needs nothing of the rest of ``oto``.
+"""Distillation: a loss with which a student learns the outputs of a teacher. It needs nothing else of ``oto``.
 
     distill = Distillation.of(model)                                    # the full model as it is now
     loss = distill(model, x, lambda output: cross_entropy(output, y))   # any loop, lightning's training_step
@@ -13,9 +13,9 @@ Three things can be compared, each at every position and averaged over positions
 * **attention**: ``KL(teacher || student)`` of the distributions over keys, head by head, or averaged over heads if the
   student has fewer.
 
-Where we differ from the papers: Minitron scales the part of the hidden states to the size of the logits' part, and
-leaves the task's loss out. Here each part has a fixed weight, and by default the task's loss is half of the total:
-before anything is pruned the model equals its teacher, so without the task no gradient would say what may go.
+Where we differ from the papers: Minitron scales the hidden-state part to the size of the logits part, and leaves out
+the task loss. Here each part has a fixed weight, and by default the task loss is half of the total: before anything is
+pruned the model equals its teacher, so without the task there would be no gradient to choose atoms by.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class SoftTargets(NamedTuple):
     """The ``k`` most likely classes of a teacher at each position. A ``DataLoader`` can batch it.
 
     Attributes:
-        log_probs: Logarithms of probabilities at the temperature, shape ``(..., k)``.
+        log_probs: Log probabilities at the temperature, shape ``(..., k)``.
         indices: Their classes, int32, shape ``(..., k)``.
-        temperature: Shape ``()``, or one for each sample of a batch.
+        temperature: The temperature, shape ``()``, or one for each sample of a batch.
     """
 
     log_probs: Tensor
@@ -56,12 +56,12 @@ class SoftTargets(NamedTuple):
 def soft_targets(logits: Tensor, k: int, temperature: float = 1.0) -> SoftTargets:
     """The ``k`` most likely classes, to be stored if the teacher is too large to run beside the student.
 
-    Probabilities are those among all classes; the loss treats what they lack of 1 as one more class. To store them in
+    Probabilities are relative to all classes; the loss treats the remainder to 1 as one more class. To store them in
     half precision: ``targets._replace(log_probs=targets.log_probs.half())``.
 
     Args:
         logits: The teacher's logits, shape ``(..., classes)``.
-        k: Number of classes; with all of them the loss is that of the teacher itself.
+        k: Number of classes; with all of them the loss is the same as with the teacher itself.
         temperature: The temperature of the :class:`Distillation` that uses them.
     """
     top = (_wide(logits.detach()) / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]))
@@ -69,7 +69,7 @@ def soft_targets(logits: Tensor, k: int, temperature: float = 1.0) -> SoftTarget
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """``T² KL(softmax(teacher / T) || softmax(student / T))``, in float32 at least.
+    """``T² KL(softmax(teacher / T) || softmax(student / T))``, in at least float32.
 
     Args:
         student, teacher: Logits, shape ``(..., classes)``. A class at ``-inf`` in both adds nothing.
@@ -100,14 +100,14 @@ def divergence_from_top(student: Tensor, targets: SoftTargets, temperature: floa
     p = log_p.exp()
     divergence: Tensor = (p * (log_p - known).masked_fill(p == 0, 0)).sum(-1)
     if indices.shape[-1] < student.shape[-1]:
-        rest_p = (1 - p.sum(-1)).clamp_min(0)  # those stored in half precision may sum to more than 1
+        rest_p = (1 - p.sum(-1)).clamp_min(0)  # probabilities stored in half precision may sum to more than 1
         rest_q = log_q.scatter(-1, indices, -torch.inf).logsumexp(-1)  # 1 - sum would cancel if little is left
         divergence += torch.special.xlogy(rest_p, rest_p) - rest_p * rest_q
     return divergence * temperature**2
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
-    """``1 - cos`` along a dimension, which the result does not have; in float32 at least."""
+    """``1 - cos`` along a dimension, which is removed from the result; in at least float32."""
     similarity: Tensor = nn.functional.cosine_similarity(_wide(student), _wide(teacher), dim=dim)
     return 1 - similarity
 
@@ -125,7 +125,7 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     q, p = _wide(student), _wide(teacher)
     if q.shape[1] != p.shape[1]:
         q, p = q.mean(1, keepdim=True), p.mean(1, keepdim=True)
-    tiny = torch.finfo(q.dtype).tiny  # a key that a mask hides has probability 0 in both
+    tiny = torch.finfo(q.dtype).tiny  # a masked key has probability 0 in both
     divergence: Tensor = (torch.special.xlogy(p, p) - p * q.clamp_min(tiny).log()).sum(-1)
     return divergence.mean(1)
 
@@ -140,30 +140,30 @@ def _wide(x: Tensor) -> Tensor:
 class Distillation(nn.Module):
     """``(1 - weight) · task + weight · (logits · KL + hidden_weight · cosine + attention · KL)``.
 
-    The teacher is in eval mode and gets no gradients. It is no submodule of this module, so it is in no checkpoint and
-    not among ``parameters()``, and does not move with this module. It runs before the student, so its activations are
-    freed by then.
+    The teacher is in eval mode and gets no gradients. It is not a submodule, so it is neither in checkpoints nor among
+    ``parameters()``, and does not move with this module. It runs before the student, so that its activations are freed
+    by then.
 
     Args:
-        teacher: Any module that takes what the student takes, or ``None`` if targets are given with each batch.
-            :meth:`of` makes it from the model itself.
-        weight: Share of distillation in the loss, in [0, 1]. With 1 no loss of a task is needed, which suits a model
+        teacher: Any module with the student's inputs, or ``None`` if targets are given with each batch. :meth:`of`
+            makes it from the model itself.
+        weight: The share of distillation in the loss, in [0, 1]. With 1 no task loss is needed, which suits a model
             that has been pruned. While a model is being pruned keep it below 1: at first the teacher has nothing to
             teach.
-        temperature: What logits are divided by before the softmax.
+        temperature: The number by which logits are divided before the softmax.
         logits, hidden_weight, attention: Weights of the three parts; 0 leaves a part out. Attention is read from
             ``output.attentions``, where models of transformers have it (``output_attentions=True``).
         hidden: Names of modules whose outputs are compared, or a mapping from the student's names to the teacher's.
-            A wrapper around the student, such as ``DistributedDataParallel``, may stay. In a compiled model modules
-            cannot be observed, so pass the model that is not compiled if hidden states are compared.
+            A wrapper around the student, such as ``DistributedDataParallel``, may stay. Modules of a compiled model
+            cannot be observed, so pass the uncompiled model if hidden states are compared.
         projections: For names of the student's modules, a module that maps the output to the teacher's width. Their
             parameters are those of this module, ``distill.parameters()``, and need an optimizer; with several processes
-            their gradients are averaged. Without a projection, shapes that differ are an error.
-        dim, hidden_dim: The dimension of the classes, and that of the features; 1 for images of class scores.
+            their gradients are averaged. Without a projection, different shapes are an error.
+        dim, hidden_dim: The class dimension and the feature dimension; 1 for images of class scores.
         read: A function from an output to its logits, if the output is neither a tensor, nor a tuple that begins with
             them, nor has them as ``logits``.
-        offload: Keep the teacher's parameters where they are, say in CPU memory, and copy them to the device of the
-            inputs for its forward only. Otherwise the teacher moves to the device of the first inputs, and stays there.
+        offload: Keep the teacher's parameters where they are, for example in CPU memory, and copy them to the inputs'
+            device only for its forward. Otherwise the teacher moves to the device of the first inputs and stays there.
 
     Raises:
         OptionError: A value is out of range, or nothing would be compared.
@@ -209,9 +209,9 @@ class Distillation(nn.Module):
         self.projections = nn.ModuleList((projections or {}).values())
         for parameter in self.projections.parameters():
             parameter.register_post_accumulate_grad_hook(_averaged)
-        object.__setattr__(self, "teacher", None if teacher is None else teacher.eval())  # no submodule, see above
+        object.__setattr__(self, "teacher", None if teacher is None else teacher.eval())  # not a submodule, see above
         self.parts: dict[str, Tensor] = {}
-        """The parts of the last loss, detached and not multiplied by their weights; for logging."""
+        """The parts of the last loss, detached and without their weights; for logging."""
 
     @classmethod
     def of(
@@ -233,7 +233,7 @@ class Distillation(nn.Module):
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         copied: dict[int, Any] = {}
-        for tensor in [*model.parameters(), *model.buffers()]:  # one by one, to hold no copy in the first dtype
+        for tensor in [*model.parameters(), *model.buffers()]:  # one by one, to make no full copy in the old dtype
             if type(tensor) in (nn.Parameter, Tensor):
                 to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 new = tensor.detach().to(device or tensor.device, to, copy=True)
@@ -255,11 +255,11 @@ class Distillation(nn.Module):
         Args:
             student: The model that is trained, including its wrappers.
             inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments, as for ``OTO``.
-            loss: The task's loss, a function of the student's output; by default the output's own ``loss``.
-            targets: The teacher's stored outputs, instead of running it; for logits only.
-            mask: Which positions count, of the shape of the logits without their classes. By default
-                ``inputs["attention_mask"]``, if there is one of that shape; otherwise all count.
-            count: Number of positions of the whole step, if batches of different lengths are accumulated: the sum over
+            loss: The task loss, a function of the student's output; by default the output's own ``loss``.
+            targets: The teacher's stored outputs, instead of running it; only for logits.
+            mask: Which positions count, with the shape of the logits without the class dimension. By default
+                ``inputs["attention_mask"]``, if it has that shape; otherwise all count.
+            count: Number of positions in the whole step, if batches of different lengths are accumulated: the sum over
                 positions is divided by it. By default each batch contributes its mean. With several processes it is the
                 number of positions of all of them, divided by the number of processes. ``loss`` is not divided by it;
                 that is up to you.
@@ -268,7 +268,7 @@ class Distillation(nn.Module):
             The loss, a scalar. Each process has its own; average the gradients, as ``DistributedDataParallel`` does.
 
         Raises:
-            OptionError: Something that is to be compared is missing or has a different shape, or the task has no loss.
+            OptionError: Something to be compared is missing or has a different shape, or there is no task loss.
         """
         args, kwargs = _arguments(inputs)
         ours, output = self.compare(
@@ -286,7 +286,7 @@ class Distillation(nn.Module):
         return self.combined(task, ours)
 
     def combined(self, task: Tensor, ours: Tensor) -> Tensor:
-        """The total of the task's loss and of what :meth:`compare` gives."""
+        """The weighted total of the task loss and of the loss that :meth:`compare` returns."""
         self.parts["task"] = task.detach()
         return (1 - self.weight) * task + self.weight * ours
 
@@ -300,7 +300,7 @@ class Distillation(nn.Module):
         mask: Tensor | None = None,
         count: Tensor | float | None = None,
     ) -> tuple[Tensor, Any]:
-        """The loss of distillation alone, for a loop that runs the student itself.
+        """The distillation loss alone, for a loop that runs the student itself.
 
         Args:
             student, inputs, targets, mask, count: As in :meth:`forward`.
@@ -408,7 +408,7 @@ class Distillation(nn.Module):
         return divergence(student, teacher, self.temperature)
 
     def _is_of_another_temperature(self, targets: SoftTargets) -> bool:
-        """Whether targets were made at another temperature. Only the first check waits for a device."""
+        """Whether targets were made at another temperature; only the first check synchronizes with the device."""
         if self._looked_at_temperature and not targets.temperature.is_cpu:
             return False
         self._looked_at_temperature = True
@@ -432,10 +432,10 @@ class Distillation(nn.Module):
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of an output: the output itself, its ``logits``, or in a tuple the first tensor that is no scalar.
+    """The logits of an output: the output itself, its ``logits``, or in a tuple the first tensor that is not a scalar.
 
     Raises:
-        OptionError: There are none.
+        OptionError: The output has no logits.
     """
     if isinstance(output, Tensor):
         return output
@@ -471,7 +471,7 @@ def _refuse_shapes(what: str, student: Sequence[int], teacher: Sequence[int]) ->
 
 
 def _at(values: Tensor, positions: Sequence[int] | None, mask: Tensor | None) -> Tensor:
-    """One value for each position of the logits: the average over further dimensions, or one average for all."""
+    """One value for each position of the logits: the average over further dimensions, or one overall average."""
     if positions is None or values.shape == positions:
         return values
     if values.shape[: len(positions)] != positions:
@@ -479,7 +479,7 @@ def _at(values: Tensor, positions: Sequence[int] | None, mask: Tensor | None) ->
     rest = values.flatten(len(positions))
     if mask is None or mask.shape != values.shape:
         return rest.mean(-1)
-    counted = mask.to(values.device).bool().flatten(len(positions))  # the tokens of a sentence that has one class
+    counted = mask.to(values.device).bool().flatten(len(positions))  # such as the tokens of a sentence with one class
     return rest.masked_fill(~counted, 0).sum(-1) / counted.sum(-1).clamp_min(1)
 
 
@@ -492,7 +492,7 @@ def _mean(values: Tensor, mask: Tensor | None, count: Tensor | float | None) -> 
 
 
 def _averaged(parameter: Tensor) -> None:
-    """Average a gradient over all processes. What was accumulated before is the same in all of them, so it stays."""
+    """Average a gradient over all processes; earlier accumulated gradients are equal in all of them, so they stay."""
     if dist.is_available() and dist.is_initialized() and parameter.grad is not None:
         dist.all_reduce(parameter.grad)
         parameter.grad /= dist.get_world_size()
@@ -503,7 +503,7 @@ def _averaged(parameter: Tensor) -> None:
 
 @contextmanager
 def _capturing(model: nn.Module, names: Iterable[str]) -> Iterator[Captured]:
-    """While inside, capture the outputs of modules; a forward that checkpointing repeats later is not captured."""
+    """Context manager that captures the outputs of modules, except in forwards that checkpointing repeats later."""
     captured: Captured = {name: [] for name in names}
     hooks = [_named(model, name).register_forward_hook(_into(captured[name])) for name in captured]
     try:
@@ -533,7 +533,7 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 
 
 def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, then its only child, the only child of that, and so on."""
+    """The model, its only child, the only child of that, and so on."""
     yield model
     while len(children := list(model.children())) == 1:
         (model,) = children
@@ -555,7 +555,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
-    """The same tree, with floating-point tensors in a dtype."""
+    """Cast the floating-point tensors of a tree to a dtype."""
     if isinstance(tree, Tensor):
         return tree.to(dtype) if dtype is not None and tree.is_floating_point() else tree
     if isinstance(tree, Mapping):

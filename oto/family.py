@@ -74,7 +74,7 @@ class FamilyTraining:
 
     @property
     def members(self) -> list[FamilyMember]:
-        """All members, the largest first: the full network, and those that were trained or cut.
+        """All members, largest first: the full network, and those that were trained or cut.
 
         Raises:
             OptionError: The ranking is not frozen yet.
@@ -91,7 +91,7 @@ class FamilyTraining:
         return f"Family({type(self.model).__name__}) at step {self.optimizer.clock:,}\n{self.plan()}"
 
     def plan(self) -> str:
-        """Which steps do what; to be printed."""
+        """What happens at which steps; to be printed."""
         ramp, networks = self._sandwich.ramp, self._sandwich.networks
         count = min(networks, len(self.optimizer.nested.choices) + 1)
         return f"{self.optimizer.plan()}\n{count} networks a step; what members count rises over {ramp} steps"
@@ -108,8 +108,8 @@ class FamilyTraining:
                 full network and with members; open ``torch.autocast`` in it for mixed precision.
             loss: The loss of an output, for the full network: ``lambda output: cross_entropy(output, y)``.
             scaler: The gradient scaler, for float16.
-            mask: If members learn from the full network's logits, the positions that count, such as ``labels != -100``:
-                of the shape of the logits without the classes. By default all.
+            mask: If members learn from the full network's logits, the positions that count, such as ``labels != -100``,
+                with the shape of the logits without the class dimension. By default all.
 
         Returns:
             The full network's loss, detached.
@@ -121,7 +121,7 @@ class FamilyTraining:
         try:
             value = self.backward(forward, loss, scaler, mask=mask)
         except Exception:
-            self.optimizer.zero_grad()  # a batch that is tried again must not count twice
+            self.optimizer.zero_grad()  # a batch that is retried must not count twice
             raise
         self.update(scaler)
         return value
@@ -147,12 +147,12 @@ class FamilyTraining:
         share = self._sandwich.weight(step)
         if members and share > 0:
             taught = self._sandwich.taught(output)
-            del output  # with all that it was computed from
+            del output  # frees the autograd graph
             parameters = dict(self.model.named_parameters())
 
             def learn(net: nn.Module) -> None:
                 own = self._sandwich.loss(forward(net), taught, loss, mask)
-                own = own if self._sandwich.distillation is False else own * weight  # a task's loss is divided already
+                own = own if self._sandwich.distillation is False else own * weight  # a task loss is already divided
                 _scaled(own * share, scaler).backward()
 
             for index in self._sandwich.drawn(step, len(members)):
@@ -163,7 +163,7 @@ class FamilyTraining:
         return value.detach()
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """One step of the optimizer from the present gradients, which are cleared afterwards.
+        """One step of the optimizer with the current gradients, which are cleared afterwards.
 
         With several processes the gradients are averaged first, see :meth:`reduce`.
         """
@@ -177,9 +177,9 @@ class FamilyTraining:
         self._sorted = None
 
     def reduce(self) -> None:
-        """Average the gradients over all processes, and take the buffers of the first one.
+        """Average the gradients over all processes, and copy the buffers from the first one.
 
-        :meth:`update` calls it. A loop that steps the optimizer itself has to call it before.
+        :meth:`update` calls it. A loop that steps the optimizer itself has to call it first.
         """
         if processes() > 1:
             average_gradients_(self.optimizer.parameters().values())
@@ -187,7 +187,7 @@ class FamilyTraining:
             share_from_first_([*self.model.buffers(), *(buffer for one in held for buffer in one.values())])
 
     def _settled(self) -> list[FamilyMember]:
-        """The members that are trained; none before the ranking is frozen. They are made once it is."""
+        """The members that are trained, made when the ranking is frozen; before that there are none."""
         levels, device = self.optimizer.levels, next(self.model.parameters()).device
         if levels is None:
             return []
@@ -200,7 +200,7 @@ class FamilyTraining:
             ]
             self._trained, self._cuts, self._sorted = self._maker.members(wanted), [], None
             parts = [member.part for member in self._trained if member.part is not None]
-            for part, buffers in zip(parts, self.optimizer.buffers, strict=False):  # those from a checkpoint
+            for part, buffers in zip(parts, self.optimizer.buffers, strict=False):  # loaded from a checkpoint
                 part.put_buffers(buffers)
             self.optimizer.buffers = [part.buffers for part in parts]
             self._made_for = (levels, device)
@@ -208,7 +208,7 @@ class FamilyTraining:
 
     @property
     def targets(self) -> list[Any]:
-        """The targets as they were given, the largest first."""
+        """The targets as they were given, largest first."""
         asked = [(choice.target.name, choice.target.asked) for choice in self.optimizer.nested.choices]
         return [number if name == "target_macs" else {name: number} for name, number in asked]
 
@@ -273,16 +273,16 @@ class Family(FamilyTraining):
         batches: Iterable[Any] = (),
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> FamilyMember:
-        """Cut one more member from a finished family, without training; it is nested in those around it.
+        """Cut one more member from a finished family, without training; it is nested between its neighbors.
 
         Args:
             target: A share of MACs, or a mapping, as in ``targets=``; one that no member has yet.
             evaluate: A function of the network in eval mode that returns its score.
-            batches, forward: What the statistics of its batch norms are estimated with, by ``forward(net, batch)``.
-                Without them it has those of the next larger member, and a note says so.
+            batches, forward: Used to estimate the member's batch-norm statistics by ``forward(net, batch)``. Without
+                them it takes the statistics of the next larger member, and a note says so.
 
         Returns:
-            The member, to be printed. The family has it from now on.
+            The member, to be printed. It belongs to the family from now on.
 
         Raises:
             OptionError, TargetError: The ranking is not frozen; the target cannot be reached, or a member has it.
@@ -302,9 +302,9 @@ class Family(FamilyTraining):
     def module(self, member: Any) -> nn.Module:
         """A member in eval mode whose weights are views of one sorted copy of the full weights.
 
-        All members that this method returns share that copy. It is a snapshot: call the method again after training on.
-        Weights that no view can express are copied, with a ``CopiedWarning`` that names them. For a model that owns its
-        memory or is to be saved, use :meth:`construct`.
+        All members that this method returns share that copy. It is a snapshot: call the method again after further
+        training. Weights that no view can express are copied, with a ``CopiedWarning`` that names them. For a model
+        that owns its memory or is to be saved, use :meth:`construct`.
 
         Args:
             member: Its target as it was given, or its index; 0 is the largest.
@@ -322,7 +322,7 @@ class Family(FamilyTraining):
         float64: bool | Literal["auto"] = "auto",
         verify: bool = True,
     ) -> list[Subnet]:
-        """All members as slim models, the largest first, each verified against the masked full model.
+        """Build all members as slim models, largest first, each verified against the masked full model.
 
         Args:
             out_dir: Folder for one artifact that holds the shared weights once; ``load_subnet(out_dir, factory,
@@ -349,10 +349,10 @@ class Family(FamilyTraining):
 def _cut(
     maker: Maker, members: Sequence[FamilyMember], optimizer: FamilyOptimizer, how: Mapping[str, Any], target: Any
 ) -> FamilyMember:
-    """A member between two others, or below the smallest.
+    """Cut a member between two others, or below the smallest.
 
     Raises:
-        OptionError, TargetError: The family has such a member already, or there is no width between.
+        OptionError, TargetError: The family already has such a member, or there is no width in between.
     """
     if any(one.target == target for one in members):
         raise OptionError(
@@ -372,11 +372,11 @@ def _cut(
 
 
 def make_family(analysis: Analysis, params: Params | None, options: Mapping[str, Any]) -> tuple[Training, Family]:
-    """A family of an analyzed model; see :meth:`oto.OTO.family`.
+    """Make a family of an analyzed model; see :meth:`oto.OTO.family`.
 
     Raises:
         OptionError, TargetError, NothingPrunableError: An option is invalid, or a target cannot be reached.
-        ModelChangedError, TooLateError: Parameters of which members lack entries were renamed or frozen after the
+        ModelChangedError, TooLateError: Parameters that are thinner in members were renamed or frozen after the
             analysis.
     """
     refuse_unknown(options, names_of(FamilyOptions), "family")
@@ -407,7 +407,7 @@ def make_family(analysis: Analysis, params: Params | None, options: Mapping[str,
 
 
 def _named(target: Any) -> dict[str, Any]:
-    """A target with its keyword; a bare number is a share of the MACs, or a number of MACs."""
+    """A target with its keyword; a plain number is a share of the MACs, or a number of MACs."""
     return dict(target) if isinstance(target, Mapping) else {"target_macs": target}
 
 

@@ -1,9 +1,9 @@
-"""Where a model's knowledge lies (LoRAShear, arXiv 2310.18356, section 3.2): what the loss makes of each group alone.
+"""Where a model's knowledge lies (LoRAShear, arXiv 2310.18356, section 3.2): how the loss reacts to each group alone.
 
-Each group is thinned alone, by a few shares of its atoms, those with the least norm first (of a weight with its
-adapter); the loss on held-out batches is measured, and the entries are put back. The groups whose loss rises most stay
-whole. Where blocks have to keep equally many atoms, those of all of them are one. The paper takes perplexity for the
-loss; what rises most is the same.
+Each group is thinned alone, by a few shares of its atoms, those with the least norm first (of the weight together with
+its adapter); the loss on held-out batches is measured, and the entries are restored. The groups for which the loss
+rises most stay whole. If blocks have to keep equally many atoms, their groups are thinned as one. The paper uses
+perplexity; the ranking is the same.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from oto.shards import refuse_sharded
 from oto.trace.snapshot import preserved
 
 LEVELS = (0.25, 0.5)
-"""Shares of its atoms that a group loses."""
+"""The shares of its atoms that a group loses."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Groups that were thinned together: one, or all of a tie.
+    """Groups that were thinned together: a single one, or all groups of a tie.
 
     Attributes:
-        groups: Their names.
-        atoms: How many they have together.
-        rise: By how much the loss rose, the mean over the shares.
-        whole: Whether they stay whole for it.
+        groups: The names of the groups.
+        atoms: How many atoms they have together.
+        rise: By how much the loss rose, averaged over the shares.
+        whole: Whether they stay whole for that reason.
     """
 
     groups: tuple[str, ...]
@@ -51,11 +51,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What was found; print it.
+    """The result of the measurement; to be printed.
 
     Attributes:
-        loss: That of the model as it is.
-        found: What was thinned, the most sensitive first.
+        loss: The loss of the unchanged model.
+        found: The groups that were thinned, most sensitive first.
     """
 
     loss: float
@@ -74,7 +74,7 @@ def mark_by_knowledge(
     share: float,
     levels: Sequence[float],
 ) -> tuple[Analysis, Knowledge]:
-    """Measure, and keep the most sensitive whole; see :meth:`oto.OTO.mark_unprunable_by_knowledge`."""
+    """Measure the groups and keep the most sensitive ones whole; see :meth:`oto.OTO.mark_unprunable_by_knowledge`."""
     refuse_sharded(analysis.model, "a measurement of what groups cost")
     held = list(batches)
     if not held or not callable(loss) or not 0 <= share < 1 or not levels or not all(0 < own < 1 for own in levels):
@@ -105,7 +105,7 @@ def mark_by_knowledge(
 
 
 class _Measurement:
-    """A model of which one group after another gets thinner, and is put back."""
+    """A model in which one group after another is thinned and restored."""
 
     def __init__(self, analysis: Analysis, batches: list[Any], loss: Callable[[nn.Module, Any], Tensor]) -> None:
         self.model, self.batches, self.of = analysis.model, batches, loss
@@ -119,12 +119,12 @@ class _Measurement:
         self.units = list(units.values())
 
     def loss(self) -> float:
-        """The mean over the batches."""
+        """The mean loss over the batches."""
         mean = sum(float(self.of(self.model, batch)) for batch in self.batches) / len(self.batches)
-        return mean if math.isfinite(mean) else math.inf  # thinner, it may overflow
+        return mean if math.isfinite(mean) else math.inf  # a thinner model may overflow
 
     def without(self, unit: Sequence[NodeGroup], level: float) -> float:
-        """The loss, if each of some groups loses a share of its atoms."""
+        """The loss if each group of a unit loses a share of its atoms."""
         stage(f"what it costs to thin {unit[0].name}")
         least = [self._least(group, level) for group in unit]
         rows = Rows.of(unit, least, self.parameters)
@@ -136,7 +136,7 @@ class _Measurement:
             rows.copy_(before)
 
     def _least(self, group: NodeGroup, level: float) -> Tensor:
-        """The atoms with the least norm, as far as it may lose them; a segment goes as a whole or not at all."""
+        """A share of the atoms, those with the least norm, as far as the group may lose them; a segment as a whole."""
         if group.segment:
             return torch.zeros(1, dtype=torch.int64)
         norms = magnitude(self.composed.entries_of(group, self.parameters, ()))

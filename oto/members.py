@@ -53,7 +53,7 @@ class FamilyMember:
             for the full network.
         kept: For each prunable group, the atoms that it keeps.
         cost: Parameters and MACs on the example input.
-        part: The slim module, whose parameters are read out of the full ones; ``None`` for the full network.
+        part: The slim module, whose parameters are selected from the full ones; ``None`` for the full network.
         trained: Whether it took part in the training; ``False`` if it was cut afterwards.
         score: Its score, if it was evaluated.
         notes: What a user should know about it.
@@ -79,7 +79,7 @@ class Maker:
     """Makes members of an analyzed model.
 
     Attributes:
-        own: What has to change in a module of the model's class when its tensors are thinner.
+        own: What has to change in a module of the model's class if its tensors are thinner.
     """
 
     analysis: Analysis
@@ -87,10 +87,10 @@ class Maker:
 
     @classmethod
     def of(cls, analysis: Analysis) -> Maker:
-        """Find out what the model's class needs, unless the analysis knows already.
+        """Find out what the model's class needs, unless the analysis already knows.
 
         Raises:
-            OptionError: Groups may go that the class cannot express.
+            OptionError: The class cannot express the removal of some prunable groups.
         """
         form = analysis.form
         if form.kind == "graph":
@@ -110,7 +110,7 @@ class Maker:
 
         Args:
             wanted: The target of each, and the atoms that it keeps.
-            like: The member that they are cut from, whose buffers they get; by default the full network.
+            like: The member from which they are cut and whose buffers they get; by default the full network.
 
         Raises:
             ShrinkError: The class cannot express a member.
@@ -146,14 +146,14 @@ class Maker:
 
 
 def found_in(members: Sequence[FamilyMember], asked: Any) -> int:
-    """The index of a member that is named by its target or by its index.
+    """The index of a member that is given by its target or its index.
 
     Raises:
         OptionError: There is no such member.
     """
     if type(asked) is int and -len(members) <= asked < len(members):
         return asked % len(members)
-    for index, member in enumerate(members):  # a number of MACs may be an int
+    for index, member in enumerate(members):  # a target in MACs may be an int, too
         if member.target == asked and isinstance(member.target, int) == isinstance(asked, int):
             return index
     raise OptionError(
@@ -174,11 +174,11 @@ def levels_of(kepts: Iterable[Kept], full: Kept) -> dict[str, NDArray[np.int64]]
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
-    """The full weights, sorted so that atoms that most members keep come first: then members are views of them.
+    """The full weights, sorted so that atoms that most members keep come first, which makes members views of them.
 
     Attributes:
         store: The full network with sorted weights; ``None`` if it computes something else.
-        orders: For each group, the atoms in their order.
+        orders: For each group, the atoms in sorted order.
     """
 
     maker: Maker

@@ -1,4 +1,4 @@
-"""What a target means before any training: what would be kept, its latency, and the multiples that suit a device."""
+"""What a target means before training: what would be kept, its latency, and the multiples that suit a device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from oto.trace.snapshot import preserved
 log = logging.getLogger(__name__)
 
 LIMITS = ("scope", "min_kept", "group_divisible")
-"""Options that limit what may be removed, whatever the saliency."""
+"""Options that limit what may be removed, independent of the saliency."""
 
 
 def preview(
@@ -38,7 +38,7 @@ def preview(
     loss: Callable[[nn.Module, Any], Tensor] | None,
     options: Mapping[str, Any],
 ) -> Preview:
-    """What a target would keep of each layer; see :meth:`oto.OTO.preview`."""
+    """What each layer would keep for a target; see :meth:`oto.OTO.preview`."""
     batches = list(batches)
     if batches:
         refuse_sharded(analysis.model, "a preview by gradients of batches")
@@ -55,10 +55,10 @@ def preview(
 
 
 def choice_for(analysis: Analysis, options: Mapping[str, Any], taker: str) -> Choice:
-    """The choice that ``taker``, which trains nothing, makes by these options.
+    """The choice that these options define for ``taker``, which trains nothing.
 
     Raises:
-        OptionError, TargetError: An option means nothing; the target cannot be reached.
+        OptionError, TargetError: An option has no meaning here, or the target cannot be reached.
     """
     refuse_unknown(options, names_of(PreviewOptions), taker)
     options = by_first_names(analysis, options)
@@ -71,7 +71,7 @@ def choice_for(analysis: Analysis, options: Mapping[str, Any], taker: str) -> Ch
 def _kept(
     model: nn.Module, choice: Choice, batches: list[Any], loss: Callable[[nn.Module, Any], Tensor] | None
 ) -> dict[str, int]:
-    """The atoms that a choice would keep; the model runs in its present modes, and is restored afterwards."""
+    """The number of atoms that a choice would keep; the model runs in its current modes and is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     with preserved(model) if batches else nullcontext():  # the weights alone are only read
         for module, training in modes:
@@ -80,12 +80,12 @@ def _kept(
 
 
 def timer_of(analysis: Analysis) -> Timer:
-    """A timer of the model and of slim ones of the same groups."""
+    """A timer of the model and of slim models with the same groups."""
     return Timer(analysis.model, analysis.partition, analysis.costs, analysis.example)
 
 
 def _times(analysis: Analysis, counts: NDArray[np.int64]) -> tuple[float, float]:
-    """Milliseconds of the full model and of one with these counts; of the first process's model, if it is sharded."""
+    """Milliseconds of the full model and of one with these counts; a sharded model is timed in the first process."""
     found: tuple[float, float] | None = None
     with in_the_first(analysis.model) as here:
         if here:
@@ -98,8 +98,8 @@ def _times(analysis: Analysis, counts: NDArray[np.int64]) -> tuple[float, float]
 def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | None:
     """Milliseconds as a function of what the prunable groups keep, if the target is a latency.
 
-    It is corrected by measurements near the model that a choice by the weights alone would give. A model that is spread
-    over processes is gathered in the first one, which measures for all.
+    It is corrected by measurements near the model that a choice by weights alone would give. A sharded model is
+    gathered in the first process, which measures for all.
 
     Raises:
         TargetError: Latency cannot be measured, or not even the thinnest model is fast enough.
@@ -107,7 +107,7 @@ def latency_for(analysis: Analysis, options: Mapping[str, Any]) -> Latency | Non
     goal, costs = options.get("target_latency_ms"), analysis.costs
     if goal is None:
         return None
-    # refuses nonsense before anything is timed
+    # refuse invalid targets before anything is timed
     Target.of(picked(options, TargetOptions), costs.sizes, costs, costs.macs)
     limits = FROM_MAGNITUDE | {name: options[name] for name in (*LIMITS, "align") if name in options}
     limited = Choice.of(analysis.groups, {"target_group_sparsity": 0.0}, **limits)

@@ -1,6 +1,7 @@
-"""A line for long work: which stage it is in, and for how long. It appears after two seconds, on a terminal or in a
-notebook. ``OTO_DISABLE_TQDM=1`` keeps it away. Elsewhere it is logged every ten seconds, at level INFO of
-``oto.progress``.
+"""A progress line for long work: the current stage, and for how long it has been running.
+
+It appears after two seconds, on a terminal or in a notebook; ``OTO_DISABLE_TQDM=1`` disables it. Elsewhere it is logged
+every ten seconds, at level INFO of ``oto.progress``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BETWEEN = 10.0
 
 
 class _Stages:
-    """The stages of one piece of work. A stage may take minutes in one call, so a thread keeps the line alive."""
+    """The stages of one piece of work. A single call may take minutes, so a thread updates the line."""
 
     def __init__(self, title: str, is_bar: bool) -> None:
         self.is_bar = is_bar
@@ -60,7 +61,7 @@ _running: ContextVar[_Stages | None] = ContextVar("running", default=None)
 
 @contextmanager
 def stages(title: str) -> Iterator[None]:
-    """While inside, what :func:`stage` names is shown. One within another shows in the outer one."""
+    """Context manager in which the stages named by :func:`stage` are shown; nested ones share the outer line."""
     is_bar = _wanted()
     if _running.get() is not None or not (is_bar or log.isEnabledFor(logging.INFO)):
         yield
@@ -75,7 +76,7 @@ def stages(title: str) -> Iterator[None]:
 
 
 def stage(name: str) -> None:
-    """The next stage of whatever is running begins."""
+    """Begin the next stage of the work that is running."""
     log.debug(name)
     running = _running.get()
     if running is not None:

@@ -1,4 +1,4 @@
-"""Train on after pruning: a learning rate that rises and falls once more, and data chosen to recover what was lost.
+"""Continue training after pruning: a re-warmed learning rate, and data chosen to recover what was lost.
 
     schedule = rewarmed(optimizer, steps)                              # a torch scheduler; step it after each step
     mixed = replay(new, old)                                           # 5 % of the samples are old ones
@@ -12,7 +12,7 @@
   a fifth of pre-training's largest rate.
 * **Data by loss**: Sheared-LLaMA (Xia et al., arXiv 2310.06694) raises the shares of sources whose loss is above a
   reference. LoRAShear (Chen et al., arXiv 2310.18356) draws more from sources that pruning has hurt more, and keeps
-  some of each; that is the same with the full model's losses as the reference.
+  some of each; that is the same method with the full model's losses as the reference.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WEAK, STRONG = 0.05, 0.25
 """The share of old data if new data are similar, and if they differ much."""
 
 SMOOTHING = 1e-4
-"""The share that is spread evenly over all sources, so that each keeps some (as in Sheared-LLaMA's released code)."""
+"""The share that is spread evenly over all sources, so that none vanishes (as in Sheared-LLaMA's released code)."""
 
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def reweighted(
     """Sheared-LLaMA's update: ``w ← w · exp(max(loss - reference, 0))``, divided by the sum of all shares.
 
     Then ``w ← (1 - smoothing) w + smoothing / n``, as in the released code. That code has no ``max``, so there a source
-    that is better than its reference loses its share faster.
+    with a loss below its reference loses its share faster.
 
     >>> found = reweighted({"web": 0.5, "books": 0.5}, {"web": 2.0, "books": 3.0}, {"web": 2.5, "books": 2.0}, 0.0)
     >>> {name: round(share, 4) for name, share in found.items()}
@@ -121,26 +121,26 @@ def reweighted(
                 f"  to fix  a mean loss for each source: {some(shares)}"
             )
     rise = {name: max(losses[name] - reference[name], 0.0) for name in shares}
-    top = max(rise.values())  # or exp might overflow
+    top = max(rise.values())  # subtracted below, so that exp does not overflow
     grown = {name: share * math.exp(rise[name] - top) for name, share in shares.items()}
     total = sum(grown.values())
     return {name: (1 - smoothing) * w / total + smoothing / len(grown) for name, w in grown.items()}
 
 
 class Mixture(Sampler[int]):
-    """Draw samples from several sources, by shares that may change meanwhile.
+    """Draw samples from several sources, by shares that may change during training.
 
-    This is a sampler for ``mixture.dataset``, in which the sources lie one after the other. Each draw chooses a source
-    by its share, and takes the next sample of a shuffled pass over that source; when all were taken, a new pass begins.
-    All processes draw the same sequence, and each takes its part of it.
+    This is a sampler for ``mixture.dataset``, the concatenation of the sources. Each draw chooses a source by its
+    share, and takes the next sample of a shuffled pass over that source; when all were taken, a new pass begins. All
+    processes draw the same sequence, and each takes its part of it.
 
     Args:
         sources: Datasets with a length, by name.
-        shares: One for each source; they are divided by their sum. By default in proportion to the lengths.
-        length: Number of samples of an epoch, over all processes; by default as many as the sources have.
+        shares: The share of each source; they are normalized. By default in proportion to the lengths.
+        length: Number of samples in an epoch, over all processes; by default the total length of the sources.
         seed: Seed of the draws.
         rank, world: Which part of the samples this process takes, and the number of processes, if nothing else splits
-            the samples up. The Trainer of transformers and accelerate do; with lightning, give these and pass
+            the samples. The Trainer of transformers and accelerate do; with lightning, give these and pass
             ``Trainer(use_distributed_sampler=False)``.
 
     Raises:
@@ -183,7 +183,7 @@ class Mixture(Sampler[int]):
         return {name: shares[name] / sum(shares.values()) for name in self.sizes}
 
     def __len__(self) -> int:
-        return self.length // self.world  # all processes have equally many, or one would wait forever
+        return self.length // self.world  # the same for all processes, or one would wait forever
 
     def __iter__(self) -> Iterator[int]:
         for n in range(len(self) * self.world):
@@ -208,7 +208,7 @@ class Mixture(Sampler[int]):
 
         Args:
             losses: The loss of each source on held-out data, the same in all processes (:func:`source_losses`).
-            reference: What each loss should come to, such as that of the full model.
+            reference: What each loss should reach, such as the full model's loss.
 
         Returns:
             The new shares.
@@ -217,11 +217,11 @@ class Mixture(Sampler[int]):
         return dict(self.shares)
 
     def loader(self, batch_size: int, **options: Any) -> DataLoader[Any]:
-        """A ``DataLoader`` that draws from it. With workers, batches that were drawn ahead have the former shares."""
+        """A ``DataLoader`` that draws from the mixture; with workers, prefetched batches still have the old shares."""
         return DataLoader(self.dataset, batch_size=batch_size, sampler=self, **options)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next draw depends on. A loader with workers has drawn ahead of the training."""
+        """Everything that the next draw depends on; a loader with workers is ahead of the training."""
         passes = {name: list(left) for name, left in self._passes.items()}
         return {"shares": dict(self.shares), "passes": passes, "generator": self._generator.get_state()}
 
@@ -233,12 +233,12 @@ class Mixture(Sampler[int]):
 
 
 def replay(new: Any, old: Any, share: float = WEAK, *, length: int | None = None, **options: Any) -> Mixture:
-    """New data, a share of which is replaced by old data.
+    """New data, of which a share is replaced by old data.
 
     Args:
         new, old: Datasets with a length.
         share: The share of old data: 5 % if the new data are similar; ``STRONG``, 25 %, if they differ much.
-        length: Number of samples of an epoch; by default as many as there are new ones, so replay costs no time.
+        length: Number of samples in an epoch; by default the number of new ones, so replay costs no time.
         **options: Options of :class:`Mixture`.
     """
     if not 0 <= share <= 1:
@@ -254,8 +254,8 @@ def source_losses(
     """The mean loss of each source on held-out batches, in eval mode; over all processes, if there are several.
 
     Args:
-        held: Batches of each source, by name; of equal size, and used for nothing else.
-        loss: A function of the model and a batch that gives a mean loss, as for ``oto.one_shot``.
+        held: Batches of each source, by name; of equal size, and not used for training.
+        loss: A function of the model and a batch that returns a mean loss, as for ``oto.one_shot``.
 
     Raises:
         OptionError: A source has no batches.

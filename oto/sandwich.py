@@ -1,10 +1,10 @@
-"""The steps of a family: which members run on a batch, what they learn from, and the weight of their losses.
+"""The steps of a family: which members run on a batch, what they learn from, and how their losses are weighted.
 
-After the ranking is frozen, each step runs the full network, the smallest member, and as many members between as the
-user asks for, all on the same batch (the *sandwich rule* of Yu and Huang, arXiv 1903.05134). The full network learns
-from the labels, and the members from its outputs (*in-place distillation*), as in DεpS (ECCV 2024). The *ramp* is
-DεpS's, too: the weight of the members' losses rises from zero to one, so that the full network is not thrown off when
-they join.
+After the ranking is frozen, each step runs the full network, the smallest member, and a chosen number of members in
+between, all on the same batch (the *sandwich rule* of Yu and Huang, arXiv 1903.05134). The full network learns from the
+labels, and the members from its outputs (*in-place distillation*), as in DεpS (ECCV 2024). The *ramp* is also from
+DεpS: the weight of the members' losses rises from zero to one, so that the full network is not disturbed when they
+join.
 
 Example: with ``networks=4`` and members 1 to 5, a step may run the full network and members 2, 3 and 5.
 
@@ -40,9 +40,9 @@ class Sandwich:
         freeze: The step at which the ranking is frozen.
         ramp: Number of steps over which the weight of the members rises from zero to one.
         networks: Number of networks in each step after that, including the full one and the smallest member.
-        distillation: ``True``: members learn from the full network's output; ``False``: from the task's loss; or a
-            function that gives the loss of a member from its output and that of the full network.
-        temperature: What logits are divided by before the softmax.
+        distillation: ``True``: members learn from the full network's output; ``False``: from the task loss; or a
+            function that computes a member's loss from its output and the full network's.
+        temperature: The number by which logits are divided before the softmax.
         class_dim: The dimension of the classes in the logits.
         seed: Seed for the draw of the members between.
     """
@@ -57,11 +57,11 @@ class Sandwich:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> tuple[Sandwich, Schedule]:
-        """Read the options of :meth:`oto.OTO.family` that say when and how.
+        """Read the options of :meth:`oto.OTO.family` that define the schedule and the training of members.
 
         Raises:
             OptionError: An option is invalid.
-            TargetError: A share of the steps is given without ``total_steps``, or a step lies beyond these.
+            TargetError: A share of the steps is given without ``total_steps``, or a step lies beyond ``total_steps``.
         """
         total = options.get("total_steps")
         schedule = Schedule.of(options.get("freeze_step", FREEZE), 1, 1, total)
@@ -93,7 +93,7 @@ class Sandwich:
         return made, schedule
 
     def describe(self) -> dict[str, Any]:
-        """The options as plain values, to compare with those in a checkpoint."""
+        """The options as plain values, to be compared with those in a checkpoint."""
         taught = self.distillation if isinstance(self.distillation, bool) else "a function"
         return {
             "ramp_steps": self.ramp,
@@ -134,7 +134,7 @@ class Sandwich:
             output: The member's output.
             taught: The result of :meth:`taught`.
             task: The loss of the full network.
-            mask: Which positions count, of the shape of the logits without their classes; all by default.
+            mask: Which positions count, with the shape of the logits without the class dimension; all by default.
         """
         if callable(self.distillation):
             return self.distillation(output, taught)
@@ -175,7 +175,7 @@ def share_from_first_(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def average_gradients_(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over all processes. Where some processes have none for a parameter, theirs counts as zero."""
+    """Average gradients over all processes; a process without a gradient for a parameter counts as zero."""
     if processes() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]

@@ -1,4 +1,4 @@
-"""The result: a slim model, how it is built, proved and saved."""
+"""The result: a slim model, and how it is built, proved and saved."""
 
 from __future__ import annotations
 
@@ -62,25 +62,25 @@ class Subnet:
     """A verified slim model.
 
     Attributes:
-        model: The slim module, in eval mode; it owns its memory. One of the original class can be trained like the full
-            one (``docs/after_pruning.md``), and made slim again: what is saved loads from the first class.
+        model: The slim module, in eval mode; it owns its memory. A model of the original class can be trained like the
+            full one (``docs/after_pruning.md``), and made slim again; its artifact still loads from the first class.
         path: The folder of the artifact, ``None`` if it was not saved.
         emitter: ``"config"`` (the original class, made from an edited config), ``"module"`` (the original class with
             other tensors and attributes), ``"graph"`` (a ``torch.fx.GraphModule`` of the graph from ``torch.export``)
-            or ``"recording"`` (one of the calls that were made on the example, at its shapes and values).
-        why_graph: Why the original class could not be used, if it could not; and what a recording is.
-        max_error: Largest relative error against the zeroed full model, in float64 where that was compared; NaN if
-            nothing was.
-        checks: Every comparison that showed something: those of empty outputs, or of NaN with NaN, are among the notes.
-        cost_before, cost_after: Parameters and MACs on the example input. Where ``oto.shrink`` made the model smaller
-            on the way, ``cost_before`` is that of the first model.
+            or ``"recording"`` (a graph module of the calls made on the example, valid for its shapes and values).
+        why_graph: Why the original class could not be used, if it could not; and the limits of a recording.
+        max_error: Largest relative error against the zeroed full model, in float64 if that was compared; NaN if nothing
+            was compared.
+        checks: Every comparison that showed something; those of empty outputs, or of NaN with NaN, are in the notes.
+        cost_before, cost_after: Parameters and MACs on the example input. If ``oto.shrink`` made the model smaller
+            during training, ``cost_before`` is the cost of the first model.
         kept: For each prunable group, the kept atoms.
         notes: Limits of the result: pruning that has not finished, inputs that were not compared, entries of the
             outputs that are not finite, parts that no input of the proof reaches, files that were not written.
         origin: What it was made from, for :meth:`report`.
         example: The example input.
-        config: With the emitter ``"config"``, what changes in the model's config, by dotted paths; or in the keywords
-            of the function that made it, so that ``function(**subnet.config)`` makes a module of the slim sizes. Empty
+        config: With the emitter ``"config"``, the changes in the model's config, by dotted path; or in the keywords of
+            the function that made it, so that ``function(**subnet.config)`` makes a module with the slim sizes. Empty
             if nothing states them; with ``layout="uniform"`` there is a warning then.
     """
 
@@ -127,18 +127,18 @@ class Subnet:
 
         Args:
             path: The file.
-            full: The full model. If given, forward passes of it and of the slim one are timed in turns.
-            dummy_input: The input to time them on.
+            full: The full model. If given, its forward passes and those of the slim model are timed in turns.
+            dummy_input: The input on which they are timed.
             history: Records of training, oldest first: mappings or objects with a ``step`` and numbers, such as
                 ``{"step": 10, "loss": 0.7}``. By default ``optimizer.history``.
-            title: Instead of the name of the model's class.
+            title: A title in place of the name of the model's class.
 
         Returns:
             ``path``.
 
         Raises:
             MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
-            ArtifactError: The file cannot be written; what was there is as it was.
+            ArtifactError: The file cannot be written; an existing file is unchanged.
         """
         assert self.origin is not None
         times = None
@@ -157,7 +157,7 @@ class Subnet:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: everything but the model, and only the numbers of kept atoms."""
+        """Plain data for JSON: everything except the model; of kept atoms only their number."""
         return {
             "path": None if self.path is None else str(self.path),
             "emitter": self.emitter,
@@ -173,11 +173,11 @@ class Subnet:
     def save_pretrained(self, out_dir: str | os.PathLike[str], tokenizer: Any = None) -> list[Path]:
         """Write a folder that ``from_pretrained`` of the model's own library loads, without ``oto``.
 
-        It needs a slim model whose config states its sizes: ``OTO(..., layout="uniform")`` or ``"stock"``. The model
-        card in it, ``README.md``, says what became smaller, how it was proved, and what a reader needs.
+        The config of the slim model has to state its sizes: ``OTO(..., layout="uniform")`` or ``"stock"``. The model
+        card in the folder, ``README.md``, says what became smaller, how it was proved, and what is needed to load it.
 
         Args:
-            out_dir: A folder that is empty or not there yet.
+            out_dir: A folder that is empty or does not exist yet.
             tokenizer: A tokenizer, a processor, or a list of them, to save beside the model. By default their files are
                 copied from the folder that the model was loaded from.
 
@@ -191,27 +191,27 @@ class Subnet:
         return save_pretrained(self.model, Path(out_dir).expanduser(), tokenizer, card(self))
 
     def export(self, how: str, path: str | os.PathLike[str]) -> list[Check]:
-        """Write the slim model for another runtime, with every size dynamic that it leaves free, and prove it.
+        """Write the slim model for another runtime and prove the file; sizes that the model leaves free are dynamic.
 
         Args:
             how: ``"onnx"``, ``"pt2"`` (``torch.export.save``) or ``"aoti"`` (compiled ahead of time, ends in .pt2).
-            path: A file that is not there yet.
+            path: A file that does not exist yet.
 
         Returns:
-            The comparisons of the other runtime's outputs, on the example and on two other sizes if it takes them.
+            The comparisons of the other runtime's outputs, on the example and on two other sizes if it accepts them.
 
         Raises:
-            EmitterError: The model cannot be expressed in it, or there is no compiler.
-            VerificationError: What was read back computes something else. Nothing was written.
-            ArtifactError: There is a file already, or it cannot be written.
-            MissingExtraError: ONNX is asked for and not installed (``pip install 'oto[onnx]'``).
+            EmitterError: The runtime cannot express the model, or there is no compiler.
+            VerificationError: The file, read back, computes something else. Nothing was written.
+            ArtifactError: The file exists already, or cannot be written.
+            MissingExtraError: ONNX is requested but not installed (``pip install 'oto[onnx]'``).
         """
         return export_model(self.model, self.example, how, Path(path).expanduser())
 
 
 @dataclass(frozen=True)
 class Build:
-    """The options for a slim model; each as in :meth:`oto.OTO.construct_subnet`."""
+    """The options for a slim model, as in :meth:`oto.OTO.construct_subnet`."""
 
     out_dir: Path | None = None
     emitter: Emitter = "auto"
@@ -224,7 +224,7 @@ class Build:
 
     @classmethod
     def of(cls, out_dir: str | os.PathLike[str] | None, *options: Any) -> Build:
-        """The options with the folder as users pass it.
+        """Make the options, with the folder as users pass it.
 
         Raises:
             OptionError: An option is invalid.
@@ -244,10 +244,10 @@ def build_subnet(
     """Make the slim model, prove it, and save it; see :meth:`oto.OTO.construct_subnet`.
 
     Args:
-        analysis: The analysis of the model that the optimizer trained, if one was made.
+        analysis: The analysis of the model that the optimizer, if there is one, trained.
         model: That model or a copy of it.
-        kept: The atoms to keep of every prunable group, where that is known; all others are zero in the model. By
-            default those that are not zero.
+        kept: The atoms to keep of every prunable group, if known; all others are zero in the model. By default those
+            that are not zero.
     """
     inner = holder(model, [name for name, _ in analysis.model.named_parameters()])
     if inner is None or not sharded_names(inner):
@@ -261,14 +261,14 @@ def build_subnet(
 
 
 def _send(model: nn.Module, made: Subnet) -> None:
-    """Give the other processes a slim model whose parameters are on ``meta``, without entries."""
+    """Send the other processes the slim model with its parameters on ``meta``."""
     light = replace(made, origin=None)
     parameters = made.model.named_parameters(remove_duplicate=False)
     empty = {name: torch.empty_like(p, device="meta") for name, p in parameters}
     try:
         with whole(made.model, named_tensors(made.model) | empty):
             require_sendable(light)
-    except Exception as refused:  # objects of extensions raise what they like; nothing was sent
+    except Exception as refused:  # extension objects may raise anything; nothing was sent
         note = f"the slim model was not sent to this process, so it is empty here: {first_line(refused)}"
         from_first(model, replace(light, model=nn.Module(), notes=(*made.notes, note), example=None))
     else:
@@ -279,7 +279,7 @@ def _send(model: nn.Module, made: Subnet) -> None:
 def _build(
     analysis: Analysis, model: Any, build: Build, optimizer: SparseOptimizer | None, kept: Kept | None
 ) -> Subnet:
-    """The same where all parameters are in this process."""
+    """:func:`build_subnet` if all parameters are in this process."""
     if build.out_dir is not None:
         names = files(build.emitter, analysis.allow_graph, build.program, build.save_full)
         check_out_dir(build.out_dir, [*names, *([REPORT] if build.report else [])])
@@ -299,7 +299,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     """The slim model of the analyzed model itself, without the background for reports."""
     require_values(analysis.model)
     stage("reading the zeros")
-    zeros = read_zeros(analysis.groups, analysis.model)  # and refuses what is not finite
+    zeros = read_zeros(analysis.groups, analysis.model)  # refuses parameters that are not finite
     zeros = zeros if known is None else dict(known)
     kept, uneven = _even(analysis, zeros, build.align)
     recipe = _recipe(analysis, build.emitter)
@@ -323,7 +323,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
         made = construct(source, build.emitter)
     source = (
         source if made.kept is kept else source.keeping(made.kept, source.own)
-    )  # a class may want some that are zero
+    )  # a class may need some atoms that are zero
     after = cost(analysis.partition, {name: len(atoms) for name, atoms in made.kept.items()}, gone)
     checks = made.checks
     if build.out_dir is not None:
@@ -331,7 +331,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
             checks = checks + _saved(source, made, build, before, after)
     slow = _slow(analysis, made.model, optimizer) if known is None else None
     short = _short_of(analysis, optimizer, zeros) if known is None else None
-    if short:  # notes on what the layout or align= adds come beside it
+    if short:  # besides notes on what the layout or align= adds
         warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
     notes = (*([short] if short else []), *([slow] if slow else []), *uneven, *made.notes)
     return Subnet(
@@ -351,13 +351,13 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
 
 
 def _recipe(analysis: Analysis, emitter: str) -> Recipe | None:
-    """How the class is made from its config, if that is to be tried."""
+    """The recipe that makes the class from its config, if that is to be tried."""
     return Recipe.of(analysis.model) if analysis.form.recipe is None and emitter == "config" else analysis.form.recipe
 
 
 def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str]]:
-    """The kept atoms after equalizing ties and rounding to multiples, and notes on the zero atoms that this keeps, or
-    that the network would come apart without."""
+    """The kept atoms after equalizing ties and rounding to multiples, with notes on the zero atoms that are kept for
+    that, or because the network would come apart without them."""
     groups, asking = analysis.groups, "the layout"
     if align != 1:
         by = multiples(groups, align, analysis.costs.weights)
@@ -367,7 +367,7 @@ def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str
     kept, back = legal(analysis.partition, kept)
     if not analysis.partition.erased(kept):
         return kept, uneven
-    # what lies in them is not computed, so nothing is to be as wide as it is; those that go together stay together
+    # removed segments are not computed, so their widths impose nothing on others; tied segments stay tied
     segments = {s.name: kept[s.name] for s in analysis.partition.segments if s.name in kept}
     kept, uneven = equalize_ties(groups, {**zeros, **segments}, asking, idle(analysis.partition, groups, kept))
     uneven += [f"{name}, which is zero, was kept: the network would come apart without it" for name in back]
@@ -375,7 +375,7 @@ def _even(analysis: Analysis, zeros: Kept, align: Align) -> tuple[Kept, list[str
 
 
 def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) -> list[Check]:
-    """Save the slim model; returns the comparisons of what is read back."""
+    """Save the slim model; returns the comparisons made with what was read back."""
     assert build.out_dir is not None
     proved = f"the slim model was built, and right in {len(made.checks)} comparisons"
     costs = {"before": vars(before), "after": vars(after)}
@@ -387,11 +387,11 @@ def _saved(source: Source, made: Made, build: Build, before: Cost, after: Cost) 
 
 
 def _origin(analysis: Analysis, optimizer: SparseOptimizer | None) -> Background:
-    """What a report says about a model and its training."""
+    """The background that a report needs about a model and its training."""
     name = type(analysis.model).__name__
     if optimizer is None:
         return Background(name, analysis.partition, analysis.groups, first=analysis.first)
-    history, schedule = tuple(optimizer.history), optimizer.schedule  # training may go on
+    history, schedule = tuple(optimizer.history), optimizer.schedule  # a copy, as training may continue
     periods = [schedule.bounds(period) for period in range(schedule.periods)]
     target = str(optimizer.choice.target)
     return Background(name, analysis.partition, analysis.groups, target, history, periods, analysis.first)
@@ -404,7 +404,7 @@ def _files_in(folder: Path | None) -> set[str]:
 
 
 def _slow(analysis: Analysis, slim: nn.Module, optimizer: SparseOptimizer | None) -> str | None:
-    """What is to be said of its time, if that was the target, pruning is over, and the full model is there."""
+    """A message if the latency target is missed; ``None`` unless pruning is over and the full model is available."""
     if optimizer is None or optimizer.choice.target.name != "target_latency_ms" or not optimizer.progress.over:
         return None
     target = optimizer.choice.target
@@ -414,7 +414,7 @@ def _slow(analysis: Analysis, slim: nn.Module, optimizer: SparseOptimizer | None
 
 
 def _short_of(analysis: Analysis, optimizer: SparseOptimizer | None, kept: Kept) -> str | None:
-    """Why fewer groups are zero than expected, as far as that is known."""
+    """Why fewer groups are zero than expected, as far as known."""
     total = sum(group.size for group in analysis.groups if group.prunable)
     zero = total - sum(map(len, kept.values()))
     what = f"{zero:,} of {total:,} groups are zero"

@@ -1,20 +1,20 @@
-"""The vocabulary of rules: the elementary steps that every operator is described with.
+"""The vocabulary of rules: the elementary steps with which every operator is described.
 
-A rule is given a :class:`Call` and the operator's arguments, with an :class:`Operand` in place of each tensor. It
-describes the operator in a few steps. Each relates terms at once, and is read again later, when zeros are followed
-through the network (``invariance.py``) and costs are counted (``groups/cost.py``). For example, a linear layer is
+A rule gets a :class:`Call` and the operator's arguments, with an :class:`Operand` in place of each tensor. It describes
+the operator in a few steps. A step relates terms immediately, and is read again later to follow zeros through the
+network (``invariance.py``) and to count costs (``groups/cost.py``). For example, a linear layer is
 ``call.contract("bi,oi->bo", x, weight)``. The steps are:
 
 ``map``       entry by entry, with broadcasting
 ``contract``  a product summed over letters (einsum)
 ``reduce``    a sum over dimensions
-``move``      entries go elsewhere, none is mixed
+``move``      entries change places, none are mixed
 ``cat``       one tensor after the other
 
 A *fact* says what every entry at a removed atom holds: a number, ``None`` for "anything", or NaN for a value that is
-not finite, such as 1/0, which stays so even where it is multiplied with zero. Where a tensor that is constant along a
-dimension, such as a mean over it, is subtracted from zeros along it, all removed entries hold the same value, which can
-be computed: a :class:`Uniform`.
+not finite, such as 1/0, which stays so even if it is multiplied by zero. If a tensor that is constant along a
+dimension, such as a mean, is subtracted from zeros, all removed entries along it hold the same value. That value can be
+computed: it is a :class:`Uniform`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Routes: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
 class Uniform:
     """The value of every removed entry along one dimension: a call on tensors that are constant along it.
 
-    It is right if the tensors that it was computed from are zero where entries are removed, which the proof checks.
+    It is valid if the tensors that it was computed from are zero at removed entries, which the proof checks.
     """
 
     op: Callable[..., Any]
@@ -48,10 +48,10 @@ class Uniform:
     kwargs: Any
 
     def computed(self, call: Callable[[Callable[..., Any], Any, Any], Any], values: dict[Uniform, Any]) -> Any:
-        """The value.
+        """Compute the value.
 
         Args:
-            call: Makes a call, whose arguments name tensors by :class:`Value`.
+            call: Makes a call; its arguments refer to tensors by :class:`Value`.
             values: The values that were computed so far.
         """
         if self not in values:
@@ -68,7 +68,7 @@ class Operand:
     """A tensor as a rule sees it: one term per dimension.
 
     Attributes:
-        uniform: For some dimensions, what removed entries along it hold, where it is not zero.
+        uniform: The value that removed entries hold along some dimensions, if it is not zero.
     """
 
     index: int
@@ -83,7 +83,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Stands for an integer argument that is the size of a term."""
+    """Placeholder for an integer argument that is the size of a term."""
 
     term: Term
 
@@ -95,9 +95,8 @@ class Rewrite:
     Tensors are given by the :class:`Value` that they have in the node's own arguments.
 
     Attributes:
-        watched: Terms that no argument names, but that make the rewrite necessary too once they are thinner.
-        always: Whether the rewrite is necessary as soon as anything gets thinner, since memory may be laid out
-            differently.
+        watched: Terms that no argument states, but that also make the rewrite necessary once they are thinner.
+        always: Whether the rewrite is necessary as soon as anything gets thinner, because the memory layout may change.
     """
 
     op: Callable[..., Any]
@@ -108,7 +107,7 @@ class Rewrite:
 
     @cached_property
     def terms(self) -> list[Term]:
-        """The terms that make the rewrite necessary: once any of them is thinner."""
+        """The terms that make the rewrite necessary once any of them is thinner."""
         sizes = [x.term for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Size)]
         return [*sizes, *self.watched]
 
@@ -121,14 +120,13 @@ class Step:
         routes: For each input and each of its dimensions, the output dimensions it goes to; none if it is summed over.
         summed: For each letter that is summed over, the (input, dimension) pairs that carry it. Removing an entry is
             exact only if one of them holds zero there.
-        fact: What the output holds at a removed entry, given what the inputs hold there.
-        skip_absent: Whether ``fact`` is not given those inputs that do not carry the axis; otherwise they count as
+        fact: Computes what the output holds at a removed entry from what the inputs hold there.
+        skip_absent: Whether inputs that do not carry the axis are not passed to ``fact``; otherwise they are passed as
             ``None`` (anything).
         volume: For a contraction, the terms whose sizes multiply to its MACs.
         uniform: For some output dimensions, the value of a removed entry, and what each input has to hold for that:
             ``None`` for an input that is constant along the dimension.
-        rest: A dimension of the input that is summed over, and the value of its removed entries, which the thinner call
-            adds.
+        rest: An input dimension that is summed over, and the value of its removed entries, which the thinner call adds.
     """
 
     node: int
@@ -158,7 +156,7 @@ class Tape:
         return Operand(len(self.tensors) - 1, dims, tuple(T.size_of(t) for t in dims))
 
     def silence(self, first: int) -> None:
-        """Let all steps from ``first`` on require no zeros, as no call reads their results. Their costs still count."""
+        """Make all steps from ``first`` on require no zeros, because no call reads their results; costs still count."""
         self.steps[first:] = [
             replace(step, inputs=(), routes=(), fact=anything, summed=(), uniform={}, rest=None)
             for step in self.steps[first:]
@@ -169,13 +167,13 @@ class Tape:
 
 
 def same(*facts: Fact) -> Fact:
-    """The value all inputs agree on."""
+    """The value that all inputs agree on."""
     first = facts[0] if facts else None
     return first if all(fact is not None and fact == first for fact in facts) else None
 
 
 def zero(*facts: Fact) -> Fact:
-    """Zero if all inputs are zero; for anything that is linear in its inputs."""
+    """Zero if all inputs are zero; valid for anything that is linear in its inputs."""
     return 0.0 if facts and all(fact is not None and fact == 0 for fact in facts) else None
 
 
@@ -213,7 +211,7 @@ def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[t
                 filled = tree_map_only(Operand, fill, args), tree_map_only(Operand, fill, dict(kwargs))
                 number = op(*filled[0], **filled[1]).item()
                 _evaluated[key] = number if number - number == 0 else NOT_FINITE
-            except Exception:  # the operator is not defined there: nothing is known
+            except Exception:  # the operator is not defined for these values, so nothing is known
                 _evaluated[key] = None
         return _evaluated[key]
 
@@ -221,7 +219,7 @@ def evaluated(op: Callable[..., Any], args: Any, kwargs: Any, dtypes: Sequence[t
 
 
 def _pure(op: Any) -> Any:
-    """The variant of an operator that writes to no argument; ``None`` if there is none with the same arguments."""
+    """The variant of an operator that writes to no argument; ``None`` if no variant has the same arguments."""
     if not op._schema.is_mutable:
         return op
     twin = getattr(getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None), op._overloadname, None)
@@ -230,8 +228,8 @@ def _pure(op: Any) -> Any:
 
 
 def _equal_runs(left: Sequence[int], right: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, int]]]:
-    """The shortest runs of dimensions of two shapes that have equal products: those of the left one, and the begin and
-    end of those of the right one.
+    """The shortest runs of dimensions of two shapes with equal products: the dimensions of the left run, and the begin
+    and end of the right run.
 
     >>> list(_equal_runs((2, 12), (2, 3, 4)))
     [((0,), (0, 1)), ((1,), (1, 3))]
@@ -262,7 +260,7 @@ class Call:
 
     Attributes:
         shapes: Shape of each output, ``None`` where it is no tensor.
-        dead: Whether no call reads its results, so that only sizes have to fit.
+        dead: Whether no call reads its results, so that only sizes have to be valid.
         steps: The index of its first step on the tape.
     """
 
@@ -286,7 +284,7 @@ class Call:
         return self.shapes[0]
 
     def constant(self, value: Any) -> Fact:
-        """A number as the dtype of the output holds it: 0.5 is 0 in an integer dtype."""
+        """A number converted to the dtype of the output: 0.5 is 0 in an integer dtype."""
         (output,) = (value for value in self.node.outputs if value is not None)
         return torch.tensor(value, dtype=output.dtype).item() if isinstance(value, int | float | complex) else None
 
@@ -349,7 +347,7 @@ class Call:
         """Entry by entry, with broadcasting.
 
         Args:
-            itself: Whether this step is all that the node computes, and ``xs`` are all of its tensors in their order.
+            itself: Whether this step is all that the node computes, and ``xs`` are all of its tensors in order.
         """
         ndim = max(x.ndim for x in xs)
         terms: list[Term] = [T.ONE] * ndim
@@ -377,7 +375,7 @@ class Call:
                 continue
             op = _pure(node.op)
             if op is None or (0 in held and not (op.overloadpacket in (aten.add, aten.sub) and one_dtype)):
-                continue  # 0·x and 0/x are numbers; a zero among the arguments must not change the dtype
+                continue  # 0·x and 0/x are plain numbers; a zero among the arguments must not change the dtype
             given = iter(held)
 
             def fill(value: Value, given: Iterator[Fact] = given) -> Any:
@@ -399,7 +397,7 @@ class Call:
         """A product summed over every letter that is missing on the right, as in einsum.
 
         Args:
-            new: Terms of letters that appear on the right only.
+            new: Terms of letters that appear only on the right.
             uncounted: Letters that do not multiply the cost.
         """
         left, right = spec.split("->")
@@ -447,8 +445,8 @@ class Call:
         return self.step([x], terms, (routes,), fact, summed=[[(0, dim)] for dim in sorted(gone)], rest=rest)
 
     def rest(self, x: Operand, dims: Sequence[int]) -> tuple[int, Uniform] | None:
-        """The only prunable dimension among ``dims``, with the value of its removed entries, if that is known and not
-        zero."""
+        """The only prunable dimension among ``dims`` with the value of its removed entries, if that is known and
+        nonzero; otherwise ``None``."""
         free = [d for d in dims if T.free(T.resolve(x.terms[d]))]
         return (free[0], x.uniform[free[0]]) if len(free) == 1 and free[0] in x.uniform else None
 
@@ -494,25 +492,25 @@ class Call:
         return self.move(x, terms, sources)
 
     def fresh(self, shape: Sequence[int], text: str | None, fact: Fact = None) -> Operand:
-        """A tensor that depends on no other; it may be thinned, unless ``text`` gives a reason against that."""
+        """A tensor that depends on no other; it may get thinner unless ``text`` gives a reason against that."""
         why = self.why(text) if text else None
         return self.step([], [T.axis(n, why) for n in shape], (), lambda: fact)
 
     def opaque(self, text: str, *also: Any) -> list[Operand | None]:
-        """Keep every dimension that the call touches whole, as for operators without a rule."""
+        """Keep every dimension that the call touches whole; used for operators without a rule."""
         for leaf in tree_leaves((self.node.args, dict(self.node.kwargs))):
             if isinstance(leaf, Value):
-                for term in self.operands[leaf].terms:  # of a dead call, too: it may not run at other sizes
+                for term in self.operands[leaf].terms:  # also for a dead call: it may not run at other sizes
                     T.fix(term, self.why(text))
         return [None if shape is None else self.fresh(shape, text) for shape in self.shapes]
 
     # --- sizes --------------------------------------------------------------------------------------------------------
 
     def resize(self, **sizes: Any) -> None:
-        """Name the arguments that state sizes; each is a :class:`Size`, or a list with some in it."""
+        """Name the arguments that state sizes; each is a :class:`Size`, or a list that contains some."""
         schema = self.node.op._schema.arguments  # type: ignore[attr-defined]
         positions = {argument.name: i for i, argument in enumerate(schema)}
-        earlier = self.tape.rewrites.get(self.node.index)  # others may have been named before
+        earlier = self.tape.rewrites.get(self.node.index)  # earlier calls may have named other arguments
         known = earlier if earlier is not None and earlier.op is self.node.op else self.node
         args, kwargs = list(known.args), dict(known.kwargs)
         for name, value in sizes.items():
@@ -523,11 +521,11 @@ class Call:
         self.rewrite(self.node.op, *args, **kwargs)
 
     def rewrite(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """How to call the node once its tensors are thinner."""
+        """Define how to call the node once its tensors are thinner."""
         self.tape.rewrites[self.node.index] = Rewrite(op, args, kwargs)
 
     def relaid(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """How to call the node once anything is thinner: its own tensor may lie in memory differently."""
+        """Define how to call the node once anything is thinner: its own tensor may have another memory layout."""
         self.tape.rewrites[self.node.index] = Rewrite(op, args, kwargs, always=True)
 
     def watch(self, *terms: Term) -> None:
@@ -536,7 +534,7 @@ class Call:
         self.tape.rewrites[self.node.index] = replace(stated, watched=terms)
 
     def counted(self, text: str) -> None:
-        """Note that the operator depends on a count of entries, so that thinner tensors need the rewritten call."""
+        """Record that the operator depends on a count of entries, so that thinner tensors need the rewritten call."""
         if self.dead:
             return
         self.tape.counted[self.node.index] = text

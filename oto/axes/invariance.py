@@ -2,16 +2,16 @@
 
 For each axis and each tensor that carries it, a *fact* says what every entry at a removed atom holds: a number, or
 nothing known. Parameters in producing positions (rows of a linear, filters, biases, norms, embedding columns) are zero
-there, whether trainable or frozen; inputs, constants and reading positions hold anything. Steps pass facts on. Wherever
-a step sums over the axis, a removal is exact only if one factor is zero there.
+there, whether trainable or frozen; inputs, constants and reading positions hold anything. Steps pass facts on. If a
+step sums over the axis, a removal is exact only if one factor is zero there.
 
 Example: unit 17 of ``fc2(relu(fc1(x)))`` is zero after ``fc1`` if row 17 of ``fc1.weight`` and its bias are zero; relu
-keeps the zero; ``fc2`` sums over units, to which it then adds nothing. With a sigmoid it would hold 1/2, so that column
+keeps the zero; ``fc2`` sums over units, so unit 17 adds nothing to the sum. With a sigmoid it would hold 1/2, so column
 17 of ``fc2.weight`` has to be zero instead.
 
-If zero producers do not make an axis exact, zero readers are tried (the columns that read it), then both. If neither
-works the axis is fixed, with the step that stood in the way. A forward may write into parameters, as weight constraints
-do: what has to be zero has to be so after it, too.
+If zero producers do not make an axis exact, zero readers are tried (the columns that read it), then both. If none of
+these works, the axis is fixed, and the step that stood in the way is recorded as the reason. A forward may write into
+parameters, as weight constraints do: zeros that are required have to be there after the forward, too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PRODUCES, READS = 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Exact:
-    """How the removal of an atom of one axis is exact.
+    """The zeros that make the removal of atoms of one axis exact.
 
     Attributes:
         zeros: Parameter dimensions whose entries at the atom must be zero, as (leaf, dimension).
@@ -57,7 +57,7 @@ class Visit:
 
 
 def prove(propagation: Propagation) -> dict[Axis, Exact]:
-    """How each axis can be removed exactly. Axes that cannot are fixed, each with its reason."""
+    """How atoms of each axis can be removed exactly. All other axes are fixed, each with its reason."""
     visits, carried = visits_of(propagation)
     leaves = [leaf for leaf in propagation.graph.leaves if leaf.may_be_zeroed]
     owned: dict[Axis, list[tuple[Leaf, int, Place]]] = {}
@@ -80,7 +80,7 @@ def prove(propagation: Propagation) -> dict[Axis, Exact]:
         obstacle: Step | None = None
         lost: Leaf | None = None
         tries = [("producers", producers), ("readers", readers), ("both", producers + readers)]
-        # a filter that is divided by its own norm must not be zero, but the factor that scales it may
+        # a filter that is divided by its own norm must not be zero, but the factor that scales it may be
         breaking = _breaking(steps, [place for _, _, place in producers])
         brittle = [own for own in producers if own[2] in breaking]
         if brittle:
@@ -156,7 +156,7 @@ def visits_of(propagation: Propagation) -> tuple[dict[Axis, list[Visit]], list[l
 
 
 def _after(propagation: Propagation) -> dict[int, int]:
-    """The tensor that each parameter is after a forward, which the next one reads: itself, unless it was written to."""
+    """The tensor that each parameter holds after a forward: itself, unless the forward wrote to it."""
     graph = propagation.graph
     written = {**graph.overwritten, **(graph.trained.overwritten if graph.trained else {})}
     tensors = {leaf.value: propagation.operands[leaf.value].index for leaf in graph.leaves}
@@ -202,12 +202,12 @@ def follow(
     """Follow facts through the steps, adding to ``facts``.
 
     Args:
-        backwards: Also require that no gradient comes back. A product passes none on if all its factors are zero; a
+        backwards: Also require that no gradient flows back. A product passes none on if all its factors are zero; a
             sum of entries always passes one on.
-        onwards: Go on to the end, whichever step the removal would change.
+        onwards: Do not stop at a step that the removal would change.
 
     Returns:
-        The first step whose result the removal would change; ``None`` if it is exact.
+        The first step whose result the removal would change; ``None`` if the removal is exact.
     """
     for visit in visits:
         step = visit.step
@@ -250,9 +250,9 @@ def _fact(step: Step, dim: int, places: list[list[Place]], facts: Mapping[Place,
 
 
 class Everywhere:
-    """What whole tensors hold, for every input: a number in all of their entries, or nothing known.
+    """What whole tensors hold for every input: a number in all of their entries, or nothing known.
 
-    The facts of steps hold for an axis that every tensor has, of one entry, as well as for any other.
+    The facts of steps also apply here, as if every tensor had a further axis with one entry.
     """
 
     def __init__(self, found: Propagation) -> None:
@@ -267,7 +267,7 @@ class Everywhere:
                 self.always[step.output] = fact
 
     def with_zeros(self, zeros: Iterable[int]) -> dict[int, Fact]:
-        """What changes once some tensors are zero, and nothing else is: the facts of those and of what follows."""
+        """The facts that change if only the given tensors are zero: those of these tensors and of what follows."""
         new: dict[int, Fact] = dict.fromkeys(zeros, 0.0)
         facts = ChainMap(new, self.always)
         ahead = sorted({i for tensor in new for i in self.readers.get(tensor, ())})
@@ -298,8 +298,8 @@ def is_zero(fact: Fact) -> bool:
 def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
     """The places where a zero alone makes some value not finite.
 
-    The facts without any zero are computed once. For each zero only the facts that it changes are computed, which are
-    few: following each zero through all steps would take a time that grows with the square of the number of layers.
+    The facts without any zero are computed once. For each zero only the few facts that it changes are recomputed:
+    following each zero through all steps would take time quadratic in the number of layers.
     """
     nothing: dict[Place, Fact] = {}
     follow(visits, nothing, onwards=True)
@@ -331,7 +331,7 @@ def _breaking(visits: list[Visit], places: list[Place]) -> set[Place]:
 
 
 def _number(fact: Fact) -> Fact:
-    """The fact as rules take it: a :class:`Uniform` is unknown to them."""
+    """The fact as rules expect it: they treat a :class:`Uniform` as unknown."""
     return None if isinstance(fact, Uniform) else fact
 
 

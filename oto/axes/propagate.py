@@ -29,7 +29,7 @@ class Propagation:
 
     Attributes:
         operands: The terms of every value.
-        unknown: Nodes whose operator has no rule; they keep all they touch.
+        unknown: Nodes without a rule that fits; everything that they touch stays whole.
         coverage: The number of calls of each operator, by the kind of rule: "rule", "fixed", "unknown".
         strict_out_nodes: Whether outputs that another call reads may get thinner; or the names of outputs that may.
     """
@@ -51,10 +51,10 @@ def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, str
     Every dimension of a parameter, buffer or constant starts as one axis. Dimensions of inputs and outputs are fixed.
 
     Args:
-        strict_out_nodes: ``True``: only outputs that no other call reads are fixed; an output that the model reads
-            itself, such as a hidden state, gets as thin as the network there. Or the names of the outputs
+        strict_out_nodes: With ``True``, only outputs that no other call reads are fixed; an output that the model also
+            reads itself, such as a hidden state, gets as thin as the network there. Otherwise the names of outputs
             (``Graph.output_names``) that are not fixed, whether another call reads them or not.
-        strict: Raise when a rule fails, instead of keeping what it touches.
+        strict: Raise if a rule fails, instead of keeping what the call touches whole.
     """
     coverage: dict[str, Counter[str]] = {"rule": Counter(), "fixed": Counter(), "unknown": Counter()}
     propagation = Propagation(graph, Tape(), {}, coverage=coverage, strict_out_nodes=strict_out_nodes)
@@ -68,7 +68,7 @@ def propagate(graph: Graph, strict_out_nodes: bool | frozenset[str] = False, str
 
 
 def _begin(propagation: Propagation, runs: Sequence[Graph], reader: Mapping[Value, int]) -> None:
-    """The terms of what no call makes: parameters, buffers, constants and inputs.
+    """Create the terms of what no call makes: parameters, buffers, constants and inputs.
 
     Args:
         reader: The index of the first call that reads a value.
@@ -85,7 +85,7 @@ def _begin(propagation: Propagation, runs: Sequence[Graph], reader: Mapping[Valu
 
 
 def _follow(propagation: Propagation, node: Node, strict: bool) -> None:
-    """Apply the rule of one call, or keep all that it touches."""
+    """Apply the rule of one call, or keep everything that the call touches whole."""
     graph, tape, operands = propagation.graph, propagation.tape, propagation.operands
     call = Call(node, tape, operands, dead=node.index in graph.dead)
     rule = find(node.op)
@@ -104,7 +104,7 @@ def _follow(propagation: Propagation, node: Node, strict: bool) -> None:
     if call.dead:
         tape.silence(call.steps)
     answer = "unknown" if node in propagation.unknown[-1:] else "fixed" if is_fixed(node.op) else "rule"
-    # calls of train mode that eval mode makes too are not counted twice
+    # train-mode calls with a rule are not counted, as eval mode usually makes them too
     if node.index < len(graph.nodes) or answer == "unknown":
         propagation.coverage[answer][node.name] += 1
     for output, operand in zip(node.outputs, outputs, strict=True):
@@ -117,7 +117,7 @@ def _follow(propagation: Propagation, node: Node, strict: bool) -> None:
 
 
 def _fix_outputs(propagation: Propagation, runs: Sequence[Graph], reader: Mapping[Value, int]) -> None:
-    """Keep every dimension of the outputs, but for those that ``strict_out_nodes`` frees."""
+    """Fix every dimension of the outputs, except outputs that ``strict_out_nodes`` frees."""
     freed = propagation.strict_out_nodes
     maker = {value: node.index for node in propagation.graph.calls for value in node.outputs if value is not None}
     named = freed if isinstance(freed, frozenset) else frozenset()

@@ -1,8 +1,8 @@
 """The table of rules: every operator has a rule, is *fixed* on purpose with a reason, or is *unknown*.
 
-Keys are ``torch.ops.aten`` objects. A packet (``aten.add``) stands for all its overloads and for its in-place variant;
-an overload (``aten.add.Tensor``) only for itself. Operators of other libraries, which may not be installed, go by
-their name: ``"torchvision::nms"``.
+Keys are ``torch.ops.aten`` objects. A packet (``aten.add``) stands for all of its overloads and for its in-place
+variant; an overload (``aten.add.Tensor``) only for itself. Operators of other libraries, which may not be installed,
+are registered by name: ``"torchvision::nms"``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMED: dict[str, Rule] = {}  # operators of other libraries
 
 
 def _variants(op: Any) -> list[Any]:
-    """An operator and its in-place twin: ``add`` and ``add_``."""
+    """An operator and its in-place variant: ``add`` and ``add_``."""
     if not isinstance(op, OpOverloadPacket):
         return [op]
     namespace = getattr(torch.ops, str(op).partition(".")[0])
@@ -68,7 +68,7 @@ def rule(*ops: Any) -> Callable[[R], R]:
 
 
 def fixed(*ops: Any, why: str) -> None:
-    """Register ``ops`` as operators that keep every dimension they touch whole, on purpose.
+    """Register ``ops`` as operators that deliberately keep every dimension they touch whole.
 
     Raises:
         DuplicateRuleError: An operator has a rule already.
@@ -93,7 +93,7 @@ def find(op: Any) -> Rule | None:
 
 
 def is_fixed(op: Any) -> bool:
-    """Whether an operator keeps every dimension it touches whole on purpose."""
+    """Whether an operator deliberately keeps every dimension it touches whole."""
     if op in FIXED:
         return True
     return isinstance(op, OpOverload) and (op.overloadpacket in FIXED or op._schema.name in FIXED)
@@ -101,7 +101,7 @@ def is_fixed(op: Any) -> bool:
 
 @cache
 def _fills(op: OpOverload) -> bool:
-    """Whether it writes its result into ``out=``, a tensor that the rule of the packet does not get."""
+    """Whether an operator writes its result into ``out=``, a tensor that the rule of the packet does not get."""
     return any(a.is_out for a in op._schema.arguments)
 
 

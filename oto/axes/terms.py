@@ -12,11 +12,11 @@ surviving atoms for every axis gives a choice of surviving entries for every ter
 
 Only four things ever happen to terms: :func:`unify`, :func:`split` (a product), :func:`cut` (a sum) and :func:`fix`.
 Axes are refined in place, as in union-find, so a term that is held elsewhere stays valid; :func:`resolve` writes it out
-in its present axes. What cannot be expressed (sizes that do not divide each other) is fixed, with a reason: less can be
-pruned then, but nothing is wrong.
+in its present axes. What cannot be expressed (sizes that do not divide each other) is fixed, with a reason: then less
+can be pruned, but nothing is wrong.
 
-Example: a flatten of 64 channels of 7 × 7 gives the term ``Axis(64) × Axis(7) × Axis(7)``. Where channel 3 is removed,
-entries 147 to 195 of the flattened dimension go.
+Example: a flatten of 64 channels of 7 × 7 gives the term ``Axis(64) × Axis(7) × Axis(7)``. If channel 3 is removed,
+entries 147 to 195 of the flattened dimension go with it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ ONE: Term = ()
 
 
 class Indivisible(Exception):
-    """A border falls where a term cannot be split. Never raised outside of this module."""
+    """A boundary falls where a term cannot be split. Never raised outside of this module."""
 
 
 def axis(n: int, fixed: Reason | None = None) -> Term:
@@ -122,7 +122,7 @@ def _refresh(total: Sum) -> None:
 
 
 def axes_of(term: Term) -> Iterator[Axis]:
-    """Every axis of a resolved term, from left to right; one that occurs twice is given twice."""
+    """Every axis of a resolved term, from left to right; an axis that occurs twice is yielded twice."""
     for factor in term:
         if isinstance(factor, Axis):
             yield factor
@@ -143,7 +143,7 @@ def free(term: Term) -> bool:
 
 
 def fix(term: Term, reason: Reason) -> None:
-    """Keep every entry, and remember why. The first reason stays."""
+    """Keep every entry, and record why. The first reason stays."""
     for part in axes_of(resolve(term)):
         if part.fixed is None:
             part.fixed = reason
@@ -170,7 +170,7 @@ def _reason(terms: Sequence[Term]) -> Reason:
 def unify(left: Term, right: Term, reason: Reason) -> None:
     """Make two terms of equal size the same: entry ``i`` of one survives iff entry ``i`` of the other does.
 
-    Where that cannot be expressed, the rest of both is fixed for ``reason``.
+    If that cannot be expressed, the rest of both is fixed for ``reason``.
     """
     assert size_of(left) == size_of(right), (left, right)
     while True:
@@ -208,7 +208,7 @@ def _unify_factors(f: Factor, g: Factor, reason: Reason) -> None:
         return
     assert isinstance(g, Sum)
     a, b = list(f.segments), list(g.segments)
-    while a:  # cut each side at the other's borders
+    while a:  # cut each side at the other's boundaries
         _expose(a)
         _expose(b)
         x, y = a.pop(0), b.pop(0)
@@ -314,7 +314,7 @@ def _sum(segments: list[Term]) -> Term:
 def split(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
     """Split a product into consecutive terms of the given sizes (``view``, ``unflatten``).
 
-    Where a border falls inside a factor that cannot be divided there, the whole term is fixed for ``reason``.
+    If a boundary falls inside a factor that cannot be divided there, the whole term is fixed for ``reason``.
     """
     assert prod(sizes) == size_of(term), (term, sizes)
     term = resolve(term)
@@ -337,7 +337,7 @@ def split(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
 def cut(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
     """Cut a sum into consecutive segments of the given sizes (``slice``, ``chunk``, ``split``).
 
-    Segments of size 0 are allowed. Where a border falls inside a product, the whole term is fixed for ``reason``.
+    Segments of size 0 are allowed. If a boundary falls inside a product, the whole term is fixed for ``reason``.
     """
     assert sum(sizes) == size_of(term), (term, sizes)
     term = resolve(term)
@@ -361,7 +361,7 @@ def cut(term: Term, sizes: Sequence[int], reason: Reason) -> list[Term]:
 
 
 def survivors(term: Term, kept: Mapping[Axis, NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    """Which entries of a term survive, shape ``(size,)``; an axis that ``kept`` does not name survives whole."""
+    """Which entries of a term survive, shape ``(size,)``; an axis that is not in ``kept`` survives whole."""
     alive = np.ones(1, dtype=bool)
     for factor in resolve(term):
         if isinstance(factor, Axis):
@@ -373,10 +373,10 @@ def survivors(term: Term, kept: Mapping[Axis, NDArray[np.bool_]]) -> NDArray[np.
 
 
 def reordered(term: Term, orders: Mapping[Axis, NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Which entry of a term comes where if the atoms of some axes are put in another order, int64, shape ``(size,)``.
+    """The permutation of a term's entries if the atoms of some axes are reordered: int64, shape ``(size,)``.
 
     Args:
-        orders: For an axis, which of its atoms comes first, second, ...; one that is not named stays as it is.
+        orders: For each axis, which of its atoms comes first, second, ...; an axis that is missing keeps its order.
     """
     order = np.zeros(1, dtype=np.int64)
     for factor in resolve(term):

@@ -1,12 +1,12 @@
-"""A folder of hashed files, written whole or not at all, and refused unless it is whole. No pickle.
+"""A folder of hashed files without pickle: written completely or not at all, and refused unless it is complete.
 
 The manifest ``oto.json`` names every file with its size and SHA-256 and carries a digest of itself. The digest and the
-hashes show what was damaged. They are no signature: whoever can write the folder can write them too.
+hashes detect damage. They are not a signature: whoever can write the folder can write them too.
 
 How one artifact replaces another
 ---------------------------------
 
-The new one is written completely, with its manifest, into a scratch folder (:mod:`oto.atomic`) and flushed to the disk
+The new artifact is written completely, with its manifest, into a scratch folder (:mod:`oto.atomic`) and flushed to disk
 (``fsync``). Then, while no other process may write there:
 
 1. The scratch folder's files become ``.oto-commit/``, by one rename. **This is the commit.**
@@ -14,7 +14,7 @@ The new one is written completely, with its manifest, into a scratch folder (:mo
 3. ``.oto-commit/oto.json`` is renamed over ``oto.json``, and the empty ``.oto-commit/`` is deleted.
 
 A reader takes the manifest, and each file that it names, from ``.oto-commit/`` if it is there, otherwise from its
-place. So whatever a killed process leaves behind can be loaded, also from a read-only folder:
+place. So whatever a killed process leaves behind can be loaded, even from a read-only folder:
 
 | killed | what is there | what loads |
 |---|---|---|
@@ -22,15 +22,15 @@ place. So whatever a killed process leaves behind can be loaded, also from a rea
 | in 2 | the new manifest in ``.oto-commit/``; every new file there or, once renamed, in its place | new |
 | in 3 | every new file in its place; the new manifest in ``.oto-commit/`` or in its place | new |
 
-The next save does steps 2 and 3 first (each of them may be done twice), and removes scratch folders of dead processes.
-Files in the way that no artifact wrote are looked for before 1 and again before 2, and the save is refused. Every file
-is on the disk before 1 and every rename before the next step, so the same holds after a power failure.
+The next save first completes steps 2 and 3 (both can be repeated safely), and removes scratch folders of dead
+processes. Before 1 and again before 2, a save is refused if files are in the way that no artifact wrote. Every file is
+on disk before 1, and every rename before the next step, so the same holds after a power failure.
 
-Only one writer is in steps 1 to 3 at a time, so of two processes the later one wins. Where the file system has no
-locks, the rename of 1 still fails while another's ``.oto-commit/`` is there, but nothing else separates two that write
-at the same moment. Not covered: a reader during somebody else's save may find a file changed and refuse it (it never
-mixes two artifacts); stores in which renaming a folder is not one step (object stores mounted as a folder); Windows
-while a file that is to be replaced is open elsewhere.
+Only one writer is in steps 1 to 3 at a time, so of two processes the later one wins. On a file system without locks,
+the rename of 1 still fails while another writer's ``.oto-commit/`` is there, but nothing else separates two that write
+at the same moment. Not covered: a reader during another process's save may find a file changed and refuse it (it never
+mixes two artifacts); stores in which renaming a folder is not atomic (object stores mounted as a folder); Windows while
+a file that is to be replaced is open elsewhere.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from oto.io.manifest import Refusal, is_plain, parse, require, require_files
 FORMAT_VERSION = 1
 MANIFEST = "oto.json"
 COMMIT = ".oto-commit"  # the files of an artifact that replaces another, see above
-LARGEST_MANIFEST = 2**27  # bytes; that of a network of billions of parameters has some millions
+LARGEST_MANIFEST = 2**27  # bytes; a network with billions of parameters needs some millions
 
 
 def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) -> None:
@@ -68,7 +68,7 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
         names: Files that will be written there.
 
     Raises:
-        ArtifactError: It is a file, lies below a file, or may not be written; or one of the files exists and was not
+        ArtifactError: The path is a file, lies below a file, or is not writable; or one of the files exists and was not
             written by an artifact.
     """
     if not os.fspath(out_dir):
@@ -81,7 +81,7 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
         raise unwritable(folder, "its name holds a zero byte", NOT_SAVED)
     try:
         folder.exists()
-    except OSError as failure:  # a name too long, a folder above that may not be entered
+    except OSError as failure:  # for example a name too long, or a parent folder without permission
         raise unwritable(folder, failure, NOT_SAVED) from failure
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
@@ -102,7 +102,7 @@ def check_out_dir(out_dir: str | os.PathLike[str], names: Iterable[str] = ()) ->
 
 @dataclass
 class Draft:
-    """An artifact in the making. Its files are in ``folder`` until :meth:`commit` moves them into ``target``."""
+    """An artifact that is being written; its files are in ``folder`` until :meth:`commit` moves them to ``target``."""
 
     folder: Path
     target: Path
@@ -111,7 +111,7 @@ class Draft:
     _plain: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def file(self, name: str) -> Path:
-        """The path to write a further file to."""
+        """The path under which to write a further file."""
         assert is_plain(name), name
         return self.folder / name
 
@@ -119,13 +119,13 @@ class Draft:
         """Write tensors; names that share one tensor share it again after loading.
 
         Args:
-            spare: Names that may be left out if their tensors have no dense form.
+            spare: Names that may be left out if their tensors cannot be written.
 
         Returns:
             The names that were left out.
 
         Raises:
-            ArtifactError: A tensor has no plain memory to write: sparse, quantized, on ``meta``...
+            ArtifactError: A tensor has no plain memory to write: it is sparse, quantized, on ``meta``...
         """
         first: dict[Any, str] = {}
         ties: dict[str, str] = {}
@@ -143,7 +143,7 @@ class Draft:
                 if held.is_complex():
                     complexes.append(key)
                     held = torch.view_as_real(held)
-                # its own memory: slices and views would include, or share, the tensor that they were cut from
+                # copy slices and views: their storage includes the tensor that they were cut from
                 if not held.is_contiguous() or held.untyped_storage().nbytes() != held.nbytes:
                     held = held.clone(memory_format=torch.contiguous_format)
                 if held.is_quantized:
@@ -163,14 +163,14 @@ class Draft:
             raise _unsaveable(name, f"a tensor of {failure.args[0]}") from failure
         except safetensors.SafetensorError as failure:  # its own name for an OSError
             raise unwritable(self.target, failure, NOT_SAVED) from failure
-        path.chmod(mode)  # safetensors makes a file that nobody else may read
+        path.chmod(mode)  # safetensors makes the file unreadable for others
         self.notes[name] = {"ties": ties, "complex": complexes}
         self._require_written(path, plain)
         self._plain[name] = plain
         return left_out
 
     def _require_written(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Compare a file with the tensors to be written, bit by bit."""
+        """Check, bit by bit, that a file holds the tensors that were to be written."""
         wrong = [key for key, tensor in tensors.items() if not _is_written(path, key, tensor)]
         if wrong:
             raise unwritable(
@@ -182,18 +182,20 @@ class Draft:
         return _read_tensors(self.file(name), self.notes[name])
 
     def written(self, name: str) -> dict[str, Tensor]:
-        """What :meth:`load` gives, in the memory that it was written from: the bits in the file were compared. Reading
-        a large file maps it into memory, beside the model that it is of."""
+        """The result of :meth:`load`, but in the original memory, since the bits in the file have been compared.
+
+        Reading a large file would map it into memory beside the model.
+        """
         return _by_all_names(self._plain[name], self.notes[name])
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Seal the artifact and put it in place; files of an older one are deleted, foreign files stay.
 
         Args:
-            manifest: Further entries for the manifest; anything that JSON can hold.
+            manifest: Further entries for the manifest; any JSON data.
 
         Raises:
-            ArtifactError: A foreign file is in the way of one of these.
+            ArtifactError: A foreign file has the name of one of the artifact's files.
         """
         from oto import __version__
 
@@ -210,9 +212,9 @@ class Draft:
         """Put the files of the draft, and a manifest with this content, in place.
 
         Args:
-            instead_of: The digest of the manifest that must be there, if that matters.
+            instead_of: The digest that the replaced manifest must have, if that matters.
         """
-        content = json.loads(json.dumps(content))  # as it will be read: keys are strings
+        content = json.loads(json.dumps(content))  # as it will be read: all keys are strings
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
             json.dump({**content, "digest": _digest(content)}, stream, indent=1)
         _require_readable(self.folder / MANIFEST)
@@ -238,7 +240,7 @@ def _require_readable(manifest: Path) -> None:
     """Check a manifest before it is put in place, in the same way as when it is read.
 
     Raises:
-        ArtifactError: It would be refused.
+        ArtifactError: A reader would refuse the manifest.
     """
     try:
         size = manifest.stat().st_size
@@ -257,10 +259,10 @@ _UNFINISHED = "the new artifact is there and loads; the next save into the folde
 
 
 def _finish(folder: Path) -> None:
-    """Finish the moves of a commit; only while holding the lock.
+    """Finish the renames of a commit; call only while holding the lock.
 
     Raises:
-        ArtifactError: Something that no artifact wrote is in the way.
+        ArtifactError: A file that no artifact wrote is in the way.
     """
     draft = folder / COMMIT
     if not os.path.lexists(draft):
@@ -310,10 +312,11 @@ def adding(path: str | os.PathLike[str], name: str) -> Iterator[Path]:
     """Add a file to an artifact, or replace one of its files.
 
     Yields:
-        The path to write the file to. The artifact is unchanged until that is done, and complete again afterwards.
+        The path to write the file to. The artifact stays unchanged until the file is written, and is complete again
+        afterwards.
 
     Raises:
-        ArtifactError: There is no artifact; a file of that name exists and belongs to none; it cannot be written.
+        ArtifactError: There is no artifact, or it cannot be written, or a file of that name exists and belongs to none.
         DamagedArtifactError: The artifact is damaged.
     """
     assert is_plain(name), name
@@ -336,13 +339,13 @@ def _unsaveable(name: str, what: str) -> ArtifactError:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact of which every file has been checked."""
+    """An artifact whose files have all been checked."""
 
     folder: Path
     manifest: Mapping[str, Any]
 
     def path(self, name: str) -> Path:
-        """A file of the artifact.
+        """The path of a file of the artifact.
 
         Raises:
             ArtifactError: The artifact has no such file.
@@ -354,7 +357,7 @@ class Artifact:
         return _where(self.folder, name)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file, on the CPU; tied names share one tensor."""
+        """The tensors in a file, on the CPU; tied names share one tensor."""
         path = self.path(name)
         notes = self.manifest["tensors"].get(name)
         if notes is None:
@@ -375,8 +378,8 @@ def reading(path: str | os.PathLike[str]) -> Artifact:
 
     Raises:
         ArtifactError: There is no artifact.
-        ArtifactVersionError: It was written in a format that this version does not read.
-        DamagedArtifactError: A file is missing, cut short or changed.
+        ArtifactVersionError: The artifact has a format that this version does not read.
+        DamagedArtifactError: A file is missing, truncated or changed.
     """
     folder = given = Path(path).expanduser()
     try:
@@ -384,7 +387,7 @@ def reading(path: str | os.PathLike[str]) -> Artifact:
             folder = folder.parent
         place = _where(folder, MANIFEST)
         there = place.is_file()
-    except (OSError, ValueError) as failure:  # a name too long or with a zero byte, a folder without permission
+    except (OSError, ValueError) as failure:  # a name too long or with a null byte, a folder without permission
         raise ArtifactError(
             f"{folder} cannot be read: {failure}\n"
             "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
@@ -430,13 +433,13 @@ def reading(path: str | os.PathLike[str]) -> Artifact:
 
 
 def _where(folder: Path, name: str) -> Path:
-    """The path of a file of the artifact: its place, or where an interrupted commit left it."""
+    """The path of a file of the artifact: its final place, or where an interrupted commit left it."""
     draft = folder / COMMIT / name
     return draft if draft.is_file() else folder / name
 
 
 def _start(file: Path, size: int) -> bytes:
-    """The first bytes of a file. Nothing is read from one of size zero: some systems show endless files like that."""
+    """The first bytes of a file. A file of size zero is not read: some systems present endless files like that."""
     if not size:
         return b""
     with file.open("rb") as stream:
@@ -444,10 +447,10 @@ def _start(file: Path, size: int) -> bytes:
 
 
 def _require_whole(file: Path, stamp: Mapping[str, Any]) -> None:
-    """Refuse a file that is not what the manifest says. It is only opened after its kind and size are checked.
+    """Refuse a file that differs from its manifest entry. It is opened only after its kind and size are checked.
 
     Raises:
-        DamagedArtifactError: It differs, or it is a pipe or a device instead of a file.
+        DamagedArtifactError: The file differs, or it is a pipe or a device.
     """
     if not file.is_file():
         raise _damaged(file, "it is missing, or no plain file")
@@ -471,7 +474,7 @@ def _is_well_formed(manifest: Any) -> bool:
 
 
 def _files_of(folder: Path, among: Container[str] | None = None) -> set[str]:
-    """The files in the folder that artifacts wrote and nobody changed since; all, or those of some names."""
+    """The files in the folder that artifacts wrote and that have not changed since; all, or only those in ``among``."""
     manifests = [_manifest_in(place) for place in (folder, folder / COMMIT, *_earlier_drafts(folder))]
     stamps = [(name, stamp) for manifest in manifests for name, stamp in manifest.get("files", {}).items()]
     asked = [(name, stamp) for name, stamp in stamps if is_plain(name) and (among is None or name in among)]
@@ -479,14 +482,14 @@ def _files_of(folder: Path, among: Container[str] | None = None) -> set[str]:
 
 
 def _earlier_drafts(folder: Path) -> list[Path]:
-    """Where earlier versions left the rest of an artifact if they were killed, as they moved the manifest last."""
+    """The folders in which killed processes of earlier versions left files: these versions moved the manifest last."""
     with suppress(OSError):
         return [place for place in folder.iterdir() if re.fullmatch(r"\.oto-[a-z0-9_]{8}", place.name)]
     return []
 
 
 def _manifest_in(folder: Path) -> Mapping[str, Any]:
-    """The manifest in a folder; empty if there is none that is valid."""
+    """The manifest in a folder; empty if there is no valid one."""
     place = folder / MANIFEST
     try:
         if not (place.is_file() and (size := place.stat().st_size) <= LARGEST_MANIFEST):
@@ -514,7 +517,7 @@ def _require_own(folder: Path, names: Iterable[str], own: Container[str] | None 
         own: The files that artifacts wrote, if known.
 
     Raises:
-        ArtifactError: There is such a file.
+        ArtifactError: A file of that name exists and no artifact wrote it.
     """
     there = {name for name in (*names, MANIFEST) if os.path.lexists(folder / name) and not (folder / name).is_dir()}
     if not there:
@@ -540,11 +543,11 @@ def _require_own(folder: Path, names: Iterable[str], own: Container[str] | None 
 
 
 _BLOCK = 1 << 24
-"""Bytes that are compared at a time: pages of a file count as memory of the process for as long as it is mapped."""
+"""How many bytes are compared at a time: pages of a mapped file count as memory of the process."""
 
 
 def _is_written(path: Path, key: str, tensor: Tensor) -> bool:
-    """Whether a file holds this tensor by a name, bit for bit."""
+    """Whether a file holds this tensor under a name, bit for bit."""
     if tensor.ndim == 0 or tensor.nbytes <= _BLOCK:
         with safetensors.safe_open(path, "pt") as read:
             return _same_bits(read.get_tensor(key), tensor)
@@ -564,7 +567,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _place(tensor: Tensor) -> Any:
-    """What two names of one tensor have in common, even after ``state_dict`` made two objects from it."""
+    """A key that all names of one tensor share, even after ``state_dict`` made several objects from it."""
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel() or type(tensor.data) is not Tensor:
         return id(tensor)
     view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
@@ -582,7 +585,7 @@ def _read_tensors(path: Path, notes: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _by_all_names(held: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file by all their names, complex ones as such."""
+    """The tensors of a file under all of their names, with complex tensors restored."""
     tensors = dict(held)
     for key in notes["complex"]:
         tensors[key] = torch.view_as_complex(tensors[key])

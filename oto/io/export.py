@@ -1,4 +1,4 @@
-"""Write a slim model for other runtimes: ONNX, ``torch.export``, and compiled ahead of time.
+"""Write a slim model for other runtimes: ONNX, ``torch.export``, and AOTInductor.
 
 Each file is written to a scratch folder, read back by its own runtime, compared with the model on the example and on
 two other sizes, and only then renamed to its place (:mod:`oto.atomic`). An existing file is never replaced.
@@ -33,21 +33,21 @@ _ONE_FILE = 2**31 - 2**20  # bytes; the limit of protobuf
 
 
 def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.PathLike[str]) -> list[Check]:
-    """Write a model for another runtime, with every size dynamic that it leaves free, and prove it.
+    """Write a model for another runtime and prove the file; sizes that the model leaves free are dynamic.
 
     Args:
         dummy_input: An example input, as for ``OTO``.
         how: ``"onnx"``, ``"pt2"`` (``torch.export.save``) or ``"aoti"`` (compiled for this machine's kind of device).
-        path: The file; its folder is made.
+        path: The file; its folder is created.
 
     Returns:
         The comparisons that were made.
 
     Raises:
         EmitterError: The runtime cannot express the model, or there is no compiler.
-        VerificationError: What was read back computes something else. Nothing was written.
+        VerificationError: The file, read back, computes something else. Nothing was written.
         ArtifactError: The file exists already, or cannot be written.
-        MissingExtraError: ONNX is asked for and not installed.
+        MissingExtraError: ONNX is requested but not installed.
     """
     if how not in _WAYS:
         raise EmitterError(f"how={how!r} is unknown\n  to fix  use {', '.join(map(repr, _WAYS))}")
@@ -64,7 +64,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         draft = folder / place.name
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about deprecations in those packages
+                warnings.simplefilter("ignore")  # deprecations in these packages
                 runtime = _WAYS[how].write(program, draft)
                 checks = [_compared(model, runtime, given, how) for given in examples]
         except (OTOError, OSError):
@@ -83,20 +83,20 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
 
 
 def _refused(failure: BaseException | None, place: Path) -> OSError | None:
-    """The error of the file system below ``place``, if that is why something failed."""
+    """The file system error below ``place`` that caused a failure, if there was one."""
     while failure is not None and not (isinstance(failure, OSError) and concerns(failure, place)):
         failure = failure.__cause__ or failure.__context__
     return failure
 
 
 def _put(draft: Path, place: Path) -> None:
-    """Move a file and what was written beside it; the file itself comes last."""
+    """Move a file and the files written beside it to their place; the file itself comes last."""
     files = sorted(draft.parent.iterdir(), key=lambda file: file == draft)
     for file in files:
         sync(file)
     with locked(place.parent):
         for file in files:
-            there = place.parent / file.name  # that of an export that was killed here is the same in every byte
+            there = place.parent / file.name  # one left by an export that was killed here is identical
             if os.path.lexists(there) and not (file != draft and there.is_file() and filecmp.cmp(file, there, False)):
                 raise _is_there(there)
         for file in files:
@@ -177,12 +177,12 @@ class _Onnx:
 
 
 def _name_outputs(graph: Any, program: torch.export.ExportedProgram) -> None:
-    """Give the outputs of an ONNX graph the names that the model's own output has: keys, fields and indices.
+    """Name the outputs of an ONNX graph after the model's own output: keys, fields and indices.
 
-    What is an input as well, or is there twice, keeps its name, and so does what would be called like something else.
+    An output keeps its name if it is also an input, occurs twice, or if the new name is already taken.
 
     Args:
-        graph: That of ``onnx_ir``.
+        graph: The graph, an ``onnx_ir`` object.
     """
     names = output_names(program)
     taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
@@ -207,7 +207,7 @@ class _Aoti:
 
     @staticmethod
     def write(program: torch.export.ExportedProgram, path: Path) -> Runtime:
-        packed = io.BytesIO()  # as in save_program
+        packed = io.BytesIO()  # in memory, as in save_program
         compile_package(program, packed)
         path.write_bytes(packed.getbuffer())
         return _called(load_package(str(path)))

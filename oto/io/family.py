@@ -1,4 +1,4 @@
-"""Save a family: the shared weights once, and what each member is. Loading is in :mod:`oto.io.subnet`."""
+"""Save a family: the shared weights once, and a description of each member. Loading is in :mod:`oto.io.subnet`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from oto.slim.source import Source
 
 @dataclass(frozen=True, eq=False)
 class ToSave:
-    """A member that is to be saved.
+    """A member to be saved.
 
     Attributes:
         slim: Its slim model, of the model's class.
-        said: What the manifest says of it: its target, emitter, notes, checks, costs, score.
+        said: Its manifest entries: target, emitter, notes, checks, costs, score.
     """
 
     slim: nn.Module
@@ -44,7 +44,7 @@ class ToSave:
         """How the slim model was made.
 
         Raises:
-            EmitterError: It is of no class.
+            EmitterError: The member is not of the model's class.
         """
         found = origin_of(self.slim)
         if found is None:
@@ -57,7 +57,7 @@ class ToSave:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by the names of the full model."""
+        """Its tensors by their names in the full model."""
         last = self.origin.rounds[-1]
         names = {name: renumbered(name, last.edits.layers) for name in last.shapes}
         return {name: attribute(self.slim, own).detach() for name, own in names.items() if own is not None}
@@ -71,15 +71,15 @@ def files_of_family() -> list[str]:
 def save_family(
     out_dir: Path, source: Source, members: Sequence[ToSave], levels: Mapping[str, NDArray[np.int64]]
 ) -> None:
-    """Write the artifact of a family, and prove what is read from it before it is put in place.
+    """Write the artifact of a family; what is read back from it is proved before it is put in place.
 
     Args:
         source: The full model.
-        members: The largest first, which is the full network.
+        members: The members, largest first; the first is the full network.
         levels: For each prunable group, how many members besides the full network keep each atom.
 
     Raises:
-        ArtifactError: It cannot be written.
+        ArtifactError: The artifact cannot be written.
         VerificationError: What was read back differs. Nothing is put in place.
     """
     full = tensors_of(source.model, source.partition)
@@ -107,7 +107,7 @@ def save_family(
 
 
 def _entries(source: Source, members: Sequence[ToSave]) -> tuple[dict[str, list[int | None]], list[Tensor]]:
-    """For each tensor and dimension, the number of its levels, and the levels: how many members keep each entry."""
+    """For each tensor and dimension, the index of its level vector; and the vectors: how many members keep an entry."""
     places: dict[str, list[int | None]] = {}
     vectors: dict[bytes, int] = {}
     found: list[Tensor] = []
@@ -130,7 +130,7 @@ def _entries(source: Source, members: Sequence[ToSave]) -> tuple[dict[str, list[
 def _held(
     full: Mapping[str, Tensor], places: Places, vectors: Sequence[Tensor], members: Sequence[ToSave]
 ) -> dict[str, Tensor]:
-    """What is saved besides the full tensors: the levels, and what members have of their own."""
+    """What is saved besides the full tensors: the level vectors, and the members' own tensors."""
     levels = {f"entries/{i}": vector for i, vector in enumerate(vectors)}
     held = dict(levels)
     for index, member in enumerate(members[1:], 1):
@@ -152,7 +152,7 @@ def _read_back(draft: Draft, source: Source, members: Sequence[ToSave], places: 
     """Check that every member is read back bit for bit, fits into the class, and computes the same.
 
     Raises:
-        VerificationError: One does not.
+        VerificationError: A member differs.
     """
     full, held = draft.load(WEIGHTS), draft.load(MEMBERS)
     device = next(source.model.parameters()).device

@@ -1,11 +1,11 @@
-"""What a manifest may contain: a closed list, checked before anything is done with a manifest.
+"""The schema of a manifest: a closed list of entries, checked before a manifest is used.
 
-The hashes of an artifact show what was damaged, not who made it: whoever can write the folder can write any manifest
-and seal it. So the same closed list is checked when reading as when writing. Every entry has a type and a bound; names
-of classes, arguments and operators are those that the writer knows; and what a name refers to is checked again where it
-is looked up (:mod:`oto.slim.config.recipe`, :mod:`oto.slim.numbers`, :mod:`oto.slim.edits`).
+The hashes of an artifact detect damage, but do not show who made it: whoever can write the folder can write any
+manifest and seal it. So the same closed list is checked when reading as when writing. Every entry has a type and a
+bound; names of classes, arguments and operators must be names that the writer uses; and what a name refers to is
+checked again where it is looked up (:mod:`oto.slim.config.recipe`, :mod:`oto.slim.numbers`, :mod:`oto.slim.edits`).
 
-Entries that this version does not know are ignored; among the edits none are allowed.
+Unknown entries are ignored, except among the edits, where they are refused.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from oto.slim.edits import SIZES
 
 LARGEST = 2**31 - 1  # a size, a count, an index
 LONGEST = 2**20  # characters of a text; a site holds the lines of code that were running
-MOST_ROUNDS = 256  # each takes a copy of the model
+MOST_ROUNDS = 256  # each needs a copy of the model
 MOST_MEMBERS = 255  # of a family; levels are bytes
-MOST_BRACKETS = 2**21  # lists and objects in a text of JSON; one that is empty takes 64 bytes of memory
+MOST_BRACKETS = 2**21  # lists and objects in a JSON text; an empty one takes 64 bytes of memory
 
 Check = Callable[[str, Any], None]
 """Checks a value, given its path in the manifest; raises :class:`Refusal`."""
 
 
 class Refusal(ValueError):
-    """Something that no writer writes, with its path in the manifest."""
+    """A value that no writer writes; the message has its path in the manifest."""
 
 
 def parse(text: bytes, most: int = MOST_BRACKETS) -> Any:
     """Parse JSON in which no object has a key twice, with memory bounded by its length.
 
     Raises:
-        ValueError: It is no such JSON.
+        ValueError: The text is not such JSON.
     """
     if text.count(b"[") + text.count(b"{") > most:
         raise ValueError(f"it holds more than {most:,} lists and objects")
@@ -61,7 +61,7 @@ def require(manifest: Any) -> None:
     """Refuse a manifest that contains anything that no writer writes.
 
     Raises:
-        Refusal: It does; the message says where.
+        Refusal: There is such a value; the message says where.
     """
     require_files(manifest)
     _MANIFEST("", manifest)
@@ -71,10 +71,10 @@ def require(manifest: Any) -> None:
 
 
 def require_files(manifest: Any) -> None:
-    """Refuse a manifest that does not list its files; everything else may be of a later version.
+    """Refuse a manifest that does not list its files; everything else may be from a later version.
 
     Raises:
-        Refusal: It does not.
+        Refusal: The list of files is missing or malformed.
     """
     _FILES("", manifest)
     for name in manifest["tensors"].keys() - manifest["files"].keys():
@@ -120,7 +120,7 @@ def _flag(where: str, value: Any) -> None:
 
 
 def _any(where: str, value: Any) -> None:
-    """Nothing to check."""
+    """Accept anything."""
 
 
 def _one_of(*values: str) -> Check:
@@ -179,7 +179,7 @@ def _table(check: Check, key: Check = _name) -> Check:
 
 
 def _entries(needed: Mapping[str, Check], others: Mapping[str, Check] | None = None, closed: bool = True) -> Check:
-    """An object that has the entries of ``needed``, may have those of ``others``, and, if it is closed, no more."""
+    """An object with the entries of ``needed``, optionally those of ``others`` and, if ``closed``, no more."""
     known = {**needed, **(others or {})}
 
     def look(where: str, value: Any) -> None:
@@ -224,7 +224,7 @@ def _file_name(where: str, value: Any) -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name stands for a file in the folder itself, on any system."""
+    """Whether a name denotes a file in the folder itself, on any system."""
     return bool(name) and name not in (".", "..", "oto.json") and not set(name) & set("/\\:\0")
 
 
@@ -324,7 +324,7 @@ _HOW = _entries(
 
 
 def _inner_path(where: str, value: Any) -> None:
-    """A module, and not the model itself."""
+    """The path of a module other than the model itself."""
     _name(where, value)
     if not value:
         raise Refusal(f"{where} is empty, which stands for the model itself")
@@ -339,7 +339,7 @@ _PLAIN = _either("a plain value", {bool: _flag, int: _number(), float: _number()
 
 
 def _held(where: str, value: Any, depth: int = 3) -> None:
-    """A plain value, or a list or an object of such."""
+    """A plain value, or a list or an object of plain values."""
     if isinstance(value, dict) and depth:
         _table(lambda inside, item: _held(inside, item, depth - 1))(where, value)
     elif isinstance(value, list) and depth:
@@ -349,7 +349,7 @@ def _held(where: str, value: Any, depth: int = 3) -> None:
 
 
 def _gives(where: str, value: Any) -> None:
-    """What a call gives: a tensor that it is given, zeros, nothing to lay beside others, a plain value, or some of
+    """What a call returns: one of its arguments, zeros, an empty tensor to concatenate, a plain value, or several of
     these."""
     kind = next((name for name in _GIVES if isinstance(value, dict) and name in value), "value")
     _GIVES[kind](where, value)

@@ -1,11 +1,11 @@
-"""The members of a family in one artifact: which they are, and how the tensors of one are read out of the full ones.
+"""The members of a family in one artifact, and how a member's tensors are selected from the full ones.
 
-``model.safetensors`` holds the full weights, once. ``members.safetensors`` holds, for every dimension that gets
-thinner, how many members besides the full network hold each entry (members are nested, so one number says it for all),
-and for each member the tensors that are its own: batch-norm statistics, and weights with a count folded into them.
+``model.safetensors`` holds the full weights, once. ``members.safetensors`` holds two things: for every dimension that
+gets thinner, how many members besides the full network keep each entry (one number suffices because members are
+nested); and for each member its own tensors, which are batch-norm statistics and weights with a count folded into them.
 
-Example: the levels ``[2, 0, 1]`` of the rows of a weight: the full network has all three rows, member 1 rows 0 and 2,
-member 2 row 0.
+Example: levels ``[2, 0, 1]`` for the rows of a weight mean that the full network has all three rows, member 1 has rows
+0 and 2, and member 2 has row 0.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from oto.errors import ArtifactError, some
 MEMBERS = "members.safetensors"
 
 Places = Mapping[str, Sequence[int | None]]
-"""For each tensor that gets thinner, for each of its dimensions, the number of its levels; ``None``: it stays whole."""
+"""For each tensor that gets thinner and each dimension, the index of its level vector; ``None`` if it stays whole."""
 
 
 def index_of(manifest: Mapping[str, Any], asked: Any, folder: object) -> int:
-    """The index of a member in an artifact; 0 is the largest, and all that there is in one of no family.
+    """The index of a member in an artifact; 0 is the largest, and the only index in an artifact without a family.
 
     Args:
-        asked: The member's index, an int; or its target as it was given.
+        asked: The member's index, an int, or its target as it was given.
 
     Raises:
         ArtifactError: There is no such member.
@@ -36,7 +36,7 @@ def index_of(manifest: Mapping[str, Any], asked: Any, folder: object) -> int:
     targets = [member["target"] for member in manifest.get("members", ())]
     if type(asked) is int and 0 <= asked < max(len(targets), 1):
         return asked
-    for index, target in enumerate(targets):  # a number of MACs may be an int
+    for index, target in enumerate(targets):  # a target in MACs may be an int, too
         if target == asked and isinstance(target, int) == isinstance(asked, int):
             return index
     has = f"it has {some([repr(target) for target in targets])}" if targets else "it is of one slim model, of no family"
@@ -59,11 +59,11 @@ def tensors_of_member(
 
     Args:
         full: The tensors of the full network.
-        held: Those of ``members.safetensors``.
-        places: For each tensor and dimension, the number of its levels there; ``None``: all entries are kept.
+        held: The tensors in ``members.safetensors``.
+        places: For each tensor and dimension, the index of its level vector; ``None`` if all entries are kept.
 
     Raises:
-        IndexError, KeyError: They do not belong together.
+        IndexError, KeyError: The arguments do not belong together.
     """
     own = {name.removeprefix(f"{index}/"): tensor for name, tensor in held.items() if name.startswith(f"{index}/")}
     found: dict[str, Tensor] = {}
@@ -90,18 +90,18 @@ def _selected(tensor: Tensor, levels: Sequence[Tensor | None], index: int) -> Te
 
 
 OWN = ("edits", "notes", "emitter", "checks", "cost")
-"""What the manifest says of each member in place of the largest; all else is of the family."""
+"""The manifest entries that each member has for itself; all others apply to the family."""
 
 
 def kept_of_member(manifest: Mapping[str, Any], index: int) -> dict[str, list[int]]:
-    """For each prunable group the atoms that a member keeps."""
+    """For each prunable group, the atoms that a member keeps."""
     return {
         name: torch.tensor(levels).ge(index).nonzero()[:, 0].tolist() for name, levels in manifest["levels"].items()
     }
 
 
 def manifest_of_member(manifest: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The manifest as if the member alone had been saved."""
+    """The manifest as if only this member had been saved."""
     if index == 0:
         return dict(manifest)
     own = {name: manifest["members"][index][name] for name in OWN if name in manifest["members"][index]}

@@ -1,7 +1,7 @@
-"""What modules hold besides parameters and buffers: numbers, texts and constant tensors among their attributes.
+"""The numbers, strings and constant tensors among the attributes of modules.
 
-A class that is made with other ones computes something else, and no shape shows it. So the manifest has those of the
-model that was saved, and :func:`oto.load_subnet` compares.
+A class constructed with other values computes something else, and no shape shows it. So the manifest stores the values
+of the saved model, and :func:`oto.load_subnet` compares them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from oto.errors import OtherNumbersWarning, some, users_level
 
 _IDLE = ("training", "gradient_checkpointing", "grad_checkpointing", "name_or_path", "default_cfg", "pretrained_cfg")
-"""Attributes that no output follows from."""
+"""Attributes that no output depends on."""
 
 _IDLE_OF: Mapping[str, tuple[type[nn.Module], ...]] = {
     "p": (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
@@ -31,14 +31,14 @@ _IDLE_OF: Mapping[str, tuple[type[nn.Module], ...]] = {
 _OTHER = object()
 _TENSOR = "tensor of "
 _LARGE = 1 << 22
-"""Entries of a tensor beyond which it is not looked at."""
+"""A tensor with more entries is not examined."""
 
 
 def numbers_of(module: nn.Module) -> dict[str, Any]:
-    """What is known of a module's own attributes, as JSON has it: numbers, short texts, tensors as a digest, and short
-    lists and dicts of these.
+    """A module's own attributes as JSON data: numbers, short strings, digests of tensors, and short lists and dicts of
+    these.
 
-    Of private attributes only fractions and tensors: the rest are mostly flags, which forwards and libraries set.
+    Of private attributes only floats and tensors are included: the rest are mostly flags set by forwards and libraries.
     """
     idle = {*_IDLE, *(name for name, kinds in _IDLE_OF.items() if isinstance(module, kinds))}
     plain = {name: _plain(value) for name, value in vars(module).items() if name not in idle}
@@ -50,7 +50,7 @@ def numbers_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: Any, depth: int = 3) -> Any:
-    """A value as JSON has it; :data:`_OTHER` for anything else."""
+    """A value as JSON data; :data:`_OTHER` if that is impossible."""
     if isinstance(value, np.generic):
         value = value.item()
     if type(value) in (bool, int, float, NoneType):
@@ -69,7 +69,7 @@ def _plain(value: Any, depth: int = 3) -> Any:
 
 
 def _digest(value: Tensor | np.ndarray[Any, Any]) -> Any:
-    """What tells a constant tensor or array from others of its shape; :data:`_OTHER` without ordinary memory."""
+    """A digest of a constant tensor or array; :data:`_OTHER` if it has no ordinary memory."""
     try:
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
         if tensor.is_meta or not 0 < tensor.numel() <= _LARGE:
@@ -86,8 +86,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _differ(was: Any, now: Any) -> bool:
-    """Whether two values of :func:`numbers_of` are others. A tensor that only one model has, or of another
-    shape, is what a forward keeps."""
+    """Whether two values of :func:`numbers_of` differ. A tensor that only one model has, or that has another shape, is
+    ignored: a forward left it."""
     if _is_tensor(was) or _is_tensor(now):
         alike = _is_tensor(was) and _is_tensor(now) and was.rpartition(",")[0] == now.rpartition(",")[0]
         return alike and was != now
@@ -99,8 +99,8 @@ def _differ(was: Any, now: Any) -> bool:
 
 
 def warn_of_other_numbers(saved: Mapping[str, Mapping[str, Any]], given: nn.Module) -> None:
-    """Warn of attributes that were others in the model that was saved: arguments of its constructor, or what a first
-    forward leaves."""
+    """Warn about attributes that differ from the saved model's: arguments of its constructor, or what a first forward
+    leaves."""
     modules = dict(given.named_modules())
     apart = [
         f"{path + '.' if path else ''}{name} was {was}, is {now[name]}"

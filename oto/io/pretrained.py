@@ -1,14 +1,14 @@
-"""Write a folder that the model's own library loads, for processes without ``oto``; its class writes the files.
+"""Write a folder that the model's own library loads without ``oto``; the model's class writes the files.
 
-It is written into a scratch folder (:mod:`oto.atomic`), read back and compared there, and only then put in place, while
-no other process may write there:
+The files are written into a scratch folder (:mod:`oto.atomic`), read back and compared there, and only then put in
+place, while no other process may write there:
 
 1. ``.oto-pretrained.json``, which lists every file, is renamed into the folder.
 2. The files are renamed into it, ``config.json`` last: without it ``from_pretrained`` loads nothing, with it all.
 3. ``.oto-pretrained.json`` is deleted.
 
-If a save was killed in between, the list shows it to the next save: if every file is in place the folder is complete,
-and only the list is deleted; if not, the listed files are deleted too, as far as they are unchanged.
+If a save was killed in between, the next save finds the list. If every file is in place, the folder is complete and
+only the list is deleted; otherwise the listed files are deleted too, unless they have changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from oto.slim.config.recipe import Recipe
 from oto.slim.config.unstated import remedy, unlike
 
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-"""Files beside the weights that define how inputs are made: tokenizers and processors."""
+"""Suffixes of files beside the weights that define how inputs are made: tokenizers and processors."""
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -47,15 +47,15 @@ def save_pretrained(
     """Write config and weights with the class's own ``save_pretrained``, read them back and compare.
 
     Args:
-        slim: A model whose ``config`` makes its class in its sizes.
-        out_dir: A folder that is empty, does not exist yet, or was left half written by a save that was killed. One
-            that already holds the same bytes is left as it is.
-        tokenizer: What to save beside it (a tokenizer, a processor, or several): anything with a
+        slim: A model whose ``config`` makes its class with its sizes.
+        out_dir: A folder that is empty, does not exist yet, or was left half written by a killed save. A folder that
+            already holds the same bytes stays unchanged.
+        tokenizer: What to save beside the model (a tokenizer, a processor, or several): any object with a
             ``save_pretrained``. By default the files of the folder that the model was loaded from are copied.
-        card: The text of ``README.md``, if one is wanted.
+        card: The text of ``README.md``, if wanted.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         EmitterError: The class cannot be made from the config in these sizes; the message names them.
@@ -68,7 +68,7 @@ def save_pretrained(
         with locked(folder):
             _end_what_broke_off(folder)
         there = _names(folder)
-        if there and not (folder / CONFIG).is_file():  # with it, the same model is complete
+        if there and not (folder / CONFIG).is_file():  # with the config, the same model is already complete
             raise _holds(folder, there)
         try:
             _write(slim, draft, tokenizer, card)
@@ -86,13 +86,13 @@ def _write(slim: nn.Module, folder: Path, tokenizer: Any, card: str) -> None:
         extra.save_pretrained(folder)
     if tokenizer is None:
         _copy_beside(Path(str(getattr(slim.config, "_name_or_path", "") or "")), folder)
-    if card and not (folder / CARD).exists():  # a mixin of the hub writes its own
+    if card and not (folder / CARD).exists():  # the hub's mixin writes its own
         (folder / CARD).write_text(card, encoding="utf-8")
     _require_same(slim, folder)
 
 
 def _put(draft: Path, folder: Path) -> None:
-    """Move what was written to its place, unless the same is there already."""
+    """Move the written files to their place, unless the same files are already there."""
     files = _stamps(draft)
     for path in (draft, *draft.rglob("*")):
         sync(path)
@@ -117,7 +117,7 @@ def _put(draft: Path, folder: Path) -> None:
 
 
 def _end_what_broke_off(folder: Path) -> None:
-    """Remove what a killed process put into a folder, unless it is complete."""
+    """Remove what a killed process put into a folder, unless the folder is complete."""
     try:
         files: dict[str, Any] = parse((folder / UNFINISHED).read_bytes())
         names = files.keys()
@@ -134,7 +134,7 @@ def _end_what_broke_off(folder: Path) -> None:
                 (folder / name).unlink()
         below = {parent for name in names for parent in (folder / name).relative_to(folder).parents} - {Path()}
         for place in sorted(below, reverse=True):
-            with suppress(OSError):  # it does not exist, or is not empty
+            with suppress(OSError):  # the folder does not exist, or is not empty
                 (folder / place).rmdir()
         sync(folder)
     (folder / UNFINISHED).unlink()
@@ -146,7 +146,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _stamps(folder: Path) -> dict[str, Any]:
-    """The files of a folder by their paths below it, without those of a write in progress."""
+    """Size and hash of the files of a folder, by relative path, except files of a write in progress."""
     below = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {
         name.as_posix(): stamp(path)
@@ -190,10 +190,10 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 def _require_same(slim: nn.Module, folder: Path) -> None:
-    """Compare every tensor that the class reads back with the model's."""
+    """Check that every tensor that the class reads back equals the model's."""
     again = type(slim).from_pretrained(folder)  # type: ignore[attr-defined]
     own, read = slim.state_dict(), again.state_dict()
-    made, remade = dict(slim.named_buffers()), dict(again.named_buffers())  # some are in no file
+    made, remade = dict(slim.named_buffers()), dict(again.named_buffers())  # some are not saved
     wrong = [
         name for name in {**own, **read} if name not in own or name not in read or not _equal(own[name], read[name])
     ]

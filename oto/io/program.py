@@ -1,23 +1,22 @@
 """Exported programs on disk, without pickle; loading one runs no code that came with the file.
 
-What torch 2.15 puts into a ``.pt2``: a zip, uncompressed, with the graph as JSON (``models/model.json``), weights and
+Torch 2.15 writes a ``.pt2`` as an uncompressed zip with the graph as JSON (``models/model.json``), weights and
 constants as raw bytes with a JSON index each, and the example inputs. Only the example inputs are always pickled;
 they are dropped. Tensor subclasses and script objects among the weights can only be pickled; they are refused.
 
-What ``torch.export.load`` does with an archive that somebody else made is a different matter. It unpickles with
-``weights_only=False`` whatever the index calls pickled (``opaque_obj_*`` with plain ``pickle.loads``), example inputs
-that ``weights_only=True`` refused, and the ``.pt`` files of older layouts; it opens the shared libraries under
-``data/aotinductor``; it hands the symbolic sizes to ``sympy.sympify``, which evaluates them; it resolves any attribute
-of ``torch`` as an operator; it pastes names and guards into code that it executes; and the description of the inputs
-can name modules to import. There is no switch for any of it. The hashes of the manifest do not help: whoever made the
-artifact made them too.
+``torch.export.load`` is not safe for archives from others. It unpickles with ``weights_only=False`` whatever the index
+calls pickled (``opaque_obj_*`` with plain ``pickle.loads``), example inputs that ``weights_only=True`` refused, and the
+``.pt`` files of older layouts; it opens the shared libraries under ``data/aotinductor``; it passes the symbolic sizes
+to ``sympy.sympify``, which evaluates them; it resolves any attribute of ``torch`` as an operator; it pastes names and
+guards into code that it executes; and the description of the inputs can name modules to import. None of this can be
+switched off. The hashes of the manifest do not help: whoever made the artifact made them too.
 
-So :func:`load_program` lists what may be there, and refuses the rest before torch sees a byte: known members, raw
-weights, sizes and guards made of arithmetic whose results stay small, names that are identifiers, operators that take
-and return tensors. What passed is packed again, in memory and without the records of where nodes came from, so that
-torch reads what was checked and not what a different reading of the same zip might find. This narrows what a foreign
-file can do; it does not make torch's loader a sandbox. With a class of your own, ``load_subnet(path, make_model)``, no
-program is read at all.
+So :func:`load_program` has a list of what is allowed, and refuses everything else before torch sees a byte: known
+members, raw weights, sizes and guards made of arithmetic whose results stay small, names that are identifiers,
+operators that take and return tensors. The accepted content is packed again, in memory and without the records of where
+nodes came from, so that torch reads what was checked and not what a different reading of the same zip might find. This
+narrows what a foreign file can do; it does not make torch's loader a sandbox. With a class of your own,
+``load_subnet(path, make_model)``, no program is read at all.
 """
 
 from __future__ import annotations
@@ -55,26 +54,26 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Of the module operator.
+# Functions of the module operator.
 _ARITHMETIC = _words("""
     add sub mul truediv floordiv mod pow neg pos abs lshift rshift and_ or_ not_ eq ne lt le gt ge getitem
 """)
-# Of the module math: functions whose time does not grow with the number.
+# Functions of the module math whose time does not grow with the number.
 _MATH = _words("""
     ceil floor trunc sqrt cbrt fabs fmod remainder exp exp2 expm1 log log1p log2 log10 pow sin cos tan asin acos atan
     atan2 sinh cosh tanh asinh acosh atanh erf erfc hypot copysign degrees radians isnan isinf isfinite
 """)
-# Operators that run a part of the same graph.
+# Operators that run a subgraph.
 _HIGHER_ORDER = _words("""
     cond while_loop scan map_impl associative_scan wrap invoke_subgraph tag_activation_checkpoint
     wrap_with_set_grad_enabled wrap_with_autocast flex_attention auto_functionalized auto_functionalized_v2
 """)
-# Registered by torch itself, but not for computing with tensors: files, processes, compilers.
+# Namespaces that torch registers, but not to compute with tensors: files, processes, compilers.
 _NO_OPERATORS = _words("""
     profiler debugprims debug_mode_ops inductor inductor_prims export prim coor mempool streams image
     c10d c10d_functional symm_mem fsdp rpc static_runtime
 """)
-# Operators that ask about dtypes, and assertions, which return nothing.
+# Operators on dtypes, and assertions, which return nothing.
 _ON_DTYPES = _words("promote_types result_type can_cast")
 _ASSERTIONS = _words("""
     _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size
@@ -86,11 +85,11 @@ _TAKEN = _words("""
 """)
 _GIVEN = _words("TensorType IntType FloatType BoolType NumberType SymIntType SymBoolType SymFloatType")
 MOST_NODES = 2**16  # of a graph; torch takes a millisecond for each
-MOST_BRACKETS = 2**23  # lists and objects in its JSON
+MOST_BRACKETS = 2**23  # lists and objects in the JSON of a graph
 MOST_BITS = 2**16  # of a number computed from sizes
 LONGEST_EXPRESSION = 2**16  # characters
 
-# What torch writes into sizes and guards: sympy's classes and its own.
+# Functions that torch writes into sizes and guards: sympy's classes and its own.
 _FUNCTIONS = _words("""
     Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs And Or Not Eq Ne Lt Le Gt Ge Piecewise floor ceiling
     Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan
@@ -109,11 +108,11 @@ _GRAMMAR = (
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Save a program without its example inputs.
 
-    The file is made in memory, which takes as much as the weights, no more than reading it back. torch writes the end
-    of a zip in a destructor, which ends the process if the disk is full by then.
+    The file is made in memory, which takes as much as the weights, no more than reading it back. If torch wrote to the
+    disk, it would write the end of the zip in a destructor, which kills the process if the disk is full.
 
     Raises:
-        ArtifactError: It cannot be serialized, or something in it could only be pickled.
+        ArtifactError: The program cannot be serialized, or something in it could only be pickled.
         OSError: The file cannot be written.
     """
     given = program.example_inputs
@@ -139,7 +138,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     """Load a program.
 
     Raises:
-        ArtifactError: The file is no program, or holds something that could run code when it is loaded.
+        ArtifactError: The file is not a program, or holds something that could run code when it is loaded.
     """
     members = _checked(path)
     graph = members["models/model.json"]
@@ -147,7 +146,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
         for name, content in members.items():
             archive.writestr(f"model/{name}", content)
-    members.clear()  # one copy of the weights is enough
+    members.clear()  # free the second copy of the weights
     packed.seek(0)
     try:
         with _quietly():
@@ -161,7 +160,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
 
 
 def _foreign_types(graph: bytes) -> set[str]:
-    """Container types of inputs or outputs besides those of Python and torch."""
+    """Container types of inputs or outputs that are not from Python or torch."""
     found: set[str] = set()
 
     def visit(spec: Mapping[str, Any]) -> None:
@@ -180,7 +179,7 @@ def _foreign_types(graph: bytes) -> set[str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """While inside, logs and warnings of torch.export are silenced: it warns about perfectly good archives."""
+    """Context manager that silences logs and warnings of torch.export, which warns even about valid archives."""
     levels = {name: logging.getLogger(name).level for name in ("torch.export", "torch._export")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -194,14 +193,14 @@ def _quietly() -> Iterator[None]:
 
 
 class _Refusal(Exception):
-    """What is wrong with an archive; the text begins with the part at fault."""
+    """What is wrong with an archive; the message begins with the part at fault."""
 
 
 def _checked(path: Path) -> dict[str, bytes]:
     """The members of an archive by name, if it holds only what a plain program needs.
 
     Raises:
-        ArtifactError: It holds something else.
+        ArtifactError: The archive holds something else.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -209,7 +208,7 @@ def _checked(path: Path) -> dict[str, bytes]:
         for where, check in _JSON.items():
             content = parse(members[where], MOST_BRACKETS)
             check(where, content)
-            members[where] = json.dumps(content).encode()  # exactly as it was parsed here
+            members[where] = json.dumps(content).encode()  # exactly what was parsed and checked here
     except _Refusal as refusal:
         raise ArtifactError(
             f"{path}: {refusal}\n"
@@ -238,7 +237,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, bytes]:
     room = os.fstat(archive.fp.fileno()).st_size if archive.fp is not None else 0
     for info in archive.infolist():
         room -= info.file_size
-        if room < 0:  # members share their bytes, or claim more than there is
+        if room < 0:  # members overlap, or claim more bytes than there are
             raise _Refusal(f"{info.filename} and those before it hold more than the file")
         name = info.filename.partition("/")[2]
         if not _MEMBERS.fullmatch(name):
@@ -305,7 +304,7 @@ def _check_nodes(where: str, nodes: list[Any]) -> None:
 
 
 def _numbers_in(argument: Any, bits: Mapping[str, float]) -> Iterator[float]:
-    """How many bits the numbers of an argument have."""
+    """The number of bits of each number in an argument."""
     if isinstance(argument, dict):
         for name, value in argument.items():
             yield from [bits.get(value, 64)] if name == "as_name" else _numbers_in(value, bits)
@@ -397,8 +396,7 @@ def _check_operator(where: str, target: str) -> None:
 def _computes(op: OpOverload) -> bool:
     """Whether an operator takes tensors, or the shape of a new one, and returns tensors, or numbers read from them.
 
-    One that returns nothing does something else: it sets a mode or a seed, prints, or writes. So does one that takes
-    neither.
+    An operator that returns nothing, or takes neither, has side effects: it sets a mode or a seed, prints, or writes.
     """
     schema: Any = op._schema
     if op.namespace == "aten" and op._opname in _ON_DTYPES | _ASSERTIONS:
@@ -411,19 +409,19 @@ def _computes(op: OpOverload) -> bool:
         return False
     if "TensorType" in takes:
         return True
-    # a new tensor is made from numbers, or from a file, whose name would be a text
+    # a new tensor is made from numbers; a string argument could be the name of a file
     return "DeviceObjType" in takes and "StringType" not in takes and set(gives) == {"TensorType"}
 
 
 def _kind(type_: Any) -> str:
-    """The kind of an argument's value, or of the items of its list."""
+    """The type of an argument, or of the items if it is a list."""
     while type_.kind() in ("OptionalType", "ListType"):
         type_ = type_.getElementType()
     return str(type_.kind())
 
 
 def _check_expression(where: str, text: str) -> None:
-    """Arithmetic on sizes: ``Mul(Integer(2), Symbol('s0', positive=True))``, ``L['x'].size()[0] <= 8``."""
+    """Check arithmetic on sizes: ``Mul(Integer(2), Symbol('s0', positive=True))``, ``L['x'].size()[0] <= 8``."""
     try:
         if len(text) > LONGEST_EXPRESSION:
             raise ValueError
@@ -466,7 +464,7 @@ _KEY = re.compile(r"[\w.+-]*")
 
 
 def _texts_in(tree: ast.AST) -> set[ast.AST]:
-    """Texts in allowed places: names of symbols, digits of numbers, keys of inputs and what these are compared with."""
+    """Strings in allowed places: names of symbols, digits of numbers, keys of inputs and what they are compared to."""
     found: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -484,7 +482,7 @@ def _texts_in(tree: ast.AST) -> set[ast.AST]:
 
 
 def _is_number(node: ast.expr, nested: bool = False) -> bool:
-    """Whether arithmetic on a part of an expression is allowed: not on a tuple, which a product would repeat.
+    """Whether arithmetic on a part of an expression is allowed; not on a tuple, which a product would repeat.
 
     Args:
         nested: Whether tuples are allowed as arguments.
@@ -537,7 +535,7 @@ def _value(node: ast.expr) -> float | None:
 
 
 def _check_spec(where: str, text: str, arguments: bool = False) -> None:
-    """Check how inputs or outputs are nested. Enums and default dicts name modules that torch would import."""
+    """Check how inputs or outputs are nested; enums and default dicts name modules that torch would import."""
     if not text:
         return
 
@@ -558,7 +556,7 @@ def _check_spec(where: str, text: str, arguments: bool = False) -> None:
 
 
 def _unfolded(context: Any) -> Any:
-    """The value of a context, which is JSON inside JSON; escapes must not hide what it contains."""
+    """The decoded value of a context, which is JSON inside JSON, so that escapes cannot hide what it contains."""
     try:
         return json.loads(context) if isinstance(context, str) else context
     except ValueError:

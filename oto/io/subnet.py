@@ -52,7 +52,7 @@ def describe(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
     """What must not change in a model for its slim form to fit: classes, their code, full shapes.
 
     Args:
-        names: The names of the tensors whose shapes count.
+        names: The names of the tensors whose shapes matter.
     """
     kinds: dict[str, str] = {path: _name(type(module)) for path, module in model.named_modules(remove_duplicate=False)}
     own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
@@ -70,10 +70,10 @@ def _name(kind: type[Any]) -> str:
 
 
 def _code(kind: type[Any]) -> str | None:
-    """A digest of a class's code; comments and formatting do not count."""
+    """A digest of a class's code that ignores comments and formatting."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):  # the class was typed into a prompt, or built at run time
+    except (OSError, TypeError, SyntaxError):  # the class was defined in a prompt, or built at run time
         return None
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
@@ -82,7 +82,7 @@ NOT_ASKED = "it was not asked for (construct_subnet(out_dir, program=True) write
 
 
 def files(emitter: str, allow_graph: bool, program: bool | None, save_full: bool) -> list[str]:
-    """The files that :func:`save` will write, as far as they are known in advance."""
+    """The files that :func:`save` will write, as far as known in advance."""
     graph = emitter in ("graph", "recording") or (emitter == "auto" and allow_graph)
     wanted = graph if program is None else program
     return [WEIGHTS, *([PROGRAM] if wanted else []), *([FULL] if save_full else [])]
@@ -96,19 +96,19 @@ def save(
     save_full: bool = False,
     program: bool | None = None,
 ) -> list[Check]:
-    """Write the artifact, and prove what is loaded from it before it is put in place. Its tensors are on the CPU.
+    """Write the artifact; what is read back from it is proved before it is put in place. Its tensors are on the CPU.
 
     Args:
         cost: Costs of the full and of the slim model, for the manifest.
         save_full: Also write the zeroed full weights.
-        program: Also write the exported program; ``None``: only if nothing else in the folder could be loaded.
+        program: Whether to write the exported program, too; ``None``: only if nothing else in the folder can be loaded.
 
     Returns:
         The comparisons that were made.
 
     Raises:
-        ArtifactError: It cannot be written.
-        EmitterError: The program was asked for, and cannot be written.
+        ArtifactError: The artifact cannot be written.
+        EmitterError: The program was requested and cannot be written.
         VerificationError: What was read back differs. Nothing is put in place.
     """
     graph = source.partition.found.graph
@@ -137,7 +137,7 @@ def save(
 
 
 def _before(source: Source, made: Made) -> tuple[nn.Module, tuple[Round, ...]]:
-    """The first class and the earlier rounds, if it was made slim before."""
+    """The model before it was first made slim, and the earlier rounds, if there were any."""
     if made.edits is None:
         return source.model, ()
     origin = origin_of(made.model)
@@ -146,7 +146,7 @@ def _before(source: Source, made: Made) -> tuple[nn.Module, tuple[Round, ...]]:
 
 
 def _read_back(draft: Draft, source: Source, made: Made) -> list[Check]:
-    """Check that the weights, which are in the file bit for bit, fit back into the class, and compute the same.
+    """Check that the saved weights fit into the class and compute the same; their bits were compared before.
 
     Raises:
         VerificationError: They do not.
@@ -193,15 +193,15 @@ def state_names(source: Source) -> set[str]:
 def _write_program(
     draft: Draft, source: Source, made: Made, left_out: Collection[str]
 ) -> tuple[str | None, list[Check]]:
-    """The program of a slim model, on the CPU; why there is none, and its proof."""
+    """Write the program of a slim model, on the CPU; returns why there is none, and its proof."""
     slim, full = made.model, source
     if next(source.model.parameters()).device.type != "cpu":
-        # on its device it was proved equal to the full model; here the program is compared with it
+        # the slim model was proved equal to the full one on its device; here the program is compared with it
         given = tree_map_only(Tensor, Tensor.cpu, source.dummy_input)
         slim = copied(slim, {}).cpu()
         full = replace(source, model=slim, dummy_input=given)
-    # the numbers in a recording were read in the model's dtype, so in float64 it is compared with itself; so is a
-    # class with counts folded into its weights, which the dtype of the file rounds
+    # The numbers in a recording were read in the model's dtype, so in float64 it is compared with itself. The same
+    # holds for a class with counts folded into its weights, which are rounded to the dtype of the file.
     rounded = made.emitter in ("recording", "config") or (source.own is not None and bool(source.own.scales))
     itself = rounded or full.model is slim
     against = Reference(slim, full.dummy_input, None, source.float64) if itself else full.reference
@@ -225,7 +225,7 @@ def write_program(
         left_out: Tensors that no call reads and no file can hold.
 
     Returns:
-        Why there is no program, if it cannot be exported or proved; the proof, if it can.
+        The reason if there is no program (it cannot be exported or proved), and the proof if there is one.
     """
     path = draft.file(PROGRAM)
     stage("exporting the program")
@@ -266,7 +266,7 @@ def _on_other_sizes(slim: nn.Module, read: nn.Module, given: Any) -> Iterator[Ch
 
 @contextmanager
 def _emptied(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """While inside, some tensors are empty."""
+    """Context manager in which some tensors are empty."""
     held = [(*owner_of(model, name), getattr(*owner_of(model, name))) for name in names]
     try:
         for module, name, tensor in held:
@@ -308,16 +308,16 @@ def load_subnet(
     """Load a slim model that ``OTO.construct_subnet`` saved.
 
     Nothing is unpickled. Every file is checked against its hash first. A model that was made slim several times still
-    loads from the first class, and what is loaded may be made slim again.
+    loads from the first class, and the loaded model may be made slim again.
 
     Args:
         path: The folder, or a file in it.
         model: The full-size model, or a function that makes it; its weights are not used, and a function is called on
-            the ``meta`` device. Without it the exported program is loaded, which needs no class of yours; if the slim
-            model is of its class, ``construct_subnet`` only writes one with ``program=True``.
-        strict: Refuse a class whose code differs from the one that was saved.
-        member: Of a family (:meth:`oto.OTO.family`), which one: the target as it was given, such as ``0.5``, or an
-            index, where 0 is the largest.
+            the ``meta`` device. Without it the exported program is loaded, which does not need the class; if the slim
+            model is of its class, ``construct_subnet`` writes a program only with ``program=True``.
+        strict: Refuse a class whose code differs from that of the saved model.
+        member: For a family (:meth:`oto.OTO.family`), which member to load: the target as it was given, such as
+            ``0.5``, or an index, where 0 is the largest.
 
     Returns:
         The slim model in eval mode, on the CPU: of the original class if the artifact was emitted that way, otherwise a
@@ -338,7 +338,7 @@ def load_subnet(
     manifest = manifest_of_member(manifest, index)
     if model is None or manifest["emitter"] not in ("module", "config"):
         return _load_program(artifact)
-    # what the file does not hold stays as the constructor made it
+    # what is not in the file stays as the constructor made it
     tensors = artifact.tensors(WEIGHTS) if index == 0 else _tensors_of_member(artifact, index)
     make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
     given = model if isinstance(model, nn.Module) else make(model, tensors)
@@ -383,7 +383,7 @@ def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Mod
     try:
         with torch.device("meta"):
             model = factory()
-    except Exception:  # a constructor that computes with its weights needs real ones
+    except Exception:  # a constructor that computes with its weights needs real tensors
         return factory()
     return factory() if lacks_values(model, names) else model
 
@@ -406,9 +406,9 @@ def _load_program(artifact: Artifact) -> nn.Module:
 
 
 def _require_thinner(given: nn.Module, tensors: Mapping[str, Tensor], full: Mapping[str, Sequence[int]]) -> None:
-    """Refuse weights that cannot be a pruned form of the full ones."""
+    """Refuse weights that cannot be a pruned form of the full weights."""
     for name, tensor in tensors.items():
-        if name not in full and isinstance(held(given, name), nn.Parameter):  # others may be state that forwards change
+        if name not in full and isinstance(held(given, name), nn.Parameter):  # others may be state that changes
             raise ValueError(f"it does not say which shape {name} had")
         if name in full and not is_part(tensor.shape, full[name]):
             raise ValueError(f"{name} is {list(tensor.shape)}, and the full one {full[name]}")

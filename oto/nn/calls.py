@@ -1,4 +1,4 @@
-"""Identify a torch call when it is intercepted: by the numbers in its arguments and the lines of code that make it."""
+"""Identify an intercepted torch call by the numbers in its arguments and the lines of code that make it."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def first_tensor(arguments: Any) -> Tensor | None:
     return None
 
 
-is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]  # without a type in some releases
+is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]  # untyped in some releases
 is_scripting: Callable[[], bool] = vars(torch.jit)["is_scripting"]
 
 
 def numbers_of(arguments: Any, traced: TracedSizes | None = None) -> list[int | float]:
-    """The numbers among arguments, in order; also tensors that stand for sizes, if ``traced`` knows them."""
+    """The numbers among arguments, in order, including tensors that ``traced`` knows to stand for sizes."""
     found: list[int | float] = []
     _walk(arguments, lambda number: found.append(number) or number, traced)  # type: ignore[func-returns-value]
     return found
 
 
 def replaced(arguments: Any, new: Mapping[int, int | float], traced: TracedSizes | None = None) -> Any:
-    """Arguments with new numbers at some positions."""
+    """The arguments with new numbers at some positions."""
     place = -1
 
     def put(number: int | float) -> int | float:
@@ -82,25 +82,25 @@ def _walk(x: Any, put: Callable[[Any], Any], traced: TracedSizes | None) -> Any:
 
 
 class TracedSizes:
-    """The tensors that stand for sizes while TorchScript traces, and for numbers computed from sizes.
+    """The tensors that stand for sizes, and for numbers computed from sizes, while TorchScript traces.
 
-    ``64 ** -0.5`` is usually a plain number; if 64 is a traced size it is a ``float32`` tensor without dimensions, and
-    the power is a call of a torch function.
+    ``64 ** -0.5`` is usually a plain number. If 64 is a traced size, it is a 0-dim tensor, and the power is a call of a
+    torch function with a ``float32`` result.
     """
 
     def __init__(self) -> None:
-        self._computed: dict[int, Tensor] = {}  # held, so that no other tensor gets the id of one
+        self._computed: dict[int, Tensor] = {}  # kept alive, so that ids are not reused
 
     def __contains__(self, x: Tensor) -> bool:
         return x.ndim == 0 and (x.dtype == torch.int64 or id(x) in self._computed)
 
     def are_all(self, arguments: Any) -> bool:
-        """Whether there are tensors among arguments and all of them are sizes, so that the call is only arithmetic."""
+        """Whether there are tensors among the arguments and all are sizes, so that the call is only arithmetic."""
         tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
         return bool(tensors) and all(x in self for x in tensors)
 
     def add(self, result: Any) -> None:
-        """Add the result of such a call."""
+        """Add the result of a call that is only arithmetic on sizes."""
         if isinstance(result, Tensor) and not result.ndim:
             self._computed[id(result)] = result
 
@@ -110,7 +110,7 @@ class TracedSizes:
 _TORCH = f"{Path(torch.__file__).parent}{sep}"
 _HERE = f"{Path(__file__).parent.parent}{sep}"
 _FORMER = (_TORCH.removesuffix(sep), _HERE.removesuffix(sep))
-"""What sites of artifacts from before 0.2 leave out: packages whose names begin with ``torch`` too, as torchvision."""
+"""Prefixes of files left out of sites before 0.2; they also match packages such as torchvision."""
 _OVERRIDDEN = str(Path(__file__).with_name("overridden.py"))
 _RUNS = re.compile(r"^(torch_dynamo_resume_in_)?run_overridden(_at_\d+)?$")
 _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
@@ -118,13 +118,13 @@ _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
 
 @cache
 def line_of_site(file: str, number: int, name: str, former: bool = False) -> str:
-    """One line of a site: the name of the function and the text; empty for code that is not the user's.
+    """One line of a site: the name of the function and the text of the line; empty for code that is not the user's.
 
-    For modules of torch and of ours it is just ``"forward"``, so that what they call is never taken for what the user's
-    line calls itself.
+    For a forward of torch or of ``oto`` it is just ``"forward"``, so that calls that it makes are never mistaken for
+    calls that the user's line makes itself.
 
     Args:
-        former: As in artifacts from before 0.2.
+        former: Use the form of artifacts from before 0.2.
     """
     resumed = _RESUMED.match(name)
     name = resumed[1] if resumed else name
@@ -134,7 +134,7 @@ def line_of_site(file: str, number: int, name: str, former: bool = False) -> str
 
 
 def lines_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
-    """File, line and function of the frames around one, the outermost first."""
+    """File, line and function of a frame and its callers, outermost first."""
     found = []
     while frame is not None:
         code = frame.f_code
@@ -144,7 +144,7 @@ def lines_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
 
 
 def running(frame: FrameType | None, outside: FrameType | None = None) -> list[str]:
-    """The lines of code that are running, the outermost first; only those inside ``outside``, if it is given."""
+    """The lines of code that are running, outermost first; only those inside the frame ``outside``, if given."""
     found = []
     while frame is not None and frame is not outside:
         code = frame.f_code
@@ -155,21 +155,21 @@ def running(frame: FrameType | None, outside: FrameType | None = None) -> list[s
 
 
 def nesting() -> int:
-    """How many overridden forwards (:class:`oto.nn.overridden.OverriddenForward`) are running, nested in each other."""
+    """How many nested overridden forwards (:class:`oto.nn.overridden.OverriddenForward`) are running."""
     if torch.compiler.is_dynamo_compiling():
         return int(_compiled_depth())
     return _depth_of(lines_of(sys._getframe(1)))
 
 
 def site_of_call(depth: int, former: bool = False) -> str:
-    """The site of the present call, in the overridden forward at this depth; ``former`` as in :func:`line_of_site`."""
+    """The site of the current call in the overridden forward at this depth; ``former`` as in :func:`line_of_site`."""
     if torch.compiler.is_dynamo_compiling():
         return str(_compiled_site(depth, former))
     return _site_of(lines_of(sys._getframe(1)), depth, former)
 
 
 def may_be_former(site: str) -> bool:
-    """Whether a site may be of an artifact from before 0.2: code of a package such as torchvision has one such line."""
+    """Whether a site may be from an artifact before 0.2, where a forward of, say, torchvision is just ``"forward"``."""
     return "forward" in site.split("\n")
 
 

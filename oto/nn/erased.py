@@ -1,4 +1,4 @@
-"""The forward of a module that computes nothing any more, because all that it wrote was zero."""
+"""The forward of a module that no longer computes anything, because everything that it wrote was zero."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from oto.errors import ScriptError
 
 Recipe = Mapping[str, Any]
-"""What a call gives, in the form of artifacts; tensors that it is given are called by the names of parameters.
+"""What a call returns, in the form of artifacts; its arguments are referred to by the names of the parameters.
 
-``{"given": name}``: that tensor; a copy of it, with ``"copy": True``; with ``"then": [...]`` what functions of
-:data:`THEN` make of it, one after the other.
-``{"zeros": name}``: zeros of its shape; with ``"last": n`` so many in its last dimension; with ``"channels": n`` and
-``"window": [[kernel, stride, padding, dilation], ...]`` what a convolution makes of its shape; with ``"none": dim``
-none along a dimension, counted from the last, -1. An empty vector stays one.
-``{"empty": name}``: an empty vector in its dtype, which ``torch.cat`` passes over.
-``{"items": [...], "list": False}``: a tuple, or a list, of such. ``{"value": x}``: a number, a text or ``None``.
+``{"given": name}``: that argument; with ``"copy": True`` a copy of it; with ``"then": [...]`` functions of :data:`THEN`
+are applied to it, in order.
+``{"zeros": name}``: zeros of the argument's shape; with ``"last": n`` the last dimension has size ``n``; with
+``"channels": n`` and ``"window": [[kernel, stride, padding, dilation], ...]`` the shape is that of a convolution's
+output; with ``"none": dim`` the (negative) dimension has size 0. An empty vector stays empty.
+``{"empty": name}``: an empty vector in the argument's dtype, which ``torch.cat`` ignores.
+``{"items": [...], "list": False}``: a tuple or list of recipes. ``{"value": x}``: a number, a string or ``None``.
 """
 
 
@@ -32,18 +32,18 @@ THEN: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
 }
-"""Functions that may be left of a block that computes nothing else; none writes into what it is given."""
+"""Functions that an erased block may still apply; none writes to its argument."""
 
 
 class ErasedForward:
-    """The forward of a module that computes nothing, and gives what is left; it replaces ``module.forward``.
+    """Replaces ``module.forward`` of a module that computes nothing: it only returns arguments, zeros or constants.
 
-    The module stays of its class, and has its signature, hooks and attributes; its tensors and children are ``None``.
+    The module keeps its class, signature, hooks and attributes; its tensors and children are ``None``.
 
     Args:
         kind: The class of the module.
         takes: The names of the positional parameters of its forward.
-        gives: What a call gives.
+        gives: What a call returns.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -56,11 +56,11 @@ class ErasedForward:
         self.kind, self.takes, self.gives = kind, tuple(takes), gives
 
     def install(self, module: nn.Module) -> None:
-        """Let a module compute nothing."""
+        """Replace the forward of a module, and drop its tensors and children."""
         for held in (module._parameters, module._buffers, module._modules):
             held.update(dict.fromkeys(held))
         vars(module)["forward"] = self
-        vars(module)["extra_repr"] = partial(str, "computes nothing")  # that of the class may read its tensors
+        vars(module)["extra_repr"] = partial(str, "computes nothing")  # the class's own may read its tensors
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -69,7 +69,7 @@ class ErasedForward:
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        """Read by ``torch.jit.script``, which would compile the code of the class, so it is refused."""
+        """Refuse ``torch.jit.script``, which reads this attribute and would compile the code of the class."""
         raise ScriptError(f"the forward of {self.kind.__name__}: it computes nothing any more")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,12 +77,12 @@ class ErasedForward:
 
 
 def is_erased(module: nn.Module) -> bool:
-    """Whether a module computes nothing any more."""
+    """Whether a module no longer computes anything."""
     return isinstance(vars(module).get("forward"), ErasedForward)
 
 
 def made(recipe: Recipe, given: Mapping[str, Any]) -> Any:
-    """What a recipe makes of the arguments of a call."""
+    """Apply a recipe to the arguments of a call."""
     if "items" in recipe:
         items = [made(item, given) for item in recipe["items"]]
         return items if recipe.get("list") else tuple(items)
@@ -109,7 +109,7 @@ def made(recipe: Recipe, given: Mapping[str, Any]) -> Any:
 
 
 def convolved(x: Tensor, channels: int, window: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The shape of what a convolution makes of ``x``, shape ``(N, C, *)`` or ``(C, *)``."""
+    """The output shape of a convolution of ``x``, which has shape ``(N, C, *)`` or ``(C, *)``."""
     lead = x.shape[: x.ndim - len(window) - 1]
     sizes = zip(x.shape[x.ndim - len(window) :], window, strict=True)
     return (

@@ -1,7 +1,7 @@
 """Operators that divide by a count, with the full count as an argument.
 
-A removed entry was zero: it added nothing to the sum, but it was counted. These functions take the thinner tensors and
-divide by ``full``, the number of entries of the full model. Example: the mean of 3 kept entries of 4 is their sum / 4.
+A removed entry was zero: it added nothing to the sum, but was counted. These functions take the thinner tensors and
+divide by ``full``, the number of entries in the full model. Example: the mean of 3 kept entries of 4 is their sum / 4.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def total(
 
 
 def _one(rest: Tensor, x: Tensor, along: int) -> Tensor:
-    """``rest`` in the shape of one entry of ``x``."""
+    """``rest`` with the shape of one entry of ``x`` along a dimension."""
     return rest.broadcast_to([1 if d == along else n for d, n in enumerate(x.shape)])
 
 
@@ -80,8 +80,8 @@ def var_mean(
 ) -> tuple[Tensor, Tensor]:
     """``torch.var_mean`` of a tensor that had ``full`` entries along ``dim`` and has ``sizes``, the others zero.
 
-    With k of D entries present, mean = Σx / D and Σ(x − mean)² also runs over D − k zeros. ``held`` gives the values of
-    the others if they are not zero, as for :func:`mean`.
+    With k of D entries present, mean = Σx / D and Σ(x − mean)² also runs over D − k zeros. If the other entries are not
+    zero, ``held`` gives their values, as for :func:`mean`.
     """
     dim = list(dim) or list(range(x.ndim))
     k, d = _whole(x, dim, full, sizes)
@@ -155,7 +155,7 @@ def batch_norm(
     full: Sequence[int],
     sizes: Sequence[int],
 ) -> Tensor:
-    """Batch norm by the statistics of ``x`` (N, C, *), which had ``full`` entries along all but C, the others zero."""
+    """Batch norm by the statistics of ``x`` (N, C, *), which had ``full`` entries in all dimensions but C."""
     over = [0, *range(2, x.ndim)]
     work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     var, mean = var_mean(work, over, 0, True, full=full, sizes=sizes)
@@ -175,7 +175,7 @@ def layer_norm(
     *,
     full: Sequence[int],
 ) -> Tensor:
-    """Layer norm over a last dimension that had ``full`` entries, all but those present zero.
+    """Layer norm over a last dimension that had ``full`` entries; the removed ones were zero.
 
     With k of D entries present, mean = Σx / D and var = (Σ(x − mean)² + (D − k)·mean²) / D.
     """
@@ -194,7 +194,7 @@ def rms_norm(
     *,
     full: Sequence[int],
 ) -> Tensor:
-    """RMS norm over dimensions that had ``full`` entries, all but those present zero.
+    """RMS norm over dimensions that had ``full`` entries; the removed ones were zero.
 
     Σx²/D = (k/D)·Σx²/k, so x / √(Σx²/D + eps) = √(D/k) · x / √(Σx²/k + eps·D/k).
     """
@@ -235,8 +235,8 @@ def group_norm(
 def _normalized(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) -> Tensor:
     """``x`` minus the mean over ``d`` entries, of which ``k`` are present, divided by the root of their variance."""
     if torch.compiler.is_dynamo_compiling() or is_tracing():
-        # In eager mode, var_mean is many times slower on a CPU than all of the following. OpenVINO 2026.4 fuses the
-        # following into a kernel that is wrong in all but the first rows.
+        # In eager mode, var_mean is many times slower on a CPU than all of the code below. OpenVINO 2026.4 fuses the
+        # code below into a kernel that is wrong in all but the first rows.
         return plain_normalized(x, list(dims), k / d, eps)
     work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     center = work.sum(dims, keepdim=True) / d
@@ -247,9 +247,10 @@ def _normalized(x: Tensor, dims: tuple[int, ...], k: int, d: int, eps: float) ->
 
 
 def plain_normalized(x: Tensor, dims: list[int], share: float, eps: float) -> Tensor:
-    """``x`` normalized in one pass, as the stock norm is when compiled; torch.jit.script supports it.
+    """``x`` normalized in one pass, like the compiled stock norm; works in torch.jit.script.
 
-    Σ(x − m)² / D + (D − k)/D · m² with the mean of those present, the ``share`` k/D of all; k/D · m is that of all.
+    With m the mean of the k entries present and ``share`` = k/D, the mean over all D entries is k/D · m, and their
+    variance Σ(x − m)² / D + k(D − k)/D² · m².
     """
     work = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
     var, mean = torch.var_mean(work, dims, correction=0, keepdim=True)
@@ -258,7 +259,7 @@ def plain_normalized(x: Tensor, dims: list[int], share: float, eps: float) -> Te
 
 
 def plain_rms(x: Tensor, dims: list[int], ratio: float, eps: float | None) -> Tensor:
-    """``x`` over the root of its mean square, taken over ``ratio`` times as many entries; for torch.jit.script too."""
+    """``x`` over the root of its mean square over ``ratio`` times as many entries; works in torch.jit.script."""
     eps = eps_of(x) if eps is None else eps
     work = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
     return (work * torch.rsqrt(work.square().mean(dims, keepdim=True) / ratio + eps)).to(x.dtype)
@@ -274,9 +275,11 @@ def eps_of(x: Tensor) -> float:
 
 
 def _in_place(y: Tensor, other: Tensor) -> bool:
-    """Whether an operator on both may write its result into ``y``, which nothing else holds: without further memory a
-    chain of them is as fast as the stock kernel. Not if autograd needs ``y``, nor while tracing for another runtime,
-    where the graph must be free of writes with and without gradients."""
+    """Whether an operator on both tensors may write its result into ``y``, to which nothing else refers.
+
+    Without further memory, a chain of operators is as fast as the stock kernel. False if autograd needs ``y``, and
+    while tracing for another runtime, where the graph must not contain writes, with or without gradients.
+    """
     if torch.is_grad_enabled() or is_tracing():
         return False
     return torch.promote_types(y.dtype, other.dtype) == y.dtype
@@ -293,7 +296,7 @@ def _plus(y: Tensor, term: Tensor) -> Tensor:
 def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``F.grouped_mm`` of any widths: its kernels need rows of a multiple of 16 bytes, so zeros are appended."""
+    """``F.grouped_mm`` for any width: its kernels need rows of a multiple of 16 bytes, so zeros are appended."""
     step = max(16 // a.element_size(), 1)
     k, n = -a.shape[-1] % step, -b.shape[-1] % step
     y: Tensor = F.grouped_mm(
@@ -312,19 +315,19 @@ def view_as_complex(x: Tensor) -> Tensor:
 
 
 def mse_loss(x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int], **named: Any) -> Tensor:
-    """``F.mse_loss``, its mean, of tensors that had ``full`` entries and have ``sizes``, the others equal in both."""
+    """The mean ``F.mse_loss`` of tensors that had ``full`` entries and have ``sizes``; the rest was equal in both."""
     return F.mse_loss(x, target, *args, **named) * (prod(sizes) / prod(full))
 
 
 def smooth_l1_loss(
     x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int], **named: Any
 ) -> Tensor:
-    """``F.smooth_l1_loss`` as :func:`mse_loss`."""
+    """``F.smooth_l1_loss``, like :func:`mse_loss`."""
     return F.smooth_l1_loss(x, target, *args, **named) * (prod(sizes) / prod(full))
 
 
 def huber_loss(
     x: Tensor, target: Tensor, *args: Any, full: Sequence[int], sizes: Sequence[int], **named: Any
 ) -> Tensor:
-    """``F.huber_loss`` as :func:`mse_loss`."""
+    """``F.huber_loss``, like :func:`mse_loss`."""
     return F.huber_loss(x, target, *args, **named) * (prod(sizes) / prod(full))

@@ -14,7 +14,7 @@ from oto.nn.calls import is_scripting
 
 
 class LayerNorm(nn.Module):
-    """``nn.LayerNorm`` over entries of which some were removed: they were zero, and are still counted.
+    """``nn.LayerNorm`` that still counts removed entries, which were zero.
 
     Args:
         normalized_shape: The kept entries.
@@ -53,7 +53,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``nn.RMSNorm`` over entries of which some were removed: they were zero, and are still counted."""
+    """``nn.RMSNorm`` that still counts removed entries, which were zero."""
 
     def __init__(
         self, normalized_shape: Sequence[int], full: Sequence[int], eps: float | None = None, weight: bool = True
@@ -123,7 +123,7 @@ class MultiheadAttention(nn.Module):
         embed_dim, kdim, vdim: Widths of the incoming query, key and value.
         out_dim: Width of the result.
         num_heads, head_dim, v_head_dim: Kept heads and their widths, for query and key, and for value.
-        scale: Factor of the scores: that of the full head, however thin the head is now.
+        scale: Factor of the scores: that of the full head, no matter how thin the head is now.
         heads: Which of the ``full_heads`` are kept, to select from a mask per head.
         packed: One ``in_proj_weight`` for all three, or one weight each.
 
@@ -155,7 +155,7 @@ class MultiheadAttention(nn.Module):
         self.heads, self.full_heads = tuple(heads), full_heads
         self.dropout = dropout
         self.batch_first = batch_first
-        self._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer away from its fused kernel
+        self._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from using its fused kernel
         rows = [num_heads * head_dim, num_heads * head_dim, num_heads * v_head_dim]
         self.rows = rows
         if packed:
@@ -172,7 +172,7 @@ class MultiheadAttention(nn.Module):
         self.add_zero_attn = False
 
     def __prepare_scriptable__(self) -> MultiheadAttention:
-        """Called first by ``torch.jit.script``, which is refused."""
+        """Refuse ``torch.jit.script``, which calls this first."""
         raise ScriptError("an attention whose heads are stated one by one")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -199,7 +199,7 @@ class MultiheadAttention(nn.Module):
         mask = None
         if attn_mask is not None:
             mask = additive(attn_mask)
-            if mask.ndim == 3:  # one per head: select those of the kept heads
+            if mask.ndim == 3:  # one mask per head: select those of the kept heads
                 mask = mask.unflatten(0, (-1, self.full_heads))
                 mask = mask[:, list(self.heads)]
         if key_padding_mask is not None:
@@ -247,13 +247,13 @@ class MultiheadAttention(nn.Module):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """``nn.TransformerEncoder`` for layers that do not take nested tensors, as thinner ones do not.
+    """``nn.TransformerEncoder`` for layers that do not support nested tensors, such as thinner ones.
 
-    In inference the stock encoder packs padded sequences into a nested tensor, and its output for padding is zero
-    (before its last norm). Here nothing is packed, and the output is the same.
+    In inference, the stock encoder packs padded sequences into a nested tensor, and its output for padding is zero
+    (before its last norm). This one packs nothing, and its output is the same.
 
     Attributes:
-        clears_padding: Whether the stock encoder would pack, where possible.
+        clears_padding: Whether the stock encoder would pack if possible.
     """
 
     clears_padding: bool
@@ -270,7 +270,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if src_key_padding_mask is None or mask is not None or not self._would_pack(src):
             return y
         padding = src_key_padding_mask != 0
-        if self.mask_check and bool((padding[:, :-1] & ~padding[:, 1:]).any()):  # not at the end of each sequence
+        if self.mask_check and bool((padding[:, :-1] & ~padding[:, 1:]).any()):  # padding is not only at the end
             return y
         given = y.new_zeros(y.shape[-1])
         return torch.where(padding[..., None], given if self.norm is None else self.norm(given), y)
@@ -287,7 +287,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 
 
 def leave_nested_tensors(model: nn.Module) -> None:
-    """Replace encoders that contain a thinner layer by ones without nested tensors, in place."""
+    """Replace encoders that contain a thinner layer by encoders without nested tensors, in place."""
     own = (LayerNorm, RMSNorm, GroupNorm, MultiheadAttention)
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoder) or isinstance(module, TransformerEncoder):

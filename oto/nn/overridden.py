@@ -1,14 +1,15 @@
-"""Run a user's forward with call overrides, for code that states sizes in a way that cannot be set.
+"""Run a user's forward with call overrides, for code whose sizes cannot be set by attributes.
 
 Example: ``x.view(b, t, 12, 64)`` with literal numbers has to use 9 heads in the slim model.
 
-The code runs unchanged. Those of its torch calls that state a size, or divide by one, are intercepted
-(``torch.overrides.TorchFunctionMode``) and made with what is right for the thinner module. Other calls, the batch and
-sequence lengths are as the code states them. ``torch.compile`` and ``torch.export`` see the overridden calls.
+The code runs unchanged. Torch calls that state a size, or divide by one, are intercepted
+(``torch.overrides.TorchFunctionMode``) and made with the numbers that are right for the thinner module. Other calls,
+batch sizes and sequence lengths are as the code states them. ``torch.compile`` and ``torch.export`` see the overridden
+calls.
 
 A call is identified by its *site*: the lines of code that were running, from the module's own forward to the call. So
-it is the same whatever other calls a forward makes before it, in train mode, with a cache or with labels. A line with
-an override that is reached on a different path, or with tensors or sizes that differ from those seen, is refused.
+the site does not depend on other calls that a forward makes before, in train mode, with a cache or with labels. A line
+with an override that is reached on a different path, or with other tensors or sizes than before, is refused.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ Time = tuple[str, str, int]
 
 
 class OverriddenForward:
-    """The forward of a module with some of its calls overridden; it replaces ``module.forward``.
+    """Replaces ``module.forward`` and overrides some of its calls.
 
     It has the same signature, which trainers and exporters read.
 
@@ -60,7 +61,7 @@ class OverriddenForward:
 
     Raises:
         ClassChangedError: The lines of an override no longer exist.
-        UnseenPathError: While it runs: a call is not the one that an override is for.
+        UnseenPathError: During a run, a call is not the one that an override is for.
     """
 
     def __init__(self, module: nn.Module, calls: Json, analyzed: bool = False) -> None:
@@ -74,8 +75,8 @@ class OverriddenForward:
         self.running = 0
 
     def as_analyzed(self) -> OverriddenForward:
-        """The form that ``OTO`` records in place of this one: with plain norms and means over the kept entries, as in
-        :class:`oto.nn.LayerNorm`, so that these can be pruned again; the full counts stay the same."""
+        """The form that ``OTO`` records in place of this one: norms and means are plain ones over the kept entries, as
+        in :class:`oto.nn.LayerNorm`, so that these can be pruned again; the full counts stay the same."""
         return OverriddenForward(self.module, self.calls, analyzed=True)
 
     @property
@@ -84,7 +85,7 @@ class OverriddenForward:
         return to_json(self.overrides)
 
     def install(self) -> None:
-        """Replace the module's forward, and the methods that it calls, which may also be called directly."""
+        """Replace the module's forward and the methods that it calls, because these may also be called directly."""
         held = vars(self.module)
         held["forward"] = self
         held.update({name: OverriddenMethod(self, name) for name in self.methods})
@@ -96,7 +97,7 @@ class OverriddenForward:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is changed, as the code states all sizes correctly by itself."""
+        """Whether no call is changed because the code states all sizes correctly by itself."""
         hows = [how for named in self.overrides.values() for each in named.values() for how in each]
         return not any(how.keep or isinstance(how, (Pieces, FullCount)) or getattr(how, "numbers", ()) for how in hows)
 
@@ -110,7 +111,7 @@ class OverriddenForward:
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        """Read by ``torch.jit.script``, which would compile the code without overrides, so it is refused."""
+        """Refuse ``torch.jit.script``, which reads this attribute and would compile the code without overrides."""
         raise ScriptError(f"the forward of {type(self.module).__name__}: some of its calls are overridden")
 
     @property
@@ -135,13 +136,13 @@ class OverriddenForward:
 
 
 class OverriddenMethod:
-    """A method that the forward of a module calls, with the same overrides when it is called directly."""
+    """Replaces a method that a module's forward calls, so that direct calls have the same overrides."""
 
     def __init__(self, forward: OverriddenForward, name: str) -> None:
         self.forward, self.name = forward, name
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The attribute had another name in pickles from before 0.2."""
+        """Also read pickles from before 0.2, in which the attribute had another name."""
         self.forward, self.name = state["told"] if "told" in state else state["forward"], state["name"]
 
     @property
@@ -167,7 +168,7 @@ def _by_method(kind: type[nn.Module], calls: Overrides) -> dict[str, Overrides |
             method = inspect.getattr_static(kind, name, None)
             if not i or name == "forward" or not isinstance(method, FunctionType):
                 continue
-            if not text.isdecimal() and text not in _code(method):  # a method of the same name of another class
+            if not text.isdecimal() and text not in _code(method):  # a method of another class with the same name
                 continue
             own = found.setdefault(name, {})
             kept = any(how.keep or _follows(how) for hows in named.values() for how in hows)
@@ -177,14 +178,16 @@ def _by_method(kind: type[nn.Module], calls: Overrides) -> dict[str, Overrides |
 
 
 _LEARNED: dict[int, dict[Time, Override]] | None = None
-"""Inside :func:`learning`, what was learned for each :class:`OverriddenForward`, by its id: modules are restored after
-a run, so it cannot be kept in them."""
+"""Inside :func:`learning`, what was learned for each :class:`OverriddenForward`, by its id. It cannot be kept in the
+modules because they are restored after a run."""
 
 
 @contextmanager
 def learning(model: nn.Module) -> Iterator[None]:
-    """While inside, runs record which Python module makes each overridden call and the numbers that its code states:
-    later runs must state the same. Numbers that the code gets right are no longer overridden."""
+    """Context manager in which runs record what identifies overridden calls: the Python module and the code's numbers.
+
+    Later runs must state the same numbers. Numbers that the code gets right are no longer overridden.
+    """
     global _LEARNED
     forwards = [m.forward for m in model.modules() if isinstance(m.forward, OverriddenForward)]
     learned_by: dict[int, dict[Time, Override]] = {}
@@ -218,7 +221,7 @@ def _left_alone(how: Override) -> Override:
 
 
 def _follows(how: Override) -> bool:
-    """Whether the value of removed entries is computed from results that were kept."""
+    """Whether the value of removed entries is computed from kept results."""
     return isinstance(how, FullCount) and "rest" in how.keywords
 
 
@@ -226,7 +229,7 @@ def _follows(how: Override) -> bool:
 
 
 def _require_line(line: str, where: str | None, module: nn.Module) -> None:
-    """Refuse code in which the line of an override no longer exists, as far as its source is available."""
+    """Refuse code in which the line of an override no longer exists, if the source is available."""
     text = line.partition(": ")[2]
     if where in (None, "__main__") or where not in sys.modules or text.isdecimal() or text in _source(where):
         return
@@ -240,14 +243,14 @@ def _require_line(line: str, where: str | None, module: nn.Module) -> None:
 
 @cache
 def _source(name: str) -> frozenset[str]:
-    """The lines of a Python module; none if there is no source."""
+    """The lines of a Python module; empty if there is no source."""
     file = getattr(sys.modules.get(name), "__file__", None)
     return frozenset(line.strip() for line in linecache.getlines(file)) if file else frozenset()
 
 
 @cache
 def _code(method: FunctionType) -> frozenset[str]:
-    """The lines of a method; none if there is no source."""
+    """The lines of a method; empty if there is no source."""
     try:
         return frozenset(line.strip() for line in inspect.getsourcelines(method)[0])
     except OSError:
@@ -273,7 +276,7 @@ class _Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        if self.traced is not None and self.traced.are_all((args, kwargs)):  # no call where sizes are numbers
+        if self.traced is not None and self.traced.are_all((args, kwargs)):  # arithmetic on sizes, not a call
             result = func(*args, **kwargs)
             self.traced.add(result)
             return result
@@ -326,7 +329,7 @@ class _Interception(TorchFunctionMode):
         return COUNTED[how.name](keywords, *args, **kwargs)
 
     def require_times(self) -> None:
-        """Refuse a run that reached a site a different number of times than it has overrides for."""
+        """Refuse a run that reached a site a different number of times than it has overrides."""
         for (site, name), times in self.seen.items():
             wanted = len(self.calls[site][name])
             if wanted > 1 and times != wanted:
@@ -348,7 +351,7 @@ def _refused(what: str) -> UnseenPathError:
 
 
 def _require_given(how: Override, name: str, args: Any, kwargs: Any) -> None:
-    """Refuse a call whose first tensor differs from the one that was seen."""
+    """Refuse a call whose first tensor does not match the recorded one."""
     if how.takes is None or is_tracing():
         return
     x, sizes = first_tensor((args, kwargs)), how.takes.sizes
@@ -362,7 +365,7 @@ def _fits(takes: Given, x: Tensor) -> bool:
 
 
 def _seen(how: Override, args: Any, kwargs: Any, home: str | None) -> Override:
-    """The override with what identifies the call from now on: its Python module, its first tensor, its own numbers."""
+    """The override with what identifies the call from now on: its Python module, first tensor, and own numbers."""
     x, takes = first_tensor((args, kwargs)), how.takes
     if takes is not None and x is not None and _fits(takes, x):
         takes = Given(takes.rank, tuple((dim, x.shape[dim]) for dim, _ in takes.sizes))
@@ -376,7 +379,7 @@ def _seen(how: Override, args: Any, kwargs: Any, home: str | None) -> Override:
 
 
 def _of_what_is_left(how: FullCount, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call with a full count, made as a plain one over the kept entries."""
+    """Make a call that has a full count as a plain call over the kept entries."""
     states = _STATES.get(how.name)
     if states is not None:
         x = args[0] if args else kwargs["input"]
@@ -390,10 +393,10 @@ def _of_what_is_left(how: FullCount, func: Callable[..., Any], args: tuple[Any, 
 
 
 _STATES = {"layer_norm": "normalized_shape", "rms_norm": "normalized_shape", "group_norm": "num_groups"}
-"""The second argument of those functions that take a size."""
+"""The second argument of the functions that take a size."""
 
 UNIFORM = ("add", "sub", "mul", "div", "pow", "square", "abs", "neg", "rsqrt", "sqrt", "_to_copy", "to")
-"""Operators that may compute the value of removed entries; no others, because a file names them."""
+"""Operators that may compute the value of removed entries; a closed list, because files name them."""
 
 
 def _computed(x: Any, kept: Mapping[tuple[str, str, int], Any]) -> Any:
@@ -408,7 +411,7 @@ def _computed(x: Any, kept: Mapping[tuple[str, str, int], Any]) -> Any:
         args = [_computed(item, kept) for item in x["args"]]
         like = [a for a in args if isinstance(a, Tensor)][:1]
         tensors = _wants_tensors(packet, overload)
-        if like:  # the operator takes a tensor in place of a number
+        if like:  # the operator expects a tensor in place of a number
             args = [
                 like[0].new_tensor(a) if wants and isinstance(a, (int, float)) else a
                 for a, wants in zip(args, tensors, strict=False)
@@ -424,7 +427,7 @@ def _wants_tensors(packet: str, overload: str) -> tuple[bool, ...]:
 
 
 def _numbers(how: Sizes, name: str, stated: list[Any], learning: bool) -> dict[int, Any]:
-    """The numbers to state, by position. A call whose own numbers differ from those seen is refused."""
+    """The numbers to state, by position. A call whose own numbers differ from the recorded ones is refused."""
     if len(stated) != (how.of or len(stated)):
         raise _refused(f"{name} is called with {len(stated)} numbers, and not {how.of}")
     new, own = dict(how.numbers), [stated[place] for place, _ in how.numbers]
@@ -443,9 +446,9 @@ def _numbers(how: Sizes, name: str, stated: list[Any], learning: bool) -> dict[i
 
 
 def merge_rounds(old: Json, new: Json) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The overrides of two rounds combined: the full counts are still those of the first round.
+    """Combine the overrides of two rounds; the full counts are still those of the first round.
 
-    Sizes by which the first round identified calls become open, unless the second round states them.
+    Sizes by which the first round identified calls may then be any, unless the second round states them.
     """
     both = {
         site: {name: list(map(_unlearned, hows)) for name, hows in named.items()}
@@ -454,7 +457,7 @@ def merge_rounds(old: Json, new: Json) -> dict[str, dict[str, list[dict[str, Any
     for site, named in from_json(new).items():
         there = both.setdefault(site, {})
         for name, hows in named.items():
-            if any(isinstance(how, Pieces) for how in hows):  # the first round knows it by another name
+            if any(isinstance(how, Pieces) for how in hows):  # the first round has another name for the call
                 name = next((n for n, each in there.items() if any(isinstance(h, Pieces) for h in each)), name)
             before = there.get(name, [Override()])
             times = max(len(before), len(hows))
@@ -473,7 +476,7 @@ def _unlearned(how: Override) -> Override:
 
 
 def _both(before: Override, how: Override) -> Override:
-    if how.home is not None or before == Override():  # it was learned while the first one was active
+    if how.home is not None or before == Override():  # ``how`` was learned while ``before`` was active
         return how
     common: dict[str, Any] = {"keep": before.keep or how.keep, "takes": how.takes or before.takes}
     common["home"] = how.home or before.home
@@ -491,7 +494,7 @@ def _both(before: Override, how: Override) -> Override:
     return made if stated is None else made.stating(stated)
 
 
-# Each takes a torch function's own arguments and calls its form with the full count; only the ratio of sizes matters.
+# Each takes the arguments of a torch function and calls its form with the full count; only the ratio of sizes matters.
 
 
 def _dims(x: Tensor, dim: Any) -> list[int]:

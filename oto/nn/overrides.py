@@ -16,7 +16,7 @@ class Given:
 
     Attributes:
         rank: Its number of dimensions, if that matters.
-        sizes: Some of its sizes, as pairs of a negative dimension and its size; ``None`` is any.
+        sizes: Some of its sizes, as pairs of a negative dimension and its size; ``None`` matches any size.
     """
 
     rank: int | None
@@ -25,11 +25,11 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """A call that is made as the code states, and the base class of all overrides.
+    """Base class of all overrides; itself an override that leaves the call unchanged.
 
     Attributes:
-        keep: Keep the result for a later call, which computes the value of removed entries from it.
-        takes: What identifies its first tensor.
+        keep: Keep the result for a later call that computes the value of removed entries from it.
+        takes: What identifies the first tensor of the call.
         home: The Python module whose code makes the call.
     """
 
@@ -43,7 +43,7 @@ class Override:
         return None
 
     def stating(self, sizes: Sizes) -> Override:
-        """The same override with different numbers."""
+        """The same override with other numbers."""
         return replace(sizes, keep=self.keep, takes=self.takes, home=self.home)
 
 
@@ -54,8 +54,7 @@ class Sizes(Override):
     Attributes:
         numbers: Pairs of a position among the numbers and the number to state there.
         of: The total count of numbers among the arguments.
-        grows: Positions whose number was found for the code's own number at that time, and scales with it, as a
-            flattened batch does.
+        grows: Positions whose number scales with the code's own number, such as a flattened batch.
         was: The code's own numbers at these positions; one entry for each combination that was seen.
     """
 
@@ -71,7 +70,7 @@ class Sizes(Override):
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces(Override):
-    """Overrides the sizes of pieces that a call cuts."""
+    """Overrides the sizes of the pieces into which a call splits a tensor."""
 
     sizes: tuple[int, ...]
     dim: int
@@ -83,8 +82,8 @@ class FullCount(Override):
 
     Attributes:
         name: The name of the function.
-        keywords: Its further keywords. ``"rest"`` is the value of each removed entry, computed from results that were
-            kept, as ``{"op": [packet, overload], "args": [...]}`` and ``{"kept": [site, name, time]}``.
+        keywords: Its further keywords. ``"rest"`` is the value of each removed entry, computed from kept results, as
+            ``{"op": [packet, overload], "args": [...]}`` and ``{"kept": [site, name, time]}``.
     """
 
     name: str
@@ -100,22 +99,22 @@ class FullCount(Override):
 
 
 Overrides = Mapping[str, Mapping[str, Sequence[Override]]]
-"""For each site and name of a torch function, its overrides: one for every time that the site is reached in a run of
-the module, in order; or a single one for all of them."""
+"""For each site and name of a torch function, its overrides: one for every time that a run of the module reaches the
+site, in order; or a single one for all times."""
 
 Json = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
-"""The same in the form of artifacts."""
+"""The overrides in the form of artifacts."""
 
 _COMMON, _SIZES = {"keep", "takes", "in"}, {"numbers", "grows", "was"}
 
 
 def from_json(calls: Json) -> dict[str, dict[str, list[Override]]]:
-    """Overrides from the form of artifacts."""
+    """Read overrides from the form of artifacts."""
     return {site: {name: list(map(_one, hows)) for name, hows in named.items()} for site, named in calls.items()}
 
 
 def to_json(calls: Overrides) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Overrides in the form of artifacts."""
+    """Write overrides in the form of artifacts."""
     return {site: {name: list(map(_plain, hows)) for name, hows in named.items()} for site, named in calls.items()}
 
 

@@ -1,4 +1,4 @@
-"""Refuse train mode for a slim model that is not known to be right in it."""
+"""Refuse train mode for a slim model that is not known to be correct in train mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Untrained:
     """Replaces ``module.train``. Eval mode works as usual; ``del module.train`` removes it.
 
     Args:
-        why: What is not known, or wrong, in train mode.
+        why: What is unknown or wrong in train mode.
     """
 
     def __init__(self, module: nn.Module, why: str) -> None:

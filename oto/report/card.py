@@ -18,7 +18,7 @@ class Saved(Described, Protocol):
 
 
 def card(subnet: Saved) -> str:
-    """The text, in Markdown: what became smaller, how it was proved, and what a reader needs."""
+    """The text in Markdown: what became smaller, how it was proved, and what is needed to load it."""
     kind, library = type(subnet.model).__name__, type(subnet.model).__module__.partition(".")[0]
     head, *rows = cost_rows(subnet.cost_before, subnet.cost_after)
     table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
@@ -43,7 +43,7 @@ def card(subnet: Saved) -> str:
 
 
 READERS = ("transformers", "diffusers", "timm")
-"""Libraries that have these names in the ``library_name`` of a model card."""
+"""Libraries whose names may be the ``library_name`` of a model card."""
 
 
 def _version(library: str) -> str:

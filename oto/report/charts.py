@@ -12,11 +12,11 @@ from typing import Any
 
 from oto.errors import MissingExtraError
 
-# Colors as matplotlib writes them, and the CSS variables that replace them.
+# Placeholder colors for matplotlib, which CSS variables replace in the SVG.
 INK, MUTED, SOFT, ACCENT, BAND = (f"#0a0b{n:02x}" for n in range(0x10, 0x15))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", SOFT: "--soft", ACCENT: "--accent", BAND: "--band"}
 WIDTH, NARROW = 3.2, 2.4
-"""Width in inches of a chart, and of one beside others: small enough that text is readable on a page of any width."""
+"""Width in inches of a chart, and of a chart beside others: small enough for readable text on a page of any width."""
 
 
 def _figure(height: float, rows: int = 1, width: float = WIDTH) -> tuple[Any, Any]:
@@ -42,8 +42,8 @@ def _svg(figure: Any, name: str, says: str) -> str:
     """The figure as an element of a page.
 
     Args:
-        name: Unique on the page; ids inside the figure begin with it.
-        says: What it shows, for screen readers.
+        name: A name that is unique on the page; ids inside the figure begin with it.
+        says: What the figure shows, for screen readers.
     """
     from matplotlib import rc_context
 
@@ -69,7 +69,7 @@ def embedded(svg: str, name: str, says: str) -> str:
 
 
 def bars(name: str, before: int, after: Sequence[int], says: str) -> str:
-    """A bar for each of several equal layers: how many of ``before`` atoms it keeps."""
+    """One bar for each of several equal layers: how many of its ``before`` atoms it keeps."""
     figure, (ax,) = _figure(0.95, width=NARROW)
     places = range(len(after))
     ax.bar(places, [before] * len(after), 0.8, facecolor=SOFT, edgecolor=MUTED, linewidth=0.6)
@@ -83,11 +83,11 @@ def bars(name: str, before: int, after: Sequence[int], says: str) -> str:
 
 
 def shares(name: str, rows: Sequence[tuple[str, float, float, str]], says: str, own_scale: bool = False) -> str:
-    """A bar in a bar for each row.
+    """For each row, a bar inside a bar.
 
     Args:
-        rows: For each its label, the number before and after, and a text for the right side.
-        own_scale: Let every row fill the width; otherwise all have one scale.
+        rows: For each row its label, the numbers before and after, and a text for the right side.
+        own_scale: Whether every row fills the width; otherwise all rows share one scale.
     """
     figure, (ax,) = _figure(0.32 * len(rows) + 0.1, width=NARROW if own_scale else WIDTH)
     room = 38 if own_scale else 54  # characters in a row
@@ -107,7 +107,7 @@ def shares(name: str, rows: Sequence[tuple[str, float, float, str]], says: str, 
 
 
 def spread(name: str, milliseconds: Mapping[str, Sequence[float]], says: str) -> str:
-    """A box for each model: quartiles, with whiskers to the 5th and 95th percentile."""
+    """One box for each model: quartiles, with whiskers at the 5th and 95th percentiles."""
     figure, (ax,) = _figure(0.36 * len(milliseconds) + 0.5)
     boxes = ax.boxplot(
         list(milliseconds.values()),
@@ -156,7 +156,7 @@ def points(
     """One value against another, joined by a line in the order of ``x``.
 
     Args:
-        marks: A text beside each point.
+        marks: A label beside each point.
         labels: The labels of both axes.
     """
     figure, (ax,) = _figure(2.0)

@@ -1,9 +1,9 @@
-"""A drawing of the graph: one color per node group, gray for what stays whole, repeated blocks drawn once.
+"""Draw the graph: one color per node group, gray for what stays whole, repeated blocks drawn once.
 
 Three things keep the drawing of a deep network readable. Calls that only move entries (views, transposes, casts) are
 left out, and their edges are joined. Of neighboring blocks with the same calls in the same order (``layer.0`` …
-``layer.11``) the first is drawn, and the others share one box. And calls are framed by the block that they belong to,
-and by the segments that they would go with; a segment that stays has a gray frame.
+``layer.11``) only the first is drawn; the others share one box. Calls are framed by the block that they belong to and
+by the segments that they would be removed with; a segment that stays has a gray frame.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def draw(
     display_params: bool = False,
     display_flops: bool = False,
 ) -> list[Path]:
-    """Write the drawing to ``out_dir`` as DOT, and as SVG, PDF and PNG where graphviz is installed.
+    """Write the drawing to ``out_dir`` as DOT, and as SVG, PDF and PNG if graphviz is installed.
 
     Raises:
         MissingExtraError: pydot is not installed.
@@ -168,13 +168,13 @@ def to_dot(
         picture.add_node(pydot.Node(_quoted(name), label=label, shape="box3d", fillcolor=WHITE if free else GRAY))
     line = {*pairwise(dict.fromkeys(box[n] for n in nx.dag_longest_path(flow) if n in box))}
     for a, b in _edges(flow, box):
-        # the longest path is drawn straight, so that a deep network is a column
+        # draw the longest path straight, so that a deep network is a column
         picture.add_edge(pydot.Edge(_quoted(a), _quoted(b), weight="100" if (a, b) in line else "1"))
     return picture
 
 
 def _canvas(title: str, vertical: bool) -> Any:
-    """An empty drawing, with the looks of its boxes and arrows."""
+    """An empty drawing with the styles of boxes and arrows."""
     import pydot
 
     picture = pydot.Dot(
@@ -203,7 +203,7 @@ def _canvas(title: str, vertical: bool) -> Any:
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """A light color for each name; those of neighbors differ clearly.
+    """A light color for each name; neighbors have clearly different colors.
 
     >>> palette(["a", "b"])
     {'a': '#f5b8b8', 'b': '#b8c9f5'}
@@ -220,7 +220,7 @@ def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Find runs of neighboring numbered blocks that make the same calls.
 
     Returns:
-        For the name of the box that stands for all blocks of a run but the first: that first block, and the others.
+        For the name of the box that stands for all blocks of a run except the first: the first block, and the others.
     """
     calls: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
     for _, data in flow.nodes(data=True):
@@ -248,7 +248,7 @@ def repeated_blocks(flow: nx.DiGraph) -> dict[str, tuple[str, tuple[str, ...]]]:
             else:
                 runs.append([i])
         for first, *others in runs:
-            # a single call takes no more room than the box that would replace it
+            # a single call takes no more space than the box that would replace it
             if others and len(calls[name(first)]) > 1:
                 box = f"like {name(first)}"
                 boxes[box] = (name(first), tuple(map(name, others)))
@@ -260,7 +260,7 @@ def _drawn(data: Mapping[str, Any]) -> bool:
 
 
 def _box(node: str, data: Mapping[str, Any], repeats: Mapping[str, tuple[str, tuple[str, ...]]]) -> str:
-    """The box of a node: its own, or that of the outermost run of repeated blocks that it is in."""
+    """The box of a node: its own, or that of the outermost run of repeated blocks around it."""
     boxes = [
         (len(block), name)
         for name, (_, others) in repeats.items()
@@ -304,7 +304,7 @@ def _block(module: str, blocks: set[str]) -> str:
 
 
 def _segments(partition: Partition) -> dict[str, list[str]]:
-    """For each node the segments that contain it, the outermost first."""
+    """For each node, the segments that contain it, outermost first."""
     found: dict[str, list[str]] = {}
     for segment in sorted(partition.segments, key=lambda segment: -len(segment.body)):
         for index in segment.body:

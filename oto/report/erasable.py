@@ -1,4 +1,4 @@
-"""Which parts of a network may go as a whole, what that saves, and why other branches stay."""
+"""Which parts of a network can be removed as a whole, what that saves, and why other branches stay."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Part:
 
     Attributes:
         segment: Its name: the module that ends it.
-        modules: The outermost modules that are not run without it.
-        writers: The parameters that are zero when it goes.
-        params, macs, bytes: What the network saves without it.
-        joint: What becomes of the addition that it ends in, or of the concatenations.
-        reason: Why it stays nevertheless; ``None`` if it may go.
+        modules: The outermost modules that no longer run without it.
+        writers: The parameters that are zero when it is removed.
+        params, macs, bytes: What its removal saves.
+        joint: What becomes of the addition or the concatenations that it ends in.
+        reason: Why it stays nevertheless; ``None`` if it can be removed.
     """
 
     segment: str
@@ -39,13 +39,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual or parallel branch that cannot go.
+    """A residual or parallel branch that cannot be removed.
 
     Attributes:
         branch: The module that ends it.
-        reason: Why.
+        reason: Why it cannot be removed.
         operator, module, source: The call that is the reason, its module and the line of the user's code; ``None`` if
-            no call is.
+            the reason is not a call.
     """
 
     branch: str
@@ -57,12 +57,12 @@ class Branch:
 
 @dataclass(frozen=True)
 class Erasable:
-    """What may go as a whole; to be printed.
+    """What can be removed as a whole; to be printed.
 
     Attributes:
         full: The costs of the full network.
         parts: The segments, in the order of the network.
-        staying: Branches that cannot go.
+        staying: Branches that cannot be removed.
     """
 
     full: Cost
@@ -93,7 +93,7 @@ class Erasable:
 
 
 def lines_of(staying: Sequence[Branch]) -> list[str]:
-    """Why branches cannot go: a line for all that differ only in the numbers of repeated blocks."""
+    """Why branches cannot be removed: one line for all that differ only in the numbers of repeated blocks."""
     alike: dict[str, list[Branch]] = {}
     for branch in staying:
         alike.setdefault(re.sub(r"\d+", "*", f"{branch.branch} {branch.reason} {branch.module}"), []).append(branch)
@@ -102,7 +102,7 @@ def lines_of(staying: Sequence[Branch]) -> list[str]:
 
 
 def _described(branch: Branch) -> str:
-    """Why a branch cannot go, in a line."""
+    """Why a branch cannot be removed, in one line."""
     place = "" if branch.operator is None else f" ({branch.operator} in {branch.module or 'the model'}"
     place += f", {branch.source})" if place and branch.source else ")" if place else ""
     return f"{branch.branch or 'the model'}: {branch.reason}{place}"
@@ -113,7 +113,7 @@ def erasable(partition: Partition, groups: Sequence[NodeGroup], staying: Sequenc
 
     Args:
         groups: The node groups, after all policies.
-        staying: Branches that cannot go.
+        staying: Branches that cannot be removed.
     """
     graph, full = partition.found.graph, cost(partition)
     modules, reasons = Modules(graph.nodes), {group.name: group.reason for group in groups}
@@ -137,7 +137,7 @@ def erasable(partition: Partition, groups: Sequence[NodeGroup], staying: Sequenc
 
 
 def _after(where: str, segment: Segment) -> str:
-    """What becomes of what a segment ends in."""
+    """What becomes of the joint of a segment."""
     if not segment.into:
         return f"the addition in {where} gives its other argument"
     if not segment.axes:
@@ -147,7 +147,7 @@ def _after(where: str, segment: Segment) -> str:
 
 
 def branch_of(staying: Staying, partition: Partition) -> Branch:
-    """A branch that cannot go, with the call that is the reason."""
+    """A branch that cannot be removed, with the call that is the reason."""
     if staying.cause is None:
         return Branch(staying.path, staying.reason)
     node = partition.found.graph.calls[staying.cause]

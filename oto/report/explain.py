@@ -1,4 +1,4 @@
-"""The result of ``oto.explain``: what can be removed, and for all else the reason, operator, module and source line."""
+"""The result of ``oto.explain``: what can be removed; and for the rest, reason, operator, module and source line."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Whole:
     Attributes:
         group: Its name.
         size: Number of entries of the axis.
-        parameters: The dimensions of parameters that it runs through, such as ``("fc.weight", 0)``.
+        parameters: The parameter dimensions that it runs through, such as ``("fc.weight", 0)``.
         entries: Number of entries of these parameters.
         reason: Why it stays whole.
         operator, module, source: The call that is the reason, the path of its module (``""`` is the model itself) and
-            the line of the model's code that makes it; ``None`` if there is none.
+            the line of the model's code that makes it; ``None`` if the reason is not a call.
     """
 
     group: str
@@ -54,14 +54,14 @@ class Explanation:
 
     Attributes:
         trace: How the model was traced, and which inputs the graph holds for.
-        prunable, atoms: Number of prunable node groups, and of their zero-invariant groups.
-        share: Share of all parameter entries that are in parameters with a prunable dimension.
+        prunable, atoms: The number of prunable node groups, and of their zero-invariant groups.
+        share: The share of all parameter entries that are in parameters with a prunable dimension.
         whole: All other node groups, each with its reason.
         unreached: Parameters that the traced forward never uses.
         unknown: Operators without a rule.
         search: On request, each decision of the search for what the model's class needs: the line of code, what was
             seen and tried there, and what was chosen.
-        staying: If segments may go: the residual and parallel branches that cannot go as a whole, and why.
+        staying: If segments may be removed: the residual and parallel branches that cannot be, and why.
     """
 
     trace: str
@@ -91,7 +91,7 @@ class Explanation:
         return html([heading[0], *joined], left=range(2, 6), above=above)
 
     def _remedies(self) -> list[str]:
-        """What a user can do about the reasons, a line for each."""
+        """What a user can do about the reasons, one line for each."""
         todo = sorted({promise(w.reason) for w in self.whole if promise(w.reason) < len(REMEDIES)})
         return [f"{'to fix' if place == 0 else ''}".ljust(8) + REMEDIES[i][1] for place, i in enumerate(todo)]
 
@@ -118,7 +118,7 @@ def explain(
 
     Args:
         search: The decisions of the search of a class, to be printed, too.
-        staying: The branches that cannot go as a whole, to be printed, too.
+        staying: The branches that cannot be removed as a whole, to be printed, too.
     """
     graph = partition.found.graph
     sizes = {leaf.name: prod(leaf.value.shape) for leaf in graph.leaves if leaf.kind == "parameter"}
@@ -158,9 +158,9 @@ def _table(whole: Sequence[Whole]) -> list[str]:
 
 
 def _cells(whole: Sequence[Whole]) -> list[tuple[tuple[str, ...], str]]:
-    """A heading, and one row with its source line for all groups that differ only in the numbers of repeated blocks.
+    """The heading, and one row with a source line for all groups that differ only in the numbers of repeated blocks.
 
-    First come reasons that a user can do something about, last those that nobody can change; among equal ones, those
+    Reasons that a user can do something about come first, reasons that nobody can change last; among equal ones, those
     with the most entries come first.
     """
     rows: dict[tuple[str, ...], list[Whole]] = {}
@@ -184,5 +184,5 @@ def _module(path: str) -> str:
 
 
 def _patterns(names: Iterable[str]) -> str:
-    """Names of parameters with stars for the numbers of repeated blocks, cut after three."""
+    """Names of parameters with stars for the numbers of repeated blocks; at most three."""
     return some(dict.fromkeys(map(starred, names)), 3)

@@ -1,4 +1,4 @@
-"""One offline page about a family: its members, and how good they are for what they cost."""
+"""An offline HTML page about a family: its members, and their scores against their costs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MemberRow:
 
 
 def rows_of(sizes: Sequence[MemberRow]) -> list[list[str]]:
-    """The members as rows of text, the first with the headings."""
+    """The members as rows of text; the first row has the headings."""
     full = sizes[0].cost
     rows = [["member", "MACs", "share", "parameters", "score", ""]]
     for one in sizes:
@@ -61,7 +61,7 @@ def report(path: Path, name: str, sizes: Sequence[MemberRow]) -> Path:
 
     Raises:
         MissingExtraError: matplotlib is not installed (``pip install 'oto[report]'``).
-        ArtifactError: The file cannot be written; what was there is as it was.
+        ArtifactError: The file cannot be written; an existing file is unchanged.
     """
     scored = [(one, one.score) for one in sizes if one.score is not None]
     chart = ""

@@ -24,7 +24,7 @@ from oto.trace.outputs import tensors_in
 
 TEMPLATE = "report.html.j2"
 MOST = 12
-"""The most rows of a chart of MACs; all further modules share one more row."""
+"""The limit on rows of a chart of MACs; all further modules share one more row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Background:
         name: The class of the full model.
         target: The target, if an optimizer was made.
         partition, groups: The analysis of the model that was made slim.
-        history: What the optimizer recorded in training: mappings with a ``step``, oldest first.
+        history: The optimizer's records of training: mappings with a ``step``, oldest first.
         periods: The first step of each pruning period, and the first step after it.
         first: The size before ``oto.shrink`` made it smaller during training; ``None`` if that was not called.
     """
@@ -50,7 +50,7 @@ class Background:
 
     @property
     def full(self) -> Extent:
-        """How large the full model was."""
+        """The size of the full model."""
         return Extent.of(self.partition, self.groups) if self.first is None else self.first
 
 
@@ -68,16 +68,16 @@ def report(
 
     Args:
         history: Records to show instead of the optimizer's.
-        milliseconds: For the full and the slim model, the times of several forward passes on ``example``.
+        milliseconds: The times of several forward passes on ``example``, for the full and the slim model.
 
     Returns:
         ``path``.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed (``pip install 'oto[report]'``).
-        ArtifactError: The file cannot be written; what was there is as it was.
+        ArtifactError: The file cannot be written; an existing file is unchanged.
     """
-    environment = _environment()  # before anything is drawn
+    environment = _environment()  # raises before anything is drawn
     drawing, no_drawing = _drawing(origin)
     full = origin.full
     sizes = {group.name: group.size for group in origin.groups} | dict(full.sizes)
@@ -110,7 +110,7 @@ def report(
 
 
 def _environment() -> Any:
-    """The environment of jinja2 that fills in the template.
+    """The jinja2 environment that renders the template.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
@@ -127,10 +127,10 @@ def _environment() -> Any:
 
 
 def _page(environment: Any, facts: dict[str, Any]) -> str:
-    """The page. Charts and drawings go in as they are; all other text is escaped."""
+    """The page. Charts and drawings are inserted unescaped; all other text is escaped."""
     from markupsafe import Markup, escape
 
-    for panel in facts["panels"]:  # long names break at their dots
+    for panel in facts["panels"]:  # let long names break at their dots
         panel["title"] = Markup(escape(panel["title"]).replace(".", Markup(".<wbr>")))
     for chart in (*facts["panels"], *filter(None, (facts["macs"], facts["latency"], facts["training"]))):
         chart["chart"] = Markup(chart["chart"])
@@ -166,7 +166,7 @@ def pattern(name: str) -> str:
 
 
 def _panels(widths: Sequence[tuple[str, int, int]]) -> list[dict[str, str]]:
-    """A chart for each set of repeated layers, and charts for the layers that are not repeated."""
+    """One chart for each set of repeated layers, and charts for the layers that are not repeated."""
     families: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for name, before, after in widths:
         families.setdefault((pattern(name), before), []).append((name, after))
@@ -255,7 +255,7 @@ def _short(x: float) -> str:
 
 
 def _drawing(origin: Background) -> tuple[str, str]:
-    """The drawing as an element of the page; if there is none, an empty string and the reason."""
+    """The drawing as an element of the page, and an empty reason; or an empty string, and why there is no drawing."""
     if shutil.which("dot") is None:
         return "", "The drawing is left out: graphviz was not installed where this was written."
     try:

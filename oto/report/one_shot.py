@@ -14,15 +14,15 @@ class Portion:
     """Node groups that lost their atoms together.
 
     Attributes:
-        groups: Their names.
+        groups: The names of the groups.
         atoms, size: How many atoms were removed, and how many there were.
-        readers: How many weights they could be folded into.
-        before: The loss on the held-out batches before.
-        zeroed, folded: The loss with the atoms at zero, and with them folded into readers; ``None``: not measured.
+        readers: How many weights the atoms could be folded into.
+        before: The loss on the held-out batches before the removal.
+        zeroed, folded: The loss with the atoms at zero, and with them folded into readers; ``None`` if not measured.
         kept: Which of the two was kept: ``"folded"`` or ``"zeroed"``.
         norms: Whether batch norms were estimated again.
         unreached: Weights that no batch reached, so that nothing was folded into them.
-        segments: Whether they are segments, one atom each, of as many as may go; these went before all else.
+        segments: Whether the groups are segments, which have one atom each and are removed before everything else.
     """
 
     groups: tuple[str, ...]
@@ -51,10 +51,10 @@ class OneShot:
         target: The target.
         how: How atoms were chosen, and how they were folded.
         portions: The portions, from input to output.
-        loss: The loss on the held-out batches before and after; ``None`` if none were held out.
-        before, after: Costs of the full network and of the slim one.
+        loss: The loss on the held-out batches before and after; ``None`` if no batches were held out.
+        before, after: Costs of the full and of the slim network.
         kept: How many atoms each node group keeps.
-        not_folded: For groups that lost atoms, why they, or some of them, could not be folded.
+        not_folded: For groups that lost atoms, why some or all of them could not be folded.
     """
 
     target: str

@@ -19,7 +19,7 @@ class Width:
 
     Attributes:
         group: Its name.
-        before, after: Atoms in the full network, and those that would be kept.
+        before, after: The number of atoms in the full network, and of those that would be kept.
         macs_before, macs_after: MACs of all products that have the group as a factor. A product has several factors, so
             the sum over groups is more than the MACs of the network.
         factor: Which factor of a dimension it is, as in :attr:`oto.groups.NodeGroup.factor`.
@@ -69,7 +69,7 @@ class Preview:
         return html(self._cells(), above=above, below="\n".join(self._said())) + html(self._costs())
 
     def _said(self) -> list[str]:
-        """Notes on columns that need them."""
+        """Notes on columns that need one."""
         factors = [width.factor for width in self.widths if width.factor]
         lines = [
             "MACs with it: a product counts for each group that it runs through, so rows do not add up to the total"
@@ -81,7 +81,7 @@ class Preview:
         return lines
 
     def _cells(self) -> list[list[str]]:
-        """A row for each width; those of repeated blocks share one."""
+        """One row for each width; widths of repeated blocks share a row."""
         rows: dict[tuple[str, str, int], list[Width]] = {}
         for width in self.widths:
             place = re.sub(r"(?<![/\d])\d+", "*", width.group), width.factor or "", width.before
@@ -123,13 +123,13 @@ def preview(
     """Collect the widths of all prunable groups.
 
     Args:
-        kept: How many atoms each group would keep; groups that it does not name are whole.
-        full, remaining: The costs of the full network, and of the slim one.
-        milliseconds: The times of both, if they were measured.
+        kept: How many atoms each group would keep; missing groups stay whole.
+        full, remaining: The costs of the full and of the slim network.
+        milliseconds: The times of both, if measured.
     """
     counts = np.array([kept.get(name, size) for name, size in zip(costs.names, costs.sizes, strict=True)], np.int64)
     factors = {group.name: group.factor for group in groups}
-    through = [costs.macs.marginal(n, n) for n in (costs.sizes, counts)]  # saved if nothing were left
+    through = [costs.macs.marginal(n, n) for n in (costs.sizes, counts)]  # what would be saved if no atom were left
     widths = tuple(
         Width(name, int(size), int(count), int(a), int(b), factors[name])
         for name, size, count, a, b in zip(costs.names, costs.sizes, counts, *through, strict=True)

@@ -42,7 +42,7 @@ class Described(Protocol):
 
 
 def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
-    """Rows of text, with the columns in ``left`` aligned to the left and the others to the right.
+    """Format rows of text; the columns in ``left`` are aligned to the left, the others to the right.
 
     >>> print(columns([["", "before"], ["MACs", "12"]]))
           before
@@ -57,7 +57,7 @@ def columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
 
 
 def html(rows: Sequence[Sequence[str]], left: Container[int] = (0,), above: str = "", below: str = "") -> str:
-    """Rows of text as an HTML table for a notebook; the first is the heading, and texts may be put around it.
+    """Rows of text as an HTML table for a notebook; the first row is the heading; texts may be put above and below.
 
     >>> html([["", "before"], ["MACs", "12"]])
     '<table><thead><tr><th></th><th>before</th></tr></thead><tbody><tr><td>MACs</td><td>12</td></tr></tbody></table>'

@@ -1,11 +1,11 @@
-"""Build the slim model from zeros: try the emitters in order and return the first whose model is proved equal.
+"""Build the slim model from zeros: try the emitters in order and return the first model that is proved equal.
 
-1. ``"config"``: the model's own class, made anew from a config that states the sizes (:mod:`oto.slim.config.emit`);
-   only where repeated blocks are alike.
+1. ``"config"``: the model's own class, rebuilt from a config that states the sizes (:mod:`oto.slim.config.emit`); only
+   if repeated blocks have equal sizes.
 2. ``"module"``: a copy in the model's own class, with thinner tensors, size attributes and call overrides
    (:mod:`oto.slim.edits`).
-3. ``"graph"``: the graph that ``torch.export`` follows (:mod:`oto.slim.graph.emit`).
-4. ``"recording"``: the calls that were made on the example, at its shapes and values (:mod:`oto.slim.graph.replay`).
+3. ``"graph"``: the graph that ``torch.export`` traces (:mod:`oto.slim.graph.emit`).
+4. ``"recording"``: the calls made on the example, valid for its shapes and values (:mod:`oto.slim.graph.replay`).
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Made:
     Attributes:
         emitter: The emitter that made it.
         edits: The edits that made it, if it is of the original class.
-        tensors: Its tensors; in the original class by the names of the full model.
-        why: Why it is not of the original class, and what a recording is.
+        tensors: Its tensors; for the original class, by their names in the full model.
+        why: Why it is not of the original class, and the limits of a recording.
         notes: Limits of the slim model or its proof, for the user.
-        kept: For each prunable group, the atoms that it holds: all that are not zero, and zero ones where the class
-            needs more.
+        kept: For each prunable group, the atoms that it holds: all nonzero atoms, plus zero ones if the class needs
+            more.
     """
 
     emitter: str
@@ -80,10 +80,10 @@ class Made:
 
 
 def require_values(model: nn.Module) -> None:
-    """Refuse a model whose parameters have only shapes, no values.
+    """Check that the model's parameters have values.
 
     Raises:
-        EmitterError: They are on the meta device.
+        EmitterError: The parameters are on the meta device.
     """
     if on_meta(model):
         raise EmitterError(
@@ -101,7 +101,7 @@ def construct(source: Source, emitter: str = "auto") -> Made:
 
     Raises:
         EmitterError: The requested emitter cannot express the slim model, or none can.
-        VerificationError: The graph computes something else; or the model does not run in float64, which was asked for.
+        VerificationError: The graph computes something else, or float64 was requested and the model does not run in it.
     """
     if emitter not in EMITTERS:
         raise EmitterError(f"emitter={emitter!r} is unknown\n  to fix  use one of {', '.join(EMITTERS)}")
@@ -155,7 +155,7 @@ def _refusal(source: Source, ways: Sequence[str], refused: Mapping[str, Exceptio
 
 
 def _unstated(source: Source, failure: Exception) -> str:
-    """Why the model's class was not made from a config."""
+    """The reason why the model's class was not rebuilt from a config."""
     reason = f"{type(source.model).__name__} cannot be made from another config: {_first_lines(failure)}"
     differs = isinstance(failure, VerificationError)
     return f"{reason}: {str(failure).splitlines()[1].strip()}" if differs else reason
@@ -183,15 +183,15 @@ def _of_its_config(source: Source) -> Made:
 
 
 def _of_its_class_at_any_rate(source: Source) -> Made:
-    """The slim model of its class; if the adaptation for arbitrary counts fails, the class is searched at these counts.
+    """The slim model of its class; if the adaptation for arbitrary counts fails, search the class at these counts.
 
-    It is compared on the example even where no proof is asked for: a class may take a different path at some counts,
-    and nothing else would show it.
+    The model is compared on the example even if no proof was requested: a class may take a different path at some
+    counts, and nothing else would show it.
     """
     if source.own is not None and not source.verify:
         try:
             return _at_these_counts(source)
-        except EmitterError as refused:  # its calls differ, so their results have to be compared
+        except EmitterError as refused:  # the calls differ, so the results have to be compared
             log.info("compared on the example: %s", _first_lines(refused))
             return _of_its_class(source, compared=True)
     try:
@@ -210,7 +210,7 @@ def _at_these_counts(source: Source) -> Made:
     """The slim model of its class, adapted to exactly these counts.
 
     Raises:
-        EmitterError: No adaptation makes the class run with them.
+        EmitterError: No adaptation makes the class run with these counts.
     """
     assert source.own is not None
     stage("asking the class again, at these counts")
@@ -231,7 +231,7 @@ def _of_its_class(source: Source, compared: bool = False) -> Made:
     """The slim model of its class.
 
     Args:
-        compared: Compare on the example even if no proof is asked for.
+        compared: Compare on the example even if no proof was requested.
     """
     stage("thinning the class")
     source, needed = without_needed(source)
@@ -274,7 +274,7 @@ def _made_of_class(source: Source, emitted: Emitted, checks: list[Check]) -> Mad
 
 
 def _exported(source: Source, refused: Refused) -> Made:
-    """The slim form of the exported graph, with as many sizes free as can be proved."""
+    """The slim form of the exported graph, with as many free sizes as can be proved."""
     notes: list[str] = []
     level: str | None = LEVELS[0]
     while level is not None:
@@ -287,7 +287,7 @@ def _exported(source: Source, refused: Refused) -> Made:
         fewer = emitted.notes or (wrong and all("sizes" in c.what or "batch" in c.what for c in wrong))
         if level is None or not fewer:
             break
-        notes = emitted.notes or notes  # it is wrong at sizes other than the example's, so fewer are free
+        notes = emitted.notes or notes  # the graph is wrong at other sizes than the example's, so free fewer
 
     if exported.level != LEVELS[0] and not any("batch" in note for note in notes):
         why_not = (*notes, exported.why, "what it gives at others is wrong")
@@ -308,7 +308,7 @@ def _recorded(source: Source, refused: Refused) -> Made:
     why = [*why, RECORDED] if why else [f"it was asked for: {RECORDED}"]
     emitted = emit_recorded(source)
     checks = prove(source, emitted)
-    # who asks for a recording by name may have what holds for the example alone
+    # a user who requests a recording by name may get one that is valid only for the example
     if refused and any(note.endswith(BUILT_IN) for note in emitted.notes):
         raise EmitterError(
             "it would hold numbers that follow from the values of the example, and give these for any other input"
@@ -323,11 +323,11 @@ WAYS: dict[str, Callable[[Source, Refused], Made]] = {
     "graph": _exported,
     "recording": _recorded,
 }
-"""The emitters in their order; each gets the reasons why those before it failed."""
+"""The emitters in order; each gets the reasons why those before it failed."""
 
 
 def _require_faithful_export(source: Source, failure: Exception) -> None:
-    """Distinguish a mistake of ours from one of torch.export, which may follow a different path than the model."""
+    """Distinguish our own mistakes from those of torch.export, which may trace another path than the model takes."""
     dense = export(source.model, source.dummy_input, known)
     try:
         require(check(source.model, dense.module, source.dummy_input, CheckOptions(batch=dense.dynamic, notes=[])))

@@ -1,8 +1,8 @@
 """Copy a module so that the copy does not refer back to the original.
 
-``copy.deepcopy`` shares functions, and so what they close over: a lambda over ``self``, or a hook that writes into a
-dict of the module's, would run the original and write there. It also refuses tensors with a history, such as the
-activations that a forward leaves. Both are copied here.
+``copy.deepcopy`` shares functions and hence everything they close over: in the copy, a lambda over ``self`` would run
+the original, and a hook that writes to a dict of the module would write to the original's dict. ``copy.deepcopy`` also
+refuses non-leaf tensors, such as activations that a forward leaves behind. Both are copied here.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _SAYS = {"__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__
 
 
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy``, in a twentieth of the time for modules that leave it to Python: the empty tables of hooks and
-    the numbers, which are most of what a module holds, need not be looked up one by one.
+    """Deep-copy a module, twenty times as fast as ``copy.deepcopy`` for modules without copy methods of their own.
+
+    Most of what a module holds are empty hook tables and numbers, which need not be looked up one by one.
 
     Args:
-        memo: As for ``copy.deepcopy``: the replacements of some objects, by their ids. It is added to.
+        memo: As for ``copy.deepcopy``: the replacements of some objects, by id. It is added to.
     """
     loose = list(_loose(model))
     memo.update((id(x), x.detach().clone()) for x in loose if isinstance(x, Tensor) and id(x) not in memo)
@@ -42,7 +43,7 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _loose(model: nn.Module) -> Iterator[Any]:
-    """What ``copy.deepcopy`` refuses or shares: tensors with a history, and functions."""
+    """What ``copy.deepcopy`` refuses or shares: non-leaf tensors and functions."""
     yield from (t for t in model.buffers() if t.grad_fn is not None)
     for x in surroundings(model):
         if isinstance(x, FunctionType) or (isinstance(x, Tensor) and x.grad_fn is not None):
@@ -54,7 +55,7 @@ def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     plain = [m for m in model.modules() if type(m) in kinds]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
-    for module in reversed(plain):  # inner ones first: modules with their own copying may look into them
+    for module in reversed(plain):  # inner modules first: modules with copy methods of their own may look into them
         held = vars(memo[id(module)])
         for name, value in vars(module).items():
             if type(value) in _ATOMS:
@@ -79,7 +80,7 @@ def _lead_into_the_copy(slim: nn.Module, memo: dict[int, Any], shared: Container
     """Replace functions that refer to the original module by functions that refer to the copy.
 
     Args:
-        shared: The ids of everything that the original refers to: a registry that both share is not written to.
+        shared: The ids of everything that the original refers to, so that a registry that both share stays unchanged.
     """
     moved = _Moved(memo)
     for holder in reached(slim.modules(), FunctionType):
@@ -96,7 +97,7 @@ def _lead_into_the_copy(slim: nn.Module, memo: dict[int, Any], shared: Container
 
 
 class _Moved:
-    """Makes what a copied module holds in place of functions of the original.
+    """Makes the functions and containers that a copied module holds in place of the original's.
 
     Args:
         memo: The copies, by the ids of the originals.
@@ -107,7 +108,7 @@ class _Moved:
         self.made: dict[int, Any] = {}
 
     def of(self, x: Any) -> Any:
-        """The object itself, or what does the same for the copy."""
+        """The object itself, or its counterpart for the copy."""
         if isinstance(x, FunctionType):
             return self.function(x)
         if isinstance(x, MethodType):
@@ -129,7 +130,7 @@ class _Moved:
         return x
 
     def inside(self, x: Any) -> Any:
-        """What a function closes over, in the copy; what does not belong to the module is shared."""
+        """The counterpart, for the copy, of what a function closes over; what is not part of the module is shared."""
         new = self.of(x)
         return self.memo.get(id(x), x) if new is x and type(x) not in _ATOMS else new
 
@@ -141,7 +142,7 @@ class _Moved:
             return old
         cells = tuple(CellType() for _ in old.__closure__ or ())
         new = FunctionType(old.__code__, old.__globals__, old.__name__, closure=cells or None)
-        self.made[id(old)] = new  # it may close over itself
+        self.made[id(old)] = new  # registered first, as a function may close over itself
         before = closed_over(old)
         after = {key: self.inside(value) for key, value in before.items()}
         if all(after[key] is value or after[key] is new for key, value in before.items()):
@@ -161,7 +162,7 @@ class _Moved:
 
 
 def closed_over(function: FunctionType) -> dict[Any, Any]:
-    """What a function closes over, by the index of the cell, and its defaults."""
+    """What a function closes over, by cell index, and its defaults."""
     found: dict[Any, Any] = {}
     for i, cell in enumerate(function.__closure__ or ()):
         try:

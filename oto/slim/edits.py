@@ -30,14 +30,14 @@ class Edits:
     Attributes:
         attributes: For each module path, integer attributes and their new values.
         swaps: For each module path, the class of ``oto.nn`` that takes its place, and its arguments.
-        stated: For each path of a module of the user's own, its size attributes: the key of each, and its new value.
-        told: For each path of a module of the user's own, its call overrides, in the form of
+        stated: For the path of each user-defined module, its size attributes: the key of each, and its new value.
+        told: For the path of each user-defined module, its call overrides, in the form of
             :class:`oto.nn.OverriddenForward`. (The fields are the keys of an artifact, so they keep their names.)
-        config: If the class is made anew from ``model.config`` instead, the fields that change.
-        dropped: Module paths that are left out, and what takes their place: ``"none"`` or ``"identity"``.
+        config: If the class is rebuilt from ``model.config`` instead, the fields that change.
+        dropped: Paths of removed modules, and what takes their place: ``"none"`` or ``"identity"``.
         untrained: Why train mode is refused; empty if it is not.
-        erased: For each path of a module that is not run any more, the arguments of :class:`oto.nn.ErasedForward`.
-        layers: If the class is made anew with fewer layers, for the path of each list of layers those that are left.
+        erased: For the path of each module that no longer runs, the arguments of :class:`oto.nn.ErasedForward`.
+        layers: If the class is rebuilt with fewer layers, the remaining layers of each list of layers, by its path.
             Tensors keep the names that they have in the full model.
     """
 
@@ -52,13 +52,13 @@ class Edits:
     layers: dict[str, list[int]] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """As plain data; what an earlier version does not know is there only where it says something."""
+        """The edits as plain data; fields that earlier versions do not know are left out if empty."""
         plain = asdict(self)
         return {name: value for name, value in plain.items() if value or name not in ("erased", "layers")}
 
 
 def renumbered(name: str, layers: Mapping[str, Sequence[int]]) -> str | None:
-    """What a module or tensor of the full model is called where lists of layers are shorter; ``None`` if it is gone.
+    """The name of the full model's module or tensor once lists of layers are shorter; ``None`` if it was removed.
 
     >>> renumbered("layers.2.fc.weight", {"layers": [0, 2]}), renumbered("layers.1.fc.weight", {"layers": [0, 2]})
     ('layers.1.fc.weight', None)
@@ -97,13 +97,13 @@ def slim_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
             f"{type(model).__name__} cannot be copied: {type(failure).__name__}: {failure}\n"
             "  effect  the original class cannot be used for the slim model"
         ) from failure
-    if isinstance(slim.train, Untrained):  # from an earlier round
+    if isinstance(slim.train, Untrained):  # left by an earlier round
         del slim.train
     return edited(slim, edits)
 
 
 def edited(slim: nn.Module, edits: Edits) -> nn.Module:
-    """Change the modules of a copy in place; returns a new module only if the model itself is a layer of torch."""
+    """Edit the modules of a copy in place; returns a new module only if the model itself is a layer of torch."""
     for path, numbers in edits.stated.items():
         for key, number in numbers:
             set_number(module_at(slim, path), tuple(key), number)
@@ -133,10 +133,10 @@ def edited(slim: nn.Module, edits: Edits) -> nn.Module:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """A registered module by its path; a file that names anything else is refused.
+    """A registered module by its path; the path may come from a file, so anything else is refused.
 
     Raises:
-        AttributeError: There is none.
+        AttributeError: There is no module at the path.
     """
     found: nn.Module | None = model
     for name in path.split(".") if path else ():
@@ -162,7 +162,7 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), ("input_size", "hidden_size", "proj_size")),
     **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), ("input_size", "hidden_size")),
 }
-"""The attributes in which layers of torch state sizes; a file may set no others."""
+"""The attributes in which layers of torch state sizes; an artifact may set no others."""
 
 SWAPPED: dict[str, tuple[type[nn.Module], ...]] = {
     "LayerNorm": (nn.LayerNorm, slim_layers.LayerNorm),
@@ -174,10 +174,10 @@ SWAPPED: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 def _set_sizes(path: str, module: nn.Module, values: Mapping[str, int]) -> None:
-    """Set the attributes in which a module of torch states its sizes; none may exceed what its tensors hold.
+    """Set the attributes in which a module of torch states its sizes; none may exceed its largest tensor's ``numel()``.
 
     Raises:
-        EmitterError: It has no such attributes.
+        EmitterError: The module has no such attributes, or a value is too large.
     """
     known = next((SIZES[kind] for kind in type(module).__mro__ if kind in SIZES), ())
     for name, value in values.items():
@@ -189,7 +189,7 @@ def _set_sizes(path: str, module: nn.Module, values: Mapping[str, int]) -> None:
 
 
 def _swapped(path: str, module: nn.Module, how: Mapping[str, Any]) -> nn.Module:
-    """The module of ``oto.nn`` that replaces one of torch, with its tensors.
+    """Make the module of ``oto.nn`` that replaces one of torch, with its tensors.
 
     Raises:
         EmitterError: The module has no such thinner form, or its tensors do not fit that form.
@@ -212,12 +212,12 @@ def _put(model: nn.Module, path: str, new: Any) -> None:
 
 
 def refuse_training(slim: nn.Module, why: str) -> None:
-    """Keep a slim model in eval mode: train mode is refused with the reason."""
+    """Make a slim model refuse train mode, with the reason."""
     vars(slim)["train"] = Untrained(slim, why)
 
 
 def forget_idle(slim: nn.Module, edits: Edits) -> None:
-    """Remove the overrides of modules whose code turned out to state the right sizes by itself."""
+    """Remove the overrides of modules whose code turned out to use the right sizes without them."""
     for path in list(edits.told):
         forward = slim.get_submodule(path).forward
         if isinstance(forward, OverriddenForward) and forward.is_idle:
@@ -226,13 +226,13 @@ def forget_idle(slim: nn.Module, edits: Edits) -> None:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a module, each by all of its names."""
+    """The parameters and buffers of a module, each under all of its names."""
     parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds what a dotted path names, and its name there: of ``"fc.weight"`` the ``fc``.
+    """The module that holds what a dotted path names, and its name there: ``fc`` and ``"weight"`` for ``"fc.weight"``.
 
     Raises:
         AttributeError: There is no such module.
@@ -245,7 +245,7 @@ def attribute(model: nn.Module, path: str) -> Tensor:
     """A parameter, buffer or plain tensor attribute by its dotted path."""
     parent, _, name = path.rpartition(".")
     found = None if name.startswith("__") else getattr(module_at(model, parent), name)
-    if not isinstance(found, Tensor):  # a file may name anything
+    if not isinstance(found, Tensor):  # an artifact may name anything
         raise AttributeError(f"{path} is no tensor of {type(model).__name__}")
     return found
 
@@ -259,7 +259,7 @@ def pruned_tensors(
     """Every parameter, buffer and named constant of ``model``, pruned; tied names share one tensor.
 
     Args:
-        scales: How parameters change that a count is folded into, by their names.
+        scales: For parameters that a count is folded into, how they change, by name.
         held: Pruned tensors that exist already.
     """
     tensors: dict[str, Tensor] = {}
@@ -273,7 +273,7 @@ def pruned_tensors(
 
 
 def pruned_tensor(model: nn.Module, pruned: PrunedShapes, leaf: Leaf, scales: Iterable[Scale] = ()) -> Tensor:
-    """One tensor of ``model``, pruned, and rescaled where a count is folded into it."""
+    """One tensor of ``model``, pruned, and rescaled if a count is folded into it."""
     made = pruned.prune(leaf, attribute(model, leaf.names[0]))
     for scale in scales:
         made = scale.of(made, pruned)
@@ -281,5 +281,5 @@ def pruned_tensor(model: nn.Module, pruned: PrunedShapes, leaf: Leaf, scales: It
 
 
 def tensors_of(model: nn.Module, partition: Partition) -> dict[str, Tensor]:
-    """Every parameter, buffer and named constant of ``model`` as it is."""
+    """Every parameter, buffer and named constant of ``model``, unchanged."""
     return {name: attribute(model, leaf.names[0]) for leaf in partition.found.graph.leaves for name in leaf.names}

@@ -1,4 +1,4 @@
-"""The emitters: each builds the slim model in its own form; none proves anything."""
+"""The emitters: each builds the slim model in its own form; the proof is separate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def emit_config(source: Source) -> Emitted:
     """The model's class, made from a config that states the sizes.
 
     Raises:
-        EmitterError: No config states the pruned shapes, or what is left out.
+        EmitterError: No config states the pruned shapes or the removed segments.
     """
     made = emit_stock(source.model, source.partition, source.kept, source.recipe)
 
@@ -46,7 +46,7 @@ def emit_class(source: Source) -> Emitted:
     """A copy of the model with thinner tensors.
 
     Raises:
-        EmitterError: The class cannot express it.
+        EmitterError: The class cannot express the pruned shapes.
     """
     pruned = source.pruned
     edits, gone = without_segments(source, plan_edits(source.model, pruned, source.own))
@@ -61,10 +61,10 @@ def emit_class(source: Source) -> Emitted:
 
 
 def without_segments(source: Source, edits: Edits) -> tuple[Edits, set[str]]:
-    """The edits with the segments left out of which nothing is kept, and the names of the tensors that go with them.
+    """The edits that also leave out segments that are removed whole, and the names of the tensors removed with them.
 
     Args:
-        edits: Those of the thin copy.
+        edits: The edits of the thin copy.
     """
     if not source.partition.erased(source.kept):
         return edits, set()
@@ -74,7 +74,7 @@ def without_segments(source: Source, edits: Edits) -> tuple[Edits, set[str]]:
 
 
 def without_needed(source: Source) -> tuple[Source, list[str]]:
-    """The source with segments kept that the class cannot leave out, though they are zero; and their names."""
+    """The source with the zero segments kept that the class cannot leave out, and the names of these segments."""
     needed: list[str] = []
     while gone := source.partition.erased(source.kept):
         found = erasures(source)
@@ -99,12 +99,12 @@ def _keeping(source: Source, segments: Collection[str]) -> Source:
 
 
 def _fails_without(source: Source, how: Erasures) -> bool:
-    """Whether code around what is left out cannot do without it."""
+    """Whether the class fails on the example without the removed segments."""
     edits = plan_edits(source.model, source.pruned, source.own)
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
     try:
         failure = failure_without(source.model, how.erased, tensors, edits, source.dummy_input)
-    except EmitterError:  # it is told when the class is thinned
+    except EmitterError:  # reported when the class is thinned
         return False
     if failure is not None:
         log.info("%s fails without %s: %s", type(source.model).__name__, some(list(how.erased)), first_line(failure))
@@ -112,13 +112,13 @@ def _fails_without(source: Source, how: Erasures) -> bool:
 
 
 def erasures(source: Source, edits: Edits | None = None) -> Erasures:
-    """How the class leaves out the segments of which nothing is kept.
+    """How the class leaves out the segments that are removed whole.
 
     Args:
-        edits: Those of the thin copy.
+        edits: The edits of the thin copy.
     """
     gone = source.partition.erased(source.kept)
-    if beside := [segment.name for segment in gone if segment.axes]:  # no layer has no channel, so these are run once
+    if beside := [segment.name for segment in gone if segment.axes]:  # a layer needs a channel, so keep one here
         source, edits = _keeping(source, beside), None
     edits = plan_edits(source.model, source.pruned, source.own) if edits is None else edits
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
@@ -126,10 +126,10 @@ def erasures(source: Source, edits: Edits | None = None) -> Erasures:
 
 
 def _emit_class(source: Source, pruned: PrunedShapes, edits: Edits, gone: Collection[str]) -> Emitted:
-    """A copy of the model with thinner tensors, by given edits, without the tensors that are ``gone``."""
+    """A copy of the model with thinner tensors and the given edits, without the tensors in ``gone``."""
     scales = source.own.scales if source.own is not None else {}
     tensors = {n: t for n, t in pruned_tensors(source.model, pruned, scales).items() if n not in gone}
-    # a class may drop what it keeps for inference when it is trained
+    # a class may drop what it cached for inference when it enters train mode
     slim = slim_copy(source.model, tensors, edits).train().eval()
 
     def rounded(full: nn.Module) -> dict[str, Tensor]:  # weights that counts are folded into
@@ -150,7 +150,7 @@ def emit_exported(source: Source, exported: Exported) -> Emitted:
     """The exported graph with thinner tensors.
 
     Raises:
-        EmitterError: It couples parameter dimensions differently from the recorded graph.
+        EmitterError: The exported graph couples parameter dimensions differently from the recorded one.
     """
     slim = emit_graph(exported, source.partition, source.kept)
     notes: list[str] = []
@@ -166,10 +166,10 @@ def emit_exported(source: Source, exported: Exported) -> Emitted:
 
 
 def emit_recorded(source: Source) -> Emitted:
-    """The calls that are made on the example, with thinner tensors.
+    """The calls made on the example, with thinner tensors.
 
     Raises:
-        EmitterError: A graph cannot hold one of the calls.
+        EmitterError: One of the calls cannot be put into a graph.
     """
     slim = emit_recording(source.model, source.dummy_input, source.partition, source.kept)
     notes: list[str] = []

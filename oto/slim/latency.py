@@ -39,16 +39,16 @@ log = logging.getLogger(__name__)
 Counts = NDArray[np.int64]
 
 ROUNDS = 5
-"""Most slim models that are built and measured, besides the thinnest."""
+"""The limit on slim models that are built and measured, besides the thinnest."""
 
 NEAR = 0.92
 """A slim model that takes at least this share of the target is close enough."""
 
 MARGIN = 1.03
-"""Measured times count as slower by this factor, as they may be next time."""
+"""Measured times are multiplied by this factor, because the next measurement may be slower."""
 
 SLOPE = 1e-3
-"""This share of the latency falls with the table's prediction, even where noise suggests that nothing does."""
+"""At least this share of the latency falls with the table's prediction, even if noise hides any decrease."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,8 @@ class Latency:
 
     Attributes:
         table: Milliseconds of the operators, see :mod:`oto.groups.latency`.
-        said: The table's predictions for the measured models, rising.
-        measured: Their measured times, rising. The last is the full model's.
+        said: The table's predictions for the measured models, ascending.
+        measured: Their measured times, ascending. The last is the full model's.
     """
 
     table: Polynomial
@@ -69,23 +69,23 @@ class Latency:
 
     @classmethod
     def through(cls, table: Polynomial, points: dict[float, float]) -> Latency:
-        """Pass through measured points, as far as noise lets them rise with the prediction."""
+        """The latency that passes through measured points, made monotonic where noise breaks their order."""
         said = np.array(sorted(points))
         full = points[said[-1]]
         measured = np.minimum(np.maximum.accumulate([points[s] for s in said]), full)
-        measured = (1 - SLOPE) * measured + SLOPE * full * said / said[-1]  # for every atom to save something
+        measured = (1 - SLOPE) * measured + SLOPE * full * said / said[-1]  # so that every atom saves something
         return cls(table, tuple(said.tolist()), tuple(measured.tolist()))
 
     def _milliseconds(self, said: Any) -> Any:
-        tiny = np.finfo(float).tiny  # the logarithm of zero would be a warning
+        tiny = np.finfo(float).tiny  # avoids a warning for the logarithm of zero
         return np.exp(np.interp(np.log(np.maximum(said, tiny)), np.log(self.said), np.log(self.measured)))
 
     def tied(self, ties: Counts, per: Counts | None = None) -> Latency:
-        """The same as a function of the count of each tie; see :meth:`oto.groups.cost.Polynomial.tied`."""
+        """The latency as a function of the count of each tie; see :meth:`oto.groups.cost.Polynomial.tied`."""
         return replace(self, table=self.table.tied(ties, per))
 
     def __call__(self, counts: Counts) -> float:
-        """Milliseconds at some counts, shape ``(groups,)``."""
+        """Milliseconds at the given counts, which have shape ``(groups,)``."""
         return float(self._milliseconds(self.table(counts)))
 
     def marginal(self, counts: Counts, fewer: Counts) -> NDArray[np.float64]:
@@ -105,7 +105,7 @@ def confirmed(
     choose: Callable[[Latency], Counts],
     measure: Callable[[Counts], float],
 ) -> Latency:
-    """Correct a table by measurements until the counts chosen by it take the requested time.
+    """Correct a table by measurements until the counts chosen by it meet the requested time.
 
     Args:
         table: Milliseconds as a function of counts, before any model was measured.
@@ -116,7 +116,7 @@ def confirmed(
         measure: Measures the milliseconds of the model with given counts.
 
     Raises:
-        TargetError: Not even the thinnest model is as fast.
+        TargetError: Not even the thinnest model is fast enough.
 
     Warns:
         NotPrunedWarning: Measurements were too noisy to find a model of about the requested time.
@@ -135,12 +135,12 @@ def confirmed(
             "for what stays whole"
         )
     points = {table(least): bottom, table(sizes): full}
-    taken: dict[float, float] = {}  # measured by predicted time, in the order of measurement
+    taken: dict[float, float] = {}  # predicted time -> measured time, in the order of measurement
     for _ in range(ROUNDS):
         latency = Latency.through(table, points)
         counts = choose(latency)
         said = table(counts)
-        if said in points:  # widths come in steps, and there is none in between
+        if said in points:  # widths come in steps; there are no counts in between
             break
         taken[said] = measure(counts)
         points[said] = MARGIN * taken[said]
@@ -164,10 +164,10 @@ def measured_latency(
 ) -> Latency:
     """Milliseconds of a model as a function of counts, confirmed near the goal; see :func:`confirmed`.
 
-    In a distributed run the first process measures for all, as all have to choose the same.
+    In a distributed run the first process measures for all of them, because all have to make the same choice.
 
     Raises:
-        TargetError: The model is on ``meta``, or not even the thinnest is as fast.
+        TargetError: The model is on ``meta``, or not even the thinnest model is fast enough.
     """
     if on_meta(timer.model):
         raise TargetError(
@@ -184,7 +184,7 @@ def measured_latency(
             found[0] = confirmed(table, timer.costs.sizes, least, goal, choose, timer)
         except TargetError as refused:
             found[0] = refused
-        except Exception as raised:  # the other processes wait to be told
+        except Exception as raised:  # the other processes are waiting for a message
             failure = raised
             found[0] = TargetError(
                 f"target_latency_ms={goal:g}: the first process could not measure: {first_line(raised)}\n"
@@ -202,9 +202,9 @@ def measured_latency(
 
 
 class Timer:
-    """Times a model and slim ones of the same groups in alternation, so that all see the same noise.
+    """Times a model and slim models with the same groups in alternation, so that all see the same noise.
 
-    Nothing that it builds is verified or returned to the user.
+    The slim models are neither verified nor returned to the user.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, costs: Costs, dummy_input: Any) -> None:
@@ -217,7 +217,7 @@ class Timer:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def __call__(self, counts: Counts) -> float:
-        """Milliseconds of a forward pass with the given number of atoms in each node group, no matter which."""
+        """Milliseconds of a forward pass with the given number of atoms in each node group; any atoms will do."""
         if self.full is None:
             self.full = 1e3 * statistics.median(rounds([self.model], self.dummy_input)[0])
         if (counts == self.costs.sizes).all():
@@ -230,7 +230,7 @@ class Timer:
 
 
 def built(model: nn.Module, partition: Partition, kept: dict[str, NDArray[np.int64]], dummy_input: Any) -> nn.Module:
-    """The slim model with some atoms, zero or not, in the form that construct would return; not verified.
+    """The slim model with the given atoms, whether others are zero or not, as construct would emit it; not verified.
 
     Raises:
         EmitterError: No emitter can build it.
@@ -256,15 +256,15 @@ def _without_segments(
     edits: Edits,
     dummy_input: Any,
 ) -> tuple[dict[str, Tensor], Edits]:
-    """The tensors and edits of a slim model that does not compute the segments of which nothing is kept.
+    """The tensors and edits of a slim model that does not compute segments that are removed whole.
 
-    They need not be zero in the model, so they are made zero here to see what is left of each module.
+    These need not be zero in the model, so they are zeroed here to see what is left of each module.
     """
     if not (gone := partition.erased(kept)):
         return tensors, edits
     zero = {name for segment in gone for leaf in segment.writers for name in leaf.names}
     shown, shown_edits = tensors, edits
-    if beside := {segment.name: np.arange(1) for segment in gone if segment.axes}:  # no layer has no channel
+    if beside := {segment.name: np.arange(1) for segment in gone if segment.axes}:  # a layer needs a channel
         pruned = pruned_shapes(partition, {**kept, **beside})
         shown, shown_edits = pruned_tensors(model, pruned), plan_edits(model, pruned)
     silent = {name: torch.zeros_like(t) if name in zero else t for name, t in shown.items()}
@@ -275,17 +275,17 @@ def _without_segments(
 
 
 MISSED = 1.1
-"""A slim model that takes this many times what was asked for has missed its target, and is told to have."""
+"""A slim model that takes more than this multiple of the requested time has missed its target, which is reported."""
 
 
 def as_promised(model: nn.Module, slim: nn.Module, dummy_input: Any, goal: float, full: float) -> str | None:
-    """What is to be said of the time that a slim model takes; ``None`` if it is what was asked for.
+    """A message if a slim model misses its latency target, otherwise ``None``.
 
-    Both take turns, so that a machine that is slower or faster by now does not count.
+    Both models are timed in turns, so that it does not matter if the machine is slower or faster by now.
 
     Args:
-        goal: Milliseconds that were asked for.
-        full: What the full model took then.
+        goal: Requested milliseconds.
+        full: Milliseconds of the full model when the target was set.
     """
     pairs = zip(*rounds([model, slim], dummy_input), strict=True)
     ratio: float = statistics.median(slim_time / full_time for full_time, slim_time in pairs)
@@ -305,7 +305,7 @@ def as_promised(model: nn.Module, slim: nn.Module, dummy_input: Any, goal: float
 
 
 def rounds(models: list[nn.Module], dummy_input: Any, least: int = 5, seconds: float = 1.0) -> list[list[float]]:
-    """Seconds of forward passes in eval mode, the models taking turns: for each model, one number per round.
+    """Seconds of forward passes in eval mode, with the models taking turns: for each model, one number per round.
 
     Args:
         least: Minimum number of rounds, after one to warm up.

@@ -1,8 +1,8 @@
-"""A member of a family: a slim model of the model's own class that reads its parameters out of the full ones.
+"""A member of a family: a slim model of the model's own class that reads its parameters from the full model's.
 
-The member's module holds no parameters of its own, only buffers, such as the statistics of its batch norms. For a
-forward and a backward, the kept entries of the full parameters are selected (``index_select`` along every dimension
-that gets thinner) and put in their place by :func:`torch.func.functional_call`; gradients flow back into the full ones.
+The member's module has no parameters of its own, only buffers, such as the statistics of its batch norms. For forward
+and backward, the kept entries of the full parameters are selected (``index_select`` along every dimension that gets
+thinner) and passed to :func:`torch.func.functional_call`; gradients flow back into the full parameters.
 
 Example: member ``K = {0, 2}`` of a layer of four units computes with ``weight[[0, 2]]``, and the gradient of rows 1 and
 3 is zero.
@@ -31,8 +31,10 @@ Result = TypeVar("Result")
 
 
 class _Held(nn.Module):
-    """Calls a function of a module, so that parameters stay in their place for as long as the function runs: for a
-    backward too, which may run parts of the forward again (gradient checkpointing)."""
+    """Runs a function on a module, so that the swapped parameters stay in place until it returns.
+
+    That includes a backward, which may run parts of the forward again (gradient checkpointing).
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class Member:
 
     Attributes:
         net: The module, of the model's class. Its parameters are on ``meta``; its buffers are its own.
-        entries: For each parameter of the full model, for each dimension that gets thinner, the entries that are kept.
+        entries: For each parameter of the full model and each dimension that gets thinner, the kept entries.
         kept: For each prunable group, the atoms that it keeps.
     """
 
@@ -58,11 +60,12 @@ class Member:
 
     @classmethod
     def of(cls, source: Source) -> Member:
-        """The member that a source describes, proved to compute what the zeroed full model does, in eval and in train
-        mode; the source's model is a zeroed copy of the full one.
+        """Build the member that a source describes; its model is a zeroed copy of the full one.
+
+        The member is proved to compute what the zeroed full model does, in eval mode and in train mode.
 
         Raises:
-            ShrinkError: The class cannot express it.
+            ShrinkError: The class cannot express the member.
             VerificationError: The member computes something else.
         """
         made = shrunk(source)
@@ -75,7 +78,7 @@ class Member:
         return cls(made.model, entries, source.kept)
 
     def read(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The member's parameters out of the full ones, by name; the whole ones are the same tensors."""
+        """The member's parameters, selected from the full ones, by name; parameters that stay whole are not copied."""
         found: dict[str, Tensor] = {}
         for name, dims in self.entries.items():
             tensor = parameters[name]
@@ -85,34 +88,34 @@ class Member:
         return found
 
     def run(self, parameters: Mapping[str, Tensor], work: Callable[[nn.Module], Result]) -> Result:
-        """What ``work`` makes of the member, while its parameters are those of the full model.
+        """Call ``work`` on the member's module while it has its parameters, and return the result.
 
         Args:
-            parameters: Of the full model, by name.
-            work: Runs the module and, to train it, calls ``backward`` too.
+            parameters: The parameters of the full model, by name.
+            work: Runs the module and, in training, also calls ``backward``.
         """
         tensors = {f"net.{name}": tensor for name, tensor in self.read(parameters).items()}
         made: Result = functional_call(_Held(self.net), tensors, (work,))
         return made
 
     def follow(self, model: nn.Module) -> None:
-        """Be in train or eval mode wherever the full model is, as a batch norm that is frozen."""
+        """Copy the train or eval mode of every module of the full model, such as a frozen batch norm's."""
         modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
         for path, module in self.net.named_modules(remove_duplicate=False):
             module.training = modes.get(path, module.training)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """Its persistent buffers, the tensors themselves."""
+        """The persistent buffers: the tensors themselves, not copies."""
         saved = self.net.state_dict(keep_vars=True).keys()
         return {name: buffer for name, buffer in self.net.named_buffers() if name in saved}
 
     @torch.no_grad()
     def put_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Take the values of buffers, as from a checkpoint.
+        """Load the values of buffers, for example from a checkpoint.
 
         Raises:
-            ShrinkError: They belong to another member.
+            ShrinkError: The buffers belong to another member.
         """
         own = self.buffers
         wrong = [name for name, b in own.items() if name not in buffers or buffers[name].shape != b.shape]
@@ -148,7 +151,7 @@ def masked(
     """A copy of a model in which all atoms except those in ``kept`` are zero.
 
     Args:
-        like: A member whose buffers the copy holds at the entries that it keeps, such as the statistics of norms.
+        like: A member whose buffers (statistics of norms) the copy takes over, at the entries that the member keeps.
     """
     made: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_data(value: Any) -> bool:
-    """Whether a value belongs to its holder; enum members, functions, classes and modules belong to the process."""
+    """Whether a value is data of its holder; enum members, functions, classes and modules are shared in the process."""
     return not (isinstance(value, nn.Module | Tensor | str | bytes | type | Enum | ModuleType) or callable(value))
 
 
@@ -33,10 +33,10 @@ LARGEST = 2**24
 
 
 def set_number(module: nn.Module, key: Key, value: int | float) -> None:
-    """Set a number that a module holds; the containers on the path to it become the module's own copies.
+    """Set a number that a module holds; containers on the path to it are replaced by the module's own copies.
 
     Raises:
-        EmitterError: It holds no number there, or one of another type, as a forged file may claim.
+        EmitterError: There is no number at that place, or one of another type; a forged file may claim anything.
     """
     try:
         if key[0] in EVERY:

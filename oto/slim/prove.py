@@ -1,4 +1,4 @@
-"""Prove a slim model: it holds the kept entries of the full one, and computes the same. None is returned without."""
+"""Prove a slim model: it holds the kept entries of the full model and computes the same."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -> list[Check]:
-    """Prove a slim model, if ``source.verify``: it holds what the full one holds, and computes what that computes.
+    """Prove, if ``source.verify``, that a slim model holds the full model's kept entries and computes the same.
 
-    What a comparison cannot show is written to the notes: entries that are not finite, outputs that are constant,
-    and parameters that no output depends on.
+    Limits of the comparison are added to the notes: entries that are not finite, constant outputs, and parameters that
+    no output depends on.
 
     Args:
         checks: The comparisons, if they have been made already.
@@ -42,7 +42,7 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
     require(checks)
     notes.extend([*reference.full.notes, *reference.notes])
     notes.extend(limits.how_many_are_numbers(reference.partial))
-    if emitted.emitter != "recording":  # which says so itself
+    if emitted.emitter != "recording":  # recordings have a note of their own
         notes.extend(limits.other_paths(source.partition.found.graph.script))
     idle = limits.constant(reference.full)
     if idle:
@@ -55,10 +55,10 @@ def prove(source: Source, emitted: Emitted, checks: list[Check] | None = None) -
 def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> None:
     """Check that a slim model holds the kept entries of the full one's tensors, bit for bit.
 
-    No input shows all of them: it may not look up a row of a table or activate a unit.
+    A comparison of outputs cannot show that: an input may not look up every row of a table or activate every unit.
 
     Raises:
-        VerificationError: It holds something else.
+        VerificationError: The slim model holds something else.
     """
     slim, layers = _named(emitted), emitted.edits.layers if emitted.edits is not None else {}
     changed = {name for name in emitted.tensors if renumbered(name, layers) in emitted.changed}
@@ -85,7 +85,7 @@ def require_held(model: nn.Module, emitted: Emitted, pruned: PrunedShapes) -> No
 
 
 _BLOCK = 1 << 22
-"""Entries that are compared at a time, so that the kept ones of a large table are not in memory once more."""
+"""How many entries are compared at a time, so that no second copy of a large table is made."""
 
 
 def _holds(own: Tensor, model: nn.Module, pruned: PrunedShapes, leaf: Leaf, scales: Sequence[Scale]) -> bool | None:
@@ -111,13 +111,13 @@ def _same(a: Tensor, b: Tensor) -> bool | None:
         return False
     try:
         return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True))
-    except (RuntimeError, NotImplementedError) as failure:  # of a layout that has no such operator
+    except (RuntimeError, NotImplementedError) as failure:  # layouts without such an operator
         log.info("not compared: %s", first_line(failure))
         return None
 
 
 def _named(emitted: Emitted) -> dict[str, Tensor]:
-    """The tensors of a slim model by the names of the full one."""
+    """The tensors of a slim model by their names in the full model."""
     held, layers = named_tensors(emitted.model), emitted.edits.layers if emitted.edits is not None else {}
     names = (
         {name: renumbered(name, layers) for name in emitted.tensors} if layers else dict(zip(held, held, strict=True))
@@ -135,7 +135,7 @@ def _pruned_parameters(emitted: Emitted, pruned: PrunedShapes) -> dict[str, nn.P
 
 
 def _with_random_constants(source: Source, emitted: Emitted, idle: list[int], notes: list[str]) -> list[Check]:
-    """Where outputs are the same for every input, compare once more with random numbers in constant parameters."""
+    """If outputs are the same for every input, compare once more with random numbers in constant parameters."""
     stage("an output is constant: comparing with random numbers in constant parameters")
     said = f"of the full model, {_outputs(idle)} {'are' if len(idle) > 1 else 'is'} the same for every input"
     randomized = with_random_constants(source)
@@ -145,7 +145,7 @@ def _with_random_constants(source: Source, emitted: Emitted, idle: list[int], no
         require(checks)
     except VerificationError:
         raise
-    except Exception as failure:  # code that fails with other numbers
+    except Exception as failure:  # the code may fail with other numbers
         reraise_out_of_memory(failure)
         notes.append(f"{said}, so comparing them shows nothing ({first_line(failure)} with other numbers)")
         return []
@@ -167,7 +167,7 @@ def _outputs(indices: list[int]) -> str:
 
 
 def with_random_constants(source: Source) -> nn.Module:
-    """A copy that shares the parameters of a model; those that are constant hold random numbers in kept entries."""
+    """A copy that shares a model's parameters, except constant ones, whose kept entries are random numbers."""
     model, pruned = source.model, source.pruned
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}

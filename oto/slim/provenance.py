@@ -1,7 +1,7 @@
-"""Remember how a slim model was made, so that one made slim several times still loads from the first class.
+"""Record how a slim model was made, so that a model made slim several times still loads from the first class.
 
-It is kept in the slim module itself, as the plain attribute ``_oto_origin``, which copies and pickles of the module
-keep; in pickles as plain data, which can be read without ``oto``. The edits of each round are kept separately and are
+The record is the attribute ``_oto_origin`` of the slim module itself, which copies and pickles of the module keep; in
+pickles it is plain data, which can be read without ``oto``. The edits of each round are kept separately and are
 repeated in the same order.
 """
 
@@ -27,12 +27,12 @@ REMEMBERED = "_oto_origin"
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """How a model was made slim once; plain data, for JSON.
+    """One round of making a model slim; plain data, for JSON.
 
     Attributes:
         edits: The edits of the round, without tensors.
-        shapes: Of every tensor that the slim model was given.
-        kept: For each group that could be pruned, its atoms that are left.
+        shapes: The shape of every tensor that the slim model was given.
+        kept: For each prunable group, the atoms that are left.
     """
 
     edits: Edits
@@ -46,20 +46,20 @@ class Round:
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Round:
-        """Of plain data."""
+        """Read a round from plain data."""
         return cls(Edits(**plain["edits"]), plain["shapes"], plain["kept"])
 
     def plain(self) -> dict[str, Any]:
-        """As plain data."""
+        """The round as plain data."""
         return {"edits": self.edits.plain(), "shapes": dict(self.shapes), "kept": dict(self.kept)}
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """What a slim model was made of, and how.
+    """What a slim model was made from, and how.
 
     Attributes:
-        first: The model as it was before it was ever made slim, on ``meta``.
+        first: The model before it was first made slim, on ``meta``.
         rounds: What was done to it, in order.
     """
 
@@ -67,16 +67,16 @@ class Origin:
     rounds: tuple[Round, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
-        return self  # never written to
+        return self  # immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ([("first", self.first), ("rounds", [done.plain() for done in self.rounds])],)
 
 
 def origin_of(model: nn.Module) -> Origin | None:
-    """Where a model comes from; ``None`` if it was not made slim."""
+    """The origin of a model; ``None`` if it was not made slim."""
     found = vars(model).get(REMEMBERED)
-    if isinstance(found, dict):  # of a pickle
+    if isinstance(found, dict):  # loaded from a pickle
         found = vars(model)[REMEMBERED] = Origin(found["first"], tuple(map(Round.read, found["rounds"])))
     return found
 
@@ -96,12 +96,12 @@ def after_rounds(first: nn.Module, rounds: Iterable[Round]) -> nn.Module:
     """The model after some rounds, without values.
 
     Raises:
-        EmitterError: A tensor would grow, or a round cannot be repeated, as with a forged file.
+        EmitterError: A tensor would grow, or a round cannot be repeated; a forged file may ask for that.
     """
     model = first
     for done in rounds:
         tensors: dict[str, Tensor] = {}
-        made: dict[tuple[int | str, Sequence[int]], Tensor] = {}  # ties hold
+        made: dict[tuple[int | str, Sequence[int]], Tensor] = {}  # keeps ties
         for name, shape in done.shapes.items():
             old = held(model, name)
             if old is not None and not is_part(shape, old.shape):
@@ -116,7 +116,7 @@ def after_rounds(first: nn.Module, rounds: Iterable[Round]) -> nn.Module:
 
 
 def is_part(shape: Sequence[int], full: Sequence[int]) -> bool:
-    """Whether a tensor of one shape can be a pruned form of one of another."""
+    """Whether a tensor of shape ``shape`` can be a pruned form of one of shape ``full``."""
     return len(shape) == len(full) and all(a <= b for a, b in zip(shape, full, strict=True))
 
 
@@ -130,9 +130,9 @@ def held(model: nn.Module, name: str) -> Tensor | None:
 
 
 def lacks_values(model: nn.Module, names: Collection[str]) -> bool:
-    """Whether a model on ``meta`` has tensors besides parameters, buffers and those of some names.
+    """Whether a model on ``meta`` has tensors other than parameters, buffers and those in ``names``.
 
-    Such are plain attributes that no forward has read, and tables in containers: only its constructor knows their
+    These are plain attributes that no forward has read, and tables in containers: only the constructor knows their
     values.
     """
     known = {id(tensor) for tensor in (*model.buffers(), *(held(model, name) for name in names))}
@@ -140,7 +140,7 @@ def lacks_values(model: nn.Module, names: Collection[str]) -> bool:
 
 
 def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
-    """As :func:`oto.slim.config.solve.apply`; tensors that the model does not hold yet are added.
+    """:func:`oto.slim.config.solve.apply`, which also adds tensors that the model does not hold yet.
 
     Size attributes of a cache are set only if it exists already.
     """
@@ -167,7 +167,7 @@ def copy_with(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy without values: parameters and buffers are on ``meta``, unless they have no plain form there.
+    """A copy without values: parameters and buffers are on ``meta``, unless their type does not support that.
 
     Raises:
         EmitterError: The model cannot be copied.

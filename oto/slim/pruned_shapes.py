@@ -1,4 +1,4 @@
-"""Read from the zeros in the parameters which atoms to keep, and derive every pruned shape from that."""
+"""Find the atoms to keep from the zeros in the parameters, and derive every pruned shape from them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from oto.trace.graph import Leaf, Node, Value
 def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArray[np.int64]]:
     """For each prunable group, the atoms to keep: those with a nonzero entry in their ZIG.
 
-    What ``torch.nn.utils.prune`` masks counts as zero: the layer uses ``weight_orig`` times ``weight_mask``. At least
-    ``min_kept`` atoms are kept, zero or not, because a layer needs at least one channel.
+    Entries masked by ``torch.nn.utils.prune`` count as zero: the layer uses ``weight_orig`` times ``weight_mask``. At
+    least ``min_kept`` atoms are kept, zero or not, because a layer needs at least one channel.
 
     Raises:
         NonFiniteParameterError: A parameter holds NaN or infinity.
@@ -58,7 +58,7 @@ def read_zeros(groups: Sequence[NodeGroup], model: nn.Module) -> dict[str, NDArr
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks of ``torch.nn.utils.prune``, by the names of the parameters that they mask."""
+    """The masks of ``torch.nn.utils.prune``, by the name of the parameter that they mask."""
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         masked = any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values())
@@ -71,10 +71,10 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _nonzero(entries: Tensor) -> Tensor:
-    """Which rows of finite entries have one that is not zero."""
+    """Which rows have a nonzero entry; all entries must be finite."""
     entries = computable(entries)
     if entries.ndim == 2 and entries.is_floating_point() and entries.numel():
-        return (entries.amax(1) != 0) | (entries.amin(1) != 0)  # takes a third of the time of any()
+        return (entries.amax(1) != 0) | (entries.amin(1) != 0)  # three times as fast as any()
     return (entries != 0).flatten(1).any(1) if entries.ndim > 1 else entries != 0
 
 
@@ -83,7 +83,7 @@ class PrunedShapes:
     """A propagated graph with a choice of surviving atoms, from which every new size and tensor follows.
 
     Attributes:
-        masks: For each axis, which atoms survive; axes that are missing survive whole.
+        masks: For each axis, which atoms survive; missing axes survive whole.
     """
 
     found: Propagation
@@ -104,13 +104,13 @@ class PrunedShapes:
         return self._counted[term]
 
     def sizes(self, value: Value) -> tuple[int, ...]:
-        """The shape that a tensor of the graph gets."""
+        """The pruned shape of a tensor of the graph."""
         if value not in self._sizes:
             self._sizes[value] = tuple(map(self.count, self.found.operands[value].terms))
         return self._sizes[value]
 
     def size(self, asked: Size) -> int:
-        """What an integer argument becomes."""
+        """The pruned value of an integer argument."""
         return self.count(asked.term)
 
     def changes(self, rewrite: Rewrite) -> bool:
@@ -121,7 +121,7 @@ class PrunedShapes:
         return self._changing[rewrite]
 
     def filled(self, template: Any) -> Any:
-        """A rewrite's arguments with every size in its place."""
+        """A rewrite's arguments with the pruned number in place of every :class:`Size`."""
         if isinstance(template, Size):
             return self.size(template)
         if isinstance(template, (tuple, list)):
@@ -151,7 +151,7 @@ class PrunedShapes:
         """The surviving entries of a leaf's tensor, in their own memory.
 
         Args:
-            known: Of how many first dimensions the tensor has no others.
+            known: The number of leading dimensions in which the tensor is already pruned.
         """
         pruned = tensor.detach()
         for dim, mask in list(enumerate(self.entries(leaf)))[known:]:
@@ -162,5 +162,5 @@ class PrunedShapes:
 
 
 def pruned_shapes(partition: Partition, kept: Kept) -> PrunedShapes:
-    """The pruned shapes of the graph that the groups were found on."""
+    """The pruned shapes of the graph on which the groups were found."""
     return PrunedShapes(partition.found, partition.masks(kept))

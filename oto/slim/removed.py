@@ -1,4 +1,4 @@
-"""Leave out modules that the forward never uses in eval mode, on request."""
+"""Remove modules that the forward never uses in eval mode, on request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def unreached(model: nn.Module, partition: Partition) -> list[str]:
 
 
 def within(names: Collection[str], paths: Collection[str]) -> list[str]:
-    """The names that lie inside one of some modules."""
+    """The names that lie inside any of the modules at ``paths``."""
     return [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
 
 
@@ -39,10 +39,10 @@ def left_out(
 ) -> Edits:
     """The slim model's edits with each unused module replaced by ``None``.
 
-    Where the forward does not check for ``None``, in train mode or in eval mode, it becomes ``nn.Identity``.
+    If the forward does not check for ``None``, in train mode or in eval mode, ``nn.Identity`` is used instead.
 
     Raises:
-        EmitterError: The class cannot do without them.
+        EmitterError: The class cannot run without these modules.
     """
     paths = unreached(model, partition)
     if not paths:
@@ -58,7 +58,7 @@ def left_out(
                 run(slim, dummy_input)
                 if train:
                     trained(slim, dummy_input)
-            except Exception as failure:  # whatever a forward does about a missing module
+            except Exception as failure:  # a forward may raise anything for a missing module
                 reraise_out_of_memory(failure)
                 failures[kind] = failure
             else:

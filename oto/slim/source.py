@@ -1,4 +1,4 @@
-"""The input of an emitter, ``Source``, and its output, ``Emitted``: a slim model that is not proved yet."""
+"""The input of an emitter, ``Source``, and its output, ``Emitted``: a slim model that is not yet proved."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Source:
     Attributes:
         model: The full model, in which everything to be removed is zero.
         dummy_input: The example input.
-        own: The result of the search of its class; ``None`` if it was not searched.
+        own: The result of the search for its class's adaptation; ``None`` if there was no search.
         kept: For each prunable group, the kept atoms.
         recipe: How the class is made from its config, if that is to be tried.
-        drop_unreached: Leave out what the forward never uses in eval mode.
+        drop_unreached: Remove modules that the forward never uses in eval mode.
         float64: Whether to compare in float64, as in :class:`oto.slim.proof.reference.Reference`.
         verify: Whether to compare at all.
         groups: The node groups that ``kept`` refers to, with their ties and divisors; those of the partition by
             default.
-        brief: Compare only in float64, where that is possible.
+        brief: Compare only in float64, if that is possible.
     """
 
     model: nn.Module
@@ -52,17 +52,17 @@ class Source:
 
     @cached_property
     def pruned(self) -> PrunedShapes:
-        """How many entries every dimension keeps."""
+        """The pruned shapes: how many entries every dimension keeps."""
         return pruned_shapes(self.partition, self.kept)
 
     @cached_property
     def reference(self) -> Reference:
-        """The full model, which everything made from it is compared with."""
+        """The full model, with which every slim model made from it is compared."""
         decides = self.partition.found.graph.mode == "real"
         return Reference(self.model, self.dummy_input, self.left, self.float64, decides=decides, brief=self.brief)
 
     def keeping(self, kept: Kept, own: OwnClass | None) -> Source:
-        """The source with other counts. What was computed of the full model is still known, if it has all outputs."""
+        """The source with other counts; the full model's outputs are reused if none of their entries was removed."""
         made = replace(self, kept=kept, own=own)
         if "reference" in vars(self) and self.left is None:
             vars(made)["reference"] = self.reference
@@ -77,12 +77,12 @@ class Source:
 
     @property
     def promises_its_class(self) -> bool:
-        """Whether only groups are prunable that the class, or its config, can express."""
+        """Whether all prunable groups can be expressed by the class or its config."""
         return self.own is not None or self.recipe is not None
 
     @property
     def remedy(self) -> str:
-        """What to do where the original class cannot express what was removed."""
+        """What to do if the original class cannot express what was removed."""
         if self.own is not None:
             return "keep what that line reads whole: OTO(..., skip_patterns=[...])"
         if self.recipe is not None:
@@ -95,16 +95,16 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Emitted:
-    """A slim model that is not proved yet.
+    """A slim model that is not yet proved.
 
     Attributes:
         emitter: The emitter that made it.
         model: The slim model.
         edits: The edits that made it, if it is of the original class.
-        tensors: Its tensors; in the original class by the names of the full model.
+        tensors: Its tensors; for the original class, by their names in the full model.
         compare: Compares the slim model with the full one.
-        again: Makes a slim model in the same way from a full one with different numbers.
-        scales: How tensors are rescaled that a count is folded into, by name.
+        again: Makes a slim model in the same way from a full model with different numbers.
+        scales: For tensors that a count is folded into, how they are rescaled, by name.
         changed: Names of tensors that differ from the kept entries of the full model's.
         notes: Limits of the slim model, for the user.
     """

@@ -1,4 +1,4 @@
-"""Find what forwards have left in a model (caches), so that it can be analyzed and made slim without."""
+"""Find what forwards have left in a model (caches), so that it can be analyzed and made slim without them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 
 def left_since(state: ModelState, model: nn.Module, dummy_input: Any, known: Collection[str]) -> list[Change]:
-    """Caches and the like that a forward left in a model after its analysis; none if it computes differently without.
+    """State such as caches that a forward left in a model after its analysis; empty if the outputs depend on it.
 
     Args:
         state: What the model held when it was analyzed.
         model: The model, or a copy of it.
-        known: Names of tensors that the analysis knows; their present values count.
+        known: Names of tensors that the analysis knows; they keep their present values.
     """
     changes = state.changes(model, known)
     if not changes:
@@ -36,9 +36,9 @@ def left_since(state: ModelState, model: nn.Module, dummy_input: Any, known: Col
 
 
 def left_before(model: nn.Module, dummy_input: Any) -> list[Change]:
-    """Tables in containers and objects that a forward before the analysis left, and that the next forward makes anew.
+    """Tables in containers and objects that a forward left before the analysis, and that the next forward recreates.
 
-    They have no name by which a thinner one could replace them.
+    They have no name under which a thinner table could replace them.
     """
     found = [] if on_meta(model) else tables(model)
     if not found:
@@ -59,11 +59,11 @@ def left_before(model: nn.Module, dummy_input: Any) -> list[Change]:
 
 
 _TRIES = 8
-"""Most containers that are tried one by one; a model that has more constants in containers computes with them."""
+"""The limit on containers that are tried one by one; a model with more constants in containers computes with them."""
 
 
 class _Met(TorchDispatchMode):
-    """Collects the tensors that calls take."""
+    """Collects the tensors that are passed to calls."""
 
     supports_higher_order_operators = True
 
@@ -77,7 +77,7 @@ class _Met(TorchDispatchMode):
 
 
 def _computes_the_same(model: nn.Module, dummy_input: Any, changes: list[Change]) -> bool:
-    """Whether a model gives the same on the example if some changes are undone."""
+    """Whether a model returns the same outputs on the example if some changes are undone."""
     try:
         now = run(model, dummy_input)
         with undone(changes):

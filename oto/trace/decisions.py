@@ -2,9 +2,9 @@
 
 Example: which boxes a detector keeps; a slim model that differs by rounding might keep another one.
 
-Only a call that makes something else of floating-point data decides: a comparison, an index, a number that leaves
-torch. What follows from its result is computed by each run for itself. So is a number that code makes of a size, such
-as ``torch.tensor(x.shape[1]).item()``, or a slim model would be told the full one's.
+A decision is a call that turns floating-point data into something else: a comparison, an index, a number that leaves
+torch. Each run computes for itself what follows from the result. It also computes numbers that code derives from sizes,
+such as ``torch.tensor(x.shape[1]).item()``; otherwise a slim model would get the full model's number.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Script:
     A run that follows a script repeats them, so it takes the same path whatever its own tensors hold.
 
     Attributes:
-        written: The calls, their results, and the floating-point numbers that they were given, if there is a measure.
+        written: The calls, their results, and their floating-point arguments, if there is a measure.
         read: How many decisions were repeated; ``None`` while they are recorded.
-        measure: How far apart two lists of tensors are.
-        apart: How far apart, at most, the numbers were from which both runs decided, where they have the same shape;
-            infinite if whole numbers that they were cut to are further apart than by rounding.
+        measure: Returns how far apart two lists of tensors are.
+        apart: The largest distance between the numbers from which the two runs decided, where they have the same shape;
+            infinite if integers that they were converted to differ by more than rounding explains.
     """
 
     written: list[tuple[Any, list[Any], list[Tensor]]] = dataclasses.field(default_factory=list)
@@ -53,16 +53,16 @@ class Script:
     _data: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def repeat(self) -> None:
-        """Repeat the decisions from the first one on."""
+        """From now on repeat the decisions, starting with the first."""
         self.read = 0
 
     @contextmanager
     def running(self, held: Iterable[Tensor]) -> Iterator[None]:
-        """While inside, a run is made.
+        """Context manager for one run.
 
         Args:
-            held: What its numbers come from: inputs, parameters, buffers and other state. Whole numbers among them are
-                the same in every run.
+            held: The tensors that the run computes with: inputs, parameters, buffers and other state. Integers among
+                them are the same in every run.
         """
         self._data = dict(memory_of(t) for t in held if _rounds(t))
         try:
@@ -71,7 +71,7 @@ class Script:
             self._data = {}
 
     def take(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
-        """Record a result, or replace it by that of the script."""
+        """Record a result, or replace it by the recorded one."""
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and _rounds(x)]
         if not self._by_data(op, args, kwargs, given, leaves):
@@ -99,8 +99,8 @@ class Script:
         given: Sequence[Tensor],
         leaves: Sequence[Any],
     ) -> bool:
-        """Whether the results of a call follow from data; if so, the memory of those that are floating-point holds
-        data from then on, and that of what it writes to."""
+        """Whether the results of a call depend on data. If so, the memory of its floating-point results, and of the
+        tensors that it writes to, counts as data from then on."""
         if getattr(op, "overloadpacket", None) in _READ_SHAPES:
             return False
         drawn = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
@@ -114,20 +114,20 @@ class Script:
     def _weigh(
         self, op: Any, numbers: tuple[Sequence[Tensor], Sequence[Tensor]], made: tuple[Sequence[Any], Sequence[Any]]
     ) -> None:
-        """Take note of how far apart the numbers are from which two runs decide, and what they cut them to."""
+        """Record how far apart the numbers are from which two runs decide, and the integers they are converted to."""
         if self.measure is None:
             return
         alike = [(a, b) for a, b in zip(*numbers, strict=False) if a.shape == b.shape and a.numel()]
         if alike:
             self.apart = max(self.apart, *(self.measure([a], [b]) for a, b in alike))
-        if getattr(op, "overloadpacket", None) in (aten._to_copy, aten.to):  # of one scale, as others hide a small one
+        if getattr(op, "overloadpacket", None) in (aten._to_copy, aten.to):  # others hide small scales
             for a, b in zip(*made, strict=False):
                 if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and _further(a, b):
                     self.apart = float("inf")
 
     @staticmethod
     def _repeated(op: Any, result: Any, leaves: list[Any], decides: Sequence[bool], before: Sequence[Any]) -> Any:
-        """A result with the decisions of a call before."""
+        """A result in which the decisions are those of an earlier call."""
         for place, (new, old, own) in enumerate(zip(leaves, before, decides, strict=False)):
             if not (own and isinstance(new, Tensor) and isinstance(old, Tensor)):
                 continue
@@ -150,7 +150,7 @@ def _rounds(t: Tensor) -> bool:
 
 
 def _further(a: Tensor, b: Tensor) -> bool:
-    """Whether entries of two integer tensors are further apart than numbers that differ by rounding are cut to."""
+    """Whether entries of two integer tensors differ by more than converting slightly different floats can explain."""
     wide = [x.to(torch.float64) for x in (a, b)]
     return bool(((wide[0] - wide[1]).abs() > 1 + 1e-3 * wide[0].abs()).any())
 

@@ -43,21 +43,21 @@ from oto.user_code import is_foreign, line_of
 log = logging.getLogger(__name__)
 
 LEVELS = ("all", "batch", "none")  # which dimensions of the inputs are free
-# torch.export checks every condition on sizes against all others. Networks that need more than a few dozen state their
-# sizes anyway (windows, padding), and would take minutes.
+# torch.export checks every condition on sizes against all others. Networks with more than a few dozen conditions fix
+# their sizes anyway (windows, padding), and exporting them would take minutes.
 _MOST_CONDITIONS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A program that can be run, rewritten and saved, with what ``oto`` needs to know of it.
+    """A program that can be run, rewritten and saved, with what ``oto`` needs to know about it.
 
     Attributes:
-        module: A plain ``torch.fx.GraphModule`` that takes and returns what the model does.
+        module: A plain ``torch.fx.GraphModule`` with the arguments and results of the model.
         graph: The same calls as a :class:`Graph`; ``origin`` of each node is its ``fx.Node``.
         dynamic: Whether the batch dimension is free.
-        level: Which dimensions of the inputs it was exported with as free, one of ``LEVELS``.
-        takes: Arguments and sizes that it takes.
+        level: Which input dimensions were exported as free, one of ``LEVELS``.
+        takes: The arguments and sizes that it accepts.
         why: Why no more dimensions are free, if a freer export failed.
     """
 
@@ -69,13 +69,13 @@ class Exported:
     why: str | None = None
 
     def other_sizes(self, dummy_input: Any) -> list[list[tuple[int, ...]]]:
-        """As :meth:`Takes.other_sizes`, for the example; each shape in the order of its tensors."""
+        """:meth:`Takes.other_sizes` for the example; shapes are in the order of its tensors."""
         return [] if self.takes is None else self.takes.other_sizes(*arguments(dummy_input))
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What ``torch.export`` made; ``level`` and ``dynamic`` as in :class:`Exported`."""
+    """The result of ``torch.export``; ``level`` and ``dynamic`` as in :class:`Exported`."""
 
     program: torch.export.ExportedProgram
     dynamic: bool
@@ -84,9 +84,9 @@ class Program:
 
 
 def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, level: str = "all") -> Program:
-    """Export ``model`` in eval mode, with every input dimension free that the model leaves free.
+    """Export ``model`` in eval mode; every input dimension is free that the model leaves free.
 
-    Where that fails, or needs too many conditions on sizes, only the batch is free; if that fails too, nothing is.
+    If that fails, or needs too many conditions on sizes, only the batch is free; if that fails too, nothing is.
 
     Args:
         portable: Return outputs as dicts, lists and tuples, so that the program loads where the model's own output
@@ -94,7 +94,7 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
         level: The first of ``LEVELS`` to try.
 
     Raises:
-        EmitterError: ``torch.export`` cannot follow the model.
+        EmitterError: ``torch.export`` cannot trace the model.
     """
     as_given = arguments(dummy_input)
     two = _two(as_given)
@@ -138,7 +138,7 @@ class _TooManyConditions(Exception):
 
 @contextmanager
 def _few_conditions() -> Iterator[None]:
-    """While inside, modules that run on free sizes raise once too many conditions have been collected."""
+    """Context manager in which modules that run on free sizes raise once too many conditions have been collected."""
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
         for tensor in args:
@@ -162,7 +162,7 @@ _CAUSES = {
 
 
 def _cause(failure: BaseException | None) -> str:
-    """torch.export's message, cut to the user's line and the likely cause."""
+    """The first line of torch.export's message, with the user's line of code and the likely cause."""
     assert failure is not None
     likely = next((means for says, means in _CAUSES.items() if re.search(says, f"{type(failure)} {failure}")), None)
     line = line_of(failure) or next(iter(re.findall(r'File "([^"]+)", line (\d+)', str(failure))), "")
@@ -173,7 +173,7 @@ def _cause(failure: BaseException | None) -> str:
 
 @contextmanager
 def _plain_outputs(model: nn.Module, plainly: Callable[[Any], Any]) -> Iterator[None]:
-    """While inside, ``forward`` returns plain data: torch.export takes no objects with behavior, such as caches."""
+    """Context manager in which ``forward`` returns plain data: torch.export rejects custom objects such as caches."""
     forward = model.forward
     own = vars(model).get("forward")
 
@@ -181,7 +181,7 @@ def _plain_outputs(model: nn.Module, plainly: Callable[[Any], Any]) -> Iterator[
     def plain_forward(*args: Any, **kwargs: Any) -> Any:
         return plainly(forward(*args, **kwargs))
 
-    plain_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # of a method, without self
+    plain_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # of a bound method, without self
     vars(model)["forward"] = plain_forward
     try:
         yield
@@ -192,7 +192,7 @@ def _plain_outputs(model: nn.Module, plainly: Callable[[Any], Any]) -> Iterator[
 
 
 def plain(output: Any) -> Any:
-    """An output as plain data: dataclasses become dicts, objects that hold no plain data become ``None``."""
+    """An output as plain data: dataclasses become dicts, other objects ``None``."""
 
     def leaf(x: Any) -> Any:
         if x is None or isinstance(x, Tensor | int | float | bool | str):
@@ -205,7 +205,7 @@ def plain(output: Any) -> Any:
 
 
 def builtin(output: Any) -> Any:
-    """An output made of dicts, lists and tuples only."""
+    """An output converted to built-in dicts, lists and tuples; other objects become ``None``."""
     if output is None or isinstance(output, Tensor | int | float | bool | str):
         return output
     if isinstance(output, Mapping):
@@ -228,14 +228,14 @@ def _batch(args: Any, kwargs: Any) -> int | None:
 
 
 def _two(given: Any) -> Any:
-    """A batch of two in place of one, which torch.export treats as a constant."""
+    """The arguments with a batch of two in place of one, which torch.export would treat as a constant."""
     if _batch(*given) != 1:
         return given
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, given)
 
 
 def _free(model: nn.Module, given: Any, all_of_them: bool) -> Any:
-    """Which dimensions of which tensors may be free; torch.export finds out which of these must not be."""
+    """The dimensions that may be free, for each tensor; torch.export finds out which of these cannot be."""
     (args, kwargs), batch, auto = given, _batch(*given), torch.export.Dim.AUTO
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
 
@@ -289,7 +289,7 @@ def export(
         level: As for :func:`export_program`.
 
     Raises:
-        EmitterError: ``torch.export`` cannot follow the model.
+        EmitterError: ``torch.export`` cannot trace the model.
     """
     made = export_program(model, dummy_input, level=level)
     program = _taken_apart(made.program, known)
@@ -297,7 +297,7 @@ def export(
     takes = takes_of(made.program, module, parameters_of(model.forward))
     args, kwargs = arguments(dummy_input)
     if made.level != "none" and not takes.holds(takes.bind(args, kwargs)):
-        # torch.export needs sizes of two and more to see what is free; with these the model took a different path
+        # torch.export needs sizes of at least two to find free dimensions; with these the model took another path
         log.info("what is free at level %r does not hold for the example: exported again", made.level)
         return export(model, dummy_input, known, LEVELS[LEVELS.index(made.level) + 1])
     _inline(module)
@@ -327,7 +327,7 @@ def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def _conditions(program: torch.export.ExportedProgram) -> list[str]:
-    """The conditions on sizes; those on strides and offsets only describe how the example lay in memory."""
+    """The conditions on sizes; conditions on strides and offsets only describe the example's memory layout."""
     guards = guards_of(program)
     if guards is None:
         raise NotImplementedError("this torch does not say under which conditions an exported program holds")
@@ -337,10 +337,10 @@ def _conditions(program: torch.export.ExportedProgram) -> list[str]:
 def takes_of(
     program: torch.export.ExportedProgram, module: fx.GraphModule, parameters: tuple[Parameter, ...] = ()
 ) -> Takes:
-    """The inputs that the module of an exported program takes.
+    """The inputs that the module of an exported program accepts.
 
     Args:
-        parameters: Those of the model's ``forward``; by default the arguments of the module.
+        parameters: The parameters of the model's ``forward``; by default the arguments of the module.
     """
     tensors = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     leaves = [
@@ -361,7 +361,7 @@ def takes_of(
                 if not is_free(n):
                     conditions.append(f"{place}.size()[{dim}] == {int(n)}")
                 elif dim:
-                    conditions.append(f"{place}.size()[{dim}] >= 2")  # torch assumed that no size is one
+                    conditions.append(f"{place}.size()[{dim}] >= 2")  # torch.export assumed that no size is one
                 if is_free(n) and parameters and expression(n).isidentifier():
                     symbols[expression(n)] = example_size(n)
         elif isinstance(value, Mapping) or type(value) in (list, tuple):
@@ -376,7 +376,7 @@ def takes_of(
 
 
 def _inline(module: fx.GraphModule) -> None:
-    """Replace wrappers (``torch.no_grad``, autocast) by their bodies."""
+    """Inline the bodies of wrappers (``torch.no_grad``, autocast)."""
     wrappers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
     graph = module.graph
     for node in list(graph.nodes):
@@ -433,7 +433,7 @@ def _read(module: fx.GraphModule, trainable: dict[str, bool]) -> Graph:
         add(key, [example_size(n) for n in tensor.shape], tensor.dtype, *more)
 
     def seen(x: Any) -> Any:
-        """An argument as the builder takes it: tensors as keys, symbolic sizes as the example's."""
+        """An argument as the builder expects it: keys for tensors, the example's sizes for symbolic ones."""
         if isinstance(x, fx.Node):
             if x in keys:
                 return Key(keys[x])

@@ -1,4 +1,4 @@
-"""Record the torch functions that Python code calls, one level above the ATen operators that these consist of."""
+"""Record the torch functions that Python code calls, one level above the ATen operators that they run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from oto.nn.calls import first_tensor, name_of, numbers_of, running
 from oto.trace.recorder import Recorder
 
 LITERALS = ("tensor", "as_tensor", "scalar_tensor")
-"""Functions that make a tensor from numbers, which are no calls of operators."""
+"""Functions that make a tensor from numbers; they call no operator."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FunctionCall:
-    """A call of a torch function, as Python code makes it.
+    """A call of a torch function from Python code.
 
     Attributes:
         name: The name of the function.
         numbers: The numbers among its arguments, in order.
-        within: The modules that were running, from the outside inwards: the path of each, and the ordinal of its run.
-        nodes: The calls of operators that it consists of.
+        within: The modules that were running, outermost first: the path of each, and the ordinal of its run.
+        nodes: The operator calls that it made.
         lines: The lines of code that were running, in the form of :mod:`oto.nn.calls`.
         begins: For each module in ``within``, how many of ``lines`` were running when it was called.
         takes: The shape of its first tensor.
@@ -39,7 +39,7 @@ class FunctionCall:
     takes: tuple[int, ...] | None
 
     def site(self, level: int) -> str:
-        """Its site in the forward of a module in ``within``."""
+        """The site of the call in the forward of a module in ``within``."""
         return "\n".join(self.lines[self.begins[level] :])
 
 

@@ -1,4 +1,4 @@
-"""The example input of a model, turned into arguments of ``forward`` once."""
+"""The example input of a model, converted once to arguments of ``forward``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Example(NamedTuple):
-    """Arguments of ``model.forward``; a pytree, so mapping over its tensors gives an example again.
+    """Arguments of ``model.forward``; a pytree, so mapping over its tensors returns an example.
 
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        alone: Whether it was given as a single tensor, not as a tuple.
+        alone: Whether the user passed a single tensor instead of a tuple.
     """
 
     args: tuple[Any, ...]
@@ -28,7 +28,7 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, given: Any) -> Example:
-        """The example from what a user passes; an :class:`Example` is returned as it is.
+        """Make an example from what a user passes; an :class:`Example` is returned unchanged.
 
         Args:
             given: A tensor, a tuple or list of positional arguments, or a mapping with string keys.
@@ -60,7 +60,7 @@ class Example(NamedTuple):
 
     @property
     def given(self) -> Any:
-        """A tensor, a tuple or a dict, as users give it."""
+        """The example as users pass it: a tensor, a tuple or a dict."""
         return self.args[0] if self.alone else self.kwargs or self.args
 
 

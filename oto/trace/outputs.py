@@ -12,19 +12,18 @@ from torch import Tensor
 def tensors_in(result: Any) -> Iterator[Tensor]:
     """The tensors of an output, in tuples, lists, mappings and dataclasses, however nested.
 
-    Objects with their own behavior, such as key-value caches, are state that the model passes to itself; they are not
-    searched.
+    Other objects, such as key-value caches, are state that the model passes to itself; they are not searched.
     """
     return (tensor for _, tensor in named_tensors_in(result))
 
 
 def named_tensors_in(result: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The same with the path of each tensor: keys, fields and indices, with dots between them."""
+    """The tensors of an output, each with its path: keys, fields and indices joined by dots."""
     return ((path, leaf) for path, leaf in named_leaves(result, name) if isinstance(leaf, Tensor))
 
 
 def named_leaves(result: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The same with whatever else lies in an output."""
+    """All leaves of an output, whatever their type, each with its path."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(result, Mapping):
         items = result.items()

@@ -1,4 +1,4 @@
-"""Record every call of an operator as it is made, with the calling module and line of code."""
+"""Record every operator call, with the calling module and line of code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from oto.user_code import user_line
 
 aten = torch.ops.aten
 
-# calls that write to their first argument and return it: if only shapes are computed, they need not be made
+# operators that write to their first argument and return it; if only shapes are computed, they need not be run
 _WRITES_FIRST = {
     aten.relu_.default,
     aten.silu_.default,
@@ -45,7 +45,7 @@ _WRITES_FIRST = {
 }
 
 
-# a kernel that refuses some widths; a thinner copy calls the other, once its calls are overridden
+# a kernel that rejects some widths; a thinner copy calls the replacement once its calls are overridden
 _OF_ANY_WIDTH: dict[Any, Callable[..., Tensor]] = (
     {aten._grouped_mm.default: grouped_mm} if hasattr(aten, "_grouped_mm") else {}  # torch before 2.8 has none
 )
@@ -59,7 +59,7 @@ _Place: TypeAlias = tuple[Any, ...]
 def around_modules(
     enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any, Any], None] | None = None
 ) -> Iterator[None]:
-    """While inside, call hooks before every module runs, with its arguments, and after it, even if it raises."""
+    """Context manager that calls hooks before every module runs, with its arguments, and after it even if it raises."""
     hooks = [nn.modules.module.register_module_forward_pre_hook(enter)]
     if leave is not None:
         hooks.append(nn.modules.module.register_module_forward_hook(leave, always_call=True))
@@ -73,7 +73,7 @@ def around_modules(
 
 
 def _place(tensor: Tensor) -> _Place | None:
-    """The place of a tensor in memory; ``None`` if it has no ordinary storage."""
+    """The location of a tensor in memory; ``None`` if it has no ordinary storage."""
     try:
         return tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
     except (NotImplementedError, RuntimeError):
@@ -117,10 +117,10 @@ class Recorder(TorchDispatchMode):
             self.latest[place] = id(tensor)
 
     def see(self, tensor: Tensor) -> Value:
-        """The value of a tensor; one that was never seen is a constant of the model.
+        """The value of a tensor; a tensor that was never seen is a constant of the model.
 
-        Reading and setting ``.data`` are no calls: a tensor that is new, or has moved in memory, is taken for the one
-        that was seen at its place.
+        Reading and setting ``.data`` are not calls: a tensor that is new or has moved in memory is identified with the
+        one that was seen at its location.
         """
         place = _place(tensor)
         if id(tensor) not in self.builder.current or place != self.places.get(id(tensor)):
@@ -139,11 +139,11 @@ class Recorder(TorchDispatchMode):
         return self.builder.current[id(tensor)]
 
     def _line(self) -> str:
-        """The line of the model's code that is running; empty in modules of torch that no code of a user calls."""
+        """The line of the model's code that is running; empty in torch modules that no user code calls."""
         return "" if self.outside is None else user_line(self.outside)
 
     def valued(self, x: Any) -> Any:
-        """Arguments with a value in place of each tensor."""
+        """Arguments with a :class:`Value` in place of each tensor."""
         if isinstance(x, Tensor):
             return self.see(x)
         if isinstance(x, (tuple, list)):
@@ -178,7 +178,7 @@ class Recorder(TorchDispatchMode):
             with around_modules(enter, leave):
                 yield
         finally:
-            self.outside = None  # it holds tensors
+            self.outside = None  # the frame holds tensors
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -195,10 +195,10 @@ class Recorder(TorchDispatchMode):
                 with self:
                     return code(*args, **kwargs)
         named = kwargs
-        if op is aten.einsum.default:  # its order of products depends on sizes and does not change the result
+        if op is aten.einsum.default:  # the order of its products depends on sizes and does not change the result
             named = {name: value for name, value in kwargs.items() if name != "path"}
         writes = not whole and op._schema.is_mutable
-        with DisableTorchFunction():  # our own looks at tensors are no calls of the model
+        with DisableTorchFunction():  # our own inspection of tensors is not a call of the model
             values = self.valued(args), self.valued(named)
             self.found.look(sys._getframe(1))
             result = args[0] if self.shapes_only and op in _WRITES_FIRST else None
@@ -217,7 +217,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _write_down(self, op: Any, values: tuple[Any, Any], given: tuple[Any, Any], result: Any, writes: bool) -> None:
-        """Add a call, or mark a number that leaves torch, which code may branch on."""
+        """Add a call to the graph, or mark that a number leaves torch, on which code may branch."""
         results: list[Any] = []
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -235,7 +235,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _keys_at(places: Sequence[tuple[int, str]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
-    """The keys of the tensors at some positions or names among the arguments."""
+    """The keys of the tensors at the given positions or names among the arguments."""
     found = [args[position] if position < len(args) else kwargs.get(name) for position, name in places]
     return [id(leaf) for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
@@ -250,7 +250,7 @@ def _once(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _runs_without_data(code: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Whether the code of an operator consists of calls only, with no values leaving torch."""
+    """Whether an operator's Python code runs without data, so that no values leave torch."""
     try:
         given = tree_map_only(
             Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), (args, kwargs)

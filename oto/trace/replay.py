@@ -1,7 +1,7 @@
-"""Turn a recorded run into a module that can be run again, for models that ``torch.export`` cannot follow.
+"""Turn a recorded run into a module that can be run again, for models that ``torch.export`` cannot trace.
 
-It repeats the calls of one run on one example. Sizes, numbers that left torch (``.item()``) and branches are those of
-the example, and inputs of other shapes are refused.
+The module repeats the calls of one run on the example. Sizes, numbers that left torch (``.item()``) and branches are
+those of the example; inputs with other shapes are refused.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], m
 
     Args:
         known: As for ``record``.
-        mode: How the graph that was analyzed was recorded: what could be known without data holds here as well.
+        mode: The mode in which the analyzed graph was recorded; what it knew without data holds here too.
 
     Raises:
         TraceError: ``forward`` fails on the example.
-        EmitterError: A graph cannot hold a call or an input.
+        EmitterError: A call or an input cannot be put into a graph.
     """
     recording = record_data(model, dummy_input, known)
     leaves, held = _tensors(model, recording)
@@ -51,7 +51,7 @@ def replayed(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool], m
 
 
 def difference(one: Recording, other: Recording) -> str | None:
-    """How a recording differs from another; ``None`` if it is valid for both."""
+    """How two recordings differ; ``None`` if one graph is valid for both."""
 
     def calls(graph: Graph) -> list[list[Any]]:
         plain = [
@@ -71,7 +71,7 @@ def difference(one: Recording, other: Recording) -> str | None:
 
 
 def _tensors(model: nn.Module, recording: Recording) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The leaves with the names by which they are read, and their tensors."""
+    """The leaves under the names by which they are read, and their tensors."""
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     read = {value for node in recording.graph.nodes for value in node.inputs()} | set(recording.graph.outputs)
     leaves: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def _tensors(model: nn.Module, recording: Recording) -> tuple[dict[str, Any], di
 
 
 def _inputs(graph: fx.Graph, model: nn.Module, dummy_input: Any) -> list[fx.Node]:
-    """Placeholders named like ``forward``'s parameters, and the tensors in them in the order of the recording."""
+    """Add placeholders named like ``forward``'s parameters; returns the nodes of their tensors in recorded order."""
     args, kwargs = arguments(dummy_input)
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs).arguments
@@ -123,8 +123,8 @@ def _inputs(graph: fx.Graph, model: nn.Module, dummy_input: Any) -> list[fx.Node
 
 
 def _put(graph: fx.Graph, node: Node, made: dict[Value, fx.Node]) -> Node:
-    """Add a call to the graph; the node with the call as its origin."""
-    if node.op is write_through:  # it shares memory with the tensor that was written to
+    """Add a call to the graph; returns the node with the fx node as its origin."""
+    if node.op is write_through:  # the alias shares memory with the tensor that was written to
         (alias, _), (after,) = node.args, node.outputs
         assert after is not None
         made[after] = made[alias]

@@ -37,7 +37,7 @@ from oto.trace.stand_ins import Held, stand_ins
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recording:
-    """A graph with all else that is needed to run it again.
+    """A graph with everything else that is needed to run it again.
 
     Attributes:
         constants: The values of the constants among the leaves, if the run was made on data.
@@ -55,9 +55,9 @@ class Ran:
 
     Attributes:
         result: What ``forward`` returned.
-        outputs: The tensors in it, by their paths.
+        outputs: The tensors in the result, with their paths.
         replaced: Names of tensors of the model that the forward replaced by others.
-        enclosed: The tensors in objects that the forward returned, without those that it takes in.
+        enclosed: The tensors in returned objects, except objects that the forward also takes as state.
     """
 
     recorder: Recorder
@@ -134,7 +134,7 @@ def run(
 
 
 def _enclosed(model: nn.Module, result: Any, given: Any) -> list[Tensor]:
-    """The tensors in objects of a result that are no state: the forward takes nothing of that name or kind."""
+    """The tensors in returned objects that are not state: ``forward`` has no argument of that name or type."""
     taken = set(signature(model.forward).parameters)
     kinds = {type(leaf) for _, leaf in named_leaves(given)}
     objects = [
@@ -146,8 +146,10 @@ def _enclosed(model: nn.Module, result: Any, given: Any) -> list[Tensor]:
 
 
 def in_analyzed_form(model: nn.Module) -> None:
-    """Switch modules with a separate form for the analysis (those of ``oto.nn``, overridden forwards) to it, until the
-    model is restored."""
+    """Switch modules with a separate form for the analysis (modules of ``oto.nn``, overridden forwards) to that form.
+
+    It lasts until the model is restored.
+    """
     for module in modules_of(model):
         forward = vars(module).get("forward")
         if hasattr(type(module), "_oto_analyzed"):

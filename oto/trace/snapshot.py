@@ -1,10 +1,10 @@
 """Restore a model after a run, whatever its forward does.
 
-There are two cases. What belongs to the model (attributes of its modules, the objects and containers that they hold,
-tensors, the example input) is restored completely. What its code keeps elsewhere (globals, classes, closures, caches of
-functions) is restored if it holds a tensor afterwards: while a model is analyzed, tensors may have no data or a
-different dtype, and must not reach a training step. Where such things are is learned from the frames of a recorded run,
-and remembered for runs that are not recorded, such as those of ``torch.export``.
+There are two cases. State of the model (attributes of its modules, the objects and containers that they hold, tensors,
+the example input) is restored completely. State that its code keeps elsewhere (globals, classes, closures, function
+caches) is restored if it holds a tensor afterwards: during the analysis, tensors may have no data or a different dtype,
+and must not reach a training step. The frames of a recorded run show where such state is; the places are remembered for
+runs that are not recorded, such as those of ``torch.export``.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from oto.errors import LeftBehindWarning, some
 from oto.trace.inputs import Example
 from oto.user_code import is_foreign
 
-# where the code of a class was seen to run: for each namespace, what in it can hold a table
+# for each class, the namespaces in which its code was seen to run, and the holders in each that may keep a table
 _HOLDERS: weakref.WeakKeyDictionary[type[Any], dict[int, list[Any]]] = weakref.WeakKeyDictionary()
 # classes whose forward was seen to write to parameters
 _WRITERS: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
-# how often a cache of results was cleared here: its counters then restart, and may reach the same numbers
+# how often each function cache was cleared here: its counters then restart, and may reach the same numbers again
 _FORGOT: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 _LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
-_LARGE = 10_000  # a container of more entries counts as data
+_LARGE = 10_000  # a container with more entries counts as data
 _NESTED = 500  # deeper nesting of modules is taken for a cycle
-_DEEP = 5  # most steps from a module or a namespace to an object
+_DEEP = 5  # the limit on steps from a module or a namespace to an object
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by all of their paths; in a tenth of the time of ``named_modules``."""
+    """The modules of a model under all of their paths; ten times as fast as ``named_modules``."""
     found: dict[str, nn.Module] = {}
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
@@ -72,7 +72,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def tensors_by_path(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The parameters of modules, then the buffers, by all of their paths."""
+    """The parameters of modules, then the buffers, under all of their paths."""
     return {
         f"{path}.{name}" if path else name: tensor
         for registered in ("_parameters", "_buffers")
@@ -84,11 +84,12 @@ def tensors_by_path(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 @contextmanager
 def preserved(model: nn.Module, given: Any = None, found: Snapshot | None = None) -> Iterator[Snapshot]:
-    """While inside, the model is in eval mode and forwards are those of the classes. Afterwards the model, ``given``
-    and the state of torch are restored.
+    """Context manager in which the model is in eval mode and wrappers around forwards are removed.
+
+    Afterwards the model, ``given`` and the state of torch are restored.
 
     Args:
-        found: A snapshot of them, if there is one and nothing has changed since.
+        found: A snapshot of the model and ``given``, if there is one and nothing has changed since.
     """
     found = Snapshot(model, given) if found is None else found
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -98,7 +99,7 @@ def preserved(model: nn.Module, given: Any = None, found: Snapshot | None = None
     cuda = sorted({place.index for place in places if place.type == "cuda" and place.index is not None})
     with torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(torch.is_grad_enabled()):
         try:
-            # one fused kernel for a whole attention block would hide what it is made of
+            # a fused kernel for a whole attention block would hide its operators
             torch.backends.mha.set_fastpath_enabled(False)
             for module in modules:
                 if module.training:
@@ -117,12 +118,12 @@ def preserved(model: nn.Module, given: Any = None, found: Snapshot | None = None
 def _see_through(modules: Iterable[nn.Module]) -> None:
     """Remove wrappers around the forwards of modules.
 
-    Trainers leave ``module.forward = wrapper(module.forward)`` behind: autocast, casts of the outputs, a compiler. Each
-    wrapper names the function inside with ``__wrapped__``. A replaced forward that names none stays. If parameters are
-    on several devices all of them stay, as wrappers then move tensors between devices.
+    Trainers leave ``module.forward = wrapper(module.forward)`` behind, for autocast, casts of outputs or a compiler.
+    Such wrappers refer to the inner function by ``__wrapped__``; a replaced forward without it stays. This function is
+    not called if parameters are on several devices, because wrappers then move tensors between devices.
     """
     for module in modules:
-        vars(module).pop("_compiled_call_impl", None)  # of ``module.compile()``
+        vars(module).pop("_compiled_call_impl", None)  # set by ``module.compile()``
         forward, steps = vars(module).get("forward"), 0
         while forward is not None and steps < _LAYERS:
             if getattr(forward, "__func__", forward) is type(module).forward:
@@ -131,15 +132,15 @@ def _see_through(modules: Iterable[nn.Module]) -> None:
             forward, steps = getattr(forward, "__wrapped__", None), steps + 1
 
 
-_LAYERS = 100  # of wrappers; more would be a cycle
+_LAYERS = 100  # the limit on nested wrappers; more would be a cycle
 
 
 class Snapshot:
-    """What a model and the surroundings of its code hold, to be restored after a run.
+    """The state of a model and of the surroundings of its code, to be restored after a run.
 
     Attributes:
-        made: Weak references to the tensors that were made in between.
-        changed: Whether a run left something in the model, or in what it was given, that another one may read.
+        made: Weak references to the tensors that were made during the run.
+        changed: Whether a run left state in the model or its inputs that another run may read.
     """
 
     def __init__(self, model: nn.Module, given: Any = None) -> None:
@@ -179,22 +180,23 @@ class Snapshot:
     def _remember(self, where: dict[int, tuple[Any, dict[Any, Any]]], things: Iterable[Any]) -> None:
         for x in things:
             if type(x) in (dict, OrderedDict) and not x and where is self._own:
-                self._empty.append(x)  # most are: the hooks of a module
+                self._empty.append(x)  # most dicts are empty: the hooks of a module
             elif isinstance(x, _HOLDS) and id(x) not in self._own and id(x) not in where:
                 where[id(x)] = x, content_of(x)
 
     @contextmanager
     def making_anew(self) -> Iterator[None]:
-        """While inside, functions that cache tensors run as if their caches were empty, so that the calls that make
-        such a table are seen. The caches themselves stay: what they hold may be random or learned, and no second call
-        would give the same."""
+        """Context manager that bypasses function caches with tensors, so that the calls that make a table are recorded.
+
+        The caches themselves stay: what they hold may be random or learned, and a second call may not reproduce it.
+        """
         held = [holder for holder, _ in self._code.values()]
         caches = [x for x in held if isinstance(x, _lru_cache_wrapper) and x.cache_info().currsize]
         caches = [x for x in caches if self._keeps_tensors(x)]
         cells = [x for x in held if isinstance(x, CellType)] if caches else []
         put: list[tuple[Any, str, Any]] = []
         for cache in caches:
-            # a decorator may keep the cache for itself, in the closure of the function that has the name
+            # a decorator may hold the cache in the closure of the function that has the name
             homes = [home] if (home := _home(cache)) is not None else []
             homes += [(cell, "cell_contents") for cell in cells if content_of(cell).get("") is cache]
             for place, name in homes:
@@ -207,7 +209,7 @@ class Snapshot:
                 setattr(place, name, before)
 
     def _keeps_tensors(self, cache: Any) -> bool:
-        """Whether a cache of results holds tensors; asked once for what it holds now, as there are many runs."""
+        """Whether a function cache holds tensors; checked again only if its content has changed, as runs are many."""
         now = content_of(cache)
         before, keeps = self._caches.get(cache, (None, False))
         if before != now:
@@ -216,7 +218,7 @@ class Snapshot:
         return keeps
 
     def look(self, frame: FrameType | None) -> None:
-        """Add what the namespaces of running code hold, from a frame outwards to the one that runs the model."""
+        """Add what the namespaces of running code hold, from a frame outwards to the frame that runs the model."""
         while frame is not None:
             space = frame.f_globals
             if id(space) not in self._namespaces:
@@ -297,7 +299,7 @@ def _storage(t: Tensor) -> int:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or b.is_meta:  # the exception alone takes a tenth of a millisecond
+    if a.is_meta or b.is_meta:  # raising the exception takes a tenth of a millisecond
         return a.is_meta == b.is_meta and a.shape == b.shape
     try:
         return a.is_set_to(b)
@@ -318,7 +320,7 @@ _LINKS = (tuple, frozenset, partial, MethodType, staticmethod, classmethod, Cell
 
 
 def _sort(kind: type[Any]) -> str:
-    """How to treat instances of a class; those of classes of neither Python nor torch may lead to a table."""
+    """How to treat instances of a class; instances of classes outside of Python and torch may lead to a table."""
     if issubclass(kind, Tensor):
         return "tensor"
     if issubclass(kind, _CODE):
@@ -340,7 +342,7 @@ def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | Non
 
     Args:
         stop: Objects of these types are not entered.
-        home: Functions and classes of other Python modules than this one are not entered.
+        home: The only Python module whose functions and classes are entered, besides ``roots``; by default none.
     """
     seen: set[int] = set()
     found: list[Any] = []
@@ -369,7 +371,7 @@ def reached(roots: Iterable[Any], stop: type | tuple[type, ...], home: str | Non
 
 
 def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """The attributes of modules besides parameters, buffers, modules and plain values: holder, name and value."""
+    """The attributes of modules except parameters, buffers, modules and plain values, as (holder, name, value)."""
     return [
         (own, name, value)
         for own in map(vars, modules_of(model))
@@ -387,8 +389,8 @@ _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def surroundings(model: nn.Module) -> list[Any]:
-    """What the modules of a model refer to besides parameters, buffers and modules: containers, objects, functions and
-    what these close over."""
+    """What the modules of a model refer to besides parameters, buffers and modules: containers, objects, functions, and
+    what the functions close over."""
     found = reached([value for *_, value in _attributes(model)], (nn.Module, *_CODE))
     return found + reached([x for x in found if isinstance(x, FunctionType)], nn.Module)
 
@@ -397,22 +399,22 @@ def state_of(model: nn.Module, *also: Any) -> list[Tensor]:
     """The tensors that a model holds besides its parameters: in buffers, attributes, containers and closures.
 
     Args:
-        also: Further objects that may hold some, such as a cache that a forward takes or returns.
+        also: Further objects that may hold tensors, such as a cache that a forward takes or returns.
     """
     buffers = (t for module in modules_of(model) for t in module._buffers.values())
     return [x for x in (*buffers, *surroundings(model)) if isinstance(x, Tensor)] + tensors_reached(*also)
 
 
 def tensors_reached(*things: Any) -> list[Tensor]:
-    """The tensors that objects such as a cache hold, without those of modules."""
+    """The tensors held by objects such as a cache, except tensors of modules."""
     return [x for x in reached(things, (nn.Module, *_CODE)) if isinstance(x, Tensor)]
 
 
 @contextmanager
 def standing_in(model: nn.Module, stand_ins: Mapping[int, Tensor], deep: bool = True) -> Iterator[None]:
-    """While inside, containers, objects and closures of a model hold stand-ins in place of some of its tensors.
+    """Context manager that puts stand-ins for tensors into the containers, objects and closures of a model.
 
-    A forward may read a parameter from a plain list or dict, for example one that it is tied to.
+    A forward may read a parameter from a plain list or dict, for example a tied one.
 
     Args:
         stand_ins: The stand-in of each tensor, by the tensor's id.
@@ -457,7 +459,7 @@ def _put(holder: Any, key: Any, value: Any) -> None:
 
 
 def _inside(x: Any) -> Iterable[Any]:
-    """What an object refers to in one step, without calling code of the user's classes."""
+    """What an object refers to directly, found without calling code of the user's classes."""
     if isinstance(x, nn.Module):
         return (object.__getattribute__(x, "__dict__"),)
     if isinstance(x, CellType):
@@ -494,18 +496,18 @@ def content_of(holder: Any) -> dict[Any, Any]:
     if isinstance(holder, CellType):
         try:
             return {"": holder.cell_contents}
-        except ValueError:  # it is empty
+        except ValueError:  # the cell is empty
             return {}
     return {"misses": holder.cache_info().misses, "forgot": _FORGOT.get(holder, 0)}
 
 
 def _keeps_tensors(cache: Any) -> bool:
-    """Whether a cache of results holds tensors, by its references in the garbage collector."""
+    """Whether a function cache holds tensors, according to the garbage collector's references."""
     return any(isinstance(x, Tensor) for x in reached(gc.get_referents(cache), nn.Module))
 
 
 def _home(cache: Any) -> tuple[Any, str] | None:
-    """The Python module or class that holds a function under its name; ``None`` if none does."""
+    """The Python module or class that holds a function, and its name there; ``None`` if there is none."""
     *way, name = cache.__qualname__.split(".")
     place: Any = sys.modules.get(cache.__module__)
     for step in way:
@@ -514,17 +516,17 @@ def _home(cache: Any) -> tuple[Any, str] | None:
 
 
 def _forget(cache: Any) -> None:
-    """Clear a cache of results."""
+    """Clear a function cache."""
     cache.cache_clear()
     _FORGOT[cache] = _FORGOT.get(cache, 0) + 1
 
 
 _OURS = frozenset({"training", "forward", "_compiled_call_impl"})
-"""What :func:`preserved` itself changes in modules."""
+"""Attributes of modules that :func:`preserved` itself changes."""
 
 
 def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool]) -> list[Any]:
-    """Restore what a container held, if it now holds something that is not ``wanted`` there; the keys that differed."""
+    """Restore what a container held if it now holds anything that is not ``wanted``; returns the changed keys."""
     now = holder if isinstance(holder, dict) else content_of(holder)
     same = len(now) == len(before) and all(map(operator.is_, dict.values(now), before.values()))
     if same and (not isinstance(holder, dict) or all(map(operator.is_, holder, before))):
@@ -534,7 +536,7 @@ def _restore(holder: Any, before: dict[Any, Any], wanted: Callable[[Any], bool])
     changed = [key for key in now | before if now.get(key, gone) is not before.get(key, gone)]
     unwanted = {key for key in changed if key in now and not wanted(now[key])}
     if isinstance(holder, _lru_cache_wrapper):
-        _forget(holder)  # its entries cannot be restored one by one
+        _forget(holder)  # the entries of a cache cannot be restored one by one
     elif not unwanted and wanted(gone):
         return changed
     elif isinstance(holder, list | deque | set):

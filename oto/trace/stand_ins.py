@@ -1,4 +1,4 @@
-"""Stand-ins for the tensors of a model while it is recorded: shapes only, fake tensors, or the real ones."""
+"""Stand-ins for the tensors of a model while it is recorded: meta tensors, fake tensors, or the real ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _empty(t: Tensor) -> Tensor:
 
 
 def stand_ins(way: Mode, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tensor], Tensor], FakeTensorMode | None]:
-    """Enter a mode; returns the function that makes the stand-in of a tensor, and the mode of fake tensors, if any."""
+    """Enter a mode; returns the function that makes a tensor's stand-in, and the fake tensor mode, if any."""
     if way == "meta":
         stack.enter_context(torch.device("meta"))
         return _empty, None
@@ -47,7 +47,7 @@ def stand_ins(way: Mode, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tenso
     device = next((t.device for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_meta), None)
 
     def fake(t: Tensor) -> Tensor:
-        if t.is_meta and device is not None:  # parameters on meta meet real inputs: put both on one device
+        if t.is_meta and device is not None:  # meta parameters and real inputs: put both on one device
             return fake_empty(mode, t.shape, t.stride(), t.dtype, device)
         return mode.from_tensor(t)
 
@@ -58,9 +58,9 @@ class Held:
     """The parameters and buffers of a model, and their stand-ins in a run.
 
     Attributes:
-        named: The tensors by every name that they have.
-        names: The names of each, by its id.
-        made: The stand-in of each, by its id.
+        named: The tensors under all of their names.
+        names: The names of each tensor, by its id.
+        made: The stand-in of each tensor, by its id.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], bare: bool) -> None:
@@ -76,7 +76,7 @@ class Held:
             self.made = {key: stand_in(self.named[own[0]]) for key, own in self.names.items()}
 
     def write_down(self, recorder: Recorder, inputs: Any) -> None:
-        """Register the tensors and the inputs in the recorder."""
+        """Register the tensors and the inputs with the recorder."""
         builder = recorder.builder
         for key, tensor in self.made.items():
             first = self.named[self.names[key][0]]
@@ -96,8 +96,8 @@ class Held:
                 builder.input(id(leaf), leaf.shape, leaf.dtype)
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-        """The result of a model that holds the stand-ins, and the tensors that its forward replaces them by."""
-        # a module that the model holds twice is swapped once, otherwise its own tensors would not come back
+        """Call a model that holds the stand-ins; returns the result, and the tensors that forward replaced them by."""
+        # swap a module that the model holds twice only once, otherwise its own tensors would not be restored
         places: dict[tuple[int, str], str] = {}
         for name in self.named:
             path, _, last = name.rpartition(".")

@@ -1,8 +1,8 @@
 """Undo what forwards leave in a model besides its named tensors: caches, and what hooks collect.
 
-What a forward after the analysis leaves in a model (a table for the last size, activations with their history, a buffer
-that the first call registers) has the full size, and no slim model should start with it: while one is made, the model
-holds what it held when it was analyzed. A forward of the slim model then fills its own cache.
+State that a forward leaves after the analysis (a table for the last size, activations with their autograd graph, a
+buffer that the first call registers) has the full size, and a slim model must not start with it. So while a slim model
+is made, the model holds what it held when it was analyzed. A forward of the slim model then fills its own cache.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from oto.trace.snapshot import content_of, is_of_the_user
 
-_DEEP = 5  # most steps from a module to a piece of its state
-_LARGE = 1_000  # a container of more entries counts as data
-_APART = ("_parameters", "_modules", "training")  # attributes of a module that are no state
+_DEEP = 5  # the limit on steps from a module to a piece of its state
+_LARGE = 1_000  # a container with more entries counts as data
+_APART = ("_parameters", "_modules", "training")  # attributes of a module that are not state
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 _GONE = object()
-"""Marks that nothing is held there."""
+"""Marks a missing entry."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,12 @@ class _Then:
     inside: dict[Any, _Then]
 
 
-_EMPTY = _Then({}, {})  # the hooks of a module, most of them
+_EMPTY = _Then({}, {})  # shared by the many empty containers, such as hooks
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """The state in a container: what it holds now, and what it held when the model was analyzed."""
+    """What a container holds now, and what it held when the model was analyzed."""
 
     holder: Any
     now: dict[Any, Any]
@@ -47,7 +47,7 @@ class Change:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors that it holds now."""
+        """The tensors that the container holds now."""
         items = [item for value in self.now.values() for item in (value if isinstance(value, tuple) else (value,))]
         return [item for item in items if isinstance(item, Tensor)]
 
@@ -65,9 +65,9 @@ class ModelState:
         self._then = {path: _snapshot(vars(module)) for path, module in model.named_modules()}
 
     def changes(self, model: nn.Module, known: Collection[str]) -> list[Change]:
-        """The state that forwards have left in ``model`` since; it is the same model or a copy.
+        """The state that forwards have left since then in ``model``, which is the same model or a copy.
 
-        A module in which tensors appeared is undone as a whole: numbers in it may describe them.
+        If tensors appeared in a module, all of its changes are returned: numbers in it may describe the tensors.
 
         Args:
             known: Names of tensors that the analysis knows; they keep their present values.
@@ -87,7 +87,7 @@ class ModelState:
 
 @contextmanager
 def undone(changes: Sequence[Change]) -> Iterator[None]:
-    """While inside, changes are undone."""
+    """Context manager in which changes are undone."""
     for change in changes:
         _fill(change.holder, change.then)
     try:
@@ -98,9 +98,9 @@ def undone(changes: Sequence[Change]) -> Iterator[None]:
 
 
 def tables(model: nn.Module) -> list[Change]:
-    """For each container or object of the user's that holds unnamed tensors, the change that removes them.
+    """For each user container or object that holds unnamed tensors, the change that removes them.
 
-    Attributes become ``None``, and so do tuples in modules; a list that also holds other things is left out.
+    Attributes become ``None``, and so do tuples in modules; a list that also holds other things is left alone.
     """
     named = {id(t) for t in (*model.parameters(), *model.buffers())}
 
@@ -130,7 +130,7 @@ def tables(model: nn.Module) -> list[Change]:
 
 
 def _holder(x: Any) -> Any:
-    """The container that ``x`` is, or that holds the attributes of an object of the user's; ``None`` otherwise."""
+    """``x`` itself if it is a container, the ``__dict__`` of a user's object, or ``None``."""
     if type(x) in _ATOMS:  # most of what modules hold
         return None
     if isinstance(x, dict | list | deque):
@@ -169,7 +169,7 @@ def _changes(then: _Then, holder: Any, known: Collection[str] = ()) -> Iterator[
 
 
 def _stays(old: Any, new: Any) -> bool:
-    """Whether an entry is unchanged or no state: what is neither data nor holds any keeps its present value."""
+    """Whether an entry keeps its present value: it is unchanged, or neither is data nor holds any."""
     if new is old:
         return True
     if isinstance(new, Tensor):

@@ -1,4 +1,4 @@
-"""The arguments and sizes that a traced graph takes, and the errors for any others."""
+"""The arguments and sizes that a traced graph accepts, and the errors for any others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 
 class Stands(enum.Enum):
-    """Stand-ins for arguments that are not kept."""
+    """Stand-ins for arguments that are not stored."""
 
     TENSOR = "a tensor"
     ANYTHING = "anything"
@@ -37,7 +37,7 @@ class Parameter:
     """A parameter of the model's ``forward``.
 
     Attributes:
-        kind: As in ``inspect.Parameter``, by name.
+        kind: The name of its kind in ``inspect.Parameter``.
         default: Its default, if that is plain data.
     """
 
@@ -52,12 +52,12 @@ class Takes:
     """The inputs that a graph was traced with.
 
     Attributes:
-        parameters: Those of the model's ``forward``, if they are known.
-        given: For each argument of the graph, in order, what it was traced with, with a stand-in for each tensor.
-        conditions: Comparisons of sizes that hold wherever the graph does: ``L['x'].size()[2] % 2 == 0``.
-        free: For each tensor, by the name or the path of its argument, the dimensions that may have other sizes.
-        sizes: For each tensor, the size of each dimension: a number, or an expression in the sizes that are free.
-        symbols: The free sizes on the example.
+        parameters: The parameters of the model's ``forward``, if known.
+        given: For each argument of the graph, in order, the value at tracing, with a stand-in for each tensor.
+        conditions: Conditions on sizes that must hold for the graph to be valid: ``L['x'].size()[2] % 2 == 0``.
+        free: For each tensor, by the name or path of its argument, the dimensions that may have other sizes.
+        sizes: For each tensor, the size of each dimension: a number, or an expression in the free sizes.
+        symbols: The values of the free sizes on the example.
     """
 
     parameters: tuple[Parameter, ...]
@@ -86,7 +86,7 @@ class Takes:
         """The arguments of the graph by name.
 
         Raises:
-            GraphInputError: One is missing, unknown, or not what the graph was traced with.
+            GraphInputError: An argument is missing, unknown, or different from what the graph was traced with.
         """
         named = self._named(args, kwargs)
         for name in list(named):
@@ -129,7 +129,7 @@ class Takes:
         for p in self.parameters:
             if p.name == name and p.optional:
                 return value is p.default or (isinstance(value, _PLAIN) and bool(value == p.default))
-        return value is None  # of further options, that is none
+        return value is None  # an unknown option counts as left out if it is None
 
     def _refused(self, what: str, remedy: str) -> GraphInputError:
         return GraphInputError(
@@ -141,13 +141,13 @@ class Takes:
         )
 
     def require(self, named: Mapping[str, Any], conditions: Sequence[tuple[str, Callable[..., Any]]]) -> None:
-        """Refuse sizes for which the graph does not hold.
+        """Refuse sizes for which the graph is not valid.
 
         Raises:
             GraphInputError: A condition fails.
         """
         seen = self._sources(named)
-        if is_tracing():  # sizes are tensors then, and conditions on them would be traced too
+        if is_tracing():  # sizes are tensors while TorchScript traces, and conditions on them would be traced too
             seen = tree_map_only(Tensor, _Sized, seen)
         for text, holds in conditions:
             if not holds(seen):
@@ -164,7 +164,7 @@ class Takes:
         )
 
     def _sources(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments by name, in which conditions look up sizes."""
+        """The mapping by name in which conditions look up arguments."""
         seen = dict(named)
         for p in self.parameters:
             if p.kind == "VAR_POSITIONAL":
@@ -191,8 +191,8 @@ class Takes:
     def other_sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[list[tuple[int, ...]]]:
         """Two other shapes of each tensor among the arguments, smaller and larger, for which the graph is valid.
 
-        A leading dimension is tried at one and at one more, as a batch; others at a quarter and at an eighth more, or
-        at the nearest sizes that are valid.
+        A leading dimension, taken for a batch, is tried at one and at one more than on the example; other dimensions at
+        a quarter of their size and at an eighth more, or at the nearest valid sizes.
 
         Returns:
             For each of the two, the shapes of the tensors in the order of the leaves; fewer if nothing is free.
@@ -202,7 +202,7 @@ class Takes:
             return []
         leading = {size for sizes in self.sizes.values() for size in sizes[:1] if isinstance(size, str)}
         found: list[list[tuple[int, ...]]] = []
-        alike: dict[tuple[int, bool], list[str]] = {}  # such as the lengths of tokens and of their mask
+        alike: dict[tuple[int, bool], list[str]] = {}  # for example the lengths of tokens and of their mask
         for name, n in self.symbols.items():
             alike.setdefault((n, name in leading), []).append(name)
         for larger in (False, True):
@@ -218,7 +218,7 @@ class Takes:
                         n + n // 2,
                         2 * n,
                         n + 1,
-                    )  # only a little larger: it is run, also in float64
+                    )  # only a little larger, because the model is run on it, also in float64
                     tries = up if larger else (n // 4, n // 2, 3 * n // 4, n - 1)
                 for together in (names, *([name] for name in names if len(names) > 1)):
                     if all(now[name] == n for name in together):
@@ -244,12 +244,12 @@ class Takes:
             NameError,
             ZeroDivisionError,
             GraphInputError,
-        ):  # negative sizes, or functions unknown here
+        ):  # negative sizes, or unknown functions in a condition
             return False
 
 
 class _Sized:
-    """Stands for a tensor while TorchScript traces: its sizes are those of the example."""
+    """Stands for a tensor while TorchScript traces; its sizes are plain numbers."""
 
     def __init__(self, x: Tensor) -> None:
         with warnings.catch_warnings():
@@ -261,7 +261,7 @@ class _Sized:
 
 
 def compiled(text: str) -> Callable[..., Any]:
-    """A condition as a function of the arguments, which it calls ``L``."""
+    """Compile a condition to a function of the arguments, which the condition calls ``L``."""
     made: Callable[..., Any] = eval(f"lambda L: ({text})", {"__builtins__": {}, **SIZE_FUNCTIONS})
     return made
 
@@ -300,7 +300,7 @@ def _kind(value: Any) -> str:
 
 
 def traced(tree: Any) -> Any:
-    """An argument in the form in which later ones are compared with it."""
+    """An argument in the form against which later arguments are compared."""
     if isinstance(tree, Tensor):
         return Stands.TENSOR
     if tree is None or isinstance(tree, _PLAIN):

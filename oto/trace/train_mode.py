@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any, ways: Sequence[Mode]) -> Graph:
-    """The graph, with that of train mode if it reaches more parameters, such as those of auxiliary heads."""
+    """The graph, together with the train-mode graph if that uses more parameters, such as those of auxiliary heads."""
     idle = graph.idle & {name for name, _ in model.named_parameters()}
     if not idle:
         return graph
@@ -53,7 +53,7 @@ def with_training(graph: Graph, model: nn.Module, dummy_input: Any, known: Any, 
 
 
 def _without_dropout(node: Node) -> Node:
-    """The call without dropout, which does not affect the structure."""
+    """The call with dropout turned off, which does not affect the structure."""
     schema = getattr(node.op, "_schema", None)
     names = [argument.name for argument in schema.arguments] if schema else []
     calm = {"dropout": 0.0, "dropout_p": 0.0} | ({"train": False} if names[1:3] == ["p", "train"] else {})
@@ -63,7 +63,7 @@ def _without_dropout(node: Node) -> Node:
 
 
 def _doubled(given: Arguments) -> Arguments:
-    """A batch of one repeated: batch norm needs more than one value in train mode."""
+    """The arguments with a batch of one repeated: batch norm needs more than one value in train mode."""
     tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim]
     if not tensors or tensors[0].shape[0] != 1:
         return given

@@ -1,8 +1,8 @@
-"""Numbers of layers that a config states, found by trial: with one less, the class lacks the last of a list.
+"""Find the config fields that state numbers of layers, by trial: with one less, the class lacks the last layer.
 
-A whole layer is gone where all of its parameters lie in segments that are (:mod:`oto.groups.segments`). The class that
-a config makes of fewer layers numbers those that are left anew, and lists of the config that have an entry for each
-layer (``layer_types``) are as long. Whether it computes the same without some is tried like a width
+A whole layer is gone if all of its parameters lie in removed segments (:mod:`oto.groups.segments`). With fewer layers
+in the config, the class renumbers the remaining ones, and config lists with one entry per layer (``layer_types``) get
+shorter too. Whether the class computes the same without some layers is tried as for a width
 (:mod:`oto.slim.config.trial`).
 """
 
@@ -23,7 +23,7 @@ UNSTATED = "layout: no field of the config states that it is left out"
 
 
 def depths(recipe: Recipe, model: nn.Module) -> list[Depth]:
-    """The fields that state how many layers a list of modules has, each with the lists that may go with it."""
+    """The fields that state how many layers a list of modules has, each with the config lists that get shorter too."""
     base = recipe.shapes({}) or {}
     sizes: dict[int, list[str]] = {}
     for path, module in model.named_modules():
@@ -44,7 +44,7 @@ def depths(recipe: Recipe, model: nn.Module) -> list[Depth]:
 
 
 def _shorter(base: Mapping[str, Any], shapes: Mapping[str, Any], paths: Sequence[str], number: int) -> str | None:
-    """The list of which the last layer is not there any more, if all else is as before."""
+    """The list that lost its last layer, if all else is as before; otherwise ``None``."""
     gone = base.keys() - shapes.keys()
     if not gone or shapes.keys() - base.keys() or any(base[name] != shapes[name] for name in shapes):
         return None
@@ -56,7 +56,7 @@ def _below(names: Mapping[str, Any] | Sequence[str], path: str, layer: int) -> I
 
 
 def _lists(recipe: Recipe, field: str, number: int) -> Iterator[str]:
-    """The lists with so many entries in the config that holds a field."""
+    """The lists with ``number`` entries in the config that holds a field."""
     for within, config in configs(recipe.config):
         inside = field.removeprefix(f"{within}." if within else "")
         if field.startswith(f"{within}." if within else "") and inside in vars(config):
@@ -66,7 +66,7 @@ def _lists(recipe: Recipe, field: str, number: int) -> Iterator[str]:
 
 
 def _without(recipe: Recipe, depth: Depth, left: Sequence[int]) -> dict[str, Any]:
-    """The fields that state that some layers are left."""
+    """The config edits that state which layers are left."""
     edits: dict[str, Any] = {depth.field: len(left)}
     for path in depth.lists:
         *within, name = path.split(".")
@@ -78,7 +78,7 @@ def _without(recipe: Recipe, depth: Depth, left: Sequence[int]) -> dict[str, Any
 
 
 def fewer(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The fields of the config that state which layers are left, with their values."""
+    """The config edits that state which layers are left, for several lists."""
     edits: dict[str, Any] = {}
     for depth in recipe.depths:
         if depth.layers in layers:
@@ -87,7 +87,7 @@ def fewer(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> dict[str, Any]
 
 
 def whole_layers(partition: Partition, depth: Depth, segments: Sequence[Segment]) -> dict[int, list[Segment]]:
-    """The layers all of whose parameters lie in some segments, with the outermost of these."""
+    """The layers whose parameters all lie in the given segments, each with the outermost of these segments."""
     leaves = partition.found.graph.leaves
     names = [name for leaf in leaves if leaf.kind == "parameter" for name in leaf.names]
     found: dict[int, list[Segment]] = {}
@@ -106,10 +106,10 @@ def whole_layers(partition: Partition, depth: Depth, segments: Sequence[Segment]
 
 
 def layers_left(recipe: Recipe, partition: Partition, kept: Kept) -> dict[str, list[int]]:
-    """For each list of layers that gets shorter those that are left.
+    """For each list of layers that gets shorter, the layers that are left.
 
     Raises:
-        EmitterError: What is gone is no whole layer, or no field states that it is.
+        EmitterError: A removed segment is not part of a removed layer, or no field states that the layer is removed.
     """
     gone = partition.erased(kept)
     stated: set[str] = set()
@@ -129,13 +129,13 @@ def layers_left(recipe: Recipe, partition: Partition, kept: Kept) -> dict[str, l
 def in_layers(
     groups: Sequence[NodeGroup], partition: Partition, found: Sequence[Depth]
 ) -> tuple[tuple[NodeGroup, ...], tuple[Depth, ...]]:
-    """Tie the segments of each layer, so that it goes as a whole; what lies in none stays whole.
+    """Tie the segments of each layer, so that it is removed as a whole; all other groups stay whole.
 
     Args:
         groups: The node groups of segments.
 
     Returns:
-        The groups, and the depths with the layers that may go.
+        The groups, and the depths with the layers that may be removed.
     """
     by_name = {group.name: group for group in groups}
     made: dict[str, NodeGroup] = {}
@@ -148,7 +148,7 @@ def in_layers(
                 group = by_name[segment.name]
                 least = [number for name, number in group.among if "*" in name]
                 among = tuple((name, number) for name, number in group.among if "*" not in name)
-                if i == 0:  # one of them stands for the layer
+                if i == 0:  # the first group stands for the layer
                     among = (*among, (f"{depth.layers}.*", max([1, *least])))
                 made[group.name] = replace(group, tie=f"{depth.layers}.{layer}", among=among)
     return tuple(made.get(g.name, replace(g, reason=g.reason or UNSTATED)) for g in groups), tuple(free)

@@ -29,7 +29,7 @@ def solved(
     """The fields that state the pruned shapes, and the norms that would divide by a smaller count.
 
     Raises:
-        EmitterError: No fields do.
+        EmitterError: No fields state them.
     """
     norms = norms_that_count(model, partition, pruned)
     edits = solve(recipe, pruned)
@@ -39,16 +39,16 @@ def solved(
 def build_from_config(
     model: nn.Module, partition: Partition, kept: Kept, recipe: Recipe | None, held: Mapping[str, Tensor] | None = None
 ) -> tuple[nn.Module, Edits, set[str]]:
-    """The model's class made from an edited config, with the pruned tensors.
+    """Build the model's class from an edited config and fill in the pruned tensors.
 
     Args:
         held: Pruned tensors that exist already, by the names of the model.
 
     Returns:
-        The model, the edits, and the names, in it, of the tensors that a factor was folded into.
+        The model, the edits, and the names (in that model) of the tensors that a factor was folded into.
 
     Raises:
-        EmitterError: No config states the pruned shapes, or what is left out.
+        EmitterError: No config states the pruned shapes or the removed segments.
     """
     if recipe is None:
         raise EmitterError(f"{type(model).__name__} has no config that its class can be made from")
@@ -64,7 +64,7 @@ def build_from_config(
 def _shallower(
     model: nn.Module, slim: nn.Module, edits: Edits, changed: set[str], recipe: Recipe, layers: Mapping[str, list[int]]
 ) -> tuple[nn.Module, Edits, set[str]]:
-    """The same with fewer layers, if some are gone: what a factor is folded into is settled with all of them."""
+    """The same model with fewer layers, if some are gone; factors are folded before, while all layers are there."""
     if not layers:
         return slim, edits, changed
     config = {**edits.config, **fewer(recipe, layers)}
@@ -79,9 +79,9 @@ class Restated:
 
     Attributes:
         edits: The edits that make it.
-        tensors: The tensors that a file of it holds, by the names of the full model.
-        changed: Names, in the slim model, of those that a factor was folded into.
-        rounded: Makes these, and buffers that no file holds, for the proof in float64; ``None`` if there are none.
+        tensors: The tensors that are saved in a file, by their names in the full model.
+        changed: Names, in the slim model, of the tensors that a factor was folded into.
+        rounded: Computes these, and buffers that are not saved, for the proof in float64; ``None`` if there are none.
     """
 
     model: nn.Module
@@ -97,7 +97,7 @@ def emit_stock(
     """The slim model as the stock class, made from a config that states its sizes.
 
     Args:
-        held: Pruned tensors that exist already, by the names of the model. None is written to.
+        held: Pruned tensors that exist already, by the names of the model. They are not written to.
 
     Raises:
         EmitterError: No config states the pruned shapes.
@@ -105,7 +105,7 @@ def emit_stock(
     slim, edits, changed = build_from_config(model, partition, kept, recipe, held)
     held = named_tensors(slim)
 
-    saved = slim.state_dict().keys() if edits.config else held.keys()  # the constructor makes what no file holds
+    saved = slim.state_dict().keys() if edits.config else held.keys()  # the constructor makes what is not saved
     made = {name for name, t in held.items() if name not in saved and t.is_floating_point()}
 
     def rounded(full: nn.Module) -> Mapping[str, Tensor]:  # weights with factors, and what a constructor computes
@@ -119,7 +119,7 @@ def emit_stock(
 
 
 def _full_name(name: str, layers: Mapping[str, Sequence[int]]) -> str:
-    """What a tensor is called in the full model: the reverse of :func:`oto.slim.edits.renumbered`."""
+    """The name of a tensor in the full model: the inverse of :func:`oto.slim.edits.renumbered`."""
     for path, left in layers.items():
         number, dot, rest = name.removeprefix(f"{path}.").partition(".")
         if name.startswith(f"{path}.") and number.isdecimal():

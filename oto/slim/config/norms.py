@@ -1,10 +1,10 @@
 """Fold into weights what a stock class of the right sizes computes differently from the zeroed model.
 
-* A norm of the zeroed model divides by the full count, that of the stock class by the smaller one. With k of D entries
-  kept and the rest zero, the RMS norm is the stock one with ``weight * sqrt(D / k)`` and ``eps * D / k``. A norm that
-  shares the field of that eps and is not thinner gets its input scaled by ``sqrt(D / k)``.
-* An embedding may be scaled by a function of its width; the factor is folded into the table, and where the table is
-  read again, into the norm before that.
+* A norm of the zeroed model divides by the full count, a norm of the stock class by the smaller one. With k of D
+  entries kept and the rest zero, the RMS norm equals the stock one with ``weight * sqrt(D / k)`` and ``eps * D / k``.
+  A norm that reads the same eps field but is not thinner gets its input scaled by ``sqrt(D / k)``.
+* An embedding may be scaled by a function of its width. The factor is folded into the table; if the table is read
+  again, its inverse is folded into the norm before that.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Norm:
     """A norm that has become thinner.
 
     Attributes:
-        path: Its module.
+        path: The path of its module.
         weight: The leaf that it multiplies by.
-        ratio: Its full count over its kept count.
+        ratio: Its full count divided by its kept count.
     """
 
     path: str
@@ -62,7 +62,7 @@ def norms_that_count(model: nn.Module, partition: Partition, pruned: PrunedShape
 
 
 def _counts(op: Any, args: Any, kwargs: Mapping[str, Any], pruned: PrunedShapes) -> tuple[int, int]:
-    """The number of entries that a call averages in the full and in the thinner model; unequal if not known."""
+    """The number of entries that a call averages in the full and in the thinner model; unequal numbers if unknown."""
     if op is full_count.group_norm:
         width = kwargs["width"]
         return kwargs["full"], pruned.size(width) if isinstance(width, Size) else width
@@ -110,7 +110,7 @@ def fold(
     touched = {name for norm in norms for name in norm.weight.names}
     factors = {norm.path: math.sqrt(norm.ratio) for norm in norms}
     forms = {norm.path: _scaled(model, slim, pruned, norm) for norm in norms}
-    # norms that share the eps, but count the same
+    # norms that share the eps but are not thinner
     changed = {pair for norm in norms for pair in _changed(model, slim, norm.path)}
     for path, _ in slim.named_modules():
         for was, now in _changed(model, slim, path) & changed if path not in factors else ():
@@ -127,7 +127,7 @@ def fold(
         ids = torch.arange(min(table.value.shape[0], 8), device=attribute(model, table.name).device)
         try:
             full, left = model.get_submodule(node.module)(ids), slim.get_submodule(node.module)(ids)
-        except TypeError:  # its forward takes more than indices
+        except TypeError:  # the module's forward takes more than indices
             continue
         ratio = float(full.norm() / left.norm())
         if abs(ratio - 1) < 1e-6:
@@ -142,7 +142,7 @@ def fold(
 
 
 def _changed(model: nn.Module, slim: nn.Module, path: str) -> set[tuple[float, float]]:
-    """Numbers of a module that differ in the stock class, each as a pair of both."""
+    """Numbers of a module that differ in the stock class, as pairs (full, slim)."""
     was, now = _floats(model.get_submodule(path)), _floats(slim.get_submodule(path))
     return {(was[name], now[name]) for name in was.keys() & now.keys() if was[name] != now[name]}
 
@@ -152,7 +152,7 @@ def _times(model: nn.Module, names: Iterable[str], factor: float) -> None:
     for name in names:
         tensor = attribute(model, name)
         if id(tensor) not in done:
-            tensor.data = tensor * factor  # in its own memory: the old may be shared with the full model
+            tensor.data = tensor * factor  # in new memory: the old may be shared with the full model
             done.add(id(tensor))
 
 
@@ -183,7 +183,7 @@ def _scaled(model: nn.Module, slim: nn.Module, pruned: PrunedShapes, norm: Norm)
 
 
 def _producers(partition: Partition, path: str) -> list[Leaf]:
-    """The parameters of the call that computed the input of a module.
+    """The parameters of the call that produced the input of a module.
 
     Raises:
         EmitterError: There is no such call.
@@ -204,7 +204,7 @@ def _norm_before(partition: Partition, reader: Node, table: Value, norms: Iterab
     """The norm whose result a call multiplies with a table.
 
     Raises:
-        EmitterError: There is none.
+        EmitterError: There is no such norm.
     """
     paths = set(norms)
     for value in reader.inputs():
@@ -215,7 +215,7 @@ def _norm_before(partition: Partition, reader: Node, table: Value, norms: Iterab
 
 
 def _back(partition: Partition, value: Value) -> Iterator[Node]:
-    """The calls that a value came through, from the last back to one that combines several tensors."""
+    """The calls that led to a value, from the last back to the first that combines several tensors."""
     made = {v: node for node in partition.found.graph.nodes for v in node.outputs if v is not None}
     while value in made:
         node = made[value]

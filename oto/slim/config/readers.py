@@ -1,8 +1,8 @@
-"""Find the fields that a reader of a slim model's config has to take from it, though it could derive them before.
+"""Find the fields that programs must read from a slim model's config, though they could derive them before.
 
 A config often leaves out what follows from other fields: the head width is the stream width divided by the number of
-heads. After pruning that may no longer be true, so the config states it. A reader that still divides makes different
-shapes, or fails; one that reshapes by the quotient silently computes something else.
+heads. After pruning that may no longer be true, so the slim config states it. A program that still divides fails or
+makes different shapes; if it reshapes by the quotient, it silently computes something else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def needed(recipe: Recipe, edits: Fields, partition: Partition) -> dict[str, Any]:
-    """The fields that the full model's config could leave out and the slim one's cannot, with their values.
+    """The fields that the full model's config could leave out but the slim model's cannot, with their values.
 
     These are fields that the full config does not state, and those that hold the width of a head.
     """
@@ -63,7 +63,7 @@ def _without(plain: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def said(found: Mapping[str, Any]) -> str:
-    """The note on fields that readers have to take."""
+    """The note on fields that must be read from the config."""
     named = ", ".join(f"{path} = {value}" for path, value in found.items())
     return (
         f"readers have to take {named} from its config: a program that divides the width by the heads instead takes"

@@ -1,4 +1,4 @@
-"""How a model was made: its class and a config, or a function and its keywords, with the numbers in them."""
+"""How a model was made: from its class and a config, or by a function and its keywords, and which numbers they hold."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
 Fields = Mapping[str, Any]
-"""Values by dotted path in a config: ``hidden_size``, ``text_config.hidden_size``, ``widths.0``; or a list of which
-entries are left: ``layer_types``."""
+"""Values by dotted path in a config: ``hidden_size``, ``text_config.hidden_size``, ``widths.0``; or a list with
+the entries that are left: ``layer_types``."""
 
 PROBE = 6
-"""A value for an unset field, to see whether any shape depends on it."""
+"""A value for an unset field, to test whether any shape depends on it."""
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -41,11 +41,11 @@ class Depth:
     """A field of a config that states how many layers a list of the model has.
 
     Attributes:
-        field: Its path.
-        layers: The path of the list.
-        number: How many there are.
+        field: The path of the field.
+        layers: The path of the list of layers.
+        number: The number of layers.
         lists: The paths of lists in the config that have an entry for each layer.
-        free: The layers that may go.
+        free: The layers that may be removed.
     """
 
     field: str
@@ -60,9 +60,9 @@ class Recipe:
     """A class and the config object that it was made from.
 
     Attributes:
-        device: The device on which it is built to compare shapes.
+        device: The device on which the model is built to compare shapes.
         stating: Fields that are known to state a size.
-        depths: Fields that state numbers of layers, if they were looked for.
+        depths: Fields that state numbers of layers, if they were searched for.
     """
 
     kind: Callable[[Any], nn.Module]
@@ -80,11 +80,11 @@ class Recipe:
         ``None`` if neither makes a model of the same shapes.
         """
         for kind, config in makers(model):
-            for device in ("meta", "cpu"):  # a constructor that computes with its weights needs real ones
+            for device in ("meta", "cpu"):  # a constructor that computes with its weights needs real tensors
                 recipe = cls(kind, config, device)
                 if recipe.shapes({}) == shapes_of(model):
                     return recipe
-                if recipe.shapes({}) is not None:  # it can be made there, of other sizes
+                if recipe.shapes({}) is not None:  # it can be made on this device, but has other sizes
                     break
         return None
 
@@ -92,8 +92,8 @@ class Recipe:
         """A copy of the config with the edited values.
 
         Raises:
-            EmitterError: A field holds no number, or a value is not possible in a smaller model. This also checks what
-                artifacts state.
+            EmitterError: A field is missing, or the value is not possible in a smaller model. This also validates
+                values from artifacts.
         """
         config = copy.deepcopy(self.config)
         for path, value in edits.items():
@@ -112,9 +112,9 @@ class Recipe:
         return config
 
     def as_given(self, edits: Fields) -> dict[str, Any]:
-        """The edits in the form in which the model's maker takes them: for a function, whole values of its keywords.
+        """The edits in the form that the model's maker accepts.
 
-        Fields of a config object are named by their dotted paths.
+        For a function these are keywords with their whole values, otherwise dotted paths in the config object.
         """
         if not isinstance(self.config, Keywords):
             return dict(edits)
@@ -122,8 +122,8 @@ class Recipe:
         return {name: vars(self.edited(edits))[name] for name in names}
 
     def _may_be(self, held: Any, last: str | int, value: Any) -> bool:
-        """Whether a field may have a value: a size that is not larger, or any other number near the present one; for a
-        list, some of its entries."""
+        """Whether a value is allowed for a field: an integer that is not larger, a float that is not much larger, or
+        for a list some of its entries in order."""
         if isinstance(held, list | dict):
             before = held[last]  # type: ignore[index]
         elif not str(last).isidentifier() or str(last).startswith("_"):
@@ -148,13 +148,13 @@ class Recipe:
         yield from (n for shape in (self.shapes({}) or {}).values() for n in shape)
 
     def make(self, edits: Fields, device: str | torch.device) -> nn.Module:
-        """The class made from the edited config; the random state is left as it was."""
+        """Build the model from the edited config; the random state is restored."""
         config = self.edited(edits)
         with apart(device):
             return self.kind(config)
 
     def shapes(self, edits: Fields) -> Shapes | None:
-        """The shapes that an edited config gives after saving and loading it; ``None`` if it is refused."""
+        """The shapes of the model that an edited config makes; ``None`` if it is refused, or changes when saved."""
         key = tuple(sorted((path, tuple(v) if isinstance(v, list) else v) for path, v in edits.items()))
         if key not in self._known:
             try:
@@ -166,7 +166,7 @@ class Recipe:
         return self._known[key]
 
     def _as_read(self, edits: Fields) -> Fields:
-        """The edits, if the edited config can be written and read again."""
+        """Return the edits, after checking that they survive writing and reading the config."""
         config = self.edited(edits)
         read = getattr(type(config), "from_dict", None)
         if read is not None:
@@ -185,7 +185,7 @@ class Recipe:
     def implied(self, sizes: Iterable[int]) -> dict[str, int]:
         """Fields that are unset or missing but still determine a size, with that size.
 
-        They are read when the class is made, shapes depend on them, and one of ``sizes`` leaves all shapes unchanged.
+        The constructor reads them, shapes depend on them, and setting them to one of ``sizes`` changes no shape.
         """
         if self._implied is None:
             self._implied = {}
@@ -213,7 +213,7 @@ class Recipe:
 
 @contextmanager
 def apart(device: str | torch.device) -> Iterator[None]:
-    """While inside, tensors are made on a device and warnings are silenced; the random state is restored afterwards."""
+    """Context manager that creates tensors on a device, silences warnings, and restores the random state."""
     place = torch.device(device)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -230,19 +230,19 @@ class Keywords:
         vars(self).update(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The keywords as plain data."""
         return copy.deepcopy(vars(self))
 
 
 Maker = tuple[Callable[[Any], nn.Module], Any]
-"""Pairs of what may have made a model and its arguments."""
+"""What may have made a model: a callable and its argument."""
 
 WRAPPED: list[Callable[[nn.Module], Iterable[Maker]]] = []
-"""Further ones, of modules that are put around a model which a config states."""
+"""Further functions that yield makers, for modules that wrap a model made from a config."""
 
 
 def makers(model: nn.Module) -> Iterator[Maker]:
-    """Pairs of what may have made a model and its arguments."""
+    """The callables that may have made a model, each with its argument."""
     for further in WRAPPED:
         yield from further(model)
     config = getattr(model, "config", None)
@@ -266,7 +266,7 @@ def makers(model: nn.Module) -> Iterator[Maker]:
 
 
 def _function(kind: type[Any], name: str) -> Callable[..., Any] | None:
-    """A function by its name, in the package of a class."""
+    """Find a function by name in the package of a class."""
     package = kind.__module__.partition(".")[0]
     inside = [module for path, module in list(sys.modules.items()) if f"{path}.".startswith(f"{package}.")]
     found = (vars(module).get(name) for module in [sys.modules[kind.__module__], *inside] if module is not None)
@@ -274,11 +274,11 @@ def _function(kind: type[Any], name: str) -> Callable[..., Any] | None:
 
 
 MADE_WITH = "_model_args"
-"""Attributes of a model that may hold the keywords that its function was given."""
+"""The attribute of a model that may hold the keywords passed to its function."""
 
 
 def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
-    """The numbers that a class is made with, where a function makes it; ``None`` if it does not."""
+    """The numbers that a function passes to the constructor of a class; ``None`` if it does not make that class."""
     plain, own = kind.__init__, "__init__" in vars(kind)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -312,7 +312,7 @@ def _keywords(kind: Any, make: Callable[[], Any]) -> Keywords | None:
 
 
 def _holder(config: Any, path: str) -> tuple[Any, str | int]:
-    """The config, list or dictionary that holds a field, and its key there; all of them are data of the config.
+    """The config, list or dictionary that holds a field, and the field's key in it; the path leads through data only.
 
     Raises:
         KeyError, IndexError, ValueError: There is no such field.
@@ -343,7 +343,7 @@ def _is_config(value: Any) -> bool:
 
 
 def configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """A config and all configs in it, by path."""
+    """A config and all configs nested in it, each with its path."""
     yield path, config
     for name, value in vars(config).items():
         if not name.startswith("_") and _is_config(value):
@@ -351,7 +351,7 @@ def configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def fields(config: Any) -> Iterator[tuple[str, int | float | None]]:
-    """Every number in a config and in the configs in it, and every unset field."""
+    """Every number and every unset field in a config and in the configs nested in it."""
 
     def numbers(path: str, value: Any) -> Iterator[tuple[str, int | float | None]]:
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
@@ -369,7 +369,7 @@ def fields(config: Any) -> Iterator[tuple[str, int | float | None]]:
 
 @contextmanager
 def _watched(kinds: Iterable[type[Any]], seen: Callable[[object, str], None]) -> Iterator[None]:
-    """While inside, report every unset or missing attribute that is read from objects of some classes."""
+    """Context manager that reports every unset or missing attribute that is read from instances of some classes."""
     own: dict[Any, Any] = {kind: vars(kind).get("__getattribute__") for kind in kinds}
 
     def watching(kind: Any) -> Callable[[Any, str], Any]:
@@ -415,13 +415,13 @@ _FILLS = {
     "zero_",
     "fill_",
 }
-"""Functions that constructors fill parameters with; a truncated normal distribution takes four."""
+"""Functions that initialize parameters in place; a truncated normal distribution takes four of them."""
 
 
 class Unfilled(TorchFunctionMode):
-    """While inside, parameters are not filled when they are made: for a constructor whose parameters are all replaced.
+    """Mode that skips the initialization of parameters, for a constructor whose parameters are all replaced afterwards.
 
-    Filling takes most of a constructor's time, and memory that is never written to is never allocated.
+    Initialization takes most of a constructor's time, and memory that is never written to is never allocated.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

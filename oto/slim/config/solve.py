@@ -1,8 +1,8 @@
-"""Find the config that makes a class in given sizes. Its fields are found by trial, not listed.
+"""Find the config that makes a class with given sizes. The fields to edit are found by trial, not from a list.
 
-A field may state a size that changed if its value is that size, or its ratio to another size, or if it is unset and the
-class reads it. Which of them do is decided by trial: the class is built from the edited config on ``meta``, and every
-shape is compared.
+A field may state a size that changed if its value is that size, or the ratio of two sizes, or if it is unset and the
+class reads it. Trials decide which fields do: the class is built from the edited config on ``meta``, and every shape is
+compared.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def _parts(term: Term) -> Iterator[Term]:
 
 
 def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
-    """The fields that give every parameter and buffer its thinner shape, and their values.
+    """The config edits that give every parameter and buffer its thinner shape.
 
     Raises:
-        EmitterError: No fields do; the message names the tensors that would differ.
+        EmitterError: There are none; the message names the tensors that would differ.
     """
     base = recipe.shapes({}) or {}
     leaves = [leaf for leaf in pruned.found.graph.leaves if leaf.names]
@@ -58,7 +58,7 @@ def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
     def nearest(tries: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         edits: dict[str, Any] = {}
         for some_of in ([(path, n) for path, n in tries if path in recipe.stating], tries):
-            while (left := off(edits)) > 0:  # the largest improvement first, then those that still are one
+            while (left := off(edits)) > 0:  # the largest improvement first, then any that still improves
                 rated = sorted((off(edits | {path: n}), i) for i, (path, n) in enumerate(some_of))
                 for better, i in rated:
                     path, n = some_of[i]
@@ -69,7 +69,7 @@ def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
         return edits
 
     edits = nearest(tries)
-    for wrong in edits.items() if off(edits) > 0 else ():  # two fields of one value: the other may be meant
+    for wrong in edits.items() if off(edits) > 0 else ():  # two fields with one value: the other may be the right one
         if off(other := nearest([one for one in tries if one != wrong])) < off(edits):
             edits = other
         if off(edits) == 0:
@@ -83,7 +83,7 @@ def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
         ]
         raise EmitterError(f"no fields of the config give the class its sizes: {some(differ, 3)}")
     recipe.stating.update(edits)
-    for path, value in implied.items():  # stated only where necessary
+    for path, value in implied.items():  # state these only where necessary
         if path not in edits:
             edits[path] = value
     for path in implied:
@@ -94,7 +94,7 @@ def solve(recipe: Recipe, pruned: PrunedShapes) -> dict[str, Any]:
 
 
 def candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int | float]:
-    """The values that a number may have now: as a size, or as the ratio of two sizes."""
+    """The values that a number may have after pruning, if it is a size or the ratio of two sizes."""
     if isinstance(value, int):
         return sorted(became.get(value, ()))
     found: dict[float, None] = {}
@@ -105,7 +105,7 @@ def candidates(value: int | float, became: Mapping[int, set[int]]) -> list[int |
 
 
 def _became(pruned: PrunedShapes) -> dict[int, set[int]]:
-    """For every size in the network, the pruned sizes of the terms of that size, unchanged ones included."""
+    """For every size in the network, the pruned sizes of the terms of that size, including unchanged ones."""
     terms = [term for leaf in pruned.found.graph.leaves for term in pruned.found.terms(leaf.value)]
     for rewrite in pruned.found.tape.rewrites.values():
         terms += rewrite.terms
@@ -113,12 +113,12 @@ def _became(pruned: PrunedShapes) -> dict[int, set[int]]:
     for term in dict.fromkeys(resolve(term) for term in terms):
         for part in _parts(term):
             became.setdefault(size_of(part), set()).add(count(part, pruned.counts))
-    became.pop(0, None)  # what is empty
+    became.pop(0, None)  # empty terms
     return became
 
 
 def _distance(found: Shapes, wanted: Shapes) -> float:
-    """How far shapes are off: the sum of ``|log2|`` of ratios of dimensions; infinite if names or ranks differ."""
+    """How far shapes are off: the sum of ``|log2(found / wanted)|`` over dimensions; inf if names or ranks differ."""
     if found.keys() != wanted.keys():
         return MISFIT
     total = 0.0
@@ -138,11 +138,11 @@ def stock(
     recipe: Recipe | None = None,
     layers: Mapping[str, Sequence[int]] | None = None,
 ) -> nn.Module:
-    """The class of ``model``, which may be on ``meta``, made from its edited config, with its tensors.
+    """Build the class of ``model``, which may be on ``meta``, from its edited config and fill in tensors.
 
     Args:
-        tensors: By their names in ``model``.
-        layers: Where the config states fewer layers, for the path of each list those that are left.
+        tensors: The tensors, by their names in ``model``.
+        layers: If the config states fewer layers, the remaining layers of each list, by its path.
 
     Raises:
         EmitterError: The class cannot be made, or has other tensors.
@@ -154,16 +154,16 @@ def stock(
     tensors, like = (_renamed(held, layers or {}) for held in (tensors, named_tensors(model)))
     made = {name: shape for name, shape in (recipe.shapes(edits) or {}).items() if name in tensors}
     wrong = [name for name, shape in made.items() if tuple(tensors[name].shape) != shape]
-    if wrong or not made:  # checked before memory of such a size is allocated
+    if wrong or not made:  # checked before that much memory is allocated
         raise EmitterError(f"{type(model).__name__} made from {dict(edits)} does not hold what is there: {some(wrong)}")
     try:
-        with nullcontext() if recipe.device == "cpu" else Unfilled():  # one that computes with its weights needs them
+        with nullcontext() if recipe.device == "cpu" else Unfilled():  # some constructors compute with their weights
             slim = recipe.make(edits, device)
     except Exception as failure:
         reraise_out_of_memory(failure)
         raise EmitterError(f"{type(model).__name__} cannot be made from {dict(edits)}: {failure}") from failure
     fill(slim, like, tensors)
-    for name in ("generation_config", "pretrained_cfg", "default_cfg"):  # how it is used, and no module
+    for name in ("generation_config", "pretrained_cfg", "default_cfg"):  # how the model is used; set from outside
         if hasattr(model, name):
             setattr(slim, name, copy.deepcopy(getattr(model, name)))
     if hasattr(model, MADE_WITH):
@@ -172,7 +172,7 @@ def stock(
 
 
 def apply(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.Module:
-    """The slim model that edits make from ``model``: its class made anew from a config, or a copy.
+    """Make the slim model from ``model`` by edits: its class, rebuilt from a config, or a copy.
 
     Raises:
         EmitterError: The class cannot be made, or the model cannot be copied.
@@ -183,15 +183,15 @@ def apply(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> nn.M
 
 
 def _renamed(tensors: Mapping[str, Tensor], layers: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Tensors by the names that they have where lists of layers are shorter."""
+    """The tensors under the names that they have once lists of layers are shorter."""
     return {new: tensor for name, tensor in tensors.items() if (new := renumbered(name, layers)) is not None}
 
 
 def fill(slim: nn.Module, like: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Replace the tensors of a module, keeping ties. What no file holds stays as the constructor made it.
+    """Replace the tensors of a module, keeping ties; buffers that are not saved stay as the constructor made them.
 
     Args:
-        like: The tensors of the model that it was made from; both by the names of ``slim``.
+        like: The tensors of the model that it was made from. Both mappings use the names of ``slim``.
     """
     saved = slim.state_dict().keys()
     made: dict[int, nn.Parameter] = {}
@@ -209,7 +209,7 @@ def fill(slim: nn.Module, like: Mapping[str, Tensor], tensors: Mapping[str, Tens
 
 
 def _near(made: Tensor, held: Tensor) -> bool:
-    """Whether a buffer that a constructor makes equals the one that the model holds, up to rounding by casts."""
+    """Whether a buffer that a constructor made equals the model's own, up to rounding by casts."""
     if held.is_meta or made.shape != held.shape:
         return False
     wide = torch.complex128 if held.is_complex() else torch.float64

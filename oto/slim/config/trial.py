@@ -1,4 +1,4 @@
-"""Find what the fields of a config can state, by trial: half of a tie is removed and the class made anew."""
+"""Find what the fields of a config can state, by trial: half of a tie is removed and the class is rebuilt."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from oto.trace.stand_ins import on_meta
 log = logging.getLogger(__name__)
 
 SMALL = 2**28
-"""A model of up to this many parameters is also compared in float64 when ties are tried; one of more than a sixteenth
-of that only if its own dtype, which takes a third of the time, does not show it equal."""
+"""When ties are tried, a model of up to this many parameters is also compared in float64; above a sixteenth of that,
+only if its own dtype, which takes a third of the time, does not already show it equal."""
 
 COARSER = 6
-"""Most steps that are tried."""
+"""The limit on step sizes that are tried for a tie."""
 
 MANY = 16
-"""From this many steps on, between an eighth and a quarter are kept when ties are tried; otherwise any number."""
+"""With at least this many steps, a trial keeps between an eighth and a quarter of them, otherwise any number."""
 
 UNSTATED = "layout: no field of the config states its size"
 
@@ -55,13 +55,13 @@ def stated(
     recipe: Recipe | None,
     stock: bool = False,
 ) -> tuple[NodeGroup, ...] | None:
-    """Keep whole what no field of the model's config can state; tie together what one field states for several ties.
+    """Keep groups whole whose size no config field can state, and tie groups whose sizes are stated by one field.
 
-    Each tie is tried: half of it is removed and the class built from edited configs on ``meta``. At the end all of them
-    are removed at once, and the class is compared with the zeroed model.
+    For each tie, half of it is removed and the class is built from edited configs on ``meta``. At the end atoms of all
+    ties are removed at once, and the class is compared with the zeroed model.
 
     Args:
-        stock: Whether a stream that is as wide as its heads together stays so.
+        stock: Whether a stream that is as wide as its heads together has to stay so.
 
     Returns:
         ``None`` if the model has no config, or was made by a function whose keywords state no size.
@@ -97,10 +97,10 @@ def stated(
 def stated_layers(
     model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, recipe: Recipe
 ) -> tuple[NodeGroup, ...]:
-    """Let those segments go together that make a layer, where a field of the config states how many layers there are.
+    """Tie the segments of each layer if a config field states the number of layers; keep all other segments whole.
 
-    All others stay whole. Each field is tried: about half of its layers are left out, and the class of fewer is
-    compared with the model in which they are zero. The fields that state it are noted in ``recipe``.
+    For each field, about half of its layers are left out, and the class with fewer layers is compared with the model in
+    which these are zero. The fields that pass are recorded in ``recipe.depths``.
 
     Args:
         groups: The node groups of segments.
@@ -121,7 +121,7 @@ def stated_layers(
 
 
 def _in_whole_rows(partition: Partition, groups: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
-    """Round experts to sizes that ``torch._grouped_mm`` takes in any dtype that the class may be loaded in."""
+    """Restrict experts to sizes that ``torch._grouped_mm`` accepts in any dtype that the class may be loaded in."""
     experts = dict.fromkeys(weights(partition, "grouped_mm"), KERNEL_ROW)
 
     def whole(group: NodeGroup, by: int) -> NodeGroup:
@@ -139,7 +139,7 @@ def _key(group: NodeGroup) -> str:
 
 @dataclass(eq=False)
 class _Trial:
-    """Builds the class with fewer atoms and reports what is wrong with it."""
+    """Builds the class with fewer atoms and reports what goes wrong."""
 
     model: nn.Module
     partition: Partition
@@ -156,7 +156,7 @@ class _Trial:
         return found
 
     def size(self, key: str) -> int:
-        """The number of steps in a tie; if all groups have the same size, each atom is one."""
+        """The number of steps in a tie; if all groups have the same size, a step is one atom."""
         return math.gcd(*(group.size for group in self.members()[key]))
 
     def tie(self, keys: Sequence[str], name: str) -> None:
@@ -172,7 +172,7 @@ class _Trial:
         )
 
     def step(self, key: str) -> int | None:
-        """The step that the kept count of a tie is a multiple of; ``None`` if only the full count can be stated."""
+        """The step that divides every kept count of a tie; ``None`` if only the full count can be stated."""
         same, size = self.members()[key], self.size(key)
         by = math.lcm(*(-(-group.divisor * size // group.size) for group in same))
         steps = [n for n in range(by, size // 2 + 1, by) if size % n == 0]
@@ -198,9 +198,9 @@ class _Trial:
         }
 
     def fitting(self, steps: Mapping[str, int]) -> dict[str, int]:
-        """The ties that can shrink together while the class still computes the same, and the steps of their counts.
+        """The ties that can shrink together while the class still computes the same, with the steps of their counts.
 
-        A kernel may take only some sizes; then steps get larger.
+        If a kernel accepts only some sizes, steps get larger.
         """
         if not steps or self._failure(steps) is None:
             return dict(steps)
@@ -216,12 +216,12 @@ class _Trial:
         return good
 
     def _failure(self, steps: Mapping[str, int]) -> Exception | None:
-        """The exception of the class when some ties keep some multiple of their steps; ``None`` if all is well."""
+        """The exception raised if ties keep some multiple of their steps; ``None`` if the class works."""
         return self._failure_with(self._drawn(steps), dict(steps))
 
     def _failure_with(self, kept: Kept, what: object) -> Exception | None:
         try:
-            if on_meta(self.model):  # there is nothing to run
+            if on_meta(self.model):  # the model cannot be run
                 layers_left(self.recipe, self.partition, kept)
                 solved(self.model, self.partition, pruned_shapes(self.partition, kept), self.recipe)
             else:
@@ -233,8 +233,8 @@ class _Trial:
         return None
 
     def lacks_layers(self, depth: Depth) -> bool:
-        """Whether the class of fewer layers computes the same: without about half of those that may go, the first one
-        among them, so that all others are numbered anew."""
+        """Whether the class with fewer layers computes the same. About half of the removable layers are left out,
+        including the first one, so that all others are renumbered."""
         others = np.random.default_rng(0).permutation(depth.free[1:])[: max(len(depth.free) // 2, 1) - 1].tolist()
         gone = {f"{depth.layers}.{layer}" for layer in (depth.free[0], *others)}
         none = np.zeros(0, dtype=np.int64)
@@ -242,14 +242,14 @@ class _Trial:
         return self._failure_with(kept, sorted(gone)) is None
 
     def _drawn(self, steps: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
-        """Random atoms to keep, a multiple of the step for each tie; few of many steps, as the class is built."""
+        """Random atoms to keep, a multiple of the step for each tie; few if there are many, to keep the class small."""
         draw = np.random.default_rng(0)
         kept: dict[str, NDArray[np.int64]] = {}
         for key, step in steps.items():
             same, size = self.members()[key], self.size(key)
             n = size // step
             least, most = (n // 16, n // 8) if n >= MANY else (0, n // 2)
-            count = step * (1 + 2 * int(draw.integers(least, most)))  # odd, so no multiple of a coarser step
+            count = step * (1 + 2 * int(draw.integers(least, most)))  # odd, so not a multiple of twice the step
             kept |= {g.name: np.sort(draw.permutation(g.size)[: count * g.size // size]) for g in same}
         return kept
 
@@ -258,7 +258,7 @@ class _Trial:
 
         Raises:
             EmitterError: No config states the pruned shapes.
-            VerificationError: They differ.
+            VerificationError: The two differ.
         """
         gone: dict[str, list[tuple[Slice, NDArray[np.int64]]]] = {}
         for group in self.groups:
@@ -291,7 +291,7 @@ class _Trial:
         require(checks)
 
     def _whole(self, full: Zeroed, kept: Kept) -> dict[str, Tensor]:
-        """Parameters that lose nothing, which the class shares with the model for the comparison."""
+        """Parameters that lose nothing; for the comparison, the class shares them with the model."""
         pruned, names = pruned_shapes(self.partition, kept), {*full.gone, *full.instead}
         leaves = [leaf for leaf in self.partition.found.graph.leaves if leaf.kind == "parameter"]
         same = [leaf for leaf in leaves if not names & set(leaf.names) and all(m.all() for m in pruned.entries(leaf))]
@@ -299,8 +299,8 @@ class _Trial:
 
     @cached_property
     def _uneven(self) -> dict[str, Tensor]:
-        """Random replacements for parameters whose entries are all equal, as biases are before training, which would
-        not show a mistake."""
+        """Random replacements for parameters whose entries are all equal, such as biases before training: these would
+        hide a mistake."""
         generator, found = torch.Generator().manual_seed(0), {}
         with torch.no_grad():
             for name, p in self.model.named_parameters():

@@ -1,7 +1,7 @@
-"""Refuse ``save_pretrained`` of a slim model whose config does not state its sizes: no class could read the folder.
+"""Refuse ``save_pretrained`` of a slim model whose config does not state its sizes: no class could load the folder.
 
-``save_pretrained`` of transformers, of diffusers and of the hub writes the config and the weights, and
-``from_pretrained`` makes the class from the config. If a slim model got its sizes in another way, the two do not fit.
+``save_pretrained`` of transformers, diffusers and the hub writes the config and the weights, and ``from_pretrained``
+builds the class from the config. If a slim model got its sizes in another way, the weights do not fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Unstated:
     """Replaces ``module.save_pretrained``; ``del module.save_pretrained`` removes it.
 
     Args:
-        module: Held by a weak reference, as a cycle would keep its memory until the next garbage collection.
+        module: Held by a weak reference, because a cycle would keep its memory until the next garbage collection.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,10 +45,10 @@ class Unstated:
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **keywords: Any) -> Any:
         """Save as the class does, if its config states the sizes.
 
-        A checkpoint of a ``Trainer`` is written in any case, with an ``UnstatedWarning``.
+        A checkpoint of a ``Trainer`` is always written, with an ``UnstatedWarning``.
 
         Raises:
-            EmitterError: It does not; the message names tensors. Nothing is written.
+            EmitterError: The config does not state the sizes; the message names tensors. Nothing is written.
         """
         module: Any = self._module()
         if module is None:
@@ -72,7 +72,7 @@ class Unstated:
 
 
 def refuse_saving(slim: nn.Module, model: nn.Module) -> None:
-    """Let no module of a slim model write a folder that its class cannot read.
+    """Keep the modules of a slim model from writing folders that their classes cannot load.
 
     Args:
         model: The model that it was made from; modules that still have its sizes are left alone.
@@ -86,10 +86,10 @@ def refuse_saving(slim: nn.Module, model: nn.Module) -> None:
 
 
 def nothing_states(model: nn.Module, layout: str | None, made: bool) -> str:
-    """The warning when a layout was asked for and no config or keyword can state a width.
+    """The warning if a layout was requested and no config or keyword can state a width.
 
     Args:
-        made: Whether the model's class can be made again from what it holds.
+        made: Whether the model's class can be rebuilt from what the model holds.
     """
     kind = type(model).__name__
     why = "the numbers that it is made from are not widths" if made else "nothing that it holds makes its class again"
@@ -119,12 +119,12 @@ def unlike(slim: Any) -> str:
 
 
 def remedy(slim: nn.Module) -> str:
-    """What to do instead: only a layout states sizes, and of segments only that whole layers are gone."""
+    """What to do instead: only a layout states sizes, and for segments only the removal of whole layers."""
     return _OF_SEGMENTS if outermost_erased(slim) else _REMEDY
 
 
 def outermost_erased(slim: nn.Module) -> list[str]:
-    """The paths of modules in whose place nothing is computed, without those inside of others.
+    """The paths of erased modules, without those nested in other erased modules.
 
     >>> outermost_erased(nn.Sequential(nn.Linear(2, 2)))
     []

@@ -34,9 +34,9 @@ _BY_COUNT = {aten.chunk.default, aten.unsafe_chunk.default, aten.tensor_split.se
 
 
 def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGraph:
-    """Build the slim model as a ``torch.fx.GraphModule`` whose arguments have the names of ``forward``.
+    """Build the slim model as a ``torch.fx.GraphModule`` with the argument names of ``forward``.
 
-    What to keep was decided on the recorded graph and is known per parameter entry, so it carries over.
+    The entries to keep were chosen on the recorded graph. They are known for each parameter, so they carry over.
 
     Raises:
         EmitterError: The exported graph couples parameter dimensions differently from the recorded one.
@@ -58,7 +58,7 @@ def emit_graph(exported: Exported, partition: Partition, kept: Kept) -> SlimGrap
 
 
 def entries_of(partition: Partition, kept: Kept) -> dict[str, list[NDArray[np.bool_]]]:
-    """For each name of a parameter and each of its dimensions, which entries survive."""
+    """For each parameter name and each dimension of the parameter, which entries survive."""
     return {
         name: partition.entries(leaf.value, kept)
         for leaf in partition.found.graph.leaves
@@ -68,12 +68,12 @@ def entries_of(partition: Partition, kept: Kept) -> dict[str, list[NDArray[np.bo
 
 
 def ranks_of(exported: Exported) -> dict[fx.Node, int]:
-    """How many dimensions the tensor of each node has."""
+    """The number of dimensions of each node's tensor."""
     return {n: val.ndim for n in exported.module.graph.nodes if isinstance(val := n.meta.get("val"), Tensor)}
 
 
 def erased_in(found: Propagation, gone: Sequence[Segment]) -> list[Segment]:
-    """The segments of an exported graph that write with the same parameters as some of the recorded one.
+    """The segments of an exported graph that have the same writers as the given segments of the recorded graph.
 
     Raises:
         EmitterError: The exported graph has no such segment.
@@ -98,7 +98,7 @@ def _writers(segment: Segment) -> frozenset[str]:
 
 
 def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule) -> None:
-    """Let joints give their other argument, and leave out what is not computed for anything then."""
+    """Replace the joints of segments by their other argument, and remove calls and tensors that are then unused."""
     gone = not_computed(segments)
     origins = {node.origin for node in exported.graph.nodes if node.index in gone}
     readers: dict[Value, list[Node]] = {}
@@ -115,7 +115,7 @@ def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule
             with slim.graph.inserting_after(joint.origin):
                 left = slim.graph.call_function(aten.clone.default, (left,))
         joint.origin.replace_all_uses_with(left, delete_user_cb=lambda user, own=left: user is not own)
-        for reader in readers.get(segment.made, []):  # one that was written to in place may be read by its old name
+        for reader in readers.get(segment.made, []):  # a joint that was written to in place may be read by its old name
             for ours, theirs in zip(*_arguments(reader), strict=True):
                 if ours is segment.made:
                     reader.origin.replace_input_with(theirs, left)
@@ -130,7 +130,7 @@ def _erase(exported: Exported, segments: Sequence[Segment], slim: fx.GraphModule
 
 
 def _without(exported: Exported, segments: Iterable[Segment], gone: frozenset[int]) -> None:
-    """Let concatenations do without segments, and stacks take zeros for them."""
+    """Remove segments from concatenations, and replace them by zeros in stacks."""
     away: dict[int, set[Value]] = {}
     for segment in segments:
         for index in segment.into - gone:
@@ -146,13 +146,13 @@ def _without(exported: Exported, segments: Iterable[Segment], gone: frozenset[in
 
 
 def _arguments(node: Node) -> tuple[list[Any], list[Any]]:
-    """The arguments of a call, and those of the fx node that it stands for."""
+    """The flattened arguments of a call, and those of the fx node that it was read from."""
     ours = tree_leaves((list(node.args), dict(node.kwargs)))
     return ours, tree_leaves((list(node.origin.args), dict(node.origin.kwargs)))
 
 
 def pruned_module(exported: Exported, pruned: PrunedShapes, erased: Sequence[Segment] = ()) -> fx.GraphModule:
-    """The exported module with pruned sizes and tensors; its graph is rewritten in place.
+    """Rewrite the exported module with pruned sizes and tensors; its graph is changed in place.
 
     Args:
         erased: Segments of its graph that are left out.
@@ -167,12 +167,12 @@ def pruned_module(exported: Exported, pruned: PrunedShapes, erased: Sequence[Seg
     if erased:
         _erase(exported, erased, slim)
     follow_device(slim.graph)
-    for node in slim.graph.nodes:  # shapes seen at export no longer hold
+    for node in slim.graph.nodes:  # the shapes recorded at export no longer hold
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
         if node.target is torch.ops.aten.view.default:  # thinner tensors may have other strides
             node.target = torch.ops.aten.reshape.default
     leaves, made = _leaves(exported), dict[int, Tensor]()
-    # tensors are known by identity, so every old one is held until all are replaced
+    # tensors are identified by id, so keep every old one alive until all are replaced
     held = {n.target: getattr(*owner_of(slim, n.target)) for n in slim.graph.nodes if n.op == "get_attr"}
     for target, old in held.items():
         owner, name = owner_of(slim, target)
@@ -185,7 +185,7 @@ def pruned_module(exported: Exported, pruned: PrunedShapes, erased: Sequence[Seg
 
 
 def _leaves(exported: Exported) -> dict[int, Leaf]:
-    """The leaf of each tensor that the module holds, by identity."""
+    """The leaf of each tensor of the module, by the tensor's id."""
     return {id(getattr(*owner_of(exported.module, leaf.name))): leaf for leaf in exported.graph.leaves}
 
 
@@ -219,7 +219,7 @@ def carry_over(pruned: PrunedShapes, wanted: Mapping[Value, tuple[str, Sequence[
 
 
 def _tensors_of(exported: Exported) -> dict[Value, fx.Node]:
-    """The fx node behind each value, as named by the node that reads it."""
+    """The fx node of each value, taken from the arguments of a node that reads it."""
     found: dict[Value, fx.Node] = {}
     for node in exported.graph.nodes:
         if node.origin is not None:
@@ -257,7 +257,7 @@ def _apply(node: Node, op: Any, args: Any, kwargs: Any, pruned: PrunedShapes, in
 
 
 def _scaled(graph: fx.Graph, old: Any, new: int, before: int) -> Any:
-    """A size that was ``before`` and becomes ``new``; a symbolic one, as batch · heads, shrinks by the same ratio."""
+    """The argument for a size that shrinks from ``before`` to ``new``; a symbolic one (batch · heads) is scaled."""
     if not isinstance(old, fx.Node):
         return new
     if new == before:
@@ -266,10 +266,10 @@ def _scaled(graph: fx.Graph, old: Any, new: int, before: int) -> Any:
 
 
 def _cut_by_share(origin: fx.Node, dim: int, new: list[int]) -> bool:
-    """Cut a dimension that includes the batch into thinner pieces of symbolic size; returns whether it is one."""
+    """Split a dimension that includes the batch into thinner pieces of symbolic size; ``False`` if it is not one."""
     pieces: Any = origin.meta.get("val", ())
     free = [is_free(piece.shape[dim]) for piece in pieces]
-    if origin.target is aten.split_with_sizes.default or not any(free):  # the sizes are arguments, or numbers
+    if origin.target is aten.split_with_sizes.default or not any(free):  # sizes are arguments, or plain numbers
         return False
     if origin.target in _BY_COUNT and len(set(new)) == 1:
         return True
@@ -279,7 +279,7 @@ def _cut_by_share(origin: fx.Node, dim: int, new: list[int]) -> bool:
     rest: Any = graph.call_function(aten.sym_size.int, (x, dim))
     for n, symbolic in zip(new, free, strict=True):
         rest = rest if symbolic else graph.call_function(operator.sub, (rest, n))
-    sizes[last] = rest  # the remainder, so that the pieces add up to the whole even where heads do not divide
+    sizes[last] = rest  # the remainder, so that the pieces add up even if the division has a rest
     for i in others:
         sizes[i] = _scaled(graph, rest, new[i], sum(new[k] for k in (*others, last)))
         sizes[last] = graph.call_function(operator.sub, (sizes[last], sizes[i]))

@@ -1,4 +1,4 @@
-"""Make a traced graph a usable model: its layers are modules again, and it runs on the device of its inputs."""
+"""Turn a traced graph into a usable model: its layers become modules, and it runs on the device of its inputs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ aten = torch.ops.aten
 
 
 def follow_device(graph: fx.Graph) -> None:
-    """Replace every device in the graph by that of the first input, so that the module can be moved."""
+    """Replace every device in the graph by the first input's device, so that the module can be moved."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     checked = (node.args[0] for node in graph.nodes if node.target is aten._assert_tensor_metadata.default)
     tensors = (node for node in placeholders if isinstance(node.meta.get("val"), Tensor))
-    first: Any = next(tensors, None) or next(checked, None)  # a recording checks each of its inputs
+    first: Any = next(tensors, None) or next(checked, None)  # a recording has a check of each input
     here: fx.Node | None = None
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:  # dtype and device change when the module is cast
@@ -108,7 +108,7 @@ def _counted_group_norm(o: Options, weight: Tensor, rank: int) -> nn.Module | No
     return None if o["bias"] is None else GroupNorm(o["num_groups"], o["width"], o["full"], o["eps"])
 
 
-# Each function makes the module for a call from its arguments, its weight and the rank of its input, or ``None``.
+# Each function makes the module for a call from its arguments, its weight and the rank of its input, or returns None.
 _MAKERS: dict[Any, Callable[[Options, Tensor, int], nn.Module | None]] = {
     aten.linear.default: _linear,
     aten.conv1d.default: _conv,
@@ -130,9 +130,9 @@ _ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
 def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: dict[fx.Node, int]) -> None:
-    """Put stock modules where calls read tensors that one module owns, at that module's path.
+    """Replace calls by stock ``torch.nn`` modules, each at the path of the module that owns the call's tensors.
 
-    Quantizers and adapters look for modules of these classes. What they compute is the same call.
+    Quantizers and adapters look for modules of these classes. They make the same calls.
 
     Args:
         source: The module before it was pruned, which holds tied tensors under all their names.
@@ -170,7 +170,7 @@ def name_leaves(slim: fx.GraphModule, source: nn.Module, ranks: dict[fx.Node, in
 
 
 def _options(node: fx.Node) -> Options:
-    """The arguments of a call by name, defaults included."""
+    """The arguments of a call by name, including defaults."""
     target: Any = node.target
     if not isinstance(target, OpOverload):
         bound = inspect.signature(target).bind(*node.args, **node.kwargs)
@@ -196,7 +196,7 @@ def _found(module: nn.Module, target: Any) -> Any:
 
 
 def _path(node: fx.Node, tensors: Mapping[str, fx.Node], source: nn.Module) -> str | None:
-    """The path of the calling module, if it holds the tensors under these names; else the one in their names."""
+    """The path of the calling module, if it holds the tensors under these names; else the path in their names."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     caller = stack[-1][0] if stack else ""
     if caller and all(
@@ -210,7 +210,7 @@ def _path(node: fx.Node, tensors: Mapping[str, fx.Node], source: nn.Module) -> s
 
 
 def _module(target: Any, options: Options, held: Mapping[str, Any], rank: int) -> nn.Module | None:
-    """A module that makes the call, with its tensors."""
+    """Make a module that does the call and holds its tensors; ``None`` if there is none."""
     if any(isinstance(held[role], nn.Parameter) != (role in ("weight", "bias")) for role in held):
         return None
     with torch.device("meta"):
@@ -223,7 +223,7 @@ def _module(target: Any, options: Options, held: Mapping[str, Any], rank: int) -
 
 
 def _put(slim: fx.GraphModule, path: str, module: nn.Module, held: Mapping[str, Any], source: nn.Module) -> bool:
-    """Put a module in its place, with whatever else was there."""
+    """Put a module at a path, with the other tensors that were there; ``False`` if another module is there."""
     before = _found(slim, path)
     if before is not None:
         if not isinstance(before, nn.Module) or before._modules or type(before) is not nn.Module:
@@ -233,7 +233,7 @@ def _put(slim: fx.GraphModule, path: str, module: nn.Module, held: Mapping[str, 
                 setattr(module, name, tensor)
     where = held["weight"].device
     for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:  # the number of batches that a batch norm has seen
+        if buffer.is_meta:  # num_batches_tracked of a batch norm
             seen = _found(source, f"{path}.{name}")
             setattr(module, name, seen.clone() if isinstance(seen, Tensor) else torch.zeros_like(buffer, device=where))
     return bool(slim.add_submodule(path, module))

@@ -1,4 +1,4 @@
-"""The traced graph as a module that can be called by name, copied, pickled and moved, and refuses wrong input."""
+"""The traced graph as a module that accepts keywords, can be copied, pickled and moved, and refuses invalid input."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from oto.trace.takes import Takes
 class SlimGraph(fx.GraphModule):
     """A ``torch.fx.GraphModule`` of the calls that a model makes in eval mode.
 
-    Arguments have the names of the model's ``forward``, in any order; those that the graph was made without may be
-    passed with their default values. Inputs that it is not valid for are refused (:class:`oto.errors.GraphInputError`).
+    Arguments can be passed by the names of the model's ``forward``, in any order; arguments that the graph was made
+    without only with their default values. Inputs for which the graph is not valid are refused
+    (:class:`oto.errors.GraphInputError`).
 
     Attributes:
-        takes: The arguments and sizes that it takes, if they are known.
+        takes: The arguments and sizes that the graph accepts, if known.
     """
 
     takes: Takes | None
@@ -36,7 +37,7 @@ class SlimGraph(fx.GraphModule):
         self.eval()
 
     def recompile(self) -> Any:
-        """Make ``forward`` anew from the graph."""
+        """Regenerate ``forward`` from the graph."""
         code = super().recompile()
         takes: Takes | None = vars(self)["takes"]
         if takes is not None:
@@ -50,10 +51,10 @@ class SlimGraph(fx.GraphModule):
         return {} if self.takes is None else dict(self.takes.free)
 
     def train(self, mode: bool = True) -> SlimGraph:
-        """Set eval mode; train mode is refused unless :meth:`train_as_eval` allowed it.
+        """Set the mode; train mode is refused unless :meth:`train_as_eval` allowed it.
 
         Raises:
-            GraphModeError: The graph holds the calls of eval mode.
+            GraphModeError: Train mode was requested; the graph holds the calls of eval mode.
         """
         if mode and not self._trains_as_eval:
             raise GraphModeError(
@@ -72,7 +73,7 @@ class SlimGraph(fx.GraphModule):
         return self.train()
 
     def __prepare_scriptable__(self) -> SlimGraph:
-        """Called first by ``torch.jit.script``, which is refused."""
+        """Refuse ``torch.jit.script``, which calls this first."""
         raise ScriptError("a slim model that is a graph: its arguments are checked in Python")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimGraph:
@@ -150,7 +151,7 @@ def _target(target: Any) -> Any:
 
 
 class _Operator:
-    """The name of one of torch's operators, which cannot be pickled themselves."""
+    """Stands for an operator of torch, by name, because operators cannot be pickled."""
 
     def __init__(self, kind: str, name: str) -> None:
         self.kind, self.name = kind, name

@@ -20,7 +20,7 @@ from oto.trace.inputs import arguments
 from oto.trace.outputs import named_leaves
 from oto.trace.takes import parameters_of
 
-MOST_ENTRIES = 2**30  # of an input that is drawn
+MOST_ENTRIES = 2**30  # limit on an input that is drawn at random
 
 
 class _Inside(nn.Module):
@@ -37,24 +37,24 @@ class _Inside(nn.Module):
 
 
 def export_program(slim: nn.Module, dummy_input: Any) -> torch.export.ExportedProgram:
-    """Export a slim model, with every input dimension dynamic that it leaves free.
+    """Export a slim model; input dimensions that the model leaves free are dynamic.
 
     Raises:
-        EmitterError: ``torch.export`` cannot follow it.
+        EmitterError: ``torch.export`` cannot trace the model.
     """
-    # a graph module states its own output types; inside another module it returns plain ones
+    # a graph module states its own output types; wrapped in another module it returns plain ones
     return trace_export.export_program(_Inside(slim), dummy_input, portable=True).program
 
 
 def output_names(program: torch.export.ExportedProgram) -> list[str]:
-    """The names of a program's outputs: keys and fields with dots between them, and ``output_0`` for a mere index."""
+    """The names of a program's outputs: keys and fields joined by dots, or ``output_0`` if there is only an index."""
     result = tree_unflatten(list(program.graph_signature.user_outputs), program.call_spec.out_spec)
     names = [name or "output" for name, leaf in named_leaves(result) if isinstance(leaf, str)]
     return [f"output_{name}" if name.isdigit() else name for name in names]
 
 
 def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy_input: Any) -> list[Any]:
-    """Random inputs of other sizes, smaller and larger, that a program made from ``slim`` takes."""
+    """Random inputs of other sizes, smaller and larger, that a program exported from ``slim`` accepts."""
     takes = trace_export.takes_of(program, trace_export.module_of(program), parameters_of(slim.forward))
     return [
         random_like(dummy_input, seed, shapes=shapes)
@@ -63,13 +63,13 @@ def other_examples(slim: nn.Module, program: torch.export.ExportedProgram, dummy
 
 
 def example_of(program: torch.export.ExportedProgram) -> Any:
-    """An input that a program takes: random floats, zeros for all other dtypes.
+    """An input for a program: random numbers for floating-point dtypes, zeros for all others.
 
     Returns:
         A tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        ArtifactError: An input would take gigabytes.
+        ArtifactError: An input would take gigabytes of memory.
     """
     made = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
     generator = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ def example_of(program: torch.export.ExportedProgram) -> Any:
 
 
 def runnable(program: torch.export.ExportedProgram) -> SlimGraph:
-    """An exported program as a module that refuses inputs that it was not made for."""
+    """An exported program as a module that refuses inputs for which it was not exported."""
     module = trace_export.module_of(program)
     slim = SlimGraph(module, module.graph, trace_export.takes_of(program, module))
     follow_device(slim.graph)

@@ -30,7 +30,7 @@ def emit_recording(model: nn.Module, dummy_input: Any, partition: Partition, kep
     """Build the slim model from the calls that ``model`` makes on the example.
 
     Raises:
-        EmitterError: A graph cannot hold one of the calls.
+        EmitterError: One of the calls cannot be put into a graph.
     """
     with throughout(model):
         run = replayed(model, dummy_input, known, partition.found.graph.mode)
@@ -42,8 +42,8 @@ def check_recording(
 ) -> list[Check]:
     """Compare a recording with the zeroed full model, on the example and on random inputs that take the same path.
 
-    Numbers that left torch (``.item()``) were read in the model's dtype. If float64 shows that, a second recording made
-    in float64 is compared there instead.
+    Numbers that left torch (``.item()``) were read in the model's dtype. If that makes a difference in float64, a
+    second recording, made in float64, is compared there instead.
     """
     full, dummy_input = reference.model, reference.example.value
 
@@ -75,7 +75,7 @@ def check_recording(
 
 
 def alike(one: fx.GraphModule, other: fx.GraphModule, few: float) -> bool:
-    """Whether two recordings make the same calls, with numbers and tensors that differ at most by rounding.
+    """Whether two recordings make the same calls, with numbers and tensors that differ only by rounding.
 
     Args:
         few: The tolerance, relative to a number or to the largest entry of a tensor.

@@ -1,4 +1,4 @@
-"""What a thinner model of the user's own class needs, as one frozen value that the search replaces, never changes.
+"""What a thinner model of the user's own class needs, as one frozen value; the search replaces it, never mutates it.
 
 Example: ``hidden`` of ``mlp`` is set to the thinner width, the count of a norm is folded into its weight, and one
 ``view`` is overridden.
@@ -88,7 +88,7 @@ class Adaptation:
         return replace(self, minimum={**self.minimum, **minimum})
 
     def with_whole(self, new: Mapping[str, int | None]) -> Adaptation:
-        """Keep more groups whole, and all that are tied to them."""
+        """Keep more groups whole, together with all groups tied to them."""
         whole = dict(new) | dict(self.whole)
         for tie in self.ties:
             stays = next((name for name in tie if name in whole), None)
@@ -97,7 +97,7 @@ class Adaptation:
         return replace(self, whole=whole)
 
     def tied_to(self, names: Iterable[str]) -> set[str]:
-        """The named groups and all that are tied to them."""
+        """The named groups and all groups tied to them."""
         found = set(names)
         for tie in self.ties:
             if found & set(tie):
@@ -120,7 +120,7 @@ class Adaptation:
 
     @property
     def unfolded(self) -> Adaptation:
-        """The same with the calls overridden whose counts were folded, so that no parameter changes."""
+        """The same adaptation with calls overridden instead of their counts folded, so that no parameter changes."""
         if not self.folded:
             return self
         numbers = list(self.scalars.values())
@@ -130,7 +130,7 @@ class Adaptation:
 
 
 def merged(ties: Sequence[Tie]) -> tuple[Tie, ...]:
-    """Ties that share a group become one."""
+    """Merge ties that share a group."""
     found: list[Tie] = []
     for tie in ties:
         touching = [other for other in found if set(other) & set(tie)]

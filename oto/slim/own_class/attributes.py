@@ -1,7 +1,7 @@
 """Size attributes: the numbers in a class's modules that state sizes, and their values in a thinner model.
 
-A size in a ``forward`` comes from a tensor, which is already thinner, or from an attribute: of the module, of a
-config that it holds, of a list, of a module around it. The search finds out which attribute it is.
+A size in a ``forward`` comes from a tensor, which is already thinner, or from an attribute of the module, of a config
+or list that it holds, or of an enclosing module. The search finds out which attribute it is.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class SizeAttribute:
     power: float = -1.0
 
     def now(self, pruned: PrunedShapes) -> int | float:
-        """Its value in the thinner model.
+        """The value in the thinner model.
 
         Raises:
-            EmitterError: It would have to be a fraction.
+            EmitterError: The value would have to be a fraction.
         """
         if not isinstance(self.value, int):
             return float(self.value * self.ratio(pruned) ** self.power)
@@ -59,7 +59,7 @@ class SizeAttribute:
 
 
 def numbers(module: nn.Module) -> Iterator[tuple[Key, int | float]]:
-    """The numbers that a module holds: its own first, then those in objects and containers, private ones last."""
+    """The numbers that a module holds: its own first, then those in objects and containers; private names come last."""
     own = [(name, value) for name, value in vars(module).items() if name not in EVERY]
     own.sort(key=lambda pair: pair[0].startswith("_"))
     for name, value in own:

@@ -1,4 +1,4 @@
-"""Repeated blocks: find the calls that have the same place in each, so that a repair in one is tried in all.
+"""Find the calls at the same place of each repeated block, so that a repair in one block is tried in all of them.
 
 Example: the view in ``layers.0.attn`` and those of ``layers.1.attn``, ``layers.2.attn`` are alike.
 """
@@ -17,13 +17,13 @@ from oto.trace.graph import Graph
 
 
 def ancestors(path: str) -> list[str]:
-    """A module and all modules around it, from the inside outwards."""
+    """A module and all modules that enclose it, innermost first."""
     parts = path.split(".") if path else []
     return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def moved(holder: str, home: str, other: str) -> str | None:
-    """The module that relates to ``other`` as ``holder``, around ``home`` or beside it, relates to ``home``.
+    """The module at the same place relative to ``other`` as ``holder`` is relative to ``home``.
 
     >>> [moved(holder, "layers.0.attn", "layers.3.attn") for holder in ("layers.0.attn.bias", "layers.0")]
     ['layers.3.attn.bias', 'layers.3']
@@ -36,7 +36,7 @@ def moved(holder: str, home: str, other: str) -> str | None:
 
 
 def family(name: str) -> str:
-    """A name without the numbers of blocks; a group's name keeps what follows the slash.
+    """A name with block numbers replaced by ``*``; the part of a group's name after the slash is kept.
 
     >>> family("layers.3.attn.weight/1")
     'layers.*.attn.weight/1'
@@ -50,8 +50,8 @@ class Blocks:
     """The calls of a model, by their place in a block.
 
     Attributes:
-        modules: The modules of the full model, by their paths.
-        functions: The torch functions that it calls, which tell in which run of a module a call is made.
+        modules: The modules of the full model, by path.
+        functions: The torch functions that the model calls; they record in which run of a module a call is made.
     """
 
     graph: Graph
@@ -59,20 +59,20 @@ class Blocks:
     functions: Sequence[FunctionCall]
 
     def alike(self, index: int) -> list[int]:
-        """The calls in the same place of blocks whose paths differ only by a number, including this one."""
+        """The calls at the same place of blocks whose paths differ only in numbers, including this one."""
         keys, found = self._by_path
         return found[keys[index]]
 
     def same_line(self, index: int) -> list[int]:
-        """The calls of the same line in every module of the class and each of its runs, including this one.
+        """The calls from the same line in every run of every module of the class, including this one.
 
-        Where a line calls several times in one run, those at the same turn.
+        If a line calls several times in one run, only the calls at the same turn count.
         """
         keys, found = self._by_line
         return found[keys[index]]
 
     def every_turn(self, index: int) -> list[int]:
-        """The same at any turn, as in a loop."""
+        """:meth:`same_line`, but at any turn, as in a loop."""
         keys, found = self._by_loop
         return found[keys[index]]
 

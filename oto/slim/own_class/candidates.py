@@ -1,4 +1,4 @@
-"""Find attributes that may state the size that a call has wrong, the likeliest first."""
+"""Find attributes that may state the wrong size in a call, likeliest first."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from oto.slim.own_class.rescale import sizes_in
 from oto.slim.own_class.situation import Situation
 
 _NEAR = (0, 1, 2, 3, -1, -2)
-"""Calls before and after the one at fault whose tensors are examined: a wrong size may have skipped a call."""
+"""Offsets of the nearby calls whose tensors are examined: with a wrong size, the class may have skipped a call."""
 _PER_SIZE = 3
-"""Attributes that are combined for each size of a call: further ones have the same value by chance."""
+"""How many attributes are combined for each size of a call; further ones have the same value by chance."""
 _SIZES = 3
-"""Sizes of a call whose attributes are combined: a view of heads states two, or three with the width."""
+"""How many sizes of a call have their attributes combined: a view of heads states two, or three with the width."""
 _OF_A_KIND = 8
-"""Most candidates of each less likely kind, so that all of them together take a few runs."""
+"""The limit on candidates of each less likely kind, so that all of them together take only a few runs."""
 
 
 @dataclass(frozen=True)
 class StatedSize:
-    """The ``nth`` size among the arguments of a call, or some of its factors."""
+    """The ``nth`` size among the arguments of a call, or the factors ``begin:end`` of it."""
 
     nth: int
     begin: int | None = None
@@ -42,7 +42,7 @@ class StatedSize:
 
 @dataclass(frozen=True)
 class TensorDim:
-    """A dimension of the ``nth`` tensor of the call ``back`` calls earlier: ``width`` adjacent ones, or one factor."""
+    """``width`` adjacent dimensions, or one factor of one, of the ``nth`` tensor of the call ``back`` calls earlier."""
 
     back: int
     nth: int
@@ -52,12 +52,12 @@ class TensorDim:
 
 
 Label: TypeAlias = StatedSize | TensorDim
-"""Which size of a call is meant, so that it can be found at the same call of other blocks."""
+"""Identifies a size of a call, so that it can be found at the same call in other blocks."""
 Choice: TypeAlias = tuple[AttributePlace, Label]
 
 
 def term_of(situation: Situation, index: int, label: Label) -> Term | None:
-    """The term that a label means at a call; ``None`` if the call has no such size."""
+    """The term that a label denotes at a call; ``None`` if the call has no such size."""
     if isinstance(label, StatedSize):
         rewrite = situation.rewrite_of(index)
         sizes = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
@@ -81,12 +81,12 @@ def term_of(situation: Situation, index: int, label: Label) -> Term | None:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The attributes that may state the size that a call has wrong."""
+    """The attributes that may state the wrong size in a call."""
 
     at: Situation
 
     def named(self) -> Iterator[Sequence[Choice]]:
-        """The attributes that the numbers of the call are known to come from, each with the size that it states."""
+        """The attributes that the call's numbers are known to come from, each with the size that it states."""
         named = set().union(*self.at.bench.calls.stating(self.at.index).values()) - self.at.adaptation.sizes.keys()
         if not named:
             return
@@ -99,7 +99,7 @@ class Candidates:
         yield from ([choice] for sized in self._near for choice in self.places(*sized, True) if choice[0] in named)
 
     def others(self) -> Iterator[tuple[Sequence[Choice], bool]]:
-        """Attributes of the right value to set together, and whether those that are already set may change too."""
+        """Attributes with the right value to set together, and whether attributes already set may change too."""
         for chosen in (*self._combined(), *self._single(), *self._factors(), *self._parts()):
             yield chosen, False
         for chosen in self._anew():
@@ -109,7 +109,7 @@ class Candidates:
 
     @cached_property
     def paths(self) -> list[str]:
-        """The calling module, and those whose code was running when an exception was raised."""
+        """The calling module, and the modules whose code was running when an exception was raised."""
         failure, near = self.at.divergence.failure, self.at.node.module
         found = [near]
         for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))) if failure is not None else ():
@@ -121,14 +121,14 @@ class Candidates:
 
     @cached_property
     def stated(self) -> list[tuple[Label, Term]]:
-        """The sizes stated by the call that get smaller."""
+        """The sizes among the call's arguments that get smaller."""
         rewrite = self.at.rewrite
         terms = [x.term for x in sizes_in((rewrite.args, dict(rewrite.kwargs)))] if rewrite else []
         return [(StatedSize(i), term) for i, term in enumerate(terms) if changed(term, self.at.pruned)]
 
     @cached_property
     def dims(self) -> list[tuple[Label, Term]]:
-        """The sizes of tensors of nearby calls, products of two adjacent ones, and factors."""
+        """The sizes of tensors of nearby calls, products of two adjacent sizes, and their factors."""
         found: list[tuple[Label, Term]] = []
         factors: list[tuple[Label, Term]] = []
         nodes, operands = self.at.bench.graph.nodes, self.at.bench.partition.found.operands
@@ -147,10 +147,10 @@ class Candidates:
         return found + factors
 
     def places(self, label: Label, term: Term, far: bool, part: bool = False) -> list[Choice]:
-        """Attributes whose value is the size of a term, or with ``part`` a divisor of it that stays a whole number.
+        """Attributes whose value is the size of a term or, with ``part``, a divisor of it that stays a whole number.
 
         Args:
-            far: Also those of modules around.
+            far: Include attributes of enclosing modules.
         """
         size, now = size_of(term), self.at.pruned.count(term)
         found = [
@@ -180,7 +180,7 @@ class Candidates:
         return sorted(combined, key=lambda chosen: -len(chosen))
 
     def _single(self) -> Sequence[Sequence[Choice]]:
-        """One attribute of the module, of what it holds, or of a module around it, for any nearby size, each once."""
+        """One attribute of the module, of what it holds, or of an enclosing module, for any nearby size; each once."""
         found: dict[tuple[AttributePlace, Term], Sequence[Choice]] = {}
         for far in (False, True):
             for label, term in (*self.stated, *self._near):
@@ -190,7 +190,7 @@ class Candidates:
         return own[:_OF_A_KIND]
 
     def _is_held_inside(self, chosen: Sequence[Choice]) -> bool:
-        """Whether an attribute is one of an object that the module holds, such as a config, or of a module around."""
+        """Whether an attribute is in an object that the module holds, such as a config, or in an enclosing module."""
         ((place, _),) = chosen
         return len(place.key) > 1 or place.module not in self.paths
 
@@ -211,7 +211,7 @@ class Candidates:
         return [[o] for label, term in self.stated for o in self.places(label, term, False, True)][:_OF_A_KIND]
 
     def _anew(self) -> Iterator[Sequence[Choice]]:
-        """Attributes set by the wrong term, of the same pruned size by chance, with another term of that size."""
+        """Attributes already set, with another term of the same full size: the first may have matched by chance."""
         sizes = self.at.adaptation.sizes
         mine = sorted((place for place in sizes if place.module in self.paths), key=repr)
         for label, term in self.dims:
@@ -224,7 +224,7 @@ class Candidates:
     def everywhere(
         self, chosen: Sequence[Choice], siblings: Sequence[int], again: bool
     ) -> dict[AttributePlace, SizeAttribute]:
-        """The same attributes in all repeated blocks; those that are already set only if ``again``."""
+        """The same attributes in all repeated blocks; attributes already set change only with ``again``."""
         made: dict[AttributePlace, SizeAttribute] = {}
         index, home, modules = self.at.index, self.at.node.module, self.at.bench.modules
         for place, label in chosen:

@@ -1,8 +1,8 @@
-"""Compare the calls of a thinner model of the same class with what each of them should be.
+"""Compare each call of a thinner model of the same class with the call that the analysis expects.
 
-If every call of the slim model is the same call on the same tensors as in the full one, with the thinner shapes and
-sizes that the analysis expects, the class computes what the rewritten graph computes. No values are compared, except
-where the two take different paths and meet again: there both paths are run on random numbers (``detours``).
+If the slim model makes the same calls on the same tensors as the full one, with the thinner shapes and sizes that the
+analysis expects, the class computes what the rewritten graph computes. Values are compared only where the two models
+take different paths that meet again: both paths are then run on random numbers (``detours``).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first call at which a slim model of the class does something else than it should.
+    """The first call at which a slim model of the class differs from what is expected.
 
     Attributes:
         index: Index of the call in the full model.
         failure: The exception, if one was raised.
         right: How many of the sizes that the call states are right.
-        call: What was called instead, if the class got that far.
+        call: The call that was made instead, if the class got that far.
     """
 
     index: int
@@ -51,7 +51,7 @@ class Divergence:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """How far the class got, for comparing two divergences: greater is further."""
+        """How far the class got; of two divergences, the greater one is further along."""
         return self.index, self.right
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Run:
     Attributes:
         calls: Calls of operators, in order.
         failure: The exception that ended the run, if one did.
-        literals: Calls that make a tensor from numbers (``torch.tensor``), which are no calls of operators.
+        literals: Calls that make a tensor from numbers (``torch.tensor``); these are not operator calls.
         is_cut: Whether the recording stopped at its limit.
     """
 
@@ -105,7 +105,7 @@ class Full:
 
 
 class Comparison:
-    """The calls of a slim model of the class beside those of the full model.
+    """Compares the calls of a slim model of the class with those of the full model.
 
     Args:
         own: How the class was adapted.
@@ -127,14 +127,14 @@ class Comparison:
         return called if literal is None or (called is not None and called.index <= literal) else Divergence(literal)
 
     def _literal(self) -> int | None:
-        """The first call after a tensor was made from different numbers; ``None`` if none was."""
+        """The call that follows the first tensor made from different numbers; ``None`` if there is none."""
         for full, slim in zip(self.full.literals, self.slim.literals, strict=False):
             if full.numbers != slim.numbers:
                 return min(full.nodes.start, len(self.nodes) - 1)
         return None
 
     def _called(self) -> Divergence | None:
-        """The first call of an operator that differs."""
+        """The first operator call that differs."""
         i = j = 0
         while i < len(self.nodes):
             after = self._laid_out(i, j)
@@ -159,7 +159,7 @@ class Comparison:
     # --- calls that need not be matched -------------------------------------------------------------------------------
 
     def _laid_out(self, i: int, j: int) -> tuple[int, int] | None:
-        """The calls after a copy to contiguous memory that only one side makes; the other is contiguous as it is."""
+        """Where both sides continue after a ``contiguous()`` that only one of them calls."""
         laid = self.nodes[i].op is _LAID, j < len(self.calls) and self.calls[j].op is _LAID
         if laid == (False, True):
             self.itself[_output(self.calls[j])] = self._real(values_in(self.calls[j])[0])
@@ -170,11 +170,11 @@ class Comparison:
         return None
 
     def _swapped(self, path: str) -> str | None:
-        """The module around a call that was swapped for one of ``oto.nn``."""
+        """The innermost module around a call that was swapped for one of ``oto.nn``; ``None`` if there is none."""
         return next((p for p in ancestors(path) if p in self.edits.swaps), None) if self.edits.swaps else None
 
     def _block(self, i: int, j: int, path: str) -> tuple[int, int] | None:
-        """The calls after a swapped module, if it returns what the original module returned."""
+        """Where both sides continue after a swapped module, if its results have the expected shapes."""
         after, other = _leaving(self.nodes, i, path), _leaving(self.calls, j, path)
         pairs = self._given(i, after, j, other)
         if pairs is None or not all(self._fits(old, new) for old, new in pairs):
@@ -182,7 +182,7 @@ class Comparison:
         return after, other
 
     def _given(self, i: int, after: int, j: int, other: int) -> list[tuple[Value, Value]] | None:
-        """Pairs of results of the two models that later calls read; ``None`` if their numbers differ."""
+        """Pairs of results of the two models that later calls read; ``None`` if one has more of them than the other."""
         theirs = _made(self.nodes, i, after, self.full.last_read)
         ours = _made(self.calls, j, other, self.read_last)
         if len(ours) < len(theirs) and j < other:  # an output of the model, or the calls end here
@@ -196,7 +196,7 @@ class Comparison:
         return {value: place for place, node in enumerate(self.calls) for value in values_in(node)}
 
     def _otherwise(self, i: int, j: int) -> tuple[int, int] | None:
-        """The calls after a stretch that the slim model may leave out or compute differently."""
+        """Where both sides continue after calls that the slim model may leave out or compute differently."""
         for value in self.nodes[i].outputs:  # results of the call that the slim model did not make
             if value is not None:
                 self.stands.pop(value, None)
@@ -205,7 +205,7 @@ class Comparison:
         return self._idle(i, j) or self._detour(i, j)
 
     def _detour(self, i: int, j: int) -> tuple[int, int] | None:
-        """The calls after two different paths to the same results: a class may branch on sizes."""
+        """Where both sides continue after different paths to the same results: a class may branch on sizes."""
         ahead = enumerate(self.nodes[i : i + _DETOUR])
         # nothing is compared with a result that is held
         free = next((n for n, node in ahead if self._is_held(node)), _DETOUR)
@@ -226,11 +226,11 @@ class Comparison:
         return None
 
     def _is_held(self, node: Node) -> bool:
-        """Whether no call reads the result of a call that is not dead: the model keeps it or branches on it."""
+        """Whether the result of a live call is read by no other call: the model keeps it or branches on it."""
         return node.index not in self.full.dead and not any(v in self.full.last_read for v in node.outputs if v)
 
     def _meet_leaves(self, full: Sequence[Node], slim: Sequence[Node]) -> None:
-        """Pair tensors of the model that are read for the first time; both recordings give these the first numbers."""
+        """Pair model tensors that are read for the first time; both recordings number these before all others."""
         read = {value.index: value for node in slim for value in values_in(node)}
         for value in {value for node in full for value in values_in(node)} & self.full.leaves:
             if value not in self.stands and value.index in read:
@@ -243,7 +243,7 @@ class Comparison:
         return self.nodes[i].op is self.calls[j].op and self.nodes[i].module == self.calls[j].module
 
     def _idle(self, start: int, j: int) -> tuple[int, int] | None:
-        """The call after layout calls that together change nothing, which a class may leave out.
+        """Where both sides continue after layout calls that together change nothing; a class may leave these out.
 
         Example: repeating each head once, which most classes skip with an ``if``.
         """
@@ -283,7 +283,7 @@ class Comparison:
         return held is None or held is self._real(new)
 
     def _right(self, i: int, slim: Node) -> int | None:
-        """``None`` if a call is what it should be, otherwise how many of its sizes are right."""
+        """``None`` if a call is as expected, otherwise how many of its sizes are right."""
         full, rewrite = self.nodes[i], self.rewrites.get(i)
         if i in self.full.dead:  # nothing reads its result, so it only has to run
             return None if full.op is slim.op else 0
@@ -303,7 +303,7 @@ class Comparison:
                 return self._sizes_right(rewrite, full, slim)
         changes = rewrite is not None and self.pruned.changes(rewrite)
         if overridden and rewrite is not None and changes and rewrite.op is not full.op:
-            return None  # a piece, whose shape was compared above, or a count
+            return None  # a call that splits, whose shapes were compared above, or one that divides by a count
         if i in self.scalars:
             wanted = self.scalars[i]
             return None if self._equal(i, slim, wanted.ratio(self.pruned) ** wanted.power) else 0
@@ -325,7 +325,7 @@ class Comparison:
             begins = slim.args[2] if len(slim.args) > 2 and slim.args[2] is not None else 0
             length = values_in(slim)[0].shape[rewrite.args[1]]
             return None if min(max(begins + (length if begins < 0 else 0), 0), length) == begin else 0
-        if rewrite.op is full_count.group_norm:  # of fewer groups, each as wide as before
+        if rewrite.op is full_count.group_norm:  # right if there are fewer groups, each as wide as before
             groups, width = self.pruned.filled((rewrite.args[1], rewrite.kwargs["width"]))
             return None if (slim.args[1], width) == (groups, rewrite.kwargs["full"]) else 0
         return 0
@@ -340,7 +340,7 @@ class Comparison:
         return sum(a == b for a, b in pairs)
 
     def _equal(self, i: int, slim: Node, factor: float | None = None) -> bool:
-        """Whether two calls have the same arguments; with ``factor``, one number may have grown by it."""
+        """Whether two calls have the same arguments; with ``factor``, floats may also be larger by that factor."""
         a, b = self.full.plain(i), _plain(slim.args, slim.kwargs)
         if len(a) != len(b):
             return False
@@ -361,7 +361,7 @@ def values_in(node: Node) -> list[Value]:
 
 
 def _gather(x: Any, found: list[Any], values: bool) -> None:
-    """Collect the leaves of arguments, either tensors or all others; in a tenth of the time of a pytree."""
+    """Collect the leaves of arguments, either tensors or all others; ten times as fast as a pytree."""
     if isinstance(x, Value):
         if values:
             found.append(x)
@@ -376,7 +376,7 @@ def _gather(x: Any, found: list[Any], values: bool) -> None:
 
 
 def _plain(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments without tensors, devices and layouts, and without the functions that a branch or a loop runs."""
+    """The arguments except tensors, devices, layouts, and the functions that a branch or a loop runs."""
     found: list[Any] = []
     _gather(args, found, False)
     _gather(kwargs, found, False)
@@ -403,7 +403,7 @@ def _output(node: Node) -> Value:
 
 
 def _with_defaults(op: Any, args: Sequence[Any]) -> list[Any]:
-    """The arguments of a call, completed with the defaults of those that it leaves out at the end."""
+    """The arguments of a call, with the defaults of trailing ones that it leaves out."""
     left = _defaults(op)[len(args) :]
     return [*args, *itertools.takewhile(lambda default: default is not _NONE, left)]
 
@@ -413,14 +413,14 @@ _NONE = object()
 
 @cache
 def _defaults(op: Any) -> list[Any]:
-    """The defaults of an operator's arguments; cached, as reading the schema takes longer than comparing a call."""
+    """The defaults of an operator's arguments; cached because reading the schema takes longer than comparing a call."""
     schema = getattr(op, "_schema", None)
     named = [] if schema is None else [x for x in schema.arguments if not x.kwarg_only]
     return [x.default_value if x.has_default_value() else _NONE for x in named]
 
 
 def _agree(asked: Sequence[Any], given: Sequence[Any]) -> bool:
-    """Whether arguments are those that were asked for; -1, as in a ``view``, agrees with any size."""
+    """Whether arguments are as expected; -1, as in a ``view``, agrees with any size."""
     return len(asked) == len(given) and all(
         (type(b) is type(a) and (a == b or a != a)) or (_is_int(b) and b == -1)
         for a, b in zip(asked, given, strict=True)
@@ -443,10 +443,10 @@ _ELSEWHERE = (torch.device, torch.layout, torch.Generator)
 _IDLE = 6
 """Longest run of calls that may cancel out: repeating heads takes four."""
 _DETOUR = 48
-"""Most calls that both sides of a branch on sizes may have together: repeating keys and values takes nine, a product
-of four tensors in the cheapest order eighteen on each side."""
+"""The limit on calls of both sides of a branch on sizes together: repeating keys and values takes nine, a product of
+four tensors in the cheapest order eighteen on each side."""
 
-# calls that return the entries of their input, in another shape or repeated
+# operators that return the entries of their input, in another shape or repeated
 _LAYS = {
     aten.alias,
     aten.clone,
@@ -462,5 +462,5 @@ _LAYS = {
     aten.view,
 }
 
-# calls that are determined by the shapes of their results
+# operators whose calls are determined by the shapes of their results
 _BY_SHAPE = {aten.reshape.default, aten.squeeze.dims, aten.split_with_sizes.default, full_count.view_as_complex}

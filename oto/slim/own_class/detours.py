@@ -1,9 +1,9 @@
-"""Compare two paths from the same tensors, taken by the full and by the thinner model: do they compute the same?
+"""Check whether two paths from the same tensors, one of the full and one of the thinner model, compute the same.
 
-Some classes branch on sizes: if queries and values are equally wide a kernel repeats the keys itself, otherwise the
-code does; products of three matrices go in whichever order is cheaper. Neither is wrong. Both paths are run on the same
-random numbers, that of the full model with the sizes of the thinner one; results that are equal for normal numbers and
-for zeros and ones are no divergence.
+Some classes branch on sizes. If queries and values are equally wide, a kernel repeats the keys itself, otherwise the
+code does; a product of three matrices is computed in whichever order is cheaper. Neither path is wrong. Both are run on
+the same random numbers, the full model's path with the sizes of the thinner one. If the results are equal for normal
+numbers and for zeros and ones, there is no divergence.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Node, Value
 
 _TOLERANCE = 1e-9
-"""For float64 and sums as long as in any layer; two paths that differ by more than rounding differ by 1e-3."""
+"""Enough for float64 sums as long as in any layer; paths that differ by more than rounding differ by 1e-3."""
 _LARGE = 1 << 24
-"""Most entries of a tensor that is compared; a branch with a larger one counts as a divergence."""
+"""The limit on entries of a tensor that is drawn; a branch that needs a larger one counts as a divergence."""
 _SET = 0.7
-"""Share of the entries of a mask that are set: both kinds stand in every row, and most rows keep several."""
+"""Share of mask entries that are set, so that every row has both kinds and most rows keep several."""
 
 Draw: TypeAlias = Callable[[Sequence[int], torch.Generator], Tensor]
 
@@ -35,9 +35,9 @@ Draw: TypeAlias = Callable[[Sequence[int], torch.Generator], Tensor]
 class Detour:
     """Two paths from the same tensors, run as far as needed; each call is made once for each kind of numbers.
 
-    Two kinds are drawn, because either may hide a difference. Normal ones in place of a mask's zeros and ones push
-    entries so far apart that a softmax has one winner, whatever the others are scaled by; zeros and ones alone are left
-    as they are by powers and absolute values.
+    Two kinds are drawn because either may hide a difference. Normal numbers in place of a mask's zeros and ones push
+    entries so far apart that a softmax has one winner, whatever the others are scaled by. Powers and absolute values
+    do not change zeros and ones.
 
     Attributes:
         full, slim: The calls of the full and of the slim model, from where they part.
@@ -58,19 +58,19 @@ class Detour:
         self._trials = [_Trial(self, draw) for draw in (_normal, _coins)]
 
     def agrees(self, full: int, slim: int, results: Sequence[tuple[Value, Value]]) -> bool:
-        """Whether the first calls of each side give the same for random numbers of each kind, in float64.
+        """Whether the first calls of each side give equal results for random numbers of each kind, in float64.
 
         Args:
             full, slim: How many calls of each side.
             results: Pairs of their results that later calls read.
 
         Returns:
-            Also ``False`` if the calls cannot be run.
+            ``False`` also if the calls cannot be run.
         """
         try:
             with torch.inference_mode():
                 return all(trial.agrees(full, slim, results) for trial in self._trials)
-        except Exception as failure:  # only the user's code could run it, or an input cannot be drawn at random
+        except Exception as failure:  # only the user's code can run a call, or an input cannot be drawn at random
             reraise_out_of_memory(failure)
             return False
 
@@ -86,7 +86,7 @@ class _Trial:
         self._found = _Path(self._slim_value)
 
     def agrees(self, full: int, slim: int, results: Sequence[tuple[Value, Value]]) -> bool:
-        """:meth:`Detour.agrees` for these numbers; raises what a call raises."""
+        """:meth:`Detour.agrees` for these numbers; exceptions of the calls propagate."""
         at = self._detour
         for node in at.full[self._wanted.calls : full]:
             self._wanted.make(at.pruned.call(node, at.rewrites.get(node.index)), node)
@@ -119,7 +119,7 @@ class _Path:
         """Make the next call.
 
         Raises:
-            NotImplementedError: It writes to a tensor that it does not return.
+            NotImplementedError: The call writes to a tensor that it does not return.
         """
         if node.written:
             raise NotImplementedError(node)
@@ -148,10 +148,10 @@ def _coins(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _random(value: Value, draw: Draw, generator: torch.Generator) -> Tensor:
-    """A random tensor of the shape of another; booleans for booleans.
+    """A random tensor with the shape of another; boolean if that one is.
 
     Raises:
-        NotImplementedError: It holds integers, which may be indices or counts; or it is large.
+        NotImplementedError: The tensor holds integers, which may be indices or counts, or it is too large.
     """
     if torch.Size(value.shape).numel() > _LARGE:
         raise NotImplementedError(value)
@@ -165,7 +165,7 @@ def _random(value: Value, draw: Draw, generator: torch.Generator) -> Tensor:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two results are equal up to rounding, relative to the largest of the entries that differ.
 
-    A mask writes the lowest number that there is, and nothing would differ by much beside that.
+    Masks write the lowest number of the dtype; relative to that, no difference would show.
     """
     if a.shape != b.shape or a.dtype != b.dtype or not a.numel() or not torch.isfinite(a).any():
         return False

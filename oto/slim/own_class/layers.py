@@ -1,6 +1,6 @@
-"""The layers of ``torch.nn``: what changes in each when its tensors get thinner.
+"""Adapt the layers of ``torch.nn`` to thinner tensors.
 
-Example: an ``nn.Linear`` gets other ``in_features`` and ``out_features``; an ``nn.LayerNorm`` that lost entries is
+Example: an ``nn.Linear`` gets smaller ``in_features`` and ``out_features``; an ``nn.LayerNorm`` that lost entries is
 swapped for :class:`oto.nn.LayerNorm`, which still divides by the full count.
 """
 
@@ -39,7 +39,7 @@ class Layers:
 
     Attributes:
         found: For each path, the layer, its class in ``STOCK``, and its calls.
-        leaves: The tensors of the model by their names.
+        leaves: The tensors of the model by name.
     """
 
     found: Mapping[str, tuple[nn.Module, type[Any], list[Node]]]
@@ -71,7 +71,7 @@ class Layers:
         return edits
 
     def is_norm(self, path: str) -> bool:
-        """Whether a module is a norm of torch, which has a thinner form that divides by the full count."""
+        """Whether a module is a norm that has a thinner form, which divides by the full count."""
         return path in self.found and self.found[path][1] in NORMS
 
 
@@ -96,21 +96,21 @@ def edits_of(layers: Layers, pruned: PrunedShapes, own: OwnClass | None = None, 
 
 
 def plan_edits(model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = None) -> Edits:
-    """The edits after which the model's class computes what the thinner graph does.
+    """The edits that make the model's class compute what the thinner graph computes.
 
     Args:
         own: What the class needs, if it was searched.
 
     Raises:
-        EmitterError: A count changes that only the user's own code divides by.
+        EmitterError: The user's own code divides by a count that changes.
     """
     graph = pruned.found.graph
     layers = Layers.of(model, graph)
     edits = edits_of(layers, pruned, own)
-    if own is not None:  # then all of its calls were compared, including those that divide by a count
+    if own is not None:  # the search has compared all calls, including those that divide by a count
         return edits
     for index, text in pruned.found.tape.counted.items():
-        if index >= len(graph.nodes):  # a head for training only, which is checked by running it
+        if index >= len(graph.nodes):  # a training-only head, which is checked by running it
             continue
         node = graph.nodes[index]
         if not layers.is_norm(node.module) and pruned.changes(pruned.found.tape.rewrites[index]):
@@ -122,7 +122,7 @@ def plan_edits(model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = No
 
 
 def stock(module: nn.Module | None) -> type[Any] | None:
-    """The class of ``torch.nn`` that a module is adapted as; ``None`` if there is none or its forward is the user's."""
+    """The class of ``torch.nn`` that a module is adapted as; ``None`` if there is none or ``forward`` is overridden."""
     if module is None or is_erased(module):
         return None
     kind: type[Any] | None = next((base for base in type(module).__mro__ if base in STOCK), None)
@@ -147,7 +147,7 @@ class _Layer:
         return self.pruned.entries(self.leaves[f"{self.path}.{name}" if self.path else name])
 
     def rewrite(self, *ops: Callable[..., Any]) -> Rewrite | None:
-        """How the module's own call is made with the pruned shapes, if it states sizes."""
+        """The rewrite of the module's own call for the pruned shapes, if that call states sizes."""
         for node in self.calls:
             found = self.pruned.found.tape.rewrites.get(node.index)
             if found is not None and (not ops or found.op in ops):
@@ -205,7 +205,7 @@ def _layer_norm(layer: _Layer, edits: Edits) -> None:
     rewrite = layer.rewrite(full_count.layer_norm, full_count.rms_norm)
     if rewrite is None or not layer.pruned.changes(rewrite):
         return
-    full = list(getattr(module, "full", rewrite.kwargs["full"]))  # a norm that is thinner already keeps its full count
+    full = list(getattr(module, "full", rewrite.kwargs["full"]))  # an already thinner norm keeps its full count
     arguments = {
         "normalized_shape": layer.pruned.filled(rewrite.args[1]),
         "full": full,
@@ -265,7 +265,7 @@ def _attention(layer: _Layer, edits: Edits) -> None:
     if module.bias_k is not None or module.add_zero_attn:
         raise EmitterError(f"{layer.path} uses bias_kv or add_zero_attn, which its thinner form does not support")
     heads, width = module.num_heads, module.head_dim
-    v_width = getattr(module, "v_head_dim", width)  # of one that is thinner already
+    v_width = getattr(module, "v_head_dim", width)  # set if the module is already thinner
     shapes = [(heads, width), (heads, width), (heads, v_width)]
     if packed:
         rows = np.split(layer.entries("in_proj_weight")[0], np.cumsum([h * d for h, d in shapes])[:2])
@@ -298,13 +298,13 @@ def _attention(layer: _Layer, edits: Edits) -> None:
 
 
 def _heads(layer: _Layer, parts: Sequence[NDArray[np.bool_]]) -> tuple[NDArray[np.bool_], Sequence[NDArray[np.bool_]]]:
-    """The heads that stay, and the entries of each that do, of queries, keys and values.
+    """Which heads are kept, and which entries of every kept head, for queries, keys and values.
 
     Args:
-        parts: Which rows of queries, keys and values stay, each of shape (heads, width of a head).
+        parts: Which rows of queries, keys and values are kept, each of shape (heads, width of a head).
 
     Raises:
-        EmitterError: The rows that stay are not the same entries of the same heads.
+        EmitterError: The kept rows are not the same entries of the same heads.
     """
     kept: NDArray[np.bool_] = np.any(parts[0], axis=1)
     widths: list[NDArray[np.bool_]] = [np.any(part, axis=0) for part in parts]

@@ -1,4 +1,4 @@
-"""The torch functions that a class calls, and the override that makes one of them with different arguments."""
+"""The torch functions that a class calls, and the overrides that call them with different arguments."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ aten = torch.ops.aten
 _RESHAPES = ("view", "reshape", "unflatten")
 _PIECES = ("chunk", "split", "split_with_sizes", "tensor_split")
 _COUNTS = ("full", "sizes", "width", "rest", "along", "left", "of")
-"""Keywords of :mod:`oto.nn.functional` that an override has to name: full counts, and what removed entries held."""
+"""Keywords of :mod:`oto.nn.functional` that an override has to pass: full counts, and what removed entries held."""
 
 
 @dataclass(eq=False)
 class FunctionCalls:
-    """The torch functions that a model calls, which make the operators that were recorded.
+    """The torch functions that a model calls, each with the recorded operators that it runs.
 
     Attributes:
-        recorded: In order; empty if a second run of the model makes different calls, so that none can be overridden.
+        recorded: The calls in order; empty if a second run of the model makes different ones, so that none can be
+            overridden.
     """
 
     partition: Partition
@@ -44,7 +45,7 @@ class FunctionCalls:
     _stated: dict[int, list[int | float]] = field(default_factory=dict)
 
     def sizes_at(self, rewrite: Rewrite) -> list[Size | None]:
-        """For each number among the arguments of a rewrite, the size that it is; ``None`` for plain numbers."""
+        """For each number among the arguments of a rewrite, its size; ``None`` for plain numbers."""
         if rewrite not in self._sizes:
             self._sizes[rewrite] = _sizes_at(rewrite)
         return self._sizes[rewrite]
@@ -57,7 +58,7 @@ class FunctionCalls:
 
     @cached_property
     def alike(self) -> dict[tuple[str, str], list[int]]:
-        """The positions of the calls of each function in each line of code."""
+        """The positions of the calls of each function from each line of code."""
         found: dict[tuple[str, str], list[int]] = {}
         for at, call in enumerate(self.recorded):
             found.setdefault((call.lines[-1] if call.lines else "", call.name), []).append(at)
@@ -65,9 +66,9 @@ class FunctionCalls:
 
     @cached_property
     def by_node(self) -> dict[int, int]:
-        """For each call of an operator, the position of the torch function that makes it, if that makes no other.
+        """For each operator call, the position of the torch function that makes it, if it makes only this one.
 
-        Losses broadcast their arguments first, which is ignored where it does nothing.
+        Losses broadcast their arguments first; such a broadcast is ignored if it does nothing.
         """
         nodes = self.partition.found.graph.nodes
         made = {
@@ -103,7 +104,7 @@ class FunctionCalls:
         Args:
             pruned: The pruned shapes; without them the numbers are those of the full model.
             places: Positions of numbers to state even if they do not change.
-            sizes_only: Leave full counts out: only the sizes, by which calls can be compared.
+            sizes_only: State only sizes, no full counts, so that calls can be compared.
         """
         at = self.by_node.get(node.index)
         if at is None:
@@ -111,7 +112,7 @@ class FunctionCalls:
         call, own = self.recorded[at], self._numbers_of(node)
         aligned = list(call.numbers) == own
         if places and max(places) >= len(own):
-            return None  # of another operator on the same line of code, with fewer numbers
+            return None  # the positions are those of another operator on the same line, with more numbers
         if rewrite is None:
             return Sizes(numbers=tuple((i, own[i]) for i in places), of=len(own)) if aligned and places else None
         args, kwargs = rewrite.args, dict(rewrite.kwargs)
@@ -144,11 +145,11 @@ class FunctionCalls:
         return FullCount(name=name, keywords=keywords | ({"groups": args[1]} if name == "group_norm" else {}))
 
     def _free(self, rewrite: Rewrite) -> list[bool]:
-        """For each number among the arguments, whether it is a size that includes a batch or a sequence length."""
+        """For each number among the arguments, whether it is a size with an axis that no parameter has, as a batch."""
         return [size is not None and not self._is_width(size) for size in self.sizes_at(rewrite)]
 
     def widths(self, rewrite: Rewrite) -> list[int]:
-        """The positions of the numbers that are sizes of parameters."""
+        """The positions of the numbers that are sizes made only of axes of parameters."""
         sizes = enumerate(self.sizes_at(rewrite))
         return [
             i for i, size in sizes if size is not None and any(axes_of(resolve(size.term))) and self._is_width(size)
@@ -177,7 +178,7 @@ class FunctionCalls:
         return set(self.partition.axes.values())
 
     def takes(self, node: Node, pruned: PrunedShapes, ranked: bool) -> Given | None:
-        """What identifies the first tensor of a call: those of its sizes that are widths of parameters."""
+        """What identifies the first tensor of a call: its sizes that are widths of parameters."""
         first, call = next(node.inputs(), None), self.recorded[self.by_node[node.index]]
         if first is None or first.shape != call.takes:
             return None
@@ -192,14 +193,14 @@ class FunctionCalls:
         return {value: node.index for node in nodes for value in node.outputs if value is not None}
 
     def _refers(self, rest: Any) -> bool:
-        """Whether the value of removed entries follows from results of calls that can be kept."""
+        """Whether the value of removed entries can be computed from results of calls that can be kept."""
         if isinstance(rest, Uniform):
             op = getattr(rest.op, "overloadpacket", None)
             return op is not None and op.__name__ in UNIFORM and not rest.kwargs and all(map(self._refers, rest.args))
         return self._makers.get(rest) in self.by_node if isinstance(rest, Value) else isinstance(rest, int | float)
 
     def needed(self, rest: Any) -> Iterator[int]:
-        """The positions of the calls whose results give the value of removed entries."""
+        """The positions of the calls whose results determine the value of removed entries."""
         if isinstance(rest, Uniform):
             for x in rest.args:
                 yield from self.needed(x)
@@ -207,10 +208,10 @@ class FunctionCalls:
             yield self.by_node[self._makers[rest]]
 
     def spelled(self, rest: Any, kept: Mapping[int, tuple[str, str, int]]) -> Any:
-        """The value of removed entries, as :class:`oto.nn.OverriddenForward` reads it.
+        """The value of removed entries, in the form that :class:`oto.nn.OverriddenForward` reads.
 
         Args:
-            kept: For the position of each call that it follows from, its site, its name and its turn at that site.
+            kept: For the position of each call that the value depends on, its site, name and turn at that site.
         """
         if isinstance(rest, Uniform):
             op: Any = rest.op
@@ -220,7 +221,7 @@ class FunctionCalls:
 
 
 def _does_nothing(node: Node) -> bool:
-    """Whether a call broadcasts tensors to the shapes that they have already."""
+    """Whether a call broadcasts tensors to the shapes that they already have."""
     if getattr(node.op, "overloadpacket", None) is not aten.broadcast_tensors:
         return False
     return [value.shape for value in node.inputs()] == [None if v is None else v.shape for v in node.outputs]

@@ -1,7 +1,7 @@
-"""Decide which module overrides which calls; each call is identified by the lines of code that run when it is made.
+"""Decide which module overrides which calls; each call is identified by the lines of code that lead to it.
 
-Calls from the same lines that are left as they are belong to the table of a module too:
-:class:`oto.nn.OverriddenForward` refuses any call that is not in it as a different path.
+The table of a module also lists calls from the same lines that stay unchanged: :class:`oto.nn.OverriddenForward`
+rejects a call that is not in the table, because the code then takes a different path.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from oto.trace.graph import Node
 aten = torch.ops.aten
 
 Table = dict[str, dict[str, list[Override]]]
-"""For each site and name of a function, the overrides of its calls in order."""
+"""For each site and function name, the overrides of the calls there, in order."""
 
 
 def overrides_of(
     calls: FunctionCalls, adaptation: Adaptation, pruned: PrunedShapes, sizes_only: bool = False
 ) -> dict[str, Overrides]:
-    """The call overrides of each module, by its path.
+    """The call overrides of each module, by path.
 
-    A call that states sizes is overridden whether they change or not: the code may state another number, from an
-    attribute or a tensor that does change. Numbers that the code gets right are left to it once it has been run.
+    A call that states sizes is overridden whether or not they change: the code may take the number from an attribute
+    or a tensor that does change. After a run, overrides of numbers that the code gets right are removed.
 
     Args:
         sizes_only: Leave full counts out, so that modules make the same calls as before.
@@ -68,7 +68,7 @@ def _has_rest(how: Override) -> TypeGuard[FullCount]:
 
 
 def _recounts(node: Node, rewrite: Rewrite | None, pruned: PrunedShapes, changed: Set[str]) -> bool:
-    """Whether a call has to state a count or pieces; pieces also where an attribute around it changes."""
+    """Whether a call must state a count or split sizes; the latter also if an attribute of its modules changes."""
     if rewrite is None or pruned.changes(rewrite):
         return rewrite is not None
     return rewrite.op is aten.split_with_sizes.default and not changed.isdisjoint(ancestors(node.module))
@@ -80,7 +80,7 @@ class _Placement:
 
     Attributes:
         hows: The overrides, by the position of the function call.
-        needs: For a call that computes the value of removed entries from other results, the positions of those.
+        needs: For a call that computes the value of removed entries, the positions of the calls it is computed from.
     """
 
     calls: FunctionCalls
@@ -92,13 +92,13 @@ class _Placement:
         return self.calls.recorded
 
     def by_module(self) -> dict[str, Overrides]:
-        """The overrides of each module: the one whose code calls, or one around it that can tell its runs apart."""
+        """The overrides of each module: the calling one, or an enclosing one that can tell its runs apart."""
         homes = self._homes()
         while True:
             made, clashing = self._tables(homes)
             if not clashing:
                 return dict(made)
-            for at, path in homes.items():  # the module around it may be able to tell its runs apart
+            for at, path in homes.items():  # the enclosing module may be able to tell the runs apart
                 if path in clashing:
                     around = [p for p, _ in self.recorded[at].within]
                     if around.index(path) == 0:
@@ -107,7 +107,7 @@ class _Placement:
             homes = self._homes(homes)
 
     def _homes(self, least: Mapping[int, str] | None = None) -> dict[int, str]:
-        """For each overridden call, the module that does it: its own, or the innermost one around all it needs."""
+        """For each overridden call, the module that overrides it: its own, or the innermost around all it needs."""
         made = dict(least) if least is not None else {at: self.recorded[at].within[-1][0] for at in self.hows}
         moved = True
         while moved:
@@ -122,7 +122,7 @@ class _Placement:
         return made
 
     def _tables(self, homes: Mapping[int, str]) -> tuple[dict[str, Table], set[str]]:
-        """The overrides of each module, and the modules whose runs would need different ones."""
+        """The overrides of each module, and the modules whose runs would need different overrides."""
         made: dict[str, Table] = {}
         clashing: set[str] = set()
         for path, sites in self._runs(homes):
@@ -140,13 +140,13 @@ class _Placement:
         return made, clashing
 
     def _spelled(self, how: Override, kept: Mapping[int, tuple[str, str, int]]) -> Override:
-        """An override that refers to other results by their sites, as a module identifies them."""
+        """An override in which results of other calls are named by their sites, as a module identifies them."""
         if not _has_rest(how):
             return how
         return replace(how, keywords={**how.keywords, "rest": self.calls.spelled(how.keywords["rest"], kept)})
 
     def _runs(self, homes: Mapping[int, str]) -> Iterator[tuple[str, dict[tuple[str, str], list[int]]]]:
-        """Each run of a module with overrides, and for each of its sites the positions of the calls there."""
+        """Each run of a module with overrides: its path, and for each site the positions of the calls there."""
         ends = {(self.recorded[at].lines[-1], self.recorded[at].name) for at in self.hows}
         runs: dict[tuple[str, int], dict[tuple[str, str], list[int]]] = {}
         overriding = set(homes.values())

@@ -1,13 +1,14 @@
-"""Fold the count that a norm or a mean divides by into the weights that follow, so that it needs no new class.
+"""Fold the count that a norm or a mean divides by into the weights that follow, so that the class need not change.
 
 With k of D entries kept and the others zero, a class that divides by k computes a mean that is D/k times too large.
-That factor is followed through the graph: sums and casts keep it, roots and powers raise it to a power, a small
+The factor is followed through the graph: sums and casts keep it, roots and powers raise it to a power, a small
 constant that is added has to grow with it, and a product with a parameter can undo it. So an RMS norm over k entries,
 with weight ``w·√(D/k)`` and epsilon ``ε·D/k``, equals the one over D:
 
     x / √(Σx²/k + ε·D/k) · w·√(D/k)  =  x / √(Σx²/D + ε) · w
 
-whoever wrote it, and whether it multiplies by ``w`` or by ``1 + w``. A factor that no parameter undoes is not folded.
+This holds for any implementation, whether it multiplies by ``w`` or by ``1 + w``. A factor that no parameter can undo
+is not folded.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ class Uses:
 
 
 def folded(partition: Partition, index: int, uses: Uses) -> Folded | None:
-    """How the count of a call is folded into parameters; ``None`` if it cannot be."""
+    """How to fold the count of a call into parameters; ``None`` if that is impossible."""
     return _Following(partition, index, uses).result()
 
 
-# how the result of an operator scales with a factor of its first argument: alike, alike if the constant grows too, or
-# with a power of it
+# How the result of an operator scales when its first argument does: by the same factor, by the same factor if the
+# constant is scaled too, or by a power of the factor.
 _KEEPS = {
     aten._to_copy,
     aten.to,
@@ -90,7 +91,7 @@ class _Following:
     """Follows the factor through the graph.
 
     Attributes:
-        power: For each tensor of the thinner class, the power of D/k by which it exceeds that of the full one.
+        power: For each tensor, the power of D/k by which the thinner class's value exceeds the full model's.
     """
 
     def __init__(self, partition: Partition, index: int, uses: Uses) -> None:
@@ -124,7 +125,7 @@ class _Following:
         return Folded(tuple(self.scales), self.scalars) if self.scales else None
 
     def begin(self) -> bool:
-        """Set the factor of the call's own result; ``False`` if it has none that can be followed."""
+        """Set the factor of the call's own result; ``False`` if the factor cannot be followed."""
         node = self.graph.nodes[self.index]
         rewrite = self.partition.found.tape.rewrites[self.index]
         if rewrite.op is full_count.mean and "rest" not in rewrite.kwargs:
@@ -132,7 +133,7 @@ class _Following:
             self.power[_output(node)] = 1.0
             return True
         eps = rewrite.kwargs.get("eps")
-        if rewrite.op is not full_count.rms_norm or eps is None:  # without eps torch takes that of the dtype
+        if rewrite.op is not full_count.rms_norm or eps is None:  # torch then uses the eps of the dtype
             return False
         self.term = tuple(f for size in rewrite.args[1] for f in resolve(size.term))
         self.scalars[self.index] = SizeAttribute(self.term, eps, 1.0)
@@ -142,7 +143,7 @@ class _Following:
         return weight is None or self.undo(weight, -0.5)
 
     def through(self, node: Node) -> bool:
-        """Follow the factor through a call; ``False`` if that cannot be done."""
+        """Follow the factor through a call; ``False`` if that is impossible."""
         made = self.made(node, list(node.inputs()), list(node.args))
         if made is None or node.written:
             return False
@@ -150,7 +151,7 @@ class _Following:
         return True
 
     def made(self, node: Node, tensors: list[Value], args: list[Any]) -> float | None:
-        """The power of the factor of a call's result; ``None`` if the result is not scaled by one."""
+        """The power of D/k by which a call's result is scaled; ``None`` if it is not simply scaled."""
         op = getattr(node.op, "overloadpacket", None)
         powers = [self.power.get(value, 0.0) for value in tensors]
         number = args[1] if len(tensors) == 1 and len(args) == 2 and isinstance(args[1], int | float) else None
@@ -178,7 +179,7 @@ class _Following:
         return None
 
     def undo(self, value: Value, power: float) -> bool:
-        """Fold the inverse of a factor into a parameter, if the tensor is one, or a cast of it, or ``1 + w``."""
+        """Fold the inverse of a factor into a parameter ``w``, if the tensor is ``w``, a cast of it, or ``1 + w``."""
         offset = 0.0
         seen = value
         while seen not in self.leaves:

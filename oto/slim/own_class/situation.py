@@ -1,4 +1,4 @@
-"""What a repair sees: the adaptation so far, the try, the divergence, and questions about the call at fault."""
+"""What a repair sees: the adaptation so far, the try, the divergence, and facts about the failing call."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Proposal:
     """An adaptation that may get the class further.
 
     Attributes:
-        adaptation: The complete adaptation, with what is new.
+        adaptation: The complete new adaptation.
         reason: What is new, in words.
-        is_guess: Whether the other proposals are still tried unless this one gets far beyond the call.
-        must_pass: Whether getting beyond the call is required; more correct sizes in it are not enough.
-        restates: Whether numbers follow from other terms than before, so that earlier tries have to be repeated.
-        counts: Numbers of atoms per group to try it with; the class must get beyond the call with each of them.
+        is_guess: Whether to try the other proposals too, unless this one gets far beyond the call.
+        must_pass: Whether the class must get beyond the call; more correct sizes in it are not enough.
+        restates: Whether numbers now follow from other terms, so that earlier tries have to be repeated.
+        counts: Numbers of atoms per group to try; the class must get beyond the call with each of them.
     """
 
     adaptation: Adaptation
@@ -40,7 +40,7 @@ class Proposal:
 
 @dataclass(frozen=True, eq=False)
 class Situation:
-    """A divergence, and everything that is known when a repair is looked for."""
+    """A divergence, and everything that a repair may look at."""
 
     bench: Workbench
     trials: Trials
@@ -74,7 +74,7 @@ class Situation:
 
     @cached_property
     def spreads(self) -> list[list[int]]:
-        """Sets of calls that one repair may cover, largest first: those of the same line, those of repeated blocks."""
+        """Sets of calls that one repair may cover, widest first: calls from the same line, then of repeated blocks."""
         blocks = self.bench.blocks
         found: list[list[int]] = [blocks.alike(self.index)]
         for wider in (blocks.same_line(self.index), blocks.every_turn(self.index)):
@@ -87,6 +87,6 @@ class Situation:
         return dict(self.bench.numbers(path))
 
     def is_width(self, term: Term) -> bool:
-        """Whether a dimension is made only of axes that parameters have, so is no batch or sequence length."""
+        """Whether a dimension is made only of axes of parameters, so it is not a batch or a sequence length."""
         axes = list(axes_of(resolve(term)))
         return bool(axes) and all(axis in self.trials.names for axis in axes)

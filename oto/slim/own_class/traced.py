@@ -1,9 +1,9 @@
 """Integers that remember which attributes they came from.
 
 While the full model runs once, each integer that one of its modules holds is a :class:`TracedInt`. Arithmetic keeps the
-places, so a size that reaches a torch function says which attributes it came from: ``x.view(b, t, self.heads, -1)`` and
-``self.width // self.heads`` alike. A conversion (``int(...)``, a float in between) forgets them; then the search has
-to try attributes of that value.
+places, so a size that reaches a torch function still knows which attributes it came from, in
+``x.view(b, t, self.heads, -1)`` and ``self.width // self.heads`` alike. A conversion (``int(...)``, a float in between)
+loses them; then the search has to try attributes with that value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from oto.slim.own_class.attributes import AttributePlace, numbers
 
 
 class TracedInt(int):
-    """An integer with the places that it came from; ``direct`` if it is one of them unchanged."""
+    """An integer with the places that it came from; ``direct`` if it is the unchanged value of one of them."""
 
     places: frozenset[AttributePlace]
     direct: bool
@@ -57,16 +57,16 @@ setattr(TracedInt, "__neg__", lambda self: TracedInt.of(-int(self), self.places)
 
 
 def places_of(number: Any) -> frozenset[AttributePlace]:
-    """The places that a number came from; empty if they are not known."""
+    """The places that a number came from; empty if unknown."""
     return number.places if isinstance(number, TracedInt) else frozenset()
 
 
 @contextmanager
 def traced(model: nn.Module, skip: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """While inside, every integer above one that a module holds remembers its place.
+    """Context manager in which every integer above one that a module holds remembers its place.
 
     Args:
-        skip: Modules that are left alone.
+        skip: Tells which modules are left alone.
     """
     held: list[tuple[nn.Module, str, Any]] = []
     try:

@@ -1,4 +1,4 @@
-"""Choose the groups that are thinner in each try, and how thin: an adaptation must hold whatever training leaves."""
+"""Choose which groups are thinner in each try, and by how much: an adaptation must work for any training result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oto.slim.own_class.blocks import family
 from oto.slim.pruned_shapes import PrunedShapes, pruned_shapes
 
 _PART = 16
-"""In :attr:`Kind.THINNEST` only a sixteenth of each group is kept; below that a model does not learn."""
+""":attr:`Kind.THINNEST` keeps one atom in this many of each group; with fewer a model does not learn."""
 _ROW = 8
 """Row sizes must be multiples of this for a kernel of grouped products: 16 bytes of 16-bit entries."""
 
@@ -36,12 +36,12 @@ class Kind(Enum):
 
 
 THIN = (Kind.THINNEST_AROUND, Kind.THINNEST)
-"""The last tries: all others are right by then, so a divergence here is not a size that could be stated."""
+"""The last tries. All others pass by then, so a divergence here is not a size that could be stated."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One choice of thinner groups; ``turn`` numbers those of :attr:`Kind.SOME`."""
+    """One choice of thinner groups; ``turn`` numbers the tries of :attr:`Kind.SOME`."""
 
     kind: Kind
     turn: int = 0
@@ -59,7 +59,7 @@ class Trials:
     """The tries for a model.
 
     Attributes:
-        given: The atoms to keep, if they are known; then they are the only try.
+        given: The atoms to keep, if known; then there is no other try.
     """
 
     partition: Partition
@@ -74,8 +74,8 @@ class Trials:
     def of(self, adaptation: Adaptation) -> list[Trial]:
         """The tries that an adaptation has to pass, in order.
 
-        If no attribute is set and no call overridden, nothing can go wrong where whole and thinner groups meet, so
-        fewer are made.
+        There are fewer if no attribute is set and no call is overridden: nothing can go wrong then where whole and
+        thinner groups meet.
         """
         if self.given is not None:
             return [Trial(Kind.GIVEN)]
@@ -88,7 +88,7 @@ class Trials:
         """The pruned shapes of a try; tied groups keep the same number of atoms.
 
         Args:
-            counts: Numbers of atoms that some groups keep instead.
+            counts: Numbers of atoms for some groups, in place of the random ones.
         """
         if self.given is not None:
             return pruned_shapes(self.partition, self.at_least(adaptation.minimum))
@@ -102,7 +102,7 @@ class Trials:
         return self._made[key]
 
     def at_least(self, minimum: Mapping[str, int]) -> Kept:
-        """The given atoms, filled up with zero atoms where a group has to keep a minimum."""
+        """The given atoms, plus zero atoms where a group would keep fewer than its minimum."""
         kept = dict(self.given or {})
         for name, least in minimum.items():
             zero = np.setdiff1d(np.arange(self.free[name].size), kept[name])
@@ -155,13 +155,13 @@ class Trials:
         return self.in_terms(adaptation, (term for rewrite in found for term in rewrite.terms))
 
     def in_terms(self, adaptation: Adaptation, terms: Iterable[Term]) -> set[str]:
-        """The groups that some terms are made of, and all that are tied to them."""
+        """The groups that some terms are made of, and all groups tied to them."""
         return adaptation.tied_to(
             self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names
         )
 
     def _families(self, adaptation: Adaptation) -> dict[str, list[str]]:
-        """The groups that may get thinner, by kind over repeated blocks; those whose sizes are stated come first."""
+        """The groups that may get thinner, by their name without block numbers; those with stated sizes come first."""
         adapted = self.stated(adaptation) | self.overridden(adaptation)
         found: dict[str, list[str]] = {}
         for name in sorted(self.free, key=lambda name: name not in adapted):
@@ -170,14 +170,14 @@ class Trials:
         return found
 
     def _turns(self, adaptation: Adaptation) -> int:
-        """The number of tries in which every kind of group is thinner without any other, in some block."""
+        """The number of tries until each kind of group was thinner while any other kind was whole, in some block."""
         families = self._families(adaptation)
         columns = 2 * max(len(families) - 1, 0).bit_length()
         blocks = max(map(len, families.values()), default=1)
         return max(min(columns, 2), -(-columns // blocks))
 
     def _some(self, adaptation: Adaptation, turn: int) -> set[str]:
-        """The thinner groups: kinds are numbered, and in each block a different bit of the number selects them."""
+        """The thinner groups. Kinds are numbered, and each block selects them by a different bit of that number."""
         families = list(self._families(adaptation).values())
         columns = 2 * max(len(families) - 1, 1).bit_length()
         turns = self._turns(adaptation)
@@ -190,7 +190,7 @@ class Trials:
         return chosen
 
     def changing(self, terms: Iterable[Term], pruned: PrunedShapes) -> Iterator[str]:
-        """The groups that get thinner among those in some dimensions."""
+        """The groups in some dimensions that get thinner."""
         for term in terms:
             for axis in axes_of(resolve(term)):
                 if axis in self.names and axis in pruned.counts and pruned.counts[axis] != axis.size:
@@ -198,14 +198,14 @@ class Trials:
 
     @cached_property
     def in_rows(self) -> set[str]:
-        """Groups in operands whose rows a kernel needs in multiples of 16 bytes; thinner ones are padded for it."""
+        """Groups in operands whose rows a kernel needs in multiples of 16 bytes; other widths are padded for it."""
         rewrites = self.partition.found.tape.rewrites.values()
         terms = [term for rewrite in rewrites if rewrite.op is full_count.grouped_mm for term in rewrite.terms]
         return {self.names[axis] for term in terms for axis in axes_of(resolve(term)) if axis in self.names}
 
 
 _REMEMBERED = 64
-"""Pruned shapes that are cached: as many as a round of tries needs. Each holds a mask for every group."""
+"""How many pruned shapes are cached: as many as a round of tries needs. Each holds a mask for every group."""
 
 
 def _atoms(group: NodeGroup, kind: Kind, least: int, draw: np.random.Generator) -> int:
@@ -213,7 +213,7 @@ def _atoms(group: NodeGroup, kind: Kind, least: int, draw: np.random.Generator) 
     step, size = group.divisor, group.size
     if kind in THIN:
         atoms = max(least, -(-size // _PART))
-    elif kind in (Kind.ALL, Kind.SOME):  # not one atom, which is broadcast and squeezed away: later tries have that
+    elif kind in (Kind.ALL, Kind.SOME):  # later tries keep a single atom, which may broadcast or be squeezed away
         first = -(-max(least, 2 if size > 2 else 1) // step)
         atoms = step * int(draw.integers(first, max(first, (size - 1) // step), endpoint=True))
     else:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from oto.errors import VerificationError
 
-# Relative to the largest entry of the full model's output. float64 leaves room only for sums in a different order; the
-# others are what one rounding per sum grows to in a deep network.
+# Relative to the largest entry of the full model's output. float64 allows only for sums in a different order; the other
+# tolerances are what one rounding per sum grows to in a deep network.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
@@ -28,9 +28,9 @@ class Check:
         what: Which model, on which input.
         dtype: The dtype of the comparison.
         error: Largest difference, relative to the largest entry of the full model's output.
-        finite: How many entries of the outputs are finite, so that a difference could be seen.
-        entries: How many entries the outputs have. Those that are not finite are NaN, or the same infinity, in both
-            models; otherwise the error is infinite. ``None`` in artifacts of earlier versions.
+        finite: How many entries of the outputs are finite; only these can show a difference.
+        entries: How many entries the outputs have. Entries that are not finite have to be NaN, or the same infinity,
+            in both models; otherwise the error is infinite. ``None`` in artifacts of earlier versions.
     """
 
     what: str
@@ -56,7 +56,7 @@ def _pieces(x: Tensor) -> tuple[Tensor, ...]:
 def _apart(x: Tensor, y: Tensor) -> Tensor:
     """The largest difference, the largest finite entry of ``x``, and how many are finite; shape ``(3,)``."""
     finite = torch.isfinite(x) & torch.isfinite(y)
-    alike = (x == y) | (torch.isnan(x) & torch.isnan(y))  # also infinities, as masked scores have
+    alike = (x == y) | (torch.isnan(x) & torch.isnan(y))  # equal infinities too, as in masked scores
     difference = (x - y).abs().masked_fill(alike, 0).nan_to_num(nan=float("inf"), posinf=float("inf"))
     size = x.abs().masked_fill(~torch.isfinite(x), 0)
     return torch.stack([difference.max(), size.max(), finite.sum().to(size.dtype)])
@@ -72,9 +72,9 @@ class Difference:
 
 
 def compared(full: Sequence[Tensor], slim: Sequence[Tensor]) -> Difference:
-    """Compare the outputs of two models. The error is inf if they differ in kind.
+    """Compare the outputs of two models; the error is inf if they differ in kind.
 
-    NaN equals NaN, and an infinity equals itself, but such entries do not count as finite.
+    NaN equals NaN and an infinity equals itself, but such entries do not count as finite.
     """
     entries = sum(x.numel() for x in full)
     different = Difference(float("inf"), 0, entries)
@@ -105,7 +105,7 @@ def relative_error(full: Sequence[Tensor], slim: Sequence[Tensor]) -> float:
 def checked(
     what: str, dtype: torch.dtype, full: Sequence[Tensor], slim: Sequence[Tensor], allowed: float | None = None
 ) -> Check:
-    """One comparison, with the tolerance of its dtype by default."""
+    """Compare the outputs of two models, with the tolerance of the dtype by default."""
     found = compared(full, slim)
     allowed = tolerance(dtype) if allowed is None else allowed
     return Check(what, str(dtype).removeprefix("torch."), found.error, allowed, found.finite, found.entries)

@@ -1,4 +1,4 @@
-"""Run a model in float64 throughout, whatever dtypes its code states; and in float32 without TF32."""
+"""Run a model in float64 throughout, whatever dtypes its code states, or in float32 without TF32."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ _GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)  # to
 
 
 class _Wide(TorchDispatchMode):
-    """Does every computation in float64, also for models that state a dtype in their code.
+    """Runs every computation in float64, even if the model's code states a narrower dtype.
 
-    Casts to a narrower float become casts to float64; tensors made or promoted without a dtype are float64; operands
-    that come from elsewhere, such as numpy or parameters, are widened as they are read, so a model in float32 needs no
-    copy in float64. Two models that differ only in where they round, such as a class and its exported graph, then agree
-    up to the rounding of float64. Values are unchanged: a number that float32 cannot hold is rounded where the model
-    rounds it (``torch.tensor(0.1)``), and nowhere else.
+    Casts to a narrower float become casts to float64. Tensors created or promoted without a dtype are float64. Other
+    operands, such as parameters or numpy data, are widened as they are read, so a float32 model needs no float64 copy.
+    Two models that differ only in where they round, such as a class and its exported graph, then agree up to float64
+    rounding. Values are unchanged: a number that float32 cannot hold is rounded where the model rounds it
+    (``torch.tensor(0.1)``), and nowhere else.
     """
 
     supports_higher_order_operators = True
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op in _MOVES:  # a whole table is not widened to read a few of its entries
+        if op in _MOVES:  # do not widen a whole table to read a few of its entries
             return widened(op(*args, **(kwargs or {})))
         if op in _PRODUCTS and not kwargs and _is_large(args[_PRODUCTS[op]]):
             return _product(op, args)
 
-        def of(shared: bool, x: Any) -> Any:  # the operator needs this very memory, so no copy
+        def of(shared: bool, x: Any) -> Any:  # the operator needs this very memory, not a copy
             return tree_map_only(torch.dtype, widened, x) if shared else tree_map(widened, x)
 
         shares = _shares(op)
         args = tuple(of(shared, x) for shared, x in zip_longest(shares.values(), args, fillvalue=True))[: len(args)]
         kwargs = {name: of(shares.get(name, True), x) for name, x in (kwargs or {}).items()}
-        if op is aten._assert_tensor_metadata.default:  # torch.export's check of the dtype that it saw
+        if op is aten._assert_tensor_metadata.default:  # torch.export's check of the dtype that it traced
             args, kwargs = tree_map_only(torch.dtype, lambda _: None, (args, kwargs))
         if op is _GROUPED_MM and args[0].dtype == torch.float64:
             return _grouped_mm(*args, **kwargs)
@@ -53,7 +53,7 @@ class _Wide(TorchDispatchMode):
             result = op(*args, **kwargs)
         finally:
             torch.set_default_dtype(before)
-        return widened(result) if op is aten.lift_fresh.default else result  # a literal, which may be written into
+        return widened(result) if op is aten.lift_fresh.default else result  # a literal that later calls may write into
 
 
 WIDER = {
@@ -69,8 +69,8 @@ _MOVES = {aten.embedding.default, aten.index_select.default, aten.gather.default
 _PRODUCTS = {aten.linear.default: 1, aten.matmul.default: 1, aten.mm.default: 1, aten.addmm.default: 2}
 """The position of the weight among the arguments."""
 _BLOCK = 1 << 18
-"""Entries of a weight that are widened at a time, few enough to stay in the cache: fresh pages for gigabytes of float64
-would take longer than the products."""
+"""How many entries of a weight are widened at a time. They stay in the cache; allocating fresh pages for gigabytes of
+float64 would take longer than the products."""
 
 
 def _is_large(weight: Any) -> bool:
@@ -79,7 +79,7 @@ def _is_large(weight: Any) -> bool:
 
 
 def _product(op: Any, args: tuple[Any, ...]) -> Tensor:
-    """A product with a weight of which only one block of columns is in float64 at a time."""
+    """A product with a weight that is widened to float64 one block of output columns at a time."""
     if op is aten.addmm.default:
         bias, x, weight = args
     else:
@@ -132,25 +132,25 @@ def _grouped_mm(
 
 
 def throughout(module: nn.Module) -> AbstractContextManager[Any]:
-    """While inside, a module in float64 computes in float64 throughout; any other module computes as usual."""
+    """Context manager in which a float64 module computes in float64 throughout; other modules compute as usual."""
     wide = dtype_of(module) == torch.float64
     return widening() if wide else nullcontext()
 
 
 def widening() -> AbstractContextManager[Any]:
-    """While inside, everything is computed in float64."""
+    """Context manager in which everything is computed in float64."""
     return _Wide()  # type: ignore[no-untyped-call]
 
 
-# Two interfaces set whether factors in float32 are rounded to TF32 (for convolutions on a GPU they are by default), or
-# on some CPUs to bfloat16. The old one sets both, and cannot be read once the user has set the new one.
+# Two interfaces set whether float32 factors are rounded to TF32 (the default for convolutions on a GPU) or, on some
+# CPUs, to bfloat16. The old one sets both, and cannot be read once the user has set the new one.
 _TF32 = ("cuda.matmul", "cudnn")
 _PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """While inside, products in float32 are computed in float32, whatever precision the user allowed for speed."""
+    """Context manager in which float32 products use full float32, whatever precision the user allowed for speed."""
     new = hasattr(torch.backends, "fp32_precision")  # since torch 2.9
     places = [(name, "fp32_precision") for name in _PRECISION if new] + [(name, "allow_tf32") for name in _TF32]
     before: list[tuple[Any, str, Any]] = []
@@ -163,7 +163,7 @@ def without_tf32() -> Iterator[None]:
             setattr(place, name, "ieee" if name == "fp32_precision" else False)
         yield
     finally:
-        for place, name, value in reversed(before):  # the new settings last: they are finer
+        for place, name, value in reversed(before):  # the new settings last: they are finer-grained
             setattr(place, name, value)
 
 

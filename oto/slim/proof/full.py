@@ -33,16 +33,16 @@ Outputs = list[Tensor]
 class FullModel:
     """The zeroed full model.
 
-    In float64 nothing is copied: parameters are widened as they are read. Only a model that fails so is copied.
+    Running in float64 needs no copy: parameters are widened as they are read. The model is copied only if that fails.
 
     Attributes:
-        example: The example input, which it is known to take.
+        example: The example input, which the model is known to accept.
         left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
-        float64: Compute in float64: ``"auto"``, where it fits in memory; ``True`` or ``False``.
+        float64: Whether to compute in float64: ``True``, ``False``, or ``"auto"`` (if it fits in memory).
         notes: Limits of the comparison, for the user.
-        own: Its outputs in its own dtype on the inputs so far; ``None`` for an input that it does not take.
-        wide: The same in float64.
-        copy64: The copy in float64, if one was needed.
+        own: The outputs in the model's own dtype for each input so far; ``None`` for an input that it does not accept.
+        wide: The outputs in float64.
+        copy64: The float64 copy, if one was needed.
     """
 
     model: nn.Module
@@ -74,14 +74,14 @@ class FullModel:
     def run(
         self, module: nn.Module, given: Input, wide: bool = False, script: Script | None = None, fast: bool = False
     ) -> Outputs:
-        """Run this model or a slim one; the snapshot of what it holds is taken only once."""
+        """Run this model or a slim one; a snapshot of the module's state is taken only once."""
         if id(module) not in self._found:
             self._found[id(module)] = module, Snapshot(module, self.example.value)
         value = double_input(given.value) if wide or module is self.copy64 else given.value
         return run(module, value, wide, self._found[id(module)][1], script, fast, given.again)
 
     def changes(self, slim: nn.Module) -> bool:
-        """Whether a run of this model or of a slim one left something behind that the next one may read."""
+        """Whether a run of this model or of a slim one left state behind that the next run may read."""
         seen = [self._found[id(module)][1] for module in (self.model, slim) if id(module) in self._found]
         return any(found.changed for found in seen)
 
@@ -90,14 +90,14 @@ class FullModel:
         self._found.pop(id(module), None)
 
     def is_fast(self, given: Input) -> bool:
-        """Whether models run on an input as users run them, in inference mode."""
+        """Whether models run on an input as users run them, that is in inference mode."""
         return given.as_users_do or (given == self.example and not self.has_fast_paths)
 
     @cached_property
     def has_fast_paths(self) -> bool:
-        """Whether the model may compute something else on the example in inference mode."""
+        """Whether the model may compute something different on the example in inference mode."""
         own = any(isinstance(module, FAST_PATHS) for module in self.model.modules())
-        if own or self.dtype == torch.float64:  # without fast paths it would be computed in float64 throughout
+        if own or self.dtype == torch.float64:  # a float64 model is otherwise computed in float64 throughout
             return True
         try:
             outputs = self.run(self.model, self.example, fast=True)
@@ -109,25 +109,25 @@ class FullModel:
         return False
 
     def outputs(self, given: Input) -> Outputs | None:
-        """Its outputs in its own dtype; ``None`` if it does not take the input."""
-        fast = self.is_fast(given)  # this may already have run it on the example
+        """The outputs in the model's own dtype; ``None`` if it does not accept the input."""
+        fast = self.is_fast(given)  # this may already have run the model on the example
         if given not in self.own:
             self.own[given] = self.expected(given, lambda: self.run(self.model, given, fast=fast))
         return self.own[given]
 
     def outputs64(self, given: Input) -> Outputs | None:
-        """The same in float64."""
+        """The outputs in float64; ``None`` if the model does not accept the input."""
         if given not in self.wide:
             self.wide[given] = self.expected(given, lambda: self._run64(given))
         return self.wide[given]
 
     def under_decisions(self, given: Input, wide: bool, script: Script) -> Outputs | None:
-        """Its outputs, while the decisions that depend on values are recorded in a script."""
+        """The outputs of a run that records its value-dependent decisions in a script."""
         full = self.copy64 if wide and self.copy64 is not None else self.model
         return self.expected(given, lambda: self.run(full, given, wide and full is self.model, script))
 
     def expected(self, given: Input, give: Callable[[], Outputs]) -> Outputs | None:
-        """The outputs that a slim model should have; ``None`` if the full one does not take the input."""
+        """The outputs that a slim model should have; ``None`` if the full model does not accept the input."""
         try:
             outputs = give()
         except Exception as failure:  # inputs may have to fit together, as the number of image tokens does
@@ -147,16 +147,16 @@ class FullModel:
     # --- in float64 ---------------------------------------------------------------------------------------------------
 
     def insist(self) -> None:
-        """Refuse a model that does not run in float64, where float64 was asked for.
+        """Check that the model runs in float64 if float64 was requested.
 
         Raises:
-            VerificationError: The model does not run in it.
+            VerificationError: The model does not run in float64.
         """
         if self.float64 is True and self.dtype != torch.float64:
             self.runs_in_float64()
 
     def runs_in_float64(self) -> bool:
-        """Whether there are outputs in float64 to compare with; those on the example are then known."""
+        """Whether there are float64 outputs to compare with; runs the model on the example at the first call."""
         if self.float64 is False:
             self._lacks_float64("float64=False")
         elif self.example not in self.wide:
@@ -164,12 +164,12 @@ class FullModel:
         return bool(self.wide.get(self.example))
 
     def copy_in_float64(self) -> None:
-        """From here on a copy in float64 runs in place of the model with widened parameters."""
+        """From now on, run a float64 copy in place of the model with widened parameters."""
         self.copy64 = in_double(self.model)
         self.wide.clear()
 
     def fits_twice(self, slim: nn.Module) -> bool:
-        """Whether there is memory for copies of both models in float64."""
+        """Whether float64 copies of both models fit in memory; assumed if that is unknown or float64 was requested."""
         free = available(self.model)
         needed = 8 * sum(p.numel() for module in (self.model, slim) for p in module.parameters())
         return self.float64 is True or free is None or needed < free
@@ -204,7 +204,7 @@ class FullModel:
         self._lacks_float64(f"the model does not run in it ({first_line(failure, 80)})")
 
     def _memory_in_float64(self, copied: bool) -> int:
-        """How many bytes float64 takes; products read matrices in blocks, everything else is widened whole."""
+        """Bytes that a float64 run takes; products widen matrices in blocks, other parameters are widened whole."""
         largest = max((p.numel() for p in self.model.parameters() if p.ndim != 2), default=0)
         return 8 * (sum(p.numel() for p in self.model.parameters()) + largest if copied else 2 * largest)
 
@@ -216,6 +216,6 @@ class FullModel:
 def _entries(x: Tensor, masks: Sequence[NDArray[np.bool_]]) -> Tensor:
     """The entries of an output that a slim model still has."""
     for dim, mask in enumerate(masks):
-        if not mask.all():  # a dimension that lost nothing may have a different size, such as the batch
+        if not mask.all():  # a dimension that lost nothing, such as the batch, may have another size here
             x = x.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(x.device))
     return x

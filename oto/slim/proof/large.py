@@ -1,8 +1,8 @@
-"""Whether a gradient arrives at large weights, without ever holding one of their size.
+"""Find out whether large weights receive a nonzero gradient, without materializing that gradient.
 
-The gradient of a table of words takes as much memory as the table. Whether it has an entry that is not zero is seen in
-a few of its rows: of a product ``y = x Wᵀ`` the gradient is ``gᵀ x``, made here in blocks of rows until one shows it;
-of a table that is looked up it is ``g`` added up for each row that was asked for.
+The gradient of an embedding table takes as much memory as the table, but a few rows show whether any entry is nonzero.
+For a product ``y = x Wᵀ`` the gradient is ``gᵀ x``; it is computed in blocks of rows until one has a nonzero entry. For
+a lookup the gradient is the sum of ``g`` for each row that was looked up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 LARGE = 1 << 22
-"""Entries from which on a weight counts as large, and of a block."""
+"""A weight with more entries counts as large; also the number of entries of a block."""
 
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
@@ -26,17 +26,18 @@ Notify = Callable[[], None]
 
 
 def has_number(grad: Tensor) -> bool:
-    """Whether an entry is finite and not zero."""
+    """Whether any entry is finite and nonzero."""
     return any(bool((torch.isfinite(part) & (part != 0)).any()) for part in grad.reshape(-1).split(LARGE))
 
 
 class WithoutLarge(TorchFunctionMode):
-    """While inside, products with large weights and lookups in them give no gradient to these, and say if it would
-    have a number in it. Other uses of them do as always.
+    """Mode in which products and lookups give large weights no gradient, but report whether it would be nonzero.
+
+    Other uses of these weights are unaffected.
 
     Args:
         weights: The parameters, by name.
-        reached: The names of those with such a gradient are added, while the backward pass runs.
+        reached: Receives the names of weights with a nonzero gradient while the backward pass runs.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], reached: set[str]) -> None:

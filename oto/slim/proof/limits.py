@@ -1,4 +1,4 @@
-"""Find what a comparison with the full model cannot show: NaN equals NaN, and a constant output equals itself."""
+"""Find the limits of a comparison with the full model: NaN equals NaN, and a constant output equals itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from oto.trace.recorder import around_modules
 
 
 def require_numbers(full: FullModel) -> None:
-    """Refuse a full model whose outputs on the example hold no finite number, as NaN equals NaN.
+    """Refuse a full model whose outputs on the example hold no finite number, because NaN equals NaN.
 
     Raises:
         VerificationError: No entry of its outputs is finite, not even in float64.
@@ -28,7 +28,7 @@ def require_numbers(full: FullModel) -> None:
     own = full.outputs(full.example) or []
     if any(_is_number(x).any() for x in own) or not any(x.numel() for x in own):
         return
-    wide = full.dtype != torch.float64 and full.runs_in_float64()  # a narrower dtype may overflow
+    wide = full.dtype != torch.float64 and full.runs_in_float64()  # the model's own dtype may overflow
     if wide and any(_is_number(x).any() for x in full.wide[full.example] or []):
         return
     broken = [name for name, held in full.model.named_buffers() if not _is_number(held).all()]
@@ -44,10 +44,10 @@ def require_numbers(full: FullModel) -> None:
 
 
 def require_own(full: FullModel, slim: nn.Module) -> None:
-    """Refuse a slim model whose forward runs the full one: a function assigned to ``forward`` may refer to that.
+    """Refuse a slim model whose forward runs the full model: a function assigned to ``forward`` may refer to it.
 
     Raises:
-        EmitterError: It does.
+        EmitterError: The slim model runs a module of the full one.
     """
     patched = [
         m for m in slim.modules() if "forward" in vars(m) and not isinstance(vars(m)["forward"], OverriddenForward)
@@ -71,7 +71,7 @@ def require_own(full: FullModel, slim: nn.Module) -> None:
 
 
 def how_many_are_numbers(partial: Sequence[Check]) -> list[str]:
-    """A note on how many entries of the outputs are not finite, so that comparing them says little; none if all are."""
+    """A note on how many entries of the outputs are finite, as comparing the others shows little; none if all are."""
     if not partial:
         return []
     least = min(partial, key=lambda check: (check.finite or 0) / (check.entries or 1))
@@ -82,7 +82,7 @@ def how_many_are_numbers(partial: Sequence[Check]) -> list[str]:
 
 
 def other_paths(script: Script | None) -> list[str]:
-    """A note if the code of a model may take other paths on other data; none if it is the same for all."""
+    """A note if the code of a model may take other paths on other data, otherwise none."""
     if script is None or not script.written:
         return []
     return ["the model's code looks at values of its data: a path that no compared input took was not compared"]
@@ -95,13 +95,13 @@ def floating(full: FullModel) -> list[int]:
 
 
 def constant(full: FullModel) -> list[int]:
-    """Indices of the outputs that are zero or the same for every input, in which a slim model cannot differ."""
+    """Indices of the outputs that are zero or the same for every input, so comparing them shows nothing."""
     runs = [x for table in (full.own, full.wide) for x in table.values() if x is not None]
     return [i for i in floating(full) if not any(t[i].any() for t in runs) or _is_constant(full, i)]
 
 
 def _is_constant(full: FullModel, i: int) -> bool:
-    """Whether an output is the same for the example and for the random inputs, which differ."""
+    """Whether an output is the same for the example and for random inputs that differ from it."""
     others = [
         (table[full.example], outputs, given)
         for table in (full.own, full.wide)

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def available(model: nn.Module) -> int | None:
-    """Free bytes on a model's device; ``None`` if they are not known."""
+    """Free bytes on a model's device; ``None`` if unknown."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -40,7 +40,7 @@ _CONTAINER = (
 
 
 def _of_the_container() -> int | None:
-    """Bytes that the control group of this process may still take; inactive file pages count as free."""
+    """Bytes that the control group of this process may still allocate; inactive file pages count as free."""
     for limit, used, cached in _CONTAINER:
         try:
             most, now = Path(limit).read_text().strip(), int(Path(used).read_text())

@@ -1,8 +1,8 @@
-"""Find the parameters that no output depends on, on the inputs of a proof: a mistake there would not be seen.
+"""Find the parameters that no output depends on for the inputs of a proof: mistakes there would go unnoticed.
 
-An expert that no token is routed to, a branch that is not taken, a dead unit: whatever they hold, the outputs are the
-same. One backward pass shows it; where gradients are zero, different numbers are put in, as steps such as rounding have
-no gradient.
+Examples are an expert that no token is routed to, a branch that is not taken, a dead unit: whatever their parameters
+hold, the outputs are the same. One backward pass shows it. Where gradients are zero, the parameters are also changed,
+because some functions, such as rounding, have no gradient.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 def reached_by(
     model: nn.Module, wanted: Mapping[str, nn.Parameter], inputs: Sequence[Any], free: int | None
 ) -> list[str]:
-    """Notes on the parameters that no output depends on, on any of the inputs.
+    """Notes on the parameters that no output depends on for any of the inputs.
 
     Args:
         wanted: Parameters of the model, by name.
-        inputs: Tried in turn while there are parameters that the earlier ones do not reach.
+        inputs: Tried in turn until every parameter is reached.
         free: Free bytes of memory, half of which may be used.
     """
     left = {name: p for name, p in wanted.items() if p.is_floating_point() and p.numel()}
@@ -66,12 +66,12 @@ def reached_by(
 def _with_gradient(
     model: nn.Module, wanted: Mapping[str, nn.Parameter], given: Any, free: int | None
 ) -> Collection[str]:
-    """The parameters that outputs have a gradient to, on an input."""
+    """The parameters that receive a nonzero gradient from the outputs on an input."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments(given))
     reached: set[str] = set()
     names = {id(p): name for name, p in wanted.items()}
 
-    def look(p: Tensor) -> None:  # as each gradient arrives, so that never all are in memory
+    def look(p: Tensor) -> None:  # called as each gradient arrives, so that they are never all in memory
         if p.grad is None:
             return
         if has_number(p.grad.to_dense() if p.grad.is_sparse else p.grad):
@@ -97,14 +97,14 @@ def _with_gradient(
 
 
 def _direction(x: Tensor) -> Tensor:
-    """The gradient of an output to start from: random, and zero for entries that are not finite."""
+    """The output gradient to start the backward pass from: random, and zero where the output is not finite."""
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     return drawn.masked_fill(~torch.isfinite(x.detach()), 0)
 
 
 @contextmanager
 def _within(free: int | None, model: nn.Module) -> Iterator[None]:
-    """While inside, what is saved for a backward pass may take at most half of the free memory."""
+    """Context manager that limits what is saved for a backward pass to half of the free memory."""
     seen = {t.untyped_storage().data_ptr() for t in model.parameters()}
     held = 0
 
@@ -123,7 +123,7 @@ def _within(free: int | None, model: nn.Module) -> Iterator[None]:
 
 
 def _moves(model: nn.Module, parameters: Collection[nn.Parameter], given: Any) -> bool:
-    """Whether any output changes with different numbers in some parameters."""
+    """Whether any output changes if noise is added to some parameters."""
     before = run(model, given)
     generator = torch.Generator().manual_seed(0)
     with preserved(model, given), torch.no_grad():

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 FLOAT64 = ("auto", True, False)
 HALF = (torch.float16, torch.bfloat16)
 Exact = Callable[[nn.Module], Mapping[str, Tensor]]
-"""Makes from a full model the tensors of the slim one that its dtype rounds, such as those with counts folded in."""
+"""Computes, from a full model, the slim tensors that were rounded to its dtype, such as those with counts folded in."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class CheckOptions:
     """How a slim model is compared.
 
     Attributes:
-        what: Its name in a check.
-        batch: Also try a different batch size, if the full model takes it.
-        shapes: Other shapes of the example's tensors to try in the model's own dtype, if the full model takes them; a
-            slim model that does not only causes a note.
+        what: The slim model's name in a check.
+        batch: Also try a different batch size, if the full model accepts it.
+        shapes: Other shapes of the example's tensors to try in the model's own dtype, if the full model accepts them;
+            if the slim one does not, that is only noted.
         random: Also compare on a random input, besides the example.
         exact: Also compare in float64.
-        notes: A list for what was not compared: a batch size that the slim model does not take, which is an error
-            without this list, and what ``lacks`` leaves out.
-        lacks: Why the slim model is not meant for a random input; ``None`` if it is.
-        rounded: Makes from the full model those tensors of the slim one that were rounded. In float64 they replace its
-            own. It is called while everything is computed in float64.
-        in_float64: Makes a second slim model, to compare in float64 if this one is not equal there because it holds
-            numbers that were computed in its own dtype. It is called while everything is computed in float64.
+        notes: Receives what was not compared: a size that the slim model does not accept, which is an error without
+            this list, and inputs for which ``lacks`` gives a reason.
+        lacks: Returns why the slim model is not meant for a random input; ``None`` if it is.
+        rounded: Computes, from the full model, the slim tensors that were rounded. In float64 they replace the slim
+            model's own. Called while everything is computed in float64.
+        in_float64: Makes a second slim model, which is compared in float64 if the first is not equal there because it
+            holds numbers computed in its own dtype. Called while everything is computed in float64.
     """
 
     what: str = "slim"
@@ -68,23 +68,23 @@ class CheckOptions:
 
 
 class Reference:
-    """The zeroed full model that slim ones are compared with.
+    """The zeroed full model that slim models are compared with.
 
-    They are compared on the example and on a random input, in the model's dtype; where the batch is free, the random
-    input has a different batch size. On the example they run as users run them: in inference mode, with torch's fast
-    paths; where such paths may exist, they are also compared without. Then in float64, which shows whether they are
-    equal or only similar (for models in half precision on the example alone).
+    Models are first compared in their own dtype, on the example and on a random input, which has a different batch size
+    if the batch is free. On the example they run as users run them: in inference mode, with torch's fast paths; if such
+    paths may exist, the models are also compared without them. Then follows float64, which shows whether the models are
+    equal or only similar (for models in half precision only on the example).
 
     Args:
         left: For each output and each of its dimensions, the entries that a slim model still has; all by default.
-        float64: Compare in float64: ``"auto"``, where it fits in memory; ``True`` or ``False``.
-        decides: Whether the model branches on its values, such as which boxes are best. Between two that are equal up
-            to rounding a slim model may decide differently; then it is compared under the decisions of the full one.
-        brief: Compare only in float64, where that is possible.
+        float64: Whether to compare in float64: ``True``, ``False``, or ``"auto"`` (if it fits in memory).
+        decides: Whether the model branches on its values, such as which boxes are best. Where values are equal up to
+            rounding, a slim model may decide differently; it is then compared under the full model's decisions.
+        brief: Compare only in float64, if that is possible.
 
     Attributes:
-        notes: Limits of the comparisons with the slim model that was compared last; ``full.notes`` are those of any.
-        partial: Those of its comparisons in which only some entries were finite.
+        notes: Limits of the comparisons with the last slim model; ``full.notes`` apply to every slim model.
+        partial: The comparisons with the last slim model in which only some entries were finite.
     """
 
     notes: list[str]
@@ -131,7 +131,7 @@ class Reference:
 
     def check(self, slim: nn.Module, options: CheckOptions = CheckOptions()) -> list[Check]:
         """Compare a slim model with the full one."""
-        if self._latest is None or self._latest() is not slim:  # of the one before, nothing is to be said any more
+        if self._latest is None or self._latest() is not slim:  # notes on the previous slim model no longer apply
             self._latest, self.notes, self.partial = weakref.ref(slim), [], []
         try:
             return [check for check in self._checks(slim, options) if self._shows(check)]
@@ -168,7 +168,7 @@ class Reference:
             self.notes.append(text)
 
     def _shows(self, check: Check) -> bool:
-        """Whether a comparison shows anything; a note says if it does not, or not for all entries."""
+        """Whether a comparison shows anything; notes a check without finite entries and collects partial ones."""
         if check.passed and not check.finite:
             why = "no entry of the outputs is finite" if check.entries else "the outputs are empty"
             self._note(f"{check.what}, {check.dtype}: {why}, so nothing was compared")
@@ -184,7 +184,7 @@ class Reference:
         if options.lacks is None:
             return self.random[:1]
         fitting = []
-        for given in self.random:  # one may take a different path than the example
+        for given in self.random:  # either may take a different path than the example
             missing = options.lacks(given.value)
             if missing is None:
                 fitting.append(given)
@@ -226,14 +226,14 @@ class Reference:
     def _compared(
         self, slim: nn.Module, given: Input, expected: Sequence[Tensor], found: Sequence[Tensor], options: CheckOptions
     ) -> Check:
-        # code of a model in float64 may state a narrower dtype, which is not widened when run as users run it
+        # the code of a float64 model may state a narrower dtype, which is not widened in a run as users run it
         allowed = max(tolerance(self.dtype), 1e-3) if given.as_users_do else None
         made = checked(f"{options.what} on {given.name}", self.dtype, expected, found, allowed)
         made = self._as_the_full_decides(made, slim, given)
         return self._without_fast_paths(made, found) if given.as_users_do else made
 
     def _as_the_full_decides(self, check: Check, slim: nn.Module, given: Input, wide: bool = False) -> Check:
-        """A failed comparison, repeated under the decisions of the full model, if that branches on values."""
+        """Repeat a failed comparison under the decisions of the full model, if that branches on values."""
         if check.passed or not self.decides:
             return check
         script = Script(measure=relative_error)
@@ -241,7 +241,7 @@ class Reference:
             expected = self.full.under_decisions(given, wide, script)
             script.repeat()
             found = self.full.run(slim, given, wide, script)
-        except Exception as failure:  # it decides something that the full one does not
+        except Exception as failure:  # the slim model makes a decision that the full one does not make
             reraise_out_of_memory(failure)
             log.info("under the decisions of the full model: %s", failure)
             return check
@@ -249,7 +249,7 @@ class Reference:
             return check
         dtype = torch.float64 if wide else self.dtype
         again = checked(f"{check.what}, as the full model decides", dtype, expected, found)
-        if not again.passed or script.apart > again.tolerance:  # it decides from other numbers, not by rounding
+        if not again.passed or script.apart > again.tolerance:  # more than rounding differs in what it decides from
             return check
         self._note(
             "left alone, the slim model decides differently where values are equal up to rounding, on some inputs"
@@ -257,7 +257,7 @@ class Reference:
         return again
 
     def _without_fast_paths(self, check: Check, found: Sequence[Tensor]) -> Check:
-        """A failed comparison on fast paths, repeated with the full model's outputs without them, if these differ."""
+        """Repeat a failed comparison on fast paths with the full model's outputs without them, if these differ."""
         plain, fast = self.full.outputs(self.example), self.full.outputs(self.as_users_do)
         assert plain is not None and fast is not None
         if check.passed or relative_error(plain, fast) <= tolerance(self.dtype):
@@ -272,12 +272,12 @@ class Reference:
         return again
 
     def _but_for_rounding(self, check: Check) -> Check:
-        """A comparison of two models that are equal in float64, allowing for the rounding error of the full one."""
+        """A failed comparison of models equal in float64, with a tolerance for the full model's rounding error."""
         if check.passed:
             return check
         own, exact = self.full.outputs(self.example) or [], self.full.wide.get(self.example) or []
         rounding = relative_error(exact, [widened(x) for x in own])
-        # where rounding is all there is to see, no distance would show a mistake
+        # if rounding errors are that large, no tolerance could tell a mistake from them
         return replace(check, tolerance=max(check.tolerance, 4 * rounding)) if 4 * rounding < 0.5 else check
 
     # --- in float64 ---------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ class Reference:
         checks = self._compared64(slim, inputs, options)
         if all(c.passed for c in checks) or self.full.copy64 is not None or not self.full.fits_twice(slim):
             return checks
-        # what a forward writes into its parameters is rounded unless these are float64 themselves
+        # what a forward writes into its parameters is rounded unless the parameters are float64 themselves
         log.info("compared once more, with copies in float64")
         self.full.copy_in_float64()
         return self._compared64(in_double(slim), inputs, options)
@@ -325,10 +325,10 @@ class Reference:
 
     @contextmanager
     def _exact_values(self, slim: nn.Module, rounded: Exact | None) -> Iterator[None]:
-        """While inside, tensors of a slim model that had to be rounded hold the exact values.
+        """Context manager in which tensors of a slim model that had to be rounded hold the exact values.
 
         Raises:
-            VerificationError: The tensors are not these values rounded.
+            VerificationError: The tensors are not the rounded exact values.
         """
         if rounded is None:
             yield
@@ -344,7 +344,7 @@ class Reference:
                 "  to fix  report the model; until then keep it whole: OTO(..., skip_patterns=[...])"
             )
         before = {name: tensor.data for name, tensor in own.items()}
-        self.full.forget(slim)  # it holds different tensors now
+        self.full.forget(slim)  # the slim model is about to hold different tensors
         try:
             for name, tensor in own.items():
                 tensor.data = exact[name]
@@ -357,21 +357,21 @@ class Reference:
     # --- what a comparison would not show -----------------------------------------------------------------------------
 
     def unreached(self, slim: nn.Module, wanted: Mapping[str, nn.Parameter]) -> list[str]:
-        """Notes on the parameters of a slim model that no output depends on, on the inputs that were compared."""
+        """Notes on the parameters of a slim model that no output depends on for the compared inputs."""
         stage("what the inputs reach")
         own = self.full.own
         others = [g for g in own if g not in (self.as_users_do, self.example, self.again) and own[g] is not None]
         inputs = [
             given.value for given in (self.example, *others[:1])
-        ]  # the smallest batch first: it is enough if it reaches everything
+        ]  # the smallest batch first, which is enough if it reaches everything
         return reached_by(slim, wanted, inputs, available(self.model))
 
 
 def _rounds_to(exact: Tensor, own: Tensor) -> bool:
-    """Whether a tensor is the exact one in a narrower dtype, up to a few units of its last digit."""
+    """Whether a tensor is the exact one rounded to a narrower dtype, up to a few units in the last place."""
     if exact.shape != own.shape or not own.is_floating_point():
         return False
-    if own.dtype == exact.dtype:  # a copy, of one that was compared
+    if own.dtype == exact.dtype:  # a float64 copy of a tensor that was already compared
         return True
     few = 8 * torch.finfo(own.dtype).eps
     return torch.allclose(own.detach().double(), exact.double(), few, few)
@@ -390,7 +390,7 @@ def check(
     """Compare a slim model with the zeroed full one, once.
 
     Raises:
-        VerificationError: The full model gives no finite number to compare.
+        VerificationError: The full model's outputs hold no finite number to compare.
     """
     reference = Reference(full, dummy_input, left, float64, decides)
     limits.require_numbers(reference.full)

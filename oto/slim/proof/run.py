@@ -21,7 +21,7 @@ from oto.trace.snapshot import Snapshot, preserved, state_of
 
 
 class _Decided(TorchDispatchMode):
-    """Records the decisions of a run that depend on values in a script, or repeats those of a script."""
+    """Records the value-dependent decisions of a run in a script, or replays those of a script."""
 
     supports_higher_order_operators = True
 
@@ -37,7 +37,7 @@ class _Decided(TorchDispatchMode):
 
 @contextmanager
 def _deciding(script: Script | None, module: nn.Module, given: Any) -> Iterator[None]:
-    """While inside, the decisions of a run are those of a script, or recorded in it; with ``None``, its own."""
+    """Context manager that records the decisions of a run in a script, or replays them; does nothing for ``None``."""
     if script is None:
         yield
         return
@@ -54,14 +54,14 @@ def run(
     fast: bool = False,
     again: bool = False,
 ) -> list[Tensor]:
-    """The output tensors of a module in eval mode, on a copy of the input; a float64 module runs in it throughout.
+    """The output tensors of a module in eval mode, on a copy of the input; a float64 module computes only in float64.
 
     Args:
         wide: Compute in float64 without copying the parameters: each is widened as it is read.
         found: As for :func:`oto.trace.snapshot.preserved`.
-        script: Records the decisions that depend on values, or repeats recorded ones.
-        fast: Run as users do: in inference mode, with torch's fast paths, and no dispatch mode of this package.
-        again: Give what a second call gives, which may read what the first one left in the module.
+        script: Records value-dependent decisions, or replays recorded ones.
+        fast: Run as users do: in inference mode, with torch's fast paths, without any dispatch mode of this package.
+        again: Return the outputs of a second call, which may read what the first one left in the module.
     """
     (args, kwargs), first = _own(dummy_input), _own(dummy_input) if again else None
     with ExitStack() as stack:
@@ -91,14 +91,14 @@ def _own(dummy_input: Any) -> Arguments:
 
 
 def _last(module: nn.Module, first: Arguments | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a module gives, after a call with other arguments if there are any."""
+    """The result of a module, after a first call with other arguments if there are any."""
     if first is not None:
         module(*first[0], **first[1])
     return module(*args, **kwargs)
 
 
 def learn(slim: nn.Module, edits: Edits, dummy_input: Any) -> None:
-    """Record, in a slim model and its edits, what identifies the calls that are overridden."""
+    """Record in a slim model and its edits what identifies the overridden calls."""
     overridden = {
         path: module.forward for path, module in slim.named_modules() if isinstance(module.forward, OverriddenForward)
     }

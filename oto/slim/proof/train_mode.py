@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 def check_training(
     full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept
 ) -> Check | None:
-    """Compare the two in train mode without randomness: their outputs, and their buffers afterwards.
+    """Compare the outputs of both models in train mode without randomness, and their buffers afterwards.
 
-    Both are left as they were. ``None`` if the full model does not run in train mode on such an input, for example
-    because it needs targets, or gives no finite number.
+    Both models are restored. Returns ``None`` if the full model does not run in train mode on such an input, for
+    example because it needs targets, or if its outputs hold no finite number.
 
     Raises:
-        ShrinkError: The slim model fails where the full one runs.
+        ShrinkError: The slim model fails on an input on which the full one runs.
     """
     for given in _tries(dummy_input):
         try:
@@ -68,22 +68,24 @@ def check_training(
 
 
 def _tries(dummy_input: Any) -> list[Any]:
-    """The inputs to train on: the example, and one of several samples, as batch norm wants more than one value."""
+    """The inputs to train on: the example, and a random batch of at least two, as batch norm needs several values."""
     first = next(t for t in tree_leaves(dummy_input) if isinstance(t, Tensor))
     return [dummy_input, *([random_like(dummy_input, 0, max(2, first.shape[0]))] if first.ndim else [])]
 
 
 def _compared(dtype: torch.dtype, pruned: PrunedShapes, full: Trained, slim: Trained) -> Check:
     leaves = {name: leaf for leaf in pruned.found.graph.leaves for name in leaf.names}
-    held = full[1].keys() & slim[1].keys() & leaves.keys()  # a forward may register further ones
+    held = full[1].keys() & slim[1].keys() & leaves.keys()  # a forward may register further buffers
     both = {name: (pruned.prune(leaves[name], full[1][name]), slim[1][name]) for name in sorted(held)}
     given = [*full[0], *_by_module(both, 0)], [*slim[0], *_by_module(both, 1)]
     return checked("slim in train mode", dtype, *given)
 
 
 def _by_module(buffers: Mapping[str, tuple[Tensor, Tensor]], which: int) -> list[Tensor]:
-    """The buffers of each module and dtype as one tensor, so that they are compared by the size of the largest: a
-    running mean of what has no mean is rounding alone, and counts beside the variance."""
+    """The buffers of each module and dtype as one tensor, so that errors are relative to the largest of them.
+
+    A running mean of values that average to zero holds only rounding errors; beside the variance these do not count.
+    """
     found: dict[tuple[str, torch.dtype], list[Tensor]] = {}
     for name, pair in buffers.items():
         found.setdefault((name.rpartition(".")[0], pair[0].dtype), []).append(pair[which].flatten())
@@ -93,10 +95,10 @@ def _by_module(buffers: Mapping[str, tuple[Tensor, Tensor]], which: int) -> list
 def heads_in_training(
     full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept, overridden: bool = False
 ) -> tuple[list[Check], str]:
-    """For a model with parts that only training uses: the proof that the slim one trains, or why it must not.
+    """For a model with training-only parts, the proof that the slim model trains, or the reason why it must not.
 
     Args:
-        overridden: Whether some of its calls are overridden; in training it may take a path without known overrides.
+        overridden: Whether calls of the slim model are overridden; in training it may take a path that was not seen.
     """
     graph = partition.found.graph
     if graph.untrained is not None:
@@ -113,8 +115,10 @@ def heads_in_training(
 
 
 def differs_in_training(full: nn.Module, slim: nn.Module, dummy_input: Any, partition: Partition, kept: Kept) -> str:
-    """What to tell of a slim model that computes something else in train mode than the full one; empty if it does not,
-    or if that cannot be said: the full one does not run in train mode, or not twice alike."""
+    """A note that a slim model differs from the full one in train mode.
+
+    Empty if it does not differ, or if the full model does not run in train mode or is not reproducible there.
+    """
     try:
         made = check_training(full, slim, dummy_input, partition, kept)
         if made is None or made.passed or not _repeats(full, dummy_input):
@@ -133,11 +137,11 @@ def differs_in_training(full: nn.Module, slim: nn.Module, dummy_input: Any, part
 
 
 def _repeats(full: nn.Module, dummy_input: Any) -> bool:
-    """Whether a model gives the same in train mode once more; numbers that are not torch's may be random."""
+    """Whether two runs in train mode give the same outputs; random numbers may come from outside of torch."""
     for given in _tries(dummy_input):
         try:
             one, other = trained(full, given), trained(full, given)
-        except Exception as failure:  # as for the comparison, which takes the first input that it trains on
+        except Exception as failure:  # as in the comparison, the first input that the model trains on counts
             reraise_out_of_memory(failure)
             continue
         return checked("", dtype_of(full), one[0], other[0]).passed
@@ -163,7 +167,7 @@ def trained(module: nn.Module, given: Any) -> Trained:
 
 
 class _Still(TorchDispatchMode):
-    """Turns dropout off and makes every random number one, as tensors of different sizes draw different numbers."""
+    """Turns dropout off and replaces every random float by one: tensors of other sizes would draw other numbers."""
 
     supports_higher_order_operators = True
 
@@ -175,7 +179,7 @@ class _Still(TorchDispatchMode):
         names = [argument.name for argument in schema.arguments]
         if "train" in names and names[1:2] == ["p"]:  # dropout, feature dropout, alpha dropout
             return args[0] if schema.is_mutable else args[0].clone()
-        for name in ("dropout_p", "dropout"):  # in attention and in recurrent layers
+        for name in ("dropout_p", "dropout"):  # of attention and of recurrent layers
             if name in names:
                 place = names.index(name)
                 if place < len(args):

@@ -17,12 +17,13 @@ from oto.groups import Slice
 from oto.slim.copying import copied
 
 Gone = Sequence[tuple[Slice, NDArray[np.int64]]]
-"""Entries that are read as zero."""
+"""Which entries of a parameter are read as zero."""
 
 
 class Zeroed(nn.Module):
-    """Runs a model with other tensors in place of its parameters: zeroed, or such that a mistake shows. Each is made by
-    the call that reads it, so there is one at a time: a copy would take as much memory as the model.
+    """Runs a model with replacements for its parameters: zeroed ones, or ones that would reveal a mistake.
+
+    Each replacement is made for the call that reads it, so they do not take as much memory as a copy of the model.
 
     Args:
         gone: For parameters by name, the entries that are read as zero.
@@ -43,16 +44,16 @@ class Zeroed(nn.Module):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While inside, all code reads the replacements."""
+        """Context manager in which all code reads the replacements."""
         with _Reading(self, self._names()):
             yield
 
     def missed(self) -> bool:
-        """Whether code may have read the original parameters, as scripted code does, whose calls cannot be seen."""
+        """Whether code may have read the original parameters, as scripted code does, which cannot be intercepted."""
         return not self.gone.keys() <= self.read
 
     def written(self) -> Zeroed:
-        """The same for any code: a copy of the model with the replacements in it."""
+        """A copy of the model that holds the replacements; it works for any code."""
         other = Zeroed(copied(self.model, {}), {}, {})
         parameters = dict(other.model.named_parameters(remove_duplicate=False))
         for names in self._names().values():
@@ -60,7 +61,7 @@ class Zeroed(nn.Module):
         return other
 
     def _names(self) -> dict[int, list[str]]:
-        """The parameters with replacements, by their ids: one may have several names."""
+        """The names of the parameters with replacements, by id; a parameter may have several names."""
         ids = {name: id(p) for name, p in self.model.named_parameters(remove_duplicate=False)}
         names: dict[int, list[str]] = {}
         for name in dict.fromkeys([*self.instead, *self.gone]):
@@ -78,7 +79,7 @@ class Zeroed(nn.Module):
 
 
 class _Reading(TorchFunctionMode):
-    """Hands the replacements to torch functions in place of parameters."""
+    """Passes the replacements to torch functions in place of the parameters."""
 
     def __init__(self, zeroed: Zeroed, names: Mapping[int, Sequence[str]]) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class _Reading(TorchFunctionMode):
         kwargs = kwargs or {}
         if func.__name__ == "__set__":
             return func(*args, **kwargs)
-        if func.__name__ == "__get__":  # most attributes read no entries: shape, device, requires_grad
+        if func.__name__ == "__get__":  # most attributes (shape, device, requires_grad) read no entries
             found = func(*args, **kwargs)
             if not isinstance(found, Tensor):
                 return found
