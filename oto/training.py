@@ -185,7 +185,7 @@ def make_for_adapters(
         raise OptionError(
             f"{type(analysis.model).__name__} has no adapter W x + s B (A x) on a frozen weight W of its own\n"
             "  effect  there is nothing that LHSPG would do better than HESSO, and nothing was made\n"
-            "  to fix  put adapters on before OTO(...), not merged and not disabled; use_dora=False, lora_bias=False;"
+            "  to fix  put adapters on before OTO(...), not merged and not disabled; use_dora=False, without biases;"
             " dequantize the base; for other kinds merge first, and take oto.hesso(...) (docs/adapters.md)"
         )
     groups = keep_whole(analysis.groups, ranks_in(analysis.groups, found), "it is the rank of an adapter")
