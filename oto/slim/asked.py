@@ -39,6 +39,7 @@ from oto.slim.erased import (
 )
 from oto.slim.own_class import OwnClass, plan_edits
 from oto.slim.pruned_shapes import pruned_shapes
+from oto.slim.widths import Widths
 from oto.trace.graph import Leaf
 from oto.trace.inputs import Example
 from oto.trace.light import failure_on_meta
@@ -68,9 +69,9 @@ def needed(
         own: What the class needs, if it was searched.
     """
     graph = partition.found.graph
-    modules = Modules.of(graph)
+    modules, widths = Modules.of(graph), Widths.whole(partition)
     added, laid = (
-        Learned({}, modules, frozenset(index for segment in some for index in segment.body), {}, beside(graph, some))
+        Learned({}, modules, frozenset(i for segment in some for i in segment.body), {}, widths, beside(graph, some))
         for some in ([s for s in segments if not s.axes], [s for s in segments if s.axes])
     )
     for learned in (added, laid):

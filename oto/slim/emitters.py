@@ -23,6 +23,7 @@ from oto.slim.proof.run import learn
 from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.removed import left_out, within
 from oto.slim.source import Emitted, Source
+from oto.slim.widths import Widths
 from oto.trace.export import LEVELS, Exported, export
 
 log = logging.getLogger(__name__)
@@ -117,12 +118,13 @@ def erasures(source: Source, edits: Edits | None = None) -> Erasures:
     Args:
         edits: The edits of the thin copy.
     """
-    gone = source.partition.erased(source.kept)
+    gone, left = source.partition.erased(source.kept), source.pruned
     if beside := [segment.name for segment in gone if segment.axes]:  # a layer needs a channel, so keep one here
         source, edits = _keeping(source, beside), None
     edits = plan_edits(source.model, source.pruned, source.own) if edits is None else edits
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
-    return plan(source.model, source.partition, gone, tensors, edits, source.dummy_input)
+    widths = Widths(source.partition, left, source.pruned)
+    return plan(source.model, widths, gone, tensors, edits, source.dummy_input)
 
 
 def _emit_class(source: Source, pruned: PrunedShapes, edits: Edits, gone: Collection[str]) -> Emitted:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -18,13 +20,15 @@ from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError
 from oto.nn import functional as full_count
 from oto.nn import modules as slim_layers
-from oto.nn.erased import is_erased
+from oto.nn.erased import ErasedForward, Recipe, is_erased, resized
 from oto.nn.overrides import to_json
 from oto.slim.edits import Edits
 from oto.slim.own_class.placed import overrides_of
 from oto.slim.own_class.result import OwnClass
 from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Graph, Leaf, Node
+
+_ZEROS = torch.ops.aten.new_zeros.default
 
 
 class DeclinedError(EmitterError):
@@ -38,7 +42,8 @@ class Layers:
     """The layers of ``torch.nn`` in a model, and the calls that each of them makes.
 
     Attributes:
-        found: For each path, the layer, its class in ``STOCK``, and its calls.
+        found: For each path, the layer, its class in ``STOCK``, and its calls. Of one that computes nothing that class
+            is ``ErasedForward``.
         leaves: The tensors of the model by name.
     """
 
@@ -50,7 +55,10 @@ class Layers:
         calls: dict[str, list[Node]] = {}
         for node in graph.calls:
             calls.setdefault(node.module, []).append(node)
-        named = ((path, module, stock(module)) for path, module in model.named_modules(remove_duplicate=False))
+        named = (
+            (path, module, ErasedForward if is_erased(module) else stock(module))
+            for path, module in model.named_modules(remove_duplicate=False)
+        )
         found = {path: (module, kind, calls.get(path, [])) for path, module, kind in named if kind is not None}
         return cls(found, {name: leaf for leaf in graph.leaves for name in leaf.names})
 
@@ -317,6 +325,23 @@ def _heads(layer: _Layer, parts: Sequence[NDArray[np.bool_]]) -> tuple[NDArray[n
     return kept, widths
 
 
+def _erased(layer: _Layer, edits: Edits) -> None:
+    """The sizes that the zeros of a module state that computes nothing."""
+    own: ErasedForward = vars(layer.module)["forward"]
+    zeros = [value for node in layer.calls if node.op is _ZEROS for value in node.outputs if value is not None]
+    shapes = iter([layer.pruned.sizes(value) for value in zeros])
+    found: list[Recipe] = []
+    while (first := next(shapes, None)) is not None:
+        try:
+            found.append(resized(own.gives, chain([first], shapes)))
+        except StopIteration:  # it was given an empty vector, and so gave one
+            found.append({})
+    if any(gives != found[0] for gives in found) or {} in found:
+        raise EmitterError(f"{layer.path}, which computes nothing, would have to give other sizes from call to call")
+    if found and found[0] != own.gives:
+        edits.erased[layer.path] = {"takes": list(own.takes), "gives": dict(found[0])}
+
+
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, slim_layers.LayerNorm, slim_layers.RMSNorm, slim_layers.GroupNorm)
 
 STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
@@ -350,4 +375,5 @@ STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
     slim_layers.RMSNorm: _layer_norm,
     slim_layers.GroupNorm: _group_norm,
     slim_layers.MultiheadAttention: _attention,
+    ErasedForward: _erased,
 }
