@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from oto import OTO, load_subnet
-from oto.errors import NotPrunedWarning, ShrinkError
+from oto.errors import NoGradientWarning, NotPrunedWarning, ShrinkError
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
 from oto.slim.widths import Widths
@@ -441,6 +441,16 @@ def test_what_was_shrunk_after_pruning_resumes_though_widths_are_tied_in_it(monk
     two.model.load_state_dict(saved["model"])
     two.optimizer.load_state_dict(saved["optimizer"])
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_what_only_segments_read_that_are_gone_goes_first_and_nothing_need_be_done():
+    way = Way(make=Side, target=0.3, options=ADAMW, min_kept=0).until(10)
+    gone(way, *way.segments)
+    way.oto.shrink(way.optimizer)
+    with pytest.warns(NoGradientWarning, match=r"pre\.weight apart(.|\n)*to fix  nothing, if all that read it left"):
+        way.until(30)
+    subnet = way.oto.construct_subnet()
+    assert subnet.model.pre.out_features < subnet.model.stem.out_features and subnet.max_error <= 1e-12
 
 
 def test_what_reads_a_channel_in_a_segment_that_is_gone_does_not_count():
