@@ -35,6 +35,7 @@ from oto.slim.erased import (
     leaving_out,
     outermost,
     plan_each,
+    refusing,
     renumbered,
 )
 from oto.slim.own_class import OwnClass, plan_edits
@@ -157,9 +158,12 @@ class _Asking:
             modules = outermost(erased[name] for name in names)
             shapes = {leaf: pruned.shape(leaf) for leaf in partition.found.graph.leaves}
             thin = {leaf: shape for leaf, shape in shapes.items() if tuple(shape) != leaf.value.shape}
+            passed = refusing(partition.found.graph, [s for s in partition.segments if s.name in names])
+            made = [i for i in passed if self.own is None or i not in self.own.calls.by_node]
             try:
-                edits = leaving_out(plan_edits(model, pruned, self.own), modules, model)
-                if self._runs_on_meta(thin, edits) or on_meta(model):
+                edits = leaving_out(plan_edits(model, pruned, self.own, passed), modules, model)
+                # without data torch makes some of the calls that it refuses with data
+                if (not made and self._runs_on_meta(thin, edits)) or on_meta(model):
                     return None
             except EmitterError as refused:
                 return refused

@@ -13,10 +13,10 @@ from oto.axes.registry import known
 from oto.errors import EmitterError, first_line, some
 from oto.slim.config.emit import emit_stock
 from oto.slim.edits import Edits, forget_idle, named_tensors, pruned_tensor, pruned_tensors, slim_copy
-from oto.slim.erased import Erasures, failure_without, leaving_out, plan
+from oto.slim.erased import Erasures, failure_without, leaving_out, plan, refusing
 from oto.slim.graph.emit import emit_graph
 from oto.slim.graph.replay import check_recording, emit_recording
-from oto.slim.own_class import plan_edits
+from oto.slim.own_class import OwnClass, plan_edits
 from oto.slim.proof.compare import Check
 from oto.slim.proof.reference import CheckOptions, Reference
 from oto.slim.proof.run import learn
@@ -50,7 +50,7 @@ def emit_class(source: Source) -> Emitted:
         EmitterError: The class cannot express the pruned shapes.
     """
     pruned = source.pruned
-    edits, gone = without_segments(source, plan_edits(source.model, pruned, source.own))
+    edits, gone = without_segments(source, class_edits(source, source.own))
     if source.drop_unreached:
         tensors = pruned_tensors(source.model, pruned)
         edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
@@ -59,6 +59,16 @@ def emit_class(source: Source) -> Emitted:
     learn(slim.model, edits, source.dummy_input)
     forget_idle(slim.model, edits)
     return slim
+
+
+def class_edits(source: Source, own: OwnClass | None) -> Edits:
+    """The edits of a copy of the model with thinner tensors, before segments are left out of it.
+
+    Args:
+        own: What the class needs, if it was searched.
+    """
+    passed = refusing(source.partition.found.graph, source.partition.erased(source.kept))
+    return plan_edits(source.model, source.pruned, own, passed)
 
 
 def without_segments(source: Source, edits: Edits) -> tuple[Edits, set[str]]:
@@ -101,7 +111,7 @@ def _keeping(source: Source, segments: Collection[str]) -> Source:
 
 def _fails_without(source: Source, how: Erasures) -> bool:
     """Whether the class fails on the example without the removed segments."""
-    edits = plan_edits(source.model, source.pruned, source.own)
+    edits = class_edits(source, source.own)
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
     try:
         failure = failure_without(source.model, how.erased, tensors, edits, source.dummy_input)

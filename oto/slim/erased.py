@@ -31,7 +31,7 @@ from oto.slim.called import PLAIN, Shape, Taken
 from oto.slim.edits import Edits, slim_copy
 from oto.slim.proof.run import run
 from oto.slim.widths import Widths
-from oto.trace.graph import Graph, Value
+from oto.trace.graph import Graph, Node, Value
 
 aten = torch.ops.aten
 
@@ -46,6 +46,22 @@ _FUNCTIONS: Mapping[object, str] = {
 """Operators that may be left of a block, by the names of :data:`oto.nn.erased.THEN`."""
 
 _POOLS: Collection[object] = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool2d_with_indices.default}
+_OF_CHANNELS: Collection[object] = {
+    op
+    for packet in (
+        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"),
+        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+        *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
+        *("replication_pad1d", "replication_pad2d", "replication_pad3d"),
+        *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
+        *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
+        *("upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
+        *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    )
+    for op in (getattr(getattr(aten, packet), name) for name in getattr(aten, packet).overloads())
+}
+"""Operators that refuse a tensor without channels."""
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_WINDOWS = 3  # dimensions behind the channels, as recipes have them
 
@@ -160,6 +176,28 @@ def beside(graph: Graph, segments: Iterable[Segment]) -> dict[int, int]:
         joint = graph.calls[segment.joint]
         found.update(dict.fromkeys(segment.body, dim_of(joint) - len(segment.made.shape)))
     return found
+
+
+def refusing(graph: Graph, gone: Iterable[Segment]) -> list[int]:
+    """The calls between modules that are left out and a concatenation that torch refuses to make without channels."""
+    laid = [segment for segment in gone if segment.axes]
+    if not laid:
+        return []
+    calls = not_computed(laid)
+    inside, found = Modules.of(graph).within(calls), list[int]()
+    empty: set[Value] = set()
+    for node in (node for node in graph.nodes if node.index in calls):
+        within = _is_inside(node.module, inside)
+        if within or not empty.isdisjoint(node.inputs()):
+            empty.update(value for value in (*node.outputs, *(new for _, new in node.written)) if value is not None)
+            found += [node.index] if _refuses_nothing(node) and not within else []
+    return found
+
+
+def _refuses_nothing(node: Node) -> bool:
+    """Whether torch refuses to make a call without channels."""
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    return node.op in _OF_CHANNELS or (node.op is aten.pad.default and mode != "constant")
 
 
 def _learned(widths: Widths, modules: Modules, gone: Sequence[Segment]) -> Learned:

@@ -6,7 +6,7 @@ swapped for :class:`oto.nn.LayerNorm`, which still divides by the full count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -83,12 +83,19 @@ class Layers:
         return path in self.found and self.found[path][1] in NORMS
 
 
-def edits_of(layers: Layers, pruned: PrunedShapes, own: OwnClass | None = None, sizes_only: bool = False) -> Edits:
+def edits_of(
+    layers: Layers,
+    pruned: PrunedShapes,
+    own: OwnClass | None = None,
+    sizes_only: bool = False,
+    passed: Collection[int] = (),
+) -> Edits:
     """The edits of layers of ``torch.nn``, and the size attributes and call overrides of the user's modules.
 
     Args:
         own: What the class needs, if it was searched.
         sizes_only: Leave full counts out of the overrides, so that modules make the same calls as before.
+        passed: Indices of calls that are given no channels, and not made.
 
     Raises:
         DeclinedError: A layer of ``torch.nn`` has no form for the pruned shapes.
@@ -98,23 +105,26 @@ def edits_of(layers: Layers, pruned: PrunedShapes, own: OwnClass | None = None, 
     if own is not None:
         for place, size in own.adaptation.sizes.items():
             edits.stated.setdefault(place.module, []).append([list(place.key), size.now(pruned)])
-        overrides = overrides_of(own.calls, own.adaptation, pruned, sizes_only)
+        overrides = overrides_of(own.calls, own.adaptation, pruned, sizes_only, passed)
         edits.told.update({path: to_json(calls) for path, calls in overrides.items()})
     return edits
 
 
-def plan_edits(model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = None) -> Edits:
+def plan_edits(
+    model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = None, passed: Collection[int] = ()
+) -> Edits:
     """The edits that make the model's class compute what the thinner graph computes.
 
     Args:
         own: What the class needs, if it was searched.
+        passed: Indices of calls that are given no channels, and not made; only where the class was searched.
 
     Raises:
         EmitterError: The user's own code divides by a count that changes.
     """
     graph = pruned.found.graph
     layers = Layers.of(model, graph)
-    edits = edits_of(layers, pruned, own)
+    edits = edits_of(layers, pruned, own, passed=passed)
     if own is not None:  # the search has compared all calls, including those that divide by a count
         return edits
     for index, text in pruned.found.tape.counted.items():
