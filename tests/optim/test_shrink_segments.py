@@ -379,7 +379,7 @@ def gone(way, *names):
 def test_sums_of_what_is_left_can_go_on_losing_it():
     way = Way(make=Mixture, target=0.5)
     assert len(way.segments) == 7  # each expert, the sums of the first two and three, and all of it
-    gone(way, "gate")
+    gone(way, "experts.1")
     way.oto.shrink(way.optimizer)  # all others can go on losing atoms, or it is refused
     assert len(way.segments) == 5 and not way.model.experts[1].state_dict()
     again = OTO(way.model, way.x, compress_mode="erase")
