@@ -135,3 +135,29 @@ def test_the_class_is_asked_with_data_where_torch_allows_without_what_it_refuses
     model, x = made(Pyramid)
     reasons = {group.name: group.reason for group in OTO(model, x, compress_mode="both").node_groups if group.segment}
     assert "Non-empty 4D data tensor expected" in reasons["up"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [Pyramid, Loop])
+def test_shrinking_is_the_run_without_it(make):
+    losses, sizes = [], []
+    for shrinks in (False, True):
+        model, x = made(make)
+        model.train()
+        oto = OTO(model, x, compress_mode="both", min_kept=0.7)  # channels alone would not do
+        options = {"start_pruning_step": 2, "pruning_steps": 9, "pruning_periods": 3, "total_steps": 16}
+        optimizer = oto.hesso(variant="adam", lr=1e-2, target_macs=0.5, **options)
+        own = []
+        for step in range(16):
+            optimizer.zero_grad()
+            loss = (model(x) - 0.1).square().mean()
+            loss.backward()
+            optimizer.step()
+            own.append(loss.item())
+            if shrinks and step in (5, 8, 13):
+                oto.shrink(optimizer)
+        losses.append(own)
+        sizes.append(sum(p.numel() for p in model.parameters()))
+        assert oto.construct_subnet().emitter == "module"
+    assert isinstance(model.forward, OverriddenForward)
+    assert sizes[1] < sizes[0] and losses[1] == pytest.approx(losses[0], rel=1e-9)
