@@ -368,7 +368,7 @@ def test_the_search_removes_as_many_as_are_asked_for():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["inception", "dense"])
+@pytest.mark.parametrize("name", ["inception", "dense", "darts"])
 def test_shrinking_is_the_run_without_it(name):
     losses, kinds = [], []
     for shrinks in (False, True):
