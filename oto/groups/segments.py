@@ -240,6 +240,7 @@ class _Run:
             if edge.why is not None:
                 staying.append(Staying(edge.joint.index, path, edge.why, edge.joint.index))
             elif needed := self._needed(edge.value, writers):
+                path = modules.ending(needed[0].name.rpartition(".")[0], body)
                 values, into = (edge.value, edge.left, edge.made), frozenset(edge.into)
                 segments.append(Segment(path, Axis(1), edge.joint.index, *values, tuple(needed), body, into=into))
             else:

@@ -307,6 +307,7 @@ _HOW = _entries(
         "of": _COUNT,
         "grows": _list(_COUNT),
         "pieces": _tuple(_list(_COUNT), _integer(-64, 64)),
+        "passed": _flag,
         "counted": _one_of(*COUNTED),
         "full": _COUNTS,
         "sizes": _COUNTS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -106,6 +106,22 @@ def made(recipe: Recipe, given: Mapping[str, Any]) -> Any:
     if "channels" in recipe:
         return x.new_zeros(convolved(x, recipe["channels"], recipe["window"]))
     return torch.zeros_like(x)
+
+
+def resized(recipe: Recipe, shapes: Iterator[Sequence[int]]) -> Recipe:
+    """A recipe whose zeros state other sizes.
+
+    Args:
+        shapes: For each tensor that :func:`made` makes by ``new_zeros``, in order, its new shape.
+    """
+    if "items" in recipe:
+        return {**recipe, "items": [resized(item, shapes) for item in recipe["items"]]}
+    if "zeros" not in recipe or recipe.keys().isdisjoint(("none", "last", "channels")):
+        return recipe
+    shape = next(shapes)
+    if "last" in recipe:
+        return {**recipe, "last": shape[-1]}
+    return {**recipe, "channels": shape[-len(recipe["window"]) - 1]} if "channels" in recipe else recipe
 
 
 def convolved(x: Tensor, channels: int, window: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ from oto.nn.calls import (
     site_of_call,
     user_module,
 )
-from oto.nn.overrides import FullCount, Given, Json, Override, Overrides, Pieces, Sizes, from_json, to_json
+from oto.nn.overrides import FullCount, Given, Json, Override, Overrides, Passed, Pieces, Sizes, from_json, to_json
 
 Time = tuple[str, str, int]
 """A site, the name of a torch function, and the ordinal of its call there within one run."""
@@ -99,7 +99,9 @@ class OverriddenForward:
     def is_idle(self) -> bool:
         """Whether no call is changed because the code states all sizes correctly by itself."""
         hows = [how for named in self.overrides.values() for each in named.values() for how in each]
-        return not any(how.keep or isinstance(how, (Pieces, FullCount)) or getattr(how, "numbers", ()) for how in hows)
+        return not any(
+            how.keep or isinstance(how, (Pieces, FullCount, Passed)) or getattr(how, "numbers", ()) for how in hows
+        )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -312,6 +314,9 @@ class _Interception(TorchFunctionMode):
         """Make a call with its override."""
         if isinstance(how, Pieces):
             return args[0].split(list(how.sizes), how.dim)
+        if isinstance(how, Passed):
+            x = first_tensor((args, kwargs))
+            return func(*args, **kwargs) if x is None or x.numel() else x.new_empty(0)
         sizes = how.stated
         if sizes is not None and not (self.analyzed and isinstance(how, FullCount)):
             stated = numbers_of((args, kwargs), self.traced)
@@ -460,6 +465,9 @@ def merge_rounds(old: Json, new: Json) -> dict[str, dict[str, list[dict[str, Any
             if any(isinstance(how, Pieces) for how in hows):  # the first round has another name for the call
                 name = next((n for n, each in there.items() if any(isinstance(h, Pieces) for h in each)), name)
             before = there.get(name, [Override()])
+            if any(isinstance(how, Passed) for how in before):  # calls that the second round did not see
+                left = iter(list(hows) * (len(before) if len(hows) == 1 else 1))
+                hows = [Override() if isinstance(how, Passed) else next(left) for how in before]
             times = max(len(before), len(hows))
             if {len(before), len(hows)} - {1, times}:
                 raise RuntimeError(f"{name} has {len(before)} overrides in one round, {len(hows)} in another: {site}")

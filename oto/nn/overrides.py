@@ -98,6 +98,14 @@ class FullCount(Override):
         return replace(self, sizes=replace(sizes, of=None))  # "of" is a keyword of a count
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passed(Override):
+    """Makes no call where the tensor that it is given has no entries, but gives an empty vector.
+
+    ``torch.cat`` passes over it. Convolutions, pooling and interpolation refuse tensors without channels.
+    """
+
+
 Overrides = Mapping[str, Mapping[str, Sequence[Override]]]
 """For each site and name of a torch function, its overrides: one for every time that a run of the module reaches the
 site, in order; or a single one for all times."""
@@ -133,7 +141,7 @@ def _one(how: Mapping[str, Any]) -> Override:
     if "pieces" in how:
         pieces, dim = how["pieces"]
         return Pieces(sizes=tuple(pieces), dim=dim, **common)
-    return Override(**common)
+    return Passed(**common) if how.get("passed") else Override(**common)
 
 
 def _sizes(how: Mapping[str, Any], further: Mapping[str, Any]) -> Sizes:
@@ -154,6 +162,8 @@ def _plain(how: Override) -> dict[str, Any]:
         made |= {"was": [list(numbers) for numbers in sizes.was]} if sizes.was else {}
     if isinstance(how, Pieces):
         made["pieces"] = [list(how.sizes), how.dim]
+    elif isinstance(how, Passed):
+        made["passed"] = True
     elif isinstance(how, FullCount):
         made |= {"counted": how.name, **how.keywords}
     made |= {"keep": True} if how.keep else {}

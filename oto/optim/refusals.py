@@ -175,7 +175,8 @@ def require_gradients(
     warnings.warn(
         f"no gradient tells the atoms of {some(names)} apart\n"
         "  effect  all their scores are alike, so they go first, in the order of their indices\n"
-        "  to fix  keep what is not trained whole (skip_patterns), freeze it before OTO(...), or choose by weights:"
+        "  to fix  nothing, if all that read it left the model as segments: no output depends on it any more; otherwise"
+        " keep what is not trained whole (skip_patterns), freeze it before OTO(...), or choose by weights:"
         " saliency='magnitude'",
         NoGradientWarning,
         stacklevel=users_level(),

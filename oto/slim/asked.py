@@ -35,10 +35,12 @@ from oto.slim.erased import (
     leaving_out,
     outermost,
     plan_each,
+    refusing,
     renumbered,
 )
 from oto.slim.own_class import OwnClass, plan_edits
 from oto.slim.pruned_shapes import pruned_shapes
+from oto.slim.widths import Widths
 from oto.trace.graph import Leaf
 from oto.trace.inputs import Example
 from oto.trace.light import failure_on_meta
@@ -68,9 +70,9 @@ def needed(
         own: What the class needs, if it was searched.
     """
     graph = partition.found.graph
-    modules = Modules.of(graph)
+    modules, widths = Modules.of(graph), Widths.whole(partition)
     added, laid = (
-        Learned({}, modules, frozenset(index for segment in some for index in segment.body), {}, beside(graph, some))
+        Learned({}, modules, frozenset(i for segment in some for i in segment.body), {}, widths, beside(graph, some))
         for some in ([s for s in segments if not s.axes], [s for s in segments if s.axes])
     )
     for learned in (added, laid):
@@ -156,9 +158,12 @@ class _Asking:
             modules = outermost(erased[name] for name in names)
             shapes = {leaf: pruned.shape(leaf) for leaf in partition.found.graph.leaves}
             thin = {leaf: shape for leaf, shape in shapes.items() if tuple(shape) != leaf.value.shape}
+            passed = refusing(partition.found.graph, [s for s in partition.segments if s.name in names])
+            made = [i for i in passed if self.own is None or i not in self.own.calls.by_node]
             try:
-                edits = leaving_out(plan_edits(model, pruned, self.own), modules, model)
-                if self._runs_on_meta(thin, edits) or on_meta(model):
+                edits = leaving_out(plan_edits(model, pruned, self.own, passed), modules, model)
+                # without data torch makes some of the calls that it refuses with data
+                if (not made and self._runs_on_meta(thin, edits)) or on_meta(model):
                     return None
             except EmitterError as refused:
                 return refused

@@ -13,16 +13,17 @@ from oto.axes.registry import known
 from oto.errors import EmitterError, first_line, some
 from oto.slim.config.emit import emit_stock
 from oto.slim.edits import Edits, forget_idle, named_tensors, pruned_tensor, pruned_tensors, slim_copy
-from oto.slim.erased import Erasures, failure_without, leaving_out, plan
+from oto.slim.erased import Erasures, failure_without, leaving_out, plan, refusing
 from oto.slim.graph.emit import emit_graph
 from oto.slim.graph.replay import check_recording, emit_recording
-from oto.slim.own_class import plan_edits
+from oto.slim.own_class import OwnClass, plan_edits
 from oto.slim.proof.compare import Check
 from oto.slim.proof.reference import CheckOptions, Reference
 from oto.slim.proof.run import learn
 from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.removed import left_out, within
 from oto.slim.source import Emitted, Source
+from oto.slim.widths import Widths
 from oto.trace.export import LEVELS, Exported, export
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def emit_class(source: Source) -> Emitted:
         EmitterError: The class cannot express the pruned shapes.
     """
     pruned = source.pruned
-    edits, gone = without_segments(source, plan_edits(source.model, pruned, source.own))
+    edits, gone = without_segments(source, class_edits(source, source.own))
     if source.drop_unreached:
         tensors = pruned_tensors(source.model, pruned)
         edits = left_out(source.model, source.partition, tensors, edits, source.dummy_input)
@@ -58,6 +59,16 @@ def emit_class(source: Source) -> Emitted:
     learn(slim.model, edits, source.dummy_input)
     forget_idle(slim.model, edits)
     return slim
+
+
+def class_edits(source: Source, own: OwnClass | None) -> Edits:
+    """The edits of a copy of the model with thinner tensors, before segments are left out of it.
+
+    Args:
+        own: What the class needs, if it was searched.
+    """
+    passed = refusing(source.partition.found.graph, source.partition.erased(source.kept))
+    return plan_edits(source.model, source.pruned, own, passed)
 
 
 def without_segments(source: Source, edits: Edits) -> tuple[Edits, set[str]]:
@@ -100,7 +111,7 @@ def _keeping(source: Source, segments: Collection[str]) -> Source:
 
 def _fails_without(source: Source, how: Erasures) -> bool:
     """Whether the class fails on the example without the removed segments."""
-    edits = plan_edits(source.model, source.pruned, source.own)
+    edits = class_edits(source, source.own)
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
     try:
         failure = failure_without(source.model, how.erased, tensors, edits, source.dummy_input)
@@ -117,12 +128,13 @@ def erasures(source: Source, edits: Edits | None = None) -> Erasures:
     Args:
         edits: The edits of the thin copy.
     """
-    gone = source.partition.erased(source.kept)
+    gone, left = source.partition.erased(source.kept), source.pruned
     if beside := [segment.name for segment in gone if segment.axes]:  # a layer needs a channel, so keep one here
         source, edits = _keeping(source, beside), None
     edits = plan_edits(source.model, source.pruned, source.own) if edits is None else edits
     tensors = pruned_tensors(source.model, source.pruned, source.own.scales if source.own is not None else {})
-    return plan(source.model, source.partition, gone, tensors, edits, source.dummy_input)
+    widths = Widths(source.partition, left, source.pruned)
+    return plan(source.model, widths, gone, tensors, edits, source.dummy_input)
 
 
 def _emit_class(source: Source, pruned: PrunedShapes, edits: Edits, gone: Collection[str]) -> Emitted:

@@ -30,7 +30,8 @@ from oto.nn.erased import THEN, is_erased
 from oto.slim.called import PLAIN, Shape, Taken
 from oto.slim.edits import Edits, slim_copy
 from oto.slim.proof.run import run
-from oto.trace.graph import Graph, Value
+from oto.slim.widths import Widths
+from oto.trace.graph import Graph, Node, Value
 
 aten = torch.ops.aten
 
@@ -45,7 +46,24 @@ _FUNCTIONS: Mapping[object, str] = {
 """Operators that may be left of a block, by the names of :data:`oto.nn.erased.THEN`."""
 
 _POOLS: Collection[object] = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool2d_with_indices.default}
+_OF_CHANNELS: Collection[object] = {
+    op
+    for packet in (
+        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"),
+        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+        *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
+        *("replication_pad1d", "replication_pad2d", "replication_pad3d"),
+        *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
+        *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
+        *("upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
+        *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    )
+    for op in (getattr(getattr(aten, packet), name) for name in getattr(aten, packet).overloads())
+}
+"""Operators that refuse a tensor without channels."""
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MOST_WINDOWS = 3  # dimensions behind the channels, as recipes have them
 
 Given: TypeAlias = Tensor | Shape
 
@@ -65,7 +83,7 @@ class Erasures:
 
 def plan(
     model: nn.Module,
-    partition: Partition,
+    widths: Widths,
     gone: Sequence[Segment],
     tensors: Mapping[str, Tensor],
     edits: Edits,
@@ -74,11 +92,11 @@ def plan(
     """Find out which modules are replaced, and by what.
 
     Args:
+        widths: Those of the slim model, and of the thin copy that shows what modules take and give.
         gone: The segments that are left out.
         tensors, edits: Those of the thin copy.
     """
-    modules = Modules.of(partition.found.graph)
-    learned = _learned(partition.found.graph, modules, gone)
+    learned = _learned(widths, Modules.of(widths.partition.found.graph), gone)
     thin = slim_copy(model, tensors, edits).eval()
     learned.watch(thin)
     run(thin, dummy_input)
@@ -93,15 +111,15 @@ def plan_each(
     Args:
         tensors: Those of the model, in which what all of the segments write is zero.
     """
-    graph = partition.found.graph
+    graph, widths = partition.found.graph, Widths.whole(partition)
     modules = Modules.of(graph)
-    each = [_learned(graph, modules, [segment]) for segment in segments]
+    each = [_learned(widths, modules, [segment]) for segment in segments]
     ends: dict[str, dict[str, bool]] = {}
     functions: dict[str, Sequence[str]] = {}
     for one in each:
         ends |= {path: {"copy": how["copy"] or (path in ends and ends[path]["copy"])} for path, how in one.ends.items()}
         functions |= one.functions
-    every = Learned(ends, modules, not_computed(segments), functions, beside(graph, segments))
+    every = Learned(ends, modules, not_computed(segments), functions, widths, beside(graph, segments))
     thin = slim_copy(model, tensors, Edits()).eval()
     every.watch(thin)
     run(thin, dummy_input)
@@ -160,8 +178,31 @@ def beside(graph: Graph, segments: Iterable[Segment]) -> dict[int, int]:
     return found
 
 
-def _learned(graph: Graph, modules: Modules, gone: Sequence[Segment]) -> Learned:
+def refusing(graph: Graph, gone: Iterable[Segment]) -> list[int]:
+    """The calls between modules that are left out and a concatenation that torch refuses to make without channels."""
+    laid = [segment for segment in gone if segment.axes]
+    if not laid:
+        return []
+    calls = not_computed(laid)
+    inside, found = Modules.of(graph).within(calls), list[int]()
+    empty: set[Value] = set()
+    for node in (node for node in graph.nodes if node.index in calls):
+        within = _is_inside(node.module, inside)
+        if within or not empty.isdisjoint(node.inputs()):
+            empty.update(value for value in (*node.outputs, *(new for _, new in node.written)) if value is not None)
+            found += [node.index] if _refuses_nothing(node) and not within else []
+    return found
+
+
+def _refuses_nothing(node: Node) -> bool:
+    """Whether torch refuses to make a call without channels."""
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    return node.op in _OF_CHANNELS or (node.op is aten.pad.default and mode != "constant")
+
+
+def _learned(widths: Widths, modules: Modules, gone: Sequence[Segment]) -> Learned:
     """What is to be learned of the modules, to leave some segments out."""
+    graph = widths.partition.found.graph
     calls, added = not_computed(gone), [segment for segment in gone if not segment.into]
     held = [segment for segment in added if overwritten(graph, segment, gone)]
     ends = {
@@ -169,7 +210,7 @@ def _learned(graph: Graph, modules: Modules, gone: Sequence[Segment]) -> Learned
         for path, own in modules.calls.items()
         if any(segment.joint in own for segment in added)
     }
-    return Learned(ends, modules, calls, _left(graph, modules, added, calls), beside(graph, gone))
+    return Learned(ends, modules, calls, _left(graph, modules, added, calls), widths, beside(graph, gone))
 
 
 def _decided(learned: Learned, thin: nn.Module, gone: Sequence[Segment]) -> Erasures:
@@ -208,7 +249,7 @@ def leaving_out(edits: Edits, erased: Mapping[str, dict[str, Any]], model: nn.Mo
         swaps=left(edits.swaps),
         stated=stated,
         told=left(edits.told),
-        erased=dict(erased),
+        erased={**left(edits.erased), **erased},
     )
 
 
@@ -294,6 +335,7 @@ class Learned:
         ends: Paths of modules in which a joint gives its other argument, and whether as a copy.
         calls: The calls that are not made.
         functions: Paths of modules of which some functions are left.
+        widths: What the dimensions of what they take and give are made of.
         beside: The calls that are not made for what is concatenated with others, each with that dimension.
     """
 
@@ -301,6 +343,7 @@ class Learned:
     modules: Modules
     calls: frozenset[int]
     functions: Mapping[str, Sequence[str]]
+    widths: Widths
     beside: Mapping[int, int] = field(default_factory=dict)
     found: dict[str, list[dict[str, Any] | None]] = field(default_factory=dict)
     takes: dict[type[nn.Module], list[str]] = field(default_factory=dict, repr=False)
@@ -381,11 +424,24 @@ class Learned:
             return None
         if (own := self.modules.calls.get(path, {-1})) <= self.beside.keys():
             return _nothing(module, name, first, x, self.beside[max(own)])
-        if x.shape == first.shape:
+        return self._zeros(own, module, name, first, x)
+
+    def _zeros(
+        self, own: Collection[int], module: nn.Module, name: str, given: Given, x: Given
+    ) -> dict[str, Any] | None:
+        """Zeros in place of a result, of the shape of an argument or of a stated size."""
+        if (apart := self.widths.apart(own, given, x)) is not None and -apart[0] <= _MOST_WINDOWS + 1:
+            dim, size = apart
+            if dim == -1:
+                return {"zeros": name, "last": size}
+            return {"zeros": name, "channels": size, "window": [[1, 1, 0, 1] for _ in range(-dim - 1)]}
+        if x.shape == given.shape:
             return {"zeros": name}
-        if isinstance(module, nn.Linear) or (x.ndim > 2 and x.shape[:-1] == first.shape[:-1]):  # tokens by features
-            return {"zeros": name, "last": x.shape[-1]}
-        return _windowed(module, name, x.shape[-len(module.kernel_size) - 1]) if _has_window(module) else None
+        if isinstance(module, nn.Linear) or (x.ndim > 2 and x.shape[:-1] == given.shape[:-1]):  # tokens by features
+            return {"zeros": name, "last": self.widths.size(own, x, -1)}
+        if not _has_window(module):
+            return None
+        return _windowed(module, name, self.widths.size(own, x, -len(module.kernel_size) - 1))
 
 
 def _has_window(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:

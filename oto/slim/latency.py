@@ -29,6 +29,7 @@ from oto.slim.own_class import plan_edits
 from oto.slim.proof.run import run
 from oto.slim.pruned_shapes import pruned_shapes
 from oto.slim.removed import within
+from oto.slim.widths import Widths
 from oto.trace.export import export
 from oto.trace.inputs import arguments
 from oto.trace.snapshot import preserved
@@ -264,14 +265,16 @@ def _without_segments(
         return tensors, edits
     zero = {name for segment in gone for leaf in segment.writers for name in leaf.names}
     shown, shown_edits = tensors, edits
+    left = pruned = pruned_shapes(partition, kept)
     if beside := {segment.name: np.arange(1) for segment in gone if segment.axes}:  # a layer needs a channel
         pruned = pruned_shapes(partition, {**kept, **beside})
         shown, shown_edits = pruned_tensors(model, pruned), plan_edits(model, pruned)
     silent = {name: torch.zeros_like(t) if name in zero else t for name, t in shown.items()}
-    edits = leaving_out(edits, plan(model, partition, gone, silent, shown_edits, dummy_input).erased, model)
+    widths = Widths(partition, left, pruned)
+    edits = leaving_out(edits, plan(model, widths, gone, silent, shown_edits, dummy_input).erased, model)
     away = set(within(tensors, edits.erased))
-    left = {name: tensor for name, tensor in tensors.items() if name not in away}
-    return {name: torch.zeros_like(t) if name in zero else t for name, t in left.items()}, edits
+    rest = {name: tensor for name, tensor in tensors.items() if name not in away}
+    return {name: torch.zeros_like(t) if name in zero else t for name, t in rest.items()}, edits
 
 
 MISSED = 1.1

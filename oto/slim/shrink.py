@@ -22,8 +22,8 @@ from oto.slim.config.recipe import Recipe, configs, fields
 from oto.slim.config.solve import apply, solve
 from oto.slim.config.unstated import Unstated
 from oto.slim.edits import Edits, attribute, pruned_tensors
-from oto.slim.emitters import without_needed, without_segments
-from oto.slim.own_class import OwnClass, limited, own_class, plan_edits
+from oto.slim.emitters import class_edits, without_needed, without_segments
+from oto.slim.own_class import OwnClass, limited, own_class
 from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.run import learn
@@ -82,7 +82,7 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     try:
         source, needed = without_needed(source)
         kept, pruned = source.kept, source.pruned
-        edits = plan_edits(model, pruned, source.own.unfolded if source.own is not None else None)
+        edits = class_edits(source, source.own.unfolded if source.own is not None else None)
         edits, gone = without_segments(source, edits)
         if source.recipe is not None:
             _state_in_config(edits, model, source.recipe, pruned)

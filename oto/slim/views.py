@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from oto.axes.terms import Axis, reordered
 from oto.slim.config.solve import apply
 from oto.slim.edits import Edits, attribute, slim_copy
-from oto.slim.emitters import without_segments
-from oto.slim.own_class import plan_edits
+from oto.slim.emitters import class_edits, without_segments
 from oto.slim.proof.compare import require
 from oto.slim.proof.reference import CheckOptions, check
 from oto.slim.proof.run import learn
@@ -85,7 +84,7 @@ def view_of(store: nn.Module, masked: nn.Module, plain: Source, orders: Orders) 
     """
     front = {name: np.arange(len(atoms)) for name, atoms in plain.kept.items()}
     source = replace(plain, kept=front)
-    edits = plan_edits(store, source.pruned, source.own.unfolded if source.own is not None else None)
+    edits = class_edits(source, source.own.unfolded if source.own is not None else None)
     zeroed = sorted_copy(masked, source, orders)  # with the statistics of the member
     edits, gone = without_segments(replace(source, model=zeroed), edits)
     tensors, copied, size = _tensors(store, zeroed, source.pruned, gone)

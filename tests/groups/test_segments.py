@@ -62,6 +62,16 @@ def test_a_residual_branch_is_a_segment():
     assert group.prunable and group.size == 1 and group.min_kept == 0
 
 
+def test_a_segment_is_named_by_what_is_zeroed():
+    class Weighed(Residual):
+        def forward(self, x):
+            x = self.stem(x)
+            gates = self.gate.expand(len(self.ways)).softmax(0)  # never zero, and the last parameter of every way
+            return self.head(x + sum(gate * way(x) for gate, way in zip(gates, self.ways, strict=True)))
+
+    assert {"ways.0", "ways.1", "ways.2"} <= set(names(found(Weighed(ways=3), torch.randn(2, 4))))
+
+
 LOUD = {
     "a buffer is added": lambda v, m: v + m.constant,
     "a sigmoid": lambda v, m: v.sigmoid(),

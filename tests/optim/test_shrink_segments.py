@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from oto import OTO, load_subnet
-from oto.errors import NotPrunedWarning, ShrinkError
+from oto.errors import NoGradientWarning, NotPrunedWarning, ShrinkError
 from oto.slim.proof.compare import relative_error
 from oto.slim.proof.run import run
+from oto.slim.widths import Widths
 from tests.optim.test_segments import Net
 from tests.slim.test_depth import Config
 from tests.slim.test_depth import Net as Layered
@@ -309,7 +310,7 @@ class Mixture(nn.Module):
 
 
 class Side(nn.Module):
-    """Where ``a`` is left out, its zeros get the shape of what it was given, which ties the two widths."""
+    """Two widths that are pruned apart, whether ``a``, which reads one and writes the other, is there or not."""
 
     def __init__(self):
         super().__init__()
@@ -320,6 +321,37 @@ class Side(nn.Module):
         x = self.stem(x)
         h = self.pre(x).relu()
         return self.head(x + 0.5 * self.a(h) + self.b(h).tanh())
+
+
+class Weighed(nn.Module):
+    """As DARTS has it while it searches: operations side by side, each with a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.ways = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(8, 8, bias=False)) for _ in range(6))
+        self.alphas = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i, alpha in enumerate(self.alphas.softmax(1)):
+            x = sum(alpha[k] * self.ways[3 * i + k](x) for k in range(3)).tanh()
+        return self.head(x)
+
+
+class Square(nn.Module):
+    """The block calls its last layer itself, and what that layer reads is as wide as what it is added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.mix, self.out = (nn.ModuleList(nn.Linear(8, 8) for _ in range(3)) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for mix, out in zip(self.mix, self.out, strict=True):
+            x = x + out(mix(x).tanh()).sin()
+        return self.head(x)
 
 
 class Images(nn.Module):
@@ -347,7 +379,7 @@ def gone(way, *names):
 def test_sums_of_what_is_left_can_go_on_losing_it():
     way = Way(make=Mixture, target=0.5)
     assert len(way.segments) == 7  # each expert, the sums of the first two and three, and all of it
-    gone(way, "gate")
+    gone(way, "experts.1")
     way.oto.shrink(way.optimizer)  # all others can go on losing atoms, or it is refused
     assert len(way.segments) == 5 and not way.model.experts[1].state_dict()
     again = OTO(way.model, way.x, compress_mode="erase")
@@ -372,7 +404,30 @@ def test_the_last_of_a_concatenation_has_to_stay_anyway():
     assert way.model.head.in_features == 6 and not way.segments
 
 
-def test_what_was_shrunk_after_pruning_resumes_though_widths_are_tied_in_it():
+@pytest.mark.parametrize("make", [Side, Weighed, Square])
+def test_widths_beside_what_is_gone_go_on_getting_smaller(make):
+    runs = []
+    for shrinks in (False, True):
+        way = Way(make=make, target=0.3, options=ADAMW, min_kept=0)
+        first = way.segments[0]
+        way.until(10)
+        gone(way, first)
+        if shrinks:
+            way.oto.shrink(way.optimizer)
+            assert first not in way.segments
+        way.until(START + STEPS + 1)
+        if shrinks:
+            way.oto.shrink(way.optimizer)
+        runs.append(way.until(30))
+    full, slim = runs
+    assert slim.losses == pytest.approx(full.losses, rel=1e-9)
+    one, two = (way.oto.construct_subnet() for way in runs)
+    assert one.emitter == two.emitter == "module" and one.cost_after == two.cost_after
+    assert relative_error(run(one.model, slim.x), run(two.model, slim.x)) <= 1e-9
+
+
+def test_what_was_shrunk_after_pruning_resumes_though_widths_are_tied_in_it(monkeypatch):
+    monkeypatch.setattr(Widths, "apart", lambda *_: None)  # as where it is not known what a module gives
     one = Way(make=Side, target=0.6).until(START + STEPS)
     gone(one, one.segments[0])
     early = Way(make=Side, target=0.6)
@@ -386,6 +441,16 @@ def test_what_was_shrunk_after_pruning_resumes_though_widths_are_tied_in_it():
     two.model.load_state_dict(saved["model"])
     two.optimizer.load_state_dict(saved["optimizer"])
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_what_only_segments_read_that_are_gone_goes_first_and_nothing_need_be_done():
+    way = Way(make=Side, target=0.3, options=ADAMW, min_kept=0).until(10)
+    gone(way, *way.segments)
+    way.oto.shrink(way.optimizer)
+    with pytest.warns(NoGradientWarning, match=r"pre\.weight apart(.|\n)*to fix  nothing, if all that read it left"):
+        way.until(30)
+    subnet = way.oto.construct_subnet()
+    assert subnet.model.pre.out_features < subnet.model.stem.out_features and subnet.max_error <= 1e-12
 
 
 def test_what_reads_a_channel_in_a_segment_that_is_gone_does_not_count():

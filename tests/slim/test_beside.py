@@ -307,7 +307,7 @@ def test_one_stays_of_what_is_laid_beside_each_other():
     assert subnet.cost_after.params > 0
 
 
-def test_a_class_that_has_a_pool_around_it_keeps_it():
+def test_a_class_that_pools_what_is_gone_does_not():
     class Around(Net):
         def forward(self, x):
             x = self.stem(x)
@@ -315,11 +315,12 @@ def test_a_class_that_has_a_pool_around_it_keeps_it():
             return x.sum((1, 2, 3))
 
     torch.manual_seed(0)
-    model = Around().double().eval()
-    oto = OTO(model, torch.randn(2, 3, 8, 8).double(), compress_mode="both")
-    assert any("cannot leave it out" in (group.reason or "") for group in oto.node_groups if group.segment)
-    free = OTO(model, torch.randn(2, 3, 8, 8).double(), compress_mode="both", allow_graph=True)
-    assert len(segments(free)) > len(segments(oto))
+    model, x = Around().double().eval(), torch.randn(2, 3, 8, 8).double()
+    oto = OTO(model, x, compress_mode="both")
+    assert {group.name for group in segments(oto)} == {"first", "shorter"}
+    subnet = without(model, oto, "first")
+    assert subnet.emitter == "module" and subnet.max_error <= 1e-9
+    assert isinstance(subnet.model.first.one.forward, ErasedForward)
 
 
 def data():
@@ -367,7 +368,7 @@ def test_the_search_removes_as_many_as_are_asked_for():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["inception", "dense"])
+@pytest.mark.parametrize("name", ["inception", "dense", "darts"])
 def test_shrinking_is_the_run_without_it(name):
     losses, kinds = [], []
     for shrinks in (False, True):

@@ -6,11 +6,13 @@ swapped for :class:`oto.nn.LayerNorm`, which still divides by the full count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -18,13 +20,15 @@ from oto.axes.call import Rewrite, Size
 from oto.errors import EmitterError
 from oto.nn import functional as full_count
 from oto.nn import modules as slim_layers
-from oto.nn.erased import is_erased
+from oto.nn.erased import ErasedForward, Recipe, is_erased, resized
 from oto.nn.overrides import to_json
 from oto.slim.edits import Edits
 from oto.slim.own_class.placed import overrides_of
 from oto.slim.own_class.result import OwnClass
 from oto.slim.pruned_shapes import PrunedShapes
 from oto.trace.graph import Graph, Leaf, Node
+
+_ZEROS = torch.ops.aten.new_zeros.default
 
 
 class DeclinedError(EmitterError):
@@ -38,7 +42,8 @@ class Layers:
     """The layers of ``torch.nn`` in a model, and the calls that each of them makes.
 
     Attributes:
-        found: For each path, the layer, its class in ``STOCK``, and its calls.
+        found: For each path, the layer, its class in ``STOCK``, and its calls. Of one that computes nothing that class
+            is ``ErasedForward``.
         leaves: The tensors of the model by name.
     """
 
@@ -50,7 +55,10 @@ class Layers:
         calls: dict[str, list[Node]] = {}
         for node in graph.calls:
             calls.setdefault(node.module, []).append(node)
-        named = ((path, module, stock(module)) for path, module in model.named_modules(remove_duplicate=False))
+        named = (
+            (path, module, ErasedForward if is_erased(module) else stock(module))
+            for path, module in model.named_modules(remove_duplicate=False)
+        )
         found = {path: (module, kind, calls.get(path, [])) for path, module, kind in named if kind is not None}
         return cls(found, {name: leaf for leaf in graph.leaves for name in leaf.names})
 
@@ -75,12 +83,19 @@ class Layers:
         return path in self.found and self.found[path][1] in NORMS
 
 
-def edits_of(layers: Layers, pruned: PrunedShapes, own: OwnClass | None = None, sizes_only: bool = False) -> Edits:
+def edits_of(
+    layers: Layers,
+    pruned: PrunedShapes,
+    own: OwnClass | None = None,
+    sizes_only: bool = False,
+    passed: Collection[int] = (),
+) -> Edits:
     """The edits of layers of ``torch.nn``, and the size attributes and call overrides of the user's modules.
 
     Args:
         own: What the class needs, if it was searched.
         sizes_only: Leave full counts out of the overrides, so that modules make the same calls as before.
+        passed: Indices of calls that are given no channels, and not made.
 
     Raises:
         DeclinedError: A layer of ``torch.nn`` has no form for the pruned shapes.
@@ -90,23 +105,26 @@ def edits_of(layers: Layers, pruned: PrunedShapes, own: OwnClass | None = None, 
     if own is not None:
         for place, size in own.adaptation.sizes.items():
             edits.stated.setdefault(place.module, []).append([list(place.key), size.now(pruned)])
-        overrides = overrides_of(own.calls, own.adaptation, pruned, sizes_only)
+        overrides = overrides_of(own.calls, own.adaptation, pruned, sizes_only, passed)
         edits.told.update({path: to_json(calls) for path, calls in overrides.items()})
     return edits
 
 
-def plan_edits(model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = None) -> Edits:
+def plan_edits(
+    model: nn.Module, pruned: PrunedShapes, own: OwnClass | None = None, passed: Collection[int] = ()
+) -> Edits:
     """The edits that make the model's class compute what the thinner graph computes.
 
     Args:
         own: What the class needs, if it was searched.
+        passed: Indices of calls that are given no channels, and not made; only where the class was searched.
 
     Raises:
         EmitterError: The user's own code divides by a count that changes.
     """
     graph = pruned.found.graph
     layers = Layers.of(model, graph)
-    edits = edits_of(layers, pruned, own)
+    edits = edits_of(layers, pruned, own, passed=passed)
     if own is not None:  # the search has compared all calls, including those that divide by a count
         return edits
     for index, text in pruned.found.tape.counted.items():
@@ -317,6 +335,23 @@ def _heads(layer: _Layer, parts: Sequence[NDArray[np.bool_]]) -> tuple[NDArray[n
     return kept, widths
 
 
+def _erased(layer: _Layer, edits: Edits) -> None:
+    """The sizes that the zeros of a module state that computes nothing."""
+    own: ErasedForward = vars(layer.module)["forward"]
+    zeros = [value for node in layer.calls if node.op is _ZEROS for value in node.outputs if value is not None]
+    shapes = iter([layer.pruned.sizes(value) for value in zeros])
+    found: list[Recipe] = []
+    while (first := next(shapes, None)) is not None:
+        try:
+            found.append(resized(own.gives, chain([first], shapes)))
+        except StopIteration:  # it was given an empty vector, and so gave one
+            found.append({})
+    if any(gives != found[0] for gives in found) or {} in found:
+        raise EmitterError(f"{layer.path}, which computes nothing, would have to give other sizes from call to call")
+    if found and found[0] != own.gives:
+        edits.erased[layer.path] = {"takes": list(own.takes), "gives": dict(found[0])}
+
+
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, slim_layers.LayerNorm, slim_layers.RMSNorm, slim_layers.GroupNorm)
 
 STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
@@ -350,4 +385,5 @@ STOCK: dict[type[Any], Callable[[_Layer, Edits], None]] = {
     slim_layers.RMSNorm: _layer_norm,
     slim_layers.GroupNorm: _group_norm,
     slim_layers.MultiheadAttention: _attention,
+    ErasedForward: _erased,
 }

@@ -7,7 +7,7 @@ rejects a call that is not in the table, because the code then takes a different
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -15,7 +15,7 @@ import torch
 
 from oto.axes.call import Rewrite
 from oto.errors import EmitterError
-from oto.nn.overrides import FullCount, Override, Overrides, Sizes
+from oto.nn.overrides import FullCount, Override, Overrides, Passed, Sizes
 from oto.slim.own_class.adaptation import Adaptation
 from oto.slim.own_class.blocks import ancestors
 from oto.slim.own_class.overrides import FunctionCalls
@@ -30,7 +30,11 @@ Table = dict[str, dict[str, list[Override]]]
 
 
 def overrides_of(
-    calls: FunctionCalls, adaptation: Adaptation, pruned: PrunedShapes, sizes_only: bool = False
+    calls: FunctionCalls,
+    adaptation: Adaptation,
+    pruned: PrunedShapes,
+    sizes_only: bool = False,
+    passed: Collection[int] = (),
 ) -> dict[str, Overrides]:
     """The call overrides of each module, by path.
 
@@ -39,6 +43,7 @@ def overrides_of(
 
     Args:
         sizes_only: Leave full counts out, so that modules make the same calls as before.
+        passed: Indices of calls that are given no channels, and not made.
 
     Raises:
         EmitterError: A module that runs several times would need different overrides each time.
@@ -56,6 +61,7 @@ def overrides_of(
         assert how is not None
         takes = None if sizes_only else calls.takes(node, pruned, not isinstance(how, Sizes))
         hows[calls.by_node[index]] = replace(how, takes=takes)
+    hows |= {calls.by_node[index]: Passed() for index in passed if index in calls.by_node}
     needs = {at: set(calls.needed(how.keywords["rest"])) for at, how in hows.items() if _has_rest(how)}
     for at in set().union(*needs.values()):
         hows[at] = replace(hows.get(at, Override()), keep=True)
